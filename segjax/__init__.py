@@ -1,0 +1,1 @@
+"""segjax: segment-level RLHF for Llama-3 in JAX and Flax."""

@@ -1,0 +1,113 @@
+"""The arrays that travel between the stages, as frozen dataclasses, and the shape letters.
+
+No mathematics here: that is `segjax.rl`.
+
+Shape letters, the same everywhere:
+  B batch   P prompt tokens   T response tokens   S tokens of a whole sequence (P + T, or segments
+  where a docstring says so)   V vocabulary   D model width   H query heads   K key/value heads
+  L layers
+
+Alignment, the same everywhere: `logprob[t]` and `entropy[t]` belong to the distribution that token
+t was drawn FROM (the hidden state of token t-1); `value[t]` is read at that same state; `score[t]`
+is the reward model read AT token t.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def _pytree(cls):
+  """A frozen dataclass whose fields are arrays, known to jax as a pytree."""
+  cls = dataclasses.dataclass(frozen=True)(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
+class Segments:
+  """One response cut into segments; batched by vmap.
+
+  Attributes:
+    start: True on the first token of each segment.
+    end: True on the last token of each segment.
+    segment_id: index of the segment a token lies in, 0-based; -1 outside every segment.
+    num_segments: how many segments there are; 0 for an empty response.
+  """
+
+  start: Bool[Array, '*B T']
+  end: Bool[Array, '*B T']
+  segment_id: Int[Array, '*B T']
+  num_segments: Int[Array, '*B']
+
+
+@_pytree
+class Normalizer:
+  """Mean(p) = w_mean ln p + b_mean and Std(p) = w_std ln p + b_std of a segment's raw score.
+
+  p = (segment_id + 1) / num_segments, in (0, 1]. A constant normaliser has both w at zero; the
+  identity has Mean 0 and Std 1. See method section 3 of Yin et al. 2025, arXiv 2501.02790.
+  """
+
+  w_mean: Float[Array, ''] | float = 0.0
+  w_std: Float[Array, ''] | float = 0.0
+  b_mean: Float[Array, ''] | float = 0.0
+  b_std: Float[Array, ''] | float = 1.0
+
+
+@_pytree
+class Sequences:
+  """Rows of tokens, padded on the right.
+
+  Attributes:
+    ids: token ids; the padding may be any valid id.
+    response_mask: True on the response tokens, stop token included.
+    finished: True where the response's last token is a stop token.
+  """
+
+  ids: Int[Array, 'B S']
+  response_mask: Bool[Array, 'B S']
+  finished: Bool[Array, 'B']
+
+
+@_pytree
+class PreferenceBatch:
+  """Pairs of responses to the same prompt, the first preferred to the second."""
+
+  chosen: Sequences
+  rejected: Sequences
+
+
+@_pytree
+class Rollout:
+  """Prompts and the responses that the policy sampled, each padded on the right.
+
+  Attributes:
+    prompt_length: how many of the P prompt tokens are real.
+    response_mask: True on response tokens, stop token included.
+    finished: True where the response ended in a stop token.
+    old_logprob: log-prob under the sampling policy, unfiltered, at temperature 1.
+  """
+
+  prompt_ids: Int[Array, 'B P']
+  prompt_length: Int[Array, 'B']
+  response_ids: Int[Array, 'B T']
+  response_mask: Bool[Array, 'B T']
+  finished: Bool[Array, 'B']
+  old_logprob: Float[Array, 'B T']
+
+
+@_pytree
+class Experience:
+  """A rollout, scored: what the PPO update reads."""
+
+  rollout: Rollout
+  ref_logprob: Float[Array, 'B T']
+  entropy: Float[Array, 'B T']
+  score: Float[Array, 'B T']
+  value: Float[Array, 'B T']
+  segments: Segments
+  reward: Float[Array, 'B T']
+  advantage: Float[Array, 'B T']
+  return_: Float[Array, 'B T']

@@ -1,0 +1,51 @@
+"""Packaging of segjax. Lower bounds only: pip picks the newest jax that the Python version allows."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+  name='segjax',
+  version='0.1.0',
+  description='Segment-level RLHF for Llama-3 in JAX/Flax',
+  long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='MIT',
+  python_requires='>=3.11',
+  packages=find_packages(include=['segjax', 'segjax.*']),
+  install_requires=[
+    'absl-py',  # command line flags
+    'datasets>=4',  # hub, parquet and Arrow sources of rows
+    'flax>=0.12',  # the network (Linen)
+    'huggingface_hub',  # checkpoints and tokenizers by hub id
+    'jax>=0.10.1',
+    'jaxtyping',  # array shapes in signatures
+    'jinja2',  # chat templates; transformers does not pull it in
+    'ml_collections>=1.1',  # configs
+    'ml_dtypes',  # bfloat16 in numpy
+    'numpy',
+    'optax>=0.2.8',  # optimizers
+    'orbax-checkpoint>=0.12',  # training checkpoints
+    'rich',  # tables on the console
+    'safetensors',  # HF weights
+    'tensorboardX',  # metric curves
+    'tokenizers',  # the tokenizer of the built-in demo
+    'tqdm',  # progress bars
+    'transformers>=5',  # tokenizers and chat templates; no torch needed
+  ],
+  extras_require={
+    'cuda': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+    'plan': ['libtpu'],  # compile for TPU topologies without a TPU
+    'wandb': ['wandb'],
+    'test': [
+      'beartype',  # checks the shape annotations while testing
+      'hypothesis',
+      'pytest',
+      'ruff',
+      'scikit-learn',  # parity of the Huber fit
+      'torch==2.13.0',  # parity with transformers
+    ],
+  },
+  entry_points={'console_scripts': ['segjax=segjax.main:run']},
+)
