@@ -1,0 +1,43 @@
+"""Log-probability of a token and entropy of the distribution it was drawn from.
+
+Not here: the network's head, which calls this on one chunk of the sequence at a time so that the
+[B, T, V] logits never exist together.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from segjax.rl.masked import at_least_float32
+
+
+def logprob_and_entropy(
+  logits: Float[Array, '*N V'], target: Int[Array, '*N']
+) -> tuple[Float[Array, '*N'], Float[Array, '*N']]:
+  """Log-probability of the target and entropy, both in nats and at least float32.
+
+  logprob = l_y − ln Σ_v exp l_v
+  entropy = −Σ_v p_v ln p_v,  p = softmax(l)
+
+  The target is picked by comparing it with an iota rather than by a gather, so that with V sharded
+  every device looks at its own slice and one sum over V joins them. A logit of −inf has p = 0 and
+  adds nothing to the entropy.
+
+  Args:
+    logits: over the full vocabulary, at temperature 1, unfiltered.
+    target: token ids in [0, V).
+
+  Returns:
+    (logprob, entropy).
+  """
+  logits = at_least_float32(logits)
+  shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  log_normalizer = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+  vocabulary = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
+  is_target = vocabulary == target[..., None]
+  picked = jnp.sum(jnp.where(is_target, shifted, 0), axis=-1)
+  probability = jnp.exp(shifted - log_normalizer[..., None])
+  # 0 · (−inf) is NaN, in the value and in the gradient: replace the factor, not the product.
+  finite = jnp.where(jnp.isneginf(shifted), 0, shifted)
+  entropy = log_normalizer - jnp.sum(probability * finite, axis=-1)
+  return picked - log_normalizer, entropy

@@ -1,0 +1,28 @@
+"""What every test needs: eight CPU devices, checked array shapes, strict broadcasting."""
+
+import os
+from pathlib import Path
+
+# Both must be set before jax is first imported.
+_FLAG = '--xla_force_host_platform_device_count'
+if _FLAG not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}=8'.strip()
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jaxtyping.install_import_hook('segjax', 'beartype.beartype')
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def material() -> Path:
+  """The folder of golden cases, or a skip where it is not at hand."""
+  path = (_REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared')).resolve()
+  if not path.is_dir():
+    pytest.skip(f'no golden cases at {path}; point SEGJAX_MATERIAL at them')
+  return path
