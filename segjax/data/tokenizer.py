@@ -1,0 +1,278 @@
+"""A tokenizer that speaks chat: template, stop and pad ids, and which tokenizer it is.
+
+No batches and no truncation here: that is `segjax.data.batches`.
+
+Prompt and response are rendered together and tokenised APART, so no token ever spans the boundary
+between what the model is given and what it says.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
+
+from etils import epath
+
+from segjax.data.sources import Message
+
+_PROBE = 'Quokka'  # a word that no chat template writes by itself
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTokenizer:
+  """A tokenizer with a chat template, and how that template ends a turn.
+
+  Attributes:
+    tokenizer: the fast `transformers` tokenizer.
+    stop_ids: tokens that end a response; the first is the one that closes a turn.
+    pad_id: fills up rows; may equal a stop id, so masks never come from ids.
+    turn_end: what the template writes after an assistant's words.
+    turn_close: what of it a response keeps: up to and with the stop token.
+  """
+
+  tokenizer: Any
+  stop_ids: tuple[int, ...]
+  pad_id: int
+  turn_end: str
+  turn_close: str
+
+  def prompt_text(self, messages: Sequence[Message]) -> str:
+    """The conversation so far and the header that opens the assistant's turn."""
+    return _render(self.tokenizer, list(messages), True)
+
+  def response_texts(
+    self, messages: Sequence[Message], prompt: str, responses: Sequence[str]
+  ) -> list[str]:
+    """What the template adds to the prompt for each response, stop token last.
+
+    Args:
+      messages: the prompt.
+      prompt: `prompt_text(messages)`.
+      responses: what the assistant might say.
+
+    Raises:
+      ValueError: the template writes the prompt differently once it is answered.
+    """
+    return [
+      _answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
+      for text in responses
+    ]
+
+  def turn_texts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """A conversation as pieces of text, True for an assistant's turn, stop token included.
+
+    Messages after the last assistant turn are left out, and what the template writes after a stop
+    token belongs to the piece that follows. A turn without words, or one that opens the
+    conversation, is not taken for an assistant's.
+
+    Raises:
+      ValueError: the template writes earlier turns differently as the conversation goes on.
+    """
+    pieces, done = [], ''
+    for number, message in enumerate(messages):
+      before = messages[:number]
+      if message['role'] != 'assistant' or not before:
+        continue
+      prompt = self.prompt_text(before)
+      if not prompt.startswith(done):
+        raise ValueError(_rewrites(done, prompt))
+      text = message['content']
+      words = _answer_text(self.tokenizer, before, prompt, text, self.turn_end)
+      pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
+      kept = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
+      done = prompt + words + kept
+    return pieces
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, as they stand: no special token is added. One fast batch call."""
+    if not texts:
+      return []
+    encoded = self.tokenizer(
+      list(texts),
+      add_special_tokens=False,
+      return_attention_mask=False,
+      return_token_type_ids=False,
+      verbose=False,
+    )
+    return encoded['input_ids']
+
+  def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    """Token ids of `prompt_text`."""
+    return self.encode([self.prompt_text(messages)])[0]
+
+  def response_ids(self, prompt_messages: Sequence[Message], text: str) -> list[int]:
+    """Token ids of one response, stop token last."""
+    prompt = self.prompt_text(prompt_messages)
+    return self.encode(self.response_texts(prompt_messages, prompt, [text]))[0]
+
+  def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
+    """The text of token ids, by default without special tokens."""
+    return self.tokenizer.decode(
+      [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
+  """Loads tokenizer.json and its companions and learns from the template how a turn ends.
+
+  Args:
+    directory: local or on a bucket (gs://).
+    chat_template: Jinja text, or the path of a file with it; '' takes the tokenizer's own.
+
+  Raises:
+    ValueError: no tokenizer, no chat template, no way to stop, or a template that does not suit.
+  """
+  from transformers import PreTrainedTokenizerFast
+
+  place = epath.Path(directory).expanduser()
+  _read_tokenizer_json(place)  # says so clearly when it is not there
+  with tempfile.TemporaryDirectory() as folder:
+    if '://' in str(directory):
+      for entry in place.iterdir():
+        if entry.suffix in ('.json', '.jinja') and 'index' not in entry.name:
+          entry.copy(epath.Path(folder) / entry.name)
+      local = folder
+    else:
+      local = str(place)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
+  if chat_template:
+    tokenizer.chat_template = _template_text(chat_template)
+  if not tokenizer.chat_template:
+    raise ValueError(
+      f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
+      'or a file with it).'
+    )
+  try:
+    return _with_turn_end(tokenizer, _generation_stops(place))
+  except ValueError as error:
+    raise ValueError(f'{directory}: {error}') from error
+
+
+def fingerprint(directory: str) -> str:
+  """Says which tokenizer it is: equal for two that give every text the same ids.
+
+  sha256 over the vocabulary, merges, added tokens, normaliser and pre-tokenizer of tokenizer.json.
+  Chat template, padding, pad token, truncation and post-processor do not count.
+
+  Raises:
+    ValueError: no tokenizer.json there.
+  """
+  content = _read_tokenizer_json(epath.Path(directory).expanduser())
+  model = content['model']
+  merges = [m if isinstance(m, str) else ' '.join(m) for m in model.get('merges') or []]
+  added = sorted(content.get('added_tokens') or [], key=lambda token: token['id'])
+  parts = [model.get('vocab'), merges, added, content.get('normalizer')]
+  parts.append(content.get('pre_tokenizer'))
+  canonical = json.dumps(parts, sort_keys=True, separators=(',', ':'), ensure_ascii=True)
+  return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def same_tokenizer(directory_a: str, directory_b: str) -> bool:
+  """True if both give every text the same ids; see `fingerprint`."""
+  return fingerprint(directory_a) == fingerprint(directory_b)
+
+
+def _read_tokenizer_json(place: epath.Path) -> dict[str, Any]:
+  file = place / 'tokenizer.json'
+  if not file.exists():
+    raise ValueError(
+      f'{place}: no tokenizer.json there; write one with '
+      'AutoTokenizer.from_pretrained(...).save_pretrained(...).'
+    )
+  return json.loads(file.read_text())
+
+
+def _template_text(chat_template: str) -> str:
+  if '{' in chat_template:
+    return chat_template
+  file = epath.Path(chat_template).expanduser()
+  if not file.exists():
+    raise ValueError(f'data.chat_template={chat_template!r} is neither Jinja text nor a file.')
+  return file.read_text()
+
+
+def _generation_stops(place: epath.Path) -> list[int]:
+  """The eos_token_id of generation_config.json: an int, a list or nothing."""
+  file = place / 'generation_config.json'
+  stops = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
+  return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
+  """Renders a short conversation and reads from it how an assistant's turn ends."""
+  messages = [{'role': 'user', 'content': 'Hello'}]
+  prompt = _render(tokenizer, messages, True)
+  _check_bos(tokenizer, prompt)
+  answered = _render(tokenizer, [*messages, {'role': 'assistant', 'content': _PROBE}], False)
+  if not answered.startswith(prompt):
+    raise ValueError(_rewrites(prompt, answered))
+  _, found, turn_end = answered[len(prompt) :].rpartition(_PROBE)
+  if not found:
+    raise ValueError(
+      "the chat template leaves out the assistant's words; check data.chat_template."
+    )
+  eos = tokenizer.eos_token_id
+  known = {*tokenizer.added_tokens_decoder, *generation_stops, eos}
+  ids = tokenizer(turn_end, add_special_tokens=False)['input_ids'] if turn_end else []
+  stop = next((i for i in ids if i in known), None)
+  if stop is not None:
+    token = tokenizer.convert_ids_to_tokens(stop)
+    turn_close = turn_end[: turn_end.index(token) + len(token)]
+  elif eos is not None:
+    stop, turn_close = eos, turn_end + tokenizer.eos_token
+  else:
+    raise ValueError(
+      'no token ends a turn: the chat template writes none and the tokenizer has no eos_token; set '
+      'data.chat_template to one that closes the turn.'
+    )
+  others = [i for i in (eos, *generation_stops) if i is not None]
+  pad = tokenizer.pad_token_id
+  pad = pad if pad is not None else eos if eos is not None else stop
+  return ChatTokenizer(tokenizer, tuple(dict.fromkeys([stop, *others])), pad, turn_end, turn_close)
+
+
+def _check_bos(tokenizer: Any, prompt: str) -> None:
+  ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
+  bos = tokenizer.bos_token_id
+  if bos is not None and ids[:2] == [bos, bos]:
+    raise ValueError(
+      f'the chat template begins with {tokenizer.bos_token!r} twice; set data.chat_template to one '
+      'that writes it once.'
+    )
+
+
+def _answer_text(
+  tokenizer: Any, messages: Sequence[Message], prompt: str, text: str, turn_end: str
+) -> str:
+  """What the template adds to the prompt for one answer, without `turn_end`."""
+  full = _render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
+  if not full.startswith(prompt):
+    raise ValueError(_rewrites(prompt, full))
+  if not full.endswith(turn_end) or len(full) < len(prompt) + len(turn_end):
+    raise ValueError(
+      f'the chat template ends this turn by {full[-20:]!r} but others by {turn_end!r}; set '
+      'data.chat_template to one that ends all turns alike.'
+    )
+  return full[len(prompt) : len(full) - len(turn_end)]
+
+
+def _render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
+  import jinja2
+
+  try:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=has_header, tokenize=False)
+  except jinja2.TemplateError as error:
+    raise ValueError(f'the chat template refuses this conversation: {error}') from error
+
+
+def _rewrites(before: str, after: str) -> str:
+  """The error for a template in which a longer conversation does not begin with the shorter."""
+  pairs = zip(before, after, strict=False)
+  at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+  return (
+    'the chat template rewrites what came before as the conversation goes on: it had '
+    f'{before[max(at - 10, 0) : at + 20]!r} and has {after[max(at - 10, 0) : at + 20]!r}; set '
+    'data.chat_template to one that only adds.'
+  )

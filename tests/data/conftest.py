@@ -1,0 +1,19 @@
+"""Tokenizers shared by the tests of the data wing."""
+
+import pytest
+
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+
+from . import tiny
+
+
+@pytest.fixture(scope='session')
+def llama3(tmp_path_factory) -> ChatTokenizer:
+  """A tiny tokenizer with the Llama-3 template."""
+  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('llama3')))
+
+
+@pytest.fixture(scope='session')
+def chatml(tmp_path_factory) -> ChatTokenizer:
+  """A tiny tokenizer with the ChatML template, which writes a newline after the stop token."""
+  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('chatml'), tiny.CHATML))
