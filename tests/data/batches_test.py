@@ -1,0 +1,154 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segjax import types
+from segjax.data.batches import Ragged, batch_indices, chunks, split_holdout, take
+from segjax.data.encoding import Limits, encode_conversations, encode_pairs, encode_prompts
+from segjax.data.sources import Rows
+
+LIMITS = Limits(max_length=128, max_prompt_length=64)
+# Seven prompts, three pairs to each.
+ROWS = Rows(
+  [{'prompt': f'hello {i % 7}', 'chosen': f'one {i}', 'rejected': f'two {i}'} for i in range(21)],
+  'rows',
+)
+ENCODERS = [encode_conversations, encode_pairs, encode_prompts]
+
+
+@pytest.mark.parametrize('rows', [[[1, 2, 3], [], [4]], [], [[]]])
+def test_ragged_is_its_rows(rows):
+  ragged = Ragged.from_rows(rows, np.int32)
+  assert [ragged[i].tolist() for i in range(len(rows))] == rows
+  assert ragged.values.dtype == np.int32
+
+
+def test_ragged_pad_and_take():
+  ragged = Ragged.from_rows([[1, 2, 3], [], [4]], np.int32)
+  padded, lengths = ragged.pad(np.array([2, 0, 1, 2]), 4, 9)
+  assert padded.tolist() == [[4, 9, 9, 9], [1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]]
+  assert lengths.tolist() == [1, 3, 0, 1]
+  assert ragged[-1].tolist() == [4]
+  assert ragged.pad(np.array([-3]), 3, 9)[0].tolist() == [[1, 2, 3]]
+  taken = ragged.take(np.array([2, 0]))
+  assert (taken.values.tolist(), taken.offsets.tolist()) == ([4, 1, 2, 3], [0, 1, 4])
+
+
+def test_place_is_given_every_array(llama3):
+  seen = []
+
+  def place(array):
+    seen.append((array.dtype, array.shape))
+    return jnp.asarray(array)
+
+  data = encode_pairs(ROWS, llama3, LIMITS)
+  batch = data.gather(np.arange(4), place)
+  assert isinstance(batch, types.PreferenceBatch)
+  side = [(np.int32, (4, data.length)), (bool, (4, data.length)), (bool, (4,))]
+  assert seen == side * 2
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch))
+
+
+@pytest.mark.parametrize('encode', ENCODERS)
+def test_batches_spread_over_devices(llama3, encode):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.NamedSharding(mesh, jax.P('data'))
+  data = encode(ROWS, llama3, LIMITS)
+  here = data.gather(np.arange(8), lambda array: jax.device_put(array, sharding))
+  after = jax.tree.map(lambda array: jax.device_put(array, sharding), data.gather(np.arange(8)))
+  assert jax.tree.structure(here) == jax.tree.structure(after)
+  for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(after), strict=True):
+    assert a.sharding == b.sharding == sharding
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('encode', ENCODERS)
+def test_order_within_a_batch_moves_rows_only(llama3, encode):
+  data = encode(ROWS, llama3, LIMITS)
+  order = np.array([3, 0, 2])
+  straight, permuted = data.gather(np.arange(4)), data.gather(order)
+  for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(permuted), strict=True):
+    np.testing.assert_array_equal(np.asarray(a)[order], b)
+
+
+@pytest.mark.parametrize('encode', ENCODERS)
+def test_holdout_parts_the_prompts(llama3, encode):
+  data = encode(ROWS, llama3, LIMITS)
+  kept, held = split_holdout(data, 0.2, seed=0)
+  assert not set(kept.group) & set(held.group)
+  assert len(kept) + len(held) == len(data)
+  # 0.2 of 21 rows is 4.2; three rows a prompt, so two prompts.
+  assert len(held) == 6
+  assert kept.length == held.length == data.length
+  row = data.gather(np.flatnonzero(data.group == held.group[0])[:1])
+  for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(held.gather(np.array([0]))), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_holdout_depends_on_prompts_and_seed_only(llama3):
+  data = encode_prompts(ROWS, llama3, LIMITS)
+  reversed_data = take(data, np.arange(len(data))[::-1])
+  held = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
+  assert held[0] == held[1]
+  others = [set(split_holdout(data, 0.3, seed=seed)[1].group) for seed in range(5)]
+  assert any(other != held[0] for other in others)
+  # Messages follow their rows.
+  kept, _ = split_holdout(data, 0.3, seed=1)
+  for index in range(len(kept)):
+    ids = llama3.prompt_ids(kept.messages(index))
+    assert kept.tokens[index].tolist() == ids
+
+
+def test_holdout_edges(llama3):
+  data = encode_prompts(ROWS, llama3, LIMITS)
+  kept, held = split_holdout(data, 0.0, seed=0)
+  assert (len(kept), len(held)) == (21, 0)
+  one = take(data, np.flatnonzero(data.group == data.group[0]))
+  with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
+    split_holdout(one, 0.5, seed=0)
+  with pytest.raises(ValueError, match=r'reward\.holdout=1\.0 must be'):
+    split_holdout(data, 1.0, seed=0)
+
+
+@given(num_rows=st.integers(1, 60), seed=st.integers(0, 9), data=st.data())
+def test_each_epoch_takes_each_row_once(num_rows, seed, data):
+  batch = data.draw(st.integers(1, num_rows))
+  epoch = data.draw(st.integers(0, 3))
+  steps = num_rows // batch
+  rows = [batch_indices(num_rows, batch, seed, epoch * steps + i) for i in range(steps)]
+  assert all(len(r) == batch for r in rows)
+  flat = np.concatenate(rows).tolist()
+  assert len(set(flat)) == len(flat) == steps * batch > num_rows - batch
+  assert set(flat) <= set(range(num_rows))
+
+
+def test_order_has_no_state():
+  forward = [batch_indices(50, 8, 3, step).tolist() for step in range(20)]
+  backward = [batch_indices(50, 8, 3, step).tolist() for step in reversed(range(20))]
+  assert forward == backward[::-1]
+  assert forward[:6] != forward[6:12]  # six steps an epoch: the second is another order
+  assert forward != [batch_indices(50, 8, 4, step).tolist() for step in range(20)]
+  batch_indices(50, 8, 3, 0)[:] = -1  # the caller's copy
+  assert batch_indices(50, 8, 3, 0).tolist() == forward[0]
+
+
+@pytest.mark.parametrize('batch', [0, 11])
+def test_batch_must_fit(batch):
+  with pytest.raises(ValueError, match=rf'batch of {batch} rows cannot be drawn from 10 rows; use'):
+    batch_indices(10, batch, 0, 0)
+
+
+@pytest.mark.parametrize(
+  'num_rows, batch, expected',
+  [
+    (5, 2, [([0, 1], 2), ([2, 3], 2), ([4, 4], 1)]),
+    (2, 4, [([0, 1, 1, 1], 2)]),
+    (4, 2, [([0, 1], 2), ([2, 3], 2)]),
+    (0, 2, []),
+  ],
+)
+def test_chunks(num_rows, batch, expected):
+  assert [(i.tolist(), real) for i, real in chunks(num_rows, batch)] == expected
