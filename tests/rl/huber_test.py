@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+from numpy.testing import assert_allclose
+
+from segjax.rl.huber import huber_fit, r_squared
+
+SIZE = 1000
+fit = jax.jit(huber_fit)
+
+
+def fit_padded(x, y):
+  """Fits in one shape, with garbage under the mask."""
+  behind = np.full(SIZE - len(x), np.nan)
+  arrays = [jnp.asarray(np.concatenate([a, behind]), jnp.float32) for a in (x, y)]
+  return [float(value) for value in fit(*arrays, jnp.arange(SIZE) < len(x))]
+
+
+def objective(w, b, scale, x, y, epsilon=1.35, alpha=1e-4):
+  z = np.abs(y - w * x - b) / scale
+  loss = np.where(z < epsilon, z**2, 2 * epsilon * z - epsilon**2)
+  return np.sum(scale + scale * loss) + alpha * w**2
+
+
+def test_golden_exact_line_with_outliers():
+  x = np.log(np.arange(1, 1001) / 1000)
+  y = 0.7668 * x + 0.4705
+  y[::37] += 5
+  w, b, scale = fit_padded(x, y)
+  assert_allclose([w, b], [0.7668, 0.4705], atol=1e-5)
+  assert scale < 1e-4
+
+
+def test_golden_few_points():
+  keys = [125, 200, 250, 333, 375, 400, 500, 600, 625, 667, 750, 800, 875, 1000]
+  y = [-2, -1.2, -0.45, -0.9, -0.2, -0.1, 0.2, 0.5, 0.6, 0.3, 1.05, 0.9, 1.0, 1.133333]
+  got = fit_padded(np.log(np.array(keys) / 1000 + 1e-10), np.array(y))
+  assert_allclose(got, [1.523962, 1.247126, 0.0617448], atol=1e-5)
+
+
+@pytest.mark.parametrize('num_points', [3, 5, 14, 100, 1000])
+@pytest.mark.parametrize('outliers', [0.0, 0.1, 0.4])
+def test_equals_scikit_learn(num_points, outliers):
+  linear_model = pytest.importorskip('sklearn.linear_model')
+  rng = np.random.default_rng([num_points, int(10 * outliers)])
+  x = np.log(np.sort(rng.uniform(0.001, 1, num_points)))
+  y = 0.8 * x + 0.5 + rng.normal(size=num_points) * 0.3 + 5 * (rng.random(num_points) < outliers)
+  got = fit_padded(x, y)
+  # Their default stops at a gradient of 1e-5; ask for the minimum itself.
+  theirs = linear_model.HuberRegressor(epsilon=1.35, max_iter=20_000, tol=1e-10)
+  theirs.fit(x[:, None], y)
+  expected = [theirs.coef_[0], theirs.intercept_, theirs.scale_]
+  if num_points > 3:  # of three points two fit exactly, and their search stops early on s → 0
+    assert_allclose(got, expected, atol=1e-4)
+  assert objective(*got, x, y) < objective(*expected, x, y) + 1e-5
+
+
+def test_float64_stays():
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, y = jnp.asarray(rng.normal(size=(2, 50)))
+    values = huber_fit(x, y, jnp.ones(50, bool))
+    assert all(value.dtype == jnp.float64 for value in values)
+    # At the minimum every direction goes up.
+    best = objective(*values, x, y)
+    for step in np.vstack([np.eye(3), -np.eye(3)]) * 1e-4:
+      assert objective(*(np.array(values) + step), x, y) > best
+
+
+@pytest.mark.parametrize(
+  ('x', 'y', 'line'),
+  [
+    ([], [], [0, 0]),
+    ([-1.0], [2.0], [0, 2]),
+    ([-2.0, 0.0], [1.0, 2.0], [0.5, 2]),
+    ([-2.0, -1.0, 0.0], [1.0, 1.5, 2.0], [0.5, 2]),
+    ([-2.0, -1.0, 0.0], [3.0, 3.0, 3.0], [0, 3]),
+    ([-2.0, -1.0, 0.0], [0.0, 0.0, 0.0], [0, 0]),
+  ],
+  ids=['none', 'one', 'two', 'three in a line', 'constant', 'zero'],
+)
+def test_exact_fits(x, y, line):
+  w, b, scale = fit_padded(np.array(x), np.array(y))
+  assert_allclose([w, b], line, atol=1e-5)
+  assert 0 <= scale < 1e-4
+
+
+def test_r_squared():
+  y, mask = jnp.array([1.0, 2.0, 3.0, 9.0]), jnp.array([True, True, True, False])
+  assert r_squared(y, y, mask) == 1
+  assert r_squared(y, jnp.full(4, 2.0), mask) == 0
+  assert r_squared(jnp.ones(4), jnp.ones(4), mask) == 0  # nothing to explain
+  assert r_squared(y, y, jnp.zeros(4, bool)) == 0
+
+
+def test_wrong_arrays_raise():
+  with pytest.raises(TypeCheckError):
+    huber_fit(jnp.zeros(3), jnp.zeros(4), jnp.ones(3, bool))
+  with pytest.raises(TypeCheckError):
+    huber_fit(jnp.zeros(3, int), jnp.zeros(3), jnp.ones(3, bool))

@@ -1,0 +1,336 @@
+import functools
+import json
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jaxtyping import TypeCheckError
+from numpy.testing import assert_allclose
+
+from segjax.rl.normalizer import (
+  KINDS,
+  PUBLISHED,
+  bin_moments,
+  fit_quality,
+  fit_regression,
+  fit_scalar,
+  mean_std,
+  normalize,
+  relative_position,
+)
+from segjax.rl.segmentation import GRANULARITIES, segment
+from segjax.types import Normalizer
+
+from .ragged import LENGTH, make_batch
+
+# How the golden file names what PUBLISHED holds.
+GOLDEN_NAMES = {
+  ('phi3', 1.75): 'phi3_mini_instruct/segment@1.75',
+  ('phi3', 0.0): 'phi3_mini_instruct/token',
+  ('phi3', 2.0): 'phi3_mini_instruct/segment',
+  ('llama3sft', 2.0): 'llama3_8b_sft/segment',
+  ('llama3sft', 0.0): 'llama3_8b_sft/token',
+  ('llama31', 2.0): 'llama31_8b_instruct/segment',
+  ('llama31', 0.0): 'llama31_8b_instruct/token',
+}
+
+# Mean and Std at p = 1, 1/2, 1/4, 1/10, 1/100, 1/1024.
+MEAN_STD = {
+  'phi3_mini_instruct/segment@1.75': (
+    [0.4705, -0.061005, -0.592511, -1.295122, -3.060745, -4.844552],
+    [2.8339, 2.655830, 2.477761, 2.242366, 1.650832, 1.053205],
+  ),
+  'phi3_mini_instruct/token': (
+    [1.2917, 0.624338, -0.043024, -0.925229, -3.142158, -5.381921],
+    [3.5006, 3.237481, 2.974363, 2.626539, 1.752477, 0.869413],
+  ),
+  'phi3_mini_instruct/segment': (
+    [0.6055, 0.105810, -0.393880, -1.054434, -2.714367, -4.391398],
+    [2.6555, 2.493997, 2.332493, 2.118998, 1.582495, 1.040467],
+  ),
+  'llama3_8b_sft/segment': (
+    [0.8572, 0.235655, -0.385890, -1.207528, -3.272256, -5.358251],
+    [4.1667, 3.772992, 3.379285, 2.858832, 1.550963, 0.229624],
+  ),
+  'llama3_8b_sft/token': (
+    [1.3212, 0.119283, -1.082634, -2.671483, -6.664165, -10.697972],
+    [5.4513, 4.764668, 4.078037, 3.170359, 0.889418, -1.415016],
+  ),
+  'llama31_8b_instruct/segment': (
+    [0.8798, 0.301369, -0.277063, -1.041707, -2.963215, -4.904513],
+    [3.7358, 3.404476, 3.073151, 2.635164, 1.534529, 0.422557],
+  ),
+  'llama31_8b_instruct/token': (
+    [0.6419, -0.485712, -1.613324, -3.103945, -6.849791, -10.634218],
+    [4.9217, 4.488206, 4.054712, 3.481663, 2.041627, 0.586758],
+  ),
+}
+
+
+# One shape for all fits: a loop of its own is compiled for each.
+SIZE = 20_000
+fit_by_regression, quality = jax.jit(fit_regression), jax.jit(fit_quality)
+moments = jax.jit(bin_moments)
+
+
+def fields(normalizer):
+  return normalizer.w_mean, normalizer.w_std, normalizer.b_mean, normalizer.b_std
+
+
+@functools.partial(jax.jit, static_argnames='std_floor_ratio')
+def z_by_token(score, num_tokens, normalizer, std_floor_ratio=0.01):
+  mask = jnp.arange(len(score)) < num_tokens
+  segments = segment(score, mask, jnp.array(False), granularity='token')
+  return normalize(score, segments, normalizer, std_floor_ratio)
+
+
+def z_of(score, normalizer, std_floor_ratio=0.01):
+  """z of a response each of whose tokens is a segment."""
+  longer = jnp.asarray(np.pad(np.array(score, np.float32), (0, 500 - len(score))))
+  return z_by_token(longer, len(score), normalizer, std_floor_ratio)[: len(score)]
+
+
+@pytest.mark.parametrize('name', MEAN_STD)
+def test_published_mean_std(name):
+  position = jnp.array([1, 1 / 2, 1 / 4, 1 / 10, 1 / 100, 1 / 1024])
+  # Printed to six decimals, and computed in float32.
+  assert_allclose(mean_std(position, PUBLISHED[name]), MEAN_STD[name], atol=3e-6)
+
+
+def test_golden_mean_std(material):
+  cases = json.loads((material / 'spec' / 'golden.json').read_text())['norm']
+  for case in cases:
+    normalizer = PUBLISHED[GOLDEN_NAMES[case['model'], case['thr']]]
+    mean, std = mean_std(jnp.array(case['p']), normalizer)
+    assert_allclose([mean, std], [case['mean'], case['std']], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'raw', 'index', 'count', 'z'),
+  [
+    ('phi3_mini_instruct/segment@1.75', 1.0, 1, 4, 0.642722),
+    ('phi3_mini_instruct/segment@1.75', 1.0, 4, 4, 0.186845),
+    ('phi3_mini_instruct/segment@1.75', -2.0, 2, 4, -0.730090),
+    ('llama31_8b_instruct/segment', 0.5, 3, 3, -0.101665),
+    ('llama3_8b_sft/token', 1.0, 1, 500, -14.83),
+  ],
+)
+def test_worked_z(name, raw, index, count, z):
+  got = z_of([raw] * count, PUBLISHED[name], None)
+  assert_allclose(got[index - 1], z, rtol=4e-4 if count == 500 else 1e-5)  # as printed
+
+
+def test_floor_keeps_std_positive():
+  """Llama-3-SFT by tokens: without a floor Std changes sign between 245 and 246 tokens."""
+  normalizer = PUBLISHED['llama3_8b_sft/token']
+  for count, sign in ((245, 1), (246, -1)):
+    assert np.sign(z_of([1.0] * count, normalizer, None)[0]) == sign
+    _, std = mean_std(jnp.array(1 / count), normalizer, 0.054513)
+    assert_allclose(std, 0.054513)
+    # Mean(1/245) = 1.3212 - 1.7340 ln 245 = -8.218; (1 + 8.218) / .0545 = 169.
+    assert_allclose(z_of([1.0] * count, normalizer)[0], 169, rtol=0.01)
+
+
+def test_floor_changes_nothing_above_it():
+  normalizer = PUBLISHED['phi3_mini_instruct/segment']
+  assert_allclose(z_of(range(8), normalizer), z_of(range(8), normalizer, None))
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+def test_normalize_equals_oracle(granularity):
+  batch = make_batch(seed=5)
+  normalizer = PUBLISHED['phi3_mini_instruct/segment']
+
+  @jax.jit
+  @jax.vmap
+  def run(entropy, mask, finished, score):
+    segments = segment(entropy, mask, finished, granularity=granularity)
+    return relative_position(segments), segments.end, normalize(score, segments, normalizer)
+
+  names = ('entropy', 'mask', 'finished', 'score')
+  arrays = run(*(jnp.asarray(getattr(batch, name)) for name in names))
+  position, end, z = map(np.asarray, arrays)  # numpy: slicing a jax array compiles
+  for row, (entropy_after, mask, finished, score) in enumerate(
+    batch.rows('entropy_after', 'mask', 'finished', 'score')
+  ):
+    ends = oracle.segment_ends(entropy_after, mask, finished, granularity, 2.0)
+    expected = oracle.segment_z(score, ends, fields(normalizer), 0.01 * normalizer.b_std)
+    assert_allclose(z[row][end[row]], expected, atol=1e-5)
+    inside = np.zeros(LENGTH, bool)
+    for index, (first, last) in enumerate(oracle.spans(ends, oracle.run_of(mask)[0])):
+      inside[first : last + 1] = True
+      assert_allclose(position[row, first : last + 1], (index + 1) / len(ends), rtol=1e-6)
+    assert_allclose(position[row][~inside], 1)
+    assert_allclose(z[row][~inside], 0)
+
+
+def test_none_and_scalar_are_special_cases():
+  assert KINDS == ('none', 'scalar', 'regression')
+  assert_allclose(z_of([1, 2, 4], Normalizer()), [1, 2, 4])
+  assert_allclose(z_of([1, 2, 4], Normalizer(b_mean=1.0, b_std=2.0)), [0, 0.5, 1.5])
+
+
+def test_published_bandit():
+  assert_allclose(z_of([-3], PUBLISHED['phi3_mini_instruct/bandit']), [-1.1503623], rtol=1e-6)
+
+
+def test_every_published_model_has_every_granularity():
+  models = ('llama3_8b_sft', 'llama31_8b_instruct', 'phi3_mini_instruct')
+  expected = {f'{model}/{granularity}' for model in models for granularity in GRANULARITIES}
+  assert set(PUBLISHED) == expected | {'phi3_mini_instruct/segment@1.75'}
+
+
+# 0.05 to 0.95 are ties that a binary fraction hits a little high, a little low or, at odd
+# sixteenths, exactly.
+@pytest.mark.parametrize(
+  'counts', [range(1, 65), [80, 160, 400, 1000, 1999], [2000, 2001, 2048]], ids=str
+)
+def test_bins_are_those_of_python_format(counts):
+  position = [rank / count for count in counts for rank in range(1, count + 1)]
+  expected = np.bincount([int(f'{p:.3f}'.replace('.', '')) for p in position], minlength=1001)
+  for dtype in (jnp.float32, jnp.float64):
+    with jax.enable_x64(dtype == jnp.float64):
+      arrays = filled(position, np.zeros(len(position)), dtype)
+      assert np.array_equal(moments(*arrays)[0], expected)
+
+
+FIT_B = [
+  [0.1, 0.6, 1.2, 1.5],
+  [-0.9, 0.3, 0.8],
+  [-1.2, -0.1, 0.5, 0.9, 1.4],
+  [0.7],
+  [-0.4, 1.1],
+  [-2, -1, -0.2, 0.4, 0.6, 0.9, 1, 1.3],
+]
+# bin: (count, mean, std)
+FIT_B_BINS = {
+  125: (1, -2, 0),
+  200: (1, -1.2, 0),
+  250: (2, -0.45, 0.55),
+  333: (1, -0.9, 0),
+  375: (1, -0.2, 0),
+  400: (1, -0.1, 0),
+  500: (3, 0.2, 0.432049),
+  600: (1, 0.5, 0),
+  625: (1, 0.6, 0),
+  667: (1, 0.3, 0),
+  750: (2, 1.05, 0.15),
+  800: (1, 0.9, 0),
+  875: (1, 1.0, 0),
+  1000: (6, 1.133333, 0.298142),
+}
+
+
+def flattened(responses):
+  """(position, score, mask) of the segments, with garbage behind them."""
+  position = [(i + 1) / len(scores) for scores in responses for i in range(len(scores))]
+  score = [float(x) for scores in responses for x in scores]
+  return filled(position, score)
+
+
+def filled(position, score, dtype=jnp.float32):
+  behind = np.full(SIZE - len(score), np.nan)
+  arrays = [jnp.asarray(np.concatenate([a, behind]), dtype) for a in (position, score)]
+  return *arrays, jnp.arange(SIZE) < len(score)
+
+
+def test_worked_bins_and_fit():
+  position, score, mask = flattened(FIT_B)
+  expected = np.zeros((3, 1001))
+  for index, moment in FIT_B_BINS.items():
+    expected[:, index] = moment
+  assert_allclose(moments(position, score, mask), expected, atol=1e-6)
+  normalizer = fit_by_regression(position, score, mask)
+  assert_allclose([normalizer.w_mean, normalizer.b_mean], [1.523962, 1.247126], atol=1e-5)
+  r2_mean, _ = quality(position, score, mask, normalizer)
+  x = np.log(np.array(list(FIT_B_BINS)) / 1000)
+  y = np.array([mean for _, mean, _ in FIT_B_BINS.values()])
+  residual = y - 1.523962 * x - 1.247126
+  assert_allclose(r2_mean, 1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2), atol=1e-5)
+
+
+def test_bin_moments_equal_oracle():
+  rng = random.Random(0)
+  position, score = [], []
+  for _ in range(40):
+    count = rng.randint(1, 12)
+    position += [(rank + 1) / count for rank in range(count)]
+    score += [rng.gauss(100, 1) for _ in range(count)]  # far from 0: cancellation would show
+  count, mean, std = moments(*filled(position, score))
+  expected = oracle.bin_moments(position, score)
+  assert count.sum() == len(score)
+  for key, moment in expected.items():
+    index = round(1000 * float(key))
+    assert_allclose([count[index], mean[index], std[index]], moment, rtol=1e-6, atol=2e-5)
+
+
+def test_bin_zero_does_not_count():
+  position, score, mask = flattened(FIT_B)
+  num_scores = int(mask.sum())
+  clean = fit_by_regression(position, score, mask)
+  # p = 1/2048 prints as 0.000.
+  position, score = position.at[num_scores].set(1 / 2048), score.at[num_scores].set(50.0)
+  mask = mask.at[num_scores].set(True)
+  count, _, _ = moments(position, score, mask)
+  assert count[0] == 1 and count.sum() == num_scores + 1
+  assert_allclose(fields(fit_by_regression(position, score, mask)), fields(clean))
+
+
+def test_regression_recovers_a_known_normalizer():
+  truth = Normalizer(0.8, 0.3, 0.5, 2.5)
+  rng = np.random.default_rng(0)
+  position = np.tile(np.arange(1, 21) / 20, 1000)
+  mean, std = mean_std(jnp.asarray(position, jnp.float32), truth)
+  score = np.asarray(mean) + np.asarray(std) * rng.normal(size=len(position))
+  segments = filled(position, score)
+  normalizer = fit_by_regression(*segments)
+  assert_allclose(fields(normalizer), fields(truth), atol=0.12)  # 1000 samples a bin
+  r2_mean, r2_std = quality(*segments, normalizer)
+  assert r2_mean > 0.98 and r2_std > 0.95
+
+
+def test_fit_scalar():
+  normalizer = fit_scalar(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
+  assert_allclose(fields(normalizer), [0, 0, 2, 1])
+
+
+@pytest.mark.parametrize('kind', ['scalar', 'regression'])
+@pytest.mark.parametrize('num_scores', [0, 1])
+def test_fits_of_next_to_nothing_are_finite(kind, num_scores):
+  position, score, mask = filled([0.5] * num_scores, [3.0] * num_scores)
+  if kind == 'scalar':
+    normalizer = fit_scalar(score, mask)
+  else:
+    normalizer = fit_by_regression(position, score, mask)
+  assert_allclose(fields(normalizer), [0, 0, 3 * num_scores, 0], atol=1e-5)
+  assert np.all(np.isfinite(z_of([3, 3], normalizer)))
+  assert all(map(math.isfinite, quality(position, score, mask, normalizer)))
+
+
+def test_garbage_outside_segments_stays_outside():
+  segments = segment(jnp.zeros(4), jnp.array([True, True, False, False]), jnp.array(True))
+  z = normalize(jnp.array([2.0, jnp.nan, jnp.nan, jnp.inf]), segments, Normalizer())
+  assert_allclose(z, [2, 0, 0, 0])
+
+
+def test_precision():
+  segments = segment(jnp.zeros(2), jnp.ones(2, bool), jnp.array(False))
+  assert normalize(jnp.zeros(2, jnp.bfloat16), segments, Normalizer()).dtype == jnp.float32
+  with jax.enable_x64(True):
+    z = normalize(jnp.zeros(2, jnp.float64), segments, Normalizer())
+    assert z.dtype == jnp.float64
+
+
+def test_wrong_arrays_raise():
+  segments = segment(jnp.zeros(3), jnp.ones(3, bool), jnp.array(False))
+  for score in (jnp.zeros(3, int), jnp.zeros((1, 3))):
+    with pytest.raises(TypeCheckError):
+      normalize(score, segments, Normalizer())
+  with pytest.raises(TypeError, match='incompatible shapes'):
+    normalize(jnp.zeros(4), segments, Normalizer())
+  with pytest.raises(TypeCheckError):
+    bin_moments(jnp.zeros(3), jnp.zeros(4), jnp.ones(3, bool))
