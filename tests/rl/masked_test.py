@@ -30,6 +30,11 @@ def test_whiten_of_equal_entries_is_zero():
   assert_allclose(whiten(jnp.full((2, 3), 5.0), jnp.ones((2, 3), bool)), np.zeros((2, 3)))
 
 
+def test_whiten_does_not_blow_up_noise():
+  # The variance 1e-10 is below the floor 1e-8: the entries grow by 1e4, not by 1e5.
+  assert_allclose(whiten(jnp.array([[1e-5, -1e-5]]), jnp.ones((1, 2), bool)), [[0.1, -0.1]])
+
+
 def test_whiten_of_nothing_is_zero():
   x = jnp.full((2, 3), jnp.nan)
   assert_allclose(whiten(x, jnp.zeros((2, 3), bool)), np.zeros((2, 3)))

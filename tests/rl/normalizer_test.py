@@ -268,6 +268,15 @@ def test_bin_moments_equal_oracle():
     assert_allclose([count[index], mean[index], std[index]], moment, rtol=1e-6, atol=2e-5)
 
 
+def test_moments_of_a_large_bin_are_exact():
+  """Added up one by one in float32, equal scores round the same way every time."""
+  score = np.full(SIZE, 100.1, np.float32)
+  count, mean, std = moments(*filled(np.ones(SIZE), score))
+  assert count[1000] == SIZE
+  assert_allclose(mean[1000], score[0], rtol=1e-7)
+  assert std[1000] < 1e-4
+
+
 def test_bin_zero_does_not_count():
   position, score, mask = flattened(FIT_B)
   num_scores = int(mask.sum())
