@@ -1,0 +1,225 @@
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hf import tiny
+from segjax.hf import reader
+from segjax.model import heads, sharding
+
+# Float32 on both sides; only the order of sums differs.
+TOLERANCE = 1e-4
+
+
+def _logits(directory, ids):
+  config = reader.load_config(directory)
+  params = reader.load_params(directory, config, 'language')
+  return np.asarray(heads.logits(params, jnp.asarray(ids), config))
+
+
+def _rewrite(source, target, change):
+  """`source` copied to `target`, its one weight file passed through `change`."""
+  shutil.copytree(source, target)
+  tensors = change(tiny.tensors(source))
+  safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
+  return target
+
+
+@pytest.fixture(scope='module')
+def llama3(tmp_path_factory):
+  return tiny.write(tmp_path_factory.mktemp('llama3'))
+
+
+@pytest.mark.parametrize('kind', tiny.KINDS)
+def test_logits_equal_transformers(kind, tmp_path):
+  directory = tiny.write(tmp_path, kind)
+  expected = tiny.torch_logits(directory, tiny.IDS)
+  assert np.abs(expected).max() > 0.5  # the comparison would be empty with small logits
+  np.testing.assert_allclose(_logits(directory, tiny.IDS), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_logits_of_a_trained_llama_equal_transformers(material):
+  directory = material / 'models' / 'stories260k-hf'
+  story = json.loads((directory / 'golden_greedy_200.json').read_text())['ids']
+  for ids in ([story[:120]], [[1, 400, 300, 2, 511, 0, 17]], [story[50:58], story[90:98]]):
+    ids = np.array(ids, np.int32)
+    expected = tiny.torch_logits(directory, ids)
+    np.testing.assert_allclose(_logits(directory, ids), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_greedy_continuation_of_a_trained_llama(material):
+  directory = material / 'models' / 'stories260k-hf'
+  golden = json.loads((directory / 'golden_greedy_200.json').read_text())
+  ids, start = np.array([golden['ids']], np.int32), len(golden['prompt_ids'])
+  choice = _logits(directory, ids).argmax(-1)
+  np.testing.assert_array_equal(choice[0, start - 1 : -1], ids[0, start:])
+
+
+def test_shards_equal_one_file(llama3, tmp_path):
+  sharded = tiny.write(tmp_path, max_shard_size='20KB')
+  assert len(list(sharded.glob('*.safetensors'))) > 2
+  config = reader.load_config(llama3)
+  tiny.assert_same_params(
+    reader.load_params(sharded, config, 'language'), reader.load_params(llama3, config, 'language')
+  )
+
+
+def test_bfloat16_is_cast_or_kept(tmp_path):
+  directory = tiny.write(tmp_path, dtype='bfloat16')
+  config = reader.load_config(directory)
+  kept = reader.load_params(directory, config, 'language', dtype='')
+  wide = reader.load_params(directory, config, 'language')
+  assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('bfloat16')}
+  tiny.assert_same_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept), wide)
+  expected = tiny.torch_logits(directory, tiny.IDS)
+  np.testing.assert_allclose(_logits(directory, tiny.IDS), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize('kind', ['llama32', 'biases'])
+def test_eight_devices_equal_one(kind, tmp_path):
+  directory = tiny.write(tmp_path, kind, max_shard_size='20KB')
+  config = reader.load_config(directory)
+  mesh = sharding.make_mesh(2, 2, 2)
+  spread = reader.load_params(directory, config, 'language', mesh)
+  tiny.assert_same_params(spread, reader.load_params(directory, config, 'language'))
+  for leaf, place in zip(
+    jax.tree.leaves(spread), jax.tree.leaves(sharding.tree_shardings(spread, mesh)), strict=True
+  ):
+    assert leaf.sharding == place
+
+
+def test_each_slice_is_read_once(llama3, monkeypatch):
+  # 2 x 2 x 2: the two copies along `data` share what was read, so the bytes read are the file's.
+  read = []
+  inner = reader._read
+
+  def counted(*args):
+    array = inner(*args)
+    read.append(array.size)
+    return array
+
+  monkeypatch.setattr(reader, '_read', counted)
+  config = reader.load_config(llama3)
+  reader.load_params(llama3, config, 'language', sharding.make_mesh(2, 2, 2))
+  assert sum(read) == reader.open_checkpoint(llama3).num_parameters()
+
+
+def test_fresh_scalar_head(llama3):
+  config = reader.load_config(llama3)
+  key = jax.random.key(3)
+  params = reader.load_params(llama3, config, 'scalar', key=key)
+  spread = reader.load_params(llama3, config, 'scalar', sharding.make_mesh(2, 2, 2), key=key)
+  tiny.assert_same_params(params, spread)
+  assert 'lm_head' not in params
+  kernel = params['scalar_head']['kernel']
+  np.testing.assert_array_equal(kernel, jax.random.normal(key, (32, 1)) / 33)
+  with pytest.raises(ValueError, match=r'no score\.weight.*give a random key'):
+    reader.load_params(llama3, config, 'scalar')
+
+
+def test_scores_equal_transformers(tmp_path):
+  directory = tiny.write(tmp_path, head='scalar')
+  ids = np.maximum(tiny.IDS, 1)  # 0 is padding
+  config = reader.load_config(directory)
+  params = reader.load_params(directory, config, 'scalar')
+  ours = np.asarray(heads.scores(params, jnp.asarray(ids), config))[:, -1]
+  expected = tiny.torch_scores(directory, ids)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_reward_model_of_another_project(tmp_path):
+  # architectures RewardModel, its head under the name that value_head_prefix gives.
+  original = tiny.write(tmp_path / 'a', head='scalar')
+
+  def rename(tensors):
+    return {name.replace('score.', 'value_head.'): tensor for name, tensor in tensors.items()}
+
+  renamed = _rewrite(original, tmp_path / 'b', rename)
+  raw = json.loads((renamed / 'config.json').read_text())
+  raw |= {'architectures': ['RewardModel'], 'value_head_prefix': 'value_head', 'mean': 0.2}
+  (renamed / 'config.json').write_text(json.dumps(raw))
+  config = reader.load_config(renamed)
+  tiny.assert_same_params(
+    reader.load_params(renamed, config, 'scalar'), reader.load_params(original, config, 'scalar')
+  )
+
+
+def test_what_is_not_needed_is_ignored(tmp_path):
+  tied = tiny.write(tmp_path / 'a', 'llama32')
+
+  def add(tensors):
+    extra = {
+      'lm_head.weight': np.ones((64, 32), np.float32),
+      'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32),
+    }
+    return tensors | extra
+
+  more = _rewrite(tied, tmp_path / 'b', add)
+  config = reader.load_config(tied)
+  tiny.assert_same_params(
+    reader.load_params(more, config, 'language'), reader.load_params(tied, config, 'language')
+  )
+
+
+def _without(name):
+  return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (_without('model.norm.weight'), r'lacks tensor model\.norm\.weight of a language model'),
+    (_without('lm_head.weight'), r'lacks tensor lm_head\.weight.*tie_word_embeddings'),
+    (
+      lambda tensors: tensors | {'model.layers.2.mlp.up_proj.weight': np.ones((2, 2), np.float32)},
+      r'holds tensor model\.layers\.2\.mlp\.up_proj\.weight that .* number of layers',
+    ),
+    (
+      lambda tensors: tensors | {'score.weight': np.ones((1, 32), np.float32)},
+      r'holds tensor score\.weight that a language model',
+    ),
+    (
+      lambda tensors: tensors | {'model.norm.weight': np.ones(31, np.float32)},
+      r'model\.safetensors: tensor model\.norm\.weight has shape \[31\].*should be \[32\]',
+    ),
+  ],
+  ids=['missing', 'not-tied', 'too-many-layers', 'other-head', 'shape'],
+)
+def test_refuses_tensors_that_do_not_fit(llama3, tmp_path, change, message):
+  changed = _rewrite(llama3, tmp_path / 'changed', change)
+  with pytest.raises(ValueError, match=message):
+    reader.load_params(changed, reader.load_config(changed), 'language')
+
+
+def test_refuses_a_classifier_of_two_labels(llama3, tmp_path):
+  def two(tensors):
+    return tensors | {'score.weight': np.ones((2, 32), np.float32)}
+
+  changed = _rewrite(llama3, tmp_path / 'two', two)
+  with pytest.raises(ValueError, match=r'score\.weight has shape \[2, 32\].*\(num_labels 1\)'):
+    reader.load_params(changed, reader.load_config(changed), 'scalar')
+
+
+def test_refuses_mixed_layers_only_when_their_dtype_is_kept(llama3, tmp_path):
+  name = 'model.layers.1.mlp.up_proj.weight'
+
+  def mix(tensors):
+    return tensors | {name: tensors[name].astype(np.float16)}
+
+  mixed = _rewrite(llama3, tmp_path / 'mixed', mix)
+  config = reader.load_config(mixed)
+  reader.load_params(mixed, config, 'language')
+  with pytest.raises(ValueError, match=r'up_proj\.weight have dtypes F16, F32.*name the dtype'):
+    reader.load_params(mixed, config, 'language', dtype='')
+
+
+def test_refuses_unknown_dtype_and_head(llama3):
+  config = reader.load_config(llama3)
+  with pytest.raises(ValueError, match=r"dtype='int8' is not one of float64, float32"):
+    reader.load_params(llama3, config, 'language', dtype='int8')
+  with pytest.raises(ValueError, match="head='value' is not one of"):
+    reader.load_params(llama3, config, 'value')
