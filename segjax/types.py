@@ -19,10 +19,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def _pytree(cls):
-  """A frozen dataclass whose fields are arrays, known to jax as a pytree."""
+  """A frozen dataclass whose fields are arrays, known to jax as a pytree.
+
+  jax rebuilds trees with shapes, shardings and host arrays in place of the arrays, so unflattening
+  goes past `__init__` and the checks of shape that tests put there.
+  """
   cls = dataclasses.dataclass(frozen=True)(cls)
   names = [field.name for field in dataclasses.fields(cls)]
-  return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+  keys = [jax.tree_util.GetAttrKey(name) for name in names]
+
+  def flatten(tree):
+    return [(key, getattr(tree, key.name)) for key in keys], None
+
+  def unflatten(_, leaves):
+    tree = object.__new__(cls)
+    for name, leaf in zip(names, leaves, strict=True):
+      object.__setattr__(tree, name, leaf)
+    return tree
+
+  jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+  return cls
 
 
 @_pytree

@@ -90,13 +90,14 @@ class Conversations:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Tokenised preferences, each side prompt and response together."""
+  """Tokenised preferences, each side prompt and response together; `row` is the source's."""
 
   chosen: Ragged
   rejected: Ragged
   chosen_finished: np.ndarray
   rejected_finished: np.ndarray
   prompt_length: np.ndarray
+  row: np.ndarray
   group: np.ndarray
   length: int
   pad_id: int
@@ -210,6 +211,18 @@ def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray
     )
   epoch, position = divmod(step, num_rows // batch)
   return _permutation(num_rows, seed, epoch)[position * batch : (position + 1) * batch].copy()
+
+
+def stream_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
+  """The rows of one step out of an endless stream of epochs: int64 [batch].
+
+  As `batch_indices`, but an epoch's tail goes into the next batch, and a batch may be larger than
+  the dataset: prompts are few and sampled from again.
+  """
+  position = np.arange(step * batch, (step + 1) * batch)
+  epoch, row = np.divmod(position, num_rows)
+  orders = {e: _permutation(num_rows, seed, int(e)) for e in np.unique(epoch)}
+  return np.array([orders[e][r] for e, r in zip(epoch, row, strict=True)])
 
 
 def chunks(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -19,7 +19,7 @@ OVERLONG = ('truncate_left', 'drop', 'error')
 
 _DROPPED = ('dropped_overlong', 'dropped_identical', 'dropped_empty')
 _CHUNK = 1024  # rows tokenised per call
-_ROUND = 16  # lengths are rounded up to a multiple of this
+_ROUND = 8  # lengths are rounded up to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,8 @@ def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
     return [prompt, *tokenizer.response_texts(pair.prompt, prompt, answers)], has_words
 
   kept, counts = [], _new_counts(rows)
-  for where, key, texts, has_words in _tokenised(rows, tokenizer, as_pair, write):
+  read = _tokenised(rows, tokenizer, as_pair, write)
+  for index, (where, key, texts, has_words) in enumerate(read):
     found = tuple(len(ids) for ids in texts)
     cut = pair_lengths(*found, limits)
     if cut != found and _is_dropped(where, _described(found), limits, counts):
@@ -126,9 +127,9 @@ def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
     else:
       counts['truncated'] += cut != found
       both = [np.array(prompt + side, np.int32) for side in sides]
-      kept.append((*both, *finished, len(prompt), key))
+      kept.append((*both, *finished, len(prompt), index, key))
   length = _fixed_length([t for row in kept for t in row[:2]], limits.max_length, rows, counts)
-  chosen, rejected, chosen_finished, rejected_finished, prompt_length, group = zip(
+  chosen, rejected, chosen_finished, rejected_finished, prompt_length, row, group = zip(
     *kept, strict=True
   )
   return Pairs(
@@ -137,6 +138,7 @@ def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
     chosen_finished=np.array(chosen_finished, bool),
     rejected_finished=np.array(rejected_finished, bool),
     prompt_length=np.array(prompt_length, np.int32),
+    row=np.array(row, np.int64),
     group=np.array(group, np.uint64),
     length=length,
     pad_id=tokenizer.pad_id,

@@ -55,7 +55,7 @@ def test_pair_batch_by_hand(llama3):
     assert np.flatnonzero(side.response_mask[0]).tolist() == list(range(len(prompt), real))
     assert side.finished.tolist() == [True]
   assert data.counts == {'rows': 1, **NONE}
-  assert data.length % 16 == 0
+  assert data.length % 8 == 0
   assert batch.chosen.ids.shape == batch.rejected.ids.shape == (1, data.length)
 
 

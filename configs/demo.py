@@ -1,0 +1,59 @@
+"""The demo's settings, stage by stage: a laptop's two cores, nothing to download.
+
+The language has 16 clause templates over 8 animals and 6 places (segjax/data/demo.py).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from segjax.settings import JOBS
+
+
+def assign(config: ConfigDict, last_job: str) -> None:
+  """The demo up to and including `last_job`."""
+  config.stages = JOBS[: JOBS.index(last_job) + 1]
+  config.network.update(models.tiny())
+  config.demo.sft_rows = 16_384
+  config.demo.pairs = 16_384
+  config.data.max_length = 128
+  config.data.max_prompt_length = 32
+
+  config.sft.batch = 64
+  config.sft.steps = 300
+  config.sft.optimizer.learning_rate = 1e-2
+  config.sft.optimizer.warmup_ratio = 0.05
+  config.sft.optimizer.beta2 = 0.99
+
+  config.reward.entropy_threshold = 1.0  # nats; a fork has at most ln 2, a clause start over 1.5
+  config.reward.batch = 64
+  config.reward.steps = 600
+  config.reward.holdout = 0.1
+  config.reward.optimizer.learning_rate = 2e-3
+  config.reward.optimizer.warmup_ratio = 0.05
+  config.reward.optimizer.beta2 = 0.99
+
+  config.normalizer.pairs = 2048
+  config.normalizer.batch = 128
+
+  config.rollout.max_new_tokens = 48
+  config.ppo.steps = 40
+  config.ppo.rollout_batch = 128
+  config.ppo.minibatch = 64
+  config.ppo.epochs = 2
+  config.ppo.kl_coef = 0.1
+  config.ppo.policy_optimizer.learning_rate = 1e-3
+  config.ppo.policy_optimizer.beta2 = 0.99
+  config.ppo.critic_optimizer.learning_rate = 2e-3
+  config.ppo.critic_optimizer.beta2 = 0.99
+
+  config.evaluate.samples = 16
+  config.evaluate.batch = 128
+  config.evaluate.gold = 'segjax.data.demo:gold'
+  config.evaluate.boundary = 'segjax.data.demo:is_boundary'
+
+
+def longer(config: ConfigDict) -> None:
+  """The harder variant: responses of 8 to 12 clauses."""
+  config.demo.min_clauses = 8
+  config.demo.max_clauses = 12
+  config.rollout.max_new_tokens = 112

@@ -1,0 +1,26 @@
+"""Held-out prompts: the reference against the policy.
+
+  python -m segjax.main --config=configs/evaluate.py:local \\
+    --config.policy.path=PPO_MODEL --config.reference.path=SFT_MODEL \\
+    --config.reward_model.path=REWARD_MODEL --config.data.path=PROMPTS
+
+Presets: demo (the whole demo), local.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+from segjax import settings
+
+
+def get_config(preset: str = 'demo') -> ConfigDict:
+  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
+  name, granularity = settings.parse_preset(preset, ('demo', 'local'))
+  config = settings.default_config()
+  config.stages = ('evaluate',)
+  if name == 'demo':
+    demo.assign(config, last_job='evaluate')
+    config.reward.granularity = granularity or 'segment'
+  else:
+    config.reward_model.granularity = granularity  # '': as segment_reward.json says
+  return config

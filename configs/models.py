@@ -1,0 +1,43 @@
+"""Sizes of the Llama family: what the demo builds, and counts where a checkpoint is not at hand."""
+
+
+def tiny() -> dict:
+  """The demo's network; its vocabulary is that of the demo's tokenizer."""
+  return {
+    'vocab_size': 0,
+    'hidden_size': 64,
+    'intermediate_size': 192,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'max_position_embeddings': 256,
+    'initializer_range': 0.1,  # a narrow network needs wider weights than N(0, 0.02)
+  }
+
+
+def llama3_8b() -> dict:
+  """Llama-3 8B, and RLHFlow/LLaMA3-SFT-v2, which has its sizes."""
+  return {
+    'vocab_size': 128_256,
+    'hidden_size': 4096,
+    'intermediate_size': 14_336,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 8,
+    'max_position_embeddings': 8192,
+  }
+
+
+def llama31_8b() -> dict:
+  """Llama-3.1 8B: as Llama-3, with a longer context."""
+  return llama3_8b() | {'max_position_embeddings': 131_072}
+
+
+def llama32_1b() -> dict:
+  """Llama-3.2 1B, embeddings tied."""
+  return llama31_8b() | {
+    'hidden_size': 2048,
+    'intermediate_size': 8192,
+    'num_hidden_layers': 16,
+    'tie_word_embeddings': True,
+  }

@@ -1,0 +1,27 @@
+"""The location-aware normaliser of a reward model, fitted and stored beside its weights.
+
+  python -m segjax.main --config=configs/normalizer.py:local \\
+    --config.reward_model.path=REWARD_MODEL --config.reference.path=SFT_MODEL \\
+    --config.data.path=PAIRS
+
+Presets: demo (the demo up to this job), local; `,token` or `,bandit` after local names the
+granularity of a reward model that has no segment_reward.json.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+from segjax import settings
+
+
+def get_config(preset: str = 'demo') -> ConfigDict:
+  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
+  name, granularity = settings.parse_preset(preset, ('demo', 'local'))
+  config = settings.default_config()
+  config.stages = ('normalizer',)
+  if name == 'demo':
+    demo.assign(config, last_job='normalizer')
+    config.reward.granularity = granularity or 'segment'
+  else:
+    config.reward_model.granularity = granularity  # '': as segment_reward.json says
+  return config

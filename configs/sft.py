@@ -1,0 +1,22 @@
+"""Supervised fine-tuning on chat rows, loss on the assistant's turns.
+
+  python -m segjax.main --config=configs/sft.py:local \\
+    --config.policy.path=MODEL --config.data.path=CHATS
+
+Presets: demo (the demo up to this job), local.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+from segjax import settings
+
+
+def get_config(preset: str = 'demo') -> ConfigDict:
+  """The settings of a preset."""
+  name, _ = settings.parse_preset(preset, ('demo', 'local'))
+  config = settings.default_config()
+  config.stages = ('sft',)
+  if name == 'demo':
+    demo.assign(config, last_job='sft')
+  return config

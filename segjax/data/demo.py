@@ -1,0 +1,278 @@
+"""A small language with a known gold reward, for the built-in demo and for experiments.
+
+It writes a tokenizer and rows as a user would bring them; nothing here trains anything.
+
+A prompt asks about an animal of a place. A response is a run of clauses, each a template with one
+fork: the words before it are shared by both ways, so a clause's value is known only near its end.
+There are two kinds:
+  fact      true or false of this animal, or of this place
+  remark    follows up on the fork of the clause before: 'so' must agree with it, 'yet' must differ
+The gold reward of a response is the mean of its clauses' values: +1 for a true fact or a fitting
+remark, -1 for a false fact, an unfitting remark, a repeated clause or a broken one. An empty
+response has -1.
+
+The writer of the rows knows little: it takes the right way out of a fork with probability `skill`,
+so within a clause a next-token distribution has at most ln 2 nats, while at the start of a clause
+any of the unused templates may come.
+"""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ANIMALS = ('otter', 'raven', 'lynx', 'heron', 'badger', 'gecko', 'bison', 'marten')
+PLACES = ('coast', 'valley', 'forest', 'desert', 'island', 'marsh')
+QUESTIONS = ('describe the {} of the {}', 'tell of the {} from the {}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A clause: `head`, one of two words, `tail` and a full stop. `about`: what decides its value."""
+
+  head: str
+  fork: tuple[str, str]
+  tail: str
+  about: str
+
+  def text(self, way: int) -> str:
+    """The clause with way 0 or 1 of its fork."""
+    return f'{self.head} {self.fork[way]} {self.tail} .'
+
+
+TEMPLATES = (
+  Template('its coat feels', ('soft', 'rough'), 'to touch', 'animal'),
+  Template('keepers feed it', ('meat', 'grain'), 'each morning', 'animal'),
+  Template('young ones', ('swim', 'climb'), 'quite early', 'animal'),
+  Template('scientists call its hearing', ('sharp', 'dull'), 'by nature', 'animal'),
+  Template('books describe it as', ('calm', 'fierce'), 'towards strangers', 'animal'),
+  Template('children find its voice', ('loud', 'quiet'), 'at once', 'animal'),
+  Template('nobody doubts it is', ('clever', 'slow'), 'at games', 'animal'),
+  Template('small groups travel', ('east', 'west'), 'every spring', 'animal'),
+  Template('summers there are', ('wet', 'dry'), 'these days', 'place'),
+  Template('people call it', ('lucky', 'cursed'), 'in stories', 'place'),
+  Template('winter makes it grow', ('thin', 'fat'), 'within weeks', 'place'),
+  Template('farmers find it', ('useful', 'harmful'), 'near home', 'place'),
+  Template('so visitors', ('approach', 'avoid'), 'it gladly', 'so'),
+  Template('so guides', ('praise', 'blame'), 'it aloud', 'so'),
+  Template('yet hunters', ('spare', 'chase'), 'it anyway', 'yet'),
+  Template('yet parents', ('welcome', 'refuse'), 'it indoors', 'yet'),
+)
+
+SPECIAL_TOKENS = (
+  '<|begin_of_text|>',
+  '<|start_header_id|>',
+  '<|end_header_id|>',
+  '<|eot_id|>',
+  '<|pad|>',
+)
+CHAT_TEMPLATE = (
+  '<|begin_of_text|>{% for message in messages %}'
+  "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+  "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+  '{% if add_generation_prompt %}'
+  "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+# The facts of the language: which way of each template is true of each subject. Part of the
+# language, so the same in every run.
+_rng = np.random.default_rng(2501_02790)
+_TRUTH = {
+  name: tuple(int(way) for way in _rng.integers(0, 2, len(TEMPLATES)))
+  for name in (*ANIMALS, *PLACES)
+}
+_CLAUSES = {
+  template.text(way): (index, way) for index, template in enumerate(TEMPLATES) for way in (0, 1)
+}
+
+
+def subject(prompt: str) -> tuple[str, str]:
+  """The animal and the place that a prompt asks about; ValueError if it does not."""
+  words = prompt.split()
+  animal = next((word for word in words if word in ANIMALS), None)
+  place = next((word for word in words if word in PLACES), None)
+  if animal is None or place is None:
+    raise ValueError(f'prompt {prompt!r} does not ask about an animal of a place.')
+  return animal, place
+
+
+def right_way(index: int, prompt: str, previous_way: int | None) -> int | None:
+  """The way of template `index` that has value +1 here; None where neither has."""
+  about = TEMPLATES[index].about
+  animal, place = subject(prompt)
+  if about in ('animal', 'place'):
+    return _TRUTH[animal if about == 'animal' else place][index]
+  if previous_way is None:
+    return None
+  return previous_way if about == 'so' else 1 - previous_way
+
+
+def clause_values(prompt: str, response: str) -> list[float]:
+  """The value, +1 or -1, of each clause of a response; see the module's docstring."""
+  values, said, previous_way = [], set(), None
+  for clause in split_clauses(response):
+    index, way = _CLAUSES.get(clause, (None, None))
+    right = index is not None and index not in said
+    values.append(1.0 if right and right_way(index, prompt, previous_way) == way else -1.0)
+    said.add(index)
+    previous_way = way
+  return values
+
+
+def split_clauses(response: str) -> list[str]:
+  """The clauses of a response, each with its full stop; the last may lack one."""
+  parts = response.split(' ')
+  clauses, words = [], []
+  for word in filter(None, parts):
+    words.append(word)
+    if word == '.':
+      clauses.append(' '.join(words))
+      words = []
+  return [*clauses, ' '.join(words)] if words else clauses
+
+
+def gold(prompt: str, response: str) -> float:
+  """The gold reward: the mean value of the clauses; -1 for an empty response."""
+  values = clause_values(prompt, response)
+  return float(np.mean(values)) if values else -1.0
+
+
+def is_boundary(token: str) -> bool:
+  """Whether a clause ends with this token."""
+  return token == '.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+  """How rows are written: the numbers of clauses and of rows, the writer's skill.
+
+  Attributes:
+    skill: probability of the right way out of a fork.
+    sharpness: the label of a pair prefers a by σ(sharpness (gold(a) - gold(b))).
+    broken: probability that a clause of a pair is broken (a word lost or swapped).
+  """
+
+  min_clauses: int = 2
+  max_clauses: int = 5
+  sft_rows: int = 4096
+  pairs: int = 8192
+  skill: float = 0.6
+  repeats: float = 0.05
+  broken: float = 0.04
+  sharpness: float = 4.0
+
+
+def write(directory: Path, language: Language, seed: int) -> None:
+  """Writes the tokenizer (HF form) and sft, pairs, prompts and held_out rows (JSONL, gzipped).
+
+  The held-out prompts ask about (animal, place) pairs that no other row mentions.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  write_tokenizer(directory / 'tokenizer')
+  rng = np.random.default_rng(seed)
+  combinations = [(a, p) for a in ANIMALS for p in PLACES]
+  order = rng.permutation(len(combinations))
+  held_out = [combinations[i] for i in order[: len(order) // 4]]
+  known = [combinations[i] for i in order[len(order) // 4 :]]
+
+  def prompt():
+    return QUESTIONS[rng.integers(len(QUESTIONS))].format(*known[rng.integers(len(known))])
+
+  sft = []
+  for _ in range(language.sft_rows):
+    text = prompt()
+    sft.append({'messages': _chat(text, write_response(text, language, rng))})
+  pairs = [_pair(prompt(), language, rng) for _ in range(language.pairs)]
+  _write_rows(directory / 'sft.jsonl.gz', sft)
+  _write_rows(directory / 'pairs.jsonl.gz', pairs)
+  for name, subjects in (('prompts', known), ('held_out', held_out)):
+    rows = [{'prompt': question.format(*pair)} for pair in subjects for question in QUESTIONS]
+    _write_rows(directory / f'{name}.jsonl.gz', rows)
+
+
+def write_response(prompt: str, language: Language, rng: np.random.Generator) -> str:
+  """A response as the language's writer gives it."""
+  clauses: list[str] = []
+  unused = list(range(len(TEMPLATES)))
+  used: list[int] = []
+  previous_way = None
+  for _ in range(rng.integers(language.min_clauses, language.max_clauses + 1)):
+    again = used and rng.random() < language.repeats
+    fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
+    index = int(rng.choice(used if again else fitting))
+    right = right_way(index, prompt, previous_way)
+    way = int(rng.integers(2)) if right is None else right
+    way = way if rng.random() < language.skill else 1 - way
+    clauses.append(TEMPLATES[index].text(way))
+    unused = [i for i in unused if i != index]
+    used.append(index)
+    previous_way = way
+  return ' '.join(clauses)
+
+
+def _pair(prompt: str, language: Language, rng: np.random.Generator) -> dict[str, Any]:
+  """Two responses, labelled by a Bradley-Terry judge of their gold rewards."""
+  first, second = (
+    _break(write_response(prompt, language, rng), language.broken, rng) for _ in range(2)
+  )
+  margin = language.sharpness * (gold(prompt, first) - gold(prompt, second))
+  if rng.random() >= 1 / (1 + np.exp(-margin)):
+    first, second = second, first
+  return {'messages': _chat(prompt), 'chosen': first, 'rejected': second}
+
+
+def _break(response: str, probability: float, rng: np.random.Generator) -> str:
+  """The response with some clauses damaged: a word lost, or two neighbours swapped."""
+  clauses = []
+  for clause in split_clauses(response):
+    words = clause.split(' ')
+    if rng.random() < probability:
+      at = int(rng.integers(len(words) - 2))
+      if rng.random() < 0.5:
+        del words[at]
+      else:
+        words[at : at + 2] = words[at + 1], words[at]
+    clauses.append(' '.join(words))
+  return ' '.join(clauses)
+
+
+def _chat(prompt: str, response: str | None = None) -> list[dict[str, str]]:
+  messages = [{'role': 'user', 'content': prompt}]
+  return messages if response is None else [*messages, {'role': 'assistant', 'content': response}]
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+  # mtime=0: equal rows make equal files, so that a second run finds its inputs unchanged.
+  with gzip.GzipFile(path, 'wb', mtime=0) as file:
+    file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
+
+
+def write_tokenizer(directory: Path) -> None:
+  """One token a word, with Llama-3's special tokens and chat template, in HF form."""
+  from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+  from transformers import PreTrainedTokenizerFast
+
+  words = {'user', 'assistant', 'system', '.', *ANIMALS, *PLACES}
+  for text in (*QUESTIONS, *_CLAUSES):
+    words.update(text.replace('{}', '').split())
+  vocabulary = [*SPECIAL_TOKENS, '<|unknown|>', *sorted(words)]
+  vocabulary += [f'<|reserved_{i}|>' for i in range(-len(vocabulary) % 16)]
+  tokenizer = Tokenizer(
+    models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token='<|unknown|>')
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  tokenizer.decoder = decoders.WordPiece(prefix='##', cleanup=False)
+  tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+  fast = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    bos_token=SPECIAL_TOKENS[0],
+    eos_token='<|eot_id|>',
+    pad_token='<|pad|>',
+    unk_token='<|unknown|>',
+    clean_up_tokenization_spaces=False,
+  )
+  fast.chat_template = CHAT_TEMPLATE
+  fast.save_pretrained(directory)

@@ -1,0 +1,47 @@
+"""The built-in language: writes its tokenizer, rows and an untrained network, for the other jobs.
+
+What it writes has the form that a user would bring: an HF directory and JSON lines.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from segjax.data import demo
+from segjax.data.sources import load_rows
+from segjax.data.tokenizer import load_tokenizer
+from segjax.hf.writer import copy_tokenizer, save_checkpoint
+from segjax.jobs.stage import Stage
+from segjax.model.heads import init_params
+from segjax.model.llama import config_of, num_parameters
+
+
+def run(stage: Stage) -> dict[str, Any]:
+  """Writes `rows/` (see `data.demo.write`) and `model/`, random weights with the tokenizer."""
+  s = stage.settings.demo
+  language = demo.Language(
+    min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
+  )
+  rows = stage.directory / 'rows'
+  demo.write(rows, language, stage.settings.seed)
+  tokenizer = load_tokenizer(str(rows / 'tokenizer'))
+  network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
+  config = config_of(network)
+  params = jax.jit(init_params, static_argnums=(1, 2))(stage.key('params'), config, 'language')
+  save_checkpoint(stage.model_directory, params, config, 'language')
+  copy_tokenizer(rows / 'tokenizer', stage.model_directory)
+  return {'parameters': num_parameters(config), 'pairs': s.pairs, 'sft_rows': s.sft_rows}
+
+
+def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:
+  """How often the gold reward agrees with the labels of these pairs; a tie counts half."""
+  pairs = load_rows(str(rows / 'pairs.jsonl.gz'))
+  agreed = 0.0
+  for index in held_out:
+    row = pairs[index]
+    prompt = row['messages'][-1]['content']
+    chosen, rejected = (demo.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
+    agreed += (chosen > rejected) + 0.5 * (chosen == rejected)
+  return agreed / len(held_out)

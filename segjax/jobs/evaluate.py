@@ -1,0 +1,226 @@
+"""Before against after: the reference and the policy on held-out prompts."""
+
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.data.batches import Prompts, chunks
+from segjax.data.encoding import encode_prompts
+from segjax.data.sources import load_rows
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.jobs import stage as jobs
+from segjax.jobs.ppo import prompt_limits
+from segjax.jobs.stage import Stage
+from segjax.report.console import say, table
+from segjax.report.segments import render
+from segjax.rl.segmentation import content_mask
+from segjax.settings import spread
+from segjax.train import segment_reward
+from segjax.train.experience import Recipe, make_experience, score
+from segjax.train.rollout import rollout
+from segjax.types import Experience
+
+
+class Sampled(NamedTuple):
+  """The responses of one model: experience on the host, prompts and texts, gold where known."""
+
+  experience: Experience
+  prompts: list[str]
+  texts: list[str]
+  gold: np.ndarray | None
+
+
+def run(stage: Stage) -> dict[str, Any]:
+  """Samples config.evaluate.samples responses per prompt from the reference and from the policy.
+
+  Returns the figures of both, also printed and written to `results.json`: score of the reward
+  model, gold where config.evaluate.gold names a function, KL, length, segments, EOS rate.
+  """
+  s = stage.settings
+  jobs.check_batch('evaluate.batch', s.evaluate.batch, stage)
+  gold = function(s.evaluate.gold, 'evaluate.gold')
+  is_boundary = function(s.evaluate.boundary, 'evaluate.boundary')
+  paths = {
+    'policy': jobs.required(s.policy.path, 'policy.path'),
+    'reference': jobs.required(s.reference.path, 'reference.path'),
+    'reward': jobs.required(s.reward_model.path, 'reward_model.path'),
+  }
+  meaning = segment_reward.resolve(s.reward_model, paths['reward'], paths['policy'])
+  segment_reward.check_tokenizer(None, paths['reference'], paths['policy'])
+  networks = {name: jobs.network(stage, path) for name, path in paths.items()}
+  recipe = Recipe(
+    **networks,
+    critic=networks['reward'],
+    granularity=meaning.granularity,
+    entropy_threshold=meaning.entropy_threshold,
+    spread=spread(s, meaning.granularity),
+    ppo=s.ppo,
+  )
+  tokenizer = jobs.tokenizer_of(stage, paths['policy'])
+  prompts = encode_prompts(
+    load_rows(s.data.path, s.data.split, s.data.limit), tokenizer, prompt_limits(stage, recipe)
+  )
+  jobs.describe(stage, prompts)
+  params = {
+    name: jobs.load(stage, path, networks[name], 'scalar' if name == 'reward' else 'language')
+    for name, path in paths.items()
+  }
+  normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
+
+  def sample(name: str) -> Sampled:
+    models = params | {'policy': params[name]}
+    return _sample(stage, models, recipe, prompts, tokenizer, normalizer)
+
+  sampled = {'before': _judge(sample('reference'), gold), 'after': _judge(sample('policy'), gold)}
+  figures = {name: _figures(one) for name, one in sampled.items()}
+  if is_boundary is not None:
+    figures['before']['boundary_f1'] = boundary_f1(
+      sampled['before'].experience, tokenizer, is_boundary
+    )
+  _show(stage, figures, sampled, tokenizer)
+  path = stage.directory / 'results.json'
+  path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+  return figures
+
+
+def function(path: str, key: str) -> Callable | None:
+  """The function that 'module:function' names; None for ''; ValueError names the config key."""
+  if not path:
+    return None
+  module, _, name = path.partition(':')
+  try:
+    return getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f"config.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
+    ) from error
+
+
+def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer):
+  """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
+  s = stage.settings
+  repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples)
+  parts = []
+  for number, (rows, real) in enumerate(chunks(len(repeated), s.evaluate.batch)):
+    batch = prompts.gather(repeated[rows], np.asarray)
+    found = rollout(
+      params['policy'],
+      batch.prompt_ids,
+      batch.prompt_length,
+      jax.random.fold_in(stage.key('samples'), number),
+      config=recipe.policy,
+      settings=s.rollout,
+      stop_ids=tokenizer.stop_ids,
+      mesh=stage.mesh,
+    )
+    scored = score(params, found, recipe=recipe)
+    experience, _ = make_experience(found, scored, normalizer, recipe=recipe)
+    parts.append(jax.tree.map(lambda x, real=real: x[:real], jax.device_get(experience)))
+  experience = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+  texts = [
+    tokenizer.decode(ids[mask])
+    for ids, mask in zip(
+      experience.rollout.response_ids, experience.rollout.response_mask, strict=True
+    )
+  ]
+  return Sampled(experience, [prompts.messages(i)[-1]['content'] for i in repeated], texts, None)
+
+
+def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
+  if gold is None:
+    return sampled
+  pairs = zip(sampled.prompts, sampled.texts, strict=True)
+  return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
+
+
+def interval(values: np.ndarray, groups: list[str]) -> dict[str, float]:
+  """Mean and 95 % interval over responses, in clusters by prompt.
+
+  Responses to one prompt are not independent: the standard error is that of the prompts' means.
+  """
+  _, group = np.unique(groups, return_inverse=True)
+  means = np.bincount(group, values) / np.bincount(group)
+  mean = float(np.mean(values))
+  half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else float('nan')
+  return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': len(values)}
+
+
+def _figures(sampled: Sampled) -> dict[str, Any]:
+  """What is reported of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
+  e = sampled.experience
+  mask, ends = e.rollout.response_mask, e.segments.end
+  per_row = np.where(ends, e.score, 0).sum(1) / np.maximum(ends.sum(1), 1)
+  difference = np.where(mask, e.rollout.old_logprob - e.ref_logprob, 0)
+  figures = {
+    'score': interval(per_row, sampled.prompts),
+    'kl_nats': float(difference.sum(1).mean()),
+    'length': float(mask.sum(1).mean()),
+    'segments': float(e.segments.num_segments.mean()),
+    'eos_rate': float(e.rollout.finished.mean()),
+  }
+  if sampled.gold is not None:
+    figures['gold'] = interval(sampled.gold, sampled.prompts)
+  return figures
+
+
+def boundary_f1(
+  experience: Experience, tokenizer: ChatTokenizer, is_boundary: Callable[[str], bool]
+) -> float:
+  """F1 of segment ends against true ends, over content tokens.
+
+  The last content token of a response is left out on both sides: it ends a segment by definition.
+  """
+  rollout = experience.rollout
+  content = np.asarray(
+    jax.vmap(content_mask)(jnp.asarray(rollout.response_mask), jnp.asarray(rollout.finished))
+  )
+  position = np.arange(content.shape[1])
+  inner = content & (position < (content * position).max(1, keepdims=True))
+  known = {i: bool(is_boundary(tokenizer.decode([i]))) for i in np.unique(rollout.response_ids)}
+  true = np.vectorize(known.get)(rollout.response_ids).astype(bool) & inner
+  found = experience.segments.end & inner
+  return float(2 * (true & found).sum() / max(true.sum() + found.sum(), 1))
+
+
+def _show(stage: Stage, figures, sampled: dict[str, Sampled], tokenizer: ChatTokenizer) -> None:
+  def ranged(value):
+    return f'{value["mean"]:.3f} [{value["low"]:.3f}, {value["high"]:.3f}]'
+
+  labels = {
+    'gold': 'gold reward, mean [95 % interval]',
+    'score': "reward model's score, mean [95 % interval]",
+    'kl_nats': 'KL to the reference, nats per response',
+    'length': 'length, tokens',
+    'segments': 'segments per response',
+    'eos_rate': 'responses that end in EOS',
+    'boundary_f1': 'F1 of segment boundaries',
+  }
+  rows = []
+  for key, label in labels.items():
+    cells = [figures[name].get(key) for name in ('before', 'after')]
+    if any(cell is not None for cell in cells):
+      shown = (
+        '' if cell is None else ranged(cell) if isinstance(cell, dict) else f'{cell:.3f}'
+        for cell in cells
+      )
+      rows.append((label, *shown))
+  table('Held-out prompts, before and after PPO', ('', 'before', 'after'), rows)
+  step = max(1, len(sampled['after'].texts) // max(1, stage.settings.evaluate.show))
+  for index in range(0, step * stage.settings.evaluate.show, step)[: len(sampled['after'].texts)]:
+    for name, one in sampled.items():
+      gold = '' if one.gold is None else f', gold {one.gold[index]:+.2f}'
+      say(f'\n{name}{gold}: {one.prompts[index]}')
+      e = one.experience
+      mask = e.rollout.response_mask[index]
+      lines = render(
+        e.rollout.response_ids[index][mask],
+        e.segments.segment_id[index][mask],
+        e.reward[index][mask],
+        tokenizer.decode,
+      )
+      say('\n'.join(f'  {line}' for line in lines))

@@ -1,0 +1,46 @@
+"""Supervised fine-tuning: conversations to a policy that answers as they do."""
+
+from typing import Any
+
+from segjax.data.batches import batch_indices
+from segjax.data.encoding import encode_conversations
+from segjax.data.sources import load_rows
+from segjax.hf.writer import save_checkpoint
+from segjax.jobs import stage as jobs
+from segjax.jobs.stage import Stage
+from segjax.train.optimizer import init_state
+from segjax.train.sft_step import sft_step
+
+
+def run(stage: Stage) -> dict[str, Any]:
+  """Trains config.policy.path on config.data.path; writes `model/`, returns the last metrics."""
+  settings = stage.settings.sft
+  jobs.check_batch('sft.batch', settings.batch, stage)
+  source = jobs.required(stage.settings.policy.path, 'policy.path')
+  config = jobs.network(stage, source, trained=True)
+  tokenizer = jobs.tokenizer_of(stage, source)
+  data = stage.settings.data
+  dataset = encode_conversations(
+    load_rows(data.path, data.split, data.limit), tokenizer, jobs.limits(stage, config)
+  )
+  jobs.describe(stage, dataset)
+  total = jobs.num_steps(settings.steps, settings.epochs, len(dataset), settings.batch, 'sft')
+  params = jobs.load(stage, source, config, 'language', trained=True)
+
+  def step_fn(states, step):
+    rows = batch_indices(len(dataset), settings.batch, stage.settings.seed, step)
+    batch = dataset.gather(rows, stage.place)
+    state, metrics = sft_step(
+      states['policy'],
+      batch.ids,
+      batch.mask,
+      config=config,
+      optimizer=settings.optimizer,
+      total_steps=total,
+    )
+    return {'policy': state}, metrics
+
+  states = {'policy': init_state(params, settings.optimizer, total)}
+  states, last = jobs.train(stage, states, step_fn, total, ['loss', 'entropy'])
+  save_checkpoint(stage.model_directory, states['policy'].params, config, 'language', source=source)
+  return {'steps': total, 'loss': last.get('loss'), 'rows': len(dataset)}

@@ -1,0 +1,137 @@
+"""What is read off the backbone: log-prob and entropy of tokens, or a scalar at every token.
+
+The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
+inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from segjax.model import sharding
+from segjax.model.llama import Llama, LlamaConfig
+from segjax.rl.logprobs import logprob_and_entropy
+
+HEADS = ('language', 'scalar')
+
+Params = dict[str, Any]
+
+
+class LanguageModel(nn.Module):
+  """Backbone and the projection to the vocabulary, which may be the embedding itself."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, 'B S']) -> tuple[Array, Array]:
+    """Hidden states [B, S, D] and the head's kernel [D, V]."""
+    backbone = Llama(self.config, name='backbone')
+    hidden = backbone(ids)
+    if self.config.tie_word_embeddings:
+      return hidden, backbone.embedding.T
+    return hidden, _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(
+      hidden.shape[-1]
+    )
+
+
+class ScalarModel(nn.Module):
+  """Backbone and a bias-free scalar head, as reward model and critic."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S']:
+    hidden = Llama(self.config, name='backbone')(ids)
+    width = hidden.shape[-1]
+    kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    return (hidden.astype(dtype) @ kernel.astype(dtype))[..., 0]
+
+
+class _Head(nn.Module):
+  features: int
+  stddev: float
+
+  @nn.compact
+  def __call__(self, width: int) -> Array:
+    return self.param('kernel', nn.initializers.normal(self.stddev), (width, self.features))
+
+
+def _module(config: LlamaConfig, head: str) -> nn.Module:
+  if head not in HEADS:
+    raise ValueError(f'head={head!r} is not one of {HEADS}.')
+  return LanguageModel(config) if head == 'language' else ScalarModel(config)
+
+
+def init_params(key: Array, config: LlamaConfig, head: str) -> Params:
+  """Random parameters: N(0, initializer_range), the scalar head N(0, 1 / (D + 1))."""
+  return nn.unbox(_module(config, head).init(key, jnp.zeros((1, 2), jnp.int32)))['params']
+
+
+def param_shapes(config: LlamaConfig, head: str) -> Params:
+  """The tree of parameter shapes, without making any parameter."""
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+  return jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
+
+
+def scores(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S']:
+  """The scalar head read AT each token, float32: a reward model's score of the text so far."""
+  return ScalarModel(config).apply({'params': params}, ids)
+
+
+def values(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S']:
+  """The scalar head read at the state BEFORE each token, float32; 0 for the first token."""
+  score = scores(params, ids, config)
+  return jnp.pad(score[:, :-1], ((0, 0), (1, 0)))
+
+
+def logits(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S V']:
+  """All next-token logits, float32. For tests and inspection: the array is huge."""
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids)
+  return _project(hidden, kernel)
+
+
+def token_logprobs(
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig
+) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
+  """log π(ids_t | ids_<t) and the entropy H_t of that distribution, nats, in one pass.
+
+  Both are float32 and 0 at the first token, which nothing predicts. The projection to the
+  vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward pass,
+  so that one [B, chunk, V] array is the largest that ever exists.
+  """
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids)
+  logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
+  return jnp.pad(logprob, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+
+
+def chunked_logprobs(
+  hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], target: Int[Array, 'B S'], chunk: int
+) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
+  """Log-prob of `target` and entropy under softmax(hidden kernel), in chunks along S."""
+
+  @jax.checkpoint
+  def one(hidden, target):
+    return logprob_and_entropy(_project(hidden, kernel), target)
+
+  batch, length, width = hidden.shape
+  if length <= chunk:
+    return one(hidden, target)
+  extra = -length % chunk
+  hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, -1, chunk, width)
+  target = jnp.pad(target, ((0, 0), (0, extra))).reshape(batch, -1, chunk)
+  hidden = sharding.constrain(jnp.moveaxis(hidden, 1, 0), 'chunked_hidden')
+  target = sharding.constrain(jnp.moveaxis(target, 1, 0), 'chunked_tokens')
+  _, results = jax.lax.scan(lambda carry, xs: (carry, one(*xs)), None, (hidden, target))
+  return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in results)
+
+
+def _project(hidden: Array, kernel: Array) -> Array:
+  """Float32 logits of hidden states in whatever dtype."""
+  logits = hidden.reshape(-1, hidden.shape[-1]) @ kernel.astype(hidden.dtype)
+  logits = logits.reshape(*hidden.shape[:-1], -1)
+  return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'logits')

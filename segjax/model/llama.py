@@ -1,0 +1,254 @@
+"""Llama-3 in Flax Linen: RMSNorm, RoPE with Llama-3.1 scaling, grouped queries, SwiGLU.
+
+The backbone only, tokens to hidden states: `heads` turns those into log-probs or scores, `decode`
+samples. Weight layout in HF files is `hf.layout`'s business.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from segjax.model import sharding
+from segjax.model.attention import attention
+from segjax.settings import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How RoPE frequencies are stretched for contexts longer than those trained on.
+
+  kind 'linear' divides every frequency by `factor`; 'llama3' divides the low ones, keeps the high
+  ones and blends between (Llama-3.1). The other fields belong to 'llama3'.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Sizes of the network (HF's names) and how it is run: dtype, remat, attention,
+  and how many positions' logits exist at once."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  max_position_embeddings: int = 8192
+  rms_norm_eps: float = 1e-5
+  rope_theta: float = 500_000.0
+  rope_scaling: RopeScaling | None = None
+  tie_word_embeddings: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  initializer_range: float = 0.02
+  dtype: str = 'float32'
+  remat: bool = True
+  attention: str = 'xla'
+  logprob_chunk: int = 256
+
+
+def config_of(network: Network) -> LlamaConfig:
+  """The network of those sizes, untrained."""
+  sizes = dataclasses.asdict(network)
+  return LlamaConfig(head_dim=network.hidden_size // network.num_attention_heads, **sizes)
+
+
+def num_parameters(config: LlamaConfig) -> int:
+  """Weights of the backbone with its language-model head."""
+  width, heads = config.hidden_size, config.head_dim
+  per_layer = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
+  per_layer += 3 * width * config.intermediate_size + 2 * width
+  if config.attention_bias:
+    per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads) + width
+  if config.mlp_bias:
+    per_layer += 2 * config.intermediate_size + width
+  embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+  return embeddings + config.num_hidden_layers * per_layer + width
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+  """Angle per position of each pair of channels, [head_dim / 2], radians.
+
+  f_i = θ^(-2i / head_dim). With 'llama3' scaling by s, original length N, wavelength λ = 2π / f:
+  f / s where λ > N / low, f where λ < N / high, and between them the blend
+  (1 - b) f / s + b f with b = (N / λ - low) / (high - low).
+  """
+  exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+  frequency = config.rope_theta**-exponent
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequency.astype(np.float32)
+  if scaling.kind == 'linear':
+    return (frequency / scaling.factor).astype(np.float32)
+  if scaling.kind != 'llama3':
+    raise ValueError(f'rope type {scaling.kind!r} is not one of default, linear, llama3.')
+  periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+  blend = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  blend = np.clip(blend, 0.0, 1.0)
+  return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
+
+
+def rotate(
+  x: Float[Array, 'B S H h'], positions: Int[Array, 'B S'], config: LlamaConfig
+) -> Float[Array, 'B S H h']:
+  """Rotary position embedding; channel i is paired with channel i + h / 2, as in HF's Llama."""
+  angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)[None, None]
+  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [B, S, 1, h / 2]
+  first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / √(mean(x²) + ε) · scale, in float32."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+    return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+class Linear(nn.Module):
+  """x W (+ b) in x's dtype; the leading axes are flattened, which XLA on CPU runs faster."""
+
+  features: int
+  use_bias: bool
+  stddev: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _']:
+    kernel = self.param('kernel', nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
+    y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+    return y
+
+
+class Block(nn.Module):
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  config: LlamaConfig
+
+  def setup(self):
+    c = self.config
+
+    def linear(features, use_bias):
+      return Linear(features, use_bias, c.initializer_range)
+
+    self.attention_norm = RMSNorm(c.rms_norm_eps)
+    self.query = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
+    self.key = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
+    self.value = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
+    self.output = linear(c.hidden_size, c.attention_bias)
+    self.mlp_norm = RMSNorm(c.rms_norm_eps)
+    self.gate = linear(c.intermediate_size, c.mlp_bias)
+    self.up = linear(c.intermediate_size, c.mlp_bias)
+    self.down = linear(c.hidden_size, c.mlp_bias)
+
+  def _heads(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _ h']:
+    return sharding.constrain(x.reshape(*x.shape[:2], -1, self.config.head_dim), 'heads')
+
+  def _project(self, x, positions):
+    y = self.attention_norm(x)
+    query = rotate(self._heads(self.query(y)), positions, self.config)
+    key = rotate(self._heads(self.key(y)), positions, self.config)
+    return query, key, self._heads(self.value(y))
+
+  def _finish(self, x, attended):
+    x = x + self.output(attended.reshape(*x.shape[:2], -1))
+    y = self.mlp_norm(x)
+    y = sharding.constrain(nn.silu(self.gate(y)) * self.up(y), 'mlp')
+    return sharding.constrain(x + self.down(y), 'hidden')
+
+  def __call__(
+    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S']
+  ) -> tuple[Float[Array, 'B S D'], None]:
+    """Causal, over whole sequences padded on the right; the None is what a scan collects."""
+    query, key, value = self._project(x, positions)
+    return self._finish(x, attention(query, key, value, None, self.config.attention)), None
+
+  def prefill(
+    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S'], mask: Bool[Array, 'B S S']
+  ) -> tuple[Float[Array, 'B S D'], tuple[Array, Array]]:
+    """Over prompts under an explicit mask; also returns the keys and values, [B, S, K, h]."""
+    query, key, value = self._project(x, positions)
+    return self._finish(x, attention(query, key, value, mask)), (key, value)
+
+  def decode(
+    self,
+    x: Float[Array, 'B 1 D'],
+    positions: Int[Array, 'B 1'],
+    mask: Bool[Array, 'B 1 S'],
+    cache: tuple[Float[Array, 'B S K h'], Float[Array, 'B S K h']],
+    slot: Int[Array, ''],
+  ) -> tuple[Float[Array, 'B 1 D'], tuple[Array, Array]]:
+    """One token per row: writes its key and value at `slot`, then attends to the cache."""
+    query, key, value = self._project(x, positions)
+    cache = tuple(
+      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
+      for old, new in zip(cache, (key, value), strict=True)
+    )
+    return self._finish(x, attention(query, *cache, mask)), cache
+
+
+class Llama(nn.Module):
+  """The backbone: tokens to hidden states after the final norm, layers scanned."""
+
+  config: LlamaConfig
+
+  def setup(self):
+    c = self.config
+    self.embedding = self.param(
+      'embedding', nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size)
+    )
+    block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+    self.layers = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=c.num_hidden_layers,
+    )(c)
+    self.norm = RMSNorm(c.rms_norm_eps)
+
+  def embed(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S D']:
+    """Token embeddings in the compute dtype."""
+    table = sharding.constrain(self.embedding.astype(self.config.dtype), 'embedding')
+    return sharding.constrain(table[ids], 'hidden')
+
+  def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
+    """The norm after the last layer."""
+    return self.norm(x)
+
+  def __call__(
+    self, ids: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None
+  ) -> Float[Array, 'B S D']:
+    """Hidden state after each token; rows are padded on the right, so no mask is needed."""
+    ids = sharding.constrain(ids, 'tokens')
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    x, _ = self.layers(self.embed(ids), positions)
+    return self.finish(x)
+
+
+def layer_params(params: dict[str, Any], index: int) -> dict[str, Any]:
+  """The parameters of layer `index` out of the stacked ones."""
+  return jax.tree.map(lambda leaf: leaf[index], params['layers'])

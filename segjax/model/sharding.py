@@ -1,0 +1,202 @@
+"""Where arrays live on the devices: the mesh, and one table of parameter and activation layouts.
+
+The only module that names mesh axes. It does not create or move weights: `hf.reader` and `train`
+ask it where a tensor belongs.
+
+Axes: `data` replicates the weights, `fsdp` splits weights and batch, `tensor` splits heads, MLP
+width and vocabulary. The batch is split over data and fsdp together.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')
+
+# One match per tensor: none or two is an error. Optimizer moments carry their parameter's path as
+# a suffix, so the same line places them. Stacked layers have L in front. The embedding is split on
+# its vocabulary only: splitting the width too makes the partitioner rematerialise it.
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+  (r'backbone/embedding$', P(('tensor', 'fsdp'), None)),
+  (r'layers/(query|key|value|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
+  (r'layers/(query|key|value|gate|up)/bias$', P(None, 'tensor')),
+  (r'layers/(output|down)/kernel$', P(None, 'tensor', 'fsdp')),
+  (r'layers/(output|down)/bias$', P(None, None)),
+  (r'layers/(attention_norm|mlp_norm)/scale$', P(None, None)),
+  (r'backbone/norm/scale$', P(None)),
+  (r'lm_head/kernel$', P('fsdp', 'tensor')),
+  (r'scalar_head/kernel$', P(None, None)),
+  (r'(^|/)(step|count|bad_steps|notfinite_count)$', P()),
+)
+
+ACTIVATION_RULES: dict[str, P] = {
+  'tokens': P(BATCH, None),
+  'hidden': P(BATCH, None, None),
+  'mlp': P(BATCH, None, 'tensor'),
+  'heads': P(BATCH, None, 'tensor', None),
+  'logits': P(BATCH, None, 'tensor'),
+  'chunked_hidden': P(None, BATCH, None, None),
+  'chunked_tokens': P(None, BATCH, None),
+  'embedding': P('tensor', None),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
+  """The device mesh; one axis may be -1 and takes the devices that the others leave.
+
+  Raises:
+    ValueError: where the axes' product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+    raise ValueError(f'mesh={sizes}: axes are positive, and at most one is -1 (the rest).')
+  known = math.prod(size for size in sizes if size > 0)
+  sizes = [len(devices) // known if size == -1 else size for size in sizes]
+  if math.prod(sizes) != len(devices):
+    raise ValueError(
+      f'mesh data x fsdp x tensor = {" x ".join(map(str, sizes))} does not use the {len(devices)} '
+      'devices exactly; set one axis to -1 to take what the others leave.'
+    )
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_devices(mesh: Mesh) -> int:
+  """Over how many devices the batch is split: every global batch must be a multiple of it."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batch(what: str, size: int, mesh: Mesh) -> None:
+  """ValueError, naming the sizes that would do, unless `size` rows divide over the mesh."""
+  parts = batch_devices(mesh)
+  if size % parts:
+    below = size // parts * parts
+    fits = f'{below} or {below + parts}' if below else str(parts)
+    raise ValueError(
+      f'{what} does not divide over the {parts} devices of the mesh axes data and fsdp; use {fits}.'
+    )
+
+
+def check_heads(heads: int, kv_heads: int, mesh: Mesh) -> None:
+  """ValueError unless query and key heads divide over the tensor axis."""
+  parts = mesh.shape['tensor']
+  if heads % parts or kv_heads % parts:
+    raise ValueError(
+      f'config.mesh.tensor={parts} does not divide the {heads} query and {kv_heads} key heads of '
+      f'the network; use a divisor of {math.gcd(heads, kv_heads)}.'
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A pytree path as 'a/b/c'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def parameter_spec(name: str) -> P:
+  """The layout of the tensor at path `name`; ValueError unless exactly one rule matches."""
+  found = [spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name)]
+  if len(found) != 1:
+    raise ValueError(
+      f'{len(found)} rules of PARAMETER_RULES match tensor {name!r}; exactly one must.'
+    )
+  return found[0]
+
+
+def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """`spec` without the axes that do not divide their dimension (an odd vocabulary, say)."""
+  entries = []
+  for dim, entry in zip(shape, tuple(spec), strict=True):
+    axes = [entry] if isinstance(entry, str) else list(entry or ())
+    while axes and dim % math.prod(mesh.shape[axis] for axis in axes):
+      axes.pop()
+    entries.append(tuple(axes) or None)
+  return P(*entries)
+
+
+def parameter_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+  """Where the tensor `name` of `shape` lives on `mesh`."""
+  return NamedSharding(mesh, _fitted(parameter_spec(name), shape, mesh))
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+  """The sharding of every leaf of a tree of arrays or shapes: parameters or optimizer state."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: parameter_sharding(path_name(path), leaf.shape, mesh), tree
+  )
+
+
+def _active_mesh() -> Any:
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, name: str) -> jax.Array:
+  """Lays activation `x` out as ACTIVATION_RULES[name]; no mesh set, no change."""
+  mesh = _active_mesh()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, _fitted(ACTIVATION_RULES[name], x.shape, mesh))
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+  """Splits x, of any rank, along its first axis; no mesh set, no change."""
+  mesh = _active_mesh()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, _fitted(_batch_spec(x.ndim), x.shape, mesh))
+
+
+def _batch_spec(rank: int) -> P:
+  return P(BATCH, *(None,) * (rank - 1))
+
+
+def constrain_tree(tree: Any, without: tuple[str, ...] = ()) -> Any:
+  """Lays parameters or optimizer state out by the table, at the end of a jitted step.
+
+  Args:
+    without: mesh axes to leave out. Decoding leaves out fsdp, so that the weights are gathered
+      once and not in every step.
+  """
+  mesh = _active_mesh()
+  if mesh is None:
+    return tree
+
+  def place(path, x):
+    spec = parameter_spec(path_name(path))
+    spec = P(*(_drop(entry, without) for entry in tuple(spec)))
+    return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _drop(entry: Any, axes: tuple[str, ...]) -> Any:
+  names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+  return tuple(name for name in names if name not in axes) or None
+
+
+def place_batch(tree: Any, mesh: Mesh) -> Any:
+  """Host arrays [B, ...] onto the mesh, split along B.
+
+  Raises:
+    ValueError: where B does not divide; it names the nearest sizes that do.
+  """
+
+  def place(x):
+    x = np.asarray(x)
+    check_batch(f'a batch of {x.shape[0]} rows', x.shape[0], mesh)
+    sharding = NamedSharding(mesh, _batch_spec(x.ndim))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(place, tree)
+
+
+def replicate(x: Any, mesh: Mesh) -> jax.Array:
+  """A host value as an array that every device holds whole."""
+  return jax.device_put(jnp.asarray(x), NamedSharding(mesh, P()))

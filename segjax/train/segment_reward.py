@@ -1,0 +1,123 @@
+"""segment_reward.json: what a reward model's scores mean, kept beside its weights.
+
+Without it a score is a bare number: how text was cut, how scores are aggregated, the normaliser,
+and which tokenizer all this belongs to.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from segjax.data.tokenizer import fingerprint, same_tokenizer
+from segjax.rl.normalizer import PUBLISHED
+from segjax.settings import RewardModel
+from segjax.types import Normalizer
+
+FILE = 'segment_reward.json'
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentReward:
+  """How to read a reward model; `normalizer` is None until it has been fitted.
+
+  `entropy_threshold` is in nats and plays no part for token and bandit granularity.
+  """
+
+  granularity: str
+  entropy_threshold: float
+  normalizer: Normalizer | None
+  normalizer_kind: str = ''
+  aggregation: str = 'mean'
+  tokenizer_sha256: str = ''
+
+
+def write(directory: Path, reward: SegmentReward) -> None:
+  """Writes segment_reward.json into the reward model's directory."""
+  normalizer = None
+  if reward.normalizer is not None:
+    values = {k: float(v) for k, v in vars(reward.normalizer).items()}
+    normalizer = {'kind': reward.normalizer_kind} | values
+  text = {
+    'version': VERSION,
+    'granularity': reward.granularity,
+    'entropy_threshold': reward.entropy_threshold,
+    'aggregation': reward.aggregation,
+    'normalizer': normalizer,
+    'tokenizer_sha256': reward.tokenizer_sha256,
+  }
+  (directory / FILE).write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+
+
+def read(directory: Path) -> SegmentReward | None:
+  """What segment_reward.json says; None where there is no such file."""
+  path = directory / FILE
+  if not path.exists():
+    return None
+  try:
+    text = json.loads(path.read_text(encoding='utf-8'))
+    if text['version'] != VERSION:
+      raise ValueError(f'version {text["version"]} is not {VERSION}')
+    normalizer = text['normalizer']
+    kind = normalizer.pop('kind') if normalizer else ''
+    return SegmentReward(
+      granularity=text['granularity'],
+      entropy_threshold=text['entropy_threshold'],
+      normalizer=Normalizer(**normalizer) if normalizer else None,
+      normalizer_kind=kind,
+      aggregation=text['aggregation'],
+      tokenizer_sha256=text['tokenizer_sha256'],
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{path}: {error!r}; fit it again by the normalizer job, or take the file away and name '
+      'granularity, threshold and normaliser in config.reward_model.'
+    ) from error
+
+
+def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> SegmentReward:
+  """What PPO uses: the stored file, each field overruled by the config where the config names it.
+
+  Raises:
+    ValueError: something is named by neither, or the tokenizers of reward model and policy differ.
+  """
+  stored = read(directory)
+  check_tokenizer(stored, directory, policy_directory)
+  granularity = settings.granularity or (stored.granularity if stored else '')
+  threshold = settings.entropy_threshold
+  if threshold < 0 and stored:
+    threshold = stored.entropy_threshold
+  kind, normalizer = '', None
+  if settings.normalizer == 'none':
+    kind, normalizer = 'none', Normalizer()
+  elif settings.normalizer:
+    kind = settings.normalizer
+    normalizer = PUBLISHED[settings.normalizer.partition(':')[2]]
+  elif stored:
+    kind, normalizer = stored.normalizer_kind, stored.normalizer
+  missing = []
+  if not granularity:
+    missing.append('config.reward_model.granularity (segment, token or bandit)')
+  if threshold < 0 and granularity in ('', 'segment'):
+    missing.append('config.reward_model.entropy_threshold (nats)')
+  if normalizer is None:
+    missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
+  if missing:
+    raise ValueError(
+      f'{directory} has no {FILE} that says it all: run the normalizer job on it, or give '
+      f'{", ".join(missing)}.'
+    )
+  return SegmentReward(granularity, threshold, normalizer, kind)
+
+
+def check_tokenizer(stored: SegmentReward | None, directory: Path, policy_directory: Path) -> None:
+  """ValueError unless both models read the same tokens: segments and scores are per token."""
+  if stored is not None and stored.tokenizer_sha256:
+    same = stored.tokenizer_sha256 == fingerprint(str(policy_directory))
+  else:
+    same = same_tokenizer(str(directory), str(policy_directory))
+  if not same:
+    raise ValueError(
+      f'the tokenizer of reward model {directory} differs from that of policy {policy_directory}; '
+      'segments and scores are per token, so both models must share one tokenizer.'
+    )
