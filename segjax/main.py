@@ -10,9 +10,10 @@ _STARTED = time.time()
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from absl import app, flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,16 +44,17 @@ def default_workdir(config_file: str, seed: int) -> str:
 
 def main(_: list[str]) -> None:
   """Reads the settings, finds the devices, runs the stages."""
-  from segjax import settings as typed
+  from segjax import checks
   from segjax.report.console import say
 
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
   if _CONFIG.value is None:
     raise ValueError('--config is missing; start with --config=configs/ppo.py')
-  settings = typed.from_config(_CONFIG.value)
-  typed.validate(settings)
+  settings = checks.from_config(_CONFIG.value)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   workdir = Path(_WORKDIR.value or default_workdir(name, settings.seed))
-  say(f'segjax: {name} -> {workdir}; stages {", ".join(settings.stages)}')
+  say(f'segjax {name} -> {workdir}: {", ".join(settings.stages)}')
 
   import jax
 
@@ -66,35 +68,61 @@ def main(_: list[str]) -> None:
   from segjax.model.sharding import make_mesh
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
-  say(f'{len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}')
+  axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+  say(f'{len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
+  stages = pipeline.prepare(settings, workdir, mesh)
   if _DRY_RUN.value:
-    dry_run.run(settings, workdir, mesh)
+    dry_run.run(settings, stages)
     return
+  pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
-  pipeline.run(settings, workdir, mesh, _STARTED)
+  pipeline.run(stages, workdir, _STARTED)
+
+
+def parse(arguments: list[str]) -> list[str]:
+  """Flags from the command line; ValueError, in one line, where they are wrong."""
+  from segjax import checks
+
+  values = [re.fullmatch(r'--?config=(.*)', argument) for argument in arguments]
+  config = next((found.group(1) for found in reversed(values) if found), '')
+  file = config.partition(':')[0]
+  if file and not Path(file).is_file():
+    raise ValueError(f'--config={config}: there is no file {file}.')
+  for argument in arguments:
+    if key := re.match(r'--?(?:no)?config\.([\w.]+)', argument):
+      checks.check_key(key.group(1))
+  try:
+    return flags.FLAGS(arguments)
+  except flags.Error as error:
+    raise ValueError(_root(error)) from error
+
+
+def _root(error: BaseException) -> str:
+  """The message in one line; that of the first cause where it is the text of a traceback."""
+  while '\n' in str(error).strip() and error.__context__:
+    error = error.__context__
+  return str(error)
 
 
 def run() -> None:
   """The console script: wrong settings and inputs end in one line, not in a traceback."""
   sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
-
-  def parse(arguments: list[str]) -> list[str]:
-    try:
-      return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError) as error:
-      from segjax.settings import unknown_key
-
-      keys = [re.match(r'--config\.([\w.]+)', argument) for argument in arguments]
-      wrong = [key.group(1) for key in keys if key and unknown_key(key.group(1))]
-      raise SystemExit(f'segjax: {wrong[0] if wrong else error}') from error
-
   try:
     app.run(main, flags_parser=parse)
-  except (ValueError, FileNotFoundError) as error:
-    if os.environ.get('SEGJAX_TRACEBACK'):
+  except Exception as error:
+    if os.environ.get('SEGJAX_TRACEBACK') or not _is_users(error):
       raise
-    raise SystemExit(f'segjax: {error}') from error
+    raise SystemExit(f'segjax: {error}') from None
+
+
+def _is_users(error: Exception) -> bool:
+  """Whether it is one of ours, that tells a user what to mend; any other is a defect of segjax."""
+  from segjax.report.metrics import BadStepError
+
+  raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+  is_ours = raised_in.is_relative_to(Path(__file__).parent) or 'configs' in raised_in.parts
+  return isinstance(error, BadStepError) or (isinstance(error, ValueError) and is_ours)
 
 
 if __name__ == '__main__':

@@ -1,18 +1,15 @@
 """Typed, frozen settings of a run; their defaults live here and nowhere else.
 
 A config file starts from `default_config()`, assigns what its preset changes, and the command line
-assigns the rest. `from_config` turns the result into `Settings`; `validate` holds every check that
-needs no file and no device, each message with its fix.
+assigns the rest. `segjax.checks` turns the result into `Settings`.
 """
 
 import dataclasses
-import difflib
-import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from segjax.rl import kl, normalizer, rewards, segmentation
+from segjax.rl.segmentation import GRANULARITIES
 
 JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate')
 
@@ -207,7 +204,8 @@ class Settings:
 
   seed: int = 0
   stages: tuple[str, ...] = ()
-  max_bad_steps: int = 1  # steps in a row with a loss or gradient that is not finite
+  max_bad_steps: int = 1  # stop after so many steps in a row with a loss or gradient not finite
+  wandb_project: str = ''  # also send metrics there; needs `pip install segjax[wandb]`
   mesh: Mesh = Mesh()
   runtime: Runtime = Runtime()
   network: Network = Network()
@@ -236,7 +234,7 @@ def parse_preset(preset: str, names: tuple[str, ...]) -> tuple[str, str]:
   name, _, granularity = preset.partition(',')
   _one_of_presets(name, names, preset)
   if granularity:
-    _one_of_presets(granularity, segmentation.GRANULARITIES, preset)
+    _one_of_presets(granularity, GRANULARITIES, preset)
   return name, granularity
 
 
@@ -248,49 +246,6 @@ def _one_of_presets(value: str, names: tuple[str, ...], preset: str) -> None:
     )
 
 
-def from_config(config: ConfigDict) -> Settings:
-  """The typed settings; ValueError names an unknown key or a wrong type."""
-  return _build(Settings, config.copy_and_resolve_references().to_dict(), '')
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-  types = typing.get_type_hints(cls)
-  for key in values:
-    if key not in types:
-      raise ValueError(unknown_key(prefix + key))
-  made = {}
-  for key, value in values.items():
-    kind = types[key]
-    if dataclasses.is_dataclass(kind):
-      value = _build(kind, value, f'{prefix}{key}.')
-    elif typing.get_origin(kind) is tuple:
-      value = tuple(value)
-    elif kind is float:
-      value = float(value)
-    elif not isinstance(value, kind):
-      raise ValueError(f'config.{prefix}{key}={value!r} must be of type {kind.__name__}.')
-    made[key] = value
-  return cls(**made)
-
-
-def _leaves(cls: type = Settings, prefix: str = '') -> list[str]:
-  names = []
-  for key, kind in typing.get_type_hints(cls).items():
-    names += _leaves(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
-  return names
-
-
-def unknown_key(key: str) -> str:
-  """The message for a key that no setting has; it names the nearest that exist."""
-  leaves = _leaves()
-  last = key.rsplit('.', 1)[-1]
-  near = difflib.get_close_matches(key, leaves, n=3, cutoff=0.6)
-  near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rsplit('.')[-1]])]
-  near = list(dict.fromkeys(near))[:3]
-  hint = f'; did you mean {" or ".join("config." + name for name in near)}?' if near else '.'
-  return f'config.{key} does not exist{hint}'
-
-
 def replace(settings: Settings, **values: Any) -> Settings:
   """Settings with dotted keys replaced: replace(s, **{'data.path': 'x'})."""
   for key, value in values.items():
@@ -299,87 +254,3 @@ def replace(settings: Settings, **values: Any) -> Settings:
       value = dataclasses.replace(getattr(settings, section), **{name: value})
     settings = dataclasses.replace(settings, **{section or name: value})
   return settings
-
-
-def _one_of(key: str, value: str, names: Any) -> None:
-  if value not in names:
-    near = difflib.get_close_matches(value, list(names), n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    raise ValueError(f'config.{key}={value!r} is not one of {", ".join(names)}{hint}')
-
-
-def _positive(settings: Any, prefix: str, *names: str) -> None:
-  for name in names:
-    if getattr(settings, name) <= 0:
-      raise ValueError(f'config.{prefix}{name}={getattr(settings, name)} must be positive.')
-
-
-def validate(settings: Settings) -> None:
-  """Checks the values against each other; ValueError names the key and the fix."""
-  s = settings
-  if not s.stages:
-    raise ValueError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
-  for stage in s.stages:
-    _one_of('stages', stage, JOBS)
-  _one_of('runtime.dtype', s.runtime.dtype, ('float32', 'bfloat16'))
-  _one_of('runtime.attention', s.runtime.attention, ('xla', 'cudnn'))
-  if s.runtime.attention == 'cudnn' and s.runtime.dtype == 'float32':
-    raise ValueError('config.runtime.attention=cudnn needs config.runtime.dtype=bfloat16.')
-  _one_of('data.overlong', s.data.overlong, ('truncate_left', 'drop', 'error'))
-  _one_of('reward.granularity', s.reward.granularity, segmentation.GRANULARITIES)
-  _one_of('reward_model.granularity', s.reward_model.granularity, ('', *segmentation.GRANULARITIES))
-  _one_of('normalizer.kind', s.normalizer.kind, ('auto', *normalizer.KINDS))
-  _one_of('ppo.spread', s.ppo.spread, ('auto', *rewards.SPREADS))
-  _one_of('ppo.kl_estimator', s.ppo.kl_estimator, kl.ESTIMATORS)
-  named, _, name = s.reward_model.normalizer.partition(':')
-  _one_of('reward_model.normalizer', named, ('', 'none', 'published'))
-  if named == 'published':
-    _one_of('reward_model.normalizer', name, normalizer.PUBLISHED)
-  if s.data.max_prompt_length >= s.data.max_length:
-    raise ValueError(
-      f'config.data.max_prompt_length={s.data.max_prompt_length} leaves no room for a response; '
-      f'it must be less than config.data.max_length={s.data.max_length}.'
-    )
-  _positive(s.sft, 'sft.', 'batch', 'epochs')
-  _positive(s.reward, 'reward.', 'batch', 'epochs')
-  _positive(s.normalizer, 'normalizer.', 'batch', 'pairs')
-  _positive(s.ppo, 'ppo.', 'steps', 'rollout_batch', 'minibatch', 'epochs')
-  _positive(s.evaluate, 'evaluate.', 'batch', 'samples')
-  _positive(s.rollout, 'rollout.', 'max_new_tokens')
-  _positive(s, '', 'max_bad_steps')
-  _sizes(s)
-
-
-def _sizes(s: Settings) -> None:
-  if not 0 < s.reward.holdout < 1:
-    raise ValueError(f'config.reward.holdout={s.reward.holdout} must lie between 0 and 1.')
-  if not 0 < s.rollout.top_p <= 1 or s.rollout.top_k < 0 or s.rollout.temperature < 0:
-    raise ValueError(
-      f'config.rollout: top_p={s.rollout.top_p} must be in (0, 1], top_k={s.rollout.top_k} and '
-      f'temperature={s.rollout.temperature} must not be negative.'
-    )
-  if not 0 <= s.rollout.min_new_tokens <= s.rollout.max_new_tokens:
-    raise ValueError(
-      f'config.rollout.min_new_tokens={s.rollout.min_new_tokens} must be from 0 to '
-      f'max_new_tokens={s.rollout.max_new_tokens}.'
-    )
-  parts = (
-    ('ppo.minibatch', s.ppo.minibatch),
-    ('ppo.score_batch', s.ppo.score_batch),
-    ('rollout.batch', s.rollout.batch),
-  )
-  for key, size in parts:
-    if size and s.ppo.rollout_batch % size:
-      below = max(d for d in range(1, size + 1) if s.ppo.rollout_batch % d == 0)
-      raise ValueError(
-        f'config.ppo.rollout_batch={s.ppo.rollout_batch} is not divisible by config.{key}={size}; '
-        f'use {key}={below} or rollout_batch={-(-s.ppo.rollout_batch // size) * size}.'
-      )
-
-
-def spread(settings: Settings, granularity: str) -> str:
-  """The way a segment's z is spread over its tokens; ValueError where it does not fit."""
-  name = settings.ppo.spread
-  if name == 'auto':
-    return 'bandit' if granularity == 'bandit' else 'even_split'
-  return name

@@ -75,7 +75,7 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
     rows = _from_directory(place, split, limit)
   elif place.exists():
     rows = _from_file(place, limit)
-  elif _is_hub_id(path):
+  elif is_hub_id(path):
     rows = _from_hub(path, split, limit)
   else:
     raise ValueError(
@@ -85,6 +85,12 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
   if not len(rows):
     raise ValueError(f'{rows.name}: no rows; give a source with at least one.')
   return rows
+
+
+def is_hub_id(path: str) -> bool:
+  """True for 'owner/name', unless it looks like a local path; keeps a typo off the network."""
+  is_local = path.endswith(_SUFFIXES) or epath.Path(path).parent.exists()
+  return not is_local and _HUB_ID.fullmatch(path) is not None
 
 
 def as_pair(row: Row, where: str = 'row') -> Pair:
@@ -241,12 +247,6 @@ def _from_hub(path: str, split: str, limit: int) -> Rows:
 
 def _front(data: Any, limit: int) -> Any:
   return data.select(range(min(limit, len(data)))) if limit else data
-
-
-def _is_hub_id(path: str) -> bool:
-  """True for 'owner/name', unless it looks like a local path; keeps a typo off the network."""
-  is_local = path.endswith(_SUFFIXES) or epath.Path(path).parent.exists()
-  return not is_local and _HUB_ID.fullmatch(path) is not None
 
 
 def _from_file(place: epath.Path, limit: int) -> Rows:

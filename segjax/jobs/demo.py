@@ -4,6 +4,8 @@ What it writes has the form that a user would bring: an HF directory and JSON li
 """
 
 import dataclasses
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from segjax.hf.writer import copy_tokenizer, save_checkpoint
 from segjax.jobs.stage import Stage
 from segjax.model.heads import init_params
 from segjax.model.llama import config_of, num_parameters
+from segjax.report.console import say, table, track
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -25,7 +28,8 @@ def run(stage: Stage) -> dict[str, Any]:
     min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
   )
   rows = stage.directory / 'rows'
-  demo.write(rows, language, stage.settings.seed)
+  for _ in track(stage.name, ('rows',), 1, 'rows'):
+    demo.write(rows, language, stage.settings.seed)
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = config_of(network)
@@ -33,6 +37,46 @@ def run(stage: Stage) -> dict[str, Any]:
   save_checkpoint(stage.model_directory, params, config, 'language')
   copy_tokenizer(rows / 'tokenizer', stage.model_directory)
   return {'parameters': num_parameters(config), 'pairs': s.pairs, 'sft_rows': s.sft_rows}
+
+
+def write_results(seed: int, workdir: Path, results: dict[str, Any], started: float) -> None:
+  """results.json of the whole demo, the figures by which it is judged; shows the last of them.
+
+  Args:
+    results: of each stage, by name.
+    started: time.time() of the process's start.
+  """
+  before, after = results['evaluate']['before'], results['evaluate']['after']
+  held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
+
+  def both(key):
+    return {'before': before[key], 'after': after[key]}
+
+  accuracy = {
+    'held_out': results['reward']['held_out_accuracy'],
+    'best_possible': best_possible_accuracy(workdir / 'demo' / 'rows', held_out),
+  }
+  text = {
+    'seed': seed,
+    'wall_seconds': time.time() - started,
+    'gold': both('gold'),
+    'kl_nats': after['kl_nats'],
+    'eos_rate': both('eos_rate'),
+    'length': both('length'),
+    'segments': both('segments'),
+    'boundary_f1': before['boundary_f1'],
+    'reward_accuracy': accuracy,
+  }
+  path = workdir / 'results.json'
+  path.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+  table(
+    'Reward model, held-out pairs',
+    ('', 'reached', 'best possible'),
+    [('accuracy', f'{accuracy["held_out"]:.3f}', f'{accuracy["best_possible"]:.3f}')],
+  )
+  say(f'policy   {workdir / "ppo" / "model"}')
+  say(f'figures  {path}')
+  say(f'{text["wall_seconds"]:.0f} s in all')
 
 
 def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:

@@ -2,63 +2,90 @@
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
-from jax.sharding import Mesh
-
+from segjax.data import demo
+from segjax.data.sources import load_rows
 from segjax.hf import reader
-from segjax.jobs.pipeline import wire
-from segjax.jobs.ppo import check_sizes
-from segjax.jobs.stage import Stage, check_batch
+from segjax.jobs import pipeline
+from segjax.jobs.stage import Stage, num_steps
 from segjax.model.llama import LlamaConfig, config_of, num_parameters
 from segjax.report.console import say, table
 from segjax.settings import Settings
 
+# Networks that a stage holds at once, trained and frozen.
+_NETWORKS = {'demo': 1, 'sft': 1, 'reward': 2, 'normalizer': 2, 'ppo': 4, 'evaluate': 3}
 
-def run(settings: Settings, workdir: Path, mesh: Mesh) -> None:
-  """Prints the settings as JSON, then a table with a line per stage."""
+
+def run(settings: Settings, stages: list[Stage]) -> None:
+  """Prints the settings as JSON, then a table with a line per stage. Asks no hub for anything."""
   say(json.dumps(dataclasses.asdict(settings), indent=2))
   rows = []
-  for name in settings.stages:
-    stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
-    _check(stage)
+  for stage in stages:
     config = _network(stage)
-    rows.append((name, _count(num_parameters(config)) if config else '?', *_tokens(stage)))
-  table('What each stage does', ('stage', 'parameters', 'steps', 'tokens at most'), rows)
+    size = _count(num_parameters(config)) if config else '?'
+    per_step, steps = _tokens_per_step(stage), _steps(stage)
+    total = _count(per_step * steps) if per_step and steps else '?' if per_step else ''
+    cells = (str(steps or '?') if per_step else '', _count(per_step) if per_step else '', total)
+    rows.append((stage.name, f'{_NETWORKS[stage.name]} x {size}', *cells))
+  say('')
+  columns = ('stage', 'networks x parameters', 'steps', 'tokens a step', 'tokens in all')
+  table('What each stage does, at most', columns, rows)
+  missing = {key: stage.name for stage in stages for key in pipeline.missing_keys(stage)}
+  for key, name in missing.items():
+    say(f'still to be given: --config.{key}=..., for {name}')
   say('dry run: the settings are consistent; no weights were loaded and nothing was written')
-
-
-def _check(stage: Stage) -> None:
-  """The batch of the stage divides over the mesh."""
-  s = stage.settings
-  if stage.name == 'ppo':
-    check_sizes(stage)
-  elif stage.name != 'demo':
-    check_batch(f'{stage.name}.batch', getattr(s, stage.name).batch, stage)
 
 
 def _network(stage: Stage) -> LlamaConfig | None:
   """The policy's network: from its directory if that is here, else config.network's sizes."""
-  path = stage.settings.policy.path
-  if path and Path(path).is_dir():
+  path = Path(stage.settings.policy.path).expanduser()
+  if stage.settings.policy.path and path.is_dir():
     return reader.load_config(path)
-  return config_of(stage.settings.network) if stage.settings.network.vocab_size else None
+  network = stage.settings.network
+  if not network.vocab_size and 'demo' in stage.settings.stages:
+    network = dataclasses.replace(network, vocab_size=_demo_vocabulary())
+  return config_of(network) if network.vocab_size else None
 
 
-def _tokens(stage: Stage) -> tuple[str, str]:
-  """Steps and the most tokens that the stage's networks read; '?' where the data decides."""
+def _demo_vocabulary() -> int:
+  with tempfile.TemporaryDirectory() as folder:
+    demo.write_tokenizer(Path(folder))
+    tokenizer = json.loads((Path(folder) / 'tokenizer.json').read_text(encoding='utf-8'))
+  return len(tokenizer['model']['vocab'])
+
+
+def _tokens_per_step(stage: Stage) -> int:
+  """The most tokens of one batch, prompt and response; 0 where the stage has no steps."""
   s = stage.settings
   if stage.name == 'ppo':
-    length = s.data.max_prompt_length + s.rollout.max_new_tokens
-    return str(s.ppo.steps), _count(s.ppo.steps * s.ppo.rollout_batch * length)
-  if stage.name in ('sft', 'reward'):
-    job = getattr(s, stage.name)
-    rows = job.batch * (2 if stage.name == 'reward' else 1)
-    steps = job.steps
-    return (str(steps), _count(steps * rows * s.data.max_length)) if steps else ('by epochs', '?')
+    return s.ppo.rollout_batch * (s.data.max_prompt_length + s.rollout.max_new_tokens)
+  sides = {'sft': 1, 'reward': 2, 'normalizer': 2}.get(stage.name, 0)
+  return getattr(s, stage.name).batch * sides * s.data.max_length if sides else 0
+
+
+def _steps(stage: Stage) -> int:
+  """How often; 0 where data that is not at hand decides it."""
+  s = stage.settings
+  if stage.name == 'ppo':
+    return s.ppo.steps
+  rows = _rows(stage)
   if stage.name == 'normalizer':
-    return '', _count(2 * s.normalizer.pairs * s.data.max_length)
-  return '', '?' if stage.name == 'evaluate' else ''
+    pairs = min(s.normalizer.pairs, rows) if rows else s.normalizer.pairs
+    return -(-pairs // s.normalizer.batch)
+  job = getattr(s, stage.name, None)
+  if stage.name not in ('sft', 'reward') or not (job.steps or rows):
+    return 0
+  return job.steps or num_steps(0, job.epochs, rows, job.batch, stage.name)
+
+
+def _rows(stage: Stage) -> int:
+  """Rows of the stage's data, 0 if they are not here to be counted."""
+  data = stage.settings.data
+  if not Path(data.path).expanduser().exists() or not data.path:
+    return 0
+  return len(load_rows(data.path, data.split, data.limit))
 
 
 def _count(number: int) -> str:

@@ -1,5 +1,6 @@
 """Before against after: the reference and the policy on held-out prompts."""
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -9,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.checks import spread
 from segjax.data.batches import Prompts, chunks
 from segjax.data.encoding import encode_prompts
-from segjax.data.sources import load_rows
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import stage as jobs
 from segjax.jobs.ppo import prompt_limits
 from segjax.jobs.stage import Stage
-from segjax.report.console import say, table
+from segjax.report.console import say, table, track
 from segjax.report.segments import render
 from segjax.rl.segmentation import content_mask
-from segjax.settings import spread
+from segjax.settings import Evaluate
 from segjax.train import segment_reward
 from segjax.train.experience import Recipe, make_experience, score
 from segjax.train.rollout import rollout
@@ -38,17 +39,15 @@ class Sampled(NamedTuple):
 def run(stage: Stage) -> dict[str, Any]:
   """Samples config.evaluate.samples responses per prompt from the reference and from the policy.
 
-  Returns the figures of both, also printed and written to `results.json`: score of the reward
+  Returns the figures of both, also written to `results.json`: score of the reward
   model, gold where config.evaluate.gold names a function, KL, length, segments, EOS rate.
   """
   s = stage.settings
-  jobs.check_batch('evaluate.batch', s.evaluate.batch, stage)
-  gold = function(s.evaluate.gold, 'evaluate.gold')
-  is_boundary = function(s.evaluate.boundary, 'evaluate.boundary')
+  gold, is_boundary = functions(s.evaluate)
   paths = {
-    'policy': jobs.required(s.policy.path, 'policy.path'),
-    'reference': jobs.required(s.reference.path, 'reference.path'),
-    'reward': jobs.required(s.reward_model.path, 'reward_model.path'),
+    'policy': jobs.checkpoint(s.policy.path, 'policy.path'),
+    'reference': jobs.checkpoint(s.reference.path, 'reference.path'),
+    'reward': jobs.checkpoint(s.reward_model.path, 'reward_model.path'),
   }
   meaning = segment_reward.resolve(s.reward_model, paths['reward'], paths['policy'])
   segment_reward.check_tokenizer(None, paths['reference'], paths['policy'])
@@ -59,12 +58,11 @@ def run(stage: Stage) -> dict[str, Any]:
     granularity=meaning.granularity,
     entropy_threshold=meaning.entropy_threshold,
     spread=spread(s, meaning.granularity),
-    ppo=s.ppo,
+    # A batch is scored as one: config.evaluate.batch says how much fits.
+    ppo=dataclasses.replace(s.ppo, score_batch=0),
   )
   tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  prompts = encode_prompts(
-    load_rows(s.data.path, s.data.split, s.data.limit), tokenizer, prompt_limits(stage, recipe)
-  )
+  prompts = encode_prompts(jobs.rows(stage), tokenizer, prompt_limits(stage, recipe))
   jobs.describe(stage, prompts)
   params = {
     name: jobs.load(stage, path, networks[name], 'scalar' if name == 'reward' else 'language')
@@ -74,22 +72,30 @@ def run(stage: Stage) -> dict[str, Any]:
 
   def sample(name: str) -> Sampled:
     models = params | {'policy': params[name]}
-    return _sample(stage, models, recipe, prompts, tokenizer, normalizer)
+    return _judge(_sample(stage, models, recipe, prompts, tokenizer, normalizer, name), gold)
 
-  sampled = {'before': _judge(sample('reference'), gold), 'after': _judge(sample('policy'), gold)}
+  sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: _figures(one) for name, one in sampled.items()}
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
     )
-  _show(stage, figures, sampled, tokenizer)
+  _show_responses(stage, sampled, tokenizer)
   path = stage.directory / 'results.json'
   path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
   return figures
 
 
-def function(path: str, key: str) -> Callable | None:
-  """The function that 'module:function' names; None for ''; ValueError names the config key."""
+def functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
+  """The gold and boundary functions of config.evaluate; None where it names none.
+
+  Raises:
+    ValueError: one cannot be loaded; it names the config key.
+  """
+  return _function(settings.gold, 'gold'), _function(settings.boundary, 'boundary')
+
+
+def _function(path: str, key: str) -> Callable | None:
   if not path:
     return None
   module, _, name = path.partition(':')
@@ -97,16 +103,17 @@ def function(path: str, key: str) -> Callable | None:
     return getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError, ValueError) as error:
     raise ValueError(
-      f"config.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
+      f"config.evaluate.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
     ) from error
 
 
-def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer):
+def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer, name):
   """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
   s = stage.settings
   repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples)
-  parts = []
-  for number, (rows, real) in enumerate(chunks(len(repeated), s.evaluate.batch)):
+  size, parts = s.evaluate.batch, []
+  batches = track(stage.name, chunks(len(repeated), size), -(-len(repeated) // size), name)
+  for number, (rows, real) in enumerate(batches):
     batch = prompts.gather(repeated[rows], np.asarray)
     found = rollout(
       params['policy'],
@@ -114,7 +121,7 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       batch.prompt_length,
       jax.random.fold_in(stage.key('samples'), number),
       config=recipe.policy,
-      settings=s.rollout,
+      settings=dataclasses.replace(s.rollout, batch=0),
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
     )
@@ -187,34 +194,14 @@ def boundary_f1(
   return float(2 * (true & found).sum() / max(true.sum() + found.sum(), 1))
 
 
-def _show(stage: Stage, figures, sampled: dict[str, Sampled], tokenizer: ChatTokenizer) -> None:
-  def ranged(value):
-    return f'{value["mean"]:.3f} [{value["low"]:.3f}, {value["high"]:.3f}]'
-
-  labels = {
-    'gold': 'gold reward, mean [95 % interval]',
-    'score': "reward model's score, mean [95 % interval]",
-    'kl_nats': 'KL to the reference, nats per response',
-    'length': 'length, tokens',
-    'segments': 'segments per response',
-    'eos_rate': 'responses that end in EOS',
-    'boundary_f1': 'F1 of segment boundaries',
-  }
-  rows = []
-  for key, label in labels.items():
-    cells = [figures[name].get(key) for name in ('before', 'after')]
-    if any(cell is not None for cell in cells):
-      shown = (
-        '' if cell is None else ranged(cell) if isinstance(cell, dict) else f'{cell:.3f}'
-        for cell in cells
-      )
-      rows.append((label, *shown))
-  table('Held-out prompts, before and after PPO', ('', 'before', 'after'), rows)
-  step = max(1, len(sampled['after'].texts) // max(1, stage.settings.evaluate.show))
-  for index in range(0, step * stage.settings.evaluate.show, step)[: len(sampled['after'].texts)]:
+def _show_responses(stage: Stage, sampled: dict[str, Sampled], tokenizer: ChatTokenizer) -> None:
+  """A few responses to the same prompts, cut into segments, each with its reward."""
+  total, show = len(sampled['after'].texts), stage.settings.evaluate.show
+  for index in np.linspace(0, total - 1, min(show, total)).astype(int):
+    say(f'\n{sampled["after"].prompts[index]}')
     for name, one in sampled.items():
       gold = '' if one.gold is None else f', gold {one.gold[index]:+.2f}'
-      say(f'\n{name}{gold}: {one.prompts[index]}')
+      say(f'  {name}{gold}')
       e = one.experience
       mask = e.rollout.response_mask[index]
       lines = render(
@@ -223,4 +210,34 @@ def _show(stage: Stage, figures, sampled: dict[str, Sampled], tokenizer: ChatTok
         e.reward[index][mask],
         tokenizer.decode,
       )
-      say('\n'.join(f'  {line}' for line in lines))
+      say('\n'.join(f'    {line}' for line in lines) or '    (no content)')
+
+
+_LABELS = {
+  'gold': ('gold reward, mean [95 % interval]', 3),
+  'score': ("reward model's score, mean [95 % interval]", 3),
+  'kl_nats': ('KL to the reference, nats per response', 2),
+  'length': ('length, tokens', 1),
+  'segments': ('segments per response', 1),
+  'eos_rate': ('responses that end in EOS', 3),
+  'boundary_f1': ('F1 of segment boundaries', 3),
+}
+
+
+def show(figures: dict[str, Any]) -> None:
+  """Prints the figures of `run` as a table."""
+
+  def cell(value, digits):
+    if value is None:
+      return ''
+    if not isinstance(value, dict):
+      return f'{value:z.{digits}f}'
+    mean, low, high = (f'{value[name]:z.{digits}f}' for name in ('mean', 'low', 'high'))
+    return f'{mean} [{low}, {high}]'
+
+  rows = []
+  for key, (label, digits) in _LABELS.items():
+    values = [figures[name].get(key) for name in ('before', 'after')]
+    if values != [None, None]:
+      rows.append((label, *(cell(value, digits) for value in values)))
+  table('Held-out prompts', ('', 'before PPO', 'after PPO'), rows)

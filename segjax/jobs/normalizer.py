@@ -1,6 +1,7 @@
 """The location-aware normaliser: Mean(p) and Std(p) of a reward model's segment scores."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -9,10 +10,9 @@ import numpy as np
 
 from segjax.data.batches import batch_indices, chunks, take
 from segjax.data.encoding import encode_pairs
-from segjax.data.sources import load_rows
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
-from segjax.report.console import say
+from segjax.report.console import track
 from segjax.rl import normalizer
 from segjax.train import segment_reward
 from segjax.train.reward_step import Scorer, segment_statistics
@@ -22,9 +22,13 @@ from segjax.types import Normalizer
 def run(stage: Stage) -> dict[str, Any]:
   """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json."""
   s = stage.settings
-  jobs.check_batch('normalizer.batch', s.normalizer.batch, stage)
-  source = jobs.required(s.reward_model.path, 'reward_model.path')
-  reference_path = jobs.required(s.reference.path or s.policy.path, 'reference.path')
+  source = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
+  if not os.access(source, os.W_OK):
+    raise ValueError(
+      f'config.reward_model.path: {source} cannot be written to, and the normaliser belongs there; '
+      'copy the reward model to a directory of yours.'
+    )
+  reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   stored = segment_reward.read(source)
   segment_reward.check_tokenizer(stored, source, reference_path)
   named = dataclasses.replace(s.reward_model, normalizer='none')
@@ -37,9 +41,7 @@ def run(stage: Stage) -> dict[str, Any]:
     meaning.entropy_threshold,
   )
   pairs = encode_pairs(
-    load_rows(s.data.path, s.data.split, s.data.limit),
-    jobs.tokenizer_of(stage, reference_path),
-    jobs.limits(stage, config),
+    jobs.rows(stage), jobs.tokenizer_of(stage, reference_path), jobs.limits(stage, config)
   )
   if len(pairs) > s.normalizer.pairs:
     pairs = take(pairs, batch_indices(len(pairs), s.normalizer.pairs, s.seed, 0))
@@ -47,8 +49,8 @@ def run(stage: Stage) -> dict[str, Any]:
   params = jobs.load(stage, source, config, 'scalar')
   reference = jobs.load(stage, reference_path, scorer.reference, 'language')
 
-  found = []
-  for rows, real in chunks(len(pairs), s.normalizer.batch):
+  size, found = s.normalizer.batch, []
+  for rows, real in track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size)):
     batch = pairs.gather(rows, stage.place)
     statistics = jax.device_get(segment_statistics(params, reference, batch, scorer=scorer))
     found.append([x[: 2 * real].reshape(-1) for x in statistics])
@@ -68,10 +70,9 @@ def run(stage: Stage) -> dict[str, Any]:
     ),
   )
   values = {name: float(value) for name, value in vars(fitted).items()}
-  say(
-    f'{stage.name}: {kind} over {end.sum()} segments: '
-    f'Mean(p) = {values["w_mean"]:.4f} ln p + {values["b_mean"]:.4f}, '
-    f'Std(p) = {values["w_std"]:.4f} ln p + {values["b_std"]:.4f}'
+  stage.say(
+    f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
+    f'Std(p) = {values["w_std"]:.4f} ln p {values["b_std"]:+.4f}'
   )
   return {'kind': kind, 'segments': int(end.sum())} | values
 

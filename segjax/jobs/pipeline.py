@@ -1,12 +1,9 @@
-"""Runs the jobs of config.stages in turn, each from the last one's output.
-
-A finished stage is reused where its settings, the content of its inputs and its own output are
-what they were: `done.json` in the stage's directory remembers.
-"""
+"""Runs the jobs of config.stages in turn, each from the last one's output."""
 
 import dataclasses
-import hashlib
-import json
+import functools
+import importlib.util
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from segjax import settings as typed
-from segjax.jobs import demo, evaluate, normalizer, ppo, reward, sft
-from segjax.jobs.stage import Stage
+from segjax.data.sources import is_hub_id
+from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, sft
+from segjax.jobs.stage import CHECKPOINTS, Stage
+from segjax.model import sharding
 from segjax.report.console import say
 from segjax.settings import Settings
 from segjax.train.segment_reward import FILE as SEGMENT_REWARD
@@ -25,106 +24,200 @@ from segjax.train.segment_reward import FILE as SEGMENT_REWARD
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A job, the settings it reads, the paths among them, and what it leaves (by stage directory)."""
+  """A job, and what the pipeline must know of it.
+
+  Attributes:
+    run: does the work, returns figures.
+    sections: the settings that decide its outcome.
+    needs: keys that must name a checkpoint or rows.
+    outputs: what it leaves in its directory.
+    batches: keys of batches that are split over the devices.
+    figures: what of its results stands on its last line.
+  """
 
   run: Callable[[Stage], dict[str, Any]]
   sections: tuple[str, ...]
-  inputs: tuple[str, ...]
-  outputs: tuple[str, ...]
+  needs: tuple[str, ...] = ()
+  outputs: tuple[str, ...] = ()
+  batches: tuple[str, ...] = ()
+  figures: tuple[str, ...] = ()
 
 
-_COMMON = ('seed', 'max_bad_steps', 'mesh', 'runtime', 'data')
+_COMMON = ('seed', 'runtime', 'data')
+_MODELS = ('policy', 'reference', 'reward_model')
+_PATHS = ('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path')
 JOBS = {
-  'demo': Job(demo.run, ('seed', 'demo', 'network'), (), ('model', 'rows')),
-  'sft': Job(sft.run, (*_COMMON, 'policy', 'sft'), ('policy.path', 'data.path'), ('model',)),
+  'demo': Job(
+    demo.run,
+    ('seed', 'demo', 'network'),
+    outputs=('model', 'rows'),
+    figures=('parameters', 'sft_rows', 'pairs'),
+  ),
+  'sft': Job(
+    sft.run,
+    (*_COMMON, 'policy', 'sft'),
+    needs=('policy.path', 'data.path'),
+    outputs=('model',),
+    batches=('sft.batch',),
+    figures=('loss',),
+  ),
   'reward': Job(
     reward.run,
     (*_COMMON, 'policy', 'reference', 'reward'),
-    ('policy.path', 'reference.path', 'data.path'),
-    ('model',),
+    needs=('policy.path', 'reference.path', 'data.path'),
+    outputs=('model', 'held_out.json'),
+    batches=('reward.batch',),
+    figures=('held_out_accuracy',),
   ),
   'normalizer': Job(
     normalizer.run,
-    (*_COMMON, 'policy', 'reference', 'reward_model', 'normalizer'),
-    ('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
-    (),
+    (*_COMMON, 'reference', 'reward_model', 'normalizer'),
+    needs=('reward_model.path', 'reference.path', 'data.path'),
+    batches=('normalizer.batch',),
+    figures=('segments',),
   ),
   'ppo': Job(
     ppo.run,
-    (*_COMMON, 'policy', 'reference', 'reward_model', 'critic', 'rollout', 'ppo'),
-    ('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
-    ('model', 'critic'),
+    (*_COMMON, *_MODELS, 'critic', 'rollout', 'ppo'),
+    needs=('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
+    outputs=('model', 'critic'),
+    batches=('ppo.rollout_batch', 'ppo.minibatch', 'ppo.score_batch', 'rollout.batch'),
+    figures=('reward', 'kl'),
   ),
   'evaluate': Job(
     evaluate.run,
-    (*_COMMON, 'policy', 'reference', 'reward_model', 'rollout', 'ppo', 'evaluate'),
-    ('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
-    ('results.json',),
+    (*_COMMON, *_MODELS, 'rollout', 'ppo', 'evaluate'),
+    needs=('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
+    outputs=('results.json',),
+    batches=('evaluate.batch',),
   ),
 }
 
 
-def run(settings: Settings, workdir: Path, mesh: Mesh, started: float) -> dict[str, Any]:
-  """Runs the stages; returns their results by name.
+def run(stages: list[Stage], workdir: Path, started: float) -> dict[str, Any]:
+  """Runs the stages of `prepare`; returns their results by name.
 
   Args:
     started: time.time() of the process's start, for `wall_seconds` of the demo's results.json.
   """
   results = {}
-  with jax.set_mesh(mesh):
-    for name in settings.stages:
-      stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
-      results[name] = run_stage(stage)
-  if 'demo' in results and 'evaluate' in results:
-    _write_results(settings, workdir, results, started)
+  for stage in stages:
+    with jax.set_mesh(stage.mesh):
+      results[stage.name] = run_stage(stage)
+  if 'evaluate' in results:
+    say('')
+    evaluate.show(results['evaluate'])
+  if {'demo', 'reward', 'evaluate'} <= set(results):
+    demo.write_results(stages[0].settings.seed, workdir, results, started)
   return results
 
 
-def wire(name: str, settings: Settings, workdir: Path) -> Settings:
-  """The settings of a stage: paths left empty are filled with what earlier stages of the run left.
+def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
+  """The stages with their paths; every check that takes no time is made before the first starts.
 
-  Where the built-in language is among the stages, it gives each stage its rows.
+  Raises:
+    ValueError: a batch does not divide over the mesh, a path or function does not exist, ...
   """
-  stages = settings.stages
-  before = stages[: stages.index(name)]
-  made = {stage: str(workdir / stage / 'model') for stage in before if JOBS[stage].outputs}
-  policy = made.get('sft') or made.get('demo', '')
-  wired = {
-    'policy.path': made.get('ppo', policy) if name == 'evaluate' else policy,
-    'reference.path': policy if name != 'sft' else '',
-    'reward_model.path': made.get('reward', ''),
-  }
-  if 'demo' in stages:
-    rows = {'sft': 'sft', 'ppo': 'prompts', 'evaluate': 'held_out'}.get(name, 'pairs')
-    wired['data.path'] = str(workdir / 'demo' / 'rows' / f'{rows}.jsonl.gz')
-  missing = {
-    key: value
-    for key, value in wired.items()
-    if value and not getattr(settings, key.split('.')[0]).path
-  }
-  return typed.replace(settings, **missing)
+  if settings.wandb_project and importlib.util.find_spec('wandb') is None:
+    raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
+  stages = []
+  for name in settings.stages:
+    stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
+    for key in JOBS[name].batches:
+      if size := _get(stage.settings, key):
+        sharding.check_batch(f'config.{key}={size}', size, mesh)
+    for key in JOBS[name].needs:
+      _check_path(key, _get(settings, key), stage.directory)
+    stages.append(stage)
+  if 'evaluate' in settings.stages:
+    evaluate.functions(settings.evaluate)
+  return stages
+
+
+def check_complete(stages: list[Stage]) -> None:
+  """ValueError where a path is missing that nobody gives."""
+  for stage in stages:
+    if missing := missing_keys(stage):
+      raise ValueError(
+        f'config.{missing[0]} is empty, and the {stage.name} job needs it: give a path or a hub id '
+        f'by --config.{missing[0]}=...'
+      )
+
+
+def missing_keys(stage: Stage) -> list[str]:
+  """The keys that the stage needs and nobody has given."""
+  return [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
+
+
+def wire(name: str, settings: Settings, workdir: Path) -> Settings:
+  """The settings of a stage of the run: what an earlier stage made takes the place of paths.
+
+  The policy is that of sft or ppo, once they have run; the reference is the policy before PPO,
+  unless the config names one. The built-in language gives each stage its rows and, to begin with,
+  its network, unless the config names others.
+  """
+  before = settings.stages[: settings.stages.index(name)]
+
+  def made(stage: str) -> str:
+    return str(workdir / stage / 'model') if stage in before else ''
+
+  start = made('sft') or settings.policy.path or made('demo')
+  is_alone = name == 'evaluate' and not made('ppo')
+  rows = ''
+  if 'demo' in before:
+    kind = {'sft': 'sft', 'ppo': 'prompts', 'evaluate': 'held_out'}.get(name, 'pairs')
+    rows = str(workdir / 'demo' / 'rows' / f'{kind}.jsonl.gz')
+  return typed.replace(
+    settings,
+    **{
+      'policy.path': (made('ppo') or start) if name == 'evaluate' else start,
+      'reference.path': settings.reference.path or ('' if is_alone else start),
+      'reward_model.path': made('reward') or settings.reward_model.path,
+      'data.path': settings.data.path or rows,
+    },
+  )
 
 
 def run_stage(stage: Stage) -> dict[str, Any]:
   """Runs one stage, or reuses what it left before."""
   job = JOBS[stage.name]
-  done = stage.directory / 'done.json'
-  key = {'settings': _sections(stage.settings, job), 'inputs': _input_hashes(stage.settings, job)}
-  if done.exists():
-    before = json.loads(done.read_text(encoding='utf-8'))
-    if before['key'] == json.loads(json.dumps(key)) and before['outputs'] == _outputs(stage, job):
-      say(f'{stage.name}: reused from {stage.directory}; settings and inputs are the same')
-      return before['results']
-    done.unlink()
-  say(f'{stage.name}: starting')
+  key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
+  results = reuse.finished(stage.directory, key, _outputs(stage, job))
+  if results is not None:
+    stage.say(f'reused from {stage.directory}: settings and inputs are the same')
+    return results
+  say('')
+  reason = reuse.begin(stage.directory, key)
+  if reason:
+    stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
   begun = time.monotonic()
-  stage.directory.mkdir(parents=True, exist_ok=True)
   results = job.run(stage)
   results['seconds'] = time.monotonic() - begun
-  say(f'{stage.name}: done in {results["seconds"]:.1f} s')
-  text = {'key': key, 'results': results, 'outputs': _outputs(stage, job)}
-  done.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
-  return results
+  figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
+  stage.say(f'done in {results["seconds"]:.1f} s{figures}')
+  shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
+  return reuse.finish(stage.directory, key, results, _outputs(stage, job))
+
+
+def _short(value: Any) -> str:
+  return f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
+
+
+def _get(settings: Settings, key: str) -> Any:
+  return functools.reduce(getattr, key.split('.'), settings)
+
+
+def _check_path(key: str, path: str, directory: Path) -> None:
+  """ValueError unless the path is there, or on a bucket or hub, and outside of `directory`."""
+  if not path or '://' in path or (key == 'critic.init' and path in ppo.CRITICS):
+    return
+  place = Path(path).expanduser()
+  if not place.exists() and not is_hub_id(path):
+    raise ValueError(f'config.{key}={path!r}: no such file or directory, and no hub id.')
+  if place.absolute().is_relative_to(directory.absolute()):
+    raise ValueError(
+      f'config.{key}={path!r} lies in {directory}, which this run writes; give another --workdir.'
+    )
 
 
 def _sections(settings: Settings, job: Job) -> dict[str, Any]:
@@ -132,69 +225,24 @@ def _sections(settings: Settings, job: Job) -> dict[str, Any]:
   return {name: values[name] for name in job.sections}
 
 
-def _input_hashes(settings: Settings, job: Job) -> dict[str, str]:
-  """Content of the local files and directories that the settings point at."""
-  found = {}
-  for key in job.inputs:
-    section, _, name = key.partition('.')
-    path = getattr(getattr(settings, section), name)
-    if path and Path(path).exists():
-      # The normalizer job writes segment_reward.json into its own input.
-      skip = SEGMENT_REWARD if job.run is normalizer.run else ''
-      found[key] = content_hash(Path(path), skip)
-  return found
+def _inputs(stage: Stage, job: Job) -> dict[str, str]:
+  """Content of the local files and directories that the stage reads."""
+  paths = {key: _get(stage.settings, key) for key in job.needs}
+  if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
+    paths['data.chat_template'] = stage.settings.data.chat_template
+  # The normalizer job writes segment_reward.json into its own input.
+  skip = SEGMENT_REWARD if stage.name == 'normalizer' else ''
+  return {
+    key: reuse.content_hash(Path(path).expanduser(), skip)
+    for key, path in paths.items()
+    if path and Path(path).expanduser().exists()
+  }
 
 
 def _outputs(stage: Stage, job: Job) -> dict[str, str]:
   paths = {name: stage.directory / name for name in job.outputs}
   skip = SEGMENT_REWARD
-  if job.run is normalizer.run:
-    name = f'{stage.settings.reward_model.path}/{SEGMENT_REWARD}'
-    paths, skip = {name: Path(name)}, ''
-  return {name: content_hash(path, skip) for name, path in paths.items() if path.exists()}
-
-
-def content_hash(path: Path, skip: str = '') -> str:
-  """SHA-256 over names and bytes of a file or a directory's files, but those named `skip`."""
-  digest = hashlib.sha256()
-  files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
-  for file in files:
-    if file.name == skip:
-      continue
-    digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())
-    with file.open('rb') as stream:
-      while block := stream.read(1 << 20):
-        digest.update(block)
-  return digest.hexdigest()
-
-
-def _write_results(settings: Settings, workdir: Path, results: dict[str, Any], started: float):
-  """results.json of the whole demo, the figures by which it is judged."""
-  before, after = results['evaluate']['before'], results['evaluate']['after']
-  held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
-
-  def both(key):
-    return {'before': before[key], 'after': after[key]}
-
-  text = {
-    'seed': settings.seed,
-    'wall_seconds': time.time() - started,
-    'gold': both('gold'),
-    'kl_nats': after['kl_nats'],
-    'eos_rate': both('eos_rate'),
-    'length': both('length'),
-    'segments': both('segments'),
-    'boundary_f1': before['boundary_f1'],
-    'reward_accuracy': {
-      'held_out': results['reward']['held_out_accuracy'],
-      'best_possible': demo.best_possible_accuracy(workdir / 'demo' / 'rows', held_out),
-    },
-  }
-  (workdir / 'results.json').write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
-  accuracy = text['reward_accuracy']
-  say(
-    f'\nreward model, held-out pairs: accuracy {accuracy["held_out"]:.3f}, best possible under the '
-    f'known labels {accuracy["best_possible"]:.3f}\n'
-    f'policy after PPO: {workdir}/ppo/model   figures: {workdir}/results.json   '
-    f'{text["wall_seconds"]:.0f} s in all'
-  )
+  if stage.name == 'normalizer':
+    paths = {SEGMENT_REWARD: Path(stage.settings.reward_model.path).expanduser() / SEGMENT_REWARD}
+    skip = ''
+  return {name: reuse.content_hash(path, skip) for name, path in paths.items() if path.exists()}

@@ -6,35 +6,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.checks import spread
 from segjax.data.batches import stream_indices
 from segjax.data.encoding import Limits, encode_prompts
-from segjax.data.sources import load_rows
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model.llama import LlamaConfig
-from segjax.report.console import say
-from segjax.settings import spread
 from segjax.train import segment_reward
 from segjax.train.experience import Recipe, make_experience, score
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 from segjax.train.rollout import rollout
 
-SHOW = ['reward', 'kl', 'length', 'segments', 'finished']
+SHOW = ['reward', 'kl', 'length', 'segments']  # of the metrics, beside the bar
+CRITICS = ('policy', 'reward_model')  # what config.critic.init may name, but for a path
 
 
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`."""
   s = stage.settings
-  check_sizes(stage)
-  policy_path = jobs.required(s.policy.path, 'policy.path')
-  reference_path = jobs.required(s.reference.path or s.policy.path, 'reference.path')
-  reward_path = jobs.required(s.reward_model.path, 'reward_model.path')
+  policy_path = jobs.checkpoint(s.policy.path, 'policy.path')
+  reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
+  reward_path = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
   meaning = segment_reward.resolve(s.reward_model, reward_path, policy_path)
   segment_reward.check_tokenizer(None, reference_path, policy_path)
-  critic_path = {'policy': policy_path, 'reward_model': reward_path}.get(s.critic.init)
-  critic_path = critic_path or jobs.required(s.critic.init, 'critic.init')
+  critic_path = dict(zip(CRITICS, (policy_path, reward_path), strict=True)).get(s.critic.init)
+  critic_path = critic_path or jobs.checkpoint(s.critic.init, 'critic.init')
   recipe = Recipe(
     policy=jobs.network(stage, policy_path, trained=True),
     reference=jobs.network(stage, reference_path),
@@ -47,12 +45,10 @@ def run(stage: Stage) -> dict[str, Any]:
     recompute_logprob=s.rollout.recompute_logprob,
   )
   tokenizer = jobs.tokenizer_of(stage, policy_path)
-  prompts = encode_prompts(
-    load_rows(s.data.path, s.data.split, s.data.limit), tokenizer, prompt_limits(stage, recipe)
-  )
+  prompts = encode_prompts(jobs.rows(stage), tokenizer, prompt_limits(stage, recipe))
   jobs.describe(stage, prompts)
-  say(
-    f'{stage.name}: granularity {meaning.granularity}, threshold {meaning.entropy_threshold} nats, '
+  stage.say(
+    f'granularity {meaning.granularity}, threshold {meaning.entropy_threshold} nats, '
     f'normaliser {meaning.normalizer_kind}, rewards spread by {recipe.spread}'
   )
   frozen = {
@@ -125,19 +121,6 @@ def _mean(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda *values: jnp.mean(jnp.stack(values).astype(jnp.float32)), *found)
 
 
-def check_sizes(stage: Stage) -> None:
-  """Every batch of the job divides over the mesh; ValueError before anything is loaded."""
-  s = stage.settings
-  for key, size in (
-    ('ppo.rollout_batch', s.ppo.rollout_batch),
-    ('ppo.minibatch', s.ppo.minibatch),
-    ('ppo.score_batch', s.ppo.score_batch),
-    ('rollout.batch', s.rollout.batch),
-  ):
-    if size:
-      jobs.check_batch(key, size, stage)
-
-
 def prompt_limits(stage: Stage, recipe: Recipe) -> Limits:
   """What of a prompt is kept: the networks' positions less config.rollout.max_new_tokens."""
   s = stage.settings
@@ -153,8 +136,8 @@ def prompt_limits(stage: Stage, recipe: Recipe) -> Limits:
     )
   most = min(s.data.max_prompt_length, room)
   if most < s.data.max_prompt_length:
-    say(
-      f'{stage.name}: prompts are at most {most} tokens, for the {name} has '
+    stage.say(
+      f'prompts are at most {most} tokens, for the {name} has '
       f'{network.max_position_embeddings} positions and responses take up to '
       f'{s.rollout.max_new_tokens}'
     )

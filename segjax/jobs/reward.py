@@ -8,12 +8,11 @@ import numpy as np
 
 from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout
 from segjax.data.encoding import encode_pairs
-from segjax.data.sources import load_rows
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
-from segjax.report.console import say
+from segjax.report.console import track
 from segjax.train import segment_reward
 from segjax.train.optimizer import init_state
 from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
@@ -23,14 +22,13 @@ from segjax.train.segment_reward import SegmentReward
 def run(stage: Stage) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Segments are cut by the entropy of config.reference.path (empty: the policy). Writes `model/`
-  with segment_reward.json, its normaliser still open, and `held_out.json`: the rows of the data,
+  Segments are cut by the entropy of config.reference.path. Writes `model/` with
+  segment_reward.json, its normaliser still open, and `held_out.json`: the rows of the data,
   0-based, that were never trained on.
   """
   s = stage.settings
-  jobs.check_batch('reward.batch', s.reward.batch, stage)
-  source = jobs.required(s.policy.path, 'policy.path')
-  reference_path = jobs.required(s.reference.path or s.policy.path, 'reference.path')
+  source = jobs.checkpoint(s.policy.path, 'policy.path')
+  reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   config = jobs.network(stage, source, trained=True)
   segment_reward.check_tokenizer(None, source, reference_path)
   scorer = Scorer(
@@ -40,12 +38,10 @@ def run(stage: Stage) -> dict[str, Any]:
     s.reward.entropy_threshold,
   )
   tokenizer = jobs.tokenizer_of(stage, source)
-  pairs = encode_pairs(
-    load_rows(s.data.path, s.data.split, s.data.limit), tokenizer, jobs.limits(stage, config)
-  )
+  pairs = encode_pairs(jobs.rows(stage), tokenizer, jobs.limits(stage, config))
   jobs.describe(stage, pairs)
   kept, held_out = split_holdout(pairs, s.reward.holdout, s.seed)
-  say(f'{stage.name}: {len(held_out)} pairs held out by prompt')
+  stage.say(f'{len(held_out)} pairs held out by prompt')
   total = jobs.num_steps(s.reward.steps, s.reward.epochs, len(kept), s.reward.batch, 'reward')
   reference = jobs.load(stage, reference_path, scorer.reference, 'language')
   params = jobs.load(stage, source, config, 'scalar', trained=True)
@@ -78,12 +74,10 @@ def run(stage: Stage) -> dict[str, Any]:
       tokenizer_sha256=fingerprint(str(source)),
     ),
   )
-  accuracy = float(np.mean(correct))
-  say(f'{stage.name}: held-out pair accuracy {accuracy:.3f} on {len(held_out)} pairs')
   return {
     'steps': total,
     'loss': last.get('loss'),
-    'held_out_accuracy': accuracy,
+    'held_out_accuracy': float(np.mean(correct)),
     'held_out_pairs': len(held_out),
   }
 
@@ -92,8 +86,9 @@ def held_out_correct(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer
 ) -> np.ndarray:
   """1 where the chosen response scores higher, 0.5 at a tie, [N]."""
-  found = []
-  for rows, real in chunks(len(held_out), stage.settings.reward.batch):
+  size, found = stage.settings.reward.batch, []
+  total = -(-len(held_out) // size)
+  for rows, real in track(stage.name, chunks(len(held_out), size), total, 'held-out pairs'):
     score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
     found.append(jax.device_get(score)[:real])
   chosen, rejected = np.concatenate(found).T

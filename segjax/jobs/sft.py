@@ -4,7 +4,6 @@ from typing import Any
 
 from segjax.data.batches import batch_indices
 from segjax.data.encoding import encode_conversations
-from segjax.data.sources import load_rows
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
@@ -15,14 +14,10 @@ from segjax.train.sft_step import sft_step
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on config.data.path; writes `model/`, returns the last metrics."""
   settings = stage.settings.sft
-  jobs.check_batch('sft.batch', settings.batch, stage)
-  source = jobs.required(stage.settings.policy.path, 'policy.path')
+  source = jobs.checkpoint(stage.settings.policy.path, 'policy.path')
   config = jobs.network(stage, source, trained=True)
   tokenizer = jobs.tokenizer_of(stage, source)
-  data = stage.settings.data
-  dataset = encode_conversations(
-    load_rows(data.path, data.split, data.limit), tokenizer, jobs.limits(stage, config)
-  )
+  dataset = encode_conversations(jobs.rows(stage), tokenizer, jobs.limits(stage, config))
   jobs.describe(stage, dataset)
   total = jobs.num_steps(settings.steps, settings.epochs, len(dataset), settings.batch, 'sft')
   params = jobs.load(stage, source, config, 'language', trained=True)

@@ -4,6 +4,7 @@ The jobs themselves hold no loops over steps: that is `train`.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import jax
 from jax.sharding import Mesh
 
 from segjax.data.encoding import Limits
+from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
-from segjax.report.console import say
+from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
 from segjax.settings import Settings
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.state import TrainState
 
 States = dict[str, TrainState]
+
+CHECKPOINTS = 'checkpoints'  # in a stage's directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +52,28 @@ class Stage:
     """A host batch onto the mesh."""
     return sharding.place_batch(x, self.mesh)
 
+  def say(self, text: str) -> None:
+    """A line of this stage on the console."""
+    say(text, self.name)
+
 
 def _number(name: str) -> int:
   """A number that stands for a name, the same in every process and on every machine."""
-  import zlib
-
   return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
-def required(path: str, key: str) -> Path:
-  """The directory of a checkpoint, fetched from the hub if it must be."""
-  if not path:
-    raise ValueError(f'config.{key} is empty; give an HF directory or a hub id: --config.{key}=...')
-  return reader.resolve(path)
+def checkpoint(path: str, key: str) -> Path:
+  """The directory of the checkpoint that config.`key` names, fetched from the hub if it must be."""
+  try:
+    return reader.resolve(path)
+  except ValueError as error:
+    raise ValueError(f'config.{key}: {error}') from error
+
+
+def rows(stage: Stage) -> Rows:
+  """The rows of config.data."""
+  data = stage.settings.data
+  return load_rows(data.path, data.split, data.limit)
 
 
 def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaConfig:
@@ -106,9 +119,9 @@ def limits(stage: Stage, config: LlamaConfig) -> Limits:
   if data.max_length <= most:
     return Limits(data.max_length, data.max_prompt_length, data.overlong)
   prompt = max(1, data.max_prompt_length * most // data.max_length)
-  say(
-    f'{stage.name}: the network has {most} positions, so rows are at most {most} tokens '
-    f'(config.data.max_length={data.max_length}) and overlong prompts keep {prompt}.'
+  stage.say(
+    f'rows are at most {most} tokens, for that many positions has the network '
+    f'(config.data.max_length={data.max_length})'
   )
   return Limits(most, prompt, data.overlong)
 
@@ -116,12 +129,8 @@ def limits(stage: Stage, config: LlamaConfig) -> Limits:
 def describe(stage: Stage, dataset: Any) -> None:
   """One line on what was read: rows, length, what was cut and dropped."""
   counts = ', '.join(f'{v} {k.replace("_", " ")}' for k, v in dataset.counts.items() if v)
-  say(f'{stage.name}: {counts}; {len(dataset)} kept, padded to {dataset.length} tokens')
-
-
-def check_batch(key: str, size: int, stage: Stage) -> None:
-  """ValueError unless a batch of `size` divides over the mesh; before anything is compiled."""
-  sharding.check_batch(f'config.{key}={size}', size, stage.mesh)
+  left = '' if len(dataset) == dataset.counts['rows'] else f'; {len(dataset)} used'
+  stage.say(f'{counts}{left}, padded to {dataset.length} tokens')
 
 
 def train(
@@ -137,30 +146,38 @@ def train(
     The last states and the last step's metrics.
 
   Raises:
-    BadStepError: after config.max_bad_steps updates in a row that were not finite; the state from
-      before them is in the stage's `checkpoints`.
+    BadStepError: after config.max_bad_steps updates in a row that were not finite; the state, which
+      those updates did not reach, is in the stage's `checkpoints`.
   """
   settings = stage.settings
-  saved = Checkpointer(stage.directory / 'checkpoints', settings.checkpoint.keep)
+  saved = Checkpointer(stage.directory / CHECKPOINTS, settings.checkpoint.keep)
   start = saved.latest() or 0
   if start:
     states = saved.restore(start, states)
-    say(f'{stage.name}: going on from step {start} of {total} in {stage.directory}/checkpoints')
-  log = MetricLog(stage.directory, stage.name, total, settings.max_bad_steps, show)
+    stage.say(f'going on from step {start} of {total}, saved in {stage.directory / CHECKPOINTS}')
+  log = MetricLog(
+    stage.directory,
+    ProgressBar(stage.name, total, start),
+    show,
+    start=start,
+    max_bad_steps=settings.max_bad_steps,
+    wandb_project=settings.wandb_project,
+  )
+  done = start
   try:
     with log:
       for step in range(start, total):
         states, metrics = step_fn(states, step)
+        done = step + 1
         log.log(step, metrics)
         every = settings.checkpoint.every
-        if every and (step + 1) % every == 0 and step + 1 < total:
-          saved.save(step + 1, states)
-  except BadStepError:
-    # The jitted step kept the state from before the bad update.
-    step = int(next(iter(states.values())).step)
-    if step not in (saved.latest(), 0):
-      saved.save(step, states)
-    raise
+        if every and done % every == 0 and done < total:
+          saved.save(done, states)
+  except BadStepError as error:
+    # The jitted step has kept the state from before each bad update, so this one is good.
+    saved.save(done, states)
+    place = stage.directory / CHECKPOINTS / str(done)
+    raise BadStepError(f'{stage.name}, {error} The last good state is saved in {place}.') from None
   finally:
     saved.close()
   return states, log.last

@@ -1,47 +1,91 @@
 """What a person sees while a run goes on: lines, progress bars and tables."""
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
+Item = TypeVar('Item')
 
-def say(text: str) -> None:
-  """One line, at once, clear of any progress bar."""
-  tqdm.write(text, file=sys.stdout)
+_COLUMN = 12  # the stage's name stands before each of its lines
+_BAR = '{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
+_SECONDS = 15  # between two lines of a bar in a log file
+_WIDTH = 100  # of tables and bars in a log file
+
+
+def say(text: str, stage: str = '') -> None:
+  """One line, at once, clear of any progress bar; a stage's lines begin with its name."""
+  tqdm.write(f'{stage:<{_COLUMN}}{text}' if stage else text, file=sys.stdout)
   sys.stdout.flush()
 
 
 class ProgressBar:
-  """A bar for one stage, with the metrics in `show` beside it."""
+  """A bar for one stage: smooth on a terminal, now and then a whole line in a log file."""
 
-  def __init__(self, name: str, total: int, show: Sequence[str]):
-    self._show = list(show)
-    # A log file gets a line every ten seconds, a terminal a smooth bar.
-    interval = 0.1 if sys.stdout.isatty() else 10
+  def __init__(self, stage: str, total: int, start: int = 0):
+    self._on_terminal = sys.stdout.isatty()
+    self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN}}', 'bar_format': _BAR}
+    self._start, self._done, self._note = start, start, ''
+    self._begun = self._printed = time.monotonic()
     self._bar = tqdm(
-      total=total, desc=f'{name:10}', mininterval=interval, file=sys.stdout, dynamic_ncols=True
+      total=total,
+      initial=start,
+      desc=self._meter['prefix'],
+      bar_format=_BAR,
+      file=sys.stdout,
+      dynamic_ncols=True,
+      disable=not self._on_terminal,
     )
 
-  def update(self, done: int, values: dict[str, float]) -> None:
-    """Moves the bar to `done` steps."""
-    shown = {name: f'{values[name]:.3g}' for name in self._show if name in values}
-    self._bar.set_postfix(shown, refresh=False)
-    self._bar.update(done - self._bar.n)
+  def update(self, done: int, note: str = '') -> None:
+    """Moves the bar to `done` of the total, with a note beside it."""
+    self._bar.set_postfix_str(note, refresh=False)
+    self._bar.update(done - self._done)
+    self._done, self._note = done, note
+    if not self._on_terminal and time.monotonic() - self._printed > _SECONDS:
+      self._print()
 
   def close(self) -> None:
     """Leaves the bar as it stands."""
     self._bar.close()
+    if not self._on_terminal and self._done > self._start:
+      self._print()
+
+  def _print(self) -> None:
+    self._printed = time.monotonic()
+    elapsed = self._printed - self._begun
+    line = tqdm.format_meter(
+      self._done,
+      elapsed=elapsed,
+      initial=self._start,
+      postfix=self._note,
+      ncols=_WIDTH,
+      **self._meter,
+    )
+    say(line.rstrip())
+
+
+def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iterator[Item]:
+  """The items, with a bar that moves as each is done with."""
+  bar = ProgressBar(stage, total)
+  for done, item in enumerate(items, 1):
+    yield item
+    bar.update(done, note)
+  bar.close()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table, first column to the left, the others to the right."""
+  from rich import box
   from rich.console import Console
   from rich.table import Table
 
-  made = Table(title=title, title_justify='left')
+  made = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD)
+  made.show_edge = False
   for i, column in enumerate(columns):
     made.add_column(column, justify='left' if i == 0 else 'right', no_wrap=True)
   for row in rows:
     made.add_row(*row)
-  Console(width=None if sys.stdout.isatty() else 100, file=sys.stdout).print(made)
+  Console(width=None if sys.stdout.isatty() else _WIDTH, file=sys.stdout).print(made, '')

@@ -1,4 +1,4 @@
-"""Metrics of a stage: read a step late, written as JSON lines and TensorBoard curves.
+"""Metrics of a stage: read a step late, written as JSON lines, TensorBoard curves and W&B.
 
 Drawing on the console is `console`'s job.
 """
@@ -6,12 +6,15 @@ Drawing on the console is `console`'s job.
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
 from segjax.report.console import ProgressBar
+
+FILE = 'metrics.jsonl'
 
 
 class BadStepError(RuntimeError):
@@ -23,30 +26,49 @@ class MetricLog:
 
   So the host never waits for the device. A step with `bad` > 0 was left out by the jitted step;
   `max_bad_steps` of them in a row raise BadStepError, which names step and metric.
+
+  Attributes:
+    last: the metrics of the last step read; after a restart, those on file.
   """
 
-  def __init__(self, directory: Path, name: str, total: int, max_bad_steps: int, show: list[str]):
+  def __init__(
+    self,
+    directory: Path,
+    bar: ProgressBar,
+    show: Sequence[str],
+    *,
+    start: int = 0,
+    max_bad_steps: int = 1,
+    wandb_project: str = '',
+  ):
     from tensorboardX import SummaryWriter
 
     directory.mkdir(parents=True, exist_ok=True)
-    self._file = (directory / 'metrics.jsonl').open('a', encoding='utf-8')
-    self._curves = SummaryWriter(str(directory / 'tensorboard'))
-    self._bar = ProgressBar(name, total, show)
+    before = _read(directory / FILE, start)
+    self.last: dict[str, float] = {k: float(v) for k, v in before[-1].items()} if before else {}
+    self._file = (directory / FILE).open('w', encoding='utf-8')
+    self._file.writelines(json.dumps(line) + '\n' for line in before)
+    self._curves = SummaryWriter(str(directory / 'tensorboard'), purge_step=start or None)
+    self._wandb = _wandb_run(wandb_project, directory) if wandb_project else None
+    self._bar, self._show = bar, show
     self._pending: tuple[int, dict[str, Any]] | None = None
     self._max_bad_steps = max_bad_steps
     self._bad_steps = 0
     self._clock = time.monotonic()
-    self.last: dict[str, float] = {}
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, error: type | None, *_: object) -> None:
-    if error is None:
-      self.flush()
-    self._bar.close()
-    self._curves.close()
-    self._file.close()
+    try:
+      if error is None:
+        self.flush()
+    finally:
+      self._bar.close()
+      self._curves.close()
+      self._file.close()
+      if self._wandb is not None:
+        self._wandb.finish()
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of `step` and writes those of the step before."""
@@ -71,7 +93,10 @@ class MetricLog:
     self._file.flush()
     for name, value in values.items():
       self._curves.add_scalar(name, value, step)
-    self._bar.update(step + 1, values)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
+    shown = [f'{name}={values[name]:.3g}' for name in self._show if name in values]
+    self._bar.update(step + 1, ', '.join(shown))
     self._watch(step, values)
 
   def _watch(self, step: int, values: dict[str, float]) -> None:
@@ -81,6 +106,26 @@ class MetricLog:
     names = [k for k, v in values.items() if not math.isfinite(v)] or ['loss or gradient norm']
     raise BadStepError(
       f'step {step}: {", ".join(names)} not finite, {self._bad_steps} step(s) in a row '
-      f'(config.max_bad_steps={self._max_bad_steps}). Lower the learning rate or look at the data '
-      'of this step; the state from before it is saved.'
+      f'(config.max_bad_steps={self._max_bad_steps}). Lower the learning rate, or look at the '
+      'rows of this step.'
     )
+
+
+def _read(path: Path, before: int) -> list[dict[str, Any]]:
+  """The lines of steps before `before`: a step that is run again must not stand there twice."""
+  found = []
+  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+    try:
+      values = json.loads(line)
+    except ValueError:  # the process was stopped while it wrote this line
+      continue
+    if values['step'] < before:
+      found.append(values)
+  return found
+
+
+def _wandb_run(project: str, directory: Path) -> Any:
+  import wandb
+
+  name = '/'.join(directory.absolute().parts[-2:])  # the run's directory and the stage
+  return wandb.init(project=project, name=name, dir=str(directory))

@@ -1,0 +1,202 @@
+"""From a config to checked settings: names, types, and values against each other.
+
+Each message names the key and the fix. Nothing here needs a file or a device: what does is checked
+by the jobs.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from segjax.rl import kl, normalizer, rewards, segmentation
+from segjax.settings import JOBS, Settings
+
+
+def from_config(config: ConfigDict) -> Settings:
+  """The typed settings; ValueError names an unknown key, a wrong type, or values at odds."""
+  settings = _build(Settings, config.copy_and_resolve_references().to_dict(), '')
+  validate(settings)
+  return settings
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, dict):
+    raise ValueError(f'config.{prefix[:-1]}={values!r} must be a section with keys of its own.')
+  types = typing.get_type_hints(cls)
+  made = {}
+  for key, value in values.items():
+    check_key(prefix + key)
+    kind = types[key]
+    if dataclasses.is_dataclass(kind):
+      made[key] = _build(kind, value, f'{prefix}{key}.')
+    else:
+      made[key] = _typed(f'config.{prefix}{key}', value, kind)
+  return cls(**made)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+  """The value as `kind`; names in a tuple may also come joined by commas, as flags give them."""
+  if typing.get_origin(kind) is tuple:
+    parts = [value] if isinstance(value, str) else value
+    return tuple(name.strip() for part in parts for name in part.split(',') if name.strip())
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f'{key}={value!r} must be of type {kind.__name__}.')
+  if kind is float and not math.isfinite(value):
+    raise ValueError(f'{key}={value!r} must be finite.')
+  return value
+
+
+def check_key(key: str) -> None:
+  """ValueError, naming the nearest keys that exist, unless `key` is a setting or a section."""
+  leaves = _leaves()
+  if key in leaves or any(leaf.startswith(key + '.') for leaf in leaves):
+    return
+  last = key.rpartition('.')[2]
+  near = difflib.get_close_matches(key, leaves, n=2, cutoff=0.6)
+  near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rpartition('.')[2]])]
+  near = list(dict.fromkeys(near))[:3]
+  hint = f'; did you mean {" or ".join("config." + name for name in near)}?' if near else '.'
+  raise ValueError(f'config.{key} does not exist{hint}')
+
+
+def _leaves(cls: type = Settings, prefix: str = '') -> list[str]:
+  names = []
+  for key, kind in typing.get_type_hints(cls).items():
+    names += _leaves(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
+  return names
+
+
+def validate(settings: Settings) -> None:
+  """Checks the values against each other; ValueError names the key and the fix."""
+  _stages(settings)
+  _names(settings)
+  _ranges(settings)
+  _lengths(settings)
+  _rollout_parts(settings)
+
+
+def spread(settings: Settings, granularity: str) -> str:
+  """The way a segment's z is spread over its tokens, for that granularity."""
+  name = settings.ppo.spread
+  if name == 'auto':
+    return 'bandit' if granularity == 'bandit' else 'even_split'
+  return name
+
+
+def _stages(s: Settings) -> None:
+  if not s.stages:
+    raise ValueError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
+  for stage in s.stages:
+    _one_of('stages', stage, JOBS)
+  in_order = tuple(job for job in JOBS if job in s.stages)
+  if s.stages != in_order:
+    raise ValueError(f'config.stages={",".join(s.stages)} must be in order: {",".join(in_order)}.')
+  if 'reward' in s.stages and s.reward_model.path:
+    raise ValueError(
+      f'config.reward_model.path={s.reward_model.path!r}, but config.stages trains a reward model; '
+      "empty the path, or leave 'reward' out of config.stages."
+    )
+
+
+def _names(s: Settings) -> None:
+  granularities = segmentation.GRANULARITIES
+  published = [f'published:{name}' for name in normalizer.PUBLISHED]
+  for key, value, names in (
+    ('runtime.dtype', s.runtime.dtype, ('float32', 'bfloat16')),
+    ('runtime.attention', s.runtime.attention, ('xla', 'cudnn')),
+    ('data.overlong', s.data.overlong, ('truncate_left', 'drop', 'error')),
+    ('reward.granularity', s.reward.granularity, granularities),
+    ('reward_model.granularity', s.reward_model.granularity, ('', *granularities)),
+    ('reward_model.normalizer', s.reward_model.normalizer, ('', 'none', *published)),
+    ('normalizer.kind', s.normalizer.kind, ('auto', *normalizer.KINDS)),
+    ('ppo.spread', s.ppo.spread, ('auto', *rewards.SPREADS)),
+    ('ppo.kl_estimator', s.ppo.kl_estimator, tuple(kl.ESTIMATORS)),
+  ):
+    _one_of(key, value, names)
+  if s.runtime.attention == 'cudnn' and s.runtime.dtype == 'float32':
+    raise ValueError('config.runtime.attention=cudnn needs config.runtime.dtype=bfloat16.')
+
+
+def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
+  if value not in names:
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f'; did you mean {near[0]!r}?' if near else '.'
+    named = ', '.join(name or "''" for name in names)
+    raise ValueError(f'config.{key}={value!r} is not one of {named}{hint}')
+
+
+# Keys by the least value they may have. A learning rate of 0 is a way to see what does not learn.
+_LEAST = {
+  0: (
+    *('data.limit', 'sft.steps', 'reward.steps', 'reward.margin', 'checkpoint.every'),
+    *('rollout.temperature', 'rollout.top_k', 'rollout.batch', 'rollout.min_new_tokens'),
+    *('ppo.score_batch', 'ppo.kl_coef', 'ppo.reward_clip', 'ppo.gamma', 'ppo.gae_lambda'),
+    *('ppo.clip_eps', 'ppo.value_clip_eps', 'evaluate.show'),
+  ),
+  1: (
+    *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
+    *('sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
+    *('normalizer.batch', 'normalizer.pairs', 'rollout.max_new_tokens'),
+    *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs'),
+    *('evaluate.batch', 'evaluate.samples', 'checkpoint.keep', 'demo.sft_rows', 'demo.pairs'),
+  ),
+}
+_OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
+
+
+def _ranges(s: Settings) -> None:
+  for least, keys in _LEAST.items():
+    for key in keys:
+      if _get(s, key) < least:
+        raise ValueError(f'config.{key}={_get(s, key)} must be at least {least}.')
+  if not 0 < s.reward.holdout < 1:
+    raise ValueError(f'config.reward.holdout={s.reward.holdout} must lie between 0 and 1.')
+  if not 0 < s.rollout.top_p <= 1:
+    raise ValueError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
+  for key in _OPTIMIZERS:
+    optimizer = _get(s, key)
+    if optimizer.learning_rate < 0:
+      raise ValueError(f'config.{key}.learning_rate={optimizer.learning_rate} is negative.')
+    if not 0 <= optimizer.warmup_ratio <= 1:
+      raise ValueError(f'config.{key}.warmup_ratio={optimizer.warmup_ratio} is not in 0 to 1.')
+
+
+def _get(settings: Settings, key: str) -> Any:
+  return functools.reduce(getattr, key.split('.'), settings)
+
+
+def _lengths(s: Settings) -> None:
+  if s.data.max_prompt_length >= s.data.max_length:
+    raise ValueError(
+      f'config.data.max_prompt_length={s.data.max_prompt_length} leaves no room for a response; '
+      f'it must be less than config.data.max_length={s.data.max_length}.'
+    )
+  if s.rollout.min_new_tokens > s.rollout.max_new_tokens:
+    raise ValueError(
+      f'config.rollout.min_new_tokens={s.rollout.min_new_tokens} is more than '
+      f'config.rollout.max_new_tokens={s.rollout.max_new_tokens}.'
+    )
+  if s.demo.min_clauses > s.demo.max_clauses or s.demo.min_clauses < 1:
+    raise ValueError(
+      f'config.demo.min_clauses={s.demo.min_clauses} must be from 1 to '
+      f'config.demo.max_clauses={s.demo.max_clauses}.'
+    )
+
+
+def _rollout_parts(s: Settings) -> None:
+  whole = s.ppo.rollout_batch
+  for key in ('ppo.minibatch', 'ppo.score_batch', 'rollout.batch'):
+    size = _get(s, key)
+    if size and whole % size:
+      below = max(d for d in range(1, size + 1) if whole % d == 0)
+      raise ValueError(
+        f'config.ppo.rollout_batch={whole} is not divisible by config.{key}={size}; '
+        f'use {key}={below} or rollout_batch={-(-whole // size) * size}.'
+      )
