@@ -41,7 +41,10 @@ def attention(
   kv_heads = key.shape[2]
   query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
   logits = jnp.einsum(
-    'bqkgh,bskh->bkgqs', query, key, preferred_element_type=jnp.promote_types(query, jnp.float32)
+    'bqkgh,bskh->bkgqs',
+    query,
+    key,
+    preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
   )
   if mask is None:
     mask = jnp.tril(jnp.ones((1, length, length), bool))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model import sharding
+from segjax.model.heads import project
 from segjax.model.llama import Block, Llama, LlamaConfig, layer_params
 
 
@@ -67,9 +68,7 @@ def generate(
   The random number of row b at step t is uniform(fold_in(fold_in(key, b), t)): it depends neither
   on the other rows nor on the number of devices.
   """
-  params = sharding.constrain_tree(
-    jax.tree.map(lambda leaf: leaf.astype(config.dtype), params), without=('fsdp',)
-  )
+  params = sharding.gather_fsdp(jax.tree.map(lambda leaf: leaf.astype(config.dtype), params))
   batch, prompt_size = prompt_ids.shape
   pad = prompt_size - prompt_length
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
@@ -140,12 +139,12 @@ def _embed(params, ids, config):
 
 
 def _last_logits(params, x, config):
-  hidden = Llama(config).apply({'params': params['backbone']}, x, method='finish')[:, 0]
+  hidden = Llama(config).apply({'params': params['backbone']}, x, method='finish')
   kernel = (
     params['backbone']['embedding'].T if config.tie_word_embeddings else params['lm_head']['kernel']
   )
-  logits = hidden @ kernel
-  return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'tokens')
+  # Sampling looks at whole rows: the logits are gathered, never the kernel.
+  return sharding.constrain(project(hidden, kernel)[:, 0], 'tokens')
 
 
 def _sample(logits, keys, step, stop, sampling: Sampling):

@@ -92,7 +92,7 @@ def values(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float
 def logits(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
   hidden, kernel = LanguageModel(config).apply({'params': params}, ids)
-  return _project(hidden, kernel)
+  return project(hidden, kernel)
 
 
 def token_logprobs(
@@ -113,10 +113,13 @@ def chunked_logprobs(
   hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], target: Int[Array, 'B S'], chunk: int
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """Log-prob of `target` and entropy under softmax(hidden kernel), in chunks along S."""
+  # Gathered along fsdp once and not for every chunk, in the compute dtype; then widened again, so
+  # that the gradients of the chunks add up in float32.
+  kernel = sharding.constrain(kernel.astype(hidden.dtype), 'head').astype(kernel.dtype)
 
   @jax.checkpoint
   def one(hidden, target):
-    return logprob_and_entropy(_project(hidden, kernel), target)
+    return logprob_and_entropy(project(hidden, kernel), target)
 
   batch, length, width = hidden.shape
   if length <= chunk:
@@ -130,8 +133,8 @@ def chunked_logprobs(
   return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in results)
 
 
-def _project(hidden: Array, kernel: Array) -> Array:
-  """Float32 logits of hidden states in whatever dtype."""
+def project(hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V']) -> Float[Array, 'B S V']:
+  """Float32 logits of hidden states in whatever dtype, each device its share of the vocabulary."""
   logits = hidden.reshape(-1, hidden.shape[-1]) @ kernel.astype(hidden.dtype)
   logits = logits.reshape(*hidden.shape[:-1], -1)
   return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'logits')

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -45,6 +45,7 @@ ACTIVATION_RULES: dict[str, P] = {
   'chunked_hidden': P(None, BATCH, None, None),
   'chunked_tokens': P(None, BATCH, None),
   'embedding': P('tensor', None),
+  'head': P(None, 'tensor'),
 }
 
 
@@ -109,7 +110,7 @@ def parameter_spec(name: str) -> P:
   return found[0]
 
 
-def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   """`spec` without the axes that do not divide their dimension (an odd vocabulary, say)."""
   entries = []
   for dim, entry in zip(shape, tuple(spec), strict=True):
@@ -132,7 +133,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   )
 
 
-def _active_mesh() -> Any:
+def _active_mesh() -> AbstractMesh | None:
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
 
@@ -157,13 +158,20 @@ def _batch_spec(rank: int) -> P:
   return P(BATCH, *(None,) * (rank - 1))
 
 
-def constrain_tree(tree: Any, without: tuple[str, ...] = ()) -> Any:
-  """Lays parameters or optimizer state out by the table, at the end of a jitted step.
+def constrain_tree(tree: Any) -> Any:
+  """Lays parameters or optimizer state out by the table, at the end of a jitted step."""
+  return _constrain_tree(tree, without=())
 
-  Args:
-    without: mesh axes to leave out. Decoding leaves out fsdp, so that the weights are gathered
-      once and not in every step.
+
+def gather_fsdp(tree: Any) -> Any:
+  """Parameters laid out by the table but whole along fsdp.
+
+  For a decode loop, so that the weights are gathered once and not in every step.
   """
+  return _constrain_tree(tree, without=('fsdp',))
+
+
+def _constrain_tree(tree: Any, without: tuple[str, ...]) -> Any:
   mesh = _active_mesh()
   if mesh is None:
     return tree

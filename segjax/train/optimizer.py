@@ -65,7 +65,4 @@ def apply_update(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
-  state = TrainState(
-    state.step, sharding.constrain_tree(state.params), sharding.constrain_tree(state.opt_state)
-  )
-  return state, {'grad_norm': grad_norm, 'bad': 1 - good.astype(jnp.int32)}
+  return sharding.constrain_tree(state), {'grad_norm': grad_norm, 'bad': 1 - good.astype(jnp.int32)}

@@ -1,0 +1,141 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from segjax.model import heads
+from segjax.rl.logprobs import logprob_and_entropy
+
+from . import tiny
+
+
+def dense(params, ids, config):
+  """Log-prob and entropy out of the full logits."""
+  logits = heads.logits(params, ids, config)[:, :-1]
+  return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in logprob_and_entropy(logits, ids[:, 1:]))
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_chunked_head_equals_dense(config):
+  params, ids = tiny.params(config), jnp.asarray(tiny.ids())
+  weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, *ids.shape)), jnp.float32)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(params, read):
+    def loss(params):
+      found = read(params, ids, config)
+      return jnp.sum(weight[0] * found[0] + weight[1] * found[1]), found
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  # 23 predictions are no multiple of config.logprob_chunk = 8.
+  grads, found = run(params, heads.token_logprobs)
+  expected_grads, expected = run(params, dense)
+  # float32; gradients are sums of 184 terms of size 1 to 100.
+  jax.tree.map(functools.partial(assert_allclose, atol=2e-5), found, expected)
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-3, atol=1e-3), grads, expected_grads)
+  smallest = min(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(grads))
+  assert smallest > 1e-2  # every parameter takes part
+
+
+@pytest.mark.parametrize('chunk', [1, 5, 8, 23, 100])
+def test_any_chunk_gives_the_same(chunk):
+  rng = np.random.default_rng(2)
+  hidden = jnp.asarray(rng.normal(size=(2, 23, 16)), jnp.float32)
+  kernel = jnp.asarray(rng.normal(size=(16, tiny.VOCAB)), jnp.float32)
+  target = jnp.asarray(tiny.ids(shape=(2, 23)))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(hidden, kernel, chunk):
+    def loss(hidden, kernel):
+      if chunk is None:
+        found = logprob_and_entropy(hidden @ kernel, target)
+      else:
+        found = heads.chunked_logprobs(hidden, kernel, target, chunk)
+      return jnp.sum(found[0] * (1 + found[1])), found
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, kernel)
+
+  # float32 sums of another order; gradients reach 100.
+  jax.tree.map(
+    functools.partial(assert_allclose, rtol=1e-5, atol=1e-3),
+    run(hidden, kernel, chunk),
+    run(hidden, kernel, None),
+  )
+
+
+def shapes_within(jaxpr):
+  """Shapes of all intermediate arrays, inner programs included."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield getattr(variable.aval, 'shape', ())
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+      if _is_program(inner):
+        yield from shapes_within(getattr(inner, 'jaxpr', inner))
+
+
+def _is_program(x):
+  return hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_logits_of_all_positions_never_exist(config):
+  """Not even stacked up over the chunks for the backward pass."""
+  params, ids = tiny.params(config), jnp.asarray(tiny.ids())
+  allowed = tiny.BATCH * config.logprob_chunk * tiny.VOCAB
+
+  def huge(read):
+    def loss(params):
+      logprob, entropy = read(params, ids, config)
+      return jnp.sum(logprob) + jnp.sum(entropy)
+
+    shapes = set(shapes_within(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    return [x for x in shapes if tiny.VOCAB in x and np.prod(x) > allowed]
+
+  assert huge(heads.token_logprobs) == []
+  assert huge(dense)  # the search does find them
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('head', heads.HEADS)
+def test_init_params(config, head):
+  params = heads.init_params(jax.random.key(0), config, head)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+    lambda leaf: leaf.shape, heads.param_shapes(config, head)
+  )
+  tied = config.tie_word_embeddings
+  heads_found = set(params) - {'backbone'}
+  assert heads_found == ({'scalar_head'} if head == 'scalar' else set() if tied else {'lm_head'})
+  backbone = params['backbone']
+  assert_allclose(backbone['norm']['scale'], 1)
+  # 2560 draws: the standard deviation is known to 1.4 per cent.
+  assert_allclose(jnp.std(backbone['embedding']), config.initializer_range, rtol=0.06)
+  for name in ('query', 'gate', 'down'):
+    kernel = backbone['layers'][name]['kernel']
+    assert_allclose(jnp.std(kernel), config.initializer_range, rtol=0.1)
+    assert np.any(kernel[0] != kernel[1])  # layers are drawn apart
+
+
+def test_scalar_head_is_small_and_has_no_bias():
+  draw = jax.jit(jax.vmap(lambda key: heads.init_params(key, tiny.CONFIG, 'scalar')['scalar_head']))
+  head = draw(jax.random.split(jax.random.key(0), 256))
+  assert set(head) == {'kernel'}
+  assert head['kernel'].shape == (256, 32, 1)
+  assert_allclose(jnp.std(head['kernel']), 1 / (32 + 1), rtol=0.05)  # 8192 draws: 0.8 per cent
+  assert_allclose(jnp.mean(head['kernel']), 0, atol=0.002)
+
+
+def test_scores_are_the_hidden_states_times_the_head():
+  params, ids = tiny.params(tiny.CONFIG, 'scalar'), jnp.asarray(tiny.ids())
+  double = params | {'scalar_head': {'kernel': 2 * params['scalar_head']['kernel']}}
+  score = tiny.scores(params, ids, tiny.CONFIG)
+  assert score.shape == ids.shape
+  assert_allclose(tiny.scores(double, ids, tiny.CONFIG), 2 * score, rtol=1e-6)  # nothing is added
+
+
+def test_unknown_head():
+  with pytest.raises(ValueError, match=r"head='value' is not one of \('language', 'scalar'\)"):
+    heads.param_shapes(tiny.CONFIG, 'value')

@@ -1,0 +1,225 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from segjax.model import heads
+from segjax.model.llama import (
+  Block,
+  Llama,
+  LlamaConfig,
+  RopeScaling,
+  config_of,
+  layer_params,
+  num_parameters,
+  rope_frequencies,
+  rotate,
+)
+from segjax.settings import Network
+
+from . import tiny
+
+
+@pytest.fixture(scope='module')
+def language():
+  return tiny.params(tiny.CONFIG)
+
+
+@pytest.fixture(scope='module')
+def scalar():
+  return tiny.params(tiny.CONFIG, 'scalar', seed=1)
+
+
+def read(language, scalar, ids):
+  """Everything read off the networks, numpy [B, S] each."""
+  logprob, entropy = tiny.token_logprobs(language, ids, tiny.CONFIG)
+  score = tiny.scores(scalar, ids, tiny.CONFIG)
+  value = tiny.values(scalar, ids, tiny.CONFIG)
+  names = ('logprob', 'entropy', 'score', 'value')
+  return dict(zip(names, jax.device_get((logprob, entropy, score, value)), strict=True))
+
+
+@pytest.mark.parametrize('t', [0, 7, 16, 23])
+def test_a_token_changes_nothing_before_it(language, scalar, t):
+  ids = tiny.ids()
+  other = ids.copy()
+  other[:, t] = (other[:, t] + 1) % tiny.VOCAB
+  before, after = read(language, scalar, ids), read(language, scalar, other)
+  for name in before:
+    # Equal to the bit: the same sums over the same numbers.
+    np.testing.assert_array_equal(before[name][:, :t], after[name][:, :t], err_msg=name)
+  # Entropy and value of token t are read before it, its log-prob and score at it.
+  for name in ('entropy', 'value'):
+    np.testing.assert_array_equal(before[name][:, t], after[name][:, t], err_msg=name)
+  assert np.all(before['score'][:, t:] != after['score'][:, t:])
+  if t:
+    assert np.all(before['logprob'][:, t] != after['logprob'][:, t])
+
+
+def test_first_token_has_no_prediction(language, scalar):
+  found = read(language, scalar, tiny.ids())
+  for name in ('logprob', 'entropy', 'value'):
+    assert_allclose(found[name][:, 0], 0)
+    assert np.all(found[name][:, 1:] != 0)
+  assert_allclose(found['value'][:, 1:], found['score'][:, :-1], rtol=1e-6)  # one program each
+
+
+def test_padding_and_batch_mates_change_nothing(language, scalar):
+  ids = tiny.ids()
+  length = np.arange(3, 3 + 2 * tiny.BATCH, 2)
+  real = np.arange(tiny.LENGTH)[None] < length[:, None]
+  whole = read(language, scalar, ids)
+  padded = read(language, scalar, np.where(real, ids, 0))
+  mates = read(language, scalar, np.concatenate([ids[:1], tiny.ids(seed=9)[1:]]))
+  shorter = read(language, scalar, ids[:, :16])
+  for name in whole:
+    # float32 sums of another order: another program, another row of a matrix product.
+    assert_allclose(padded[name][real], whole[name][real], atol=1e-5, err_msg=name)
+    assert_allclose(mates[name][0], whole[name][0], atol=1e-5, err_msg=name)
+    assert_allclose(shorter[name], whole[name][:, :16], atol=1e-5, err_msg=name)
+
+
+def test_remat_changes_nothing(language):
+  ids = jnp.asarray(tiny.ids())
+
+  def loss(params, config):
+    logprob, entropy = heads.token_logprobs(params, ids, config)
+    return jnp.sum(logprob) + jnp.sum(entropy**2)
+
+  grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  on, on_grads = grad(language, tiny.CONFIG)
+  off, off_grads = grad(language, dataclasses.replace(tiny.CONFIG, remat=False))
+  # The same sums, fused otherwise.
+  assert_allclose(on, off, rtol=1e-6)
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), on_grads, off_grads)
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_scan_equals_blocks_by_hand(config):
+  params = tiny.params(config)['backbone']
+  ids = jnp.asarray(tiny.ids())
+  positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH)[None], ids.shape)
+
+  @jax.jit
+  def by_hand(params):
+    x = params['embedding'][ids]
+    for index in range(config.num_hidden_layers):
+      x, _ = Block(config).apply({'params': layer_params(params, index)}, x, positions)
+    scale = params['norm']['scale'][None, None]
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * scale
+
+  scanned = jax.jit(lambda params: Llama(config).apply({'params': params}, ids))(params)
+  assert_allclose(scanned, by_hand(params), atol=1e-5)  # float32, fused otherwise
+
+
+def test_positions_may_be_given(language):
+  """RoPE is relative: all positions shifted alike change nothing."""
+  ids = jnp.asarray(tiny.ids())
+  positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH)[None], ids.shape)
+  run = jax.jit(lambda *given: Llama(tiny.CONFIG).apply({'params': language['backbone']}, *given))
+  # Angles up to 47 radians, in float32.
+  assert_allclose(run(ids, positions + 17), run(ids, positions), atol=1e-4)
+  assert np.abs(run(ids, positions * 2) - run(ids, positions)).max() > 1e-2
+
+
+def test_bfloat16_stays_near_float32(language, scalar):
+  ids = tiny.ids()
+  config = dataclasses.replace(tiny.CONFIG, dtype='bfloat16')
+  logprob, entropy = tiny.token_logprobs(language, ids, config)
+  score = tiny.scores(scalar, ids, config)
+  assert {logprob.dtype, entropy.dtype, score.dtype} == {jnp.dtype('float32')}
+  expected = read(language, scalar, ids)
+  # bfloat16 keeps 8 bits, and a layer adds numbers of size 10.
+  assert_allclose(logprob, expected['logprob'], atol=0.4)
+  assert_allclose(entropy, expected['entropy'], atol=0.2)
+  assert_allclose(score, expected['score'], atol=0.4)
+  assert np.abs(logprob - expected['logprob']).mean() < 0.03
+
+
+def test_norm_and_rope_in_float32():
+  """Their sums and angles are in float32 though what goes in and out is bfloat16."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.bfloat16)
+  positions = jnp.arange(4)[None] + 50
+  rotated = rotate(x, positions, tiny.CONFIG)
+  assert rotated.dtype == jnp.bfloat16
+  expected = rotate(x.astype(jnp.float32), positions, tiny.CONFIG)
+  # Half a unit in the last of 8 bits, of numbers below 4.
+  assert_allclose(rotated.astype(jnp.float32), expected, atol=2**-7)
+
+
+SCALINGS = {
+  'default': None,
+  'linear': RopeScaling('linear', 3.0),
+  'llama31': RopeScaling('llama3', 8.0, 1.0, 4.0, 8192),
+  'llama32': RopeScaling('llama3', 32.0, 1.0, 4.0, 8192),
+  'short': RopeScaling('llama3', 4.0, 1.0, 4.0, 16),
+}
+
+
+@pytest.mark.parametrize('name', SCALINGS)
+@pytest.mark.parametrize('head_dim', [64, 128])
+def test_rope_frequencies_equal_transformers(name, head_dim):
+  pytest.importorskip('torch')
+  import transformers
+  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+  scaling = SCALINGS[name]
+  config = LlamaConfig(
+    **{'vocab_size': 80, 'hidden_size': 4 * head_dim, 'intermediate_size': 48},
+    **{'num_hidden_layers': 1, 'num_attention_heads': 4, 'num_key_value_heads': 2},
+    head_dim=head_dim,
+    rope_scaling=scaling,
+  )
+  parameters = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  if scaling is not None:
+    parameters |= dataclasses.asdict(scaling)
+    parameters['rope_type'] = parameters.pop('kind')
+  theirs = transformers.LlamaConfig(
+    hidden_size=config.hidden_size,
+    num_attention_heads=4,
+    head_dim=head_dim,
+    max_position_embeddings=131072,
+    rope_parameters=parameters,
+  )
+  if scaling is None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
+  else:
+    expected, _ = ROPE_INIT_FUNCTIONS[scaling.kind](theirs, 'cpu')
+  assert_allclose(rope_frequencies(config), expected.numpy(), rtol=1e-5)  # theirs is float32
+
+
+def test_unknown_rope_type_is_refused():
+  config = dataclasses.replace(tiny.CONFIG, rope_scaling=RopeScaling('yarn', 2.0))
+  with pytest.raises(ValueError, match=r"'yarn' is not one of default, linear, llama3"):
+    rope_frequencies(config)
+
+
+def test_rotation_is_relative_and_keeps_length():
+  rng = np.random.default_rng(0)
+  query, key = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
+
+  def product(i, j):
+    at = [rotate(x, jnp.array([[p]]), tiny.TIED) for x, p in ((query, i), (key, j))]
+    return jnp.sum(at[0] * at[1], axis=-1)
+
+  # float32 angles below 40 radians.
+  assert_allclose(product(5, 3), product(39, 37), atol=1e-4)
+  assert_allclose(product(4, 4), jnp.sum(query * key, axis=-1), atol=1e-5)
+  assert np.abs(product(5, 3) - product(3, 5)).max() > 1e-2
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_num_parameters(config):
+  shapes = heads.param_shapes(config, 'language')
+  assert num_parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_config_of_settings():
+  config = config_of(Network(vocab_size=80, hidden_size=64, num_attention_heads=4))
+  assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (80, 16, 2)

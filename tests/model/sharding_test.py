@@ -1,0 +1,177 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from segjax.model import heads, sharding
+from segjax.settings import Optimizer
+from segjax.train.optimizer import init_state, make_optimizer
+
+from . import tiny
+
+
+def names_of(tree):
+  return [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('head', heads.HEADS)
+def test_every_tensor_matches_one_rule(config, head):
+  params = heads.param_shapes(config, head)
+  state = jax.eval_shape(make_optimizer(Optimizer(), 10).init, params)
+  names = names_of(params) + names_of(state) + names_of({'step': 0, 'params': params})
+  assert len(names) > 4 * len(jax.tree.leaves(params))  # parameter, two moments, train state
+  for name in names:
+    found = [pattern for pattern, _ in sharding.PARAMETER_RULES if re.search(pattern, name)]
+    assert len(found) == 1, (name, found)
+
+
+def test_every_rule_matches_some_tensor():
+  names = ['opt_state/0/notfinite_count', 'bad_steps', 'step']
+  for config in tiny.CONFIGS.values():
+    for head in heads.HEADS:
+      params = heads.param_shapes(config, head)
+      names += names_of(params) + names_of(
+        jax.eval_shape(make_optimizer(Optimizer(), 1).init, params)
+      )
+  for pattern, _ in sharding.PARAMETER_RULES:
+    assert any(re.search(pattern, name) for name in names), pattern
+
+
+def test_no_rule_or_two_rules_raise(monkeypatch):
+  with pytest.raises(ValueError, match=r"0 rules .* match tensor 'adapter/kernel'; exactly one"):
+    sharding.parameter_spec('adapter/kernel')
+  twice = (*sharding.PARAMETER_RULES, (r'embedding$', P()))
+  monkeypatch.setattr(sharding, 'PARAMETER_RULES', twice)
+  with pytest.raises(ValueError, match=r"2 rules .* match tensor 'backbone/embedding'"):
+    sharding.parameter_spec('backbone/embedding')
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'expected'),
+  [
+    ((1, -1, 1), (1, 8, 1)),
+    ((2, -1, 2), (2, 2, 2)),
+    ((-1, 2, 4), (1, 2, 4)),
+    ((8, 1, 1), (8, 1, 1)),
+  ],
+)
+def test_make_mesh(sizes, expected):
+  mesh = sharding.make_mesh(*sizes)
+  assert tuple(mesh.shape.values()) == expected
+  assert sharding.batch_devices(mesh) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
+    ((2, 2, 1), 'data x fsdp x tensor = 2 x 2 x 1 does not use the 8 devices.*set one axis to -1'),
+    ((3, -1, 1), '3 x 2 x 1 does not use the 8 devices'),
+    ((16, -1, 1), 'does not use the 8 devices'),
+    ((-1, -1, 1), 'at most one is -1'),
+    ((0, 8, 1), 'axes are positive'),
+    ((-2, 8, 1), 'axes are positive'),
+  ],
+)
+def test_make_mesh_errors(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(('rows', 'fix'), [(6, 'use 4 or 8'), (3, 'use 4'), (9, 'use 8 or 12')])
+def test_batch_that_does_not_divide(rows, fix):
+  with pytest.raises(ValueError, match=rf'a batch of {rows} rows .* 4 devices.*; {fix}\.$'):
+    sharding.place_batch({'ids': np.zeros((rows, 3))}, tiny.mesh(8))
+
+
+def test_place_batch():
+  batch = {'ids': np.arange(24).reshape(8, 3), 'finished': np.arange(8) > 3}
+  placed = sharding.place_batch(batch, tiny.mesh(8))
+  for name, x in placed.items():
+    np.testing.assert_array_equal(x, batch[name])
+    assert x.sharding.shard_shape(x.shape)[0] == 2
+  whole = sharding.replicate(np.float32(3), tiny.mesh(8))
+  assert whole.sharding.is_fully_replicated and len(whole.sharding.device_set) == 8
+
+
+def test_heads_must_divide_over_tensor():
+  mesh = sharding.make_mesh(1, 2, 4)
+  sharding.check_heads(8, 4, mesh)
+  with pytest.raises(ValueError, match=r'config\.mesh\.tensor=4 .* 4 query and 2 key .* of 2'):
+    sharding.check_heads(4, 2, mesh)
+
+
+def test_axes_that_do_not_divide_are_left_out():
+  mesh = tiny.mesh(8)
+
+  def spec(name, *shape):
+    return sharding.parameter_sharding(name, shape, mesh).spec
+
+  assert spec('backbone/embedding', 80, 32) == P(('tensor', 'fsdp'), None)
+  assert spec('backbone/embedding', 82, 32) == P(('tensor',), None)
+  assert spec('backbone/embedding', 81, 32) == P(None, None)
+  assert spec('lm_head/kernel', 32, 81) == P(('fsdp',), None)
+
+
+def test_no_mesh_no_change():
+  x = jnp.ones((8, 3))
+  assert sharding.constrain(x, 'tokens') is x
+  assert sharding.constrain_batch(x) is x
+  assert sharding.constrain_tree({'odd': x})['odd'] is x
+  assert sharding.gather_fsdp({'odd': x})['odd'] is x
+
+
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_weights_and_moments_are_split_alike(config):
+  mesh = tiny.mesh(8)
+  with jax.set_mesh(mesh):
+    params = tiny.place(tiny.params(config), mesh)
+    state = init_state(params, Optimizer(), 10)
+    gathered = jax.jit(sharding.gather_fsdp)(params)
+  assert_moments_follow(state)
+  kernels = params['backbone']['layers']
+  # Per device: the width over fsdp, heads and MLP width over tensor.
+  for name, shard in (('query', (2, 16, 16)), ('up', (2, 16, 24)), ('down', (2, 24, 16))):
+    assert kernels[name]['kernel'].addressable_shards[0].data.shape == shard
+  assert params['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
+  whole = gathered['backbone']['layers']['down']['kernel']
+  assert whole.addressable_shards[0].data.shape == (2, 24, 32)
+  assert gathered['backbone']['embedding'].addressable_shards[0].data.shape == (40, 32)
+
+
+def assert_moments_follow(state):
+  """Each moment lies where its parameter does; all else is on every device."""
+  where = {
+    sharding.path_name(path): leaf.sharding
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  moments = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    owner = [name for name in where if sharding.path_name(path).endswith(f'/{name}')]
+    if owner:
+      assert leaf.sharding.is_equivalent_to(where[owner[0]], leaf.ndim), path
+      moments += 1
+    else:
+      assert leaf.sharding.is_fully_replicated
+  assert moments == 2 * len(where)
+  assert state.step.sharding.device_set == next(iter(where.values())).device_set
+
+
+def test_the_warning_can_be_seen():
+  """That the tests for involuntary rematerialisation would notice one."""
+  mesh = tiny.mesh(8)
+
+  def transpose_devices(x):
+    x = jax.lax.with_sharding_constraint(x * 2, NamedSharding(mesh, P('tensor', None, None)))
+    x = jax.lax.with_sharding_constraint(
+      x + 1, NamedSharding(mesh, P(None, None, ('tensor', 'data')))
+    )
+    return x * 3
+
+  with tiny.captured_stderr() as lines:
+    jax.jit(transpose_devices).lower(jnp.ones((8, 8, 8))).compile()
+  assert tiny.rematerialisations(lines)
