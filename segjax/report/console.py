@@ -44,7 +44,8 @@ class ProgressBar:
     self._bar.set_postfix_str(note, refresh=False)
     self._bar.update(done - self._done)
     self._done, self._note = done, note
-    if not self._on_terminal and time.monotonic() - self._printed > _SECONDS:
+    is_due = time.monotonic() - self._printed > _SECONDS and done < self._meter['total']
+    if is_due and not self._on_terminal:
       self._print()
 
   def close(self) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -56,7 +56,7 @@ class MetricLog:
     self._bad_steps = 0
     self._clock = time.monotonic()
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> 'MetricLog':
     return self
 
   def __exit__(self, error: type | None, *_: object) -> None:
@@ -92,7 +92,8 @@ class MetricLog:
     self._file.write(json.dumps({'step': step} | clean) + '\n')
     self._file.flush()
     for name, value in values.items():
-      self._curves.add_scalar(name, value, step)
+      if math.isfinite(value):
+        self._curves.add_scalar(name, value, step)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
     shown = [f'{name}={values[name]:.3g}' for name in self._show if name in values]

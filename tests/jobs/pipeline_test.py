@@ -1,0 +1,202 @@
+"""How stages are wired, what is checked before the first starts, and what is reused."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from segjax.jobs import pipeline
+from segjax.model.sharding import make_mesh
+from segjax.settings import JOBS, replace
+
+WORKDIR = Path('/w')
+
+
+def _paths(settings, name):
+  s = pipeline.wire(name, settings, WORKDIR)
+  return s.policy.path, s.reference.path, s.reward_model.path, s.data.path.removeprefix('/w/')
+
+
+def test_demo_wires_every_stage_to_the_one_before(small):
+  s = small(*JOBS)
+  demo, sft, reward = '/w/demo/model', '/w/sft/model', '/w/reward/model'
+  rows = 'demo/rows/{}.jsonl.gz'.format
+  assert _paths(s, 'sft') == (demo, demo, '', rows('sft'))
+  assert _paths(s, 'reward') == (sft, sft, '', rows('pairs'))
+  assert _paths(s, 'normalizer') == (sft, sft, reward, rows('pairs'))
+  assert _paths(s, 'ppo') == (sft, sft, reward, rows('prompts'))
+  assert _paths(s, 'evaluate') == ('/w/ppo/model', sft, reward, rows('held_out'))
+
+
+def test_paths_of_the_config_are_where_a_local_run_starts(small):
+  s = small('sft', 'reward', 'ppo', 'evaluate', **{'policy.path': 'base', 'data.path': 'rows'})
+  assert _paths(s, 'sft')[0] == 'base'
+  assert _paths(s, 'reward') == ('/w/sft/model', '/w/sft/model', '', 'rows')
+  assert _paths(s, 'ppo') == ('/w/sft/model', '/w/sft/model', '/w/reward/model', 'rows')
+  assert _paths(s, 'evaluate')[:2] == ('/w/ppo/model', '/w/sft/model')
+
+
+def test_one_job_reads_what_the_config_names(small):
+  given = {'policy.path': 'p', 'reward_model.path': 'r', 'data.path': 'd'}
+  assert _paths(small('ppo', **given), 'ppo') == ('p', 'p', 'r', 'd')
+  named = small('ppo', **given, **{'reference.path': 'f'})
+  assert _paths(named, 'ppo') == ('p', 'f', 'r', 'd')
+  # Alone, evaluate has nothing to compare with but what it is given.
+  assert _paths(small('evaluate', **given), 'evaluate') == ('p', '', 'r', 'd')
+
+
+@pytest.mark.parametrize(
+  'stages, given, message',
+  [
+    (('sft',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere': no such file or dir"),
+    (('sft',), {'policy.path': 'a/b/c'}, "config.policy.path='a/b/c': no such file or directory"),
+    (('ppo',), {'critic.init': 'reference'}, "config.critic.init='reference': no such file"),
+    (('sft',), {'data.path': 'rows.jsonl'}, "config.data.path='rows.jsonl'"),
+    (('evaluate',), {'evaluate.gold': 'segjax.rl:nothing'}, "config.evaluate.gold='segjax.rl:not"),
+    (('evaluate',), {'evaluate.gold': 'no_such_module:f'}, "it is 'module:function'"),
+    (('evaluate',), {'evaluate.boundary': 'nonsense'}, 'config.evaluate.boundary'),
+  ],
+)
+def test_wrong_paths_and_functions_stop_before_anything_starts(
+  small, one_device, stages, given, message
+):
+  with pytest.raises(ValueError, match=message):
+    pipeline.prepare(small(*stages, **given), WORKDIR, one_device)
+
+
+@pytest.mark.parametrize(
+  'stage, key, size, message',
+  [
+    ('sft', 'sft.batch', 6, 'config.sft.batch=6 does not divide over the 4 devices .* use 4 or 8'),
+    ('reward', 'reward.batch', 2, 'config.reward.batch=2 .* use 4'),
+    ('normalizer', 'normalizer.batch', 9, 'use 8 or 12'),
+    ('ppo', 'ppo.minibatch', 2, 'config.ppo.minibatch=2'),
+    ('ppo', 'rollout.batch', 2, 'config.rollout.batch=2'),
+    ('evaluate', 'evaluate.batch', 5, 'use 4 or 8'),
+  ],
+)
+def test_batch_that_does_not_divide_over_the_mesh(small, stage, key, size, message):
+  mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
+  with pytest.raises(ValueError, match=message):
+    pipeline.prepare(small(stage, **{key: size}), WORKDIR, mesh)
+
+
+def test_later_stages_are_checked_before_the_first(small):
+  mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
+  with pytest.raises(ValueError, match=r'config.evaluate.batch=5'):
+    pipeline.prepare(small(*JOBS, **{'evaluate.batch': 5}), WORKDIR, mesh)
+
+
+@pytest.mark.parametrize(
+  'stages, missing',
+  [
+    (('sft',), ['policy.path', 'data.path']),
+    (('normalizer',), ['reward_model.path', 'reference.path', 'data.path']),
+    (('ppo',), ['policy.path', 'reference.path', 'reward_model.path', 'data.path']),
+    (JOBS, []),
+  ],
+)
+def test_missing_paths_are_named(small, one_device, stages, missing):
+  prepared = pipeline.prepare(small(*stages), WORKDIR, one_device)
+  assert [key for stage in prepared for key in pipeline.missing_keys(stage)] == missing
+  if missing:
+    with pytest.raises(ValueError, match=f'config.{missing[0]} is empty, and the {stages[0]} job'):
+      pipeline.check_complete(prepared)
+
+
+def test_input_inside_of_the_output_is_refused(small, one_device, tmp_path):
+  (tmp_path / 'ppo' / 'model').mkdir(parents=True)
+  s = small('ppo', **{'policy.path': str(tmp_path / 'ppo' / 'model')})
+  with pytest.raises(ValueError, match=r'lies in .*ppo, which this run writes'):
+    pipeline.prepare(s, tmp_path, one_device)
+
+
+def test_missing_wandb_is_said_at_once(small, one_device, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r'pip install segjax\[wandb\]'):
+    pipeline.prepare(small('demo', wandb_project='x'), WORKDIR, one_device)
+
+
+@pytest.fixture
+def counted(fake_jobs):
+  """Jobs that only count how often they ran and leave a file as their model."""
+  ran = []
+
+  def job(stage):
+    ran.append(stage.name)
+    stage.model_directory.mkdir(exist_ok=True)
+    (stage.model_directory / 'weights').write_text(str(stage.settings.sft.steps))
+    return {'loss': 1.0}
+
+  fake_jobs(sft=job, reward=job, normalizer=job, ppo=job)
+  return ran
+
+
+@pytest.fixture
+def inputs(tmp_path):
+  """Paths of a policy and of rows, so small that their content is a word."""
+  (tmp_path / 'base').mkdir()
+  (tmp_path / 'base' / 'weights').write_text('base')
+  (tmp_path / 'rows.jsonl').write_text('rows')
+  return {'policy.path': str(tmp_path / 'base'), 'data.path': str(tmp_path / 'rows.jsonl')}
+
+
+def test_second_run_reuses_and_says_so(small, run, counted, inputs, tmp_path, capsys):
+  s = small('sft', 'reward', **inputs)
+  first = run(s, tmp_path / 'w')
+  capsys.readouterr()
+  assert run(s, tmp_path / 'w') == first
+  assert counted == ['sft', 'reward']
+  out = capsys.readouterr().out
+  assert out.count('reused from') == 2
+
+
+def test_what_decides_nothing_reruns_nothing(small, run, counted, inputs, tmp_path):
+  s = small('sft', **inputs)
+  run(s, tmp_path / 'w')
+  same = {'checkpoint.every': 1, 'max_bad_steps': 9, 'reward.steps': 7, 'evaluate.show': 0}
+  run(replace(s, **same), tmp_path / 'w')
+  assert counted == ['sft']
+
+
+def test_changed_setting_reruns_its_stage_and_those_that_read_its_output(
+  small, run, counted, inputs, tmp_path, capsys
+):
+  s = small('sft', 'reward', **inputs)
+  run(s, tmp_path / 'w')
+  run(replace(s, **{'reward.steps': 3}), tmp_path / 'w')
+  assert counted == ['sft', 'reward', 'reward']
+  assert 'reward.steps changed' in capsys.readouterr().out
+  run(replace(s, **{'reward.steps': 3, 'sft.steps': 3}), tmp_path / 'w')
+  assert counted[3:] == ['sft', 'reward']
+  assert 'content of policy.path' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('file', ['rows.jsonl', 'base/weights', 'template.jinja'])
+def test_changed_input_reruns(small, run, counted, inputs, tmp_path, file):
+  template = tmp_path / 'template.jinja'
+  template.write_text('{{ messages }}')
+  s = small('sft', **inputs, **{'data.chat_template': str(template)})
+  run(s, tmp_path / 'w')
+  (tmp_path / file).write_text('other')
+  run(s, tmp_path / 'w')
+  assert counted == ['sft', 'sft']
+
+
+def test_changed_output_reruns(small, run, counted, inputs, tmp_path):
+  s = small('sft', **inputs)
+  run(s, tmp_path / 'w')
+  (tmp_path / 'w' / 'sft' / 'model' / 'weights').write_text('other')
+  run(s, tmp_path / 'w')
+  assert counted == ['sft', 'sft']
+
+
+def test_checkpoints_of_a_finished_stage_are_removed(small, run, inputs, fake_jobs, tmp_path):
+  def job(stage):
+    (stage.directory / 'checkpoints' / '2').mkdir(parents=True)
+    return {}
+
+  fake_jobs(sft=job)
+  run(small('sft', **inputs), tmp_path / 'w')
+  assert [p.name for p in (tmp_path / 'w' / 'sft').iterdir()] == ['stage.json']

@@ -1,0 +1,90 @@
+"""When a stage is reused, gone on from, or done anew."""
+
+import pytest
+
+from segjax.jobs import reuse
+
+KEY = {'settings': {'seed': 0, 'sft': {'steps': 2}}, 'inputs': {'data.path': 'abc'}}
+
+
+def _with(section, **values):
+  return KEY | {section: KEY[section] | values}
+
+
+def _finished(directory, key=KEY):
+  reuse.begin(directory, key)
+  (directory / 'model').write_text('weights')
+  return reuse.finish(directory, key, {'loss': 1.5, 'shape': (1, 2)}, {'model': 'hash'})
+
+
+def test_finished_stage_is_reused_only_by_its_key_and_output(tmp_path):
+  stage = tmp_path / 'sft'
+  results = _finished(stage)
+  assert results == {'loss': 1.5, 'shape': [1, 2]}
+  assert reuse.finished(stage, KEY, {'model': 'hash'}) == results
+  assert reuse.finished(stage, KEY, {'model': 'other'}) is None
+  assert reuse.finished(stage, _with('settings', seed=1), {'model': 'hash'}) is None
+  assert reuse.finished(tmp_path / 'nothing', KEY, {}) is None
+
+
+def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
+  stage = tmp_path / 'sft'
+  assert reuse.begin(stage, KEY) == ''
+  (stage / 'checkpoint').write_text('2')
+  assert reuse.finished(stage, KEY, {}) is None
+  assert reuse.begin(stage, KEY) == ''
+  assert (stage / 'checkpoint').exists()
+
+
+@pytest.mark.parametrize(
+  'key, reason',
+  [
+    (_with('settings', seed=1), 'seed changed'),
+    (_with('settings', sft={'steps': 3}), 'sft.steps changed'),
+    (_with('inputs', **{'data.path': 'def'}), 'content of data.path changed'),
+  ],
+)
+@pytest.mark.parametrize('is_finished', [True, False])
+def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finished):
+  stage = tmp_path / 'sft'
+  if is_finished:
+    _finished(stage)
+  else:
+    reuse.begin(stage, KEY)
+    (stage / 'model').write_text('weights')
+  assert reuse.begin(stage, key) == reason
+  assert not (stage / 'model').exists()
+  assert (tmp_path / 'sft.old' / 'model').read_text() == 'weights'
+
+
+def test_only_the_last_one_is_kept_aside(tmp_path):
+  stage = tmp_path / 'sft'
+  for seed in range(3):
+    reuse.begin(stage, _with('settings', seed=seed))
+    (stage / 'model').write_text(str(seed))
+  assert (stage / 'model').read_text() == '2'
+  assert (tmp_path / 'sft.old' / 'model').read_text() == '1'
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
+
+
+def test_damaged_output_and_foreign_directory_are_moved_aside(tmp_path):
+  _finished(tmp_path / 'sft')
+  assert reuse.begin(tmp_path / 'sft', KEY) == 'its output was changed'
+  (tmp_path / 'ppo').mkdir()
+  assert 'without a stage.json' in reuse.begin(tmp_path / 'ppo', KEY)
+
+
+def test_content_hash_sees_names_and_bytes_but_not_what_is_skipped(tmp_path):
+  def write(name, **files):
+    for file, text in files.items():
+      (tmp_path / name).mkdir(exist_ok=True)
+      (tmp_path / name / file).write_text(text)
+    return reuse.content_hash(tmp_path / name, skip='note')
+
+  first = write('a', x='1', y='2')
+  assert write('b', x='1', y='2') == first
+  assert write('b', note='3') == first
+  assert write('c', x='12', y='') != first
+  assert write('d', x='1', z='2') != first
+  assert write('b', y='3') != first
+  assert reuse.content_hash(tmp_path / 'a' / 'x') == reuse.content_hash(tmp_path / 'd' / 'x')

@@ -1,0 +1,89 @@
+"""Metrics on file: a step late, valid JSON, each step once, and the stop at bad steps."""
+
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from segjax.report.console import ProgressBar
+from segjax.report.metrics import BadStepError, MetricLog
+
+
+def _log(directory, total=4, **kwargs):
+  return MetricLog(directory, ProgressBar('sft', total), ['loss'], **kwargs)
+
+
+def _lines(directory):
+  def refuse(name):
+    raise AssertionError(f'{name} is no JSON')
+
+  text = (directory / 'metrics.jsonl').read_text()
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_steps_are_written_one_late_and_all_at_the_end(tmp_path):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': jnp.float32(2)})
+    assert _lines(tmp_path) == []
+    log.log(1, {'loss': jnp.float32(1)})
+    assert [line['step'] for line in _lines(tmp_path)] == [0]
+  assert [(line['step'], line['loss']) for line in _lines(tmp_path)] == [(0, 2), (1, 1)]
+  assert log.last['loss'] == 1
+  assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_restart_keeps_the_steps_before_and_drops_those_after(tmp_path):
+  with _log(tmp_path) as log:
+    for step in range(4):
+      log.log(step, {'loss': jnp.float32(step)})
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 4, "lo')  # stopped in the middle of a line
+  with _log(tmp_path, start=2) as log:
+    assert log.last['loss'] == 1
+    log.log(2, {'loss': jnp.float32(20)})
+  assert [(line['step'], line['loss']) for line in _lines(tmp_path)] == [(0, 0), (1, 1), (2, 20)]
+  with _log(tmp_path):
+    pass
+  assert _lines(tmp_path) == []
+
+
+def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
+  bad = {'loss': jnp.float32(jnp.nan), 'grad_norm': jnp.float32(jnp.inf), 'bad': jnp.int32(1)}
+  with (
+    pytest.raises(BadStepError, match='step 1: grad_norm, loss not finite'),
+    _log(tmp_path) as log,
+  ):
+    log.log(0, {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(1, bad)
+  last = _lines(tmp_path)[-1]
+  assert (last['step'], last['loss'], last['grad_norm']) == (1, 'nan', 'inf')
+
+
+def test_bad_steps_count_only_in_a_row(tmp_path):
+  with (
+    pytest.raises(BadStepError, match=r'step 5: .*2 step'),
+    _log(tmp_path, max_bad_steps=2) as log,
+  ):
+    for step, bad in enumerate([1, 0, 1, 0, 1, 1]):
+      log.log(step, {'loss': jnp.float32(jnp.nan if bad else 1), 'bad': jnp.int32(bad)})
+  assert [line['step'] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
+  calls = []
+  run = types.SimpleNamespace(
+    log=lambda values, step: calls.append((step, values['loss'])),
+    finish=lambda: calls.append('finish'),
+  )
+
+  def init(project, name, dir):
+    calls.append((project, name))
+    return run
+
+  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+  directory = tmp_path / 'runs' / 'sft'
+  with _log(directory, wandb_project='segjax') as log:
+    log.log(0, {'loss': jnp.float32(2)})
+  assert calls == [('segjax', 'runs/sft'), (0, 2.0), 'finish']

@@ -1,0 +1,42 @@
+"""Defaults, presets and replacement of keys."""
+
+import pytest
+
+from segjax import settings
+from segjax.settings import Optimizer, Settings
+
+
+def test_default_config_holds_every_default():
+  config = settings.default_config()
+  assert config.ppo.kl_coef == Settings().ppo.kl_coef
+  assert config.reward.optimizer.learning_rate == 1e-6
+  config.lock()
+  with pytest.raises(AttributeError, match='kl_coeff'):
+    config.ppo.kl_coeff = 0.1
+
+
+@pytest.mark.parametrize(
+  'preset, expected', [('local', ('local', '')), ('demo,token', ('demo', 'token'))]
+)
+def test_preset_is_name_and_granularity(preset, expected):
+  assert settings.parse_preset(preset, ('demo', 'local')) == expected
+
+
+@pytest.mark.parametrize(
+  'preset, message',
+  [
+    ('demmo', "'demmo' is not one of demo, local"),
+    ('demo,word', "'word' is not one of segment, token, bandit"),
+    ('', "'' is not one of demo, local"),
+  ],
+)
+def test_unknown_preset_is_named(preset, message):
+  with pytest.raises(ValueError, match=message):
+    settings.parse_preset(preset, ('demo', 'local'))
+
+
+def test_replace_reaches_into_sections():
+  changed = settings.replace(Settings(), seed=3, **{'data.path': 'x', 'sft.batch': 2})
+  assert (changed.seed, changed.data.path, changed.sft.batch) == (3, 'x', 2)
+  assert changed.sft.optimizer == Optimizer(learning_rate=2e-5)
+  assert Settings().data.path == ''
