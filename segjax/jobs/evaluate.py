@@ -31,6 +31,7 @@ class Sampled(NamedTuple):
   """The responses of one model: experience on the host, prompts and texts, gold where known."""
 
   experience: Experience
+  prompt: np.ndarray
   prompts: list[str]
   texts: list[str]
   gold: np.ndarray | None
@@ -39,8 +40,8 @@ class Sampled(NamedTuple):
 def run(stage: Stage) -> dict[str, Any]:
   """Samples config.evaluate.samples responses per prompt from the reference and from the policy.
 
-  Returns the figures of both, also written to `results.json`: score of the reward
-  model, gold where config.evaluate.gold names a function, KL, length, segments, EOS rate.
+  Returns the figures of both, also written to `results.json`: score of the reward model, gold where
+  config.evaluate.gold names a function, KL, length, segments, EOS rate.
   """
   s = stage.settings
   gold, is_boundary = functions(s.evaluate)
@@ -135,7 +136,9 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       experience.rollout.response_ids, experience.rollout.response_mask, strict=True
     )
   ]
-  return Sampled(experience, [prompts.messages(i)[-1]['content'] for i in repeated], texts, None)
+  return Sampled(
+    experience, repeated, [prompts.messages(i)[-1]['content'] for i in repeated], texts, None
+  )
 
 
 def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
@@ -145,16 +148,21 @@ def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
   return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
 
 
-def interval(values: np.ndarray, groups: list[str]) -> dict[str, float]:
-  """Mean and 95 % interval over responses, in clusters by prompt.
+def interval(values: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
+  """Mean and 95 % interval over responses, in clusters by prompt; one prompt gives no interval.
 
   Responses to one prompt are not independent: the standard error is that of the prompts' means.
+
+  Args:
+    values: one per response, [N].
+    prompt: the index of each response's prompt, 0 to P - 1, [N].
   """
-  _, group = np.unique(groups, return_inverse=True)
-  means = np.bincount(group, values) / np.bincount(group)
-  mean = float(np.mean(values))
-  half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5 if len(means) > 1 else float('nan')
-  return {'mean': mean, 'low': mean - half, 'high': mean + half, 'n': len(values)}
+  means = np.bincount(prompt, values) / np.bincount(prompt)
+  found = {'mean': float(np.mean(values)), 'low': None, 'high': None, 'n': len(values)}
+  if len(means) > 1:
+    half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5
+    found |= {'low': found['mean'] - half, 'high': found['mean'] + half}
+  return found
 
 
 def _figures(sampled: Sampled) -> dict[str, Any]:
@@ -164,14 +172,14 @@ def _figures(sampled: Sampled) -> dict[str, Any]:
   per_row = np.where(ends, e.score, 0).sum(1) / np.maximum(ends.sum(1), 1)
   difference = np.where(mask, e.rollout.old_logprob - e.ref_logprob, 0)
   figures = {
-    'score': interval(per_row, sampled.prompts),
+    'score': interval(per_row, sampled.prompt),
     'kl_nats': float(difference.sum(1).mean()),
     'length': float(mask.sum(1).mean()),
     'segments': float(e.segments.num_segments.mean()),
     'eos_rate': float(e.rollout.finished.mean()),
   }
   if sampled.gold is not None:
-    figures['gold'] = interval(sampled.gold, sampled.prompts)
+    figures['gold'] = interval(sampled.gold, sampled.prompt)
   return figures
 
 
@@ -232,6 +240,8 @@ def show(figures: dict[str, Any]) -> None:
       return ''
     if not isinstance(value, dict):
       return f'{value:z.{digits}f}'
+    if value['low'] is None:
+      return f'{value["mean"]:z.{digits}f}'
     mean, low, high = (f'{value[name]:z.{digits}f}' for name in ('mean', 'low', 'high'))
     return f'{mean} [{low}, {high}]'
 

@@ -172,6 +172,7 @@ def train(
         log.log(step, metrics)
         every = settings.checkpoint.every
         if every and done % every == 0 and done < total:
+          log.flush()  # so that no step before a checkpoint is ever without metrics
           saved.save(done, states)
   except BadStepError as error:
     # The jitted step has kept the state from before each bad update, so this one is good.

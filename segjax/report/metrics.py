@@ -44,7 +44,7 @@ class MetricLog:
     from tensorboardX import SummaryWriter
 
     directory.mkdir(parents=True, exist_ok=True)
-    before = _read(directory / FILE, start)
+    before = _lines(directory / FILE, start)
     self.last: dict[str, float] = {k: float(v) for k, v in before[-1].items()} if before else {}
     self._file = (directory / FILE).open('w', encoding='utf-8')
     self._file.writelines(json.dumps(line) + '\n' for line in before)
@@ -63,6 +63,8 @@ class MetricLog:
     try:
       if error is None:
         self.flush()
+      elif error is BadStepError and self._pending is not None:
+        self._write(*self._pending)  # the step dispatched after the bad one
     finally:
       self._bar.close()
       self._curves.close()
@@ -73,14 +75,17 @@ class MetricLog:
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of `step` and writes those of the step before."""
     pending, self._pending = self._pending, (step, metrics)
-    if pending is not None:
-      self._write(*pending)
+    self._read(pending)
 
   def flush(self) -> None:
     """Writes what is pending; raises BadStepError as `log` does."""
     pending, self._pending = self._pending, None
+    self._read(pending)
+
+  def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
     if pending is not None:
       self._write(*pending)
+      self._watch(pending[0], self.last)
 
   def _write(self, step: int, metrics: dict[str, Any]) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -98,7 +103,6 @@ class MetricLog:
       self._wandb.log(values, step=step)
     shown = [f'{name}={values[name]:.3g}' for name in self._show if name in values]
     self._bar.update(step + 1, ', '.join(shown))
-    self._watch(step, values)
 
   def _watch(self, step: int, values: dict[str, float]) -> None:
     self._bad_steps = self._bad_steps + 1 if values.get('bad') else 0
@@ -112,7 +116,7 @@ class MetricLog:
     )
 
 
-def _read(path: Path, before: int) -> list[dict[str, Any]]:
+def _lines(path: Path, before: int) -> list[dict[str, Any]]:
   """The lines of steps before `before`: a step that is run again must not stand there twice."""
   found = []
   for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
