@@ -60,7 +60,7 @@ def apply_update(
   a bad update must never leave the jitted step.
   """
   optimizer = make_optimizer(settings, total_steps)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from segjax.data.tokenizer import fingerprint, same_tokenizer
+from segjax.data.tokenizer import fingerprint
 from segjax.rl.normalizer import PUBLISHED
 from segjax.settings import RewardModel
 from segjax.types import Normalizer
@@ -82,7 +82,7 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
     ValueError: something is named by neither, or the tokenizers of reward model and policy differ.
   """
   stored = read(directory)
-  check_tokenizer(stored, directory, policy_directory)
+  check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
   granularity = settings.granularity or (stored.granularity if stored else '')
   threshold = settings.entropy_threshold
   if threshold < 0 and stored:
@@ -110,14 +110,14 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
   return SegmentReward(granularity, threshold, normalizer, kind)
 
 
-def check_tokenizer(stored: SegmentReward | None, directory: Path, policy_directory: Path) -> None:
-  """ValueError unless both models read the same tokens: segments and scores are per token."""
-  if stored is not None and stored.tokenizer_sha256:
-    same = stored.tokenizer_sha256 == fingerprint(str(policy_directory))
-  else:
-    same = same_tokenizer(str(directory), str(policy_directory))
-  if not same:
+def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
+  """ValueError unless two models read the same tokens: segments and scores are per token.
+
+  Args:
+    sha256: what is known of the first one's tokenizer; '' reads its files.
+  """
+  if (sha256 or fingerprint(str(directory))) != fingerprint(str(other)):
     raise ValueError(
-      f'the tokenizer of reward model {directory} differs from that of policy {policy_directory}; '
-      'segments and scores are per token, so both models must share one tokenizer.'
+      f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
+      'all models of a run must share one tokenizer.'
     )

@@ -4,14 +4,17 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Updates done, parameters, and the optimizer's state."""
+  """Updates done, an integer scalar; parameters; the optimizer's state.
 
-  step: Int[Array, '']
+  jax rebuilds the tree with shapes, shardings and host arrays in place of the arrays, which a
+  checked annotation of `step` would refuse.
+  """
+
+  step: Any
   params: Any
   opt_state: Any

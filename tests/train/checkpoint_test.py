@@ -1,0 +1,52 @@
+import jax
+import numpy as np
+from model import tiny
+
+from segjax.train.checkpoint import Checkpointer
+from segjax.train.sft_step import sft_step
+
+from . import setting
+
+
+def step(state, count):
+  for _ in range(count):
+    state, _ = sft_step(
+      state,
+      *setting.conversations(),
+      config=tiny.CONFIG,
+      optimizer=setting.OPTIMIZER,
+      total_steps=setting.TOTAL,
+    )
+  return state
+
+
+def test_going_on_equals_never_having_stopped(tmp_path):
+  straight = setting.copied(step(setting.state('policy'), 3))
+  saved = Checkpointer(tmp_path, keep=2)
+  assert saved.latest() is None
+  state = step(setting.state('policy'), 2)
+  saved.save(2, {'policy': state})
+  step(state, 1)  # donates what was saved
+  saved.close()
+  saved = Checkpointer(tmp_path, keep=2)
+  assert saved.latest() == 2
+  state = saved.restore(2, {'policy': setting.state('policy')})['policy']
+  saved.close()
+  assert int(state.step) == 2
+  jax.tree.map(np.testing.assert_array_equal, setting.copied(step(state, 1)), straight)
+
+
+def test_restores_onto_another_mesh_and_keeps_the_last(tmp_path):
+  saved = Checkpointer(tmp_path, keep=2)
+  states = {'policy': setting.state('policy'), 'critic': setting.state('critic')}
+  for at in (1, 2, 3):
+    saved.save(at, states)
+  mesh = tiny.mesh(8)
+  with jax.set_mesh(mesh):
+    like = {name: setting.state(name, mesh) for name in states}
+    restored = saved.restore(3, like)
+  saved.close()
+  assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 3]
+  jax.tree.map(np.testing.assert_array_equal, setting.copied(restored), setting.copied(states))
+  for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+    assert got.sharding.is_equivalent_to(want.sharding, got.ndim)

@@ -1,0 +1,263 @@
+"""Eight devices as data 2 x fsdp 2 x tensor 2 give the numbers of one, and move little."""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model import tiny
+from model.sharding_test import assert_moments_follow
+from numpy.testing import assert_allclose
+
+from segjax.model.decode import generate
+from segjax.train.experience import make_experience, score, score_piece
+from segjax.train.ppo_step import ppo_step
+from segjax.train.reward_step import reward_step
+from segjax.train.rollout import sampling
+from segjax.train.sft_step import sft_step
+from segjax.types import Normalizer
+
+from . import setting
+
+NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
+
+
+class Training(NamedTuple):
+  """Three steps of some kind."""
+
+  metrics: list[dict[str, Any]]
+  before: dict[str, Any]  # parameters by network, on the host
+  states: dict[str, Any]
+  program: str  # what one device runs, as HLO
+  warnings: list[str]  # of the partitioner
+
+
+def program(function, *arguments, **static):
+  """The compiled program, which a call just before has left in jit's cache."""
+  return function.lower(*arguments, **static).compile().as_text()
+
+
+def train(mesh, function, states, *arguments, **static):
+  before = {name: setting.copied(state.params) for name, state in states.items()}
+  compiled = function._cache_size()
+  metrics = []
+  with tiny.captured_stderr() as lines:
+    for step in range(3):
+      given = [x(step) if callable(x) else x for x in arguments]
+      *new, found = function(*states.values(), *given, **static)
+      states = dict(zip(states, new, strict=True))
+      metrics.append(jax.device_get(found))
+  if mesh.size > 1:
+    assert function._cache_size() > compiled  # so that a warning would have been captured
+  text = program(function, *states.values(), *given, **static)
+  return Training(metrics, before, states, text, tiny.rematerialisations(lines))
+
+
+@functools.cache
+def sft(devices, name):
+  config, mesh = tiny.CONFIGS[name], tiny.mesh(devices)
+  with jax.set_mesh(mesh):
+    states = {'policy': setting.state('policy', mesh, config)}
+    static = {'config': config, 'optimizer': setting.OPTIMIZER, 'total_steps': setting.TOTAL}
+    return train(mesh, sft_step, states, *setting.conversations(mesh), **static)
+
+
+@functools.cache
+def reward(devices):
+  mesh = tiny.mesh(devices)
+  with jax.set_mesh(mesh):
+    states = {'reward': setting.state('reward', mesh)}
+    arguments = setting.network('reference', mesh), setting.pairs(mesh)
+    static = {'scorer': setting.SCORER, 'margin': 0.0}
+    static |= {'optimizer': setting.OPTIMIZER, 'total_steps': setting.TOTAL}
+    return train(mesh, reward_step, states, *arguments, **static)
+
+
+class Scored(NamedTuple):
+  rollout: Any
+  scored: Any
+  experience: Any
+  metrics: dict[str, Any]
+  programs: dict[str, str]
+  warnings: dict[str, list[str]]
+
+
+def captured(warnings, name, run):
+  with tiny.captured_stderr() as lines:
+    result = jax.block_until_ready(run())
+  warnings[name] = tiny.rematerialisations(lines)
+  return result
+
+
+@functools.cache
+def scored(devices):
+  mesh, recipe, warnings = tiny.mesh(devices), setting.recipe(recompute_logprob=True), {}
+  with jax.set_mesh(mesh):
+    params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+    compiled = generate._cache_size(), score_piece._cache_size(), make_experience._cache_size()
+    rollout = captured(warnings, 'generate', lambda: setting.sample(params['policy'], mesh))
+    found = captured(warnings, 'score', lambda: score(params, rollout, recipe=recipe))
+    experience, metrics = captured(
+      warnings, 'experience', lambda: make_experience(rollout, found, NORMALIZER, recipe=recipe)
+    )
+    after = generate._cache_size(), score_piece._cache_size(), make_experience._cache_size()
+    if devices > 1:
+      assert all(new > old for new, old in zip(after, compiled, strict=True))
+    piece = jax.tree.map(lambda x: x[:4], rollout)
+    piece = jax.device_put(piece, jax.tree.map(lambda x: x.sharding, rollout))
+    programs = {
+      'generate': program(
+        generate,
+        *(params['policy'], piece.prompt_ids, piece.prompt_length, jax.random.key(0)),
+        config=tiny.CONFIG,
+        sampling=sampling(setting.ROLLOUT),
+        stop_ids=tiny.STOP_IDS,
+      ),
+      'score': program(
+        score_piece,
+        *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), piece),
+        recipe=recipe,
+      ),
+    }
+  return Scored(rollout, found, experience, metrics, programs, warnings)
+
+
+@functools.cache
+def ppo(devices):
+  mesh = tiny.mesh(devices)
+  experience = scored(devices).experience
+  rows = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [6, 0, 5, 3]])
+  with jax.set_mesh(mesh):
+    states = {name: setting.state(name, mesh) for name in ('policy', 'critic')}
+    static = {'recipe': setting.recipe(), 'total_steps': setting.TOTAL}
+    return train(mesh, ppo_step, states, experience, lambda step: rows[step], **static)
+
+
+TRAININGS = {
+  'sft': functools.partial(sft, name='untied'),
+  'sft_tied': functools.partial(sft, name='tied'),
+  'reward': reward,
+  'ppo': ppo,
+}
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_same_losses(name):
+  one, eight = TRAININGS[name](1), TRAININGS[name](8)
+  for step, (expected, got) in enumerate(zip(one.metrics, eight.metrics, strict=True)):
+    assert not got['bad']
+    for key in expected:
+      if 'loss' in key:
+        # float32 sums in another order; a policy loss is a difference of numbers of size 1.
+        assert_allclose(got[key], expected[key], rtol=1e-5, atol=1e-6, err_msg=f'{key} {step}')
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_same_updates(name):
+  """Of every tensor, over three steps: within 1e-4 of the update's norm."""
+  one, eight = TRAININGS[name](1), TRAININGS[name](8)
+  for network, start in one.before.items():
+    new = {n: setting.copied(run.states[network].params) for n, run in ((1, one), (8, eight))}
+    moved = {n: jax.tree.map(np.subtract, new[n], start) for n in new}
+    for path, expected in jax.tree_util.tree_leaves_with_path(moved[1]):
+      got = functools.reduce(lambda tree, key: tree[key.key], path, moved[8])
+      size = np.linalg.norm(expected)
+      assert size > 1e-3
+      assert np.linalg.norm(got - expected) <= 1e-4 * size, (network, path)
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_state_stays_split(name):
+  for network, state in TRAININGS[name](8).states.items():
+    assert_moments_follow(state)
+    assert int(state.step) == 3
+    layers = state.params['backbone']['layers']
+    shard = layers['up']['kernel'].addressable_shards[0].data
+    assert shard.shape == (2, 16, 24), network
+    assert 'tensor' in str(layers['up']['kernel'].sharding.spec)
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_training_does_not_rematerialise(name):
+  assert TRAININGS[name](8).warnings == []
+
+
+@pytest.mark.parametrize('name', ['generate', 'score', 'experience'])
+def test_rollouts_do_not_rematerialise(name):
+  assert scored(8).warnings[name] == []
+
+
+def test_same_rollout():
+  one, eight = scored(1).rollout, scored(8).rollout
+  for name in ('prompt_ids', 'prompt_length', 'response_ids', 'response_mask', 'finished'):
+    np.testing.assert_array_equal(getattr(eight, name), getattr(one, name), err_msg=name)
+  assert_allclose(eight.old_logprob, one.old_logprob, rtol=0, atol=1e-5)  # float32
+
+
+def test_same_experience():
+  one, eight = scored(1), scored(8)
+  for name in one.scored._fields:
+    got, expected = getattr(eight.scored, name), getattr(one.scored, name)
+    assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)  # float32
+  for name in ('start', 'end', 'segment_id', 'num_segments'):
+    got, expected = (getattr(run.experience.segments, name) for run in (eight, one))
+    np.testing.assert_array_equal(got, expected, err_msg=name)
+  for name in ('reward', 'advantage', 'return_'):
+    got, expected = getattr(eight.experience, name), getattr(one.experience, name)
+    assert_allclose(got, expected, rtol=1e-4, atol=1e-4, err_msg=name)  # sums over a response
+  for name, expected in one.metrics.items():
+    assert_allclose(eight.metrics[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+  assert 1 < one.metrics['segments'] < one.metrics['length'] - 1  # the cut is a real one
+
+
+def computations(text):
+  """Lines of each computation of an HLO module, by name."""
+  found, name = {}, None
+  for line in text.splitlines():
+    if line.endswith('{') and not line.startswith(' ') and not line.startswith('HloModule'):
+      name = line.removeprefix('ENTRY ').split()[0].lstrip('%')
+      found[name] = []
+    elif name:
+      found[name].append(line)
+  return found
+
+
+def gathers(text, loops_only=False):
+  """Shapes that all-gathers make; of those inside while loops only, if asked."""
+  programs = computations(text)
+  names = set(programs)
+  if loops_only:
+    names = set(re.findall(r' while\(.*body=%?([\w.\-]+)', text))
+    assert names
+    calls = r'(?:body|condition|to_apply|calls)=%?([\w.\-]+)'
+    while (
+      more := {c for n in names for line in programs[n] for c in re.findall(calls, line)} - names
+    ):
+      names |= more
+  made = []
+  for name in names:
+    for line in programs[name]:
+      if match := re.search(r'= (.*?) all-gather(?:-start)?\(', line):
+        made += [tuple(map(int, x.split(','))) for x in re.findall(r'\[([\d,]+)\]', match[1])]
+  return made
+
+
+# As one device sees them: 2 rows of the 8, half of the vocabulary of 80, width 32.
+@pytest.mark.parametrize('name', [*TRAININGS, 'score'])
+def test_no_gather_of_logits(name):
+  text = scored(8).programs['score'] if name == 'score' else TRAININGS[name](8).program
+  found = gathers(text)
+  assert found  # weights are gathered along fsdp
+  for shape in found:
+    if {40, 80} & set(shape):
+      assert sorted(shape) == [32, 40], shape  # embedding or head, each device its vocabulary
+
+
+def test_decode_loop_gathers_no_weights():
+  text = scored(8).programs['generate']
+  assert (2, 32, 24) in gathers(text)  # before the loop: MLP of both layers, whole along fsdp
+  # In the loop: the logits of one token of the one row that a device holds.
+  assert set(gathers(text, loops_only=True)) <= {(1, 1, 80), (1, 80)}

@@ -1,0 +1,167 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from model import tiny
+from numpy.testing import assert_allclose
+from rl.ragged import LENGTH, make_batch
+
+from segjax.train.experience import (
+  Scores,
+  join,
+  make_experience,
+  response_window,
+  score,
+  take_rows,
+)
+from segjax.types import Normalizer, Rollout
+
+from . import setting
+from .compiles import compiled
+
+NORMALIZER = (0.2, -0.1, 0.3, 0.8)  # w_mean, w_std, b_mean, b_std
+
+
+@pytest.fixture(scope='module')
+def params():
+  mesh = tiny.mesh(1)
+  return {name: setting.network(name, mesh) for name in setting.SEEDS}
+
+
+@pytest.fixture(scope='module')
+def rollout(params):
+  return setting.sample(params['policy'])
+
+
+def test_join_and_window_equal_a_loop(rollout):
+  ids = np.asarray(jax.jit(join)(rollout))
+  host = setting.copied(rollout)
+  assert ids.shape == (tiny.BATCH, setting.PROMPT + setting.RESPONSE)
+  for row, length in enumerate(setting.LENGTHS):
+    expected = [*host.prompt_ids[row, :length], *host.response_ids[row]]
+    assert ids[row, : len(expected)].tolist() == expected
+  x = np.random.default_rng(0).normal(size=ids.shape).astype(np.float32)
+  window = response_window(jnp.asarray(x), rollout.prompt_length, setting.RESPONSE)
+  for row, length in enumerate(setting.LENGTHS):
+    np.testing.assert_array_equal(window[row], x[row, length : length + setting.RESPONSE])
+
+
+def test_scores_are_read_where_they_should(params, rollout):
+  found = score(params, rollout, recipe=setting.recipe())
+  ids = jax.jit(join)(rollout)
+  logprob, entropy = tiny.token_logprobs(params['reference'], ids, tiny.CONFIG)
+  expected = {
+    'ref_logprob': logprob,
+    'entropy': entropy,
+    'score': tiny.scores(params['reward'], ids, tiny.CONFIG),
+    'value': tiny.values(params['critic'], ids, tiny.CONFIG),
+  }
+  for name, whole in expected.items():
+    for row, length in enumerate(setting.LENGTHS):
+      got = getattr(found, name)[row]
+      assert_allclose(got, whole[row, length : length + setting.RESPONSE], atol=1e-5, err_msg=name)
+  np.testing.assert_array_equal(found.old_logprob, rollout.old_logprob)
+
+
+def test_pieces_equal_the_whole(params, rollout, caplog):
+  with compiled(caplog) as names:
+    pieces = score(params, rollout, recipe=setting.recipe())
+  assert names.count('score_piece') <= 1
+  whole = setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, score_batch=0))
+  expected = score(params, rollout, recipe=whole)
+  for name in Scores._fields:
+    assert getattr(pieces, name).shape == (tiny.BATCH, setting.RESPONSE)
+    # float32, matrix products of another height.
+    assert_allclose(getattr(pieces, name), getattr(expected, name), atol=1e-5, err_msg=name)
+
+
+def test_evaluation_has_no_critic(params, rollout):
+  found = score(
+    {name: params[name] for name in ('reference', 'reward')}, rollout, recipe=setting.recipe()
+  )
+  assert not np.any(found.value)
+
+
+def test_take_rows(rollout):
+  rows = np.array([5, 0, 5, 3])
+  taken, expected = setting.copied(take_rows(rollout, rows)), setting.copied(rollout)
+  np.testing.assert_array_equal(taken.response_ids, expected.response_ids[rows])
+  np.testing.assert_array_equal(taken.prompt_length, expected.prompt_length[rows])
+
+
+def by_loops(batch, scored, recipe):
+  """Rewards, advantages, returns of each response: the method as loops over lists."""
+  ppo, found = recipe.ppo, {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
+  floor = max(ppo.std_floor_ratio * NORMALIZER[3], 1e-6)
+  lists = {name: np.asarray(x, np.float64).tolist() for name, x in scored._asdict().items()}
+  for row, (after, mask, finished) in enumerate(batch.rows('entropy_after', 'mask', 'finished')):
+    ends = oracle.segment_ends(after, mask, finished, recipe.granularity, recipe.entropy_threshold)
+    z = oracle.segment_z(lists['score'][row], ends, NORMALIZER, floor)
+    dense = oracle.spread(z, ends, mask, recipe.spread)
+    kl = np.subtract(lists['old_logprob'][row], lists['ref_logprob'][row])
+    clipped = np.clip(dense, -ppo.reward_clip, ppo.reward_clip)
+    reward = np.where(mask, clipped - ppo.kl_coef * kl, 0.0).tolist()
+    advantage = oracle.gae(reward, lists['value'][row], mask, ppo.gamma, ppo.gae_lambda)
+    for name, x in (('ends', ends), ('dense', dense), ('reward', reward), ('advantage', advantage)):
+      found[name].append(x)
+  return found
+
+
+@pytest.mark.parametrize(
+  ('granularity', 'spread'),
+  [('segment', 'even_split'), ('token', 'even_split'), ('bandit', 'bandit'), ('segment', 'repeat')],
+)
+def test_experience_equals_oracle(granularity, spread):
+  batch = make_batch(seed=3, begin_anywhere=False)
+  rng = np.random.default_rng(4)
+  rows = len(batch.mask)
+  logprob = -np.abs(rng.normal(size=(2, rows, LENGTH))).astype(np.float32)
+  scored = Scores(
+    old_logprob=jnp.asarray(np.where(batch.mask, logprob[0], 0)),
+    ref_logprob=jnp.asarray(logprob[1]),
+    entropy=jnp.asarray(batch.entropy),
+    score=jnp.asarray(batch.score * 5),
+    value=jnp.asarray(batch.value),
+  )
+  rollout = Rollout(
+    prompt_ids=jnp.zeros((rows, 1), jnp.int32),
+    prompt_length=jnp.ones(rows, jnp.int32),
+    response_ids=jnp.zeros((rows, LENGTH), jnp.int32),
+    response_mask=jnp.asarray(batch.mask),
+    finished=jnp.asarray(batch.finished),
+    old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `scored` says counts
+  )
+  recipe = dataclasses.replace(
+    setting.recipe(granularity, spread),
+    entropy_threshold=2.0,
+    ppo=dataclasses.replace(setting.PPO_SETTINGS, reward_clip=4.0),
+  )
+  normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
+  experience, metrics = jax.device_get(make_experience(rollout, scored, normalizer, recipe=recipe))
+  expected = by_loops(batch, scored, recipe)
+  masks = batch.mask.tolist()
+  lengths = [len(ends) for ends in expected['ends']]
+  assert [np.flatnonzero(row).tolist() for row in experience.segments.end] == expected['ends']
+  assert experience.segments.num_segments.tolist() == lengths
+  # float32 against float64, rewards up to 40.
+  assert_allclose(experience.reward, expected['reward'], atol=1e-4)
+  assert np.abs(expected['dense']).max() > 4  # some reward was clipped
+  advantage = np.array(expected['advantage'])
+  assert_allclose(experience.advantage, oracle.whiten(advantage.tolist(), masks), atol=1e-4)
+  return_ = np.where(batch.mask, advantage + batch.value, 0)
+  assert_allclose(experience.return_, return_, atol=2e-4)
+  np.testing.assert_array_equal(experience.rollout.old_logprob, scored.old_logprob)
+
+  kl = np.where(batch.mask, np.asarray(scored.old_logprob) - np.asarray(scored.ref_logprob), 0)
+  assert_allclose(metrics['kl'], kl.sum(axis=1).mean(), rtol=1e-5)
+  assert_allclose(metrics['kl_token_max'], np.abs(kl).max(), rtol=1e-5)
+  assert_allclose(metrics['length'], batch.mask.sum(axis=1).mean(), rtol=1e-6)
+  assert_allclose(metrics['segments'], np.mean(lengths), rtol=1e-6)
+  assert_allclose(metrics['finished'], batch.finished.mean(), rtol=1e-6)
+  assert_allclose(metrics['reward'], np.sum(expected['dense'], axis=1).mean(), rtol=1e-4)
+  error = (return_ - batch.value)[batch.mask]
+  explained = 1 - error.var() / return_[batch.mask].var()
+  assert_allclose(metrics['explained_variance'], explained, atol=1e-4)

@@ -1,0 +1,76 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from segjax.model import sharding
+from segjax.settings import Optimizer
+from segjax.train.optimizer import apply_update, init_state, warmup_steps
+
+SETTINGS = Optimizer(
+  learning_rate=0.1,
+  warmup_ratio=0.25,
+  min_ratio=0.1,
+  weight_decay=0.01,
+  max_grad_norm=2.0,
+)
+TOTAL = 8
+
+
+@pytest.fixture
+def free_names(monkeypatch):
+  """One rule for a tree that is no network."""
+  rules = ((r'weight$', sharding.P(None)), *sharding.PARAMETER_RULES)
+  monkeypatch.setattr(sharding, 'PARAMETER_RULES', rules)
+
+
+def learning_rate(count):
+  """Linear to the peak over two updates, then half a cosine to a tenth of it."""
+  if count < 2:
+    return 0.1 * count / 2
+  return 0.1 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (count - 2) / 6)))
+
+
+def test_adamw_by_hand(free_names):
+  rng = np.random.default_rng(0)
+  weight = rng.normal(size=5)
+  grads = rng.normal(size=(TOTAL, 5)) * np.array([[0.1], [5], [1], [1], [9], [1], [1], [1]])
+  state = init_state({'weight': jnp.asarray(weight, jnp.float32)}, SETTINGS, TOTAL)
+  update = jax.jit(functools.partial(apply_update, settings=SETTINGS, total_steps=TOTAL))
+  first, second = np.zeros(5), np.zeros(5)
+  for count, grad in enumerate(grads):
+    state, metrics = update(state, {'weight': jnp.asarray(grad, jnp.float32)}, jnp.float32(1))
+    norm = np.linalg.norm(grad)
+    assert_allclose(metrics['grad_norm'], norm, rtol=1e-6)  # before clipping
+    clipped = grad * min(1, 2.0 / norm)
+    first = 0.9 * first + 0.1 * clipped
+    second = 0.95 * second + 0.05 * clipped**2
+    corrected = first / (1 - 0.9 ** (count + 1)), second / (1 - 0.95 ** (count + 1))
+    step = corrected[0] / (np.sqrt(corrected[1]) + 1e-8) + 0.01 * weight
+    weight = weight - learning_rate(count) * step
+    assert_allclose(state.params['weight'], weight, rtol=1e-5, atol=1e-6)  # float32
+  assert int(state.step) == TOTAL
+
+
+@pytest.mark.parametrize(
+  ('loss', 'grad'), [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, -np.inf)]
+)
+def test_update_that_is_not_finite_is_left_out(free_names, loss, grad):
+  state = init_state({'weight': jnp.ones(3)}, SETTINGS, TOTAL)
+  update = jax.jit(functools.partial(apply_update, settings=SETTINGS, total_steps=TOTAL))
+  good = {'weight': jnp.ones(3)}
+  state, metrics = update(state, good, jnp.float32(1))
+  assert int(metrics['bad']) == 0
+  kept, metrics = update(state, {'weight': good['weight'].at[1].set(grad)}, jnp.float32(loss))
+  assert int(metrics['bad']) == 1
+  jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+@pytest.mark.parametrize(
+  ('ratio', 'total', 'expected'), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 101, 4), (0.1, 1, 1)]
+)
+def test_warmup_rounds_up(ratio, total, expected):
+  assert warmup_steps(Optimizer(warmup_ratio=ratio), total) == expected

@@ -1,0 +1,129 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from model import tiny
+from numpy.testing import assert_allclose
+
+from segjax.train.reward_step import (
+  evaluate_pairs,
+  pair_scores,
+  reward_step,
+  segment_statistics,
+)
+
+from . import setting
+from .compiles import compiled
+
+
+@pytest.fixture(scope='module')
+def networks():
+  mesh = tiny.mesh(1)
+  return {name: setting.network(name, mesh) for name in ('reward', 'reference')}
+
+
+def ends_of(sequences, reference, granularity):
+  """The last tokens of each row's segments, by the oracle."""
+  _, entropy = tiny.token_logprobs(reference, sequences.ids, tiny.CONFIG)
+  after = np.pad(np.asarray(entropy)[:, 1:], ((0, 0), (0, 1)), constant_values=99.0)
+  rows = zip(
+    after.tolist(),
+    np.asarray(sequences.response_mask).tolist(),
+    np.asarray(sequences.finished).tolist(),
+    strict=True,
+  )
+  return [oracle.segment_ends(*row, granularity, setting.THRESHOLD) for row in rows]
+
+
+def expected_scores(networks, granularity):
+  """Mean score at the segments' ends, [B, 2]."""
+  pairs, columns = setting.pairs(), []
+  for sequences in (pairs.chosen, pairs.rejected):
+    score = np.asarray(tiny.scores(networks['reward'], sequences.ids, tiny.CONFIG))
+    ends = ends_of(sequences, networks['reference'], granularity)
+    columns.append([row[e].mean() if e else 0.0 for row, e in zip(score, ends, strict=True)])
+  return np.array(columns).T
+
+
+@pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
+def test_scores_equal_oracle(networks, granularity):
+  scorer = dataclasses.replace(setting.SCORER, granularity=granularity)
+  # Token and bandit granularity must do without the reference.
+  reference = networks['reference'] if granularity == 'segment' else None
+  got = evaluate_pairs(networks['reward'], reference, setting.pairs(), scorer=scorer)
+  assert_allclose(got, expected_scores(networks, granularity), atol=1e-5)  # float32
+
+
+def test_longer_padding_changes_nothing(networks):
+  short, long = (
+    evaluate_pairs(
+      networks['reward'], networks['reference'], setting.pairs(length=length), scorer=setting.SCORER
+    )
+    for length in (16, tiny.LENGTH)
+  )
+  assert_allclose(short, long, atol=1e-5)  # float32
+
+
+def test_statistics_are_of_both_sides(networks):
+  position, score, end = jax.device_get(
+    segment_statistics(
+      networks['reward'], networks['reference'], setting.pairs(), scorer=setting.SCORER
+    )
+  )
+  pairs = setting.pairs()
+  for side, sequences in enumerate((pairs.chosen, pairs.rejected)):
+    expected = np.asarray(tiny.scores(networks['reward'], sequences.ids, tiny.CONFIG))
+    for row, ends in enumerate(ends_of(sequences, networks['reference'], 'segment')):
+      at = 2 * row + side  # chosen and rejected in turn
+      assert np.flatnonzero(end[at]).tolist() == ends
+      places = [(i + 1) / len(ends) for i in range(len(ends))]
+      assert_allclose(position[at][ends], places, rtol=1e-6)
+      assert_allclose(score[at][ends], expected[row][ends], atol=1e-5)
+
+
+def test_no_gradient_reaches_the_reference(networks):
+  """Its entropies cut the text, and nothing more."""
+
+  pairs = setting.pairs()
+
+  def loss(reference):
+    score, _ = pair_scores(networks['reward'], reference, pairs, setting.SCORER)
+    return jnp.sum(score**2)
+
+  grads = jax.jit(jax.grad(loss))(networks['reference'])
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_learns_one_batch(networks, caplog):
+  state, found = setting.state('reward'), []
+  pairs = setting.pairs()
+  with compiled(caplog) as names:
+    for _ in range(12):
+      state, metrics = reward_step(
+        state,
+        networks['reference'],
+        pairs,
+        scorer=setting.SCORER,
+        margin=0.0,
+        optimizer=setting.OPTIMIZER,
+        total_steps=setting.TOTAL,
+      )
+      found.append(jax.device_get(metrics))
+  assert names.count('reward_step') <= 1
+  score = expected_scores(networks, 'segment')
+  margin = score[:, 0] - score[:, 1]
+  losses = [math.log1p(math.exp(-x)) for x in margin]
+  assert_allclose(found[0]['loss'], np.mean(losses), rtol=1e-5)  # float32
+  assert_allclose(found[0]['margin'], margin.mean(), rtol=1e-4, atol=1e-5)
+  assert_allclose(found[0]['accuracy'], (margin > 0).mean())
+  assert found[-1]['loss'] < found[0]['loss'] - 0.1
+  assert found[-1]['accuracy'] >= found[0]['accuracy']
+  assert int(state.step) == 12
+  # The reference was neither donated nor changed.
+  jax.tree.map(
+    np.testing.assert_array_equal, networks['reference'], tiny.params(tiny.CONFIG, seed=0)
+  )

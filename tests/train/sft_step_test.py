@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model import tiny
+from numpy.testing import assert_allclose
+
+from segjax.train.sft_step import sft_step
+
+from . import setting
+from .compiles import compiled
+
+
+def step(state, ids, mask):
+  return sft_step(
+    state,
+    ids,
+    mask,
+    config=tiny.CONFIG,
+    optimizer=setting.OPTIMIZER,
+    total_steps=setting.TOTAL,
+  )
+
+
+def test_learns_one_batch(caplog):
+  state, losses = setting.state('policy'), []
+  ids, mask = setting.conversations()
+  with compiled(caplog) as names:
+    for _ in range(12):
+      state, metrics = step(state, ids, mask)
+      losses.append(float(metrics['loss']))
+      assert int(metrics['bad']) == 0
+  assert losses == sorted(losses, reverse=True)
+  assert losses[-1] < losses[0] - 0.5
+  assert int(state.step) == 12
+  assert names.count('sft_step') <= 1  # the shapes never change
+
+
+def test_loss_is_of_the_masked_tokens():
+  ids, mask = setting.conversations()
+  logprob, entropy = tiny.token_logprobs(tiny.params(tiny.CONFIG), ids, tiny.CONFIG)
+  real = np.asarray(mask).copy()
+  real[:, 0] = False  # nothing predicts the first token
+  assert np.asarray(mask)[:, 0].any()
+  _, metrics = step(setting.state('policy'), ids, mask)
+  total = -np.sum(np.asarray(logprob)[real])
+  assert_allclose(metrics['loss'], total / np.sum(mask), rtol=1e-5)  # float32
+  assert_allclose(metrics['entropy'], np.sum(np.asarray(entropy)[real]) / np.sum(mask), rtol=1e-5)
+
+
+def test_state_is_donated():
+  state = setting.state('policy')
+  leaves = jax.tree.leaves(state)
+  step(state, *setting.conversations())
+  assert all(leaf.is_deleted() for leaf in leaves)
+
+
+@pytest.mark.parametrize('spoil', [np.nan, np.inf], ids=['nan', 'inf'])
+def test_bad_batch_changes_nothing(spoil):
+  """Token 5 has a spoilt embedding: a batch with it is left out, one without it trains."""
+  ids, mask = setting.conversations()
+  without = jnp.where(ids == 5, 6, ids)
+  assert (ids == 5).any()
+  state = setting.state('policy')
+  state.params['backbone']['embedding'] = state.params['backbone']['embedding'].at[5].set(spoil)
+  before = setting.copied(state)
+
+  state, metrics = step(state, ids, mask)
+  assert int(metrics['bad']) == 1
+  assert not np.isfinite(metrics['grad_norm']) or not np.isfinite(metrics['loss'])
+  jax.tree.map(np.testing.assert_array_equal, setting.copied(state), before)
+  assert int(state.step) == 0
+
+  state, metrics = step(state, without, mask)
+  assert int(metrics['bad']) == 0
+  assert int(state.step) == 1
+  moved = np.asarray(state.params['lm_head']['kernel']) - before.params['lm_head']['kernel']
+  assert np.linalg.norm(moved) > 0
