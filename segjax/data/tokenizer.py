@@ -169,11 +169,6 @@ def fingerprint(directory: str) -> str:
   return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def same_tokenizer(directory_a: str, directory_b: str) -> bool:
-  """True if both give every text the same ids; see `fingerprint`."""
-  return fingerprint(directory_a) == fingerprint(directory_b)
-
-
 def _read_tokenizer_json(place: epath.Path) -> dict[str, Any]:
   file = place / 'tokenizer.json'
   if not file.exists():

@@ -51,7 +51,7 @@ def run(stage: Stage) -> dict[str, Any]:
     'reward': jobs.checkpoint(s.reward_model.path, 'reward_model.path'),
   }
   meaning = segment_reward.resolve(s.reward_model, paths['reward'], paths['policy'])
-  segment_reward.check_tokenizer(None, paths['reference'], paths['policy'])
+  segment_reward.check_tokenizer(paths['reference'], paths['policy'])
   networks = {name: jobs.network(stage, path) for name, path in paths.items()}
   recipe = Recipe(
     **networks,

@@ -30,7 +30,6 @@ def run(stage: Stage) -> dict[str, Any]:
     )
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   stored = segment_reward.read(source)
-  segment_reward.check_tokenizer(stored, source, reference_path)
   named = dataclasses.replace(s.reward_model, normalizer='none')
   meaning = segment_reward.resolve(named, source, reference_path)
   config = jobs.network(stage, source)

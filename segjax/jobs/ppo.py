@@ -30,7 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   reward_path = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
   meaning = segment_reward.resolve(s.reward_model, reward_path, policy_path)
-  segment_reward.check_tokenizer(None, reference_path, policy_path)
+  segment_reward.check_tokenizer(reference_path, policy_path)
   critic_path = dict(zip(CRITICS, (policy_path, reward_path), strict=True)).get(s.critic.init)
   critic_path = critic_path or jobs.checkpoint(s.critic.init, 'critic.init')
   recipe = Recipe(

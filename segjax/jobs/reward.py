@@ -30,7 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
   source = jobs.checkpoint(s.policy.path, 'policy.path')
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   config = jobs.network(stage, source, trained=True)
-  segment_reward.check_tokenizer(None, source, reference_path)
+  segment_reward.check_tokenizer(source, reference_path)
   scorer = Scorer(
     config,
     jobs.network(stage, reference_path),

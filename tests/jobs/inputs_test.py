@@ -1,0 +1,184 @@
+"""Bad input: one line that names file, row or key, before weights are read."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+
+from segjax.hf import reader
+from segjax.jobs import pipeline
+from segjax.jobs.dry_run import run as dry_run
+from segjax.train import segment_reward
+from segjax.train.segment_reward import SegmentReward
+from segjax.types import Normalizer
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+  """Reading weights fails the test: every error here must come before."""
+
+  def refuse(*_, **__):
+    raise AssertionError('weights were read')
+
+  monkeypatch.setattr(reader, 'load_params', refuse)
+
+
+@pytest.fixture
+def model(language, tmp_path):
+  """A copy of the untrained model, to be spoilt."""
+  return shutil.copytree(language / 'model', tmp_path / 'policy')
+
+
+def _rows(path, *rows):
+  with gzip.open(path, 'wt') as file:
+    file.writelines(json.dumps(row) + '\n' for row in rows)
+  return str(path)
+
+
+def _spoil(file, **values):
+  file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+GOOD = {'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}
+
+
+@pytest.mark.parametrize(
+  'stage, rows, message',
+  [
+    ('sft', [], 'rows.jsonl.gz: no rows'),
+    ('reward', [GOOD, {'chosen': 'x'}], 'rows.jsonl.gz, row 2: no prompt in .* keys chosen'),
+    ('reward', [GOOD, GOOD, {'prompt': 'x', 'chosen': 'y'}], 'row 3: no `rejected`'),
+    ('reward', [{'prompt': 'x', 'rejected': 'y'}], 'row 1: no `chosen`'),
+    ('sft', [{'text': 'x'}], 'row 1: no `messages` and no `chosen`; found the keys text'),
+    ('sft', [{'messages': 'x'}], 'row 1: `messages` must be a non-empty list'),
+    ('sft', [{'messages': [{'role': 'user'}]}], 'row 1: message 1 of `messages` must be'),
+  ],
+)
+def test_rows_that_cannot_be_read(small, run, model, tmp_path, stage, rows, message):
+  data = _rows(tmp_path / 'rows.jsonl.gz', *rows)
+  with pytest.raises(ValueError, match=message):
+    run(small(stage, **{'policy.path': str(model), 'data.path': data}))
+
+
+def test_overlong_row_where_it_is_an_error(small, run, language):
+  values = {
+    'policy.path': str(language / 'model'),
+    'data.path': str(language / 'rows' / 'pairs.jsonl.gz'),
+    'data.overlong': 'error',
+    'data.max_length': 24,
+    'data.max_prompt_length': 16,
+  }
+  for stage in ('sft', 'reward'):
+    with pytest.raises(ValueError, match=r'pairs.jsonl.gz, row \d+: .* tokens exceed data.max'):
+      run(small(stage, **values))
+
+
+def test_more_rows_a_batch_than_there_are(small, run, language, tmp_path):
+  data = _rows(tmp_path / 'rows.jsonl.gz', GOOD, GOOD)
+  with pytest.raises(ValueError, match=r'config.sft.batch=8 is more than the 2 rows'):
+    run(small('sft', **{'policy.path': str(language / 'model'), 'data.path': data}))
+
+
+def test_directory_that_is_no_checkpoint(small, run, language, tmp_path):
+  (tmp_path / 'empty').mkdir()
+  values = {'policy.path': str(tmp_path / 'empty'), 'data.path': str(language / 'rows')}
+  with pytest.raises(ValueError, match=r'empty.config.json does not exist; is .* an HF checkpoint'):
+    run(small('sft', **values))
+
+
+@pytest.mark.parametrize(
+  'spoilt, message',
+  [
+    ({'model_type': 'gpt2'}, "config.json: model_type is 'gpt2'; only llama models are read"),
+    ({'quantization_config': {'quant_method': 'awq'}}, 'quantized weights are not read'),
+    ({'hidden_size': None}, 'hidden_size is None; it must be a positive integer'),
+  ],
+)
+def test_checkpoint_that_is_not_llama(small, run, model, language, spoilt, message):
+  _spoil(model / 'config.json', **spoilt)
+  values = {'policy.path': str(model), 'data.path': str(language / 'rows' / 'sft.jsonl.gz')}
+  with pytest.raises(ValueError, match=message):
+    run(small('sft', **values))
+
+
+def test_tokenizer_without_a_chat_template(small, run, model, language):
+  (model / 'chat_template.jinja').unlink(missing_ok=True)
+  _spoil(model / 'tokenizer_config.json', chat_template=None)
+  values = {'policy.path': str(model), 'data.path': str(language / 'rows' / 'sft.jsonl.gz')}
+  with pytest.raises(
+    ValueError, match=r'policy: the tokenizer has no chat template; set data.chat'
+  ):
+    run(small('sft', **values))
+
+
+@pytest.fixture
+def ppo_inputs(model, language, tmp_path):
+  """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
+  reward = shutil.copytree(language / 'model', tmp_path / 'reward_model')
+  segment_reward.write(reward, SegmentReward('segment', 1.0, Normalizer(), 'regression'))
+  return {
+    'policy.path': str(model),
+    'reward_model.path': str(reward),
+    'data.path': str(language / 'rows' / 'prompts.jsonl.gz'),
+  }
+
+
+def test_good_inputs_get_as_far_as_the_weights(small, run, ppo_inputs):
+  with pytest.raises(AssertionError, match='weights were read'):
+    run(small('ppo', **ppo_inputs))
+
+
+def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
+  segment_reward.write(tmp_path / 'reward_model', SegmentReward('segment', 1.0, None))
+  with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
+    run(small('ppo', **ppo_inputs))
+  with pytest.raises(AssertionError, match='weights were read'):
+    run(small('ppo', **ppo_inputs, **{'reward_model.normalizer': 'none'}))
+
+
+@pytest.mark.parametrize('spoilt', ['policy', 'reward_model'])
+@pytest.mark.parametrize('has_fingerprint', [True, False])
+def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, spoilt, has_fingerprint):
+  if has_fingerprint:
+    from segjax.data.tokenizer import fingerprint
+
+    sha = fingerprint(str(tmp_path / 'reward_model'))
+    meaning = SegmentReward('segment', 1.0, Normalizer(), 'none', tokenizer_sha256=sha)
+    segment_reward.write(tmp_path / 'reward_model', meaning)
+    spoilt = 'policy'
+  tokenizer = tmp_path / spoilt / 'tokenizer.json'
+  content = json.loads(tokenizer.read_text())
+  content['model']['vocab']['zebra'] = content['model']['vocab'].pop('user')
+  tokenizer.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'the tokenizers of .* and .* differ; segments'):
+    run(small('ppo', **ppo_inputs))
+
+
+def test_reference_with_another_tokenizer(small, run, ppo_inputs, tmp_path):
+  other = shutil.copytree(tmp_path / 'policy', tmp_path / 'other')
+  content = json.loads((other / 'tokenizer.json').read_text())
+  content['model']['vocab']['zebra'] = content['model']['vocab'].pop('user')
+  (other / 'tokenizer.json').write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r'the tokenizers of .*other and .*policy differ'):
+    run(small('ppo', **ppo_inputs, **{'reference.path': str(other)}))
+
+
+def test_responses_longer_than_the_positions(small, run, ppo_inputs):
+  with pytest.raises(ValueError, match=r'max_new_tokens=128 leaves no room .* 128 positions'):
+    run(small('ppo', **ppo_inputs, **{'rollout.max_new_tokens': 128}))
+
+
+def test_normaliser_goes_into_a_directory_that_can_be_written(small, run, ppo_inputs, monkeypatch):
+  monkeypatch.setattr('os.access', lambda *_: False)
+  values = ppo_inputs | {'reference.path': ppo_inputs['policy.path']}
+  with pytest.raises(ValueError, match='cannot be written to'):
+    run(small('normalizer', **values))
+
+
+def test_dry_run_reads_no_weights(small, one_device, ppo_inputs, tmp_path, capsys):
+  values = small('ppo', 'evaluate', **ppo_inputs)
+  dry_run(values, pipeline.prepare(values, tmp_path, one_device))
+  out = capsys.readouterr().out
+  assert '4 x ' in out and '320' in out  # 8 responses of 32 + 8 tokens
+  assert 'no weights were loaded' in out

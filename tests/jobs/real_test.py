@@ -1,0 +1,99 @@
+"""All stages on a model and on pairs that nobody here made."""
+
+import json
+
+import pytest
+
+from segjax import checks, settings
+from segjax.model.sharding import make_mesh
+
+TEMPLATE = (
+  "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+  '{% if add_generation_prompt %}assistant: {% endif %}'
+)
+
+
+@pytest.fixture(scope='module')
+def values(material):
+  """Settings of a few tiny steps of every stage on 64 of the pairs."""
+  config = settings.default_config()
+  config.stages = ('sft', 'reward', 'normalizer', 'ppo', 'evaluate')
+  config.update_from_flattened_dict(
+    {
+      'policy.path': str(material / 'models' / 'stories260k-hf'),
+      'data.path': str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'),
+      'data.chat_template': TEMPLATE,
+      'data.limit': 64,
+      'data.max_length': 128,
+      'data.max_prompt_length': 64,
+      'runtime.remat': False,
+      'sft.batch': 8,
+      'sft.steps': 2,
+      'reward.batch': 8,
+      'reward.steps': 2,
+      'reward.holdout': 0.2,
+      'normalizer.batch': 16,
+      'normalizer.pairs': 32,
+      'rollout.max_new_tokens': 8,
+      'ppo.steps': 2,
+      'ppo.rollout_batch': 8,
+      'ppo.minibatch': 4,
+      'evaluate.batch': 8,  # as in PPO: one program less to compile
+    }
+  )
+  return checks.from_config(config)
+
+
+def test_every_stage_on_real_input(values, run, tmp_path, capsys):
+  import torch
+  import transformers
+
+  results = run(values)
+  out = capsys.readouterr().out
+  assert ' truncated, padded to 128 tokens' in out
+  assert results['sft']['rows'] == 64
+  assert results['reward']['held_out_pairs'] >= 12
+  stored = json.loads((tmp_path / 'reward' / 'model' / 'segment_reward.json').read_text())
+  assert stored['normalizer']['kind'] == 'regression'
+  assert len(stored['tokenizer_sha256']) == 64
+  assert results['evaluate']['before']['kl_nats'] == pytest.approx(0, abs=1e-3)
+  assert results['evaluate']['after']['score']['n'] == 64
+  lines = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
+  first = json.loads(lines[0])
+  assert len(lines) == 2 and first['bad'] == 0
+  assert first['policy/first_ratio_max_deviation'] < 1e-4
+  assert abs(first['kl']) < 1e-3
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ppo' / 'model')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'ppo' / 'model')
+  ids = tokenizer('user: Once upon a time\n', return_tensors='pt')['input_ids']
+  with torch.no_grad():
+    words = model.generate(ids, max_new_tokens=8, do_sample=False)
+  assert words.shape[1] > ids.shape[1]
+  critic = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / 'ppo' / 'critic'
+  )
+  assert critic.config.num_labels == 1
+
+  capsys.readouterr()
+  assert run(values) == results
+  assert capsys.readouterr().out.count('reused from') == 5
+
+
+def test_bandit_on_real_input(values, run):
+  changed = settings.replace(
+    values, stages=('reward', 'normalizer'), **{'reward.granularity': 'bandit'}
+  )
+  assert run(changed)['normalizer']['kind'] == 'scalar'
+
+
+def test_template_is_needed_for_a_tokenizer_without_one(values, run):
+  with pytest.raises(ValueError, match=r'stories260k-hf: the tokenizer has no chat template'):
+    run(settings.replace(values, **{'data.chat_template': ''}))
+
+
+def test_mesh_of_eight_takes_the_same_stages(values, tmp_path):
+  from segjax.jobs import pipeline
+
+  stages = pipeline.prepare(values, tmp_path, make_mesh(2, 2, 2))
+  assert [stage.name for stage in stages] == list(values.stages)

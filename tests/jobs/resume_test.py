@@ -1,0 +1,63 @@
+"""A real stage, stopped in its middle: it ends as if it had not been stopped."""
+
+import json
+
+import pytest
+
+from segjax.jobs import sft
+
+
+@pytest.fixture
+def values(small, language):
+  """Settings of an SFT stage of five steps, with a checkpoint every two."""
+  paths = {
+    'policy.path': str(language / 'model'),
+    'data.path': str(language / 'rows' / 'sft.jsonl.gz'),
+  }
+  return lambda **more: small('sft', **paths, **{'checkpoint.every': 2, 'sft.steps': 5}, **more)
+
+
+@pytest.fixture
+def stop(run, monkeypatch):
+  """Runs SFT in a directory, but the process is 'stopped' after so many steps."""
+
+  def go(values, workdir, after):
+    count, real = [], sft.sft_step
+
+    def step(*args, **kwargs):
+      count.append(1)
+      if len(count) > after:
+        raise KeyboardInterrupt
+      return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(sft, 'sft_step', step)
+      run(values, workdir)
+
+  return go
+
+
+def test_stopped_stage_ends_as_one_that_was_not(values, run, stop, tmp_path, capsys):
+  whole = run(values(), tmp_path / 'whole')
+  stop(values(), tmp_path / 'stopped', after=3)
+  capsys.readouterr()
+  resumed = run(values(), tmp_path / 'stopped')
+  assert 'going on from step 2 of 5' in capsys.readouterr().out
+  weights = [
+    (tmp_path / name / 'sft' / 'model' / 'model.safetensors').read_bytes()
+    for name in ('whole', 'stopped')
+  ]
+  assert weights[0] == weights[1]
+  assert resumed['sft']['loss'] == whole['sft']['loss']
+  lines = (tmp_path / 'stopped' / 'sft' / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [0, 1, 2, 3, 4]
+  assert not (tmp_path / 'stopped' / 'sft' / 'checkpoints').exists()
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, tmp_path, capsys):
+  stop(values(), tmp_path, after=3)
+  run(values(seed=1), tmp_path)
+  out = capsys.readouterr().out
+  assert 'runs again: seed changed' in out
+  assert 'going on from' not in out
+  assert (tmp_path / 'sft.old' / 'checkpoints' / '2').exists()
