@@ -54,7 +54,7 @@ def main(_: list[str]) -> None:
   settings = checks.from_config(_CONFIG.value)
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   workdir = Path(_WORKDIR.value or default_workdir(name, settings.seed))
-  say(f'segjax {name} -> {workdir}: {", ".join(settings.stages)}')
+  say(f'segjax {name} -> {workdir}\nstages {", ".join(settings.stages)}')
 
   import jax
 
@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
-  say(f'{len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
+  say(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
   stages = pipeline.prepare(settings, workdir, mesh)
   if _DRY_RUN.value:
     dry_run.run(settings, stages)
@@ -110,6 +110,8 @@ def run() -> None:
   sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
   try:
     app.run(main, flags_parser=parse)
+  except KeyboardInterrupt:
+    raise SystemExit('segjax: interrupted; the same command goes on from what is saved') from None
   except Exception as error:
     if os.environ.get('SEGJAX_TRACEBACK') or not _is_users(error):
       raise
@@ -117,12 +119,12 @@ def run() -> None:
 
 
 def _is_users(error: Exception) -> bool:
-  """Whether it is one of ours, that tells a user what to mend; any other is a defect of segjax."""
+  """Whether it tells a user what to mend, as ours do; any other is a defect of segjax."""
   from segjax.report.metrics import BadStepError
 
   raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-  is_ours = raised_in.is_relative_to(Path(__file__).parent) or 'configs' in raised_in.parts
-  return isinstance(error, BadStepError) or (isinstance(error, ValueError) and is_ours)
+  is_ours = raised_in.is_relative_to(Path(__file__).parent)
+  return isinstance(error, BadStepError | OSError) or (isinstance(error, ValueError) and is_ours)
 
 
 if __name__ == '__main__':

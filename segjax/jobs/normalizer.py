@@ -18,6 +18,8 @@ from segjax.train import segment_reward
 from segjax.train.reward_step import Scorer, segment_statistics
 from segjax.types import Normalizer
 
+_fit_regression = jax.jit(normalizer.fit_regression)  # op by op, compiling takes seconds
+
 
 def run(stage: Stage) -> dict[str, Any]:
   """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json."""
@@ -85,4 +87,4 @@ def fit(kind: str, position: np.ndarray, score: np.ndarray) -> Normalizer:
   mask = jnp.ones(len(score), bool)
   if kind == 'scalar':
     return normalizer.fit_scalar(jnp.asarray(score), mask)
-  return normalizer.fit_regression(jnp.asarray(position), jnp.asarray(score), mask)
+  return _fit_regression(jnp.asarray(position), jnp.asarray(score), mask)

@@ -145,8 +145,10 @@ def check_complete(stages: list[Stage]) -> None:
 
 
 def missing_keys(stage: Stage) -> list[str]:
-  """The keys that the stage needs and nobody has given."""
-  return [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
+  """The keys that the stage needs and nobody has given; the reference may follow the policy."""
+  missing = [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
+  follows = 'policy.path' in missing and stage.name != 'evaluate'
+  return [key for key in missing if not (follows and key == 'reference.path')]
 
 
 def wire(name: str, settings: Settings, workdir: Path) -> Settings:

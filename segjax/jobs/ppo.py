@@ -48,8 +48,8 @@ def run(stage: Stage) -> dict[str, Any]:
   prompts = encode_prompts(jobs.rows(stage), tokenizer, prompt_limits(stage, recipe))
   jobs.describe(stage, prompts)
   stage.say(
-    f'granularity {meaning.granularity}, threshold {meaning.entropy_threshold} nats, '
-    f'normaliser {meaning.normalizer_kind}, rewards spread by {recipe.spread}'
+    f'{meaning.granularity} rewards, threshold {meaning.entropy_threshold} nats, '
+    f'{meaning.normalizer_kind} normaliser, spread {recipe.spread}'
   )
   frozen = {
     'reference': jobs.load(stage, reference_path, recipe.reference, 'language'),

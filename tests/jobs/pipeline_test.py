@@ -93,7 +93,8 @@ def test_later_stages_are_checked_before_the_first(small):
   [
     (('sft',), ['policy.path', 'data.path']),
     (('normalizer',), ['reward_model.path', 'reference.path', 'data.path']),
-    (('ppo',), ['policy.path', 'reference.path', 'reward_model.path', 'data.path']),
+    (('ppo',), ['policy.path', 'reward_model.path', 'data.path']),
+    (('evaluate',), ['policy.path', 'reference.path', 'reward_model.path', 'data.path']),
     (JOBS, []),
   ],
 )

@@ -1,0 +1,139 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segjax import main
+from segjax.report.metrics import BadStepError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _segjax(*arguments):
+  """`python -m segjax.main`, on one CPU device, quick to compile, with no hub to be found."""
+  quick = '--xla_backend_optimization_level=0'
+  environment = os.environ | {'XLA_FLAGS': quick, 'HF_ENDPOINT': 'http://127.0.0.1:9'}
+  command = [sys.executable, '-m', 'segjax.main', '--compilation_cache=', *arguments]
+  return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+
+
+@pytest.mark.parametrize(
+  'config, expected',
+  [
+    ('configs/ppo.py', 'runs/ppo-demo-seed3'),
+    ('configs/ppo.py:local', 'runs/ppo-local-seed3'),
+    ('/elsewhere/my.py:llama3_8b_sft,token', 'runs/my-llama3_8b_sft-token-seed3'),
+  ],
+)
+def test_default_workdir(config, expected):
+  assert main.default_workdir(config, 3) == expected
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--config=configs/ppoo.py'], 'there is no file configs/ppoo.py'),
+    (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
+    (['--config.seed=1', '--config.sft.batchs=1'], r'config.sft.batchs .* mean config.sft.batch'),
+    (['--noconfig.runtime.remt'], 'did you mean config.runtime.remat'),
+  ],
+)
+def test_wrong_flags_are_named(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    main.parse(['segjax', *arguments])
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--config=configs/ppo.py:demmo'], "preset 'demmo': 'demmo' is not one of demo, demo_long, "),
+    (['--config=configs/ppo.py', '--config.ppo.steps=1.5'], '--config.ppo.steps=1.5: invalid lit'),
+    ([], '--config is missing; start with --config=configs/ppo.py'),
+  ],
+  ids=['preset', 'type', 'nothing'],
+)
+def test_errors_are_one_line(arguments, message):
+  done = _segjax(*arguments)
+  assert done.returncode == 1
+  assert done.stderr.startswith('segjax: ')
+  assert message in done.stderr
+  assert done.stderr.count('\n') == 1
+
+
+def _raised(function):
+  try:
+    function()
+  except Exception as error:
+    return error
+
+
+def test_only_errors_for_users_lose_their_traceback():
+  assert main._is_users(_raised(lambda: main.parse(['segjax', '--config.zzz=1'])))
+  assert main._is_users(_raised(lambda: Path('/nowhere/at/all').read_text()))
+  assert not main._is_users(_raised(lambda: int('x')))
+
+  def bad():
+    raise BadStepError('step 3: loss not finite')
+
+  assert main._is_users(_raised(bad))
+
+
+def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
+  done = _segjax('--config=configs/ppo.py:llama3_8b_sft', '--dry_run', f'--workdir={tmp_path}/w')
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ''
+  assert '4 x 8.03 B' in done.stdout
+  assert '"path": "RLHFlow/LLaMA3-SFT-v2"' in done.stdout
+  assert not (tmp_path / 'w').exists()
+
+
+FEW = {
+  'demo.sft_rows': 256,
+  'demo.pairs': 256,
+  'sft.steps': 2,
+  'reward.steps': 2,
+  'normalizer.pairs': 128,
+  'ppo.steps': 2,
+  'ppo.rollout_batch': 16,
+  'ppo.minibatch': 16,
+  'evaluate.samples': 1,
+  'evaluate.batch': 16,
+  'runtime.remat': False,
+}
+
+
+def _is_interval(value):
+  in_order = value['low'] <= value['mean'] <= value['high']
+  return in_order and list(value) == ['mean', 'low', 'high', 'n']
+
+
+def test_demo_from_nothing(tmp_path):
+  few = [f'--config.{key}={value}' for key, value in FEW.items()]
+  done = _segjax('--config=configs/ppo.py', f'--workdir={tmp_path}', *few)
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ''  # no warning, no log line
+  assert all(len(line) <= 100 for line in done.stdout.splitlines() if str(tmp_path) not in line)
+  for stage in ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate'):
+    assert f'{stage:<12}done in' in done.stdout
+    assert f'{stage:<12}100%|' in done.stdout
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert list(results) == [
+    *('seed', 'wall_seconds', 'gold', 'kl_nats', 'eos_rate', 'length', 'segments'),
+    *('boundary_f1', 'reward_accuracy'),
+  ]
+  assert results['seed'] == 0
+  assert results['wall_seconds'] > 0
+  for key in ('gold', 'eos_rate', 'length', 'segments'):
+    assert set(results[key]) == {'before', 'after'}
+  assert _is_interval(results['gold']['before']) and _is_interval(results['gold']['after'])
+  assert isinstance(results['kl_nats'], float)
+  assert 0 <= results['boundary_f1'] <= 1
+  accuracy = results['reward_accuracy']
+  assert set(accuracy) == {'held_out', 'best_possible'}
+  assert 0.5 < accuracy['best_possible'] <= 1
+  assert json.loads((tmp_path / 'config.json').read_text())['ppo']['steps'] == 2
