@@ -1,4 +1,4 @@
-"""Packaging of segjax. Lower bounds only: pip picks the newest jax that the Python version allows."""
+"""Packaging. Lower bounds only: pip picks the newest jax that the Python version allows."""
 
 from pathlib import Path
 

@@ -184,6 +184,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   """Runs one stage, or reuses what it left before."""
   job = JOBS[stage.name]
   key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
+  reuse.recall(stage.directory, key)
   results = reuse.finished(stage.directory, key, _outputs(stage, job))
   if results is not None:
     stage.say(f'reused from {stage.directory}: settings and inputs are the same')

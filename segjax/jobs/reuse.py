@@ -2,8 +2,8 @@
 
 `stage.json` in the stage's directory holds the key, which is all that decides its outcome: the
 settings it reads and the content of its inputs. A finished stage adds its results and what its
-output looked like. What another key has made is never used, and never thrown away at once: it is
-moved to `<stage>.old`.
+output looked like. What another key has made is not used: it is moved to `<stage>.old`, and comes
+back from there when its key does.
 """
 
 import hashlib
@@ -25,6 +25,18 @@ def finished(directory: Path, key: Key, outputs: dict[str, str]) -> dict[str, An
   return None
 
 
+def recall(directory: Path, key: Key) -> None:
+  """Brings `<stage>.old` back, if this key made it and did not make what stands in its place."""
+  old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
+  made = _plain(key)
+  if _read(old).get('key') == made and _read(directory).get('key') != made:
+    if directory.exists():
+      directory.rename(spare)
+    old.rename(directory)
+    if spare.exists():
+      spare.rename(old)
+
+
 def begin(directory: Path, key: Key) -> str:
   """Makes the directory ready for a stage with this key.
 
@@ -36,10 +48,13 @@ def begin(directory: Path, key: Key) -> str:
   """
   record, reason = _read(directory), ''
   if directory.exists() and (record.get('key') != _plain(key) or 'results' in record):
-    reason = _difference(record, _plain(key))
-    old = directory.with_name(directory.name + '.old')
-    shutil.rmtree(old, ignore_errors=True)
-    directory.rename(old)
+    if {path.name for path in directory.iterdir()} <= {FILE}:
+      shutil.rmtree(directory)  # it came to nothing, and is not worth what it would replace
+    else:
+      reason = _difference(record, _plain(key))
+      old = directory.with_name(directory.name + '.old')
+      shutil.rmtree(old, ignore_errors=True)
+      directory.rename(old)
   directory.mkdir(parents=True, exist_ok=True)
   _write(directory, {'key': key})
   return reason

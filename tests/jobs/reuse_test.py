@@ -67,10 +67,42 @@ def test_only_the_last_one_is_kept_aside(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
 
 
+def test_what_came_to_nothing_replaces_nothing(tmp_path):
+  stage = tmp_path / 'sft'
+  _finished(stage)
+  assert reuse.begin(stage, _with('settings', seed=1)) == 'seed changed'  # a path was mistyped
+  assert reuse.begin(stage, _with('settings', seed=2)) == ''
+  assert (tmp_path / 'sft.old' / 'model').exists()
+
+
+@pytest.mark.parametrize('has_begun', [True, False])
+def test_earlier_settings_bring_back_what_they_made(tmp_path, has_begun):
+  stage, other = tmp_path / 'sft', _with('settings', seed=1)
+  results = _finished(stage)
+  reuse.begin(stage, other)
+  if has_begun:
+    (stage / 'checkpoint').write_text('2')
+  reuse.recall(stage, KEY)
+  assert reuse.finished(stage, KEY, {'model': 'hash'}) == results
+  reuse.recall(stage, other)
+  assert (stage / 'checkpoint').exists() == has_begun
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
+
+
+def test_recall_leaves_what_is_right(tmp_path):
+  stage = tmp_path / 'sft'
+  reuse.recall(stage, KEY)
+  assert not stage.exists()
+  results = _finished(stage)
+  reuse.recall(stage, KEY)
+  assert reuse.finished(stage, KEY, {'model': 'hash'}) == results
+
+
 def test_damaged_output_and_foreign_directory_are_moved_aside(tmp_path):
   _finished(tmp_path / 'sft')
   assert reuse.begin(tmp_path / 'sft', KEY) == 'its output was changed'
   (tmp_path / 'ppo').mkdir()
+  (tmp_path / 'ppo' / 'notes').write_text('mine')
   assert 'without a stage.json' in reuse.begin(tmp_path / 'ppo', KEY)
 
 
