@@ -3,10 +3,11 @@
 It writes a tokenizer and rows as a user would bring them; nothing here trains anything.
 
 A prompt asks about an animal of a place. A response is a run of clauses, each a template with one
-fork: the words before it are shared by both ways, so a clause's value is known only near its end.
+fork, its last word: all before it is shared by both ways, so a clause's value is known at its end.
 There are two kinds:
   fact      true or false of this animal, or of this place
-  remark    follows up on the fork of the clause before: 'so' must agree with it, 'yet' must differ
+  remark    fits the clause before: a 'so' ends one way after a word on the animal and the other way
+            after anything else, a 'yet' the other way round; nothing fits at the very beginning
 The gold reward of a response is the mean of its clauses' values: +1 for a true fact or a fitting
 remark, -1 for a false fact, an unfitting remark, a repeated clause or a broken one. An empty
 response has -1.
@@ -26,40 +27,39 @@ import numpy as np
 
 ANIMALS = ('otter', 'raven', 'lynx', 'heron', 'badger', 'gecko', 'bison', 'marten')
 PLACES = ('coast', 'valley', 'forest', 'desert', 'island', 'marsh')
-QUESTIONS = ('describe the {} of the {}', 'tell of the {} from the {}')
+QUESTIONS = ('describe the {} of the {}', 'picture the {} of the {}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A clause: `head`, one of two words, `tail` and a full stop. `about`: what decides its value."""
+  """A clause: `head` and one of two words that end it. `about` says what decides its value."""
 
   head: str
   fork: tuple[str, str]
-  tail: str
   about: str
 
   def text(self, way: int) -> str:
-    """The clause with way 0 or 1 of its fork."""
-    return f'{self.head} {self.fork[way]} {self.tail} .'
+    """The clause with way 0 or 1 of its fork; the full stop belongs to the last word's token."""
+    return f'{self.head} {self.fork[way]}.'
 
 
 TEMPLATES = (
-  Template('its coat feels', ('soft', 'rough'), 'to touch', 'animal'),
-  Template('keepers feed it', ('meat', 'grain'), 'each morning', 'animal'),
-  Template('young ones', ('swim', 'climb'), 'quite early', 'animal'),
-  Template('scientists call its hearing', ('sharp', 'dull'), 'by nature', 'animal'),
-  Template('books describe it as', ('calm', 'fierce'), 'towards strangers', 'animal'),
-  Template('children find its voice', ('loud', 'quiet'), 'at once', 'animal'),
-  Template('nobody doubts it is', ('clever', 'slow'), 'at games', 'animal'),
-  Template('small groups travel', ('east', 'west'), 'every spring', 'animal'),
-  Template('summers there are', ('wet', 'dry'), 'these days', 'place'),
-  Template('people call it', ('lucky', 'cursed'), 'in stories', 'place'),
-  Template('winter makes it grow', ('thin', 'fat'), 'within weeks', 'place'),
-  Template('farmers find it', ('useful', 'harmful'), 'near home', 'place'),
-  Template('so visitors', ('approach', 'avoid'), 'it gladly', 'so'),
-  Template('so guides', ('praise', 'blame'), 'it aloud', 'so'),
-  Template('yet hunters', ('spare', 'chase'), 'it anyway', 'yet'),
-  Template('yet parents', ('welcome', 'refuse'), 'it indoors', 'yet'),
+  Template('its winter coat feels', ('soft', 'rough'), 'animal'),
+  Template('most keepers feed it', ('meat', 'grain'), 'animal'),
+  Template('young ones learn', ('swimming', 'climbing'), 'animal'),
+  Template('experts call its hearing', ('sharp', 'dull'), 'animal'),
+  Template('books describe it as', ('calm', 'fierce'), 'animal'),
+  Template('children think it sounds', ('loud', 'quiet'), 'animal'),
+  Template('nobody doubts it is', ('clever', 'slow'), 'animal'),
+  Template('small groups travel', ('east', 'west'), 'animal'),
+  Template('summers there are mostly', ('wet', 'dry'), 'place'),
+  Template('stories always call it', ('lucky', 'cursed'), 'place'),
+  Template('long winters make it', ('thin', 'fat'), 'place'),
+  Template('local farmers find it', ('useful', 'harmful'), 'place'),
+  Template('so careful visitors', ('approach', 'retreat'), 'so'),
+  Template('so most guides', ('praise', 'warn'), 'so'),
+  Template('yet some hunters', ('rest', 'chase'), 'yet'),
+  Template('yet worried parents', ('agree', 'refuse'), 'yet'),
 )
 
 SPECIAL_TOKENS = (
@@ -77,13 +77,6 @@ CHAT_TEMPLATE = (
   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# The facts of the language: which way of each template is true of each subject. Part of the
-# language, so the same in every run.
-_rng = np.random.default_rng(2501_02790)
-_TRUTH = {
-  name: tuple(int(way) for way in _rng.integers(0, 2, len(TEMPLATES)))
-  for name in (*ANIMALS, *PLACES)
-}
 _CLAUSES = {
   template.text(way): (index, way) for index, template in enumerate(TEMPLATES) for way in (0, 1)
 }
@@ -99,36 +92,56 @@ def subject(prompt: str) -> tuple[str, str]:
   return animal, place
 
 
-def right_way(index: int, prompt: str, previous_way: int | None) -> int | None:
-  """The way of template `index` that has value +1 here; None where neither has."""
+def right_way(index: int, prompt: str, previous: int | None) -> int | None:
+  """The way of template `index` that has value +1 after template `previous`; None if neither."""
   about = TEMPLATES[index].about
   animal, place = subject(prompt)
-  if about in ('animal', 'place'):
-    return _TRUTH[animal if about == 'animal' else place][index]
-  if previous_way is None:
+  if about == 'animal':
+    return _fact(ANIMALS.index(animal), index)
+  if about == 'place':
+    return _fact(PLACES.index(place), index)
+  if previous is None:
     return None
-  return previous_way if about == 'so' else 1 - previous_way
+  return int((TEMPLATES[previous].about == 'animal') != (about == 'so'))
+
+
+def _liking(index: int, prompt: str) -> float:
+  """How gladly the writer takes template `index` here: of a subject some things are said more."""
+  animal, place = subject(prompt)
+  subjects = {'animal': ANIMALS.index(animal), 'place': PLACES.index(place)}
+  about = TEMPLATES[index].about
+  if about not in subjects:
+    return 2.5
+  return 4.0 if subjects[about] >> (index + 1) % 3 & 1 else 1.0
+
+
+def _fact(subject_index: int, index: int) -> int:
+  """The true way of a fact: a trait of the subject, which way says so differs by template.
+
+  A subject has three traits, the bits of its index; template `index` asks for one of them.
+  """
+  trait = subject_index >> index % 3 & 1
+  return trait ^ index >> 1 & 1
 
 
 def clause_values(prompt: str, response: str) -> list[float]:
   """The value, +1 or -1, of each clause of a response; see the module's docstring."""
-  values, said, previous_way = [], set(), None
+  values, said, previous = [], set(), None
   for clause in split_clauses(response):
     index, way = _CLAUSES.get(clause, (None, None))
     right = index is not None and index not in said
-    values.append(1.0 if right and right_way(index, prompt, previous_way) == way else -1.0)
+    values.append(1.0 if right and right_way(index, prompt, previous) == way else -1.0)
     said.add(index)
-    previous_way = way
+    previous = index
   return values
 
 
 def split_clauses(response: str) -> list[str]:
-  """The clauses of a response, each with its full stop; the last may lack one."""
-  parts = response.split(' ')
+  """The clauses of a response, each up to its full stop; the last may lack one."""
   clauses, words = [], []
-  for word in filter(None, parts):
+  for word in response.split():
     words.append(word)
-    if word == '.':
+    if is_boundary(word):
       clauses.append(' '.join(words))
       words = []
   return [*clauses, ' '.join(words)] if words else clauses
@@ -142,7 +155,7 @@ def gold(prompt: str, response: str) -> float:
 
 def is_boundary(token: str) -> bool:
   """Whether a clause ends with this token."""
-  return token == '.'
+  return token.endswith('.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +172,10 @@ class Language:
   max_clauses: int = 5
   sft_rows: int = 4096
   pairs: int = 8192
-  skill: float = 0.6
-  repeats: float = 0.05
-  broken: float = 0.04
-  sharpness: float = 4.0
+  skill: float = 0.65
+  repeats: float = 0.3
+  broken: float = 0.08
+  sharpness: float = 8.0
 
 
 def write(directory: Path, language: Language, seed: int) -> None:
@@ -198,18 +211,19 @@ def write_response(prompt: str, language: Language, rng: np.random.Generator) ->
   clauses: list[str] = []
   unused = list(range(len(TEMPLATES)))
   used: list[int] = []
-  previous_way = None
+  previous = None
   for _ in range(rng.integers(language.min_clauses, language.max_clauses + 1)):
     again = used and rng.random() < language.repeats
     fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
-    index = int(rng.choice(used if again else fitting))
-    right = right_way(index, prompt, previous_way)
+    likings = np.array([_liking(i, prompt) for i in fitting])
+    index = int(rng.choice(used) if again else rng.choice(fitting, p=likings / likings.sum()))
+    right = right_way(index, prompt, previous)
     way = int(rng.integers(2)) if right is None else right
     way = way if rng.random() < language.skill else 1 - way
     clauses.append(TEMPLATES[index].text(way))
     unused = [i for i in unused if i != index]
     used.append(index)
-    previous_way = way
+    previous = index
   return ' '.join(clauses)
 
 
@@ -255,7 +269,7 @@ def write_tokenizer(directory: Path) -> None:
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  words = {'user', 'assistant', 'system', '.', *ANIMALS, *PLACES}
+  words = {'user', 'assistant', 'system', *ANIMALS, *PLACES}
   for text in (*QUESTIONS, *_CLAUSES):
     words.update(text.replace('{}', '').split())
   vocabulary = [*SPECIAL_TOKENS, '<|unknown|>', *sorted(words)]

@@ -58,6 +58,7 @@ class LlamaConfig:
   remat: bool = True
   attention: str = 'xla'
   logprob_chunk: int = 256
+  scan_unroll: int = 1
 
 
 def config_of(network: Network) -> LlamaConfig:
@@ -226,6 +227,7 @@ class Llama(nn.Module):
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=c.num_hidden_layers,
+      unroll=c.scan_unroll,
     )(c)
     self.norm = RMSNorm(c.rms_norm_eps)
 
