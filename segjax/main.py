@@ -84,14 +84,13 @@ def parse(arguments: list[str]) -> list[str]:
   """Flags from the command line; ValueError, in one line, where they are wrong."""
   from segjax import checks
 
-  values = [re.fullmatch(r'--?config=(.*)', argument) for argument in arguments]
-  config = next((found.group(1) for found in reversed(values) if found), '')
-  file = config.partition(':')[0]
-  if file and not Path(file).is_file():
-    raise ValueError(f'--config={config}: there is no file {file}.')
-  for argument in arguments:
-    if key := re.match(r'--?(?:no)?config\.([\w.]+)', argument):
-      checks.check_key(key.group(1))
+  text = '\n'.join(arguments)
+  for config in re.findall(r'^--?config[=\n](.*)$', text, re.MULTILINE):
+    file = config.partition(':')[0]
+    if not Path(file).is_file():
+      raise ValueError(f'--config={config}: there is no file {file!r}.')
+  for key in re.findall(r'^--?(?:no)?config\.([\w.]+)', text, re.MULTILINE):
+    checks.check_key(key)
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:

@@ -37,7 +37,8 @@ def test_default_workdir(config, expected):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--config=configs/ppoo.py'], 'there is no file configs/ppoo.py'),
+    (['--config=configs/ppoo.py'], 'there is no file .configs/ppoo.py'),
+    (['--config', 'ppo.py:demo'], '--config=ppo.py:demo: there is no file .ppo.py'),
     (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
     (['--config.seed=1', '--config.sft.batchs=1'], r'config.sft.batchs .* mean config.sft.batch'),
     (['--noconfig.runtime.remt'], 'did you mean config.runtime.remat'),

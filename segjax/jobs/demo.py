@@ -50,7 +50,7 @@ def write_results(seed: int, workdir: Path, results: dict[str, Any], started: fl
   held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
 
   def both(key):
-    return {'before': before[key], 'after': after[key]}
+    return {'before': before.get(key), 'after': after.get(key)}
 
   accuracy = {
     'held_out': results['reward']['held_out_accuracy'],
@@ -64,7 +64,7 @@ def write_results(seed: int, workdir: Path, results: dict[str, Any], started: fl
     'eos_rate': both('eos_rate'),
     'length': both('length'),
     'segments': both('segments'),
-    'boundary_f1': before['boundary_f1'],
+    'boundary_f1': before.get('boundary_f1'),
     'reward_accuracy': accuracy,
   }
   path = workdir / 'results.json'
