@@ -102,7 +102,7 @@ def test_logits_of_all_positions_never_exist(config):
 @pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 @pytest.mark.parametrize('head', heads.HEADS)
 def test_init_params(config, head):
-  params = heads.init_params(jax.random.key(0), config, head)
+  params = jax.jit(heads.init_params, static_argnums=(1, 2))(jax.random.key(0), config, head)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(
     lambda leaf: leaf.shape, heads.param_shapes(config, head)
   )
