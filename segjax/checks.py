@@ -142,6 +142,7 @@ _LEAST = {
   ),
   1: (
     *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
+    'runtime.unroll',
     *('sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
     *('normalizer.batch', 'normalizer.pairs', 'rollout.max_new_tokens'),
     *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs'),

@@ -18,6 +18,7 @@ any of the unused templates may come.
 """
 
 import dataclasses
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -82,6 +83,7 @@ _CLAUSES = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def subject(prompt: str) -> tuple[str, str]:
   """The animal and the place that a prompt asks about; ValueError if it does not."""
   words = prompt.split()
@@ -105,6 +107,7 @@ def right_way(index: int, prompt: str, previous: int | None) -> int | None:
   return int((TEMPLATES[previous].about == 'animal') != (about == 'so'))
 
 
+@functools.lru_cache(maxsize=16384)
 def _liking(index: int, prompt: str) -> float:
   """How gladly the writer takes template `index` here: of a subject some things are said more."""
   animal, place = subject(prompt)
@@ -166,6 +169,7 @@ class Language:
     skill: probability of the right way out of a fork.
     sharpness: the label of a pair prefers a by σ(sharpness (gold(a) - gold(b))).
     broken: probability that a clause of a pair is broken (a word lost or swapped).
+    gap: how far apart the gold rewards of a pair are at least.
   """
 
   min_clauses: int = 2
@@ -175,7 +179,8 @@ class Language:
   skill: float = 0.65
   repeats: float = 0.3
   broken: float = 0.08
-  sharpness: float = 8.0
+  sharpness: float = 5.0
+  gap: float = 0.4
 
 
 def write(directory: Path, language: Language, seed: int) -> None:
@@ -229,10 +234,13 @@ def write_response(prompt: str, language: Language, rng: np.random.Generator) ->
 
 def _pair(prompt: str, language: Language, rng: np.random.Generator) -> dict[str, Any]:
   """Two responses, labelled by a Bradley-Terry judge of their gold rewards."""
-  first, second = (
-    _break(write_response(prompt, language, rng), language.broken, rng) for _ in range(2)
-  )
-  margin = language.sharpness * (gold(prompt, first) - gold(prompt, second))
+  difference = 0.0
+  while abs(difference) < language.gap:
+    first, second = (
+      _break(write_response(prompt, language, rng), language.broken, rng) for _ in range(2)
+    )
+    difference = gold(prompt, first) - gold(prompt, second)
+  margin = language.sharpness * difference
   if rng.random() >= 1 / (1 + np.exp(-margin)):
     first, second = second, first
   return {'messages': _chat(prompt), 'chosen': first, 'rejected': second}

@@ -87,6 +87,7 @@ def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaCon
     directory,
     dtype=runtime.dtype,
     remat=runtime.remat and trained,
+    scan_unroll=runtime.unroll,
     attention=runtime.attention,
     logprob_chunk=runtime.logprob_chunk,
   )

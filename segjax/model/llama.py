@@ -37,7 +37,8 @@ class RopeScaling:
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """Sizes of the network (HF's names) and how it is run: dtype, remat, attention,
-  and how many positions' logits exist at once."""
+  how many layers an iteration of
+  the scan holds, and how many positions' logits exist at once."""
 
   vocab_size: int
   hidden_size: int
