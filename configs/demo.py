@@ -28,7 +28,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
 
   config.reward.entropy_threshold = 1.0  # nats; a fork has at most ln 2, a clause start over 1.5
   config.reward.batch = 64
-  config.reward.steps = 700
+  config.reward.steps = 900
   config.reward.holdout = 0.06
   config.reward.optimizer.learning_rate = 3e-3
   config.reward.optimizer.warmup_ratio = 0.05
