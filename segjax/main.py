@@ -49,6 +49,8 @@ def main(_: list[str]) -> None:
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
+    # transformers would tell that there is no torch, which segjax does not need.
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   if _CONFIG.value is None:
     raise ValueError('--config is missing; start with --config=configs/ppo.py')
   settings = checks.from_config(_CONFIG.value)
