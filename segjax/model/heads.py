@@ -2,6 +2,11 @@
 
 The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
 inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
+
+`attended` is False on tokens that no other token sees, and that see nothing themselves: what is
+read at their hidden states has no context. None attends to all. It reproduces the attention masks
+of published runs (Yin et al. 2025, https://arxiv.org/abs/2501.02790); padding on the right needs
+none.
 """
 
 import functools
@@ -10,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model import sharding
 from segjax.model.llama import Llama, LlamaConfig
@@ -27,10 +32,12 @@ class LanguageModel(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, ids: Int[Array, 'B S']) -> tuple[Array, Array]:
+  def __call__(
+    self, ids: Int[Array, 'B S'], *, attended: Bool[Array, 'B S'] | None = None
+  ) -> tuple[Array, Array]:
     """Hidden states [B, S, D] and the head's kernel [D, V]."""
     backbone = Llama(self.config, name='backbone')
-    hidden = backbone(ids)
+    hidden = backbone(ids, attended=attended)
     if self.config.tie_word_embeddings:
       return hidden, backbone.embedding.T
     return hidden, _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(
@@ -44,8 +51,10 @@ class ScalarModel(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S']:
-    hidden = Llama(self.config, name='backbone')(ids)
+  def __call__(
+    self, ids: Int[Array, 'B S'], *, attended: Bool[Array, 'B S'] | None = None
+  ) -> Float[Array, 'B S']:
+    hidden = Llama(self.config, name='backbone')(ids, attended=attended)
     width = hidden.shape[-1]
     kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -78,25 +87,47 @@ def param_shapes(config: LlamaConfig, head: str) -> Params:
   return jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
 
 
-def scores(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S']:
+def scores(
+  params: Params,
+  ids: Int[Array, 'B S'],
+  config: LlamaConfig,
+  *,
+  attended: Bool[Array, 'B S'] | None = None,
+) -> Float[Array, 'B S']:
   """The scalar head read AT each token, float32: a reward model's score of the text so far."""
-  return ScalarModel(config).apply({'params': params}, ids)
+  return ScalarModel(config).apply({'params': params}, ids, attended=attended)
 
 
-def values(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S']:
+def values(
+  params: Params,
+  ids: Int[Array, 'B S'],
+  config: LlamaConfig,
+  *,
+  attended: Bool[Array, 'B S'] | None = None,
+) -> Float[Array, 'B S']:
   """The scalar head read at the state BEFORE each token, float32; 0 for the first token."""
-  score = scores(params, ids, config)
+  score = scores(params, ids, config, attended=attended)
   return jnp.pad(score[:, :-1], ((0, 0), (1, 0)))
 
 
-def logits(params: Params, ids: Int[Array, 'B S'], config: LlamaConfig) -> Float[Array, 'B S V']:
+def logits(
+  params: Params,
+  ids: Int[Array, 'B S'],
+  config: LlamaConfig,
+  *,
+  attended: Bool[Array, 'B S'] | None = None,
+) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, attended=attended)
   return project(hidden, kernel)
 
 
 def token_logprobs(
-  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig
+  params: Params,
+  ids: Int[Array, 'B S'],
+  config: LlamaConfig,
+  *,
+  attended: Bool[Array, 'B S'] | None = None,
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """log π(ids_t | ids_<t) and the entropy H_t of that distribution, nats, in one pass.
 
@@ -104,7 +135,7 @@ def token_logprobs(
   vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward pass,
   so that one [B, chunk, V] array is the largest that ever exists.
   """
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, attended=attended)
   logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
   return jnp.pad(logprob, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
 

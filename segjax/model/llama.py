@@ -174,18 +174,22 @@ class Block(nn.Module):
     key = rotate(self._heads(self.key(y)), positions, self.config)
     return query, key, self._heads(self.value(y))
 
-  def _finish(self, x, attended):
-    x = x + self.output(attended.reshape(*x.shape[:2], -1))
+  def _finish(self, x, found):
+    x = x + self.output(found.reshape(*x.shape[:2], -1))
     y = self.mlp_norm(x)
     y = sharding.constrain(nn.silu(self.gate(y)) * self.up(y), 'mlp')
     return sharding.constrain(x + self.down(y), 'hidden')
 
   def __call__(
-    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S']
+    self,
+    x: Float[Array, 'B S D'],
+    positions: Int[Array, 'B S'],
+    attended: Bool[Array, 'B S'] | None = None,
   ) -> tuple[Float[Array, 'B S D'], None]:
     """Causal, over whole sequences padded on the right; the None is what a scan collects."""
     query, key, value = self._project(x, positions)
-    return self._finish(x, attention(query, key, value, None, self.config.attention)), None
+    found = attention(query, key, value, None, self.config.attention, attended=attended)
+    return self._finish(x, found), None
 
   def prefill(
     self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S'], mask: Bool[Array, 'B S S']
@@ -242,13 +246,23 @@ class Llama(nn.Module):
     return self.norm(x)
 
   def __call__(
-    self, ids: Int[Array, 'B S'], positions: Int[Array, 'B S'] | None = None
+    self,
+    ids: Int[Array, 'B S'],
+    positions: Int[Array, 'B S'] | None = None,
+    *,
+    attended: Bool[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B S D']:
-    """Hidden state after each token; rows are padded on the right, so no mask is needed."""
+    """Hidden state after each token; rows are padded on the right, so no mask is needed.
+
+    A token that is not attended is seen by no other, and in every layer its attention's output is
+    0: its hidden state is a function of itself alone.
+    """
     ids = sharding.constrain(ids, 'tokens')
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-    x, _ = self.layers(self.embed(ids), positions)
+    if attended is not None:
+      attended = sharding.constrain(attended, 'tokens')
+    x, _ = self.layers(self.embed(ids), positions, attended)
     return self.finish(x)
 
 

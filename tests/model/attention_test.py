@@ -55,6 +55,57 @@ def test_row_that_sees_nothing_is_finite():
   assert jnp.all(jnp.isfinite(grad))
 
 
+ATTENDED = jnp.array([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 0]], bool)
+
+
+@pytest.mark.parametrize('explicit', [False, True])
+def test_unattended_tokens_are_not_seen_and_find_nothing(explicit):
+  query, key, value = arrays()
+  mask = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
+  if explicit:  # a band of three
+    mask = mask & ~np.tril(np.ones((6, 6), bool), -3)
+  seen = mask & np.asarray(ATTENDED)[:, None]
+  expected = by_loops(*map(np.asarray, (query, key, value)), seen | np.eye(6, dtype=bool))
+  expected[~np.asarray(ATTENDED)] = 0
+  given = jnp.asarray(mask) if explicit else None
+  found = attention(query, key, value, given, attended=ATTENDED)
+  assert_allclose(found, expected, atol=1e-5)  # float32
+  assert np.all(np.asarray(found)[~np.asarray(ATTENDED)] == 0)
+
+
+def test_all_attended_is_none_given():
+  query, key, value = arrays()
+  found = attention(query, key, value, attended=jnp.ones((2, 6), bool))
+  np.testing.assert_array_equal(found, attention(query, key, value))
+
+
+@pytest.mark.parametrize('attended', [ATTENDED, jnp.zeros((2, 6), bool)])
+def test_unattended_tokens_have_no_gradient(attended):
+  def loss(*given):
+    return jnp.sum(attention(*given, attended=attended) ** 2)
+
+  out, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays())
+  assert jnp.isfinite(out)
+  for grad in map(np.asarray, grads):
+    assert np.all(np.isfinite(grad))
+    assert np.all(grad[~np.asarray(attended)] == 0)
+
+
+def test_what_cudnn_is_asked_for(monkeypatch):
+  """The call as it is made on CUDA, answered by the implementation that runs anywhere."""
+  answer, asked = jax.nn.dot_product_attention, []
+
+  def elsewhere(*given, implementation, **named):
+    asked.append(implementation)
+    return answer(*given, implementation='xla', **named)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', elsewhere)
+  for attended in (None, ATTENDED):
+    found = attention(*arrays(), implementation='cudnn', attended=attended)
+    assert_allclose(found, attention(*arrays(), attended=attended), atol=1e-5)  # float32
+  assert asked == ['cudnn'] * 2
+
+
 def test_softmax_is_in_float32():
   """1 + 2⁻⁹ cannot be told from 1 in bfloat16, yet many such keys move the mean."""
   query, key, value = arrays(dtype=jnp.bfloat16)

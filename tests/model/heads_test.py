@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from segjax.model import heads
+from segjax.model import heads, sharding
 from segjax.rl.logprobs import logprob_and_entropy
 
 from . import tiny
@@ -134,6 +134,66 @@ def test_scores_are_the_hidden_states_times_the_head():
   score = tiny.scores(params, ids, tiny.CONFIG)
   assert score.shape == ids.shape
   assert_allclose(tiny.scores(double, ids, tiny.CONFIG), 2 * score, rtol=1e-6)  # nothing is added
+
+
+# Of each row, how many tokens are attended; the last row's none.
+ATTENDED = np.arange(tiny.LENGTH) < np.array([24, 1, 5, 8, 13, 23, 17, 0])[:, None]
+
+
+@pytest.mark.parametrize('name', ['token_logprobs', 'scores', 'values', 'logits'])
+def test_unattended_tails(name):
+  """What is read at attended tokens is that of the whole row; the rest has no context."""
+  head = 'language' if name in ('token_logprobs', 'logits') else 'scalar'
+  read, params = getattr(tiny, name), tiny.params(tiny.CONFIG, head)
+  ids = tiny.ids()
+  whole = read(params, ids, tiny.CONFIG)
+  found = read(params, ids, tiny.CONFIG, attended=ATTENDED)
+  # Log-probs, entropies and values are read at the hidden state before their token.
+  attended = ATTENDED
+  if name in ('token_logprobs', 'values'):
+    attended = np.pad(ATTENDED[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert_allclose(got[attended], expected[attended], atol=1e-5)  # float32
+    assert np.abs(got - expected)[~attended].max() > 0.1
+    assert np.all(np.isfinite(got))
+
+
+def test_gradient_with_unattended_tokens():
+  """Finite; tokens that are nowhere attended learn nothing from what is read at the others."""
+  params, half = tiny.params(tiny.CONFIG), tiny.VOCAB // 2
+  ids, attended = tiny.ids() % half, jnp.asarray(ATTENDED)
+  ids = jnp.where(attended, ids, half + ids)
+
+  @jax.jit
+  def grads(params, weight):
+    def loss(params):
+      logprob, entropy = heads.token_logprobs(params, ids, tiny.CONFIG, attended=attended)
+      return jnp.sum(weight * (logprob + entropy))
+
+    return jax.grad(loss)(params)
+
+  everywhere = grads(params, jnp.ones(ids.shape))
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(everywhere))
+  norm = np.linalg.norm(everywhere['backbone']['embedding'], axis=-1)
+  assert norm[half:].max() > 1e-2
+  at_attended = grads(params, attended.astype(jnp.float32))
+  norm = np.linalg.norm(at_attended['backbone']['embedding'], axis=-1)
+  assert norm[:half].max() > 1e-2
+  assert np.all(norm[half:] == 0)
+
+
+def test_unattended_tokens_on_eight_devices():
+  ids, found = tiny.ids(), {}
+  read = jax.jit(heads.token_logprobs, static_argnames='config')
+  for devices in (1, 8):
+    mesh = tiny.mesh(devices)
+    with jax.set_mesh(mesh), tiny.captured_stderr() as lines:
+      params = tiny.place(tiny.params(tiny.CONFIG), mesh)
+      given = sharding.place_batch((ids, ATTENDED), mesh)
+      found[devices] = jax.device_get(read(params, given[0], tiny.CONFIG, attended=given[1]))
+    assert tiny.rematerialisations(lines) == []
+  jax.tree.map(functools.partial(assert_allclose, atol=1e-5), found[8], found[1])  # float32
 
 
 def test_unknown_head():

@@ -116,6 +116,63 @@ def test_scan_equals_blocks_by_hand(config):
   assert_allclose(scanned, by_hand(params), atol=1e-5)  # float32, fused otherwise
 
 
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def without_context(params, config):
+  """Hidden state of every token of the vocabulary by itself, with attention that finds 0."""
+  params = jax.tree.map(np.asarray, params)
+
+  def norm(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * scale
+
+  def linear(x, part):
+    return x @ part['kernel'] + part.get('bias', 0)
+
+  x = params['embedding']
+  for index in range(config.num_hidden_layers):
+    layer = layer_params(params, index)
+    x = x + layer['output'].get('bias', 0)
+    y = norm(x, layer['mlp_norm']['scale'])
+    x = x + linear(silu(linear(y, layer['gate'])) * linear(y, layer['up']), layer['down'])
+  return norm(x, params['norm']['scale'])
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def hidden_states(params, ids, positions, attended, config):
+  return Llama(config).apply({'params': params}, ids, positions, attended=attended)
+
+
+@pytest.mark.parametrize('remat', [True, False])
+@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+def test_unattended_tokens(config, remat):
+  """Those attended find what they would with the others cut out; the others have no context."""
+  config = dataclasses.replace(config, remat=remat)
+  params, ids = tiny.params(config)['backbone'], tiny.ids()
+  attended = np.random.default_rng(1).random(ids.shape) < 0.6
+  attended[0], attended[1], attended[2] = True, False, np.arange(tiny.LENGTH) < 13
+  run = functools.partial(hidden_states, params, config=config)
+  positions = np.broadcast_to(np.arange(tiny.LENGTH), ids.shape)
+  found = np.asarray(run(ids, positions, attended))
+
+  order = np.argsort(~attended, axis=1, kind='stable')  # the attended first
+  cut = run(np.take_along_axis(ids, order, 1), np.take_along_axis(positions, order, 1), None)
+  expected = np.where(attended[..., None], 0.0, without_context(params, config)[ids])
+  for row, (real, source) in enumerate(zip(attended, order, strict=True)):
+    count = real.sum()
+    expected[row, source[:count]] = cut[row, :count]
+  assert_allclose(found, expected, atol=2e-5)  # float32, sums of other lengths
+
+  other = np.where(attended, (ids + 1) % tiny.VOCAB, ids)
+  again = np.asarray(run(other, positions, attended))
+  np.testing.assert_array_equal(again[~attended], found[~attended])
+  other = np.where(attended, ids, (ids + 1) % tiny.VOCAB)
+  again = np.asarray(run(other, positions, attended))
+  np.testing.assert_array_equal(again[attended], found[attended])
+  assert_allclose(run(ids, positions, np.ones_like(attended)), run(ids, positions, None), atol=1e-6)
+
+
 def test_positions_may_be_given(language):
   """RoPE is relative: all positions shifted alike change nothing."""
   ids = jnp.asarray(tiny.ids())
