@@ -4,6 +4,7 @@ Positions are list indices; a response is `range(begin, stop)`, stop token inclu
 """
 
 import math
+import statistics
 
 
 def run_of(mask):
@@ -96,15 +97,77 @@ def bin_moments(position, score):
   return moments
 
 
-def gae(reward, value, mask, gamma, gae_lambda):
-  """Advantages, by their definition as a discounted sum of temporal differences."""
+def red(score, prompt_score, ends, baseline):
+  """What each segment adds to the score of the text, at its last token."""
+  reward = [0.0] * len(score)
+  before = prompt_score if baseline == 'prompt' else 0.0
+  for end in ends:
+    reward[end] = score[end] - before
+    before = score[end]
+  return reward
+
+
+def end_penalty(dense, mask, finished, kind, value):
+  """Unfinished responses are penalised at every token or at the last."""
   begin, stop = run_of(mask)
-  advantage = [0.0] * len(mask)
+  penalised = list(dense)
   for t in range(begin, stop):
-    for k in range(t, stop):
-      next_value = value[k + 1] if k + 1 < stop else 0.0
-      delta = reward[k] + gamma * next_value - value[k]
-      advantage[t] += (gamma * gae_lambda) ** (k - t) * delta
+    if not finished and kind == 'per_token':
+      penalised[t] = value
+    if not finished and kind == 'at_eos' and t == stop - 1:
+      penalised[t] += value
+  return penalised
+
+
+def length_penalty(dense, mask, kind, value, threshold, length=None):
+  """Long responses are penalised at every token, or at those beyond the threshold."""
+  begin, stop = run_of(mask)
+  length = stop - begin if length is None else length
+  penalised = list(dense)
+  for t in range(begin, stop):
+    if kind == 'threshold' and length > threshold:
+      penalised[t] = value
+    if kind == 'linear' and t - begin >= threshold:
+      penalised[t] += value
+  return penalised
+
+
+def shaped_reward(dense, kl, mask, kl_coef, clip=10.0):
+  """Clamped, then less the KL penalty."""
+  return [
+    min(max(r, -clip), clip) - max(kl_coef, 0) * k if m else 0.0
+    for r, k, m in zip(dense, kl, mask, strict=True)
+  ]
+
+
+def gae(reward, value, mask, gamma, gae_lambda):
+  """Advantages, from the last masked token back to the first."""
+  advantage = [0.0] * len(mask)
+  next_value = next_advantage = 0.0
+  for t in reversed(range(len(mask))):
+    if mask[t]:
+      delta = reward[t] + gamma * next_value - value[t]
+      advantage[t] = delta + gamma * gae_lambda * next_advantage
+      next_value, next_advantage = value[t], advantage[t]
+  return advantage
+
+
+def macro_gae(reward, value, action_start, mask, gamma, gae_lambda):
+  """Advantages of runs of tokens: each run is made one step, and its tokens get what it gets."""
+  actions = []
+  for t, is_real in enumerate(mask):
+    if is_real and (action_start[t] or not actions):
+      actions.append([t])
+    elif is_real:
+      actions[-1].append(t)
+  rewards = [sum(reward[t] for t in action) for action in actions]
+  values = [value[action[0]] for action in actions]
+  advantage = [0.0] * len(mask)
+  for action, a in zip(
+    actions, gae(rewards, values, [True] * len(actions), gamma, gae_lambda), strict=True
+  ):
+    for t in action:
+      advantage[t] = a
   return advantage
 
 
@@ -122,41 +185,79 @@ def whiten(rows, masks):
   ]
 
 
-def mean_of_means(rows, masks):
-  """Mean over non-empty sequences of the mean over their tokens."""
-  means = []
+def batch_mean(rows, masks, mean='sequence'):
+  """Mean over all real tokens, or over non-empty sequences of the mean over their tokens."""
+  terms = []
   for row, mask in zip(rows, masks, strict=True):
     real = [x for x, m in zip(row, mask, strict=True) if m]
-    if real:
-      means.append(sum(real) / len(real))
-  return sum(means) / len(means) if means else 0.0
+    if mean == 'token':
+      terms += real
+    elif real:
+      terms.append(sum(real) / len(real))
+  return sum(terms) / len(terms) if terms else 0.0
 
 
-def policy_loss(logprob, old_logprob, advantage, mask, clip_eps):
-  """(loss, mean ratio) of PPO's clipped surrogate."""
-  ratios, surrogates = [], []
+def policy_loss(
+  logprob, old_logprob, advantage, mask, low, high=None, dual_clip=None, mean='sequence'
+):
+  """(loss, mean ratio, share of tokens beyond the clip) of PPO's clipped surrogate."""
+  high = low if high is None else high
+  ratios, surrogates, beyond = [], [], []
   for new_row, old_row, advantage_row in zip(logprob, old_logprob, advantage, strict=True):
     ratio = [math.exp(new - old) for new, old in zip(new_row, old_row, strict=True)]
+    surrogate = []
+    for rho, a in zip(ratio, advantage_row, strict=True):
+      term = min(rho * a, min(max(rho, 1 - low), 1 + high) * a)
+      if dual_clip is not None and a < 0:
+        term = max(term, dual_clip * a)
+      surrogate.append(term)
     ratios.append(ratio)
-    surrogates.append(
-      [
-        min(rho * a, min(max(rho, 1 - clip_eps), 1 + clip_eps) * a)
-        for rho, a in zip(ratio, advantage_row, strict=True)
-      ]
-    )
-  return -mean_of_means(surrogates, mask), mean_of_means(ratios, mask)
+    surrogates.append(surrogate)
+    beyond.append([float(not 1 - low <= rho <= 1 + high) for rho in ratio])
+  loss = -batch_mean(surrogates, mask, mean)
+  return loss, batch_mean(ratios, mask, mean), batch_mean(beyond, mask, mean)
 
 
-def value_loss(value, old_value, return_, mask, clip_eps):
+def value_loss(value, old_value, return_, mask, clip_eps, mean='sequence'):
   """Half the larger of the clipped and the unclipped squared error."""
   errors = []
   for rows in zip(value, old_value, return_, strict=True):
     row = []
     for v, old, target in zip(*rows, strict=True):
-      clipped = old + min(max(v - old, -clip_eps), clip_eps)
-      row.append(max((v - target) ** 2, (clipped - target) ** 2))
+      error = (v - target) ** 2
+      if clip_eps is not None:
+        clipped = old + min(max(v - old, -clip_eps), clip_eps)
+        error = max(error, (clipped - target) ** 2)
+      row.append(error)
     errors.append(row)
-  return 0.5 * mean_of_means(errors, mask)
+  return 0.5 * batch_mean(errors, mask, mean)
+
+
+def pair_metrics(chosen, rejected, chosen_length, rejected_length):
+  """Accuracy, calibration and the like of the scores of pairs, the first one preferred."""
+
+  def wins(first, second):
+    return 0.5 if first == second else float(first > second)
+
+  pairs = list(zip(chosen, rejected, strict=True))
+  correct = [wins(*pair) for pair in pairs]
+  bins = [[] for _ in range(10)]
+  for (c, r), is_correct in zip(pairs, correct, strict=True):
+    p = 1 / (1 + math.exp(r - c))
+    confidence = max(p, 1 - p)
+    bins[min(int((confidence - 0.5) * 20), 9)].append((is_correct, confidence))
+  gaps = []
+  for inside in filter(None, bins):
+    accuracy, confidence = (statistics.fmean(column) for column in zip(*inside, strict=True))
+    gaps.append(len(inside) / len(pairs) * abs(accuracy - confidence))
+  lengths = zip(chosen_length, rejected_length, strict=True)
+  return {
+    'accuracy': sum(correct) / len(pairs),
+    'margin': sum(c - r for c, r in pairs) / len(pairs),
+    'loss': sum(math.log(1 + math.exp(r - c)) for c, r in pairs) / len(pairs),
+    'calibration_error': sum(gaps),
+    'longer_wins': sum(wins(*pair) for pair in lengths) / len(pairs),
+  }
 
 
 def logprob_and_entropy(logits, target):

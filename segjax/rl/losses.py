@@ -4,22 +4,59 @@ Not here: the networks whose outputs these read. All of it is in at least float3
 models run in.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.rl.masked import at_least_float32, masked_mean, masked_sum
-from segjax.types import Segments
 
 Metrics = dict[str, Float[Array, '']]
 
+MEANS = ('sequence', 'token')
 
-def segment_mean(score: Float[Array, 'T'], segments: Segments) -> Float[Array, '']:
-  """Score of a whole response: the mean over segments of the score at their last tokens.
 
-  Segments count alike, whatever their length. 0 if there are none.
+def num_terms(mask: Bool[Array, 'B T'], mean: str = 'sequence') -> Float[Array, '']:
+  """What `batch_mean` divides by: the number of non-empty sequences, or of tokens.
+
+  Raises:
+    ValueError: on an unknown mean.
   """
-  return masked_sum(score, segments.end) / jnp.maximum(segments.num_segments, 1)
+  _check_mean(mean)
+  terms = jnp.any(mask, axis=1) if mean == 'sequence' else mask
+  return jnp.sum(terms).astype(jnp.result_type(float))
+
+
+def batch_mean(
+  x: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  mean: str = 'sequence',
+  *,
+  count: Float[Array, ''] | None = None,
+) -> Float[Array, '']:
+  """Mean over the masked tokens of a batch, in at least float32; 0 if there are none.
+
+  'sequence': Σ_i (1/n_i Σ_t x_it) / N, over the N sequences that have any token. A token of a short
+    response weighs more; this is what Yin et al. 2025, https://arxiv.org/abs/2501.02790, ran.
+  'token': Σ_i Σ_t x_it / Σ_i n_i. All tokens weigh the same, as in DAPO (Yu et al. 2025,
+    https://arxiv.org/abs/2503.14476).
+
+  Args:
+    x: the terms; those outside the mask may be anything.
+    mask: True on the tokens that count.
+    mean: one of MEANS.
+    count: divisor in place of N or Σ n_i. With the `num_terms` of a whole batch, the results of its
+      micro-batches add up to the mean of the whole.
+
+  Raises:
+    ValueError: on an unknown mean.
+  """
+  terms = num_terms(mask, mean)
+  per_row = masked_mean if mean == 'sequence' else masked_sum
+  total = jnp.sum(per_row(x, mask, axis=1))
+  divisor = terms if count is None else count
+  return total / jnp.maximum(divisor, 1).astype(total.dtype)
 
 
 def bradley_terry(
@@ -29,8 +66,8 @@ def bradley_terry(
 ) -> Float[Array, 'B']:
   """Loss of each pair: −ln σ(chosen − rejected − margin).
 
-  One loss on the scores of two whole responses (`segment_mean`), not a mean of losses over
-  segments. See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+  One loss on the scores of two whole responses (`aggregation.sequence_score`), not a mean of
+  losses over segments. See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
   """
   return jax.nn.softplus(at_least_float32(rejected) - at_least_float32(chosen) + margin)
 
@@ -42,14 +79,18 @@ def policy_loss(
   mask: Bool[Array, 'B T'],
   *,
   clip_eps: ScalarLike = 0.2,
+  clip_eps_high: ScalarLike | None = None,
+  dual_clip: ScalarLike | None = None,
+  mean: str = 'sequence',
+  count: Float[Array, ''] | None = None,
 ) -> tuple[Float[Array, ''], Metrics]:
   """Clipped surrogate of PPO.
 
-  loss = −mean_sequences mean_tokens min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old
+  loss = −mean min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A),  ρ = π / π_old
 
-  The mean is first over the tokens of a sequence, then over the sequences that have any token, so
-  that a token of a short response weighs more. See Schulman et al. 2017,
-  https://arxiv.org/abs/1707.06347.
+  A dual clip c holds the term of a token of A < 0 at c A or more, however large ρ. See Schulman et
+  al. 2017, https://arxiv.org/abs/1707.06347; for ε_high DAPO, https://arxiv.org/abs/2503.14476; for
+  c Ye et al. 2020, https://arxiv.org/abs/1912.09729.
 
   Args:
     logprob: ln π of the sampled tokens, under the policy being trained.
@@ -57,24 +98,38 @@ def policy_loss(
     advantage: A, whitened or not; no gradient flows through it.
     mask: True on the response, stop token included.
     clip_eps: ε.
+    clip_eps_high: ε_high; None means ε.
+    dual_clip: c > 1; None means no dual clip.
+    mean: one of MEANS, see `batch_mean`.
+    count: divisor of the means, see `batch_mean`.
 
   Returns:
-    (loss, metrics): ratio_mean, ratio_max_deviation = max |ρ − 1|, clip_fraction, and approx_kl =
-    the k3 estimate of KL(π_old ‖ π) in nats.
+    (loss, metrics): ratio_max_deviation = max |ρ − 1|, and averaged like the loss ratio_mean,
+    clip_fraction = how often ρ is beyond the clip, approx_kl = the k3 estimate of KL(π_old ‖ π) in
+    nats and, with a dual clip, dual_clip_fraction = how often that one holds.
+
+  Raises:
+    ValueError: on an unknown mean.
   """
+  average = functools.partial(_average, mask=mask, mean=mean, count=count)
   advantage = jax.lax.stop_gradient(at_least_float32(advantage))
   # Masked before the exponential: garbage there could overflow and poison the gradient.
   log_ratio = jnp.where(mask, at_least_float32(logprob) - at_least_float32(old_logprob), 0)
   ratio = jnp.exp(log_ratio)
-  clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+  eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+  clipped = jnp.clip(ratio, 1 - clip_eps, 1 + eps_high)
   surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
   metrics = {
-    'ratio_mean': _mean_of_means(ratio, mask),
+    'ratio_mean': average(ratio),
     'ratio_max_deviation': jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0), initial=0),
-    'clip_fraction': _mean_of_means((jnp.abs(ratio - 1) > clip_eps).astype(ratio.dtype), mask),
-    'approx_kl': _mean_of_means(jnp.expm1(log_ratio) - log_ratio, mask),
+    'clip_fraction': average(clipped != ratio),
+    'approx_kl': average(jnp.expm1(log_ratio) - log_ratio),
   }
-  return -_mean_of_means(surrogate, mask), jax.lax.stop_gradient(metrics)
+  if dual_clip is not None:
+    is_held = (advantage < 0) & (surrogate < dual_clip * advantage)
+    surrogate = jnp.where(is_held, dual_clip * advantage, surrogate)
+    metrics['dual_clip_fraction'] = average(is_held)
+  return -average(surrogate), jax.lax.stop_gradient(metrics)
 
 
 def value_loss(
@@ -83,43 +138,62 @@ def value_loss(
   return_: Float[Array, 'B T'],
   mask: Bool[Array, 'B T'],
   *,
-  value_clip_eps: ScalarLike,
+  value_clip_eps: ScalarLike | None,
+  mean: str = 'sequence',
+  count: Float[Array, ''] | None = None,
 ) -> tuple[Float[Array, ''], Metrics]:
   """Squared error of the critic, pessimistic about moves beyond the clip.
 
-  loss = ½ mean_sequences mean_tokens max((V − R)², (V_old + clip(V − V_old, −ε, ε) − R)²)
+  loss = ½ mean max((V − R)², (V_old + clip(V − V_old, −ε, ε) − R)²)
 
   Args:
     value: V, from the critic being trained.
     old_value: V_old, from the critic when the rollout was scored.
     return_: R; no gradient flows through it.
-    mask: True on the response, stop token included.
-    value_clip_eps: ε.
+    mask: True on the tokens whose value is trained.
+    value_clip_eps: ε; None means no clip, ½ mean (V − R)².
+    mean: one of MEANS, see `batch_mean`.
+    count: divisor of the means, see `batch_mean`.
 
   Returns:
     (loss, metrics): value_mean, return_mean, value_error = mean |V − R|, and value_clip_fraction =
-    how often the clipped error is the larger.
+    how often the clipped error is the larger. All are means like the loss.
+
+  Raises:
+    ValueError: on an unknown mean.
   """
+  average = functools.partial(_average, mask=mask, mean=mean, count=count)
   value = jnp.where(mask, at_least_float32(value), 0)
   old_value = jnp.where(mask, at_least_float32(old_value), 0)
   return_ = jax.lax.stop_gradient(jnp.where(mask, at_least_float32(return_), 0))
-  clipped = old_value + jnp.clip(value - old_value, -value_clip_eps, value_clip_eps)
-  error, clipped_error = jnp.square(value - return_), jnp.square(clipped - return_)
+  error = clipped_error = jnp.square(value - return_)
+  if value_clip_eps is not None:
+    clipped = old_value + jnp.clip(value - old_value, -value_clip_eps, value_clip_eps)
+    clipped_error = jnp.square(clipped - return_)
   metrics = {
-    'value_mean': _mean_of_means(value, mask),
-    'return_mean': _mean_of_means(return_, mask),
-    'value_error': _mean_of_means(jnp.abs(value - return_), mask),
-    'value_clip_fraction': _mean_of_means((clipped_error > error).astype(value.dtype), mask),
+    'value_mean': average(value),
+    'return_mean': average(return_),
+    'value_error': average(jnp.abs(value - return_)),
+    'value_clip_fraction': average(clipped_error > error),
   }
-  loss = 0.5 * _mean_of_means(jnp.maximum(error, clipped_error), mask)
-  return loss, jax.lax.stop_gradient(metrics)
+  return 0.5 * average(jnp.maximum(error, clipped_error)), jax.lax.stop_gradient(metrics)
 
 
-def cross_entropy(logprob: Float[Array, 'B S'], mask: Bool[Array, 'B S']) -> Float[Array, '']:
-  """−mean of the log-prob over all the masked tokens of the batch, in nats; 0 if there are none."""
-  return -masked_mean(logprob, mask)
+def cross_entropy(
+  logprob: Float[Array, 'B S'], mask: Bool[Array, 'B S'], *, count: Float[Array, ''] | None = None
+) -> Float[Array, '']:
+  """−mean of the log-prob over all the masked tokens of the batch, in nats; 0 if there are none.
+
+  `count` replaces the number of tokens as the divisor, see `batch_mean`.
+  """
+  return -batch_mean(logprob, mask, 'token', count=count)
 
 
-def _mean_of_means(x: Float[Array, 'B T'], mask: Bool[Array, 'B T']) -> Float[Array, '']:
-  """Mean over the non-empty sequences of the mean over their tokens; 0 if all are empty."""
-  return masked_mean(masked_mean(x, mask, axis=1), jnp.any(mask, axis=1))
+def _average(x, mask, mean, count):
+  """`batch_mean` of numbers or of truths."""
+  return batch_mean(x.astype(jnp.result_type(x, jnp.float32)), mask, mean, count=count)
+
+
+def _check_mean(mean: str) -> None:
+  if mean not in MEANS:
+    raise ValueError(f'mean={mean!r} is unknown; use one of {MEANS}.')

@@ -1,4 +1,4 @@
-"""Advantages and returns of one sequence of rewards.
+"""Advantages and returns of one sequence of rewards, over tokens or over macro-actions.
 
 Not here: whitening (`masked.whiten`), which looks at the whole batch.
 """
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.rl.masked import at_least_float32
+from segjax.types import Segments
 
 
 def gae(
@@ -18,36 +19,80 @@ def gae(
   gamma: ScalarLike = 1.0,
   gae_lambda: ScalarLike = 0.95,
 ) -> Float[Array, 'T']:
-  """Generalised advantage estimate, in at least float32.
+  """Generalised advantage estimate of each token that the policy chose, in at least float32.
 
   δ_t = r_t + γ V_{t+1} − V_t
   A_t = δ_t + γ λ A_{t+1}
 
-  Rewards and values outside the mask count as 0, so the last token of the response is followed by
-  value 0, whether or not it is a stop token. See Schulman et al. 2016,
-  https://arxiv.org/abs/1506.02438.
+  t + 1 is the next token under the mask: tokens that the policy did not choose, such as what a tool
+  answered, are passed over, without discount. The last token is followed by value 0, whether or not
+  it is a stop token. See Schulman et al. 2016, https://arxiv.org/abs/1506.02438.
 
   Args:
     reward: r_t, for the action of sampling token t.
     value: V_t, read at the state that token t was sampled from.
-    mask: True on the response, one contiguous run that may begin anywhere.
+    mask: True on the tokens that the policy chose, in any pattern.
     gamma: discount γ.
     gae_lambda: λ.
 
   Returns:
-    A_t; 0 outside the mask.
+    A_t; 0 outside the mask, where rewards and values may be anything.
   """
-  reward = jnp.where(mask, at_least_float32(reward), 0)
-  value = jnp.where(mask, at_least_float32(value), 0)
-  next_value = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
-  delta = reward + gamma * next_value - value
+  return jnp.where(mask, _advantage(reward, value, mask, mask, gamma, gae_lambda), 0)
 
-  def step(advantage, delta_t):
-    advantage = delta_t + gamma * gae_lambda * advantage
-    return advantage, advantage
 
-  _, advantage = jax.lax.scan(step, jnp.zeros((), delta.dtype), delta, reverse=True)
+def macro_gae(
+  reward: Float[Array, 'T'],
+  value: Float[Array, 'T'],
+  action_start: Bool[Array, 'T'],
+  mask: Bool[Array, 'T'],
+  *,
+  gamma: ScalarLike = 1.0,
+  gae_lambda: ScalarLike = 0.95,
+) -> Float[Array, 'T']:
+  """Generalised advantage estimate of each macro-action, given to all of its tokens.
+
+  δ_j = R_j + γ V_{j+1} − V_j
+  A_j = δ_j + γ λ A_{j+1}
+
+  Action j is the run of tokens from one start to before the next. R_j is the sum of their rewards,
+  undiscounted, and V_j the value at the first of them: γ and λ count actions. With every token a
+  start this is `gae`. See Chai et al. 2024 (MA-RLHF), https://arxiv.org/abs/2410.02743.
+
+  Args:
+    reward: reward of each token.
+    value: value of each token, read at the state that it was sampled from; only those at starts
+      matter.
+    action_start: True on the first token of each action, see `action_starts`. A start outside the
+      mask does not count, and the first token under the mask always is one.
+    mask: True on the tokens that the policy chose, in any pattern.
+    gamma: discount γ from action to action.
+    gae_lambda: λ.
+
+  Returns:
+    A_j at every token of action j, in at least float32; 0 outside the mask, where rewards and
+    values may be anything.
+  """
+  first = jnp.arange(mask.shape[0]) == jnp.argmax(mask)
+  start = mask & (action_start | first)
+  advantage = _advantage(reward, value, start, mask, gamma, gae_lambda)
+
+  def step(latest, token):
+    advantage_t, starts = token
+    latest = jnp.where(starts, advantage_t, latest)
+    return latest, latest
+
+  _, advantage = jax.lax.scan(step, jnp.zeros((), advantage.dtype), (advantage, start))
   return jnp.where(mask, advantage, 0)
+
+
+def action_starts(segments: Segments, response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """First tokens of the macro-actions: the segments, and each token outside all of them.
+
+  So a stop token that lies in no segment is an action of its own. A critic that serves `macro_gae`
+  is read at these tokens alone, so it is to be trained at these alone.
+  """
+  return segments.start | (response_mask & (segments.segment_id < 0))
 
 
 def returns(
@@ -55,3 +100,25 @@ def returns(
 ) -> Float[Array, '*N']:
   """A_t + V_t, what the critic learns to predict; 0 outside the mask."""
   return jnp.where(mask, at_least_float32(advantage) + at_least_float32(value), 0)
+
+
+def _advantage(reward, value, start, mask, gamma, gae_lambda):
+  """A_j at the first token of each action j; something meaningless at the others.
+
+  Written with what follows a token, γ (V_{j+1} + λ A_{j+1}) and the rewards between, so that the
+  scan carries one number: A_j = R_j + γ (V_{j+1} + λ A_{j+1}) − V_j.
+  """
+  reward = jnp.where(mask, at_least_float32(reward), 0)
+  value = jnp.where(mask, at_least_float32(value), 0)
+
+  def step(following, token):
+    reward_t, value_t, starts = token
+    following = following + reward_t
+    advantage = following - value_t
+    before = jnp.where(starts, gamma * (value_t + gae_lambda * advantage), following)
+    return before.astype(following.dtype), advantage
+
+  # Not unrolled: XLA on CPU runs the plain loop fastest.
+  following = jnp.zeros((), jnp.promote_types(reward.dtype, value.dtype))
+  _, advantage = jax.lax.scan(step, following, (reward, value, start), reverse=True)
+  return advantage

@@ -1,21 +1,25 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
 from segjax.rl.losses import (
+  MEANS,
+  batch_mean,
   bradley_terry,
   cross_entropy,
+  num_terms,
   policy_loss,
-  segment_mean,
   value_loss,
 )
-from segjax.rl.segmentation import segment
 
-from .ragged import make_batch
+from .drawn import masks, numbers, spoiled
 
 TRIANGLE = jnp.array([[True, True], [False, True]])
 POLICY = (
@@ -28,10 +32,6 @@ VALUE = (
   jnp.array([[0.1, 0.9], [0.9, 0]]),
   jnp.array([[0.3, 1.5], [0, -0.1]]),
 )
-
-
-def with_nan(arrays, mask):
-  return [jnp.where(mask, array, jnp.nan) for array in arrays]
 
 
 def test_policy_loss_golden():
@@ -55,33 +55,118 @@ def test_value_loss_golden(value_clip_eps):
   assert_allclose(metrics['value_error'], 0.325, rtol=1e-6)
 
 
-def random_batch(seed):
-  """Arrays [N, T] with NaN under the mask, some sequences empty."""
-  rng = np.random.default_rng(seed)
-  mask = make_batch(seed).mask
-  arrays = rng.normal(size=(3, *mask.shape)).astype(np.float32) / 2
-  return mask, arrays, with_nan(arrays, mask)
+BATCHES = {'mask': masks((4, 6)), 'arrays': numbers((3, 4, 6), size=1)}
 
 
-def test_policy_loss_equals_oracle():
-  mask, arrays, spoiled = random_batch(9)
-  loss, metrics = jax.jit(policy_loss)(*spoiled, mask=jnp.asarray(mask), clip_eps=0.3)
-  expected = oracle.policy_loss(*arrays.tolist(), mask.tolist(), 0.3)
-  assert_allclose([loss, metrics['ratio_mean']], expected, rtol=1e-5)
+@pytest.mark.parametrize('mean', MEANS)
+@pytest.mark.parametrize('extras', [(None, None), (0.4, 1.5)], ids=['plain', 'high and dual clip'])
+@settings(max_examples=60, deadline=None)
+@given(**BATCHES)
+def test_policy_loss_equals_oracle(mean, extras, mask, arrays):
+  loss, metrics = run_policy_loss(*spoiled(arrays, mask), mask, 0.3, *extras, mean=mean)
+  expected = oracle.policy_loss(*arrays.tolist(), mask.tolist(), 0.3, *extras, mean)
+  got = loss, metrics['ratio_mean'], metrics['clip_fraction']
+  assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+  assert ('dual_clip_fraction' in metrics) == (extras[1] is not None)
 
 
-def test_value_loss_equals_oracle():
-  mask, arrays, spoiled = random_batch(10)
-  loss, _ = jax.jit(value_loss)(*spoiled, mask=jnp.asarray(mask), value_clip_eps=0.3)
-  assert_allclose(loss, oracle.value_loss(*arrays.tolist(), mask.tolist(), 0.3), rtol=1e-5)
+@functools.partial(jax.jit, static_argnames='mean')
+def run_policy_loss(logprob, old_logprob, advantage, mask, low, high, dual, mean):
+  options = {'clip_eps': low, 'clip_eps_high': high, 'dual_clip': dual, 'mean': mean}
+  return policy_loss(logprob, old_logprob, advantage, mask, **options)
+
+
+def test_asymmetric_and_dual_clip_worked():
+  """Ratios e^2 and e^-2, each with an advantage of 1 and of -1."""
+  logprob, mask = jnp.array([[2.0, -2.0], [2.0, -2.0]]), jnp.ones((2, 2), bool)
+  advantage = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+  up, down = np.exp(2), np.exp(-2)
+
+  def loss(**options):
+    return policy_loss(logprob, jnp.zeros((2, 2)), advantage, mask, clip_eps=0.2, **options)
+
+  assert_allclose(loss()[0], -(1.2 + down - up - 0.8) / 4, rtol=1e-6)
+  assert_allclose(loss(clip_eps_high=0.28)[0], -(1.28 + down - up - 0.8) / 4, rtol=1e-6)
+  # Of the four terms only -e² lies below 3 A.
+  got, metrics = loss(dual_clip=3.0)
+  assert_allclose(got, -(1.2 + down - 3 - 0.8) / 4, rtol=1e-6)
+  assert metrics['dual_clip_fraction'] == 0.25
+  assert metrics['clip_fraction'] == 1
+  gradient = jax.grad(lambda x: policy_loss(x, logprob * 0, advantage, mask, dual_clip=3.0)[0])
+  assert_allclose(gradient(logprob), [[0, -down / 4], [0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('mean', MEANS)
+@pytest.mark.parametrize('value_clip_eps', [None, 0.3])
+@settings(max_examples=60, deadline=None)
+@given(**BATCHES)
+def test_value_loss_equals_oracle(mean, value_clip_eps, mask, arrays):
+  loss, metrics = run_value_loss(*spoiled(arrays, mask), mask, value_clip_eps, mean=mean)
+  expected = oracle.value_loss(*arrays.tolist(), mask.tolist(), value_clip_eps, mean)
+  assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+  assert_allclose(
+    metrics['value_mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), atol=1e-6
+  )
+  if value_clip_eps is None:
+    assert metrics['value_clip_fraction'] == 0
+
+
+@functools.partial(jax.jit, static_argnames='mean')
+def run_value_loss(value, old_value, return_, mask, value_clip_eps, mean):
+  return value_loss(value, old_value, return_, mask, value_clip_eps=value_clip_eps, mean=mean)
+
+
+@pytest.mark.parametrize('mean', MEANS)
+@settings(max_examples=60, deadline=None)
+@given(**BATCHES)
+def test_micro_batches_add_up(mean, mask, arrays):
+  """However uneven they are, and even if one has no token at all."""
+  whole, parts = jax.device_get(run_in_parts(*spoiled(arrays, mask), mask, mean=mean))
+  for name, expected in whole.items():
+    assert_allclose(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-6)
+  assert_allclose(
+    whole['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), rtol=1e-5, atol=1e-6
+  )
+
+
+@functools.partial(jax.jit, static_argnames='mean')
+def run_in_parts(first, second, third, mask, mean):
+  count, tokens = num_terms(mask, mean), num_terms(mask, 'token')
+
+  def losses(rows, count=None, tokens=None):
+    x, y, z, part = first[rows], second[rows], third[rows], mask[rows]
+    policy, metrics = policy_loss(x, y, z, part, mean=mean, count=count)
+    value, _ = value_loss(x, y, z, part, value_clip_eps=0.2, mean=mean, count=count)
+    return {
+      'mean': batch_mean(x, part, mean, count=count),
+      'policy': policy,
+      'approx_kl': metrics['approx_kl'],
+      'value': value,
+      'supervised': cross_entropy(x, part, count=tokens),
+    }
+
+  return losses(slice(None)), [losses(slice(i, i + 2), count, tokens) for i in (0, 2)]
+
+
+def test_means_worked():
+  """(1 + 2) / 2 and 6; a third sequence is empty."""
+  x = jnp.array([[1.0, 2.0], [jnp.nan, 6.0], [jnp.nan, jnp.nan]])
+  mask = jnp.array([[True, True], [False, True], [False, False]])
+  assert batch_mean(x, mask) == 3.75 and num_terms(mask) == 2
+  assert batch_mean(x, mask, 'token') == 3 and num_terms(mask, 'token') == 3
+  assert batch_mean(x, mask, 'token', count=jnp.array(9.0)) == 1
+  with pytest.raises(ValueError, match=r"'row'.*sequence.*token"):
+    batch_mean(x, mask, 'row')
 
 
 def test_gradients_ignore_nan_under_the_mask():
-  mask, arrays, spoiled = random_batch(11)
-  mask = jnp.asarray(mask)
+  rng = np.random.default_rng(11)
+  arrays, mask = rng.normal(size=(3, 4, 6)).astype(np.float32), rng.random((4, 6)) < 0.6
+  mask[1] = False
+  garbage, mask = jnp.asarray(spoiled(arrays, mask)), jnp.asarray(mask)
 
   def policy(x, rest):
-    return policy_loss(x, *rest, mask)[0]
+    return policy_loss(x, *rest, mask, dual_clip=1.5)[0]
 
   def value(x, rest):
     return value_loss(x, *rest, mask, value_clip_eps=0.2)[0]
@@ -92,7 +177,7 @@ def test_gradients_ignore_nan_under_the_mask():
   for loss in (policy, value, supervised):
     gradient = jax.jit(jax.grad(loss))
     clean = gradient(jnp.asarray(arrays[0]), list(jnp.asarray(arrays[1:])))
-    again = gradient(spoiled[0], spoiled[1:])
+    again = gradient(garbage[0], list(garbage[1:]))
     assert_allclose(again, clean)
     assert_allclose(np.asarray(again)[~np.asarray(mask)], 0)
 
@@ -153,38 +238,6 @@ def test_bradley_terry_is_stable():
   gradient = jax.grad(lambda x: bradley_terry(x, -far).sum())(far)
   assert_allclose(gradient, [0, -1])
   assert bradley_terry(far.astype(jnp.bfloat16), far.astype(jnp.bfloat16)).dtype == jnp.float32
-
-
-def test_segment_mean_golden():
-  # Ends at 1, 2, 4; the stop token at 5 is in no segment.
-  entropy = jnp.array([9, 0, 9, 9, 0, 9.0])
-  mask = jnp.ones(6, bool)
-  segments = segment(entropy, mask, jnp.array(True))
-  score = jnp.array([jnp.nan, 0.2, 0.4, jnp.nan, 0.6, jnp.nan])
-  assert_allclose(segment_mean(score, segments), 0.4, rtol=1e-6)
-  gradient = jax.grad(segment_mean)(score, segments)
-  assert_allclose(gradient, [0, 1 / 3, 1 / 3, 0, 1 / 3, 0], rtol=1e-6)
-  nothing = segment(entropy, jnp.zeros(6, bool), jnp.array(True))
-  assert segment_mean(score, nothing) == 0
-
-
-@pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
-def test_segment_mean_equals_oracle(granularity):
-  batch = make_batch(seed=12)
-
-  @jax.jit
-  @jax.vmap
-  def run(entropy, mask, finished, score):
-    return segment_mean(score, segment(entropy, mask, finished, granularity=granularity))
-
-  names = ('entropy', 'mask', 'finished', 'score')
-  got = run(*(jnp.asarray(getattr(batch, name)) for name in names))
-  for row, (entropy_after, mask, finished, score) in enumerate(
-    batch.rows('entropy_after', 'mask', 'finished', 'score')
-  ):
-    ends = oracle.segment_ends(entropy_after, mask, finished, granularity, 2.0)
-    expected = sum(score[end] for end in ends) / max(len(ends), 1)
-    assert_allclose(got[row], expected, atol=1e-6)
 
 
 def test_cross_entropy_weighs_tokens_alike():
