@@ -13,7 +13,9 @@ def run_of(mask):
   return (real[0], real[-1] + 1) if real else (0, 0)
 
 
-def segment_ends(entropy_after, mask, finished, granularity, threshold):
+def segment_ends(
+  entropy_after, mask, finished, granularity, threshold, min_length=1, stop_inside=False
+):
   """Last tokens of the segments, by the scan of the paper's code.
 
   `entropy_after[j]` is of the distribution predicted AT j, for token j + 1. The scan runs up to
@@ -26,26 +28,48 @@ def segment_ends(entropy_after, mask, finished, granularity, threshold):
   if granularity == 'bandit':
     return [stop - 1]
   if granularity == 'token':
-    return list(range(begin, last))
-  ends = []
-  for j in range(begin, last + 1):
-    if j < len(entropy_after) and entropy_after[j] > threshold:
-      ends.append(j)
-  if not ends:
-    return [last - 1]
-  if ends[-1] == last:
-    if len(ends) > 1 and ends[-2] == last - 1:
-      ends.pop()
-    else:
-      ends[-1] = last - 1
-  elif ends[-1] < last - 1:
-    ends.append(last - 1)
+    ends = list(range(begin, last))
+  else:
+    ends, length = [], 0
+    for j in range(begin, last + 1):
+      length += 1
+      if j < len(entropy_after) and entropy_after[j] > threshold and length >= min_length:
+        ends.append(j)
+        length = 0
+    if not ends:
+      ends.append(last - 1)
+    elif ends[-1] == last:
+      if len(ends) > 1 and ends[-2] == last - 1:
+        ends.pop()
+      else:
+        ends[-1] = last - 1
+    elif ends[-1] < last - 1:
+      ends.append(last - 1)
+  if stop_inside and finished:
+    ends[-1] = last
   return ends
 
 
 def spans(ends, begin):
   """(first, last) token of each segment."""
   return [(ends[i - 1] + 1 if i else begin, end) for i, end in enumerate(ends)]
+
+
+def sequence_score(scores, how, temperature=1.0):
+  """One score out of those of the segments."""
+  if not scores:
+    return 0.0
+  if how == 'softmax':
+    weights = [math.exp((x - max(scores)) / temperature) for x in scores]
+    return sum(w * x for w, x in zip(weights, scores, strict=True)) / sum(weights)
+  total = sum(scores)
+  return {
+    'mean': total / len(scores),
+    'sum': total,
+    'min': min(scores),
+    'max': max(scores),
+    'last': scores[-1],
+  }[how]
 
 
 def mean_std(p, normalizer, std_floor=None):

@@ -1,6 +1,8 @@
-"""Cuts one response into segments by the entropy of the reference model.
+"""Cuts one response into segments: by the entropy of the reference model, by length, by delimiters.
 
-Not here: what a segment is worth (`normalizer`, `rewards`).
+Not here: what a segment is worth (`normalizer`, `rewards`), nor how a threshold is chosen
+(`calibration`). Entropy is the cut of Yin et al. 2025, https://arxiv.org/abs/2501.02790; fixed
+length and sentences, which delimiters end, are the baselines it is compared with.
 """
 
 import jax
@@ -10,10 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, ScalarLike
 from segjax.types import Segments
 
 GRANULARITIES = ('segment', 'token', 'bandit')
+CUTS = ('entropy', 'fixed_length', 'delimiter')
 
 
 def content_mask(
-  response_mask: Bool[Array, 'T'], finished: Bool[Array, ''], granularity: str = 'segment'
+  response_mask: Bool[Array, 'T'],
+  finished: Bool[Array, ''],
+  granularity: str = 'segment',
+  *,
+  stop_inside: bool = False,
 ) -> Bool[Array, 'T']:
   """Marks the tokens that lie in some segment.
 
@@ -25,6 +32,7 @@ def content_mask(
     response_mask: True on the response, one contiguous run that may begin anywhere.
     finished: whether the last token of the response is a stop token.
     granularity: one of GRANULARITIES.
+    stop_inside: whether the stop token is content too; for 'bandit' it always is.
 
   Raises:
     ValueError: on an unknown granularity.
@@ -32,7 +40,7 @@ def content_mask(
   _check_granularity(granularity)
   last = response_mask & ~_next(response_mask)
   content = response_mask & ~(last & finished)
-  if granularity == 'bandit':
+  if stop_inside or granularity == 'bandit':
     return response_mask & jnp.any(content)
   return content
 
@@ -44,8 +52,10 @@ def segment(
   *,
   granularity: str = 'segment',
   entropy_threshold: ScalarLike = 2.0,
+  min_length: int = 1,
+  stop_inside: bool = False,
 ) -> Segments:
-  """Cuts a response into segments.
+  """Cuts a response into segments where the reference model was unsure how to go on.
 
   start_t = content_t and (t is the first content token, or H_t > c)
 
@@ -61,21 +71,70 @@ def segment(
     finished: whether the last token of the response is a stop token.
     granularity: one of GRANULARITIES.
     entropy_threshold: c, in nats.
+    min_length: see `segment_at`.
+    stop_inside: see `segment_at`.
 
   Returns:
     The segments; none for a response that is empty or only a stop token.
 
   Raises:
-    ValueError: on an unknown granularity.
+    ValueError: on an unknown granularity, or a min_length below 1.
   """
-  content = content_mask(response_mask, finished, granularity)
+  return segment_at(
+    entropy > entropy_threshold,
+    response_mask,
+    finished,
+    granularity=granularity,
+    min_length=min_length,
+    stop_inside=stop_inside,
+  )
+
+
+def segment_at(
+  boundary: Bool[Array, 'T'],
+  response_mask: Bool[Array, 'T'],
+  finished: Bool[Array, ''],
+  *,
+  granularity: str = 'segment',
+  min_length: int = 1,
+  stop_inside: bool = False,
+) -> Segments:
+  """Cuts a response into segments before the tokens that are marked.
+
+  start_t = content_t and (t is the first content token, or boundary_t and the segment that ends at
+  t − 1 has at least n tokens)
+
+  Cuts are decided from left to right, each on what the cuts before it left. The last segment ends
+  with the content and may be shorter than n.
+
+  Args:
+    boundary: True where a segment may start; what it says of the first content token, of tokens
+      that are no content and of the stop token is ignored. 'token' and 'bandit' ignore all of it.
+    response_mask: True on the response, one contiguous run that may begin anywhere.
+    finished: whether the last token of the response is a stop token.
+    granularity: one of GRANULARITIES.
+    min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a scan.
+    stop_inside: whether the stop token belongs to the last segment, which then ends at it and is
+      scored there; else it lies in none. For 'bandit' it always belongs.
+
+  Returns:
+    The segments; none for a response that is empty or only a stop token.
+
+  Raises:
+    ValueError: on an unknown granularity, or a min_length below 1.
+  """
+  if min_length < 1:
+    raise ValueError(f'min_length={min_length} is below 1; every segment has a token.')
+  content = content_mask(response_mask, finished, granularity, stop_inside=stop_inside)
   first = content & ~_previous(content)
-  if granularity == 'segment':
-    start = first | (content & (entropy > entropy_threshold))
-  elif granularity == 'token':
-    start = content
-  else:
+  before_stop = content_mask(response_mask, finished)
+  if granularity == 'bandit':
     start = first
+  elif granularity == 'token':
+    start = before_stop
+  else:
+    start = first | (before_stop & boundary)
+    start = _far_enough(start, first, min_length) if min_length > 1 else start
   end = content & (_next(start) | ~_next(content))
   segment_id = jnp.cumsum(start, dtype=jnp.int32) - 1
   return Segments(
@@ -86,18 +145,62 @@ def segment(
   )
 
 
+def fixed_length_boundary(response_mask: Bool[Array, 'T'], length: int) -> Bool[Array, 'T']:
+  """Marks every `length`-th token of the response, the first included, for `segment_at`.
+
+  Raises:
+    ValueError: on a length below 1.
+  """
+  if length < 1:
+    raise ValueError(f'length={length} is below 1; every segment has a token.')
+  index = jnp.arange(response_mask.shape[0]) - jnp.argmax(response_mask)
+  return response_mask & (index % length == 0)
+
+
+def delimiter_boundary(is_delimiter: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """Marks the tokens that follow a delimiter and are none, for `segment_at`.
+
+  A run of delimiters stays together, at the end of the segment that it closes.
+  """
+  return _previous(is_delimiter) & ~is_delimiter
+
+
 def end_index(segments: Segments) -> Int[Array, 'T']:
-  """Position of the last token of the segment that a token lies in; T − 1 if no end follows."""
-  length = segments.end.shape[0]
-  position = jnp.arange(length, dtype=jnp.int32)
-  return jax.lax.cummin(jnp.where(segments.end, position, length - 1), reverse=True)
+  """Position of the last token of the segment that a token lies in; T − 1 outside every segment."""
+  last = segments.end.shape[0] - 1
+  return jnp.where(segments.segment_id >= 0, _position_of(segments.end, segments), last)
 
 
 def segment_length(segments: Segments) -> Int[Array, 'T']:
   """Number of tokens in the segment that a token lies in; 0 outside every segment."""
-  position = jnp.arange(segments.start.shape[0], dtype=jnp.int32)
-  start_index = jax.lax.cummax(jnp.where(segments.start, position, 0))
+  start_index = _position_of(segments.start, segments)
   return jnp.where(segments.segment_id >= 0, end_index(segments) - start_index + 1, 0)
+
+
+def _position_of(mark: Bool[Array, 'T'], segments: Segments) -> Int[Array, 'T']:
+  """Position of the one token marked in each segment, at all tokens of the segment.
+
+  By a table over segment ids: XLA on CPU is slower at the running maximum that would do as well.
+  """
+  length = mark.shape[0]
+  row = jnp.where(mark, segments.segment_id, length)  # past the table: dropped
+  position = jnp.arange(length, dtype=jnp.int32)
+  table = jnp.zeros(length, jnp.int32).at[row].set(position, mode='drop')
+  return table[segments.segment_id]
+
+
+def _far_enough(
+  start: Bool[Array, 'T'], first: Bool[Array, 'T'], min_length: int
+) -> Bool[Array, 'T']:
+  """Drops the starts that would leave the segment before them shorter than min_length."""
+
+  def step(since, token):
+    starts, is_first = token
+    kept = is_first | (starts & (since >= min_length))
+    return jnp.where(kept, 1, since + 1), kept
+
+  # Before the first token the count means nothing: no start is there, and the first sets it.
+  return jax.lax.scan(step, jnp.zeros((), jnp.int32), (start, first))[1]
 
 
 def _check_granularity(granularity: str) -> None:

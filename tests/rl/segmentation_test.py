@@ -6,17 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from segjax.rl.segmentation import (
   GRANULARITIES,
   content_mask,
+  delimiter_boundary,
   end_index,
+  fixed_length_boundary,
   segment,
+  segment_at,
   segment_length,
 )
 
-from .ragged import LENGTH, from_previous, make_batch, padded
+from .drawn import masks, responses, spoiled
+from .ragged import LENGTH, from_previous, padded
 
 
 @functools.partial(jax.jit, static_argnames='granularity')
@@ -93,45 +99,106 @@ def test_golden_file(material, key):
     assert ends_of(bandit if case['thr'] == 1000 else dense, row) == expected, case
 
 
-@pytest.mark.parametrize('granularity', GRANULARITIES)
-@pytest.mark.parametrize('threshold', [0.0, 1.75, 2.0])
-def test_equals_oracle(granularity, threshold):
-  batch = make_batch(seed=3)
-  segments = cut(
-    jnp.asarray(batch.entropy),
-    jnp.asarray(batch.mask),
-    jnp.asarray(batch.finished),
-    jnp.full(len(batch.mask), threshold),
-    granularity=granularity,
-  )
-  length, last = jax.vmap(segment_length)(segments), jax.vmap(end_index)(segments)
-  rows = batch.rows('entropy_after', 'mask', 'finished')
-  for row, (entropy_after, mask, finished) in enumerate(rows):
-    ends = oracle.segment_ends(entropy_after, mask, finished, granularity, threshold)
-    assert ends_of(segments, row) == ends
-    assert segments.num_segments[row] == len(ends)
-    starts, ids, lengths = [], [-1] * LENGTH, [0] * LENGTH
-    for index, (first, end) in enumerate(oracle.spans(ends, oracle.run_of(mask)[0])):
+# (granularity, min_length, stop_inside), together in one compiled function
+WAYS = [
+  ('segment', 1, False),
+  ('segment', 1, True),
+  ('segment', 2, False),
+  ('segment', 5, True),
+  ('token', 1, False),
+  ('token', 3, True),
+  ('bandit', 1, False),
+  ('bandit', 3, True),
+]
+
+
+@jax.jit
+def cut_every_way(entropy, mask, finished, threshold):
+  found = []
+  for granularity, min_length, stop_inside in WAYS:
+    options = {'granularity': granularity, 'min_length': min_length, 'stop_inside': stop_inside}
+    segments = segment(entropy, mask, finished, entropy_threshold=threshold, **options)
+    found.append((segments, segment_length(segments), end_index(segments)))
+  return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(response=responses(), threshold=st.sampled_from([0.0, 1.75, 2.0]))
+def test_equals_oracle(response, threshold):
+  entropy_after, entropy, mask, finished = response
+  begin, _ = oracle.run_of(mask.tolist())
+  # Entropies outside the response and of its first token cannot matter.
+  entropy = spoiled(entropy, mask & (np.arange(LENGTH) != begin))
+  every = jax.device_get(cut_every_way(entropy, mask, finished, threshold))
+  for (segments, length, last), (granularity, min_length, stop_inside) in zip(
+    every, WAYS, strict=True
+  ):
+    case = (entropy_after.tolist(), mask.tolist(), bool(finished), granularity, threshold)
+    ends = oracle.segment_ends(*case, min_length, stop_inside)
+    starts, ids, lengths, lasts = [], [-1] * LENGTH, [0] * LENGTH, [LENGTH - 1] * LENGTH
+    for index, (first, end) in enumerate(oracle.spans(ends, begin)):
       starts.append(first)
       for t in range(first, end + 1):
-        ids[t], lengths[t] = index, end - first + 1
-        assert last[row, t] == end
-    assert np.flatnonzero(segments.start[row]).tolist() == starts
-    assert segments.segment_id[row].tolist() == ids
-    assert length[row].tolist() == lengths
+        ids[t], lengths[t], lasts[t] = index, end - first + 1, end
+    assert np.flatnonzero(segments.end).tolist() == ends
+    assert np.flatnonzero(segments.start).tolist() == starts
+    assert segments.num_segments == len(ends)
+    assert segments.segment_id.tolist() == ids
+    assert length.tolist() == lengths
+    assert last.tolist() == lasts
+    content = sum(mask) - bool(finished and not stop_inside and granularity != 'bandit')
+    assert np.sum(segments.segment_id >= 0) == (content if ends else 0)
+    if granularity == 'segment':
+      assert all(np.diff(starts) >= min_length)
 
 
-@pytest.mark.parametrize('granularity', GRANULARITIES)
-def test_what_cannot_matter_does_not(granularity):
-  """Entropies outside the response and at its first token, even NaN, change nothing."""
-  batch = make_batch(seed=4)
-  first = batch.mask & ~np.pad(batch.mask, ((0, 0), (1, 0)))[:, :-1]
-  spoiled = np.where(batch.mask & ~first, batch.entropy, np.nan)
-  rest = (jnp.asarray(batch.mask), jnp.asarray(batch.finished), jnp.full(len(spoiled), 2.0))
-  clean = cut(jnp.asarray(batch.entropy), *rest, granularity=granularity)
-  again = cut(jnp.asarray(spoiled), *rest, granularity=granularity)
-  for before, after in zip(jax.tree.leaves(clean), jax.tree.leaves(again), strict=True):
-    assert jnp.array_equal(before, after)
+@jax.jit
+def cut_by_text(is_delimiter, mask, finished):
+  by_length = [fixed_length_boundary(mask, length) for length in (1, 3, LENGTH)]
+  marks = [*by_length, delimiter_boundary(is_delimiter)]
+  return [segment_at(mark, mask, finished).start for mark in marks]
+
+
+@settings(max_examples=60, deadline=None)
+@given(response=responses(), is_delimiter=masks())
+def test_fixed_length_and_delimiters(response, is_delimiter):
+  _, _, mask, finished = response
+  begin, stop = oracle.run_of(mask.tolist())
+  content = range(begin, stop - bool(finished))
+  *by_length, by_delimiter = jax.device_get(cut_by_text(is_delimiter, mask, finished))
+  for length, start in zip((1, 3, LENGTH), by_length, strict=True):
+    assert np.flatnonzero(start).tolist() == list(content[::length])
+  follows = [t for t in content if t == begin or (is_delimiter[t - 1] and not is_delimiter[t])]
+  assert np.flatnonzero(by_delimiter).tolist() == follows
+
+
+def test_worked_delimiters():
+  # a b . . c ! d <stop>: the run of stops stays together.
+  is_delimiter = jnp.array([0, 0, 1, 1, 0, 1, 0, 0], bool)
+  boundary = delimiter_boundary(is_delimiter)
+  segments = segment_at(boundary, jnp.ones(8, bool), jnp.array(True))
+  assert segments.segment_id.tolist() == [0, 0, 0, 0, 1, 1, 2, -1]
+
+
+def test_worked_min_length():
+  # Cuts are wanted before 1, 2, 3, 6, 7. That before 1 would leave one token, so would that
+  # before 3; the last segment is as short as it comes out.
+  entropy = jnp.array([0, 9, 9, 9, 0, 0, 9, 9, 0.0])
+  mask, finished = jnp.ones(9, bool), jnp.array(True)
+  segments = segment(entropy, mask, finished, min_length=2)
+  assert segments.segment_id.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, -1]
+  segments = segment(entropy, mask, finished, min_length=7, stop_inside=True)
+  assert segments.segment_id.tolist() == [0] * 7 + [1] * 2
+
+
+def test_only_a_min_length_costs_a_scan():
+  def jaxpr(**options):
+    arrays = (jnp.zeros(4), jnp.ones(4, bool), jnp.array(True))
+    return str(jax.make_jaxpr(functools.partial(segment, **options))(*arrays))
+
+  assert 'scan[' in jaxpr(min_length=2)
+  for options in ({}, {'stop_inside': True}, {'granularity': 'token', 'min_length': 2}):
+    assert 'scan[' not in jaxpr(**options)
 
 
 def test_token_never_merges():
@@ -142,40 +209,38 @@ def test_token_never_merges():
   assert merged.segment_id.tolist() == [0, 0, 0, -1]
 
 
-@pytest.mark.parametrize(
-  ('granularity', 'finished', 'expected'),
-  [
-    ('segment', True, [0, 1, 1, 0]),
-    ('segment', False, [0, 1, 1, 1]),
-    ('token', True, [0, 1, 1, 0]),
-    ('token', False, [0, 1, 1, 1]),
-    ('bandit', True, [0, 1, 1, 1]),
-    ('bandit', False, [0, 1, 1, 1]),
-  ],
-)
-def test_content(granularity, finished, expected):
+@pytest.mark.parametrize('finished', [True, False])
+@pytest.mark.parametrize('stop_inside', [True, False])
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+def test_content(granularity, finished, stop_inside):
   mask = jnp.array([False, True, True, True])
-  content = content_mask(mask, jnp.array(finished), granularity)
-  assert content.tolist() == [bool(x) for x in expected]
+  content = content_mask(mask, jnp.array(finished), granularity, stop_inside=stop_inside)
+  holds_last = not finished or stop_inside or granularity == 'bandit'
+  assert content.tolist() == [False, True, True, holds_last]
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)
 @pytest.mark.parametrize('mask', ['0000', '0100', '1000', '0001'])
 def test_stop_token_alone_or_nothing_has_no_segment(granularity, mask):
   mask = jnp.array([bit == '1' for bit in mask])
-  segments = segment(jnp.full(4, 9.0), mask, jnp.array(True), granularity=granularity)
+  options = {'granularity': granularity, 'stop_inside': True}
+  segments = segment(jnp.full(4, 9.0), mask, jnp.array(True), **options)
   assert segments.num_segments == 0
   assert not segments.start.any() and not segments.end.any()
   assert segments.segment_id.tolist() == [-1] * 4
   assert segment_length(segments).tolist() == [0] * 4
 
 
-def test_unknown_granularity_lists_the_valid_ones():
+def test_bad_settings_raise():
   mask, finished = jnp.ones(3, bool), jnp.array(True)
   with pytest.raises(ValueError, match=r"'word'.*segment.*token.*bandit"):
     segment(jnp.zeros(3), mask, finished, granularity='word')
   with pytest.raises(ValueError, match=r"'word'.*segment.*token.*bandit"):
     content_mask(mask, finished, 'word')
+  with pytest.raises(ValueError, match='min_length=0'):
+    segment(jnp.zeros(3), mask, finished, min_length=0)
+  with pytest.raises(ValueError, match='length=0'):
+    fixed_length_boundary(mask, 0)
 
 
 @pytest.mark.parametrize(
