@@ -1,17 +1,25 @@
-"""Turns the normalised rewards of segments into one reward per token.
+"""Turns the scores of segments into the one reward per token that the policy is trained on.
 
 Not here: the normalisation (`normalizer`) and the KL estimate (`kl`).
+
+The order of application: `dense_reward` (or `red`), `end_penalty`, `length_penalty`, then
+`shaped_reward`, which clamps and takes off the KL penalty.
 
 To add a way of spreading: write it with the common signature (z, segments, response_mask) and name
 it in SPREADS. z is read at the last token of each segment; what it holds elsewhere is ignored.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from segjax.rl.masked import at_least_float32, masked_sum
-from segjax.rl.segmentation import end_index, segment_length
+from segjax.rl.aggregation import sequence_score
+from segjax.rl.masked import at_least_float32
 from segjax.types import Segments
+
+BASELINES = ('prompt', 'zero')
+END_PENALTIES = ('off', 'per_token', 'at_eos')
+LENGTH_PENALTIES = ('off', 'threshold', 'linear')
 
 
 def even_split(
@@ -21,7 +29,8 @@ def even_split(
 
   See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
   """
-  return repeat(z, segments, response_mask) / jnp.maximum(segment_length(segments), 1)
+  # The rank of a segment's last token is the segment's length; z counts at no other.
+  return repeat(at_least_float32(z) / _rank(segments), segments, response_mask)
 
 
 def repeat(
@@ -29,7 +38,16 @@ def repeat(
 ) -> Float[Array, 'T']:
   """Each token of a segment gets z, undivided."""
   del response_mask
-  return jnp.where(segments.segment_id >= 0, at_least_float32(z)[end_index(segments)], 0)
+  z = at_least_float32(z)
+
+  # Backwards, each end hands its z on. XLA on CPU runs a scan faster than a search for the ends.
+  def step(latest, token):
+    z_t, ends = token
+    latest = jnp.where(ends, z_t, latest)
+    return latest, latest
+
+  _, reward = jax.lax.scan(step, jnp.zeros((), z.dtype), (z, segments.end), reverse=True)
+  return jnp.where(segments.segment_id >= 0, reward, 0)
 
 
 def end_only(
@@ -41,12 +59,16 @@ def end_only(
 
 
 def bandit(
-  z: Float[Array, 'T'], segments: Segments, response_mask: Bool[Array, 'T']
+  z: Float[Array, 'T'],
+  segments: Segments,
+  response_mask: Bool[Array, 'T'],
+  *,
+  aggregation: str = 'mean',
+  temperature: ScalarLike = 1.0,
 ) -> Float[Array, 'T']:
-  """The last real token of the response, stop token included, gets the mean of z over segments."""
-  mean = masked_sum(z, segments.end) / jnp.maximum(segments.num_segments, 1)
-  after = jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
-  return jnp.where(response_mask & ~after, mean, 0)
+  """The last real token of the response, stop token included, gets the aggregate of all z."""
+  score = sequence_score(z, segments, aggregation, temperature=temperature)
+  return jnp.where(_last(response_mask), score, 0)
 
 
 SPREADS = {'even_split': even_split, 'repeat': repeat, 'end_only': end_only, 'bandit': bandit}
@@ -59,6 +81,8 @@ def dense_reward(
   *,
   spread: str = 'even_split',
   length_norm: bool = False,
+  aggregation: str = 'mean',
+  temperature: ScalarLike = 1.0,
 ) -> Float[Array, 'T']:
   """Spreads the normalised rewards of the segments over the tokens.
 
@@ -68,19 +92,145 @@ def dense_reward(
     response_mask: True on the response, stop token included.
     spread: one of SPREADS.
     length_norm: also divide by the number of response tokens, stop token included.
+    aggregation: what 'bandit' makes of several segments, one of `aggregation.AGGREGATIONS`; the
+      other spreads have no use for it.
+    temperature: of the aggregation 'softmax', in the unit of z.
 
   Returns:
     The reward of each token; 0 outside the response, and everywhere if it has no segment.
 
   Raises:
-    ValueError: on an unknown spread.
+    ValueError: on an unknown spread or aggregation.
   """
-  if spread not in SPREADS:
-    raise ValueError(f'spread={spread!r} is unknown; use one of {tuple(SPREADS)}.')
-  reward = SPREADS[spread](z, segments, response_mask)
+  _check('spread', spread, SPREADS)
+  options = {}
+  if spread == 'bandit':
+    options = {'aggregation': aggregation, 'temperature': temperature}
+  reward = SPREADS[spread](z, segments, response_mask, **options)
   if length_norm:
     reward = reward / jnp.maximum(jnp.sum(response_mask), 1)
   return reward
+
+
+def red(
+  score: Float[Array, 'T'],
+  prompt_score: Float[Array, ''],
+  segments: Segments,
+  response_mask: Bool[Array, 'T'],
+  *,
+  baseline: str = 'prompt',
+) -> Float[Array, 'T']:
+  """Redistributes the score of an ordinary reward model: each segment earns what it added.
+
+  reward at end_j = score(end_j) − score(end_{j−1}),  score(end_0) = the baseline
+
+  The rewards of a response sum to score(last end) − baseline. With segments cut so that the stop
+  token lies in the last one (`segment(..., stop_inside=True)`), the last end is the token that the
+  model was trained to be read at. See Li et al. 2024 (RED), https://arxiv.org/abs/2411.08302.
+
+  Args:
+    score: the reward model read at each token.
+    prompt_score: the same, read at the last token of the prompt.
+    segments: the segments of the response; single tokens in the paper.
+    response_mask: True on the response, stop token included.
+    baseline: one of BASELINES: prompt_score, as published, or 0.
+
+  Returns:
+    The reward of each token, in at least float32; 0 where no segment ends.
+
+  Raises:
+    ValueError: on an unknown baseline.
+  """
+  _check('baseline', baseline, BASELINES)
+  score = at_least_float32(score)
+  before = prompt_score.astype(score.dtype) if baseline == 'prompt' else jnp.zeros((), score.dtype)
+
+  def step(before, token):
+    score_t, ends = token
+    reward = jnp.where(ends, score_t - before, 0)
+    return jnp.where(ends, score_t, before), reward
+
+  _, reward = jax.lax.scan(step, before, (score, segments.end & response_mask))
+  return reward
+
+
+def end_penalty(
+  dense: Float[Array, 'T'],
+  response_mask: Bool[Array, 'T'],
+  finished: Bool[Array, ''],
+  *,
+  kind: str,
+  value: ScalarLike,
+) -> Float[Array, 'T']:
+  """Penalises a response that did not end in a stop token.
+
+  'per_token': each of its tokens gets `value` INSTEAD of its reward, as the code of Yin et al.
+    2025, https://arxiv.org/abs/2501.02790, has it: over a long response this is a large sum.
+  'at_eos': `value` is added where the stop token should have been, at the last token.
+  'off': nothing happens, as to every finished response.
+
+  Args:
+    dense: reward of each token.
+    response_mask: True on the response, stop token included.
+    finished: whether the last token of the response is a stop token.
+    kind: one of END_PENALTIES.
+    value: what unfinished responses get, in the unit of the rewards; a penalty is negative.
+
+  Returns:
+    The reward of each token; 0 outside the response.
+
+  Raises:
+    ValueError: on an unknown kind.
+  """
+  _check('end_penalty', kind, END_PENALTIES)
+  dense = jnp.where(response_mask, at_least_float32(dense), 0)
+  if kind == 'per_token':
+    return jnp.where(response_mask & ~finished, value, dense)
+  if kind == 'at_eos':
+    return dense + jnp.where(_last(response_mask) & ~finished, value, 0)
+  return dense
+
+
+def length_penalty(
+  dense: Float[Array, 'T'],
+  response_mask: Bool[Array, 'T'],
+  *,
+  kind: str,
+  value: ScalarLike,
+  threshold: ScalarLike,
+  length: Int[Array, ''] | None = None,
+) -> Float[Array, 'T']:
+  """Penalises a response for its length.
+
+  'threshold': each token of a response of more than `threshold` tokens gets `value` INSTEAD of its
+    reward, as the code of Yin et al. 2025, https://arxiv.org/abs/2501.02790, has it.
+  'linear': `value` is added to each token past the first `threshold` ones.
+  'off': nothing happens.
+
+  Args:
+    dense: reward of each token.
+    response_mask: True on the response, stop token included.
+    kind: one of LENGTH_PENALTIES.
+    value: what is given, in the unit of the rewards; a penalty is negative.
+    threshold: how many tokens are free, stop token included.
+    length: what 'threshold' compares, if it is not the number of response tokens. The published
+      code compares the index of the stop token + 1 − the padded length of the prompts.
+
+  Returns:
+    The reward of each token; 0 outside the response.
+
+  Raises:
+    ValueError: on an unknown kind.
+  """
+  _check('length_penalty', kind, LENGTH_PENALTIES)
+  dense = jnp.where(response_mask, at_least_float32(dense), 0)
+  if kind == 'threshold':
+    length = jnp.sum(response_mask) if length is None else length
+    return jnp.where(response_mask & (length > threshold), value, dense)
+  if kind == 'linear':
+    is_past = response_mask & (jnp.cumsum(response_mask) > threshold)
+    return dense + jnp.where(is_past, value, 0)
+  return dense
 
 
 def shaped_reward(
@@ -111,3 +261,23 @@ def shaped_reward(
   clipped = jnp.clip(at_least_float32(dense), -clip, clip)
   reward = clipped - jnp.maximum(kl_coef, 0) * at_least_float32(kl)
   return jnp.where(response_mask, reward, 0)
+
+
+def _last(response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """True at the last real token."""
+  return response_mask & ~jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
+
+
+def _rank(segments: Segments) -> Int[Array, 'T']:
+  """How many tokens of its segment there are up to each token, itself included; at least 1."""
+
+  def step(rank, starts):
+    rank = jnp.where(starts, 1, rank + 1)
+    return rank, rank
+
+  return jax.lax.scan(step, jnp.zeros((), jnp.int32), segments.start)[1]
+
+
+def _check(field, name, valid) -> None:
+  if name not in valid:
+    raise ValueError(f'{field}={name!r} is unknown; use one of {tuple(valid)}.')

@@ -6,16 +6,29 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
 from segjax.rl.normalizer import PUBLISHED, normalize
-from segjax.rl.rewards import SPREADS, dense_reward, shaped_reward
+from segjax.rl.rewards import (
+  BASELINES,
+  END_PENALTIES,
+  LENGTH_PENALTIES,
+  SPREADS,
+  dense_reward,
+  end_penalty,
+  length_penalty,
+  red,
+  shaped_reward,
+)
 from segjax.rl.segmentation import GRANULARITIES, segment
 from segjax.types import Normalizer
 
+from .drawn import numbers, responses, spoiled
 from .normalizer_test import GOLDEN_NAMES, fields
-from .ragged import LENGTH, from_previous, make_batch, padded
+from .ragged import LENGTH, from_previous, padded
 
 # How the golden file names the ways to spread.
 GOLDEN_SPREADS = {
@@ -30,13 +43,13 @@ MASK = jnp.arange(9) <= 6  # the stop token is at 6
 
 
 @functools.partial(jax.jit, static_argnames=('granularity', 'spread', 'length_norm'))
-def worked(threshold, normalizer, granularity='segment', **settings):
+def worked(threshold, normalizer, granularity='segment', **options):
   entropy = jnp.asarray(from_previous(ENTROPY_AFTER))
   segments = segment(
     entropy, MASK, jnp.array(True), granularity=granularity, entropy_threshold=threshold
   )
   z = normalize(jnp.array(VALUES), segments, normalizer, None)
-  return dense_reward(z, segments, MASK, **settings)
+  return dense_reward(z, segments, MASK, **options)
 
 
 PHI = PUBLISHED['phi3_mini_instruct/segment@1.75']
@@ -118,61 +131,36 @@ def test_golden_file(material):
     assert_allclose(got, expected[row], atol=1e-4, rtol=1e-4, err_msg=str(case))
 
 
-def run_batch(batch, granularity):
-  @jax.jit
-  @jax.vmap
-  def run(entropy, mask, finished, z):
-    segments = segment(entropy, mask, finished, granularity=granularity)
-    rewards = {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
-    short = {
-      name: dense_reward(z, segments, mask, spread=name, length_norm=True) for name in SPREADS
-    }
-    return segments.segment_id, segments.end, segments.num_segments, rewards, short
-
-  # Spoil z wherever it is no reward of a segment.
-  content = np.where(batch.mask, batch.score, np.nan)
-  names = ('entropy', 'mask', 'finished')
-  arrays = [jnp.asarray(getattr(batch, name)) for name in names]
-  return jax.device_get(run(*arrays, jnp.asarray(content)))  # numpy: slicing a jax array compiles
+@functools.partial(jax.jit, static_argnames='granularity')
+def run_response(entropy, mask, finished, z, granularity):
+  segments = segment(entropy, mask, finished, granularity=granularity)
+  rewards = {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
+  short = {name: dense_reward(z, segments, mask, spread=name, length_norm=True) for name in SPREADS}
+  return segments.segment_id, rewards, short
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)
-def test_equals_oracle(granularity):
-  batch = make_batch(seed=7)
-  _, _, num_segments, rewards, short = run_batch(batch, granularity)
-  for row, (entropy_after, mask, finished, score) in enumerate(
-    batch.rows('entropy_after', 'mask', 'finished', 'score')
-  ):
-    ends = oracle.segment_ends(entropy_after, mask, finished, granularity, 2.0)
-    z = [score[end] for end in ends]
-    for name in SPREADS:
-      expected = np.array(oracle.spread(z, ends, mask, name))
-      assert_allclose(rewards[name][row], expected, atol=1e-6)
-      assert_allclose(short[name][row], expected / max(sum(mask), 1), atol=1e-6)
-    assert num_segments[row] == len(ends)
-
-
-@pytest.mark.parametrize('granularity', GRANULARITIES)
-def test_nothing_is_lost_and_nothing_leaks(granularity):
-  batch = make_batch(seed=8)
-  segment_id, end, num_segments, rewards, _ = run_batch(batch, granularity)
-  total = np.where(end, batch.score, 0).sum(axis=1)
-  # Over a segment an even split sums to z, so over a response to the sum of z.
-  assert_allclose(rewards['even_split'].sum(axis=1), total, atol=1e-5)
-  assert_allclose(rewards['end_only'].sum(axis=1), total, atol=1e-5)
-  mean = total / np.maximum(num_segments, 1)
-  assert_allclose(rewards['bandit'].sum(axis=1), mean, atol=1e-5)
-  for row in range(len(batch.mask)):
-    for index in range(num_segments[row]):
-      inside = segment_id[row] == index
-      z = batch.score[row][end[row] & inside]
-      assert_allclose(np.sum(rewards['even_split'][row][inside]), z[0], atol=1e-5)
+@settings(max_examples=80, deadline=None)
+@given(response=responses(), score=numbers())
+def test_spreads_equal_oracle(granularity, response, score):
+  entropy_after, entropy, mask, finished = response
+  ends = oracle.segment_ends(
+    entropy_after.tolist(), mask.tolist(), bool(finished), granularity, 2.0
+  )
+  z = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan)
+  got = run_response(entropy, mask, finished, z.astype(np.float32), granularity)
+  segment_id, rewards, short = jax.device_get(got)
   for name, reward in rewards.items():
-    assert_allclose(reward[~batch.mask], 0)
-    if granularity != 'bandit' and name != 'bandit':
-      last = batch.mask & ~np.pad(batch.mask, ((0, 0), (0, 1)))[:, 1:]
-      stop_token = last & batch.finished[:, None]
-      assert_allclose(reward[stop_token], 0)
+    expected = np.array(oracle.spread(score[ends].tolist(), ends, mask.tolist(), name))
+    assert_allclose(reward, expected, atol=1e-5)
+    assert_allclose(short[name], expected / max(mask.sum(), 1), atol=1e-5)
+    assert not reward[~mask].any()  # exactly 0
+  for index, end in enumerate(ends):
+    for name in ('even_split', 'end_only'):
+      assert_allclose(np.sum(rewards[name][segment_id == index]), score[end], atol=1e-5)
+  # Outside the segments there is nothing, not even on the stop token.
+  for name in ('even_split', 'repeat', 'end_only'):
+    assert not rewards[name][segment_id < 0].any()
 
 
 @pytest.mark.parametrize('finished', [True, False])
@@ -191,6 +179,122 @@ def test_segments_as_bandit():
   assert_allclose(reward, [0, 0, 0, 3])
 
 
+def test_segments_as_bandit_by_other_aggregates():
+  mask = jnp.ones(4, bool)
+  segments = segment(jnp.full(4, 9.0), mask, jnp.array(True))
+
+  def last(**options):
+    z = jnp.array([1.0, 2.0, 6.0, jnp.nan])
+    reward = dense_reward(z, segments, mask, spread='bandit', **options)
+    assert_allclose(reward[:3], 0)
+    return reward[3]
+
+  assert last(aggregation='sum') == 9
+  assert last(aggregation='max') == 6
+  # At a temperature of 1 / ln 2 the weights are 2^z, as 1, 2, 32: (1 + 4 + 192) / 35.
+  temperature = 1 / np.log(2)
+  assert_allclose(last(aggregation='softmax', temperature=temperature), 197 / 35, rtol=1e-6)
+  # To the other spreads it is all the same.
+  z = jnp.arange(4.0)
+  assert_allclose(dense_reward(z, segments, mask, aggregation='max'), [0, 1, 2, 0])
+
+
+def test_red_worked():
+  """Segments (1, 2), (3) and (4, 5), the stop token at 5; a prompt of one token."""
+  mask = jnp.array([False, True, True, True, True, True, False])
+  entropy = jnp.array([0, 0, 0, 9, 9, 0, 0.0])
+  score = jnp.array([jnp.nan, jnp.nan, 1.5, 1.0, jnp.nan, 4.0, jnp.nan])
+  segments = segment(entropy, mask, jnp.array(True), stop_inside=True)
+  got = red(score, jnp.array(0.25), segments, mask)
+  assert_allclose(got, [0, 0, 1.25, -0.5, 0, 3, 0])
+  got = red(score, jnp.array(jnp.nan), segments, mask, baseline='zero')
+  assert_allclose(got, [0, 0, 1.5, -0.5, 0, 3, 0])
+
+
+@functools.partial(jax.jit, static_argnames='granularity')
+def run_red(entropy, mask, finished, score, prompt_score, granularity):
+  segments = segment(entropy, mask, finished, granularity=granularity, stop_inside=True)
+  return segments.end, {
+    baseline: red(score, prompt_score, segments, mask, baseline=baseline) for baseline in BASELINES
+  }
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+@settings(max_examples=60, deadline=None)
+@given(response=responses(), score=numbers(), prompt_score=numbers(()))
+def test_red_equals_oracle(granularity, response, score, prompt_score):
+  _, entropy, mask, finished = response
+  got = run_red(entropy, mask, finished, spoiled(score, mask), prompt_score, granularity)
+  end, rewards = jax.device_get(got)
+  ends = np.flatnonzero(end).tolist()
+  for baseline, reward in rewards.items():
+    expected = oracle.red(score.tolist(), prompt_score.item(), ends, baseline)
+    assert_allclose(reward, expected, atol=1e-5)
+    total = score[np.flatnonzero(mask)[-1]] if ends else 0  # the last end is the last token
+    if ends and baseline == 'prompt':
+      total -= prompt_score
+    assert_allclose(reward.sum(), total, atol=1e-5)
+
+
+def test_penalties_worked():
+  dense, mask = jnp.array([0, 1, 2, 3, 0.0]), jnp.array([False, True, True, True, False])
+  unfinished = functools.partial(end_penalty, dense, mask, jnp.array(False), value=-0.5)
+  assert_allclose(unfinished(kind='off'), dense)
+  assert_allclose(unfinished(kind='per_token'), [0, -0.5, -0.5, -0.5, 0])
+  assert_allclose(unfinished(kind='at_eos'), [0, 1, 2, 2.5, 0])
+  penalty = functools.partial(length_penalty, dense, mask, value=-0.5)
+  assert_allclose(penalty(kind='threshold', threshold=3), dense)  # exactly as many are allowed
+  assert_allclose(penalty(kind='threshold', threshold=2), [0, -0.5, -0.5, -0.5, 0])
+  assert_allclose(penalty(kind='linear', threshold=2), [0, 1, 2, 2.5, 0])
+  assert_allclose(penalty(kind='off', threshold=2), dense)
+  # As published: the stop token at index 2, prompts padded to 1 or to 2 tokens: 3 − 1 > 1.
+  for padding, expected in ((1, [0, -0.5, -0.5, -0.5, 0]), (2, dense)):
+    length = jnp.array(2 + 1 - padding)
+    assert_allclose(penalty(kind='threshold', threshold=1, length=length), expected)
+
+
+@jax.jit
+def run_penalties(dense, mask, finished, threshold, length):
+  ended = {
+    kind: end_penalty(dense, mask, finished, kind=kind, value=-0.05) for kind in END_PENALTIES
+  }
+  shortened = {
+    (kind, replaced): length_penalty(
+      dense,
+      mask,
+      kind=kind,
+      value=-0.05,
+      threshold=threshold,
+      length=length if replaced else None,
+    )
+    for kind in LENGTH_PENALTIES
+    for replaced in (False, True)
+  }
+  return ended, shortened
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+  response=responses(),
+  dense=numbers(),
+  threshold=st.integers(0, LENGTH),
+  length=st.integers(-LENGTH, LENGTH),
+)
+def test_penalties_equal_oracle(response, dense, threshold, length):
+  _, _, mask, finished = response
+  got = run_penalties(spoiled(dense, mask), mask, finished, threshold, length)
+  lists = np.where(mask, dense, 0).tolist(), mask.tolist()
+  ended, shortened = jax.device_get(got)
+  for kind, reward in ended.items():
+    expected = oracle.end_penalty(*lists, bool(finished), kind, -0.05)
+    assert_allclose(reward, expected, atol=1e-6)
+    if finished:
+      assert_allclose(reward, lists[0])
+  for (kind, replaced), reward in shortened.items():
+    expected = oracle.length_penalty(*lists, kind, -0.05, threshold, length if replaced else None)
+    assert_allclose(reward, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize('spread', SPREADS)
 def test_no_segment_no_reward(spread):
   @jax.jit
@@ -198,6 +302,9 @@ def test_no_segment_no_reward(spread):
   def run(garbage, mask, kl):
     segments = segment(garbage, mask, jnp.array(True))
     dense = dense_reward(garbage, segments, mask, spread=spread, length_norm=True)
+    dense = end_penalty(dense, mask, jnp.array(True), kind='per_token', value=-1.0)
+    dense = length_penalty(dense, mask, kind='linear', value=-1.0, threshold=1)
+    dense += red(garbage, jnp.array(jnp.nan), segments, mask)
     return dense, shaped_reward(dense, kl, mask, kl_coef=0.5)
 
   mask = jnp.zeros((2, LENGTH), bool).at[1, 2].set(True)  # nothing; a stop token alone
@@ -207,10 +314,17 @@ def test_no_segment_no_reward(spread):
   assert_allclose(shaped, np.where(mask, -0.5, 0))  # only the stop token's own penalty
 
 
-def test_unknown_spread_lists_the_valid_ones():
-  segments = segment(jnp.zeros(3), jnp.ones(3, bool), jnp.array(True))
+def test_unknown_names_list_the_valid_ones():
+  zeros, mask = jnp.zeros(3), jnp.ones(3, bool)
+  segments = segment(zeros, mask, jnp.array(True))
   with pytest.raises(ValueError, match=r"'linear'.*even_split.*repeat.*end_only.*bandit"):
-    dense_reward(jnp.zeros(3), segments, jnp.ones(3, bool), spread='linear')
+    dense_reward(zeros, segments, mask, spread='linear')
+  with pytest.raises(ValueError, match=r"'none'.*prompt.*zero"):
+    red(zeros, zeros[0], segments, mask, baseline='none')
+  with pytest.raises(ValueError, match=r"'on'.*off.*per_token.*at_eos"):
+    end_penalty(zeros, mask, jnp.array(True), kind='on', value=0.0)
+  with pytest.raises(ValueError, match=r"'on'.*off.*threshold.*linear"):
+    length_penalty(zeros, mask, kind='on', value=0.0, threshold=1)
 
 
 def test_precision():
@@ -221,9 +335,16 @@ def test_precision():
     dense = dense_reward(half, segments, mask, spread=spread, length_norm=True)
     assert dense.dtype == jnp.float32
   assert shaped_reward(half, half, mask, kl_coef=0.1).dtype == jnp.float32
+  assert red(half, half[0], segments, mask).dtype == jnp.float32
+  for kind in ('per_token', 'at_eos'):
+    penalised = end_penalty(half, mask, jnp.array(False), kind=kind, value=-1.0)
+    assert penalised.dtype == jnp.float32
   with jax.enable_x64(True):
     double = jnp.ones(3, jnp.float64)
     assert dense_reward(double, segments, mask).dtype == jnp.float64
+    assert red(double, double[0], segments, mask).dtype == jnp.float64
+    penalised = length_penalty(double, mask, kind='linear', value=-1.0, threshold=1)
+    assert penalised.dtype == jnp.float64
 
 
 def test_wrong_arrays_raise():
