@@ -1,24 +1,29 @@
 """Rows of text from files, saved datasets or the hub, and the three ways to read a row.
 
-Nothing is tokenised here: that is `segjax.data.batches`.
+Files are opened by `segjax.data.files`; nothing is tokenised here: that is `segjax.data.encoding`.
 
 A message is {'role': str, 'content': str}. Every error names the file and the row, counted from 1.
 """
 
 import dataclasses
-import gzip
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-Message = dict[str, str]
-Row = dict[str, Any]
+from segjax.data import files
+from segjax.data.files import Row, excerpt
 
-_SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz', '.parquet')
-_KINDS = ', '.join(_SUFFIXES)
+Message = dict[str, str]
+
+# The keys of a pair's ratings, chosen and rejected; the first two that a row has are read.
+_RATINGS = (
+  ('chosen_rating', 'rejected_rating'),
+  ('chosen-rating', 'rejected-rating'),
+  ('chosen_score', 'rejected_score'),
+)
+_LARGEST_RATING = 1e38  # the difference of two is finite in float32
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
 
@@ -50,11 +55,16 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Two answers to one prompt, the first preferred."""
+  """Two answers to one prompt, the first preferred.
+
+  Attributes:
+    rating_gap: the rating of the chosen answer less that of the rejected one; None without ratings.
+  """
 
   prompt: list[Message]
   chosen: str
   rejected: str
+  rating_gap: float | None = None
 
 
 def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
@@ -72,14 +82,14 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
   """
   place = epath.Path(path).expanduser()
   if place.is_dir():
-    rows = _from_directory(place, split, limit)
+    rows = Rows(*files.from_directory(place, split, limit))
   elif place.exists():
-    rows = _from_file(place, limit)
+    rows = Rows(*files.from_file(place, limit))
   elif is_hub_id(path):
-    rows = _from_hub(path, split, limit)
+    rows = Rows(*files.from_hub(path, split, limit))
   else:
     raise ValueError(
-      f'{path}: no such file or directory. Give a {_KINDS} file, a directory, or a hub id '
+      f'{path}: no such file or directory. Give a {files.KINDS} file, a directory, or a hub id '
       "of the form 'owner/name'."
     )
   if not len(rows):
@@ -89,7 +99,7 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
 
 def is_hub_id(path: str) -> bool:
   """True for 'owner/name', unless it looks like a local path; keeps a typo off the network."""
-  is_local = path.endswith(_SUFFIXES) or epath.Path(path).parent.exists()
+  is_local = path.endswith(files.SUFFIXES) or epath.Path(path).parent.exists()
   return not is_local and _HUB_ID.fullmatch(path) is not None
 
 
@@ -97,16 +107,19 @@ def as_pair(row: Row, where: str = 'row') -> Pair:
   """Reads a preference: `chosen` and `rejected`.
 
   Both are message lists that share all but their last message (an assistant's), or both are
-  strings (or lone assistant messages) beside a prompt in `messages` or `prompt`.
+  strings (or lone assistant messages) beside a prompt in `messages` or `prompt`. Ratings, numbers
+  on any scale, are optional: `chosen_rating` and `rejected_rating`, else `chosen-rating` and
+  `rejected-rating`, else `chosen_score` and `rejected_score`.
 
   Raises:
-    ValueError: any other form; names `where` and the keys found.
+    ValueError: any other form, one rating without the other, or one that is not a finite number;
+      names `where` and the keys found.
   """
   prompt, chosen = _answer(row, 'chosen', where)
   other_prompt, rejected = _answer(row, 'rejected', where)
   if prompt != other_prompt:
     raise ValueError(f'{where}: `chosen` and `rejected` do not answer the same prompt.')
-  return Pair(prompt, chosen, rejected)
+  return Pair(prompt, chosen, rejected, _rating_gap(row, where))
 
 
 def as_conversation(row: Row, where: str = 'row') -> list[Message]:
@@ -157,6 +170,26 @@ def _answer(row: Row, key: str, where: str) -> tuple[list[Message], str]:
   return prompt, messages[-1]['content']
 
 
+def _rating_gap(row: Row, where: str) -> float | None:
+  """The chosen answer's rating less the rejected one's, or None if the row has none."""
+  for keys in _RATINGS:
+    missing = [key for key in keys if row.get(key) is None]
+    if len(missing) == 1:
+      both = ' and '.join(f'`{key}`' for key in keys)
+      raise ValueError(f'{where}: give both {both} or neither; there is no `{missing[0]}`.')
+    if not missing:
+      chosen, rejected = (_rating(row[key], key, where) for key in keys)
+      return chosen - rejected
+  return None
+
+
+def _rating(value: Any, key: str, where: str) -> float:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not abs(value) <= _LARGEST_RATING:
+    raise ValueError(f'{where}: `{key}` must be a finite number, not {excerpt(value)}.')
+  return float(value)
+
+
 def _given_prompt(row: Row, where: str) -> list[Message]:
   """The prompt that stands beside the answers, in `messages` or `prompt`."""
   for key in ('messages', 'prompt'):
@@ -183,7 +216,7 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
   """A non-empty list of {role, content}, other keys left out."""
   if not isinstance(value, list) or not value:
     raise ValueError(
-      f'{where}: `{key}` must be a non-empty list of {{role, content}}, not {_short(value)}.'
+      f'{where}: `{key}` must be a non-empty list of {{role, content}}, not {excerpt(value)}.'
     )
   messages = []
   for number, message in enumerate(value, 1):
@@ -191,7 +224,7 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
     if not pair or not all(isinstance(text, str) for text in pair):
       raise ValueError(
         f'{where}: message {number} of `{key}` must be {{role: string, content: string}}, not '
-        f'{_short(message)}.'
+        f'{excerpt(message)}.'
       )
     messages.append({'role': pair[0], 'content': pair[1]})
   return messages
@@ -200,101 +233,3 @@ def _messages(value: Any, key: str, where: str) -> list[Message]:
 def _found(row: Row) -> str:
   keys = [key for key, value in row.items() if value is not None]
   return f'found the keys {", ".join(keys) or "(none)"}'
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'
-
-
-def _from_directory(place: epath.Path, split: str, limit: int) -> Rows:
-  """A saved dataset, one file per split, or the shards of a downloaded hub repository."""
-  if any((place / name).exists() for name in ('dataset_info.json', 'dataset_dict.json')):
-    return _from_saved(place, split, limit)
-  files = {
-    entry.name.removesuffix(suffix): entry
-    for suffix in _SUFFIXES
-    for entry in sorted(place.glob(f'*{suffix}'))
-  }
-  if split in files:
-    return _from_file(files[split], limit)
-  if list(place.glob('*-of-*')) or list(place.glob('data/*-of-*')):
-    return _from_hub(str(place), split, limit)
-  has = ', '.join(sorted(files)) or f'no {_KINDS} file and is no saved dataset'
-  raise ValueError(f'{place}: no split {split!r}; it has {has}.')
-
-
-def _from_saved(place: epath.Path, split: str, limit: int) -> Rows:
-  import datasets
-
-  data = datasets.load_from_disk(str(place))
-  if isinstance(data, datasets.DatasetDict):
-    if split not in data:
-      raise ValueError(f'{place}: no split {split!r}; it has {", ".join(sorted(data))}.')
-    data = data[split]
-  return Rows(_front(data, limit), place.name)
-
-
-def _from_hub(path: str, split: str, limit: int) -> Rows:
-  import datasets
-
-  try:
-    data = datasets.load_dataset(path, split=split)
-  except (OSError, ValueError) as error:  # OSError covers not found and no connection
-    raise ValueError(f'{path}: datasets cannot load split {split!r}: {error}') from error
-  return Rows(_front(data, limit), path)
-
-
-def _front(data: Any, limit: int) -> Any:
-  return data.select(range(min(limit, len(data)))) if limit else data
-
-
-def _from_file(place: epath.Path, limit: int) -> Rows:
-  if not place.name.endswith(_SUFFIXES):
-    raise ValueError(f'{place}: unknown kind of file; give {_KINDS}.')
-  if place.name.endswith('.parquet'):
-    return _from_parquet(place, limit)
-  with place.open('rb') as raw, gzip.open(raw) if place.suffix == '.gz' else raw as stream:
-    try:
-      return Rows(_read_json(stream, place, limit), place.name)
-    except (EOFError, gzip.BadGzipFile) as error:
-      raise ValueError(f'{place}: broken gzip file: {error}') from error
-
-
-def _from_parquet(place: epath.Path, limit: int) -> Rows:
-  import datasets
-  import pyarrow.parquet
-
-  with place.open('rb') as stream:
-    try:
-      table = pyarrow.parquet.read_table(stream)
-    except pyarrow.ArrowInvalid as error:
-      raise ValueError(f'{place}: not a parquet file: {error}') from error
-  data = datasets.Dataset(datasets.table.InMemoryTable(table))
-  return Rows(_front(data, limit), place.name)
-
-
-def _read_json(stream: Any, place: epath.Path, limit: int) -> list[Row]:
-  """One JSON object a line, blank lines skipped; or one JSON array of objects."""
-  rows = []
-  for line in stream:
-    if not line.strip():
-      continue
-    if not rows and line.lstrip().startswith(b'['):
-      rows = _parse(line + stream.read(), str(place))[: limit or None]
-      break
-    rows.append(_parse(line, f'{place}, row {len(rows) + 1}'))
-    if len(rows) == limit:
-      break
-  for number, row in enumerate(rows, 1):
-    if not isinstance(row, dict):
-      raise ValueError(f'{place}, row {number}: must be a JSON object, not {_short(row)}.')
-  return rows
-
-
-def _parse(text: bytes, where: str) -> Any:
-  try:
-    return json.loads(text)
-  except ValueError as error:
-    found = _short(text.decode('utf-8', 'replace'))
-    raise ValueError(f'{where}: not JSON: {error}; found {found}.') from error

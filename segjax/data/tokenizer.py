@@ -1,6 +1,7 @@
 """A tokenizer that speaks chat: template, stop and pad ids, and which tokenizer it is.
 
-No batches and no truncation here: that is `segjax.data.batches`.
+What the template writes is read by `segjax.data.template`; no batches and no truncation here: those
+are `segjax.data.batches` and `segjax.data.encoding`.
 
 Prompt and response are rendered together and tokenised APART, so no token ever spans the boundary
 between what the model is given and what it says.
@@ -15,9 +16,8 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
+from segjax.data import template
 from segjax.data.sources import Message
-
-_PROBE = 'Quokka'  # a word that no chat template writes by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ChatTokenizer:
     pad_id: fills up rows; may equal a stop id, so masks never come from ids.
     turn_end: what the template writes after an assistant's words.
     turn_close: what of it a response keeps: up to and with the stop token.
+    preamble: the turn that the template writes by itself in front of a conversation without system
+      message, BOS included, as Llama-3.1's does; '' if it writes none.
   """
 
   tokenizer: Any
@@ -37,10 +39,11 @@ class ChatTokenizer:
   pad_id: int
   turn_end: str
   turn_close: str
+  preamble: str = ''
 
   def prompt_text(self, messages: Sequence[Message]) -> str:
     """The conversation so far and the header that opens the assistant's turn."""
-    return _render(self.tokenizer, list(messages), True)
+    return template.render(self.tokenizer, list(messages), True)
 
   def response_texts(
     self, messages: Sequence[Message], prompt: str, responses: Sequence[str]
@@ -56,7 +59,7 @@ class ChatTokenizer:
       ValueError: the template writes the prompt differently once it is answered.
     """
     return [
-      _answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
+      template.answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
       for text in responses
     ]
 
@@ -77,9 +80,9 @@ class ChatTokenizer:
         continue
       prompt = self.prompt_text(before)
       if not prompt.startswith(done):
-        raise ValueError(_rewrites(done, prompt))
+        raise ValueError(template.rewrites(done, prompt))
       text = message['content']
-      words = _answer_text(self.tokenizer, before, prompt, text, self.turn_end)
+      words = template.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
       pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
       kept = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
       done = prompt + words + kept
@@ -113,6 +116,31 @@ class ChatTokenizer:
       [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
     )
 
+  def ids_ending_in(self, delimiters: Sequence[str]) -> tuple[int, ...]:
+    """The tokens whose own text ends in a delimiter, trailing spaces aside, in ascending order.
+
+    Special tokens are never among them. A delimiter that the vocabulary splits over tokens is in
+    none of them.
+
+    Args:
+      delimiters: texts that end a sentence; '.', '!', '?' and a newline, say.
+
+    Raises:
+      ValueError: no token ends in any of them.
+    """
+    added = self.tokenizer.added_tokens_decoder
+    special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    ids = sorted({*self.tokenizer.get_vocab().values()} - special)
+    texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    ends = tuple(delimiters)
+    found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))
+    if not found:
+      raise ValueError(
+        f'config.reward.segmentation.delimiters: no token ends in one of {list(ends)}; name '
+        "others, or set config.reward.segmentation.cut to 'entropy'."
+      )
+    return found
+
 
 def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
   """Loads tokenizer.json and its companions and learns from the template how a turn ends.
@@ -138,7 +166,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
       local = str(place)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
   if chat_template:
-    tokenizer.chat_template = _template_text(chat_template)
+    tokenizer.chat_template = template.read(chat_template)
   if not tokenizer.chat_template:
     raise ValueError(
       f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
@@ -179,15 +207,6 @@ def _read_tokenizer_json(place: epath.Path) -> dict[str, Any]:
   return json.loads(file.read_text())
 
 
-def _template_text(chat_template: str) -> str:
-  if '{' in chat_template:
-    return chat_template
-  file = epath.Path(chat_template).expanduser()
-  if not file.exists():
-    raise ValueError(f'data.chat_template={chat_template!r} is neither Jinja text nor a file.')
-  return file.read_text()
-
-
 def _generation_stops(place: epath.Path) -> list[int]:
   """The eos_token_id of generation_config.json: an int, a list or nothing."""
   file = place / 'generation_config.json'
@@ -198,12 +217,14 @@ def _generation_stops(place: epath.Path) -> list[int]:
 def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
   """Renders a short conversation and reads from it how an assistant's turn ends."""
   messages = [{'role': 'user', 'content': 'Hello'}]
-  prompt = _render(tokenizer, messages, True)
+  prompt = template.render(tokenizer, messages, True)
   _check_bos(tokenizer, prompt)
-  answered = _render(tokenizer, [*messages, {'role': 'assistant', 'content': _PROBE}], False)
+  answered = template.render(
+    tokenizer, [*messages, {'role': 'assistant', 'content': template.PROBE}], False
+  )
   if not answered.startswith(prompt):
-    raise ValueError(_rewrites(prompt, answered))
-  _, found, turn_end = answered[len(prompt) :].rpartition(_PROBE)
+    raise ValueError(template.rewrites(prompt, answered))
+  _, found, turn_end = answered[len(prompt) :].rpartition(template.PROBE)
   if not found:
     raise ValueError(
       "the chat template leaves out the assistant's words; check data.chat_template."
@@ -225,7 +246,9 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
   others = [i for i in (eos, *generation_stops) if i is not None]
   pad = tokenizer.pad_token_id
   pad = pad if pad is not None else eos if eos is not None else stop
-  return ChatTokenizer(tokenizer, tuple(dict.fromkeys([stop, *others])), pad, turn_end, turn_close)
+  stop_ids = tuple(dict.fromkeys([stop, *others]))
+  preamble = template.preamble(tokenizer, turn_end, turn_close)
+  return ChatTokenizer(tokenizer, stop_ids, pad, turn_end, turn_close, preamble)
 
 
 def _check_bos(tokenizer: Any, prompt: str) -> None:
@@ -236,38 +259,3 @@ def _check_bos(tokenizer: Any, prompt: str) -> None:
       f'the chat template begins with {tokenizer.bos_token!r} twice; set data.chat_template to one '
       'that writes it once.'
     )
-
-
-def _answer_text(
-  tokenizer: Any, messages: Sequence[Message], prompt: str, text: str, turn_end: str
-) -> str:
-  """What the template adds to the prompt for one answer, without `turn_end`."""
-  full = _render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
-  if not full.startswith(prompt):
-    raise ValueError(_rewrites(prompt, full))
-  if not full.endswith(turn_end) or len(full) < len(prompt) + len(turn_end):
-    raise ValueError(
-      f'the chat template ends this turn by {full[-20:]!r} but others by {turn_end!r}; set '
-      'data.chat_template to one that ends all turns alike.'
-    )
-  return full[len(prompt) : len(full) - len(turn_end)]
-
-
-def _render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
-  import jinja2
-
-  try:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=has_header, tokenize=False)
-  except jinja2.TemplateError as error:
-    raise ValueError(f'the chat template refuses this conversation: {error}') from error
-
-
-def _rewrites(before: str, after: str) -> str:
-  """The error for a template in which a longer conversation does not begin with the shorter."""
-  pairs = zip(before, after, strict=False)
-  at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
-  return (
-    'the chat template rewrites what came before as the conversation goes on: it had '
-    f'{before[max(at - 10, 0) : at + 20]!r} and has {after[max(at - 10, 0) : at + 20]!r}; set '
-    'data.chat_template to one that only adds.'
-  )

@@ -14,6 +14,12 @@ def llama3(tmp_path_factory) -> ChatTokenizer:
 
 
 @pytest.fixture(scope='session')
+def llama31(tmp_path_factory) -> ChatTokenizer:
+  """A tiny tokenizer with a template that writes a system turn by itself, as Llama-3.1's."""
+  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('llama31'), tiny.LLAMA31))
+
+
+@pytest.fixture(scope='session')
 def chatml(tmp_path_factory) -> ChatTokenizer:
   """A tiny tokenizer with the ChatML template, which writes a newline after the stop token."""
   return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('chatml'), tiny.CHATML))

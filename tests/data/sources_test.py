@@ -184,6 +184,45 @@ def test_conversation_as_it_is():
   assert as_prompt({'messages': messages[:-1]}) == messages[:-1]
 
 
+@pytest.mark.parametrize(
+  'ratings, gap',
+  [
+    ({}, None),
+    ({'chosen_rating': None, 'rejected_rating': None}, None),
+    ({'chosen_rating': 5, 'rejected_rating': 3.5}, 1.5),
+    ({'chosen-rating': 2.0, 'rejected-rating': 4}, -2.0),
+    ({'chosen_score': 0, 'rejected_score': 0}, 0.0),
+    ({'chosen_score': 9, 'rejected_score': 1, 'chosen-rating': 2, 'rejected-rating': 1}, 1.0),
+    ({'chosen-rating': 2, 'rejected-rating': 1, 'chosen_rating': 7, 'rejected_rating': 1}, 6.0),
+    (
+      {'chosen_rating': None, 'rejected_rating': None, 'chosen_score': 3, 'rejected_score': 1},
+      2.0,
+    ),
+  ],
+)
+def test_ratings(ratings, gap):
+  pair = as_pair(FORMS['messages'] | ratings)
+  assert pair == Pair(HELLO, 'good', 'bad', gap)
+
+
+@pytest.mark.parametrize(
+  'ratings, message',
+  [
+    ({'chosen_rating': 1}, 'give both `chosen_rating` and `rejected_rating`.*no `rejected_rating`'),
+    ({'rejected-rating': 1, 'chosen_score': 1, 'rejected_score': 1}, 'no `chosen-rating`'),
+    ({'chosen_score': 1, 'rejected_score': float('nan')}, '`rejected_score`.*finite.*nan'),
+    ({'chosen_score': float('-inf'), 'rejected_score': 1}, '`chosen_score`.*finite.*-inf'),
+    ({'chosen_score': '9', 'rejected_score': 1}, "`chosen_score`.*finite number, not '9'"),
+    ({'chosen_score': True, 'rejected_score': 1}, '`chosen_score`.*not True'),
+    ({'chosen_score': 10**400, 'rejected_score': 1}, '`chosen_score`.*finite number'),
+  ],
+)
+def test_bad_ratings(ratings, message):
+  where = Rows([], 'pairs.jsonl').where(6)
+  with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 7: ' + f'.*{message}'):
+    as_pair(FORMS['messages'] | ratings, where)
+
+
 BAD = {
   'no_chosen': (as_pair, {'prompt': 'a', 'rejected': 'b'}, 'no `chosen`.*keys prompt, rejected'),
   'no_rejected': (as_pair, {'prompt': 'a', 'chosen': 'b'}, 'no `rejected`'),

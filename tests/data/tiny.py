@@ -1,4 +1,4 @@
-"""A tiny byte-level tokenizer and two chat templates, built on the spot."""
+"""A tiny byte-level tokenizer and chat templates, built on the spot."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,20 @@ LLAMA3 = (
   '{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n'
   '{% endif %}'
 )
+# As Llama-3.1's, it writes a system turn of its own, into which the conversation's goes.
+LLAMA31 = (
+  "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set own = messages[0]['content'] %}"
+  "{% set messages = messages[1:] %}{% else %}{% set own = '' %}{% endif %}"
+  '<|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n\n{{ own }}<|eot_id|>'
+) + LLAMA3.replace('{% if loop.first %}{{ bos_token }}{% endif %}', '')
 CHATML = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
   '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+# As Qwen's, it writes a system turn where there is none.
+CHATML_SYSTEM = (
+  "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+  + CHATML
 )
 PLAIN = (
   "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -62,6 +73,10 @@ def write_tokenizer(
     content = json.dumps({'eos_token_id': generation_eos})
     (Path(directory) / 'generation_config.json').write_text(content)
   return str(directory)
+
+
+def system(text: str) -> dict[str, str]:
+  return {'role': 'system', 'content': text}
 
 
 def user(text: str) -> dict[str, str]:

@@ -240,6 +240,35 @@ def test_fingerprint_is_blind_to_the_rest(tmp_path, change):
   assert fingerprint(directory) == before
 
 
+def test_ids_ending_in_a_delimiter(tmp_path):
+  directory = tiny.write_tokenizer(tmp_path)
+  chat = load_tokenizer(directory)
+  chat.tokenizer.add_tokens(['. ', '.\n  ', 'e.g', ' .. '])
+  chat.tokenizer.add_special_tokens({'additional_special_tokens': ['<|odd|>.']})
+  delimiters = ('.', '!', '?', '\n')
+  found = chat.ids_ending_in(delimiters)
+  # The string of all four is the same as the four.
+  assert chat.ids_ending_in('.!?\n') == found == tuple(sorted(found))
+  texts = {i: chat.decode([i], skip_special=False) for i in range(len(chat.tokenizer))}
+  assert {texts[i] for i in found} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
+  special = set(chat.tokenizer.all_special_ids) | set(chat.encode(list(tiny.SPECIAL))[0])
+  for i, text in texts.items():
+    ends = text.rstrip(' ').endswith(delimiters)
+    assert (i in found) == (ends and not text.startswith('<|') and i not in special)
+  assert any(text.endswith('|>.') for text in texts.values())
+  # A newline is no space: what ends in one does not end in what stands before it.
+  assert chat.encode(['.\n  '])[0][0] not in chat.ids_ending_in(['.'])
+
+
+def test_no_token_ends_in_the_delimiter(llama3):
+  # Three bytes, none of them the character.
+  message = r"config\.reward\.segmentation\.delimiters: .*\['。'\].*cut to 'entropy'"
+  with pytest.raises(ValueError, match=message):
+    llama3.ids_ending_in(['。'])
+  with pytest.raises(ValueError, match='no token ends in one of'):
+    llama3.ids_ending_in([])
+
+
 def test_fingerprint_survives_template_and_pad_token(tmp_path):
   first = tiny.write_tokenizer(tmp_path / 'a')
   chat = load_tokenizer(first, tiny.CHATML)
@@ -255,13 +284,16 @@ def test_real_tokenizer(material):
     load_tokenizer(directory)
   chat = load_tokenizer(directory, '{{ bos_token }}' + tiny.CHATML.replace('<|im_end|>', '</s>'))
   assert chat.stop_ids == (2,)
+  assert chat.preamble == ''
+  ends = [chat.decode([i]) for i in chat.ids_ending_in('.!?\n')]
+  assert {'.', '!', '?', '\n'} <= set(ends) and not any(text[-1:].isalpha() for text in ends)
   assert chat.prompt_ids([user('Once upon a time')])[0] == 1
   assert chat.response_ids([user('a')], 'there was')[-1] == 2
   assert chat.decode(chat.response_ids([user('a')], 'there was')) == 'there was'
 
 
 def test_modules_stay_free_of_jax():
-  for name in ('tokenizer', 'sources'):
+  for name in ('tokenizer', 'template', 'sources', 'files'):
     text = (tokenizer_lib.epath.Path(tokenizer_lib.__file__).parent / f'{name}.py').read_text()
     assert 'import jax' not in text
     assert 'from jax' not in text
