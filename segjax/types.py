@@ -89,10 +89,16 @@ class Sequences:
 
 @_pytree
 class PreferenceBatch:
-  """Pairs of responses to the same prompt, the first preferred to the second."""
+  """Pairs of responses to the same prompt, the first preferred to the second.
+
+  Attributes:
+    rating_gap: the rating of the chosen response less that of the rejected one, NaN for a pair
+      without ratings; None if no pair of the data has any.
+  """
 
   chosen: Sequences
   rejected: Sequences
+  rating_gap: Float[Array, 'B'] | None = None
 
 
 @_pytree

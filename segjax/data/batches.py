@@ -90,13 +90,17 @@ class Conversations:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Tokenised preferences, each side prompt and response together; `row` is the source's."""
+  """Tokenised preferences, each side prompt and response together; `row` is the source's.
+
+  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings.
+  """
 
   chosen: Ragged
   rejected: Ragged
   chosen_finished: np.ndarray
   rejected_finished: np.ndarray
   prompt_length: np.ndarray
+  rating_gap: np.ndarray
   row: np.ndarray
   group: np.ndarray
   length: int
@@ -107,7 +111,10 @@ class Pairs:
     return len(self.group)
 
   def gather(self, indices: np.ndarray, place: Place = jnp.asarray) -> types.PreferenceBatch:
-    """The pairs at `indices` [B], both sides [B, S], each array handed to `place`."""
+    """The pairs at `indices` [B], both sides [B, S], each array handed to `place`.
+
+    `rating_gap` is None, and nothing is placed for it, where no row of the dataset has ratings.
+    """
 
     def side(tokens: Ragged, finished: np.ndarray) -> types.Sequences:
       ids, lengths = tokens.pad(indices, self.length, self.pad_id)
@@ -116,8 +123,11 @@ class Pairs:
       mask = is_response & (position < lengths[:, None])
       return types.Sequences(place(ids), place(mask), place(finished[indices]))
 
+    chosen = side(self.chosen, self.chosen_finished)
+    rejected = side(self.rejected, self.rejected_finished)
+    has_ratings = not np.isnan(self.rating_gap).all()
     return types.PreferenceBatch(
-      side(self.chosen, self.chosen_finished), side(self.rejected, self.rejected_finished)
+      chosen, rejected, place(self.rating_gap[indices]) if has_ratings else None
     )
 
 

@@ -6,6 +6,7 @@ by `segjax.data.batches`. Here is decided what is cut, what is left out, and how
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,23 @@ class Limits:
         f'data.max_prompt_length={self.max_prompt_length} must be at least 1 and at most '
         f'data.max_length={self.max_length}.'
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRules:
+  """What published code does to pairs and `encode_pairs` does not unless told to.
+
+  Attributes:
+    force_stop: the last kept token of a response that was cut is overwritten by the stop token,
+      and the response counts as finished.
+    keep_identical: pairs whose sides are the same are kept.
+    without_preamble: the prompt's text loses its first len(tokenizer.preamble) characters, even
+      where it has a system message of its own instead, which then loses its beginning.
+  """
+
+  force_stop: bool = False
+  keep_identical: bool = False
+  without_preamble: bool = False
 
 
 def encode_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Conversations:
@@ -90,12 +108,14 @@ def encode_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -
   )
 
 
-def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
+def encode_pairs(
+  rows: Rows, tokenizer: ChatTokenizer, limits: Limits, rules: PairRules = PairRules()
+) -> Pairs:
   """Preferences: prompt and response of both sides, cut as `pair_lengths` says.
 
-  A response that is cut is not finished: its last token stays what it was, where published code
-  overwrites it by a stop token. A pair is dropped if either response has no content
-  (`dropped_empty`) or if both are the same once cut (`dropped_identical`).
+  A response that is cut is not finished: its last token stays what it was. A pair is dropped if
+  either response has no content (`dropped_empty`) or if both are the same once cut
+  (`dropped_identical`). `rules` say where published code differs.
 
   Returns:
     A dataset with `counts`, as `encode_conversations`.
@@ -103,33 +123,36 @@ def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
   Raises:
     ValueError: a row that cannot be read or is too long under 'error', or no row is left.
   """
+  stop = tokenizer.stop_ids[0] if rules.force_stop else None
+  start = len(tokenizer.preamble) if rules.without_preamble else 0
 
-  def write(pair: Pair) -> tuple[list[str], bool]:
+  def write(pair: Pair) -> tuple[list[str], tuple[bool, float]]:
     prompt, answers = tokenizer.prompt_text(pair.prompt), [pair.chosen, pair.rejected]
-    has_words = all(text.strip() for text in answers)
-    return [prompt, *tokenizer.response_texts(pair.prompt, prompt, answers)], has_words
+    texts = tokenizer.response_texts(pair.prompt, prompt, answers)
+    gap = math.nan if pair.rating_gap is None else pair.rating_gap
+    return [prompt[start:], *texts], (all(text.strip() for text in answers), gap)
 
   kept, counts = [], _new_counts(rows)
   read = _tokenised(rows, tokenizer, as_pair, write)
-  for index, (where, key, texts, has_words) in enumerate(read):
+  for index, (where, key, texts, (has_words, gap)) in enumerate(read):
     found = tuple(len(ids) for ids in texts)
     cut = pair_lengths(*found, limits)
     if cut != found and _is_dropped(where, _described(found), limits, counts):
       continue
-    prompt = texts[0][len(texts[0]) - cut[0] :]
-    sides = [ids[:length] for ids, length in zip(texts[1:], cut[1:], strict=True)]
-    finished = [now == before for now, before in zip(cut[1:], found[1:], strict=True)]
+    prompt = texts[0][found[0] - cut[0] :]
+    ends = [_beginning(ids, length, stop) for ids, length in zip(texts[1:], cut[1:], strict=True)]
+    sides, finished = zip(*ends, strict=True)
     # A finished response ends in a stop token, which is no content.
     if not has_words or any(len(s) <= f for s, f in zip(sides, finished, strict=True)):
       counts['dropped_empty'] += 1
-    elif sides[0] == sides[1]:
+    elif sides[0] == sides[1] and not rules.keep_identical:
       counts['dropped_identical'] += 1
     else:
       counts['truncated'] += cut != found
       both = [np.array(prompt + side, np.int32) for side in sides]
-      kept.append((*both, *finished, len(prompt), index, key))
+      kept.append((*both, *finished, len(prompt), gap, index, key))
   length = _fixed_length([t for row in kept for t in row[:2]], limits.max_length, rows, counts)
-  chosen, rejected, chosen_finished, rejected_finished, prompt_length, row, group = zip(
+  chosen, rejected, chosen_finished, rejected_finished, prompt_length, rating_gap, row, group = zip(
     *kept, strict=True
   )
   return Pairs(
@@ -138,6 +161,7 @@ def encode_pairs(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pairs:
     chosen_finished=np.array(chosen_finished, bool),
     rejected_finished=np.array(rejected_finished, bool),
     prompt_length=np.array(prompt_length, np.int32),
+    rating_gap=np.array(rating_gap, np.float32),
     row=np.array(row, np.int64),
     group=np.array(group, np.uint64),
     length=length,
@@ -196,6 +220,14 @@ def pair_lengths(prompt: int, chosen: int, rejected: int, limits: Limits) -> tup
   prompt = min(prompt, limits.max_prompt_length)
   room = limits.max_length - prompt
   return prompt, min(chosen, room), min(rejected, room)
+
+
+def _beginning(ids: list[int], length: int, stop: int | None) -> tuple[list[int], bool]:
+  """(the first tokens of a response, whether they end in a stop token), forced where given."""
+  is_whole = length == len(ids)
+  if is_whole or stop is None or not length:
+    return ids[:length], is_whole
+  return [*ids[: length - 1], stop], True
 
 
 def _tokenised(

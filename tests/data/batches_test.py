@@ -88,6 +88,42 @@ def test_holdout_parts_the_prompts(llama3, encode):
     np.testing.assert_array_equal(a, b)
 
 
+def test_ratings_follow_their_rows(llama3):
+  # The first prompt has no ratings, nor has every other row of the rest.
+  rows = [
+    row if i % 2 or i % 7 == 0 else dict(row, chosen_rating=i + 0.7, rejected_rating=0)
+    for i, row in enumerate(ROWS)
+  ]
+  data = encode_pairs(Rows(rows, 'rows'), llama3, LIMITS)
+  expected = np.float32([np.nan if i % 2 or i % 7 == 0 else i + 0.7 for i in range(21)])
+  assert data.rating_gap.dtype == np.float32
+  np.testing.assert_array_equal(data.rating_gap, expected)
+  order = np.array([4, 3, 0, 18])
+  gap = data.gather(order).rating_gap
+  assert gap.dtype == jnp.float32
+  np.testing.assert_array_equal(gap, expected[order])
+  np.testing.assert_array_equal(take(data, order).rating_gap, expected[order])
+  for part in split_holdout(data, 0.3, seed=0):
+    np.testing.assert_array_equal(part.rating_gap, expected[part.row])
+  # Rows without ratings among others that have some are NaN; none at all is None.
+  np.testing.assert_array_equal(data.gather(np.array([1, 3])).rating_gap, [np.nan] * 2)
+  assert take(data, np.array([1, 3])).gather(np.array([0])).rating_gap is None
+  assert encode_pairs(ROWS, llama3, LIMITS).gather(order).rating_gap is None
+
+
+def test_ratings_spread_over_devices(llama3):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.NamedSharding(mesh, jax.P('data'))
+  rows = Rows([dict(row, chosen_score=1, rejected_score=0.3) for row in ROWS], 'rows')
+  data = encode_pairs(rows, llama3, LIMITS)
+  batch = data.gather(np.arange(8), lambda array: jax.device_put(array, sharding))
+  assert batch.rating_gap.sharding == sharding
+  np.testing.assert_array_equal(batch.rating_gap, np.full(8, np.float32(0.7)))
+  again = jax.jit(lambda tree: tree)(batch)
+  assert isinstance(again, types.PreferenceBatch)
+  assert jax.tree.structure(again) == jax.tree.structure(batch)
+
+
 def test_holdout_depends_on_prompts_and_seed_only(llama3):
   data = encode_prompts(ROWS, llama3, LIMITS)
   reversed_data = take(data, np.arange(len(data))[::-1])
