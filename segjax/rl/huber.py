@@ -18,24 +18,26 @@ def huber_fit(
   y: Float[Array, 'N'],
   mask: Bool[Array, 'N'],
   *,
+  weight: Float[Array, 'N'] | None = None,
   epsilon: float = 1.35,
   alpha: float = 1e-4,
 ) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, '']]:
   """Huber regression of y on x with the scale of the residuals estimated along.
 
-  minimise over w, b, s > 0:  Σ_i [s + s H(u_i / s)] + α w²,  u_i = y_i − w x_i − b
+  minimise over w, b, s > 0:  Σ_i v_i [s + s H(u_i / s)] + α w²,  u_i = y_i − w x_i − b
   H(z) = z² if |z| < ε, else 2 ε |z| − ε²
 
-  The same line as scikit-learn's HuberRegressor. The objective is convex in (w, b, s) together
-  and smooth, so minimising over s and over (w, b) in turn reaches the minimum: s by bisection,
-  (w, b) by reweighted least squares. Where the inliers lie exactly on a line s goes to 0 and stops
-  at ten times the rounding of y. See Owen 2007, "A robust hybrid of lasso and ridge regression",
-  https://doi.org/10.1090/conm/443/08555.
+  The same line as scikit-learn's HuberRegressor, v being its sample_weight. The objective is convex
+  in (w, b, s) together and smooth, so minimising over s and over (w, b) in turn reaches the
+  minimum: s by bisection, (w, b) by reweighted least squares. Where the inliers lie exactly on a
+  line s goes to 0 and stops at ten times the rounding of y. See Owen 2007, "A robust hybrid of
+  lasso and ridge regression", https://doi.org/10.1090/conm/443/08555.
 
   Args:
     x: abscissae.
     y: ordinates.
     mask: True on the points that count.
+    weight: v ≥ 0 of each point; 1 by default. It may be NaN under the mask.
     epsilon: ε, in units of s, beyond which a residual is an outlier.
     alpha: α, ridge penalty on w.
 
@@ -43,21 +45,24 @@ def huber_fit(
     (w, b, s); all 0 if no point counts, and w = 0 if only one does.
   """
   x, y = at_least_float32(x), at_least_float32(y)
-  x, y = jnp.where(mask, x, 0), jnp.where(mask, y, 0)
+  given = jnp.ones_like(y) if weight is None else at_least_float32(weight)
+  mask = mask & (given > 0)
+  x, y, given = (jnp.where(mask, array, 0) for array in (x, y, given))
   info = jnp.finfo(y.dtype)
   smallest_scale = 10 * info.eps * jnp.maximum(1, jnp.max(jnp.abs(y)))
 
-  def line(weight, scale):
-    total = jnp.maximum(masked_sum(weight, mask), info.tiny)
-    x_mean = masked_sum(weight * x, mask) / total
-    y_mean = masked_sum(weight * y, mask) / total
-    product = masked_sum(weight * (x - x_mean) * (y - y_mean), mask)
-    square = masked_sum(weight * jnp.square(x - x_mean), mask)
+  def line(share, scale):
+    weight = given * share
+    total = jnp.maximum(jnp.sum(weight), info.tiny)
+    x_mean = jnp.sum(weight * x) / total
+    y_mean = jnp.sum(weight * y) / total
+    product = jnp.sum(weight * (x - x_mean) * (y - y_mean))
+    square = jnp.sum(weight * jnp.square(x - x_mean))
     w = product / jnp.maximum(square + alpha * scale, info.tiny)
     return w, y_mean - w * x_mean
 
   def best_scale(w, b):
-    return _best_scale(jnp.abs(y - w * x - b), mask, epsilon, smallest_scale)
+    return _best_scale(jnp.abs(y - w * x - b), given, epsilon, smallest_scale)
 
   def step(_, state):
     w, b, scale = state
@@ -73,30 +78,35 @@ def huber_fit(
 
 
 def r_squared(
-  y: Float[Array, 'N'], fitted: Float[Array, 'N'], mask: Bool[Array, 'N']
+  y: Float[Array, 'N'],
+  fitted: Float[Array, 'N'],
+  mask: Bool[Array, 'N'],
+  weight: Float[Array, 'N'] | None = None,
 ) -> Float[Array, '']:
-  """1 − Σ (y − fitted)² / Σ (y − ȳ)² over the points masked in; 0 if the y are all equal."""
+  """1 − Σ v (y − fitted)² / Σ v (y − ȳ)² over the points masked in; 0 if the y are all equal."""
   y = at_least_float32(y)
-  residual = masked_sum(jnp.square(y - fitted), mask)
-  y_mean = masked_sum(y, mask) / jnp.maximum(jnp.sum(mask), 1)
-  variation = masked_sum(jnp.square(y - y_mean), mask)
+  weight = jnp.ones_like(y) if weight is None else at_least_float32(weight)
+  total = masked_sum(weight, mask)
+  y_mean = masked_sum(weight * y, mask) / jnp.where(total > 0, total, 1)
+  residual = masked_sum(weight * jnp.square(y - fitted), mask)
+  variation = masked_sum(weight * jnp.square(y - y_mean), mask)
   return jnp.where(variation > 0, 1 - residual / jnp.where(variation > 0, variation, 1), 0)
 
 
-def _best_scale(residual, mask, epsilon, smallest):
-  """The s that minimises the objective for fixed |u|: the root of n − Σ min(u²/s², ε²).
+def _best_scale(residual, weight, epsilon, smallest):
+  """The s that minimises the objective for fixed |u|: the root of Σ v [1 − min(u²/s², ε²)].
 
   That slope rises with s and is not negative at max |u|, so halving brackets the root however many
   outliers there are.
   """
   log_low = jnp.log(smallest)
-  log_high = jnp.log(jnp.maximum(jnp.max(jnp.where(mask, residual, 0)), smallest))
+  log_high = jnp.log(jnp.maximum(jnp.max(jnp.where(weight > 0, residual, 0)), smallest))
 
   def halve(_, bracket):
     low, high = bracket
     middle = (low + high) / 2
     excess = jnp.minimum(jnp.square(residual / jnp.exp(middle)), epsilon**2) - 1
-    too_small = masked_sum(excess, mask) > 0
+    too_small = jnp.sum(weight * excess) > 0
     return jnp.where(too_small, middle, low), jnp.where(too_small, high, middle)
 
   low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (log_low, log_high))
