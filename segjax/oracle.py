@@ -91,13 +91,13 @@ def segment_z(score, ends, normalizer, std_floor=None):
   return z
 
 
-def spread(z, ends, mask, how):
+def spread(z, ends, mask, how, aggregation='mean', temperature=1.0):
   """One reward per token from one z per segment."""
   begin, stop = run_of(mask)
   reward = [0.0] * len(mask)
   if how == 'bandit':
     if z:
-      reward[stop - 1] = sum(z) / len(z)
+      reward[stop - 1] = sequence_score(z, aggregation, temperature)
     return reward
   for z_t, (first, last) in zip(z, spans(ends, begin), strict=True):
     for t in range(first, last + 1):

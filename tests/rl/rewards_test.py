@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl.aggregation import AGGREGATIONS
 from segjax.rl.normalizer import PUBLISHED, normalize
 from segjax.rl.rewards import (
   BASELINES,
@@ -136,7 +137,11 @@ def run_response(entropy, mask, finished, z, granularity):
   segments = segment(entropy, mask, finished, granularity=granularity)
   rewards = {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
   short = {name: dense_reward(z, segments, mask, spread=name, length_norm=True) for name in SPREADS}
-  return segments.segment_id, rewards, short
+  bandits = {
+    name: dense_reward(z, segments, mask, spread='bandit', aggregation=name, temperature=0.5)
+    for name in AGGREGATIONS
+  }
+  return segments.segment_id, rewards, short, bandits
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)
@@ -149,12 +154,15 @@ def test_spreads_equal_oracle(granularity, response, score):
   )
   z = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan)
   got = run_response(entropy, mask, finished, z.astype(np.float32), granularity)
-  segment_id, rewards, short = jax.device_get(got)
+  segment_id, rewards, short, bandits = jax.device_get(got)
   for name, reward in rewards.items():
     expected = np.array(oracle.spread(score[ends].tolist(), ends, mask.tolist(), name))
     assert_allclose(reward, expected, atol=1e-5)
     assert_allclose(short[name], expected / max(mask.sum(), 1), atol=1e-5)
     assert not reward[~mask].any()  # exactly 0
+  for name, reward in bandits.items():
+    expected = oracle.spread(score[ends].tolist(), ends, mask.tolist(), 'bandit', name, 0.5)
+    assert_allclose(reward, expected, atol=1e-5)
   for index, end in enumerate(ends):
     for name in ('even_split', 'end_only'):
       assert_allclose(np.sum(rewards[name][segment_id == index]), score[end], atol=1e-5)
