@@ -26,7 +26,9 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
-  config.reward.entropy_threshold = 1.0  # nats; a fork has at most ln 2, a clause start over 1.5
+  config.reward.segmentation.entropy_threshold = (
+    1.0  # nats; a fork has at most ln 2, a clause start over 1.5
+  )
   config.reward.batch = 64
   config.reward.steps = 900
   config.reward.holdout = 0.06

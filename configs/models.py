@@ -1,4 +1,19 @@
-"""Sizes of the Llama family: what the demo builds, and counts where a checkpoint is not at hand."""
+"""Sizes of the Llama family, and the published models by hub id.
+
+The sizes are what the demo builds, and what is counted where a checkpoint is not at hand.
+"""
+
+# SFT model and segment reward models ({} is the granularity) of Yin et al. 2025.
+HUB = {
+  'llama3_8b_sft': {
+    'policy': 'RLHFlow/LLaMA3-SFT-v2',
+    'reward_model': 'yyqoni/rlhflow-llama-3-sft-8b-v2-{}-rm-700k',
+  },
+  'llama31_8b_instruct': {
+    'policy': 'meta-llama/Llama-3.1-8B-Instruct',
+    'reward_model': 'yyqoni/meta-llama-3.1-instruct-8b-{}-rm-700k',
+  },
+}
 
 
 def tiny() -> dict:
@@ -41,3 +56,6 @@ def llama32_1b() -> dict:
     'num_hidden_layers': 16,
     'tie_word_embeddings': True,
   }
+
+
+SIZES = {'llama3_8b_sft': llama3_8b, 'llama31_8b_instruct': llama31_8b}

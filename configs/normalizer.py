@@ -21,7 +21,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config.stages = ('normalizer',)
   if name == 'demo':
     demo.assign(config, last_job='normalizer')
-    config.reward.granularity = granularity or 'segment'
+    config.reward.segmentation.granularity = granularity or 'segment'
   else:
-    config.reward_model.granularity = granularity  # '': as segment_reward.json says
+    config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says
   return config

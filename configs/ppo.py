@@ -5,8 +5,9 @@
     --config.policy.path=... --config.reward_model.path=... --config.data.path=...
   python -m segjax.main --config=configs/ppo.py:llama3_8b_sft   the published run, 8 accelerators
 
-Presets: demo, demo_long, local, llama3_8b_sft; `,token` or `,bandit` after one changes how text is
-cut. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct; `,token` or `,bandit` after one
+changes how text is cut. `--config.reference_exact=True` reproduces the published code, mistakes
+included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
 from ml_collections import ConfigDict
@@ -17,35 +18,37 @@ from segjax import settings
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  name, granularity = settings.parse_preset(preset, ('demo', 'demo_long', 'local', 'llama3_8b_sft'))
+  names = ('demo', 'demo_long', 'local', *models.HUB)
+  name, granularity = settings.parse_preset(preset, names)
   config = settings.default_config()
   config.stages = ('ppo',)
-  if name in ('demo', 'demo_long'):
+  if name in models.HUB:
+    published(config, name, granularity or 'segment')
+  elif name == 'local':
+    # '': as segment_reward.json says
+    config.reward_model.segmentation.granularity = granularity
+  else:
     demo.assign(config, last_job='evaluate')
-    config.reward.granularity = granularity or 'segment'
+    config.reward.segmentation.granularity = granularity or 'segment'
     if name == 'demo_long':
       demo.longer(config)
-  elif name == 'llama3_8b_sft':
-    published(config, granularity or 'segment')
-  else:
-    config.reward_model.granularity = granularity  # '': as segment_reward.json says
   return config
 
 
-def published(config: ConfigDict, granularity: str) -> None:
-  """RLHFlow/LLaMA3-SFT-v2 on UltraFeedback: 59 rollouts of 1,024 prompts, one epoch."""
+def published(config: ConfigDict, name: str, granularity: str) -> None:
+  """The paper's runs on UltraFeedback: 59 rollouts of 1,024 prompts, one epoch."""
   config.seed = 42
   config.runtime.dtype = 'bfloat16'
-  config.network.update(models.llama3_8b())
-  config.policy.path = 'RLHFlow/LLaMA3-SFT-v2'
-  config.reference.path = 'RLHFlow/LLaMA3-SFT-v2'
+  config.network.update(models.SIZES[name]())
+  config.policy.path = models.HUB[name]['policy']
+  config.reference.path = models.HUB[name]['policy']
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
 
-  config.reward_model.path = f'yyqoni/rlhflow-llama-3-sft-8b-v2-{granularity}-rm-700k'
-  config.reward_model.granularity = granularity
-  config.reward_model.entropy_threshold = 2.0  # nats
-  config.reward_model.normalizer = f'published:llama3_8b_sft/{granularity}'
+  config.reward_model.path = models.HUB[name]['reward_model'].format(granularity)
+  config.reward_model.segmentation.granularity = granularity
+  config.reward_model.segmentation.entropy_threshold = 2.0  # nats
+  config.reward_model.normalizer = f'published:{name}/{granularity}'
 
   config.rollout.max_new_tokens = 1024
   config.ppo.steps = 59
@@ -57,7 +60,15 @@ def published(config: ConfigDict, granularity: str) -> None:
   config.ppo.gae_lambda = 0.95
   config.ppo.clip_eps = 0.2
   config.ppo.value_clip_eps = 0.2 if granularity == 'bandit' else 0.25
-  config.ppo.length_norm = granularity == 'token'
   config.ppo.policy_optimizer.learning_rate = 5e-7
   config.ppo.critic_optimizer.learning_rate = 9e-6
   config.checkpoint.every = 5
+
+  if (name, granularity) == ('llama3_8b_sft', 'token'):
+    config.shaping.length_norm = True
+  if (name, granularity) == ('llama31_8b_instruct', 'segment'):
+    config.shaping.end_penalty = 'per_token'
+    config.shaping.end_penalty_value = -0.05
+    config.shaping.length_penalty = 'threshold'
+    config.shaping.length_penalty_value = -0.05
+    config.shaping.length_threshold = 800

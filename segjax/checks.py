@@ -13,15 +13,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from segjax.rl import kl, normalizer, rewards, segmentation
-from segjax.settings import JOBS, Settings
+from segjax.reference_exact import as_published
+from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
+from segjax.settings import JOBS, Segmentation, Settings
 
 
 def from_config(config: ConfigDict) -> Settings:
   """The typed settings; ValueError names an unknown key, a wrong type, or values at odds."""
   settings = _build(Settings, config.copy_and_resolve_references().to_dict(), '')
   validate(settings)
-  return settings
+  return as_published(settings) if settings.reference_exact else settings
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
@@ -79,12 +80,13 @@ def validate(settings: Settings) -> None:
   _names(settings)
   _ranges(settings)
   _lengths(settings)
-  _rollout_parts(settings)
+  _batch_parts(settings)
+  _contradictions(settings)
 
 
 def spread(settings: Settings, granularity: str) -> str:
   """The way a segment's z is spread over its tokens, for that granularity."""
-  name = settings.ppo.spread
+  name = settings.shaping.spread
   if name == 'auto':
     return 'bandit' if granularity == 'bandit' else 'even_split'
   return name
@@ -106,20 +108,34 @@ def _stages(s: Settings) -> None:
 
 
 def _names(s: Settings) -> None:
-  granularities = segmentation.GRANULARITIES
   published = [f'published:{name}' for name in normalizer.PUBLISHED]
-  for key, value, names in (
-    ('runtime.dtype', s.runtime.dtype, ('float32', 'bfloat16')),
-    ('runtime.attention', s.runtime.attention, ('xla', 'cudnn')),
-    ('data.overlong', s.data.overlong, ('truncate_left', 'drop', 'error')),
-    ('reward.granularity', s.reward.granularity, granularities),
-    ('reward_model.granularity', s.reward_model.granularity, ('', *granularities)),
-    ('reward_model.normalizer', s.reward_model.normalizer, ('', 'none', *published)),
-    ('normalizer.kind', s.normalizer.kind, ('auto', *normalizer.KINDS)),
-    ('ppo.spread', s.ppo.spread, ('auto', *rewards.SPREADS)),
-    ('ppo.kl_estimator', s.ppo.kl_estimator, tuple(kl.ESTIMATORS)),
-  ):
-    _one_of(key, value, names)
+  for key, names in {
+    'runtime.dtype': ('float32', 'bfloat16'),
+    'runtime.attention': ('xla', 'cudnn'),
+    'data.overlong': ('truncate_left', 'drop', 'error'),
+    'reward_model.normalizer': ('', 'none', *published),
+    'normalizer.kind': ('auto', *normalizer.KINDS),
+    'normalizer.weighting': normalizer.WEIGHTINGS,
+    'shaping.spread': ('auto', *rewards.SPREADS),
+    'shaping.redistribute': ('none', 'red'),
+    'shaping.red_baseline': rewards.BASELINES,
+    'shaping.end_penalty': rewards.END_PENALTIES,
+    'shaping.length_penalty': rewards.LENGTH_PENALTIES,
+    'ppo.kl_estimator': tuple(kl.ESTIMATORS),
+    'ppo.kl_in': ('reward', 'loss'),
+    'ppo.gae_over': ('token', 'segment'),
+    'ppo.loss_mean': losses.MEANS,
+  }.items():
+    _one_of(key, _get(s, key), names)
+  for section, empty in (('reward', ()), ('reward_model', ('',))):
+    for name, names in {
+      'granularity': segmentation.GRANULARITIES,
+      'cut': segmentation.CUTS,
+      'stop_token': ('outside', 'inside'),
+      'aggregation': tuple(aggregation.AGGREGATIONS),
+    }.items():
+      key = f'{section}.segmentation.{name}'
+      _one_of(key, _get(s, key), (*empty, *names))
   if s.runtime.attention == 'cudnn' and s.runtime.dtype == 'float32':
     raise ValueError('config.runtime.attention=cudnn needs config.runtime.dtype=bfloat16.')
 
@@ -135,17 +151,24 @@ def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
 # Keys by the least value they may have. A learning rate of 0 is a way to see what does not learn.
 _LEAST = {
   0: (
-    *('data.limit', 'sft.steps', 'reward.steps', 'reward.margin', 'checkpoint.every'),
+    *('data.limit', 'sft.steps', 'sft.micro_batch', 'checkpoint.every', 'evaluate.show'),
+    *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
+    'reward.calibration.target_segment_length',
+    *('critic.warmup_steps', 'shaping.reward_clip'),
     *('rollout.temperature', 'rollout.top_k', 'rollout.batch', 'rollout.min_new_tokens'),
-    *('ppo.score_batch', 'ppo.kl_coef', 'ppo.reward_clip', 'ppo.gamma', 'ppo.gae_lambda'),
-    *('ppo.clip_eps', 'ppo.value_clip_eps', 'evaluate.show'),
+    *('ppo.micro_batch', 'ppo.score_batch', 'ppo.kl_coef', 'ppo.kl_target', 'ppo.gamma'),
+    *('ppo.gae_lambda', 'ppo.clip_eps', 'ppo.clip_eps_high', 'ppo.value_clip_eps'),
+    *('ppo.dual_clip', 'ppo.entropy_coef'),
   ),
   1: (
     *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
-    'runtime.unroll',
-    *('sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
-    *('normalizer.batch', 'normalizer.pairs', 'rollout.max_new_tokens'),
-    *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs'),
+    *('runtime.unroll', 'sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
+    *('reward.segmentation.fixed_length', 'reward.segmentation.min_length'),
+    *('reward.calibration.samples', 'reward.calibration.batch'),
+    'reward.calibration.max_new_tokens',
+    *('normalizer.batch', 'normalizer.pairs', 'normalizer.min_count', 'rollout.max_new_tokens'),
+    *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs', 'ppo.kl_horizon'),
+    *('shaping.length_threshold', 'compat.micro_batch'),
     *('evaluate.batch', 'evaluate.samples', 'checkpoint.keep', 'demo.sft_rows', 'demo.pairs'),
   ),
 }
@@ -157,6 +180,15 @@ def _ranges(s: Settings) -> None:
     for key in keys:
       if _get(s, key) < least:
         raise ValueError(f'config.{key}={_get(s, key)} must be at least {least}.')
+  if not 0 <= s.reward.calibration.entropy_quantile < 1:
+    raise ValueError(
+      f'config.reward.calibration.entropy_quantile={s.reward.calibration.entropy_quantile} must be '
+      'at least 0 (off) and below 1.'
+    )
+  if s.reward.segmentation.temperature <= 0:
+    raise ValueError('config.reward.segmentation.temperature must be above 0.')
+  if 0 < s.ppo.dual_clip <= 1:
+    raise ValueError(f'config.ppo.dual_clip={s.ppo.dual_clip} must be above 1, or 0 for none.')
   if not 0 < s.reward.holdout < 1:
     raise ValueError(f'config.reward.holdout={s.reward.holdout} must lie between 0 and 1.')
   if not 0 < s.rollout.top_p <= 1:
@@ -191,13 +223,97 @@ def _lengths(s: Settings) -> None:
     )
 
 
-def _rollout_parts(s: Settings) -> None:
-  whole = s.ppo.rollout_batch
-  for key in ('ppo.minibatch', 'ppo.score_batch', 'rollout.batch'):
-    size = _get(s, key)
-    if size and whole % size:
-      below = max(d for d in range(1, size + 1) if whole % d == 0)
+def _batch_parts(s: Settings) -> None:
+  for whole_key, keys in (
+    ('ppo.rollout_batch', ('ppo.minibatch', 'ppo.score_batch', 'rollout.batch')),
+    ('ppo.minibatch', ('ppo.micro_batch',)),
+    ('reward.batch', ('reward.micro_batch',)),
+    ('sft.batch', ('sft.micro_batch',)),
+  ):
+    whole = _get(s, whole_key)
+    for key in keys:
+      size = _get(s, key)
+      if size and whole % size:
+        below = max(d for d in range(1, size + 1) if whole % d == 0)
+        raise ValueError(
+          f'config.{whole_key}={whole} is not divisible by config.{key}={size}; use {key}={below} '
+          f'or {whole_key}={-(-whole // size) * size}.'
+        )
+
+
+def _contradictions(s: Settings) -> None:
+  """Settings that cannot be meant together, each with the way out."""
+  calibration, cutting = s.reward.calibration, s.reward.segmentation
+  if calibration.target_segment_length and calibration.entropy_quantile:
+    raise ValueError(
+      'config.reward.calibration has both target_segment_length and entropy_quantile; set one of '
+      'them to 0.'
+    )
+  if calibration.target_segment_length or calibration.entropy_quantile:
+    for key, value, needed in (
+      ('granularity', cutting.granularity, 'segment'),
+      ('cut', cutting.cut, 'entropy'),
+    ):
+      if value != needed:
+        raise ValueError(
+          f'config.reward.calibration looks for an entropy threshold, which {key}={value} does not '
+          f'use; set config.reward.segmentation.{key}={needed}, or both targets to 0.'
+        )
+  for section in ('reward', 'reward_model'):
+    check_segmentation(_get(s, f'{section}.segmentation'), f'config.{section}.segmentation')
+  granularity = cutting.granularity if 'reward' in s.stages else ''
+  granularity = s.reward_model.segmentation.granularity or granularity
+  if 'normalizer' in s.stages:
+    check_normalizer(s.normalizer.kind, granularity, 'config.normalizer.kind')
+  named = s.reward_model.normalizer
+  if named.startswith('published:') and normalizer.PUBLISHED[named.partition(':')[2]].w_mean:
+    check_normalizer('regression', granularity, f'config.reward_model.normalizer={named}:')
+  check_redistribution(s, granularity)
+  if s.ppo.kl_in == 'loss' and s.ppo.kl_estimator == 'k1':
+    raise ValueError(
+      'config.ppo.kl_in=loss with kl_estimator=k1: its gradient is 0 on average; set '
+      'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
+    )
+  if not s.shaping.reward_model_weight and not s.shaping.reward_fn:
+    raise ValueError(
+      'config.shaping.reward_model_weight=0 leaves no reward; name a config.shaping.reward_fn.'
+    )
+
+
+def check_segmentation(segmentation: Segmentation, key: str) -> None:
+  """ValueError where a way of cutting is named that the granularity does not use."""
+  if segmentation.granularity not in ('token', 'bandit'):
+    return
+  for name, default in (('cut', 'entropy'), ('min_length', 1)):
+    value = getattr(segmentation, name)
+    if value and value != default:
       raise ValueError(
-        f'config.ppo.rollout_batch={whole} is not divisible by config.{key}={size}; '
-        f'use {key}={below} or rollout_batch={-(-whole // size) * size}.'
+        f'{key}: {name}={value} says how segments are cut, and granularity='
+        f'{segmentation.granularity} cuts none; set granularity=segment, or {name}={default}.'
       )
+
+
+def check_normalizer(kind: str, granularity: str, key: str) -> None:
+  """ValueError where the kind asks for more than one segment per response."""
+  if granularity == 'bandit' and kind in ('regression', 'last'):
+    raise ValueError(
+      f'{key} {kind} looks at where in the response a segment lies, and granularity=bandit has one '
+      'segment; use scalar.'
+    )
+
+
+def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> None:
+  """ValueError where differences of the score would not add up to the whole."""
+  if s.shaping.redistribute == 'none':
+    return
+  if granularity == 'bandit' or s.shaping.spread == 'bandit':
+    raise ValueError(
+      'config.shaping.redistribute=red spreads one score over segments, and bandit has one; set '
+      'config.reward_model.segmentation.granularity=token or segment, and shaping.spread=auto.'
+    )
+  if w_mean:
+    raise ValueError(
+      'config.shaping.redistribute=red takes differences of one score, which a normaliser by '
+      'position would change from segment to segment; use config.reward_model.normalizer=none, or '
+      'a scalar one.'
+    )

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from segjax.rl.segmentation import GRANULARITIES
 
-JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate')
+JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +58,38 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """How a response is cut into segments, and how their scores make up its own."""
+
+  granularity: str = 'segment'  # or token: each its own segment; or bandit: the response is one
+  cut: str = 'entropy'  # where segments begin: entropy, fixed_length or delimiter
+  entropy_threshold: float = 2.0  # nats, of the reference's next-token distribution
+  fixed_length: int = 16  # tokens, for cut=fixed_length
+  delimiters: str = '.!?\n'  # characters that end a segment, for cut=delimiter
+  min_length: int = 1  # tokens; a cut that would close a shorter segment is ignored
+  stop_token: str = 'outside'  # of all segments, or inside the last one
+  aggregation: str = 'mean'  # of segment scores: mean, sum, min, max, last, softmax
+  temperature: float = 1.0  # of aggregation=softmax
+
+
+AS_STORED = Segmentation('', '', -1.0, 0, '', 0, '', '', 0.0)  # an empty field overrules nothing
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardModel:
   """The reward model that PPO reads; empty fields are as segment_reward.json beside it says."""
 
   path: str = ''
-  granularity: str = ''  # segment, token or bandit
-  entropy_threshold: float = -1.0  # nats; negative: as stored
+  segmentation: Segmentation = AS_STORED
   normalizer: str = ''  # 'none', or 'published:NAME', say published:llama3_8b_sft/segment
 
 
 @dataclasses.dataclass(frozen=True)
 class Critic:
-  """Where the critic comes from: 'policy' or 'reward_model', or a path of its own."""
+  """Where the critic comes from, and how long it learns alone."""
 
-  init: str = 'policy'
+  init: str = 'policy'  # or reward_model, or a path of its own
+  warmup_steps: int = 0  # rollouts before the policy is trained too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +124,40 @@ class SFT:
   """Supervised fine-tuning on the assistant's turns."""
 
   batch: int = 64  # rows per step
+  micro_batch: int = 0  # rows at once, gradients added up; 0: the whole batch
   epochs: int = 1
   steps: int = 0  # if positive, instead of epochs
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+  """Finds the entropy threshold on responses of the SFT model, before reward training.
+
+  At most one of the two targets is set; with neither, segmentation.entropy_threshold stands.
+  """
+
+  target_segment_length: float = 0.0  # tokens, mean over the samples
+  entropy_quantile: float = 0.0  # share of the tokens whose entropy is at most the threshold
+  samples: int = 512
+  max_new_tokens: int = 1024
+  batch: int = 64  # sequences at once
+
+
+@dataclasses.dataclass(frozen=True)
 class Reward:
   """Training of the segment reward model on pairs."""
 
-  granularity: str = 'segment'
-  entropy_threshold: float = 2.0  # nats, of the reference's next-token distribution
+  segmentation: Segmentation = Segmentation()
+  calibration: Calibration = Calibration()
+  entropy_cache: str = ''  # a directory: the reference runs once over the data, and is then let go
   batch: int = 128  # pairs per step
+  micro_batch: int = 0  # pairs at once, gradients added up; 0: the whole batch
   epochs: int = 1
   steps: int = 0
   holdout: float = 0.03  # share of the prompts never trained on
   margin: float = 0.0  # in the Bradley-Terry loss
+  rating_margin: float = 0.0  # times the difference of the pair's ratings, added to the margin
   optimizer: Optimizer = Optimizer(learning_rate=1e-6)
 
 
@@ -129,7 +165,9 @@ class Reward:
 class NormalizerFit:
   """Statistics of segment scores by relative position."""
 
-  kind: str = 'auto'  # regression for segment and token, scalar for bandit; or named
+  kind: str = 'auto'  # regression for segment and token, scalar for bandit; or none, global, last
+  weighting: str = 'bin'  # in the regression: every bin of p alike; or by count
+  min_count: int = 1  # scores that a bin must have
   pairs: int = 60_000  # at most; both sides are scored
   batch: int = 64  # pairs
 
@@ -148,26 +186,66 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shaping:
+  """From scores to one reward per token: normalise, spread, mix, penalise, clamp."""
+
+  spread: str = 'auto'  # even_split for segment and token, bandit for bandit; or repeat, end_only
+  length_norm: bool = False  # divide the dense rewards by the response's length
+  std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; negative: no floor
+  redistribute: str = 'none'  # or red: a segment earns the change of the score from end to end
+  red_baseline: str = 'prompt'  # the score before the first segment: that of the prompt, or zero
+  reward_model_weight: float = 1.0
+  reward_fn: str = ''  # 'module:function' of (prompt, response); see train/reward_function.py
+  reward_fn_weight: float = 1.0
+  end_penalty: str = 'off'  # of unfinished responses: per_token (instead of rewards) or at_eos
+  end_penalty_value: float = -0.05
+  length_penalty: str = 'off'  # past length_threshold: threshold (instead of rewards) or linear
+  length_penalty_value: float = -0.05
+  length_threshold: int = 800  # tokens
+  reward_clip: float = 10.0  # size of a token's reward before the KL penalty
+
+
+@dataclasses.dataclass(frozen=True)
 class PPO:
-  """Rollouts, dense rewards and updates; sizes are counted in sequences."""
+  """Rollouts, advantages and updates; sizes are counted in sequences."""
 
   steps: int = 59  # rollouts
   rollout_batch: int = 1024
   minibatch: int = 128
+  micro_batch: int = 0  # sequences at once, gradients added up; 0: the whole minibatch
   epochs: int = 1  # passes over each rollout
   score_batch: int = 0  # sequences scored at once; 0: the whole rollout
-  spread: str = 'auto'  # even_split for segment and token, bandit for bandit; or repeat, end_only
-  length_norm: bool = False  # divide the dense rewards by the response's length
-  std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; negative: no floor
-  reward_clip: float = 10.0
   kl_coef: float = 0.01
-  kl_estimator: str = 'k1'
+  kl_estimator: str = 'k1'  # or k2, k3
+  kl_in: str = 'reward'  # or loss
+  kl_target: float = 0.0  # nats per response that kl_coef is adapted to hold; 0: kl_coef is fixed
+  kl_horizon: int = 10_000  # sequences; how slowly it adapts
+  gae_over: str = 'token'  # or segment: macro actions
   gamma: float = 1.0
   gae_lambda: float = 0.95
+  whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
   clip_eps: float = 0.2
-  value_clip_eps: float = 0.2
+  clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
+  dual_clip: float = 0.0  # above 1: bounds the loss of bad actions; 0: off
+  value_clip_eps: float = 0.2  # 0: no clipping
+  loss_mean: str = 'sequence'  # over each sequence's tokens, then over sequences; or token
+  entropy_coef: float = 0.0  # nats of entropy bonus in the loss
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)
   critic_optimizer: Optimizer = Optimizer(learning_rate=9e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compat:
+  """What the published code does by mistake; `reference_exact` turns all of it on."""
+
+  row0_mask: bool = False  # attention reaches as far as the first row of a micro-batch is long
+  micro_batch: int = 4  # rows that are padded together there
+  padded_length: bool = False  # length_threshold is compared after taking off the padded prompt
+  scalar_unpenalised: bool = False  # spread=bandit escapes the end and length penalties
+  force_eos: bool = False  # an unfinished response's last token is overwritten by the stop token
+  pairs_uncleaned: bool = False  # so is a cut pair's, and pairs that cutting made equal are kept
+  without_preamble: bool = False  # reward data lack the system block that the template writes
+  zero_bin: bool = False  # p below 0.0005 is fitted as ln 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +284,7 @@ class Settings:
   seed: int = 0
   stages: tuple[str, ...] = ()
   max_bad_steps: int = 1  # stop after so many steps in a row with a loss or gradient not finite
+  reference_exact: bool = False  # as the published code computes, mistakes included
   wandb_project: str = ''  # also send metrics there; needs `pip install segjax[wandb]`
   mesh: Mesh = Mesh()
   runtime: Runtime = Runtime()
@@ -219,7 +298,9 @@ class Settings:
   reward: Reward = Reward()
   normalizer: NormalizerFit = NormalizerFit()
   rollout: Rollout = Rollout()
+  shaping: Shaping = Shaping()
   ppo: PPO = PPO()
+  compat: Compat = Compat()
   evaluate: Evaluate = Evaluate()
   checkpoint: Checkpoint = Checkpoint()
   demo: Demo = Demo()
@@ -247,11 +328,11 @@ def _one_of_presets(value: str, names: tuple[str, ...], preset: str) -> None:
     )
 
 
-def replace(settings: Settings, **values: Any) -> Settings:
+def replace(settings: Any, **values: Any) -> Any:
   """Settings with dotted keys replaced: replace(s, **{'data.path': 'x'})."""
   for key, value in values.items():
-    section, _, name = key.rpartition('.')
-    if section:
-      value = dataclasses.replace(getattr(settings, section), **{name: value})
-    settings = dataclasses.replace(settings, **{section or name: value})
+    section, _, name = key.partition('.')
+    if name:
+      value = replace(getattr(settings, section), **{name: value})
+    settings = dataclasses.replace(settings, **{section: value})
   return settings

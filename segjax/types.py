@@ -80,11 +80,14 @@ class Sequences:
     ids: token ids; the padding may be any valid id.
     response_mask: True on the response tokens, stop token included.
     finished: True where the response's last token is a stop token.
+    entropy: of the distribution each token was drawn from under the reference, in nats, where it
+      is known beforehand.
   """
 
   ids: Int[Array, 'B S']
   response_mask: Bool[Array, 'B S']
   finished: Bool[Array, 'B']
+  entropy: Float[Array, 'B S'] | None = None
 
 
 @_pytree
@@ -110,6 +113,7 @@ class Rollout:
     response_mask: True on response tokens, stop token included.
     finished: True where the response ended in a stop token.
     old_logprob: log-prob under the sampling policy, unfiltered, at temperature 1.
+    attended: the response tokens that attention sees; None for all.
   """
 
   prompt_ids: Int[Array, 'B P']
@@ -118,11 +122,16 @@ class Rollout:
   response_mask: Bool[Array, 'B T']
   finished: Bool[Array, 'B']
   old_logprob: Float[Array, 'B T']
+  attended: Bool[Array, 'B T'] | None = None
 
 
 @_pytree
 class Experience:
-  """A rollout, scored: what the PPO update reads."""
+  """A rollout, scored: what the PPO update reads.
+
+  `value_mask` marks the states whose value the critic learns: all of the response, or the first of
+  each action where actions are segments.
+  """
 
   rollout: Rollout
   ref_logprob: Float[Array, 'B T']
@@ -133,3 +142,4 @@ class Experience:
   reward: Float[Array, 'B T']
   advantage: Float[Array, 'B T']
   return_: Float[Array, 'B T']
+  value_mask: Bool[Array, 'B T']

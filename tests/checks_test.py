@@ -14,11 +14,18 @@ PRESETS = [
   ('ppo', 'llama3_8b_sft'),
   ('ppo', 'llama3_8b_sft,token'),
   ('ppo', 'llama3_8b_sft,bandit'),
+  ('ppo', 'llama31_8b_instruct'),
+  ('ppo', 'llama31_8b_instruct,token'),
+  ('ppo', 'llama31_8b_instruct,bandit'),
   ('sft', 'demo'),
   ('sft', 'local'),
   ('reward', 'demo,bandit'),
   ('reward', 'local,token'),
   ('reward', 'llama3_8b_sft'),
+  ('reward', 'llama3_8b_sft,token'),
+  ('reward', 'llama31_8b_instruct'),
+  ('reward', 'llama31_8b_instruct,bandit'),
+  ('selfcheck', 'default'),
   ('normalizer', 'demo'),
   ('normalizer', 'local'),
   ('evaluate', 'demo'),
@@ -38,19 +45,28 @@ def test_presets_are_consistent(file, preset):
   resolved = checks.from_config(importlib.import_module(f'configs.{file}').get_config(preset))
   granularity = preset.partition(',')[2]
   if granularity:
-    assert granularity in (resolved.reward.granularity, resolved.reward_model.granularity)
+    named = resolved.reward.segmentation, resolved.reward_model.segmentation
+    assert granularity in [segmentation.granularity for segmentation in named]
   if preset == 'local':
     assert resolved.stages == (file,)
 
 
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
-def test_published_recipe(granularity):
-  """Method notes, section 5.8: what differs by granularity, and what does not."""
-  config = importlib.import_module('configs.ppo').get_config(f'llama3_8b_sft,{granularity}')
+@pytest.mark.parametrize('model', ['llama3_8b_sft', 'llama31_8b_instruct'])
+def test_published_recipe(model, granularity):
+  """Method notes, section 5.8: what differs by granularity and model, and what does not."""
+  config = importlib.import_module('configs.ppo').get_config(f'{model},{granularity}')
   s = checks.from_config(config)
   assert s.ppo.value_clip_eps == {'segment': 0.25, 'token': 0.25, 'bandit': 0.2}[granularity]
-  assert s.ppo.length_norm == (granularity == 'token')
-  assert s.reward_model.normalizer == f'published:llama3_8b_sft/{granularity}'
+  assert s.shaping.length_norm == ((model, granularity) == ('llama3_8b_sft', 'token'))
+  is_penalised = (model, granularity) == ('llama31_8b_instruct', 'segment')
+  assert (s.shaping.end_penalty, s.shaping.length_penalty) == (
+    ('per_token', 'threshold') if is_penalised else ('off', 'off')
+  )
+  assert (s.shaping.end_penalty_value, s.shaping.length_threshold) == (-0.05, 800)
+  assert s.reward_model.path.endswith(f'-{granularity}-rm-700k')
+  assert s.reward_model.normalizer == f'published:{model}/{granularity}'
+  assert s.reward_model.segmentation.entropy_threshold == 2.0
   assert checks.spread(s, granularity) == ('bandit' if granularity == 'bandit' else 'even_split')
   assert (s.ppo.steps, s.ppo.rollout_batch, s.ppo.minibatch, s.ppo.epochs) == (59, 1024, 128, 1)
   assert (s.ppo.policy_optimizer.learning_rate, s.ppo.critic_optimizer.learning_rate) == (
@@ -62,7 +78,7 @@ def test_published_recipe(granularity):
 @pytest.mark.parametrize(
   'key, message',
   [
-    ('ppo.kl_coeff', r'config.ppo.kl_coeff does not exist; did you mean config.ppo.kl_coef\?'),
+    ('ppo.kl_coeff', r'config.ppo.kl_coeff does not exist; did you mean config.ppo.kl_coef'),
     ('ppoo.kl_coef', 'did you mean config.ppo.kl_coef'),
     ('learning_rate', 'config.sft.optimizer.learning_rate'),
     ('reward.optimizer.learningrate', 'did you mean config.reward.optimizer.learning_rate'),
@@ -110,14 +126,28 @@ def test_whole_numbers_become_floats():
     ({'runtime.dtype': 'bf16'}, "runtime.dtype='bf16' is not one of float32, bfloat16"),
     ({'runtime.attention': 'cudnn'}, 'needs config.runtime.dtype=bfloat16'),
     ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
-    ({'reward.granularity': 'word'}, 'config.reward.granularity'),
+    (
+      {'reward.segmentation.granularity': 'word'},
+      r"config.reward.segmentation.granularity='word' is not one of segment, token, bandit\.",
+    ),
+    ({'reward.segmentation.cut': 'entrpy'}, "did you mean 'entropy'"),
+    ({'reward.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
+    ({'reward_model.segmentation.aggregation': 'avg'}, 'mean, sum, min, max, last, softmax'),
     ({'reward_model.normalizer': 'publshed:x'}, 'config.reward_model.normalizer'),
     (
       {'reward_model.normalizer': 'published:llama3_8b_sft/segmnt'},
       "did you mean 'published:llama3_8b_sft/segment'",
     ),
-    ({'normalizer.kind': 'linear'}, 'is not one of auto, none, scalar, regression'),
-    ({'ppo.spread': 'even'}, 'config.ppo.spread'),
+    ({'normalizer.kind': 'linear'}, 'is not one of auto, none, global, last, scalar, regression'),
+    ({'normalizer.weighting': 'bins'}, 'is not one of bin, count'),
+    ({'shaping.spread': 'even'}, 'is not one of auto, even_split, repeat, end_only, bandit'),
+    ({'shaping.redistribute': 'green'}, 'is not one of none, red'),
+    ({'shaping.red_baseline': 'one'}, 'is not one of prompt, zero'),
+    ({'shaping.end_penalty': 'on'}, 'is not one of off, per_token, at_eos'),
+    ({'shaping.length_penalty': 'on'}, 'is not one of off, threshold, linear'),
+    ({'ppo.kl_in': 'advantage'}, 'is not one of reward, loss'),
+    ({'ppo.gae_over': 'word'}, 'is not one of token, segment'),
+    ({'ppo.loss_mean': 'batch'}, 'is not one of sequence, token'),
     ({'ppo.kl_estimator': 'k4'}, 'is not one of k1, k2, k3'),
     ({'data.max_prompt_length': 2048}, 'leaves no room for a response'),
     ({'rollout.min_new_tokens': 2000}, 'is more than config.rollout.max_new_tokens=1024'),
@@ -129,12 +159,88 @@ def test_whole_numbers_become_floats():
     ({'sft.optimizer.learning_rate': float('inf')}, 'learning_rate=inf must be finite'),
     ({'sft.optimizer.warmup_ratio': 3.0}, 'warmup_ratio=3.0'),
     ({'demo.min_clauses': 9}, 'must be from 1 to config.demo.max_clauses=5'),
-    ({'ppo.minibatch': 100}, 'use ppo.minibatch=64 or rollout_batch=1100'),
+    ({'ppo.minibatch': 100}, 'use ppo.minibatch=64 or ppo.rollout_batch=1100'),
     ({'ppo.score_batch': 3}, 'not divisible by config.ppo.score_batch=3'),
     ({'rollout.batch': 5}, 'not divisible by config.rollout.batch=5'),
+    (
+      {'ppo.micro_batch': 3},
+      'config.ppo.minibatch=128 is not divisible by config.ppo.micro_batch=3',
+    ),
+    ({'ppo.dual_clip': 0.5}, 'must be above 1, or 0'),
+    ({'reward.calibration.entropy_quantile': 1.0}, 'below 1'),
+    ({'reward.segmentation.temperature': 0.0}, 'must be above 0'),
   ],
 )
 def test_wrong_values_name_their_key(values, message):
+  with pytest.raises(ValueError, match=message):
+    checks.from_config(_config(**values))
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    (
+      {'reward.segmentation.granularity': 'token', 'reward.calibration.entropy_quantile': 0.8},
+      'set config.reward.segmentation.granularity=segment, or both targets to 0',
+    ),
+    (
+      {
+        'reward.segmentation.cut': 'delimiter',
+        'reward.calibration.target_segment_length': 8.0,
+      },
+      'set config.reward.segmentation.cut=entropy',
+    ),
+    (
+      {
+        'reward.calibration.entropy_quantile': 0.8,
+        'reward.calibration.target_segment_length': 8.0,
+      },
+      'set one of them to 0',
+    ),
+    (
+      {'reward.segmentation.granularity': 'bandit', 'reward.segmentation.min_length': 4},
+      'min_length=4 says how segments are cut, and granularity=bandit cuts none',
+    ),
+    (
+      {
+        'reward_model.segmentation.granularity': 'token',
+        'reward_model.segmentation.cut': 'delimiter',
+      },
+      'set granularity=segment, or cut=entropy',
+    ),
+    (
+      {
+        'stages': ('normalizer',),
+        'reward_model.segmentation.granularity': 'bandit',
+        'normalizer.kind': 'regression',
+      },
+      'granularity=bandit has one segment; use scalar',
+    ),
+    (
+      {
+        'stages': ('reward', 'normalizer'),
+        'reward.segmentation.granularity': 'bandit',
+        'normalizer.kind': 'regression',
+      },
+      'granularity=bandit has one segment; use scalar',
+    ),
+    (
+      {
+        'reward_model.segmentation.granularity': 'bandit',
+        'reward_model.normalizer': 'published:llama3_8b_sft/segment',
+      },
+      'granularity=bandit has one segment',
+    ),
+    (
+      {'shaping.redistribute': 'red', 'reward_model.segmentation.granularity': 'bandit'},
+      'granularity=token or segment',
+    ),
+    ({'shaping.redistribute': 'red', 'shaping.spread': 'bandit'}, 'shaping.spread=auto'),
+    ({'ppo.kl_in': 'loss'}, 'its gradient is 0 on average'),
+    ({'shaping.reward_model_weight': 0.0}, 'name a config.shaping.reward_fn'),
+  ],
+)
+def test_contradictions_are_refused_with_the_fix(values, message):
   with pytest.raises(ValueError, match=message):
     checks.from_config(_config(**values))
 
@@ -144,7 +250,7 @@ def test_wrong_values_name_their_key(values, message):
   [
     ('ppo', 'steps', True, 'config.ppo.steps=True must be of type int'),
     ('ppo', 'steps', '3', "config.ppo.steps='3' must be of type int"),
-    ('ppo', 'length_norm', 1, 'must be of type bool'),
+    ('ppo', 'whiten', 1, 'must be of type bool'),
     ('data', 'path', None, 'config.data.path=None must be of type str'),
     ('ppo', 'policy_optimizer', 1e-3, 'must be a section with keys of its own'),
   ],

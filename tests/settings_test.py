@@ -39,4 +39,7 @@ def test_replace_reaches_into_sections():
   changed = settings.replace(Settings(), seed=3, **{'data.path': 'x', 'sft.batch': 2})
   assert (changed.seed, changed.data.path, changed.sft.batch) == (3, 'x', 2)
   assert changed.sft.optimizer == Optimizer(learning_rate=2e-5)
+  deeper = settings.replace(changed, **{'sft.optimizer.beta1': 0.8})
+  assert deeper.sft == settings.replace(changed.sft, **{'optimizer.beta1': 0.8})
+  assert (deeper.sft.optimizer.beta1, deeper.sft.batch) == (0.8, 2)
   assert Settings().data.path == ''

@@ -92,7 +92,8 @@ class Conversations:
 class Pairs:
   """Tokenised preferences, each side prompt and response together; `row` is the source's.
 
-  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings.
+  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings. The entropies,
+  if there are any, are those of the tokens under the reference, in nats.
   """
 
   chosen: Ragged
@@ -106,6 +107,8 @@ class Pairs:
   length: int
   pad_id: int
   counts: dict[str, int]
+  chosen_entropy: Ragged | None = None
+  rejected_entropy: Ragged | None = None
 
   def __len__(self) -> int:
     return len(self.group)
@@ -116,15 +119,16 @@ class Pairs:
     `rating_gap` is None, and nothing is placed for it, where no row of the dataset has ratings.
     """
 
-    def side(tokens: Ragged, finished: np.ndarray) -> types.Sequences:
+    def side(tokens: Ragged, finished: np.ndarray, entropy: Ragged | None) -> types.Sequences:
       ids, lengths = tokens.pad(indices, self.length, self.pad_id)
       position = np.arange(self.length)
       is_response = position >= self.prompt_length[indices][:, None]
       mask = is_response & (position < lengths[:, None])
-      return types.Sequences(place(ids), place(mask), place(finished[indices]))
+      known = None if entropy is None else place(entropy.pad(indices, self.length, 0)[0])
+      return types.Sequences(place(ids), place(mask), place(finished[indices]), known)
 
-    chosen = side(self.chosen, self.chosen_finished)
-    rejected = side(self.rejected, self.rejected_finished)
+    chosen = side(self.chosen, self.chosen_finished, self.chosen_entropy)
+    rejected = side(self.rejected, self.rejected_finished, self.rejected_entropy)
     has_ratings = not np.isnan(self.rating_gap).all()
     return types.PreferenceBatch(
       chosen, rejected, place(self.rating_gap[indices]) if has_ratings else None

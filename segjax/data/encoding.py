@@ -5,6 +5,7 @@ by `segjax.data.batches`. Here is decided what is cut, what is left out, and how
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,10 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class PairRules:
-  """What published code does to pairs and `encode_pairs` does not unless told to.
+  """What of a pair is read, and what published code does to it.
 
   Attributes:
+    ratings: the pair's ratings are read, and have to be numbers.
     force_stop: the last kept token of a response that was cut is overwritten by the stop token,
       and the response counts as finished.
     keep_identical: pairs whose sides are the same are kept.
@@ -60,6 +62,7 @@ class PairRules:
       where it has a system message of its own instead, which then loses its beginning.
   """
 
+  ratings: bool = True
   force_stop: bool = False
   keep_identical: bool = False
   without_preamble: bool = False
@@ -133,7 +136,7 @@ def encode_pairs(
     return [prompt[start:], *texts], (all(text.strip() for text in answers), gap)
 
   kept, counts = [], _new_counts(rows)
-  read = _tokenised(rows, tokenizer, as_pair, write)
+  read = _tokenised(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
   for index, (where, key, texts, (has_words, gap)) in enumerate(read):
     found = tuple(len(ids) for ids in texts)
     cut = pair_lengths(*found, limits)

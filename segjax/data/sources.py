@@ -103,13 +103,13 @@ def is_hub_id(path: str) -> bool:
   return not is_local and _HUB_ID.fullmatch(path) is not None
 
 
-def as_pair(row: Row, where: str = 'row') -> Pair:
+def as_pair(row: Row, where: str = 'row', ratings: bool = True) -> Pair:
   """Reads a preference: `chosen` and `rejected`.
 
   Both are message lists that share all but their last message (an assistant's), or both are
   strings (or lone assistant messages) beside a prompt in `messages` or `prompt`. Ratings, numbers
   on any scale, are optional: `chosen_rating` and `rejected_rating`, else `chosen-rating` and
-  `rejected-rating`, else `chosen_score` and `rejected_score`.
+  `rejected-rating`, else `chosen_score` and `rejected_score`; without `ratings` none is looked at.
 
   Raises:
     ValueError: any other form, one rating without the other, or one that is not a finite number;
@@ -119,7 +119,7 @@ def as_pair(row: Row, where: str = 'row') -> Pair:
   other_prompt, rejected = _answer(row, 'rejected', where)
   if prompt != other_prompt:
     raise ValueError(f'{where}: `chosen` and `rejected` do not answer the same prompt.')
-  return Pair(prompt, chosen, rejected, _rating_gap(row, where))
+  return Pair(prompt, chosen, rejected, _rating_gap(row, where) if ratings else None)
 
 
 def as_conversation(row: Row, where: str = 'row') -> list[Message]:

@@ -1,7 +1,7 @@
 """Before against after: the reference and the policy on held-out prompts."""
 
 import dataclasses
-import importlib
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,27 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.checks import spread
 from segjax.data.batches import Prompts, chunks
 from segjax.data.encoding import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.jobs import models
 from segjax.jobs import stage as jobs
-from segjax.jobs.ppo import prompt_limits
 from segjax.jobs.stage import Stage
 from segjax.report.console import say, table, track
 from segjax.report.segments import render
 from segjax.rl.segmentation import content_mask
 from segjax.settings import Evaluate
-from segjax.train import segment_reward
-from segjax.train.experience import Recipe, make_experience, score
+from segjax.train.compat import as_published
+from segjax.train.cutting import aggregate
+from segjax.train.experience import make_experience, score
+from segjax.train.reward_function import load_function
 from segjax.train.rollout import rollout
 from segjax.types import Experience
 
 
 class Sampled(NamedTuple):
-  """The responses of one model: experience on the host, prompts and texts, gold where known."""
+  """The responses of one model: experience on the host, scores, prompts, texts, gold if known."""
 
   experience: Experience
+  score: np.ndarray | None
   prompt: np.ndarray
   prompts: list[str]
   texts: list[str]
@@ -45,35 +47,19 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   s = stage.settings
   gold, is_boundary = functions(s.evaluate)
-  paths = {
-    'policy': jobs.checkpoint(s.policy.path, 'policy.path'),
-    'reference': jobs.checkpoint(s.reference.path, 'reference.path'),
-    'reward': jobs.checkpoint(s.reward_model.path, 'reward_model.path'),
-  }
-  meaning = segment_reward.resolve(s.reward_model, paths['reward'], paths['policy'])
-  segment_reward.check_tokenizer(paths['reference'], paths['policy'])
-  networks = {name: jobs.network(stage, path) for name, path in paths.items()}
-  recipe = Recipe(
-    **networks,
-    critic=networks['reward'],
-    granularity=meaning.granularity,
-    entropy_threshold=meaning.entropy_threshold,
-    spread=spread(s, meaning.granularity),
-    # A batch is scored as one: config.evaluate.batch says how much fits.
-    ppo=dataclasses.replace(s.ppo, score_batch=0),
-  )
+  paths, meaning, networks = models.find(stage)
   tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  prompts = encode_prompts(jobs.rows(stage), tokenizer, prompt_limits(stage, recipe))
+  # A batch is scored as one: config.evaluate.batch says how much fits. There is no critic.
+  recipe = models.recipe_of(stage, networks, networks['policy'], meaning, tokenizer)
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, score_batch=0))
+  prompts = encode_prompts(jobs.rows(stage), tokenizer, jobs.prompt_limits(stage, networks))
   jobs.describe(stage, prompts)
-  params = {
-    name: jobs.load(stage, path, networks[name], 'scalar' if name == 'reward' else 'language')
-    for name, path in paths.items()
-  }
+  params = models.load(stage, paths, networks, tuple(models.HEADS))
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
 
   def sample(name: str) -> Sampled:
-    models = params | {'policy': params[name]}
-    return _judge(_sample(stage, models, recipe, prompts, tokenizer, normalizer, name), gold)
+    trees = params | {'policy': params[name]}
+    return _judge(_sample(stage, trees, recipe, prompts, tokenizer, normalizer, name), gold)
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: _figures(one) for name, one in sampled.items()}
@@ -93,26 +79,16 @@ def functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
   Raises:
     ValueError: one cannot be loaded; it names the config key.
   """
-  return _function(settings.gold, 'gold'), _function(settings.boundary, 'boundary')
-
-
-def _function(path: str, key: str) -> Callable | None:
-  if not path:
-    return None
-  module, _, name = path.partition(':')
-  try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(
-      f"config.evaluate.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
-    ) from error
+  named = {'evaluate.gold': settings.gold, 'evaluate.boundary': settings.boundary}
+  return tuple(load_function(path, key) if path else None for key, path in named.items())
 
 
 def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer, name):
   """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
   s = stage.settings
   repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples)
-  size, parts = s.evaluate.batch, []
+  size, parts, rule = s.evaluate.batch, [], models.rule_of(stage, prompts, tokenizer)
+  whole = jax.jit(functools.partial(aggregate, segmentation=recipe.cutter.segmentation))
   batches = track(stage.name, chunks(len(repeated), size), -(-len(repeated) // size), name)
   for number, (rows, real) in enumerate(batches):
     batch = prompts.gather(repeated[rows], np.asarray)
@@ -126,19 +102,23 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
     )
+    found = as_published(found, tokenizer.stop_ids[0], s.compat)
     scored = score(params, found, recipe=recipe)
-    experience, _ = make_experience(found, scored, normalizer, recipe=recipe)
-    parts.append(jax.tree.map(lambda x, real=real: x[:real], jax.device_get(experience)))
-  experience = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    coef = jnp.float32(s.ppo.kl_coef)
+    ruled = rule(found, repeated[rows])
+    experience, _ = make_experience(found, scored, normalizer, coef, ruled, recipe=recipe)
+    arrays = jax.device_get((experience, whole(experience.score, experience.segments)))
+    parts.append(jax.tree.map(lambda x, real=real: x[:real], arrays))
+  experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
   texts = [
     tokenizer.decode(ids[mask])
     for ids, mask in zip(
       experience.rollout.response_ids, experience.rollout.response_mask, strict=True
     )
   ]
-  return Sampled(
-    experience, repeated, [prompts.messages(i)[-1]['content'] for i in repeated], texts, None
-  )
+  asked = [prompts.messages(i)[-1]['content'] for i in repeated]
+  has_scores = recipe.reward is not None
+  return Sampled(experience, scores if has_scores else None, repeated, asked, texts, None)
 
 
 def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
@@ -168,16 +148,16 @@ def interval(values: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
 def _figures(sampled: Sampled) -> dict[str, Any]:
   """What is reported of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
   e = sampled.experience
-  mask, ends = e.rollout.response_mask, e.segments.end
-  per_row = np.where(ends, e.score, 0).sum(1) / np.maximum(ends.sum(1), 1)
+  mask = e.rollout.response_mask
   difference = np.where(mask, e.rollout.old_logprob - e.ref_logprob, 0)
   figures = {
-    'score': interval(per_row, sampled.prompt),
     'kl_nats': float(difference.sum(1).mean()),
     'length': float(mask.sum(1).mean()),
     'segments': float(e.segments.num_segments.mean()),
     'eos_rate': float(e.rollout.finished.mean()),
   }
+  if sampled.score is not None:
+    figures['score'] = interval(sampled.score, sampled.prompt)
   if sampled.gold is not None:
     figures['gold'] = interval(sampled.gold, sampled.prompt)
   return figures

@@ -1,24 +1,32 @@
-"""The location-aware normaliser: Mean(p) and Std(p) of a reward model's segment scores."""
+"""The normaliser of a reward model's segment scores, by position or constant."""
 
 import dataclasses
+import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.data.batches import batch_indices, chunks, take
-from segjax.data.encoding import encode_pairs
+from segjax.checks import check_normalizer
+from segjax.data.batches import Pairs, batch_indices, chunks, take
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.console import track
 from segjax.rl import normalizer
 from segjax.train import segment_reward
+from segjax.train.cutting import cutter_of
 from segjax.train.reward_step import Scorer, segment_statistics
 from segjax.types import Normalizer
 
-_fit_regression = jax.jit(normalizer.fit_regression)  # op by op, compiling takes seconds
+
+class Statistics(NamedTuple):
+  """Scores of all segments with their relative position, [N], and of the responses, [R]."""
+
+  position: np.ndarray
+  score: np.ndarray
+  whole: np.ndarray
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -34,38 +42,32 @@ def run(stage: Stage) -> dict[str, Any]:
   stored = segment_reward.read(source)
   named = dataclasses.replace(s.reward_model, normalizer='none')
   meaning = segment_reward.resolve(named, source, reference_path)
+  kind = kind_of(s.normalizer.kind, meaning.segmentation.granularity)
   config = jobs.network(stage, source)
+  tokenizer = jobs.tokenizer_of(stage, reference_path)
   scorer = Scorer(
-    config,
-    jobs.network(stage, reference_path),
-    meaning.granularity,
-    meaning.entropy_threshold,
+    config, jobs.network(stage, reference_path), cutter_of(meaning.segmentation, tokenizer)
   )
-  pairs = encode_pairs(
-    jobs.rows(stage), jobs.tokenizer_of(stage, reference_path), jobs.limits(stage, config)
-  )
+  pairs = jobs.pairs(stage, tokenizer, config)
   if len(pairs) > s.normalizer.pairs:
     pairs = take(pairs, batch_indices(len(pairs), s.normalizer.pairs, s.seed, 0))
   jobs.describe(stage, pairs)
   params = jobs.load(stage, source, config, 'scalar')
-  reference = jobs.load(stage, reference_path, scorer.reference, 'language')
-
-  size, found = s.normalizer.batch, []
-  for rows, real in track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size)):
-    batch = pairs.gather(rows, stage.place)
-    statistics = jax.device_get(segment_statistics(params, reference, batch, scorer=scorer))
-    found.append([x[: 2 * real].reshape(-1) for x in statistics])
-  position, score, end = (np.concatenate(parts) for parts in zip(*found, strict=True))
-  kind = s.normalizer.kind
-  if kind == 'auto':
-    kind = 'scalar' if meaning.granularity == 'bandit' else 'regression'
-  fitted = fit(kind, position[end], score[end])
+  reference = None
+  if scorer.cutter.needs_entropy:
+    reference = jobs.load(stage, reference_path, scorer.reference, 'language')
+  found = statistics(stage, params, reference, pairs, scorer)
+  options = {
+    'weighting': s.normalizer.weighting,
+    'min_count': s.normalizer.min_count,
+    'zero_bin': s.compat.zero_bin,
+  }
+  fitted = fit(kind, found, **options)
   segment_reward.write(
     source,
     dataclasses.replace(
       stored or meaning,
-      granularity=meaning.granularity,
-      entropy_threshold=meaning.entropy_threshold,
+      segmentation=meaning.segmentation,
       normalizer=fitted,
       normalizer_kind=kind,
     ),
@@ -75,16 +77,63 @@ def run(stage: Stage) -> dict[str, Any]:
     f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
     f'Std(p) = {values["w_std"]:.4f} ln p {values["b_std"]:+.4f}'
   )
-  return {'kind': kind, 'segments': int(end.sum())} | values
+  if kind == 'regression':
+    values |= quality(stage, found, fitted, **options)
+  return {'kind': kind, 'segments': len(found.score)} | values
 
 
-def fit(kind: str, position: np.ndarray, score: np.ndarray) -> Normalizer:
-  """The normaliser of that kind over all segment scores given."""
+def kind_of(kind: str, granularity: str) -> str:
+  """The kind of config.normalizer.kind for that granularity, 'auto' resolved."""
+  check_normalizer(kind, granularity, 'config.normalizer.kind')
+  if kind == 'auto':
+    return 'scalar' if granularity == 'bandit' else 'regression'
+  return kind
+
+
+def statistics(
+  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: Scorer
+) -> Statistics:
+  """Scores of both sides of the pairs; responses without a segment are left out."""
+  size, found = stage.settings.normalizer.batch, []
+  for rows, real in track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size)):
+    batch = pairs.gather(rows, stage.place)
+    arrays = jax.device_get(segment_statistics(params, reference, batch, scorer=scorer))
+    position, score, end, whole = (x[: 2 * real] for x in arrays)
+    found.append(Statistics(position[end], score[end], whole[end.any(axis=1)]))
+  return Statistics(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def fit(kind: str, found: Statistics, **options: Any) -> Normalizer:
+  """The normaliser of that kind; `options` are those of `rl.normalizer.fit_regression`."""
   if kind == 'none':
     return Normalizer()
-  if not len(score):
+  if not len(found.score):
     raise ValueError('the normaliser has no segment to fit: no response of the data has one.')
-  mask = jnp.ones(len(score), bool)
-  if kind == 'scalar':
-    return normalizer.fit_scalar(jnp.asarray(score), mask)
-  return _fit_regression(jnp.asarray(position), jnp.asarray(score), mask)
+  if kind == 'regression':
+    fit_regression = jax.jit(functools.partial(normalizer.fit_regression, **options))
+    return fit_regression(*_arrays(found))
+  scores = {
+    'global': found.score,
+    'last': found.score[found.position == 1],
+    'scalar': found.whole,
+  }[kind]
+  return normalizer.fit_constant(jnp.asarray(scores), jnp.ones(len(scores), bool))
+
+
+def quality(
+  stage: Stage, found: Statistics, fitted: Normalizer, **options: Any
+) -> dict[str, float]:
+  """How well Mean(p) and Std(p) describe the bins; said, and returned."""
+  measure = jax.jit(functools.partial(normalizer.fit_quality, **options))
+  values = {k: float(v) for k, v in measure(*_arrays(found), fitted)._asdict().items()}
+  stage.say(
+    f'over {values["num_bins"]:.0f} positions: R² {values["r2_mean"]:.3f} of the mean and '
+    f'{values["r2_std"]:.3f} of the std; residuals {values["rms_mean"]:.3g} and '
+    f'{values["rms_std"]:.3g}'
+  )
+  return values
+
+
+def _arrays(found: Statistics) -> tuple[jax.Array, jax.Array, jax.Array]:
+  mask = jnp.ones(len(found.score), bool)
+  return jnp.asarray(found.position), jnp.asarray(found.score), mask

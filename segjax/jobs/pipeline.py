@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from segjax import settings as typed
 from segjax.data.sources import is_hub_id
-from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, sft
+from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
 from segjax.jobs.stage import CHECKPOINTS, Stage
 from segjax.model import sharding
 from segjax.report.console import say
 from segjax.settings import Settings
+from segjax.train.reward_function import load_function
 from segjax.train.segment_reward import FILE as SEGMENT_REWARD
 
 
@@ -33,6 +34,7 @@ class Job:
     outputs: what it leaves in its directory.
     batches: keys of batches that are split over the devices.
     figures: what of its results stands on its last line.
+    is_reusable: whether it need not run again with the same settings and inputs.
   """
 
   run: Callable[[Stage], dict[str, Any]]
@@ -41,6 +43,7 @@ class Job:
   outputs: tuple[str, ...] = ()
   batches: tuple[str, ...] = ()
   figures: tuple[str, ...] = ()
+  is_reusable: bool = True
 
 
 _COMMON = ('seed', 'runtime', 'data')
@@ -58,39 +61,43 @@ JOBS = {
     (*_COMMON, 'policy', 'sft'),
     needs=('policy.path', 'data.path'),
     outputs=('model',),
-    batches=('sft.batch',),
+    batches=('sft.batch', 'sft.micro_batch'),
     figures=('loss',),
   ),
   'reward': Job(
     reward.run,
-    (*_COMMON, 'policy', 'reference', 'reward'),
+    (*_COMMON, 'policy', 'reference', 'reward', 'compat'),
     needs=('policy.path', 'reference.path', 'data.path'),
     outputs=('model', 'held_out.json'),
-    batches=('reward.batch',),
+    batches=('reward.batch', 'reward.micro_batch'),
     figures=('held_out_accuracy',),
   ),
   'normalizer': Job(
     normalizer.run,
-    (*_COMMON, 'reference', 'reward_model', 'normalizer'),
+    (*_COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
     needs=('reward_model.path', 'reference.path', 'data.path'),
     batches=('normalizer.batch',),
     figures=('segments',),
   ),
   'ppo': Job(
     ppo.run,
-    (*_COMMON, *_MODELS, 'critic', 'rollout', 'ppo'),
+    (*_COMMON, *_MODELS, 'critic', 'rollout', 'shaping', 'ppo', 'compat'),
     needs=('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
     outputs=('model', 'critic'),
-    batches=('ppo.rollout_batch', 'ppo.minibatch', 'ppo.score_batch', 'rollout.batch'),
+    batches=(
+      *('ppo.rollout_batch', 'ppo.minibatch', 'ppo.micro_batch', 'ppo.score_batch'),
+      'rollout.batch',
+    ),
     figures=('reward', 'kl'),
   ),
   'evaluate': Job(
     evaluate.run,
-    (*_COMMON, *_MODELS, 'rollout', 'ppo', 'evaluate'),
+    (*_COMMON, *_MODELS, 'rollout', 'shaping', 'ppo', 'compat', 'evaluate'),
     needs=('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
     outputs=('results.json',),
     batches=('evaluate.batch',),
   ),
+  'selfcheck': Job(selfcheck.run, ('seed',), is_reusable=False),
 }
 
 
@@ -131,6 +138,8 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
     stages.append(stage)
   if 'evaluate' in settings.stages:
     evaluate.functions(settings.evaluate)
+  if settings.shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
+    load_function(settings.shaping.reward_fn, 'shaping.reward_fn')
   return stages
 
 
@@ -147,6 +156,8 @@ def check_complete(stages: list[Stage]) -> None:
 def missing_keys(stage: Stage) -> list[str]:
   """The keys that the stage needs and nobody has given; the reference may follow the policy."""
   missing = [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
+  if not stage.settings.shaping.reward_model_weight and stage.name != 'normalizer':
+    missing = [key for key in missing if key != 'reward_model.path']
   follows = 'policy.path' in missing and stage.name != 'evaluate'
   return [key for key in missing if not (follows and key == 'reference.path')]
 
@@ -186,12 +197,12 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
   reuse.recall(stage.directory, key)
   results = reuse.finished(stage.directory, key, _outputs(stage, job))
-  if results is not None:
+  if results is not None and job.is_reusable:
     stage.say(f'reused from {stage.directory}: settings and inputs are the same')
     return results
   say('')
   reason = reuse.begin(stage.directory, key)
-  if reason:
+  if reason and job.is_reusable:
     stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
   begun = time.monotonic()
   results = job.run(stage)

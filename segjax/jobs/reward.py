@@ -1,19 +1,24 @@
 """The segment reward model: preference pairs to a scalar at the end of every segment."""
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout
-from segjax.data.encoding import encode_pairs
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
+from segjax.jobs import calibration, entropy_cache
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
-from segjax.report.console import track
+from segjax.report.console import table, track
+from segjax.rl.pairs import pair_metrics
+from segjax.settings import Segmentation
 from segjax.train import segment_reward
+from segjax.train.cutting import cutter_of
 from segjax.train.optimizer import init_state
 from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
 from segjax.train.segment_reward import SegmentReward
@@ -22,28 +27,36 @@ from segjax.train.segment_reward import SegmentReward
 def run(stage: Stage) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Segments are cut by the entropy of config.reference.path. Writes `model/` with
-  segment_reward.json, its normaliser still open, and `held_out.json`: the rows of the data,
-  0-based, that were never trained on.
+  Segments are cut by config.reward.segmentation, where it says so by the entropy of
+  config.reference.path. Writes `model/` with segment_reward.json, its normaliser still open, and
+  `held_out.json`: the rows of the data, 0-based, that were never trained on.
   """
   s = stage.settings
   source = jobs.checkpoint(s.policy.path, 'policy.path')
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   config = jobs.network(stage, source, trained=True)
   segment_reward.check_tokenizer(source, reference_path)
-  scorer = Scorer(
-    config,
-    jobs.network(stage, reference_path),
-    s.reward.granularity,
-    s.reward.entropy_threshold,
-  )
   tokenizer = jobs.tokenizer_of(stage, source)
-  pairs = encode_pairs(jobs.rows(stage), tokenizer, jobs.limits(stage, config))
+  scorer = Scorer(
+    config, jobs.network(stage, reference_path), cutter_of(s.reward.segmentation, tokenizer)
+  )
+  pairs = jobs.pairs(stage, tokenizer, config)
   jobs.describe(stage, pairs)
+  if s.reward.rating_margin and np.isnan(pairs.rating_gap).all():
+    raise ValueError(
+      f'config.reward.rating_margin={s.reward.rating_margin}, but no pair of the data has ratings; '
+      'set it to 0, or give `chosen_rating` and `rejected_rating`.'
+    )
+  reference = None
+  if scorer.cutter.needs_entropy:
+    reference = jobs.load(stage, reference_path, scorer.reference, 'language')
+    scorer = calibrated(stage, scorer, reference, tokenizer)
+    if s.reward.entropy_cache:
+      pairs = entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
+      reference = None  # its memory is free for what follows
   kept, held_out = split_holdout(pairs, s.reward.holdout, s.seed)
   stage.say(f'{len(held_out)} pairs held out by prompt')
   total = jobs.num_steps(s.reward.steps, s.reward.epochs, len(kept), s.reward.batch, 'reward')
-  reference = jobs.load(stage, reference_path, scorer.reference, 'language')
   params = jobs.load(stage, source, config, 'scalar', trained=True)
 
   def step_fn(states, step):
@@ -53,8 +66,7 @@ def run(stage: Stage) -> dict[str, Any]:
       reference,
       kept.gather(rows, stage.place),
       scorer=scorer,
-      margin=s.reward.margin,
-      optimizer=s.reward.optimizer,
+      settings=s.reward,
       total_steps=total,
     )
     return {'reward': state}, metrics
@@ -63,33 +75,57 @@ def run(stage: Stage) -> dict[str, Any]:
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'accuracy', 'segments'])
   params = states['reward'].params
   (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
-  correct = held_out_correct(stage, params, reference, held_out, scorer)
+  found = held_out_metrics(stage, params, reference, held_out, scorer)
   save_checkpoint(stage.model_directory, params, config, 'scalar', source=source)
+  write_meaning(stage, source, scorer.cutter.segmentation)
+  held = {f'held_out_{name}': value for name, value in found.items()}
+  return {'steps': total, 'loss': last.get('loss'), 'held_out_pairs': len(held_out)} | held
+
+
+def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> Scorer:
+  """The scorer with the threshold that config.reward.calibration asks for."""
+  wanted = stage.settings.reward.calibration
+  if not wanted.target_segment_length and not wanted.entropy_quantile:
+    return scorer
+  threshold = calibration.run(stage, scorer, reference, tokenizer)
+  segmentation = dataclasses.replace(scorer.cutter.segmentation, entropy_threshold=threshold)
+  return dataclasses.replace(
+    scorer, cutter=dataclasses.replace(scorer.cutter, segmentation=segmentation)
+  )
+
+
+def write_meaning(stage: Stage, source: Path, segmentation: Segmentation) -> None:
+  """Puts segment_reward.json beside the new weights."""
   segment_reward.write(
     stage.model_directory,
-    SegmentReward(
-      s.reward.granularity,
-      s.reward.entropy_threshold,
-      normalizer=None,
-      tokenizer_sha256=fingerprint(str(source)),
-    ),
+    SegmentReward(segmentation, normalizer=None, tokenizer_sha256=fingerprint(str(source))),
   )
-  return {
-    'steps': total,
-    'loss': last.get('loss'),
-    'held_out_accuracy': float(np.mean(correct)),
-    'held_out_pairs': len(held_out),
-  }
 
 
-def held_out_correct(
+_LABELS = {
+  'accuracy': 'the chosen response scores higher',
+  'longer_wins': 'the longer response is the chosen one',
+  'margin': 'mean lead of the chosen response',
+  'loss': 'Bradley-Terry loss, nats',
+  'calibration_error': 'expected calibration error',
+}
+
+
+def held_out_metrics(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer
-) -> np.ndarray:
-  """1 where the chosen response scores higher, 0.5 at a tie, [N]."""
+) -> dict[str, float]:
+  """What `rl.pairs` says of the reward model on the held-out pairs, also as a table."""
   size, found = stage.settings.reward.batch, []
   total = -(-len(held_out) // size)
   for rows, real in track(stage.name, chunks(len(held_out), size), total, 'held-out pairs'):
     score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
     found.append(jax.device_get(score)[:real])
   chosen, rejected = np.concatenate(found).T
-  return (chosen > rejected) + 0.5 * (chosen == rejected)
+  lengths = (
+    np.diff(side.offsets).astype(np.int32) for side in (held_out.chosen, held_out.rejected)
+  )
+  metrics = jax.device_get(jax.jit(pair_metrics)(chosen, rejected, *lengths))
+  values = {name: float(value) for name, value in metrics.items()}
+  rows = [(label, f'{values[name]:.3f}') for name, label in _LABELS.items()]
+  table(f'{len(held_out)} held-out pairs', ('', ''), rows)
+  return values

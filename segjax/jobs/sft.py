@@ -26,12 +26,7 @@ def run(stage: Stage) -> dict[str, Any]:
     rows = batch_indices(len(dataset), settings.batch, stage.settings.seed, step)
     batch = dataset.gather(rows, stage.place)
     state, metrics = sft_step(
-      states['policy'],
-      batch.ids,
-      batch.mask,
-      config=config,
-      optimizer=settings.optimizer,
-      total_steps=total,
+      states['policy'], batch, config=config, settings=settings, total_steps=total
     )
     return {'policy': state}, metrics
 

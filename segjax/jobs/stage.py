@@ -4,6 +4,7 @@ The jobs themselves hold no loops over steps: that is `train`.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from segjax.data.encoding import Limits
+from segjax.data.batches import Pairs
+from segjax.data.encoding import Limits, PairRules, encode_pairs
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
@@ -22,9 +24,8 @@ from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
 from segjax.settings import Settings
 from segjax.train.checkpoint import Checkpointer
-from segjax.train.state import TrainState
 
-States = dict[str, TrainState]
+States = dict[str, Any]  # TrainStates by name, and what else a step carries on
 
 CHECKPOINTS = 'checkpoints'  # in a stage's directory
 
@@ -125,6 +126,40 @@ def limits(stage: Stage, config: LlamaConfig) -> Limits:
     f'(config.data.max_length={data.max_length})'
   )
   return Limits(most, prompt, data.overlong)
+
+
+def prompt_limits(
+  stage: Stage, networks: dict[str, LlamaConfig], section: str = 'rollout'
+) -> Limits:
+  """What of a prompt is kept: the networks' positions less config.`section`.max_new_tokens."""
+  data = stage.settings.data
+  new_tokens = functools.reduce(getattr, section.split('.'), stage.settings).max_new_tokens
+  name, network = min(networks.items(), key=lambda item: item[1].max_position_embeddings)
+  room = network.max_position_embeddings - new_tokens
+  if room < 1:
+    raise ValueError(
+      f'config.{section}.max_new_tokens={new_tokens} leaves no room for a prompt in the '
+      f'{network.max_position_embeddings} positions of the {name}; make it smaller.'
+    )
+  most = min(data.max_prompt_length, room)
+  if most < data.max_prompt_length:
+    stage.say(
+      f'prompts are at most {most} tokens, for the {name} has '
+      f'{network.max_position_embeddings} positions and responses take up to {new_tokens}'
+    )
+  return Limits(most, most, data.overlong)
+
+
+def pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
+  """The pairs of config.data, tokenised and cut to what the network holds."""
+  compat = stage.settings.compat
+  rules = PairRules(
+    ratings=stage.name == 'reward' and stage.settings.reward.rating_margin > 0,
+    force_stop=compat.pairs_uncleaned,
+    keep_identical=compat.pairs_uncleaned,
+    without_preamble=compat.without_preamble,
+  )
+  return encode_pairs(rows(stage), tokenizer, limits(stage, config), rules)
 
 
 def describe(stage: Stage, dataset: Any) -> None:

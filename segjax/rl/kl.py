@@ -32,11 +32,15 @@ ESTIMATORS = {'k1': k1, 'k2': k2, 'k3': k3}
 
 
 def adaptive_kl_coef(
-  coef: ScalarLike, kl: ScalarLike, target: ScalarLike, num_sequences: ScalarLike
+  coef: ScalarLike,
+  kl: ScalarLike,
+  target: ScalarLike,
+  num_sequences: ScalarLike,
+  horizon: ScalarLike = 10_000,
 ) -> Float[Array, '']:
   """Moves the KL coefficient towards the value that holds the KL at its target.
 
-  β ← β (1 + clip(kl/target − 1, −0.2, 0.2) · n / 10000)
+  β ← β (1 + clip(kl/target − 1, −0.2, 0.2) · n / horizon)
 
   See Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2.
 
@@ -45,6 +49,7 @@ def adaptive_kl_coef(
     kl: measured over the rollout, in the unit of the target.
     target: the KL to hold, > 0.
     num_sequences: n, how many sequences the rollout has.
+    horizon: in sequences; the larger, the slower.
   """
   error = jnp.clip(jnp.asarray(kl, float) / target - 1, -0.2, 0.2)
-  return coef * (1 + error * num_sequences / 10_000)
+  return coef * (1 + error * num_sequences / horizon)

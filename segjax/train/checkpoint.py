@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 
-from segjax.train.state import TrainState
-
 
 class Checkpointer:
-  """Keeps the last `keep` steps of named train states in a directory."""
+  """Keeps the last `keep` steps of named trees of arrays in a directory."""
 
   def __init__(self, directory: Path, keep: int):
     import orbax.checkpoint as ocp
@@ -26,12 +24,12 @@ class Checkpointer:
     """The newest step saved, None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, states: dict[str, TrainState]) -> None:
+  def save(self, step: int, states: dict[str, Any]) -> None:
     """Saves the states after `step` steps; returns once they are copied off the devices."""
     items = {name: self._ocp.args.StandardSave(state) for name, state in states.items()}
     self._manager.save(step, args=self._ocp.args.Composite(**items))
 
-  def restore(self, step: int, like: dict[str, TrainState]) -> dict[str, TrainState]:
+  def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
     """The states of `step`, shaped and placed as those in `like`."""
     items = {
       name: self._ocp.args.StandardRestore(jax.tree.map(_abstract, state))

@@ -1,7 +1,7 @@
 """From rollouts to what PPO learns from: reference, reward model and critic, then the rewards.
 
 `score`             the three networks over the sequences, in pieces of `ppo.score_batch`
-`make_experience`   segments, normalised and spread rewards, KL, GAE: arrays only
+`make_experience`   segments, dense rewards (`shaping`), KL, GAE: arrays only
 """
 
 import dataclasses
@@ -10,53 +10,70 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import LlamaConfig
 from segjax.rl import kl
 from segjax.rl.masked import masked_mean, masked_sum, whiten
-from segjax.rl.normalizer import normalize
-from segjax.rl.returns import gae, returns
-from segjax.rl.rewards import dense_reward, shaped_reward
-from segjax.rl.segmentation import segment
-from segjax.settings import PPO
+from segjax.rl.returns import action_starts, gae, macro_gae, returns
+from segjax.rl.rewards import shaped_reward
+from segjax.settings import PPO, Compat, Shaping
+from segjax.train.cutting import Cutter, cut
 from segjax.train.rollout import concatenate
-from segjax.types import Experience, Normalizer, Rollout
+from segjax.train.shaping import dense_rewards
+from segjax.types import Experience, Normalizer, Rollout, Segments
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What is fixed over a PPO run: the four networks, how text is cut, the constants."""
+  """What is fixed over a PPO run: the networks, how text is cut, how scores become rewards."""
 
   policy: LlamaConfig
   reference: LlamaConfig
-  reward: LlamaConfig
+  reward: LlamaConfig | None  # None: rewards come from a function alone
   critic: LlamaConfig
-  granularity: str
-  entropy_threshold: float
+  cutter: Cutter
   spread: str
+  shaping: Shaping
   ppo: PPO
+  compat: Compat = dataclasses.field(default_factory=Compat)
   recompute_logprob: bool = False
 
 
 class Scores(NamedTuple):
-  """What the networks say of each response token; see `segjax.types` for the alignment."""
+  """What the networks say of each response token; see `segjax.types` for the alignment.
+
+  `prompt_score` is the reward model's at the last token of the prompt.
+  """
 
   old_logprob: Float[Array, 'B T']
   ref_logprob: Float[Array, 'B T']
   entropy: Float[Array, 'B T']
   score: Float[Array, 'B T']
   value: Float[Array, 'B T']
+  prompt_score: Float[Array, 'B']
 
 
 def join(rollout: Rollout) -> Int[Array, 'B S']:
   """Prompt and response as one sequence padded on the right, S = P + T."""
-  size = rollout.prompt_ids.shape[1]
-  both = jnp.concatenate([rollout.prompt_ids, rollout.response_ids], axis=1)
+  return _joined(rollout.prompt_ids, rollout.response_ids, rollout.prompt_length)
+
+
+def join_attended(rollout: Rollout) -> Bool[Array, 'B S'] | None:
+  """Which tokens of `join` attention sees; None for all."""
+  if rollout.attended is None:
+    return None
+  prompt = jnp.ones(rollout.prompt_ids.shape, bool)
+  return _joined(prompt, rollout.attended, rollout.prompt_length)
+
+
+def _joined(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> Array:
+  size = prompt.shape[1]
+  both = jnp.concatenate([prompt, response], axis=1)
   position = jnp.arange(both.shape[1])[None]
-  length = rollout.prompt_length[:, None]
+  length = prompt_length[:, None]
   source = jnp.where(position < length, position, position - length + size)
   return jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
 
@@ -70,46 +87,61 @@ def response_window(
 
 @functools.partial(jax.jit, static_argnames='recipe')
 def score_piece(
-  params: dict[str, Any], ids: Int[Array, 'B S'], rollout: Rollout, *, recipe: Recipe
+  params: dict[str, Any],
+  ids: Int[Array, 'B S'],
+  attended: Bool[Array, 'B S'] | None,
+  rollout: Rollout,
+  *,
+  recipe: Recipe,
 ) -> Scores:
   """One forward of reference, reward model and critic (and policy, if log-probs are recomputed).
 
   Args:
-    params: the trees 'policy', 'reference', 'reward' and, in training, 'critic'.
+    params: the trees 'policy', 'reference' and, where there are any, 'reward' and 'critic'.
   """
 
   def window(x):
     return response_window(x, rollout.prompt_length, rollout.response_ids.shape[1])
 
-  ref_logprob, entropy = token_logprobs(params['reference'], ids, recipe.reference)
+  ref_logprob, entropy = token_logprobs(
+    params['reference'], ids, recipe.reference, attended=attended
+  )
   old_logprob = rollout.old_logprob
   if recipe.recompute_logprob:
-    old_logprob = window(token_logprobs(params['policy'], ids, recipe.policy)[0])
-  # Evaluation has no critic.
-  value = jnp.zeros(ids.shape, jnp.float32)
+    old_logprob = window(token_logprobs(params['policy'], ids, recipe.policy, attended=attended)[0])
+  # Evaluation has no critic, and a run on rules alone no reward model.
+  value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in params:
-    value = values(params['critic'], ids, recipe.critic)
+    value = values(params['critic'], ids, recipe.critic, attended=attended)
+  if recipe.reward is not None:
+    score = scores(params['reward'], ids, recipe.reward, attended=attended)
   return Scores(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
     ref_logprob=window(ref_logprob),
     entropy=window(entropy),
-    score=window(scores(params['reward'], ids, recipe.reward)),
+    score=window(score),
     value=window(value),
+    prompt_score=response_window(score, rollout.prompt_length - 1, 1)[:, 0],
   )
 
 
 def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores:
   """`score_piece` over the whole rollout, `ppo.score_batch` sequences at a time."""
-  ids = jax.jit(join)(rollout)
+  ids, attended = _join_both(rollout)
   total = ids.shape[0]
   size = recipe.ppo.score_batch or total
   if size == total:
-    return score_piece(params, ids, rollout, recipe=recipe)
+    return score_piece(params, ids, attended, rollout, recipe=recipe)
   pieces = []
   for start in range(0, total, size):
-    piece_ids, piece = take_rows((ids, rollout), jnp.arange(start, start + size))
-    pieces.append(score_piece(params, piece_ids, piece, recipe=recipe))
+    piece = take_rows((ids, attended, rollout), jnp.arange(start, start + size))
+    pieces.append(score_piece(params, *piece, recipe=recipe))
   return concatenate(pieces)
+
+
+@jax.jit
+def _join_both(rollout: Rollout) -> tuple[Array, Array | None]:
+  return join(rollout), join_attended(rollout)
 
 
 @jax.jit
@@ -120,34 +152,47 @@ def take_rows(tree: Any, rows: Int[Array, 'N']) -> Any:
 
 @functools.partial(jax.jit, static_argnames='recipe')
 def make_experience(
-  rollout: Rollout, scored: Scores, normalizer: Normalizer, *, recipe: Recipe
+  rollout: Rollout,
+  scored: Scores,
+  normalizer: Normalizer,
+  kl_coef: ScalarLike,
+  rule: Float[Array, 'B T'] | None = None,
+  *,
+  recipe: Recipe,
 ) -> tuple[Experience, dict[str, Array]]:
   """Dense rewards and advantages of a rollout, and what a person wants to know of them.
 
-  reward_t = clamp(spread(z)_t) - kl_coef · kl_t, advantage by GAE, whitened over the whole rollout.
-  Metrics are means over responses; `kl` is Σ_t (log π - log π_ref) per response, in nats.
+  reward_t = clamp(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the whole rollout.
+  With ppo.kl_in=loss the reward has no KL. Metrics are means over responses; `kl` is
+  Σ_t (log π - log π_ref) per response, in nats.
+
+  Args:
+    rule: a user's reward per token, if there is one.
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=scored.old_logprob)
-  segments = jax.vmap(
-    functools.partial(
-      segment, granularity=recipe.granularity, entropy_threshold=recipe.entropy_threshold
-    )
-  )(scored.entropy, mask, rollout.finished)
-  floor = None if ppo.std_floor_ratio < 0 else ppo.std_floor_ratio
-
-  def reward_of(token_score, segments, mask, token_kl):
-    z = normalize(token_score, segments, normalizer, floor)
-    dense = dense_reward(z, segments, mask, spread=recipe.spread, length_norm=ppo.length_norm)
-    shaped = shaped_reward(dense, token_kl, mask, kl_coef=ppo.kl_coef, clip=ppo.reward_clip)
-    return dense, shaped
-
-  token_kl = kl.ESTIMATORS[ppo.kl_estimator](scored.old_logprob, scored.ref_logprob)
-  dense, reward = jax.vmap(reward_of)(scored.score, segments, mask, token_kl)
-  advantage = jax.vmap(functools.partial(gae, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda))(
-    reward, scored.value, mask
+  ended = rollout.finished | recipe.compat.force_eos
+  segments = cut(rollout.response_ids, mask, ended, scored.entropy, recipe.cutter)
+  dense = dense_rewards(
+    scored.score,
+    scored.prompt_score,
+    segments,
+    rollout,
+    normalizer,
+    rule,
+    shaping=recipe.shaping,
+    spread=recipe.spread,
+    segmentation=recipe.cutter.segmentation,
+    compat=recipe.compat,
   )
-  return_ = returns(advantage, scored.value, mask)
+  shape = functools.partial(
+    shaped_reward,
+    kl_coef=kl_coef if ppo.kl_in == 'reward' else 0.0,
+    clip=recipe.shaping.reward_clip,
+  )
+  token_kl = kl.ESTIMATORS[ppo.kl_estimator](scored.old_logprob, scored.ref_logprob)
+  reward = jax.vmap(shape)(dense, token_kl, mask)
+  advantage, value_mask = _advantage(reward, scored.value, segments, mask, ppo)
   experience = Experience(
     rollout=rollout,
     ref_logprob=scored.ref_logprob,
@@ -156,10 +201,20 @@ def make_experience(
     value=scored.value,
     segments=segments,
     reward=reward,
-    advantage=whiten(advantage, mask),
-    return_=return_,
+    advantage=whiten(advantage, mask) if ppo.whiten else advantage,
+    return_=returns(advantage, scored.value, value_mask),
+    value_mask=value_mask,
   )
   return experience, _metrics(experience, dense)
+
+
+def _advantage(reward, value, segments: Segments, mask, ppo: PPO):
+  """Advantages, and the states whose value the critic learns."""
+  constants = {'gamma': ppo.gamma, 'gae_lambda': ppo.gae_lambda}
+  if ppo.gae_over == 'token':
+    return jax.vmap(functools.partial(gae, **constants))(reward, value, mask), mask
+  starts = jax.vmap(action_starts)(segments, mask)
+  return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts
 
 
 def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Array]:
@@ -173,8 +228,11 @@ def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Ar
     'entropy_ref': masked_mean(experience.entropy, mask),
     'length': jnp.mean(_count(mask)),
     'segments': jnp.mean(experience.segments.num_segments.astype(jnp.float32)),
+    'segment_length': _segment_length(experience.segments),
     'finished': jnp.mean(rollout.finished.astype(jnp.float32)),
-    'explained_variance': _explained_variance(experience.value, experience.return_, mask),
+    'explained_variance': _explained_variance(
+      experience.value, experience.return_, experience.value_mask
+    ),
   }
 
 
@@ -182,8 +240,13 @@ def _count(mask: Bool[Array, 'B T']) -> Float[Array, 'B']:
   return jnp.sum(mask, axis=1).astype(jnp.float32)
 
 
+def _segment_length(segments: Segments) -> Float[Array, '']:
+  """Tokens per segment, over the whole rollout."""
+  return jnp.sum(segments.segment_id >= 0) / jnp.maximum(jnp.sum(segments.num_segments), 1)
+
+
 def _explained_variance(value, return_, mask):
-  """1 - Var(return - value) / Var(return) over the response tokens."""
+  """1 - Var(return - value) / Var(return) where the critic learns."""
 
   def variance(x):
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

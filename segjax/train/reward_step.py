@@ -1,4 +1,4 @@
-"""The reward model's step: segments by the reference's entropy, their scores, Bradley-Terry.
+"""The reward model's step: segments of each response, their scores, Bradley-Terry.
 
 `score_sequences` is also what fits the normaliser and what evaluation reads.
 """
@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.rl.losses import bradley_terry, segment_mean
+from segjax.rl.losses import bradley_terry
 from segjax.rl.normalizer import relative_position
-from segjax.rl.segmentation import segment
-from segjax.settings import Optimizer
+from segjax.settings import Reward
+from segjax.train import accumulate
+from segjax.train.cutting import Cutter, aggregate, cut
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
 from segjax.types import PreferenceBatch, Segments, Sequences
@@ -24,39 +25,42 @@ from segjax.types import PreferenceBatch, Segments, Sequences
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """How sequences are cut and scored: both networks, granularity, threshold in nats."""
+  """How sequences are cut and scored: both networks, and the cutter."""
 
   reward: LlamaConfig
   reference: LlamaConfig
-  granularity: str
-  entropy_threshold: float
+  cutter: Cutter
+
+
+def entropies(reference: Any, sequences: Sequences, scorer: Scorer) -> Float[Array, 'B S']:
+  """Entropy under the reference at every token, nats: as given, computed, or 0 if not needed."""
+  if sequences.entropy is not None:
+    return sequences.entropy
+  if not scorer.cutter.needs_entropy:
+    return jnp.zeros(sequences.ids.shape, jnp.float32)
+  return jax.lax.stop_gradient(token_logprobs(reference, sequences.ids, scorer.reference)[1])
 
 
 def score_sequences(
   params: Any, reference: Any, sequences: Sequences, scorer: Scorer
 ) -> tuple[Float[Array, 'B S'], Segments]:
-  """The reward model's score at every token, and the segments that the reference's entropy cuts.
-
-  Token and bandit granularity need no entropy, and the reference is not run.
-  """
-  if scorer.granularity == 'segment':
-    _, entropy = token_logprobs(reference, sequences.ids, scorer.reference)
-    entropy = jax.lax.stop_gradient(entropy)
-  else:
-    entropy = jnp.zeros(sequences.ids.shape, jnp.float32)
-  cut = functools.partial(
-    segment, granularity=scorer.granularity, entropy_threshold=scorer.entropy_threshold
+  """The reward model's score at every token, and the segments."""
+  segments = cut(
+    sequences.ids,
+    sequences.response_mask,
+    sequences.finished,
+    entropies(reference, sequences, scorer),
+    scorer.cutter,
   )
-  segments = jax.vmap(cut)(entropy, sequences.response_mask, sequences.finished)
   return scores(params, sequences.ids, scorer.reward), segments
 
 
 def pair_scores(
   params: Any, reference: Any, pairs: PreferenceBatch, scorer: Scorer
 ) -> tuple[Float[Array, 'B 2'], Segments]:
-  """Mean segment score of chosen and rejected, in one forward of 2B rows."""
+  """Aggregated segment scores of chosen and rejected, in one forward of 2B rows."""
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
-  return jax.vmap(segment_mean)(score, segments).reshape(-1, 2), segments
+  return aggregate(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
 
 
 def _interleave(pairs: PreferenceBatch) -> Sequences:
@@ -68,8 +72,17 @@ def _interleave(pairs: PreferenceBatch) -> Sequences:
   )
 
 
+def margins(pairs: PreferenceBatch, settings: Reward) -> Float[Array, 'B']:
+  """What the chosen score must lead by: a constant, and a part of the difference of ratings."""
+  constant = jnp.full(pairs.chosen.finished.shape, settings.margin, jnp.float32)
+  if pairs.rating_gap is None or not settings.rating_margin:
+    return constant
+  gap = jnp.where(jnp.isnan(pairs.rating_gap), 0, pairs.rating_gap)
+  return constant + settings.rating_margin * gap
+
+
 @functools.partial(
-  jax.jit, static_argnames=('scorer', 'margin', 'optimizer', 'total_steps'), donate_argnames='state'
+  jax.jit, static_argnames=('scorer', 'settings', 'total_steps'), donate_argnames='state'
 )
 def reward_step(
   state: TrainState,
@@ -77,24 +90,26 @@ def reward_step(
   pairs: PreferenceBatch,
   *,
   scorer: Scorer,
-  margin: float,
-  optimizer: Optimizer,
+  settings: Reward,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update: -mean log σ(score(chosen) - score(rejected) - margin), in float32."""
+  count = len(pairs.chosen.finished)
 
-  def loss_fn(params):
+  def objective(params, pairs):
     score, segments = pair_scores(params, reference, pairs, scorer)
-    loss = jnp.mean(bradley_terry(score[:, 0], score[:, 1], margin))
+    lead = score[:, 0] - score[:, 1]
+    loss = jnp.sum(bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))) / count
     return loss, {
       'loss': loss,
-      'accuracy': jnp.mean((score[:, 0] > score[:, 1]).astype(jnp.float32)),
-      'margin': jnp.mean(score[:, 0] - score[:, 1]),
-      'segments': jnp.mean(segments.num_segments.astype(jnp.float32)),
+      'accuracy': jnp.sum(lead > 0) / count,
+      'margin': jnp.sum(lead) / count,
+      'segments': jnp.sum(segments.num_segments) / (2 * count),
     }
 
-  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  state, update = apply_update(state, grads, loss, optimizer, total_steps)
+  pieces = count // settings.micro_batch if settings.micro_batch else 1
+  (loss, metrics), grads = accumulate.value_and_grad(objective, state.params, pairs, pieces)
+  state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics | update
 
 
@@ -102,14 +117,15 @@ def reward_step(
 def evaluate_pairs(
   params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: Scorer
 ) -> Float[Array, 'B 2']:
-  """Scores of chosen and rejected, for held-out accuracy."""
+  """Scores of chosen and rejected, for what is measured on held-out pairs."""
   return pair_scores(params, reference, pairs, scorer)[0]
 
 
 @functools.partial(jax.jit, static_argnames='scorer')
 def segment_statistics(
   params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: Scorer
-) -> tuple[Float[Array, 'N S'], Float[Array, 'N S'], Array]:
-  """Relative position, score, and where segments end, for both sides of each pair (N = 2B)."""
+) -> tuple[Float[Array, 'N S'], Float[Array, 'N S'], Array, Float[Array, 'N']]:
+  """Relative position, score, where segments end, and the whole's score, of both sides (N = 2B)."""
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
-  return jax.vmap(relative_position)(segments), score, segments.end
+  whole = aggregate(score, segments, scorer.cutter.segmentation)
+  return jax.vmap(relative_position)(segments), score, segments.end, whole

@@ -10,25 +10,20 @@ from pathlib import Path
 
 from segjax.data.tokenizer import fingerprint
 from segjax.rl.normalizer import PUBLISHED
-from segjax.settings import RewardModel
+from segjax.settings import AS_STORED, RewardModel, Segmentation
 from segjax.types import Normalizer
 
 FILE = 'segment_reward.json'
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentReward:
-  """How to read a reward model; `normalizer` is None until it has been fitted.
+  """How to read a reward model; `normalizer` is None until it has been fitted."""
 
-  `entropy_threshold` is in nats and plays no part for token and bandit granularity.
-  """
-
-  granularity: str
-  entropy_threshold: float
+  segmentation: Segmentation
   normalizer: Normalizer | None
   normalizer_kind: str = ''
-  aggregation: str = 'mean'
   tokenizer_sha256: str = ''
 
 
@@ -40,9 +35,7 @@ def write(directory: Path, reward: SegmentReward) -> None:
     normalizer = {'kind': reward.normalizer_kind} | values
   text = {
     'version': VERSION,
-    'granularity': reward.granularity,
-    'entropy_threshold': reward.entropy_threshold,
-    'aggregation': reward.aggregation,
+    **dataclasses.asdict(reward.segmentation),
     'normalizer': normalizer,
     'tokenizer_sha256': reward.tokenizer_sha256,
   }
@@ -60,12 +53,11 @@ def read(directory: Path) -> SegmentReward | None:
       raise ValueError(f'version {text["version"]} is not {VERSION}')
     normalizer = text['normalizer']
     kind = normalizer.pop('kind') if normalizer else ''
+    names = [field.name for field in dataclasses.fields(Segmentation)]
     return SegmentReward(
-      granularity=text['granularity'],
-      entropy_threshold=text['entropy_threshold'],
+      segmentation=Segmentation(**{name: text[name] for name in names}),
       normalizer=Normalizer(**normalizer) if normalizer else None,
       normalizer_kind=kind,
-      aggregation=text['aggregation'],
       tokenizer_sha256=text['tokenizer_sha256'],
     )
   except (KeyError, TypeError, ValueError) as error:
@@ -83,10 +75,7 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
   """
   stored = read(directory)
   check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
-  granularity = settings.granularity or (stored.granularity if stored else '')
-  threshold = settings.entropy_threshold
-  if threshold < 0 and stored:
-    threshold = stored.entropy_threshold
+  segmentation = overruled(stored.segmentation if stored else None, settings.segmentation)
   kind, normalizer = '', None
   if settings.normalizer == 'none':
     kind, normalizer = 'none', Normalizer()
@@ -95,11 +84,7 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
     normalizer = PUBLISHED[settings.normalizer.partition(':')[2]]
   elif stored:
     kind, normalizer = stored.normalizer_kind, stored.normalizer
-  missing = []
-  if not granularity:
-    missing.append('config.reward_model.granularity (segment, token or bandit)')
-  if threshold < 0 and granularity in ('', 'segment'):
-    missing.append('config.reward_model.entropy_threshold (nats)')
+  missing = missing_fields(segmentation)
   if normalizer is None:
     missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
   if missing:
@@ -107,7 +92,28 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
       f'{directory} has no {FILE} that says it all: run the normalizer job on it, or give '
       f'{", ".join(missing)}.'
     )
-  return SegmentReward(granularity, threshold, normalizer, kind)
+  return SegmentReward(segmentation, normalizer, kind)
+
+
+def overruled(stored: Segmentation | None, named: Segmentation) -> Segmentation:
+  """The stored segmentation, with the fields that `named` does not leave empty in their place.
+
+  Where nothing is stored, granularity and threshold stay empty unless named; all else is as usual.
+  """
+  base = stored or dataclasses.replace(Segmentation(), granularity='', entropy_threshold=-1.0)
+  given = {k: v for k, v in vars(named).items() if v != getattr(AS_STORED, k)}
+  return dataclasses.replace(base, **given)
+
+
+def missing_fields(segmentation: Segmentation) -> list[str]:
+  """The keys without which nothing can be cut."""
+  missing, key = [], 'config.reward_model.segmentation'
+  if not segmentation.granularity:
+    missing.append(f'{key}.granularity (segment, token or bandit)')
+  needs_threshold = segmentation.granularity in ('', 'segment') and segmentation.cut == 'entropy'
+  if needs_threshold and segmentation.entropy_threshold < 0:
+    missing.append(f'{key}.entropy_threshold (nats)')
+  return missing
 
 
 def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:

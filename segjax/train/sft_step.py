@@ -4,41 +4,45 @@ import functools
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from segjax.data.batches import TokenBatch
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.rl.losses import cross_entropy
-from segjax.rl.masked import masked_mean
-from segjax.settings import Optimizer
+from segjax.rl.losses import batch_mean, cross_entropy, num_terms
+from segjax.settings import SFT
+from segjax.train import accumulate
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
 
 
 def sft_loss(
-  params: Any, ids: Int[Array, 'B S'], mask: Bool[Array, 'B S'], config: LlamaConfig
+  params: Any, batch: TokenBatch, count: Float[Array, ''], *, config: LlamaConfig
 ) -> tuple[Float[Array, ''], dict[str, Array]]:
-  """-mean log π(ids_t | ids_<t) over the masked tokens of the batch, nats per token."""
-  logprob, entropy = token_logprobs(params, ids, config)
-  loss = cross_entropy(logprob, mask)
-  return loss, {'loss': loss, 'entropy': masked_mean(entropy, mask)}
+  """-mean log π(ids_t | ids_<t) over the masked tokens, nats per token.
+
+  Args:
+    count: masked tokens of the whole batch, of which this one may be a part.
+  """
+  logprob, entropy = token_logprobs(params, batch.ids, config)
+  loss = cross_entropy(logprob, batch.mask, count=count)
+  return loss, {'loss': loss, 'entropy': batch_mean(entropy, batch.mask, 'token', count=count)}
 
 
 @functools.partial(
-  jax.jit, static_argnames=('config', 'optimizer', 'total_steps'), donate_argnames='state'
+  jax.jit, static_argnames=('config', 'settings', 'total_steps'), donate_argnames='state'
 )
 def sft_step(
-  state: TrainState,
-  ids: Int[Array, 'B S'],
-  mask: Bool[Array, 'B S'],
-  *,
-  config: LlamaConfig,
-  optimizer: Optimizer,
-  total_steps: int,
+  state: TrainState, batch: TokenBatch, *, config: LlamaConfig, settings: SFT, total_steps: int
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update on a batch of conversations."""
-  (loss, metrics), grads = jax.value_and_grad(sft_loss, has_aux=True)(
-    state.params, ids, mask, config
+  pieces = len(batch.ids) // settings.micro_batch if settings.micro_batch else 1
+  (loss, metrics), grads = accumulate.value_and_grad(
+    functools.partial(sft_loss, config=config),
+    state.params,
+    batch,
+    pieces,
+    num_terms(batch.mask, 'token'),
   )
-  state, update = apply_update(state, grads, loss, optimizer, total_steps)
+  state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics | update

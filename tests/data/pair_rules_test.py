@@ -103,3 +103,10 @@ def test_prompt_without_preamble(llama31, llama3):
   # A template that writes no such turn has nothing to lose, BOS included.
   same = [encode_pairs(rows, llama3, WIDE, r) for r in (rules, PairRules())]
   np.testing.assert_array_equal(same[0].chosen.values, same[1].chosen.values)
+
+
+def test_ratings_that_nobody_asked_for_may_be_anything(llama3):
+  row = _pair('a', 'one', 'two') | {'chosen_score': float('nan'), 'rejected_score': '?'}
+  assert len(encode_pairs(_rows(row), llama3, WIDE, PairRules(ratings=False))) == 1
+  with pytest.raises(ValueError, match='chosen_score'):
+    encode_pairs(_rows(row), llama3, WIDE)

@@ -4,36 +4,47 @@ import numpy as np
 import pytest
 
 from segjax.jobs import normalizer
+from segjax.jobs.normalizer import Statistics
 from segjax.types import Normalizer
 
 
-def _scores():
+@pytest.fixture(scope='module')
+def found():
   """200 responses of 10 segments, score = 0.5 ln p + 1 plus noise of deviation 0.2."""
   position = np.tile(np.arange(1, 11) / 10, 200).astype(np.float32)
   noise = np.random.default_rng(0).normal(0, 0.2, position.shape)
-  return position, (0.5 * np.log(position) + 1 + noise).astype(np.float32)
+  score = (0.5 * np.log(position) + 1 + noise).astype(np.float32)
+  return Statistics(position, score, score.reshape(200, 10).sum(axis=1))
 
 
-def test_regression_finds_the_line():
-  fitted = normalizer.fit('regression', *_scores())
+def test_regression_finds_the_line(found):
+  fitted = normalizer.fit('regression', found)
   # 200 scores a bin: the mean is known to 0.2 / sqrt(200) = 0.014, the deviation to 0.01.
   np.testing.assert_allclose(
     [fitted.w_mean, fitted.b_mean, fitted.w_std, fitted.b_std], [0.5, 1, 0, 0.2], atol=0.04
   )
 
 
-def test_scalar_is_mean_and_deviation():
-  position, score = _scores()
-  fitted = normalizer.fit('scalar', position, score)
-  np.testing.assert_allclose(fitted.b_mean, score.mean(), rtol=1e-5)
-  np.testing.assert_allclose(fitted.b_std, score.std(), rtol=1e-3)  # or by n - 1
+@pytest.mark.parametrize('kind', ['global', 'last', 'scalar'])
+def test_constants_are_mean_and_deviation_of_their_scores(found, kind):
+  fitted = normalizer.fit(kind, found)
+  of = {'global': found.score, 'last': found.score[9::10], 'scalar': found.whole}[kind]
+  np.testing.assert_allclose(fitted.b_mean, of.mean(), rtol=1e-5)
+  np.testing.assert_allclose(fitted.b_std, of.std(), rtol=1e-5)
   assert (fitted.w_mean, fitted.w_std) == (0, 0)
 
 
-def test_none_changes_nothing():
-  assert normalizer.fit('none', *_scores()) == Normalizer()
+def test_none_changes_nothing(found):
+  assert normalizer.fit('none', found) == Normalizer()
 
 
 def test_no_segment_is_an_error():
   with pytest.raises(ValueError, match='no segment to fit'):
-    normalizer.fit('regression', np.zeros(0, np.float32), np.zeros(0, np.float32))
+    normalizer.fit('regression', Statistics(*np.zeros((3, 0), np.float32)))
+
+
+def test_auto_is_by_granularity():
+  kinds = [normalizer.kind_of('auto', name) for name in ('segment', 'token', 'bandit')]
+  assert kinds == ['regression', 'regression', 'scalar']
+  with pytest.raises(ValueError, match=r'config.normalizer.kind regression .* use scalar'):
+    normalizer.kind_of('regression', 'bandit')

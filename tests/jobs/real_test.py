@@ -82,7 +82,7 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
 
 def test_bandit_on_real_input(values, run):
   changed = settings.replace(
-    values, stages=('reward', 'normalizer'), **{'reward.granularity': 'bandit'}
+    values, stages=('reward', 'normalizer'), **{'reward.segmentation.granularity': 'bandit'}
   )
   assert run(changed)['normalizer']['kind'] == 'scalar'
 

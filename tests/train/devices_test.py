@@ -23,6 +23,7 @@ from segjax.types import Normalizer
 from . import setting
 
 NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
+KL_COEF = np.float32(0.1)
 
 
 class Training(NamedTuple):
@@ -61,8 +62,8 @@ def sft(devices, name):
   config, mesh = tiny.CONFIGS[name], tiny.mesh(devices)
   with jax.set_mesh(mesh):
     states = {'policy': setting.state('policy', mesh, config)}
-    static = {'config': config, 'optimizer': setting.OPTIMIZER, 'total_steps': setting.TOTAL}
-    return train(mesh, sft_step, states, *setting.conversations(mesh), **static)
+    static = {'config': config, 'settings': setting.FINE_TUNING, 'total_steps': setting.TOTAL}
+    return train(mesh, sft_step, states, setting.conversations(mesh), **static)
 
 
 @functools.cache
@@ -71,8 +72,8 @@ def reward(devices):
   with jax.set_mesh(mesh):
     states = {'reward': setting.state('reward', mesh)}
     arguments = setting.network('reference', mesh), setting.pairs(mesh)
-    static = {'scorer': setting.SCORER, 'margin': 0.0}
-    static |= {'optimizer': setting.OPTIMIZER, 'total_steps': setting.TOTAL}
+    static = {'scorer': setting.SCORER, 'settings': setting.REWARD}
+    static |= {'total_steps': setting.TOTAL}
     return train(mesh, reward_step, states, *arguments, **static)
 
 
@@ -101,7 +102,9 @@ def scored(devices):
     rollout = captured(warnings, 'generate', lambda: setting.sample(params['policy'], mesh))
     found = captured(warnings, 'score', lambda: score(params, rollout, recipe=recipe))
     experience, metrics = captured(
-      warnings, 'experience', lambda: make_experience(rollout, found, NORMALIZER, recipe=recipe)
+      warnings,
+      'experience',
+      lambda: make_experience(rollout, found, NORMALIZER, KL_COEF, recipe=recipe),
     )
     after = generate._cache_size(), score_piece._cache_size(), make_experience._cache_size()
     if devices > 1:
@@ -118,7 +121,7 @@ def scored(devices):
       ),
       'score': program(
         score_piece,
-        *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), piece),
+        *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), None, piece),
         recipe=recipe,
       ),
     }
@@ -133,7 +136,7 @@ def ppo(devices):
   with jax.set_mesh(mesh):
     states = {name: setting.state(name, mesh) for name in ('policy', 'critic')}
     static = {'recipe': setting.recipe(), 'total_steps': setting.TOTAL}
-    return train(mesh, ppo_step, states, experience, lambda step: rows[step], **static)
+    return train(mesh, ppo_step, states, experience, lambda step: rows[step], KL_COEF, **static)
 
 
 TRAININGS = {

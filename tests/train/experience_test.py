@@ -9,6 +9,7 @@ from model import tiny
 from numpy.testing import assert_allclose
 from rl.ragged import LENGTH, make_batch
 
+from segjax.settings import Shaping
 from segjax.train.experience import (
   Scores,
   join,
@@ -73,7 +74,6 @@ def test_pieces_equal_the_whole(params, rollout, caplog):
   whole = setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, score_batch=0))
   expected = score(params, rollout, recipe=whole)
   for name in Scores._fields:
-    assert getattr(pieces, name).shape == (tiny.BATCH, setting.RESPONSE)
     # float32, matrix products of another height.
     assert_allclose(getattr(pieces, name), getattr(expected, name), atol=1e-5, err_msg=name)
 
@@ -94,15 +94,16 @@ def test_take_rows(rollout):
 
 def by_loops(batch, scored, recipe):
   """Rewards, advantages, returns of each response: the method as loops over lists."""
-  ppo, found = recipe.ppo, {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
-  floor = max(ppo.std_floor_ratio * NORMALIZER[3], 1e-6)
+  ppo, cutting = recipe.ppo, recipe.cutter.segmentation
+  found = {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
+  floor = max(recipe.shaping.std_floor_ratio * NORMALIZER[3], 1e-6)
   lists = {name: np.asarray(x, np.float64).tolist() for name, x in scored._asdict().items()}
   for row, (after, mask, finished) in enumerate(batch.rows('entropy_after', 'mask', 'finished')):
-    ends = oracle.segment_ends(after, mask, finished, recipe.granularity, recipe.entropy_threshold)
+    ends = oracle.segment_ends(after, mask, finished, cutting.granularity, 2.0)
     z = oracle.segment_z(lists['score'][row], ends, NORMALIZER, floor)
     dense = oracle.spread(z, ends, mask, recipe.spread)
     kl = np.subtract(lists['old_logprob'][row], lists['ref_logprob'][row])
-    clipped = np.clip(dense, -ppo.reward_clip, ppo.reward_clip)
+    clipped = np.clip(dense, -recipe.shaping.reward_clip, recipe.shaping.reward_clip)
     reward = np.where(mask, clipped - ppo.kl_coef * kl, 0.0).tolist()
     advantage = oracle.gae(reward, lists['value'][row], mask, ppo.gamma, ppo.gae_lambda)
     for name, x in (('ends', ends), ('dense', dense), ('reward', reward), ('advantage', advantage)):
@@ -125,6 +126,7 @@ def test_experience_equals_oracle(granularity, spread):
     entropy=jnp.asarray(batch.entropy),
     score=jnp.asarray(batch.score * 5),
     value=jnp.asarray(batch.value),
+    prompt_score=jnp.zeros(rows),
   )
   rollout = Rollout(
     prompt_ids=jnp.zeros((rows, 1), jnp.int32),
@@ -134,13 +136,13 @@ def test_experience_equals_oracle(granularity, spread):
     finished=jnp.asarray(batch.finished),
     old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `scored` says counts
   )
-  recipe = dataclasses.replace(
-    setting.recipe(granularity, spread),
-    entropy_threshold=2.0,
-    ppo=dataclasses.replace(setting.PPO_SETTINGS, reward_clip=4.0),
+  recipe = setting.recipe(
+    spread=spread, cutter=setting.cutter(granularity, 2.0), shaping=Shaping(reward_clip=4.0)
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
-  experience, metrics = jax.device_get(make_experience(rollout, scored, normalizer, recipe=recipe))
+  experience, metrics = jax.device_get(
+    make_experience(rollout, scored, normalizer, jnp.float32(recipe.ppo.kl_coef), recipe=recipe)
+  )
   expected = by_loops(batch, scored, recipe)
   masks = batch.mask.tolist()
   lengths = [len(ends) for ends in expected['ends']]

@@ -1,10 +1,15 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from model import tiny
 
-from segjax.train.experience import make_experience, score
+from segjax.rl.losses import num_terms
+from segjax.settings import Compat
+from segjax.train.compat import as_published
+from segjax.train.experience import make_experience, score, take_rows
 from segjax.train.ppo_step import policy_objective, ppo_step
 from segjax.types import Normalizer
 
@@ -12,6 +17,8 @@ from . import setting
 from .compiles import compiled
 
 ROWS = np.array([[6, 0, 5, 3], [7, 1, 2, 4], [0, 1, 2, 3]])
+RECIPE = setting.recipe()
+KL_COEF = np.float32(0.1)
 
 
 @pytest.fixture(scope='module', params=[False, True], ids=['decode_logprob', 'recomputed'])
@@ -21,14 +28,14 @@ def experience(request):
   rollout = setting.sample(params['policy'])
   scored = score(params, rollout, recipe=recipe)
   found, metrics = make_experience(
-    rollout, scored, jax.tree.map(jnp.float32, Normalizer()), recipe=recipe
+    rollout, scored, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
   )
   return recipe, found, jax.device_get(metrics)
 
 
-def step(states, experience, rows):
+def step(states, experience, rows, recipe=RECIPE, **values):
   *states, metrics = ppo_step(
-    *states, experience, rows, recipe=setting.recipe(), total_steps=setting.TOTAL
+    *states, experience, rows, KL_COEF, recipe=recipe, total_steps=setting.TOTAL, **values
   )
   return states, jax.device_get(metrics)
 
@@ -77,7 +84,9 @@ def test_minibatch_is_its_rows(experience):
   recipe, found, _ = experience
   _, metrics = step(fresh(), found, ROWS[0])
   rows = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ROWS[0]]), found)
-  loss, _ = jax.jit(policy_objective, static_argnums=2)(tiny.params(tiny.CONFIG), rows, recipe)
+  count = num_terms(rows.rollout.response_mask)
+  objective = jax.jit(policy_objective, static_argnames='recipe')
+  loss, _ = objective(tiny.params(tiny.CONFIG), rows, count, KL_COEF, recipe=recipe)
   assert metrics['policy/loss'] == pytest.approx(float(loss), abs=1e-5)  # float32, near 0
 
 
@@ -100,3 +109,99 @@ def test_states_are_donated(experience):
   step(states, found, ROWS[0])
   assert all(leaf.is_deleted() for leaf in leaves)
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(found))
+
+
+def variant(**values):
+  return setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, **values))
+
+
+def test_micro_batches_add_up_to_the_minibatch(experience):
+  """Rows of unlike length in each part, and one update either way."""
+  _, found, _ = experience
+  for mean in ('sequence', 'token'):
+    whole, metrics = step(fresh(), found, ROWS[0], variant(loss_mean=mean))
+    parts, added = step(fresh(), found, ROWS[0], variant(loss_mean=mean, micro_batch=2))
+    for key in ('policy/loss', 'value/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
+      assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
+    for key in ('policy/grad_norm', 'value/grad_norm'):
+      assert added[key] == pytest.approx(metrics[key], rel=1e-5)
+    for one, other in zip(whole, parts, strict=True):
+      assert one.step == other.step
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference(experience):
+  """With no advantage the penalty alone moves the policy; it starts at the reference, at 0."""
+  _, found, _ = experience
+  far = dataclasses.replace(
+    found, advantage=jnp.zeros_like(found.advantage), ref_logprob=found.ref_logprob - 1.0
+  )
+  recipe = variant(kl_in='loss', kl_estimator='k2')
+  states, before = step(fresh(), far, ROWS[0], recipe)
+  assert before['policy/kl'] == pytest.approx(0.5, rel=1e-3)  # half the square of 1 nat
+  assert before['policy/loss'] == pytest.approx(0.1 * 0.5, rel=1e-3)
+  _, after = step(states, far, ROWS[0], recipe)
+  assert after['policy/kl'] < before['policy/kl']
+
+
+def test_entropy_bonus_is_in_the_loss(experience):
+  _, found, _ = experience
+  _, plain = step(fresh(), found, ROWS[0])
+  _, bonus = step(fresh(), found, ROWS[0], variant(entropy_coef=0.5))
+  expected = plain['policy/loss'] - 0.5 * plain['policy/entropy']
+  assert bonus['policy/loss'] == pytest.approx(expected, abs=1e-5)
+
+
+def test_critic_learns_alone_in_the_warm_up(experience):
+  _, found, _ = experience
+  states, metrics = step(fresh(), found, ROWS[0], policy_from=None)
+  assert [int(state.step) for state in states] == [0, 1]
+  assert not any(key.startswith('policy/') for key in metrics)
+  jax.tree.map(np.testing.assert_array_equal, setting.copied(states[0]), setting.copied(fresh()[0]))
+
+
+def test_attention_mask_is_that_of_the_rollout(experience):
+  """Both log-probs see the same tokens, so the ratio stays 1 under the published mask."""
+  recipe, found, _ = experience
+  if not recipe.recompute_logprob:
+    return
+  mesh = tiny.mesh(1)
+  params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+  # The shortest response first, whose length the others are then seen by.
+  shortest_first = np.argsort(np.asarray(found.rollout.response_mask).sum(axis=1))
+  found = take_rows(found, shortest_first)
+  published = Compat(row0_mask=True, force_eos=True, micro_batch=8)
+  rollout = as_published(found.rollout, tiny.STOP_IDS[0], published)
+  longer = np.asarray(rollout.response_mask & ~rollout.attended)
+  assert longer.any()
+  scored = score(params, rollout, recipe=recipe)
+  assert np.abs(np.asarray(scored.score - found.score))[longer].max() > 1e-3
+  masked, metrics = make_experience(
+    rollout, scored, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
+  )
+  assert metrics['kl_token_max'] <= 1e-5
+  _, metrics = step(fresh(), masked, ROWS[0])
+  assert metrics['policy/ratio_max_deviation'] <= 1e-5
+
+
+def test_macro_actions_train_the_critic_where_they_begin(experience):
+  recipe, found, _ = experience
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_over='segment'))
+  mesh = tiny.mesh(1)
+  params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+  macro, _ = make_experience(
+    found.rollout,
+    score(params, found.rollout, recipe=recipe),
+    jax.tree.map(jnp.float32, Normalizer()),
+    KL_COEF,
+    recipe=recipe,
+  )
+  macro = setting.copied(macro)
+  starts, mask = macro.value_mask, macro.rollout.response_mask
+  assert starts.sum() < mask.sum()
+  assert np.array_equal(starts & (macro.segments.segment_id >= 0), macro.segments.start)
+  inside = mask[:, 1:] & ~starts[:, 1:]
+  same = macro.advantage[:, 1:] == macro.advantage[:, :-1]
+  assert same[inside].all()
+  assert not macro.return_[~starts].any()
+  _, metrics = step(fresh(), macro, ROWS[0])
+  assert metrics['bad'] == 0

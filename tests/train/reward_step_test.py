@@ -51,7 +51,7 @@ def expected_scores(networks, granularity):
 
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
 def test_scores_equal_oracle(networks, granularity):
-  scorer = dataclasses.replace(setting.SCORER, granularity=granularity)
+  scorer = dataclasses.replace(setting.SCORER, cutter=setting.cutter(granularity))
   # Token and bandit granularity must do without the reference.
   reference = networks['reference'] if granularity == 'segment' else None
   got = evaluate_pairs(networks['reward'], reference, setting.pairs(), scorer=scorer)
@@ -69,7 +69,7 @@ def test_longer_padding_changes_nothing(networks):
 
 
 def test_statistics_are_of_both_sides(networks):
-  position, score, end = jax.device_get(
+  position, score, end, _ = jax.device_get(
     segment_statistics(
       networks['reward'], networks['reference'], setting.pairs(), scorer=setting.SCORER
     )
@@ -108,8 +108,7 @@ def test_learns_one_batch(networks, caplog):
         networks['reference'],
         pairs,
         scorer=setting.SCORER,
-        margin=0.0,
-        optimizer=setting.OPTIMIZER,
+        settings=setting.REWARD,
         total_steps=setting.TOTAL,
       )
       found.append(jax.device_get(metrics))

@@ -1,5 +1,6 @@
 """segment_reward.json: what is written is read, what is missing must be named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,12 +8,17 @@ import pytest
 from segjax.data import demo
 from segjax.data.tokenizer import fingerprint
 from segjax.rl.normalizer import PUBLISHED
-from segjax.settings import RewardModel
+from segjax.settings import AS_STORED, RewardModel, Segmentation
 from segjax.train import segment_reward
 from segjax.train.segment_reward import SegmentReward
 from segjax.types import Normalizer
 
 FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
+
+
+def reward_model(normalizer='', **segmentation):
+  """What a config says that names these fields."""
+  return RewardModel('', dataclasses.replace(AS_STORED, **segmentation), normalizer)
 
 
 @pytest.fixture
@@ -24,13 +30,25 @@ def model(tmp_path):
 
 def test_file_has_the_documented_form(model):
   segment_reward.write(
-    model, SegmentReward('segment', 1.5, FITTED, 'regression', tokenizer_sha256='abc')
+    model,
+    SegmentReward(
+      Segmentation(entropy_threshold=1.5, min_length=3),
+      FITTED,
+      'regression',
+      tokenizer_sha256='abc',
+    ),
   )
   assert json.loads((model / 'segment_reward.json').read_text()) == {
-    'version': 1,
+    'version': 2,
     'granularity': 'segment',
+    'cut': 'entropy',
     'entropy_threshold': 1.5,
+    'fixed_length': 16,
+    'delimiters': '.!?\n',
+    'min_length': 3,
+    'stop_token': 'outside',
     'aggregation': 'mean',
+    'temperature': 1.0,
     'normalizer': {
       'kind': 'regression',
       'w_mean': 0.1,
@@ -44,7 +62,7 @@ def test_file_has_the_documented_form(model):
 
 @pytest.mark.parametrize('normalizer, kind', [(FITTED, 'scalar'), (None, '')])
 def test_what_is_written_is_read(model, normalizer, kind):
-  written = SegmentReward('token', 2.0, normalizer, kind, tokenizer_sha256='abc')
+  written = SegmentReward(Segmentation('token'), normalizer, kind, tokenizer_sha256='abc')
   segment_reward.write(model, written)
   assert segment_reward.read(model) == written
 
@@ -54,7 +72,7 @@ def test_no_file_is_no_error(model):
 
 
 @pytest.mark.parametrize(
-  'text', ['{', '{"version": 2}', '{"version": 1}', '{"version": 1, "normalizer": {"kind": "x"}}']
+  'text', ['{', '{"version": 1}', '{"version": 2}', '{"version": 2, "normalizer": {"kind": "x"}}']
 )
 def test_broken_file_is_named(model, text):
   (model / 'segment_reward.json').write_text(text)
@@ -63,15 +81,19 @@ def test_broken_file_is_named(model, text):
 
 
 def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
-  segment_reward.write(model, SegmentReward('segment', 1.5, FITTED, 'regression'))
+  stored = Segmentation(entropy_threshold=1.5, aggregation='last', min_length=2)
+  segment_reward.write(model, SegmentReward(stored, FITTED, 'regression'))
   assert segment_reward.resolve(RewardModel(), model, model) == SegmentReward(
-    'segment', 1.5, FITTED, 'regression'
+    stored, FITTED, 'regression'
   )
   named = RewardModel(
-    granularity='token', entropy_threshold=0.0, normalizer='published:llama3_8b_sft/token'
+    segmentation=dataclasses.replace(AS_STORED, granularity='token', entropy_threshold=0.0),
+    normalizer='published:llama3_8b_sft/token',
   )
   found = segment_reward.resolve(named, model, model)
-  assert (found.granularity, found.entropy_threshold) == ('token', 0.0)
+  assert found.segmentation == dataclasses.replace(
+    stored, granularity='token', entropy_threshold=0.0
+  )
   assert found.normalizer == PUBLISHED['llama3_8b_sft/token']
   none = segment_reward.resolve(RewardModel(normalizer='none'), model, model)
   assert (none.normalizer, none.normalizer_kind) == (Normalizer(), 'none')
@@ -82,6 +104,7 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
   [
     ({}, ['granularity', 'entropy_threshold', 'normalizer']),
     ({'granularity': 'segment'}, ['entropy_threshold', 'normalizer']),
+    ({'granularity': 'segment', 'cut': 'fixed_length'}, ['normalizer']),
     ({'granularity': 'token'}, ['normalizer']),
     ({'granularity': 'bandit', 'entropy_threshold': 1.0}, ['normalizer']),
     ({'entropy_threshold': 1.0, 'normalizer': 'none'}, ['granularity']),
@@ -89,18 +112,19 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
 )
 def test_without_a_file_all_must_be_named(model, named, missing):
   with pytest.raises(ValueError, match='run the normalizer job') as error:
-    segment_reward.resolve(RewardModel(**named), model, model)
-  for key in ('granularity', 'entropy_threshold', 'normalizer'):
-    assert (f'config.reward_model.{key}' in str(error.value)) == (key in missing)
+    segment_reward.resolve(reward_model(**named), model, model)
+  for key in ('segmentation.granularity', 'segmentation.entropy_threshold', 'normalizer'):
+    is_named = f'config.reward_model.{key}' in str(error.value)
+    assert is_named == (key.removeprefix('segmentation.') in missing)
 
 
 def test_token_granularity_needs_no_threshold(model):
-  found = segment_reward.resolve(RewardModel(granularity='token', normalizer='none'), model, model)
-  assert found.granularity == 'token'
+  named = reward_model(granularity='token', normalizer='none')
+  assert segment_reward.resolve(named, model, model).segmentation.granularity == 'token'
 
 
 def test_unfitted_normaliser_is_refused(model):
-  segment_reward.write(model, SegmentReward('segment', 1.5, None))
+  segment_reward.write(model, SegmentReward(Segmentation(), None))
   with pytest.raises(ValueError, match='normalizer'):
     segment_reward.resolve(RewardModel(), model, model)
 

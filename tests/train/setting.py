@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from model import tiny
 
+from segjax.data.batches import TokenBatch
 from segjax.model import sharding
-from segjax.settings import PPO, Optimizer, Rollout
+from segjax.settings import PPO, SFT, Optimizer, Reward, Rollout, Segmentation, Shaping
+from segjax.train.cutting import Cutter
 from segjax.train.experience import Recipe
 from segjax.train.optimizer import init_state
 from segjax.train.reward_step import Scorer
@@ -31,22 +33,21 @@ PPO_SETTINGS = PPO(
   critic_optimizer=OPTIMIZER,
 )
 ROLLOUT = Rollout(max_new_tokens=RESPONSE, batch=4)
-SCORER = Scorer(tiny.CONFIG, tiny.CONFIG, 'segment', THRESHOLD)
+REWARD, FINE_TUNING = Reward(optimizer=OPTIMIZER), SFT(optimizer=OPTIMIZER)
 
 
-def recipe(granularity='segment', spread='even_split', recompute_logprob=False, ppo=PPO_SETTINGS):
+def cutter(granularity='segment', entropy_threshold=THRESHOLD, **values):
+  """Of the network's own entropies, unless the values say otherwise."""
+  return Cutter(Segmentation(granularity, entropy_threshold=entropy_threshold, **values))
+
+
+SCORER = Scorer(tiny.CONFIG, tiny.CONFIG, cutter())
+
+
+def recipe(granularity='segment', spread='even_split', ppo=PPO_SETTINGS, **values):
   """All four networks of one shape."""
-  return Recipe(
-    policy=tiny.CONFIG,
-    reference=tiny.CONFIG,
-    reward=tiny.CONFIG,
-    critic=tiny.CONFIG,
-    granularity=granularity,
-    entropy_threshold=THRESHOLD,
-    spread=spread,
-    ppo=ppo,
-    recompute_logprob=recompute_logprob,
-  )
+  fields = {'cutter': cutter(granularity), 'shaping': Shaping()} | values
+  return Recipe(*[tiny.CONFIG] * 4, spread=spread, ppo=ppo, **fields)
 
 
 SEEDS = {'policy': 0, 'reference': 0, 'reward': 1, 'critic': 2}
@@ -67,7 +68,7 @@ def conversations(mesh=None):
   """Tokens, and which of them are trained on."""
   ids = tiny.ids(seed=11)
   mask = np.random.default_rng(12).random(ids.shape) < 0.6
-  return sharding.place_batch((ids, mask), mesh or tiny.mesh(1))
+  return sharding.place_batch(TokenBatch(ids, mask), mesh or tiny.mesh(1))
 
 
 def sequences(seed, length=tiny.LENGTH):

@@ -5,21 +5,16 @@ import pytest
 from model import tiny
 from numpy.testing import assert_allclose
 
+from segjax.data.batches import TokenBatch
 from segjax.train.sft_step import sft_step
 
 from . import setting
 from .compiles import compiled
 
 
-def step(state, ids, mask):
-  return sft_step(
-    state,
-    ids,
-    mask,
-    config=tiny.CONFIG,
-    optimizer=setting.OPTIMIZER,
-    total_steps=setting.TOTAL,
-  )
+def step(state, ids, mask, settings=setting.FINE_TUNING):
+  batch = TokenBatch(ids, mask)
+  return sft_step(state, batch, config=tiny.CONFIG, settings=settings, total_steps=setting.TOTAL)
 
 
 def test_learns_one_batch(caplog):

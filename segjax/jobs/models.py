@@ -1,0 +1,104 @@
+"""What PPO and evaluation share: networks, the reward model's meaning, the user's reward."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from segjax.checks import check_redistribution, spread
+from segjax.data.batches import Prompts
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.jobs import stage as jobs
+from segjax.jobs.stage import Stage
+from segjax.model.llama import LlamaConfig
+from segjax.settings import Segmentation
+from segjax.train import segment_reward
+from segjax.train.cutting import cutter_of
+from segjax.train.experience import Recipe
+from segjax.train.reward_function import load_function, token_rewards
+from segjax.train.segment_reward import SegmentReward
+from segjax.types import Normalizer, Rollout
+
+HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
+
+
+def find(stage: Stage) -> tuple[dict[str, Path], SegmentReward, dict[str, LlamaConfig]]:
+  """(directories, what the reward model's scores mean, networks) of config's models, by name.
+
+  Without config.reward_model.path there is no 'reward' among them: rewards come from a function.
+  """
+  s = stage.settings
+  paths = {
+    'policy': jobs.checkpoint(s.policy.path, 'policy.path'),
+    'reference': jobs.checkpoint(s.reference.path, 'reference.path'),
+  }
+  if s.reward_model.path:
+    paths['reward'] = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
+    meaning = segment_reward.resolve(s.reward_model, paths['reward'], paths['policy'])
+  else:
+    segmentation = segment_reward.overruled(Segmentation(), s.reward_model.segmentation)
+    meaning = SegmentReward(segmentation, Normalizer(), 'none')
+  granularity = meaning.segmentation.granularity
+  check_redistribution(s, granularity, float(meaning.normalizer.w_mean))
+  segment_reward.check_tokenizer(paths['reference'], paths['policy'])
+  return paths, meaning, {name: jobs.network(stage, path) for name, path in paths.items()}
+
+
+def load(
+  stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
+) -> dict[str, Any]:
+  """The frozen parameters of those models that there are."""
+  return {
+    name: jobs.load(stage, paths[name], networks[name], HEADS[name])
+    for name in names
+    if name in paths
+  }
+
+
+def recipe_of(
+  stage: Stage,
+  networks: dict[str, LlamaConfig],
+  critic: LlamaConfig,
+  meaning: SegmentReward,
+  tokenizer: ChatTokenizer,
+) -> Recipe:
+  """What is fixed over a run of PPO or an evaluation."""
+  s, segmentation = stage.settings, meaning.segmentation
+  if s.shaping.redistribute == 'red':
+    # The score is read at the response's end, so the stop token has to lie in a segment.
+    segmentation = dataclasses.replace(segmentation, stop_token='inside')
+  return Recipe(
+    policy=networks['policy'],
+    reference=networks['reference'],
+    reward=networks.get('reward'),
+    critic=critic,
+    cutter=cutter_of(segmentation, tokenizer),
+    spread=spread(s, segmentation.granularity),
+    shaping=s.shaping,
+    ppo=s.ppo,
+    compat=s.compat,
+    recompute_logprob=s.rollout.recompute_logprob,
+  )
+
+
+def rule_of(
+  stage: Stage, prompts: Prompts, tokenizer: ChatTokenizer
+) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
+  """(rollout, its rows of `prompts`) -> rewards per token of config.shaping.reward_fn.
+
+  None where the config names no function. A function needs the text: the rollout is waited for.
+  """
+  path = stage.settings.shaping.reward_fn
+  if not path:
+    return lambda rollout, rows: None
+  function = load_function(path, 'shaping.reward_fn')
+
+  def rewards(rollout: Rollout, rows: np.ndarray) -> jax.Array:
+    ids, mask = jax.device_get((rollout.response_ids, rollout.response_mask))
+    asked = [prompts.messages(row)[-1]['content'] for row in rows]
+    return stage.place(token_rewards(function, asked, ids, mask, tokenizer.decode))
+
+  return rewards

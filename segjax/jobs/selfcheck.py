@@ -1,0 +1,262 @@
+"""The invariants that matter, on the accelerator at hand: a table, and an error if one is broken.
+
+Everything runs on a small random network and random responses; nothing is read or downloaded.
+Float32 is computed at full precision here (`jax.default_matmul_precision('highest')`): accelerators
+multiply float32 matrices in fewer bits unless told otherwise, and rounding would hide mistakes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.jobs import loops
+from segjax.jobs.stage import Stage
+from segjax.model import sharding
+from segjax.model.heads import init_params, scores, token_logprobs
+from segjax.model.llama import LlamaConfig, config_of
+from segjax.report.console import table
+from segjax.rl.segmentation import GRANULARITIES
+from segjax.settings import PPO, Network, Optimizer, Segmentation, Shaping
+from segjax.settings import Rollout as RolloutSettings
+from segjax.train.cutting import Cutter
+from segjax.train.experience import Recipe, join, make_experience, response_window, score
+from segjax.train.optimizer import init_state
+from segjax.train.ppo_step import ppo_step
+from segjax.train.rollout import rollout
+from segjax.types import Experience, Rollout
+
+_ROWS, _PROMPT, _RESPONSE, _VOCABULARY = 8, 8, 24, 256
+_STOP_IDS = (7, 3)
+_NETWORK = Network(vocab_size=_VOCABULARY, initializer_range=0.1, max_position_embeddings=64)
+_OPTIMIZER = Optimizer(learning_rate=1e-3, warmup_ratio=0.0, epsilon=1e-5)
+_PPO = PPO(policy_optimizer=_OPTIMIZER, critic_optimizer=_OPTIMIZER, kl_coef=0.1)
+_HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'critic': 'scalar'}
+
+
+class Outcome(NamedTuple):
+  """What was measured, the bound it has to keep; NaN where the check cannot be made here."""
+
+  measured: float
+  bound: float
+  note: str = ''
+
+  @property
+  def status(self) -> str:
+    """ok, FAILED or skipped."""
+    if math.isnan(self.bound):
+      return 'skipped'
+    return 'ok' if self.measured <= self.bound else 'FAILED'
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """The networks, a rollout of the policy and its experience, all on one mesh."""
+
+  recipe: Recipe
+  params: dict[str, Any]
+  rollout: Rollout
+  experience: Experience
+  metrics: dict[str, Any]
+
+
+def run(stage: Stage) -> dict[str, Any]:
+  """Runs every check and prints the table.
+
+  Raises:
+    ValueError: a check failed; it names them.
+  """
+  found = {}
+  with jax.default_matmul_precision('highest'):
+    bench = make_bench(stage.mesh)
+    for name, check in checks(stage, bench):
+      found[name] = check()
+      stage.say(f'{found[name].status:<8} {name}')
+  rows = [
+    (name, _short(outcome.measured), _short(outcome.bound), outcome.status, outcome.note)
+    for name, outcome in found.items()
+  ]
+  device = jax.devices()[0]
+  table(
+    f'Self-check on {len(jax.devices())} x {device.device_kind}, jax {jax.__version__}',
+    ('', 'difference', 'at most', '', ''),
+    rows,
+  )
+  failed = [name for name, outcome in found.items() if outcome.status == 'FAILED']
+  if failed:
+    raise ValueError(
+      f'{len(failed)} of {len(found)} checks failed: {"; ".join(failed)}. Do not train here: the '
+      'numbers above are wrong on this machine or with this version of jax.'
+    )
+  return {name: outcome._asdict() for name, outcome in found.items()}
+
+
+def checks(stage: Stage, bench: Bench) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+  """(what must hold, the check) of each invariant."""
+  yield 'cached decoding equals a full forward, log-prob', lambda: decoding(bench)
+  yield 'KL is 0 before the first update', lambda: first_kl(bench)
+  yield 'ratio is 1 at the first minibatch', lambda: first_ratio(bench)
+  yield 'padding does not change a sequence', lambda: padding(bench)
+  yield 'other rows do not change a sequence', lambda: batch_mates(bench)
+  yield 'accumulated gradients equal the whole batch', lambda: accumulation(bench)
+  for granularity in GRANULARITIES:
+    yield (
+      f'{granularity} rewards and advantages equal slow loops',
+      functools.partial(_rewards, granularity),
+    )
+  yield 'a reward of 0.7 stays 0.7', lambda: Outcome(loops.seven_tenths(), 1e-7)
+  yield 'all devices equal one', lambda: sharded(stage, bench)
+  yield 'bfloat16 log-probs, mean over tokens', lambda: bfloat16(bench)
+
+
+def make_bench(mesh: Any, config: LlamaConfig | None = None) -> Bench:
+  """Fresh networks; the reference is the policy, as before the first update."""
+  config = config or config_of(_NETWORK)
+  cutter = Cutter(Segmentation(entropy_threshold=4.5))  # about ln V - 1: some tokens lie above
+  recipe = Recipe(*[config] * 4, cutter, 'even_split', Shaping(), _PPO)
+  with jax.set_mesh(mesh):
+    params = {
+      name: _init(jax.random.key(seed), config, head, mesh)
+      for seed, (name, head) in zip((0, 0, 1, 2), _HEADS.items(), strict=True)
+    }
+    rng = np.random.default_rng(0)
+    found = rollout(
+      params['policy'],
+      rng.integers(8, _VOCABULARY, (_ROWS, _PROMPT)).astype(np.int32),
+      rng.integers(1, _PROMPT + 1, _ROWS).astype(np.int32),
+      jax.random.key(3),
+      config=config,
+      settings=RolloutSettings(max_new_tokens=_RESPONSE),
+      stop_ids=_STOP_IDS,
+      mesh=mesh,
+    )
+    scored = score(params, found, recipe=recipe)
+    experience, metrics = make_experience(
+      found, scored, loops.normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe
+    )
+  return Bench(recipe, params, found, experience, jax.device_get(metrics))
+
+
+def decoding(bench: Bench) -> Outcome:
+  """Log-probs of the decode loop against those of a forward over the whole sequence."""
+  full, _ = _forward(bench.params['policy'], join(bench.rollout), config=bench.recipe.policy)
+  full = response_window(full, bench.rollout.prompt_length, _RESPONSE)
+  mask = bench.rollout.response_mask
+  return Outcome(_largest(jnp.where(mask, full - bench.rollout.old_logprob, 0)), 1e-4)
+
+
+def first_kl(bench: Bench) -> Outcome:
+  """|log π - log π_ref| of any token, where policy and reference are the same network."""
+  return Outcome(float(bench.metrics['kl_token_max']), 1e-4)
+
+
+def first_ratio(bench: Bench) -> Outcome:
+  """|π / π_old - 1| of any token, before anything was learned."""
+  *_, metrics = update(bench)
+  return Outcome(float(metrics['policy/ratio_max_deviation']), 1e-4)
+
+
+def padding(bench: Bench) -> Outcome:
+  """Scores of sequences against those of the same with more padding behind."""
+  ids = np.asarray(join(bench.rollout))
+  longer = np.pad(ids, ((0, 0), (0, 8)))
+  config, params = bench.recipe.reward, bench.params['reward']
+  difference = _scores(params, longer, config=config)[:, : ids.shape[1]] - _scores(
+    params, ids, config=config
+  )
+  return Outcome(_largest(difference), 1e-5)
+
+
+def batch_mates(bench: Bench) -> Outcome:
+  """Scores of each sequence against those of the same among others."""
+  ids = np.asarray(join(bench.rollout))
+  others = np.where(np.arange(_ROWS)[:, None] % 2 == 0, ids, ids[::-1] ^ 1)
+  config, params = bench.recipe.reward, bench.params['reward']
+  difference = _scores(params, others, config=config) - _scores(params, ids, config=config)
+  return Outcome(_largest(difference[::2]), 1e-5)
+
+
+def accumulation(bench: Bench) -> Outcome:
+  """Parameters after an update in four pieces against those after one in a single piece."""
+  return Outcome(_distance(update(bench, micro_batch=2)[0], update(bench)[0]), 1e-3)
+
+
+def sharded(stage: Stage, bench: Bench) -> Outcome:
+  """Losses on one device against those on config.mesh."""
+  devices = stage.mesh.devices.ravel()
+  if len(devices) == 1:
+    return Outcome(math.nan, math.nan, 'one device')
+  batch = sharding.batch_devices(stage.mesh)
+  if _ROWS % batch:
+    return Outcome(math.nan, math.nan, f'{_ROWS} rows do not divide over {batch} devices')
+  mesh = sharding.make_mesh(devices=devices[:1])
+  one = make_bench(mesh, bench.recipe.policy)
+  names = ('policy/loss', 'value/loss', 'policy/grad_norm', 'value/grad_norm')
+  here = update(bench)[2]
+  with jax.set_mesh(mesh):
+    there = update(one)[2]
+  return Outcome(max(abs(float(here[n] / there[n]) - 1) for n in names), 1e-4, 'relative')
+
+
+def bfloat16(bench: Bench) -> Outcome:
+  """Mean over tokens of |difference| between log-probs in bfloat16 and in float32, nats."""
+  ids, config = join(bench.rollout), bench.recipe.policy
+  narrow = dataclasses.replace(config, dtype='bfloat16')
+  difference = [_forward(bench.params['policy'], ids, config=c)[0] for c in (narrow, config)]
+  return Outcome(float(jnp.mean(jnp.abs(difference[0] - difference[1]))), 0.05, 'nats')
+
+
+def _rewards(granularity: str) -> Outcome:
+  return Outcome(loops.worst_difference(granularity), 1e-3, 'rewards up to 10')
+
+
+def update(bench: Bench, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
+  """The policy's and the critic's parameters, and the metrics, after one update on all rows."""
+  ppo = dataclasses.replace(_PPO, micro_batch=micro_batch)
+  states = (
+    init_state(jax.tree.map(jnp.copy, bench.params[name]), _OPTIMIZER, 10)  # the step donates it
+    for name in ('policy', 'critic')
+  )
+  policy, critic, metrics = ppo_step(
+    *states,
+    bench.experience,
+    np.arange(_ROWS),
+    jnp.float32(ppo.kl_coef),
+    recipe=dataclasses.replace(bench.recipe, ppo=ppo),
+    total_steps=10,
+  )
+  return policy.params, critic.params, jax.device_get(metrics)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _forward(params: Any, ids: jax.Array, *, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+  return token_logprobs(params, ids, config)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _scores(params: Any, ids: jax.Array, *, config: LlamaConfig) -> jax.Array:
+  return scores(params, ids, config)
+
+
+def _init(key: jax.Array, config: LlamaConfig, head: str, mesh: Any) -> Any:
+  params = jax.jit(init_params, static_argnums=(1, 2))(key, config, head)
+  return jax.device_put(params, sharding.tree_shardings(params, mesh))
+
+
+def _largest(x: jax.Array) -> float:
+  return float(jnp.max(jnp.abs(x)))
+
+
+def _distance(one: Any, other: Any) -> float:
+  """The largest |difference| of any parameter, relative to the largest update Adam can make."""
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return max(_largest(x - y) for x, y in pairs) / _OPTIMIZER.learning_rate
+
+
+def _short(x: float) -> str:
+  return '' if math.isnan(x) else f'{x:.1e}'

@@ -1,0 +1,158 @@
+"""Whole runs with the options on: calibration, cache, rules, redistribution, published mistakes."""
+
+import json
+
+import pytest
+
+from segjax.data import demo
+
+
+def many_words(prompt, response):
+  """A rule that likes long answers; it is named by path below."""
+  return 0.1 * len(response.split())
+
+
+RULE = f'{__name__}:many_words'
+
+
+@pytest.fixture(scope='module')
+def at(language):
+  """Paths of the small language."""
+
+  def make(rows):
+    return {
+      'policy.path': str(language / 'model'),
+      'data.path': str(language / 'rows' / f'{rows}.jsonl.gz'),
+      'network.max_position_embeddings': 128,
+    }
+
+  return make
+
+
+def metrics(workdir, stage):
+  lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+CALIBRATED = {
+  'reward.calibration.target_segment_length': 3.0,
+  'reward.calibration.samples': 16,
+  'reward.calibration.batch': 16,
+  'reward.calibration.max_new_tokens': 16,
+  'reward.segmentation.aggregation': 'softmax',
+  'reward.micro_batch': 4,
+  'reward.epochs': 2,
+}
+
+
+def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
+  cache = {'reward.entropy_cache': str(tmp_path / 'cache')}
+  values = small('reward', 'normalizer', **at('pairs'), **CALIBRATED, **cache)
+  run(values, tmp_path / 'one')
+  out = capsys.readouterr().out
+  assert 'segments of 3 tokens were asked for' in out and 'tokens a segment' in out
+  found = json.loads((tmp_path / 'one' / 'reward' / 'calibration.json').read_text())
+  stored = json.loads((tmp_path / 'one' / 'reward' / 'model' / 'segment_reward.json').read_text())
+  assert stored['entropy_threshold'] == found['entropy_threshold'] > 0
+  assert stored['aggregation'] == 'softmax'
+  (chosen,) = [p for p in found['curve'] if p['entropy_threshold'] == found['entropy_threshold']]
+  assert chosen['segment_length'] == pytest.approx(3, rel=0.2)
+  assert (tmp_path / 'one' / 'normalizer' / 'stage.json').exists()
+  assert stored['normalizer']['kind'] == 'regression'
+
+  # The same entropies from the file, from the file again, and without one: the same model.
+  assert len(list((tmp_path / 'cache').glob('*.npy'))) == 1
+  stages = small('reward', **at('pairs'), **CALIBRATED, **cache)
+  run(stages, tmp_path / 'two')
+  assert 'entropies of the reference from' in capsys.readouterr().out
+  run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'three')
+  losses = [
+    [line['loss'] for line in metrics(tmp_path / name, 'reward')]
+    for name in ('one', 'two', 'three')
+  ]
+  assert losses[0] == losses[1]
+  assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+OPTIONS = {
+  'critic.warmup_steps': 1,
+  'ppo.steps': 3,
+  'ppo.micro_batch': 2,
+  'ppo.kl_in': 'loss',
+  'ppo.kl_estimator': 'k3',
+  'ppo.kl_target': 1e-6,
+  'ppo.gae_over': 'segment',
+  'ppo.loss_mean': 'token',
+  'ppo.dual_clip': 3.0,
+  'ppo.clip_eps_high': 0.3,
+  'ppo.value_clip_eps': 0.0,
+  'ppo.entropy_coef': 0.01,
+  'ppo.policy_optimizer.learning_rate': 1e-2,
+}
+
+
+def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
+  rule = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
+  results = run(small('ppo', 'evaluate', **at('prompts'), **rule, **OPTIONS))
+  steps = metrics(tmp_path, 'ppo')
+  assert 'policy/loss' not in steps[0] and 'value/loss' in steps[0]
+  assert 'policy/loss' in steps[1] and steps[1]['policy/first_ratio_max_deviation'] < 1e-4
+  assert steps[0]['reward'] > 0
+  # The KL is far above its target once the policy has moved, so the coefficient rises.
+  assert steps[2]['kl_coef'] != steps[0]['kl_coef']
+  assert all(step['bad'] == 0 for step in steps)
+  assert 'score' not in results['evaluate']['after']
+
+
+def test_wrong_rule_stops_before_anything_starts(small, run, at):
+  rule = {'shaping.reward_fn': 'no_such_module:rule'}
+  with pytest.raises(ValueError, match=r'config\.shaping\.reward_fn'):
+    run(small('ppo', **at('prompts'), **rule))
+
+
+@pytest.fixture(scope='module')
+def bandit(small, at, one_device, tmp_path_factory):
+  """An ordinary reward model, with the scalar normaliser of its scores."""
+  from segjax.jobs import pipeline
+
+  workdir = tmp_path_factory.mktemp('bandit')
+  values = small(
+    'reward', 'normalizer', **at('pairs'), **{'reward.segmentation.granularity': 'bandit'}
+  )
+  pipeline.run(pipeline.prepare(values, workdir, one_device), workdir, 0.0)
+  return str(workdir / 'reward' / 'model')
+
+
+def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path):
+  named = {
+    'reward_model.path': bandit,
+    'reward_model.segmentation.granularity': 'token',
+    'shaping.redistribute': 'red',
+    'shaping.red_baseline': 'zero',
+    'shaping.reward_fn': f'{demo.__name__}:gold',
+  }
+  run(small('ppo', **at('prompts'), **named), tmp_path)
+  assert all(step['bad'] == 0 for step in metrics(tmp_path, 'ppo'))
+
+
+def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
+  named = {'reward_model.path': bandit, 'shaping.redistribute': 'red'}
+  with pytest.raises(ValueError, match='granularity=token or segment'):
+    run(small('ppo', **at('prompts'), **named))
+
+
+def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
+  published = {
+    'reference_exact': True,
+    'reward.segmentation.granularity': 'token',
+    'shaping.end_penalty': 'per_token',
+    'shaping.length_penalty': 'threshold',
+  }
+  values = small('reward', 'normalizer', 'ppo', **at('pairs'), **published)
+  run(values, tmp_path)
+  steps = metrics(tmp_path, 'ppo')
+  # Old log-probs are recomputed under the same mask, so the policy starts where it sampled.
+  assert steps[0]['policy/first_ratio_max_deviation'] < 1e-5
+  assert abs(steps[0]['kl']) < 1e-4
+  stored = json.loads((tmp_path / 'reward' / 'model' / 'segment_reward.json').read_text())
+  assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)

@@ -1,0 +1,54 @@
+"""The self-check passes, and it fails where something is broken."""
+
+import math
+
+import pytest
+
+from segjax import checks, settings
+from segjax.jobs import loops, pipeline, selfcheck
+from segjax.jobs.selfcheck import Outcome
+from segjax.model.sharding import make_mesh
+
+
+@pytest.fixture(scope='module')
+def values():
+  config = settings.default_config()
+  config.stages = ('selfcheck',)
+  return checks.from_config(config)
+
+
+def test_all_checks_pass_on_eight_devices(values, tmp_path):
+  (stage,) = pipeline.prepare(values, tmp_path, make_mesh(2, 2, 2))
+  found = pipeline.run([stage], tmp_path, 0.0)['selfcheck']
+  assert len(found) >= 12
+  assert all(
+    Outcome(**outcome).status == 'ok' for name, outcome in found.items() if name != 'seconds'
+  )
+
+
+def test_one_device_has_nothing_to_compare():
+  assert Outcome(math.nan, math.nan).status == 'skipped'
+  assert Outcome(1e-3, 1e-4).status == 'FAILED'
+  assert Outcome(math.nan, 1e-4).status == 'FAILED'
+
+
+def test_a_broken_invariant_is_an_error_that_names_it(values, stage_of, monkeypatch):
+  monkeypatch.setattr(
+    selfcheck, 'checks', lambda *_: [('numbers agree', lambda: Outcome(1.0, 1e-4))]
+  )
+  monkeypatch.setattr(selfcheck, 'make_bench', lambda mesh: None)
+  with pytest.raises(ValueError, match='1 of 1 checks failed: numbers agree'):
+    selfcheck.run(stage_of('selfcheck', values))
+
+
+def test_loops_notice_a_wrong_reward(monkeypatch):
+  real = loops.make_experience
+
+  def wrong(*args, **kwargs):
+    import dataclasses
+
+    experience, metrics = real(*args, **kwargs)
+    return dataclasses.replace(experience, reward=experience.reward + 0.01), metrics
+
+  monkeypatch.setattr(loops, 'make_experience', wrong)
+  assert loops.worst_difference('segment') > 5e-3

@@ -1,0 +1,70 @@
+"""The published code's mistakes, on worked numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.settings import Compat
+from segjax.train.compat import as_published, force_eos, padded_length, row0_mask
+from segjax.types import Rollout
+
+STOP, PAD = 128009, 128009
+# Three rows padded together to a prompt of six: the first ends by itself, the second does not,
+# the third ends after one token.
+RESPONSES = [[21, 22, STOP, PAD, PAD], [31, 32, 33, 34, 35], [41, STOP, PAD, PAD, PAD]]
+LENGTHS = np.array([3, 5, 2])
+PROMPT_LENGTHS = np.array([4, 6, 5])
+
+
+@pytest.fixture(scope='module')
+def rollout():
+  mask = jnp.asarray(np.arange(5) < LENGTHS[:, None])
+  return Rollout(
+    prompt_ids=jnp.ones((3, 6), jnp.int32),
+    prompt_length=jnp.asarray(PROMPT_LENGTHS),
+    response_ids=jnp.array(RESPONSES),
+    response_mask=mask,
+    finished=jnp.array([True, False, True]),
+    old_logprob=jnp.zeros((3, 5)),
+  )
+
+
+def test_last_token_is_overwritten(rollout):
+  found = force_eos(rollout.response_ids, rollout.response_mask, STOP)
+  assert found.tolist() == [RESPONSES[0], [31, 32, 33, 34, STOP], RESPONSES[2]]
+  other_stop = force_eos(jnp.array([[5, 128001, 0]]), jnp.array([[True, True, False]]), STOP)
+  assert other_stop.tolist() == [[5, STOP, 0]]
+
+
+def test_attention_ends_where_the_first_row_does(rollout):
+  # Padded columns 6 to 10 of the published masks 00111111100, 11111111100, 01111111100.
+  found = row0_mask(rollout.response_mask, micro_batch=4)
+  assert found.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
+
+
+def test_each_micro_batch_has_a_first_row_of_its_own(rollout):
+  found = row0_mask(rollout.response_mask, micro_batch=2)
+  assert found.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+  own = row0_mask(rollout.response_mask, micro_batch=1)
+  assert jnp.array_equal(own, rollout.response_mask)
+
+
+def test_length_is_compared_without_the_padded_prompt(rollout):
+  # e + 1 - P, with e the index of the stop token in the response and P = 6.
+  mask, lengths = rollout.response_mask, rollout.prompt_length
+  assert padded_length(mask, lengths, 4).tolist() == [-3, -1, -4]
+  assert padded_length(mask, lengths, 2).tolist() == [-3, -1, -3]  # P = 6, 6 and 5
+
+
+def test_a_length_of_1024_passes_800_only_with_short_prompts():
+  mask = jnp.ones((2, 1024), bool)
+  found = padded_length(mask, jnp.array([223, 224]), micro_batch=1)
+  assert (found > 800).tolist() == [True, False]
+
+
+def test_off_by_default_and_finished_stays_as_sampled(rollout):
+  assert as_published(rollout, STOP, Compat()) is rollout
+  found = as_published(rollout, STOP, Compat(force_eos=True, row0_mask=True))
+  assert found.finished.tolist() == [True, False, True]
+  assert found.response_ids[1, 4] == STOP
+  assert found.attended.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
