@@ -5,15 +5,23 @@ responses (Yin et al. 2025, https://arxiv.org/abs/2501.02790) and then divided o
 Not here: reading the responses and saving the fit, nor the Huber fit itself (`huber`).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.rl.huber import huber_fit, r_squared
-from segjax.rl.masked import at_least_float32, masked_mean
+from segjax.rl.masked import at_least_float32, masked_mean, masked_sum
 from segjax.types import Normalizer, Segments
 
-KINDS = ('none', 'scalar', 'regression')
+# What each kind is fitted on: none on nothing, and is the identity; global on the scores of all
+# segments; last on those of each response's last segment; scalar on whole responses' scores, as
+# the published numbers for bandit were; regression on Mean(p) and Std(p) of all segments. All but
+# the last are constant in p (`fit_constant`); the caller selects their scores.
+KINDS = ('none', 'global', 'last', 'scalar', 'regression')
+# What a bin of p counts in the regression: all the same, as published, or by its number of scores.
+WEIGHTINGS = ('bin', 'count')
 
 # Fitted on 60,000 pairs of preference_700K, in units of the raw scores of the paper's released
 # reward models. '<model>/<granularity>'; the threshold is 2.0 nats unless '@' names another.
@@ -36,6 +44,24 @@ _NUM_BINS = 1001  # p to three decimals: 0.000, 0.001, ..., 1.000
 # depends on the binary fraction nearest to it, so the direction is asked of Python.
 _TIES = [(2 * k + 1) / 2000 for k in range(_NUM_BINS - 1)]
 _TIE_ROUNDS_UP = [round(1000 * float(f'{tie:.3f}')) > k for k, tie in enumerate(_TIES)]
+
+
+class Quality(NamedTuple):
+  """How well a normaliser describes the bins that it was fitted on.
+
+  Attributes:
+    r2_mean: R² of Mean(p); 1 is perfect, 0 no better than a constant.
+    r2_std: R² of Std(p).
+    rms_mean: root mean square of the bins' means less Mean(p), in the unit of the score.
+    rms_std: the same of the standard deviations.
+    num_bins: how many bins were used.
+  """
+
+  r2_mean: Float[Array, '']
+  r2_std: Float[Array, '']
+  rms_mean: Float[Array, '']
+  rms_std: Float[Array, '']
+  num_bins: Int[Array, '']
 
 
 def relative_position(segments: Segments) -> Float[Array, 'T']:
@@ -130,25 +156,45 @@ def bin_moments(
 
 
 def fit_regression(
-  position: Float[Array, 'N'], score: Float[Array, 'N'], mask: Bool[Array, 'N']
+  position: Float[Array, 'N'],
+  score: Float[Array, 'N'],
+  mask: Bool[Array, 'N'],
+  *,
+  weighting: str = 'bin',
+  min_count: int = 1,
+  zero_bin: bool = False,
 ) -> Normalizer:
   """Fits Mean(p) and Std(p) on the moments of the bins, by two Huber regressions on ln p.
 
-  Each bin weighs the same, whatever its count. Bin 0 is left out: at ln 1e-10 = −23 it would
-  outweigh all others. All fields are 0 if nothing is masked in.
+  minimise Σ_k v_k Huber(y_k − w ln p_k − b) for y the means, then the standard deviations
+  v_k = 1 for weighting 'bin', the number of scores in bin k for 'count'
+
+  A bin of one score has a standard deviation of 0 and pulls Std(p) down; 'bin' lets it weigh as
+  much as any other. See `huber.huber_fit` and Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 
   Args:
     position: p of each segment, in (0, 1].
     score: raw score of each segment.
     mask: True on the segments that count.
+    weighting: one of WEIGHTINGS.
+    min_count: bins of fewer scores are left out.
+    zero_bin: whether bin 0, which a response of more than 2,000 segments fills, counts as the
+      point p = 0. The published fit has it so; at ln 1e-10 = −23 it can outweigh all others.
+
+  Returns:
+    The fit, in the unit of the score; all fields are 0 if no bin is used.
+
+  Raises:
+    ValueError: on an unknown weighting.
   """
-  log_position, filled, mean, std = _bins(position, score, mask)
-  w_mean, b_mean, _ = huber_fit(log_position, mean, filled)
-  w_std, b_std, _ = huber_fit(log_position, std, filled)
+  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, zero_bin)
+  log_position = jnp.log(at + _LOG_OFFSET)
+  w_mean, b_mean, _ = huber_fit(log_position, mean, used, weight=weight)
+  w_std, b_std, _ = huber_fit(log_position, std, used, weight=weight)
   return Normalizer(w_mean=w_mean, w_std=w_std, b_mean=b_mean, b_std=b_std)
 
 
-def fit_scalar(score: Float[Array, '*N'], mask: Bool[Array, '*N']) -> Normalizer:
+def fit_constant(score: Float[Array, '*N'], mask: Bool[Array, '*N']) -> Normalizer:
   """Constant normaliser: mean and population standard deviation of the scores masked in."""
   mean = masked_mean(score, mask)
   std = jnp.sqrt(masked_mean(jnp.square(at_least_float32(score) - mean), mask))
@@ -161,16 +207,43 @@ def fit_quality(
   score: Float[Array, 'N'],
   mask: Bool[Array, 'N'],
   normalizer: Normalizer,
-) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """R² of Mean(p) and of Std(p) over the bins that `fit_regression` reads; 1 is perfect."""
-  log_position, filled, mean, std = _bins(position, score, mask)
-  fitted_mean, fitted_std = mean_std(jnp.exp(log_position), normalizer)
-  return r_squared(mean, fitted_mean, filled), r_squared(std, fitted_std, filled)
+  *,
+  weighting: str = 'bin',
+  min_count: int = 1,
+  zero_bin: bool = False,
+) -> Quality:
+  """How well Mean(p) and Std(p) describe the bins that `fit_regression` reads with these options.
+
+  Means over bins are weighted as the regression weights them. All 0 if no bin is used.
+
+  Raises:
+    ValueError: on an unknown weighting.
+  """
+  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, zero_bin)
+  fitted_mean, fitted_std = mean_std(at, normalizer)
+  total = masked_sum(weight, used)
+
+  def rms(residual):
+    square = masked_sum(weight * jnp.square(residual), used)
+    return jnp.sqrt(square / jnp.where(total > 0, total, 1))
+
+  return Quality(
+    r2_mean=r_squared(mean, fitted_mean, used, weight),
+    r2_std=r_squared(std, fitted_std, used, weight),
+    rms_mean=rms(mean - fitted_mean),
+    rms_std=rms(std - fitted_std),
+    num_bins=jnp.sum(used, dtype=jnp.int32),
+  )
 
 
-def _bins(position, score, mask):
-  """ln p of the bins, which of them count, and the mean and std of the score in each."""
+def _bins(position, score, mask, weighting, min_count, zero_bin):
+  """(p, used, weight, mean, std) of each bin."""
+  if weighting not in WEIGHTINGS:
+    raise ValueError(f'weighting={weighting!r} is unknown; use one of {WEIGHTINGS}.')
   count, mean, std = bin_moments(position, score, mask)
   bin_index = jnp.arange(_NUM_BINS)
-  log_position = jnp.log(bin_index.astype(mean.dtype) / (_NUM_BINS - 1) + _LOG_OFFSET)
-  return log_position, (count > 0) & (bin_index > 0), mean, std
+  used = count >= max(min_count, 1)
+  if not zero_bin:
+    used &= bin_index > 0
+  weight = count.astype(mean.dtype) if weighting == 'count' else jnp.ones_like(mean)
+  return bin_index.astype(mean.dtype) / (_NUM_BINS - 1), used, weight, mean, std

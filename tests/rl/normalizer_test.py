@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
@@ -15,9 +17,9 @@ from segjax.rl.normalizer import (
   KINDS,
   PUBLISHED,
   bin_moments,
+  fit_constant,
   fit_quality,
   fit_regression,
-  fit_scalar,
   mean_std,
   normalize,
   relative_position,
@@ -25,7 +27,8 @@ from segjax.rl.normalizer import (
 from segjax.rl.segmentation import GRANULARITIES, segment
 from segjax.types import Normalizer
 
-from .ragged import LENGTH, make_batch
+from .drawn import numbers, responses, spoiled
+from .ragged import LENGTH
 
 # How the golden file names what PUBLISHED holds.
 GOLDEN_NAMES = {
@@ -73,7 +76,9 @@ MEAN_STD = {
 
 # One shape for all fits: a loop of its own is compiled for each.
 SIZE = 20_000
-fit_by_regression, quality = jax.jit(fit_regression), jax.jit(fit_quality)
+OPTIONS = ('weighting', 'min_count', 'zero_bin')
+fit_by_regression = jax.jit(fit_regression, static_argnames=OPTIONS)
+quality = jax.jit(fit_quality, static_argnames=OPTIONS)
 moments = jax.jit(bin_moments)
 
 
@@ -140,36 +145,54 @@ def test_floor_changes_nothing_above_it():
   assert_allclose(z_of(range(8), normalizer), z_of(range(8), normalizer, None))
 
 
-@pytest.mark.parametrize('granularity', GRANULARITIES)
-def test_normalize_equals_oracle(granularity):
-  batch = make_batch(seed=5)
-  normalizer = PUBLISHED['phi3_mini_instruct/segment']
+@jax.jit
+def normalize_every_way(entropy, mask, finished, score, normalizer):
+  found = {}
+  for granularity in GRANULARITIES:
+    segments = segment(entropy, mask, finished, granularity=granularity)
+    z = [normalize(score, segments, normalizer, ratio) for ratio in (None, 0.01)]
+    found[granularity] = relative_position(segments), z
+  return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(response=responses(), score=numbers(), name=st.sampled_from(sorted(PUBLISHED)))
+def test_normalize_equals_oracle(response, score, name):
+  entropy_after, entropy, mask, finished = response
+  normalizer = fields(PUBLISHED[name])
+  arguments = (entropy, mask, finished, spoiled(score, mask), PUBLISHED[name])
+  found = jax.device_get(normalize_every_way(*arguments))
+  for granularity, (position, every_z) in found.items():
+    row = entropy_after.tolist(), mask.tolist(), bool(finished)
+    ends = oracle.segment_ends(*row, granularity, 2.0)
+    for z, floor in zip(every_z, (None, 0.01 * normalizer[3]), strict=True):
+      expected = oracle.segment_z(score.tolist(), ends, normalizer, floor)
+      assert_allclose(z[ends], expected, rtol=1e-5, atol=1e-5)
+      inside = np.zeros(LENGTH, bool)
+      for index, (first, last) in enumerate(oracle.spans(ends, oracle.run_of(mask.tolist())[0])):
+        inside[first : last + 1] = True
+        assert_allclose(position[first : last + 1], (index + 1) / len(ends), rtol=1e-6)
+      assert_allclose(position[~inside], 1)
+      assert_allclose(z[~inside], 0)
+
+
+def test_as_many_segments_as_tokens():
+  """2,048 of them and a stop token: every p is exact, the smallest included."""
 
   @jax.jit
-  @jax.vmap
-  def run(entropy, mask, finished, score):
-    segments = segment(entropy, mask, finished, granularity=granularity)
-    return relative_position(segments), segments.end, normalize(score, segments, normalizer)
+  def run(score):
+    segments = segment(score, jnp.ones(2049, bool), jnp.array(True), granularity='token')
+    z = normalize(score, segments, PUBLISHED['llama3_8b_sft/token'])
+    return segments.num_segments, relative_position(segments), z
 
-  names = ('entropy', 'mask', 'finished', 'score')
-  arrays = run(*(jnp.asarray(getattr(batch, name)) for name in names))
-  position, end, z = map(np.asarray, arrays)  # numpy: slicing a jax array compiles
-  for row, (entropy_after, mask, finished, score) in enumerate(
-    batch.rows('entropy_after', 'mask', 'finished', 'score')
-  ):
-    ends = oracle.segment_ends(entropy_after, mask, finished, granularity, 2.0)
-    expected = oracle.segment_z(score, ends, fields(normalizer), 0.01 * normalizer.b_std)
-    assert_allclose(z[row][end[row]], expected, atol=1e-5)
-    inside = np.zeros(LENGTH, bool)
-    for index, (first, last) in enumerate(oracle.spans(ends, oracle.run_of(mask)[0])):
-      inside[first : last + 1] = True
-      assert_allclose(position[row, first : last + 1], (index + 1) / len(ends), rtol=1e-6)
-    assert_allclose(position[row][~inside], 1)
-    assert_allclose(z[row][~inside], 0)
+  count, position, z = jax.device_get(run(jnp.zeros(2049)))
+  assert count == 2048
+  assert position.tolist() == [*(np.arange(1, 2049) / 2048), 1]
+  assert np.all(np.isfinite(z)) and z[-1] == 0
 
 
-def test_none_and_scalar_are_special_cases():
-  assert KINDS == ('none', 'scalar', 'regression')
+def test_constants_are_special_cases():
+  assert KINDS == ('none', 'global', 'last', 'scalar', 'regression')
   assert_allclose(z_of([1, 2, 4], Normalizer()), [1, 2, 4])
   assert_allclose(z_of([1, 2, 4], Normalizer(b_mean=1.0, b_std=2.0)), [0, 0.5, 1.5])
 
@@ -182,6 +205,12 @@ def test_every_published_model_has_every_granularity():
   models = ('llama3_8b_sft', 'llama31_8b_instruct', 'phi3_mini_instruct')
   expected = {f'{model}/{granularity}' for model in models for granularity in GRANULARITIES}
   assert set(PUBLISHED) == expected | {'phi3_mini_instruct/segment@1.75'}
+
+
+def test_worked_bins():
+  worked = {1 / 3: 333, 2 / 7: 286, 1 / 16: 62, 1 / 1999: 1, 1 / 2001: 0, 1 / 2048: 0}
+  count, _, _ = moments(*filled(list(worked), np.zeros(len(worked))))
+  assert count.tolist() == np.bincount(list(worked.values()), minlength=1001).tolist()
 
 
 # 0.05 to 0.95 are ties that a binary fraction hits a little high, a little low or, at odd
@@ -246,11 +275,6 @@ def test_worked_bins_and_fit():
   assert_allclose(moments(position, score, mask), expected, atol=1e-6)
   normalizer = fit_by_regression(position, score, mask)
   assert_allclose([normalizer.w_mean, normalizer.b_mean], [1.523962, 1.247126], atol=1e-5)
-  r2_mean, _ = quality(position, score, mask, normalizer)
-  x = np.log(np.array(list(FIT_B_BINS)) / 1000)
-  y = np.array([mean for _, mean, _ in FIT_B_BINS.values()])
-  residual = y - 1.523962 * x - 1.247126
-  assert_allclose(r2_mean, 1 - np.sum(residual**2) / np.sum((y - y.mean()) ** 2), atol=1e-5)
 
 
 def test_bin_moments_equal_oracle():
@@ -277,6 +301,66 @@ def test_moments_of_a_large_bin_are_exact():
   assert std[1000] < 1e-4
 
 
+@pytest.mark.parametrize(
+  ('options', 'line'),
+  [
+    ({}, [1.523962, 1.247126]),
+    ({'weighting': 'count'}, [1.412748, 1.171897]),
+    ({'zero_bin': True}, [0.241985, 0.405901]),
+  ],
+  ids=['bins alike', 'by count', 'with bin 0'],
+)
+def test_worked_options(options, line):
+  """As scikit-learn fits the means of FIT_B and, in bin 0, one of -5."""
+  position, score, mask = flattened(FIT_B)
+  last = int(mask.sum())
+  arrays = position.at[last].set(1 / 2001), score.at[last].set(-5.0), mask.at[last].set(True)
+  normalizer = fit_by_regression(*arrays, **options)
+  assert_allclose([normalizer.w_mean, normalizer.b_mean], line, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('weighting', 'min_count', 'zero_bin'),
+  [('bin', 1, False), ('bin', 3, True), ('count', 1, True), ('count', 3, False)],
+)
+def test_options_equal_scikit_learn(weighting, min_count, zero_bin):
+  """Bins by the oracle, the published code's fit of them, and the usual measures of a fit."""
+  linear_model = pytest.importorskip('sklearn.linear_model')
+  metrics = pytest.importorskip('sklearn.metrics')
+  rng = random.Random(1)
+  counts = [rng.randint(1, 12) for _ in range(60)]
+  # The first three of 2,048 segments: p = .00049, .00098, .00146 are the bins 0, 1, 1.
+  position = [(rank + 1) / count for count in counts for rank in range(count)]
+  position += 4 * [rank / 2048 for rank in (1, 2, 3)]
+  score = [rng.gauss(math.log(p) / 2 + 1, math.log(p) / 10 + 2) for p in position]
+  options = {'weighting': weighting, 'min_count': min_count, 'zero_bin': zero_bin}
+  arrays = filled(position, score)
+  normalizer = fit_by_regression(*arrays, **options)
+  got = quality(*arrays, normalizer, **options)
+
+  bins = {float(key): moment for key, moment in oracle.bin_moments(position, score).items()}
+  assert bins[0][0] == 4 and bins[0.001][0] == 8
+  used = [p for p in bins if bins[p][0] >= min_count and (p > 0 or zero_bin)]
+  assert got.num_bins == len(used)
+  x = np.log(np.array(used) + 1e-10)
+  count, *moments_ = np.array([bins[p] for p in used]).T
+  weight = count if weighting == 'count' else np.ones(len(x))
+  found = (normalizer.w_mean, normalizer.b_mean), (normalizer.w_std, normalizer.b_std)
+  for y, line, r2, rms in zip(moments_, found, got[:2], got[2:4], strict=True):
+    fit = linear_model.HuberRegressor(max_iter=20_000, tol=1e-10)
+    fit.fit(x[:, None], y, sample_weight=weight)
+    assert_allclose(line, [fit.coef_[0], fit.intercept_], atol=1e-4)
+    fitted = fit.predict(x[:, None])
+    assert_allclose(r2, metrics.r2_score(y, fitted, sample_weight=weight), atol=1e-3)
+    assert_allclose(rms, np.sqrt(np.average((y - fitted) ** 2, weights=weight)), atol=1e-4)
+
+
+def test_unknown_weighting_lists_the_valid_ones():
+  for call in (fit_regression, functools.partial(fit_quality, normalizer=Normalizer())):
+    with pytest.raises(ValueError, match=r"'length'.*bin.*count"):
+      call(jnp.ones(3), jnp.ones(3), jnp.ones(3, bool), weighting='length')
+
+
 def test_bin_zero_does_not_count():
   position, score, mask = flattened(FIT_B)
   num_scores = int(mask.sum())
@@ -298,21 +382,21 @@ def test_regression_recovers_a_known_normalizer():
   segments = filled(position, score)
   normalizer = fit_by_regression(*segments)
   assert_allclose(fields(normalizer), fields(truth), atol=0.12)  # 1000 samples a bin
-  r2_mean, r2_std = quality(*segments, normalizer)
-  assert r2_mean > 0.98 and r2_std > 0.95
+  found = quality(*segments, normalizer)
+  assert found.r2_mean > 0.98 and found.r2_std > 0.95 and found.num_bins == 20
 
 
-def test_fit_scalar():
-  normalizer = fit_scalar(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
+def test_fit_constant():
+  normalizer = fit_constant(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
   assert_allclose(fields(normalizer), [0, 0, 2, 1])
 
 
-@pytest.mark.parametrize('kind', ['scalar', 'regression'])
+@pytest.mark.parametrize('kind', ['constant', 'regression'])
 @pytest.mark.parametrize('num_scores', [0, 1])
 def test_fits_of_next_to_nothing_are_finite(kind, num_scores):
   position, score, mask = filled([0.5] * num_scores, [3.0] * num_scores)
-  if kind == 'scalar':
-    normalizer = fit_scalar(score, mask)
+  if kind == 'constant':
+    normalizer = fit_constant(score, mask)
   else:
     normalizer = fit_by_regression(position, score, mask)
   assert_allclose(fields(normalizer), [0, 0, 3 * num_scores, 0], atol=1e-5)
