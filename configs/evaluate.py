@@ -10,13 +10,13 @@ Presets: demo (the whole demo), local.
 from ml_collections import ConfigDict
 
 from configs import demo
-from segjax import settings
+from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  name, granularity = settings.parse_preset(preset, ('demo', 'local'))
-  config = settings.default_config()
+  name, granularity = presets.parse_preset(preset, ('demo', 'local'))
+  config = presets.default_config()
   config.stages = ('evaluate',)
   if name == 'demo':
     demo.assign(config, last_job='evaluate')

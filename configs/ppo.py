@@ -13,14 +13,14 @@ included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 from ml_collections import ConfigDict
 
 from configs import demo, models
-from segjax import settings
+from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit]'."""
   names = ('demo', 'demo_long', 'local', *models.HUB)
-  name, granularity = settings.parse_preset(preset, names)
-  config = settings.default_config()
+  name, granularity = presets.parse_preset(preset, names)
+  config = presets.default_config()
   config.stages = ('ppo',)
   if name in models.HUB:
     published(config, name, granularity or 'segment')

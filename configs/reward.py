@@ -12,13 +12,13 @@ published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/ab
 from ml_collections import ConfigDict
 
 from configs import demo, models
-from segjax import settings
+from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  name, granularity = settings.parse_preset(preset, ('demo', 'local', *models.HUB))
-  config = settings.default_config()
+  name, granularity = presets.parse_preset(preset, ('demo', 'local', *models.HUB))
+  config = presets.default_config()
   config.stages = ('reward',)
   if name == 'demo':
     demo.assign(config, last_job='reward')

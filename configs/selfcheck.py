@@ -9,12 +9,12 @@ device.
 
 from ml_collections import ConfigDict
 
-from segjax import settings
+from segjax import presets
 
 
 def get_config(preset: str = 'default') -> ConfigDict:
   """The settings; there are no presets."""
-  settings.parse_preset(preset, ('default',))
-  config = settings.default_config()
+  presets.parse_preset(preset, ('default',))
+  config = presets.default_config()
   config.stages = ('selfcheck',)
   return config

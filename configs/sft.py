@@ -9,13 +9,13 @@ Presets: demo (the demo up to this job), local.
 from ml_collections import ConfigDict
 
 from configs import demo
-from segjax import settings
+from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset."""
-  name, _ = settings.parse_preset(preset, ('demo', 'local'))
-  config = settings.default_config()
+  name, _ = presets.parse_preset(preset, ('demo', 'local'))
+  config = presets.default_config()
   config.stages = ('sft',)
   if name == 'demo':
     demo.assign(config, last_job='sft')

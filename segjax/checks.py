@@ -13,9 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from segjax import contradictions
 from segjax.reference_exact import as_published
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
-from segjax.settings import JOBS, Segmentation, Settings
+from segjax.settings import JOBS, Settings
 
 
 def from_config(config: ConfigDict) -> Settings:
@@ -81,7 +82,7 @@ def validate(settings: Settings) -> None:
   _ranges(settings)
   _lengths(settings)
   _batch_parts(settings)
-  _contradictions(settings)
+  contradictions.check(settings)
 
 
 def spread(settings: Settings, granularity: str) -> str:
@@ -239,81 +240,3 @@ def _batch_parts(s: Settings) -> None:
           f'config.{whole_key}={whole} is not divisible by config.{key}={size}; use {key}={below} '
           f'or {whole_key}={-(-whole // size) * size}.'
         )
-
-
-def _contradictions(s: Settings) -> None:
-  """Settings that cannot be meant together, each with the way out."""
-  calibration, cutting = s.reward.calibration, s.reward.segmentation
-  if calibration.target_segment_length and calibration.entropy_quantile:
-    raise ValueError(
-      'config.reward.calibration has both target_segment_length and entropy_quantile; set one of '
-      'them to 0.'
-    )
-  if calibration.target_segment_length or calibration.entropy_quantile:
-    for key, value, needed in (
-      ('granularity', cutting.granularity, 'segment'),
-      ('cut', cutting.cut, 'entropy'),
-    ):
-      if value != needed:
-        raise ValueError(
-          f'config.reward.calibration looks for an entropy threshold, which {key}={value} does not '
-          f'use; set config.reward.segmentation.{key}={needed}, or both targets to 0.'
-        )
-  for section in ('reward', 'reward_model'):
-    check_segmentation(_get(s, f'{section}.segmentation'), f'config.{section}.segmentation')
-  granularity = cutting.granularity if 'reward' in s.stages else ''
-  granularity = s.reward_model.segmentation.granularity or granularity
-  if 'normalizer' in s.stages:
-    check_normalizer(s.normalizer.kind, granularity, 'config.normalizer.kind')
-  named = s.reward_model.normalizer
-  if named.startswith('published:') and normalizer.PUBLISHED[named.partition(':')[2]].w_mean:
-    check_normalizer('regression', granularity, f'config.reward_model.normalizer={named}:')
-  check_redistribution(s, granularity)
-  if s.ppo.kl_in == 'loss' and s.ppo.kl_estimator == 'k1':
-    raise ValueError(
-      'config.ppo.kl_in=loss with kl_estimator=k1: its gradient is 0 on average; set '
-      'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
-    )
-  if not s.shaping.reward_model_weight and not s.shaping.reward_fn:
-    raise ValueError(
-      'config.shaping.reward_model_weight=0 leaves no reward; name a config.shaping.reward_fn.'
-    )
-
-
-def check_segmentation(segmentation: Segmentation, key: str) -> None:
-  """ValueError where a way of cutting is named that the granularity does not use."""
-  if segmentation.granularity not in ('token', 'bandit'):
-    return
-  for name, default in (('cut', 'entropy'), ('min_length', 1)):
-    value = getattr(segmentation, name)
-    if value and value != default:
-      raise ValueError(
-        f'{key}: {name}={value} says how segments are cut, and granularity='
-        f'{segmentation.granularity} cuts none; set granularity=segment, or {name}={default}.'
-      )
-
-
-def check_normalizer(kind: str, granularity: str, key: str) -> None:
-  """ValueError where the kind asks for more than one segment per response."""
-  if granularity == 'bandit' and kind in ('regression', 'last'):
-    raise ValueError(
-      f'{key} {kind} looks at where in the response a segment lies, and granularity=bandit has one '
-      'segment; use scalar.'
-    )
-
-
-def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> None:
-  """ValueError where differences of the score would not add up to the whole."""
-  if s.shaping.redistribute == 'none':
-    return
-  if granularity == 'bandit' or s.shaping.spread == 'bandit':
-    raise ValueError(
-      'config.shaping.redistribute=red spreads one score over segments, and bandit has one; set '
-      'config.reward_model.segmentation.granularity=token or segment, and shaping.spread=auto.'
-    )
-  if w_mean:
-    raise ValueError(
-      'config.shaping.redistribute=red takes differences of one score, which a normaliser by '
-      'position would change from segment to segment; use config.reward_model.normalizer=none, or '
-      'a scalar one.'
-    )

@@ -1,15 +1,11 @@
 """Typed, frozen settings of a run; their defaults live here and nowhere else.
 
-A config file starts from `default_config()`, assigns what its preset changes, and the command line
-assigns the rest. `segjax.checks` turns the result into `Settings`.
+A config file starts from `presets.default_config()`, assigns what its preset changes, and the
+command line assigns the rest. `checks` turns the result into `Settings`.
 """
 
 import dataclasses
 from typing import Any
-
-from ml_collections import ConfigDict
-
-from segjax.rl.segmentation import GRANULARITIES
 
 JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck')
 
@@ -304,28 +300,6 @@ class Settings:
   evaluate: Evaluate = Evaluate()
   checkpoint: Checkpoint = Checkpoint()
   demo: Demo = Demo()
-
-
-def default_config() -> ConfigDict:
-  """Every setting with its default, for a config file to change."""
-  return ConfigDict(dataclasses.asdict(Settings()))
-
-
-def parse_preset(preset: str, names: tuple[str, ...]) -> tuple[str, str]:
-  """'NAME[,segment|token|bandit]' as (name, granularity), the granularity '' if not named."""
-  name, _, granularity = preset.partition(',')
-  _one_of_presets(name, names, preset)
-  if granularity:
-    _one_of_presets(granularity, GRANULARITIES, preset)
-  return name, granularity
-
-
-def _one_of_presets(value: str, names: tuple[str, ...], preset: str) -> None:
-  if value not in names:
-    raise ValueError(
-      f'preset {preset!r}: {value!r} is not one of {", ".join(names)}; presets are written '
-      'NAME[,segment|token|bandit].'
-    )
 
 
 def replace(settings: Any, **values: Any) -> Any:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from segjax import checks, settings
+from segjax import checks, presets
 
 PRESETS = [
   ('ppo', 'demo'),
@@ -34,7 +34,7 @@ PRESETS = [
 
 
 def _config(**values):
-  config = settings.default_config()
+  config = presets.default_config()
   config.stages = ('ppo',)
   config.update_from_flattened_dict(values)
   return config
@@ -96,7 +96,7 @@ def test_known_keys_and_sections_pass():
 
 
 def test_key_that_a_config_file_made_up():
-  config = settings.default_config()
+  config = presets.default_config()
   config.ppo.lamda = 1.0
   with pytest.raises(ValueError, match=r'config.ppo.lamda does not exist'):
     checks.from_config(config)
@@ -108,7 +108,7 @@ def test_stages_may_be_joined_by_commas(given):
 
 
 def test_whole_numbers_become_floats():
-  config = settings.default_config().to_dict()
+  config = presets.default_config().to_dict()
   config['stages'], config['ppo']['kl_coef'] = ('ppo',), 1
   from ml_collections import ConfigDict
 
@@ -258,7 +258,7 @@ def test_contradictions_are_refused_with_the_fix(values, message):
 def test_wrong_types_name_their_key(section, key, value, message):
   from ml_collections import ConfigDict
 
-  config = settings.default_config().to_dict()
+  config = presets.default_config().to_dict()
   config['stages'], config[section][key] = ('ppo',), value
   with pytest.raises(ValueError, match=message):
     checks.from_config(ConfigDict(config))

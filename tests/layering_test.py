@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 # From the top down; settings reads the name tables of rl, and model the sizes in settings.
 WINGS = (
-  *('types', 'oracle', 'rl', 'settings', 'reference_exact', 'checks', 'model', 'hf', 'data'),
+  *('types', 'oracle', 'rl', 'settings', 'presets', 'reference_exact', 'contradictions', 'checks'),
+  *('model', 'hf', 'data'),
   *('train', 'report', 'jobs', 'main'),
 )
 MODULES = {

@@ -2,12 +2,12 @@
 
 import pytest
 
-from segjax import settings
+from segjax import presets, settings
 from segjax.settings import Optimizer, Settings
 
 
 def test_default_config_holds_every_default():
-  config = settings.default_config()
+  config = presets.default_config()
   assert config.ppo.kl_coef == Settings().ppo.kl_coef
   assert config.reward.optimizer.learning_rate == 1e-6
   config.lock()
@@ -19,7 +19,7 @@ def test_default_config_holds_every_default():
   'preset, expected', [('local', ('local', '')), ('demo,token', ('demo', 'token'))]
 )
 def test_preset_is_name_and_granularity(preset, expected):
-  assert settings.parse_preset(preset, ('demo', 'local')) == expected
+  assert presets.parse_preset(preset, ('demo', 'local')) == expected
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_preset_is_name_and_granularity(preset, expected):
 )
 def test_unknown_preset_is_named(preset, message):
   with pytest.raises(ValueError, match=message):
-    settings.parse_preset(preset, ('demo', 'local'))
+    presets.parse_preset(preset, ('demo', 'local'))
 
 
 def test_replace_reaches_into_sections():

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from segjax.checks import check_redistribution, spread
+from segjax.checks import spread
+from segjax.contradictions import check_redistribution
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import stage as jobs

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.checks import check_normalizer
+from segjax.contradictions import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, chunks, take
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
@@ -127,9 +127,8 @@ def quality(
   measure = jax.jit(functools.partial(normalizer.fit_quality, **options))
   values = {k: float(v) for k, v in measure(*_arrays(found), fitted)._asdict().items()}
   stage.say(
-    f'over {values["num_bins"]:.0f} positions: R² {values["r2_mean"]:.3f} of the mean and '
-    f'{values["r2_std"]:.3f} of the std; residuals {values["rms_mean"]:.3g} and '
-    f'{values["rms_std"]:.3g}'
+    f'{values["num_bins"]:.0f} positions: R² {values["r2_mean"]:.3f} and {values["r2_std"]:.3f}, '
+    f'residuals {values["rms_mean"]:.2g} and {values["rms_std"]:.2g} (mean and std)'
   )
   return values
 

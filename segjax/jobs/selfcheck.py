@@ -190,10 +190,10 @@ def sharded(stage: Stage, bench: Bench) -> Outcome:
   """Losses on one device against those on config.mesh."""
   devices = stage.mesh.devices.ravel()
   if len(devices) == 1:
-    return Outcome(math.nan, math.nan, 'one device')
+    return Outcome(math.nan, math.nan, '1 device')
   batch = sharding.batch_devices(stage.mesh)
   if _ROWS % batch:
-    return Outcome(math.nan, math.nan, f'{_ROWS} rows do not divide over {batch} devices')
+    return Outcome(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
   mesh = sharding.make_mesh(devices=devices[:1])
   one = make_bench(mesh, bench.recipe.policy)
   names = ('policy/loss', 'value/loss', 'policy/grad_norm', 'value/grad_norm')
@@ -212,7 +212,7 @@ def bfloat16(bench: Bench) -> Outcome:
 
 
 def _rewards(granularity: str) -> Outcome:
-  return Outcome(loops.worst_difference(granularity), 1e-3, 'rewards up to 10')
+  return Outcome(loops.worst_difference(granularity), 1e-3)
 
 
 def update(bench: Bench, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from segjax import checks, settings
+from segjax import checks, presets
 from segjax.jobs import pipeline
 from segjax.jobs.stage import Stage
 from segjax.model.sharding import make_mesh
@@ -22,7 +22,7 @@ def small():
   """Settings of a run so small that compiling is all it costs: `small('sft', **{key: value})`."""
 
   def make(*stages, **values):
-    config = settings.default_config()
+    config = presets.default_config()
     config.stages = stages
     config.update_from_flattened_dict(
       {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from segjax import checks, settings
+from segjax import checks, presets, settings
 from segjax.model.sharding import make_mesh
 
 TEMPLATE = (
@@ -16,7 +16,7 @@ TEMPLATE = (
 @pytest.fixture(scope='module')
 def values(material):
   """Settings of a few tiny steps of every stage on 64 of the pairs."""
-  config = settings.default_config()
+  config = presets.default_config()
   config.stages = ('sft', 'reward', 'normalizer', 'ppo', 'evaluate')
   config.update_from_flattened_dict(
     {

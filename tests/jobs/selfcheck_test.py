@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from segjax import checks, settings
+from segjax import checks, presets
 from segjax.jobs import loops, pipeline, selfcheck
 from segjax.jobs.selfcheck import Outcome
 from segjax.model.sharding import make_mesh
@@ -12,7 +12,7 @@ from segjax.model.sharding import make_mesh
 
 @pytest.fixture(scope='module')
 def values():
-  config = settings.default_config()
+  config = presets.default_config()
   config.stages = ('selfcheck',)
   return checks.from_config(config)
 
