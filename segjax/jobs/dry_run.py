@@ -15,7 +15,10 @@ from segjax.report.console import say, table
 from segjax.settings import Settings
 
 # Networks that a stage holds at once, trained and frozen.
-_NETWORKS = {'demo': 1, 'sft': 1, 'reward': 2, 'normalizer': 2, 'ppo': 4, 'evaluate': 3}
+_NETWORKS = {
+  **{'demo': 1, 'sft': 1, 'reward': 2, 'normalizer': 2, 'ppo': 4, 'evaluate': 3},
+  'selfcheck': 4,
+}
 
 
 def run(settings: Settings, stages: list[Stage]) -> None:

@@ -1,6 +1,7 @@
 """Whole runs with the options on: calibration, cache, rules, redistribution, published mistakes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -130,9 +131,14 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
     'shaping.redistribute': 'red',
     'shaping.red_baseline': 'zero',
     'shaping.reward_fn': f'{demo.__name__}:gold',
+    'critic.init': 'reward_model',
+    'ppo.critic_optimizer.learning_rate': 0.0,
   }
   run(small('ppo', **at('prompts'), **named), tmp_path)
   assert all(step['bad'] == 0 for step in metrics(tmp_path, 'ppo'))
+  # A critic that begins as the reward model keeps its head, and here it learns nothing.
+  critic = (tmp_path / 'ppo' / 'critic' / 'model.safetensors').read_bytes()
+  assert critic == (Path(bandit) / 'model.safetensors').read_bytes()
 
 
 def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
