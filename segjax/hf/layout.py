@@ -4,6 +4,7 @@ Read in both directions: by `reader` to load and by `writer` to save. It touches
 """
 
 import dataclasses
+import math
 
 from segjax.model.llama import LlamaConfig
 
@@ -69,6 +70,37 @@ class Entry:
   def hf_names(self) -> tuple[str, ...]:
     """The names of all layers, or the only one."""
     return tuple(self.hf_name(layer) for layer in range(self.shape[0] if self.stacked else 1))
+
+  def pieces(
+    self, index: tuple[slice, ...], item_size: int, max_bytes: int
+  ) -> list[tuple[slice, ...]]:
+    """The slice `index` of our tensor cut into pieces of at most about `max_bytes` bytes.
+
+    Each is of one layer and a range of the HF tensor's rows, so that it is read in one go; a slice
+    that is small enough stays whole.
+
+    Args:
+      index: slices of step 1; their bounds may be None.
+      item_size: bytes per element.
+    """
+    bounds = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+    whole = tuple(slice(part.start, part.stop) for part in bounds)
+    total = math.prod(map(len, bounds)) * item_size
+    if total <= max_bytes:
+      return [whole]
+    layers = bounds[0] if self.stacked else [None]
+    row_axis = len(bounds) - 1 if self.transposed else int(self.stacked)
+    rows = bounds[row_axis]
+    step = max(1, max_bytes * len(rows) * len(layers) // total)
+    found = []
+    for layer in layers:
+      for row in rows[::step]:
+        piece = list(whole)
+        if layer is not None:
+          piece[0] = slice(layer, layer + 1)
+        piece[row_axis] = slice(row, min(row + step, rows.stop))
+        found.append(tuple(piece))
+    return found
 
 
 def entries(config: LlamaConfig, head: str, score: str = SCORE) -> tuple[Entry, ...]:

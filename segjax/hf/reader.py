@@ -1,24 +1,24 @@
 """HF safetensors into our parameter tree, each device reading only the slices it holds.
 
-What the tensors are called is `layout`'s business, where they live `model.sharding`'s.
+What the tensors are called is `layout`'s business, where they live `model.sharding`'s, how they get
+there `placement`'s.
 """
 
-import contextlib
 import re
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
+from absl import logging
 from jax.sharding import Mesh
 
-from segjax.hf import layout
+from segjax.hf import layout, placement
 from segjax.hf.config import config_from_hf, head_name
 from segjax.hf.headers import CONFIG, Checkpoint, open_checkpoint, read_json, resolve
-from segjax.hf.transpose import transpose_into
+from segjax.hf.slices import DTYPES, Slices, describe_not_finite
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 
@@ -26,10 +26,9 @@ __all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve']
 
 Params = dict[str, Any]
 
-DTYPES = {'F64': 'float64', 'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
-
 _IGNORED = r'(^|\.)rotary_emb\.inv_freq$'  # a buffer that old checkpoints carry
 _SHOWN = 5  # names in an error message
+_SCALAR_HEAD = 'scalar_head/kernel'
 
 
 def load_config(path: str | Path, **runtime: Any) -> LlamaConfig:
@@ -44,6 +43,7 @@ def load_params(
   mesh: Mesh | None = None,
   dtype: str = 'float32',
   key: jax.Array | None = None,
+  strict: bool = False,
 ) -> Params:
   """The parameters of a checkpoint, cast on the way and placed by `sharding`'s table.
 
@@ -56,6 +56,7 @@ def load_params(
     mesh: None puts everything on the default device.
     dtype: of the parameters; '' keeps each tensor's own.
     key: for a fresh scalar head.
+    strict: refuse NaN and infinity among the weights, of which a warning is logged otherwise.
 
   Raises:
     ValueError: for missing, unexpected or misshapen tensors, and for a scalar head that has to be
@@ -63,40 +64,85 @@ def load_params(
   """
   if dtype and dtype not in DTYPES.values():
     raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
-  checkpoint = open_checkpoint(resolve(path))
-  score = head_name(read_json(checkpoint.directory / CONFIG))
-  entries = layout.entries(config, head, score)
-  fresh = head == 'scalar' and f'{score}.weight' not in checkpoint.tensors
-  if fresh:
-    entries = tuple(entry for entry in entries if entry.path != 'scalar_head/kernel')
-  _check(checkpoint, entries, head)
+  checkpoint, entries = open_model(path, config, head)
+  fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD
   if fresh and key is None:
     raise ValueError(
-      f'{checkpoint.directory} has no {score}.weight, so the scalar head has to be drawn: '
-      'give a random key, or a reward model.'
+      f'{checkpoint.directory} has no scalar head, so it has to be drawn: give a random key, or a '
+      'reward model.'
     )
+  kinds = [dtype_of(checkpoint, entry, dtype) for entry in entries]  # all before one is read
   params: Params = {}
-  with _Files() as files:
-    for entry in entries:
-      _insert(params, entry.path, _place(checkpoint, files, entry, mesh, dtype))
+  files = Slices(checkpoint)
+  with ThreadPoolExecutor(placement.THREADS) as pool:
+    for entry, kind in zip(entries, kinds, strict=True):
+      _insert(params, entry.path, placement.place(files, entry, mesh, kind, pool))
+      files.release()
+  if files.not_finite:
+    message = describe_not_finite(files.not_finite)
+    if strict:
+      raise ValueError(f'{message}; strict=False loads them all the same.')
+    logging.warning('%s', message)
   if fresh:
     own = params['backbone']['embedding'].dtype
-    _insert(params, 'scalar_head/kernel', _fresh_head(key, config.hidden_size, own, mesh))
+    _insert(params, _SCALAR_HEAD, fresh_head(key, config.hidden_size, own, mesh))
   return params
 
 
-class _Files(contextlib.ExitStack):
-  """Open safetensors files by path, closed together."""
+def open_model(
+  path: str | Path, config: LlamaConfig, head: str
+) -> tuple[Checkpoint, tuple[layout.Entry, ...]]:
+  """A checkpoint and the tensors of ours that it holds, all names and shapes checked.
 
-  def __init__(self) -> None:
-    super().__init__()
-    self._open: dict[Path, Any] = {}
+  These are all tensors of the model, but for a scalar head where the checkpoint has none. Reads
+  headers only; a language model's head is no part of a scalar model.
 
-  def slices(self, file: Path, name: str) -> Any:
-    """A view of tensor `name` that reads what it is indexed with."""
-    if file not in self._open:
-      self._open[file] = self.enter_context(safetensors.safe_open(file, framework='numpy'))
-    return self._open[file].get_slice(name)
+  Args:
+    path: local directory or hub id.
+
+  Raises:
+    ValueError: for missing, unexpected or misshapen tensors.
+  """
+  checkpoint = open_checkpoint(resolve(path))
+  score = head_name(read_json(checkpoint.directory / CONFIG))
+  entries = layout.entries(config, head, score)
+  if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
+    entries = entries[:-1]
+  _check(checkpoint, entries, head)
+  return checkpoint, entries
+
+
+def dtype_of(checkpoint: Checkpoint, entry: layout.Entry, dtype: str) -> np.dtype:
+  """`dtype`, or where that is empty the one of the HF tensors of `entry`.
+
+  Raises:
+    ValueError: where these have several.
+  """
+  own = {checkpoint.tensors[name].dtype for name in entry.hf_names()}
+  if not dtype and len(own) > 1:
+    raise ValueError(
+      f'{checkpoint.directory}: the layers of {entry.template} have dtypes '
+      f'{", ".join(sorted(own))}, and one stack has one; name the dtype to load them in.'
+    )
+  return jnp.dtype(dtype or DTYPES[own.pop()])
+
+
+def fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
+  """A scalar head [D, 1] from N(0, 1 / (D + 1)), drawn in float32."""
+  kernel = (jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)).astype(dtype)
+  if mesh is None:
+    return kernel
+  host = np.asarray(kernel)
+  place = sharding.parameter_sharding(_SCALAR_HEAD, host.shape, mesh)
+  return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+
+def find_not_finite(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...]) -> str:
+  """Reads every weight once; says which tensors hold NaN or infinity, '' where none does."""
+  files = Slices(checkpoint)
+  with ThreadPoolExecutor(placement.THREADS) as pool:
+    list(pool.map(files.check, [name for entry in entries for name in entry.hf_names()]))
+  return describe_not_finite(files.not_finite) if files.not_finite else ''
 
 
 def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str) -> None:
@@ -132,74 +178,6 @@ def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str)
 def _some(names: list[str]) -> str:
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
   return f'tensor{"s" if len(names) > 1 else ""} {", ".join(names[:_SHOWN])}{more}'
-
-
-def _place(
-  checkpoint: Checkpoint, files: _Files, entry: layout.Entry, mesh: Mesh | None, dtype: str
-) -> jax.Array:
-  """One of our tensors, on its devices."""
-  own = {checkpoint.tensors[name].dtype for name in entry.hf_names()}
-  if not dtype and len(own) > 1:
-    raise ValueError(
-      f'{checkpoint.directory}: the layers of {entry.template} have dtypes '
-      f'{", ".join(sorted(own))}, and one stack has one; name the dtype to load them in.'
-    )
-  kind = jnp.dtype(dtype or DTYPES[own.pop()])
-
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    return _read(checkpoint, files, entry, index, kind)
-
-  if mesh is None:
-    return jnp.asarray(read((slice(None),) * len(entry.shape)))
-  place = sharding.parameter_sharding(entry.path, entry.shape, mesh)
-  return jax.make_array_from_callback(entry.shape, place, _once(read))
-
-
-def _once(read: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable:
-  """`read` remembering its results: devices that hold the same slice share one reading."""
-  known: dict[tuple, np.ndarray] = {}
-
-  def remembered(index: tuple[slice, ...]) -> np.ndarray:
-    name = tuple((part.start, part.stop) for part in index)
-    if name not in known:
-      known[name] = read(index)
-    return known[name]
-
-  return remembered
-
-
-def _read(
-  checkpoint: Checkpoint,
-  files: _Files,
-  entry: layout.Entry,
-  index: tuple[slice, ...],
-  dtype: np.dtype,
-) -> np.ndarray:
-  """The slice `index` of our tensor from the HF tensors it is made of, as `dtype`."""
-  ranges = [range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True)]
-  out = np.empty([len(part) for part in ranges], dtype)
-  layers, inner = (ranges[0], ranges[1:]) if entry.stacked else (range(1), ranges)
-  if entry.transposed:
-    inner = inner[::-1]
-  window = tuple(slice(part.start, part.stop) for part in inner)
-  for target, layer in zip(out if entry.stacked else [out], layers, strict=True):
-    name = entry.hf_name(layer)
-    piece = files.slices(checkpoint.tensors[name].file, name)[window]
-    if entry.transposed:
-      transpose_into(piece, target)
-    else:
-      target[...] = piece
-  return out
-
-
-def _fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None) -> jax.Array:
-  """A scalar head [D, 1] from N(0, 1 / (D + 1)), drawn in float32."""
-  kernel = (jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)).astype(dtype)
-  if mesh is None:
-    return kernel
-  host = np.asarray(kernel)
-  place = sharding.parameter_sharding('scalar_head/kernel', host.shape, mesh)
-  return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def _insert(tree: Params, path: str, leaf: jax.Array) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 
 import jax
+import numpy as np
 import pytest
 
 from segjax.hf import layout
@@ -47,3 +48,29 @@ def test_hf_name_refuses():
     layout.hf_name('backbone/norm/scale', 0)
   with pytest.raises(ValueError, match='layer=None'):
     layout.hf_name('backbone/layers/query/kernel')
+
+
+@pytest.mark.parametrize(
+  ('shape', 'stacked', 'transposed', 'index', 'max_bytes'),
+  [
+    ((3, 8, 6), True, True, np.s_[:, :, :], 50),
+    ((3, 8, 6), True, True, np.s_[:, 2:6, 1:6], 1),
+    ((3, 8), True, False, np.s_[1:3, :], 20),
+    ((40, 6), False, False, np.s_[10:40, :], 100),
+    ((6, 40), False, True, np.s_[:, 7:40], 100),
+    ((6, 40), False, True, np.s_[:, :], 10_000),
+  ],
+)
+def test_pieces_cover_the_slice_once(shape, stacked, transposed, index, max_bytes):
+  entry = layout.Entry('a', 'a', shape, stacked, transposed)
+  pieces = entry.pieces(index, 2, max_bytes)
+  times = np.zeros(shape, int)
+  for piece in pieces:
+    times[piece] += 1
+    size = times[piece].size
+    row = size // len(range(*piece[-1].indices(shape[-1])) if transposed else times[piece])
+    assert size * 2 <= max(max_bytes, 2 * row) or len(shape) == 1 + stacked
+  expected = np.zeros(shape, int)
+  expected[index] = 1
+  np.testing.assert_array_equal(times, expected)
+  assert (len(pieces) == 1) == (expected.sum() * 2 <= max_bytes)

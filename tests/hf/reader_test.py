@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 from hf import tiny
-from segjax.hf import reader
+from segjax.hf import placement, reader, slices
 from segjax.model import heads, sharding
 
 # Float32 on both sides; only the order of sums differs.
@@ -92,20 +92,58 @@ def test_eight_devices_equal_one(kind, tmp_path):
     assert leaf.sharding == place
 
 
-def test_each_slice_is_read_once(llama3, monkeypatch):
-  # 2 x 2 x 2: the two copies along `data` share what was read, so the bytes read are the file's.
-  read = []
-  inner = reader._read
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 2, 4)])
+def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
+  # Copies along `data`, and of what is not split, share what was read.
+  made = []
 
-  def counted(*args):
-    array = inner(*args)
-    read.append(array.size)
-    return array
+  class Counted(slices.Slices):
+    def __init__(self, checkpoint):
+      super().__init__(checkpoint)
+      made.append(self)
 
-  monkeypatch.setattr(reader, '_read', counted)
+  monkeypatch.setattr(reader, 'Slices', Counted)
   config = reader.load_config(llama3)
-  reader.load_params(llama3, config, 'language', sharding.make_mesh(2, 2, 2))
-  assert sum(read) == reader.open_checkpoint(llama3).num_parameters()
+  reader.load_params(llama3, config, 'language', sharding.make_mesh(*sizes))
+  assert made[0].requested == 4 * reader.open_checkpoint(llama3).num_parameters()
+
+
+@pytest.mark.parametrize('own_memory', [False, True], ids=['host', 'accelerator'])
+@pytest.mark.parametrize('spread', [False, True], ids=['one', 'eight'])
+def test_piece_by_piece_is_the_same(own_memory, spread, tmp_path, monkeypatch):
+  # On accelerators pieces are written into the device's buffer; here a CPU device plays one.
+  directory = tiny.write(tmp_path)
+  config = reader.load_config(directory)
+  mesh = sharding.make_mesh(1, 2, 4) if spread else None
+  expected = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
+  monkeypatch.setattr(placement, 'PIECE_BYTES', 1000)
+  monkeypatch.setattr(placement, '_has_own_memory', lambda device: own_memory)
+  found = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
+  tiny.assert_same_params(found, expected)
+  for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert one.sharding == two.sharding
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_not_finite_weights(value, dtype, tmp_path, caplog):
+  directory = tiny.write(tmp_path / 'a', dtype=dtype, max_shard_size='20KB')
+  config = reader.load_config(directory)
+  checkpoint, entries = reader.open_model(directory, config, 'language')
+  assert reader.find_not_finite(checkpoint, entries) == ''
+  name = 'model.layers.1.mlp.up_proj.weight'
+  file = checkpoint.tensors[name].file
+  tensors = safetensors.numpy.load_file(file)
+  tensors[name][3, 4] = value
+  safetensors.numpy.save_file(tensors, file)
+  checkpoint, entries = reader.open_model(directory, config, 'language')
+  message = f'NaN or infinity in tensor {name} ({file.name})'
+  assert message in reader.find_not_finite(checkpoint, entries)
+  params = reader.load_params(directory, config, 'language')
+  np.testing.assert_array_equal(params['backbone']['layers']['up']['kernel'][1, 4, 3], value)
+  assert message in caplog.text
+  with pytest.raises(ValueError, match='NaN or infinity in tensor'):
+    reader.load_params(directory, config, 'language', strict=True)
 
 
 def test_fresh_scalar_head(llama3):
@@ -117,7 +155,7 @@ def test_fresh_scalar_head(llama3):
   assert 'lm_head' not in params
   kernel = params['scalar_head']['kernel']
   np.testing.assert_array_equal(kernel, jax.random.normal(key, (32, 1)) / 33)
-  with pytest.raises(ValueError, match=r'no score\.weight.*give a random key'):
+  with pytest.raises(ValueError, match=r'no scalar head.*give a random key'):
     reader.load_params(llama3, config, 'scalar')
 
 
