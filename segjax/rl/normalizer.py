@@ -66,10 +66,13 @@ class Quality(NamedTuple):
 
 def relative_position(segments: Segments) -> Float[Array, 'T']:
   """p = (segment_id + 1) / num_segments, in (0, 1]; 1 outside every segment, where ln p is 0."""
+  inside = segments.segment_id >= 0
   dtype = jnp.result_type(float)
-  rank = (segments.segment_id + 1).astype(dtype)
-  position = rank / jnp.maximum(segments.num_segments, 1).astype(dtype)
-  return jnp.where(segments.segment_id >= 0, position, 1)
+  rank = jnp.where(inside, segments.segment_id + 1, 1).astype(dtype)
+  # Chosen token by token: XLA divides by a number that a whole row shares by multiplying with its
+  # reciprocal, which would leave the last p of 41 segments just below 1.
+  count = jnp.where(inside, segments.num_segments, 1).astype(dtype)
+  return rank / count
 
 
 def mean_std(

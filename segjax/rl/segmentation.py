@@ -136,7 +136,7 @@ def segment_at(
     start = first | (before_stop & boundary)
     start = _far_enough(start, first, min_length) if min_length > 1 else start
   end = content & (_next(start) | ~_next(content))
-  segment_id = jnp.cumsum(start, dtype=jnp.int32) - 1
+  segment_id = _running_count(start) - 1
   return Segments(
     start=start,
     end=end,
@@ -187,6 +187,19 @@ def _position_of(mark: Bool[Array, 'T'], segments: Segments) -> Int[Array, 'T']:
   position = jnp.arange(length, dtype=jnp.int32)
   table = jnp.zeros(length, jnp.int32).at[row].set(position, mode='drop')
   return table[segments.segment_id]
+
+
+def _running_count(mark: Bool[Array, 'T']) -> Int[Array, 'T']:
+  """How many marks there are up to and including each token.
+
+  In rows of 32 by a product of zeros and ones, exact at any precision of the multiplier: XLA on CPU
+  is faster at it than at a cumulative sum over all tokens.
+  """
+  length, row = mark.shape[0], 32
+  rows = jnp.pad(mark.astype(jnp.float32), (0, -length % row)).reshape(-1, row)
+  within = rows @ jnp.triu(jnp.ones((row, row), jnp.float32))
+  before = jnp.cumsum(within[:, -1]) - within[:, -1]
+  return (within + before[:, None]).reshape(-1)[:length].astype(jnp.int32)
 
 
 def _far_enough(

@@ -176,6 +176,21 @@ def test_normalize_equals_oracle(response, score, name):
       assert_allclose(z[~inside], 0)
 
 
+def test_position_is_the_quotient_exactly():
+  """As one float32 division, so that the last is 1 and ties of the bins are those of the paper."""
+  count = np.arange(1, 129)
+  mask = np.arange(128) < count[:, None]
+
+  @jax.jit
+  @jax.vmap
+  def run(mask):
+    return relative_position(segment(jnp.zeros(128), mask, jnp.array(False), granularity='token'))
+
+  rank = np.arange(1, 129, dtype=np.float32)
+  expected = np.where(mask, rank / count[:, None].astype(np.float32), 1)
+  assert np.array_equal(run(mask), expected)
+
+
 def test_as_many_segments_as_tokens():
   """2,048 of them and a stop token: every p is exact, the smallest included."""
 
