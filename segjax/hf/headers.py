@@ -5,11 +5,16 @@ No weights are read and jax is not imported, so that looking at 140 GB takes no 
 """
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from segjax.hf import hub
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
@@ -35,6 +40,11 @@ class Tensor:
     """Number of elements."""
     return math.prod(self.shape)
 
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of its data."""
+    return self.size * ITEM_SIZE[self.dtype]
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -54,7 +64,8 @@ def resolve(name: str | Path) -> Path:
   Only json, safetensors and tokenizer files are downloaded, into huggingface_hub's cache.
 
   Raises:
-    ValueError: for a missing directory, an unknown hub id, or a hub that cannot be reached.
+    ValueError: for a missing directory, an unknown or gated hub id, a hub that cannot be reached,
+      and, before any download, a model that is no Llama or has no safetensors.
   """
   path = Path(name).expanduser()
   if path.is_dir():
@@ -68,26 +79,13 @@ def resolve(name: str | Path) -> Path:
     raise ValueError(f'no directory {name}; give an existing one, or a hub id like owner/name.')
   if text != text.strip('/'):
     raise ValueError(f'no directory {name}; a hub id neither starts nor ends with a slash.')
-  import huggingface_hub
-
-  try:
-    found = huggingface_hub.snapshot_download(
-      text, allow_patterns=list(_HUB_FILES), ignore_patterns=['original/*']
-    )
-  except (OSError, ValueError) as error:  # not found, gated, no network, malformed
-    reason = str(error).strip().splitlines()[:1]
-    raise ValueError(
-      f'{name} is neither a local directory nor a checkpoint that the Hugging Face hub gives us '
-      f'({type(error).__name__}: {"".join(reason)}). Check the name, the network, and '
-      '`hf auth login` for gated models.'
-    ) from error
-  return Path(found)
+  return hub.download(text, _HUB_FILES, functools.partial(_check_listing, text))
 
 
 def read_json(path: Path) -> dict[str, Any]:
   """A JSON object; ValueError names the file where it is missing or broken."""
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    value = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=_without_repeats)
   except FileNotFoundError as error:
     raise ValueError(f'{path} does not exist; is {path.parent} an HF checkpoint?') from error
   except ValueError as error:
@@ -120,7 +118,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
   Raises:
     ValueError: where there are no safetensors, a shard is missing, truncated or disagrees with
-      the index, or a tensor's dtype is not a floating-point one.
+      the index, the index names anything but files of its directory, or a tensor's dtype is not a
+      floating-point one.
   """
   directory = Path(path)
   if not directory.is_dir():
@@ -128,14 +127,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
   if (directory / WEIGHTS).is_file():
     return Checkpoint(directory, read_header(directory / WEIGHTS))
   if not (directory / INDEX).is_file():
-    raise ValueError(_no_weights(directory))
-  weight_map = read_json(directory / INDEX).get('weight_map')
-  if not isinstance(weight_map, dict) or not weight_map:
-    raise ValueError(f'{directory / INDEX} has no "weight_map"; fetch it again.')
+    raise ValueError(_no_weights(str(directory), [file.name for file in directory.iterdir()]))
   tensors: dict[str, Tensor] = {}
-  for shard in sorted(set(weight_map.values())):
-    names = [name for name, file in weight_map.items() if file == shard]
-    if Path(shard).name != shard or not (directory / shard).is_file():
+  for shard, names in sorted(_shards(directory / INDEX).items()):
+    if not (directory / shard).is_file():
       raise ValueError(
         f'{directory / shard} is missing; {INDEX} puts {len(names)} tensors there, the first '
         f'{names[0]}. Fetch the shard again.'
@@ -159,7 +154,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
   https://huggingface.co/docs/safetensors.
 
   Raises:
-    ValueError: where it is no safetensors file, is truncated, or holds a dtype we do not read.
+    ValueError: where it is no safetensors file, is truncated, says what cannot be of its tensors,
+      or holds a dtype we do not read.
   """
   total = file.stat().st_size
   with file.open('rb') as stream:
@@ -169,36 +165,109 @@ def read_header(file: Path) -> dict[str, Tensor]:
       hint = ' but a git-lfs pointer' if start == b'version ' else ''
       raise ValueError(f'{file} ({total} bytes) is no safetensors file{hint}; fetch it again.')
     try:
-      header = json.loads(stream.read(length))
-    except ValueError as error:
+      header = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'{file} has a broken header ({error}); fetch it again.') from error
+  if not isinstance(header, dict):
+    raise ValueError(f'{file} has a broken header (no JSON object); fetch it again.')
   header.pop('__metadata__', None)
-  tensors = {}
-  for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
-    begin, end = entry['data_offsets']
-    if entry['dtype'] not in ITEM_SIZE:
+  start = 8 + length
+  found = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
+  tensors, end = {}, start
+  for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+    if tensor.offset != end:
+      kind = 'a gap' if tensor.offset > end else 'an overlap'
       raise ValueError(
-        f'{file}: tensor {name} has dtype {entry["dtype"]}, not one of {", ".join(ITEM_SIZE)}; '
-        'quantized checkpoints are not read, use the unquantized one.'
+        f'{file}: the header lies about tensor {name}: {kind} of {abs(tensor.offset - end)} bytes '
+        'before its data. Fetch the file again.'
       )
-    tensor = Tensor(file, entry['dtype'], tuple(entry['shape']), 8 + length + begin)
-    if end - begin != tensor.size * ITEM_SIZE[tensor.dtype] or 8 + length + end > total:
+    end += tensor.num_bytes
+    if end > total:
       raise ValueError(
-        f'{file} ({total} bytes) is truncated or damaged at tensor {name}; fetch it again.'
+        f'{file} ({total} bytes) is truncated or damaged at tensor {name}, which ends at byte '
+        f'{end}; fetch it again.'
       )
     tensors[name] = tensor
+  if end != total:
+    raise ValueError(
+      f'{file} holds {total - end} bytes after its last tensor, {next(reversed(tensors), "none")}, '
+      'which its header does not name; fetch it again.'
+    )
   return tensors
 
 
-def _no_weights(directory: Path) -> str:
-  """Why a directory without safetensors is refused, and the way out."""
-  pickled = sorted(file.name for file in directory.glob('pytorch_model*.bin*'))
+def _tensor(file: Path, name: str, entry: Any, start: int) -> Tensor:
+  """One entry of a header, `start` being the first byte of the data."""
+  try:
+    dtype, shape, (begin, end) = entry['dtype'], tuple(entry['shape']), entry['data_offsets']
+    whole = isinstance(dtype, str) and all(
+      isinstance(number, int) and number >= 0 for number in (*shape, begin, end)
+    )
+  except (KeyError, TypeError, ValueError):
+    whole = False
+  if not whole:
+    raise ValueError(
+      f'{file}: the header lies about tensor {name}: {str(entry)[:80]!r} is no dtype, shape and '
+      'data_offsets. Fetch the file again.'
+    )
+  if dtype not in ITEM_SIZE:
+    raise ValueError(
+      f'{file}: tensor {name} has dtype {dtype}, not one of {", ".join(ITEM_SIZE)}; quantized '
+      'checkpoints are not read, use the unquantized one.'
+    )
+  tensor = Tensor(file, dtype, shape, start + begin)
+  if end - begin != tensor.num_bytes:
+    raise ValueError(
+      f'{file}: the header lies about tensor {name}: {end - begin} bytes for {dtype} '
+      f'{list(shape)}, which takes {tensor.num_bytes}. Fetch the file again.'
+    )
+  return tensor
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+  """The files that an index names, each with its tensors; only plain names are allowed."""
+  weight_map = read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise ValueError(f'{index} has no "weight_map"; fetch it again.')
+  shards: dict[str, list[str]] = {}
+  for name, shard in weight_map.items():
+    plain = isinstance(shard, str) and shard not in ('', '.', '..')
+    if not plain or any(mark in shard for mark in '/\\\0'):
+      raise ValueError(
+        f'{index} puts tensor {name} into {shard!r}, which is not the name of a file in its own '
+        'directory; it is not followed. Fetch the index from where you trust it.'
+      )
+    shards.setdefault(shard, []).append(name)
+  return shards
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object whose keys are all different; json itself keeps the last of equal ones."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f'{next(name for name in found if names.count(name) > 1)} is there twice')
+  return found
+
+
+def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
+  """ValueError where what the hub lists under `name` is nothing that we read."""
+  kind = config.get('model_type', 'llama')
+  if kind != 'llama':
+    raise ValueError(f'{name}: model_type is {kind!r}; only llama models are read.')
+  if not {WEIGHTS, INDEX} & set(files):
+    raise ValueError(_no_weights(name, files))
+
+
+def _no_weights(where: str, files: Iterable[str]) -> str:
+  """Why a checkpoint without safetensors is refused, and the way out."""
+  files = sorted(files)
+  pickled = [file for file in files if re.fullmatch(r'pytorch_model.*\.bin.*', file)]
   if pickled:
     return (
-      f'{directory / pickled[0]} is a pickle, which may run any code when loaded, so it is not '
+      f'{where}/{pickled[0]} is a pickle, which may run any code when loaded, so it is not '
       'read. Where you trust it, convert it once: python -c "from transformers import '
-      f"AutoModelForCausalLM as M; M.from_pretrained('{directory}').save_pretrained('OUT')\" "
+      f"AutoModelForCausalLM as M; M.from_pretrained('{where}').save_pretrained('OUT')\" "
       '(AutoModelForSequenceClassification for a reward model).'
     )
-  found = ', '.join(sorted(file.name for file in directory.iterdir())[:8]) or 'nothing'
-  return f'{directory} has neither {WEIGHTS} nor {INDEX}; it holds {found}.'
+  return f'{where} has neither {WEIGHTS} nor {INDEX}; it holds {", ".join(files[:8]) or "nothing"}.'
