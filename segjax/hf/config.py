@@ -4,6 +4,7 @@ The names and shapes of tensors are `layout`'s.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _REQUIRED = (
   'num_hidden_layers',
   'num_attention_heads',
 )
+# What models of experts call their number, in Mixtral's, Qwen's and DeepSeek's configs.
+_EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts')
 
 
 def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> LlamaConfig:
@@ -38,27 +41,27 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
     where, raw = str(file), headers.read_json(file)
   _check_supported(where, raw)
   heads = raw['num_attention_heads']
-  head_dim = raw.get('head_dim') or raw['hidden_size'] // heads
-  kv_heads = raw.get('num_key_value_heads') or heads
+  head_dim = _size(where, raw, 'head_dim', raw['hidden_size'] // heads)
+  kv_heads = _size(where, raw, 'num_key_value_heads', heads)
   if heads % kv_heads or head_dim % 2 or (not raw.get('head_dim') and raw['hidden_size'] % heads):
     raise ValueError(
       f'{where}: hidden_size={raw["hidden_size"]}, num_attention_heads={heads}, '
       f'num_key_value_heads={kv_heads}, head_dim={head_dim} do not fit: heads are a multiple of '
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
     )
-  longest = _get(raw, 'max_position_embeddings', 2048)
+  longest = _size(where, raw, 'max_position_embeddings', 2048)
   rope = headers.rope_parameters(raw)
   fields = {key: raw[key] for key in _REQUIRED} | {
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,
     'max_position_embeddings': longest,
-    'rms_norm_eps': float(_get(raw, 'rms_norm_eps', 1e-6)),
-    'rope_theta': float(rope['rope_theta']),
+    'rms_norm_eps': _number(where, raw, 'rms_norm_eps', 1e-6),
+    'rope_theta': _number(where, rope, 'rope_theta'),
     'rope_scaling': _rope_scaling(where, rope, longest),
     'tie_word_embeddings': bool(raw.get('tie_word_embeddings')),
     'attention_bias': bool(raw.get('attention_bias')),
     'mlp_bias': bool(raw.get('mlp_bias')),
-    'initializer_range': float(_get(raw, 'initializer_range', 0.02)),
+    'initializer_range': _number(where, raw, 'initializer_range', 0.02),
   }
   return LlamaConfig(**(fields | runtime))
 
@@ -68,27 +71,54 @@ def head_name(raw: dict[str, Any]) -> str:
   return str(raw.get('value_head_prefix') or SCORE)
 
 
-def _get(raw: dict[str, Any], key: str, default: Any) -> Any:
-  """raw[key], `default` where it is absent or null."""
-  return default if raw.get(key) is None else raw[key]
+def _size(where: str, raw: dict[str, Any], key: str, default: int) -> int:
+  """The positive integer raw[key]; `default` where it is absent, null or 0."""
+  value = raw.get(key) or default
+  if not _is_number(value) or value != int(value) or value <= 0:
+    raise ValueError(f'{where}: {key} is {value!r}; it must be a positive integer.')
+  return int(value)
+
+
+def _number(where: str, raw: dict[str, Any], key: str, default: float | None = None) -> float:
+  """The positive number raw[key]; `default`, where there is one, for absent and null."""
+  value = default if raw.get(key) is None else raw[key]
+  if not _is_number(value) or not 0 < value < math.inf:
+    raise ValueError(f'{where}: {key} is {value!r}; it must be a positive number.')
+  return float(value)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_supported(where: str, raw: dict[str, Any]) -> None:
+  """ValueError for a model that is no Llama, or has what this network does not compute."""
   kind = raw.get('model_type')
   if kind != 'llama':
     raise ValueError(f'{where}: model_type is {kind!r}; only llama models are read.')
-  if raw.get('quantization_config'):
-    method = raw['quantization_config'].get('quant_method', 'unknown')
+  quantization = raw.get('quantization_config')
+  if quantization:
+    method = quantization.get('quant_method') if isinstance(quantization, dict) else None
     raise ValueError(
-      f'{where}: quantization_config ({method}): quantized weights are not read; use the '
-      'unquantized checkpoint.'
+      f'{where}: quantization_config ({method or "unknown"}): quantized weights are not read; use '
+      'the unquantized checkpoint.'
     )
   activation = raw.get('hidden_act') or 'silu'
-  if activation != 'silu':
+  if activation not in ('silu', 'swish'):
     raise ValueError(f'{where}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
+  window = raw.get('sliding_window')
+  if window is not None and raw.get('use_sliding_window', True):
+    raise ValueError(
+      f'{where}: sliding_window is {window!r}; only attention to all earlier tokens is computed.'
+    )
+  for key in _EXPERTS:
+    if (raw.get(key) or 1) != 1:
+      raise ValueError(
+        f'{where}: {key} is {raw[key]!r}; mixtures of experts are not computed, only one MLP is.'
+      )
   for key in _REQUIRED:
     value = raw.get(key)
-    if not isinstance(value, int) or value <= 0:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
       found = f'is {value!r}' if key in raw else 'is missing'
       raise ValueError(f'{where}: {key} {found}; it must be a positive integer.')
 
@@ -98,6 +128,11 @@ def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling
   kind = rope['rope_type']
   if kind not in _ROPE_TYPES:
     raise ValueError(f'{where}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.')
+  nested = [key for key, value in rope.items() if isinstance(value, dict)]
+  if nested:
+    raise ValueError(
+      f'{where}: RoPE of its own for {nested[0]!r} layers is not computed; only one for all is.'
+    )
   if rope['partial_rotary_factor'] != 1:
     raise ValueError(
       f'{where}: partial_rotary_factor={rope["partial_rotary_factor"]} is not computed; only 1, '
@@ -107,19 +142,20 @@ def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling
     return None
   needed = ['factor'] + ['low_freq_factor', 'high_freq_factor'] * (kind == 'llama3')
   for key in needed:
-    if not isinstance(rope.get(key), int | float) or rope[key] <= 0:
+    if not _is_number(rope.get(key)) or not 0 < rope[key] < math.inf:
       raise ValueError(
         f'{where}: rope type {kind!r} needs {key}, a positive number; found {rope.get(key)!r}.'
       )
   if kind == 'linear':
     return RopeScaling('linear', float(rope['factor']))
-  return RopeScaling(
-    'llama3',
-    float(rope['factor']),
-    float(rope['low_freq_factor']),
-    float(rope['high_freq_factor']),
-    _get(rope, 'original_max_position_embeddings', longest),
-  )
+  low, high = float(rope['low_freq_factor']), float(rope['high_freq_factor'])
+  if low >= high:
+    raise ValueError(
+      f"{where}: rope type 'llama3' needs low_freq_factor below high_freq_factor; found {low:g} "
+      f'and {high:g}.'
+    )
+  original = _size(where, rope, 'original_max_position_embeddings', longest)
+  return RopeScaling('llama3', float(rope['factor']), low, high, original)
 
 
 # What config_to_hf writes: these keys of a base config.json are replaced, all others are kept.

@@ -86,6 +86,16 @@ def test_runtime_fields():
     ({'rope_scaling': {'type': 'dynamic', 'factor': 2.0}}, "rope type 'dynamic'"),
     ({'rope_scaling': {'type': 'linear'}}, "'linear' needs factor, a positive number; found None"),
     ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8}}, "'llama3' needs low_freq_factor"),
+    ({'rope_scaling': {'rope_type': 'llama3', **LLAMA3, 'high_freq_factor': 1}}, 'below high_freq'),
+    ({'rope_theta': '10000'}, "rope_theta is '10000'; it must be a positive number"),
+    ({'rope_parameters': {'full_attention': {'rope_type': 'default'}}}, "'full_attention' layers"),
+    ({'rms_norm_eps': -1}, 'rms_norm_eps is -1'),
+    ({'head_dim': '8'}, "head_dim is '8'"),
+    ({'num_key_value_heads': 1.5}, r'num_key_value_heads is 1\.5'),
+    ({'num_hidden_layers': True}, 'num_hidden_layers is True'),
+    ({'sliding_window': 4096}, 'sliding_window is 4096; only attention to all'),
+    ({'num_local_experts': 8}, 'num_local_experts is 8; mixtures of experts'),
+    ({'model_type': 'mixtral', 'num_local_experts': 8}, "model_type is 'mixtral'"),
     ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor=0\.5 is not computed'),
   ],
 )
@@ -94,6 +104,13 @@ def test_refuses(change, message, tmp_path):
   with pytest.raises(ValueError, match=message) as error:
     config_from_hf(tmp_path)
   assert str(tmp_path / 'config.json') in str(error.value)
+
+
+def test_accepts_what_changes_nothing():
+  same = {'sliding_window': None, 'num_experts': 1, 'hidden_act': 'swish', 'pretraining_tp': 2}
+  assert config_from_hf(RAW | same) == config_from_hf(RAW)
+  unused = {'sliding_window': 4096, 'use_sliding_window': False, 'quantization_config': None}
+  assert config_from_hf(RAW | unused) == config_from_hf(RAW)
 
 
 def test_refuses_missing_key():

@@ -1,0 +1,112 @@
+"""What an HF checkpoint holds, in a few lines of text, from config.json and tensor headers only.
+
+Whether it can be loaded is `reader`'s business. jax is not imported.
+"""
+
+import collections
+from pathlib import Path
+from typing import Any
+
+from segjax.hf import headers
+
+_GENERATION = 'generation_config.json'
+_SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+_SIZES = (
+  'num_hidden_layers',
+  'hidden_size',
+  'intermediate_size',
+  'num_attention_heads',
+  'num_key_value_heads',
+  'head_dim',
+  'vocab_size',
+  'max_position_embeddings',
+)
+_SCORES = ('value_head_prefix', 'normalize_reward', 'mean', 'std')  # of reward models
+
+
+def inspect(path: str | Path) -> str:
+  """Names, dtypes and shapes of the tensors of a directory or hub id, then a summary.
+
+  Raises:
+    ValueError: where the files are missing or broken; see `headers.open_checkpoint`.
+  """
+  checkpoint = headers.open_checkpoint(headers.resolve(path))
+  raw = headers.read_json(checkpoint.directory / headers.CONFIG)
+  width = max(map(len, checkpoint.tensors), default=0)
+  lines = [
+    f'{name:{width}}  {tensor.dtype:4}  {list(tensor.shape)}'
+    for name, tensor in checkpoint.tensors.items()
+  ]
+  rows = {
+    'model': f'{raw.get("model_type")} ({_joined(raw.get("architectures")) or "no architecture"})',
+    'sizes': _named(raw, _SIZES),
+    'rope': _rope(raw),
+    'embeddings': 'tied' if raw.get('tie_word_embeddings') else 'untied',
+    'special ids': _special_ids(checkpoint.directory, raw),
+    'scores': _named(raw, _SCORES),
+    'quantization': _quantization(raw),
+    'beside it': _beside(checkpoint.directory),
+    'weights': _weights(checkpoint),
+  }
+  return '\n'.join([*lines, '', *(f'{name:12}  {row}' for name, row in rows.items() if row)])
+
+
+def _joined(values: Any) -> str:
+  return ', '.join(map(str, values)) if isinstance(values, list) else str(values or '')
+
+
+def _named(raw: dict[str, Any], keys: tuple[str, ...]) -> str:
+  return ', '.join(f'{key} {raw[key]}' for key in keys if raw.get(key) is not None)
+
+
+def _rope(raw: dict[str, Any]) -> str:
+  rope = headers.rope_parameters(raw)
+  kind, theta = rope.pop('rope_type'), rope.pop('rope_theta')
+  if rope.get('partial_rotary_factor') == 1:
+    rope.pop('partial_rotary_factor')
+  more = ''.join(f', {key} {value}' for key, value in rope.items())
+  return f'{kind}, theta {theta:g}{more}' if isinstance(theta, int | float) else f'{kind}{more}'
+
+
+def _special_ids(directory: Path, raw: dict[str, Any]) -> str:
+  """As in config.json; what generation_config.json says differently is added."""
+  generation = {}
+  if (directory / _GENERATION).is_file():
+    generation = headers.read_json(directory / _GENERATION)
+  found = []
+  for key in _SPECIAL_IDS:
+    own, other = raw.get(key), generation.get(key)
+    text = f'{key.removesuffix("_token_id")} {"none" if own is None else _joined_ids(own)}'
+    if other is not None and other != own:
+      text += f' ({_GENERATION}: {_joined_ids(other)})'
+    found.append(text)
+  return ', '.join(found)
+
+
+def _joined_ids(ids: Any) -> str:
+  return ' '.join(map(str, ids)) if isinstance(ids, list) else str(ids)
+
+
+def _quantization(raw: dict[str, Any]) -> str:
+  found = raw.get('quantization_config')
+  return str(found.get('quant_method', found) if isinstance(found, dict) else found or '')
+
+
+def _beside(directory: Path) -> str:
+  """The files that say what the tokens and the scores mean, those that are there."""
+  known = ('tokenizer.json', 'tokenizer.model', 'chat_template.jinja', 'segment_reward.json')
+  return ', '.join(name for name in known if (directory / name).is_file())
+
+
+def _weights(checkpoint: headers.Checkpoint) -> str:
+  tensors = checkpoint.tensors.values()
+  dtypes = collections.Counter()
+  for tensor in tensors:
+    dtypes[tensor.dtype] += tensor.size
+  parts = ', '.join(f'{dtype} {size:,}' for dtype, size in dtypes.most_common())
+  files = len({tensor.file for tensor in tensors})
+  num_bytes = sum(tensor.num_bytes for tensor in tensors)
+  return (
+    f'{checkpoint.num_parameters():,} parameters in {len(tensors)} tensors, '
+    f'{files} file{"" if files == 1 else "s"}, {num_bytes / 1e9:.3f} GB ({parts})'
+  )
