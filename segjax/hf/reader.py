@@ -95,7 +95,8 @@ def open_model(
   """A checkpoint and the tensors of ours that it holds, all names and shapes checked.
 
   These are all tensors of the model, but for a scalar head where the checkpoint has none. Reads
-  headers only; a language model's head is no part of a scalar model.
+  headers only, unless a tied model has a head all the same, which must then be the embedding; a
+  language model's head is no part of a scalar model.
 
   Args:
     path: local directory or hub id.
@@ -109,6 +110,8 @@ def open_model(
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
     entries = entries[:-1]
   _check(checkpoint, entries, head)
+  if head == 'language' and config.tie_word_embeddings:
+    _check_tied(checkpoint)
   return checkpoint, entries
 
 
@@ -173,6 +176,19 @@ def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str)
         + (' (num_labels 1)' if shape[0] == 1 else '')
         + '; use the config that belongs to the weights.'
       )
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+  """ValueError where a tied model's head is another one than its embedding.
+
+  transformers 4 drops such a head, transformers 5 uses it.
+  """
+  head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
+  if head in checkpoint.tensors and not Slices(checkpoint).same(head, embedding):
+    raise ValueError(
+      f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
+      'them (tie_word_embeddings); say false there if the head counts, or take it away.'
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -69,6 +69,18 @@ class Slices:
     """Looks through one HF tensor for NaN and infinity, which then are in `not_finite`."""
     self._piece(name, (slice(None),))
 
+  def same(self, one: str, two: str) -> bool:
+    """Whether two HF tensors have the same dtype, shape and bits."""
+    first, second = self._tensors[one], self._tensors[two]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+      return False
+    kind = _INFINITY[first.dtype][0]
+    a, b = (self._mapped(tensor).reshape(-1).view(kind) for tensor in (first, second))
+    step = _BLOCK // kind().itemsize
+    return all(
+      np.array_equal(a[at : at + step], b[at : at + step]) for at in range(0, len(a), step)
+    )
+
   def release(self) -> None:
     """Gives mapped pages back; they stay in the kernel's cache as far as it likes."""
     for mapped in self._maps.values():

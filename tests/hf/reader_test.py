@@ -191,7 +191,7 @@ def test_what_is_not_needed_is_ignored(tmp_path):
 
   def add(tensors):
     extra = {
-      'lm_head.weight': np.ones((64, 32), np.float32),
+      'lm_head.weight': tensors['model.embed_tokens.weight'],
       'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32),
     }
     return tensors | extra
