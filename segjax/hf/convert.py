@@ -1,108 +1,265 @@
-"""HF checkpoints to and from Orbax, and a look at what a checkpoint holds.
+"""HF checkpoints to Orbax and back, piece by piece: memory holds a few pieces, not the model.
 
-An imported checkpoint is a directory with params/ (Orbax), hf/ (config.json and tokenizer files of
-the source, byte for byte) and segjax.json (the head). Memory holds the whole model.
+An imported checkpoint is a directory with params/ (what an Orbax CheckpointManager restores, step
+0), hf/ (config.json, tokenizer files and the like of the source, byte for byte) and segjax.json
+(what the model is). Arrays that are on devices already are `writer`'s business.
 """
 
-import json
-import os
+import dataclasses
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from segjax.hf import headers
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
-DESCRIPTION = 'segjax.json'
-_PARAMS, _SOURCE = 'params', 'hf'
+from segjax.hf import card as cards
+from segjax.hf import headers, layout, output, reader, shards, stored, writer
+from segjax.hf.headers import CONFIG
+from segjax.hf.slices import DTYPES, Slices, describe_not_finite
+from segjax.hf.transpose import transpose_into
+
+DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
+HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
+PIECE_BYTES = 1 << 25
+
+_VERSION = 1
 
 
 def import_checkpoint(
-  source: str | Path, out: str | Path, *, head: str = 'language', dtype: str = '', seed: int = 0
+  source: str | Path,
+  out: str | Path,
+  *,
+  role: str = 'policy',
+  dtype: str = '',
+  seed: int = 0,
+  strict: bool = False,
+  overwrite: bool = False,
+  piece_bytes: int = PIECE_BYTES,
 ) -> Path:
   """Converts an HF checkpoint (directory or hub id) to Orbax.
 
   Args:
+    role: policy, reward or critic. A critic may be made from a language model.
     dtype: of the parameters; '' keeps the file's, so that an export gives the same bits.
-    seed: for a scalar head that the source does not have.
+    seed: for the scalar head of a critic, where the source has none.
+    strict: refuse NaN and infinity among the weights, of which a warning is logged otherwise.
+    overwrite: replace an imported checkpoint that is at `out`.
+    piece_bytes: of a tensor, converted at once; also the size of the chunks that are stored.
+
+  Returns:
+    The directory.
 
   Raises:
-    ValueError: where `out` exists, or the checkpoint is not one we read.
+    ValueError: where `out` is no place to write to, or the checkpoint is not one we read.
   """
-  import jax
-  import orbax.checkpoint as ocp
-
-  from segjax.hf import reader, writer
-
-  out = _new(out)
+  head = _head(role)
+  _check_dtype(dtype)
+  out = Path(out).expanduser().absolute()
   origin = headers.resolve(source)
+  output.check(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
-  params = reader.load_params(origin, config, head, dtype=dtype, key=jax.random.key(seed))
-  partial = out.with_name(f'.{out.name}.partial-{os.getpid()}')
-  try:
-    (partial / _SOURCE).mkdir(parents=True)
-    shutil.copyfile(origin / headers.CONFIG, partial / _SOURCE / headers.CONFIG)
-    writer.copy_tokenizer(origin, partial / _SOURCE)
-    (partial / DESCRIPTION).write_text(json.dumps({'head': head}) + '\n', encoding='utf-8')
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / _PARAMS, params)
-    partial.rename(out)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  checkpoint, entries = reader.open_model(origin, config, head)
+  files = Slices(checkpoint)
+  leaves = {
+    entry.path: _leaf(files, entry, reader.dtype_of(checkpoint, entry, dtype), piece_bytes)
+    for entry in entries
+  }
+  for entry in layout.entries(config, head)[len(entries) :]:  # the scalar head, or nothing
+    leaves[entry.path] = _drawn_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
+  output.check_space(out, sum(leaf.num_bytes for leaf in leaves.values()))
+  if strict and (found := reader.find_not_finite(checkpoint, entries)):
+    raise ValueError(f'{found}; without --strict they are converted all the same.')
+  with output.complete(out) as partial:
+    stored.write(partial / PARAMS, leaves)
+    _describe(partial, source, origin, role)
+  if files.not_finite:
+    logging.warning('%s', describe_not_finite(files.not_finite))
   return out
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, *, dtype: str = '') -> Path:
-  """Converts what `import_checkpoint` wrote back to an HF checkpoint.
+def export_checkpoint(
+  checkpoint: str | Path,
+  out: str | Path,
+  *,
+  dtype: str = '',
+  max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+  overwrite: bool = False,
+  card: cards.Card | None = None,
+  source: str | Path = '',
+  role: str = '',
+) -> Path:
+  """Converts a checkpoint of ours to an HF checkpoint.
+
+  Args:
+    checkpoint: what `import_checkpoint` wrote, or an item of a training run's checkpoints
+      (checkpoints/STEP/policy), whose parameters alone are taken.
+    dtype: of the files; '' keeps the parameters'.
+    overwrite: replace a checkpoint that is at `out`.
+    card: for README.md; what it does not say of base model and licence, the source does.
+    source: of a training run's item, the HF checkpoint that it was trained from.
+    role: likewise, what it is.
+
+  Returns:
+    The directory.
 
   Raises:
-    ValueError: where `out` is no place to write to, or `checkpoint` is not an imported one.
+    ValueError: where `out` is no place to write to, or `checkpoint` is none of ours.
   """
-  import jax
-  import orbax.checkpoint as ocp
+  _check_dtype(dtype)
+  checkpoint, out = (Path(path).expanduser().absolute() for path in (checkpoint, out))
+  place, origin, role, known = _described(checkpoint, source, role)
+  head = _head(role)
+  output.check(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
+  config = reader.load_config(origin)
+  entries = layout.entries(config, head)
+  arrays = _parameters(place, entries, head)
+  words = [writer.WORDS[dtype or arrays[entry.path].dtype.name] for entry in entries]
+  planned = shards.plan(list(zip(entries, words, strict=True)), max_shard_bytes)
+  output.check_space(out, shards.num_bytes(planned))
+  described = writer.Description(
+    config, head, writer.one_dtype(words), origin, card=cards.merged(known, card or cards.Card())
+  )
+  with output.complete(out) as partial:
+    with shards.ShardWriter(partial, planned) as files:
+      jobs = [
+        (_export_piece(files, entry, word), arrays[entry.path], index)
+        for entry, word in zip(entries, words, strict=True)
+        for index in _boxes(entry, arrays[entry.path].chunk_layout.read_chunk.shape)
+      ]
+      stored.read(jobs)
+    if role == 'reward' and (origin / writer.MEANING).is_file():
+      shutil.copyfile(origin / writer.MEANING, partial / writer.MEANING)
+    writer.describe(partial, described, out.name)
+  return out
 
-  from segjax.hf import reader, writer
 
-  checkpoint = Path(checkpoint).expanduser().absolute()
-  head = headers.read_json(checkpoint / DESCRIPTION).get('head')
-  if not isinstance(head, str) or not (checkpoint / _PARAMS).is_dir():
-    raise ValueError(f'{checkpoint} is not an imported checkpoint: no head or no {_PARAMS}/.')
-  config = reader.load_config(checkpoint / _SOURCE)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  with ocp.StandardCheckpointer() as checkpointer:
-    metadata = checkpointer.metadata(checkpoint / _PARAMS).item_metadata
-    target = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), dict(metadata)
+def _head(role: str) -> str:
+  if role not in HEADS:
+    raise ValueError(f'role={role!r} is not one of {", ".join(HEADS)}.')
+  return HEADS[role]
+
+
+def _check_dtype(dtype: str) -> None:
+  if dtype and dtype not in writer.WORDS:
+    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(writer.WORDS)} or ''.")
+
+
+def _drawn_head(
+  origin: Path, entry: layout.Entry, dtype: np.dtype, role: str, seed: int
+) -> stored.Leaf:
+  """The scalar head that `origin` lacks; ValueError where a random one would mean nothing."""
+  if role == 'reward':
+    raise ValueError(
+      f'{origin} has no scalar head, so it is no reward model; train one from it, or import it '
+      'as a critic, whose head may be drawn.'
     )
-    params = checkpointer.restore(checkpoint / _PARAMS, target)
-  return writer.save_checkpoint(out, params, config, head, dtype=dtype, source=checkpoint / _SOURCE)
+  logging.warning('%s has no scalar head; it is drawn from seed %d', origin, seed)
+  kernel = np.asarray(reader.fresh_head(jax.random.key(seed), entry.shape[0], dtype))
+  return stored.Leaf(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
 
 
-def inspect_checkpoint(source: str | Path) -> str:
-  """Names, dtypes and shapes of an HF checkpoint's tensors, then its size and RoPE type.
-
-  Reads headers only and does not import jax.
-  """
-  checkpoint = headers.open_checkpoint(headers.resolve(source))
-  raw = headers.read_json(checkpoint.directory / headers.CONFIG)
-  width = max(map(len, checkpoint.tensors))
-  lines = [
-    f'{name:{width}}  {tensor.dtype:4}  {list(tensor.shape)}'
-    for name, tensor in checkpoint.tensors.items()
-  ]
-  files = len({tensor.file for tensor in checkpoint.tensors.values()})
-  rope = headers.rope_parameters(raw)
-  architecture = ', '.join(raw.get('architectures') or ['no architecture'])
-  lines += [
-    '',
-    f'{raw.get("model_type")} ({architecture}), rope {rope["rope_type"]}, '
-    f'theta {rope["rope_theta"]:g}',
-    f'{checkpoint.num_parameters():,} parameters in {len(checkpoint.tensors)} tensors, '
-    f'{files} file{"s" if files > 1 else ""}',
-  ]
-  return '\n'.join(lines)
+def _describe(directory: Path, source: str | Path, origin: Path, role: str) -> None:
+  """Writes all but the weights of an imported checkpoint."""
+  (directory / SOURCE).mkdir()
+  for name in (CONFIG, writer.MEANING) if role == 'reward' else (CONFIG,):
+    if (origin / name).exists():
+      shutil.copyfile(origin / name, directory / SOURCE / name)
+  writer.copy_tokenizer(origin, directory / SOURCE)
+  known = {k: v for k, v in vars(cards.inherited(source, origin)).items() if v}
+  shards.write_json(directory / DESCRIPTION, {'version': _VERSION, 'role': role} | known)
 
 
-def _new(out: str | Path) -> Path:
-  path = Path(out).expanduser().absolute()
-  if path.exists():
-    raise ValueError(f'{path} exists; name a new directory for the checkpoint.')
-  return path
+def _whole(entry: layout.Entry) -> stored.Index:
+  return tuple(slice(0, size) for size in entry.shape)
+
+
+def _leaf(files: Slices, entry: layout.Entry, dtype: np.dtype, piece_bytes: int) -> stored.Leaf:
+  """A tensor of ours, to be read from the HF tensors that it is made of."""
+  pieces = entry.pieces(_whole(entry), dtype.itemsize, piece_bytes)
+
+  def read(index: stored.Index) -> np.ndarray:
+    host = files.read(entry, index, dtype)
+    if index is pieces[-1]:
+      files.release()
+    return host
+
+  return stored.Leaf(entry.shape, dtype, pieces, read)
+
+
+def _parameters(place: Path, entries: tuple[layout.Entry, ...], head: str) -> dict[str, Any]:
+  """The arrays of a model by path, opened and checked: all there are, or those in params/."""
+  arrays = stored.open_arrays(place)
+  inner = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
+  found = inner or arrays
+  shaped = {
+    path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+    for path, array in found.items()
+  }
+  writer.check_tensors(shaped, entries, head, str(place))
+  return found
+
+
+def _export_piece(
+  files: shards.ShardWriter, entry: layout.Entry, word: str
+) -> Callable[[stored.Index, np.ndarray], None]:
+  """Writes slices of a tensor of ours into the HF tensors that it is made of."""
+  dtype = jnp.dtype(DTYPES[word])
+
+  def write(index: stored.Index, host: np.ndarray) -> None:
+    layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
+    first_row = index[-1 if entry.transposed else int(entry.stacked)].start
+    first_byte = first_row * dtype.itemsize * math.prod(entry.hf_shape[1:])
+    for layer, piece in zip(layers, host if entry.stacked else [host], strict=True):
+      out = piece
+      if entry.transposed:
+        out = np.empty(piece.shape[::-1], dtype)
+        transpose_into(piece, out)
+      files.write(entry.hf_name(layer), first_byte, np.ascontiguousarray(out, dtype))
+
+  return write
+
+
+def _boxes(entry: layout.Entry, chunk: tuple[int, ...]) -> list[stored.Index]:
+  """Slices that partition a tensor of ours: whole chunks, and whole rows of the HF tensors."""
+  sizes = list(chunk)
+  if entry.transposed:
+    sizes[-2] = entry.shape[-2]
+  found: list[stored.Index] = [()]
+  for size, step in zip(entry.shape, sizes, strict=True):
+    parts = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    found = [(*index, part) for index in found for part in parts]
+  return found
+
+
+def _described(
+  checkpoint: Path, source: str | Path, role: str
+) -> tuple[Path, Path, str, cards.Card]:
+  """Of a checkpoint of ours: where its arrays are, its HF description, its role, its card."""
+  file = checkpoint / DESCRIPTION
+  if not file.is_file():
+    if not checkpoint.is_dir():
+      raise ValueError(f'no directory {checkpoint}.')
+    if not source or not role:
+      raise ValueError(
+        f'{checkpoint} has no {DESCRIPTION}, so it is no imported checkpoint. For one of a '
+        'training run name an item of a step (checkpoints/STEP/policy), and with --source and '
+        '--role the HF checkpoint it was trained from and what it is.'
+      )
+    origin = headers.resolve(source)
+    return checkpoint, origin, role, cards.inherited(source, origin)
+  text = headers.read_json(file)
+  if text.get('version') != _VERSION or text.get('role') not in HEADS:
+    raise ValueError(
+      f'{file}: version {text.get("version")!r} with role {text.get("role")!r} is not one that is '
+      f'read here (version {_VERSION}; {", ".join(HEADS)}); import the HF checkpoint again.'
+    )
+  if role and role != text['role']:
+    raise ValueError(f'{checkpoint} is a {text["role"]}, not a {role}.')
+  names = {field.name for field in dataclasses.fields(cards.Card)}
+  card = cards.Card(**{k: v for k, v in text.items() if k in names and isinstance(v, str)})
+  return checkpoint / PARAMS, checkpoint / SOURCE, text['role'], card

@@ -1,15 +1,11 @@
 """Our parameter tree as an HF checkpoint: sharded safetensors, config.json, tokenizer files.
 
 One HF tensor at a time is gathered and written, so that host memory stays small however large the
-model is. What the tensors are called is `layout`'s business.
+model is. What the tensors are called is `layout`'s business, what is on disk already `convert`'s.
 """
 
 import dataclasses
-import json
-import math
-import os
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from segjax.hf import layout
+from segjax.hf import card as cards
+from segjax.hf import layout, output, shards
 from segjax.hf.config import config_to_hf
-from segjax.hf.headers import CONFIG, INDEX, ITEM_SIZE, WEIGHTS, read_json, resolve
-from segjax.hf.reader import DTYPES
+from segjax.hf.headers import CONFIG, INDEX, read_json, resolve
+from segjax.hf.slices import DTYPES
 from segjax.hf.transpose import transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
 
 COPIED = (
+  'LICENSE',
+  'LICENSE.md',
+  'LICENSE.txt',
+  'NOTICE',
+  'USE_POLICY.md',
   'added_tokens.json',
   'additional_chat_templates',
   'chat_template.jinja',
@@ -39,10 +41,33 @@ COPIED = (
   'tokenizer_config.json',
   'vocab.json',
 )
-
-_WORDS = {name: word for word, name in DTYPES.items()}  # numpy's dtype to safetensors'
+MEANING = 'segment_reward.json'  # how a reward model's scores are read; written by `train`
+WORDS = {name: word for word, name in DTYPES.items()}  # numpy's dtype to safetensors'
 # What a directory may hold for us to replace it: what we write, and what stands beside it.
-_REPLACEABLE = (*COPIED, CONFIG, INDEX, 'segment_reward.json', 'README.md')
+REPLACEABLE = (*COPIED, CONFIG, INDEX, MEANING, cards.FILE)
+
+_GENERATION = 'generation_config.json'
+_TEMPLATES = ('chat_template.jinja', 'chat_template.json', 'additional_chat_templates')
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a checkpoint holds beside its weights.
+
+  Attributes:
+    dtype: of the weights; '' where they have several.
+    origin: directory whose tokenizer files, chat template and generation config are copied byte
+      for byte, and whose unknown config.json keys are kept.
+    extra: further keys for config.json, such as pad_token_id.
+    card: for README.md; None for no such file.
+  """
+
+  config: LlamaConfig
+  head: str
+  dtype: str
+  origin: Path | None = None
+  extra: dict[str, Any] | None = None
+  card: cards.Card | None = None
 
 
 def save_checkpoint(
@@ -53,8 +78,9 @@ def save_checkpoint(
   *,
   dtype: str = '',
   source: str | Path | None = None,
-  max_shard_bytes: int = 5 * 10**9,
+  max_shard_bytes: int = shards.MAX_SHARD_BYTES,
   extra_config: dict[str, Any] | None = None,
+  card: cards.Card | None = None,
 ) -> Path:
   """Writes a checkpoint that transformers loads; all of it appears at once, or nothing does.
 
@@ -65,51 +91,74 @@ def save_checkpoint(
     params: possibly sharded, of the shapes of `layout.entries(config, head)`.
     head: 'language' or 'scalar'.
     dtype: to cast to; '' keeps what the parameters have.
-    source: checkpoint (local or hub id) whose tokenizer files, chat template and generation
-      config are copied byte for byte, and whose unknown config.json keys are kept.
+    source: checkpoint (local or hub id) that the description comes from, see `Description`.
     extra_config: further keys for config.json, such as pad_token_id.
+    card: for README.md; what it does not say of base model and licence, that of `source` does.
 
   Returns:
     The directory.
 
   Raises:
-    ValueError: where parameters and config do not agree, or `directory` is not ours to replace.
+    ValueError: where params and config do not agree, or `directory` is not ours to replace.
   """
-  if dtype and dtype not in _WORDS:
-    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(_WORDS)} or ''.")
+  if dtype and dtype not in WORDS:
+    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(WORDS)} or ''.")
   directory = Path(directory).expanduser().absolute()
   origin = None if source is None else resolve(source)
-  _check_replaceable(directory, origin)
-  shards = _plan(_leaves(params, config, head), dtype, max_shard_bytes)
-  dtypes = {piece.dtype for shard in shards for piece in shard}
-  described = config_to_hf(
-    config,
-    head,
-    dtype=DTYPES[dtypes.pop()] if len(dtypes) == 1 else '',
-    base_config=None if origin is None else read_json(origin / CONFIG),
-    extra=extra_config,
+  output.check(directory, REPLACEABLE, overwrite=True, source=origin)
+  leaves = _leaves(params, config, head)
+  words = [WORDS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
+  planned = shards.plan(
+    [(entry, word) for (entry, _), word in zip(leaves, words, strict=True)], max_shard_bytes
   )
+  by_path = {entry.path: leaf for entry, leaf in leaves}
+  if card is not None and origin is not None:
+    card = cards.merged(cards.inherited(source, origin), card)
+  described = Description(config, head, one_dtype(words), origin, extra_config, card)
   if jax.process_index():
-    _write_weights(None, shards)
+    for piece in _pieces(planned):
+      _gathered(piece, by_path[piece.entry.path])
   else:
-    partial = directory.parent / f'.{directory.name}.partial-{os.getpid()}'
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-      _write_weights(partial, shards)
-      _write_json(partial / CONFIG, described)
-      if origin is not None:
-        copy_tokenizer(origin, partial)
-      _rename(partial, directory)
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
+    with output.complete(directory) as partial:
+      with shards.ShardWriter(partial, planned) as files:
+        for piece in _pieces(planned):
+          files.write(piece.name, 0, _gathered(piece, by_path[piece.entry.path]))
+      describe(partial, described, directory.name)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {directory}')
   return directory
 
 
+def describe(directory: Path, what: Description, name: str) -> None:
+  """Writes all but the weights; config.json, without which nothing loads, comes last."""
+  written = config_to_hf(
+    what.config,
+    what.head,
+    dtype=what.dtype,
+    base_config=None if what.origin is None else read_json(what.origin / CONFIG),
+    extra=what.extra,
+  )
+  if what.origin is not None:
+    copy_tokenizer(what.origin, directory)
+  if what.head == 'language' and not (directory / _GENERATION).exists():
+    ids = {key: written[key] for key in written if key.endswith('token_id')}
+    shards.write_json(directory / _GENERATION, {'_from_model_config': True} | ids)
+  if what.card is not None:
+    with_template = any((directory / file).exists() for file in _TEMPLATES) or (
+      (directory / 'tokenizer_config.json').exists()
+      and bool(read_json(directory / 'tokenizer_config.json').get('chat_template'))
+    )
+    cards.write(directory, what.card, name=name, head=what.head, with_template=with_template)
+  shards.write_json(directory / CONFIG, written)
+
+
+def one_dtype(words: list[str]) -> str:
+  """The dtype that all of these (safetensors' words) are; '' where there are several."""
+  return DTYPES[words[0]] if len(set(words)) == 1 else ''
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-  """Copies tokenizer files, chat templates and generation_config.json, byte for byte."""
+  """Copies tokenizer files, templates, generation_config.json and licence, byte for byte."""
   for name in COPIED:
     if (source / name).is_dir():
       shutil.copytree(source / name, target / name)
@@ -117,20 +166,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
       shutil.copyfile(source / name, target / name)
 
 
-def _check_replaceable(directory: Path, origin: Path | None) -> None:
-  if not directory.exists():
-    return
-  if not directory.is_dir():
-    raise ValueError(f'{directory} is a file; name a directory to write to.')
-  if origin is not None and origin.resolve() == directory.resolve():
-    raise ValueError(f'{directory} is also the source of the tokenizer; write to another one.')
-  for file in sorted(directory.iterdir()):
-    weights = file.suffix == '.safetensors' and file.name.startswith('model')
-    if file.name not in _REPLACEABLE and not weights:
-      raise ValueError(
-        f'{directory} holds {file.name}, so it is more than a checkpoint and is not replaced; '
-        'write to a new directory.'
-      )
+def _pieces(planned: list[shards.Shard]) -> list[shards.Piece]:
+  return [piece for shard in planned for piece in shard]
 
 
 def _leaves(
@@ -139,98 +176,26 @@ def _leaves(
   """The table's entries with our tensors; ValueError unless they agree."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   given = {path_name(path): leaf for path, leaf in flat}
-  entries = layout.entries(config, head)
+  check_tensors(given, layout.entries(config, head), head)
+  return [(entry, given[entry.path]) for entry in layout.entries(config, head)]
+
+
+def check_tensors(
+  given: dict[str, Any], entries: tuple[layout.Entry, ...], head: str, where: str = 'params'
+) -> None:
+  """ValueError unless `given`, by path, are the tensors of the table: anything with a shape."""
   odd = sorted({entry.path for entry in entries} ^ set(given))
   if odd:
     what = 'is not one of them' if odd[0] in given else 'is missing'
-    raise ValueError(f'params are not those of this {head} model: {odd[0]} {what}.')
+    raise ValueError(f'{where} are not those of this {head} model: {odd[0]} {what}.')
   for entry in entries:
     leaf = given[entry.path]
-    if leaf.shape != entry.shape or jnp.dtype(leaf.dtype).name not in _WORDS:
+    name = jnp.dtype(leaf.dtype).name
+    if tuple(leaf.shape) != entry.shape or name not in WORDS:
       raise ValueError(
-        f'params: {entry.path} is {leaf.dtype}{list(leaf.shape)}, but by the config it is a float '
+        f'{where}: {entry.path} is {name}{list(leaf.shape)}, but by the config it is a float '
         f'tensor of shape {list(entry.shape)}; save with the config that the model was made with.'
       )
-  return [(entry, given[entry.path]) for entry in entries]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-  """One HF tensor to be written: layer `layer` of our tensor `leaf`, or all of it."""
-
-  entry: layout.Entry
-  layer: int
-  leaf: Any
-  dtype: str  # safetensors' word
-
-  @property
-  def name(self) -> str:
-    return self.entry.hf_name(self.layer)
-
-  @property
-  def num_bytes(self) -> int:
-    return math.prod(self.entry.hf_shape) * ITEM_SIZE[self.dtype]
-
-
-_Shard = list[_Piece]
-
-
-def _plan(leaves: list[tuple[layout.Entry, Any]], dtype: str, max_shard_bytes: int) -> list[_Shard]:
-  """Which HF tensors go into which file, in the order in which they are written.
-
-  Files are filled from the embedding through the layers to the head; inside one, wider dtypes come
-  first, which keeps every tensor aligned, then names in order, as the safetensors library does.
-  """
-  before, layers, after = [], [], []
-  for entry, leaf in leaves:
-    word = _WORDS[dtype or jnp.dtype(leaf.dtype).name]
-    group = layers if entry.stacked else after if layers else before
-    group += [_Piece(entry, i, leaf, word) for i in range(len(entry.hf_names()))]
-  shards: list[_Shard] = [[]]
-  size = 0
-  for piece in before + sorted(layers, key=lambda piece: piece.layer) + after:
-    if shards[-1] and size + piece.num_bytes > max_shard_bytes:
-      shards.append([])
-      size = 0
-    shards[-1].append(piece)
-    size += piece.num_bytes
-  return [sorted(shard, key=lambda p: (-ITEM_SIZE[p.dtype], p.name)) for shard in shards]
-
-
-def _write_weights(directory: Path | None, shards: list[_Shard]) -> None:
-  """Gathers tensor by tensor; writes them, and the index of several files, where told a place."""
-  weight_map = {}
-  for number, shard in enumerate(shards, 1):
-    name = f'model-{number:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else WEIGHTS
-    weight_map |= {piece.name: name for piece in shard}
-    if directory is None:
-      for piece in shard:
-        _gathered(piece)
-      continue
-    with (directory / name).open('wb') as stream:
-      stream.write(_header(shard))
-      for piece in shard:
-        stream.write(memoryview(_gathered(piece).reshape(-1).view(np.uint8)))
-  if directory is not None and len(shards) > 1:
-    total = sum(piece.num_bytes for shard in shards for piece in shard)
-    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    _write_json(directory / INDEX, index)
-
-
-def _header(shard: _Shard) -> bytes:
-  """A safetensors header: its length, JSON, and spaces up to a multiple of 8 bytes."""
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  offset = 0
-  for piece in shard:
-    header[piece.name] = {
-      'dtype': piece.dtype,
-      'shape': list(piece.entry.hf_shape),
-      'data_offsets': [offset, offset + piece.num_bytes],
-    }
-    offset += piece.num_bytes
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  return struct.pack('<Q', len(text)) + text
 
 
 @jax.jit
@@ -239,9 +204,9 @@ def _layer(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _gathered(piece: _Piece) -> np.ndarray:
+def _gathered(piece: shards.Piece, leaf: Any) -> np.ndarray:
   """One HF tensor on the host, whole, in the file's dtype and orientation."""
-  entry, leaf = piece.entry, piece.leaf
+  entry = piece.entry
   if entry.stacked:
     leaf = _layer(leaf, piece.layer) if isinstance(leaf, jax.Array) else leaf[piece.layer]
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -253,18 +218,3 @@ def _gathered(piece: _Piece) -> np.ndarray:
   else:
     out[...] = host
   return out
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
-
-
-def _rename(partial: Path, directory: Path) -> None:
-  """Puts `partial` in the place of `directory`."""
-  old = None
-  if directory.exists():
-    old = partial.with_name(partial.name + '.old')
-    directory.rename(old)
-  partial.rename(directory)
-  if old is not None:
-    shutil.rmtree(old)

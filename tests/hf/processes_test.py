@@ -1,4 +1,6 @@
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf import tiny
+from segjax.hf import convert
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,3 +47,59 @@ def test_two_processes_write_one_checkpoint(tmp_path):
       worker.kill()
   tiny.assert_same_tensors(source, tmp_path / 'b')
   assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b']
+
+
+KILLED = """
+import sys, time
+from segjax.hf import convert, shards, slices
+what, source, out = sys.argv[1:]
+
+def slow(function, done=[]):
+  def wrapper(*args, **kwargs):
+    done.append(1)
+    if len(done) > 10:
+      print('in the midst', flush=True)
+      time.sleep(600)
+    return function(*args, **kwargs)
+  return wrapper
+
+slices.Slices.read = slow(slices.Slices.read)
+shards.ShardWriter.write = slow(shards.ShardWriter.write)
+if what == 'import':
+  convert.import_checkpoint(source, out, piece_bytes=2000)
+else:
+  convert.export_checkpoint(source, out)
+"""
+
+
+def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
+  source = tiny.write(tmp_path / 'a', max_shard_size='20KB')
+  stored = convert.import_checkpoint(source, tmp_path / 'b')
+  outs = {'import': tmp_path / 'i' / 'out', 'export': tmp_path / 'e' / 'out'}
+  workers = [
+    subprocess.Popen(
+      [sys.executable, '-c', KILLED, what, source if what == 'import' else stored, out],
+      **{'cwd': REPOSITORY, 'stdout': subprocess.PIPE, 'text': True},
+    )
+    for what, out in outs.items()
+  ]
+  try:
+    assert [worker.stdout.readline() for worker in workers] == ['in the midst\n'] * 2
+  finally:
+    for worker in workers:
+      worker.kill()
+  assert [worker.wait(60) for worker in workers] == [-signal.SIGKILL] * 2
+  for what, out in outs.items():
+    (left,) = out.parent.iterdir()
+    assert left.name.startswith('.out.partial-')
+    assert not (left / 'config.json').exists() and not (left / 'segjax.json').exists()
+    with pytest.raises(ValueError, match=r'no segjax\.json'):
+      convert.export_checkpoint(left, tmp_path / 'c')
+    # The next run to the same place tidies up.
+    if what == 'import':
+      convert.import_checkpoint(source, out)
+    else:
+      convert.export_checkpoint(stored, out)
+      tiny.assert_same_tensors(source, out)
+    assert list(out.parent.iterdir()) == [out]
+    shutil.rmtree(out)

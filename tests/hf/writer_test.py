@@ -1,5 +1,6 @@
 import json
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import transformers
 
 from hf import tiny
 from segjax.hf import reader, writer
+from segjax.hf.card import Card
 from segjax.model import heads, sharding
 
 
@@ -133,12 +135,31 @@ def test_tokenizer_files_are_copied_and_others_are_not(llama3, tmp_path):
   tiny.assert_same_tensors(llama3, out)
 
 
+def test_card_and_generation_config(llama3, tmp_path):
+  config, params = _load(llama3)
+  card = Card(base_model='owner/base', stage='sft', metrics={'loss': 1.5})
+  how = {'card': card, 'extra_config': {'eos_token_id': [2, 5]}}
+  out = writer.save_checkpoint(tmp_path / 'out', params, config, 'language', **how)
+  assert huggingface_hub.ModelCard.load(out / 'README.md').data.base_model == 'owner/base'
+  model = transformers.AutoModelForCausalLM.from_pretrained(out)
+  assert model.generation_config.eos_token_id == [2, 5]
+  again = writer.save_checkpoint(
+    tmp_path / 'again', params, config, 'language', source=out, card=Card(stage='ppo')
+  )
+  data = huggingface_hub.ModelCard.load(again / 'README.md').data
+  assert (data.base_model, data.stage) == ('owner/base', 'ppo')
+  assert data.eval_results is None
+  plain = writer.save_checkpoint(tmp_path / 'plain', params, config, 'language', source=out)
+  assert not (plain / 'README.md').exists()
+
+
 def test_replaces_a_checkpoint_and_leaves_nothing_behind(llama3, tmp_path):
   config, params = _load(llama3)
   out = tmp_path / 'out'
   writer.save_checkpoint(out, params, config, 'language', max_shard_bytes=20_000)
   writer.save_checkpoint(out, params, config, 'language')
-  assert sorted(file.name for file in out.iterdir()) == ['config.json', 'model.safetensors']
+  names = ['config.json', 'generation_config.json', 'model.safetensors']
+  assert sorted(file.name for file in out.iterdir()) == names
   assert [file.name for file in tmp_path.iterdir()] == ['out']
 
 
@@ -149,7 +170,7 @@ def test_a_failure_leaves_the_old_checkpoint(llama3, tmp_path, monkeypatch):
   def fail(*args):
     raise OSError('disk full')
 
-  monkeypatch.setattr(writer, '_write_json', fail)
+  monkeypatch.setattr(writer.shards, 'write_json', fail)
   with pytest.raises(OSError, match='disk full'):
     writer.save_checkpoint(out, params, config, 'language', dtype='float16')
   assert [file.name for file in tmp_path.iterdir()] == ['out']
