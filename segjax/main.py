@@ -1,6 +1,7 @@
 """The command line: flags, devices, one call. The work is in `segjax.jobs`.
 
 python -m segjax.main --config=configs/ppo.py[:preset] [--workdir=...] [--config.KEY=VALUE ...]
+python -m segjax.main convert import|export|verify|inspect ...
 """
 
 import time
@@ -108,6 +109,10 @@ def _root(error: BaseException) -> str:
 
 def run() -> None:
   """The console script: wrong settings and inputs end in one line, not in a traceback."""
+  if sys.argv[1:2] == ['convert']:
+    from segjax.hf import command
+
+    raise SystemExit(command.main(sys.argv[2:]))
   sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
   try:
     app.run(main, flags_parser=parse)

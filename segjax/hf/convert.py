@@ -24,6 +24,7 @@ from segjax.hf.slices import DTYPES, Slices, describe_not_finite
 from segjax.hf.transpose import transpose_into
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
+Progress = Callable[[int, int], None]  # bytes that are done just now, of how many; from any thread
 HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
 PIECE_BYTES = 1 << 25
 
@@ -40,6 +41,7 @@ def import_checkpoint(
   strict: bool = False,
   overwrite: bool = False,
   piece_bytes: int = PIECE_BYTES,
+  progress: Progress = lambda done, total: None,
 ) -> Path:
   """Converts an HF checkpoint (directory or hub id) to Orbax.
 
@@ -50,6 +52,7 @@ def import_checkpoint(
     strict: refuse NaN and infinity among the weights, of which a warning is logged otherwise.
     overwrite: replace an imported checkpoint that is at `out`.
     piece_bytes: of a tensor, converted at once; also the size of the chunks that are stored.
+    progress: called with each piece.
 
   Returns:
     The directory.
@@ -71,11 +74,12 @@ def import_checkpoint(
   }
   for entry in layout.entries(config, head)[len(entries) :]:  # the scalar head, or nothing
     leaves[entry.path] = _drawn_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
-  output.check_space(out, sum(leaf.num_bytes for leaf in leaves.values()))
+  total = sum(leaf.num_bytes for leaf in leaves.values())
+  output.check_space(out, total)
   if strict and (found := reader.find_not_finite(checkpoint, entries)):
     raise ValueError(f'{found}; without --strict they are converted all the same.')
   with output.complete(out) as partial:
-    stored.write(partial / PARAMS, leaves)
+    stored.write(partial / PARAMS, leaves, lambda done: progress(done, total))
     _describe(partial, source, origin, role)
   if files.not_finite:
     logging.warning('%s', describe_not_finite(files.not_finite))
@@ -92,6 +96,7 @@ def export_checkpoint(
   card: cards.Card | None = None,
   source: str | Path = '',
   role: str = '',
+  progress: Progress = lambda done, total: None,
 ) -> Path:
   """Converts a checkpoint of ours to an HF checkpoint.
 
@@ -103,6 +108,7 @@ def export_checkpoint(
     card: for README.md; what it does not say of base model and licence, the source does.
     source: of a training run's item, the HF checkpoint that it was trained from.
     role: likewise, what it is.
+    progress: called with each piece.
 
   Returns:
     The directory.
@@ -120,7 +126,8 @@ def export_checkpoint(
   arrays = _parameters(place, entries, head)
   words = [writer.WORDS[dtype or arrays[entry.path].dtype.name] for entry in entries]
   planned = shards.plan(list(zip(entries, words, strict=True)), max_shard_bytes)
-  output.check_space(out, shards.num_bytes(planned))
+  total = shards.num_bytes(planned)
+  output.check_space(out, total)
   described = writer.Description(
     config, head, writer.one_dtype(words), origin, card=cards.merged(known, card or cards.Card())
   )
@@ -131,7 +138,7 @@ def export_checkpoint(
         for entry, word in zip(entries, words, strict=True)
         for index in _boxes(entry, arrays[entry.path].chunk_layout.read_chunk.shape)
       ]
-      stored.read(jobs)
+      stored.read(jobs, lambda done: progress(done, total))
     if role == 'reward' and (origin / writer.MEANING).is_file():
       shutil.copyfile(origin / writer.MEANING, partial / writer.MEANING)
     writer.describe(partial, described, out.name)
@@ -206,11 +213,11 @@ def _parameters(place: Path, entries: tuple[layout.Entry, ...], head: str) -> di
 
 def _export_piece(
   files: shards.ShardWriter, entry: layout.Entry, word: str
-) -> Callable[[stored.Index, np.ndarray], None]:
-  """Writes slices of a tensor of ours into the HF tensors that it is made of."""
+) -> Callable[[stored.Index, np.ndarray], int]:
+  """Writes slices of a tensor of ours into the HF tensors that it is made of; returns bytes."""
   dtype = jnp.dtype(DTYPES[word])
 
-  def write(index: stored.Index, host: np.ndarray) -> None:
+  def write(index: stored.Index, host: np.ndarray) -> int:
     layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
     first_row = index[-1 if entry.transposed else int(entry.stacked)].start
     first_byte = first_row * dtype.itemsize * math.prod(entry.hf_shape[1:])
@@ -220,6 +227,7 @@ def _export_piece(
         out = np.empty(piece.shape[::-1], dtype)
         transpose_into(piece, out)
       files.write(entry.hf_name(layer), first_byte, np.ascontiguousarray(out, dtype))
+    return host.size * dtype.itemsize
 
   return write
 

@@ -25,6 +25,7 @@ THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of them wait for the disk
 _MOST_ELEMENTS = 1 << 28  # read at once, unless a single chunk is larger
 
 Index = tuple[slice, ...]
+Done = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Leaf:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path, leaves: dict[str, Leaf]) -> None:
-  """Writes leaves by path ('a/b/c') as step 0 of a CheckpointManager's directory."""
+def write(directory: Path, leaves: dict[str, Leaf], done: Done = lambda num_bytes: None) -> None:
+  """Writes leaves by path ('a/b/c') as step 0 of a CheckpointManager's directory.
+
+  Args:
+    done: called with the bytes of each piece that is written.
+  """
   tree: dict[str, Any] = {}
   for path, leaf in leaves.items():
     *parents, name = path.split('/')
@@ -57,7 +62,7 @@ def write(directory: Path, leaves: dict[str, Leaf]) -> None:
       place = place.setdefault(parent, {})
     place[name] = leaf
   options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
-  with ocp.CheckpointManager(directory, options=options, item_handlers=_handler()) as manager:
+  with ocp.CheckpointManager(directory, options=options, item_handlers=_handler(done)) as manager:
     manager.save(STEP, args=ocp.args.PyTreeSave(tree))
 
 
@@ -76,15 +81,19 @@ def open_arrays(directory: Path) -> dict[str, tensorstore.TensorStore]:
   return dict(_flat(tree))
 
 
-def read(jobs: Sequence[tuple[Callable[[Index, np.ndarray], None], Any, Index]]) -> None:
+def read(
+  jobs: Sequence[tuple[Callable[[Index, np.ndarray], int], tensorstore.TensorStore, Index]],
+  done: Done = lambda num_bytes: None,
+) -> None:
   """Reads slices of open arrays, several at once, and calls sink(index, array) with each.
 
   Args:
-    jobs: (sink, array, index).
+    jobs: (sink, array, index); a sink returns the bytes it has made of the slice.
+    done: called with these.
   """
   largest = max((math.prod(array.chunk_layout.read_chunk.shape) for _, array, _ in jobs), default=1)
   threads = max(1, min(THREADS, _MOST_ELEMENTS // largest))
-  _for_each(lambda sink, array, index: sink(index, _take(array, index)), jobs, threads)
+  _for_each(lambda sink, array, index: done(sink(index, _take(array, index))), jobs, threads)
 
 
 def _for_each(function: Callable[..., None], jobs: Sequence[tuple], threads: int) -> None:
@@ -122,20 +131,24 @@ def _flat(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
       yield from _flat(value, f'{path}/{name}'.lstrip('/'))
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _handler(done: Done = lambda num_bytes: None) -> ocp.PyTreeCheckpointHandler:
   registry = type_handlers.create_type_handler_registry(
     (int, type_handlers.ScalarHandler()),
     (float, type_handlers.ScalarHandler()),
     (str, type_handlers.StringHandler()),
     (np.ndarray, type_handlers.NumpyHandler()),
   )
-  ours = _PieceHandler(array_metadata_store=None)
+  ours = _PieceHandler(done)
   registry.add(jax.Array, ours, func=lambda kind: issubclass(kind, jax.Array | Leaf))
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
 class _PieceHandler(type_handlers.ArrayHandler):
   """Writes leaves as Orbax writes a jax.Array, and reads these as open, unread arrays."""
+
+  def __init__(self, done: Done) -> None:
+    super().__init__(array_metadata_store=None)
+    self._done = done
 
   async def serialize(self, values, infos, args=None):
     del args
@@ -157,7 +170,7 @@ class _PieceHandler(type_handlers.ArrayHandler):
         )
       )
     jobs = [(s, leaf, i) for s, leaf in zip(stores, values, strict=True) for i in leaf.pieces]
-    _for_each(_write, jobs, THREADS)
+    _for_each(lambda *job: self._done(_write(*job)), jobs, THREADS)
     return [future.NoopFuture()]
 
   async def deserialize(self, infos, args=None):
@@ -175,6 +188,9 @@ def _take(array: tensorstore.TensorStore, index: Index) -> np.ndarray:
   return array[index].read().result()
 
 
-def _write(store: tensorstore.TensorStore, leaf: Leaf, index: Index) -> None:
+def _write(store: tensorstore.TensorStore, leaf: Leaf, index: Index) -> int:
+  """Writes one piece; returns its bytes."""
+  host = leaf.read(index)
   # No copy is made of what nobody will change.
-  store[index].write(leaf.read(index), can_reference_source_data_indefinitely=True).result()
+  store[index].write(host, can_reference_source_data_indefinitely=True).result()
+  return host.nbytes

@@ -55,9 +55,13 @@ def _names(directory):
 def test_import_then_export_is_bit_equal(kind, role, dtype, piece_bytes, tmp_path):
   source = tiny.write(tmp_path / 'a', kind, convert.HEADS[role], dtype)
   (source / 'tokenizer.json').write_bytes(b'{}\r\n')
-  stored_at = convert.import_checkpoint(source, tmp_path / 'b', role=role, piece_bytes=piece_bytes)
-  out = convert.export_checkpoint(stored_at, tmp_path / 'c')
+  told = []
+  how = {'role': role, 'piece_bytes': piece_bytes, 'progress': lambda *at: told.append(at)}
+  stored_at = convert.import_checkpoint(source, tmp_path / 'b', **how)
+  out = convert.export_checkpoint(stored_at, tmp_path / 'c', progress=how['progress'])
   tiny.assert_same_tensors(source, out)
+  total = sum(tensor.nbytes for tensor in tiny.tensors(source).values())
+  assert sum(done for done, _ in told) == 2 * total and {t for _, t in told} == {total}
   assert (out / 'tokenizer.json').read_bytes() == b'{}\r\n'
   assert reader.load_config(out) == reader.load_config(source)
   assert _names(tmp_path) == ['a', 'b', 'c']
