@@ -19,7 +19,7 @@ from segjax.hf.layout import Entry
 from segjax.hf.slices import Index, Slices
 from segjax.model import sharding
 
-PIECE_BYTES = 1 << 26  # of a tensor, read and placed at once
+PIECE_BYTES = 1 << 24  # of a tensor, read and placed at once
 THREADS = min(4, os.cpu_count() or 1)
 
 _ALIGNMENT = 64  # bytes

@@ -1,0 +1,290 @@
+"""The same weights in transformers and here: by how much do their outputs differ?
+
+Needs torch, which nothing else of segjax does. Converting is `convert`'s business.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.hf import convert, headers, reader, stored
+from segjax.hf.config import config_from_hf, head_name
+from segjax.model import heads
+from segjax.model.llama import Llama, LlamaConfig
+
+# Largest difference of outputs whose mean square is 1 or less; larger outputs may differ more.
+_TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1.5e-1}
+Tokens = np.ndarray  # [S]
+Outputs = Callable[[Tokens, Tokens], Iterator[np.ndarray]]  # ids, positions -> chunks [s, outputs]
+
+_CHUNK = 256  # positions whose logits exist at once
+_TOKENS = 64  # of a built-in sequence
+_SPREAD_TOKENS = 512  # of one whose positions are spread over a long context
+_WALKED = 1024  # the longest context that is exceeded token by token without being asked to
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Of one sequence of `length` tokens, the last at position `last`.
+
+  `mean_square` is of transformers' outputs.
+  """
+
+  length: int
+  last: int
+  max_abs: float
+  mean_abs: float
+  mean_square: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+  """How far outputs are apart; `str` is a table to print.
+
+  Attributes:
+    compared: 'logits', 'scores' (at every token), or 'hidden states' where the heads differ.
+    max_abs: largest difference over all sequences, positions and outputs.
+    mean_abs: mean difference.
+  """
+
+  compared: str
+  sequences: tuple[Difference, ...]
+  max_abs: float
+  mean_abs: float
+  tolerance: float
+
+  @property
+  def passed(self) -> bool:
+    """No output differs by more than the tolerance, nor is NaN."""
+    return self.max_abs <= self.tolerance
+
+  def __str__(self) -> str:
+    lines = [f'{"tokens":>8} {"last position":>14} {"max abs":>10} {"mean abs":>10}']
+    lines += [
+      f'{d.length:8} {d.last:14} {d.max_abs:10.2e} {d.mean_abs:10.2e}' for d in self.sequences
+    ]
+    verdict = 'passed' if self.passed else 'FAILED'
+    return '\n'.join(
+      [
+        *lines,
+        f'{verdict}: {self.compared} differ by max abs {self.max_abs:.2e}, mean abs '
+        f'{self.mean_abs:.2e}; tolerance {self.tolerance:.2e}',
+      ]
+    )
+
+
+def verify(
+  hf: str | Path,
+  checkpoint: str | Path | None = None,
+  *,
+  ids: Sequence[Sequence[int]] | None = None,
+  length: int = 0,
+  dtype: str = 'float32',
+  tolerance: float | None = None,
+) -> Verification:
+  """Compares transformers' outputs for an HF checkpoint with ours.
+
+  Built-in sequences are random tokens: a short one and, for scaled RoPE, one that exceeds the
+  original context. Where that is long, 512 tokens have positions spread over twice the context:
+  RoPE sees nothing but the differences of positions, and all of them occur, without a pass over
+  tens of thousands of tokens.
+
+  Args:
+    hf: directory or hub id.
+    checkpoint: ours, imported from `hf` or that `hf` was exported from; None loads `hf` here too.
+    ids: token sequences instead of the built-in ones.
+    length: of one consecutive random sequence instead of the built-in ones.
+    dtype: to compute in, on both sides.
+    tolerance: None is one that fits the dtype, or that of the checkpoint's weights where it is a
+      narrower one, times the root mean square of transformers' outputs where that is above 1.
+
+  Raises:
+    ValueError: without torch, for unreadable checkpoints, and for tokens outside the vocabulary.
+  """
+  if dtype not in _TOLERANCES:
+    raise ValueError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
+  origin = headers.resolve(hf)
+  config = reader.load_config(origin)
+  theirs_head = _head_of(origin)
+  held, checked = reader.open_model(origin, config, theirs_head)
+  if checkpoint is None:
+    ours_head, params = theirs_head, reader.load_params(origin, config, theirs_head, dtype='')
+  else:
+    config, ours_head, params = _restore(Path(checkpoint).expanduser(), config, theirs_head)
+  config = dataclasses.replace(config, dtype=dtype, remat=False)
+  narrowest = max(_narrowed(params, held, checked), dtype, key=_TOLERANCES.__getitem__)
+  headless = ours_head != theirs_head
+  sequences = _sequences(config, ids, length)
+  theirs = _transformers(origin, theirs_head, headless, dtype)
+  ours = _ours(params, config, ours_head, headless)
+  found = [_difference(ours, theirs, *sequence) for sequence in sequences]
+  sizes = [difference.length for difference in found]
+  if tolerance is None:
+    squares = [difference.mean_square for difference in found]
+    tolerance = _TOLERANCES[narrowest] * max(1.0, float(np.average(squares, weights=sizes)) ** 0.5)
+  return Verification(
+    compared='hidden states' if headless else 'logits' if ours_head == 'language' else 'scores',
+    sequences=tuple(found),
+    max_abs=float(np.max([difference.max_abs for difference in found])),
+    mean_abs=float(np.average([difference.mean_abs for difference in found], weights=sizes)),
+    tolerance=tolerance,
+  )
+
+
+def _head_of(origin: Path) -> str:
+  score = head_name(headers.read_json(origin / headers.CONFIG))
+  return 'scalar' if f'{score}.weight' in headers.open_checkpoint(origin).tensors else 'language'
+
+
+def _restore(
+  checkpoint: Path, config: LlamaConfig, head: str
+) -> tuple[LlamaConfig, str, dict[str, Any]]:
+  """Network, head and parameters of a checkpoint of ours.
+
+  A training run's item does not say the first two: they are those of the HF checkpoint.
+  """
+  described = checkpoint / convert.DESCRIPTION
+  if described.is_file():
+    head = convert.HEADS[headers.read_json(described)['role']]
+    config = config_from_hf(checkpoint / convert.SOURCE)
+    checkpoint = checkpoint / convert.PARAMS
+  arrays = stored.open_arrays(checkpoint.absolute())
+  prefix = 'params/' if any(path.startswith('params/') for path in arrays) else ''
+  expected = heads.param_shapes(config, head)
+
+  def restore(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    name = prefix + jax.tree_util.keystr(path, simple=True, separator='/')
+    if name not in arrays or arrays[name].shape != shape.shape:
+      found = f'shape {list(arrays[name].shape)}' if name in arrays else 'none'
+      raise ValueError(f'{checkpoint}: {name} should be {list(shape.shape)}; found {found}.')
+    return jnp.asarray(arrays[name].read().result())
+
+  return config, head, jax.tree_util.tree_map_with_path(restore, expected)
+
+
+def _narrowed(params: dict[str, Any], held: headers.Checkpoint, entries: Sequence) -> str:
+  """The dtype of our weights where it is narrower than the files'; 'float32' otherwise."""
+  files = {reader.DTYPES[held.tensors[name].dtype] for e in entries for name in e.hf_names()}
+  own = {leaf.dtype.name for leaf in jax.tree.leaves(params)} - files
+  return max(own & set(_TOLERANCES), default='float32', key=_TOLERANCES.__getitem__)
+
+
+def _difference(ours: Outputs, theirs: Outputs, ids: Tokens, positions: Tokens) -> Difference:
+  largest, total, squares, size = 0.0, 0.0, 0.0, 0
+  for one, two in zip(ours(ids, positions), theirs(ids, positions), strict=True):
+    gap = np.abs(one - two)
+    largest = np.maximum(largest, gap.max())  # keeps NaN
+    total += gap.sum(dtype=np.float64)
+    squares += np.square(two, dtype=np.float64).sum()
+    size += gap.size
+  return Difference(
+    len(ids), int(positions[-1]), float(largest), float(total / size), float(squares / size)
+  )
+
+
+def _sequences(
+  config: LlamaConfig, ids: Sequence[Sequence[int]] | None, length: int
+) -> list[tuple[Tokens, Tokens]]:
+  """Token ids and positions of what is compared."""
+  draw = np.random.default_rng(0)
+
+  def random(size: int) -> Tokens:
+    return draw.integers(0, config.vocab_size, size, dtype=np.int32)
+
+  if ids is not None:
+    given = [np.asarray(row) for row in ids]
+    for row in given or [np.zeros(0)]:
+      if row.ndim != 1 or not row.size or row.dtype.kind not in 'iu':
+        raise ValueError('ids must be sequences of one token id or more.')
+      if row.min() < 0 or row.max() >= config.vocab_size:
+        raise ValueError(
+          f'ids from {row.min()} to {row.max()} are not all in the vocabulary of '
+          f'{config.vocab_size}.'
+        )
+    return [(row.astype(np.int32), np.arange(len(row), dtype=np.int32)) for row in given]
+  if length:
+    return [(random(length), np.arange(length, dtype=np.int32))]
+  found = [(random(_TOKENS), np.arange(_TOKENS, dtype=np.int32))]
+  scaling = config.rope_scaling
+  if scaling is not None:
+    original = config.max_position_embeddings
+    if scaling.kind == 'llama3':
+      original = scaling.original_max_position_embeddings
+    size = original + _TOKENS if original <= _WALKED else _SPREAD_TOKENS
+    last = size - 1 if original <= _WALKED else 2 * original
+    found.append((random(size), np.linspace(0, last, size).astype(np.int32)))
+  return found
+
+
+def _ours(params: dict[str, Any], config: LlamaConfig, head: str, headless: bool) -> Outputs:
+  if head == 'scalar':
+    kernel = params['scalar_head']['kernel']
+  elif config.tie_word_embeddings:
+    kernel = params['backbone']['embedding'].T
+  else:
+    kernel = params['lm_head']['kernel']
+
+  @jax.jit
+  def backbone(params, ids, positions):
+    return Llama(config).apply({'params': params}, ids, positions)
+
+  project = jax.jit(heads.project)
+
+  def outputs(ids: Tokens, positions: Tokens) -> Iterator[np.ndarray]:
+    hidden = backbone(params['backbone'], ids[None], positions[None])
+    for start in range(0, len(ids), _CHUNK):
+      chunk = hidden[:, start : start + _CHUNK]
+      yield np.asarray((chunk if headless else project(chunk, kernel))[0], np.float32)
+
+  return outputs
+
+
+def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Outputs:
+  """The same of transformers; classes by name, so that no code of the checkpoint's is run."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError('verify compares with torch, which is not installed: pip install torch') from (
+      error
+    )
+  import transformers
+
+  load = functools.partial(_load, origin=origin, dtype=getattr(torch, dtype))
+  if head == 'language':
+    model = load(transformers.LlamaForCausalLM)
+    project = model.lm_head
+  else:
+    # value_head_prefix may name the head differently.
+    name = head_name(headers.read_json(origin / headers.CONFIG))
+    model = load(
+      transformers.LlamaForSequenceClassification,
+      num_labels=1,
+      key_mapping=None if name == 'score' else {rf'^{name}\.': 'score.'},
+    )
+    project = model.score
+
+  def outputs(ids: Tokens, positions: Tokens) -> Iterator[np.ndarray]:
+    with torch.no_grad():
+      # The mask keeps spread positions from being taken for several sequences in one row.
+      hidden = model.model(
+        torch.tensor(ids[None], dtype=torch.long),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        position_ids=torch.tensor(positions[None], dtype=torch.long),
+        use_cache=False,
+      ).last_hidden_state[0]
+      for start in range(0, len(ids), _CHUNK):
+        chunk = hidden[start : start + _CHUNK]
+        yield (chunk if headless else project(chunk)).float().numpy()
+
+  return outputs
+
+
+def _load(kind: Any, origin: Path, dtype: Any, **how: Any) -> Any:
+  model = kind.from_pretrained(origin, dtype=dtype, use_safetensors=True, **how)
+  return model.eval()
