@@ -74,7 +74,7 @@ class Entry:
   def pieces(
     self, index: tuple[slice, ...], item_size: int, max_bytes: int
   ) -> list[tuple[slice, ...]]:
-    """The slice `index` of our tensor cut into pieces of at most about `max_bytes` bytes.
+    """The slice `index` of our tensor cut into even pieces of at most about `max_bytes` bytes.
 
     Each is of one layer and a range of the HF tensor's rows, so that it is read in one go; a slice
     that is small enough stays whole.
@@ -91,7 +91,8 @@ class Entry:
     layers = bounds[0] if self.stacked else [None]
     row_axis = len(bounds) - 1 if self.transposed else int(self.stacked)
     rows = bounds[row_axis]
-    step = max(1, max_bytes * len(rows) * len(layers) // total)
+    most = max(1, max_bytes * len(rows) * len(layers) // total)
+    step = math.ceil(len(rows) / math.ceil(len(rows) / most))
     found = []
     for layer in layers:
       for row in rows[::step]:

@@ -74,3 +74,10 @@ def test_pieces_cover_the_slice_once(shape, stacked, transposed, index, max_byte
   expected[index] = 1
   np.testing.assert_array_equal(times, expected)
   assert (len(pieces) == 1) == (expected.sum() * 2 <= max_bytes)
+
+
+def test_pieces_are_even():
+  """Chunks of one size are stored, the last one padded to it."""
+  entry = layout.Entry('a', 'a', (2, 3, 14), stacked=True, transposed=True)
+  pieces = entry.pieces(np.s_[:, :, :], 2, 2 * 3 * 8)  # eight rows would do
+  assert [(p[2].start, p[2].stop) for p in pieces] == 2 * [(0, 7), (7, 14)]
