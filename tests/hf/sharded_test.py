@@ -1,0 +1,44 @@
+"""Loading onto eight devices, in a process of its own whose memory is watched."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from segjax.hf import layout
+from segjax.hf.config import config_from_hf
+
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmarks' / 'sharded.py'
+RAW = {
+  'model_type': 'llama',
+  'vocab_size': 32000,
+  'hidden_size': 1024,
+  'intermediate_size': 6144,
+  'num_hidden_layers': 4,
+  'num_attention_heads': 16,
+  'num_key_value_heads': 8,
+  'tie_word_embeddings': True,
+}
+
+
+@pytest.mark.parametrize('dtype', ['', 'float32'])
+def test_memory_holds_little_beyond_the_arrays(dtype, tmp_path):
+  spec = importlib.util.spec_from_file_location('sharded', TOOL)
+  sharded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(sharded)
+  (tmp_path / 'config.json').write_text(json.dumps(RAW))
+  entries = layout.entries(config_from_hf(RAW), 'language')
+  shapes = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
+  tensors = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
+  safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
+  found = sharded.measure(tmp_path, dtype)
+  assert found['requested'] == 1
+  assert found['bytes'] == sum(tensor.nbytes for tensor in tensors.values()) > 2e8
+  # Replicated norms may or may not share memory; nothing else is there twice.
+  assert found['arrays'] == pytest.approx(found['bytes'] * (2 if dtype else 1), rel=1e-3)
+  # A copy of the largest stack, 50 MB as it is and 100 MB in float32, would show.
+  assert found['beyond'] < 3e7
