@@ -17,7 +17,15 @@ from jax.sharding import Mesh
 
 from segjax.hf import layout, placement
 from segjax.hf.config import config_from_hf, head_name
-from segjax.hf.headers import CONFIG, Checkpoint, open_checkpoint, read_json, resolve
+from segjax.hf.headers import (
+  CONFIG,
+  INDEX,
+  WEIGHTS,
+  Checkpoint,
+  open_checkpoint,
+  read_json,
+  resolve,
+)
 from segjax.hf.slices import DTYPES, Slices, describe_not_finite
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
@@ -121,13 +129,15 @@ def dtype_of(checkpoint: Checkpoint, entry: layout.Entry, dtype: str) -> np.dtyp
   Raises:
     ValueError: where these have several.
   """
-  own = {checkpoint.tensors[name].dtype for name in entry.hf_names()}
+  own = {checkpoint.tensors[name].dtype: name for name in entry.hf_names()}
   if not dtype and len(own) > 1:
+    name = next(iter(own.values()))
     raise ValueError(
-      f'{checkpoint.directory}: the layers of {entry.template} have dtypes '
-      f'{", ".join(sorted(own))}, and one stack has one; name the dtype to load them in.'
+      f'{checkpoint.tensors[name].file}: tensor {name} is {checkpoint.tensors[name].dtype}, but '
+      f'the layers of {entry.template} have dtypes {", ".join(sorted(own))}, and one stack has '
+      'one; name the dtype to load them in.'
     )
-  return jnp.dtype(dtype or DTYPES[own.pop()])
+  return jnp.dtype(dtype or DTYPES[next(iter(own))])
 
 
 def fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
@@ -150,12 +160,14 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...]) -
 
 def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str) -> None:
   """ValueError unless the checkpoint holds exactly the tensors of the table."""
-  where, tensors = checkpoint.directory, checkpoint.tensors
+  tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
   missing = [name for name in expected if name not in tensors]
   if missing:
+    single = checkpoint.directory / WEIGHTS
+    file = single if single.is_file() else checkpoint.directory / INDEX
     raise ValueError(
-      f'{where} lacks {_some(missing)} of a {head} model; check {CONFIG} against the files '
+      f'{file} lacks {_some(missing)} of a {head} model; check {CONFIG} against the files '
       '(number of layers, tie_word_embeddings) and the head that you ask for.'
     )
   extra = [
@@ -165,8 +177,8 @@ def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str)
   ]
   if extra:
     raise ValueError(
-      f'{where} holds {_some(extra)} that a {head} model with its {CONFIG} does not have; check '
-      'the number of layers, attention_bias, mlp_bias and the head that you ask for.'
+      f'{tensors[extra[0]].file} holds {_some(extra)} that a {head} model with its {CONFIG} does '
+      'not have; check the number of layers, attention_bias, mlp_bias and the head that you ask for.'
     )
   for name, shape in expected.items():
     if tensors[name].shape != shape:

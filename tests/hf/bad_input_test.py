@@ -1,0 +1,196 @@
+"""Broken checkpoints: one message that names the file and the tensor, and nothing is written."""
+
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from hf import tiny
+from segjax.hf import convert, headers, reader
+
+NAME = 'model.layers.1.mlp.up_proj.weight'
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+  return tiny.write(tmp_path_factory.mktemp('good'), 'llama31', max_shard_size='20KB')
+
+
+@pytest.fixture
+def source(good, tmp_path):
+  """A copy to be broken, in shards."""
+  target = tmp_path / 'source'
+  target.mkdir()
+  for file in good.iterdir():
+    (target / file.name).write_bytes(file.read_bytes())
+  return target
+
+
+def _config(**changes):
+  def change(source):
+    file = source / 'config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+  return change
+
+
+def _index(change):
+  def apply(source):
+    file = source / headers.INDEX
+    raw = json.loads(file.read_text())
+    change(raw['weight_map'])
+    file.write_text(json.dumps(raw))
+
+  return apply
+
+
+def _shard(source):
+  return source / json.loads((source / headers.INDEX).read_text())['weight_map'][NAME]
+
+
+def _header(change, data=lambda data: data):
+  """Rewrites the header of NAME's file; `change` takes the parsed header."""
+
+  def apply(source):
+    file = _shard(source)
+    content = file.read_bytes()
+    length = struct.unpack('<Q', content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    text = change(header)
+    text = text if isinstance(text, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack('<Q', len(text)) + text + data(content[8 + length :]))
+
+  return apply
+
+
+def _missing_shard(source):
+  _shard(source).unlink()
+
+
+def _truncated(source):
+  file = _shard(source)
+  file.write_bytes(file.read_bytes()[:-100])
+
+
+def _empty(source):
+  _shard(source).write_bytes(b'')
+
+
+def _twice_in_two_shards(source):
+  file = _shard(source)
+  (source / 'more.safetensors').write_bytes(file.read_bytes())
+  _index(lambda names: names.update({NAME: 'more.safetensors'}))(source)
+
+
+def _not_finite(source):
+  file = _shard(source)
+  tensor = headers.read_header(file)[NAME]
+  with file.open('r+b') as stream:
+    stream.seek(tensor.offset + 4)
+    stream.write(np.float32(np.nan).tobytes())
+
+
+def _pickles(source):
+  for file in source.glob('model*'):
+    file.unlink()
+  (source / 'pytorch_model.bin').write_bytes(b'')
+
+
+def _twice_in_a_header(header):
+  return json.dumps(header).encode()[:-1] + f', "{NAME}": {json.dumps(header[NAME])}}}'.encode()
+
+
+# What is done to the checkpoint, and what the message must say; SHARD is NAME's file.
+BAD = {
+  'missing shard': (_missing_shard, ['SHARD is missing']),
+  'truncated': (_truncated, ['SHARD', 'truncated or damaged at tensor model.']),
+  'empty file': (_empty, ['SHARD (0 bytes) is no safetensors file']),
+  'offsets': (
+    _header(lambda h: h[NAME].update(data_offsets=[0, 4])),
+    ['SHARD', f'lies about tensor {NAME}'],
+  ),
+  'shape in header': (
+    _header(lambda h: h[NAME].update(shape=[48, 33])),
+    ['SHARD', f'lies about tensor {NAME}'],
+  ),
+  'shape': (
+    _header(lambda h: h[NAME].update(shape=[32, 48])),
+    ['SHARD', f'tensor {NAME} has shape [32, 48]', 'should be [48, 32]'],
+  ),
+  'dtype': (
+    _header(lambda h: h[NAME].update(dtype='I32')),
+    ['SHARD', f'tensor {NAME} has dtype I32', 'quantized'],
+  ),
+  'unexpected': (
+    _header(lambda h: h.update({'model.layers.1.mlp.gate_up': h.pop(NAME)})),
+    ['SHARD', f'tensor {NAME} is not in it'],
+  ),
+  'unexpected, in the index too': (
+    lambda source: (
+      _header(lambda h: h.update(extra=h.pop(NAME)))(source),
+      _index(lambda names: names.update(extra=names.pop(NAME)))(source),
+    ),
+    [headers.INDEX, f'lacks tensor {NAME}'],
+  ),
+  'twice in a header': (_header(_twice_in_a_header), ['SHARD', f'{NAME} is there twice']),
+  'twice in two shards': (_twice_in_two_shards, ['more.safetensors', 'is in another shard too']),
+  'rope': (
+    _config(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 2.0}),
+    ['config.json', "rope type 'yarn'"],
+  ),
+  'quantized': (
+    _config(quantization_config={'quant_method': 'gptq'}),
+    ['config.json', 'quantization_config (gptq)'],
+  ),
+  'sliding window': (_config(sliding_window=16), ['config.json', 'sliding_window is 16']),
+  'experts': (_config(num_local_experts=8), ['config.json', 'num_local_experts is 8']),
+  'other model': (_config(model_type='mixtral'), ['config.json', "model_type is 'mixtral'"]),
+  'more layers': (_config(num_hidden_layers=3), [headers.INDEX, 'lacks tensors model.layers.2.']),
+  'fewer layers': (_config(num_hidden_layers=1), ['.safetensors holds tensors model.layers.1.']),
+  'parent directory': (
+    _index(lambda names: names.update({NAME: '../good/x.safetensors'})),
+    [headers.INDEX, f'tensor {NAME}', "'../good/x.safetensors'"],
+  ),
+  'absolute path': (
+    _index(lambda names: names.update({NAME: '/etc/passwd'})),
+    [headers.INDEX, f'tensor {NAME}', "'/etc/passwd'"],
+  ),
+  'pickles': (_pickles, ['pytorch_model.bin', 'pickle', 'save_pretrained']),
+}
+
+
+@pytest.mark.parametrize('kind', BAD)
+def test_refuses_before_anything_is_written(kind, source, tmp_path):
+  change, parts = BAD[kind]
+  shard = str(_shard(source))
+  change(source)
+  with pytest.raises(ValueError) as error:
+    convert.import_checkpoint(source, tmp_path / 'out')
+  for part in parts:
+    assert part.replace('SHARD', shard) in str(error.value)
+  assert '\n' not in str(error.value)
+  assert [file.name for file in tmp_path.iterdir()] == ['source']
+
+
+def test_not_finite_is_a_warning_or_refused(source, tmp_path, caplog):
+  _not_finite(source)
+  message = f'NaN or infinity in tensor {NAME} ({_shard(source).name})'
+  with pytest.raises(ValueError, match=re.escape(message)):
+    convert.import_checkpoint(source, tmp_path / 'out', strict=True)
+  assert [file.name for file in tmp_path.iterdir()] == ['source']
+  caplog.clear()
+  out = convert.import_checkpoint(source, tmp_path / 'out')
+  assert message in caplog.text
+  back = convert.export_checkpoint(out, tmp_path / 'back')
+  assert np.isnan(tiny.tensors(back)[NAME]).sum() == 1
+
+
+def test_reward_model_without_a_head(source, tmp_path):
+  config = reader.load_config(source)
+  _, entries = reader.open_model(source, config, 'scalar')
+  assert 'scalar_head/kernel' not in {entry.path for entry in entries}
+  with pytest.raises(ValueError, match='no scalar head, so it is no reward model'):
+    convert.import_checkpoint(source, tmp_path / 'out', role='reward')
+  assert [file.name for file in tmp_path.iterdir()] == ['source']
