@@ -178,7 +178,7 @@ def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str)
   if extra:
     raise ValueError(
       f'{tensors[extra[0]].file} holds {_some(extra)} that a {head} model with its {CONFIG} does '
-      'not have; check the number of layers, attention_bias, mlp_bias and the head that you ask for.'
+      'not have; check the number of layers, attention_bias, mlp_bias and the head you ask for.'
     )
   for name, shape in expected.items():
     if tensors[name].shape != shape:
