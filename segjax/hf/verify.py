@@ -286,5 +286,13 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
 
 
 def _load(kind: Any, origin: Path, dtype: Any, **how: Any) -> Any:
-  model = kind.from_pretrained(origin, dtype=dtype, use_safetensors=True, **how)
-  return model.eval()
+  """A model of transformers, without its progress bar."""
+  from transformers.utils import logging
+
+  shown = logging.is_progress_bar_enabled()
+  logging.disable_progress_bar()
+  try:
+    return kind.from_pretrained(origin, dtype=dtype, use_safetensors=True, **how).eval()
+  finally:
+    if shown:
+      logging.enable_progress_bar()
