@@ -37,4 +37,5 @@ def test_convert(bench, tmp_path):
   for what in ('import', 'export'):
     assert record[what]['percent_of_cp'] > 0 and record[what]['anonymous_gb'] >= 0
     assert abs(sum(record[what]['shares_percent'].values()) - 100) < 0.5
+  assert record['sharded']['requested'] == 1
   assert list(tmp_path.iterdir()) == []
