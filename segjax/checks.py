@@ -156,7 +156,7 @@ _LEAST = {
     *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
     'reward.calibration.target_segment_length',
     *('critic.warmup_steps', 'shaping.reward_clip'),
-    *('rollout.temperature', 'rollout.top_k', 'rollout.batch', 'rollout.min_new_tokens'),
+    *('rollout.temperature', 'rollout.top_k', 'rollout.slots', 'rollout.min_new_tokens'),
     *('ppo.micro_batch', 'ppo.score_batch', 'ppo.kl_coef', 'ppo.kl_target', 'ppo.gamma'),
     *('ppo.gae_lambda', 'ppo.clip_eps', 'ppo.clip_eps_high', 'ppo.value_clip_eps'),
     *('ppo.dual_clip', 'ppo.entropy_coef'),
@@ -164,6 +164,7 @@ _LEAST = {
   1: (
     *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
     *('runtime.unroll', 'sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
+    'rollout.samples',
     *('reward.segmentation.fixed_length', 'reward.segmentation.min_length'),
     *('reward.calibration.samples', 'reward.calibration.batch'),
     'reward.calibration.max_new_tokens',
@@ -226,7 +227,7 @@ def _lengths(s: Settings) -> None:
 
 def _batch_parts(s: Settings) -> None:
   for whole_key, keys in (
-    ('ppo.rollout_batch', ('ppo.minibatch', 'ppo.score_batch', 'rollout.batch')),
+    ('ppo.rollout_batch', ('ppo.minibatch', 'ppo.score_batch', 'rollout.samples')),
     ('ppo.minibatch', ('ppo.micro_batch',)),
     ('reward.batch', ('reward.micro_batch',)),
     ('sft.batch', ('sft.micro_batch',)),

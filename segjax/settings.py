@@ -177,7 +177,8 @@ class Rollout:
   top_p: float = 1.0
   min_new_tokens: int = 1
   max_new_tokens: int = 1024
-  batch: int = 0  # sequences generated at once; 0: the whole rollout
+  samples: int = 1  # responses per prompt
+  slots: int = 0  # responses under way at once; 0: the whole rollout
   recompute_logprob: bool = False  # old log-probs by a full forward instead of the decode loop
 
 

@@ -114,6 +114,7 @@ class Rollout:
     finished: True where the response ended in a stop token.
     old_logprob: log-prob under the sampling policy, unfiltered, at temperature 1.
     attended: the response tokens that attention sees; None for all.
+    sample_logprob: log-prob under the distribution drawn from: temperature, filters, bans.
   """
 
   prompt_ids: Int[Array, 'B P']
@@ -123,6 +124,7 @@ class Rollout:
   finished: Bool[Array, 'B']
   old_logprob: Float[Array, 'B T']
   attended: Bool[Array, 'B T'] | None = None
+  sample_logprob: Float[Array, 'B T'] | None = None
 
 
 @_pytree

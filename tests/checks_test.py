@@ -161,7 +161,7 @@ def test_whole_numbers_become_floats():
     ({'demo.min_clauses': 9}, 'must be from 1 to config.demo.max_clauses=5'),
     ({'ppo.minibatch': 100}, 'use ppo.minibatch=64 or ppo.rollout_batch=1100'),
     ({'ppo.score_batch': 3}, 'not divisible by config.ppo.score_batch=3'),
-    ({'rollout.batch': 5}, 'not divisible by config.rollout.batch=5'),
+    ({'rollout.samples': 5}, 'not divisible by config.rollout.samples=5'),
     (
       {'ppo.micro_batch': 3},
       'config.ppo.minibatch=128 is not divisible by config.ppo.micro_batch=3',

@@ -78,11 +78,13 @@ def sample(
       reference,
       batch.prompt_ids,
       batch.prompt_length,
-      jax.random.fold_in(stage.key('calibration'), number),
+      stage.key('calibration'),
       config=scorer.reference,
       settings=Rollout(max_new_tokens=s.reward.calibration.max_new_tokens),
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
+      index=number * size + np.arange(size),
+      say=stage.say,
     )
     entropy = _entropy(reference, made, config=scorer.reference)
     found.append([x[:real] for x in jax.device_get((entropy, made.response_mask, made.finished))])

@@ -96,11 +96,13 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       params['policy'],
       batch.prompt_ids,
       batch.prompt_length,
-      jax.random.fold_in(stage.key('samples'), number),
+      stage.key('samples'),
       config=recipe.policy,
-      settings=dataclasses.replace(s.rollout, batch=0),
+      settings=s.rollout,
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
+      index=number * size + np.arange(len(rows)),
+      say=stage.say,
     )
     found = as_published(found, tokenizer.stop_ids[0], s.compat)
     scored = score(params, found, recipe=recipe)

@@ -84,10 +84,7 @@ JOBS = {
     (*_COMMON, *_MODELS, 'critic', 'rollout', 'shaping', 'ppo', 'compat'),
     needs=('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
     outputs=('model', 'critic'),
-    batches=(
-      *('ppo.rollout_batch', 'ppo.minibatch', 'ppo.micro_batch', 'ppo.score_batch'),
-      'rollout.batch',
-    ),
+    batches=('ppo.rollout_batch', 'ppo.minibatch', 'ppo.micro_batch', 'ppo.score_batch'),
     figures=('reward', 'kl'),
   ),
   'evaluate': Job(

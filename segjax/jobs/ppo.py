@@ -12,6 +12,7 @@ from segjax.hf.writer import save_checkpoint
 from segjax.jobs import models
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
+from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
 from segjax.train.compat import as_published
@@ -54,9 +55,13 @@ def run(stage: Stage) -> dict[str, Any]:
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
   rule = models.rule_of(stage, prompts, tokenizer)
 
+  timing = Timing()
+
   def step_fn(states, step):
+    timing.begin()
     key = jax.random.fold_in(stage.key('rollout'), step)
-    rows = stream_indices(len(prompts), s.ppo.rollout_batch, s.seed, step)
+    asked = s.ppo.rollout_batch // s.rollout.samples
+    rows = stream_indices(len(prompts), asked, s.seed, step)
     batch = prompts.gather(rows, np.asarray)
     found = rollout(
       states['policy'].params,
@@ -67,7 +72,11 @@ def run(stage: Stage) -> dict[str, Any]:
       settings=s.rollout,
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
+      samples=s.rollout.samples,
+      say=stage.say,
     )
+    timing.end('generate', found)
+    rows = np.repeat(rows, s.rollout.samples)
     found = as_published(found, tokenizer.stop_ids[0], s.compat)
     params = frozen | {name: states[name].params for name in ('policy', 'critic')}
     scored = score(params, found, recipe=recipe)
@@ -75,11 +84,13 @@ def run(stage: Stage) -> dict[str, Any]:
     experience, metrics = make_experience(
       found, scored, normalizer, coef, rule(found, rows), recipe=recipe
     )
+    timing.end('score', experience)
     policy_from = warmup if step >= s.critic.warmup_steps else None
     states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from)
     if s.ppo.kl_target:
       states['kl'] = {'coef': _next_coef(coef, metrics['kl'], s.ppo)}
-    return states, metrics | {'kl_coef': coef} | updates
+    timing.end('update', states)
+    return states, metrics | {'kl_coef': coef} | updates | timing.seconds
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
   save_checkpoint(

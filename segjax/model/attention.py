@@ -3,9 +3,11 @@
 It knows nothing of projections, RoPE or caches: those are `llama` and `decode`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ('xla', 'cudnn')
 
@@ -65,3 +67,47 @@ def attention(
 
 def _causal(length: int) -> Bool[Array, '1 S S']:
   return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+class KeyValue(NamedTuple):
+  """Keys [B, K, h, S] and values [B, K, S, h]: each as the product that reads it likes it."""
+
+  key: Float[Array, 'B K h S']
+  value: Float[Array, 'B K S h']
+
+
+def cached_attention(
+  query: Float[Array, 'B H h'],
+  main: KeyValue,
+  recent: KeyValue,
+  length: Int[Array, 'B'],
+  step: Int[Array, ''],
+) -> Float[Array, 'B H h']:
+  """Attention of one token per row to a cache in two parts, one softmax over both, in float32.
+
+  Args:
+    query: one token per row.
+    main: what the row had when the chunk of steps began; of it the first `length` positions.
+    recent: what was added since then, one position per step; of it positions 0 to `step`.
+  """
+  batch, heads, size = query.shape
+  kv_heads, filled = main.key.shape[1], main.key.shape[-1]
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  query = (query * size**-0.5).reshape(batch, kv_heads, heads // kv_heads, size)
+
+  def logits(cache, mask):
+    found = jnp.einsum('bkgh,bkhs->bkgs', query, cache.key, preferred_element_type=wide)
+    return jnp.where(mask[:, None, None], found, _MASKED)
+
+  old = logits(main, jnp.arange(filled)[None] < length[:, None])
+  new = logits(recent, jnp.arange(recent.key.shape[-1])[None] <= step)
+  peak = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
+  old, new = jnp.exp(old - peak), jnp.exp(new - peak)
+  total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
+
+  def weighted(weights, cache):
+    weights = (weights / total).astype(cache.value.dtype)
+    return jnp.einsum('bkgs,bksh->bkgh', weights, cache.value)
+
+  found = weighted(old, main) + weighted(new, recent)
+  return found.reshape(batch, heads, size)

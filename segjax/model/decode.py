@@ -1,7 +1,13 @@
-"""Generation: prefill, the decode loop with a key/value cache, sampling.
+"""Decoding with a key/value cache: the jitted pieces that a host loop (`generate`) puts together.
 
-One jitted call from prompts to responses. Prompts are shifted to the right end of their rows
-inside, so that all rows write the same cache slot; outside, everything is padded on the right.
+A batch of slots, each with a response of its own age. `prefill` reads prompts, `insert` puts them
+into free slots, `advance` draws a chunk of tokens for every slot, `resize` changes how many slots
+there are and how many positions the cache has. Rows begin at position 0; nothing is padded on the
+left.
+
+The cache is in two parts. During a chunk the main part is only read, and what is new goes to a
+small buffer, at the same place for all rows; at the end of the chunk it is moved over, to each
+row's own place. So no step scatters, and none rewrites the cache.
 """
 
 import dataclasses
@@ -13,174 +19,334 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model import sharding
-from segjax.model.heads import project
-from segjax.model.llama import Block, Llama, LlamaConfig, layer_params
+from segjax.model.attention import KeyValue
+from segjax.model.llama import Block, LlamaConfig, RMSNorm
+from segjax.model.sampling import Sampling, draw, is_broken
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How a token is drawn from the logits.
+class Decoder:
+  """What is fixed over a generation.
 
-  temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing; stop tokens are
-  banned before min_new_tokens tokens.
+  Attributes:
+    chunk: steps between two looks of the host.
+    unrolled: layers one by one, each with a cache of its own, which CPUs like; else scanned, which
+      compiles in a time that does not grow with their number.
+    layout: '' or 'decode_', a prefix in the table of `sharding`; see `layout_of`.
   """
 
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_new_tokens: int = 1
-  max_new_tokens: int = 1024
+  config: LlamaConfig
+  sampling: Sampling
+  stop_ids: tuple[int, ...]
+  chunk: int = 16
+  unrolled: bool = True
+  layout: str = ''
 
 
-class Generated(NamedTuple):
-  """Responses, padded on the right by the first stop id.
+class Weights(NamedTuple):
+  """The policy's weights in the compute dtype, laid out for decoding; layers apart or stacked."""
 
-  response_mask covers the stop token; `finished` says that there is one. `logprob` is that of the
-  unfiltered distribution at temperature 1, as a full forward would give it.
+  embedding: Float[Array, 'V D']
+  layers: Any
+  norm: Any
+  head: Float[Array, 'D V']
+
+
+class Slots(NamedTuple):
+  """Responses under way, one per slot.
+
+  Attributes:
+    cache: keys and values of the tokens so far, per layer.
+    length: how many of its positions are filled.
+    logits: of the next token.
+    count: tokens of the response so far.
+    limit: how many it may have.
+    key: the response's own random key.
+    live: whether the slot holds a response that goes on.
   """
 
-  response_ids: Int[Array, 'B T']
-  response_mask: Bool[Array, 'B T']
-  finished: Bool[Array, 'B']
-  logprob: Float[Array, 'B T']
-
-
-class _Loop(NamedTuple):
-  step: Int[Array, '']
+  cache: Any
+  length: Int[Array, 'B']
   logits: Float[Array, 'B V']
-  caches: tuple
-  out: Generated
+  count: Int[Array, 'B']
+  limit: Int[Array, 'B']
+  key: Array
+  live: Bool[Array, 'B']
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'sampling', 'stop_ids'))
-def generate(
-  params: dict[str, Any],
-  prompt_ids: Int[Array, 'B P'],
-  prompt_length: Int[Array, 'B'],
+class Prefix(NamedTuple):
+  """Prompts that were read: their keys and values, their lengths, the logits after each."""
+
+  cache: Any
+  length: Int[Array, 'R']
+  logits: Float[Array, 'R V']
+
+
+class Tokens(NamedTuple):
+  """What a chunk drew: the first `count` of each row; `broken` rows had no finite logits."""
+
+  ids: Int[Array, 'B C']
+  logprob: Float[Array, 'B C']
+  sample_logprob: Float[Array, 'B C']
+  count: Int[Array, 'B']
+  finished: Bool[Array, 'B']
+  broken: Bool[Array, 'B']
+
+
+@functools.partial(jax.jit, static_argnames='decoder')
+def weights(params: dict[str, Any], *, decoder: Decoder) -> Weights:
+  """The parameters as `advance` reads them: cast and laid out once, not in every step."""
+  params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
+  params = sharding.for_decoding(params, decoder.layout)
+  backbone = params['backbone']
+  layers = backbone['layers']
+  if decoder.unrolled:
+    layers = tuple(
+      jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+      for i in range(decoder.config.num_hidden_layers)
+    )
+  tied = decoder.config.tie_word_embeddings
+  head = backbone['embedding'].T if tied else params['lm_head']['kernel']
+  return Weights(backbone['embedding'], layers, backbone['norm'], head)
+
+
+@functools.partial(jax.jit, static_argnames='decoder')
+def prefill(
+  weights: Weights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: Decoder
+) -> Prefix:
+  """Reads prompts, padded on the right."""
+  positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+  block = Block(decoder.config, decoder.layout)
+
+  def read(x, layer):
+    return block.apply({'params': layer}, x, positions, method='prefill')
+
+  x, cache = _through_layers(read, _embed(weights, ids, decoder), (weights.layers,), decoder)
+  last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+  return Prefix(_constrained(_finite(cache), decoder), length, _logits(weights, last, decoder))
+
+
+@functools.partial(jax.jit, static_argnames=('slots', 'positions', 'decoder'))
+def empty(slots: int, positions: int, *, decoder: Decoder) -> Slots:
+  """So many slots, all free, with room for so many positions."""
+  c = decoder.config
+  shape = (slots, c.num_key_value_heads, c.head_dim, positions)
+  one = KeyValue(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype).swapaxes(2, 3))
+  if decoder.unrolled:
+    cache = (one,) * c.num_hidden_layers
+  else:
+    cache = jax.tree.map(lambda x: jnp.stack([x] * c.num_hidden_layers), one)
+  zeros = jnp.zeros(slots, jnp.int32)
+  wide = jnp.promote_types(c.dtype, jnp.float32)
+  return Slots(
+    cache=_constrained(cache, decoder),
+    length=zeros,
+    logits=jnp.zeros((slots, c.vocab_size), wide),
+    count=zeros,
+    limit=zeros,
+    key=jax.random.split(jax.random.key(0), slots),
+    live=zeros > 0,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
+def insert(
+  slots: Slots,
+  prefix: Prefix,
+  source: Int[Array, 'B'],
+  limit: Int[Array, 'B'],
   key: Array,
   *,
-  config: LlamaConfig,
-  sampling: Sampling,
-  stop_ids: tuple[int, ...],
-) -> Generated:
-  """Samples a response to each prompt until a stop token or max_new_tokens.
+  decoder: Decoder,
+) -> Slots:
+  """Puts prompts into slots.
 
-  The random number of row b at step t is uniform(fold_in(fold_in(key, b), t)): it depends neither
-  on the other rows nor on the number of devices.
+  Args:
+    source: for each slot the row of `prefix` that it takes; -1 leaves it alone.
+    limit: tokens that the new responses may have.
+    key: the new responses' random keys, [B].
   """
-  params = sharding.gather_fsdp(jax.tree.map(lambda leaf: leaf.astype(config.dtype), params))
-  batch, prompt_size = prompt_ids.shape
-  pad = prompt_size - prompt_length
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-  logits, caches = _prefill(params, prompt_ids, pad, config, sampling.max_new_tokens)
-  layers = [layer_params(params['backbone'], i) for i in range(config.num_hidden_layers)]
-  stop = jnp.asarray(stop_ids, jnp.int32)
+  is_new = source >= 0
+  row = jnp.maximum(source, 0)
 
-  def body(loop: _Loop) -> _Loop:
-    t, out = loop.step, loop.out
-    token, logprob = _sample(loop.logits, keys, t, stop, sampling)
-    live = ~out.finished
-    token = jnp.where(live, token, stop[0])
-    out = Generated(
-      response_ids=out.response_ids.at[:, t].set(token),
-      response_mask=out.response_mask.at[:, t].set(live),
-      finished=out.finished | jnp.any(token[:, None] == stop[None], axis=1),
-      logprob=out.logprob.at[:, t].set(jnp.where(live, logprob, 0.0)),
+  def put(old, prefixes, axis):
+    """`axis` is that of the slots; positions are last in keys and last but one in values."""
+    new = jnp.take(prefixes, row, axis=axis)
+    begin = old[tuple(slice(size) for size in new.shape)]
+    mask = is_new.reshape((1,) * axis + (-1,) + (1,) * (new.ndim - axis - 1))
+    merged = jnp.where(jnp.broadcast_to(mask, new.shape), new.astype(old.dtype), begin)
+    return jax.lax.dynamic_update_slice(old, merged, (0,) * old.ndim)
+
+  axis = 0 if decoder.unrolled else 1
+  cache = jax.tree.map(functools.partial(put, axis=axis), slots.cache, prefix.cache)
+
+  def choose(new, old):
+    return jnp.where(is_new, new, old)
+
+  return Slots(
+    cache=_constrained(cache, decoder),
+    length=choose(prefix.length[row], slots.length),
+    logits=jnp.where(is_new[:, None], prefix.logits[row], slots.logits),
+    count=choose(0, slots.count),
+    limit=choose(limit, slots.limit),
+    key=choose(key, slots.key),
+    live=is_new | slots.live,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('positions', 'decoder'))
+def resize(slots: Slots, rows: Int[Array, 'N'], positions: int, *, decoder: Decoder) -> Slots:
+  """The slots at `rows`, with room for `positions`; whatever lies beyond is dropped."""
+  axis = 0 if decoder.unrolled else 1
+
+  def refit(x, position_axis):
+    x = jnp.take(x, rows, axis=axis)
+    x = jax.lax.slice_in_dim(x, 0, min(positions, x.shape[position_axis]), axis=position_axis)
+    widths = [(0, 0)] * x.ndim
+    widths[position_axis] = (0, positions - x.shape[position_axis])
+    return jnp.pad(x, widths)
+
+  def refit_layer(layer):
+    return KeyValue(refit(layer.key, layer.key.ndim - 1), refit(layer.value, layer.value.ndim - 2))
+
+  cache = jax.tree.map(refit_layer, slots.cache, is_leaf=lambda x: isinstance(x, KeyValue))
+  others = jax.tree.map(lambda x: x[rows], slots._replace(cache=None))
+  return others._replace(cache=_constrained(cache, decoder))
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
+def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots, Tokens]:
+  """Draws up to `decoder.chunk` tokens for every live slot."""
+  block = Block(decoder.config, decoder.layout)
+  stop = jnp.asarray(decoder.stop_ids, jnp.int32)
+  size = decoder.chunk
+  batch = slots.length.shape[0]
+  none = jnp.zeros(batch, bool)
+
+  def step(carry):
+    j, logits, recent, live, tokens = carry
+    broken = live & is_broken(logits)
+    drawing = live & ~broken
+    uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
+      slots.key, slots.count + j
     )
-    slot = prompt_size + t
-    slots = jnp.arange(prompt_size + sampling.max_new_tokens)
-    mask = (slots[None] >= pad[:, None]) & (slots <= slot)[None]
-    x = _embed(params, token[:, None], config)
-    caches = []
-    for layer, cache in zip(layers, loop.caches, strict=True):
-      x, cache = Block(config).apply(
-        {'params': layer}, x, (slot - pad)[:, None], mask[:, None], cache, slot, method='decode'
+    drawn = draw(logits, uniform, slots.count + j, stop, decoder.sampling)
+    token = jnp.where(drawing, drawn.token, stop[0])
+    finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)
+    tokens = Tokens(
+      tokens.ids.at[:, j].set(token),
+      tokens.logprob.at[:, j].set(jnp.where(drawing, drawn.logprob, 0)),
+      tokens.sample_logprob.at[:, j].set(jnp.where(drawing, drawn.sample_logprob, 0)),
+      tokens.count + drawing,
+      tokens.finished | finished,
+      tokens.broken | broken,
+    )
+    live = drawing & ~finished & (slots.count + j + 1 < slots.limit)
+
+    def layer(x, weights, main, recent):
+      return block.apply(
+        {'params': weights},
+        x,
+        (slots.length + j)[:, None],
+        main,
+        recent,
+        slots.length,
+        j,
+        method='decode',
       )
-      caches.append(cache)
-    return _Loop(t + 1, _last_logits(params, x, config), tuple(caches), out)
 
-  size = (batch, sampling.max_new_tokens)
-  empty = Generated(
-    response_ids=jnp.full(size, stop_ids[0], jnp.int32),
-    response_mask=jnp.zeros(size, bool),
-    finished=jnp.zeros(batch, bool),
-    logprob=jnp.zeros(size, logits.dtype),
+    x = _embed(weights, token[:, None], decoder)
+    x, recent = _through_layers(layer, x, (weights.layers, slots.cache, recent), decoder)
+    return j + 1, _logits(weights, x, decoder), recent, live, tokens
+
+  recent = jax.tree.map(_room(size), slots.cache, is_leaf=lambda x: isinstance(x, KeyValue))
+  tokens = Tokens(
+    ids=jnp.full((batch, size), stop[0]),
+    logprob=jnp.zeros((batch, size), slots.logits.dtype),
+    sample_logprob=jnp.zeros((batch, size), slots.logits.dtype),
+    count=jnp.zeros(batch, jnp.int32),
+    finished=none,
+    broken=none,
   )
-  loop = jax.lax.while_loop(
-    lambda loop: (loop.step < sampling.max_new_tokens) & ~jnp.all(loop.out.finished),
-    body,
-    _Loop(jnp.int32(0), logits, caches, empty),
+  _, logits, recent, live, tokens = jax.lax.while_loop(
+    lambda carry: (carry[0] < size) & jnp.any(carry[3]),
+    step,
+    (jnp.int32(0), slots.logits, recent, slots.live, tokens),
   )
-  return loop.out
-
-
-def _prefill(params, prompt_ids, pad, config, max_new_tokens):
-  """Logits after each prompt, [B, V], and the caches with room for max_new_tokens."""
-  size = prompt_ids.shape[1]
-  slots = jnp.arange(size)
-  # Right-align: slot s of a row holds its token s - pad; the wrapped-around tail is masked.
-  ids = jnp.take_along_axis(prompt_ids, (slots[None] - pad[:, None]) % size, axis=1)
-  real = slots[None] >= pad[:, None]
-  mask = (slots[:, None] >= slots[None])[None] & real[:, None]
-  positions = jnp.maximum(slots[None] - pad[:, None], 0)
-  x = _embed(params, ids, config)
-  room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-
-  caches = []
-  for index in range(config.num_hidden_layers):
-    layer = layer_params(params['backbone'], index)
-    x, cache = Block(config).apply({'params': layer}, x, positions, mask, method='prefill')
-    caches.append(tuple(sharding.constrain(jnp.pad(part, room), 'heads') for part in cache))
-  return _last_logits(params, x[:, -1:], config), tuple(caches)
-
-
-def _embed(params, ids, config):
-  return Llama(config).apply({'params': params['backbone']}, ids, method='embed')
-
-
-def _last_logits(params, x, config):
-  hidden = Llama(config).apply({'params': params['backbone']}, x, method='finish')
-  kernel = (
-    params['backbone']['embedding'].T if config.tie_word_embeddings else params['lm_head']['kernel']
+  moved = slots._replace(
+    cache=_constrained(_merged(slots.cache, recent, slots.length, decoder), decoder),
+    length=slots.length + tokens.count,
+    logits=logits,
+    count=slots.count + tokens.count,
+    live=live,
   )
-  # Sampling looks at whole rows: the logits are gathered, never the kernel.
-  return sharding.constrain(project(hidden, kernel)[:, 0], 'tokens')
+  return moved, tokens
 
 
-def _sample(logits, keys, step, stop, sampling: Sampling):
-  """A token per row, and its log-prob in the unfiltered distribution at temperature 1."""
-  logprobs = jax.nn.log_softmax(logits)
-  banned = jnp.zeros(logits.shape[-1], bool).at[stop].set(True) & (step < sampling.min_new_tokens)
-  allowed = jnp.where(banned[None], -jnp.inf, logits)
-  if sampling.temperature == 0:
-    token = jnp.argmax(allowed, axis=-1)
-  else:
-    probs = jax.nn.softmax(filtered(allowed / sampling.temperature, sampling), axis=-1)
-    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
-    cdf = jnp.cumsum(probs, axis=-1)
-    token = jnp.argmax(cdf > draw[:, None] * cdf[:, -1:], axis=-1)
-  token = token.astype(jnp.int32)
-  return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+def _room(size):
+  """An empty cache of `size` positions beside another."""
+
+  def make(cache):
+    key, value = cache
+    return KeyValue(
+      jnp.zeros((*key.shape[:-1], size), key.dtype),
+      jnp.zeros((*value.shape[:-2], size, value.shape[-1]), value.dtype),
+    )
+
+  return make
 
 
-def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with -inf outside the top k and outside the nucleus of mass top_p.
+def _merged(cache, recent, length, decoder):
+  """The cache with each row's recent part written behind its length."""
 
-  The nucleus is found by bisection on the probability threshold, without sorting the vocabulary.
-  """
-  if 0 < sampling.top_k < logits.shape[-1]:
-    floor = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits >= floor, logits, -jnp.inf)
-  if sampling.top_p < 1:
-    probs = jax.nn.softmax(logits, axis=-1)
+  update = jax.lax.dynamic_update_slice_in_dim
+  recent = _finite(recent)
 
-    def halve(_, bounds):
-      low, high = bounds  # the mass above `low` reaches top_p, that above `high` does not
-      middle = (low + high) / 2
-      enough = jnp.sum(jnp.where(probs >= middle, probs, 0), -1, keepdims=True) >= sampling.top_p
-      return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+  def row(main, recent, at):
+    return KeyValue(update(main.key, recent.key, at, 2), update(main.value, recent.value, at, 1))
 
-    peak = jnp.max(probs, axis=-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(peak), peak * 1.000001))
-    logits = jnp.where(probs >= low, logits, -jnp.inf)
-  return logits
+  def layer(main, recent):
+    return jax.vmap(row)(main, recent, length)
+
+  if decoder.unrolled:
+    return tuple(layer(*pair) for pair in zip(cache, recent, strict=True))
+  return jax.vmap(layer)(cache, recent)
+
+
+def _finite(cache):
+  """0 in place of what is not finite: 0 times NaN would reach the row that has the slot next."""
+  return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), cache)
+
+
+def _through_layers(step, x, parts, decoder: Decoder):
+  """x through all layers, and what each returns; `parts` are the layers' arguments after x."""
+  if not decoder.unrolled:
+    return jax.lax.scan(lambda x, part: step(x, *part), x, parts)
+  found = []
+  for part in zip(*parts, strict=True):
+    x, one = step(x, *part)
+    found.append(one)
+  return x, tuple(found)
+
+
+def _embed(weights: Weights, ids, decoder: Decoder):
+  return sharding.constrain(weights.embedding[ids], f'{decoder.layout}hidden')
+
+
+def _logits(weights: Weights, x, decoder: Decoder):
+  """[B, V], float32. Drawing looks at whole rows: the logits are gathered, never the head."""
+  hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
+  logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return sharding.constrain(wide, f'{decoder.layout}tokens')
+
+
+def _constrained(cache, decoder: Decoder):
+  def place(layer):
+    stack = () if decoder.unrolled else (None,)
+    return KeyValue(
+      sharding.constrain(layer.key, f'{decoder.layout}key', stack),
+      sharding.constrain(layer.value, f'{decoder.layout}value', stack),
+    )
+
+  return jax.tree.map(place, cache, is_leaf=lambda x: isinstance(x, KeyValue))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model import sharding
-from segjax.model.attention import attention
+from segjax.model.attention import KeyValue, attention, cached_attention
 from segjax.settings import Network
 
 
@@ -145,9 +145,13 @@ class Linear(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+  """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+  `layout` stands before the names of activations in the table of `sharding`.
+  """
 
   config: LlamaConfig
+  layout: str = ''
 
   def setup(self):
     c = self.config
@@ -166,7 +170,8 @@ class Block(nn.Module):
     self.down = linear(c.hidden_size, c.mlp_bias)
 
   def _heads(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _ h']:
-    return sharding.constrain(x.reshape(*x.shape[:2], -1, self.config.head_dim), 'heads')
+    heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+    return sharding.constrain(heads, f'{self.layout}heads')
 
   def _project(self, x, positions):
     y = self.attention_norm(x)
@@ -177,8 +182,8 @@ class Block(nn.Module):
   def _finish(self, x, found):
     x = x + self.output(found.reshape(*x.shape[:2], -1))
     y = self.mlp_norm(x)
-    y = sharding.constrain(nn.silu(self.gate(y)) * self.up(y), 'mlp')
-    return sharding.constrain(x + self.down(y), 'hidden')
+    y = sharding.constrain(nn.silu(self.gate(y)) * self.up(y), f'{self.layout}mlp')
+    return sharding.constrain(x + self.down(y), f'{self.layout}hidden')
 
   def __call__(
     self,
@@ -192,27 +197,31 @@ class Block(nn.Module):
     return self._finish(x, found), None
 
   def prefill(
-    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S'], mask: Bool[Array, 'B S S']
-  ) -> tuple[Float[Array, 'B S D'], tuple[Array, Array]]:
-    """Over prompts under an explicit mask; also returns the keys and values, [B, S, K, h]."""
+    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S']
+  ) -> tuple[Float[Array, 'B S D'], KeyValue]:
+    """As a call, but it also returns what decoding will attend to."""
     query, key, value = self._project(x, positions)
-    return self._finish(x, attention(query, key, value, mask)), (key, value)
+    cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+    return self._finish(x, attention(query, key, value, None, self.config.attention)), cache
 
   def decode(
     self,
     x: Float[Array, 'B 1 D'],
     positions: Int[Array, 'B 1'],
-    mask: Bool[Array, 'B 1 S'],
-    cache: tuple[Float[Array, 'B S K h'], Float[Array, 'B S K h']],
-    slot: Int[Array, ''],
-  ) -> tuple[Float[Array, 'B 1 D'], tuple[Array, Array]]:
-    """One token per row: writes its key and value at `slot`, then attends to the cache."""
+    main: KeyValue,
+    recent: KeyValue,
+    length: Int[Array, 'B'],
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, 'B 1 D'], KeyValue]:
+    """One token per row; returns `recent` with its key and value at position `step`."""
     query, key, value = self._project(x, positions)
-    cache = tuple(
-      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
-      for old, new in zip(cache, (key, value), strict=True)
+    update = jax.lax.dynamic_update_slice_in_dim
+    recent = KeyValue(
+      update(recent.key, key[:, 0, :, :, None].astype(recent.key.dtype), step, axis=3),
+      update(recent.value, value[:, 0, :, None].astype(recent.value.dtype), step, axis=2),
     )
-    return self._finish(x, attention(query, *cache, mask)), cache
+    found = cached_attention(query[:, 0], main, recent, length, step)
+    return self._finish(x, found[:, None]), recent
 
 
 class Llama(nn.Module):

@@ -9,6 +9,7 @@ width and vocabulary. The batch is split over data and fsdp together.
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
+WHOLE = ('fsdp', 'tensor')
 
 # One match per tensor: none or two is an error. Optimizer moments carry their parameter's path as
 # a suffix, so the same line places them. Stacked layers have L in front. The embedding is split on
@@ -46,6 +48,17 @@ ACTIVATION_RULES: dict[str, P] = {
   'chunked_tokens': P(None, BATCH, None),
   'embedding': P('tensor', None),
   'head': P(None, 'tensor'),
+  # Of the decode loop, where the weights stay put, split over fsdp and tensor together.
+  'decode_tokens': P('data', None),
+  'decode_hidden': P('data', None, None),
+  'decode_mlp': P('data', None, WHOLE),
+  'decode_logits': P('data', None, WHOLE),
+  'decode_heads': P('data', None, WHOLE, None),
+  'decode_key': P('data', WHOLE, None, None),
+  'decode_value': P('data', WHOLE, None, None),
+  # And where the heads do not divide that far: the weights are whole along fsdp, rows are split.
+  'key': P(BATCH, 'tensor', None, None),
+  'value': P(BATCH, 'tensor', None, None),
 }
 
 
@@ -138,12 +151,16 @@ def _active_mesh() -> AbstractMesh | None:
   return None if mesh.empty else mesh
 
 
-def constrain(x: jax.Array, name: str) -> jax.Array:
-  """Lays activation `x` out as ACTIVATION_RULES[name]; no mesh set, no change."""
+def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Array:
+  """Lays activation `x` out as ACTIVATION_RULES[name]; no mesh set, no change.
+
+  `stack` has a None for each axis that stands before those of the rule.
+  """
   mesh = _active_mesh()
   if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, _fitted(ACTIVATION_RULES[name], x.shape, mesh))
+  spec = P(*stack, *ACTIVATION_RULES[name])
+  return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -160,33 +177,51 @@ def _batch_spec(rank: int) -> P:
 
 def constrain_tree(tree: Any) -> Any:
   """Lays parameters or optimizer state out by the table, at the end of a jitted step."""
-  return _constrain_tree(tree, without=())
+  return _constrain_tree(tree, lambda entry: entry)
 
 
-def gather_fsdp(tree: Any) -> Any:
-  """Parameters laid out by the table but whole along fsdp.
+def decode_layout(kv_heads: int, mesh: Mesh) -> str:
+  """The layout of a decode loop, a prefix of names in ACTIVATION_RULES.
 
-  For a decode loop, so that the weights are gathered once and not in every step.
+  'decode_' splits weights and cache by heads over fsdp and tensor together, so that no step
+  gathers a weight. Where the key heads do not divide that far it is '': weights whole along fsdp,
+  gathered once for the loop, and rows split over fsdp.
   """
-  return _constrain_tree(tree, without=('fsdp',))
+  return '' if kv_heads % math.prod(mesh.shape[axis] for axis in WHOLE) else 'decode_'
 
 
-def _constrain_tree(tree: Any, without: tuple[str, ...]) -> Any:
+def decode_rows(layout: str, mesh: Mesh) -> int:
+  """Over how many devices that layout splits rows."""
+  return mesh.shape['data'] if layout else batch_devices(mesh)
+
+
+def for_decoding(tree: Any, layout: str) -> Any:
+  """Parameters laid out for a decode loop, in which none of them is gathered."""
+  if not layout:
+    return _constrain_tree(tree, lambda entry: _drop(entry, ('fsdp',)))
+  return _constrain_tree(tree, lambda entry: WHOLE if 'tensor' in _axes(entry) else None)
+
+
+def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
+  """Lays the tree out by the table, each entry of a layout changed first."""
   mesh = _active_mesh()
   if mesh is None:
     return tree
 
   def place(path, x):
     spec = parameter_spec(path_name(path))
-    spec = P(*(_drop(entry, without) for entry in tuple(spec)))
+    spec = P(*(change(entry) for entry in tuple(spec)))
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def _drop(entry: Any, axes: tuple[str, ...]) -> Any:
-  names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-  return tuple(name for name in names if name not in axes) or None
+  return tuple(name for name in _axes(entry) if name not in axes) or None
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def place_batch(tree: Any, mesh: Mesh) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from segjax.report.console import ProgressBar
+from segjax.report.timing import compiles
 
 FILE = 'metrics.jsonl'
 
@@ -91,6 +92,7 @@ class MetricLog:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.monotonic()
     values['seconds'], self._clock = now - self._clock, now
+    values['compiles'] = compiles()
     self.last = values
     # JSON has no NaN: a value that is not finite is written as its name.
     clean = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.model import sharding
@@ -21,9 +22,10 @@ from segjax.rl.returns import action_starts, gae, macro_gae, returns
 from segjax.rl.rewards import shaped_reward
 from segjax.settings import PPO, Compat, Shaping
 from segjax.train.cutting import Cutter, cut
-from segjax.train.rollout import concatenate
 from segjax.train.shaping import dense_rewards
 from segjax.types import Experience, Normalizer, Rollout, Segments
+
+_WIDTHS = 256  # tokens; sequences are scored in multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,9 @@ def _joined(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> A
 def response_window(
   x: Float[Array, 'B S'], prompt_length: Int[Array, 'B'], size: int
 ) -> Float[Array, 'B T']:
-  """The `size` entries of each row that start at its response."""
-  return jnp.take_along_axis(x, prompt_length[:, None] + jnp.arange(size)[None], axis=1)
+  """The `size` entries of each row that start at its response; past the row's end its last one."""
+  index = prompt_length[:, None] + jnp.arange(size)[None]
+  return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames='recipe')
@@ -126,22 +129,37 @@ def score_piece(
 
 
 def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores:
-  """`score_piece` over the whole rollout, `ppo.score_batch` sequences at a time."""
+  """`score_piece` over the whole rollout, `ppo.score_batch` sequences at a time, alike in length.
+
+  A piece is as wide as its longest sequence needs, in a few widths so that few programs compile.
+  """
   ids, attended = _join_both(rollout)
-  total = ids.shape[0]
+  total, width = ids.shape
   size = recipe.ppo.score_batch or total
-  if size == total:
-    return score_piece(params, ids, attended, rollout, recipe=recipe)
+  length = np.asarray(rollout.prompt_length) + np.asarray(jnp.sum(rollout.response_mask, axis=1))
+  order = np.arange(total) if size == total else np.argsort(length, kind='stable')
   pieces = []
-  for start in range(0, total, size):
-    piece = take_rows((ids, attended, rollout), jnp.arange(start, start + size))
-    pieces.append(score_piece(params, *piece, recipe=recipe))
-  return concatenate(pieces)
+  for rows in order.reshape(-1, size):
+    needed = min(-(-int(length[rows].max()) // _WIDTHS) * _WIDTHS, width)
+    piece_ids, seen, piece = take_rows((ids, attended, rollout), rows)
+    seen = None if seen is None else seen[:, :needed]
+    pieces.append(score_piece(params, piece_ids[:, :needed], seen, piece, recipe=recipe))
+  if len(pieces) == 1:
+    return pieces[0]
+  return take_rows(concatenate(pieces), np.argsort(order))
 
 
 @jax.jit
 def _join_both(rollout: Rollout) -> tuple[Array, Array | None]:
   return join(rollout), join_attended(rollout)
+
+
+@jax.jit
+def concatenate(pieces: list[Any]) -> Any:
+  """Pieces of a batch joined along B, still split over the devices."""
+  return jax.tree.map(
+    lambda *parts: sharding.constrain_batch(jnp.concatenate(parts, axis=0)), *pieces
+  )
 
 
 @jax.jit
@@ -230,10 +248,20 @@ def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Ar
     'segments': jnp.mean(experience.segments.num_segments.astype(jnp.float32)),
     'segment_length': _segment_length(experience.segments),
     'finished': jnp.mean(rollout.finished.astype(jnp.float32)),
+    **_sampling_gap(rollout),
     'explained_variance': _explained_variance(
       experience.value, experience.return_, experience.value_mask
     ),
   }
+
+
+def _sampling_gap(rollout: Rollout) -> dict[str, Array]:
+  """|log-prob as drawn - log-prob at temperature 1, unfiltered| per token; 0 for plain sampling."""
+  if rollout.sample_logprob is None:
+    return {}
+  mask = rollout.response_mask
+  gap = jnp.where(mask, jnp.abs(rollout.sample_logprob - rollout.old_logprob), 0.0)
+  return {'sampling_gap': masked_mean(gap, mask), 'sampling_gap_max': jnp.max(gap)}
 
 
 def _count(mask: Bool[Array, 'B T']) -> Float[Array, 'B']:

@@ -1,22 +1,22 @@
-"""Responses to a batch of prompts, in device-sized pieces. Scores nothing: that is `experience`."""
+"""Responses to a batch of prompts, as arrays on the mesh. Scores nothing: that is `experience`."""
 
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
 from segjax.model import sharding
-from segjax.model.decode import Sampling, generate
+from segjax.model.generation import Prompts, generate, make_decoder
 from segjax.model.llama import LlamaConfig
+from segjax.model.sampling import Sampling
 from segjax.settings import Rollout as RolloutSettings
 from segjax.types import Rollout
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
-  """The part of the settings that the decode loop reads."""
+  """The part of the settings that says how a token is drawn."""
   return Sampling(
     temperature=settings.temperature,
     top_k=settings.top_k,
@@ -36,33 +36,45 @@ def rollout(
   settings: RolloutSettings,
   stop_ids: tuple[int, ...],
   mesh: Mesh,
+  samples: int = 1,
+  index: np.ndarray | None = None,
+  say: Callable[[str], None] = print,
 ) -> Rollout:
-  """Samples one response per prompt, `settings.batch` prompts at a time."""
-  total = len(prompt_ids)
-  size = settings.batch or total
-  pieces = []
-  for start in range(0, total, size):
-    ids, length = sharding.place_batch(
-      (prompt_ids[start : start + size], prompt_length[start : start + size]), mesh
-    )
-    out = generate(
-      params,
-      ids,
-      length,
-      jax.random.fold_in(key, start),
-      config=config,
-      sampling=sampling(settings),
-      stop_ids=stop_ids,
-    )
-    pieces.append(
-      Rollout(ids, length, out.response_ids, out.response_mask, out.finished, out.logprob)
-    )
-  return pieces[0] if len(pieces) == 1 else concatenate(pieces)
+  """Samples responses, `settings.slots` at once; those to one prompt stand next to each other.
 
+  Args:
+    samples: responses per prompt.
+    index: of each prompt, for its random numbers; see `generate`.
+    say: is told of responses that ended because their logits were not finite.
 
-@jax.jit
-def concatenate(pieces: list[Any]) -> Any:
-  """Pieces of a batch joined along B, still split over the devices."""
-  return jax.tree.map(
-    lambda *parts: sharding.constrain_batch(jnp.concatenate(parts, axis=0)), *pieces
+  Raises:
+    ValueError: no response has finite logits: the policy's weights are spoilt.
+  """
+  found = generate(
+    params,
+    Prompts(prompt_ids, prompt_length),
+    key,
+    decoder=make_decoder(config, sampling(settings), stop_ids, mesh),
+    mesh=mesh,
+    slots=settings.slots,
+    samples=samples,
+    index=index,
   )
+  if found.broken.all():
+    raise ValueError(
+      'the logits of every response are not finite: the weights of the policy are spoilt; go on '
+      'from an earlier checkpoint, or lower the learning rate.'
+    )
+  for row in np.flatnonzero(found.broken):
+    length = int(found.response_mask[row].sum())
+    say(f'prompt {row // samples}: the logits after {length} tokens of a response are not finite')
+  arrays = {
+    'prompt_ids': np.repeat(prompt_ids, samples, axis=0),
+    'prompt_length': np.repeat(prompt_length, samples).astype(np.int32),
+    'response_ids': found.response_ids,
+    'response_mask': found.response_mask,
+    'finished': found.finished,
+    'old_logprob': found.logprob,
+    'sample_logprob': found.sample_logprob,
+  }
+  return Rollout(**sharding.place_batch(arrays, mesh))

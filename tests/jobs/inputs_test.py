@@ -9,6 +9,7 @@ import pytest
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.jobs.dry_run import run as dry_run
+from segjax.settings import Segmentation
 from segjax.train import segment_reward
 from segjax.train.segment_reward import SegmentReward
 from segjax.types import Normalizer
@@ -116,7 +117,7 @@ def test_tokenizer_without_a_chat_template(small, run, model, language):
 def ppo_inputs(model, language, tmp_path):
   """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
   reward = shutil.copytree(language / 'model', tmp_path / 'reward_model')
-  segment_reward.write(reward, SegmentReward('segment', 1.0, Normalizer(), 'regression'))
+  segment_reward.write(reward, SegmentReward(Segmentation(), Normalizer(), 'regression'))
   return {
     'policy.path': str(model),
     'reward_model.path': str(reward),
@@ -130,7 +131,7 @@ def test_good_inputs_get_as_far_as_the_weights(small, run, ppo_inputs):
 
 
 def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
-  segment_reward.write(tmp_path / 'reward_model', SegmentReward('segment', 1.0, None))
+  segment_reward.write(tmp_path / 'reward_model', SegmentReward(Segmentation(), None))
   with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
     run(small('ppo', **ppo_inputs))
   with pytest.raises(AssertionError, match='weights were read'):
@@ -144,7 +145,7 @@ def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, spoilt, has_fi
     from segjax.data.tokenizer import fingerprint
 
     sha = fingerprint(str(tmp_path / 'reward_model'))
-    meaning = SegmentReward('segment', 1.0, Normalizer(), 'none', tokenizer_sha256=sha)
+    meaning = SegmentReward(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
     segment_reward.write(tmp_path / 'reward_model', meaning)
     spoilt = 'policy'
   tokenizer = tmp_path / spoilt / 'tokenizer.json'

@@ -72,7 +72,6 @@ def test_wrong_paths_and_functions_stop_before_anything_starts(
     ('reward', 'reward.batch', 2, 'config.reward.batch=2 .* use 4'),
     ('normalizer', 'normalizer.batch', 9, 'use 8 or 12'),
     ('ppo', 'ppo.minibatch', 2, 'config.ppo.minibatch=2'),
-    ('ppo', 'rollout.batch', 2, 'config.rollout.batch=2'),
     ('evaluate', 'evaluate.batch', 5, 'use 4 or 8'),
   ],
 )

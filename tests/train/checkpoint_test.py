@@ -12,9 +12,9 @@ def step(state, count):
   for _ in range(count):
     state, _ = sft_step(
       state,
-      *setting.conversations(),
+      setting.conversations(),
       config=tiny.CONFIG,
-      optimizer=setting.OPTIMIZER,
+      settings=setting.FINE_TUNING,
       total_steps=setting.TOTAL,
     )
   return state

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from rl.ragged import LENGTH, make_batch
 
 from segjax.settings import Shaping
+from segjax.train import experience
 from segjax.train.experience import (
   Scores,
   join,
@@ -63,7 +64,7 @@ def test_scores_are_read_where_they_should(params, rollout):
   for name, whole in expected.items():
     for row, length in enumerate(setting.LENGTHS):
       got = getattr(found, name)[row]
-      assert_allclose(got, whole[row, length : length + setting.RESPONSE], atol=1e-5, err_msg=name)
+      assert_allclose(got, whole[row, length : length + setting.RESPONSE], atol=3e-5, err_msg=name)
   np.testing.assert_array_equal(found.old_logprob, rollout.old_logprob)
 
 
@@ -75,7 +76,7 @@ def test_pieces_equal_the_whole(params, rollout, caplog):
   expected = score(params, rollout, recipe=whole)
   for name in Scores._fields:
     # float32, matrix products of another height.
-    assert_allclose(getattr(pieces, name), getattr(expected, name), atol=1e-5, err_msg=name)
+    assert_allclose(getattr(pieces, name), getattr(expected, name), atol=3e-5, err_msg=name)
 
 
 def test_evaluation_has_no_critic(params, rollout):
@@ -167,3 +168,24 @@ def test_experience_equals_oracle(granularity, spread):
   error = (return_ - batch.value)[batch.mask]
   explained = 1 - error.var() / return_[batch.mask].var()
   assert_allclose(metrics['explained_variance'], explained, atol=1e-4)
+
+
+def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
+  """Rows come back in their order, whatever the width they were scored at."""
+  monkeypatch.setattr(experience, '_WIDTHS', 4)
+  widths, real = [], experience.score_piece
+
+  def seen(params, ids, *rest, **static):
+    widths.append(ids.shape[1])
+    return real(params, ids, *rest, **static)
+
+  monkeypatch.setattr(experience, 'score_piece', seen)
+  narrow = score(params, rollout, recipe=setting.recipe())
+  monkeypatch.undo()
+  assert widths[0] < widths[1] <= setting.PROMPT + setting.RESPONSE
+  whole = setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, score_batch=0))
+  expected = score(params, rollout, recipe=whole)
+  mask = np.asarray(rollout.response_mask)
+  for name in ('ref_logprob', 'entropy', 'score', 'value'):
+    got, wanted = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))
+    assert_allclose(got[mask], wanted[mask], atol=3e-5, err_msg=name)

@@ -1,47 +1,65 @@
 import dataclasses
 
-import jax
 import numpy as np
+import pytest
 from model import tiny
 
-from segjax.model.decode import generate
 from segjax.settings import Rollout as RolloutSettings
 from segjax.train.rollout import sampling
 
 from . import setting
-from .compiles import compiled
 
 
-def test_pieces_are_generated_one_by_one(caplog):
-  """Rows 4 to 7 come from a call of their own, with a key of their own."""
+def test_rows_are_prompts_with_their_samples_next_to_each_other():
   params = setting.network('policy', tiny.mesh(1))
-  with compiled(caplog) as names:
-    rollout = setting.sample(params)
-  assert names.count('generate') <= 1
   prompts = tiny.ids(seed=31, shape=(tiny.BATCH, setting.PROMPT))
-  np.testing.assert_array_equal(rollout.prompt_ids, prompts)
-  np.testing.assert_array_equal(rollout.prompt_length, setting.LENGTHS)
-  for start in (0, 4):
-    rows = slice(start, start + 4)
-    out = generate(
-      params,
-      rollout.prompt_ids[rows],
-      rollout.prompt_length[rows],
-      jax.random.fold_in(jax.random.key(0), start),
-      config=tiny.CONFIG,
-      sampling=sampling(setting.ROLLOUT),
-      stop_ids=tiny.STOP_IDS,
-    )
-    np.testing.assert_array_equal(rollout.response_ids[rows], out.response_ids)
-    np.testing.assert_array_equal(rollout.response_mask[rows], out.response_mask)
-    np.testing.assert_array_equal(rollout.finished[rows], out.finished)
-    np.testing.assert_allclose(rollout.old_logprob[rows], out.logprob, atol=1e-5)  # float32
+  found = setting.sample(params)
+  np.testing.assert_array_equal(found.prompt_ids, prompts)
+  np.testing.assert_array_equal(found.prompt_length, setting.LENGTHS)
+  twice = setting.sample(params, samples=2)
+  np.testing.assert_array_equal(twice.prompt_ids, np.repeat(prompts, 2, axis=0))
+  # The first sample of each prompt is the one that it had alone; the second is another.
+  for name in ('response_ids', 'response_mask', 'finished'):
+    np.testing.assert_array_equal(getattr(twice, name)[::2], getattr(found, name))
+  assert (twice.response_ids[::2] != twice.response_ids[1::2]).any(axis=1).all()
+
+
+def test_a_spoilt_policy_is_an_error():
+  params = setting.network('policy', tiny.mesh(1))
+  params['backbone']['norm']['scale'] = params['backbone']['norm']['scale'].at[0].set(np.nan)
+  with pytest.raises(ValueError, match='the weights of the policy are spoilt'):
+    setting.sample(params)
+
+
+def test_a_broken_row_is_named_and_the_others_go_on():
+  """Token 5 has a spoilt embedding: prompts with it end at once, the others are as they were."""
+  params = setting.network('policy', tiny.mesh(1))
+  whole = setting.sample(params)
+  spoilt = setting.network('policy', tiny.mesh(1))
+  spoilt['backbone']['embedding'] = spoilt['backbone']['embedding'].at[5].set(np.nan)
+  heard = []
+  found = setting.sample(spoilt, say=heard.append)
+  prompts = tiny.ids(seed=31, shape=(tiny.BATCH, setting.PROMPT))
+  said_five = (np.asarray(whole.response_ids) == 5) & np.asarray(whole.response_mask)
+  is_spoilt = (prompts == 5).any(axis=1)  # padding included, which is the row's own
+  is_clean = ~is_spoilt & ~said_five[:, :-1].any(axis=1)
+  assert is_spoilt.any() and is_clean.any()
+  np.testing.assert_array_equal(found.response_ids[is_clean], whole.response_ids[is_clean])
+  assert not np.asarray(found.response_mask)[is_spoilt].any()
+  for row in np.flatnonzero(is_spoilt):
+    assert f'prompt {row}: the logits after 0 tokens of a response are not finite' in heard
 
 
 def test_sampling_reads_the_settings():
   settings = RolloutSettings(
-    temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, max_new_tokens=7, batch=4
+    temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, max_new_tokens=7, slots=4
   )
   read = dataclasses.asdict(sampling(settings))
   assert read == {key: value for key, value in dataclasses.asdict(settings).items() if key in read}
   assert len(read) == 5
+
+
+def test_any_number_of_slots_will_do():
+  params = setting.network('policy', tiny.mesh(1))
+  odd = setting.sample(params, settings=dataclasses.replace(setting.ROLLOUT, slots=3))
+  np.testing.assert_array_equal(odd.response_ids, setting.sample(params).response_ids)

@@ -32,7 +32,7 @@ PPO_SETTINGS = PPO(
   policy_optimizer=OPTIMIZER,
   critic_optimizer=OPTIMIZER,
 )
-ROLLOUT = Rollout(max_new_tokens=RESPONSE, batch=4)
+ROLLOUT = Rollout(max_new_tokens=RESPONSE, slots=4)
 REWARD, FINE_TUNING = Reward(optimizer=OPTIMIZER), SFT(optimizer=OPTIMIZER)
 
 
@@ -92,8 +92,8 @@ def pairs(mesh=None, length=tiny.LENGTH):
   return sharding.place_batch(batch, mesh or tiny.mesh(1))
 
 
-def sample(params, mesh=None, settings=ROLLOUT):
-  """A rollout of eight ragged prompts, in pieces of four."""
+def sample(params, mesh=None, settings=ROLLOUT, **values):
+  """A rollout of eight ragged prompts, four at once."""
   return rollout(
     params,
     tiny.ids(seed=31, shape=(tiny.BATCH, PROMPT)),
@@ -103,6 +103,7 @@ def sample(params, mesh=None, settings=ROLLOUT):
     settings=settings,
     stop_ids=tiny.STOP_IDS,
     mesh=mesh or tiny.mesh(1),
+    **values,
   )
 
 

@@ -6,27 +6,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from train.compiles import compiled
 
-from segjax.model.decode import Sampling, filtered, generate
+from segjax.model import generation, sharding
+from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.sampling import Sampling
 
 from . import tiny
+from .sampling_test import oracle_filter
 
 PROMPT, RESPONSE = 8, 16
 LENGTHS = np.array([1, 8, 3, 5, 8, 2, 7, 4], np.int32)
 SAMPLING = Sampling(max_new_tokens=RESPONSE)
 
 
-def run(params, prompts, lengths, seed=0, *, config=tiny.CONFIG, sampling=SAMPLING):
-  out = generate(
+def run(params, prompts, lengths, seed=0, *, config=tiny.CONFIG, sampling=SAMPLING, **values):
+  mesh = values.pop('mesh', None) or tiny.mesh(1)
+  return generate(
     params,
-    jnp.asarray(prompts),
-    jnp.asarray(lengths),
+    Prompts(np.asarray(prompts), np.asarray(lengths)),
     jax.random.key(seed),
-    config=config,
-    sampling=sampling,
-    stop_ids=tiny.STOP_IDS,
+    decoder=make_decoder(config, sampling, tiny.STOP_IDS, mesh),
+    mesh=mesh,
+    **values,
   )
-  return jax.device_get(out)
 
 
 def joined(prompts, lengths, response_ids):
@@ -136,44 +139,6 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward():
   assert banned  # min_new_tokens had something to forbid
 
 
-def oracle_filter(logits, temperature, top_k, top_p):
-  """Probabilities after temperature, top-k and nucleus, by sorting."""
-  logits = np.asarray(logits, np.float64) / temperature
-  order = np.argsort(-logits, kind='stable')
-  kept = order[: top_k or len(order)]
-  probs = np.exp(logits[kept] - logits.max())
-  probs /= probs.sum()
-  enough = np.searchsorted(np.cumsum(probs), top_p - 1e-9) + 1 if top_p < 1 else len(probs)
-  result = np.zeros(len(logits))
-  result[kept[:enough]] = probs[:enough] / probs[:enough].sum()
-  return result
-
-
-@pytest.mark.parametrize(
-  ('top_k', 'top_p'),
-  [(0, 1.0), (1, 1.0), (5, 1.0), (200, 1.0), (0, 0.05), (0, 0.6), (0, 0.999), (20, 0.7), (3, 0.99)],
-)
-def test_filter_equals_sorting(top_k, top_p):
-  scale = np.repeat([0.1, 1.0, 4.0, 12.0], 16)[:, None]
-  logits = scale * np.random.default_rng(0).normal(size=(64, tiny.VOCAB))
-  logits[::3, 5:9] = -np.inf  # banned
-  logits = logits.astype(np.float32)
-  sampling = Sampling(top_k=top_k, top_p=top_p)
-  got = jax.nn.softmax(jax.jit(filtered, static_argnums=1)(logits, sampling), axis=-1)
-  expected = np.stack([oracle_filter(row, 1.0, top_k, top_p) for row in logits])
-  np.testing.assert_array_equal(np.asarray(got) > 1e-12, expected > 1e-12)
-  assert_allclose(got, expected, atol=1e-5)  # float32
-
-
-def test_filter_keeps_ties():
-  """Equal logits at the edge are all kept: nothing says which should go."""
-  logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-  kept = jnp.isfinite(filtered(logits, Sampling(top_k=2)))
-  assert kept.tolist() == [[True, True, True, False, False]]
-  kept = jnp.isfinite(filtered(logits, Sampling(top_p=0.5)))
-  assert kept.tolist() == [[True, True, True, False, False]]
-
-
 @pytest.mark.parametrize(
   'sampling',
   [
@@ -186,9 +151,9 @@ def test_filter_keeps_ties():
 def test_samples_follow_the_distribution(sampling):
   """Chi-square of 8192 first tokens after one prompt of one token; the key is fixed."""
   params, rows = tiny.params(tiny.CONFIG, seed=2), 8192
-  prompts = np.full((rows, 1), 17, np.int32)
-  out = run(params, prompts, np.ones(rows, np.int32), sampling=sampling)
-  logits = np.array(tiny.logits(params, prompts[:8], tiny.CONFIG)[0, 0])
+  prompts = np.full((1, 1), 17, np.int32)
+  out = run(params, prompts, np.ones(1, np.int32), sampling=sampling, samples=rows)
+  logits = np.array(tiny.logits(params, np.tile(prompts, (8, 1)), tiny.CONFIG)[0, 0])
   plain = oracle_filter(logits, 1.0, 0, 1.0)
   if sampling.min_new_tokens:
     logits[list(tiny.STOP_IDS)] = -np.inf
@@ -206,6 +171,8 @@ def test_samples_follow_the_distribution(sampling):
   assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # four standard deviations
   # What is reported is the log-prob without filter, temperature or ban.
   assert_allclose(out.logprob[:, 0], np.log(plain)[out.response_ids[:, 0]], atol=1e-4)
+  # And beside it, that of the distribution drawn from.
+  assert_allclose(out.sample_logprob[:, 0], np.log(expected[out.response_ids[:, 0]]), atol=1e-4)
 
 
 def test_bfloat16_decodes_near_its_own_forward():
@@ -220,3 +187,111 @@ def test_bfloat16_decodes_near_its_own_forward():
   difference = np.abs(np.where(out.response_mask, full - out.logprob, 0))
   assert difference.max() < 0.3
   assert difference[out.response_mask].mean() < 0.03
+
+
+@pytest.mark.parametrize('slots', [1, 3, 8])
+def test_slots_do_not_matter(sampled, slots):
+  """Refilled one by one, or all at once: the same tokens from the same random numbers."""
+  config, params, prompts, out = sampled
+  again = run(params, prompts, LENGTHS, config=config, slots=slots)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids)
+  np.testing.assert_array_equal(again.finished, out.finished)
+  for name in ('logprob', 'sample_logprob'):
+    assert_allclose(getattr(again, name), getattr(out, name), atol=1e-5, err_msg=name)
+
+
+def test_order_of_arrival_does_not_matter(sampled):
+  config, params, prompts, out = sampled
+  order = np.random.default_rng(2).permutation(tiny.BATCH)
+  again = run(params, prompts[order], LENGTHS[order], config=config, slots=3, index=order)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids[order])
+  assert_allclose(again.logprob, out.logprob[order], atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 2), (4, 2, 1), (1, 1, 2)], ids=str)
+def test_devices_do_not_matter(shape):
+  """Rows over fsdp, and heads over it: the two ways that a decode loop is laid out."""
+  params, prompts = tiny.params(tiny.CONFIG), tiny.ids(shape=(tiny.BATCH, PROMPT))
+  out = run(params, prompts, LENGTHS)
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+  layout = sharding.decode_layout(tiny.CONFIG.num_key_value_heads, mesh)
+  assert bool(layout) == (shape != (2, 2, 2))
+  with jax.set_mesh(mesh):
+    placed = tiny.place(params, mesh)
+  again = run(placed, prompts, LENGTHS, mesh=mesh, slots=5)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids)
+  assert_allclose(again.logprob, out.logprob, atol=1e-5)
+
+
+def test_limits_end_each_response(sampled):
+  config, params, prompts, out = sampled
+  limits = np.array([1, 2, 3, 16, 16, 4, 5, 99])
+  again = run(params, prompts, LENGTHS, config=config, slots=2, limits=limits)
+  whole = out.response_mask.sum(axis=1)
+  np.testing.assert_array_equal(again.response_mask.sum(axis=1), np.minimum(whole, limits))
+  kept = again.response_mask
+  np.testing.assert_array_equal(again.response_ids[kept], out.response_ids[kept])
+  np.testing.assert_array_equal(again.finished, out.finished & (whole <= limits))
+
+
+def test_scanned_layers_equal_unrolled_ones():
+  """What accelerators run, here on a CPU."""
+  params, prompts = tiny.params(tiny.CONFIG), tiny.ids(shape=(tiny.BATCH, PROMPT))
+  mesh = tiny.mesh(1)
+  decoder = make_decoder(tiny.CONFIG, SAMPLING, tiny.STOP_IDS, mesh)
+  found = [
+    generate(
+      params,
+      Prompts(prompts, LENGTHS),
+      jax.random.key(0),
+      decoder=dataclasses.replace(decoder, unrolled=unrolled, chunk=chunk),
+      mesh=mesh,
+      slots=3,
+    )
+    for unrolled, chunk in ((True, 16), (False, 16), (True, 5))
+  ]
+  for other in found[1:]:
+    np.testing.assert_array_equal(other.response_ids, found[0].response_ids)
+    assert_allclose(other.logprob, found[0].logprob, atol=1e-5)
+
+
+def test_nothing_compiles_after_the_first_call(caplog):
+  params = tiny.params(tiny.CONFIG)
+  prompts = tiny.ids(shape=(tiny.BATCH, PROMPT))
+  run(params, prompts, LENGTHS, slots=4)
+  with compiled(caplog) as names:
+    for seed in range(1, 4):
+      run(params, tiny.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, slots=4)
+  # The number of prompts that are read at once has few values, each compiled when it first occurs.
+  assert set(names) <= {'prefill', 'insert'} and len(names) <= 6
+  with compiled(caplog) as names:
+    for seed in range(1, 4):
+      run(params, tiny.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, slots=4)
+  assert names == []
+
+
+@pytest.mark.parametrize(
+  ('length', 'message'),
+  [
+    (0, 'prompt 3 is empty'),
+    (60, 'prompt 3 has 60 tokens; .* up to 16 the network has room for 48'),
+  ],
+)
+def test_prompts_that_cannot_be_answered(length, message):
+  prompts, lengths = tiny.ids(shape=(tiny.BATCH, 60)), LENGTHS.copy()
+  lengths[3] = length
+  with pytest.raises(ValueError, match=message):
+    run(None, prompts, lengths)
+
+
+def test_stop_ids_are_tokens():
+  with pytest.raises(ValueError, match='stop id 80 is outside the vocabulary of 80'):
+    make_decoder(tiny.CONFIG, SAMPLING, (3, 80), tiny.mesh(1))
+
+
+def test_a_cache_that_does_not_fit_names_the_slots_that_do(monkeypatch):
+  """Two layers, two heads of 8, float32: 256 bytes a position, 64 positions, 16 KiB a slot."""
+  monkeypatch.setattr(generation, '_free_bytes', lambda mesh: 5 * 2**14 + 1.0)
+  prompts = tiny.ids(shape=(tiny.BATCH, PROMPT))
+  with pytest.raises(ValueError, match=r'8 slots of 64 positions .*slots to at most 5'):
+    run(None, prompts, LENGTHS)

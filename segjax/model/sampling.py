@@ -1,0 +1,121 @@
+"""How a token is drawn from logits, and the two log-probs that it has.
+
+No network and no loop here: that is `decode`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_BLOCK = 128  # of the vocabulary; the cumulative sum runs over blocks, then inside one
+_HALVINGS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is drawn from the logits.
+
+  temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing; stop tokens are
+  banned before min_new_tokens tokens.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_new_tokens: int = 1
+  max_new_tokens: int = 1024
+
+
+class Drawn(NamedTuple):
+  """A token per row; its log-prob unfiltered at temperature 1, and as it was drawn."""
+
+  token: Int[Array, 'B']
+  logprob: Float[Array, 'B']
+  sample_logprob: Float[Array, 'B']
+
+
+def draw(
+  logits: Float[Array, 'B V'],
+  uniform: Float[Array, 'B'],
+  count: Int[Array, 'B'],
+  stop: Int[Array, 'N'],
+  sampling: Sampling,
+) -> Drawn:
+  """One token per row, exact: the probability of each is that of the filtered softmax.
+
+  Args:
+    logits: of the next token, float32.
+    uniform: one number in [0, 1) per row, all the randomness there is.
+    count: tokens that the response already has.
+    stop: the stop tokens.
+    sampling: how.
+  """
+  is_stop = jnp.zeros(logits.shape[-1], bool).at[stop].set(True)
+  banned = is_stop[None] & (count < sampling.min_new_tokens)[:, None]
+  allowed = jnp.where(banned, -jnp.inf, logits) if sampling.min_new_tokens else logits
+  if sampling.temperature == 0:
+    token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+    return Drawn(token, _picked(jax.nn.log_softmax(logits), token), jnp.zeros_like(uniform))
+  kept = filtered(allowed / sampling.temperature, sampling)
+  weights = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+  token = inverse_cdf(weights, uniform)
+  return Drawn(
+    token,
+    _picked(logits, token) - jax.nn.logsumexp(logits, axis=-1),
+    _picked(kept, token) - jax.nn.logsumexp(kept, axis=-1),
+  )
+
+
+def inverse_cdf(weights: Float[Array, 'B V'], uniform: Float[Array, 'B']) -> Int[Array, 'B']:
+  """The index at which the running sum of the weights passes uniform · Σ weights.
+
+  First over blocks of the vocabulary, then inside the block found: one pass over V and two short
+  sums instead of a running sum over V. An index of weight 0 is never returned.
+  """
+  batch, size = weights.shape
+  blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(batch, -1, _BLOCK)
+  above = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+  target = uniform * above[:, -1]
+  block = jnp.argmax(above > target[:, None], axis=-1)
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  before = jnp.where(block > 0, _picked(above, jnp.maximum(block - 1, 0)), 0)
+  running = jnp.cumsum(inside, axis=-1)
+  # Rounding may leave the target at the block's end or past it: then it takes the last with weight.
+  rest = jnp.minimum(target - before, running[:, -1] * (1 - 1e-6))
+  index = jnp.argmax(running > rest[:, None], axis=-1)
+  return (block * _BLOCK + index).astype(jnp.int32)
+
+
+def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
+  """Logits with -inf outside the top k and outside the nucleus of mass top_p.
+
+  The nucleus is found by bisection on the probability threshold, without sorting the vocabulary.
+  """
+  if 0 < sampling.top_k < logits.shape[-1]:
+    floor = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits >= floor, logits, -jnp.inf)
+  if sampling.top_p < 1:
+    probs = jax.nn.softmax(logits, axis=-1)
+
+    def halve(_, bounds):
+      low, high = bounds  # the mass above `low` reaches top_p, that above `high` does not
+      middle = (low + high) / 2
+      enough = jnp.sum(jnp.where(probs >= middle, probs, 0), -1, keepdims=True) >= sampling.top_p
+      return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    peak = jnp.max(probs, axis=-1, keepdims=True)
+    low, _ = jax.lax.fori_loop(0, _HALVINGS, halve, (jnp.zeros_like(peak), peak * 1.000001))
+    logits = jnp.where(probs >= low, logits, -jnp.inf)
+  return logits
+
+
+def is_broken(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
+  """Whether a row has no distribution to draw from: a NaN, or nothing finite."""
+  return ~jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def _picked(x: Float[Array, 'B V'], index: Int[Array, 'B']) -> Float[Array, 'B']:
+  return jnp.take_along_axis(x, index[:, None], axis=-1)[:, 0]

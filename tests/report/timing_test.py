@@ -1,0 +1,28 @@
+import types
+
+import jax
+import jax.numpy as jnp
+
+from segjax.report import timing
+
+
+def test_parts_add_up_to_the_step(monkeypatch):
+  clock = iter([0.0, 1.0, 4.0, 6.0, 16.0])
+  monkeypatch.setattr(timing, 'time', types.SimpleNamespace(monotonic=lambda: next(clock)))
+  parts = timing.Timing()
+  parts.begin()
+  parts.end('generate')
+  parts.end('update', jnp.zeros(2))
+  assert parts.seconds == {'seconds/wait': 1.0, 'seconds/generate': 3.0, 'seconds/update': 2.0}
+  parts.begin()
+  assert parts.seconds == {'seconds/wait': 10.0}
+
+
+def test_compiles_are_counted():
+  before = timing.compiles()
+  function = jax.jit(lambda x: x * 3 + 1)
+  function(jnp.zeros(7))
+  counted = timing.compiles()
+  assert counted > before
+  function(jnp.ones(7))
+  assert timing.compiles() == counted
