@@ -83,8 +83,9 @@ class Slices:
 
   def release(self) -> None:
     """Gives mapped pages back; they stay in the kernel's cache as far as it likes."""
-    for mapped in self._maps.values():
-      mapped.madvise(mmap.MADV_DONTNEED)
+    with self._lock:
+      for mapped in self._maps.values():
+        mapped.madvise(mmap.MADV_DONTNEED)
 
   def _piece(self, name: str, window: Index) -> np.ndarray:
     """tensor[window] of an HF tensor, a view of the mapped file."""
