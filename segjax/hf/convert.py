@@ -8,6 +8,7 @@ An imported checkpoint is a directory with params/ (what an Orbax CheckpointMana
 import dataclasses
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from segjax.hf.transpose import transpose_into
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
 Progress = Callable[[int, int], None]  # bytes that are done just now, of how many; from any thread
 HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 24
 
 _VERSION = 1
+_STRIP_BYTES = 1 << 20  # transposed and written while it is in a core's cache
 
 
 def import_checkpoint(
@@ -190,12 +192,24 @@ def _leaf(files: Slices, entry: layout.Entry, dtype: np.dtype, piece_bytes: int)
   pieces = entry.pieces(_whole(entry), dtype.itemsize, piece_bytes)
 
   def read(index: stored.Index) -> np.ndarray:
-    host = files.read(entry, index, dtype)
+    shape = tuple(part.stop - part.start for part in index)
+    host = files.read(entry, index, dtype, out=_buffer(shape, dtype))
     if index is pieces[-1]:
       files.release()
     return host
 
   return stored.Leaf(entry.shape, dtype, pieces, read)
+
+
+_buffers = threading.local()
+
+
+def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array of this thread's, the same memory at every call: new pages are dear to touch."""
+  size = math.prod(shape) * dtype.itemsize
+  if not hasattr(_buffers, 'bytes') or _buffers.bytes.size < size:
+    _buffers.bytes = np.empty(size, np.uint8)
+  return _buffers.bytes[:size].view(dtype).reshape(shape)
 
 
 def _parameters(place: Path, entries: tuple[layout.Entry, ...], head: str) -> dict[str, Any]:
@@ -217,16 +231,22 @@ def _export_piece(
   """Writes slices of a tensor of ours into the HF tensors that it is made of; returns bytes."""
   dtype = jnp.dtype(DTYPES[word])
 
+  row_bytes = dtype.itemsize * math.prod(entry.hf_shape[1:])
+  strip = max(1, _STRIP_BYTES // row_bytes)
+
   def write(index: stored.Index, host: np.ndarray) -> int:
     layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
-    first_row = index[-1 if entry.transposed else int(entry.stacked)].start
-    first_byte = first_row * dtype.itemsize * math.prod(entry.hf_shape[1:])
+    first = index[-1 if entry.transposed else int(entry.stacked)].start
     for layer, piece in zip(layers, host if entry.stacked else [host], strict=True):
-      out = piece
-      if entry.transposed:
-        out = np.empty(piece.shape[::-1], dtype)
-        transpose_into(piece, out)
-      files.write(entry.hf_name(layer), first_byte, np.ascontiguousarray(out, dtype))
+      rows = piece.T if entry.transposed else piece
+      for row in range(0, len(rows), strip):
+        part = rows[row : row + strip]
+        out = _buffer(part.shape, dtype)
+        if entry.transposed:
+          transpose_into(part.T, out)
+        else:
+          out[...] = part
+        files.write(entry.hf_name(layer), (first + row) * row_bytes, out)
     return host.size * dtype.itemsize
 
   return write

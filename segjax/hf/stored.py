@@ -24,6 +24,8 @@ ITEM = 'default'  # CheckpointManager's name for an only item
 THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of them wait for the disk
 _MOST_ELEMENTS = 1 << 28  # read at once, unless a single chunk is larger
 
+_WRITING = {'file_io_sync': False}  # the caller syncs all files in the end
+
 Index = tuple[slice, ...]
 Done = Callable[[int], None]
 
@@ -34,7 +36,8 @@ class Leaf:
 
   Attributes:
     pieces: slices that partition it, each as large as the first but at the upper edges.
-    read: gives one of the pieces; called from several threads.
+    read: gives one of the pieces; called from several threads. What it gives may be overwritten by
+      the thread's next call.
   """
 
   shape: tuple[int, ...]
@@ -152,7 +155,10 @@ class _PieceHandler(type_handlers.ArrayHandler):
 
   async def serialize(self, values, infos, args=None):
     del args
-    stores = []
+    stores, context = (
+      [],
+      tensorstore.Context(tensorstore.Context.Spec(_WRITING), infos[0].ts_context),
+    )
     for leaf, info in zip(values, infos, strict=True):
       await info.await_path_creation()
       first = tuple(part.stop - part.start for part in leaf.pieces[0])
@@ -165,9 +171,7 @@ class _PieceHandler(type_handlers.ArrayHandler):
         process_index=0,
       )
       stores.append(
-        await tensorstore.open(
-          tensorstore.Spec(spec), create=True, open=True, context=info.ts_context
-        )
+        await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=context)
       )
     jobs = [(s, leaf, i) for s, leaf in zip(stores, values, strict=True) for i in leaf.pieces]
     _for_each(lambda *job: self._done(_write(*job)), jobs, THREADS)
@@ -191,6 +195,6 @@ def _take(array: tensorstore.TensorStore, index: Index) -> np.ndarray:
 def _write(store: tensorstore.TensorStore, leaf: Leaf, index: Index) -> int:
   """Writes one piece; returns its bytes."""
   host = leaf.read(index)
-  # No copy is made of what nobody will change.
+  # No copy is made: once the result is there all is written, and nothing is read back from here.
   store[index].write(host, can_reference_source_data_indefinitely=True).result()
   return host.nbytes

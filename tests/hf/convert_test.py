@@ -74,6 +74,13 @@ def test_the_file_is_the_same_byte_for_byte(llama3, tmp_path):
     assert (out / name).read_bytes() == (llama3 / name).read_bytes()
 
 
+def test_many_files_are_read_by_several_threads(tmp_path):
+  source = tiny.write(tmp_path / 'a', 'biases', max_shard_size='6KB')
+  assert len(list(source.glob('*.safetensors'))) > 8
+  stored_at = convert.import_checkpoint(source, tmp_path / 'b', piece_bytes=500)
+  tiny.assert_same_tensors(source, convert.export_checkpoint(stored_at, tmp_path / 'c'))
+
+
 def test_dtypes_are_kept_tensor_by_tensor_or_cast(llama3, tmp_path):
   def mix(tensors):
     narrow = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
