@@ -53,6 +53,15 @@ def test_there_and_back(llama3, tmp_path, capsys):
   assert found == {'gold/after': 0.5, 'wall': 3.0, 'kl': 11.5}
 
 
+def test_verify(llama3, tmp_path, capsys):
+  stored = str(convert.import_checkpoint(llama3, tmp_path / 'b'))
+  ids = ['--ids', '1,5,9', '7']
+  assert command.main(['verify', str(llama3), stored, *ids]) == 0
+  assert 'passed' in capsys.readouterr().out
+  assert command.main(['verify', str(llama3), *ids, '--tolerance=1e-12']) == 1
+  assert 'FAILED' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
