@@ -93,17 +93,19 @@ def run(stage: Stage) -> dict[str, Any]:
     return states, metrics | {'kl_coef': coef} | updates | timing.seconds
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
+  figures = {name: last.get(name) for name in SHOW}
   save_checkpoint(
     stage.model_directory,
     states['policy'].params,
     recipe.policy,
     'language',
     source=paths['policy'],
+    card=jobs.card(stage, figures),
   )
   save_checkpoint(
     stage.directory / 'critic', states['critic'].params, recipe.critic, 'scalar', source=critic_path
   )
-  return {'steps': s.ppo.steps} | {name: last.get(name) for name in SHOW}
+  return {'steps': s.ppo.steps} | figures
 
 
 def critic_directory(stage: Stage, paths: dict[str, Any]) -> Any:

@@ -76,9 +76,11 @@ def run(stage: Stage) -> dict[str, Any]:
   params = states['reward'].params
   (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
   found = held_out_metrics(stage, params, reference, held_out, scorer)
-  save_checkpoint(stage.model_directory, params, config, 'scalar', source=source)
-  write_meaning(stage, source, scorer.cutter.segmentation)
   held = {f'held_out_{name}': value for name, value in found.items()}
+  save_checkpoint(
+    stage.model_directory, params, config, 'scalar', source=source, card=jobs.card(stage, held)
+  )
+  write_meaning(stage, source, scorer.cutter.segmentation)
   return {'steps': total, 'loss': last.get('loss'), 'held_out_pairs': len(held_out)} | held
 
 

@@ -32,5 +32,12 @@ def run(stage: Stage) -> dict[str, Any]:
 
   states = {'policy': init_state(params, settings.optimizer, total)}
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'entropy'])
-  save_checkpoint(stage.model_directory, states['policy'].params, config, 'language', source=source)
+  save_checkpoint(
+    stage.model_directory,
+    states['policy'].params,
+    config,
+    'language',
+    source=source,
+    card=jobs.card(stage, {'loss': last.get('loss')}),
+  )
   return {'steps': total, 'loss': last.get('loss'), 'rows': len(dataset)}

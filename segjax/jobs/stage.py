@@ -18,6 +18,7 @@ from segjax.data.encoding import Limits, PairRules, encode_pairs
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
+from segjax.hf.card import Card
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
@@ -160,6 +161,14 @@ def pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
     without_preamble=compat.without_preamble,
   )
   return encode_pairs(rows(stage), tokenizer, limits(stage, config), rules)
+
+
+def card(stage: Stage, metrics: dict[str, Any]) -> Card:
+  """The model card of what the stage has made; base model and licence come from its source."""
+  s = stage.settings
+  recipe = f'seed {s.seed}, settings in stage.json beside this directory'
+  figures = {name: value for name, value in metrics.items() if value is not None}
+  return Card(stage=stage.name, recipe=recipe, metrics=figures, dataset=s.data.path)
 
 
 def describe(stage: Stage, dataset: Any) -> None:
