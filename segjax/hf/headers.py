@@ -22,7 +22,10 @@ INDEX = 'model.safetensors.index.json'
 
 ITEM_SIZE = {'F64': 8, 'F32': 4, 'BF16': 2, 'F16': 2}  # the dtypes that weights may have
 
-_HUB_FILES = ('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt')
+_HUB_FILES = (
+  *('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt'),
+  *('README.md', 'LICENSE*'),  # for the card of what is made from it
+)
 _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors format
 
 
