@@ -39,3 +39,31 @@ def test_convert(bench, tmp_path):
     assert abs(sum(record[what]['shares_percent'].values()) - 100) < 0.5
   assert record['sharded']['requested'] == 1
   assert list(tmp_path.iterdir()) == []
+
+
+def test_decode(bench):
+  record = bench(
+    *('decode', '--shape=tiny', '--batches=2', '--prompt=4', '--new=18', '--ragged-new=20'),
+    *('--repeats=1', '--static', '--roofline'),
+  )
+  assert record['benchmark'] == 'decode' and record['device'] == 'CPU'
+  equal, ragged = record['tasks']
+  assert equal['tokens'] == 36 and 16 <= ragged['tokens'] < 320
+  assert equal['same_dynamic'] == equal['same_static'] == 2
+  for task in record['tasks']:
+    assert task['compiles'] == 0 and task['first_call_seconds'] > 0 and task['peak_gb'] > 0
+    for name in ('ours', 'dynamic', 'static'):
+      assert task[name]['tokens_per_second'] > 0
+  (roofline,) = record['roofline']
+  assert roofline['batch'] == 2 and roofline['gb_per_second'] > 0
+
+
+def test_decode_without_torch(bench, monkeypatch):
+  """Ours alone, and a line that says so."""
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  record = bench(
+    *('decode', '--shape=tiny', '--batches=1', '--prompt=4', '--new=4', '--repeats=1'),
+    '--no-ragged',
+  )
+  (task,) = record['tasks']
+  assert task['ours']['times_as_long'] == 1 and 'dynamic' not in task

@@ -1,4 +1,4 @@
-"""Times what must be fast: `rewards`, `convert`. The last line of output is one JSON object.
+"""Times what must be fast; BENCHMARKS says what. The last line of output is one JSON object.
 
 Not a test: timings depend on the machine. What is timed is checked for equality all the same.
 
@@ -15,6 +15,7 @@ from pathlib import Path
 BENCHMARKS = {
   'rewards': 'from scores to advantages, against Python lists',
   'convert': 'HF checkpoints to Orbax and back, against cp: memory and throughput',
+  'decode': 'tokens per second against transformers, and the share of the roofline',
 }
 
 
