@@ -1,0 +1,60 @@
+"""What a step costs follows from what it reads; no timing here, which `tools/bench.py` is for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from segjax.model import decode
+from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.sampling import Sampling
+
+from . import tiny
+
+LENGTHS = np.array([8, 5, 8, 3, 150, 7], np.int32)
+CHUNK = 16
+
+
+@pytest.fixture
+def seen(monkeypatch):
+  """Of each call of `advance`: positions of the cache, and of the longest live row."""
+  calls, advance = [], decode.advance
+
+  def look(weights, slots, *, decoder):
+    longest = int(np.max(slots.length, where=np.asarray(slots.live), initial=0))
+    (positions,) = {layer.key.shape[-1] for layer in slots.cache}
+    calls.append((positions, longest))
+    return advance(weights, slots, decoder=decoder)
+
+  monkeypatch.setattr(decode, 'advance', look)
+  return calls
+
+
+def _run(limits, max_new_tokens):
+  config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=1024, num_hidden_layers=1)
+  mesh = tiny.mesh(1)
+  sampling = Sampling(min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
+  generate(
+    tiny.params(config),
+    Prompts(tiny.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
+    jax.random.key(0),
+    decoder=make_decoder(config, sampling, tiny.STOP_IDS, mesh, chunk=CHUNK),
+    mesh=mesh,
+    slots=2,
+    limits=limits,
+  )
+
+
+def test_positions_follow_the_longest_row(seen):
+  """The cache grows with a long prompt and a long response, and is small again behind them."""
+  limits = np.array([20, 64, 10, 30, 20, 33])
+  _run(limits, 64)
+  short = list(seen)
+  for positions, longest in short:
+    assert longest + CHUNK <= positions <= max(2 * (longest + CHUNK), 64)
+  assert {64, 128, 256} == {positions for positions, _ in short}
+  assert short[0][0] == short[-1][0] == 64
+  seen.clear()
+  _run(limits, 512)  # room for more, which no response takes
+  assert seen == short

@@ -1,0 +1,117 @@
+"""Decoding on a slice of TPUs, compiled ahead of time on a machine without any: what moves."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from segjax.model import decode, heads, sharding
+from segjax.model.generation import make_decoder
+from segjax.model.llama import LlamaConfig
+from segjax.model.sampling import Sampling
+
+pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
+pytestmark = pytest.mark.slow
+
+GIB = 2**30
+SLOTS, POSITIONS = 128, 1024
+LLAMA_8B = LlamaConfig(
+  vocab_size=128256,
+  hidden_size=4096,
+  intermediate_size=14336,
+  num_hidden_layers=32,
+  num_attention_heads=32,
+  num_key_value_heads=8,
+  head_dim=128,
+  rope_theta=5e5,
+  max_position_embeddings=8192,
+  dtype='bfloat16',
+)
+
+
+@pytest.fixture
+def mesh(monkeypatch):
+  """Eight chips, of which nothing is asked but what programs for them look like."""
+  for name, value in (
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_ACCELERATOR_TYPE', 'v5p-16'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+  ):
+    monkeypatch.setenv(name, value)
+  chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2').devices
+  jax.config.update('jax_disable_most_optimizations', False)  # what runs is to be looked at
+  yield sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
+  jax.config.update('jax_disable_most_optimizations', True)  # as all tests of this folder have it
+
+
+def _compile(function, *args, **static):
+  return function.trace(*args, **static).lower(lowering_platforms=('tpu',)).compile()
+
+
+def _placed(tree, shardings):
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )
+
+
+def _result(function, *args, **static):
+  """The shapes that a jitted function returns, placed as it places them."""
+  shapes = function.eval_shape(*args, **static)
+  return _placed(shapes, _compile(function, *args, **static).output_shardings)
+
+
+def _advance(config, mesh, *, stored_as_trained=False):
+  """The compiled chunk of steps, and the weights that it reads."""
+  decoder = make_decoder(config, Sampling(max_new_tokens=512), (128001, 128009), mesh)
+  params = heads.param_shapes(config, 'language')
+  params = _placed(params, sharding.tree_shardings(params, mesh))
+  if stored_as_trained:
+    decoder = dataclasses.replace(decoder, layout='')
+  with jax.set_mesh(mesh):
+    weights = _result(decode.weights, params, decoder=decoder)
+    if stored_as_trained:
+      trained = params['backbone']['layers']
+      layers = jax.tree.map(lambda x, at: _placed(x, at.sharding), weights.layers, trained)
+      weights = weights._replace(layers=layers)
+    slots = _result(decode.empty, SLOTS, POSITIONS, decoder=decoder)
+    return _compile(decode.advance, weights, slots, decoder=decoder), weights
+
+
+def _moved_weights(compiled, weights):
+  """Lines of the program that gather or exchange something as large as a matrix of weights."""
+  sizes = set()
+  for x in jax.tree.leaves(weights):
+    if x.ndim > 1:
+      sizes |= {x.size, math.prod(x.shape[1:])} if x.ndim == 3 else {x.size}
+  found = []
+  for line in compiled.as_text().splitlines():
+    match = re.match(
+      r'\s*(?:ROOT )?%\S+ = (.*?) (all-gather|all-to-all|collective-permute)(-start)?\(', line
+    )
+    if match:
+      shapes = re.findall(r'\[([\d,]+)\]', match[1])
+      if any(math.prod(map(int, shape.split(','))) in sizes for shape in shapes):
+        found.append(line.strip())
+  return found
+
+
+def test_no_step_gathers_a_weight(mesh):
+  """Llama-3-8B in bfloat16, 128 slots with 1024 positions: weights stay, and it fits."""
+  compiled, weights = _advance(LLAMA_8B, mesh)
+  assert 'all-reduce' in compiled.as_text()  # the activations are what moves
+  assert _moved_weights(compiled, weights) == []
+  memory = compiled.memory_analysis()
+  used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  assert used < 4.5 * GIB, f'{used / GIB:.2f} GiB per chip'
+  # The slots are updated where they are.
+  assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * GIB
+
+
+def test_gathers_are_found(mesh):
+  """Weights split along fsdp as for training are gathered in every step; the test above sees it."""
+  config = dataclasses.replace(LLAMA_8B, num_hidden_layers=2)
+  compiled, weights = _advance(config, mesh, stored_as_trained=True)
+  assert len(_moved_weights(compiled, weights)) >= 7
