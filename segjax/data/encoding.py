@@ -176,7 +176,8 @@ def encode_pairs(
 def encode_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Prompts:
   """Prompts to answer, each with the header that opens the answer.
 
-  Too long a prompt keeps its LAST max_prompt_length tokens.
+  Too long a prompt keeps its LAST max_prompt_length tokens. One of nothing but special tokens is
+  dropped (`dropped_empty`).
 
   Returns:
     A dataset with `counts`, as `encode_conversations`.
@@ -188,13 +189,14 @@ def encode_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Prom
   def write(messages: list[Message]) -> tuple[list[str], None]:
     return [tokenizer.prompt_text(messages)], None
 
+  special = tokenizer.special_ids
   tokens, row, group, counts = [], [], [], _new_counts(rows)
   read = _tokenised(rows, tokenizer, as_prompt, write)
   for index, (where, key, (ids,), _) in enumerate(read):
     is_long = len(ids) > limits.max_prompt_length
     if is_long and _is_dropped(where, f'a prompt of {len(ids)} tokens', limits, counts):
       continue
-    if not ids:
+    if special.issuperset(ids):
       counts['dropped_empty'] += 1
       continue
     counts['truncated'] += is_long

@@ -116,6 +116,12 @@ class ChatTokenizer:
       [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
     )
 
+  @property
+  def special_ids(self) -> set[int]:
+    """Tokens that are no text: those that open, close and pad."""
+    added = self.tokenizer.added_tokens_decoder
+    return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
   def ids_ending_in(self, delimiters: Sequence[str]) -> tuple[int, ...]:
     """The tokens whose own text ends in a delimiter, trailing spaces aside, in ascending order.
 
@@ -128,9 +134,7 @@ class ChatTokenizer:
     Raises:
       ValueError: no token ends in any of them.
     """
-    added = self.tokenizer.added_tokens_decoder
-    special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    ids = sorted({*self.tokenizer.get_vocab().values()} - special)
+    ids = sorted({*self.tokenizer.get_vocab().values()} - self.special_ids)
     texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     ends = tuple(delimiters)
     found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))

@@ -190,6 +190,15 @@ def test_prompts_keep_their_end_and_their_words(llama3):
   assert data.counts == {'rows': 2, **NONE, 'truncated': 1}
 
 
+def test_a_prompt_of_special_tokens_alone_is_dropped(llama3, monkeypatch):
+  ids = {'hello': llama3.prompt_ids([user('hello')]), '': sorted(llama3.special_ids)[:3]}
+  monkeypatch.setattr(type(llama3), 'encode', lambda self, texts: [ids[text] for text in texts])
+  monkeypatch.setattr(type(llama3), 'prompt_text', lambda self, messages: messages[0]['content'])
+  data = encode_prompts(_rows({'prompt': 'hello'}, {'prompt': ''}), llama3, WIDE)
+  assert data.counts == {'rows': 2, **NONE, 'dropped_empty': 1}
+  assert data.row.tolist() == [0]
+
+
 def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   rows = _rows(*[_pair(f'hello {i}', f'one {i}', f'two {i}') for i in range(10)])
   whole = encode_pairs(rows, llama3, WIDE)
