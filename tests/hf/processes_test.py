@@ -84,7 +84,8 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
     for what, out in outs.items()
   ]
   try:
-    assert [worker.stdout.readline() for worker in workers] == ['in the midst\n'] * 2
+    # Several threads may say it at once, on one line.
+    assert all(worker.stdout.readline().startswith('in the midst') for worker in workers)
   finally:
     for worker in workers:
       worker.kill()

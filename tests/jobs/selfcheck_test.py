@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 
 from segjax import checks, presets
@@ -17,8 +18,10 @@ def values():
   return checks.from_config(config)
 
 
-def test_all_checks_pass_on_eight_devices(values, tmp_path):
-  (stage,) = pipeline.prepare(values, tmp_path, make_mesh(2, 2, 2))
+@pytest.mark.slow
+def test_all_checks_pass_on_two_devices(values, tmp_path):
+  mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+  (stage,) = pipeline.prepare(values, tmp_path, mesh)
   found = pipeline.run([stage], tmp_path, 0.0)['selfcheck']
   assert len(found) >= 12
   assert all(

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,31 @@ RECIPE = setting.recipe()
 KL_COEF = np.float32(0.1)
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['decode_logprob', 'recomputed'])
-def experience(request):
-  mesh, recipe = tiny.mesh(1), setting.recipe(recompute_logprob=request.param)
+@functools.cache
+def scored(recompute_logprob):
+  """A recipe, the experience of a rollout under it, and its metrics."""
+  mesh, recipe = tiny.mesh(1), setting.recipe(recompute_logprob=recompute_logprob)
   params = {name: setting.network(name, mesh) for name in setting.SEEDS}
   rollout = setting.sample(params['policy'])
-  scored = score(params, rollout, recipe=recipe)
   found, metrics = make_experience(
-    rollout, scored, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
+    rollout,
+    score(params, rollout, recipe=recipe),
+    jax.tree.map(jnp.float32, Normalizer()),
+    KL_COEF,
+    recipe=recipe,
   )
   return recipe, found, jax.device_get(metrics)
+
+
+@pytest.fixture(params=[False, True], ids=['decode_logprob', 'recomputed'])
+def experience(request):
+  return scored(request.param)
+
+
+@pytest.fixture
+def decoded():
+  """With the log-probs of the decode loop."""
+  return scored(False)
 
 
 def step(states, experience, rows, recipe=RECIPE, **values):
@@ -115,23 +131,20 @@ def variant(**values):
   return setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, **values))
 
 
-def test_micro_batches_add_up_to_the_minibatch(experience):
+def test_micro_batches_add_up_to_the_minibatch(decoded):
   """Rows of unlike length in each part, and one update either way."""
-  _, found, _ = experience
-  for mean in ('sequence', 'token'):
-    whole, metrics = step(fresh(), found, ROWS[0], variant(loss_mean=mean))
-    parts, added = step(fresh(), found, ROWS[0], variant(loss_mean=mean, micro_batch=2))
-    for key in ('policy/loss', 'value/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
-      assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
-    for key in ('policy/grad_norm', 'value/grad_norm'):
-      assert added[key] == pytest.approx(metrics[key], rel=1e-5)
-    for one, other in zip(whole, parts, strict=True):
-      assert one.step == other.step
+  _, found, _ = decoded
+  _, metrics = step(fresh(), found, ROWS[0])
+  _, added = step(fresh(), found, ROWS[0], variant(micro_batch=2))
+  for key in ('policy/loss', 'value/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
+    assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
+  for key in ('policy/grad_norm', 'value/grad_norm'):
+    assert added[key] == pytest.approx(metrics[key], rel=1e-5)
 
 
-def test_kl_in_the_loss_pulls_towards_the_reference(experience):
+def test_kl_in_the_loss_pulls_towards_the_reference(decoded):
   """With no advantage the penalty alone moves the policy; it starts at the reference, at 0."""
-  _, found, _ = experience
+  _, found, _ = decoded
   far = dataclasses.replace(
     found, advantage=jnp.zeros_like(found.advantage), ref_logprob=found.ref_logprob - 1.0
   )
@@ -143,27 +156,25 @@ def test_kl_in_the_loss_pulls_towards_the_reference(experience):
   assert after['policy/kl'] < before['policy/kl']
 
 
-def test_entropy_bonus_is_in_the_loss(experience):
-  _, found, _ = experience
+def test_entropy_bonus_is_in_the_loss(decoded):
+  _, found, _ = decoded
   _, plain = step(fresh(), found, ROWS[0])
   _, bonus = step(fresh(), found, ROWS[0], variant(entropy_coef=0.5))
   expected = plain['policy/loss'] - 0.5 * plain['policy/entropy']
   assert bonus['policy/loss'] == pytest.approx(expected, abs=1e-5)
 
 
-def test_critic_learns_alone_in_the_warm_up(experience):
-  _, found, _ = experience
+def test_critic_learns_alone_in_the_warm_up(decoded):
+  _, found, _ = decoded
   states, metrics = step(fresh(), found, ROWS[0], policy_from=None)
   assert [int(state.step) for state in states] == [0, 1]
   assert not any(key.startswith('policy/') for key in metrics)
   jax.tree.map(np.testing.assert_array_equal, setting.copied(states[0]), setting.copied(fresh()[0]))
 
 
-def test_attention_mask_is_that_of_the_rollout(experience):
+def test_attention_mask_is_that_of_the_rollout():
   """Both log-probs see the same tokens, so the ratio stays 1 under the published mask."""
-  recipe, found, _ = experience
-  if not recipe.recompute_logprob:
-    return
+  recipe, found, _ = scored(True)
   mesh = tiny.mesh(1)
   params = {name: setting.network(name, mesh) for name in setting.SEEDS}
   # The shortest response first, whose length the others are then seen by.
@@ -173,18 +184,18 @@ def test_attention_mask_is_that_of_the_rollout(experience):
   rollout = as_published(found.rollout, tiny.STOP_IDS[0], published)
   longer = np.asarray(rollout.response_mask & ~rollout.attended)
   assert longer.any()
-  scored = score(params, rollout, recipe=recipe)
-  assert np.abs(np.asarray(scored.score - found.score))[longer].max() > 1e-3
+  seen = score(params, rollout, recipe=recipe)
+  assert np.abs(np.asarray(seen.score - found.score))[longer].max() > 1e-3
   masked, metrics = make_experience(
-    rollout, scored, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
+    rollout, seen, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
   )
   assert metrics['kl_token_max'] <= 1e-5
   _, metrics = step(fresh(), masked, ROWS[0])
   assert metrics['policy/ratio_max_deviation'] <= 1e-5
 
 
-def test_macro_actions_train_the_critic_where_they_begin(experience):
-  recipe, found, _ = experience
+def test_macro_actions_train_the_critic_where_they_begin(decoded):
+  recipe, found, _ = decoded
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_over='segment'))
   mesh = tiny.mesh(1)
   params = {name: setting.network(name, mesh) for name in setting.SEEDS}
