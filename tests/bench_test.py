@@ -41,6 +41,7 @@ def test_convert(bench, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_decode(bench):
   record = bench(
     *('decode', '--shape=tiny', '--batches=2', '--prompt=4', '--new=18', '--ragged-new=20'),
