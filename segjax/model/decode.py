@@ -209,7 +209,7 @@ def resize(slots: Slots, rows: Int[Array, 'N'], positions: int, *, decoder: Deco
   def refit_layer(layer):
     return KeyValue(refit(layer.key, layer.key.ndim - 1), refit(layer.value, layer.value.ndim - 2))
 
-  cache = jax.tree.map(refit_layer, slots.cache, is_leaf=lambda x: isinstance(x, KeyValue))
+  cache = _per_layer(refit_layer, slots.cache)
   others = jax.tree.map(lambda x: x[rows], slots._replace(cache=None))
   return others._replace(cache=_constrained(cache, decoder))
 
@@ -259,7 +259,7 @@ def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots,
     x, recent = _through_layers(layer, x, (weights.layers, slots.cache, recent), decoder)
     return j + 1, _logits(weights, x, decoder), recent, live, tokens
 
-  recent = jax.tree.map(_room(size), slots.cache, is_leaf=lambda x: isinstance(x, KeyValue))
+  recent = _per_layer(functools.partial(_room, size=size), slots.cache)
   tokens = Tokens(
     ids=jnp.full((batch, size), stop[0]),
     logprob=jnp.zeros((batch, size), slots.logits.dtype),
@@ -283,22 +283,22 @@ def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots,
   return moved, tokens
 
 
-def _room(size):
+def _per_layer(function, cache):
+  """The function of the keys and values of each layer, or of the stack of them."""
+  return jax.tree.map(function, cache, is_leaf=lambda x: isinstance(x, KeyValue))
+
+
+def _room(cache, size):
   """An empty cache of `size` positions beside another."""
-
-  def make(cache):
-    key, value = cache
-    return KeyValue(
-      jnp.zeros((*key.shape[:-1], size), key.dtype),
-      jnp.zeros((*value.shape[:-2], size, value.shape[-1]), value.dtype),
-    )
-
-  return make
+  key, value = cache
+  return KeyValue(
+    jnp.zeros((*key.shape[:-1], size), key.dtype),
+    jnp.zeros((*value.shape[:-2], size, value.shape[-1]), value.dtype),
+  )
 
 
 def _merged(cache, recent, length, decoder):
   """The cache with each row's recent part written behind its length."""
-
   update = jax.lax.dynamic_update_slice_in_dim
   recent = _finite(recent)
 
@@ -349,4 +349,4 @@ def _constrained(cache, decoder: Decoder):
       sharding.constrain(layer.value, f'{decoder.layout}value', stack),
     )
 
-  return jax.tree.map(place, cache, is_leaf=lambda x: isinstance(x, KeyValue))
+  return _per_layer(place, cache)
