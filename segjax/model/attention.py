@@ -15,40 +15,43 @@ _MASKED = -1e30  # finite, so that a fully masked row gives a mean and not NaN
 
 
 def attention(
-  query: Float[Array, 'B Q H h'],
+  query: Float[Array, 'B S H h'],
   key: Float[Array, 'B S K h'],
   value: Float[Array, 'B S K h'],
-  mask: Bool[Array, 'B Q S'] | None = None,
   implementation: str = 'xla',
   *,
-  attended: Bool[Array, 'B S'] | None = None,
-) -> Float[Array, 'B Q H h']:
-  """softmax(q kᵀ / √h) v, each key head serving H / K query heads; softmax in float32.
+  segment_ids: Int[Array, 'B S'] | None = None,
+) -> Float[Array, 'B S H h']:
+  """Causal softmax(q kᵀ / √h) v, each key head serving H / K query heads; softmax in float32.
 
   Args:
-    mask: True where a query may look; None is causal (Q == S, rows padded on the right, so that
-      no real token ever sees padding).
     implementation: 'xla' anywhere; 'cudnn' (flash attention) on CUDA in bfloat16 or float16.
-    attended: False on the tokens (Q == S) that no other token sees and whose own output is 0, as
-      un-padded flash attention leaves them; None is all True.
+    segment_ids: a token sees those before it, and itself, that have its own id. Tokens of id 0 see
+      nothing and nobody sees them; what they find is 0. None is one segment per row: rows are
+      padded on the right, so that no real token ever sees padding.
   """
-  if attended is not None:
-    mask = _causal(query.shape[1]) if mask is None else mask
-    # The others see each other, so that no row of the softmax is empty; what they find is dropped.
-    mask = mask & (attended[:, :, None] == attended[:, None])
-    found = attention(query, key, value, mask, implementation)
-    return jnp.where(attended[:, :, None, None], found, 0)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'attention={implementation!r} is not one of {IMPLEMENTATIONS}.')
+  mask = _causal(query.shape[1])
+  if segment_ids is not None:
+    # Those of id 0 see each other, so that no row of the softmax is empty; what they find is
+    # dropped.
+    mask = mask & (segment_ids[:, :, None] == segment_ids[:, None])
   if implementation == 'cudnn':
-    return jax.nn.dot_product_attention(
+    found = jax.nn.dot_product_attention(
       query,
       key,
       value,
-      mask=None if mask is None else mask[:, None],
-      is_causal=mask is None,
+      mask=None if segment_ids is None else mask[:, None],
+      is_causal=segment_ids is None,
       implementation='cudnn',
     )
-  if implementation != 'xla':
-    raise ValueError(f'attention={implementation!r} is not one of {IMPLEMENTATIONS}.')
+  else:
+    found = _xla(query, key, value, mask)
+  return found if segment_ids is None else jnp.where(segment_ids[:, :, None, None] > 0, found, 0)
+
+
+def _xla(query, key, value, mask):
   batch, length, heads, size = query.shape
   kv_heads = key.shape[2]
   query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
@@ -58,8 +61,6 @@ def attention(
     key,
     preferred_element_type=jnp.promote_types(query.dtype, jnp.float32),
   )
-  if mask is None:
-    mask = _causal(length)
   logits = jnp.where(mask[:, None, None], logits, _MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum('bkgqs,bskh->bqkgh', weights, value).reshape(batch, length, heads, size)

@@ -3,10 +3,10 @@
 The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
 inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
 
-`attended` is False on tokens that no other token sees, and that see nothing themselves: what is
-read at their hidden states has no context. None attends to all. It reproduces the attention masks
-of published runs (Yin et al. 2025, https://arxiv.org/abs/2501.02790); padding on the right needs
-none.
+Rows are one sequence each, padded on the right, unless `positions` and `segment_ids` (see
+`llama.Llama`) say otherwise: then a row may hold several sequences, each with positions from 0, or
+tokens of id 0, which no other token sees (the attention masks of published runs; Yin et al. 2025,
+https://arxiv.org/abs/2501.02790).
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from segjax.model import sharding
 from segjax.model.llama import Llama, LlamaConfig
@@ -33,11 +33,14 @@ class LanguageModel(nn.Module):
 
   @nn.compact
   def __call__(
-    self, ids: Int[Array, 'B S'], *, attended: Bool[Array, 'B S'] | None = None
+    self,
+    ids: Int[Array, 'B S'],
+    positions: Int[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
   ) -> tuple[Array, Array]:
     """Hidden states [B, S, D] and the head's kernel [D, V]."""
     backbone = Llama(self.config, name='backbone')
-    hidden = backbone(ids, attended=attended)
+    hidden = backbone(ids, positions, segment_ids)
     if self.config.tie_word_embeddings:
       return hidden, backbone.embedding.T
     return hidden, _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(
@@ -52,9 +55,12 @@ class ScalarModel(nn.Module):
 
   @nn.compact
   def __call__(
-    self, ids: Int[Array, 'B S'], *, attended: Bool[Array, 'B S'] | None = None
+    self,
+    ids: Int[Array, 'B S'],
+    positions: Int[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B S']:
-    hidden = Llama(self.config, name='backbone')(ids, attended=attended)
+    hidden = Llama(self.config, name='backbone')(ids, positions, segment_ids)
     width = hidden.shape[-1]
     kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -92,10 +98,11 @@ def scores(
   ids: Int[Array, 'B S'],
   config: LlamaConfig,
   *,
-  attended: Bool[Array, 'B S'] | None = None,
+  positions: Int[Array, 'B S'] | None = None,
+  segment_ids: Int[Array, 'B S'] | None = None,
 ) -> Float[Array, 'B S']:
   """The scalar head read AT each token, float32: a reward model's score of the text so far."""
-  return ScalarModel(config).apply({'params': params}, ids, attended=attended)
+  return ScalarModel(config).apply({'params': params}, ids, positions, segment_ids)
 
 
 def values(
@@ -103,11 +110,12 @@ def values(
   ids: Int[Array, 'B S'],
   config: LlamaConfig,
   *,
-  attended: Bool[Array, 'B S'] | None = None,
+  positions: Int[Array, 'B S'] | None = None,
+  segment_ids: Int[Array, 'B S'] | None = None,
 ) -> Float[Array, 'B S']:
-  """The scalar head read at the state BEFORE each token, float32; 0 for the first token."""
-  score = scores(params, ids, config, attended=attended)
-  return jnp.pad(score[:, :-1], ((0, 0), (1, 0)))
+  """The scalar head read at the state BEFORE each token, float32; 0 for a sequence's first."""
+  score = scores(params, ids, config, positions=positions, segment_ids=segment_ids)
+  return _after_first(score[:, :-1], positions)
 
 
 def logits(
@@ -115,10 +123,11 @@ def logits(
   ids: Int[Array, 'B S'],
   config: LlamaConfig,
   *,
-  attended: Bool[Array, 'B S'] | None = None,
+  positions: Int[Array, 'B S'] | None = None,
+  segment_ids: Int[Array, 'B S'] | None = None,
 ) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, attended=attended)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, positions, segment_ids)
   return project(hidden, kernel)
 
 
@@ -127,17 +136,26 @@ def token_logprobs(
   ids: Int[Array, 'B S'],
   config: LlamaConfig,
   *,
-  attended: Bool[Array, 'B S'] | None = None,
+  positions: Int[Array, 'B S'] | None = None,
+  segment_ids: Int[Array, 'B S'] | None = None,
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """log π(ids_t | ids_<t) and the entropy H_t of that distribution, nats, in one pass.
 
-  Both are float32 and 0 at the first token, which nothing predicts. The projection to the
-  vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward pass,
-  so that one [B, chunk, V] array is the largest that ever exists.
+  Both are float32 and 0 at the first token of a sequence, which nothing predicts. The projection
+  to the vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward
+  pass, so that one [B, chunk, V] array is the largest that ever exists.
   """
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, attended=attended)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, positions, segment_ids)
   logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
-  return jnp.pad(logprob, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+  return _after_first(logprob, positions), _after_first(entropy, positions)
+
+
+def _after_first(
+  x: Float[Array, 'B _'], positions: Int[Array, 'B S'] | None
+) -> Float[Array, 'B S']:
+  """What is read at the state before each token; 0 where a sequence begins."""
+  x = jnp.pad(x, ((0, 0), (1, 0)))
+  return x if positions is None else jnp.where(positions == 0, 0, x)
 
 
 def chunked_logprobs(

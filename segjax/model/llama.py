@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from segjax.model import sharding
 from segjax.model.attention import KeyValue, attention, cached_attention
@@ -189,11 +189,11 @@ class Block(nn.Module):
     self,
     x: Float[Array, 'B S D'],
     positions: Int[Array, 'B S'],
-    attended: Bool[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
   ) -> tuple[Float[Array, 'B S D'], None]:
     """Causal, over whole sequences padded on the right; the None is what a scan collects."""
     query, key, value = self._project(x, positions)
-    found = attention(query, key, value, None, self.config.attention, attended=attended)
+    found = attention(query, key, value, self.config.attention, segment_ids=segment_ids)
     return self._finish(x, found), None
 
   def prefill(
@@ -202,7 +202,7 @@ class Block(nn.Module):
     """As a call, but it also returns what decoding will attend to."""
     query, key, value = self._project(x, positions)
     cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
-    return self._finish(x, attention(query, key, value, None, self.config.attention)), cache
+    return self._finish(x, attention(query, key, value, self.config.attention)), cache
 
   def decode(
     self,
@@ -258,20 +258,21 @@ class Llama(nn.Module):
     self,
     ids: Int[Array, 'B S'],
     positions: Int[Array, 'B S'] | None = None,
-    *,
-    attended: Bool[Array, 'B S'] | None = None,
+    segment_ids: Int[Array, 'B S'] | None = None,
   ) -> Float[Array, 'B S D']:
     """Hidden state after each token; rows are padded on the right, so no mask is needed.
 
-    A token that is not attended is seen by no other, and in every layer its attention's output is
-    0: its hidden state is a function of itself alone.
+    Args:
+      positions: of each token in its sequence; counted along the row if not given.
+      segment_ids: which tokens see each other, as in `attention`. A token of id 0 is seen by no
+        other and sees none: its hidden state is a function of itself alone.
     """
     ids = sharding.constrain(ids, 'tokens')
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-    if attended is not None:
-      attended = sharding.constrain(attended, 'tokens')
-    x, _ = self.layers(self.embed(ids), positions, attended)
+    if segment_ids is not None:
+      segment_ids = sharding.constrain(segment_ids, 'tokens')
+    x, _ = self.layers(self.embed(ids), positions, segment_ids)
     return self.finish(x)
 
 

@@ -63,12 +63,12 @@ def join(rollout: Rollout) -> Int[Array, 'B S']:
   return _joined(rollout.prompt_ids, rollout.response_ids, rollout.prompt_length)
 
 
-def join_attended(rollout: Rollout) -> Bool[Array, 'B S'] | None:
-  """Which tokens of `join` attention sees; None for all."""
+def join_segment_ids(rollout: Rollout) -> Int[Array, 'B S'] | None:
+  """1 on the tokens of `join` that attention sees and 0 on the others; None for all seen."""
   if rollout.attended is None:
     return None
-  prompt = jnp.ones(rollout.prompt_ids.shape, bool)
-  return _joined(prompt, rollout.attended, rollout.prompt_length)
+  prompt = jnp.ones(rollout.prompt_ids.shape, jnp.int32)
+  return _joined(prompt, rollout.attended.astype(jnp.int32), rollout.prompt_length)
 
 
 def _joined(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> Array:
@@ -92,7 +92,7 @@ def response_window(
 def score_piece(
   params: dict[str, Any],
   ids: Int[Array, 'B S'],
-  attended: Bool[Array, 'B S'] | None,
+  segment_ids: Int[Array, 'B S'] | None,
   rollout: Rollout,
   *,
   recipe: Recipe,
@@ -103,21 +103,22 @@ def score_piece(
     params: the trees 'policy', 'reference' and, where there are any, 'reward' and 'critic'.
   """
 
+  def logprobs(name, config):
+    return token_logprobs(params[name], ids, config, segment_ids=segment_ids)
+
   def window(x):
     return response_window(x, rollout.prompt_length, rollout.response_ids.shape[1])
 
-  ref_logprob, entropy = token_logprobs(
-    params['reference'], ids, recipe.reference, attended=attended
-  )
+  ref_logprob, entropy = logprobs('reference', recipe.reference)
   old_logprob = rollout.old_logprob
   if recipe.recompute_logprob:
-    old_logprob = window(token_logprobs(params['policy'], ids, recipe.policy, attended=attended)[0])
+    old_logprob = window(logprobs('policy', recipe.policy)[0])
   # Evaluation has no critic, and a run on rules alone no reward model.
   value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in params:
-    value = values(params['critic'], ids, recipe.critic, attended=attended)
+    value = values(params['critic'], ids, recipe.critic, segment_ids=segment_ids)
   if recipe.reward is not None:
-    score = scores(params['reward'], ids, recipe.reward, attended=attended)
+    score = scores(params['reward'], ids, recipe.reward, segment_ids=segment_ids)
   return Scores(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
     ref_logprob=window(ref_logprob),
@@ -133,7 +134,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
 
   A piece is as wide as its longest sequence needs, in a few widths so that few programs compile.
   """
-  ids, attended = _join_both(rollout)
+  ids, segment_ids = _join_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.score_batch or total
   length = np.asarray(rollout.prompt_length) + np.asarray(jnp.sum(rollout.response_mask, axis=1))
@@ -141,7 +142,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
   pieces = []
   for rows in order.reshape(-1, size):
     needed = min(-(-int(length[rows].max()) // _WIDTHS) * _WIDTHS, width)
-    piece_ids, seen, piece = take_rows((ids, attended, rollout), rows)
+    piece_ids, seen, piece = take_rows((ids, segment_ids, rollout), rows)
     seen = None if seen is None else seen[:, :needed]
     pieces.append(score_piece(params, piece_ids[:, :needed], seen, piece, recipe=recipe))
   if len(pieces) == 1:
@@ -151,7 +152,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
 
 @jax.jit
 def _join_both(rollout: Rollout) -> tuple[Array, Array | None]:
-  return join(rollout), join_attended(rollout)
+  return join(rollout), join_segment_ids(rollout)
 
 
 @jax.jit

@@ -5,16 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, ScalarLike
 
 from segjax.model.heads import token_logprobs, values
+from segjax.model.llama import LlamaConfig
 from segjax.rl import kl
 from segjax.rl.losses import batch_mean, num_terms, policy_loss, value_loss
 from segjax.train import accumulate
-from segjax.train.experience import Recipe, join, join_attended, response_window, take_rows
+from segjax.train.experience import Recipe, join, join_segment_ids, response_window, take_rows
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
-from segjax.types import Experience
+from segjax.types import Experience, Rollout
 
 Found = tuple[Array, dict[str, Array]]  # a loss and its metrics
 
@@ -35,10 +37,7 @@ def policy_objective(
   """
   ppo, rollout = recipe.ppo, batch.rollout
   mask = rollout.response_mask
-  logprob, entropy = (
-    response_window(x, rollout.prompt_length, rollout.response_ids.shape[1])
-    for x in token_logprobs(params, join(rollout), recipe.policy, attended=join_attended(rollout))
-  )
+  logprob, entropy = _read(token_logprobs, params, rollout, recipe.policy)
   mean = functools.partial(batch_mean, mask=mask, mean=ppo.loss_mean, count=count)
   loss, metrics = policy_loss(
     logprob,
@@ -62,16 +61,19 @@ def policy_objective(
   return loss, {'loss': loss} | metrics
 
 
+def _read(read, params, rollout: Rollout, config: LlamaConfig):
+  """What a function of `heads` finds at each token of the responses, [B, T] each."""
+  found = read(params, join(rollout), config, segment_ids=join_segment_ids(rollout))
+  size = rollout.response_ids.shape[1]
+  return jax.tree.map(lambda x: response_window(x, rollout.prompt_length, size), found)
+
+
 def value_objective(
   params: Any, batch: Experience, count: Float[Array, ''], *, recipe: Recipe
 ) -> Found:
   """The clipped value loss of `rl.losses.value_loss` for these parameters."""
   rollout = batch.rollout
-  value = response_window(
-    values(params, join(rollout), recipe.critic, attended=join_attended(rollout)),
-    rollout.prompt_length,
-    rollout.response_ids.shape[1],
-  )
+  value = _read(values, params, rollout, recipe.critic)
   loss, metrics = value_loss(
     value,
     batch.value,
@@ -84,23 +86,67 @@ def value_objective(
   return loss, {'loss': loss} | metrics
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('recipe', 'total_steps', 'policy_from'),
-  donate_argnames=('policy', 'critic'),
-)
-def ppo_step(
-  policy: TrainState,
-  critic: TrainState,
+@functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
+def policy_step(
+  state: TrainState,
   experience: Experience,
   rows: Int[Array, 'N'],
   kl_coef: ScalarLike,
   *,
   recipe: Recipe,
   total_steps: int,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update of the policy on the minibatch `rows` of the experience.
+
+  Args:
+    kl_coef: the coefficient of the KL, read where ppo.kl_in=loss.
+    total_steps: updates of the policy in the whole run.
+  """
+  batch = take_rows(experience, rows)
+  count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_mean)
+  (loss, metrics), grads = _value_and_grad(
+    policy_objective, state.params, batch, recipe, count, kl_coef
+  )
+  state, update = apply_update(state, grads, loss, recipe.ppo.policy_optimizer, total_steps)
+  return state, metrics | update
+
+
+@functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
+def critic_step(
+  state: TrainState,
+  experience: Experience,
+  rows: Int[Array, 'N'],
+  *,
+  recipe: Recipe,
+  total_steps: int,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update of the critic on the minibatch `rows` of the experience."""
+  batch = take_rows(experience, rows)
+  count = num_terms(batch.value_mask, recipe.ppo.loss_mean)
+  (loss, metrics), grads = _value_and_grad(value_objective, state.params, batch, recipe, count)
+  state, update = apply_update(state, grads, loss, recipe.ppo.critic_optimizer, total_steps)
+  return state, metrics | update
+
+
+def _value_and_grad(objective, params, batch, recipe: Recipe, *rest):
+  micro_batch, rows = recipe.ppo.micro_batch, len(batch.value)
+  pieces = rows // micro_batch if micro_batch else 1
+  objective = functools.partial(objective, recipe=recipe)
+  return accumulate.value_and_grad(objective, params, batch, pieces, *rest)
+
+
+def ppo_step(
+  policy: TrainState,
+  critic: TrainState,
+  experience: Experience,
+  rows: Int[np.ndarray, 'N'],
+  kl_coef: ScalarLike,
+  *,
+  recipe: Recipe,
+  total_steps: int,
   policy_from: int | None = 0,
 ) -> tuple[TrainState, TrainState, dict[str, Array]]:
-  """One update of critic and policy on the minibatch `rows` of the experience.
+  """One update of policy and critic on the minibatch `rows` of the experience; donates both.
 
   Metrics carry the prefixes policy/ and value/; `bad` counts updates that were not finite and
   were left out.
@@ -110,24 +156,14 @@ def ppo_step(
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
-  ppo = recipe.ppo
-  batch = take_rows(experience, rows)
-  pieces = len(rows) // ppo.micro_batch if ppo.micro_batch else 1
-  metrics = {'bad': jnp.int32(0)}
-
-  def update(name, state, objective, optimizer, steps, *rest):
-    (loss, found), grads = accumulate.value_and_grad(
-      functools.partial(objective, recipe=recipe), state.params, batch, pieces, *rest
-    )
-    state, done = apply_update(state, grads, loss, optimizer, steps)
-    metrics['bad'] += done.pop('bad')
-    metrics.update({f'{name}/{key}': value for key, value in (found | done).items()})
-    return state
-
+  metrics, bad = {}, 0
   if policy_from is not None:
-    count = num_terms(batch.rollout.response_mask, ppo.loss_mean)
-    steps = total_steps - policy_from
-    policy = update('policy', policy, policy_objective, ppo.policy_optimizer, steps, count, kl_coef)
-  count = num_terms(batch.value_mask, ppo.loss_mean)
-  critic = update('value', critic, value_objective, ppo.critic_optimizer, total_steps, count)
-  return policy, critic, metrics
+    policy, found = policy_step(
+      policy, experience, rows, kl_coef, recipe=recipe, total_steps=total_steps - policy_from
+    )
+    bad += found.pop('bad')
+    metrics |= {f'policy/{key}': value for key, value in found.items()}
+  critic, found = critic_step(critic, experience, rows, recipe=recipe, total_steps=total_steps)
+  bad += found.pop('bad')
+  metrics |= {f'value/{key}': value for key, value in found.items()}
+  return policy, critic, metrics | {'bad': bad}

@@ -31,64 +31,38 @@ def test_causal_grouped_queries(kv_heads):
   mask = np.tril(np.ones((2, 6, 6), bool))
   expected = by_loops(*map(np.asarray, (query, key, value)), mask)
   assert_allclose(attention(query, key, value), expected, atol=1e-5)  # float32
-  assert_allclose(attention(query, key, value, jnp.asarray(mask)), expected, atol=1e-5)
 
 
-def test_explicit_mask():
-  query, key, value = arrays()
-  mask = np.random.default_rng(1).random((2, 6, 6)) < 0.5
-  mask[..., 0] = True
-  expected = by_loops(*map(np.asarray, (query, key, value)), mask)
-  assert_allclose(attention(query, key, value, jnp.asarray(mask)), expected, atol=1e-5)
+ATTENDED = jnp.array([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 0]])
 
 
-def test_row_that_sees_nothing_is_finite():
-  """Padding on the left of a prompt: its numbers are never read, but must not be NaN."""
-  query, key, value = arrays()
-  mask = jnp.ones((2, 6, 6), bool).at[:, 0].set(False)
-
-  def loss(query):
-    return jnp.sum(attention(query, key, value, mask))
-
-  out, grad = jax.value_and_grad(loss)(query)
-  assert jnp.isfinite(out)
-  assert jnp.all(jnp.isfinite(grad))
-
-
-ATTENDED = jnp.array([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 0]], bool)
-
-
-@pytest.mark.parametrize('explicit', [False, True])
-def test_unattended_tokens_are_not_seen_and_find_nothing(explicit):
+def test_unattended_tokens_are_not_seen_and_find_nothing():
   query, key, value = arrays()
   mask = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
-  if explicit:  # a band of three
-    mask = mask & ~np.tril(np.ones((6, 6), bool), -3)
-  seen = mask & np.asarray(ATTENDED)[:, None]
+  seen = mask & (np.asarray(ATTENDED) > 0)[:, None]
   expected = by_loops(*map(np.asarray, (query, key, value)), seen | np.eye(6, dtype=bool))
-  expected[~np.asarray(ATTENDED)] = 0
-  given = jnp.asarray(mask) if explicit else None
-  found = attention(query, key, value, given, attended=ATTENDED)
+  expected[np.asarray(ATTENDED) == 0] = 0
+  found = attention(query, key, value, segment_ids=ATTENDED)
   assert_allclose(found, expected, atol=1e-5)  # float32
-  assert np.all(np.asarray(found)[~np.asarray(ATTENDED)] == 0)
+  assert np.all(np.asarray(found)[np.asarray(ATTENDED) == 0] == 0)
 
 
 def test_all_attended_is_none_given():
   query, key, value = arrays()
-  found = attention(query, key, value, attended=jnp.ones((2, 6), bool))
+  found = attention(query, key, value, segment_ids=jnp.ones((2, 6), int))
   np.testing.assert_array_equal(found, attention(query, key, value))
 
 
-@pytest.mark.parametrize('attended', [ATTENDED, jnp.zeros((2, 6), bool)])
+@pytest.mark.parametrize('attended', [ATTENDED, jnp.zeros((2, 6), int)])
 def test_unattended_tokens_have_no_gradient(attended):
   def loss(*given):
-    return jnp.sum(attention(*given, attended=attended) ** 2)
+    return jnp.sum(attention(*given, segment_ids=attended) ** 2)
 
   out, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays())
   assert jnp.isfinite(out)
   for grad in map(np.asarray, grads):
     assert np.all(np.isfinite(grad))
-    assert np.all(grad[~np.asarray(attended)] == 0)
+    assert np.all(grad[np.asarray(attended) == 0] == 0)
 
 
 def test_what_cudnn_is_asked_for(monkeypatch):
@@ -101,8 +75,8 @@ def test_what_cudnn_is_asked_for(monkeypatch):
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', elsewhere)
   for attended in (None, ATTENDED):
-    found = attention(*arrays(), implementation='cudnn', attended=attended)
-    assert_allclose(found, attention(*arrays(), attended=attended), atol=1e-5)  # float32
+    found = attention(*arrays(), implementation='cudnn', segment_ids=attended)
+    assert_allclose(found, attention(*arrays(), segment_ids=attended), atol=1e-5)  # float32
   assert asked == ['cudnn'] * 2
 
 

@@ -147,7 +147,7 @@ def test_unattended_tails(name):
   read, params = getattr(tiny, name), tiny.params(tiny.CONFIG, head)
   ids = tiny.ids()
   whole = read(params, ids, tiny.CONFIG)
-  found = read(params, ids, tiny.CONFIG, attended=ATTENDED)
+  found = read(params, ids, tiny.CONFIG, segment_ids=ATTENDED.astype(int))
   # Log-probs, entropies and values are read at the hidden state before their token.
   attended = ATTENDED
   if name in ('token_logprobs', 'values'):
@@ -163,12 +163,12 @@ def test_gradient_with_unattended_tokens():
   """Finite; tokens that are nowhere attended learn nothing from what is read at the others."""
   params, half = tiny.params(tiny.CONFIG), tiny.VOCAB // 2
   ids, attended = tiny.ids() % half, jnp.asarray(ATTENDED)
-  ids = jnp.where(attended, ids, half + ids)
+  ids, segment_ids = jnp.where(attended, ids, half + ids), attended.astype(int)
 
   @jax.jit
   def grads(params, weight):
     def loss(params):
-      logprob, entropy = heads.token_logprobs(params, ids, tiny.CONFIG, attended=attended)
+      logprob, entropy = heads.token_logprobs(params, ids, tiny.CONFIG, segment_ids=segment_ids)
       return jnp.sum(weight * (logprob + entropy))
 
     return jax.grad(loss)(params)
@@ -190,8 +190,8 @@ def test_unattended_tokens_on_eight_devices():
     mesh = tiny.mesh(devices)
     with jax.set_mesh(mesh), tiny.captured_stderr() as lines:
       params = tiny.place(tiny.params(tiny.CONFIG), mesh)
-      given = sharding.place_batch((ids, ATTENDED), mesh)
-      found[devices] = jax.device_get(read(params, given[0], tiny.CONFIG, attended=given[1]))
+      given = sharding.place_batch((ids, ATTENDED.astype(int)), mesh)
+      found[devices] = jax.device_get(read(params, given[0], tiny.CONFIG, segment_ids=given[1]))
     assert tiny.rematerialisations(lines) == []
   jax.tree.map(functools.partial(assert_allclose, atol=1e-5), found[8], found[1])  # float32
 

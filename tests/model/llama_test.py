@@ -141,7 +141,8 @@ def without_context(params, config):
 
 @functools.partial(jax.jit, static_argnames='config')
 def hidden_states(params, ids, positions, attended, config):
-  return Llama(config).apply({'params': params}, ids, positions, attended=attended)
+  segment_ids = None if attended is None else attended.astype(int)
+  return Llama(config).apply({'params': params}, ids, positions, segment_ids)
 
 
 @pytest.mark.parametrize('remat', [True, False])
