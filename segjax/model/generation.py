@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from segjax.model import decode, sharding
 from segjax.model.decode import Decoder, Tokens, Weights
-from segjax.model.llama import LlamaConfig
+from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.model.sampling import Sampling
 
 _PREFILL_TOKENS = 1 << 16  # read at once, padding included
@@ -277,18 +277,27 @@ def _check(prompts: Prompts, decoder: Decoder) -> None:
 
 
 def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) -> None:
-  """ValueError, with the number of slots that would do, where the cache cannot fit."""
+  """ValueError, with the number of slots that would do, where weights and cache cannot fit.
+
+  While the cache grows to its last size, that before is there too.
+  """
   c = decoder.config
-  longest = int(prompts.length.max()) + decoder.sampling.max_new_tokens + decoder.chunk
+  longest = int(prompts.length.max())
+  first, last = (_bucket(longest + n + decoder.chunk) for n in (0, decoder.sampling.max_new_tokens))
+  positions = last + (max(first, _bucket_before(last)) if first < last else 0)
   itemsize = jnp.dtype(c.dtype).itemsize
   per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
-  per_slot = _bucket(longest) * per_position // mesh.size  # of each device
+  per_slot = positions * per_position // mesh.size  # of each device
+  parts = mesh.size if decoder.layout else mesh.shape['tensor']
+  weights = num_parameters(c) * itemsize // parts
   free = _free_bytes(mesh)
-  if slots * per_slot > free:
+  if weights + slots * per_slot > free:
+    fits = max(int((free - weights) // per_slot), 0)
+    advice = f'set config.rollout.slots to at most {fits}' if fits else 'use more devices'
     raise ValueError(
-      f'a cache of {slots} slots of {_bucket(longest)} positions takes '
-      f'{slots * per_slot / 2**30:.2f} GiB of each device, which has {free / 2**30:.2f} GiB free; '
-      f'set config.rollout.slots to at most {max(int(free // per_slot), 1)}.'
+      f'the weights for decoding and a cache of {slots} slots of {last} positions, counting that '
+      f'it grows, take {weights / 2**30:.2f} + {slots * per_slot / 2**30:.2f} GiB of each device, '
+      f'which has {free / 2**30:.2f} GiB free; {advice}.'
     )
 
 
@@ -306,6 +315,11 @@ def _bucket(size: int, least: int = 64) -> int:
   if size > 512:
     return _round_up(size, 512)
   return max(_power(size), least)
+
+
+def _bucket_before(size: int) -> int:
+  """The largest bucket below the bucket `size`."""
+  return size - 512 if size > 512 else size // 2
 
 
 def _power(size: int) -> int:

@@ -10,6 +10,7 @@ from train.compiles import compiled
 
 from segjax.model import generation, sharding
 from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.llama import num_parameters
 from segjax.model.sampling import Sampling
 
 from . import tiny
@@ -291,7 +292,22 @@ def test_stop_ids_are_tokens():
 
 def test_a_cache_that_does_not_fit_names_the_slots_that_do(monkeypatch):
   """Two layers, two heads of 8, float32: 256 bytes a position, 64 positions, 16 KiB a slot."""
-  monkeypatch.setattr(generation, '_free_bytes', lambda mesh: 5 * 2**14 + 1.0)
+  weights = 4 * num_parameters(tiny.CONFIG)
+  monkeypatch.setattr(generation, '_free_bytes', lambda mesh: weights + 5 * 2**14 + 1.0)
   prompts = tiny.ids(shape=(tiny.BATCH, PROMPT))
-  with pytest.raises(ValueError, match=r'8 slots of 64 positions .*slots to at most 5'):
+  with pytest.raises(ValueError, match=r'8 slots of 64 positions.*slots to at most 5'):
     run(None, prompts, LENGTHS)
+  monkeypatch.setattr(generation, '_free_bytes', lambda mesh: weights - 1.0)
+  with pytest.raises(ValueError, match='use more devices'):
+    run(None, prompts, LENGTHS)
+
+
+def test_a_cache_that_grows_is_counted_with_the_one_before(monkeypatch):
+  """From 64 to 128 positions: 192 at once, 48 KiB a slot."""
+  free = 4 * num_parameters(tiny.CONFIG) + 3 * 48 * 2**10 + 1.0
+  monkeypatch.setattr(generation, '_free_bytes', lambda mesh: free)
+  long = dataclasses.replace(SAMPLING, max_new_tokens=60)
+  config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=256)
+  prompts = tiny.ids(shape=(tiny.BATCH, PROMPT))
+  with pytest.raises(ValueError, match=r'8 slots of 128 positions.*slots to at most 3'):
+    run(None, prompts, LENGTHS, config=config, sampling=long)
