@@ -112,7 +112,7 @@ def _names(s: Settings) -> None:
   published = [f'published:{name}' for name in normalizer.PUBLISHED]
   for key, names in {
     'runtime.dtype': ('float32', 'bfloat16'),
-    'runtime.attention': ('xla', 'cudnn'),
+    'runtime.attention': ('auto', 'xla', 'cudnn', 'splash'),
     'data.overlong': ('truncate_left', 'drop', 'error'),
     'reward_model.normalizer': ('', 'none', *published),
     'normalizer.kind': ('auto', *normalizer.KINDS),
@@ -137,8 +137,6 @@ def _names(s: Settings) -> None:
     }.items():
       key = f'{section}.segmentation.{name}'
       _one_of(key, _get(s, key), (*empty, *names))
-  if s.runtime.attention == 'cudnn' and s.runtime.dtype == 'float32':
-    raise ValueError('config.runtime.attention=cudnn needs config.runtime.dtype=bfloat16.')
 
 
 def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:

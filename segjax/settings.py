@@ -26,7 +26,7 @@ class Runtime:
   dtype: str = 'float32'  # of activations and of frozen weights: float32 or bfloat16
   remat: bool = True  # recompute each layer in the backward pass
   unroll: int = 1  # layers per iteration of the scan; all of them is faster for a tiny net on CPU
-  attention: str = 'xla'  # or cudnn: flash attention on CUDA, bfloat16 only
+  attention: str = 'auto'  # splash on TPU, cudnn on CUDA in bfloat16, else xla; or one of these
   logprob_chunk: int = 256  # positions whose logits exist at once, per row
 
 

@@ -124,7 +124,7 @@ def test_whole_numbers_become_floats():
     ({'stages': ('sft', 'sft')}, 'must be in order: sft'),
     ({'stages': ('reward',), 'reward_model.path': 'x'}, 'config.stages trains a reward model'),
     ({'runtime.dtype': 'bf16'}, "runtime.dtype='bf16' is not one of float32, bfloat16"),
-    ({'runtime.attention': 'cudnn'}, 'needs config.runtime.dtype=bfloat16'),
+    ({'runtime.attention': 'flash'}, 'runtime.attention'),
     ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
     (
       {'reward.segmentation.granularity': 'word'},

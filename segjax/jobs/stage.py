@@ -20,6 +20,7 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.hf.card import Card
 from segjax.model import sharding
+from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
@@ -90,9 +91,13 @@ def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaCon
     dtype=runtime.dtype,
     remat=runtime.remat and trained,
     scan_unroll=runtime.unroll,
-    attention=runtime.attention,
     logprob_chunk=runtime.logprob_chunk,
   )
+  platform = stage.mesh.devices.flat[0].platform
+  name, reason = choose(runtime.attention, platform, runtime.dtype, config.head_dim)
+  if reason:
+    stage.say(reason)
+  config = dataclasses.replace(config, attention=name)
   sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, stage.mesh)
   return config
 

@@ -202,7 +202,8 @@ class Block(nn.Module):
     """As a call, but it also returns what decoding will attend to."""
     query, key, value = self._project(x, positions)
     cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
-    return self._finish(x, attention(query, key, value, self.config.attention)), cache
+    found = attention(query, key, value, self.config.attention, layout=self.layout)
+    return self._finish(x, found), cache
 
   def decode(
     self,

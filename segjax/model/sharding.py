@@ -163,6 +163,30 @@ def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Arra
   return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
 
+def on_each_device(
+  function: Callable[..., jax.Array], names: tuple[str, ...], result: str
+) -> Callable[..., jax.Array]:
+  """`function` on every device's own part of arrays laid out as ACTIVATION_RULES[names].
+
+  It must need nothing of the other parts. Arrays may be None; without a mesh it is `function`.
+  """
+
+  def run(*arrays):
+    mesh = _active_mesh()
+    if mesh is None:
+      return function(*arrays)
+    specs = tuple(
+      None if x is None else _fitted(ACTIVATION_RULES[name], x.shape, mesh)
+      for name, x in zip(names, arrays, strict=True)
+    )
+    out = _fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
+      *arrays
+    )
+
+  return run
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
   """Splits x, of any rank, along its first axis; no mesh set, no change."""
   mesh = _active_mesh()

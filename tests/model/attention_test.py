@@ -1,10 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from segjax.model import attention as module
+from segjax.model import sharding
 from segjax.model.attention import attention
+from segjax.model.splash import splash
 
 
 def arrays(heads=4, kv_heads=2, dtype=jnp.float32):
@@ -65,7 +70,7 @@ def test_unattended_tokens_have_no_gradient(attended):
     assert np.all(grad[np.asarray(attended) == 0] == 0)
 
 
-def test_what_cudnn_is_asked_for(monkeypatch):
+def test_what_cudnn_is_asked_for(monkeypatch, caplog):
   """The call as it is made on CUDA, answered by the implementation that runs anywhere."""
   answer, asked = jax.nn.dot_product_attention, []
 
@@ -74,10 +79,119 @@ def test_what_cudnn_is_asked_for(monkeypatch):
     return answer(*given, implementation='xla', **named)
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', elsewhere)
-  for attended in (None, ATTENDED):
-    found = attention(*arrays(), implementation='cudnn', segment_ids=attended)
-    assert_allclose(found, attention(*arrays(), segment_ids=attended), atol=1e-5)  # float32
-  assert asked == ['cudnn'] * 2
+  found = attention(*arrays(), implementation='cudnn')
+  assert_allclose(found, attention(*arrays()), atol=1e-5)  # float32
+  assert asked == ['cudnn']
+  # Packed rows are none of its business: it would ignore where sequences end.
+  module._tell.cache_clear()
+  for _ in range(2):
+    found = attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
+    assert_allclose(found, attention(*arrays(), segment_ids=ATTENDED), atol=0)
+  assert asked == ['cudnn']
+  assert [record.message for record in caplog.records] == [
+    'cudnn attention does not see where packed sequences end; packed rows go to xla'
+  ]
+
+
+LONG = 256
+# Three sequences and padding; one sequence.
+PACKED = np.stack([np.repeat([1, 2, 3, 0], [100, 28, 100, 28]), np.ones(LONG, int)])
+
+
+def long_arrays():
+  rng = np.random.default_rng(2)
+  return [jnp.asarray(rng.normal(size=(2, LONG, n, 128)), jnp.float32) for n in (4, 2, 2)]
+
+
+@functools.cache
+def long_results(name):
+  """What is found in packed rows, and the gradient of a function of it."""
+  weight = jnp.asarray(np.random.default_rng(3).normal(size=(2, LONG, 4, 128)), jnp.float32)
+
+  def run(*given):
+    if name == 'splash':
+      found = splash(*given, jnp.asarray(PACKED), interpret=True)
+      found = jnp.where(PACKED[:, :, None, None] > 0, found, 0)
+    else:
+      found = attention(*given, segment_ids=jnp.asarray(PACKED))
+    return jnp.sum(found * weight), found
+
+  grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+  (_, found), grads = jax.jit(grad)(*long_arrays())
+  return found, *grads
+
+
+@pytest.mark.parametrize('sequence', [1, 2, 3])
+def test_packed_equals_apart(sequence):
+  """Forward and backward, each sequence in a row of its own."""
+  at = np.flatnonzero(PACKED[0] == sequence)
+  weight = np.random.default_rng(3).normal(size=(2, LONG, 4, 128))[:1, at]
+
+  def run(*given):
+    found = attention(*given)
+    return jnp.sum(found * weight), found
+
+  apart = [x[:1, at] for x in long_arrays()]
+  grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+  (_, found), grads = jax.jit(grad)(*apart)
+  for got, expected in zip(long_results('xla'), (found, *grads), strict=True):
+    assert_allclose(got[:1, at], expected, atol=1e-5)  # float32
+
+
+def test_splash_equals_xla():
+  """The kernel, interpreted: grouped queries, packed rows, padding; forward and backward."""
+  for got, expected in zip(long_results('splash'), long_results('xla'), strict=True):
+    assert_allclose(got, expected, atol=2e-5)  # float32
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch):
+  whole = long_results('xla')
+  monkeypatch.setattr(module, '_BLOCK', 96)  # the last one is shorter
+  long_results.cache_clear()
+  for got, expected in zip(long_results('xla'), whole, strict=True):
+    assert_allclose(got, expected, atol=1e-5)  # float32
+  long_results.cache_clear()
+
+
+def test_splash_on_each_device(monkeypatch):
+  """Rows and heads are split; every device runs the kernel on its own."""
+  monkeypatch.setattr(module, 'splash', functools.partial(splash, interpret=True))
+  expected = long_results('xla')[0]
+  run = jax.jit(lambda *given: attention(*given, 'splash', segment_ids=jnp.asarray(PACKED)))
+  with jax.set_mesh(sharding.make_mesh(1, 2, 2, jax.devices()[:4])):
+    assert_allclose(run(*long_arrays()), expected, atol=2e-5)  # float32
+
+
+def test_rows_that_splash_cannot_do_go_to_xla(caplog):
+  module._tell.cache_clear()
+  short = attention(*arrays(), implementation='splash')
+  assert_allclose(short, attention(*arrays()), atol=0)
+  assert not caplog.records  # a short prompt is no news
+  odd = [x[:, :200] for x in long_arrays()]
+  assert_allclose(attention(*odd, 'splash'), attention(*odd), atol=0)
+  assert 'a multiple of 128 tokens; 200 go to xla' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'platform', 'dtype', 'size', 'expected', 'reason'),
+  [
+    ('auto', 'cpu', 'bfloat16', 128, 'xla', ''),
+    ('auto', 'tpu', 'float32', 64, 'splash', ''),
+    ('auto', 'gpu', 'bfloat16', 128, 'cudnn', ''),
+    ('auto', 'gpu', 'float32', 128, 'xla', ''),
+    ('auto', 'gpu', 'bfloat16', 256, 'xla', ''),
+    ('xla', 'tpu', 'bfloat16', 128, 'xla', ''),
+    ('splash', 'cpu', 'bfloat16', 128, 'xla', 'it is for TPU, and the devices are cpu'),
+    ('cudnn', 'tpu', 'bfloat16', 128, 'xla', 'it is for CUDA, and the devices are tpu'),
+    ('cudnn', 'gpu', 'float32', 128, 'xla', 'config.runtime.dtype=float32'),
+    ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'heads of 20'),
+  ],
+)
+def test_choice(wanted, platform, dtype, size, expected, reason):
+  name, why = module.choose(wanted, platform, dtype, size)
+  assert name == expected
+  assert reason in why
+  assert bool(reason) == bool(why)
 
 
 def test_softmax_is_in_float32():
@@ -91,5 +205,7 @@ def test_softmax_is_in_float32():
 
 
 def test_unknown_implementation():
-  with pytest.raises(ValueError, match=r"attention='flash' is not one of \('xla', 'cudnn'\)"):
+  with pytest.raises(
+    ValueError, match=r"attention='flash' is not one of \('xla', 'cudnn', 'splash'\)"
+  ):
     attention(*arrays(), implementation='flash')
