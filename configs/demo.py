@@ -13,7 +13,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   """The demo up to and including `last_job`."""
   config.stages = JOBS[: JOBS.index(last_job) + 1]
   config.network.update(models.tiny())
-  config.runtime.remat = False
+  config.runtime.remat = 'none'
   config.runtime.unroll = config.network.num_hidden_layers
   config.demo.sft_rows = 16_384
   config.demo.pairs = 20_000

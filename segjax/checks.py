@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from segjax import contradictions
 from segjax.reference_exact import as_published
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
-from segjax.settings import JOBS, Settings
+from segjax.settings import ACTIVATIONS, JOBS, Settings
 
 
 def from_config(config: ConfigDict) -> Settings:
@@ -79,6 +79,7 @@ def validate(settings: Settings) -> None:
   """Checks the values against each other; ValueError names the key and the fix."""
   _stages(settings)
   _names(settings)
+  _activations(settings)
   _ranges(settings)
   _lengths(settings)
   _batch_parts(settings)
@@ -112,6 +113,8 @@ def _names(s: Settings) -> None:
   published = [f'published:{name}' for name in normalizer.PUBLISHED]
   for key, names in {
     'runtime.dtype': ('float32', 'bfloat16'),
+    'runtime.weights_dtype': ('float32', 'bfloat16'),
+    'runtime.frozen_memory': ('device', 'host'),
     'runtime.attention': ('auto', 'xla', 'cudnn', 'splash'),
     'data.overlong': ('truncate_left', 'drop', 'error'),
     'reward_model.normalizer': ('', 'none', *published),
@@ -137,6 +140,29 @@ def _names(s: Settings) -> None:
     }.items():
       key = f'{section}.segmentation.{name}'
       _one_of(key, _get(s, key), (*empty, *names))
+
+
+def _activations(s: Settings) -> None:
+  keep = [] if s.runtime.remat in ('none', 'full') else s.runtime.remat.split(',')
+  offload = s.runtime.offload.split(',') if s.runtime.offload else []
+  for key, names, others in (('remat', keep, 'none, full, or '), ('offload', offload, '')):
+    for name in names:
+      if name not in ACTIVATIONS:
+        raise ValueError(
+          f'config.runtime.{key}: {name!r} is no activation; use {others}names out of '
+          f'{",".join(ACTIVATIONS)}, joined by commas.'
+        )
+  both = sorted(set(keep) & set(offload))
+  if both:
+    raise ValueError(
+      f'config.runtime.remat and runtime.offload both name {", ".join(both)}; it is kept in one '
+      'place, on the device or on the host.'
+    )
+  if offload and s.runtime.remat == 'none':
+    raise ValueError(
+      'config.runtime.offload with remat=none: everything is kept on the device; set '
+      'config.runtime.remat=full, or names.'
+    )
 
 
 def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
@@ -195,6 +221,7 @@ def _ranges(s: Settings) -> None:
     raise ValueError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   for key in _OPTIMIZERS:
     optimizer = _get(s, key)
+    _one_of(f'{key}.moments_dtype', optimizer.moments_dtype, ('float32', 'bfloat16'))
     if optimizer.learning_rate < 0:
       raise ValueError(f'config.{key}.learning_rate={optimizer.learning_rate} is negative.')
     if not 0 <= optimizer.warmup_ratio <= 1:

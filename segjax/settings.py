@@ -9,6 +9,10 @@ from typing import Any
 
 JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck')
 
+# What a layer computes, in this order, and can be kept for the backward pass: its input, the
+# projections with rotary positions, what attention found, the sum with the input, the MLP's halves.
+ACTIVATIONS = ('hidden', 'query', 'key', 'value', 'attention', 'residual', 'gate', 'up')
+
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
@@ -21,10 +25,13 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-  """How every network is run; the weights being trained are float32 whatever the dtype."""
+  """How every network is run."""
 
   dtype: str = 'float32'  # of activations and of frozen weights: float32 or bfloat16
-  remat: bool = True  # recompute each layer in the backward pass
+  weights_dtype: str = 'float32'  # of weights being trained; bfloat16 is rounded at random
+  frozen_memory: str = 'device'  # or host: where reference and reward model wait between uses
+  remat: str = 'full'  # recompute layers in the backward pass; none, or names of what to keep
+  offload: str = ''  # names of what is kept in host memory instead
   unroll: int = 1  # layers per iteration of the scan; all of them is faster for a tiny net on CPU
   attention: str = 'auto'  # splash on TPU, cudnn on CUDA in bfloat16, else xla; or one of these
   logprob_chunk: int = 256  # positions whose logits exist at once, per row
@@ -113,6 +120,7 @@ class Optimizer:
   epsilon: float = 1e-8
   weight_decay: float = 0.0
   max_grad_norm: float = 1.0
+  moments_dtype: str = 'float32'  # in which both moments are stored: float32 or bfloat16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,6 +125,19 @@ def test_whole_numbers_become_floats():
     ({'stages': ('reward',), 'reward_model.path': 'x'}, 'config.stages trains a reward model'),
     ({'runtime.dtype': 'bf16'}, "runtime.dtype='bf16' is not one of float32, bfloat16"),
     ({'runtime.attention': 'flash'}, 'runtime.attention'),
+    ({'runtime.remat': 'atention'}, "remat: 'atention' is no activation; use none, full, or names"),
+    (
+      {'runtime.offload': 'full'},
+      "offload: 'full' is no activation; use names out of hidden,query",
+    ),
+    (
+      {'runtime.remat': 'gate,up', 'runtime.offload': 'up'},
+      'both name up; it is kept in one place',
+    ),
+    ({'runtime.remat': 'none', 'runtime.offload': 'up'}, 'everything is kept on the device'),
+    ({'runtime.weights_dtype': 'float16'}, 'runtime.weights_dtype'),
+    ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
+    ({'runtime.frozen_memory': 'disk'}, 'runtime.frozen_memory'),
     ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
     (
       {'reward.segmentation.granularity': 'word'},

@@ -41,7 +41,7 @@ def test_default_workdir(config, expected):
     (['--config', 'ppo.py:demo'], '--config=ppo.py:demo: there is no file .ppo.py'),
     (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
     (['--config.seed=1', '--config.sft.batchs=1'], r'config.sft.batchs .* mean config.sft.batch'),
-    (['--noconfig.runtime.remt'], 'did you mean config.runtime.remat'),
+    (['--config.runtime.remt=none'], 'did you mean config.runtime.remat'),
   ],
 )
 def test_wrong_flags_are_named(arguments, message):
@@ -104,7 +104,7 @@ FEW = {
   'ppo.minibatch': 16,
   'evaluate.samples': 1,
   'evaluate.batch': 16,
-  'runtime.remat': False,
+  'runtime.remat': 'none',
 }
 
 

@@ -117,7 +117,7 @@ def verify(
     ours_head, params = theirs_head, reader.load_params(origin, config, theirs_head, dtype='')
   else:
     config, ours_head, params = _restore(Path(checkpoint).expanduser(), config, theirs_head)
-  config = dataclasses.replace(config, dtype=dtype, remat=False)
+  config = dataclasses.replace(config, dtype=dtype, remat='none')
   narrowest = max(_narrowed(params, held, checked), dtype, key=_TOLERANCES.__getitem__)
   headless = ours_head != theirs_head
   sequences = _sequences(config, ids, length)

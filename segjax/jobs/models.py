@@ -14,6 +14,7 @@ from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
+from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 from segjax.settings import Segmentation
 from segjax.train import segment_reward
@@ -51,9 +52,10 @@ def find(stage: Stage) -> tuple[dict[str, Path], SegmentReward, dict[str, LlamaC
 def load(
   stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
 ) -> dict[str, Any]:
-  """The frozen parameters of those models that there are."""
+  """The frozen parameters of those models that there are, where they wait to be used."""
+  wait = sharding.to_host if stage.settings.runtime.frozen_memory == 'host' else lambda tree: tree
   return {
-    name: jobs.load(stage, paths[name], networks[name], HEADS[name])
+    name: wait(jobs.load(stage, paths[name], networks[name], HEADS[name]))
     for name in names
     if name in paths
   }

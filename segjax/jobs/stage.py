@@ -89,7 +89,8 @@ def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaCon
   config = reader.load_config(
     directory,
     dtype=runtime.dtype,
-    remat=runtime.remat and trained,
+    remat=runtime.remat if trained else 'none',
+    offload=runtime.offload,
     scan_unroll=runtime.unroll,
     logprob_chunk=runtime.logprob_chunk,
   )
@@ -105,8 +106,9 @@ def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaCon
 def load(
   stage: Stage, directory: Path, config: LlamaConfig, head: str, *, trained: bool = False
 ) -> Any:
-  """The parameters in `directory`: float32 to be trained, else in the compute dtype."""
-  dtype = 'float32' if trained else stage.settings.runtime.dtype
+  """The parameters in `directory`, in the dtype of trained weights, or in the compute dtype."""
+  runtime = stage.settings.runtime
+  dtype = runtime.weights_dtype if trained else runtime.dtype
   return reader.load_params(
     directory, config, head, mesh=stage.mesh, dtype=dtype, key=stage.key('head')
   )

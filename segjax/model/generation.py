@@ -62,7 +62,7 @@ def make_decoder(
         'that of the network.'
       )
   return Decoder(
-    config=dataclasses.replace(config, remat=False),
+    config=dataclasses.replace(config, remat='none'),
     sampling=sampling,
     stop_ids=tuple(stop_ids),
     chunk=min(chunk, sampling.max_new_tokens),

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from segjax.model import sharding
@@ -36,9 +37,16 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Sizes of the network (HF's names) and how it is run: dtype, remat, attention,
-  how many layers an iteration of
-  the scan holds, and how many positions' logits exist at once."""
+  """Sizes of the network (HF's names) and how it is run.
+
+  Attributes:
+    remat: what the backward pass does about activations: 'none' keeps all, 'full' recomputes each
+      layer from its input, and names of `settings.ACTIVATIONS`, joined by commas, keep those.
+    offload: such names, kept in the host's memory instead, where remat is not 'none'.
+    attention: one of `attention.IMPLEMENTATIONS`.
+    logprob_chunk: positions whose logits exist at once, per row.
+    scan_unroll: layers that an iteration of the scan holds.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -56,10 +64,25 @@ class LlamaConfig:
   mlp_bias: bool = False
   initializer_range: float = 0.02
   dtype: str = 'float32'
-  remat: bool = True
+  remat: str = 'full'
+  offload: str = ''
   attention: str = 'xla'
   logprob_chunk: int = 256
   scan_unroll: int = 1
+
+
+def _kept(config: LlamaConfig) -> Any:
+  """The policy of `jax.checkpoint` for config.remat and config.offload; None keeps nothing."""
+  save = [] if config.remat == 'full' else config.remat.split(',')
+  offload = config.offload.split(',') if config.offload else []
+  if not offload:
+    return jax.checkpoint_policies.save_only_these_names(*save) if save else None
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=save,
+    names_which_can_be_offloaded=offload,
+    offload_src='device',
+    offload_dst='pinned_host',
+  )
 
 
 def config_of(network: Network) -> LlamaConfig:
@@ -174,15 +197,23 @@ class Block(nn.Module):
     return sharding.constrain(heads, f'{self.layout}heads')
 
   def _project(self, x, positions):
-    y = self.attention_norm(x)
+    y = sharding.constrain(self.attention_norm(x), f'{self.layout}gathered')
     query = rotate(self._heads(self.query(y)), positions, self.config)
     key = rotate(self._heads(self.key(y)), positions, self.config)
-    return query, key, self._heads(self.value(y))
+    value = self._heads(self.value(y))
+    return (
+      checkpoint_name(query, 'query'),
+      checkpoint_name(key, 'key'),
+      checkpoint_name(value, 'value'),
+    )
 
   def _finish(self, x, found):
-    x = x + self.output(found.reshape(*x.shape[:2], -1))
-    y = self.mlp_norm(x)
-    y = sharding.constrain(nn.silu(self.gate(y)) * self.up(y), f'{self.layout}mlp')
+    found = checkpoint_name(found, 'attention')
+    x = sharding.constrain(x + self.output(found.reshape(*x.shape[:2], -1)), f'{self.layout}hidden')
+    x = checkpoint_name(x, 'residual')
+    y = sharding.constrain(self.mlp_norm(x), f'{self.layout}gathered')
+    gate, up = checkpoint_name(self.gate(y), 'gate'), checkpoint_name(self.up(y), 'up')
+    y = sharding.constrain(nn.silu(gate) * up, f'{self.layout}mlp')
     return sharding.constrain(x + self.down(y), f'{self.layout}hidden')
 
   def __call__(
@@ -192,6 +223,7 @@ class Block(nn.Module):
     segment_ids: Int[Array, 'B S'] | None = None,
   ) -> tuple[Float[Array, 'B S D'], None]:
     """Causal, over whole sequences padded on the right; the None is what a scan collects."""
+    x = checkpoint_name(x, 'hidden')
     query, key, value = self._project(x, positions)
     found = attention(query, key, value, self.config.attention, segment_ids=segment_ids)
     return self._finish(x, found), None
@@ -235,7 +267,9 @@ class Llama(nn.Module):
     self.embedding = self.param(
       'embedding', nn.initializers.normal(c.initializer_range), (c.vocab_size, c.hidden_size)
     )
-    block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+    block = Block
+    if c.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=_kept(c))
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0},
@@ -249,11 +283,12 @@ class Llama(nn.Module):
   def embed(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S D']:
     """Token embeddings in the compute dtype."""
     table = sharding.constrain(self.embedding.astype(self.config.dtype), 'embedding')
-    return sharding.constrain(table[ids], 'hidden')
+    # Looked up by every device in its part of the vocabulary and added up, the table stays split.
+    return sharding.constrain(sharding.constrain(table[ids], 'gathered'), 'hidden')
 
   def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
     """The norm after the last layer."""
-    return self.norm(x)
+    return sharding.constrain(self.norm(x), 'gathered')
 
   def __call__(
     self,

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
 WHOLE = ('fsdp', 'tensor')
+_HOST = 'pinned_host'
 
 # One match per tensor: none or two is an error. Optimizer moments carry their parameter's path as
 # a suffix, so the same line places them. Stacked layers have L in front. The embedding is split on
@@ -40,7 +41,10 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
 
 ACTIVATION_RULES: dict[str, P] = {
   'tokens': P(BATCH, None),
-  'hidden': P(BATCH, None, None),
+  # Between the matrix products each device of the tensor axis has a part of the positions, so that
+  # what is kept for the backward pass is split too; for the products the parts are gathered.
+  'hidden': P(BATCH, 'tensor', None),
+  'gathered': P(BATCH, None, None),
   'mlp': P(BATCH, None, 'tensor'),
   'heads': P(BATCH, None, 'tensor', None),
   'logits': P(BATCH, None, 'tensor'),
@@ -51,6 +55,7 @@ ACTIVATION_RULES: dict[str, P] = {
   # Of the decode loop, where the weights stay put, split over fsdp and tensor together.
   'decode_tokens': P('data', None),
   'decode_hidden': P('data', None, None),
+  'decode_gathered': P('data', None, None),
   'decode_mlp': P('data', None, WHOLE),
   'decode_logits': P('data', None, WHOLE),
   'decode_heads': P('data', None, WHOLE, None),
@@ -262,6 +267,30 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
   return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+  """The arrays in the memory of the host they are at, laid out as before.
+
+  Raises:
+    ValueError: the devices cannot read from there.
+  """
+  device = next(iter(jax.tree.leaves(tree)[0].devices()))
+  if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+    raise ValueError(
+      f'config.runtime.frozen_memory=host: {device.device_kind} devices cannot read the memory of '
+      'the host; use device.'
+    )
+  return _in_memory(tree, _HOST)
+
+
+def to_device(tree: Any) -> Any:
+  """What `to_host` put away, back on the devices; arrays that are there stay."""
+  return _in_memory(tree, 'device')
+
+
+def _in_memory(tree: Any, kind: str) -> Any:
+  return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
 
 
 def replicate(x: Any, mesh: Mesh) -> jax.Array:

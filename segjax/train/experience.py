@@ -134,6 +134,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
 
   A piece is as wide as its longest sequence needs, in a few widths so that few programs compile.
   """
+  params = sharding.to_device(params)  # for as long as this takes, those that wait on the host
   ids, segment_ids = _join_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.score_batch or total

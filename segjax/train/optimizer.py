@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from segjax.model import sharding
 from segjax.rl.schedules import warmup_cosine
@@ -25,16 +25,67 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
       min_ratio=settings.min_ratio,
     )
 
-  return optax.chain(
-    optax.clip_by_global_norm(settings.max_grad_norm),
-    optax.adamw(
-      schedule,
-      b1=settings.beta1,
-      b2=settings.beta2,
-      eps=settings.epsilon,
-      weight_decay=settings.weight_decay,
-    ),
+  adamw = optax.adamw(
+    schedule,
+    b1=settings.beta1,
+    b2=settings.beta2,
+    eps=settings.epsilon,
+    weight_decay=settings.weight_decay,
   )
+  return optax.chain(
+    optax.clip_by_global_norm(settings.max_grad_norm), _stored_in(settings.moments_dtype, adamw)
+  )
+
+
+def _stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`inner`, computed in float32, its state kept in `dtype`."""
+  if dtype == 'float32':
+    return inner
+
+  def update(updates, state, params=None):
+    updates, state = inner.update(updates, _cast(state, jnp.float32), params)
+    return updates, _cast(state, dtype)
+
+  return optax.GradientTransformation(lambda params: _cast(inner.init(params), dtype), update)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+  """The floating-point arrays of the tree in `dtype`."""
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
+
+
+def _widened(tree: Any) -> Any:
+  """In at least float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _rounded(tree: Any, like: Any, step: Array) -> Any:
+  """The tree in the dtypes of `like`; bfloat16 at random, up with the share of a gap that is left.
+
+  E[rounded] = x: steps far below a gap between bfloat16 numbers (2^-8 of the weight) still add up.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+  kinds = [leaf.dtype for leaf in jax.tree.leaves(like)]
+  return treedef.unflatten(
+    stochastic_round(key, leaf) if kind == jnp.bfloat16 else leaf.astype(kind)
+    for key, leaf, kind in zip(keys, leaves, kinds, strict=True)
+  )
+
+
+def stochastic_round(key: Array, x: Float[Array, '*n']) -> Float[Array, '*n']:
+  """x in bfloat16: one of its two neighbours there, with probabilities that make the mean x.
+
+  bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, which is then
+  cut off. Not finite stays so.
+  """
+  x = x.astype(jnp.float32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
 
 
 def warmup_steps(settings: Optimizer, total_steps: int) -> int:
@@ -46,7 +97,7 @@ def init_state(params: Any, settings: Optimizer, total_steps: int) -> TrainState
   """Step 0 with fresh moments, laid out like the parameters they belong to."""
 
   def init(params):
-    return sharding.constrain_tree(make_optimizer(settings, total_steps).init(params))
+    return sharding.constrain_tree(make_optimizer(settings, total_steps).init(_widened(params)))
 
   return TrainState(jnp.int32(0), params, jax.jit(init)(params))
 
@@ -60,9 +111,11 @@ def apply_update(
   a bad update must never leave the jitted step.
   """
   optimizer = make_optimizer(settings, total_steps)
+  grads, params = _widened(grads), _widened(state.params)
   grad_norm = optax.tree.norm(grads)
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+  updates, opt_state = optimizer.update(grads, state.opt_state, params)
+  params = _rounded(optax.apply_updates(params, updates), state.params, state.step)
+  updated = TrainState(state.step + 1, params, opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
   return sharding.constrain_tree(state), {'grad_norm': grad_norm, 'bad': 1 - good.astype(jnp.int32)}

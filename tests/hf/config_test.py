@@ -67,8 +67,8 @@ def test_defaults_are_those_of_transformers(tmp_path):
 
 
 def test_runtime_fields():
-  config = config_from_hf(RAW, dtype='bfloat16', remat=False)
-  assert (config.dtype, config.remat) == ('bfloat16', False)
+  config = config_from_hf(RAW, dtype='bfloat16', remat='none')
+  assert (config.dtype, config.remat) == ('bfloat16', 'none')
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _write(directory, variant):
 
 
 def _logits(directory, ids):
-  config = reader.load_config(directory, remat=False)
+  config = reader.load_config(directory, remat='none')
   params = reader.load_params(directory, config, 'language')
   return np.asarray(heads.logits(params, jnp.asarray(ids), config))
 

@@ -26,7 +26,7 @@ def small():
     config.stages = stages
     config.update_from_flattened_dict(
       {
-        'runtime.remat': False,
+        'runtime.remat': 'none',
         'network.hidden_size': 16,
         'network.intermediate_size': 32,
         'network.num_hidden_layers': 1,

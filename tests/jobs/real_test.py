@@ -26,7 +26,7 @@ def values(material):
       'data.limit': 64,
       'data.max_length': 128,
       'data.max_prompt_length': 64,
-      'runtime.remat': False,
+      'runtime.remat': 'none',
       'sft.batch': 8,
       'sft.steps': 2,
       'reward.batch': 8,

@@ -83,6 +83,15 @@ def test_padding_and_batch_mates_change_nothing(language, scalar):
     assert_allclose(shorter[name], whole[name][:, :16], atol=1e-5, err_msg=name)
 
 
+REMAT = {
+  'full': {},
+  'names': {'remat': 'attention,residual'},
+  'offload': {'offload': 'hidden'},
+  'both': {'remat': 'attention', 'offload': 'hidden,residual'},
+  'none': {'remat': 'none'},
+}
+
+
 def test_remat_changes_nothing(language):
   ids = jnp.asarray(tiny.ids())
 
@@ -91,11 +100,31 @@ def test_remat_changes_nothing(language):
     return jnp.sum(logprob) + jnp.sum(entropy**2)
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-  on, on_grads = grad(language, tiny.CONFIG)
-  off, off_grads = grad(language, dataclasses.replace(tiny.CONFIG, remat=False))
-  # The same sums, fused otherwise.
-  assert_allclose(on, off, rtol=1e-6)
-  jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), on_grads, off_grads)
+  expected, expected_grads = grad(language, tiny.CONFIG)
+  for name, how in REMAT.items():
+    found, grads = grad(language, dataclasses.replace(tiny.CONFIG, **how))
+    # The same sums, fused otherwise.
+    assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), grads, expected_grads)
+
+
+def test_what_is_kept_takes_memory():
+  """Per layer: the input alone; two more of its size; everything."""
+  config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=8)
+  shapes = heads.param_shapes(config, 'scalar')
+  ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+  def temporaries(how):
+    def loss(params, ids):
+      return jnp.sum(heads.scores(params, ids, dataclasses.replace(config, **how)))
+
+    compiled = jax.jit(jax.grad(loss)).lower(shapes, ids).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  full, names, none = (temporaries(REMAT[name]) for name in ('full', 'names', 'none'))
+  one = 4 * 8 * 8 * 64 * config.hidden_size  # float32, of all layers and tokens
+  assert names - full == pytest.approx(2 * one, rel=0.3)
+  assert none > full + 4 * one
 
 
 @pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
@@ -145,7 +174,7 @@ def hidden_states(params, ids, positions, attended, config):
   return Llama(config).apply({'params': params}, ids, positions, segment_ids)
 
 
-@pytest.mark.parametrize('remat', [True, False])
+@pytest.mark.parametrize('remat', ['full', 'none'])
 @pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
 def test_unattended_tokens(config, remat):
   """Those attended find what they would with the others cut out; the others have no context."""

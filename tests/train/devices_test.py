@@ -1,6 +1,7 @@
 """Eight devices as data 2 x fsdp 2 x tensor 2 give the numbers of one, and move little."""
 
 import functools
+import inspect
 import re
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.testing import assert_allclose
 from segjax.model import decode
 from segjax.model.generation import make_decoder
 from segjax.train.experience import make_experience, score, score_piece
-from segjax.train.ppo_step import ppo_step
+from segjax.train.ppo_step import critic_step, policy_step, ppo_step
 from segjax.train.reward_step import reward_step
 from segjax.train.rollout import sampling
 from segjax.train.sft_step import sft_step
@@ -35,16 +36,19 @@ class Training(NamedTuple):
   states: dict[str, Any]
   program: str  # what one device runs, as HLO
   warnings: list[str]  # of the partitioner
+  updated: list[int]  # bytes that each program writes where its arguments were, on one device
 
 
 def program(function, *arguments, **static):
   """The compiled program, which a call just before has left in jit's cache."""
-  return function.lower(*arguments, **static).compile().as_text()
+  return function.lower(*arguments, **static).compile()
 
 
-def train(mesh, function, states, *arguments, **static):
+def train(mesh, function, states, *arguments, jitted=None, **static):
+  """Three steps of `function`, which may be a host function that calls the `jitted` ones."""
+  jitted = jitted or {function: tuple(states)}
   before = {name: setting.copied(state.params) for name, state in states.items()}
-  compiled = function._cache_size()
+  compiled = [each._cache_size() for each in jitted]
   metrics = []
   with tiny.captured_stderr() as lines:
     for step in range(3):
@@ -53,9 +57,15 @@ def train(mesh, function, states, *arguments, **static):
       states = dict(zip(states, new, strict=True))
       metrics.append(jax.device_get(found))
   if mesh.size > 1:
-    assert function._cache_size() > compiled  # so that a warning would have been captured
-  text = program(function, *states.values(), *given, **static)
-  return Training(metrics, before, states, text, tiny.rematerialisations(lines))
+    # So that a warning would have been captured.
+    assert all(each._cache_size() > size for each, size in zip(jitted, compiled, strict=True))
+  text, updated = '', []
+  for each, names in jitted.items():
+    wanted = len(inspect.signature(each).parameters) - len(names) - len(static)
+    compiled = program(each, *(states[name] for name in names), *given[:wanted], **static)
+    text += compiled.as_text()
+    updated.append(compiled.memory_analysis().alias_size_in_bytes)
+  return Training(metrics, before, states, text, tiny.rematerialisations(lines), updated)
 
 
 @functools.cache
@@ -91,7 +101,9 @@ def decode_program(params, mesh):
   """A chunk of decode steps for four slots."""
   decoder = make_decoder(tiny.CONFIG, sampling(setting.ROLLOUT), tiny.STOP_IDS, mesh)
   weights = decode.weights(params, decoder=decoder)
-  return program(decode.advance, weights, decode.empty(4, 64, decoder=decoder), decoder=decoder)
+  return program(
+    decode.advance, weights, decode.empty(4, 64, decoder=decoder), decoder=decoder
+  ).as_text()
 
 
 def captured(warnings, name, run):
@@ -126,7 +138,7 @@ def scored(devices):
         score_piece,
         *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), None, piece),
         recipe=recipe,
-      ),
+      ).as_text(),
     }
   return Scored(rollout, found, experience, metrics, programs, warnings)
 
@@ -139,7 +151,9 @@ def ppo(devices):
   with jax.set_mesh(mesh):
     states = {name: setting.state(name, mesh) for name in ('policy', 'critic')}
     static = {'recipe': setting.recipe(), 'total_steps': setting.TOTAL}
-    return train(mesh, ppo_step, states, experience, lambda step: rows[step], KL_COEF, **static)
+    given = experience, lambda step: rows[step], KL_COEF
+    jitted = {policy_step: ('policy',), critic_step: ('critic',)}
+    return train(mesh, ppo_step, states, *given, jitted=jitted, **static)
 
 
 TRAININGS = {
@@ -249,6 +263,25 @@ def gathers(text, loops_only=False):
       if match := re.search(r'= (.*?) all-gather(?:-start)?\(', line):
         made += [tuple(map(int, x.split(','))) for x in re.findall(r'\[([\d,]+)\]', match[1])]
   return made
+
+
+@pytest.mark.parametrize('name', TRAININGS)
+def test_states_are_updated_where_they_are(name):
+  """Donated to the last byte: weights and moments exist once."""
+  found = TRAININGS[name](8)
+  for state, updated in zip(found.states.values(), found.updated, strict=True):
+    assert updated == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+
+
+def test_residuals_are_split_over_the_tensor_axis():
+  """What each layer leaves for the backward pass: [L, B/4, S/2, D] on a (2, 2, 2) mesh."""
+  layers, width = tiny.CONFIG.num_hidden_layers, tiny.CONFIG.hidden_size
+  kept = {
+    shape
+    for shape in re.findall(r'f32\[([\d,]+)\]', sft(8, name='untied').program)
+    if shape.startswith(f'{layers},2,') and shape.endswith(f',{width}')
+  }
+  assert kept == {f'{layers},2,{tiny.LENGTH // 2},{width}'}
 
 
 # As one device sees them: 2 rows of the 8, half of the vocabulary of 80, width 32.

@@ -9,6 +9,7 @@ from model import tiny
 from numpy.testing import assert_allclose
 from rl.ragged import LENGTH, make_batch
 
+from segjax.model import sharding
 from segjax.settings import Shaping
 from segjax.train import experience
 from segjax.train.experience import (
@@ -77,6 +78,16 @@ def test_pieces_equal_the_whole(params, rollout, caplog):
   for name in Scores._fields:
     # float32, matrix products of another height.
     assert_allclose(getattr(pieces, name), getattr(expected, name), atol=3e-5, err_msg=name)
+
+
+def test_frozen_models_may_wait_on_the_host(params, rollout):
+  expected = score(params, rollout, recipe=setting.recipe())
+  waiting = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(waiting)}
+  assert kinds == {'pinned_host'}
+  found = score(params | waiting, rollout, recipe=setting.recipe())
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == kinds  # they still do
 
 
 def test_evaluation_has_no_critic(params, rollout):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from segjax.model import sharding
 from segjax.settings import Optimizer
-from segjax.train.optimizer import apply_update, init_state, warmup_steps
+from segjax.train.optimizer import apply_update, init_state, stochastic_round, warmup_steps
 
 SETTINGS = Optimizer(
   learning_rate=0.1,
@@ -74,3 +75,47 @@ def test_update_that_is_not_finite_is_left_out(free_names, loss, grad):
 )
 def test_warmup_rounds_up(ratio, total, expected):
   assert warmup_steps(Optimizer(warmup_ratio=ratio), total) == expected
+
+
+def test_moments_in_bfloat16(free_names):
+  """Stored in half the bytes; the updates are those of float32 but for their rounding."""
+  narrow = dataclasses.replace(SETTINGS, moments_dtype='bfloat16')
+  weights = {}
+  for settings in (SETTINGS, narrow):
+    state = init_state({'weight': jnp.ones(64)}, settings, TOTAL)
+    update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=TOTAL))
+    for seed in range(TOTAL):
+      grads = {'weight': jax.random.normal(jax.random.key(seed), (64,))}
+      state, _ = update(state, grads, jnp.float32(1))
+    weights[settings.moments_dtype] = np.asarray(state.params['weight'])
+    kinds = {str(x.dtype) for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert kinds == {settings.moments_dtype}
+  moved = np.abs(weights['float32'] - 1).max()
+  assert moved > 0.1
+  assert_allclose(weights['bfloat16'], weights['float32'], atol=0.02 * moved)
+
+
+def test_stochastic_rounding_has_the_right_mean():
+  x = jnp.asarray([1 + 2**-9, -3.1, 1e-30, 0.0, np.inf, -np.inf, np.nan, 1.0])
+  keys = jax.random.split(jax.random.key(0), 4096)
+  drawn = np.asarray(jax.vmap(lambda key: stochastic_round(key, x))(keys), np.float64)
+  below = np.asarray(x.astype(jnp.bfloat16), np.float64)
+  gap = np.abs(np.asarray(x, np.float64)) * 2**-7
+  for index in (0, 1, 2):
+    assert len(set(drawn[:, index])) == 2
+    # Of 4096 coins: five standard errors of at most half a gap.
+    assert abs(drawn[:, index].mean() - float(x[index])) < 5 * 0.5 * gap[index] / 64
+  np.testing.assert_array_equal(drawn[:, 3:], np.broadcast_to(below[3:], (4096, 5)))
+
+
+def test_small_steps_of_bfloat16_weights_add_up(free_names):
+  """Each is a hundredth of the gap between weights; rounded to the nearest, nothing would move."""
+  settings = Optimizer(learning_rate=2**-7 / 100, warmup_ratio=0.0, min_ratio=1.0)
+  state = init_state({'weight': jnp.ones(4096, jnp.bfloat16)}, settings, 100)
+  update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=100))
+  for _ in range(50):
+    state, _ = update(state, {'weight': jnp.full(4096, -1, jnp.bfloat16)}, jnp.float32(1))
+  assert state.params['weight'].dtype == jnp.bfloat16
+  assert {str(x.dtype) for x in jax.tree.leaves(state.opt_state) if x.ndim} == {'float32'}
+  moved = np.asarray(state.params['weight'], np.float64).mean() - 1
+  assert moved == pytest.approx(50 * settings.learning_rate, rel=0.1)
