@@ -47,5 +47,5 @@ setup(
       'torch==2.13.0',  # parity with transformers
     ],
   },
-  entry_points={'console_scripts': ['segjax=segjax.main:run']},
+  entry_points={'console_scripts': ['segjax=segjax.main:console']},
 )

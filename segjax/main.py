@@ -12,10 +12,13 @@ import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
+
+from segjax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with its preset: configs/ppo.py:local.', lock_config=True
@@ -45,17 +48,13 @@ def default_workdir(config_file: str, seed: int) -> str:
 
 def main(_: list[str]) -> None:
   """Reads the settings, finds the devices, runs the stages."""
-  from segjax import checks
   from segjax.report.console import say
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
     # transformers would tell that there is no torch, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-  if _CONFIG.value is None:
-    raise ValueError('--config is missing; start with --config=configs/ppo.py')
-  settings = checks.from_config(_CONFIG.value)
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  settings, name = settings_from_flags()
   workdir = Path(_WORKDIR.value or default_workdir(name, settings.seed))
   say(f'segjax {name} -> {workdir}\nstages {", ".join(settings.stages)}')
 
@@ -83,6 +82,16 @@ def main(_: list[str]) -> None:
   pipeline.run(stages, workdir, _STARTED)
 
 
+def settings_from_flags() -> tuple[Settings, str]:
+  """The settings that --config and its overrides make, and the value of --config."""
+  from segjax import checks
+
+  if _CONFIG.value is None:
+    raise ValueError('--config is missing; start with --config=configs/ppo.py')
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  return checks.from_config(_CONFIG.value), name
+
+
 def parse(arguments: list[str]) -> list[str]:
   """Flags from the command line; ValueError, in one line, where they are wrong."""
   from segjax import checks
@@ -107,12 +116,17 @@ def _root(error: BaseException) -> str:
   return str(error)
 
 
-def run() -> None:
-  """The console script: wrong settings and inputs end in one line, not in a traceback."""
+def console() -> None:
+  """The console script."""
   if sys.argv[1:2] == ['convert']:
     from segjax.hf import command
 
     raise SystemExit(command.main(sys.argv[2:]))
+  run(main)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Runs `main` on the flags; wrong settings and inputs end in one line, not in a traceback."""
   sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
   try:
     app.run(main, flags_parser=parse)
@@ -134,4 +148,4 @@ def _is_users(error: Exception) -> bool:
 
 
 if __name__ == '__main__':
-  run()
+  console()

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 WINGS = (
   *('types', 'oracle', 'rl', 'settings', 'presets', 'reference_exact', 'contradictions', 'checks'),
   *('model', 'hf', 'data'),
-  *('train', 'report', 'jobs', 'main'),
+  *('train', 'report', 'jobs', 'plan', 'main'),
 )
 MODULES = {
   '.'.join(('segjax', *path.relative_to(PACKAGE).with_suffix('').parts)): path

@@ -127,9 +127,7 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
   stages = []
   for name in settings.stages:
     stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
-    for key in JOBS[name].batches:
-      if size := _get(stage.settings, key):
-        sharding.check_batch(f'config.{key}={size}', size, mesh)
+    check_batches(name, stage.settings, mesh)
     for key in JOBS[name].needs:
       _check_path(key, _get(settings, key), stage.directory)
     stages.append(stage)
@@ -138,6 +136,13 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
   if settings.shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
     load_function(settings.shaping.reward_fn, 'shaping.reward_fn')
   return stages
+
+
+def check_batches(job: str, settings: Settings, mesh: Mesh) -> None:
+  """ValueError where a batch of the job does not divide over the mesh."""
+  for key in JOBS[job].batches:
+    if size := _get(settings, key):
+      sharding.check_batch(f'config.{key}={size}', size, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:

@@ -24,7 +24,7 @@ from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
-from segjax.settings import Settings
+from segjax.settings import Runtime, Settings
 from segjax.train.checkpoint import Checkpointer
 
 States = dict[str, Any]  # TrainStates by name, and what else a step carries on
@@ -85,22 +85,34 @@ def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaCon
   Raises:
     ValueError: its heads do not divide over the mesh's tensor axis.
   """
-  runtime = stage.settings.runtime
-  config = reader.load_config(
-    directory,
-    dtype=runtime.dtype,
-    remat=runtime.remat if trained else 'none',
-    offload=runtime.offload,
-    scan_unroll=runtime.unroll,
-    logprob_chunk=runtime.logprob_chunk,
-  )
-  platform = stage.mesh.devices.flat[0].platform
-  name, reason = choose(runtime.attention, platform, runtime.dtype, config.head_dim)
+  config = reader.load_config(directory)
+  config, reason = as_run(config, stage.settings.runtime, stage.mesh, trained=trained)
   if reason:
     stage.say(reason)
-  config = dataclasses.replace(config, attention=name)
-  sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, stage.mesh)
   return config
+
+
+def as_run(
+  config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
+) -> tuple[LlamaConfig, str]:
+  """(The network as the runtime says, why its attention is not the one asked for, or '').
+
+  Raises:
+    ValueError: its heads do not divide over the mesh's tensor axis.
+  """
+  platform = mesh.devices.flat[0].platform
+  attention, reason = choose(runtime.attention, platform, runtime.dtype, config.head_dim)
+  config = dataclasses.replace(
+    config,
+    dtype=runtime.dtype,
+    remat=runtime.remat if trained else 'none',
+    offload=runtime.offload if trained else '',
+    scan_unroll=runtime.unroll,
+    attention=attention,
+    logprob_chunk=runtime.logprob_chunk,
+  )
+  sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
+  return config, reason
 
 
 def load(

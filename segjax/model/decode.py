@@ -32,7 +32,7 @@ class Decoder:
     chunk: steps between two looks of the host.
     unrolled: layers one by one, each with a cache of its own, which CPUs like; else scanned, which
       compiles in a time that does not grow with their number.
-    layout: '' or 'decode_', a prefix in the table of `sharding`; see `layout_of`.
+    layout: a prefix in the table of `sharding`; see `decode_layout` there.
   """
 
   config: LlamaConfig
@@ -40,7 +40,7 @@ class Decoder:
   stop_ids: tuple[int, ...]
   chunk: int = 16
   unrolled: bool = True
-  layout: str = ''
+  layout: str = 'decode_'
 
 
 class Weights(NamedTuple):
@@ -97,7 +97,7 @@ class Tokens(NamedTuple):
 def weights(params: dict[str, Any], *, decoder: Decoder) -> Weights:
   """The parameters as `advance` reads them: cast and laid out once, not in every step."""
   params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
-  params = sharding.for_decoding(params, decoder.layout)
+  params = sharding.for_decoding(params)
   backbone = params['backbone']
   layers = backbone['layers']
   if decoder.unrolled:

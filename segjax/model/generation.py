@@ -282,14 +282,12 @@ def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) ->
   While the cache grows to its last size, that before is there too.
   """
   c = decoder.config
-  longest = int(prompts.length.max())
-  first, last = (_bucket(longest + n + decoder.chunk) for n in (0, decoder.sampling.max_new_tokens))
-  positions = last + (max(first, _bucket_before(last)) if first < last else 0)
+  before, last = cache_positions(int(prompts.length.max()), decoder)
+  positions = last + before
   itemsize = jnp.dtype(c.dtype).itemsize
   per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
   per_slot = positions * per_position // mesh.size  # of each device
-  parts = mesh.size if decoder.layout else mesh.shape['tensor']
-  weights = num_parameters(c) * itemsize // parts
+  weights = num_parameters(c) * itemsize * mesh.shape['data'] // mesh.size
   free = _free_bytes(mesh)
   if weights + slots * per_slot > free:
     fits = max(int((free - weights) // per_slot), 0)
@@ -299,6 +297,23 @@ def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) ->
       f'it grows, take {weights / 2**30:.2f} + {slots * per_slot / 2**30:.2f} GiB of each device, '
       f'which has {free / 2**30:.2f} GiB free; {advice}.'
     )
+
+
+def cache_positions(longest: int, decoder: Decoder) -> tuple[int, int]:
+  """(Positions of the cache before it grows for the last time, and after) for such prompts.
+
+  The first is 0 where it does not have to grow.
+  """
+  most = decoder.sampling.max_new_tokens
+  first, last = (_bucket(longest + length + decoder.chunk) for length in (0, most))
+  return (max(first, _bucket_before(last)) if first < last else 0), last
+
+
+def prefill_rows(prompts: int, length: int, decoder: Decoder, mesh: Mesh) -> tuple[int, int]:
+  """(Rows, positions) of the largest prefill of so many prompts of that length."""
+  size, rows = _bucket(length, least=16), sharding.decode_rows(decoder.layout, mesh)
+  most = max(_PREFILL_TOKENS // size, rows)
+  return _round_up(_power(min(prompts, most)), rows), size
 
 
 def _free_bytes(mesh: Mesh) -> float:

@@ -192,12 +192,19 @@ class Block(nn.Module):
     self.up = linear(c.intermediate_size, c.mlp_bias)
     self.down = linear(c.hidden_size, c.mlp_bias)
 
+  def _laid_out(self, x: Array, *names: str) -> Array:
+    """x laid out by one name after the other: how a product leaves it, how the next wants it."""
+    for name in names:
+      x = sharding.constrain(x, f'{self.layout}{name}')
+    return x
+
   def _heads(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _ h']:
-    heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
-    return sharding.constrain(heads, f'{self.layout}heads')
+    heads = self._laid_out(x, 'product', 'flat_heads')
+    heads = heads.reshape(*x.shape[:2], -1, self.config.head_dim)
+    return self._laid_out(heads, 'heads')
 
   def _project(self, x, positions):
-    y = sharding.constrain(self.attention_norm(x), f'{self.layout}gathered')
+    y = self._laid_out(self.attention_norm(x), 'gathered')
     query = rotate(self._heads(self.query(y)), positions, self.config)
     key = rotate(self._heads(self.key(y)), positions, self.config)
     value = self._heads(self.value(y))
@@ -208,13 +215,13 @@ class Block(nn.Module):
     )
 
   def _finish(self, x, found):
-    found = checkpoint_name(found, 'attention')
-    x = sharding.constrain(x + self.output(found.reshape(*x.shape[:2], -1)), f'{self.layout}hidden')
-    x = checkpoint_name(x, 'residual')
-    y = sharding.constrain(self.mlp_norm(x), f'{self.layout}gathered')
+    found = checkpoint_name(found, 'attention').reshape(*x.shape[:2], -1)
+    found = self._laid_out(found, 'flat_heads', 'product')
+    x = checkpoint_name(self._laid_out(x + self.output(found), 'hidden'), 'residual')
+    y = self._laid_out(self.mlp_norm(x), 'gathered')
     gate, up = checkpoint_name(self.gate(y), 'gate'), checkpoint_name(self.up(y), 'up')
-    y = sharding.constrain(nn.silu(gate) * up, f'{self.layout}mlp')
-    return sharding.constrain(x + self.down(y), f'{self.layout}hidden')
+    y = self._laid_out(nn.silu(gate) * up, 'product')
+    return self._laid_out(x + self.down(y), 'hidden')
 
   def __call__(
     self,

@@ -10,7 +10,7 @@ width and vocabulary. The batch is split over data and fsdp together.
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ ACTIVATION_RULES: dict[str, P] = {
   # what is kept for the backward pass is split too; for the products the parts are gathered.
   'hidden': P(BATCH, 'tensor', None),
   'gathered': P(BATCH, None, None),
-  'mlp': P(BATCH, None, 'tensor'),
+  'product': P(BATCH, None, 'tensor'),
+  'flat_heads': P(BATCH, None, 'tensor'),
   'heads': P(BATCH, None, 'tensor', None),
   'logits': P(BATCH, None, 'tensor'),
   'chunked_hidden': P(None, BATCH, None, None),
@@ -56,14 +57,22 @@ ACTIVATION_RULES: dict[str, P] = {
   'decode_tokens': P('data', None),
   'decode_hidden': P('data', None, None),
   'decode_gathered': P('data', None, None),
-  'decode_mlp': P('data', None, WHOLE),
+  'decode_product': P('data', None, WHOLE),
+  'decode_flat_heads': P('data', None, WHOLE),
   'decode_logits': P('data', None, WHOLE),
   'decode_heads': P('data', None, WHOLE, None),
   'decode_key': P('data', WHOLE, None, None),
   'decode_value': P('data', WHOLE, None, None),
-  # And where the heads do not divide that far: the weights are whole along fsdp, rows are split.
-  'key': P(BATCH, 'tensor', None, None),
-  'value': P(BATCH, 'tensor', None, None),
+  # And where the heads do not divide that far: for attention and sampling, rows are split instead.
+  'rows_tokens': P(AXES, None),
+  'rows_hidden': P('data', None, None),
+  'rows_gathered': P('data', None, None),
+  'rows_product': P('data', None, WHOLE),
+  'rows_flat_heads': P(AXES, None, None),
+  'rows_logits': P('data', None, WHOLE),
+  'rows_heads': P(AXES, None, None, None),
+  'rows_key': P(AXES, None, None, None),
+  'rows_value': P(AXES, None, None, None),
 }
 
 
@@ -85,6 +94,19 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
       'devices exactly; set one axis to -1 to take what the others leave.'
     )
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+class Sizes(NamedTuple):
+  """Devices along each axis."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+def sizes(mesh: Mesh) -> Sizes:
+  """How many devices each axis of the mesh has."""
+  return Sizes(*(mesh.shape[axis] for axis in AXES))
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -212,22 +234,20 @@ def constrain_tree(tree: Any) -> Any:
 def decode_layout(kv_heads: int, mesh: Mesh) -> str:
   """The layout of a decode loop, a prefix of names in ACTIVATION_RULES.
 
-  'decode_' splits weights and cache by heads over fsdp and tensor together, so that no step
-  gathers a weight. Where the key heads do not divide that far it is '': weights whole along fsdp,
-  gathered once for the loop, and rows split over fsdp.
+  Both split the weights over fsdp and tensor together, so that no step gathers one. 'decode_'
+  splits the cache by heads; 'rows_', where the key heads do not divide that far, by rows over all
+  devices, for which queries, keys and values of a step change places.
   """
-  return '' if kv_heads % math.prod(mesh.shape[axis] for axis in WHOLE) else 'decode_'
+  return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WHOLE) else 'decode_'
 
 
 def decode_rows(layout: str, mesh: Mesh) -> int:
   """Over how many devices that layout splits rows."""
-  return mesh.shape['data'] if layout else batch_devices(mesh)
+  return mesh.size if layout == 'rows_' else mesh.shape['data']
 
 
-def for_decoding(tree: Any, layout: str) -> Any:
+def for_decoding(tree: Any) -> Any:
   """Parameters laid out for a decode loop, in which none of them is gathered."""
-  if not layout:
-    return _constrain_tree(tree, lambda entry: _drop(entry, ('fsdp',)))
   return _constrain_tree(tree, lambda entry: WHOLE if 'tensor' in _axes(entry) else None)
 
 
@@ -245,12 +265,18 @@ def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _drop(entry: Any, axes: tuple[str, ...]) -> Any:
-  return tuple(name for name in _axes(entry) if name not in axes) or None
-
-
 def _axes(entry: Any) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def batch_sharding(rank: int, mesh: Mesh) -> NamedSharding:
+  """Split along the first axis."""
+  return NamedSharding(mesh, _batch_spec(rank))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device has the whole."""
+  return NamedSharding(mesh, P())
 
 
 def place_batch(tree: Any, mesh: Mesh) -> Any:
@@ -263,8 +289,9 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
   def place(x):
     x = np.asarray(x)
     check_batch(f'a batch of {x.shape[0]} rows', x.shape[0], mesh)
-    sharding = NamedSharding(mesh, _batch_spec(x.ndim))
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.make_array_from_callback(
+      x.shape, batch_sharding(x.ndim, mesh), lambda index: x[index]
+    )
 
   return jax.tree.map(place, tree)
 
@@ -295,4 +322,4 @@ def _in_memory(tree: Any, kind: str) -> Any:
 
 def replicate(x: Any, mesh: Mesh) -> jax.Array:
   """A host value as an array that every device holds whole."""
-  return jax.device_put(jnp.asarray(x), NamedSharding(mesh, P()))
+  return jax.device_put(jnp.asarray(x), replicated(mesh))

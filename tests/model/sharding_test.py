@@ -122,7 +122,7 @@ def test_no_mesh_no_change():
   assert sharding.constrain(x, 'tokens') is x
   assert sharding.constrain_batch(x) is x
   assert sharding.constrain_tree({'odd': x})['odd'] is x
-  assert sharding.for_decoding({'odd': x}, '')['odd'] is x
+  assert sharding.for_decoding({'odd': x})['odd'] is x
 
 
 @pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
@@ -131,22 +131,17 @@ def test_weights_and_moments_are_split_alike(config):
   with jax.set_mesh(mesh):
     params = tiny.place(tiny.params(config), mesh)
     state = init_state(params, Optimizer(), 10)
-    gathered, by_heads = (
-      jax.jit(sharding.for_decoding, static_argnums=1)(params, layout) for layout in ('', 'decode_')
-    )
+    for_decoding = jax.jit(sharding.for_decoding)(params)
   assert_moments_follow(state)
   kernels = params['backbone']['layers']
   # Per device: the width over fsdp, heads and MLP width over tensor.
   for name, shard in (('query', (2, 16, 16)), ('up', (2, 16, 24)), ('down', (2, 24, 16))):
     assert kernels[name]['kernel'].addressable_shards[0].data.shape == shard
   assert params['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
-  whole = gathered['backbone']['layers']['down']['kernel']
-  assert whole.addressable_shards[0].data.shape == (2, 24, 32)
-  assert gathered['backbone']['embedding'].addressable_shards[0].data.shape == (40, 32)
-  # By heads: fsdp and tensor together split what tensor splits, and the width is whole.
-  down = by_heads['backbone']['layers']['down']['kernel']
+  # For decoding fsdp and tensor together split what tensor splits, and the width is whole.
+  down = for_decoding['backbone']['layers']['down']['kernel']
   assert down.addressable_shards[0].data.shape == (2, 12, 32)
-  assert by_heads['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
+  assert for_decoding['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
 
 
 def assert_moments_follow(state):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -297,5 +298,6 @@ def test_no_gather_of_logits(name):
 
 def test_decode_loop_gathers_no_weights():
   found = gathers(scored(8).programs['generate'])
-  assert found  # the logits of one token of the one row that a device holds, and nothing else
-  assert set(found) <= {(1, 1, 80), (1, 80)}
+  assert found  # activations of one token of a few rows
+  smallest = tiny.CONFIG.hidden_size * tiny.CONFIG.num_key_value_heads * tiny.CONFIG.head_dim
+  assert max(map(math.prod, found)) < smallest // 2  # of the weights in a layer

@@ -1,0 +1,136 @@
+"""Chips by name, and topologies of them to compile for.
+
+A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, or `cpu:8`. Programs for TPUs are
+compiled by libtpu, which needs no TPU for it. For CUDA they are compiled for as many CPU devices,
+which estimates memory and cannot be more than an estimate.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device.
+
+  Attributes:
+    memory: bytes that programs may use.
+    flops: dense bfloat16 FLOP/s.
+    bandwidth: of its memory, bytes/s.
+    link: to the other devices, bytes/s that it can send.
+  """
+
+  name: str
+  memory: float
+  flops: float
+  bandwidth: float
+  link: float
+
+
+# TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; of the memory what the compiler says that it has.
+# GPU: the vendor's data sheets (SXM, dense); of the memory 92 %, as XLA_PYTHON_CLIENT_MEM_FRACTION
+# may say.
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12),
+    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12),
+    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12),
+    Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12),
+    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12),
+    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12),
+    Chip('cpu', math.inf, math.nan, math.nan, math.nan),
+  )
+}
+_FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_SLICES = {
+  'v5e': _FLAT,
+  'v6e': _FLAT,
+  'v5p': ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """So many chips; `is_estimate` where the programs are compiled for other devices."""
+
+  name: str
+  chip: Chip
+  count: int
+  is_estimate: bool = False
+
+  @property
+  def is_tpu(self) -> bool:
+    return self.chip.name in _SLICES
+
+
+def parse(name: str) -> Topology:
+  """The topology of that name; ValueError lists the known ones."""
+  kind, _, shape = name.partition(':')
+  if kind in _SLICES and shape in _SLICES[kind]:
+    return Topology(name, CHIPS[kind], math.prod(map(int, shape.split('x'))))
+  if kind == 'cpu' and re.fullmatch('[1-9][0-9]*', shape):
+    return Topology(name, CHIPS['cpu'], int(shape))
+  match = re.fullmatch(r'([1-9][0-9]*)x(.+)', shape)
+  if kind == 'cuda' and match and match[2] in CHIPS and '-' in match[2]:
+    return Topology(name, CHIPS[match[2]], int(match[1]), is_estimate=True)
+  raise ValueError(f'topology {name!r} is not known; known are\n{_known()}')
+
+
+def _known() -> str:
+  lines = []
+  for kind, shapes in _SLICES.items():
+    sizes = ', '.join(f'{s} ({math.prod(map(int, s.split("x")))})' for s in shapes)
+    lines.append(f'  {kind}:{sizes} chips of {CHIPS[kind].memory / GIB:.2f} GiB')
+  for name, chip in CHIPS.items():
+    if '-' in name:
+      lines.append(f'  cuda:Nx{name} N chips of {chip.memory / GIB:.1f} GiB')
+  return '\n'.join([*lines, '  cpu:N N devices of this machine'])
+
+
+def prepare(topology: Topology) -> None:
+  """Sets what jax reads when it is imported.
+
+  Raises:
+    ValueError: there is no libtpu, which compiles for TPUs.
+  """
+  if topology.is_tpu and importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f'{topology.name} needs libtpu, which compiles for TPUs on any machine; '
+      "install it by pip install -e '.[plan]'"
+    )
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  if topology.is_tpu:
+    os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+    os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)
+  else:
+    flag = f'--xla_force_host_platform_device_count={topology.count}'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
+
+
+def _accelerator_type(topology: Topology) -> str:
+  cores = 2 if topology.chip.name == 'v5p' else 1
+  name = {'v5e': 'v5litepod'}.get(topology.chip.name, topology.chip.name)
+  return f'{name}-{topology.count * cores}'
+
+
+def devices(topology: Topology) -> list[Any]:
+  """What programs are compiled for, after `prepare`."""
+  import jax
+  from jax.experimental import topologies
+
+  if topology.is_tpu:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=topology.name)
+    return list(found.devices)
+  if len(jax.devices()) < topology.count:
+    raise ValueError(
+      f'{topology.name} wants {topology.count} devices, and jax has {len(jax.devices())}; start a '
+      'process of its own for each topology.'
+    )
+  return jax.devices()[: topology.count]
