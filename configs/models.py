@@ -16,6 +16,48 @@ HUB = {
 }
 
 
+# How a job of 8B or 70B models is laid out on a slice: settings by job and topology, over those of
+# the recipe, which they change in nothing but rounding. `tools/plan.py` shows that they fit.
+_PPO_8B = {'ppo.micro_batch': 16, 'ppo.score_batch': 64, 'rollout.slots': 512}
+TOPOLOGIES = {
+  ('ppo', '8b'): {
+    'v5p:2x2x2': _PPO_8B,
+    'v6e:4x4': _PPO_8B | {'rollout.slots': 256},
+    'v5e:8x8': _PPO_8B | {'ppo.micro_batch': 64, 'rollout.slots': 256},
+    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch': 8, 'rollout.slots': 256},
+  },
+  ('ppo', '70b'): {
+    'v5p:4x4x8': {
+      'ppo.micro_batch': 128,
+      'ppo.score_batch': 128,
+      'rollout.slots': 512,
+    },
+  },
+  ('reward', '8b'): {
+    'v5p:2x2x2': {'reward.micro_batch': 16},
+    'v6e:4x4': {'reward.micro_batch': 16},
+    'v5e:8x8': {'reward.micro_batch': 64},
+    'cuda:8xH100-80GB': {'reward.micro_batch': 8},
+  },
+  ('reward', '70b'): {'v5p:4x4x8': {'reward.micro_batch': 128}},
+}
+
+
+def lay_out(config, job: str, name: str, topology: str) -> None:
+  """Assigns what that job of a model of HUB or SIZES needs on the topology."""
+  if topology:
+    config.update_from_flattened_dict(TOPOLOGIES[job, _size(name)][topology])
+
+
+def topologies(job: str, name: str) -> tuple[str, ...]:
+  """Those that the job has a layout for, with a model of that name."""
+  return tuple(TOPOLOGIES.get((job, _size(name)), ()))
+
+
+def _size(name: str) -> str:
+  return '70b' if '70b' in name else '8b'
+
+
 def tiny() -> dict:
   """The demo's network; its vocabulary is that of the demo's tokenizer."""
   return {
@@ -58,4 +100,14 @@ def llama32_1b() -> dict:
   }
 
 
-SIZES = {'llama3_8b_sft': llama3_8b, 'llama31_8b_instruct': llama31_8b}
+def llama3_70b() -> dict:
+  """Llama-3 70B."""
+  return llama3_8b() | {
+    'hidden_size': 8192,
+    'intermediate_size': 28_672,
+    'num_hidden_layers': 80,
+    'num_attention_heads': 64,
+  }
+
+
+SIZES = {'llama3_8b_sft': llama3_8b, 'llama31_8b_instruct': llama31_8b, 'llama3_70b': llama3_70b}

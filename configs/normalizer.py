@@ -16,7 +16,7 @@ from segjax import presets
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  name, granularity = presets.parse_preset(preset, ('demo', 'local'))
+  name, granularity, _ = presets.parse_preset(preset, ('demo', 'local'))
   config = presets.default_config()
   config.stages = ('normalizer',)
   if name == 'demo':

@@ -3,10 +3,11 @@
   python -m segjax.main --config=configs/ppo.py                 the whole demo: minutes on two cores
   python -m segjax.main --config=configs/ppo.py:local \\
     --config.policy.path=... --config.reward_model.path=... --config.data.path=...
-  python -m segjax.main --config=configs/ppo.py:llama3_8b_sft   the published run, 8 accelerators
+  python -m segjax.main --config=configs/ppo.py:llama3_8b_sft,v5p:2x2x2        the published run
 
-Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct; `,token` or `,bandit` after one
-changes how text is cut. `--config.reference_exact=True` reproduces the published code, mistakes
+Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b; `,token` or
+`,bandit` after one changes how text is cut, and the name of a topology (models.TOPOLOGIES) lays the
+run out for it. `--config.reference_exact=True` reproduces the published code, mistakes
 included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
@@ -17,13 +18,15 @@ from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  names = ('demo', 'demo_long', 'local', *models.HUB)
-  name, granularity = presets.parse_preset(preset, names)
+  """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
+  names = ('demo', 'demo_long', 'local', *models.SIZES)
+  known = models.topologies('ppo', preset.partition(',')[0])
+  name, granularity, topology = presets.parse_preset(preset, names, known)
   config = presets.default_config()
   config.stages = ('ppo',)
-  if name in models.HUB:
+  if name in models.SIZES:
     published(config, name, granularity or 'segment')
+    models.lay_out(config, 'ppo', name, topology)
   elif name == 'local':
     # '': as segment_reward.json says
     config.reward_model.segmentation.granularity = granularity
@@ -40,15 +43,16 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.seed = 42
   config.runtime.dtype = 'bfloat16'
   config.network.update(models.SIZES[name]())
-  config.policy.path = models.HUB[name]['policy']
-  config.reference.path = models.HUB[name]['policy']
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
 
-  config.reward_model.path = models.HUB[name]['reward_model'].format(granularity)
+  if name in models.HUB:  # no 70B models were published: their paths are to be given
+    config.policy.path = models.HUB[name]['policy']
+    config.reference.path = models.HUB[name]['policy']
+    config.reward_model.path = models.HUB[name]['reward_model'].format(granularity)
+    config.reward_model.normalizer = f'published:{name}/{granularity}'
   config.reward_model.segmentation.granularity = granularity
   config.reward_model.segmentation.entropy_threshold = 2.0  # nats
-  config.reward_model.normalizer = f'published:{name}/{granularity}'
 
   config.rollout.max_new_tokens = 1024
   config.ppo.steps = 59

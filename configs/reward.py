@@ -4,8 +4,9 @@
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/reward.py:llama3_8b_sft
 
-Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct; `,token` or
-`,bandit` after one changes how text is cut. `--config.reference_exact=True` reproduces the
+Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct, llama3_70b;
+`,token` or `,bandit` after one changes how text is cut, and the name of a topology
+(models.TOPOLOGIES) lays the run out for it. `--config.reference_exact=True` reproduces the
 published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
@@ -16,17 +17,19 @@ from segjax import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
-  name, granularity = presets.parse_preset(preset, ('demo', 'local', *models.HUB))
+  """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
+  known = models.topologies('reward', preset.partition(',')[0])
+  names = ('demo', 'local', *models.SIZES)
+  name, granularity, topology = presets.parse_preset(preset, names, known)
   config = presets.default_config()
   config.stages = ('reward',)
   if name == 'demo':
     demo.assign(config, last_job='reward')
-  elif name in models.HUB:
+  elif name in models.SIZES:
     config.seed = 42
     config.runtime.dtype = 'bfloat16'
     config.network.update(models.SIZES[name]())
-    config.policy.path = models.HUB[name]['policy']
+    config.policy.path = models.HUB.get(name, {}).get('policy', '')
     config.data.path = 'hendrydong/preference_700K'
     config.data.max_length = 2048
     config.data.max_prompt_length = 1728
@@ -35,5 +38,6 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward.epochs = 1
     config.reward.optimizer.learning_rate = 1e-6
     config.checkpoint.every = 256
+    models.lay_out(config, 'reward', name, topology)
   config.reward.segmentation.granularity = granularity or 'segment'
   return config

@@ -14,7 +14,7 @@ from segjax import presets
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset."""
-  name, _ = presets.parse_preset(preset, ('demo', 'local'))
+  name = presets.parse_preset(preset, ('demo', 'local')).name
   config = presets.default_config()
   config.stages = ('sft',)
   if name == 'demo':

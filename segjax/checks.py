@@ -83,6 +83,7 @@ def validate(settings: Settings) -> None:
   _ranges(settings)
   _lengths(settings)
   _batch_parts(settings)
+  _packing(settings)
   contradictions.check(settings)
 
 
@@ -181,6 +182,7 @@ _LEAST = {
     'reward.calibration.target_segment_length',
     *('critic.warmup_steps', 'shaping.reward_clip'),
     *('rollout.temperature', 'rollout.top_k', 'rollout.slots', 'rollout.min_new_tokens'),
+    *('sft.packed_length', 'reward.packed_length', 'ppo.packed_length'),
     *('ppo.micro_batch', 'ppo.score_batch', 'ppo.kl_coef', 'ppo.kl_target', 'ppo.gamma'),
     *('ppo.gae_lambda', 'ppo.clip_eps', 'ppo.clip_eps_high', 'ppo.value_clip_eps'),
     *('ppo.dual_clip', 'ppo.entropy_coef'),
@@ -248,6 +250,28 @@ def _lengths(s: Settings) -> None:
       f'config.demo.min_clauses={s.demo.min_clauses} must be from 1 to '
       f'config.demo.max_clauses={s.demo.max_clauses}.'
     )
+
+
+def _packing(s: Settings) -> None:
+  """Packed rows hold the longest sequence, and a micro-batch says how many there are at once."""
+  longest = s.data.max_length, 'data.max_length'
+  ppo = s.data.max_prompt_length + s.rollout.max_new_tokens
+  for section, (size, what), least in (
+    ('sft', longest, 1),
+    ('reward', longest, 2),
+    ('ppo', (ppo, 'data.max_prompt_length + rollout.max_new_tokens'), 1),
+  ):
+    width = _get(s, f'{section}.packed_length')
+    if width and section in s.stages and width < size:
+      raise ValueError(
+        f'config.{section}.packed_length={width} is less than {what} = {size}: a sequence could be '
+        f'longer than its row; use {size} or more.'
+      )
+    if width and _get(s, f'{section}.micro_batch') < least:
+      raise ValueError(
+        f'config.{section}.packed_length={width} needs config.{section}.micro_batch of at least '
+        f'{least}: the packed rows that go through the network at once.'
+      )
 
 
 def _batch_parts(s: Settings) -> None:

@@ -41,6 +41,11 @@ def check(s: Settings) -> None:
       'config.ppo.kl_in=loss with kl_estimator=k1: its gradient is 0 on average; set '
       'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
     )
+  if s.compat.row0_mask and s.ppo.packed_length:
+    raise ValueError(
+      'config.compat.row0_mask masks padded rows, and config.ppo.packed_length packs them; set one '
+      'of them to False or 0.'
+    )
   if not s.shaping.reward_model_weight and not s.shaping.reward_fn:
     raise ValueError(
       'config.shaping.reward_model_weight=0 leaves no reward; name a config.shaping.reward_fn.'

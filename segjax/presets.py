@@ -1,6 +1,7 @@
 """What config files start from: every default, and how the name of a preset is read."""
 
 import dataclasses
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -13,22 +14,32 @@ def default_config() -> ConfigDict:
   return ConfigDict(dataclasses.asdict(Settings()))
 
 
-def parse_preset(preset: str, names: tuple[str, ...]) -> tuple[str, str]:
-  """'NAME[,segment|token|bandit]' as (name, granularity), the granularity '' if not named.
+class Preset(NamedTuple):
+  """What a config file is asked for; empty where it is not said."""
+
+  name: str
+  granularity: str
+  topology: str
+
+
+def parse_preset(preset: str, names: tuple[str, ...], topologies: tuple[str, ...] = ()) -> Preset:
+  """'NAME[,segment|token|bandit][,TOPOLOGY]', the parts after the name in any order.
 
   Raises:
-    ValueError: either is unknown; it lists the valid ones.
+    ValueError: one is unknown; it lists the valid ones.
   """
-  name, _, granularity = preset.partition(',')
+  name, *parts = preset.split(',')
   _check_one_of(name, names, preset)
-  if granularity:
-    _check_one_of(granularity, GRANULARITIES, preset)
-  return name, granularity
+  found = {'granularity': '', 'topology': ''}
+  for part in parts:
+    _check_one_of(part, (*GRANULARITIES, *topologies), preset)
+    found['granularity' if part in GRANULARITIES else 'topology'] = part
+  return Preset(name, **found)
 
 
 def _check_one_of(value: str, names: tuple[str, ...], preset: str) -> None:
   if value not in names:
     raise ValueError(
       f'preset {preset!r}: {value!r} is not one of {", ".join(names)}; presets are written '
-      'NAME[,segment|token|bandit].'
+      'NAME[,segment|token|bandit][,TOPOLOGY].'
     )

@@ -129,6 +129,7 @@ class SFT:
 
   batch: int = 64  # rows per step
   micro_batch: int = 0  # rows at once, gradients added up; 0: the whole batch
+  packed_length: int = 0  # tokens of a row that several conversations share; 0: a row for each
   epochs: int = 1
   steps: int = 0  # if positive, instead of epochs
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
@@ -156,7 +157,8 @@ class Reward:
   calibration: Calibration = Calibration()
   entropy_cache: str = ''  # a directory: the reference runs once over the data, and is then let go
   batch: int = 128  # pairs per step
-  micro_batch: int = 0  # pairs at once, gradients added up; 0: the whole batch
+  micro_batch: int = 0  # pairs, or packed rows, at once, gradients added up; 0: the whole batch
+  packed_length: int = 0  # tokens of a row that several responses share; 0: a row for each
   epochs: int = 1
   steps: int = 0
   holdout: float = 0.03  # share of the prompts never trained on
@@ -217,7 +219,8 @@ class PPO:
   steps: int = 59  # rollouts
   rollout_batch: int = 1024
   minibatch: int = 128
-  micro_batch: int = 0  # sequences at once, gradients added up; 0: the whole minibatch
+  micro_batch: int = 0  # rows at once, gradients added up; 0: the whole minibatch
+  packed_length: int = 0  # tokens of a row that several sequences share; 0: a row for each
   epochs: int = 1  # passes over each rollout
   score_batch: int = 0  # sequences scored at once; 0: the whole rollout
   kl_coef: float = 0.01

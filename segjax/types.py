@@ -13,6 +13,8 @@ is the reward model read AT token t.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -70,6 +72,41 @@ class Normalizer:
   w_std: Float[Array, ''] | float = 0.0
   b_mean: Float[Array, ''] | float = 0.0
   b_std: Float[Array, ''] | float = 1.0
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['sequence', 'row', 'offset', 'length'],
+  meta_fields=['rows', 'width', 'group'],
+)
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where sequences lie in `rows` rows of `width` tokens; arrays of integers, [M].
+
+  Attributes:
+    sequence: which of the batch; -1 for none.
+    row: the row it is in.
+    offset: where it begins there.
+    length: its tokens; 0 for none.
+    group: so many sequences that follow each other belong together, as those of a pair.
+  """
+
+  sequence: Any
+  row: Any
+  offset: Any
+  length: Any
+  rows: int
+  width: int
+  group: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """A batch in packed pieces: places with arrays [P, M], of which the first `count` are in use."""
+
+  pieces: Places
+  count: Any
 
 
 @_pytree

@@ -138,6 +138,16 @@ def test_whole_numbers_become_floats():
     ({'runtime.weights_dtype': 'float16'}, 'runtime.weights_dtype'),
     ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
     ({'runtime.frozen_memory': 'disk'}, 'runtime.frozen_memory'),
+    ({'ppo.packed_length': 100, 'stages': ('ppo',)}, 'packed_length=100 is less than .* = 2752'),
+    ({'ppo.packed_length': 4096}, 'needs config.ppo.micro_batch of at least 1'),
+    (
+      {'reward.packed_length': 4096, 'reward.micro_batch': 1},
+      'needs config.reward.micro_batch of at least 2',
+    ),
+    (
+      {'ppo.packed_length': 4096, 'ppo.micro_batch': 8, 'compat.row0_mask': True},
+      'row0_mask masks padded rows, and config.ppo.packed_length packs them',
+    ),
     ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
     (
       {'reward.segmentation.granularity': 'word'},

@@ -16,16 +16,23 @@ def test_default_config_holds_every_default():
 
 
 @pytest.mark.parametrize(
-  'preset, expected', [('local', ('local', '')), ('demo,token', ('demo', 'token'))]
+  'preset, expected',
+  [
+    ('local', ('local', '', '')),
+    ('demo,token', ('demo', 'token', '')),
+    ('demo,v5p:2x2x2', ('demo', '', 'v5p:2x2x2')),
+    ('demo,v5p:2x2x2,token', ('demo', 'token', 'v5p:2x2x2')),
+  ],
 )
-def test_preset_is_name_and_granularity(preset, expected):
-  assert presets.parse_preset(preset, ('demo', 'local')) == expected
+def test_preset_is_name_granularity_and_topology(preset, expected):
+  assert presets.parse_preset(preset, ('demo', 'local'), ('v5p:2x2x2',)) == expected
 
 
 @pytest.mark.parametrize(
   'preset, message',
   [
     ('demmo', "'demmo' is not one of demo, local"),
+    ('demo,v5p:2x2x2', "'v5p:2x2x2' is not one of segment, token, bandit"),
     ('demo,word', "'word' is not one of segment, token, bandit"),
     ('', "'' is not one of demo, local"),
   ],

@@ -58,9 +58,13 @@ class Ragged:
     """The rows at `indices`, in that order."""
     return Ragged.from_rows([self[i] for i in indices], self.values.dtype)
 
+  def lengths(self, indices: np.ndarray) -> np.ndarray:
+    """How long each of the rows is, [B]."""
+    return (self.offsets[1:] - self.offsets[:-1])[indices]
+
   def pad(self, indices: np.ndarray, length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows padded on the right [B, length], how long each is [B])."""
-    lengths = (self.offsets[1:] - self.offsets[:-1])[indices]
+    lengths = self.lengths(indices)
     position = np.arange(length)
     is_real = position < lengths[:, None]
     at = np.where(is_real, self.offsets[:-1][indices][:, None] + position, 0)

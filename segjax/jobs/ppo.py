@@ -16,7 +16,7 @@ from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
 from segjax.train.compat import as_published
-from segjax.train.experience import Recipe, make_experience, score
+from segjax.train.experience import Recipe, make_experience, score, sequence_lengths
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 from segjax.train.rollout import rollout
@@ -148,21 +148,23 @@ def update(
   `policy_from` and `total_updates` are those of `ppo_step`.
   """
   policy, critic, found = states['policy'], states['critic'], []
-  ppo = recipe.ppo
+  ppo, lengths = recipe.ppo, sequence_lengths(experience.rollout)
   for epoch in range(ppo.epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(ppo.rollout_batch)
     for rows in order.reshape(-1, ppo.minibatch):
+      packing, fill = jobs.packed(ppo, lengths[rows])
       policy, critic, metrics = ppo_step(
         policy,
         critic,
         experience,
         rows,
         states['kl']['coef'],
+        packing,
         recipe=recipe,
         total_steps=total_updates,
         policy_from=policy_from,
       )
-      found.append(metrics)
+      found.append(metrics | fill)
   name = 'policy/ratio_max_deviation'
   first = {'policy/first_ratio_max_deviation': found[0][name]} if name in found[0] else {}
   return states | {'policy': policy, 'critic': critic}, _mean(found) | first

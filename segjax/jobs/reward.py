@@ -61,15 +61,18 @@ def run(stage: Stage) -> dict[str, Any]:
 
   def step_fn(states, step):
     rows = batch_indices(len(kept), s.reward.batch, s.seed, step)
+    sides = [side.lengths(rows) for side in (kept.chosen, kept.rejected)]
+    packing, fill = jobs.packed(s.reward, np.stack(sides, axis=1).reshape(-1), group=2)
     state, metrics = reward_step(
       states['reward'],
       reference,
       kept.gather(rows, stage.place),
+      packing,
       scorer=scorer,
       settings=s.reward,
       total_steps=total,
     )
-    return {'reward': state}, metrics
+    return {'reward': state}, metrics | fill
 
   states = {'reward': init_state(params, s.reward.optimizer, total)}
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'accuracy', 'segments'])

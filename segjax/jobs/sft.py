@@ -25,10 +25,11 @@ def run(stage: Stage) -> dict[str, Any]:
   def step_fn(states, step):
     rows = batch_indices(len(dataset), settings.batch, stage.settings.seed, step)
     batch = dataset.gather(rows, stage.place)
+    packing, fill = jobs.packed(settings, dataset.tokens.lengths(rows))
     state, metrics = sft_step(
-      states['policy'], batch, config=config, settings=settings, total_steps=total
+      states['policy'], batch, packing, config=config, settings=settings, total_steps=total
     )
-    return {'policy': state}, metrics
+    return {'policy': state}, metrics | fill
 
   states = {'policy': init_state(params, settings.optimizer, total)}
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'entropy'])

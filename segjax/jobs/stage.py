@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.data.batches import Pairs
 from segjax.data.encoding import Limits, PairRules, encode_pairs
+from segjax.data.packing import fill, plan_packing
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
@@ -24,8 +26,9 @@ from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
-from segjax.settings import Runtime, Settings
+from segjax.settings import PPO, SFT, Reward, Runtime, Settings
 from segjax.train.checkpoint import Checkpointer
+from segjax.types import Packing
 
 States = dict[str, Any]  # TrainStates by name, and what else a step carries on
 
@@ -124,6 +127,19 @@ def load(
   return reader.load_params(
     directory, config, head, mesh=stage.mesh, dtype=dtype, key=stage.key('head')
   )
+
+
+def packed(
+  settings: SFT | Reward | PPO, lengths: np.ndarray, group: int = 1
+) -> tuple[Packing | None, dict[str, float]]:
+  """(How sequences of these lengths are packed, the share of packed tokens that are real).
+
+  None and {} where packed_length is 0.
+  """
+  if not settings.packed_length:
+    return None, {}
+  packing = plan_packing(lengths, settings.micro_batch, settings.packed_length, group)
+  return packing, {'fill': fill(packing)}
 
 
 def tokenizer_of(stage: Stage, directory: Path) -> ChatTokenizer:

@@ -195,22 +195,31 @@ def insert(
 
 
 @functools.partial(jax.jit, static_argnames=('positions', 'decoder'))
-def resize(slots: Slots, rows: Int[Array, 'N'], positions: int, *, decoder: Decoder) -> Slots:
-  """The slots at `rows`, with room for `positions`; whatever lies beyond is dropped."""
-  axis = 0 if decoder.unrolled else 1
+def resize(
+  slots: Slots, rows: Int[Array, 'N'] | None, positions: int, *, decoder: Decoder
+) -> Slots:
+  """The slots at `rows`, or all, with room for `positions`; whatever lies beyond is dropped.
+
+  Layer after layer: rows that change their device are gathered, and no device has room for all.
+  """
 
   def refit(x, position_axis):
-    x = jnp.take(x, rows, axis=axis)
+    if rows is not None:
+      x = jnp.take(x, rows, axis=0)
     x = jax.lax.slice_in_dim(x, 0, min(positions, x.shape[position_axis]), axis=position_axis)
     widths = [(0, 0)] * x.ndim
     widths[position_axis] = (0, positions - x.shape[position_axis])
     return jnp.pad(x, widths)
 
   def refit_layer(layer):
-    return KeyValue(refit(layer.key, layer.key.ndim - 1), refit(layer.value, layer.value.ndim - 2))
+    refitted = KeyValue(refit(layer.key, 3), refit(layer.value, 2))
+    return _laid_out(refitted, decoder, ())
 
-  cache = _per_layer(refit_layer, slots.cache)
-  others = jax.tree.map(lambda x: x[rows], slots._replace(cache=None))
+  cache = slots.cache
+  cache = tuple(map(refit_layer, cache)) if decoder.unrolled else jax.lax.map(refit_layer, cache)
+  others = slots._replace(cache=None)
+  if rows is not None:
+    others = jax.tree.map(lambda x: x[rows], others)
   return others._replace(cache=_constrained(cache, decoder))
 
 
@@ -342,11 +351,12 @@ def _logits(weights: Weights, x, decoder: Decoder):
 
 
 def _constrained(cache, decoder: Decoder):
-  def place(layer):
-    stack = () if decoder.unrolled else (None,)
-    return KeyValue(
-      sharding.constrain(layer.key, f'{decoder.layout}key', stack),
-      sharding.constrain(layer.value, f'{decoder.layout}value', stack),
-    )
+  stack = () if decoder.unrolled else (None,)
+  return _per_layer(lambda layer: _laid_out(layer, decoder, stack), cache)
 
-  return _per_layer(place, cache)
+
+def _laid_out(layer: KeyValue, decoder: Decoder, stack: tuple[None, ...]) -> KeyValue:
+  return KeyValue(
+    sharding.constrain(layer.key, f'{decoder.layout}key', stack),
+    sharding.constrain(layer.value, f'{decoder.layout}value', stack),
+  )

@@ -20,6 +20,7 @@ from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.model.sampling import Sampling
 
 _PREFILL_TOKENS = 1 << 16  # read at once, padding included
+_UNROLLED = 16  # layers; of more, compiling them one by one takes too long
 _SHRINK = 4  # slots become fewer by this factor once no prompt waits and so few are left
 
 
@@ -66,7 +67,7 @@ def make_decoder(
     sampling=sampling,
     stop_ids=tuple(stop_ids),
     chunk=min(chunk, sampling.max_new_tokens),
-    unrolled=mesh.devices.flat[0].platform == 'cpu',
+    unrolled=mesh.devices.flat[0].platform == 'cpu' and config.num_hidden_layers <= _UNROLLED,
     layout=sharding.decode_layout(config.num_key_value_heads, mesh),
   )
 
@@ -205,7 +206,7 @@ class _Run:
 
   def _grow(self, positions: int) -> None:
     if positions > self._positions:
-      self._resize(np.arange(len(self._response)), positions)
+      self._resize(None, positions)
 
   def fit(self) -> None:
     """As many positions as the longest response under way needs, and slots as there are ones."""
@@ -213,17 +214,18 @@ class _Run:
     held = self._response[live]
     length = self._prompts.length[held // self._samples] + self._count[held]
     positions = _bucket(int(length.max()) + self._decoder.chunk)
-    rows = np.arange(len(self._response))
-    fewer = _round_up(-(-len(rows) // _SHRINK), self._rows)
-    if self._next == len(self.limits) and live.sum() <= fewer < len(rows) and len(rows) > _LEAST:
-      order = np.argsort(~live, kind='stable')
-      rows = order[:fewer]
-    if positions != self._positions or len(rows) < len(self._response):
+    rows, slots = None, len(self._response)
+    fewer = _round_up(-(-slots // _SHRINK), self._rows)
+    if self._next == len(self.limits) and live.sum() <= fewer < slots and slots > _LEAST:
+      rows = np.argsort(~live, kind='stable')[:fewer]
+    if positions != self._positions or rows is not None:
       self._resize(rows, positions)
 
-  def _resize(self, rows: np.ndarray, positions: int) -> None:
+  def _resize(self, rows: np.ndarray | None, positions: int) -> None:
     self._slots = decode.resize(self._slots, rows, positions, decoder=self._decoder)
-    self._response, self._positions = self._response[rows], positions
+    self._positions = positions
+    if rows is not None:
+      self._response = self._response[rows]
 
   def step(self) -> None:
     """A chunk of tokens for every slot."""

@@ -45,6 +45,7 @@ ACTIVATION_RULES: dict[str, P] = {
   # what is kept for the backward pass is split too; for the products the parts are gathered.
   'hidden': P(BATCH, 'tensor', None),
   'gathered': P(BATCH, None, None),
+  'whole': P(None),
   'product': P(BATCH, None, 'tensor'),
   'flat_heads': P(BATCH, None, 'tensor'),
   'heads': P(BATCH, None, 'tensor', None),

@@ -154,7 +154,7 @@ def _experience(mesh: Mesh, rollout: Rollout) -> Experience:
 def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   trained, _ = as_run(network, s.runtime, mesh, trained=True)
   frozen, _ = as_run(network, s.runtime, mesh, trained=False)
-  names = ('policy', 'critic', 'reference', *(('reward',) if s.reward_model.path else ()))
+  names = ('policy', 'critic', 'reference', *(('reward',) if s.shaping.reward_model_weight else ()))
   networks = {name: trained if name in ('policy', 'critic') else frozen for name in names}
   ppo, prompt, response = s.ppo, s.data.max_prompt_length, s.rollout.max_new_tokens
   segmentation = overruled(Segmentation(), s.reward_model.segmentation)
@@ -251,8 +251,7 @@ def _generation(
   prefill = (weights, ids, length)
   yield Phase('prefill', decode.prefill, prefill, static, with_cache, ('decode weights',))
   if before:
-    order = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=sharding.replicated(mesh))
-    grow = (held['cache before'], order, positions)
+    grow = (held['cache before'], None, positions)
     alive = ('decode weights', 'cache before')
     yield Phase('cache growth', decode.resize, grow, static, alive, ('cache before',))
   yield Phase('decode chunk', decode.advance, (weights, full), static, with_cache, with_cache)

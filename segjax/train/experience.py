@@ -138,7 +138,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
   ids, segment_ids = _join_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.score_batch or total
-  length = np.asarray(rollout.prompt_length) + np.asarray(jnp.sum(rollout.response_mask, axis=1))
+  length = sequence_lengths(rollout)
   order = np.arange(total) if size == total else np.argsort(length, kind='stable')
   pieces = []
   for rows in order.reshape(-1, size):
@@ -149,6 +149,11 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
   if len(pieces) == 1:
     return pieces[0]
   return take_rows(concatenate(pieces), np.argsort(order))
+
+
+def sequence_lengths(rollout: Rollout) -> np.ndarray:
+  """Tokens of prompt and response, [B], on the host."""
+  return np.asarray(rollout.prompt_length) + np.asarray(jnp.sum(rollout.response_mask, axis=1))
 
 
 @jax.jit

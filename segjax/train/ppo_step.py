@@ -6,17 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.model.heads import token_logprobs, values
 from segjax.model.llama import LlamaConfig
+from segjax.model.packing import read
 from segjax.rl import kl
 from segjax.rl.losses import batch_mean, num_terms, policy_loss, value_loss
 from segjax.train import accumulate
 from segjax.train.experience import Recipe, join, join_segment_ids, response_window, take_rows
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
-from segjax.types import Experience, Rollout
+from segjax.types import Experience, Packing, Places, Rollout
 
 Found = tuple[Array, dict[str, Array]]  # a loss and its metrics
 
@@ -28,16 +29,18 @@ def policy_objective(
   kl_coef: ScalarLike,
   *,
   recipe: Recipe,
+  places: Places | None = None,
 ) -> Found:
   """The clipped surrogate, less the entropy bonus, plus the KL penalty where it is in the loss.
 
   Args:
     count: `num_terms` of the whole minibatch of which `batch` may be a part.
     kl_coef: the coefficient of the KL, for ppo.kl_in=loss.
+    places: of the sequences in packed rows.
   """
   ppo, rollout = recipe.ppo, batch.rollout
-  mask = rollout.response_mask
-  logprob, entropy = _read(token_logprobs, params, rollout, recipe.policy)
+  mask = _real(rollout.response_mask, places)
+  logprob, entropy = _read(token_logprobs, params, rollout, recipe.policy, places)
   mean = functools.partial(batch_mean, mask=mask, mean=ppo.loss_mean, count=count)
   loss, metrics = policy_loss(
     logprob,
@@ -61,24 +64,33 @@ def policy_objective(
   return loss, {'loss': loss} | metrics
 
 
-def _read(read, params, rollout: Rollout, config: LlamaConfig):
+def _real(mask: Bool[Array, 'B T'], places: Places | None) -> Bool[Array, 'B T']:
+  """The mask without the rows that stand for none."""
+  return mask if places is None else mask & (places.length > 0)[:, None]
+
+
+def _read(function, params, rollout: Rollout, config: LlamaConfig, places: Places | None):
   """What a function of `heads` finds at each token of the responses, [B, T] each."""
-  found = read(params, join(rollout), config, segment_ids=join_segment_ids(rollout))
+  found = read(function, params, join(rollout), config, places, join_segment_ids(rollout))
   size = rollout.response_ids.shape[1]
   return jax.tree.map(lambda x: response_window(x, rollout.prompt_length, size), found)
 
 
 def value_objective(
-  params: Any, batch: Experience, count: Float[Array, ''], *, recipe: Recipe
+  params: Any,
+  batch: Experience,
+  count: Float[Array, ''],
+  *,
+  recipe: Recipe,
+  places: Places | None = None,
 ) -> Found:
   """The clipped value loss of `rl.losses.value_loss` for these parameters."""
-  rollout = batch.rollout
-  value = _read(values, params, rollout, recipe.critic)
+  value = _read(values, params, batch.rollout, recipe.critic, places)
   loss, metrics = value_loss(
     value,
     batch.value,
     batch.return_,
-    batch.value_mask,
+    _real(batch.value_mask, places),
     value_clip_eps=recipe.ppo.value_clip_eps or None,
     mean=recipe.ppo.loss_mean,
     count=count,
@@ -92,6 +104,7 @@ def policy_step(
   experience: Experience,
   rows: Int[Array, 'N'],
   kl_coef: ScalarLike,
+  packing: Packing | None = None,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -100,12 +113,14 @@ def policy_step(
 
   Args:
     kl_coef: the coefficient of the KL, read where ppo.kl_in=loss.
+    packing: of the minibatch, where ppo.packed_length says so.
     total_steps: updates of the policy in the whole run.
   """
   batch = take_rows(experience, rows)
   count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_mean)
-  (loss, metrics), grads = _value_and_grad(
-    policy_objective, state.params, batch, recipe, count, kl_coef
+  (loss, metrics), grads = accumulate.value_and_grad(
+    functools.partial(policy_objective, recipe=recipe),
+    *(state.params, batch, recipe.ppo.micro_batch, packing, count, kl_coef),
   )
   state, update = apply_update(state, grads, loss, recipe.ppo.policy_optimizer, total_steps)
   return state, metrics | update
@@ -116,6 +131,7 @@ def critic_step(
   state: TrainState,
   experience: Experience,
   rows: Int[Array, 'N'],
+  packing: Packing | None = None,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -123,16 +139,12 @@ def critic_step(
   """One update of the critic on the minibatch `rows` of the experience."""
   batch = take_rows(experience, rows)
   count = num_terms(batch.value_mask, recipe.ppo.loss_mean)
-  (loss, metrics), grads = _value_and_grad(value_objective, state.params, batch, recipe, count)
+  (loss, metrics), grads = accumulate.value_and_grad(
+    functools.partial(value_objective, recipe=recipe),
+    *(state.params, batch, recipe.ppo.micro_batch, packing, count),
+  )
   state, update = apply_update(state, grads, loss, recipe.ppo.critic_optimizer, total_steps)
   return state, metrics | update
-
-
-def _value_and_grad(objective, params, batch, recipe: Recipe, *rest):
-  micro_batch, rows = recipe.ppo.micro_batch, len(batch.value)
-  pieces = rows // micro_batch if micro_batch else 1
-  objective = functools.partial(objective, recipe=recipe)
-  return accumulate.value_and_grad(objective, params, batch, pieces, *rest)
 
 
 def ppo_step(
@@ -141,6 +153,7 @@ def ppo_step(
   experience: Experience,
   rows: Int[np.ndarray, 'N'],
   kl_coef: ScalarLike,
+  packing: Packing | None = None,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -153,17 +166,22 @@ def ppo_step(
 
   Args:
     kl_coef: the coefficient of the KL, read where ppo.kl_in=loss.
+    packing: of the minibatch, where ppo.packed_length says so.
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
   metrics, bad = {}, 0
   if policy_from is not None:
     policy, found = policy_step(
-      policy, experience, rows, kl_coef, recipe=recipe, total_steps=total_steps - policy_from
+      *(policy, experience, rows, kl_coef, packing),
+      recipe=recipe,
+      total_steps=total_steps - policy_from,
     )
     bad += found.pop('bad')
     metrics |= {f'policy/{key}': value for key, value in found.items()}
-  critic, found = critic_step(critic, experience, rows, recipe=recipe, total_steps=total_steps)
+  critic, found = critic_step(
+    critic, experience, rows, packing, recipe=recipe, total_steps=total_steps
+  )
   bad += found.pop('bad')
   metrics |= {f'value/{key}': value for key, value in found.items()}
   return policy, critic, metrics | {'bad': bad}

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
+from segjax.model.packing import read
 from segjax.rl.losses import bradley_terry
 from segjax.rl.normalizer import relative_position
 from segjax.settings import Reward
@@ -20,7 +21,7 @@ from segjax.train import accumulate
 from segjax.train.cutting import Cutter, aggregate, cut
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
-from segjax.types import PreferenceBatch, Segments, Sequences
+from segjax.types import Packing, Places, PreferenceBatch, Segments, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,34 +33,45 @@ class Scorer:
   cutter: Cutter
 
 
-def entropies(reference: Any, sequences: Sequences, scorer: Scorer) -> Float[Array, 'B S']:
+def entropies(
+  reference: Any, sequences: Sequences, scorer: Scorer, places: Places | None = None
+) -> Float[Array, 'B S']:
   """Entropy under the reference at every token, nats: as given, computed, or 0 if not needed."""
   if sequences.entropy is not None:
     return sequences.entropy
   if not scorer.cutter.needs_entropy:
     return jnp.zeros(sequences.ids.shape, jnp.float32)
-  return jax.lax.stop_gradient(token_logprobs(reference, sequences.ids, scorer.reference)[1])
+  _, entropy = read(token_logprobs, reference, sequences.ids, scorer.reference, places)
+  return jax.lax.stop_gradient(entropy)
 
 
 def score_sequences(
-  params: Any, reference: Any, sequences: Sequences, scorer: Scorer
+  params: Any,
+  reference: Any,
+  sequences: Sequences,
+  scorer: Scorer,
+  places: Places | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
   """The reward model's score at every token, and the segments."""
   segments = cut(
     sequences.ids,
     sequences.response_mask,
     sequences.finished,
-    entropies(reference, sequences, scorer),
+    entropies(reference, sequences, scorer, places),
     scorer.cutter,
   )
-  return scores(params, sequences.ids, scorer.reward), segments
+  return read(scores, params, sequences.ids, scorer.reward, places), segments
 
 
 def pair_scores(
-  params: Any, reference: Any, pairs: PreferenceBatch, scorer: Scorer
+  params: Any,
+  reference: Any,
+  pairs: PreferenceBatch,
+  scorer: Scorer,
+  places: Places | None = None,
 ) -> tuple[Float[Array, 'B 2'], Segments]:
-  """Aggregated segment scores of chosen and rejected, in one forward of 2B rows."""
-  score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
+  """Aggregated segment scores of chosen and rejected, in one forward of 2B sequences."""
+  score, segments = score_sequences(params, reference, _interleave(pairs), scorer, places)
   return aggregate(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
 
 
@@ -88,27 +100,38 @@ def reward_step(
   state: TrainState,
   reference: Any,
   pairs: PreferenceBatch,
+  packing: Packing | None = None,
   *,
   scorer: Scorer,
   settings: Reward,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update: -mean log σ(score(chosen) - score(rejected) - margin), in float32."""
+  """One update: -mean log σ(score(chosen) - score(rejected) - margin), in float32.
+
+  Args:
+    packing: of the 2B sequences, chosen and rejected in turn, where reward.packed_length says so.
+  """
   count = len(pairs.chosen.finished)
 
-  def objective(params, pairs):
-    score, segments = pair_scores(params, reference, pairs, scorer)
+  def objective(params, pairs, *, places):
+    score, segments = pair_scores(params, reference, pairs, scorer, places)
     lead = score[:, 0] - score[:, 1]
-    loss = jnp.sum(bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))) / count
-    return loss, {
-      'loss': loss,
-      'accuracy': jnp.sum(lead > 0) / count,
-      'margin': jnp.sum(lead) / count,
-      'segments': jnp.sum(segments.num_segments) / (2 * count),
+    loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
+    is_pair = jnp.ones(lead.shape, bool) if places is None else places.sequence[::2] >= 0
+
+    def mean(x):
+      return jnp.sum(jnp.where(is_pair, x, 0)) / count
+
+    return mean(loss), {
+      'loss': mean(loss),
+      'accuracy': mean(lead > 0),
+      'margin': mean(lead),
+      'segments': mean(jnp.sum(segments.num_segments.reshape(-1, 2), axis=1)) / 2,
     }
 
-  pieces = count // settings.micro_batch if settings.micro_batch else 1
-  (loss, metrics), grads = accumulate.value_and_grad(objective, state.params, pairs, pieces)
+  (loss, metrics), grads = accumulate.value_and_grad(
+    objective, state.params, pairs, settings.micro_batch, packing
+  )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics | update
 

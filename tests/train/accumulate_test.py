@@ -18,7 +18,7 @@ from segjax.train import accumulate
 from .compiles import compiled
 
 
-def objective(params, batch, counts, config):
+def objective(params, batch, counts, config, *, places=None):
   """A clipped surrogate by sequence and a cross-entropy by token, of a whole batch's counts."""
   logprob, entropy = token_logprobs(params, batch['ids'], config)
   mask = batch['mask']
@@ -64,7 +64,8 @@ def counts_of(batch):
 @functools.partial(jax.jit, static_argnames=('pieces', 'config'))
 def run(params, batch, pieces, config=tiny.CONFIG):
   of = functools.partial(objective, config=config)
-  return accumulate.value_and_grad(of, params, batch, pieces, counts_of(batch))
+  micro_batch = len(batch['ids']) // pieces
+  return accumulate.value_and_grad(of, params, batch, micro_batch, None, counts_of(batch))
 
 
 @functools.cache
@@ -121,11 +122,11 @@ def test_bfloat16_is_added_up_in_float32():
   batch = np.full((256, 1), 2.0**-9, np.float32)
   batch[0] = 1
 
-  def linear(params, batch):
+  def linear(params, batch, *, places):
     loss = jnp.sum(batch @ params['scalar_head']['kernel'].astype(jnp.float32))
     return loss, {}
 
-  (loss, _), grads = accumulate.value_and_grad(linear, params, jnp.asarray(batch), 256)
+  (loss, _), grads = accumulate.value_and_grad(linear, params, jnp.asarray(batch), 1, None)
   grad = grads['scalar_head']['kernel']
   assert (loss.dtype, grad.dtype) == (jnp.float32, jnp.bfloat16)
   assert float(loss) == 1 + 255 / 512
@@ -169,19 +170,18 @@ def test_activations_of_one_piece_at_a_time():
 
 
 @pytest.mark.parametrize(
-  ('pieces', 'message'),
+  ('micro_batch', 'message'),
   [
-    (3, r'pieces=3 does not divide the 8 rows of the batch; use 1, 2, 4, 8\.'),
-    (16, 'pieces=16 does not divide the 8 rows'),
-    (0, 'pieces=0 does not divide the 8 rows'),
+    (3, r'micro_batch=3 does not divide the 8 rows of the batch; use 1, 2, 4, 8\.'),
+    (16, 'micro_batch=16 does not divide the 8 rows'),
   ],
 )
-def test_pieces_that_do_not_divide(pieces, message):
+def test_micro_batches_that_do_not_divide(micro_batch, message):
   with pytest.raises(ValueError, match=message):
-    accumulate.value_and_grad(objective, {}, {'ids': jnp.zeros((8, 2))}, pieces)
+    accumulate.value_and_grad(objective, {}, {'ids': jnp.zeros((8, 2))}, micro_batch, None)
 
 
 def test_arrays_of_different_rows():
   batch = {'ids': jnp.zeros((8, 2)), 'mask': jnp.zeros((4, 2))}
   with pytest.raises(ValueError, match=r'have \[4, 8\] rows; all must have the same'):
-    accumulate.value_and_grad(objective, {}, batch, 2)
+    accumulate.value_and_grad(objective, {}, batch, 2, None)
