@@ -68,3 +68,11 @@ def test_decode_without_torch(bench, monkeypatch):
   )
   (task,) = record['tasks']
   assert task['ours']['times_as_long'] == 1 and 'dynamic' not in task
+
+
+def test_train(bench):
+  record = bench('train', '--shape=tiny', '--batch=8', '--length=48', '--repeats=1')
+  assert record['benchmark'] == 'train' and record['dtype'] == 'float32'
+  assert record['compiles'] == 2  # with packing and without
+  assert record['padded']['tokens'] == record['packed']['tokens'] < record['full']['tokens']
+  assert 0 < record['fill'] <= 1 and record['packing_saves'] > 0

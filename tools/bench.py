@@ -15,6 +15,7 @@ from pathlib import Path
 BENCHMARKS = {
   'rewards': 'from scores to advantages, against Python lists',
   'convert': 'HF checkpoints to Orbax and back, against cp: memory and throughput',
+  'train': 'the policy update: tokens per second, share of the peak, packing against padding',
   'decode': 'tokens per second against transformers, and the share of the roofline',
 }
 

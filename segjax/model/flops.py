@@ -9,7 +9,7 @@ from segjax.model.llama import LlamaConfig
 
 
 def forward_flops(
-  config: LlamaConfig, tokens: float, attended_pairs: float, head: str = 'language'
+  config: LlamaConfig, tokens: float | int, attended_pairs: float | int, head: str = 'language'
 ) -> float:
   """FLOPs of one forward pass. A backward pass takes twice that; remat, one forward pass more.
 
@@ -28,6 +28,6 @@ def forward_flops(
   return 2 * tokens * weights + 4 * attended_pairs * config.num_hidden_layers * heads
 
 
-def causal_pairs(length: float, first: float = 0) -> float:
+def causal_pairs(length: float | int, first: float | int = 0) -> float:
   """Pairs (a, b) with b no later than a, of which a is at least at `first`."""
   return length * (length + 1) / 2 - first * (first + 1) / 2

@@ -29,7 +29,12 @@ class Change:
 
 
 def advise(
-  job: str, s: Settings, network: LlamaConfig, mesh: Mesh, measured: list[Measured], limit: float
+  job: str,
+  s: Settings,
+  network: LlamaConfig,
+  mesh: Mesh,
+  measured: list[Measured],
+  limit: float | int,
 ) -> list[str]:
   """A line for each change that lowers the peak, and a last one with what is enough together."""
   if any(found.refused for found in measured):

@@ -27,7 +27,7 @@ class Chip:
   """
 
   name: str
-  memory: float
+  memory: float | int
   flops: float
   bandwidth: float
   link: float

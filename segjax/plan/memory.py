@@ -98,6 +98,6 @@ def _fingerprint(lowered: Any, topology: Topology) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def in_gib(size: float) -> str:
+def in_gib(size: float | int) -> str:
   """Bytes as GiB."""
   return f'{size / GIB:.2f}'

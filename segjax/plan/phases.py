@@ -116,6 +116,11 @@ def _batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
 
 
+def _split(make: Callable[[], Any], mesh: Mesh) -> Any:
+  """The shapes of the arrays that `make` would return, each split along its first axis."""
+  return jax.tree.map(lambda x: _batch(mesh, x.dtype, *x.shape), jax.eval_shape(make))
+
+
 def _result(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
   """The shapes that a jitted function returns, laid out as it lays them out."""
   with jax.set_mesh(mesh):
@@ -124,31 +129,35 @@ def _result(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
   return _placed(shapes, compiled.output_shardings)
 
 
-def _rollout(mesh: Mesh, size: int, prompt: int, response: int) -> Rollout:
-  batch = functools.partial(_batch, mesh)
+def _rollout(size: int, prompt: int, response: int) -> Rollout:
+  lengths, tokens = jnp.zeros(size, jnp.int32), jnp.zeros((size, response), jnp.int32)
   return Rollout(
-    prompt_ids=batch(jnp.int32, size, prompt),
-    prompt_length=batch(jnp.int32, size),
-    response_ids=batch(jnp.int32, size, response),
-    response_mask=batch(jnp.bool_, size, response),
-    finished=batch(jnp.bool_, size),
-    old_logprob=batch(jnp.float32, size, response),
-    sample_logprob=batch(jnp.float32, size, response),
+    prompt_ids=jnp.zeros((size, prompt), jnp.int32),
+    prompt_length=lengths,
+    response_ids=tokens,
+    response_mask=tokens > 0,
+    finished=lengths > 0,
+    old_logprob=tokens.astype(jnp.float32),
+    sample_logprob=tokens.astype(jnp.float32),
   )
 
 
-def _experience(mesh: Mesh, rollout: Rollout) -> Experience:
-  size, response = rollout.response_ids.shape
-  floats = _batch(mesh, jnp.float32, size, response)
-  mask = rollout.response_mask
+def _experience(size: int, prompt: int, response: int) -> Experience:
+  rollout = _rollout(size, prompt, response)
+  mask, tokens = rollout.response_mask, rollout.response_ids
+  names = ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_')
   return Experience(
     rollout=rollout,
-    **dict.fromkeys(
-      ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_'), floats
-    ),
-    segments=Segments(mask, mask, rollout.response_ids, _batch(mesh, jnp.int32, size)),
+    **dict.fromkeys(names, rollout.old_logprob),
+    segments=Segments(mask, mask, tokens, rollout.prompt_length),
     value_mask=mask,
   )
+
+
+def _pairs(size: int, length: int) -> PreferenceBatch:
+  ids = jnp.zeros((size, length), jnp.int32)
+  side = Sequences(ids=ids, response_mask=ids > 0, finished=ids[:, 0] > 0)
+  return PreferenceBatch(side, side)
 
 
 def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
@@ -170,8 +179,9 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
     compat=s.compat,
     recompute_logprob=s.rollout.recompute_logprob,
   )
-  rollout = _rollout(mesh, ppo.rollout_batch, prompt, response)
-  experience = _experience(mesh, rollout)
+  lengths = prompt, response
+  rollout = _split(lambda: _rollout(ppo.rollout_batch, *lengths), mesh)
+  experience = _split(lambda: _experience(ppo.rollout_batch, *lengths), mesh)
   held = {
     'policy state': _state(trained, 'language', ppo.policy_optimizer, s, mesh),
     'critic state': _state(trained, 'scalar', ppo.critic_optimizer, s, mesh),
@@ -209,7 +219,7 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
         params,
         _batch(mesh, jnp.int32, size, width),
         None,
-        _rollout(mesh, size, prompt, response),
+        _split(lambda: _rollout(size, *lengths), mesh),
       ),
       {'recipe': recipe},
       (*states, *scoring, 'rollout', 'experience'),
@@ -257,24 +267,14 @@ def _generation(
   yield Phase('decode chunk', decode.advance, (weights, full), static, with_cache, with_cache)
 
 
-def _sequences(mesh: Mesh, rows: int, length: int) -> Sequences:
-  batch = functools.partial(_batch, mesh)
-  return Sequences(
-    ids=batch(jnp.int32, rows, length),
-    response_mask=batch(jnp.bool_, rows, length),
-    finished=batch(jnp.bool_, rows),
-  )
-
-
 def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   trained, _ = as_run(network, s.runtime, mesh, trained=True)
   frozen, _ = as_run(network, s.runtime, mesh, trained=False)
-  side = _sequences(mesh, s.reward.batch, s.data.max_length)
   scorer = Scorer(trained, frozen, Cutter(s.reward.segmentation))
   held = {'reward model state': _state(trained, 'scalar', s.reward.optimizer, s, mesh)}
   if scorer.cutter.needs_entropy and not s.reward.entropy_cache:
     held['reference'] = _params(frozen, 'language', s.runtime.dtype, mesh)
-  held['pairs'] = PreferenceBatch(side, side)
+  held['pairs'] = _split(lambda: _pairs(s.reward.batch, s.data.max_length), mesh)
   static = {'scorer': scorer, 'settings': s.reward, 'total_steps': 100}
   names = tuple(held)
   given = held['reward model state'], held.get('reference'), held['pairs']

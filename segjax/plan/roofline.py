@@ -23,9 +23,9 @@ PROMPTS = 60_000  # of UltraFeedback, an epoch
 class Work:
   """Of one device, in one phase of one step: FLOPs, bytes of its memory, bytes to other devices."""
 
-  flops: float = 0.0
-  memory: float = 0.0
-  link: float = 0.0
+  flops: float | int = 0.0
+  memory: float | int = 0.0
+  link: float | int = 0.0
 
   def seconds(self, chip: Chip) -> float:
     return max(self.flops / chip.flops, self.memory / chip.bandwidth, self.link / chip.link)
@@ -84,7 +84,7 @@ def _sum(parts: list[Work]) -> Work:
   return Work(*(sum(values) for values in zip(*map(dataclasses.astuple, parts), strict=True)))
 
 
-def _weights(config: LlamaConfig) -> float:
+def _weights(config: LlamaConfig) -> int:
   """Bytes in the compute dtype."""
   return num_parameters(config) * (2 if config.dtype == 'bfloat16' else 4)
 

@@ -1,0 +1,194 @@
+"""Plans of tiny networks on CPU devices: the arithmetic, the advice, the properties of programs."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from segjax.model import sharding
+from segjax.model.llama import config_of
+from segjax.plan import advice, chips, command, memory, phases
+from segjax.settings import Network, Settings, replace
+
+TOPOLOGY = chips.parse('cpu:8')
+SETTINGS = replace(
+  Settings(),
+  stages=('ppo',),
+  network=Network(512, 32, 48, 2, 4, 2, 128),
+  **{
+    'data.max_prompt_length': 16,
+    'data.max_length': 48,
+    'rollout.max_new_tokens': 64,
+    'rollout.slots': 16,
+    'ppo.rollout_batch': 16,
+    'ppo.minibatch': 16,
+    'ppo.micro_batch': 8,
+    'ppo.score_batch': 8,
+    'runtime.logprob_chunk': 8,
+  },
+)
+SMALL = ('cache growth', 'critic update')
+
+
+def with_memory(size):
+  return dataclasses.replace(TOPOLOGY, chip=dataclasses.replace(TOPOLOGY.chip, memory=size))
+
+
+@functools.cache
+def plan(settings=SETTINGS, names=SMALL, size=math.inf):
+  return command.make('ppo', settings, with_memory(size), names)
+
+
+def test_names_of_topologies():
+  assert chips.parse('v5p:4x4x8').count == 128
+  assert chips.parse('v5e:8x8').chip.memory == 15.75 * 2**30
+  found = chips.parse('cuda:8xH100-80GB')
+  assert found.count == 8 and found.is_estimate and not found.is_tpu
+  for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
+    with pytest.raises(ValueError, match=r'not known; known are\n.*8x8 \(64\).*15.75 GiB') as error:
+      chips.parse(name)
+    assert 'H100-80GB' in str(error.value)
+
+
+def test_missing_compiler_is_named(monkeypatch):
+  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[plan\]'"):
+    chips.prepare(chips.parse('v5p:2x2x2'))
+
+
+def test_peak_is_what_lives_and_what_the_program_takes():
+  found = plan()
+  assert [m.name for m in found.measured] == list(SMALL)
+  for measured in found.measured:
+    phase = next(p for p in found.program.phases if p.name == measured.name)
+    alive = sum(phases.bytes_per_device(found.program.held[name]) for name in phase.alive)
+    extra = measured.temporaries + measured.outputs - measured.aliased
+    # The programs have a few scalars more among their arguments.
+    assert measured.peak == pytest.approx(alive + extra, rel=0.02)
+  state = found.program.held['critic state']
+  # Three numbers per weight, split over eight devices but for norms and steps.
+  weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+  assert phases.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
+
+
+def test_too_little_memory_and_what_helps():
+  peak = plan().peak
+  found = plan(size=peak - 1)
+  assert plan(size=peak).fits and not plan(size=peak).advice
+  assert not found.fits
+  text = '\n'.join(found.advice)
+  for flag in ('rollout.slots=8', 'runtime.frozen_memory=host', 'moments_dtype=bfloat16'):
+    assert f'--config.{flag}' in text or flag in text, text
+  assert 'they fit' in found.advice[-1]
+  assert 'not enough: take more chips' in plan(size=1).advice[-1]
+
+
+def test_advice_is_what_a_new_plan_says():
+  found, network = plan(), config_of(SETTINGS.network)
+  mesh = sharding.make_mesh(devices=jax.devices())
+  for key, value in (
+    ('runtime.frozen_memory', 'host'),
+    ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
+  ):
+    change = advice.Change(key, value)
+    said = advice.peak_with([change], 'ppo', SETTINGS, network, mesh, found.measured)
+    assert said < found.peak
+    assert said == pytest.approx(plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
+
+
+def test_same_program_is_compiled_once(tmp_path, monkeypatch):
+  names = ('cache growth',)
+  first = command.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  monkeypatch.setattr(memory, '_compile', None)
+  again = command.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  assert again.measured == first.measured
+  with pytest.raises(TypeError):  # another program
+    command.make('ppo', replace(SETTINGS, **{'rollout.slots': 8}), TOPOLOGY, names, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'ppo.micro_batch': 4, 'ppo.minibatch': 4}, 'does not divide over the 8 devices'),
+    ({'mesh.data': 3}, 'does not use the 8 devices exactly'),
+    ({'mesh.tensor': 4}, r'config.mesh.tensor=4 does not divide the 4 query and 2 key heads'),
+    ({'network.vocab_size': 0}, 'the sizes of the network are not known: take a preset'),
+  ],
+)
+def test_what_cannot_be_planned(changes, message):
+  with pytest.raises(ValueError, match=message):
+    command.make('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
+  with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
+    command.make('ppo', SETTINGS, TOPOLOGY, ('polcy',))
+
+
+@functools.cache
+def compiled(name='policy update', **changes):
+  """A phase's program; keys have __ for a dot."""
+  settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
+  mesh = sharding.make_mesh(devices=jax.devices())
+  program = phases.program('ppo', settings, config_of(settings.network), mesh)
+  phase = next(p for p in program.phases if p.name == name)
+  return phases.lowered(phase, mesh).compile()
+
+
+@pytest.mark.parametrize('name', ['policy update', 'scoring'])
+def test_no_logits_of_whole_rows(name):
+  """Nothing is as large as one row's logits but the embedding and the head, which know no rows."""
+  network = dataclasses.replace(SETTINGS.network, vocab_size=4096)
+  text = compiled(name, network=network).as_text()
+  rows, tokens = 1, 80  # of a device: a micro-batch of eight, prompt and response
+  for shape in set(re.findall(r'f32\[([\d,]+)\]', text)):
+    sizes = [int(n) for n in shape.split(',')]
+    if 4096 in sizes and 32 not in sizes:
+      assert math.prod(sizes) <= rows * SETTINGS.runtime.logprob_chunk * 4096 < tokens * 4096, shape
+
+
+def test_temporaries_follow_tokens_and_saved_residuals():
+  """Twice the rows, about twice the activations; four layers more, four inputs of a layer more."""
+
+  def temporaries(**changes):
+    return compiled(**changes).memory_analysis().temp_size_in_bytes
+
+  base, double = (
+    temporaries(ppo__micro_batch=16),
+    temporaries(ppo__micro_batch=32, ppo__minibatch=32, ppo__rollout_batch=32),
+  )
+  assert 1.2 < double / base <= 2.05
+  deep = dataclasses.replace(SETTINGS.network, num_hidden_layers=6)
+  grown = temporaries(network=deep, ppo__micro_batch=16) - base
+  residual = 2 * 80 * 32 * 4  # bytes: rows of a device, tokens, width, float32
+  weights = 4 * 4 * (2 * 32 * 48 + 48 * 32 * 3) // 8  # of four layers, split
+  # Gradients of the new layers, and their weights as they are gathered and scattered.
+  assert grown < 4 * residual * 1.5 + 4 * weights
+
+
+def test_stacked_weights_are_never_gathered_whole():
+  layers = 2
+  for line in compiled().as_text().splitlines():
+    if match := re.search(r'= f32\[([\d,]+)\]\S* all-gather', line):
+      sizes = [int(n) for n in match[1].split(',')]
+      assert not (sizes[0] == layers and sizes[1:] in ([32, 48], [48, 32], [32, 32])), line
+
+
+def test_command_line(tmp_path):
+  """Exit code, JSON, and the one line of a wrong topology."""
+  command_line = [
+    *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:local', f'--plans={tmp_path}'),
+    *('--config.network.vocab_size=128', '--config.ppo.rollout_batch=8'),
+    *('--config.ppo.minibatch=8', '--config.data.max_prompt_length=16', '--json'),
+    *('--config.rollout.max_new_tokens=16', '--phases=critic update'),
+  ]
+  run = functools.partial(subprocess.run, capture_output=True, text=True)
+  done = run([*command_line, '--topology=cpu:2'])
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found['fits'] and found['devices'] == 2 and found['phases'][0]['peak'] > 0
+  wrong = run([*command_line, '--topology=v9:1'])
+  assert wrong.returncode == 1 and "topology 'v9:1' is not known" in wrong.stderr

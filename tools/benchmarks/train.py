@@ -1,0 +1,184 @@
+"""The policy update: tokens per second, use of the arithmetic there is, and what packing saves.
+
+Three ways to do a minibatch, by turns: full rows; ragged rows (a mean of a quarter of the longest),
+each padded; the same ragged rows packed. Only real tokens count. The share of the peak is the
+model's FLOPs (forward and backward, remat not counted) over what matrix products reach here.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.data.packing import fill, plan_packing
+from segjax.model import sharding
+from segjax.model.flops import causal_pairs, forward_flops
+from segjax.model.heads import init_params
+from segjax.model.llama import LlamaConfig, config_of, num_parameters
+from segjax.report.console import say, table
+from segjax.settings import PPO, Network, Segmentation, Shaping
+from segjax.train.cutting import Cutter
+from segjax.train.experience import Recipe
+from segjax.train.optimizer import init_state
+from segjax.train.ppo_step import policy_step
+from segjax.types import Experience, Rollout, Segments
+
+SIZES = {
+  'tiny': Network(80, 32, 48, 2, 4, 2, 128),
+  'small': Network(4096, 256, 1024, 4, 8, 2, 4096),
+  '1b': Network(128_256, 2048, 8192, 16, 32, 8, 4096, tie_word_embeddings=True),
+  '3b': Network(128_256, 3072, 8192, 28, 24, 8, 4096, tie_word_embeddings=True),
+  '8b': Network(128_256, 4096, 14_336, 32, 32, 8, 4096),
+}
+PROMPT_SHARE = 4  # a prompt is one part of so many of a full row
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+  """The flags of `run`."""
+  command.add_argument('--shape', choices=SIZES, default='small', help='of the network')
+  command.add_argument('--batch', type=int, default=32, help='sequences of a minibatch')
+  command.add_argument('--micro-batch', type=int, default=4, help='rows at once')
+  command.add_argument('--length', type=int, default=512, help='of the longest sequence')
+  command.add_argument('--dtype', choices=('float32', 'bfloat16'), default=None)
+  command.add_argument('--remat', default='full')
+  command.add_argument('--attention', default='auto')
+  command.add_argument('--repeats', type=int, default=5)
+
+
+def run(
+  shape: str,
+  batch: int,
+  micro_batch: int,
+  length: int,
+  dtype: str | None,
+  remat: str,
+  attention: str,
+  repeats: int,
+) -> dict:
+  """Prints the table; returns what the JSON line holds."""
+  device = jax.devices()[0]
+  dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
+  config, mesh = _network(shape, dtype, remat, attention), sharding.make_mesh()
+  ppo = PPO(minibatch=batch, micro_batch=micro_batch)
+  static = {
+    'recipe': Recipe(*[config] * 4, Cutter(Segmentation()), 'even_split', Shaping(), ppo),
+    'total_steps': 10_000,
+  }
+  full = np.full(batch, length)
+  drawn = np.random.default_rng(0).exponential(length / 4, batch).astype(int)
+  ragged = np.clip(drawn, length // PROMPT_SHARE // 4 + 2, length)
+  packing = plan_packing(ragged, micro_batch, length)
+  tasks = {'full': (full, None), 'padded': (ragged, None), 'packed': (ragged, packing)}
+  with jax.set_mesh(mesh):
+    state = _state(config, ppo, mesh)
+    given = {name: (_experience(x, length, mesh), plan) for name, (x, plan) in tasks.items()}
+    seconds, losses = {name: [] for name in tasks}, {}
+    rows, compiled = np.arange(batch), policy_step._cache_size()
+    for _ in range(repeats + 1):  # the first of each compiles
+      for name, (experience, plan) in given.items():
+        begun = time.perf_counter()
+        state, metrics = policy_step(state, experience, rows, np.float32(0), plan, **static)
+        losses[name] = float(metrics['loss'])
+        seconds[name].append(time.perf_counter() - begun)
+    compiles = policy_step._cache_size() - compiled
+  peak = _matmul_peak(dtype) * mesh.size
+  return _report(config, device, tasks, seconds, peak, compiles, fill(packing))
+
+
+def _network(shape: str, dtype: str, remat: str, attention: str) -> LlamaConfig:
+  from segjax.model.attention import choose
+
+  config = config_of(SIZES[shape])
+  name, reason = choose(attention, jax.devices()[0].platform, dtype, config.head_dim)
+  if reason:
+    say(reason)
+  return dataclasses.replace(config, dtype=dtype, remat=remat, attention=name)
+
+
+def _state(config: LlamaConfig, ppo: PPO, mesh):
+  def make(key):
+    return sharding.constrain_tree(init_params(key, config, 'language'))
+
+  return init_state(jax.jit(make)(jax.random.key(0)), ppo.policy_optimizer, 10_000)
+
+
+def _experience(lengths: np.ndarray, longest: int, mesh) -> Experience:
+  """What a rollout of such lengths would have left: all numbers but the lengths are made up."""
+  rng, rows = np.random.default_rng(1), len(lengths)
+  prompt = np.maximum(lengths // PROMPT_SHARE, 1)
+  width = longest // PROMPT_SHARE
+
+  def put(x):
+    return sharding.place_batch(x, mesh)
+
+  def tokens(size):
+    return put(rng.integers(1, 80, (rows, size)).astype(np.int32))
+
+  mask = put(np.arange(longest - width) < (lengths - prompt)[:, None])
+  floats = put(rng.normal(size=mask.shape).astype(np.float32))
+  return Experience(
+    rollout=Rollout(
+      prompt_ids=tokens(width),
+      prompt_length=put(prompt.astype(np.int32)),
+      response_ids=tokens(longest - width),
+      response_mask=mask,
+      finished=put(np.ones(rows, bool)),
+      old_logprob=floats,
+    ),
+    **dict.fromkeys(
+      ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_'), floats
+    ),
+    segments=Segments(mask, mask, tokens(longest - width), put(np.ones(rows, np.int32))),
+    value_mask=mask,
+  )
+
+
+def _matmul_peak(dtype: str) -> float:
+  """FLOP/s of a large square product on one device, the best of ten."""
+  size = 2048 if jax.devices()[0].platform == 'cpu' else 8192
+  x = jnp.ones((size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  jax.block_until_ready(product(x, x))
+  best = np.inf
+  for _ in range(10):
+    begun = time.perf_counter()
+    jax.block_until_ready(product(x, x))
+    best = min(best, time.perf_counter() - begun)
+  return 2 * size**3 / best
+
+
+def _report(config, device, tasks, seconds, peak, compiles, filled) -> dict:
+  record, lines = {}, []
+  for name, (lengths, _) in tasks.items():
+    median = statistics.median(seconds[name][1:])
+    pairs = sum(causal_pairs(float(n)) for n in lengths)
+    flops = 3 * forward_flops(config, float(lengths.sum()), pairs)
+    record[name] = {
+      'seconds': round(median, 4),
+      'first_call_seconds': round(seconds[name][0], 2),
+      'tokens': int(lengths.sum()),
+      'tokens_per_second': round(lengths.sum() / median, 1),
+      'percent_of_peak': round(100 * flops / median / peak, 1),
+    }
+    lines.append((name, *map(str, record[name].values())))
+  saved = record['padded']['seconds'] / record['packed']['seconds']
+  title = (
+    f'policy update, {num_parameters(config) / 1e6:,.0f} M, {config.dtype}, {device.device_kind}'
+  )
+  table(title, ('rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak'), lines)
+  say(f'matrix products reach {peak / 1e12:.3f} TFLOP/s; {config.attention} attention')
+  say(f'packing: {saved:.2f} times as fast as padding, rows {filled:.0%} full; {compiles} compiles')
+  return record | {
+    'parameters': num_parameters(config),
+    'device': device.device_kind,
+    'dtype': config.dtype,
+    'attention': config.attention,
+    'peak_flops': peak,
+    'packing_saves': round(saved, 3),
+    'fill': round(filled, 3),
+    'compiles': compiles,
+  }
