@@ -16,6 +16,19 @@ import pytest  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jaxtyping.install_import_hook('segjax', 'beartype.beartype')
 
+
+@pytest.fixture(autouse=True, scope='module')
+def few_mappings():
+  """Lets compiled programs go before they take all mappings of memory that Linux gives a process.
+
+  Each takes some, and past the limit (65,530 by default) the compiler crashes.
+  """
+  yield
+  maps = Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
+    jax.clear_caches()
+
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 

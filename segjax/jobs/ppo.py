@@ -52,6 +52,7 @@ def run(stage: Stage) -> dict[str, Any]:
     'critic': init_state(critic, s.ppo.critic_optimizer, total),
     'kl': {'coef': jnp.float32(s.ppo.kl_coef)},
   }
+  jobs.tell_memory(stage, {'policy': states['policy'], 'critic': states['critic']} | frozen)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
   rule = models.rule_of(stage, prompts, tokenizer)
 

@@ -75,6 +75,7 @@ def run(stage: Stage) -> dict[str, Any]:
     return {'reward': state}, metrics | fill
 
   states = {'reward': init_state(params, s.reward.optimizer, total)}
+  jobs.tell_memory(stage, states | ({'reference': reference} if reference else {}))
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'accuracy', 'segments'])
   params = states['reward'].params
   (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))

@@ -32,6 +32,7 @@ def run(stage: Stage) -> dict[str, Any]:
     return {'policy': state}, metrics | fill
 
   states = {'policy': init_state(params, settings.optimizer, total)}
+  jobs.tell_memory(stage, states)
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'entropy'])
   save_checkpoint(
     stage.model_directory,

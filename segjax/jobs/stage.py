@@ -129,6 +129,18 @@ def load(
   )
 
 
+def tell_memory(stage: Stage, trees: dict[str, Any]) -> None:
+  """Says what each tree takes of a device, and of what; `tools/plan.py` tells what steps add."""
+  sizes = {
+    name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    for name, tree in trees.items()
+  }
+  stats = stage.mesh.local_devices[0].memory_stats() or {}
+  limit = f' of {stats["bytes_limit"] / 2**30:.1f}' if 'bytes_limit' in stats else ''
+  parts = ', '.join(f'{name} {size / 2**30:.2f}' for name, size in sizes.items())
+  stage.say(f'GiB per device{limit}: {parts}; tools/plan.py tells what steps add')
+
+
 def packed(
   settings: SFT | Reward | PPO, lengths: np.ndarray, group: int = 1
 ) -> tuple[Packing | None, dict[str, float]]:

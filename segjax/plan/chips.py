@@ -95,7 +95,7 @@ def _known() -> str:
 
 
 def prepare(topology: Topology) -> None:
-  """Sets what jax reads when it is imported.
+  """Sets what jax reads when it first looks for devices.
 
   Raises:
     ValueError: there is no libtpu, which compiles for TPUs.
@@ -105,7 +105,9 @@ def prepare(topology: Topology) -> None:
       f'{topology.name} needs libtpu, which compiles for TPUs on any machine; '
       "install it by pip install -e '.[plan]'"
     )
-  os.environ['JAX_PLATFORMS'] = 'cpu'
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # libtpu is for compiling; it would look for a TPU
   if topology.is_tpu:
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
     os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)

@@ -62,7 +62,7 @@ def train(mesh, function, states, *arguments, jitted=None, **static):
     assert all(each._cache_size() > size for each, size in zip(jitted, compiled, strict=True))
   text, updated = '', []
   for each, names in jitted.items():
-    wanted = len(inspect.signature(each).parameters) - len(names) - len(static)
+    wanted = list(inspect.signature(each).parameters).index('packing') - len(names)
     compiled = program(each, *(states[name] for name in names), *given[:wanted], **static)
     text += compiled.as_text()
     updated.append(compiled.memory_analysis().alias_size_in_bytes)
