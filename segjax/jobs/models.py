@@ -52,13 +52,24 @@ def find(stage: Stage) -> tuple[dict[str, Path], SegmentReward, dict[str, LlamaC
 def load(
   stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
 ) -> dict[str, Any]:
-  """The frozen parameters of those models that there are, where they wait to be used."""
-  wait = sharding.to_host if stage.settings.runtime.frozen_memory == 'host' else lambda tree: tree
+  """The frozen parameters of those models that there are."""
   return {
-    name: wait(jobs.load(stage, paths[name], networks[name], HEADS[name]))
+    name: jobs.load(stage, paths[name], networks[name], HEADS[name])
     for name in names
     if name in paths
   }
+
+
+def load_waiting(
+  stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
+) -> dict[str, Any]:
+  """As `load`, in the memory where config.runtime.frozen_memory lets them wait to be used."""
+  wait = sharding.to_host if stage.settings.runtime.frozen_memory == 'host' else lambda tree: tree
+  found = {}
+  for name in names:  # one after the other, so that the devices never hold them all
+    for model, params in load(stage, paths, networks, (name,)).items():
+      found[model] = wait(params)
+  return found
 
 
 def recipe_of(

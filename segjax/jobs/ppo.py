@@ -42,7 +42,7 @@ def run(stage: Stage) -> dict[str, Any]:
   prompts = encode_prompts(jobs.rows(stage), tokenizer, limits)
   jobs.describe(stage, prompts)
   stage.say(described(recipe, meaning.normalizer_kind))
-  frozen = models.load(stage, paths, networks, ('reference', 'reward'))
+  frozen = models.load_waiting(stage, paths, networks, ('reference', 'reward'))
   warmup = s.critic.warmup_steps * updates_per_step(s.ppo)
   total = s.ppo.steps * updates_per_step(s.ppo)
   policy = jobs.load(stage, paths['policy'], recipe.policy, 'language', trained=True)

@@ -15,7 +15,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope='module')
 def values(material):
-  """Settings of a few tiny steps of every stage on 64 of the pairs."""
+  """Settings of a few tiny steps of every stage on 64 of the pairs, in packed rows."""
   config = presets.default_config()
   config.stages = ('sft', 'reward', 'normalizer', 'ppo', 'evaluate')
   config.update_from_flattened_dict(
@@ -29,8 +29,12 @@ def values(material):
       'runtime.remat': 'none',
       'sft.batch': 8,
       'sft.steps': 2,
+      'sft.micro_batch': 4,
+      'sft.packed_length': 128,
       'reward.batch': 8,
       'reward.steps': 2,
+      'reward.micro_batch': 4,
+      'reward.packed_length': 128,
       'reward.holdout': 0.2,
       'normalizer.batch': 16,
       'normalizer.pairs': 32,
@@ -38,6 +42,9 @@ def values(material):
       'ppo.steps': 2,
       'ppo.rollout_batch': 8,
       'ppo.minibatch': 4,
+      'ppo.micro_batch': 4,
+      'ppo.packed_length': 128,
+      'runtime.frozen_memory': 'host',
       'evaluate.batch': 8,  # as in PPO: one program less to compile
     }
   )
@@ -63,6 +70,10 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   assert len(lines) == 2 and first['bad'] == 0
   assert first['policy/first_ratio_max_deviation'] < 1e-4
   assert abs(first['kl']) < 1e-3
+  for stage in ('sft', 'reward', 'ppo'):  # all of them packed
+    text = (tmp_path / stage / 'metrics.jsonl').read_text()
+    assert 0.3 < json.loads(text.splitlines()[0])['fill'] <= 1
+  assert 'GiB per device' in out
 
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ppo' / 'model')
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'ppo' / 'model')
