@@ -138,7 +138,7 @@ def tell_memory(stage: Stage, trees: dict[str, Any]) -> None:
   stats = stage.mesh.local_devices[0].memory_stats() or {}
   limit = f' of {stats["bytes_limit"] / 2**30:.1f}' if 'bytes_limit' in stats else ''
   parts = ', '.join(f'{name} {size / 2**30:.2f}' for name, size in sizes.items())
-  stage.say(f'GiB per device{limit}: {parts}; tools/plan.py tells what steps add')
+  stage.say(f'GiB per device{limit}: {parts}')
 
 
 def packed(

@@ -120,7 +120,7 @@ def show(plan: Plan) -> None:
   table(title, ('phase', 'compile s', *_COLUMNS, 'fits'), rows)
   if plan.topology.is_estimate:
     say('an estimate: compiled for CPU devices, which widen bfloat16 and know no flash attention')
-  held = [(k, in_gib(phases.bytes_per_device(v))) for k, v in plan.program.held.items()]
+  held = [(name, in_gib(size)) for name, size in plan.program.sizes().items()]
   table('What lives across phases', ('', 'GiB per device'), held)
   if not math.isnan(chip.flops):
     rows = [
@@ -149,7 +149,6 @@ _COLUMNS = ('arguments', 'temporaries', 'outputs', 'aliased', 'beside', 'peak')
 def as_json(plan: Plan) -> str:
   """The plan's figures, bytes and seconds."""
   chip = plan.topology.chip
-  held = {name: phases.bytes_per_device(tree) for name, tree in plan.program.held.items()}
   found: dict[str, Any] = {
     'job': plan.job,
     'topology': plan.topology.name,
@@ -158,7 +157,7 @@ def as_json(plan: Plan) -> str:
     'fits': plan.fits,
     'memory': None if math.isinf(chip.memory) else int(chip.memory),
     'phases': [dataclasses.asdict(m) | {'peak': m.peak} for m in plan.measured],
-    'held': held,
+    'held': plan.program.sizes(),
     'advice': plan.advice,
   }
   if not math.isnan(chip.flops):

@@ -57,7 +57,7 @@ class Program:
   """A job as its phases see it.
 
   Attributes:
-    held: trees of shapes that live across phases, by name.
+    held: trees of shapes that live across phases, by name; 'X parameters' is a part of 'X state'.
     phases: in the order in which they run.
     networks: the networks by name, as they are run.
   """
@@ -65,6 +65,11 @@ class Program:
   held: dict[str, Any]
   phases: list[Phase]
   networks: dict[str, LlamaConfig]
+
+  def sizes(self) -> dict[str, int]:
+    """Bytes of a device by name, parts left out."""
+    wholes = {k: tree for k, tree in self.held.items() if not k.endswith(' parameters')}
+    return {name: bytes_per_device(tree) for name, tree in wholes.items()}
 
 
 def program(job: str, settings: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
