@@ -82,6 +82,21 @@ def main(_: list[str]) -> None:
   pipeline.run(stages, workdir, _STARTED)
 
 
+def forget_libtpu(devices: Path = Path('/dev')) -> None:
+  """Keeps jax from loading a libtpu that was installed for `tools/plan.py` alone.
+
+  On a machine without a TPU it would print warnings and look for a metadata server. To be called
+  before jax is imported; a name that is None in sys.modules cannot be imported. Where JAX_PLATFORMS
+  is set, it is the user's choice and nothing is done.
+
+  Args:
+    devices: Where the nodes of TPUs are: accel0 ... (to v4), vfio/0 ... (from v5e).
+  """
+  has_tpu = any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
+  if not has_tpu and not os.environ.get('JAX_PLATFORMS'):
+    sys.modules['libtpu'] = None
+
+
 def settings_from_flags() -> tuple[Settings, str]:
   """The settings that --config and its overrides make, and the value of --config."""
   from segjax import checks
@@ -122,6 +137,7 @@ def console() -> None:
     from segjax.hf import command
 
     raise SystemExit(command.main(sys.argv[2:]))
+  forget_libtpu()
   run(main)
 
 

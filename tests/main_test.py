@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -71,6 +72,48 @@ def _raised(function):
     function()
   except Exception as error:
     return error
+
+
+@pytest.mark.parametrize(
+  'node, platforms, is_loaded',
+  [
+    (None, '', False),
+    (None, 'tpu', True),
+    ('accel0', '', True),
+    ('vfio/0', '', True),
+    ('vfio/vfio', '', False),
+  ],
+)
+def test_libtpu_is_loaded_where_there_is_a_tpu(tmp_path, monkeypatch, node, platforms, is_loaded):
+  (tmp_path / 'libtpu.py').write_text('')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'libtpu', raising=False)
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  if node:
+    (tmp_path / 'dev' / node).parent.mkdir(parents=True)
+    (tmp_path / 'dev' / node).touch()
+  main.forget_libtpu(tmp_path / 'dev')
+  assert (importlib.import_module if is_loaded else _is_missing)('libtpu')
+  monkeypatch.delitem(sys.modules, 'libtpu', raising=False)
+
+
+def _is_missing(module):
+  with pytest.raises(ModuleNotFoundError):
+    importlib.import_module(module)
+  return True
+
+
+def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
+  """The whole program with a libtpu that fails when it is imported."""
+  (tmp_path / 'libtpu.py').write_text('raise SystemExit("libtpu was imported")')
+  environment = {key: value for key, value in os.environ.items() if key != 'JAX_PLATFORMS'}
+  environment |= {'PYTHONPATH': str(tmp_path), 'XLA_FLAGS': ''}
+  command = ['-m', 'segjax.main', '--config=configs/ppo.py', '--dry_run', '--compilation_cache=']
+  done = subprocess.run(
+    [sys.executable, *command, f'--workdir={tmp_path}/run'],
+    capture_output=True, text=True, cwd=REPOSITORY, env=environment,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (0, '')
 
 
 def test_only_errors_for_users_lose_their_traceback():
