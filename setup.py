@@ -17,6 +17,7 @@ setup(
     'absl-py',  # command line flags
     'datasets>=4',  # hub, parquet and Arrow sources of rows
     'flax>=0.12',  # the network (Linen)
+    'etils[epath]',  # paths on buckets; orbax brings it
     'huggingface_hub',  # checkpoints and tokenizers by hub id
     'jax>=0.10.1',
     'jaxtyping',  # array shapes in signatures

@@ -177,7 +177,8 @@ def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
 # Keys by the least value they may have. A learning rate of 0 is a way to see what does not learn.
 _LEAST = {
   0: (
-    *('data.limit', 'sft.steps', 'sft.micro_batch', 'checkpoint.every', 'evaluate.show'),
+    *('data.limit', 'sft.steps', 'sft.micro_batch', 'evaluate.show'),
+    *('checkpoint.every', 'checkpoint.minutes', 'checkpoint.max_misses'),
     *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
     'reward.calibration.target_segment_length',
     *('critic.warmup_steps', 'shaping.reward_clip'),

@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
 
-  from segjax.jobs import dry_run, pipeline
+  from segjax.jobs import dry_run, lock, pipeline, preemption
   from segjax.model.sharding import make_mesh
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
@@ -78,8 +78,10 @@ def main(_: list[str]) -> None:
     return
   pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
-  pipeline.run(stages, workdir, _STARTED)
+  preemption.interrupt_on_sigterm()
+  with lock.locked(workdir):
+    (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
+    pipeline.run(stages, workdir, _STARTED)
 
 
 def forget_libtpu(devices: Path = Path('/dev')) -> None:
@@ -149,9 +151,19 @@ def run(main: Callable[[list[str]], None]) -> None:
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command goes on from what is saved') from None
   except Exception as error:
+    _exit_if_preempted(error)
     if os.environ.get('SEGJAX_TRACEBACK') or not _is_users(error):
       raise
     raise SystemExit(f'segjax: {error}') from None
+
+
+def _exit_if_preempted(error: Exception) -> None:
+  """Ends with the code that says: start me again."""
+  from segjax.jobs import preemption
+
+  if isinstance(error, preemption.PreemptedError):
+    print(f'segjax: {error}', file=sys.stderr)
+    raise SystemExit(preemption.EXIT_CODE) from None
 
 
 def _is_users(error: Exception) -> bool:

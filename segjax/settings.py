@@ -271,8 +271,12 @@ class Evaluate:
 class Checkpoint:
   """Training state saved during a stage."""
 
-  every: int = 0  # steps; 0: only the finished model
-  keep: int = 2
+  minutes: float = 10.0  # saved when so many have gone by since the last time; 0: never
+  every: int = 0  # saved after so many steps; 0: by `minutes` alone
+  keep: int = 2  # the newest ones that stay
+  best: str = ''  # a metric: the step at which it was largest stays too
+  max_misses: int = 3  # saves in a row that may fail, as on a full disk
+  directory: str = ''  # a directory or bucket (gs://...) in place of the stage's own
 
 
 @dataclasses.dataclass(frozen=True)

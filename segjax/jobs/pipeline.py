@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from segjax import settings as typed
 from segjax.data.sources import is_hub_id
 from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
-from segjax.jobs.stage import CHECKPOINTS, Stage
+from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
 from segjax.report.console import say
 from segjax.settings import Settings
@@ -211,7 +210,8 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   results['seconds'] = time.monotonic() - begun
   figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
   stage.say(f'done in {results["seconds"]:.1f} s{figures}')
-  shutil.rmtree(stage.directory / CHECKPOINTS, ignore_errors=True)
+  if checkpoints(stage).exists():
+    checkpoints(stage).rmtree()
   return reuse.finish(stage.directory, key, results, _outputs(stage, job))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from segjax.data.batches import stream_indices
 from segjax.data.encoding import encode_prompts
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import models
+from segjax.jobs import models, preemption
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.timing import Timing
@@ -77,6 +77,7 @@ def run(stage: Stage) -> dict[str, Any]:
       say=stage.say,
     )
     timing.end('generate', found)
+    preemption.abandon()  # nothing is changed yet, and a machine that goes away does not wait
     rows = np.repeat(rows, s.rollout.samples)
     found = as_published(found, tokenizer.stop_ids[0], s.compat)
     params = frozen | {name: states[name].params for name in ('policy', 'critic')}
@@ -86,6 +87,7 @@ def run(stage: Stage) -> dict[str, Any]:
       found, scored, normalizer, coef, rule(found, rows), recipe=recipe
     )
     timing.end('score', experience)
+    preemption.abandon()
     policy_from = warmup if step >= s.critic.warmup_steps else None
     states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from)
     if s.ppo.kl_target:

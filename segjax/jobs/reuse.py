@@ -84,16 +84,25 @@ def content_hash(path: Path, skip: str = '') -> str:
 
 def _difference(record: dict[str, Any], key: Key) -> str:
   """What is not as it was, in words."""
-  before = _flat(record.get('key', {}))
-  if not before:
+  if not record.get('key'):
     return f'it was left without a {FILE}'
-  now = _flat(key)
-  changed = [name for name in before | now if before.get(name) != now.get(name)]
-  if not changed:
+  names = differences(record['key'], key)
+  if not names:
     return 'its output was changed'
-  names = [name.removeprefix('settings.').replace('inputs.', 'content of ') for name in changed]
   more = f' and {len(names) - 3} more' if len(names) > 3 else ''
   return f'{", ".join(names[:3])}{more} changed'
+
+
+def key_of(directory: Path) -> Key:
+  """The key of the stage that was begun in the directory; {} if none was."""
+  return _read(directory).get('key', {})
+
+
+def differences(before: Key, now: Key) -> list[str]:
+  """The settings and inputs that two keys do not have in common, as a user names them."""
+  before, now = _flat(before), _flat(now)
+  changed = [name for name in before | now if before.get(name) != now.get(name)]
+  return [name.removeprefix('settings.').replace('inputs.', 'content of ') for name in changed]
 
 
 def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -3,8 +3,10 @@
 The jobs themselves hold no loops over steps: that is `train`.
 """
 
+import contextlib
 import dataclasses
 import functools
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from segjax.data.batches import Pairs
@@ -21,12 +24,13 @@ from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.hf.card import Card
+from segjax.jobs import preemption, reuse
 from segjax.model import sharding
 from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog
-from segjax.settings import PPO, SFT, Reward, Runtime, Settings
+from segjax.settings import PPO, SFT, Checkpoint, Reward, Runtime, Settings
 from segjax.train.checkpoint import Checkpointer
 from segjax.types import Packing
 
@@ -242,11 +246,11 @@ def train(
       those updates did not reach, is in the stage's `checkpoints`.
   """
   settings = stage.settings
-  saved = Checkpointer(stage.directory / CHECKPOINTS, settings.checkpoint.keep)
-  start = saved.latest() or 0
+  place = checkpoints(stage)
+  saved = _checkpointer(stage, place)
+  start, states = saved.restore(states)
   if start:
-    states = saved.restore(start, states)
-    stage.say(f'going on from step {start} of {total}, saved in {stage.directory / CHECKPOINTS}')
+    stage.say(f'going on from step {start} of {total}, saved in {place}')
   log = MetricLog(
     stage.directory,
     ProgressBar(stage.name, total, start),
@@ -255,25 +259,71 @@ def train(
     max_bad_steps=settings.max_bad_steps,
     wandb_project=settings.wandb_project,
   )
-  done = start
+  done, is_due = start, _Due(settings.checkpoint)
   try:
-    with log:
+    with preemption.watched(stage.say), log:
       for step in range(start, total):
-        states, metrics = step_fn(states, step)
-        done = step + 1
-        log.log(step, metrics)
-        every = settings.checkpoint.every
-        if every and done % every == 0 and done < total:
+        with contextlib.suppress(preemption.AbandonedStepError):
+          states, metrics = step_fn(states, step)
+          done = step + 1
+          log.log(step, metrics)
+        is_asked = preemption.requested()
+        if start < done < total and (is_asked or is_due(done)):
           log.flush()  # so that no step before a checkpoint is ever without metrics
-          saved.save(done, states)
+          saved.save(done, states, log.last)
+        if is_asked and done < total:
+          saved.settle()
+          raise preemption.PreemptedError(_stopped(stage.name, saved.latest(), done, total))
   except BadStepError as error:
     # The jitted step has kept the state from before each bad update, so this one is good.
     saved.save(done, states)
-    place = stage.directory / CHECKPOINTS / str(done)
-    raise BadStepError(f'{stage.name}, {error} The last good state is saved in {place}.') from None
+    at = f'{place}/{done}'
+    raise BadStepError(f'{stage.name}, {error} The last good state is saved in {at}.') from None
   finally:
     saved.close()
   return states, log.last
+
+
+def checkpoints(stage: Stage) -> epath.Path:
+  """Where the stage's training states go: config.checkpoint.directory, or its own directory."""
+  elsewhere = stage.settings.checkpoint.directory
+  if elsewhere:
+    return epath.Path(elsewhere) / stage.name
+  return epath.Path(stage.directory) / CHECKPOINTS
+
+
+def _checkpointer(stage: Stage, place: epath.Path) -> Checkpointer:
+  settings = stage.settings.checkpoint
+  return Checkpointer(
+    place,
+    settings.keep,
+    best=settings.best,
+    max_misses=settings.max_misses,
+    run=reuse.key_of(stage.directory),
+    differences=reuse.differences,
+    say=stage.say,
+  )
+
+
+class _Due:
+  """Whether a checkpoint is to be saved now: by steps, or by the time since it last was."""
+
+  def __init__(self, settings: Checkpoint):
+    self._settings, self._last = settings, time.monotonic()
+
+  def __call__(self, done: int) -> bool:
+    every, seconds = self._settings.every, self._settings.minutes * 60
+    late = seconds > 0 and time.monotonic() - self._last >= seconds
+    if not late and not (every and done % every == 0):
+      return False
+    self._last = time.monotonic()
+    return True
+
+
+def _stopped(name: str, saved: int | None, done: int, total: int) -> str:
+  where = f'step {saved} of {total} is saved' if saved else 'nothing is saved'
+  lost = '' if saved == done else f' ({done} were done)'
+  return f'{name} stopped as asked, {where}{lost}; the same command goes on from there'
 
 
 def num_steps(steps: int, epochs: int, rows: int, batch: int, key: str) -> int:

@@ -1,47 +1,245 @@
 """Training states on disk, through Orbax: saved by step, restored onto the mesh at hand.
 
-Finished models are HF directories (`hf.writer`); this is for going on from the middle.
+A step is one directory, there whole or not at all, of separate items: the parameters of each model,
+its optimizer, what else is carried on, and `manifest`, which names them, their checksums and the
+run they are of. Finished models are HF directories (`hf.writer`); this is for going on from the
+middle.
 """
 
-from pathlib import Path
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import Array, UInt
+
+from segjax.train.state import TrainState
+
+States = dict[str, Any]  # TrainStates by name, and what else a step carries on
+
+_MANIFEST = 'manifest'
+_DAMAGED = 'damaged-'  # before the step, of a directory that could not be read
+
+
+class ForeignCheckpointError(ValueError):
+  """The checkpoint is of another run than the one that would go on from it."""
 
 
 class Checkpointer:
-  """Keeps the last `keep` steps of named trees of arrays in a directory."""
+  """Keeps the last `keep` steps, and the best one, of named states in a directory or bucket.
 
-  def __init__(self, directory: Path, keep: int):
+  Saving copies the states off the devices and writes behind the caller's back. A save that fails,
+  as where the disk is full, is told and made good by the next; what was saved before stays.
+
+  Args:
+    best: the metric whose largest value marks a step that is kept as well; '' for none.
+    max_misses: saves in a row that may fail.
+    run: what the states are of, as JSON; the keys that differ are named when it is not the same.
+    differences: names what differs between two such descriptions.
+    say: is told what went wrong and was survived.
+  """
+
+  def __init__(
+    self,
+    directory: Any,
+    keep: int,
+    *,
+    best: str = '',
+    max_misses: int = 0,
+    run: dict[str, Any] | None = None,
+    differences: Callable[[dict, dict], list[str]] | None = None,
+    say: Callable[[str], None] = print,
+  ):
+    self._directory = epath.Path(directory)
+    if '://' not in str(directory):
+      self._directory = epath.Path(self._directory.absolute())
+    self._keep, self._best, self._max_misses = keep, best, max_misses
+    self._run, self._differences, self._say = run or {}, differences, say
+    self._misses, self._saving = 0, 0
+    self._open()
+
+  def _open(self) -> None:
     import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
+    policies = [keeping.LatestN(self._keep)]
+    if self._best:
+      lowest = -float('inf')
+      policies.append(keeping.BestN(get_metric_fn=lambda m: m.get(self._best, lowest), n=1))
     self._ocp = ocp
     self._manager = ocp.CheckpointManager(
-      directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=keeping.AnyPreservationPolicy(policies),
+        create=True,
+        cleanup_tmp_directories=True,
+      ),
     )
 
   def latest(self) -> int | None:
     """The newest step saved, None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, states: dict[str, Any]) -> None:
-    """Saves the states after `step` steps; returns once they are copied off the devices."""
-    items = {name: self._ocp.args.StandardSave(state) for name, state in states.items()}
-    self._manager.save(step, args=self._ocp.args.Composite(**items))
+  def save(self, step: int, states: States, metrics: dict[str, float] | None = None) -> None:
+    """Saves the states after `step` steps; returns once they are copied off the devices.
 
-  def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-    """The states of `step`, shaped and placed as those in `like`."""
-    items = {
-      name: self._ocp.args.StandardRestore(jax.tree.map(_abstract, state))
-      for name, state in like.items()
+    Args:
+      metrics: of the step; `best` is looked up in them.
+
+    Raises:
+      OSError: more than `max_misses` saves in a row have failed.
+    """
+    self.settle()
+    if step in self._manager.all_steps():
+      return
+    items = _items(states)
+    sums = jax.device_get(jax.jit(_checksums)(items))
+    manifest = {
+      'step': step,
+      'items': {name: int(value) for name, value in sums.items()},
+      'run': self._run,
     }
-    restored = self._manager.restore(step, args=self._ocp.args.Composite(**items))
-    return {name: restored[name] for name in like}
+    saves: dict[str, Any] = {name: self._ocp.args.StandardSave(x) for name, x in items.items()}
+    saves[_MANIFEST] = self._ocp.args.JsonSave(manifest)
+    self._saving = step
+    numbers = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+    try:
+      self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=numbers)
+    except Exception as error:
+      self._missed(error)
+
+  def settle(self) -> None:
+    """Waits for what is being written, and sees whether it was."""
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except Exception as error:
+      self._missed(error)
+    else:
+      self._misses = 0
+
+  def _missed(self, error: Exception) -> None:
+    """Tells of a save that failed; OSError after too many."""
+    self._misses += 1
+    first = str(error).strip().partition('\n')[0][:200]
+    before = [step for step in self._manager.all_steps() if step != self._saving]
+    kept = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
+    text = f'the checkpoint of step {self._saving} could not be written to {self._directory}: '
+    text += f'{first}; {kept}'
+    if self._misses > self._max_misses:
+      raise OSError(f'{text}. Make room there, and start the same command again.') from error
+    self._say(f'warning: {text}; tried again at the next save')
+    self._open()  # the old manager waits for the write that failed; a new one clears what it left
+
+  def restore(self, like: States) -> tuple[int, States]:
+    """(The newest step that is whole, its states, shaped and placed as those in `like`).
+
+    Steps that cannot be read are told and set aside as `damaged-<step>`; (0, like) if there are no
+    others.
+
+    Raises:
+      ForeignCheckpointError: a step is of another run.
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        return step, self._read(step, like)
+      except (ForeignCheckpointError, MemoryError):
+        raise
+      except Exception as error:
+        if 'RESOURCE_EXHAUSTED' in str(error):
+          raise  # no room for it: the checkpoint is not to blame
+        self._set_aside(step, error)
+    return 0, like
+
+  def _read(self, step: int, like: States) -> States:
+    names = (*_items(like), _MANIFEST)
+    manifest = self._manager.restore(
+      step, args=self._ocp.args.Composite(**{_MANIFEST: self._ocp.args.JsonRestore()})
+    )[_MANIFEST]
+    self._check_run(step, manifest)
+    asked = {
+      name: self._ocp.args.StandardRestore(jax.tree.map(_abstract, item))
+      for name, item in _items(like).items()
+    }
+    found = self._manager.restore(step, args=self._ocp.args.Composite(**asked))
+    items = {name: found[name] for name in names if name != _MANIFEST}
+    sums = jax.device_get(jax.jit(_checksums)(items))
+    spoilt = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
+    if spoilt:
+      raise OSError(f'{", ".join(spoilt)}: not what was written')
+    return _states(items, like)
+
+  def _check_run(self, step: int, manifest: dict[str, Any]) -> None:
+    if not self._run or self._differences is None:
+      return
+    names = self._differences(manifest['run'], self._run)
+    if names:
+      raise ForeignCheckpointError(
+        f'the checkpoint {self._directory / str(step)} is of another run: {", ".join(names)} '
+        'differ. Give another --workdir or config.checkpoint.directory, or move it away.'
+      )
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    first = str(error).strip().partition('\n')[0][:200]
+    aside = self._directory / f'{_DAMAGED}{step}'
+    if aside.exists():
+      aside.rmtree()
+    (self._directory / str(step)).rename(aside)
+    self._manager.reload()
+    self._say(
+      f'warning: the checkpoint of step {step} is damaged ({first}); it is set aside as {aside}'
+    )
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._manager.wait_until_finished()
+    self.settle()
     self._manager.close()
+
+
+def _items(states: States) -> dict[str, Any]:
+  """The states as items that can be restored each alone: parameters apart from optimizers."""
+  items = {}
+  for name, state in states.items():
+    if isinstance(state, TrainState):
+      items[name] = state.params
+      items[f'{name}_optimizer'] = {'step': state.step, 'opt_state': state.opt_state}
+    else:
+      items[name] = state
+  return items
+
+
+def _states(items: dict[str, Any], like: States) -> States:
+  """The states that `_items` took apart."""
+  states = {}
+  for name, state in like.items():
+    states[name] = items[name]
+    if isinstance(state, TrainState):
+      rest = items[f'{name}_optimizer']
+      states[name] = dataclasses.replace(state, params=items[name], **rest)
+  return states
+
+
+def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
+  """Of every item Σ_leaf 31^leaf · Σ bits modulo 2³²; the same however the arrays are laid out."""
+
+  def checksum(item):
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(item):
+      total = total * jnp.uint32(31) + jnp.sum(_bits(leaf), dtype=jnp.uint32)
+    return total
+
+  return {name: checksum(item) for name, item in items.items()}
+
+
+def _bits(x: Array) -> Array:
+  """The bits of every number, as unsigned integers of its size."""
+  if x.dtype == bool:
+    return x.astype(jnp.uint32)
+  size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  return jax.lax.bitcast_convert_type(x, size)
 
 
 def _abstract(x: jax.Array) -> Any:

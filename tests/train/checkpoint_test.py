@@ -29,8 +29,9 @@ def test_going_on_equals_never_having_stopped(tmp_path):
   step(state, 1)  # donates what was saved
   saved.close()
   saved = Checkpointer(tmp_path, keep=2)
-  assert saved.latest() == 2
-  state = saved.restore(2, {'policy': setting.state('policy')})['policy']
+  step_, states = saved.restore({'policy': setting.state('policy')})
+  assert step_ == 2
+  state = states['policy']
   saved.close()
   assert int(state.step) == 2
   jax.tree.map(np.testing.assert_array_equal, setting.copied(step(state, 1)), straight)
@@ -44,7 +45,7 @@ def test_restores_onto_another_mesh_and_keeps_the_last(tmp_path):
   mesh = tiny.mesh(8)
   with jax.set_mesh(mesh):
     like = {name: setting.state(name, mesh) for name in states}
-    restored = saved.restore(3, like)
+    _, restored = saved.restore(like)
   saved.close()
   assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 3]
   jax.tree.map(np.testing.assert_array_equal, setting.copied(restored), setting.copied(states))

@@ -1,0 +1,123 @@
+"""Damaged checkpoints: the newest that is whole is found, and nothing else is believed."""
+
+import resource
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.jobs.reuse import differences
+from segjax.train.checkpoint import Checkpointer, ForeignCheckpointError
+from segjax.train.state import TrainState
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / 'tools'))
+from benchmarks.damages import DAMAGES
+
+# Orbax leaves coroutines behind where a restore fails.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+def _states(step):
+  """Numbers that differ from step to step, some of them large enough for chunks of their own."""
+  params = {'kernel': jnp.arange(4096, dtype=jnp.float32) * step, 'bias': jnp.ones(3, jnp.bfloat16)}
+  state = TrainState(jnp.int32(step), params, {'mu': jnp.full((5, 7), step, jnp.float32)})
+  return {'policy': state, 'kl': {'coef': jnp.float32(0.1 * step)}}
+
+
+def _equal(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A directory with steps 1, 2 and 3."""
+  checkpoints = Checkpointer(tmp_path, keep=3)
+  for step in (1, 2, 3):
+    checkpoints.save(step, _states(step))
+  checkpoints.close()
+  return tmp_path
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_damage_costs_one_step_at_most(saved, name):
+  DAMAGES[name](saved / '3')
+  said = []
+  checkpoints = Checkpointer(saved, keep=3, say=said.append)
+  step, found = checkpoints.restore(_states(0))
+  _equal(found, _states(step))
+  assert step >= 2
+  if step == 2:
+    assert 'the checkpoint of step 3 is damaged' in said[0]
+    assert (saved / 'damaged-3').is_dir()
+  checkpoints.save(3, _states(3))  # the step can be made again
+  checkpoints.close()
+  assert not list(saved.glob('*tmp*'))
+  _equal(Checkpointer(saved, keep=3).restore(_states(0))[1], _states(3))
+
+
+def test_nothing_whole_is_a_new_beginning(saved):
+  for step in (1, 2, 3):
+    DAMAGES['parameters gone'](saved / str(step))
+  said = []
+  step, found = Checkpointer(saved, keep=3, say=said.append).restore(_states(0))
+  assert step == 0 and len(said) == 3
+  _equal(found, _states(0))
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path):
+  run = {'settings': {'seed': 0, 'ppo': {'gamma': 1.0}}}
+  checkpoints = Checkpointer(tmp_path, keep=1, run=run, differences=differences)
+  checkpoints.save(1, _states(1))
+  checkpoints.close()
+  other = {'settings': {'seed': 0, 'ppo': {'gamma': 0.9}}}
+  with pytest.raises(ForeignCheckpointError, match=r'of another run: ppo.gamma differ'):
+    Checkpointer(tmp_path, keep=1, run=other, differences=differences).restore(_states(0))
+  assert (tmp_path / '1').is_dir()
+
+
+def test_the_best_step_stays(tmp_path):
+  checkpoints = Checkpointer(tmp_path, keep=1, best='reward')
+  for step, reward in enumerate([0.1, 0.9, float('nan'), 0.3], start=1):
+    checkpoints.save(step, _states(step), {'reward': reward})
+  checkpoints.close()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '4']
+
+
+@pytest.fixture
+def full_disk():
+  """Files of more than 1 kB cannot be written while it is True."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def fill(is_full):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 if is_full else before[0], before[1]))
+
+  yield fill
+  fill(False)
+
+
+def test_full_disk_costs_no_saved_step(tmp_path, full_disk):
+  said = []
+  checkpoints = Checkpointer(tmp_path, keep=2, max_misses=1, say=said.append)
+  checkpoints.save(1, _states(1))
+  checkpoints.settle()
+  full_disk(True)
+  checkpoints.save(2, _states(2))
+  checkpoints.settle()
+  assert len(said) == 1
+  assert 'step 2 could not be written' in said[0] and 'step 1 is the last one saved' in said[0]
+  full_disk(False)
+  checkpoints.save(3, _states(3))
+  checkpoints.settle()
+  assert checkpoints.latest() == 3 and len(said) == 1
+  full_disk(True)
+  checkpoints.save(4, _states(4))
+  with pytest.raises(OSError, match=r'step 5 could not be written.*step 3 is the last one saved'):
+    for step in (5, 5):
+      checkpoints.save(step, _states(step))
+  full_disk(False)
+  step, found = Checkpointer(tmp_path, keep=2).restore(_states(0))
+  assert step == 3
+  _equal(found, _states(3))
