@@ -186,7 +186,7 @@ _LEAST = {
     *('sft.packed_length', 'reward.packed_length', 'ppo.packed_length'),
     *('ppo.micro_batch', 'ppo.score_batch', 'ppo.kl_coef', 'ppo.kl_target', 'ppo.gamma'),
     *('ppo.gae_lambda', 'ppo.clip_eps', 'ppo.clip_eps_high', 'ppo.value_clip_eps'),
-    *('ppo.dual_clip', 'ppo.entropy_coef'),
+    *('ppo.dual_clip', 'ppo.entropy_coef', 'ppo.max_kl', 'ppo.max_reward'),
   ),
   1: (
     *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),

@@ -227,6 +227,8 @@ class PPO:
   kl_estimator: str = 'k1'  # or k2, k3
   kl_in: str = 'reward'  # or loss
   kl_target: float = 0.0  # nats per response that kl_coef is adapted to hold; 0: kl_coef is fixed
+  max_kl: float = 0.0  # nats per response; a rollout beyond is not learned from; 0: any is
+  max_reward: float = 0.0  # the same for the largest reward of a token, before clipping
   kl_horizon: int = 10_000  # sequences; how slowly it adapts
   gae_over: str = 'token'  # or segment: macro actions
   gamma: float = 1.0

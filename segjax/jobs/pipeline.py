@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from segjax import settings as typed
@@ -123,6 +124,7 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
   """
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
+  _check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
     stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
@@ -234,6 +236,20 @@ def _check_path(key: str, path: str, directory: Path) -> None:
     raise ValueError(
       f'config.{key}={path!r} lies in {directory}, which this run writes; give another --workdir.'
     )
+
+
+def _check_writable(directory: str) -> None:
+  """ValueError unless config.checkpoint.directory can be made, if there is one."""
+  if not directory:
+    return
+  try:
+    epath.Path(directory).mkdir(parents=True, exist_ok=True)
+  except Exception as error:  # each kind of bucket has its own
+    first = str(error).strip().partition('\n')[0]
+    raise ValueError(
+      f'config.checkpoint.directory={directory!r} cannot be made: {first}. A bucket needs its '
+      'package, gs:// `pip install gcsfs`.'
+    ) from error
 
 
 def _sections(settings: Settings, job: Job) -> dict[str, Any]:

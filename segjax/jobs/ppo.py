@@ -16,7 +16,7 @@ from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
 from segjax.train.compat import as_published
-from segjax.train.experience import Recipe, make_experience, score, sequence_lengths
+from segjax.train.experience import Recipe, is_sound, make_experience, score, sequence_lengths
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 from segjax.train.rollout import rollout
@@ -89,9 +89,11 @@ def run(stage: Stage) -> dict[str, Any]:
     timing.end('score', experience)
     preemption.abandon()
     policy_from = warmup if step >= s.critic.warmup_steps else None
-    states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from)
+    sound = is_sound(metrics, ppo=s.ppo)
+    states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from, sound)
     if s.ppo.kl_target:
-      states['kl'] = {'coef': _next_coef(coef, metrics['kl'], s.ppo)}
+      moved = _next_coef(coef, metrics['kl'], s.ppo)
+      states['kl'] = {'coef': jnp.where(sound, moved, coef)}
     timing.end('update', states)
     return states, metrics | {'kl_coef': coef} | updates | timing.seconds
 
@@ -145,10 +147,11 @@ def update(
   seed: tuple[int, int],
   total_updates: int,
   policy_from: int | None = 0,
+  allowed: Any = True,
 ) -> tuple[jobs.States, dict[str, Any]]:
   """`ppo.epochs` passes over the rollout in shuffled minibatches; metrics are means over them.
 
-  `policy_from` and `total_updates` are those of `ppo_step`.
+  `policy_from`, `total_updates` and `allowed` are those of `ppo_step`.
   """
   policy, critic, found = states['policy'], states['critic'], []
   ppo, lengths = recipe.ppo, sequence_lengths(experience.rollout)
@@ -163,6 +166,7 @@ def update(
         rows,
         states['kl']['coef'],
         packing,
+        allowed,
         recipe=recipe,
         total_steps=total_updates,
         policy_from=policy_from,

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from segjax.report.console import ProgressBar
+from segjax.report.console import ProgressBar, say
 from segjax.report.timing import compiles
 
 FILE = 'metrics.jsonl'
@@ -54,7 +54,7 @@ class MetricLog:
     self._bar, self._show = bar, show
     self._pending: tuple[int, dict[str, Any]] | None = None
     self._max_bad_steps = max_bad_steps
-    self._bad_steps = 0
+    self._bad_steps = _bad_at_the_end(before)
     self._clock = time.monotonic()
 
   def __enter__(self) -> 'MetricLog':
@@ -108,14 +108,25 @@ class MetricLog:
 
   def _watch(self, step: int, values: dict[str, float]) -> None:
     self._bad_steps = self._bad_steps + 1 if values.get('bad') else 0
-    if self._bad_steps < self._max_bad_steps:
+    if not self._bad_steps:
       return
-    names = [k for k, v in values.items() if not math.isfinite(v)] or ['loss or gradient norm']
-    raise BadStepError(
-      f'step {step}: {", ".join(names)} not finite, {self._bad_steps} step(s) in a row '
-      f'(config.max_bad_steps={self._max_bad_steps}). Lower the learning rate, or look at the '
-      'rows of this step.'
-    )
+    names = [k for k, v in values.items() if not math.isfinite(v)]
+    why = f'{", ".join(names)} not finite'
+    if not names:
+      large = [f'{k} {values[k]:.3g}' for k in ('kl', 'reward_token_max') if k in values]
+      why = f'{", ".join(large) or "loss or gradient norm"} beyond bounds'
+    text = f'step {step}: {why}, {self._bad_steps} step(s) in a row '
+    text += f'(config.max_bad_steps={self._max_bad_steps})'
+    if self._bad_steps < self._max_bad_steps:
+      say(f'warning: {text}; what was learned in it is left out')
+      return
+    raise BadStepError(f'{text}. Lower the learning rate, or look at the rows of this step.')
+
+
+def _bad_at_the_end(lines: list[dict[str, Any]]) -> int:
+  """How many of the last steps in a row were bad."""
+  good = (i for i, line in enumerate(reversed(lines)) if not float(line.get('bad', 0)))
+  return next(good, len(lines))
 
 
 def _lines(path: Path, before: int) -> list[dict[str, Any]]:

@@ -249,6 +249,7 @@ def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Ar
     'reward': jnp.mean(masked_sum(dense, mask, axis=1)),
     'score': masked_mean(experience.score, experience.segments.end),
     'kl': jnp.mean(masked_sum(difference, mask, axis=1)),
+    'reward_token_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
     'kl_token_max': jnp.max(jnp.where(mask, jnp.abs(difference), 0.0)),
     'entropy_ref': masked_mean(experience.entropy, mask),
     'length': jnp.mean(_count(mask)),
@@ -260,6 +261,15 @@ def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Ar
       experience.value, experience.return_, experience.value_mask
     ),
   }
+
+
+@functools.partial(jax.jit, static_argnames='ppo')
+def is_sound(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
+  """Whether a rollout may be learned from: finite, and within ppo.max_kl and ppo.max_reward."""
+  sound = jnp.bool(True)
+  for name, most in (('kl', ppo.max_kl), ('reward_token_max', ppo.max_reward)):
+    sound &= jnp.isfinite(metrics[name]) & (jnp.abs(metrics[name]) <= (most or jnp.inf))
+  return sound
 
 
 def _sampling_gap(rollout: Rollout) -> dict[str, Array]:

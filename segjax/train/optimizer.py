@@ -103,19 +103,29 @@ def init_state(params: Any, settings: Optimizer, total_steps: int) -> TrainState
 
 
 def apply_update(
-  state: TrainState, grads: Any, loss: Array, settings: Optimizer, total_steps: int
+  state: TrainState,
+  grads: Any,
+  loss: Array,
+  settings: Optimizer,
+  total_steps: int,
+  allowed: Any = True,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step; the old state is kept where loss or gradient norm is not finite.
+  """One optimizer step; the old state is kept where it is not allowed, or would do harm.
 
-  The metric `bad` is 1 for such a step. The state is donated and metrics are read a step late, so
-  a bad update must never leave the jitted step.
+  It does harm where the loss, or the norm of gradient or updated weights, is not finite. The metric
+  `bad` is 1 for a step left out: weights, moments, step count and with it the schedule are as
+  before it. The state is donated and metrics are read a step late, so a bad update must never leave
+  the jitted step.
   """
   optimizer = make_optimizer(settings, total_steps)
   grads, params = _widened(grads), _widened(state.params)
   grad_norm = optax.tree.norm(grads)
-  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, params)
-  params = _rounded(optax.apply_updates(params, updates), state.params, state.step)
+  params = optax.apply_updates(params, updates)
+  weight_norm = optax.tree.norm(params)
+  good = allowed & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
+  params = _rounded(params, state.params, state.step)
   updated = TrainState(state.step + 1, params, opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
-  return sharding.constrain_tree(state), {'grad_norm': grad_norm, 'bad': 1 - good.astype(jnp.int32)}
+  metrics = {'grad_norm': grad_norm, 'weight_norm': weight_norm}
+  return sharding.constrain_tree(state), metrics | {'bad': 1 - good.astype(jnp.int32)}

@@ -105,6 +105,7 @@ def policy_step(
   rows: Int[Array, 'N'],
   kl_coef: ScalarLike,
   packing: Packing | None = None,
+  allowed: Bool[Array, ''] | bool = True,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -114,6 +115,7 @@ def policy_step(
   Args:
     kl_coef: the coefficient of the KL, read where ppo.kl_in=loss.
     packing: of the minibatch, where ppo.packed_length says so.
+    allowed: whether the rollout may be learned from.
     total_steps: updates of the policy in the whole run.
   """
   batch = take_rows(experience, rows)
@@ -122,7 +124,8 @@ def policy_step(
     functools.partial(policy_objective, recipe=recipe),
     *(state.params, batch, recipe.ppo.micro_batch, packing, count, kl_coef),
   )
-  state, update = apply_update(state, grads, loss, recipe.ppo.policy_optimizer, total_steps)
+  optimizer = recipe.ppo.policy_optimizer
+  state, update = apply_update(state, grads, loss, optimizer, total_steps, allowed)
   return state, metrics | update
 
 
@@ -132,6 +135,7 @@ def critic_step(
   experience: Experience,
   rows: Int[Array, 'N'],
   packing: Packing | None = None,
+  allowed: Bool[Array, ''] | bool = True,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -143,7 +147,8 @@ def critic_step(
     functools.partial(value_objective, recipe=recipe),
     *(state.params, batch, recipe.ppo.micro_batch, packing, count),
   )
-  state, update = apply_update(state, grads, loss, recipe.ppo.critic_optimizer, total_steps)
+  optimizer = recipe.ppo.critic_optimizer
+  state, update = apply_update(state, grads, loss, optimizer, total_steps, allowed)
   return state, metrics | update
 
 
@@ -154,6 +159,7 @@ def ppo_step(
   rows: Int[np.ndarray, 'N'],
   kl_coef: ScalarLike,
   packing: Packing | None = None,
+  allowed: Bool[Array, ''] | bool = True,
   *,
   recipe: Recipe,
   total_steps: int,
@@ -161,26 +167,27 @@ def ppo_step(
 ) -> tuple[TrainState, TrainState, dict[str, Array]]:
   """One update of policy and critic on the minibatch `rows` of the experience; donates both.
 
-  Metrics carry the prefixes policy/ and value/; `bad` counts updates that were not finite and
-  were left out.
+  Metrics carry the prefixes policy/ and value/; `bad` counts updates that were left out, for they
+  were not finite or not allowed.
 
   Args:
     kl_coef: the coefficient of the KL, read where ppo.kl_in=loss.
     packing: of the minibatch, where ppo.packed_length says so.
+    allowed: whether the rollout may be learned from.
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
   metrics, bad = {}, 0
   if policy_from is not None:
     policy, found = policy_step(
-      *(policy, experience, rows, kl_coef, packing),
+      *(policy, experience, rows, kl_coef, packing, allowed),
       recipe=recipe,
       total_steps=total_steps - policy_from,
     )
     bad += found.pop('bad')
     metrics |= {f'policy/{key}': value for key, value in found.items()}
   critic, found = critic_step(
-    critic, experience, rows, packing, recipe=recipe, total_steps=total_steps
+    *(critic, experience, rows, packing, allowed), recipe=recipe, total_steps=total_steps
   )
   bad += found.pop('bad')
   metrics |= {f'value/{key}': value for key, value in found.items()}

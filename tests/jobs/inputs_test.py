@@ -183,3 +183,11 @@ def test_dry_run_reads_no_weights(small, one_device, ppo_inputs, tmp_path, capsy
   out = capsys.readouterr().out
   assert '4 x ' in out and '320' in out  # 8 responses of 32 + 8 tokens
   assert 'no weights were loaded' in out
+
+
+def test_checkpoints_that_have_no_place(small, run, language, tmp_path):
+  (tmp_path / 'file').write_text('')
+  paths = {'policy.path': str(language / 'model'), 'data.path': str(language / 'rows')}
+  named = {'checkpoint.directory': f'{tmp_path}/file/x'}
+  with pytest.raises(ValueError, match=r'config.checkpoint.directory=.*file/x. cannot be made: '):
+    run(small('sft', **paths, **named))

@@ -162,3 +162,14 @@ def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   assert abs(steps[0]['kl']) < 1e-4
   stored = json.loads((tmp_path / 'reward' / 'model' / 'segment_reward.json').read_text())
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
+
+
+def test_rollouts_beyond_the_bounds_are_not_learned_from(small, run, at, language, tmp_path):
+  rule = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
+  bounded = {**at('prompts'), **rule, 'ppo.max_reward': 1e-6, 'ppo.kl_target': 1.0}
+  run(small('ppo', **bounded, max_bad_steps=99), tmp_path)
+  steps = metrics(tmp_path, 'ppo')
+  assert all(step['bad'] > 0 for step in steps)
+  assert len({step['kl_coef'] for step in steps}) == 1
+  weights = [path / 'model' / 'model.safetensors' for path in (language, tmp_path / 'ppo')]
+  assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -61,3 +61,15 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, t
   assert 'runs again: seed changed' in out
   assert 'going on from' not in out
   assert (tmp_path / 'sft.old' / 'checkpoints' / '2').exists()
+
+
+def test_checkpoints_may_lie_elsewhere(values, run, stop, tmp_path, capsys):
+  elsewhere = tmp_path / 'bucket'
+  named = {'checkpoint.directory': f'{elsewhere}'}
+  stop(values(**named), tmp_path / 'run', after=3)
+  assert sorted(path.name for path in (elsewhere / 'sft').iterdir()) == ['2']
+  assert not (tmp_path / 'run' / 'sft' / 'checkpoints').exists()
+  capsys.readouterr()
+  run(values(**named), tmp_path / 'run')
+  assert 'going on from step 2 of 5' in capsys.readouterr().out
+  assert not (elsewhere / 'sft').exists()

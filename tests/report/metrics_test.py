@@ -71,6 +71,19 @@ def test_bad_steps_count_only_in_a_row(tmp_path):
   assert [line['step'] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
+def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
+  bad = {'kl': jnp.float32(300), 'bad': jnp.int32(4)}
+  with _log(tmp_path, max_bad_steps=3) as log:
+    log.log(0, {'kl': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(1, bad)
+    log.log(2, bad)
+  assert 'warning: step 2: kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
+  stopped = pytest.raises(BadStepError, match=r'step 3: kl 300 beyond bounds, 3 step\(s\)')
+  with stopped, _log(tmp_path, start=3, max_bad_steps=3) as log:
+    log.log(3, bad)
+    log.flush()
+
+
 def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
   calls = []
   run = types.SimpleNamespace(

@@ -71,6 +71,21 @@ def test_update_that_is_not_finite_is_left_out(free_names, loss, grad):
 
 
 @pytest.mark.parametrize(
+  'more, learning_rate',
+  [({'allowed': jnp.bool(False)}, 1e-3), ({}, 1e30)],
+  ids=['not allowed', 'weights overflow'],
+)
+def test_a_step_left_out_changes_nothing(more, learning_rate, free_names):
+  """Moments, count and schedule neither: a later step is what it would have been."""
+  settings = dataclasses.replace(SETTINGS, learning_rate=learning_rate, warmup_ratio=0.0)
+  update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=TOTAL))
+  state = init_state({'weight': jnp.ones(3)}, settings, TOTAL)
+  kept, metrics = update(state, {'weight': jnp.ones(3)}, jnp.float32(1), **more)
+  assert int(metrics['bad']) == 1
+  jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+@pytest.mark.parametrize(
   ('ratio', 'total', 'expected'), [(0.0, 100, 0), (0.03, 100, 3), (0.03, 101, 4), (0.1, 1, 1)]
 )
 def test_warmup_rounds_up(ratio, total, expected):
