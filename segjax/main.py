@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
+from segjax import processes  # noqa: E402
 from segjax.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -34,9 +35,12 @@ _CACHE = flags.DEFINE_string(
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
   'Where compiled programs are kept between runs; empty for nowhere.',
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-  'distributed', False, 'Join the other hosts of a slice or cluster (jax.distributed).'
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of the first process; SLURM and Cloud TPU slices need no flags.'
 )
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many there are; with --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Which this one is, from 0; with --coordinator.')
+_JOIN_TIMEOUT = flags.DEFINE_float('join_timeout', 300.0, 'Seconds to wait for the others.')
 
 
 def default_workdir(config_file: str, seed: int) -> str:
@@ -63,8 +67,9 @@ def main(_: list[str]) -> None:
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+  processes.join(
+    _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value, has_tpu()
+  )
 
   from segjax.jobs import dry_run, lock, pipeline, preemption
   from segjax.model.sharding import make_mesh
@@ -78,10 +83,18 @@ def main(_: list[str]) -> None:
     return
   pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
+  processes.check_shared(workdir)
   preemption.interrupt_on_sigterm()
   with lock.locked(workdir):
-    (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
+    if processes.is_first():
+      (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
     pipeline.run(stages, workdir, _STARTED)
+    processes.barrier('end')
+
+
+def has_tpu(devices: Path = Path('/dev')) -> bool:
+  """Whether the machine has a TPU: accel0 ... up to v4, vfio/0 ... from v5e on."""
+  return any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
 
 
 def forget_libtpu(devices: Path = Path('/dev')) -> None:
@@ -90,12 +103,8 @@ def forget_libtpu(devices: Path = Path('/dev')) -> None:
   On a machine without a TPU it would print warnings and look for a metadata server. To be called
   before jax is imported; a name that is None in sys.modules cannot be imported. Where JAX_PLATFORMS
   is set, it is the user's choice and nothing is done.
-
-  Args:
-    devices: Where the nodes of TPUs are: accel0 ... (to v4), vfio/0 ... (from v5e).
   """
-  has_tpu = any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
-  if not has_tpu and not os.environ.get('JAX_PLATFORMS'):
+  if not has_tpu(devices) and not os.environ.get('JAX_PLATFORMS'):
     sys.modules['libtpu'] = None
 
 
@@ -152,6 +161,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     raise SystemExit('segjax: interrupted; the same command goes on from what is saved') from None
   except Exception as error:
     _exit_if_preempted(error)
+    if processes.count() > 1 and not _is_users(error):
+      processes.fail(error)
     if os.environ.get('SEGJAX_TRACEBACK') or not _is_users(error):
       raise
     raise SystemExit(f'segjax: {error}') from None

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 # From the top down; settings reads the name tables of rl, and model the sizes in settings.
 WINGS = (
+  *('rendezvous', 'processes'),
   *('types', 'oracle', 'rl', 'settings', 'presets', 'reference_exact', 'contradictions', 'checks'),
   *('model', 'hf', 'data'),
   *('train', 'report', 'jobs', 'plan', 'main'),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax import processes
 from segjax.data.batches import chunks
 from segjax.data.encoding import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
@@ -53,10 +54,11 @@ def run(stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer) 
     {'entropy_threshold': float(c), 'segment_length': float(n), 'segments': float(k)}
     for c, n, k in zip(thresholds, length, segments, strict=True)
   ]
-  stage.directory.mkdir(parents=True, exist_ok=True)
-  (stage.directory / FILE).write_text(
-    json.dumps({'entropy_threshold': threshold, 'curve': points}, indent=2) + '\n'
-  )
+  if processes.is_first():
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    (stage.directory / FILE).write_text(
+      json.dumps({'entropy_threshold': threshold, 'curve': points}, indent=2) + '\n'
+    )
   show(points, threshold, len(mask))
   stage.say(f'entropy threshold {threshold:.4f} nats: {why}')
   return threshold
@@ -87,7 +89,7 @@ def sample(
       say=stage.say,
     )
     entropy = _entropy(reference, made, config=scorer.reference)
-    found.append([x[:real] for x in jax.device_get((entropy, made.response_mask, made.finished))])
+    found.append([x[:real] for x in processes.fetch((entropy, made.response_mask, made.finished))])
   return tuple(jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from segjax import processes
 from segjax.data import demo
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
@@ -29,13 +30,16 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   rows = stage.directory / 'rows'
   for _ in track(stage.name, ('rows',), 1, 'rows'):
-    demo.write(rows, language, stage.settings.seed)
+    if processes.is_first():
+      demo.write(rows, language, stage.settings.seed)
+    processes.barrier('rows')
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = config_of(network)
   params = jax.jit(init_params, static_argnums=(1, 2))(stage.key('params'), config, 'language')
   save_checkpoint(stage.model_directory, params, config, 'language')
-  copy_tokenizer(rows / 'tokenizer', stage.model_directory)
+  if processes.is_first():
+    copy_tokenizer(rows / 'tokenizer', stage.model_directory)
   return {'parameters': num_parameters(config), 'pairs': s.pairs, 'sft_rows': s.sft_rows}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from segjax import processes
 from segjax.data.batches import Pairs, Ragged, chunks
 from segjax.jobs import reuse
 from segjax.jobs.stage import Stage
@@ -32,13 +33,17 @@ def with_entropies(
   """
   folder = Path(stage.settings.reward.entropy_cache).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
-  if path.exists():
+  if processes.agreed(path.exists()):
     stage.say(f'entropies of the reference from {path}')
   else:
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f'.{os.getpid()}.partial')
     _compute(stage, pairs, reference, scorer, partial)
-    partial.rename(path)
+    if processes.is_first():
+      partial.rename(path)
+    else:
+      partial.unlink()
+    processes.barrier('entropies')
     stage.say(f'entropies of the reference kept in {path}')
   values = np.load(path, mmap_mode='r')
   middle = pairs.chosen.offsets[-1]
@@ -58,7 +63,7 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: Scorer, path: P
   batches = track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size), 'entropies')
   for rows, real in batches:
     batch = pairs.gather(rows, stage.place)
-    both = jax.device_get(_both_sides(reference, batch, scorer=scorer))
+    both = processes.fetch(_both_sides(reference, batch, scorer=scorer))
     for start, side, found in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
       for row, entropy in zip(rows[:real], found, strict=False):
         begin, end = side.offsets[row], side.offsets[row + 1]

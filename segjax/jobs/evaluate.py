@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax import processes
 from segjax.data.batches import Prompts, chunks
 from segjax.data.encoding import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
@@ -69,7 +70,8 @@ def run(stage: Stage) -> dict[str, Any]:
     )
   _show_responses(stage, sampled, tokenizer)
   path = stage.directory / 'results.json'
-  path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+  if processes.is_first():
+    path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
   return figures
 
 
@@ -109,7 +111,7 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
     coef = jnp.float32(s.ppo.kl_coef)
     ruled = rule(found, repeated[rows])
     experience, _ = make_experience(found, scored, normalizer, coef, ruled, recipe=recipe)
-    arrays = jax.device_get((experience, whole(experience.score, experience.segments)))
+    arrays = processes.fetch((experience, whole(experience.score, experience.segments)))
     parts.append(jax.tree.map(lambda x, real=real: x[:real], arrays))
   experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
   texts = [

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from segjax import processes
+
 FILE = 'lock.json'
 
 
@@ -19,8 +21,12 @@ def locked(workdir: Path) -> Iterator[None]:
   killed run leaves is stale, and taken over.
 
   Raises:
-    ValueError: another run holds it; names its pid and host.
+    ValueError: another run holds it; names its pid and host. With several processes, the first
+      holds it for all.
   """
+  if not processes.is_first():
+    yield
+    return
   with (workdir / FILE).open('a+', encoding='utf-8') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

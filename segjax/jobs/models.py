@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from segjax import processes
 from segjax.checks import spread
 from segjax.contradictions import check_redistribution
 from segjax.data.batches import Prompts
@@ -111,7 +112,7 @@ def rule_of(
   function = load_function(path, 'shaping.reward_fn')
 
   def rewards(rollout: Rollout, rows: np.ndarray) -> jax.Array:
-    ids, mask = jax.device_get((rollout.response_ids, rollout.response_mask))
+    ids, mask = processes.fetch((rollout.response_ids, rollout.response_mask))
     asked = [prompts.messages(row)[-1]['content'] for row in rows]
     return stage.place(token_rewards(function, asked, ids, mask, tokenizer.decode))
 

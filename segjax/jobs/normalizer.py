@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax import processes
 from segjax.contradictions import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, chunks, take
 from segjax.jobs import stage as jobs
@@ -63,15 +64,15 @@ def run(stage: Stage) -> dict[str, Any]:
     'zero_bin': s.compat.zero_bin,
   }
   fitted = fit(kind, found, **options)
-  segment_reward.write(
-    source,
-    dataclasses.replace(
-      stored or meaning,
-      segmentation=meaning.segmentation,
-      normalizer=fitted,
-      normalizer_kind=kind,
-    ),
+  filled = dataclasses.replace(
+    stored or meaning,
+    segmentation=meaning.segmentation,
+    normalizer=fitted,
+    normalizer_kind=kind,
   )
+  processes.barrier('normalizer')  # all have read what the first now replaces
+  if processes.is_first():
+    segment_reward.write(source, filled)
   values = {name: float(value) for name, value in vars(fitted).items()}
   stage.say(
     f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
@@ -97,7 +98,7 @@ def statistics(
   size, found = stage.settings.normalizer.batch, []
   for rows, real in track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size)):
     batch = pairs.gather(rows, stage.place)
-    arrays = jax.device_get(segment_statistics(params, reference, batch, scorer=scorer))
+    arrays = processes.fetch(segment_statistics(params, reference, batch, scorer=scorer))
     position, score, end, whole = (x[: 2 * real] for x in arrays)
     found.append(Statistics(position[end], score[end], whole[end.any(axis=1)]))
   return Statistics(*(np.concatenate(parts) for parts in zip(*found, strict=True)))

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from segjax import processes
 from segjax import settings as typed
 from segjax.data.sources import is_hub_id
 from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
@@ -108,6 +109,8 @@ def run(stages: list[Stage], workdir: Path, started: float) -> dict[str, Any]:
   for stage in stages:
     with jax.set_mesh(stage.mesh):
       results[stage.name] = run_stage(stage)
+  if not processes.is_first():
+    return results
   if 'evaluate' in results:
     say('')
     evaluate.show(results['evaluate'])
@@ -196,8 +199,29 @@ def wire(name: str, settings: Settings, workdir: Path) -> Settings:
 
 def run_stage(stage: Stage) -> dict[str, Any]:
   """Runs one stage, or reuses what it left before."""
-  job = JOBS[stage.name]
-  key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
+  job, key = JOBS[stage.name], {}
+  results = None
+  if processes.is_first():
+    key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
+    results = _begin(stage, job, key)
+  results = processes.agreed(results)
+  if results is not None:
+    return results
+  begun = time.monotonic()
+  results = job.run(stage)
+  results['seconds'] = time.monotonic() - begun
+  processes.barrier(f'{stage.name} done')
+  if processes.is_first():
+    figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
+    stage.say(f'done in {results["seconds"]:.1f} s{figures}')
+    if checkpoints(stage).exists():
+      checkpoints(stage).rmtree()
+    results = reuse.finish(stage.directory, key, results, _outputs(stage, job))
+  return processes.agreed(results)
+
+
+def _begin(stage: Stage, job: Job, key: reuse.Key) -> dict[str, Any] | None:
+  """What the stage left before, if that can be reused; else its directory is ready for it."""
   reuse.recall(stage.directory, key)
   results = reuse.finished(stage.directory, key, _outputs(stage, job))
   if results is not None and job.is_reusable:
@@ -207,14 +231,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   reason = reuse.begin(stage.directory, key)
   if reason and job.is_reusable:
     stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
-  begun = time.monotonic()
-  results = job.run(stage)
-  results['seconds'] = time.monotonic() - begun
-  figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
-  stage.say(f'done in {results["seconds"]:.1f} s{figures}')
-  if checkpoints(stage).exists():
-    checkpoints(stage).rmtree()
-  return reuse.finish(stage.directory, key, results, _outputs(stage, job))
+  return None
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,8 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from segjax import processes
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,8 +45,8 @@ def watched(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def requested() -> bool:
-  """Whether a signal has come."""
-  return bool(_received)
+  """Whether a signal has come, to this process or another."""
+  return processes.any_of(bool(_received))
 
 
 def abandon() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from segjax import processes
 from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
@@ -78,13 +79,15 @@ def run(stage: Stage) -> dict[str, Any]:
   jobs.tell_memory(stage, states | ({'reference': reference} if reference else {}))
   states, last = jobs.train(stage, states, step_fn, total, ['loss', 'accuracy', 'segments'])
   params = states['reward'].params
-  (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
+  if processes.is_first():
+    (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
   found = held_out_metrics(stage, params, reference, held_out, scorer)
   held = {f'held_out_{name}': value for name, value in found.items()}
   save_checkpoint(
     stage.model_directory, params, config, 'scalar', source=source, card=jobs.card(stage, held)
   )
-  write_meaning(stage, source, scorer.cutter.segmentation)
+  if processes.is_first():
+    write_meaning(stage, source, scorer.cutter.segmentation)
   return {'steps': total, 'loss': last.get('loss'), 'held_out_pairs': len(held_out)} | held
 
 
@@ -125,7 +128,7 @@ def held_out_metrics(
   total = -(-len(held_out) // size)
   for rows, real in track(stage.name, chunks(len(held_out), size), total, 'held-out pairs'):
     score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
-    found.append(jax.device_get(score)[:real])
+    found.append(processes.fetch(score)[:real])
   chosen, rejected = np.concatenate(found).T
   lengths = (
     np.diff(side.offsets).astype(np.int32) for side in (held_out.chosen, held_out.rejected)

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from segjax import processes
 from segjax.data.batches import Pairs
 from segjax.data.encoding import Limits, PairRules, encode_pairs
 from segjax.data.packing import fill, plan_packing
@@ -268,7 +269,8 @@ def train(
           done = step + 1
           log.log(step, metrics)
         is_asked = preemption.requested()
-        if start < done < total and (is_asked or is_due(done)):
+        is_time = processes.any_of(is_due(done) and processes.is_first())
+        if start < done < total and (is_asked or is_time):
           log.flush()  # so that no step before a checkpoint is ever without metrics
           saved.save(done, states, log.last)
         if is_asked and done < total:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from segjax import processes
 from segjax.model import decode, sharding
 from segjax.model.decode import Decoder, Tokens, Weights
 from segjax.model.llama import LlamaConfig, num_parameters
@@ -230,7 +231,7 @@ class _Run:
   def step(self) -> None:
     """A chunk of tokens for every slot."""
     self._slots, tokens = decode.advance(self._weights, self._slots, decoder=self._decoder)
-    tokens, live = jax.device_get((tokens, self._slots.live))
+    tokens, live = processes.fetch((tokens, self._slots.live))
     self._record(tokens)
     self._response[~live] = -1
 

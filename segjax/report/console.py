@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from segjax import processes
+
 Item = TypeVar('Item')
 
 _COLUMN = 12  # the stage's name stands before each of its lines
@@ -16,7 +18,12 @@ _WIDTH = 100  # of tables and bars in a log file
 
 
 def say(text: str, stage: str = '') -> None:
-  """One line, at once, clear of any progress bar; a stage's lines begin with its name."""
+  """One line, at once, clear of any progress bar; a stage's lines begin with its name.
+
+  Of several processes the first speaks, for all do the same.
+  """
+  if not processes.is_first():
+    return
   tqdm.write(f'{stage:<{_COLUMN}}{text}' if stage else text, file=sys.stdout)
   sys.stdout.flush()
 
@@ -25,7 +32,7 @@ class ProgressBar:
   """A bar for one stage: smooth on a terminal, now and then a whole line in a log file."""
 
   def __init__(self, stage: str, total: int, start: int = 0):
-    self._on_terminal = sys.stdout.isatty()
+    self._on_terminal = sys.stdout.isatty() and processes.is_first()
     self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN}}', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
@@ -83,6 +90,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
   from rich.console import Console
   from rich.table import Table
 
+  if not processes.is_first():
+    return
   made = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD)
   made.show_edge = False
   for i, column in enumerate(columns):

@@ -5,13 +5,13 @@ Drawing on the console is `console`'s job.
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from segjax import processes
 from segjax.report.console import ProgressBar, say
 from segjax.report.timing import compiles
 
@@ -25,8 +25,9 @@ class BadStepError(RuntimeError):
 class MetricLog:
   """Takes the metrics of step k when step k is dispatched, and reads those of step k - 1.
 
-  So the host never waits for the device. A step with `bad` > 0 was left out by the jitted step;
-  `max_bad_steps` of them in a row raise BadStepError, which names step and metric.
+  So the host never waits for the device. Of several processes the first writes. A step with
+  `bad` > 0 was left out by the jitted step; `max_bad_steps` of them in a row raise BadStepError,
+  which names step and metric.
 
   Attributes:
     last: the metrics of the last step read; after a restart, those on file.
@@ -46,11 +47,15 @@ class MetricLog:
 
     directory.mkdir(parents=True, exist_ok=True)
     before = _lines(directory / FILE, start)
+    processes.barrier('metrics')
     self.last: dict[str, float] = {k: float(v) for k, v in before[-1].items()} if before else {}
-    self._file = (directory / FILE).open('w', encoding='utf-8')
+    first = processes.is_first()
+    self._file = (directory / FILE if first else Path(os.devnull)).open('w', encoding='utf-8')
     self._file.writelines(json.dumps(line) + '\n' for line in before)
-    self._curves = SummaryWriter(str(directory / 'tensorboard'), purge_step=start or None)
-    self._wandb = _wandb_run(wandb_project, directory) if wandb_project else None
+    self._curves = SummaryWriter(
+      str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
+    )
+    self._wandb = _wandb_run(wandb_project, directory) if wandb_project and first else None
     self._bar, self._show = bar, show
     self._pending: tuple[int, dict[str, Any]] | None = None
     self._max_bad_steps = max_bad_steps
@@ -89,7 +94,7 @@ class MetricLog:
       self._watch(pending[0], self.last)
 
   def _write(self, step: int, metrics: dict[str, Any]) -> None:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = {name: float(value) for name, value in processes.fetch(metrics).items()}
     now = time.monotonic()
     values['seconds'], self._clock = now - self._clock, now
     values['compiles'] = compiles()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, UInt
 
+from segjax import processes
 from segjax.train.state import TrainState
 
 States = dict[str, Any]  # TrainStates by name, and what else a step carries on
@@ -96,7 +97,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     items = _items(states)
-    sums = jax.device_get(jax.jit(_checksums)(items))
+    sums = processes.fetch(jax.jit(_checksums)(items))
     manifest = {
       'step': step,
       'items': {name: int(value) for name, value in sums.items()},
@@ -166,7 +167,7 @@ class Checkpointer:
     }
     found = self._manager.restore(step, args=self._ocp.args.Composite(**asked))
     items = {name: found[name] for name in names if name != _MANIFEST}
-    sums = jax.device_get(jax.jit(_checksums)(items))
+    sums = processes.fetch(jax.jit(_checksums)(items))
     spoilt = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
     if spoilt:
       raise OSError(f'{", ".join(spoilt)}: not what was written')

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from segjax import processes
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import LlamaConfig
@@ -153,7 +154,8 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
 
 def sequence_lengths(rollout: Rollout) -> np.ndarray:
   """Tokens of prompt and response, [B], on the host."""
-  return np.asarray(rollout.prompt_length) + np.asarray(jnp.sum(rollout.response_mask, axis=1))
+  found = processes.fetch((rollout.prompt_length, jnp.sum(rollout.response_mask, axis=1)))
+  return np.add(*found)
 
 
 @jax.jit

@@ -1,0 +1,211 @@
+"""Several processes of one run, one per host: how they meet, what all agree on, who is missing.
+
+Every process runs the same program on the same settings and sees the same working directory; the
+first writes to it. Everything here is at hand, and does nothing, where there is one process.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segjax import rendezvous
+
+_BEAT = 5.0  # seconds between two signs of life
+_PATIENCE = 30.0  # seconds without one, after which a process is missing
+_PREFIX = 'segjax/alive/'
+
+_index, _count = 0, 1
+
+
+def count() -> int:
+  """Of the run."""
+  return _count
+
+
+def is_first() -> bool:
+  """Whether this process writes files and speaks."""
+  return _index == 0
+
+
+def join(
+  address: str = '',
+  number: int = 0,
+  index: int = -1,
+  timeout: float | int = 300,
+  has_tpu: bool = False,
+) -> None:
+  """Meets the other processes: those of the flags, of SLURM, or of a Cloud TPU slice, if any.
+
+  Args:
+    address: host:port of the first; '' to find out.
+    number: of processes; read with `address`.
+    index: of this one.
+    timeout: seconds to wait for the others.
+    has_tpu: whether to ask the Cloud TPU slice who belongs to it.
+
+  Raises:
+    ValueError: the flags do not fit, or a process did not come; it names which.
+  """
+  known: dict[str, Any] = {}
+  if address:
+    if not 0 <= index < number:
+      raise ValueError(
+        f'--coordinator={address} needs --processes=N and --process=0 to N-1; '
+        f'found {number} and {index}.'
+      )
+    rendezvous.meet(address, number, index, timeout)
+    known = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
+  elif int(os.environ.get('SLURM_NTASKS', '1')) <= 1 and not has_tpu:
+    return
+  global _index, _count
+  import jax
+
+  try:
+    jax.distributed.initialize(
+      **known,
+      initialization_timeout=int(timeout),
+      heartbeat_timeout_seconds=int(2 * _PATIENCE),
+      shutdown_timeout_seconds=int(_PATIENCE),
+    )
+  except ValueError:
+    if not has_tpu or address:
+      raise
+    return  # a TPU that belongs to no slice that jax knows
+  except RuntimeError as error:
+    raise ValueError(
+      f'not all processes of the run came together within {timeout:.0f} s '
+      f'(--join_timeout): {_first_line(error)}'
+    ) from error
+  _index, _count = jax.process_index(), jax.process_count()
+  if _count > 1:
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _client() -> Any:
+  from jax._src import distributed  # there is no public way to the key-value store
+
+  return distributed.global_state.client
+
+
+def _beat(client: Any, beat: int) -> None:
+  sign = json.dumps({'beat': beat, 'host': socket.gethostname(), 'pid': os.getpid()})
+  client.key_value_set(f'{_PREFIX}{_index}', sign, allow_overwrite=True)
+
+
+def _alive(client: Any) -> dict[int, dict[str, Any]]:
+  """The last sign of life of each process."""
+  found = client.key_value_dir_get(_PREFIX)
+  return {int(key.rpartition('/')[2]): json.loads(value) for key, value in found}
+
+
+def _watch() -> None:
+  """Ends this process where another has given no sign of life for too long, and names it."""
+  client, beat = _client(), 0
+  heard: dict[int, tuple[int, float]] = {}
+  while True:
+    time.sleep(_BEAT)
+    beat += 1
+    try:
+      _beat(client, beat)
+      signs = _alive(client)
+    except Exception as error:
+      if sys.is_finalizing():
+        return
+      _end(f'process 0, which the others meet at, is gone ({_first_line(error)})')
+    now = time.monotonic()
+    for index, sign in signs.items():
+      if heard.get(index, (-1, now))[0] != sign['beat']:
+        heard[index] = (sign['beat'], now)
+      elif now - heard[index][1] > _PATIENCE:
+        silent = now - heard[index][1]
+        _end(f'process {index} (pid {sign["pid"]} on {sign["host"]}) is silent for {silent:.0f} s')
+
+
+def _end(reason: str) -> None:
+  text = f'segjax: {reason}; this one stops. Start all again: they go on from what is saved.'
+  print(text, file=sys.stderr, flush=True)
+  os._exit(1)
+
+
+def fail(error: BaseException) -> None:
+  """Waits, after an error, for the watch to name the process that caused it, if it was another."""
+  print(f'segjax: {_first_line(error)}', file=sys.stderr, flush=True)
+  time.sleep(_PATIENCE + 3 * _BEAT)
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here."""
+  if count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: Any) -> Any:
+  """The first process's value, which JSON can hold, in all of them."""
+  if count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  mine = np.zeros(size, np.uint8)
+  mine[: min(size, len(data))] = data[:size]
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(mine)))
+
+
+def any_of(flag: bool) -> bool:
+  """Whether it is true in one of them."""
+  if count() == 1:
+    return flag
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.array([flag])).any())
+
+
+def fetch(tree: Any) -> Any:
+  """The arrays whole, on every host."""
+  import jax
+
+  if count() == 1:
+    return jax.device_get(tree)
+  from jax.experimental import multihost_utils
+
+  def whole(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(whole, tree)
+
+
+def check_shared(directory: Path) -> None:
+  """ValueError unless all processes see what the first writes there."""
+  if count() == 1:
+    return
+  mark = directory / '.shared'
+  token = agreed(f'{time.time()}')
+  if is_first():
+    mark.write_text(token)
+  barrier('shared')
+  is_seen = mark.is_file() and mark.read_text() == token
+  is_missed = any_of(not is_seen)
+  barrier('seen')
+  if is_first():
+    mark.unlink()
+  if is_missed:
+    raise ValueError(
+      f'{directory} is not the same directory for all processes; give a --workdir on a file system '
+      'that they share.'
+    )
+
+
+def _first_line(error: BaseException) -> str:
+  return str(error).strip().partition('\n')[0][:300]

@@ -1,0 +1,157 @@
+"""Several processes on one machine: they meet, agree, and end as one process does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from segjax import processes, rendezvous
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+_SMALL = {
+  'demo.sft_rows': 64,
+  'demo.pairs': 64,
+  'network.max_position_embeddings': 64,
+  'sft.steps': 6,
+  'sft.batch': 8,
+  'checkpoint.every': 1,
+}
+
+
+def _port():
+  with socket.create_server(('localhost', 0)) as server:
+    return server.getsockname()[1]
+
+
+def _start(workdir, number, *more):
+  """So many processes of one run, their output in files beside the working directory."""
+  port, environment = _port(), os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  started = []
+  for index in range(number):
+    flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
+    if number > 1:
+      flags += [f'--coordinator=localhost:{port}', f'--processes={number}', f'--process={index}']
+    command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py']
+    with Path(f'{workdir}.{index}').open('w') as out:
+      started.append(
+        subprocess.Popen(
+          [*command, f'--workdir={workdir}', '--config.stages=demo,sft', *flags, *more],
+          stdout=out,
+          stderr=subprocess.STDOUT,
+          cwd=REPOSITORY,
+          env=environment,
+        )
+      )
+  return started
+
+
+def _end(started, timeout=240):
+  try:
+    return [process.wait(timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+
+
+def _losses(workdir):
+  lines = (workdir / 'sft' / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line)['loss'] for line in lines]
+
+
+def _saved(workdir):
+  place = workdir / 'sft' / 'checkpoints'
+  return [int(p.name) for p in place.iterdir() if p.name.isdecimal()] if place.is_dir() else []
+
+
+def _wait_for_a_save(workdir):
+  end = time.monotonic() + 200
+  while not _saved(workdir):
+    assert time.monotonic() < end, Path(f'{workdir}.0').read_text()[-2000:]
+    time.sleep(0.05)
+
+
+def test_two_end_as_one_and_a_signal_to_one_stops_both(tmp_path):
+  assert _end(_start(tmp_path / 'one', 1)) == [0]
+  started = _start(tmp_path / 'two', 2)
+  _wait_for_a_save(tmp_path / 'two')
+  started[1].send_signal(signal.SIGTERM)
+  codes = _end(started)
+  out = Path(f'{tmp_path}/two.0').read_text()
+  assert codes == [75, 75], out[-3000:]
+  step = max(_saved(tmp_path / 'two'))
+  assert f'step {step} of 6 is saved' in out
+  assert _end(_start(tmp_path / 'two', 2)) == [0, 0]
+  assert f'going on from step {step} of 6' in Path(f'{tmp_path}/two.0').read_text()
+  assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [2, 4])
+def test_all_stop_where_one_is_killed_and_go_on_bit_for_bit(tmp_path, number):
+  assert _end(_start(tmp_path / 'whole', number)) == [0] * number
+  started = _start(tmp_path / 'killed', number)
+  _wait_for_a_save(tmp_path / 'killed')
+  started[-1].kill()
+  begun = time.monotonic()
+  assert all(_end(started))
+  assert time.monotonic() - begun < 60
+  assert (
+    f'process {number - 1} (pid {started[-1].pid} on' in Path(f'{tmp_path}/killed.0').read_text()
+  )
+  assert _end(_start(tmp_path / 'killed', number)) == [0] * number
+  assert _losses(tmp_path / 'killed') == _losses(tmp_path / 'whole')
+  weights = [tmp_path / name / 'sft/model/model.safetensors' for name in ('killed', 'whole')]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def _meet(indices, number, timeout=1.0):
+  """What each of the processes is told: None where all came."""
+  address = f'localhost:{_port()}'
+
+  def one(index):
+    try:
+      return rendezvous.meet(address, number, index, timeout)
+    except ValueError as error:
+      return str(error)
+
+  with ThreadPoolExecutor(len(indices)) as pool:
+    return list(pool.map(one, indices))
+
+
+def test_all_come():
+  assert _meet([0, 1, 2], 3, timeout=20) == [None] * 3
+
+
+def test_those_that_do_not_come_are_named():
+  for text in _meet([0, 2], 4):
+    assert text.startswith('process 1, 3 of 4 did not come within 1 s')
+  assert 'process 0 did not answer at localhost:' in _meet([1], 2)[0]
+
+
+@pytest.mark.parametrize(
+  'address, number, index, message',
+  [
+    ('here', 2, 0, '--coordinator=here must be host:port'),
+    ('here:1', 2, 2, 'needs --processes=N and --process=0 to N-1; found 2 and 2'),
+    ('here:1', 0, -1, 'found 0 and -1'),
+  ],
+)
+def test_wrong_flags(address, number, index, message):
+  with pytest.raises(ValueError, match=message):
+    processes.join(address, number, index)
+
+
+def test_one_process_needs_nobody(tmp_path):
+  processes.join()
+  processes.barrier('alone')
+  processes.check_shared(tmp_path)
+  assert processes.is_first() and processes.count() == 1
+  assert processes.agreed({'a': [1, None]}) == {'a': [1, None]}
+  assert processes.any_of(True) and not processes.any_of(False)
