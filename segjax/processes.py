@@ -29,6 +29,11 @@ def count() -> int:
   return _count
 
 
+def index() -> int:
+  """Which of them this one is, from 0."""
+  return _index
+
+
 def is_first() -> bool:
   """Whether this process writes files and speaks."""
   return _index == 0

@@ -76,3 +76,8 @@ def test_train(bench):
   assert record['compiles'] == 2  # with packing and without
   assert record['padded']['tokens'] == record['packed']['tokens'] < record['full']['tokens']
   assert 0 < record['fill'] <= 1 and record['packing_saves'] > 0
+
+
+def test_saving(bench, tmp_path):
+  record = bench('saving', '--gigabytes=0.001', '--repeats=1', f'--directory={tmp_path}')
+  assert 0 < record['blocked_seconds'] <= record['written_seconds']

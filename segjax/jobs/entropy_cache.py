@@ -37,7 +37,7 @@ def with_entropies(
     stage.say(f'entropies of the reference from {path}')
   else:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f'.{os.getpid()}.partial')
+    partial = path.with_suffix(f'.{processes.index()}-{os.getpid()}.partial')
     _compute(stage, pairs, reference, scorer, partial)
     if processes.is_first():
       partial.rename(path)
