@@ -69,8 +69,7 @@ def run(
     'total_steps': 10_000,
   }
   full = np.full(batch, length)
-  drawn = np.random.default_rng(0).exponential(length / 4, batch).astype(int)
-  ragged = np.clip(drawn, length // PROMPT_SHARE // 4 + 2, length)
+  ragged = _ragged(batch, length)
   packing = plan_packing(ragged, micro_batch, length)
   tasks = {'full': (full, None), 'padded': (ragged, None), 'packed': (ragged, packing)}
   with jax.set_mesh(mesh):
@@ -104,6 +103,19 @@ def _state(config: LlamaConfig, ppo: PPO, mesh):
     return sharding.constrain_tree(init_params(key, config, 'language'))
 
   return init_state(jax.jit(make)(jax.random.key(0)), ppo.policy_optimizer, 10_000)
+
+
+def _ragged(batch: int, longest: int) -> np.ndarray:
+  """Lengths as an exponential law has them, one the longest, their mean a quarter of it."""
+  least = longest // PROMPT_SHARE // 4 + 2
+  drawn = np.random.default_rng(0).exponential(1.0, batch)
+
+  def lengths(scale):
+    found = np.clip((drawn * scale).astype(int), least, longest)
+    found[np.argmax(drawn)] = longest
+    return found
+
+  return min(map(lengths, range(1, longest)), key=lambda x: abs(x.mean() - longest / 4))
 
 
 def _experience(lengths: np.ndarray, longest: int, mesh) -> Experience:
