@@ -75,9 +75,10 @@ def run(stage: Stage) -> dict[str, Any]:
       mesh=stage.mesh,
       samples=s.rollout.samples,
       say=stage.say,
+      poll=preemption.abandon,  # nothing is changed yet, and a machine that goes away does not wait
     )
     timing.end('generate', found)
-    preemption.abandon()  # nothing is changed yet, and a machine that goes away does not wait
+    preemption.abandon()
     rows = np.repeat(rows, s.rollout.samples)
     found = as_published(found, tokenizer.stop_ids[0], s.compat)
     params = frozen | {name: states[name].params for name in ('policy', 'critic')}

@@ -39,6 +39,7 @@ def rollout(
   samples: int = 1,
   index: np.ndarray | None = None,
   say: Callable[[str], None] = print,
+  poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
   """Samples responses, `settings.slots` at once; those to one prompt stand next to each other.
 
@@ -46,6 +47,7 @@ def rollout(
     samples: responses per prompt.
     index: of each prompt, for its random numbers; see `generate`.
     say: is told of responses that ended because their logits were not finite.
+    poll: of `generate`.
 
   Raises:
     ValueError: no response has finite logits: the policy's weights are spoilt.
@@ -59,6 +61,7 @@ def rollout(
     slots=settings.slots,
     samples=samples,
     index=index,
+    poll=poll,
   )
   if found.broken.all():
     raise ValueError(

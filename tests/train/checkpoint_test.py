@@ -1,18 +1,21 @@
+import math
+
 import jax
 import numpy as np
 from model import tiny
 
+from segjax.model import sharding
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.sft_step import sft_step
 
 from . import setting
 
 
-def step(state, count):
+def step(state, count, mesh=None):
   for _ in range(count):
     state, _ = sft_step(
       state,
-      setting.conversations(),
+      setting.conversations(mesh),
       config=tiny.CONFIG,
       settings=setting.FINE_TUNING,
       total_steps=setting.TOTAL,
@@ -35,6 +38,25 @@ def test_going_on_equals_never_having_stopped(tmp_path):
   saved.close()
   assert int(state.step) == 2
   jax.tree.map(np.testing.assert_array_equal, setting.copied(step(state, 1)), straight)
+
+
+def test_eight_devices_then_four_then_one(tmp_path):
+  """Each restores what the one before saved, and takes a step: as one device that took them all."""
+  straight = setting.copied(step(setting.state('policy'), 3))
+  for done, shape in enumerate([(2, 2, 2), (1, 4, 1), (1, 1, 1)]):
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    with jax.set_mesh(mesh):
+      saved = Checkpointer(tmp_path, keep=1)
+      at, states = saved.restore({'policy': setting.state('policy', mesh)})
+      assert at == done
+      state = step(states['policy'], 1, mesh)
+      saved.save(done + 1, {'policy': state})
+      saved.close()
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6),
+    setting.copied(state.params),
+    straight.params,
+  )
 
 
 def test_restores_onto_another_mesh_and_keeps_the_last(tmp_path):
