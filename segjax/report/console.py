@@ -89,6 +89,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
   from rich import box
   from rich.console import Console
   from rich.table import Table
+  from rich.text import Text
 
   if not processes.is_first():
     return
@@ -97,5 +98,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
   for i, column in enumerate(columns):
     made.add_column(column, justify='left' if i == 0 else 'right', no_wrap=True)
   for row in rows:
-    made.add_row(*row)
+    made.add_row(*map(Text, row))  # as Text, for cells may hold what rich takes for markup
   Console(width=None if sys.stdout.isatty() else _WIDTH, file=sys.stdout).print(made, '')
