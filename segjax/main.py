@@ -59,6 +59,11 @@ def main(_: list[str]) -> None:
     # transformers would tell that there is no torch, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = settings_from_flags()
+  if '://' in (_WORKDIR.value or ''):
+    raise ValueError(
+      f'--workdir={_WORKDIR.value}: it must be a directory of a file system; checkpoints may go to '
+      'a bucket, by --config.checkpoint.directory.'
+    )
   workdir = Path(_WORKDIR.value or default_workdir(name, settings.seed))
   say(f'segjax {name} -> {workdir}\nstages {", ".join(settings.stages)}')
 

@@ -55,9 +55,10 @@ def test_wrong_flags_are_named(arguments, message):
   [
     (['--config=configs/ppo.py:demmo'], "preset 'demmo': 'demmo' is not one of demo, demo_long, "),
     (['--config=configs/ppo.py', '--config.ppo.steps=1.5'], '--config.ppo.steps=1.5: invalid lit'),
+    (['--config=configs/ppo.py', '--workdir=gs://b/run'], '--workdir=gs://b/run: it must be a dir'),
     ([], '--config is missing; start with --config=configs/ppo.py'),
   ],
-  ids=['preset', 'type', 'nothing'],
+  ids=['preset', 'type', 'bucket', 'nothing'],
 )
 def test_errors_are_one_line(arguments, message):
   done = _segjax(*arguments)
