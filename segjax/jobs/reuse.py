@@ -69,11 +69,14 @@ def finish(
 
 
 def content_hash(path: Path, skip: str = '') -> str:
-  """SHA-256 over names and bytes of a file or a directory's files, but those named `skip`."""
+  """SHA-256 over names and bytes of a file or a directory's files.
+
+  Those named `skip` are left out, and those that a killed process left half-written.
+  """
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
   for file in files:
-    if file.name == skip:
+    if file.name == skip or file.suffix == '.partial':
       continue
     digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())
     with file.open('rb') as stream:

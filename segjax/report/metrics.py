@@ -50,8 +50,9 @@ class MetricLog:
     processes.barrier('metrics')
     self.last: dict[str, float] = {k: float(v) for k, v in before[-1].items()} if before else {}
     first = processes.is_first()
-    self._file = (directory / FILE if first else Path(os.devnull)).open('w', encoding='utf-8')
-    self._file.writelines(json.dumps(line) + '\n' for line in before)
+    if first:
+      _rewrite(directory / FILE, before)
+    self._file = (directory / FILE if first else Path(os.devnull)).open('a', encoding='utf-8')
     self._curves = SummaryWriter(
       str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
     )
@@ -145,6 +146,13 @@ def _lines(path: Path, before: int) -> list[dict[str, Any]]:
     if values['step'] < before:
       found.append(values)
   return found
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+  """Puts the lines in place of the file at once: a process that is killed here loses none."""
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8')
+  partial.replace(path)
 
 
 def _wandb_run(project: str, directory: Path) -> Any:

@@ -39,7 +39,9 @@ def write(directory: Path, reward: SegmentReward) -> None:
     'normalizer': normalizer,
     'tokenizer_sha256': reward.tokenizer_sha256,
   }
-  (directory / FILE).write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+  partial = directory / f'{FILE}.partial'
+  partial.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+  partial.replace(directory / FILE)  # at once, for it takes the place of one that is in use
 
 
 def read(directory: Path) -> SegmentReward | None:

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -82,6 +83,21 @@ def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
   with stopped, _log(tmp_path, start=3, max_bad_steps=3) as log:
     log.log(3, bad)
     log.flush()
+
+
+def test_a_kill_while_old_lines_are_kept_loses_none(tmp_path, monkeypatch):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': jnp.float32(1)})
+  kept = _lines(tmp_path)
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  for what in ('write_text', 'replace'):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(Path, what, killed)
+      _log(tmp_path, start=1)
+    assert _lines(tmp_path) == kept
 
 
 def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
