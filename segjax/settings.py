@@ -7,7 +7,7 @@ command line assigns the rest. `checks` turns the result into `Settings`.
 import dataclasses
 from typing import Any
 
-JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck')
+JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck', 'chat')
 
 # What a layer computes, in this order, and can be kept for the backward pass: its input, the
 # projections with rotary positions, what attention found, the sum with the input, the MLP's halves.

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax import settings as typed
 from segjax.data.sources import is_hub_id
-from segjax.jobs import demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
+from segjax.jobs import chat, demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
 from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
 from segjax.report.console import say
@@ -96,6 +96,7 @@ JOBS = {
     batches=('evaluate.batch',),
   ),
   'selfcheck': Job(selfcheck.run, ('seed',), is_reusable=False),
+  'chat': Job(chat.run, ('seed',), is_reusable=False),
 }
 
 

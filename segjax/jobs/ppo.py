@@ -75,7 +75,8 @@ def run(stage: Stage) -> dict[str, Any]:
       mesh=stage.mesh,
       samples=s.rollout.samples,
       say=stage.say,
-      poll=preemption.abandon,  # nothing is changed yet, and a machine that goes away does not wait
+      # Nothing is changed yet, and a machine that goes away does not wait.
+      watch=lambda found: preemption.abandon(),
     )
     timing.end('generate', found)
     preemption.abandon()

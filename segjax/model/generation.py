@@ -85,7 +85,7 @@ def generate(
   samples: int = 1,
   index: np.ndarray | None = None,
   limits: np.ndarray | None = None,
-  poll: Callable[[], None] = lambda: None,
+  watch: Callable[[Generated], object] = lambda found: None,
 ) -> Generated:
   """Samples responses until a stop token or the limit.
 
@@ -102,7 +102,8 @@ def generate(
     samples: responses per prompt; they share one reading of it.
     index: of each prompt, [N], for the random numbers; 0 to N - 1 if not given.
     limits: tokens that each response may have, [N samples]; sampling.max_new_tokens if not given.
-    poll: called before every chunk of tokens; what it raises ends the generation.
+    watch: is given all that has come out before every chunk of tokens; what it raises ends the
+      generation.
 
   Returns:
     Responses in the order of the prompts, samples of one prompt next to each other.
@@ -119,7 +120,7 @@ def generate(
     run = _Run(weights, prompts, keys, decoder, mesh, samples, limits)
     run.start(slots or len(run.limits))
     while run.is_busy:
-      poll()
+      watch(run.found)
       run.refill()
       run.fit()
       run.step()

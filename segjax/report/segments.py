@@ -47,6 +47,8 @@ def show(annotated: Any) -> None:
   table('', columns, rows)
 
 
-def plain(text: str) -> str:
-  """The text with control characters written out, so that a terminal only shows it."""
-  return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+def plain(text: str, keep: str = '') -> str:
+  """The text with control characters but those of `keep` written out, so that it is only shown."""
+  return ''.join(
+    c if c.isprintable() or c in keep else c.encode('unicode_escape').decode() for c in text
+  )

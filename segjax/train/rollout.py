@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from segjax.model import sharding
-from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.generation import Generated, Prompts, generate, make_decoder
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 from segjax.settings import Rollout as RolloutSettings
@@ -39,7 +39,7 @@ def rollout(
   samples: int = 1,
   index: np.ndarray | None = None,
   say: Callable[[str], None] = print,
-  poll: Callable[[], None] = lambda: None,
+  watch: Callable[[Generated], object] = lambda found: None,
 ) -> Rollout:
   """Samples responses, `settings.slots` at once; those to one prompt stand next to each other.
 
@@ -47,7 +47,7 @@ def rollout(
     samples: responses per prompt.
     index: of each prompt, for its random numbers; see `generate`.
     say: is told of responses that ended because their logits were not finite.
-    poll: of `generate`.
+    watch: of `generate`.
 
   Raises:
     ValueError: no response has finite logits: the policy's weights are spoilt.
@@ -61,7 +61,7 @@ def rollout(
     slots=settings.slots,
     samples=samples,
     index=index,
-    poll=poll,
+    watch=watch,
   )
   if found.broken.all():
     raise ValueError(
