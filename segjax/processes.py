@@ -67,7 +67,7 @@ def join(
       )
     rendezvous.meet(address, number, index, timeout)
     known = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
-  elif int(os.environ.get('SLURM_NTASKS', '1')) <= 1 and not has_tpu:
+  elif not _is_slurm_step() and not has_tpu:
     return
   global _index, _count
   import jax
@@ -91,6 +91,11 @@ def join(
   _index, _count = jax.process_index(), jax.process_count()
   if _count > 1:
     threading.Thread(target=_watch, daemon=True).start()
+
+
+def _is_slurm_step() -> bool:
+  """Whether srun started this as one of several; a batch script itself is alone."""
+  return 'SLURM_STEP_NODELIST' in os.environ and int(os.environ.get('SLURM_NTASKS', '1')) > 1
 
 
 def _client() -> Any:

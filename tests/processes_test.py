@@ -148,6 +148,14 @@ def test_wrong_flags(address, number, index, message):
     processes.join(address, number, index)
 
 
+def test_the_script_of_a_slurm_job_is_alone(monkeypatch):
+  """Only what srun starts has a step; anything else would wait for processes that never come."""
+  monkeypatch.setenv('SLURM_NTASKS', '4')
+  monkeypatch.delenv('SLURM_STEP_NODELIST', raising=False)
+  processes.join()
+  assert processes.count() == 1
+
+
 def test_one_process_needs_nobody(tmp_path):
   processes.join()
   processes.barrier('alone')
