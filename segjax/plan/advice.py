@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
-from segjax.plan import phases
+from segjax.plan import phases, shapes
 from segjax.plan.memory import Measured, held_bytes, in_gib
 from segjax.settings import Settings, replace
 
@@ -70,7 +70,7 @@ def peak_with(
     extra, fixed = found.temporaries + found.outputs - found.aliased, 0
     share = min((c.rows.get(phase.name, 1.0) for c in changes), default=1.0)
     if phase.name.endswith('update'):
-      fixed = min(phases.bytes_per_device(phase.arguments[0].params), extra)
+      fixed = min(shapes.bytes_per_device(phase.arguments[0].params), extra)
     peaks.append(held_bytes(phase, changed) + fixed + int((extra - fixed) * share))
   return max(peaks)
 

@@ -12,7 +12,7 @@ import jax
 import jaxlib
 from jax.sharding import Mesh
 
-from segjax.plan import phases
+from segjax.plan import phases, shapes
 from segjax.plan.chips import GIB, Topology
 from segjax.plan.phases import Phase, Program
 
@@ -55,13 +55,13 @@ def measure(
     if file:
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(found), encoding='utf-8')
-  passed = sum(phases.bytes_per_device(program.held[name]) for name in phase.passed)
+  passed = sum(shapes.bytes_per_device(program.held[name]) for name in phase.passed)
   return Measured(name=phase.name, beside=held_bytes(phase, program) - passed, **found)
 
 
 def held_bytes(phase: Phase, program: Program) -> int:
   """What lives on a device during the phase, its arguments among it."""
-  return sum(phases.bytes_per_device(program.held[name]) for name in phase.alive)
+  return sum(shapes.bytes_per_device(program.held[name]) for name in phase.alive)
 
 
 def _compile(lowered: Any) -> dict[str, Any]:

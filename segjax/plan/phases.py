@@ -15,18 +15,18 @@ from jax.sharding import Mesh
 
 from segjax.data.batches import TokenBatch
 from segjax.jobs.stage import as_run
-from segjax.model import decode, generation, heads, sharding
+from segjax.model import decode, generation, sharding
 from segjax.model.llama import LlamaConfig
-from segjax.settings import Optimizer, Segmentation, Settings
+from segjax.plan import shapes
+from segjax.settings import Segmentation, Settings
 from segjax.train import rollout as rollouts
 from segjax.train.cutting import Cutter
-from segjax.train.experience import Recipe, score_piece
-from segjax.train.optimizer import init_state
+from segjax.train.experience import Recipe, make_experience, score_piece
 from segjax.train.ppo_step import critic_step, policy_step
-from segjax.train.reward_step import Scorer, reward_step
+from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
 from segjax.train.segment_reward import overruled
 from segjax.train.sft_step import sft_step
-from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequences
+from segjax.types import Normalizer
 
 STOP_IDS = (0,)  # how many there are, and which, changes no shape
 
@@ -69,7 +69,7 @@ class Program:
   def sizes(self) -> dict[str, int]:
     """Bytes of a device by name, parts left out."""
     wholes = {k: tree for k, tree in self.held.items() if not k.endswith(' parameters')}
-    return {name: bytes_per_device(tree) for name, tree in wholes.items()}
+    return {name: shapes.bytes_per_device(tree) for name, tree in wholes.items()}
 
 
 def program(job: str, settings: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
@@ -79,90 +79,7 @@ def program(job: str, settings: Settings, network: LlamaConfig, mesh: Mesh) -> P
 
 def lowered(phase: Phase, mesh: Mesh) -> Any:
   """The phase, traced and lowered for the platform of the mesh's devices."""
-  return _lower(mesh, phase.function, phase.arguments, phase.static)
-
-
-def _lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[str, Any]) -> Any:
-  with jax.set_mesh(mesh):
-    traced = function.trace(*arguments, **static)
-    return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
-
-
-def bytes_per_device(tree: Any) -> int:
-  """What the arrays of such shapes take on the device that has most of them."""
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    size = functools.reduce(lambda a, b: a * b, shape, 1)
-    total += size * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
-  return total
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
-  )
-
-
-def _params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh) -> Any:
-  shapes = heads.param_shapes(config, head)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-  return _placed(shapes, sharding.tree_shardings(shapes, mesh))
-
-
-def _state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settings, mesh: Mesh):
-  params = _params(config, head, settings.runtime.weights_dtype, mesh)
-  shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), params)
-  return _placed(shapes, sharding.tree_shardings(shapes, mesh))
-
-
-def _batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-  """An array split along its first axis."""
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
-
-
-def _split(make: Callable[[], Any], mesh: Mesh) -> Any:
-  """The shapes of the arrays that `make` would return, each split along its first axis."""
-  return jax.tree.map(lambda x: _batch(mesh, x.dtype, *x.shape), jax.eval_shape(make))
-
-
-def _result(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
-  """The shapes that a jitted function returns, laid out as it lays them out."""
-  with jax.set_mesh(mesh):
-    shapes = function.eval_shape(*arguments, **static)
-  compiled = _lower(mesh, function, arguments, static).compile()
-  return _placed(shapes, compiled.output_shardings)
-
-
-def _rollout(size: int, prompt: int, response: int) -> Rollout:
-  lengths, tokens = jnp.zeros(size, jnp.int32), jnp.zeros((size, response), jnp.int32)
-  return Rollout(
-    prompt_ids=jnp.zeros((size, prompt), jnp.int32),
-    prompt_length=lengths,
-    response_ids=tokens,
-    response_mask=tokens > 0,
-    finished=lengths > 0,
-    old_logprob=tokens.astype(jnp.float32),
-    sample_logprob=tokens.astype(jnp.float32),
-  )
-
-
-def _experience(size: int, prompt: int, response: int) -> Experience:
-  rollout = _rollout(size, prompt, response)
-  mask, tokens = rollout.response_mask, rollout.response_ids
-  names = ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_')
-  return Experience(
-    rollout=rollout,
-    **dict.fromkeys(names, rollout.old_logprob),
-    segments=Segments(mask, mask, tokens, rollout.prompt_length),
-    value_mask=mask,
-  )
-
-
-def _pairs(size: int, length: int) -> PreferenceBatch:
-  ids = jnp.zeros((size, length), jnp.int32)
-  side = Sequences(ids=ids, response_mask=ids > 0, finished=ids[:, 0] > 0)
-  return PreferenceBatch(side, side)
+  return shapes.lower(mesh, phase.function, phase.arguments, phase.static)
 
 
 def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
@@ -185,14 +102,14 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
     recompute_logprob=s.rollout.recompute_logprob,
   )
   lengths = prompt, response
-  rollout = _split(lambda: _rollout(ppo.rollout_batch, *lengths), mesh)
-  experience = _split(lambda: _experience(ppo.rollout_batch, *lengths), mesh)
+  rollout = shapes.split(lambda: shapes.rollout(ppo.rollout_batch, *lengths), mesh)
+  experience = shapes.split(lambda: shapes.experience(ppo.rollout_batch, *lengths), mesh)
   held = {
-    'policy state': _state(trained, 'language', ppo.policy_optimizer, s, mesh),
-    'critic state': _state(trained, 'scalar', ppo.critic_optimizer, s, mesh),
-    'reference': _params(frozen, 'language', s.runtime.dtype, mesh),
+    'policy state': shapes.state(trained, 'language', ppo.policy_optimizer, s, mesh),
+    'critic state': shapes.state(trained, 'scalar', ppo.critic_optimizer, s, mesh),
+    'reference': shapes.params(frozen, 'language', s.runtime.dtype, mesh),
     **(
-      {'reward model': _params(frozen, 'scalar', s.runtime.dtype, mesh)}
+      {'reward model': shapes.params(frozen, 'scalar', s.runtime.dtype, mesh)}
       if 'reward' in networks
       else {}
     ),
@@ -222,22 +139,35 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
       score_piece,
       (
         params,
-        _batch(mesh, jnp.int32, size, width),
+        shapes.batch(mesh, jnp.int32, size, width),
         None,
-        _split(lambda: _rollout(size, *lengths), mesh),
+        shapes.split(lambda: shapes.rollout(size, *lengths), mesh),
       ),
       {'recipe': recipe},
       (*states, *scoring, 'rollout', 'experience'),
       (*scoring, 'critic parameters'),
     )
   )
-  rows = jax.ShapeDtypeStruct((ppo.minibatch,), jnp.int32, sharding=sharding.replicated(mesh))
   coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+  scored = shapes.split(lambda: shapes.scores(ppo.rollout_batch, response), mesh)
+  normalizer = jax.tree.map(lambda _: coef, Normalizer())
+  phases.append(
+    Phase(
+      'rewards',
+      make_experience,
+      (rollout, scored, normalizer, coef, None),
+      {'recipe': recipe},
+      (*states, *waiting, 'rollout'),
+      ('rollout',),
+    )
+  )
+  rows = jax.ShapeDtypeStruct((ppo.minibatch,), jnp.int32, sharding=sharding.replicated(mesh))
+  packing = shapes.packing(ppo, ppo.minibatch, mesh)
   static = {'recipe': recipe, 'total_steps': 100}
   alive = (*states, *waiting, 'experience')
   for name, step, more in (('policy', policy_step, (coef,)), ('critic', critic_step, ())):
     state = f'{name} state'
-    arguments = (held[state], experience, rows, *more)
+    arguments = (held[state], experience, rows, *more, packing)
     phases.append(Phase(f'{name} update', step, arguments, static, alive, (state, 'experience')))
   held['critic parameters'] = held['critic state'].params
   return Program(held, phases, networks)
@@ -252,8 +182,8 @@ def _generation(
   slots = s.rollout.slots or s.ppo.rollout_batch
   static = {'decoder': decoder}
   params = held['policy state'].params
-  held['decode weights'] = weights = _result(mesh, decode.weights, params, **static)
-  cache = functools.partial(_result, mesh, decode.empty, **static)
+  held['decode weights'] = weights = shapes.result(mesh, decode.weights, params, **static)
+  cache = functools.partial(shapes.result, mesh, decode.empty, **static)
   held['cache'] = full = cache(slots, positions)
   held['cache before'] = cache(slots, before) if before else ()
   prompts = s.ppo.rollout_batch // s.rollout.samples
@@ -276,26 +206,33 @@ def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   trained, _ = as_run(network, s.runtime, mesh, trained=True)
   frozen, _ = as_run(network, s.runtime, mesh, trained=False)
   scorer = Scorer(trained, frozen, Cutter(s.reward.segmentation))
-  held = {'reward model state': _state(trained, 'scalar', s.reward.optimizer, s, mesh)}
+  held = {'reward model state': shapes.state(trained, 'scalar', s.reward.optimizer, s, mesh)}
   if scorer.cutter.needs_entropy and not s.reward.entropy_cache:
-    held['reference'] = _params(frozen, 'language', s.runtime.dtype, mesh)
-  held['pairs'] = _split(lambda: _pairs(s.reward.batch, s.data.max_length), mesh)
+    held['reference'] = shapes.params(frozen, 'language', s.runtime.dtype, mesh)
+  held['pairs'] = shapes.split(lambda: shapes.pairs(s.reward.batch, s.data.max_length), mesh)
   static = {'scorer': scorer, 'settings': s.reward, 'total_steps': 100}
   names = tuple(held)
-  given = held['reward model state'], held.get('reference'), held['pairs']
-  phase = Phase('reward model update', reward_step, given, static, names, names)
-  return Program(held, [phase], {'reward': trained, 'reference': frozen})
+  state, reference, pairs = held['reward model state'], held.get('reference'), held['pairs']
+  packing = shapes.packing(s.reward, 2 * s.reward.batch, mesh, group=2)
+  given = state, reference, pairs, packing
+  phases = [Phase('reward model update', reward_step, given, static, names, names)]
+  held['reward model parameters'] = state.params
+  asked, scorer = (state.params, reference, pairs), {'scorer': scorer}
+  passed = ('reward model parameters', *names[1:])
+  phases.append(Phase('held-out pairs', evaluate_pairs, asked, scorer, names, passed))
+  return Program(held, phases, {'reward': trained, 'reference': frozen})
 
 
 def _sft(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   trained, _ = as_run(network, s.runtime, mesh, trained=True)
   shape = s.sft.batch, s.data.max_length
   held = {
-    'policy state': _state(trained, 'language', s.sft.optimizer, s, mesh),
-    'rows': TokenBatch(_batch(mesh, jnp.int32, *shape), _batch(mesh, jnp.bool_, *shape)),
+    'policy state': shapes.state(trained, 'language', s.sft.optimizer, s, mesh),
+    'rows': TokenBatch(*(shapes.batch(mesh, kind, *shape) for kind in (jnp.int32, jnp.bool_))),
   }
   static = {'config': trained, 'settings': s.sft, 'total_steps': 100}
-  phase = Phase('policy update', sft_step, tuple(held.values()), static, tuple(held), tuple(held))
+  given = *held.values(), shapes.packing(s.sft, s.sft.batch, mesh)
+  phase = Phase('policy update', sft_step, given, static, tuple(held), tuple(held))
   return Program(held, [phase], {'policy': trained})
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from segjax.model import sharding
 from segjax.model.llama import config_of
-from segjax.plan import advice, chips, command, memory, phases
+from segjax.plan import advice, chips, command, memory, phases, shapes
 from segjax.settings import Network, Settings, replace
 
 TOPOLOGY = chips.parse('cpu:8')
@@ -67,14 +67,14 @@ def test_peak_is_what_lives_and_what_the_program_takes():
   assert [m.name for m in found.measured] == list(SMALL)
   for measured in found.measured:
     phase = next(p for p in found.program.phases if p.name == measured.name)
-    alive = sum(phases.bytes_per_device(found.program.held[name]) for name in phase.alive)
+    alive = sum(shapes.bytes_per_device(found.program.held[name]) for name in phase.alive)
     extra = measured.temporaries + measured.outputs - measured.aliased
     # The programs have a few scalars more among their arguments.
     assert measured.peak == pytest.approx(alive + extra, rel=0.02)
   state = found.program.held['critic state']
   # Three numbers per weight, split over eight devices but for norms and steps.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-  assert phases.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
+  assert shapes.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
 
 
 def test_too_little_memory_and_what_helps():
@@ -126,6 +126,22 @@ def test_what_cannot_be_planned(changes, message):
     command.make('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
   with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
     command.make('ppo', SETTINGS, TOPOLOGY, ('polcy',))
+
+
+@pytest.mark.parametrize(
+  ('job', 'name', 'changes'),
+  [
+    ('ppo', 'rewards', {}),
+    ('ppo', 'critic update', {'ppo.packed_length': 80}),
+    ('reward', 'held-out pairs', {}),
+  ],
+)
+def test_other_phases_compile(job, name, changes):
+  settings = replace(SETTINGS, **{'reward.batch': 8, **changes})
+  (measured,) = command.make(job, settings, TOPOLOGY, (name,)).measured
+  assert measured.arguments > 0 and not measured.refused
+  if changes:  # where sequences lie comes in as well
+    assert measured.arguments > plan(names=(name,)).measured[0].arguments
 
 
 @functools.cache
