@@ -44,6 +44,8 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.ppo.minibatch = 64
   config.ppo.epochs = 2
   config.ppo.kl_coef = 0.15
+  config.ppo.eval_every = 9
+  config.ppo.holdout = 0.05
   config.ppo.policy_optimizer.learning_rate = 2e-3
   config.ppo.policy_optimizer.beta2 = 0.99
   config.ppo.critic_optimizer.learning_rate = 2e-3

@@ -178,7 +178,8 @@ def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
 _LEAST = {
   0: (
     *('data.limit', 'sft.steps', 'sft.micro_batch', 'evaluate.show'),
-    *('checkpoint.every', 'checkpoint.minutes', 'checkpoint.max_misses'),
+    *('checkpoint.every', 'checkpoint.minutes', 'checkpoint.max_misses', 'log_every'),
+    *('reward.eval_every', 'ppo.eval_every'),
     *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
     'reward.calibration.target_segment_length',
     *('critic.warmup_steps', 'shaping.reward_clip'),
@@ -220,6 +221,8 @@ def _ranges(s: Settings) -> None:
     raise ValueError(f'config.ppo.dual_clip={s.ppo.dual_clip} must be above 1, or 0 for none.')
   if not 0 < s.reward.holdout < 1:
     raise ValueError(f'config.reward.holdout={s.reward.holdout} must lie between 0 and 1.')
+  if not 0 <= s.ppo.holdout < 1:
+    raise ValueError(f'config.ppo.holdout={s.ppo.holdout} must be at least 0 and below 1.')
   if not 0 < s.rollout.top_p <= 1:
     raise ValueError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   for key in _OPTIMIZERS:

@@ -41,6 +41,11 @@ def check(s: Settings) -> None:
       'config.ppo.kl_in=loss with kl_estimator=k1: its gradient is 0 on average; set '
       'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
     )
+  if bool(s.ppo.eval_every) != bool(s.ppo.holdout):
+    raise ValueError(
+      f'config.ppo.eval_every={s.ppo.eval_every} and ppo.holdout={s.ppo.holdout} go together: how '
+      'often held-out prompts are sampled, and what share of them is held out, say 0.05.'
+    )
   if s.compat.row0_mask and s.ppo.packed_length:
     raise ValueError(
       'config.compat.row0_mask masks padded rows, and config.ppo.packed_length packs them; set one '

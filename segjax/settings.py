@@ -162,6 +162,7 @@ class Reward:
   epochs: int = 1
   steps: int = 0
   holdout: float = 0.03  # share of the prompts never trained on
+  eval_every: int = 0  # steps between two looks at (at most 512 of) the held-out pairs; 0: none
   margin: float = 0.0  # in the Bradley-Terry loss
   rating_margin: float = 0.0  # times the difference of the pair's ratings, added to the margin
   optimizer: Optimizer = Optimizer(learning_rate=1e-6)
@@ -222,6 +223,8 @@ class PPO:
   micro_batch: int = 0  # rows at once, gradients added up; 0: the whole minibatch
   packed_length: int = 0  # tokens of a row that several sequences share; 0: a row for each
   epochs: int = 1  # passes over each rollout
+  eval_every: int = 0  # steps between two samplings of held-out prompts; 0: none
+  holdout: float = 0.0  # share of the prompts never trained on, for eval_every
   score_batch: int = 0  # sequences scored at once; 0: the whole rollout
   kl_coef: float = 0.01
   kl_estimator: str = 'k1'  # or k2, k3
@@ -276,7 +279,7 @@ class Checkpoint:
   minutes: float = 10.0  # saved when so many have gone by since the last time; 0: never
   every: int = 0  # saved after so many steps; 0: by `minutes` alone
   keep: int = 2  # the newest ones that stay
-  best: str = ''  # a metric: the step at which it was largest stays too
+  best: str = ''  # a metric, say eval/reward: the step at which it was largest stays too
   max_misses: int = 3  # saves in a row that may fail, as on a full disk
   directory: str = ''  # a directory or bucket (gs://...) in place of the stage's own
 
@@ -297,6 +300,7 @@ class Settings:
 
   seed: int = 0
   stages: tuple[str, ...] = ()
+  log_every: int = 50  # steps between two lines of metrics on the console; 0: none
   max_bad_steps: int = 1  # stop after so many steps in a row with a loss or gradient not finite
   reference_exact: bool = False  # as the published code computes, mistakes included
   wandb_project: str = ''  # also send metrics there; needs `pip install segjax[wandb]`

@@ -62,7 +62,7 @@ def _end(started, timeout=240):
 
 def _losses(workdir):
   lines = (workdir / 'sft' / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line)['loss'] for line in lines]
+  return [json.loads(line)['train/loss'] for line in lines]
 
 
 def _saved(workdir):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import flags
 
 from segjax import main as segjax  # --config and its overrides
-from segjax.plan import chips
+from segjax.plan import topologies
 
 _TOPOLOGY = flags.DEFINE_string(
   'topology', '', "v5p:2x2x2, v5e:8x8, cuda:8xH100-80GB, cpu:8; empty: the preset's."
@@ -37,8 +37,8 @@ def main(_: list[str]) -> None:
     print_table()
     return
   settings, preset = segjax.settings_from_flags()
-  topology = chips.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
-  chips.prepare(topology)
+  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
+  topologies.prepare(topology)
   from segjax.plan import command
 
   job = settings.stages[-1]

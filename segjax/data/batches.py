@@ -184,7 +184,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
     ValueError: the fraction is not in [0, 1), or leaves one side without a prompt.
   """
   if not 0 <= fraction < 1:
-    raise ValueError(f'reward.holdout={fraction} must be at least 0 and below 1.')
+    raise ValueError(f'holdout={fraction} must be at least 0 and below 1.')
   prompts, prompt_of_row, num_rows = np.unique(
     dataset.group, return_inverse=True, return_counts=True
   )
@@ -193,7 +193,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   held = order[before < fraction * len(dataset)]
   if len(held) == len(prompts):
     raise ValueError(
-      f'reward.holdout={fraction} of {len(prompts)} distinct prompts leaves none to train on; give '
+      f'holdout={fraction} of {len(prompts)} distinct prompts leaves none to train on; give '
       'more data or a smaller share.'
     )
   is_held = np.isin(prompt_of_row, held)

@@ -136,7 +136,7 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
     for key in JOBS[name].needs:
       _check_path(key, _get(settings, key), stage.directory)
     stages.append(stage)
-  if 'evaluate' in settings.stages:
+  if {'ppo', 'evaluate'} & set(settings.stages):
     evaluate.functions(settings.evaluate)
   if settings.shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
     load_function(settings.shaping.reward_fn, 'shaping.reward_fn')

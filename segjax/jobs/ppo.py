@@ -6,22 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.data.batches import stream_indices
+from segjax.data.batches import split_holdout, stream_indices
 from segjax.data.encoding import encode_prompts
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import models, preemption
+from segjax.jobs import evaluate, models, throughput
 from segjax.jobs import stage as jobs
+from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.jobs.stage import Stage
 from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
-from segjax.train.compat import as_published
-from segjax.train.experience import Recipe, is_sound, make_experience, score, sequence_lengths
+from segjax.train.experience import Recipe, is_sound, sequence_lengths
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
-from segjax.train.rollout import rollout
 
-SHOW = ['reward', 'kl', 'length', 'segments']  # of the metrics, beside the bar
+FIGURES = {  # of the last step: names in results, names of metrics
+  'reward': 'objective/reward',
+  'kl': 'objective/kl',
+  'length': 'response/length_mean',
+  'segments': 'segments/per_response',
+}
+SHOW = list(FIGURES.values())  # on the console, the first two beside the bar
 CRITICS = ('policy', 'reward_model')  # what config.critic.init may name, but for a path
 
 
@@ -54,53 +59,34 @@ def run(stage: Stage) -> dict[str, Any]:
   }
   jobs.tell_memory(stage, {'policy': states['policy'], 'critic': states['critic']} | frozen)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
-  rule = models.rule_of(stage, prompts, tokenizer)
-
+  kept, held_out = split_holdout(prompts, s.ppo.holdout, s.seed)
+  sampler, looker = (
+    Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
+  )
+  gold, _ = evaluate.functions(s.evaluate)
   timing = Timing()
 
   def step_fn(states, step):
     timing.begin()
     key = jax.random.fold_in(stage.key('rollout'), step)
-    asked = s.ppo.rollout_batch // s.rollout.samples
-    rows = stream_indices(len(prompts), asked, s.seed, step)
-    batch = prompts.gather(rows, np.asarray)
-    found = rollout(
-      states['policy'].params,
-      batch.prompt_ids,
-      batch.prompt_length,
-      key,
-      config=recipe.policy,
-      settings=s.rollout,
-      stop_ids=tokenizer.stop_ids,
-      mesh=stage.mesh,
-      samples=s.rollout.samples,
-      say=stage.say,
-      # Nothing is changed yet, and a machine that goes away does not wait.
-      watch=lambda found: preemption.abandon(),
-    )
-    timing.end('generate', found)
-    preemption.abandon()
-    rows = np.repeat(rows, s.rollout.samples)
-    found = as_published(found, tokenizer.stop_ids[0], s.compat)
-    params = frozen | {name: states[name].params for name in ('policy', 'critic')}
-    scored = score(params, found, recipe=recipe)
+    rows = stream_indices(len(kept), s.ppo.rollout_batch // s.rollout.samples, s.seed, step)
     coef = states['kl']['coef']
-    experience, metrics = make_experience(
-      found, scored, normalizer, coef, rule(found, rows), recipe=recipe
-    )
-    timing.end('score', experience)
-    preemption.abandon()
+    experience, metrics = sampler.sample(parameters(states), rows, key, coef, timing)
+    work = throughput.ppo_step(recipe, sequence_lengths(experience.rollout))
     policy_from = warmup if step >= s.critic.warmup_steps else None
     sound = is_sound(metrics, ppo=s.ppo)
     states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from, sound)
     if s.ppo.kl_target:
-      moved = _next_coef(coef, metrics['kl'], s.ppo)
+      moved = _next_coef(coef, metrics['objective/kl'], s.ppo)
       states['kl'] = {'coef': jnp.where(sound, moved, coef)}
     timing.end('update', states)
-    return states, metrics | {'kl_coef': coef} | updates | timing.seconds
+    metrics |= {'objective/kl_coef': coef} | updates | work | timing.seconds
+    if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
+      metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
+    return states, metrics
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
-  figures = {name: last.get(name) for name in SHOW}
+  figures = {name: last.get(metric) for name, metric in FIGURES.items()}
   save_checkpoint(
     stage.model_directory,
     states['policy'].params,
@@ -113,6 +99,11 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.directory / 'critic', states['critic'].params, recipe.critic, 'scalar', source=critic_path
   )
   return {'steps': s.ppo.steps} | figures
+
+
+def parameters(states: jobs.States) -> dict[str, Any]:
+  """Of policy and critic."""
+  return {name: states[name].params for name in ('policy', 'critic')}
 
 
 def critic_directory(stage: Stage, paths: dict[str, Any]) -> Any:

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from segjax import processes
-from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout
+from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout, take
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import calibration, entropy_cache
+from segjax.jobs import calibration, entropy_cache, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.console import table, track
@@ -23,6 +23,9 @@ from segjax.train.cutting import cutter_of
 from segjax.train.optimizer import init_state
 from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
 from segjax.train.segment_reward import SegmentReward
+
+SHOW = ['train/loss', 'train/accuracy', 'train/segments']  # of the metrics; two beside the bar
+_LOOKED_AT = 512  # held-out pairs, at most, while it trains
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -57,13 +60,15 @@ def run(stage: Stage) -> dict[str, Any]:
       reference = None  # its memory is free for what follows
   kept, held_out = split_holdout(pairs, s.reward.holdout, s.seed)
   stage.say(f'{len(held_out)} pairs held out by prompt')
+  looked_at = take(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
   total = jobs.num_steps(s.reward.steps, s.reward.epochs, len(kept), s.reward.batch, 'reward')
   params = jobs.load(stage, source, config, 'scalar', trained=True)
 
   def step_fn(states, step):
     rows = batch_indices(len(kept), s.reward.batch, s.seed, step)
     sides = [side.lengths(rows) for side in (kept.chosen, kept.rejected)]
-    packing, fill = jobs.packed(s.reward, np.stack(sides, axis=1).reshape(-1), group=2)
+    lengths = np.stack(sides, axis=1).reshape(-1)
+    packing, fill = jobs.packed(s.reward, lengths, group=2)
     state, metrics = reward_step(
       states['reward'],
       reference,
@@ -73,11 +78,15 @@ def run(stage: Stage) -> dict[str, Any]:
       settings=s.reward,
       total_steps=total,
     )
-    return {'reward': state}, metrics | fill
+    work = throughput.update(lengths, config, 'scalar', scorer.reference if reference else None)
+    metrics = jobs.named('train', metrics) | fill | work
+    if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
+      metrics |= jobs.named('eval', measured(stage, state.params, reference, looked_at, scorer))
+    return {'reward': state}, metrics
 
   states = {'reward': init_state(params, s.reward.optimizer, total)}
   jobs.tell_memory(stage, states | ({'reference': reference} if reference else {}))
-  states, last = jobs.train(stage, states, step_fn, total, ['loss', 'accuracy', 'segments'])
+  states, last = jobs.train(stage, states, step_fn, total, SHOW)
   params = states['reward'].params
   if processes.is_first():
     (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
@@ -88,7 +97,7 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   if processes.is_first():
     write_meaning(stage, source, scorer.cutter.segmentation)
-  return {'steps': total, 'loss': last.get('loss'), 'held_out_pairs': len(held_out)} | held
+  return {'steps': total, 'loss': last.get('train/loss'), 'held_out_pairs': len(held_out)} | held
 
 
 def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> Scorer:
@@ -124,9 +133,21 @@ def held_out_metrics(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer
 ) -> dict[str, float]:
   """What `rl.pairs` says of the reward model on the held-out pairs, also as a table."""
+  values = measured(stage, params, reference, held_out, scorer, 'held-out pairs')
+  rows = [(label, f'{values[name]:.3f}') for name, label in _LABELS.items()]
+  table(f'{len(held_out)} held-out pairs', ('', ''), rows)
+  return values
+
+
+def measured(
+  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer, note: str = ''
+) -> dict[str, float]:
+  """`rl.pairs.pair_metrics` of the reward model on the pairs; a bar where there is a note."""
   size, found = stage.settings.reward.batch, []
-  total = -(-len(held_out) // size)
-  for rows, real in track(stage.name, chunks(len(held_out), size), total, 'held-out pairs'):
+  parts = chunks(len(held_out), size)
+  if note:
+    parts = track(stage.name, parts, -(-len(held_out) // size), note)
+  for rows, real in parts:
     score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
     found.append(processes.fetch(score)[:real])
   chosen, rejected = np.concatenate(found).T
@@ -134,7 +155,4 @@ def held_out_metrics(
     np.diff(side.offsets).astype(np.int32) for side in (held_out.chosen, held_out.rejected)
   )
   metrics = jax.device_get(jax.jit(pair_metrics)(chosen, rejected, *lengths))
-  values = {name: float(value) for name, value in metrics.items()}
-  rows = [(label, f'{values[name]:.3f}') for name, label in _LABELS.items()]
-  table(f'{len(held_out)} held-out pairs', ('', ''), rows)
-  return values
+  return {name: float(value) for name, value in metrics.items()}

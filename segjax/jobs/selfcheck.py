@@ -152,7 +152,7 @@ def decoding(bench: Bench) -> Outcome:
 
 def first_kl(bench: Bench) -> Outcome:
   """|log π - log π_ref| of any token, where policy and reference are the same network."""
-  return Outcome(float(bench.metrics['kl_token_max']), 1e-4)
+  return Outcome(float(bench.metrics['objective/kl_token_max']), 1e-4)
 
 
 def first_ratio(bench: Bench) -> Outcome:
@@ -198,7 +198,7 @@ def sharded(stage: Stage, bench: Bench) -> Outcome:
     return Outcome(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
   mesh = sharding.make_mesh(devices=devices[:1])
   one = make_bench(mesh, bench.recipe.policy)
-  names = ('policy/loss', 'value/loss', 'policy/grad_norm', 'value/grad_norm')
+  names = ('policy/loss', 'val/loss', 'policy/grad_norm', 'val/grad_norm')
   here = update(bench)[2]
   with jax.set_mesh(mesh):
     there = update(one)[2]

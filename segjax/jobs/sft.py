@@ -6,9 +6,12 @@ from segjax.data.batches import batch_indices
 from segjax.data.encoding import encode_conversations
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import stage as jobs
+from segjax.jobs import throughput
 from segjax.jobs.stage import Stage
 from segjax.train.optimizer import init_state
 from segjax.train.sft_step import sft_step
+
+SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -25,21 +28,23 @@ def run(stage: Stage) -> dict[str, Any]:
   def step_fn(states, step):
     rows = batch_indices(len(dataset), settings.batch, stage.settings.seed, step)
     batch = dataset.gather(rows, stage.place)
-    packing, fill = jobs.packed(settings, dataset.tokens.lengths(rows))
+    lengths = dataset.tokens.lengths(rows)
+    packing, fill = jobs.packed(settings, lengths)
     state, metrics = sft_step(
       states['policy'], batch, packing, config=config, settings=settings, total_steps=total
     )
-    return {'policy': state}, metrics | fill
+    work = throughput.update(lengths, config, 'language')
+    return {'policy': state}, jobs.named('train', metrics) | fill | work
 
   states = {'policy': init_state(params, settings.optimizer, total)}
   jobs.tell_memory(stage, states)
-  states, last = jobs.train(stage, states, step_fn, total, ['loss', 'entropy'])
+  states, last = jobs.train(stage, states, step_fn, total, SHOW)
   save_checkpoint(
     stage.model_directory,
     states['policy'].params,
     config,
     'language',
     source=source,
-    card=jobs.card(stage, {'loss': last.get('loss')}),
+    card=jobs.card(stage, {'loss': last.get('train/loss')}),
   )
-  return {'steps': total, 'loss': last.get('loss'), 'rows': len(dataset)}
+  return {'steps': total, 'loss': last.get('train/loss'), 'rows': len(dataset)}

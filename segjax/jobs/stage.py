@@ -26,11 +26,11 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.hf.card import Card
 from segjax.jobs import preemption, reuse
-from segjax.model import sharding
+from segjax.model import chips, sharding
 from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
-from segjax.report.metrics import BadStepError, MetricLog
+from segjax.report.metrics import BadStepError, MetricLog, Options
 from segjax.settings import PPO, SFT, Checkpoint, Reward, Runtime, Settings
 from segjax.train.checkpoint import Checkpointer
 from segjax.types import Packing
@@ -156,7 +156,18 @@ def packed(
   if not settings.packed_length:
     return None, {}
   packing = plan_packing(lengths, settings.micro_batch, settings.packed_length, group)
-  return packing, {'fill': fill(packing)}
+  return packing, {'perf/fill': fill(packing)}
+
+
+def named(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+  """The metrics of a step by their names in the files; `bad` is `bad` everywhere."""
+  return {k if k == 'bad' else f'{prefix}/{k}': value for k, value in metrics.items()}
+
+
+def peak_flops(mesh: Mesh) -> float:
+  """bfloat16 FLOP/s of all devices together; 0 where the vendor's figure is not known."""
+  chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+  return chip.flops * mesh.size if chip else 0.0
 
 
 def tokenizer_of(stage: Stage, directory: Path) -> ChatTokenizer:
@@ -257,8 +268,9 @@ def train(
     ProgressBar(stage.name, total, start),
     show,
     start=start,
-    max_bad_steps=settings.max_bad_steps,
-    wandb_project=settings.wandb_project,
+    options=Options(
+      settings.max_bad_steps, settings.wandb_project, settings.log_every, peak_flops(stage.mesh)
+    ),
   )
   done, is_due = start, _Due(settings.checkpoint)
   try:
@@ -272,7 +284,7 @@ def train(
         is_time = processes.any_of(is_due(done) and processes.is_first())
         if start < done < total and (is_asked or is_time):
           log.flush()  # so that no step before a checkpoint is ever without metrics
-          saved.save(done, states, log.last)
+          saved.save(done, states, log.evaluated | log.last)
         if is_asked and done < total:
           saved.settle()
           raise preemption.PreemptedError(_stopped(stage.name, saved.latest(), done, total))

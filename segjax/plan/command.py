@@ -12,10 +12,10 @@ from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig, config_of, num_parameters
-from segjax.plan import advice, chips, memory, phases, roofline
-from segjax.plan.chips import Topology
+from segjax.plan import advice, memory, phases, roofline, topologies
 from segjax.plan.memory import Measured, in_gib
 from segjax.plan.phases import Program
+from segjax.plan.topologies import Topology
 from segjax.report.console import say, table
 from segjax.settings import Settings
 
@@ -56,7 +56,7 @@ def make(
   if job not in phases.JOBS:
     raise ValueError(f'there is no plan for the job {job!r}, only for {", ".join(phases.JOBS)}.')
   network = _network(s)
-  devices = chips.devices(topology)
+  devices = topologies.devices(topology)
   mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
   pipeline.check_batches(job, s, mesh)
   program = phases.program(job, s, network, mesh)

@@ -12,9 +12,10 @@ import jax
 import jaxlib
 from jax.sharding import Mesh
 
+from segjax.model.chips import GIB
 from segjax.plan import phases, shapes
-from segjax.plan.chips import GIB, Topology
 from segjax.plan.phases import Phase, Program
+from segjax.plan.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ class ProgressBar:
   """A bar for one stage: smooth on a terminal, now and then a whole line in a log file."""
 
   def __init__(self, stage: str, total: int, start: int = 0):
+    self.stage = stage
     self._on_terminal = sys.stdout.isatty() and processes.is_first()
     self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN}}', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''

@@ -25,7 +25,7 @@ class Timing:
   """Seconds of each part of a step; a part ends when its arrays are ready.
 
   Attributes:
-    seconds: by 'seconds/PART'; 'seconds/wait' is what passed between two steps.
+    seconds: by 'timing/PART'; 'timing/wait' is what passed between two steps.
   """
 
   def __init__(self):
@@ -41,4 +41,4 @@ class Timing:
     """The part that has gone on since the last one ended is done once the arrays are ready."""
     jax.block_until_ready(arrays)
     now = time.monotonic()
-    self.seconds[f'seconds/{part}'], self._last = now - self._last, now
+    self.seconds[f'timing/{part}'], self._last = now - self._last, now

@@ -105,8 +105,8 @@ def policy_loss(
 
   Returns:
     (loss, metrics): ratio_max_deviation = max |ρ − 1|, and averaged like the loss ratio_mean,
-    clip_fraction = how often ρ is beyond the clip, approx_kl = the k3 estimate of KL(π_old ‖ π) in
-    nats and, with a dual clip, dual_clip_fraction = how often that one holds.
+    clipfrac = how often ρ is beyond the clip, approx_kl = the k3 estimate of KL(π_old ‖ π) in
+    nats and, with a dual clip, dual_clipfrac = how often that one holds.
 
   Raises:
     ValueError: on an unknown mean.
@@ -122,13 +122,13 @@ def policy_loss(
   metrics = {
     'ratio_mean': average(ratio),
     'ratio_max_deviation': jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0), initial=0),
-    'clip_fraction': average(clipped != ratio),
+    'clipfrac': average(clipped != ratio),
     'approx_kl': average(jnp.expm1(log_ratio) - log_ratio),
   }
   if dual_clip is not None:
     is_held = (advantage < 0) & (surrogate < dual_clip * advantage)
     surrogate = jnp.where(is_held, dual_clip * advantage, surrogate)
-    metrics['dual_clip_fraction'] = average(is_held)
+    metrics['dual_clipfrac'] = average(is_held)
   return -average(surrogate), jax.lax.stop_gradient(metrics)
 
 
@@ -156,7 +156,7 @@ def value_loss(
     count: divisor of the means, see `batch_mean`.
 
   Returns:
-    (loss, metrics): value_mean, return_mean, value_error = mean |V − R|, and value_clip_fraction =
+    (loss, metrics): mean of V, return_mean, error = mean |V − R|, and clipfrac =
     how often the clipped error is the larger. All are means like the loss.
 
   Raises:
@@ -171,10 +171,10 @@ def value_loss(
     clipped = old_value + jnp.clip(value - old_value, -value_clip_eps, value_clip_eps)
     clipped_error = jnp.square(clipped - return_)
   metrics = {
-    'value_mean': average(value),
+    'mean': average(value),
     'return_mean': average(return_),
-    'value_error': average(jnp.abs(value - return_)),
-    'value_clip_fraction': average(clipped_error > error),
+    'error': average(jnp.abs(value - return_)),
+    'clipfrac': average(clipped_error > error),
   }
   return 0.5 * average(jnp.maximum(error, clipped_error)), jax.lax.stop_gradient(metrics)
 

@@ -190,8 +190,8 @@ def make_experience(
   """Dense rewards and advantages of a rollout, and what a person wants to know of them.
 
   reward_t = clamp(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the whole rollout.
-  With ppo.kl_in=loss the reward has no KL. Metrics are means over responses; `kl` is
-  Σ_t (log π - log π_ref) per response, in nats.
+  With ppo.kl_in=loss the reward has no KL. Metrics are means over responses, explained in
+  `report.glossary`; `objective/kl` is Σ_t (log π - log π_ref) per response, in nats.
 
   Args:
     rule: a user's reward per token, if there is one.
@@ -232,7 +232,8 @@ def make_experience(
     return_=returns(advantage, scored.value, value_mask),
     value_mask=value_mask,
   )
-  return experience, _metrics(experience, dense)
+  penalty = kl_coef * token_kl if ppo.kl_in == 'reward' else jnp.zeros_like(token_kl)
+  return experience, _metrics(experience, dense, penalty)
 
 
 def _advantage(reward, value, segments: Segments, mask, ppo: PPO):
@@ -244,32 +245,64 @@ def _advantage(reward, value, segments: Segments, mask, ppo: PPO):
   return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts
 
 
-def _metrics(experience: Experience, dense: Float[Array, 'B T']) -> dict[str, Array]:
+def _metrics(
+  experience: Experience, dense: Float[Array, 'B T'], penalty: Float[Array, 'B T']
+) -> dict[str, Array]:
   rollout, mask = experience.rollout, experience.rollout.response_mask
+  segments = experience.segments
   difference = rollout.old_logprob - experience.ref_logprob
+
+  def of_a_response(x):
+    return jnp.mean(masked_sum(x, mask, axis=1))
+
+  length = _count(mask)
   return {
-    'reward': jnp.mean(masked_sum(dense, mask, axis=1)),
-    'score': masked_mean(experience.score, experience.segments.end),
-    'kl': jnp.mean(masked_sum(difference, mask, axis=1)),
-    'reward_token_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
-    'kl_token_max': jnp.max(jnp.where(mask, jnp.abs(difference), 0.0)),
-    'entropy_ref': masked_mean(experience.entropy, mask),
-    'length': jnp.mean(_count(mask)),
-    'segments': jnp.mean(experience.segments.num_segments.astype(jnp.float32)),
-    'segment_length': _segment_length(experience.segments),
-    'finished': jnp.mean(rollout.finished.astype(jnp.float32)),
+    'objective/reward': of_a_response(dense),
+    'objective/rlhf_reward': of_a_response(experience.reward),
+    'objective/non_score_reward': -of_a_response(penalty),
+    'objective/scores': masked_mean(experience.score, segments.end),
+    'objective/kl': of_a_response(difference),
+    'objective/kl_token_max': jnp.max(jnp.where(mask, jnp.abs(difference), 0.0)),
+    'objective/entropy': -masked_mean(rollout.old_logprob, mask),
+    'objective/ref_entropy': masked_mean(experience.entropy, mask),
+    'reward/token_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
+    'reward/segment_mean': masked_sum(dense, mask) / jnp.maximum(jnp.sum(segments.end), 1),
+    **_by_position(dense, segments),
+    'response/length_mean': jnp.mean(length),
+    'response/length_max': jnp.max(length),
+    'response/eos_rate': jnp.mean(rollout.finished.astype(jnp.float32)),
+    'segments/per_response': jnp.mean(segments.num_segments.astype(jnp.float32)),
+    'segments/length_mean': _segment_length(segments),
     **_sampling_gap(rollout),
-    'explained_variance': _explained_variance(
+    'val/explained_variance': _explained_variance(
       experience.value, experience.return_, experience.value_mask
     ),
   }
+
+
+def _by_position(dense: Float[Array, 'B T'], segments: Segments) -> dict[str, Array]:
+  """Mean reward of a segment by tenth of its relative position p = (segment_id + 1) / num_segments.
+
+  The k-th holds p in ((k - 1) / 10, k / 10]; NaN where no segment lies there.
+  """
+  last = jnp.maximum(segments.num_segments, 1)[:, None]
+  # In integers, ceil(10 p) exactly: as floats 3 / 10 and 0.3 may differ.
+  tenth = -(-10 * (segments.segment_id + 1) // last)
+  inside = segments.segment_id >= 0
+  found = {}
+  for k in range(1, 11):
+    here = inside & (tenth == k)
+    number = jnp.sum(here & segments.end)
+    mean = jnp.sum(jnp.where(here, dense, 0)) / jnp.maximum(number, 1)
+    found[f'reward/z_by_position/{k}'] = jnp.where(number, mean, jnp.nan)
+  return found
 
 
 @functools.partial(jax.jit, static_argnames='ppo')
 def is_sound(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
   """Whether a rollout may be learned from: finite, and within ppo.max_kl and ppo.max_reward."""
   sound = jnp.bool(True)
-  for name, most in (('kl', ppo.max_kl), ('reward_token_max', ppo.max_reward)):
+  for name, most in (('objective/kl', ppo.max_kl), ('reward/token_max', ppo.max_reward)):
     sound &= jnp.isfinite(metrics[name]) & (jnp.abs(metrics[name]) <= (most or jnp.inf))
   return sound
 
@@ -280,7 +313,10 @@ def _sampling_gap(rollout: Rollout) -> dict[str, Array]:
     return {}
   mask = rollout.response_mask
   gap = jnp.where(mask, jnp.abs(rollout.sample_logprob - rollout.old_logprob), 0.0)
-  return {'sampling_gap': masked_mean(gap, mask), 'sampling_gap_max': jnp.max(gap)}
+  return {
+    'rollout/sampling_gap': masked_mean(gap, mask),
+    'rollout/sampling_gap_max': jnp.max(gap),
+  }
 
 
 def _count(mask: Bool[Array, 'B T']) -> Float[Array, 'B']:

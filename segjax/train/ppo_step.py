@@ -167,7 +167,7 @@ def ppo_step(
 ) -> tuple[TrainState, TrainState, dict[str, Array]]:
   """One update of policy and critic on the minibatch `rows` of the experience; donates both.
 
-  Metrics carry the prefixes policy/ and value/; `bad` counts updates that were left out, for they
+  Metrics carry the prefixes policy/ and val/; `bad` counts updates that were left out, for they
   were not finite or not allowed.
 
   Args:
@@ -190,5 +190,5 @@ def ppo_step(
     *(critic, experience, rows, packing, allowed), recipe=recipe, total_steps=total_steps
   )
   bad += found.pop('bad')
-  metrics |= {f'value/{key}': value for key, value in found.items()}
+  metrics |= {f'val/{key}': value for key, value in found.items()}
   return policy, critic, metrics | {'bad': bad}

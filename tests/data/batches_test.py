@@ -145,7 +145,7 @@ def test_holdout_edges(llama3):
   one = take(data, np.flatnonzero(data.group == data.group[0]))
   with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
     split_holdout(one, 0.5, seed=0)
-  with pytest.raises(ValueError, match=r'reward\.holdout=1\.0 must be'):
+  with pytest.raises(ValueError, match=r'holdout=1\.0 must be'):
     split_holdout(data, 1.0, seed=0)
 
 

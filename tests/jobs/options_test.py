@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from segjax.data import demo
+from segjax.report import glossary
 
 
 def many_words(prompt, response):
@@ -32,7 +33,10 @@ def at(language):
 
 def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
+  found = [json.loads(line) for line in lines]
+  for name in found[-1].keys() - {'step'}:
+    assert glossary.explained(name), f'{name} is not in the glossary'
+  return found
 
 
 CALIBRATED = {
@@ -43,6 +47,7 @@ CALIBRATED = {
   'reward.segmentation.aggregation': 'softmax',
   'reward.micro_batch': 4,
   'reward.epochs': 2,
+  'reward.eval_every': 1,
 }
 
 
@@ -68,16 +73,20 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   assert 'entropies of the reference from' in capsys.readouterr().out
   run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'three')
   losses = [
-    [line['loss'] for line in metrics(tmp_path / name, 'reward')]
+    [line['train/loss'] for line in metrics(tmp_path / name, 'reward')]
     for name in ('one', 'two', 'three')
   ]
   assert losses[0] == losses[1]
+  assert all(0 <= line['eval/accuracy'] <= 1 for line in metrics(tmp_path / 'one', 'reward'))
   assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 OPTIONS = {
   'critic.warmup_steps': 1,
   'ppo.steps': 3,
+  'ppo.eval_every': 2,
+  'ppo.holdout': 0.2,
+  'evaluate.gold': RULE,
   'ppo.micro_batch': 2,
   'ppo.kl_in': 'loss',
   'ppo.kl_estimator': 'k3',
@@ -96,12 +105,16 @@ def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
   rule = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
   results = run(small('ppo', 'evaluate', **at('prompts'), **rule, **OPTIONS))
   steps = metrics(tmp_path, 'ppo')
-  assert 'policy/loss' not in steps[0] and 'value/loss' in steps[0]
+  assert 'policy/loss' not in steps[0] and 'val/loss' in steps[0]
   assert 'policy/loss' in steps[1] and steps[1]['policy/first_ratio_max_deviation'] < 1e-4
-  assert steps[0]['reward'] > 0
+  assert steps[0]['objective/reward'] > 0
   # The KL is far above its target once the policy has moved, so the coefficient rises.
-  assert steps[2]['kl_coef'] != steps[0]['kl_coef']
+  assert steps[2]['objective/kl_coef'] != steps[0]['objective/kl_coef']
   assert all(step['bad'] == 0 for step in steps)
+  (looked,) = [step for step in steps if 'eval/reward' in step]
+  assert looked['step'] == 1
+  # The rule is all the reward there is, and the truth as well.
+  assert looked['eval/reward'] == pytest.approx(looked['eval/gold'], abs=1e-4)
   assert 'score' not in results['evaluate']['after']
 
 
@@ -159,7 +172,7 @@ def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   steps = metrics(tmp_path, 'ppo')
   # Old log-probs are recomputed under the same mask, so the policy starts where it sampled.
   assert steps[0]['policy/first_ratio_max_deviation'] < 1e-5
-  assert abs(steps[0]['kl']) < 1e-4
+  assert abs(steps[0]['objective/kl']) < 1e-4
   stored = json.loads((tmp_path / 'reward' / 'model' / 'segment_reward.json').read_text())
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
 
@@ -170,6 +183,6 @@ def test_rollouts_beyond_the_bounds_are_not_learned_from(small, run, at, languag
   run(small('ppo', **bounded, max_bad_steps=99), tmp_path)
   steps = metrics(tmp_path, 'ppo')
   assert all(step['bad'] > 0 for step in steps)
-  assert len({step['kl_coef'] for step in steps}) == 1
+  assert len({step['objective/kl_coef'] for step in steps}) == 1
   weights = [path / 'model' / 'model.safetensors' for path in (language, tmp_path / 'ppo')]
   assert weights[0].read_bytes() == weights[1].read_bytes()

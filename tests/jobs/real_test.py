@@ -69,10 +69,10 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   first = json.loads(lines[0])
   assert len(lines) == 2 and first['bad'] == 0
   assert first['policy/first_ratio_max_deviation'] < 1e-4
-  assert abs(first['kl']) < 1e-3
+  assert abs(first['objective/kl']) < 1e-3
   for stage in ('sft', 'reward', 'ppo'):  # all of them packed
     text = (tmp_path / stage / 'metrics.jsonl').read_text()
-    assert 0.3 < json.loads(text.splitlines()[0])['fill'] <= 1
+    assert 0.3 < json.loads(text.splitlines()[0])['perf/fill'] <= 1
   assert 'GiB per device' in out
 
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ppo' / 'model')

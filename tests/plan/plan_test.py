@@ -13,10 +13,10 @@ import pytest
 
 from segjax.model import sharding
 from segjax.model.llama import config_of
-from segjax.plan import advice, chips, command, memory, phases, shapes
+from segjax.plan import advice, command, memory, phases, shapes, topologies
 from segjax.settings import Network, Settings, replace
 
-TOPOLOGY = chips.parse('cpu:8')
+TOPOLOGY = topologies.parse('cpu:8')
 SETTINGS = replace(
   Settings(),
   stages=('ppo',),
@@ -46,20 +46,20 @@ def plan(settings=SETTINGS, names=SMALL, size=math.inf):
 
 
 def test_names_of_topologies():
-  assert chips.parse('v5p:4x4x8').count == 128
-  assert chips.parse('v5e:8x8').chip.memory == 15.75 * 2**30
-  found = chips.parse('cuda:8xH100-80GB')
+  assert topologies.parse('v5p:4x4x8').count == 128
+  assert topologies.parse('v5e:8x8').chip.memory == 15.75 * 2**30
+  found = topologies.parse('cuda:8xH100-80GB')
   assert found.count == 8 and found.is_estimate and not found.is_tpu
   for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
     with pytest.raises(ValueError, match=r'not known; known are\n.*8x8 \(64\).*15.75 GiB') as error:
-      chips.parse(name)
+      topologies.parse(name)
     assert 'H100-80GB' in str(error.value)
 
 
 def test_missing_compiler_is_named(monkeypatch):
-  monkeypatch.setattr(chips.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(topologies.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[plan\]'"):
-    chips.prepare(chips.parse('v5p:2x2x2'))
+    topologies.prepare(topologies.parse('v5p:2x2x2'))
 
 
 def test_peak_is_what_lives_and_what_the_program_takes():

@@ -6,14 +6,16 @@ import types
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from segjax.report.console import ProgressBar
-from segjax.report.metrics import BadStepError, MetricLog
+from segjax.report.metrics import BadStepError, MetricLog, Options
 
 
-def _log(directory, total=4, **kwargs):
-  return MetricLog(directory, ProgressBar('sft', total), ['loss'], **kwargs)
+def _log(directory, total=4, start=0, **options):
+  bar = ProgressBar('sft', total)
+  return MetricLog(directory, bar, ['loss'], start=start, options=Options(**options))
 
 
 def _lines(directory):
@@ -73,13 +75,17 @@ def test_bad_steps_count_only_in_a_row(tmp_path):
 
 
 def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
-  bad = {'kl': jnp.float32(300), 'bad': jnp.int32(4)}
+  bad = {'objective/kl': jnp.float32(300), 'bad': jnp.int32(4)}
   with _log(tmp_path, max_bad_steps=3) as log:
-    log.log(0, {'kl': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(0, {'objective/kl': jnp.float32(1), 'bad': jnp.int32(0)})
     log.log(1, bad)
     log.log(2, bad)
-  assert 'warning: step 2: kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
-  stopped = pytest.raises(BadStepError, match=r'step 3: kl 300 beyond bounds, 3 step\(s\)')
+  assert (
+    'warning: step 2: objective/kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
+  )
+  stopped = pytest.raises(
+    BadStepError, match=r'step 3: objective/kl 300 beyond bounds, 3 step\(s\)'
+  )
   with stopped, _log(tmp_path, start=3, max_bad_steps=3) as log:
     log.log(3, bad)
     log.flush()
@@ -93,9 +99,9 @@ def test_a_kill_while_old_lines_are_kept_loses_none(tmp_path, monkeypatch):
   def killed(*_, **__):
     raise KeyboardInterrupt
 
-  for what in ('write_text', 'replace'):
+  for where, what in ((json, 'dumps'), (Path, 'replace')):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(Path, what, killed)
+      patch.setattr(where, what, killed)
       _log(tmp_path, start=1)
     assert _lines(tmp_path) == kept
 
@@ -116,3 +122,35 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
   with _log(directory, wandb_project='segjax') as log:
     log.log(0, {'loss': jnp.float32(2)})
   assert calls == [('segjax', 'runs/sft'), (0, 2.0), 'finish']
+
+
+def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
+  with _log(tmp_path, peak_flops=1e9) as log:
+    log.log(0, {'perf/tokens': 500.0, 'perf/flops': 1e6, 'reward/z_by_position/1': np.nan})
+  (line,) = _lines(tmp_path)
+  assert line['perf/tokens_per_second'] == pytest.approx(500 / line['timing/step'])
+  assert line['perf/mfu'] == pytest.approx(1e6 / 1e9 / line['timing/step'])
+  assert line['perf/compiles'] >= 0
+  # Neither what rates are made of, nor a tenth without segments.
+  assert not {'perf/tokens', 'perf/flops', 'reward/z_by_position/1'} & set(line)
+
+
+def test_lines_and_warnings_on_the_console(tmp_path, capsys):
+  with _log(tmp_path, total=30, line_every=10) as log:
+    for step in range(30):
+      log.log(step, {'loss': 0.5, 'policy/clipfrac': 0.5 if step > 10 else 0.0})
+  out = capsys.readouterr().out.splitlines()
+  assert [line.split()[2] for line in out if ' step ' in line and 'loss 0.5' in line] == [
+    *('10:', '20:', '30:')
+  ]
+  (warning,) = [line for line in out if 'warning' in line]
+  assert 'the clip holds' in warning and 'ppo.policy_optimizer.learning_rate' in warning
+
+
+def test_newest_evaluation_is_kept_beside_the_last_step(tmp_path):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': 2.0, 'eval/reward': 0.25})
+    log.log(1, {'loss': 1.0})
+  assert log.evaluated == {'eval/reward': 0.25} and 'eval/reward' not in log.last
+  with _log(tmp_path, start=2) as log:
+    assert log.evaluated == {'eval/reward': 0.25}

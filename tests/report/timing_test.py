@@ -13,9 +13,9 @@ def test_parts_add_up_to_the_step(monkeypatch):
   parts.begin()
   parts.end('generate')
   parts.end('update', jnp.zeros(2))
-  assert parts.seconds == {'seconds/wait': 1.0, 'seconds/generate': 3.0, 'seconds/update': 2.0}
+  assert parts.seconds == {'timing/wait': 1.0, 'timing/generate': 3.0, 'timing/update': 2.0}
   parts.begin()
-  assert parts.seconds == {'seconds/wait': 10.0}
+  assert parts.seconds == {'timing/wait': 10.0}
 
 
 def test_compiles_are_counted():

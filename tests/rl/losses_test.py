@@ -40,7 +40,7 @@ def test_policy_loss_golden():
   assert_allclose(metrics['ratio_mean'], 1.2774723929, rtol=1e-6)
   # Ratios e^.2 = 1.221 and e^-.1 = .905 in the first sequence, e^.4 = 1.492 in the second.
   assert_allclose(metrics['ratio_max_deviation'], 0.4918247, rtol=1e-6)
-  assert_allclose(metrics['clip_fraction'], 0.75)
+  assert_allclose(metrics['clipfrac'], 0.75)
   # ((1.2214028 - 1 - .2) + (.9048374 - 1 + .1)) / 2 = .0131201; 1.4918247 - 1 - .4 = .0918247.
   assert_allclose(metrics['approx_kl'], 0.0524724, atol=1e-6)
 
@@ -50,9 +50,9 @@ def test_value_loss_golden(value_clip_eps):
   loss, metrics = value_loss(*VALUE, TRIANGLE, value_clip_eps=value_clip_eps)
   assert_allclose(loss, 0.05875, rtol=1e-6)
   # Means of (.5, 1) and (-.4); of (.3, 1.5) and (-.1); of |.2|, |-.5| and |-.3|.
-  assert_allclose(metrics['value_mean'], 0.175, rtol=1e-6)
+  assert_allclose(metrics['mean'], 0.175, rtol=1e-6)
   assert_allclose(metrics['return_mean'], 0.4, rtol=1e-6)
-  assert_allclose(metrics['value_error'], 0.325, rtol=1e-6)
+  assert_allclose(metrics['error'], 0.325, rtol=1e-6)
 
 
 BATCHES = {'mask': masks((4, 6)), 'arrays': numbers((3, 4, 6), size=1)}
@@ -65,9 +65,9 @@ BATCHES = {'mask': masks((4, 6)), 'arrays': numbers((3, 4, 6), size=1)}
 def test_policy_loss_equals_oracle(mean, extras, mask, arrays):
   loss, metrics = run_policy_loss(*spoiled(arrays, mask), mask, 0.3, *extras, mean=mean)
   expected = oracle.policy_loss(*arrays.tolist(), mask.tolist(), 0.3, *extras, mean)
-  got = loss, metrics['ratio_mean'], metrics['clip_fraction']
+  got = loss, metrics['ratio_mean'], metrics['clipfrac']
   assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-  assert ('dual_clip_fraction' in metrics) == (extras[1] is not None)
+  assert ('dual_clipfrac' in metrics) == (extras[1] is not None)
 
 
 @functools.partial(jax.jit, static_argnames='mean')
@@ -90,8 +90,8 @@ def test_asymmetric_and_dual_clip_worked():
   # Of the four terms only -e² lies below 3 A.
   got, metrics = loss(dual_clip=3.0)
   assert_allclose(got, -(1.2 + down - 3 - 0.8) / 4, rtol=1e-6)
-  assert metrics['dual_clip_fraction'] == 0.25
-  assert metrics['clip_fraction'] == 1
+  assert metrics['dual_clipfrac'] == 0.25
+  assert metrics['clipfrac'] == 1
   gradient = jax.grad(lambda x: policy_loss(x, logprob * 0, advantage, mask, dual_clip=3.0)[0])
   assert_allclose(gradient(logprob), [[0, -down / 4], [0, 0]], rtol=1e-6)
 
@@ -105,10 +105,10 @@ def test_value_loss_equals_oracle(mean, value_clip_eps, mask, arrays):
   expected = oracle.value_loss(*arrays.tolist(), mask.tolist(), value_clip_eps, mean)
   assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
   assert_allclose(
-    metrics['value_mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), atol=1e-6
+    metrics['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), atol=1e-6
   )
   if value_clip_eps is None:
-    assert metrics['value_clip_fraction'] == 0
+    assert metrics['clipfrac'] == 0
 
 
 @functools.partial(jax.jit, static_argnames='mean')
@@ -191,7 +191,7 @@ def test_on_policy_gradient_is_that_of_reinforce():
   weight = np.array([[0.25, 0.25], [0, 0.5]])
   assert_allclose(loss, -np.sum(weight * advantage), rtol=1e-6)
   assert_allclose(gradient, -weight * advantage, rtol=1e-6)
-  assert metrics['clip_fraction'] == metrics['ratio_max_deviation'] == metrics['approx_kl'] == 0
+  assert metrics['clipfrac'] == metrics['ratio_max_deviation'] == metrics['approx_kl'] == 0
 
 
 def test_empty_sequences_do_not_dilute():

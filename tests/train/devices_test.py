@@ -231,7 +231,8 @@ def test_same_experience():
     assert_allclose(got, expected, rtol=1e-4, atol=1e-4, err_msg=name)  # sums over a response
   for name, expected in one.metrics.items():
     assert_allclose(eight.metrics[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
-  assert 1 < one.metrics['segments'] < one.metrics['length'] - 1  # the cut is a real one
+  segments, length = (one.metrics[k] for k in ('segments/per_response', 'response/length_mean'))
+  assert 1 < segments < length - 1  # the cut is a real one
 
 
 def computations(text):

@@ -170,15 +170,15 @@ def test_experience_equals_oracle(granularity, spread):
   np.testing.assert_array_equal(experience.rollout.old_logprob, scored.old_logprob)
 
   kl = np.where(batch.mask, np.asarray(scored.old_logprob) - np.asarray(scored.ref_logprob), 0)
-  assert_allclose(metrics['kl'], kl.sum(axis=1).mean(), rtol=1e-5)
-  assert_allclose(metrics['kl_token_max'], np.abs(kl).max(), rtol=1e-5)
-  assert_allclose(metrics['length'], batch.mask.sum(axis=1).mean(), rtol=1e-6)
-  assert_allclose(metrics['segments'], np.mean(lengths), rtol=1e-6)
-  assert_allclose(metrics['finished'], batch.finished.mean(), rtol=1e-6)
-  assert_allclose(metrics['reward'], np.sum(expected['dense'], axis=1).mean(), rtol=1e-4)
+  assert_allclose(metrics['objective/kl'], kl.sum(axis=1).mean(), rtol=1e-5)
+  assert_allclose(metrics['objective/kl_token_max'], np.abs(kl).max(), rtol=1e-5)
+  assert_allclose(metrics['response/length_mean'], batch.mask.sum(axis=1).mean(), rtol=1e-6)
+  assert_allclose(metrics['segments/per_response'], np.mean(lengths), rtol=1e-6)
+  assert_allclose(metrics['response/eos_rate'], batch.finished.mean(), rtol=1e-6)
+  assert_allclose(metrics['objective/reward'], np.sum(expected['dense'], axis=1).mean(), rtol=1e-4)
   error = (return_ - batch.value)[batch.mask]
   explained = 1 - error.var() / return_[batch.mask].var()
-  assert_allclose(metrics['explained_variance'], explained, atol=1e-4)
+  assert_allclose(metrics['val/explained_variance'], explained, atol=1e-4)
 
 
 def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):

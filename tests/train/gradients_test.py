@@ -82,7 +82,7 @@ def test_policy(options):
       return policy_loss(logprobs(flat), old_logprob, advantage, mask, **settled(options))
 
     metrics = check(objective, flat, directions)
-    fractions = [value for name, value in metrics.items() if name.endswith('clip_fraction')]
+    fractions = [value for name, value in metrics.items() if name.endswith('clipfrac')]
     assert all(0 < fraction < 1 for fraction in fractions)
 
 
@@ -104,4 +104,4 @@ def test_value(options):
 
     metrics = check(objective, flat, directions)
     is_clipped = options['value_clip_eps'] is not None
-    assert (metrics['value_clip_fraction'] > 0) == is_clipped
+    assert (metrics['clipfrac'] > 0) == is_clipped

@@ -69,7 +69,7 @@ def test_first_minibatch_is_on_policy(experience):
   limit = 1e-6 if recipe.recompute_logprob else 1e-4
   assert metrics['policy/ratio_max_deviation'] <= limit
   assert made['kl_token_max'] <= limit
-  assert metrics['policy/clip_fraction'] == 0
+  assert metrics['policy/clipfrac'] == 0
   assert metrics['policy/ratio_mean'] == pytest.approx(1, abs=limit)
   assert metrics['bad'] == 0
 
@@ -92,7 +92,7 @@ def test_policy_follows_the_advantages(experience):
   states, before = step(fresh(), found, ROWS[0])
   _, after = step(states, found, ROWS[0])
   assert after['policy/loss'] < before['policy/loss'] - 1e-3
-  assert after['value/loss'] < before['value/loss']
+  assert after['val/loss'] < before['val/loss']
 
 
 def test_minibatch_is_its_rows(experience):
@@ -136,9 +136,9 @@ def test_micro_batches_add_up_to_the_minibatch(decoded):
   _, found, _ = decoded
   _, metrics = step(fresh(), found, ROWS[0])
   _, added = step(fresh(), found, ROWS[0], variant(micro_batch=2))
-  for key in ('policy/loss', 'value/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
+  for key in ('policy/loss', 'val/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
     assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
-  for key in ('policy/grad_norm', 'value/grad_norm'):
+  for key in ('policy/grad_norm', 'val/grad_norm'):
     assert added[key] == pytest.approx(metrics[key], rel=1e-5)
 
 

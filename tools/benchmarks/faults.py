@@ -30,7 +30,7 @@ _SMALL = {  # the demo's jobs, each a few steps, a checkpoint after every one
   'evaluate.samples': 1,
   'checkpoint.every': 1,
 }
-_TIMES = re.compile('seconds|compiles|timing')
+_TIMES = re.compile('seconds|timing/|perf/')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Chips by name, and topologies of them to compile for.
+"""Topologies of chips to compile for.
 
 A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, or `cpu:8`. Programs for TPUs are
 compiled by libtpu, which needs no TPU for it. For CUDA they are compiled for as many CPU devices,
@@ -12,42 +12,8 @@ import os
 import re
 from typing import Any
 
-GIB = 2**30
+from segjax.model.chips import CHIPS, GIB, Chip
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One device.
-
-  Attributes:
-    memory: bytes that programs may use.
-    flops: dense bfloat16 FLOP/s.
-    bandwidth: of its memory, bytes/s.
-    link: to the other devices, bytes/s that it can send.
-  """
-
-  name: str
-  memory: float | int
-  flops: float
-  bandwidth: float
-  link: float
-
-
-# TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; of the memory what the compiler says that it has.
-# GPU: the vendor's data sheets (SXM, dense); of the memory 92 %, as XLA_PYTHON_CLIENT_MEM_FRACTION
-# may say.
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12),
-    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12),
-    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12),
-    Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12),
-    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12),
-    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12),
-    Chip('cpu', math.inf, math.nan, math.nan, math.nan),
-  )
-}
 _FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _SLICES = {
   'v5e': _FLAT,

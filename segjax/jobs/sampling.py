@@ -1,0 +1,120 @@
+"""Prompts in, experience out: what a step of PPO learns from, and what it is looked at by."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from segjax import processes
+from segjax.data.batches import Prompts
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.jobs import models, preemption
+from segjax.jobs.stage import Stage
+from segjax.report.timing import Timing
+from segjax.train.compat import as_published
+from segjax.train.experience import Recipe, make_experience, score
+from segjax.train.rollout import rollout
+from segjax.types import Experience, Normalizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Samples responses to rows of `prompts` and makes them experience.
+
+  Attributes:
+    frozen: the parameters that are not trained, by name.
+    normalizer: of the segment scores.
+  """
+
+  stage: Stage
+  recipe: Recipe
+  tokenizer: ChatTokenizer
+  prompts: Prompts
+  frozen: dict[str, Any]
+  normalizer: Normalizer
+
+  def sample(
+    self, trained: dict[str, Any], rows: np.ndarray, key: jax.Array, coef: Any, timing: Timing
+  ) -> tuple[Experience, dict[str, jax.Array]]:
+    """Of the prompts at `rows`, config.rollout.samples each; and their metrics.
+
+    Args:
+      trained: the parameters of policy and critic.
+      coef: of the KL.
+      timing: is told when generation and scoring end.
+
+    Raises:
+      AbandonedStepError: the run was asked to stop; nothing has changed yet.
+    """
+    s, recipe = self.stage.settings, self.recipe
+    batch = self.prompts.gather(rows, np.asarray)
+    found = rollout(
+      trained['policy'],
+      batch.prompt_ids,
+      batch.prompt_length,
+      key,
+      config=recipe.policy,
+      settings=s.rollout,
+      stop_ids=self.tokenizer.stop_ids,
+      mesh=self.stage.mesh,
+      samples=s.rollout.samples,
+      say=self.stage.say,
+      watch=lambda found: preemption.abandon(),  # a machine that goes away does not wait
+    )
+    timing.end('generate', found)
+    preemption.abandon()
+    found = as_published(found, self.tokenizer.stop_ids[0], s.compat)
+    scored = score(self.frozen | trained, found, recipe=recipe)
+    rule = models.rule_of(self.stage, self.prompts, self.tokenizer)
+    ruled = rule(found, np.repeat(rows, s.rollout.samples))
+    experience, metrics = make_experience(
+      found, scored, self.normalizer, coef, ruled, recipe=recipe
+    )
+    timing.end('score', experience)
+    preemption.abandon()
+    return experience, metrics
+
+  def texts(self, experience: Experience, count: int) -> list[str]:
+    """The first `count` responses as text; every process takes part."""
+    ids, mask = processes.fetch(
+      (experience.rollout.response_ids[:count], experience.rollout.response_mask[:count])
+    )
+    return [self.tokenizer.decode(row[real]) for row, real in zip(ids, mask, strict=True)]
+
+
+def held_out_metrics(
+  sampler: Sampler,
+  trained: dict[str, Any],
+  coef: Any,
+  gold: Callable[[str, str], float] | None,
+) -> dict[str, float]:
+  """eval/reward, eval/kl, eval/length_mean and, where it is known, eval/gold; means over responses.
+
+  One rollout's worth of the held-out prompts, always the same ones with the same random numbers, so
+  that steps can be compared.
+  """
+  s = sampler.stage.settings
+  asked = s.ppo.rollout_batch // s.rollout.samples
+  number = min(asked, len(sampler.prompts))
+  rows = np.arange(asked) % number  # as many as in training, so that nothing is compiled anew
+  key = sampler.stage.key('held out')
+  experience, _ = sampler.sample(trained, rows, key, coef, Timing())
+  real = number * s.rollout.samples
+  found = experience.rollout
+  arrays = (experience.reward, found.old_logprob, experience.ref_logprob, found.response_mask)
+  reward, logprob, ref_logprob, mask = (x[:real] for x in processes.fetch(arrays))
+  token_kl = np.where(mask, logprob - ref_logprob, 0)
+  penalty = float(coef) * token_kl if s.ppo.kl_in == 'reward' else 0 * token_kl
+  metrics = {
+    'eval/reward': float((np.where(mask, reward, 0) + penalty).sum(1).mean()),
+    'eval/kl': float(token_kl.sum(1).mean()),
+    'eval/length_mean': float(mask.sum(1).mean()),
+  }
+  if gold is not None:
+    prompts = np.repeat(rows, s.rollout.samples)[:real]
+    asked_texts = [sampler.prompts.messages(row)[-1]['content'] for row in prompts]
+    pairs = zip(asked_texts, sampler.texts(experience, real), strict=True)
+    metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
+  return metrics
