@@ -30,6 +30,9 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'Resolve, check and print the config with its counts; load no weights.'
 )
+_PROFILE = flags.DEFINE_string(
+  'profile_steps', '', 'first:last; these steps of every stage are traced into <stage>/profile.'
+)
 _CACHE = flags.DEFINE_string(
   'compilation_cache',
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
@@ -120,6 +123,8 @@ def settings_from_flags() -> tuple[Settings, str]:
   if _CONFIG.value is None:
     raise ValueError('--config is missing; start with --config=configs/ppo.py')
   name = config_flags.get_config_filename(flags.FLAGS['config'])
+  if _PROFILE.value:
+    _CONFIG.value.profile_steps = _PROFILE.value
   return checks.from_config(_CONFIG.value), name
 
 

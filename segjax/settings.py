@@ -301,6 +301,7 @@ class Settings:
   seed: int = 0
   stages: tuple[str, ...] = ()
   log_every: int = 50  # steps between two lines of metrics on the console; 0: none
+  profile_steps: str = ''  # first:last, steps from 1 on, traced into <stage>/profile
   max_bad_steps: int = 1  # stop after so many steps in a row with a loss or gradient not finite
   reference_exact: bool = False  # as the published code computes, mistakes included
   wandb_project: str = ''  # also send metrics there; needs `pip install segjax[wandb]`

@@ -18,6 +18,7 @@ from segjax.data.sources import is_hub_id
 from segjax.jobs import chat, demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
 from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
+from segjax.report import profiling
 from segjax.report.console import say
 from segjax.settings import Settings
 from segjax.train.reward_function import load_function
@@ -128,6 +129,7 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
   """
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
+  profiling.parse(settings.profile_steps)
   _check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:

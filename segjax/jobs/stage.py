@@ -31,6 +31,7 @@ from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import ProgressBar, say
 from segjax.report.metrics import BadStepError, MetricLog, Options
+from segjax.report.profiling import Profiler
 from segjax.settings import PPO, SFT, Checkpoint, Reward, Runtime, Settings
 from segjax.train.checkpoint import Checkpointer
 from segjax.types import Packing
@@ -273,12 +274,15 @@ def train(
     ),
   )
   done, is_due = start, _Due(settings.checkpoint)
+  profiler = Profiler(stage.directory, settings.profile_steps if processes.is_first() else '')
   try:
     with preemption.watched(stage.say), log:
       for step in range(start, total):
+        profiler.before(step + 1)
         with contextlib.suppress(preemption.AbandonedStepError):
           states, metrics = step_fn(states, step)
           done = step + 1
+          profiler.after(done, states)
           log.log(step, metrics)
         is_asked = preemption.requested()
         is_time = processes.any_of(is_due(done) and processes.is_first())
@@ -294,6 +298,7 @@ def train(
     at = f'{place}/{done}'
     raise BadStepError(f'{stage.name}, {error} The last good state is saved in {at}.') from None
   finally:
+    profiler.close()
     saved.close()
   return states, log.last
 
