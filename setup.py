@@ -18,6 +18,7 @@ setup(
     'datasets>=4',  # hub, parquet and Arrow sources of rows
     'flax>=0.12',  # the network (Linen)
     'etils[epath]',  # paths on buckets; orbax brings it
+    'fsspec',  # files on buckets; datasets brings it
     'huggingface_hub',  # checkpoints and tokenizers by hub id
     'jax>=0.10.1',
     'jaxtyping',  # array shapes in signatures
@@ -39,6 +40,7 @@ setup(
     'tpu': ['jax[tpu]'],
     'plan': ['libtpu'],  # compile for TPU topologies without a TPU
     'wandb': ['wandb'],
+    'gcs': ['gcsfs'],  # working directories and checkpoints on gs://
     'test': [
       'beartype',  # checks the shape annotations while testing
       'hypothesis',

@@ -14,6 +14,7 @@ import sys  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
@@ -26,6 +27,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run writes; default runs/<config>-<preset>-seed<seed>.'
+)
+_MIRROR = flags.DEFINE_string(
+  'mirror',
+  str(Path.home() / '.cache' / 'segjax' / 'runs'),
+  'Where the local copy of a --workdir on a bucket is kept.',
 )
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'Resolve, check and print the config with its counts; load no weights.'
@@ -62,13 +68,8 @@ def main(_: list[str]) -> None:
     # transformers would tell that there is no torch, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = settings_from_flags()
-  if '://' in (_WORKDIR.value or ''):
-    raise ValueError(
-      f'--workdir={_WORKDIR.value}: it must be a directory of a file system; checkpoints may go to '
-      'a bucket, by --config.checkpoint.directory.'
-    )
-  workdir = Path(_WORKDIR.value or default_workdir(name, settings.seed))
-  say(f'segjax {name} -> {workdir}\nstages {", ".join(settings.stages)}')
+  named = _WORKDIR.value or default_workdir(name, settings.seed)
+  say(f'segjax {name} -> {named}\nstages {", ".join(settings.stages)}')
 
   import jax
 
@@ -79,25 +80,39 @@ def main(_: list[str]) -> None:
     _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
-  from segjax.jobs import dry_run, lock, pipeline, preemption
+  from segjax.jobs import dry_run, pipeline, preemption
   from segjax.model.sharding import make_mesh
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   say(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
-  stages = pipeline.prepare(settings, workdir, mesh)
+  workdir, mirrored = _workdir(named, settings)
+  stages = pipeline.prepare(settings, workdir, mesh, mirrored)
   if _DRY_RUN.value:
     dry_run.run(settings, stages)
     return
   pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
-  processes.check_shared(workdir)
+  if '://' not in named:
+    processes.check_shared(workdir)
   preemption.interrupt_on_sigterm()
-  with lock.locked(workdir):
+  with mirrored.held(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
     pipeline.run(stages, workdir, _STARTED)
+    mirrored.publish()
     processes.barrier('end')
+
+
+def _workdir(named: str, settings: Settings) -> tuple[Path, Any]:
+  """(The directory to work in, what keeps a bucket equal to it) for the value of --workdir."""
+  from segjax.jobs import mirror
+  from segjax.report.console import say
+
+  if '://' not in named:
+    return Path(named), mirror.Nowhere()
+  local = mirror.local_directory(named, _MIRROR.value, processes.index())
+  return local, mirror.Bucket(named, local, settings.checkpoint.max_misses, say)
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:

@@ -55,7 +55,7 @@ def test_wrong_flags_are_named(arguments, message):
   [
     (['--config=configs/ppo.py:demmo'], "preset 'demmo': 'demmo' is not one of demo, demo_long, "),
     (['--config=configs/ppo.py', '--config.ppo.steps=1.5'], '--config.ppo.steps=1.5: invalid lit'),
-    (['--config=configs/ppo.py', '--workdir=gs://b/run'], '--workdir=gs://b/run: it must be a dir'),
+    (['--config=configs/ppo.py', '--workdir=none://b/run'], '--workdir=none://b/run cannot be rea'),
     ([], '--config is missing; start with --config=configs/ppo.py'),
   ],
   ids=['preset', 'type', 'bucket', 'nothing'],

@@ -16,6 +16,7 @@ from segjax import processes
 from segjax import settings as typed
 from segjax.data.sources import is_hub_id
 from segjax.jobs import chat, demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
+from segjax.jobs.mirror import Nowhere
 from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
 from segjax.report import profiling
@@ -121,7 +122,9 @@ def run(stages: list[Stage], workdir: Path, started: float) -> dict[str, Any]:
   return results
 
 
-def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
+def prepare(
+  settings: Settings, workdir: Path, mesh: Mesh, mirrored: Nowhere | None = None
+) -> list[Stage]:
   """The stages with their paths; every check that takes no time is made before the first starts.
 
   Raises:
@@ -133,7 +136,8 @@ def prepare(settings: Settings, workdir: Path, mesh: Mesh) -> list[Stage]:
   _check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
-    stage = Stage(name, wire(name, settings, workdir), workdir / name, mesh)
+    wired = wire(name, settings, workdir)
+    stage = Stage(name, wired, workdir / name, mesh, mirrored or Nowhere())
     check_batches(name, stage.settings, mesh)
     for key in JOBS[name].needs:
       _check_path(key, _get(settings, key), stage.directory)
@@ -205,8 +209,9 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   job, key = JOBS[stage.name], {}
   results = None
   if processes.is_first():
-    key = {'settings': _sections(stage.settings, job), 'inputs': _inputs(stage, job)}
+    key = {'settings': _sections(stage, job), 'inputs': _inputs(stage, job)}
     results = _begin(stage, job, key)
+  stage.mirror.publish(stage.directory)
   results = processes.agreed(results)
   if results is not None:
     return results
@@ -217,10 +222,17 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
     stage.say(f'done in {results["seconds"]:.1f} s{figures}')
-    if checkpoints(stage).exists():
-      checkpoints(stage).rmtree()
     results = reuse.finish(stage.directory, key, results, _outputs(stage, job))
+  stage.mirror.publish()
+  if processes.is_first():
+    _drop_states(stage)
   return processes.agreed(results)
+
+
+def _drop_states(stage: Stage) -> None:
+  """Removes the training states of a finished stage; only once it is known to be finished."""
+  if checkpoints(stage).exists():
+    checkpoints(stage).rmtree()
 
 
 def _begin(stage: Stage, job: Job, key: reuse.Key) -> dict[str, Any] | None:
@@ -229,6 +241,7 @@ def _begin(stage: Stage, job: Job, key: reuse.Key) -> dict[str, Any] | None:
   results = reuse.finished(stage.directory, key, _outputs(stage, job))
   if results is not None and job.is_reusable:
     stage.say(f'reused from {stage.directory}: settings and inputs are the same')
+    _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
   say('')
   reason = reuse.begin(stage.directory, key)
@@ -272,9 +285,16 @@ def _check_writable(directory: str) -> None:
     ) from error
 
 
-def _sections(settings: Settings, job: Job) -> dict[str, Any]:
-  values = dataclasses.asdict(settings)
-  return {name: values[name] for name in job.sections}
+def _sections(stage: Stage, job: Job) -> dict[str, Any]:
+  """The settings that the job reads; paths in the working directory as seen from there."""
+  values = dataclasses.asdict(stage.settings)
+  return _seen_from(stage.directory.parent, {name: values[name] for name in job.sections})
+
+
+def _seen_from(workdir: Path, value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _seen_from(workdir, item) for name, item in value.items()}
+  return value.removeprefix(f'{workdir}/') if isinstance(value, str) else value
 
 
 def _inputs(stage: Stage, job: Job) -> dict[str, str]:

@@ -26,6 +26,7 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.hf.card import Card
 from segjax.jobs import preemption, reuse
+from segjax.jobs.mirror import Nowhere
 from segjax.model import chips, sharding
 from segjax.model.attention import choose
 from segjax.model.llama import LlamaConfig
@@ -43,12 +44,13 @@ CHECKPOINTS = 'checkpoints'  # in a stage's directory
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One job of a run: its settings, the directory it writes to, the devices."""
+  """One job of a run: its settings, the directory it writes to, the devices, the bucket if any."""
 
   name: str
   settings: Settings
   directory: Path
   mesh: Mesh
+  mirror: Nowhere = dataclasses.field(default_factory=Nowhere)
 
   @property
   def model_directory(self) -> Path:
@@ -288,12 +290,14 @@ def train(
         is_time = processes.any_of(is_due(done) and processes.is_first())
         if start < done < total and (is_asked or is_time):
           log.flush()  # so that no step before a checkpoint is ever without metrics
-          saved.save(done, states, log.evaluated | log.last)
+          if stage.mirror.offer():
+            saved.save(done, states, log.evaluated | log.last)
         if is_asked and done < total:
           saved.settle()
           raise preemption.PreemptedError(_stopped(stage.name, saved.latest(), done, total))
   except BadStepError as error:
     # The jitted step has kept the state from before each bad update, so this one is good.
+    stage.mirror.offer()
     saved.save(done, states)
     at = f'{place}/{done}'
     raise BadStepError(f'{stage.name}, {error} The last good state is saved in {at}.') from None
@@ -304,11 +308,11 @@ def train(
 
 
 def checkpoints(stage: Stage) -> epath.Path:
-  """Where the stage's training states go: config.checkpoint.directory, or its own directory."""
+  """Where the stage's training states go: config.checkpoint.directory, bucket or own directory."""
   elsewhere = stage.settings.checkpoint.directory
   if elsewhere:
     return epath.Path(elsewhere) / stage.name
-  return epath.Path(stage.directory) / CHECKPOINTS
+  return stage.mirror.states(stage.directory) or epath.Path(stage.directory) / CHECKPOINTS
 
 
 def _checkpointer(stage: Stage, place: epath.Path) -> Checkpointer:
