@@ -13,6 +13,7 @@ setup(
   license='MIT',
   python_requires='>=3.11',
   packages=find_packages(include=['segjax', 'segjax.*']),
+  package_data={'segjax.report': ['template/*']},
   install_requires=[
     'absl-py',  # command line flags
     'datasets>=4',  # hub, parquet and Arrow sources of rows
@@ -22,7 +23,8 @@ setup(
     'huggingface_hub',  # checkpoints and tokenizers by hub id
     'jax>=0.10.1',
     'jaxtyping',  # array shapes in signatures
-    'jinja2',  # chat templates; transformers does not pull it in
+    'jinja2',  # chat templates, which transformers does not pull in, and report.html
+    'matplotlib',  # the curves of report.html
     'ml_collections>=1.1',  # configs
     'ml_dtypes',  # bfloat16 in numpy
     'numpy',

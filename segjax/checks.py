@@ -179,7 +179,7 @@ _LEAST = {
   0: (
     *('data.limit', 'sft.steps', 'sft.micro_batch', 'evaluate.show'),
     *('checkpoint.every', 'checkpoint.minutes', 'checkpoint.max_misses', 'log_every'),
-    *('reward.eval_every', 'ppo.eval_every'),
+    *('reward.eval_every', 'ppo.eval_every', 'report.every', 'report.evaluated'),
     *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
     'reward.calibration.target_segment_length',
     *('critic.warmup_steps', 'shaping.reward_clip'),
@@ -192,7 +192,7 @@ _LEAST = {
   1: (
     *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
     *('runtime.unroll', 'sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
-    'rollout.samples',
+    *('rollout.samples', 'report.responses'),
     *('reward.segmentation.fixed_length', 'reward.segmentation.min_length'),
     *('reward.calibration.samples', 'reward.calibration.batch'),
     'reward.calibration.max_new_tokens',

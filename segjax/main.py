@@ -99,7 +99,7 @@ def main(_: list[str]) -> None:
   with mirrored.held(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
-    pipeline.run(stages, workdir, _STARTED)
+    pipeline.run(stages, workdir, _STARTED, name)
     mirrored.publish()
     processes.barrier('end')
 

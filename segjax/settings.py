@@ -285,6 +285,15 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+  """Responses kept for report.html; they change nothing in what a run computes."""
+
+  every: int = 5  # steps of PPO between two times; the last step too; 0: none
+  responses: int = 8  # of a rollout, each time
+  evaluated: int = 64  # held-out responses kept of each model
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
   """The built-in language (segjax/data/demo.py) that the demo is about."""
 
@@ -322,6 +331,7 @@ class Settings:
   compat: Compat = Compat()
   evaluate: Evaluate = Evaluate()
   checkpoint: Checkpoint = Checkpoint()
+  report: Report = Report()
   demo: Demo = Demo()
 
 

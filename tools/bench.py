@@ -19,6 +19,7 @@ BENCHMARKS = {
   'logging': 'what writing metrics costs a step, and whether memory grows',
   'saving': 'how long a checkpoint keeps the training loop waiting',
   'faults': 'kills and damaged checkpoints: what is lost, and whether a bit differs',
+  'report': 'report.html of a long run: time to write, size, time to open in Chromium',
   'decode': 'tokens per second against transformers, and the share of the roofline',
 }
 

@@ -2,6 +2,7 @@
 
   python tools/show_segments.py POLICY --text='Once upon a time, there was a dog.'
   python tools/show_segments.py POLICY rows.jsonl --reward_model=REWARD --out=scores.jsonl
+  python tools/show_segments.py POLICY rows.jsonl --reward_model=REWARD --html=segments.html
 
 POLICY and REWARD are HF directories or hub ids; rows are conversations (`messages`), or preferences
 (`chosen`), as .jsonl, .jsonl.gz, .parquet or a hub id. The policy alone shows entropies and cuts.
@@ -36,6 +37,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   parser.add_argument('--batch', type=int, default=8, help='texts at once')
   parser.add_argument('--limit', type=int, default=0, help='texts at most; 0 for all')
+  parser.add_argument('--html', type=Path, help='writes a page there that shows them in colour')
   parser.add_argument('--out', type=Path, help='writes JSON lines there in place of the table')
   flags = parser.parse_args()
   if bool(flags.rows) == (flags.text is not None):
@@ -50,7 +52,7 @@ def main() -> None:
   from segjax.data.sources import load_rows
   from segjax.jobs import annotate
   from segjax.model.sharding import make_mesh
-  from segjax.report import segments
+  from segjax.report import page, segments
 
   named = {
     'policy.path': flags.policy,
@@ -69,6 +71,12 @@ def main() -> None:
     texts = list(annotate.of_rows(load_rows(flags.rows, 'train', flags.limit)))
   reader = annotate.load(stage)
   found = annotate.annotate(stage, reader, texts, flags.batch)
+  if flags.html:
+    found = list(found)
+    page.write_responses(flags.html, flags.html.stem, found)
+    print(f'{len(texts)} texts in {flags.html}')
+    if not flags.out:
+      return
   if not flags.out:
     for one in found:
       segments.show(one)

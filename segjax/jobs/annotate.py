@@ -16,6 +16,7 @@ from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
+from segjax.report.samples import Annotated, pieces, segments_of
 from segjax.rl.normalizer import normalize
 from segjax.settings import Segmentation
 from segjax.train import segment_reward
@@ -23,37 +24,6 @@ from segjax.train.cutting import Cutter, cut, cutter_of
 from segjax.types import Normalizer, Segments, Sequences
 
 _LEAST = 64  # tokens that rows are padded to, or twice, four times, ... as many
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-  """One segment of a response.
-
-  Attributes:
-    tokens: the text of each token.
-    entropy: of the distribution that each token was drawn from, under the policy, nats.
-    score: the reward model's, raw, at the last token; None without a reward model.
-    reward: the score, normalised; None where no normaliser is known.
-  """
-
-  text: str
-  tokens: list[str]
-  entropy: list[float]
-  score: float | None
-  reward: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Annotated:
-  """A response, its segments in order; `prompt` is what it answers, empty for plain text."""
-
-  prompt: list[Message]
-  response: str
-  segments: list[Segment]
-
-  def as_json(self) -> dict[str, Any]:
-    """All of it, for a line of JSON."""
-    return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,21 +172,15 @@ def _annotated(
   found: list[np.ndarray],
 ) -> Annotated:
   entropy, segment_id, score, reward = found
-  tokens = reader.tokenizer.decode
-  segments = []
-  for index in range(int(segment_id.max(initial=-1)) + 1):
-    at = np.flatnonzero(segment_id == index)
-    inside = [ids[i] for i in at]
-    has_reward = 'reward' in reader.configs
-    segments.append(
-      Segment(
-        text=tokens(inside),
-        tokens=[tokens([i]) for i in inside],
-        entropy=[round(float(x), 4) for x in entropy[at]],
-        score=float(score[at[-1]]) if has_reward else None,
-        reward=float(reward[at[-1]]) if has_reward and reader.normalizer else None,
-      )
-    )
+  has_reward = 'reward' in reader.configs
+  ends = [np.flatnonzero(segment_id == k)[-1] for k in range(int(segment_id.max(initial=-1)) + 1)]
+  segments = segments_of(
+    pieces(ids, reader.tokenizer),
+    segment_id,
+    entropy,
+    score if has_reward else None,
+    reward[ends] if has_reward and reader.normalizer else None,
+  )
   return Annotated(prompt, text, segments)
 
 

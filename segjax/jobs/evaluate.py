@@ -18,6 +18,7 @@ from segjax.jobs import models
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.console import say, table, track
+from segjax.report.samples import SampleLog
 from segjax.report.segments import render
 from segjax.rl.segmentation import content_mask
 from segjax.settings import Evaluate
@@ -69,6 +70,18 @@ def run(stage: Stage) -> dict[str, Any]:
       sampled['before'].experience, tokenizer, is_boundary
     )
   _show_responses(stage, sampled, tokenizer)
+  _keep_responses(
+    sampled,
+    SampleLog(
+      stage.directory,
+      s.report,
+      tokenizer,
+      prompts.messages,
+      has_score=recipe.reward is not None,
+      threshold=recipe.cutter.threshold,
+    ),
+    s.report.evaluated,
+  )
   path = stage.directory / 'results.json'
   if processes.is_first():
     path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
@@ -203,6 +216,16 @@ def _show_responses(stage: Stage, sampled: dict[str, Sampled], tokenizer: ChatTo
         tokenizer.decode,
       )
       say('\n'.join(f'    {line}' for line in lines) or '    (no content)')
+
+
+def _keep_responses(sampled: dict[str, Sampled], kept: SampleLog, most: int) -> None:
+  """At most so many responses of each model, evenly chosen, those to one prompt as a pair."""
+  total = len(sampled['after'].texts)
+  chosen = np.linspace(0, total - 1, min(most, total)).astype(int)
+  for name, one in sampled.items():
+    found = jax.tree.map(lambda x: x[chosen], one.experience)
+    gold = None if one.gold is None else one.gold[chosen]
+    kept.write(0, name, found, one.prompt[chosen], pairs=chosen, gold=gold)
 
 
 _LABELS = {

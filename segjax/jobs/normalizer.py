@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 from typing import Any, NamedTuple
 
@@ -73,6 +74,7 @@ def run(stage: Stage) -> dict[str, Any]:
   processes.barrier('normalizer')  # all have read what the first now replaces
   if processes.is_first():
     segment_reward.write(source, filled)
+    write_bins(stage, found, fitted)
   values = {name: float(value) for name, value in vars(fitted).items()}
   stage.say(
     f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
@@ -81,6 +83,22 @@ def run(stage: Stage) -> dict[str, Any]:
   if kind == 'regression':
     values |= quality(stage, found, fitted, **options)
   return {'kind': kind, 'segments': len(found.score)} | values
+
+
+def write_bins(stage: Stage, found: Statistics, fitted: Normalizer) -> None:
+  """Writes `normalizer.json`: the fit, and the scores' moments in each bin of p that has any."""
+  count, mean, std = map(np.asarray, jax.jit(normalizer.bin_moments)(*_arrays(found)))
+  used = np.flatnonzero(count)
+  bins = {
+    'p': (used / (len(count) - 1)).tolist(),
+    'count': count[used].tolist(),
+    'mean': mean[used].tolist(),
+    'std': std[used].tolist(),
+  }
+  coefficients = {name: float(value) for name, value in vars(fitted).items()}
+  stage.directory.mkdir(parents=True, exist_ok=True)
+  text = json.dumps({'coefficients': coefficients, 'bins': bins})
+  (stage.directory / 'normalizer.json').write_text(text + '\n', encoding='utf-8')
 
 
 def kind_of(kind: str, granularity: str) -> str:

@@ -21,6 +21,7 @@ from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
 from segjax.report import profiling
 from segjax.report.console import say
+from segjax.report.page import Page
 from segjax.settings import Settings
 from segjax.train.reward_function import load_function
 from segjax.train.segment_reward import FILE as SEGMENT_REWARD
@@ -102,16 +103,19 @@ JOBS = {
 }
 
 
-def run(stages: list[Stage], workdir: Path, started: float) -> dict[str, Any]:
+def run(stages: list[Stage], workdir: Path, started: float, name: str = '') -> dict[str, Any]:
   """Runs the stages of `prepare`; returns their results by name.
 
   Args:
     started: time.time() of the process's start, for `wall_seconds` of the demo's results.json.
+    name: of the config, for report.html.
   """
   results = {}
-  for stage in stages:
-    with jax.set_mesh(stage.mesh):
-      results[stage.name] = run_stage(stage)
+  with Page(workdir, name, [stage.name for stage in stages]) as page:
+    for stage in stages:
+      with jax.set_mesh(stage.mesh):
+        results[stage.name] = run_stage(dataclasses.replace(stage, refresh=page.refresh))
+      page.write()
   if not processes.is_first():
     return results
   if 'evaluate' in results:

@@ -13,6 +13,7 @@ from segjax.jobs import evaluate, models, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.jobs.stage import Stage
+from segjax.report.samples import SampleLog
 from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
@@ -64,6 +65,14 @@ def run(stage: Stage) -> dict[str, Any]:
     Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
   )
   gold, _ = evaluate.functions(s.evaluate)
+  shown = SampleLog(
+    stage.directory,
+    s.report,
+    tokenizer,
+    kept.messages,
+    has_score=recipe.reward is not None,
+    threshold=recipe.cutter.threshold,
+  )
   timing = Timing()
 
   def step_fn(states, step):
@@ -83,6 +92,7 @@ def run(stage: Stage) -> dict[str, Any]:
     metrics |= {'objective/kl_coef': coef} | updates | work | timing.seconds
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
+    shown.take(step, s.ppo.steps, experience, np.repeat(rows, s.rollout.samples))
     return states, metrics
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)

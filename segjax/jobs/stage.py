@@ -51,6 +51,7 @@ class Stage:
   directory: Path
   mesh: Mesh
   mirror: Nowhere = dataclasses.field(default_factory=Nowhere)
+  refresh: Callable[[], None] = lambda: None  # of what shows the run to people, after a step
 
   @property
   def model_directory(self) -> Path:
@@ -286,6 +287,7 @@ def train(
           done = step + 1
           profiler.after(done, states)
           log.log(step, metrics)
+          stage.refresh()
         is_asked = preemption.requested()
         is_time = processes.any_of(is_due(done) and processes.is_first())
         if start < done < total and (is_asked or is_time):

@@ -30,7 +30,7 @@ def render(
 
 
 def show(annotated: Any) -> None:
-  """A `jobs.annotate.Annotated` as a table: a line per segment, line breaks and the like escaped.
+  """A `report.samples.Annotated` as a table: a line per segment, line breaks and the like escaped.
 
   The entropy is that of the segment's first token, which is why it begins there.
   """

@@ -30,6 +30,11 @@ class Cutter:
     """Whether the reference has to be run over the text."""
     return self.segmentation.granularity == 'segment' and self.segmentation.cut == 'entropy'
 
+  @property
+  def threshold(self) -> float | None:
+    """Nats above which a segment begins; None where entropy does not cut."""
+    return self.segmentation.entropy_threshold if self.needs_entropy else None
+
 
 def cutter_of(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Cutter:
   """The cutter of that segmentation for texts in that tokenizer's ids."""

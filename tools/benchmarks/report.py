@@ -1,0 +1,119 @@
+"""report.html of a made-up long run: seconds to write, bytes, seconds to open in Chromium."""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarks import browser
+
+from segjax.report.console import table
+from segjax.report.page import FILE, Page
+
+_METRICS = (
+  *('objective/reward', 'objective/rlhf_reward', 'objective/kl', 'objective/scores'),
+  *('response/length_mean', 'response/eos_rate', 'policy/loss', 'policy/entropy', 'val/loss'),
+  *('timing/generate', 'timing/score', 'timing/update', 'timing/wait', 'timing/step'),
+  *(f'reward/z_by_position/{k}' for k in range(1, 11)),
+  *(f'policy/more_{k}' for k in range(15)),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Flags of `run`."""
+  parser.add_argument('--steps', type=int, default=1000)
+  parser.add_argument('--responses', type=int, default=2000)
+  parser.add_argument('--tokens', type=int, default=300, help='of a response, about')
+  parser.add_argument('--long', type=int, default=20, help='responses of 4,096 tokens among them')
+  parser.add_argument('--keep', type=Path, help='a directory to leave the page in')
+
+
+def run(steps: int, responses: int, tokens: int, long: int, keep: Path | None) -> dict[str, Any]:
+  """Writes such a run, its page, and opens that."""
+  with tempfile.TemporaryDirectory() as place:
+    workdir = keep or Path(place)
+    made_up(workdir, steps, responses, tokens, long)
+    page = Page(workdir, 'configs/ppo.py', ['ppo'])
+    seconds = []
+    for _ in range(2):  # the second time as in the middle of a run, with all imported
+      with (workdir / 'ppo' / 'metrics.jsonl').open('a') as metrics:
+        metrics.write(json.dumps({'step': steps, 'objective/reward': 0.0}) + '\n')
+      begun = time.monotonic()
+      page.write()
+      seconds.append(time.monotonic() - begun)
+    size = (workdir / FILE).stat().st_size
+    values = {
+      'write_seconds': round(seconds[1], 2),
+      'first_write_seconds': round(seconds[0], 2),
+      'megabytes': round(size / 1e6, 2),
+      'peak_rss_gib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+      'open_seconds': opened(workdir / FILE),
+    }
+  table(
+    f'{steps:,} steps, {responses:,} responses', ('', ''), [(k, f'{v}') for k, v in values.items()]
+  )
+  return {'steps': steps, 'responses': responses, 'tokens': tokens, 'long': long} | values
+
+
+def opened(path: Path) -> float | None:
+  """Median seconds of three until the table can be used; None without a browser."""
+  program = browser.found()
+  if program is None:
+    return None
+  with browser.Browser(program) as tab:
+    seconds = sorted(tab.open(path) for _ in range(3))
+    if tab.complaints:
+      raise RuntimeError(f'the page complains: {tab.complaints}')
+  return round(seconds[1], 2)
+
+
+def made_up(workdir: Path, steps: int, responses: int, tokens: int, long: int) -> None:
+  """A PPO stage's metrics.jsonl and samples.jsonl, of random numbers and words."""
+  rng = np.random.default_rng(0)
+  directory = workdir / 'ppo'
+  directory.mkdir(parents=True, exist_ok=True)
+  values = np.abs(np.cumsum(rng.normal(size=(steps, len(_METRICS))), axis=0)) + 1
+  with (directory / 'metrics.jsonl').open('w') as out:
+    for step in range(steps):
+      row = dict(zip(_METRICS, values[step].tolist(), strict=True))
+      out.write(json.dumps({'step': step} | row) + '\n')
+  with (directory / 'samples.jsonl').open('w') as out:
+    for number in range(responses):
+      step = number * steps // responses
+      is_long = long and number % max(1, responses // long) == 0
+      length = 4096 if is_long else int(rng.integers(tokens // 2, tokens * 3 // 2))
+      out.write(json.dumps(_sample(rng, step, length)) + '\n')
+
+
+def _words(rng: np.random.Generator, count: int) -> list[str]:
+  letters = rng.choice(list('eeettaaoinshrdlu'), (400, 9))
+  known = [' ' + ''.join(row[: 1 + i % 9]) for i, row in enumerate(letters)]
+  return [known[i] for i in rng.zipf(1.4, count) % len(known)]
+
+
+def _sample(rng: np.random.Generator, step: int, length: int) -> dict[str, Any]:
+  words = _words(rng, length)
+  entropy = np.round(rng.gamma(1.0, 0.8, length), 4).tolist()
+  starts = [0, *(t for t in range(1, length) if entropy[t] > 2)]
+  segments = []
+  for begin, end in zip(starts, [*starts[1:], length], strict=True):
+    inside = words[begin:end]
+    score, reward = (round(float(x), 4) for x in rng.normal(size=2))
+    part = {'text': ''.join(inside), 'tokens': inside, 'entropy': entropy[begin:end]}
+    segments.append(part | {'score': score, 'reward': reward})
+  total = sum(segment['reward'] for segment in segments)
+  totals = {'reward': total, 'kl': float(rng.normal()), 'length': length, 'finished': True}
+  prompt = [{'role': 'user', 'content': ''.join(_words(rng, 40))}]
+  return {
+    'step': step,
+    'model': 'policy',
+    'prompt': prompt,
+    'segments': segments,
+    'totals': totals,
+    'threshold': 2.0,
+    'pair': None,
+  }
