@@ -116,13 +116,13 @@ def _mains(stage: str, steps: list[int], series: dict[str, list[float]]) -> Iter
       yield _curve(stage, title, steps, found)
   parts = {part: series[_TIMING + part] for part in TIMING if _TIMING + part in series}
   if parts:
-    seconds = sum(values[-1] for values in parts.values())
+    seconds = sum(next((x for x in reversed(y) if x == x), 0.0) for y in parts.values())
     picture = plots.stacked(steps, parts, f'{stage}: seconds of a step')
     yield Chart('Where a step’s seconds go', f'{formatted(seconds)} s', picture)
 
 
 def _curve(stage: str, title: str, steps: list[int], found: dict[str, list[float]]) -> Chart:
-  finite = [y for y in next(iter(found.values())) if y == y]
+  finite = [x for x in next(iter(found.values())) if x == x]
   last = formatted(finite[-1]) if finite else '–'
   return Chart(title, last, plots.curve(steps, found, f'{stage}: {title}'))
 

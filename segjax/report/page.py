@@ -75,13 +75,16 @@ class Page:
   def _html(self, state: str) -> str:
     there = [name for name in self._stages if (self._workdir / name).is_dir()]
     config = self._workdir / 'config.json'
+    charts = [(name, self._charts_of(name)) for name in there]
+    drawn = [name for name, found in charts if found.main]
     return rendered(
       title=self._workdir.absolute().name,
       config_name=self._name,
       stages=digest.stages(self._workdir, self._stages, state),
       figures=digest.figures(self._workdir, self._stages),
       warnings=digest.warnings(self._workdir, there),
-      charts=[(name, self._charts_of(name)) for name in there],
+      charts=charts,
+      featured='ppo' if 'ppo' in drawn else drawn[-1] if drawn else '',
       responses=table.of_run([self._workdir / name for name in there]),
       config=config.read_text(encoding='utf-8') if config.exists() else '',
     )
@@ -120,7 +123,14 @@ def rendered(**content: Any) -> str:
   )
   template = environment.from_string(text['page.html.j2'])
   now = datetime.datetime.now().astimezone()
-  nothing = {'config_name': '', 'stages': (), 'figures': (), 'warnings': (), 'charts': ()}
+  nothing = {
+    'config_name': '',
+    'stages': (),
+    'figures': (),
+    'warnings': (),
+    'charts': (),
+    'featured': '',
+  }
   return template.render(
     nothing
     | {'config': '', 'style': style, 'script': script}

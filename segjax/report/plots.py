@@ -8,11 +8,12 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 POINTS = 500  # of a curve, at most
 
@@ -29,11 +30,12 @@ _COLOUR = re.compile('|'.join(_COLOURS))
 _SVG = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'
 _INCHES = (4.6, 2.2)
-_PLACE = (0.125, 0.19, 0.86, 0.7)  # of the axes: left, bottom, width, height
+_PLACE = (0.1, 0.1, 0.885, 0.8)  # of the axes: left, bottom, width, height
+_NAMED = (0.125, 0.2, 0.86, 0.7)  # where they have names
 _SMOOTH = 40  # points from which on a curve is drawn with its running mean
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int = POINTS) -> tuple[Any, Any]:
+def thinned(x: ArrayLike, y: ArrayLike, most: int = POINTS) -> tuple[Any, Any]:
   """At most `most` points, in order: of each of most / 2 stretches the lowest and the highest.
 
   So no spike is lost. Points that are not finite are left out.
@@ -59,7 +61,7 @@ def averaged(y: np.ndarray, width: int) -> np.ndarray:
   return (total[high] - total[low]) / (high - low)
 
 
-def curve(x: Sequence[float], series: dict[str, Sequence[float]], label: str) -> str:
+def curve(x: ArrayLike, series: dict[str, ArrayLike], label: str) -> str:
   """Lines over steps; a long one is drawn faintly, with its running mean over a 25th on top."""
   with _axes(label) as (axes, out):
     for colour, (name, y) in zip(_cycle(), series.items(), strict=False):
@@ -77,7 +79,7 @@ def curve(x: Sequence[float], series: dict[str, Sequence[float]], label: str) ->
   return out.getvalue()
 
 
-def stacked(x: Sequence[float], series: dict[str, Sequence[float]], label: str) -> str:
+def stacked(x: ArrayLike, series: dict[str, ArrayLike], label: str) -> str:
   """Areas upon each other, each the mean over its stretch of at most POINTS."""
   with _axes(label) as (axes, out):
     parts = np.array_split(np.arange(len(x)), min(len(x), POINTS))
@@ -94,10 +96,10 @@ def stacked(x: Sequence[float], series: dict[str, Sequence[float]], label: str) 
 
 
 def histogram(
-  values: Sequence[float], label: str, unit: str, *, mark: float | None = None, whole: bool = False
+  values: ArrayLike, label: str, unit: str, *, mark: float | None = None, whole: bool = False
 ) -> str:
   """Shares of the values by bin of equal width, or of each whole number; `mark` is a line."""
-  values = np.asarray(values, float)
+  values = np.asarray(values, float).reshape(-1)
   low, high = (0.0, float(values.max())) if len(values) else (0.0, 1.0)
   bins = np.linspace(low, max(high, 1e-6), 41)
   if whole:
@@ -109,6 +111,7 @@ def histogram(
     if mark is not None:
       axes.axvline(mark, color=_WARN, linewidth=1.4, linestyle=(0, (4, 3)), label=f'{mark:g} nats')
       _legend(axes, 2)
+    axes.set_position(_NAMED)
     axes.set_xlabel(unit)
     axes.set_ylabel('%')
     axes.set_ylim(bottom=0)
@@ -116,11 +119,11 @@ def histogram(
 
 
 def fit(
-  position: Sequence[float],
-  count: Sequence[int],
-  observed: Sequence[float],
-  w: float,
-  b: float,
+  position: ArrayLike,
+  count: ArrayLike,
+  observed: ArrayLike,
+  w: float | int,
+  b: float | int,
   label: str,
 ) -> str:
   """What the scores are in each bin of p, dots by their number, and w ln p + b through them."""
@@ -133,6 +136,7 @@ def fit(
     axes.scatter(at, observed, s=size, color=SERIES[0], alpha=0.55, linewidth=0, label='bins of p')
     line = np.linspace(0.005, 1, 200)
     axes.plot(line, w * np.log(line) + b, color=SERIES[1], linewidth=1.6, label='fit')
+    axes.set_position(_NAMED)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel('p, relative position')
     _legend(axes, 2)
@@ -195,7 +199,7 @@ def _legend(axes: Any, count: int) -> None:
     axes.legend(
       loc='lower left',
       bbox_to_anchor=(-0.02, 1.0),
-      ncols=3,
+      ncols=count,
       frameon=False,
       fontsize=8,
       labelcolor=_MUTED,
@@ -211,7 +215,7 @@ def _whole_steps(axes: Any) -> None:
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _tick(value: float, _: int) -> str:
+def _tick(value: float | int, _: int) -> str:
   """1.2k, 0.05, 3e-07: short, and the same width for the same axis as far as may be."""
   if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
     return f'{value:.2g}'

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from segjax import processes
 from segjax.data.sources import Message
@@ -29,7 +30,8 @@ class Segment:
 
   Attributes:
     tokens: the text that each token adds; their sum is `text`.
-    entropy: of the distribution that each token was drawn from, under the model that cuts, nats.
+    entropy: of the distribution that each token was drawn from, under the model that cuts, nats;
+      None where it is not finite.
     score: the reward model's, raw, at the last token; None without a reward model.
     reward: in training what its tokens earned in all, KL penalty included; of a text that is only
       read the score, normalised. None where it is not known.
@@ -37,7 +39,7 @@ class Segment:
 
   text: str
   tokens: list[str]
-  entropy: list[float]
+  entropy: list[float | None]
   score: float | None
   reward: float | None
 
@@ -98,7 +100,7 @@ class SampleLog:
     self._has_score, self._threshold = has_score, threshold
     self._is_open = False
 
-  def take(self, step: int, total: int, experience: Experience, rows: Sequence[int]) -> None:
+  def take(self, step: int, total: int, experience: Experience, rows: ArrayLike) -> None:
     """Every report.every steps, and at the last: report.responses of a rollout, evenly chosen.
 
     Args:
@@ -118,9 +120,9 @@ class SampleLog:
     step: int,
     model: str,
     found: Experience,
-    rows: Sequence[int],
-    pairs: Sequence[int] | None = None,
-    gold: Sequence[float] | None = None,
+    rows: ArrayLike,
+    pairs: ArrayLike | None = None,
+    gold: ArrayLike | None = None,
   ) -> None:
     """Appends responses whose arrays are on the host; `pairs` and `gold` are those of `Sample`."""
     self._open(step)
@@ -170,7 +172,7 @@ def segments_of(
   segment_id: np.ndarray,
   entropy: np.ndarray,
   score: np.ndarray | None,
-  reward: Sequence[float] | None,
+  reward: ArrayLike | None,
 ) -> list[Segment]:
   """The segments of a response of T tokens.
 

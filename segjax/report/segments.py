@@ -43,7 +43,7 @@ def show(annotated: Any) -> None:
   for segment in annotated.segments:
     numbers = [segment.score] * has_score + [segment.reward] * has_reward
     cells = [str(len(segment.tokens)), f'{segment.entropy[0]:.2f}']
-    rows.append([plain(segment.text), *cells, *(f'{x:+.3f}' for x in numbers)])
+    rows.append([plain(segment.text.strip(' ')), *cells, *(f'{x:+.3f}' for x in numbers)])
   table('', columns, rows)
 
 

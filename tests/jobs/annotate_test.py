@@ -52,7 +52,9 @@ def test_segments_are_those_of_the_loops(reader, texts):
     ends = oracle.segment_ends(after, [True] * len(ids), True, 'segment', 4.5)
     begins = [0, *(end + 1 for end in ends)]
     spans = list(zip(begins, ends, strict=False))
-    assert [s.text for s in one.segments] == [tokenizer.decode(ids[b : e + 1]) for b, e in spans]
+    texts_of = [tokenizer.decode(ids[b : e + 1]) for b, e in spans]
+    assert [s.text.strip() for s in one.segments] == texts_of
+    assert ''.join(s.text for s in one.segments) == tokenizer.decode(ids)
     for segment, (begin, end) in zip(one.segments, spans, strict=True):
       np.testing.assert_allclose(segment.entropy, entropy[begin : end + 1], atol=2e-4)
       assert len(segment.tokens) == len(segment.entropy)

@@ -41,7 +41,7 @@ def run(steps: int, responses: int, tokens: int, long: int, keep: Path | None) -
     seconds = []
     for _ in range(2):  # the second time as in the middle of a run, with all imported
       with (workdir / 'ppo' / 'metrics.jsonl').open('a') as metrics:
-        metrics.write(json.dumps({'step': steps, 'objective/reward': 0.0}) + '\n')
+        metrics.write(json.dumps({'step': steps} | dict.fromkeys(_METRICS, 1.0)) + '\n')
       begun = time.monotonic()
       page.write()
       seconds.append(time.monotonic() - begun)

@@ -244,6 +244,12 @@ class Table {
   }
 }
 
+// A link to a closed section opens it.
+addEventListener('hashchange', () => {
+  const place = document.getElementById(location.hash.slice(1));
+  if (place instanceof HTMLDetailsElement) { place.open = true; place.scrollIntoView(); }
+});
+
 (async () => {
   const rows = await unpacked($('data').textContent);
   if (!rows.length) return;

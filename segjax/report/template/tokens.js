@@ -21,7 +21,8 @@ function highlight(words) {
     for (let at = text.indexOf(words.toLowerCase()); at >= 0; at = text.indexOf(words.toLowerCase(), at + 1)) {
       const range = new Range();
       range.setStart(...place(at));
-      range.setEnd(...place(at + words.length));
+      const [node, offset] = place(at + words.length - 1); // the end is that of its last letter
+      range.setEnd(node, Math.min(offset + 1, node.length));
       ranges.push(range);
     }
   }

@@ -1,0 +1,169 @@
+"""report.html in a real browser: what it shows, keys and mouse, and hostile text."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from segjax.report import page
+
+from .page_test import HOSTILE, sample, write
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
+from benchmarks import browser
+
+# What each is shown as.
+STRANGE = {
+  HOSTILE: HOSTILE,
+  'a\u202egnp.exe': 'a\\u202egnp.exe',
+  'bell\x07 null\x00': 'bell\\u0007 null\\u0000',
+  '👩‍👩‍👧 emoji': '👩‍👩‍👧 emoji',
+  'مرحبا بالعالم': 'مرحبا بالعالم',
+  '&lt;b&gt; &amp;': '&lt;b&gt; &amp;',
+  '{{ 7 * 7 }}': '{{ 7 * 7 }}',
+}
+
+
+@pytest.fixture(scope='module')
+def tab():
+  program = browser.found()
+  if program is None:
+    pytest.skip(f'no browser on PATH: one of {", ".join(browser.NAMES)}')
+  with browser.Browser(program) as found:
+    yield found
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+  """A run with strange texts, a response of 4,096 tokens, and a pair of before and after."""
+  workdir = tmp_path_factory.mktemp('run')
+  rows = [sample(step, text) for step, text in enumerate(STRANGE)]
+  long = sample(90, ' '.join(f'w{i}' for i in range(4096)))
+  loud = sample(91, 'one two three needle')
+  loud['segments'].append(loud['segments'][0] | {'reward': 2.0})
+  loud['segments'][0] |= {'entropy': [0.25, 2.5, 0.5, 1.0]}
+  write(workdir / 'ppo' / 'samples.jsonl', [*rows, long, loud])
+  pair = [sample(0, text, model, pair=3) for text, model in (('was', 'before'), ('is', 'after'))]
+  write(workdir / 'evaluate' / 'samples.jsonl', pair)
+  lines = [{'step': k, 'objective/a_rather_long_name_of_a_metric/of_it': k} for k in range(30)]
+  write(workdir / 'ppo' / 'metrics.jsonl', lines)
+  (workdir / 'config.json').write_text(json.dumps({'path': '/long' * 60, 'hostile': HOSTILE}))
+  page.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
+  return workdir / page.FILE
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(tab):
+  yield
+  assert tab.complaints == []
+
+
+def texts(tab):
+  script = """[...document.querySelectorAll('#list .text')].map((text) =>
+    [...text.querySelectorAll('.token')].map((token) => token.textContent).join(''))"""
+  return tab.run(script)
+
+
+def choose(tab, control, value):
+  tab.run(
+    f"(() => {{ const s = document.getElementById('{control}'); s.value = {json.dumps(value)};"
+    " s.dispatchEvent(new Event(s.type === 'search' ? 'input' : 'change')); })()"
+  )
+  tab.run('new Promise((done) => setTimeout(done, 250))')
+
+
+def test_strange_text_is_only_shown(tab, report):
+  tab.open(report)
+  title = tab.run('document.title')
+  for step, (_, shown) in enumerate(STRANGE.items()):
+    choose(tab, 'step', f'ppo, step {step}')
+    assert texts(tab) == [shown]
+  assert tab.run('document.title') == title
+  assert tab.run("document.querySelectorAll('#list img, #list script').length") == 0
+  assert HOSTILE in tab.run("document.querySelector('#config pre').textContent").replace('\\"', '"')
+  assert HOSTILE in tab.run("document.querySelector('.brand').textContent")
+
+
+def test_hover_and_keys_show_the_numbers(tab, report):
+  tab.open(report)
+  choose(tab, 'step', 'ppo, step 91')
+  tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
+  assert tab.run(tip) == ''
+  script = """(() => { const token = document.querySelectorAll('#list .token')[1];
+    token.scrollIntoView({block: 'center'}); const r = token.getBoundingClientRect();
+    return [r.x + r.width / 2, r.y + r.height / 2]; })()"""
+  tab.point(1, 1)
+  at = tab.run(script)
+  tab.run('new Promise((done) => setTimeout(done, 150))')
+  tab.point(*at)
+  shown = tab.run(tip)
+  assert '2.50 > 2' in shown and '1 of 2' in shown and '+1.000' in shown and '−0.500' in shown
+  assert '−0.125' in shown  # a token's share
+  tab.point(1, 1)
+  assert tab.run(tip) == ''
+  tab.run("document.querySelector('#list .token').focus()")
+  assert '0.25' in tab.run(tip)
+  tab.press('ArrowRight')
+  assert '2.50 > 2' in tab.run(tip)
+  tab.press('ArrowDown')
+  assert '2 of 2' in tab.run(tip) and '+2.000' in tab.run(tip)
+  tab.press('Escape')
+  assert tab.run(tip) == ''
+
+
+def test_each_segment_says_its_number(tab, report):
+  tab.open(report)
+  choose(tab, 'step', 'ppo, step 91')
+  values = "[...document.querySelectorAll('#list .value')].map((value) => value.textContent)"
+  assert tab.run(values) == ['−0.50', '+2.00']
+  choose(tab, 'colour', 'entropy')
+  assert tab.run("document.querySelectorAll('.token.hot').length") == 8
+
+
+def test_search_filter_and_sort(tab, report):
+  tab.open(report)
+  everything = len(STRANGE) + 3
+  count = "document.querySelector('#range').textContent"
+  assert tab.run(count) == f'1–{everything} of {everything}'
+  tab.run("document.getElementById('search').focus()")
+  tab.type('NEEDLE')
+  tab.run('new Promise((done) => setTimeout(done, 250))')
+  assert tab.run(count) == '1–1 of 1'
+  assert tab.run("[...CSS.highlights.get('found')].map(String)") == ['needle', 'needle']
+  choose(tab, 'search', 'nowhere at all')
+  assert tab.run(count) == '0' and texts(tab) == []
+  choose(tab, 'search', '')
+  choose(tab, 'model', 'after')
+  assert texts(tab) == ['is']
+  choose(tab, 'model', '')
+  choose(tab, 'sort', 'longest')
+  assert texts(tab)[0].startswith('w0 w1')
+
+
+def test_before_and_after_stand_side_by_side(tab, report):
+  tab.open(report)
+  choose(tab, 'step', 'evaluate')
+  assert texts(tab) == ['was', 'is']
+  left, right = tab.run(
+    "[...document.querySelectorAll('.sides > div')].map((side) => side.getBoundingClientRect().x)"
+  )
+  assert right > left
+  assert tab.run("document.querySelectorAll('#list .prompt').length") == 1
+
+
+def test_a_long_response_is_shown_when_asked_for(tab, report):
+  tab.open(report)
+  choose(tab, 'step', 'ppo, step 90')
+  assert texts(tab)[0].endswith('w799')
+  tab.run("document.querySelector('.more').click()")
+  assert texts(tab)[0].endswith('w4095')
+
+
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_a_phone_needs_no_horizontal_scroll(tab, report, dark):
+  tab.open(report, width=375, height=700, dark=dark)
+  for control, value in (('step', ''), ('step', 'ppo, step 90'), ('step', 'evaluate')):
+    choose(tab, control, value)
+    tab.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    assert tab.run('document.documentElement.scrollWidth') <= 375
