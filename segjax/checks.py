@@ -199,7 +199,8 @@ _LEAST = {
     *('normalizer.batch', 'normalizer.pairs', 'normalizer.min_count', 'rollout.max_new_tokens'),
     *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs', 'ppo.kl_horizon'),
     *('shaping.length_threshold', 'compat.micro_batch'),
-    *('evaluate.batch', 'evaluate.samples', 'checkpoint.keep', 'demo.sft_rows', 'demo.pairs'),
+    *('evaluate.batch', 'evaluate.samples', 'evaluate_reward.batch', 'answers.batch'),
+    *('checkpoint.keep', 'demo.sft_rows', 'demo.pairs'),
   ),
 }
 _OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')

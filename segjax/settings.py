@@ -7,7 +7,18 @@ command line assigns the rest. `checks` turns the result into `Settings`.
 import dataclasses
 from typing import Any
 
-JOBS = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'selfcheck', 'chat')
+JOBS = (
+  'demo',
+  'sft',
+  'reward',
+  'normalizer',
+  'ppo',
+  'evaluate',
+  'evaluate_reward',
+  'answers',
+  'selfcheck',
+  'chat',
+)
 
 # What a layer computes, in this order, and can be kept for the backward pass: its input, the
 # projections with rotary positions, what attention found, the sum with the input, the MLP's halves.
@@ -273,6 +284,24 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateReward:
+  """A reward model against human judgements: of pairs, and of spans of a response."""
+
+  pairs: tuple[str, ...] = ()  # files or hub ids of pairs; empty: config.data.path alone
+  spans: str = ''  # a file or hub id of responses with marked errors
+  batch: int = 64  # pairs, or marked responses, at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Answers to the questions of public judges."""
+
+  name: str = ''  # of the model in the judge's files; empty: from policy.path
+  category_temperatures: bool = False  # as FastChat's by MT-Bench's categories, not rollout's
+  batch: int = 64  # questions at once
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """Training state saved during a stage."""
 
@@ -330,6 +359,8 @@ class Settings:
   ppo: PPO = PPO()
   compat: Compat = Compat()
   evaluate: Evaluate = Evaluate()
+  evaluate_reward: EvaluateReward = EvaluateReward()
+  answers: Answers = Answers()
   checkpoint: Checkpoint = Checkpoint()
   report: Report = Report()
   demo: Demo = Demo()

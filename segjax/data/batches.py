@@ -96,8 +96,9 @@ class Conversations:
 class Pairs:
   """Tokenised preferences, each side prompt and response together; `row` is the source's.
 
-  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings. The entropies,
-  if there are any, are those of the tokens under the reference, in nats.
+  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings. `truncated` is
+  bool [N]: which pairs were cut. The entropies, if there are any, are those of the tokens under the
+  reference, in nats.
   """
 
   chosen: Ragged
@@ -111,6 +112,7 @@ class Pairs:
   length: int
   pad_id: int
   counts: dict[str, int]
+  truncated: np.ndarray | None = None
   chosen_entropy: Ragged | None = None
   rejected_entropy: Ragged | None = None
 

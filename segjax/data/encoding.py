@@ -153,16 +153,16 @@ def encode_pairs(
     else:
       counts['truncated'] += cut != found
       both = [np.array(prompt + side, np.int32) for side in sides]
-      kept.append((*both, *finished, len(prompt), gap, index, key))
+      kept.append((*both, *finished, len(prompt), gap, index, key, cut != found))
   length = _fixed_length([t for row in kept for t in row[:2]], limits.max_length, rows, counts)
-  chosen, rejected, chosen_finished, rejected_finished, prompt_length, rating_gap, row, group = zip(
+  chosen, rejected, *ended, prompt_length, rating_gap, row, group, truncated = zip(
     *kept, strict=True
   )
   return Pairs(
     chosen=Ragged.from_rows(chosen, np.int32),
     rejected=Ragged.from_rows(rejected, np.int32),
-    chosen_finished=np.array(chosen_finished, bool),
-    rejected_finished=np.array(rejected_finished, bool),
+    chosen_finished=np.array(ended[0], bool),
+    rejected_finished=np.array(ended[1], bool),
     prompt_length=np.array(prompt_length, np.int32),
     rating_gap=np.array(rating_gap, np.float32),
     row=np.array(row, np.int64),
@@ -170,6 +170,7 @@ def encode_pairs(
     length=length,
     pad_id=tokenizer.pad_id,
     counts=counts,
+    truncated=np.array(truncated, bool),
   )
 
 

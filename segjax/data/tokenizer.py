@@ -101,6 +101,13 @@ class ChatTokenizer:
     )
     return encoded['input_ids']
 
+  def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids as `encode` gives them, and (first character, last one + 1) of each token."""
+    encoded = self.tokenizer(
+      text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return encoded['input_ids'], [tuple(pair) for pair in encoded['offset_mapping']]
+
   def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
     """Token ids of `prompt_text`."""
     return self.encode([self.prompt_text(messages)])[0]

@@ -17,7 +17,7 @@ from segjax.settings import Settings
 # Networks that a stage holds at once, trained and frozen.
 _NETWORKS = {
   **{'demo': 1, 'sft': 1, 'reward': 2, 'normalizer': 2, 'ppo': 4, 'evaluate': 3},
-  'selfcheck': 4,
+  **{'evaluate_reward': 2, 'answers': 1, 'selfcheck': 4, 'chat': 2},
 }
 
 
@@ -42,9 +42,13 @@ def run(settings: Settings, stages: list[Stage]) -> None:
 
 
 def _network(stage: Stage) -> LlamaConfig | None:
-  """The policy's network: from its directory if that is here, else config.network's sizes."""
-  path = Path(stage.settings.policy.path).expanduser()
-  if stage.settings.policy.path and path.is_dir():
+  """The policy's network: from its directory if that is here, else config.network's sizes.
+
+  Without a policy it is the reward model's.
+  """
+  named = stage.settings.policy.path or stage.settings.reward_model.path
+  path = Path(named).expanduser()
+  if named and path.is_dir():
     return reader.load_config(path)
   network = stage.settings.network
   if not network.vocab_size and 'demo' in stage.settings.stages:

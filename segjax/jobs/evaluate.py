@@ -14,9 +14,11 @@ from segjax import processes
 from segjax.data.batches import Prompts, chunks
 from segjax.data.encoding import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import models
+from segjax.jobs import models, repetition
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
+from segjax.jobs.statistics import interval
+from segjax.jobs.win_rates import length_controlled, outcomes, win_rate
 from segjax.report.console import say, table, track
 from segjax.report.samples import SampleLog
 from segjax.report.segments import render
@@ -45,7 +47,8 @@ def run(stage: Stage) -> dict[str, Any]:
   """Samples config.evaluate.samples responses per prompt from the reference and from the policy.
 
   Returns the figures of both, also written to `results.json`: score of the reward model, gold where
-  config.evaluate.gold names a function, KL, length, segments, EOS rate.
+  config.evaluate.gold names a function, KL, length, segments, EOS rate, repetition; and, as figures
+  of the policy, its win rates over the reference by each of the two judges (`compare`).
   """
   s = stage.settings
   gold, is_boundary = functions(s.evaluate)
@@ -65,6 +68,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: _figures(one) for name, one in sampled.items()}
+  figures['after'] |= compare(sampled['after'], sampled['before'], s.seed)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
@@ -145,20 +149,23 @@ def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
   return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
 
 
-def interval(values: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
-  """Mean and 95 % interval over responses, in clusters by prompt; one prompt gives no interval.
+def compare(after: Sampled, before: Sampled, seed: int) -> dict[str, Any]:
+  """Win rates of one model's responses over another's, as is and at equal length, by judge.
 
-  Responses to one prompt are not independent: the standard error is that of the prompts' means.
-
-  Args:
-    values: one per response, [N].
-    prompt: the index of each response's prompt, 0 to P - 1, [N].
+  The i-th response to a prompt meets the i-th of the other model, which had the same random
+  numbers: equal models tie. `win_rate_score` is by the reward model's score, `win_rate_gold` by
+  config.evaluate.gold, `lc_win_rate_*` the same length-controlled; see `jobs.win_rates`.
   """
-  means = np.bincount(prompt, values) / np.bincount(prompt)
-  found = {'mean': float(np.mean(values)), 'low': None, 'high': None, 'n': len(values)}
-  if len(means) > 1:
-    half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5
-    found |= {'low': found['mean'] - half, 'high': found['mean'] + half}
+  found = {}
+  lengths = [[len(text) for text in one.texts] for one in (after, before)]
+  for judge in ('score', 'gold'):
+    one, other = getattr(after, judge), getattr(before, judge)
+    if one is not None:
+      outcome = outcomes(one, other)
+      found[f'win_rate_{judge}'] = win_rate(outcome, after.prompt, seed)
+      found[f'lc_win_rate_{judge}'] = length_controlled(
+        outcome, *map(np.array, lengths), after.prompt, seed
+      )
   return found
 
 
@@ -172,12 +179,19 @@ def _figures(sampled: Sampled) -> dict[str, Any]:
     'length': float(mask.sum(1).mean()),
     'segments': float(e.segments.num_segments.mean()),
     'eos_rate': float(e.rollout.finished.mean()),
+    **repetition.figures(_content(e)),
   }
   if sampled.score is not None:
     figures['score'] = interval(sampled.score, sampled.prompt)
   if sampled.gold is not None:
     figures['gold'] = interval(sampled.gold, sampled.prompt)
   return figures
+
+
+def _content(e: Experience) -> list[np.ndarray]:
+  """The tokens of each response, without the stop token."""
+  rows = zip(e.rollout.response_ids, e.rollout.response_mask, e.rollout.finished, strict=True)
+  return [ids[mask][: int(mask.sum()) - int(finished)] for ids, mask, finished in rows]
 
 
 def boundary_f1(
@@ -231,10 +245,17 @@ def _keep_responses(sampled: dict[str, Sampled], kept: SampleLog, most: int) -> 
 _LABELS = {
   'gold': ('gold reward, mean [95 % interval]', 3),
   'score': ("reward model's score, mean [95 % interval]", 3),
+  'win_rate_gold': ('win rate by gold reward', 3),
+  'lc_win_rate_gold': ('  at equal length', 3),
+  'win_rate_score': ("win rate by reward model's score", 3),
+  'lc_win_rate_score': ('  at equal length', 3),
   'kl_nats': ('KL to the reference, nats per response', 2),
   'length': ('length, tokens', 1),
   'segments': ('segments per response', 1),
   'eos_rate': ('responses that end in EOS', 3),
+  'repeated_4grams': ('4-grams that repeat one in the response', 3),
+  'distinct_1': ('distinct tokens, share over responses', 3),
+  'distinct_2': ('distinct pairs of tokens, share', 3),
   'boundary_f1': ('F1 of segment boundaries', 3),
 }
 

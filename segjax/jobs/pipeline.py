@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
 from segjax import processes
 from segjax import settings as typed
-from segjax.data.sources import is_hub_id
-from segjax.jobs import chat, demo, evaluate, normalizer, ppo, reuse, reward, selfcheck, sft
+from segjax.jobs import (
+  answers,
+  chat,
+  demo,
+  evaluate,
+  evaluate_reward,
+  normalizer,
+  paths,
+  ppo,
+  reuse,
+  reward,
+  selfcheck,
+  sft,
+)
 from segjax.jobs.mirror import Nowhere
 from segjax.jobs.stage import Stage, checkpoints
 from segjax.model import sharding
@@ -35,6 +46,7 @@ class Job:
     run: does the work, returns figures.
     sections: the settings that decide its outcome.
     needs: keys that must name a checkpoint or rows.
+    optional: keys that may name one.
     outputs: what it leaves in its directory.
     batches: keys of batches that are split over the devices.
     figures: what of its results stands on its last line.
@@ -44,6 +56,7 @@ class Job:
   run: Callable[[Stage], dict[str, Any]]
   sections: tuple[str, ...]
   needs: tuple[str, ...] = ()
+  optional: tuple[str, ...] = ()
   outputs: tuple[str, ...] = ()
   batches: tuple[str, ...] = ()
   figures: tuple[str, ...] = ()
@@ -98,6 +111,23 @@ JOBS = {
     outputs=('results.json',),
     batches=('evaluate.batch',),
   ),
+  'evaluate_reward': Job(
+    evaluate_reward.run,
+    (*_COMMON, 'reference', 'reward_model', 'shaping', 'compat', 'evaluate_reward'),
+    needs=('reward_model.path', 'data.path'),
+    optional=('reference.path', 'evaluate_reward.pairs', 'evaluate_reward.spans'),
+    outputs=('results.json',),
+    batches=('evaluate_reward.batch',),
+    figures=('pairs_read', 'responses_read'),
+  ),
+  'answers': Job(
+    answers.run,
+    (*_COMMON, 'policy', 'rollout', 'answers'),
+    needs=('policy.path', 'data.path'),
+    outputs=(answers.DIRECTORY,),
+    batches=('answers.batch',),
+    figures=('answered', 'truncated_prompts'),
+  ),
   'selfcheck': Job(selfcheck.run, ('seed',), is_reusable=False),
   'chat': Job(chat.run, ('seed',), is_reusable=False),
 }
@@ -118,9 +148,10 @@ def run(stages: list[Stage], workdir: Path, started: float, name: str = '') -> d
       page.write()
   if not processes.is_first():
     return results
-  if 'evaluate' in results:
-    say('')
-    evaluate.show(results['evaluate'])
+  for name, job in (('evaluate', evaluate), ('evaluate_reward', evaluate_reward)):
+    if name in results:
+      say('')
+      job.show(results[name])
   if {'demo', 'reward', 'evaluate'} <= set(results):
     demo.write_results(stages[0].settings.seed, workdir, results, started)
   return results
@@ -137,14 +168,15 @@ def prepare(
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
   profiling.parse(settings.profile_steps)
-  _check_writable(settings.checkpoint.directory)
+  paths.check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
     wired = wire(name, settings, workdir)
     stage = Stage(name, wired, workdir / name, mesh, mirrored or Nowhere())
     check_batches(name, stage.settings, mesh)
-    for key in JOBS[name].needs:
-      _check_path(key, _get(settings, key), stage.directory)
+    for key in (*JOBS[name].needs, *JOBS[name].optional):
+      for label, path in paths.named(key, _get(settings, key)).items():
+        paths.check(label, path, stage.directory)
     stages.append(stage)
   if {'ppo', 'evaluate'} & set(settings.stages):
     evaluate.functions(settings.evaluate)
@@ -173,8 +205,12 @@ def check_complete(stages: list[Stage]) -> None:
 def missing_keys(stage: Stage) -> list[str]:
   """The keys that the stage needs and nobody has given; the reference may follow the policy."""
   missing = [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
-  if not stage.settings.shaping.reward_model_weight and stage.name != 'normalizer':
+  scores = stage.name in ('normalizer', 'evaluate_reward')
+  if not stage.settings.shaping.reward_model_weight and not scores:
     missing = [key for key in missing if key != 'reward_model.path']
+  given = stage.settings.evaluate_reward
+  if stage.name == 'evaluate_reward' and (given.pairs or given.spans):
+    missing = [key for key in missing if key != 'data.path']
   follows = 'policy.path' in missing and stage.name != 'evaluate'
   return [key for key in missing if not (follows and key == 'reference.path')]
 
@@ -200,7 +236,7 @@ def wire(name: str, settings: Settings, workdir: Path) -> Settings:
   return typed.replace(
     settings,
     **{
-      'policy.path': (made('ppo') or start) if name == 'evaluate' else start,
+      'policy.path': (made('ppo') or start) if name in ('evaluate', 'answers') else start,
       'reference.path': settings.reference.path or ('' if is_alone else start),
       'reward_model.path': made('reward') or settings.reward_model.path,
       'data.path': settings.data.path or rows,
@@ -262,33 +298,6 @@ def _get(settings: Settings, key: str) -> Any:
   return functools.reduce(getattr, key.split('.'), settings)
 
 
-def _check_path(key: str, path: str, directory: Path) -> None:
-  """ValueError unless the path is there, or on a bucket or hub, and outside of `directory`."""
-  if not path or '://' in path or (key == 'critic.init' and path in ppo.CRITICS):
-    return
-  place = Path(path).expanduser()
-  if not place.exists() and not is_hub_id(path):
-    raise ValueError(f'config.{key}={path!r}: no such file or directory, and no hub id.')
-  if place.absolute().is_relative_to(directory.absolute()):
-    raise ValueError(
-      f'config.{key}={path!r} lies in {directory}, which this run writes; give another --workdir.'
-    )
-
-
-def _check_writable(directory: str) -> None:
-  """ValueError unless config.checkpoint.directory can be made, if there is one."""
-  if not directory:
-    return
-  try:
-    epath.Path(directory).mkdir(parents=True, exist_ok=True)
-  except Exception as error:  # each kind of bucket has its own
-    first = str(error).strip().partition('\n')[0]
-    raise ValueError(
-      f'config.checkpoint.directory={directory!r} cannot be made: {first}. A bucket needs its '
-      'package, gs:// `pip install gcsfs`.'
-    ) from error
-
-
 def _sections(stage: Stage, job: Job) -> dict[str, Any]:
   """The settings that the job reads; paths in the working directory as seen from there."""
   values = dataclasses.asdict(stage.settings)
@@ -303,22 +312,24 @@ def _seen_from(workdir: Path, value: Any) -> Any:
 
 def _inputs(stage: Stage, job: Job) -> dict[str, str]:
   """Content of the local files and directories that the stage reads."""
-  paths = {key: _get(stage.settings, key) for key in job.needs}
+  found = {}
+  for key in (*job.needs, *job.optional):
+    found |= paths.named(key, _get(stage.settings, key))
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
-    paths['data.chat_template'] = stage.settings.data.chat_template
+    found['data.chat_template'] = stage.settings.data.chat_template
   # The normalizer job writes segment_reward.json into its own input.
   skip = SEGMENT_REWARD if stage.name == 'normalizer' else ''
   return {
     key: reuse.content_hash(Path(path).expanduser(), skip)
-    for key, path in paths.items()
+    for key, path in found.items()
     if path and Path(path).expanduser().exists()
   }
 
 
 def _outputs(stage: Stage, job: Job) -> dict[str, str]:
-  paths = {name: stage.directory / name for name in job.outputs}
+  found = {name: stage.directory / name for name in job.outputs}
   skip = SEGMENT_REWARD
   if stage.name == 'normalizer':
-    paths = {SEGMENT_REWARD: Path(stage.settings.reward_model.path).expanduser() / SEGMENT_REWARD}
+    found = {SEGMENT_REWARD: Path(stage.settings.reward_model.path).expanduser() / SEGMENT_REWARD}
     skip = ''
-  return {name: reuse.content_hash(path, skip) for name, path in paths.items() if path.exists()}
+  return {name: reuse.content_hash(path, skip) for name, path in found.items() if path.exists()}

@@ -218,8 +218,10 @@ def prompt_limits(
   return Limits(most, most, data.overlong)
 
 
-def pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
-  """The pairs of config.data, tokenised and cut to what the network holds."""
+def pairs(
+  stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig, source: Rows | None = None
+) -> Pairs:
+  """The pairs of config.data, or of `source`, tokenised and cut to what the network holds."""
   compat = stage.settings.compat
   rules = PairRules(
     ratings=stage.name == 'reward' and stage.settings.reward.rating_margin > 0,
@@ -227,7 +229,7 @@ def pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
     keep_identical=compat.pairs_uncleaned,
     without_preamble=compat.without_preamble,
   )
-  return encode_pairs(rows(stage), tokenizer, limits(stage, config), rules)
+  return encode_pairs(source or rows(stage), tokenizer, limits(stage, config), rules)
 
 
 def card(stage: Stage, metrics: dict[str, Any]) -> Card:

@@ -15,13 +15,13 @@ from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.packing import read
 from segjax.rl.losses import bradley_terry
-from segjax.rl.normalizer import relative_position
+from segjax.rl.normalizer import normalize, relative_position
 from segjax.settings import Reward
 from segjax.train import accumulate
 from segjax.train.cutting import Cutter, aggregate, cut
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
-from segjax.types import Packing, Places, PreferenceBatch, Segments, Sequences
+from segjax.types import Normalizer, Packing, Places, PreferenceBatch, Segments, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +152,19 @@ def segment_statistics(
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
   whole = aggregate(score, segments, scorer.cutter.segmentation)
   return jax.vmap(relative_position)(segments), score, segments.end, whole
+
+
+@functools.partial(jax.jit, static_argnames=('scorer', 'std_floor_ratio'))
+def segment_rewards(
+  params: Any,
+  reference: Any,
+  sequences: Sequences,
+  normalizer: Normalizer,
+  *,
+  scorer: Scorer,
+  std_floor_ratio: float | None = None,
+) -> tuple[Float[Array, 'B S'], Segments]:
+  """The normalised score read at every token, which counts where a segment ends; the segments."""
+  score, segments = score_sequences(params, reference, sequences, scorer)
+  one = functools.partial(normalize, std_floor_ratio=std_floor_ratio)
+  return jax.vmap(one, (0, 0, None))(score, segments, normalizer), segments

@@ -1,0 +1,176 @@
+"""Questions of the public judges, and their answers in the form that the judges' tools read.
+
+No model here: `segjax.jobs.answers` asks one. What was checked where:
+
+  AlpacaEval   https://github.com/tatsu-lab/alpaca_eval (README, "model_outputs"): a JSON list of
+               {instruction, output, generator}, with the question's `dataset` handed on
+  MT-Bench     https://github.com/lm-sys/FastChat/blob/main/fastchat/llm_judge/gen_model_answer.py
+               and common.py: JSON lines of {question_id, answer_id, model_id, choices: [{index,
+               turns: [text]}], tstamp}, in a file named by the model
+  Arena-Hard   https://github.com/lmarena/arena-hard-auto, v0.1 (gen_answer.py, gen_judgment.py):
+               the same with turns: [{content, token_len}]
+"""
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from segjax.data.files import Row, excerpt
+from segjax.data.sources import Rows
+
+_NAMESPACE = uuid.UUID('b9f0a6f2-54d3-5a55-9e47-0c9f4a3b2d11')  # of answer ids
+
+# FastChat's temperatures by category of MT-Bench; others there are sampled at 0.7.
+TEMPERATURES = {
+  **{'writing': 0.7, 'roleplay': 0.7, 'stem': 0.1, 'humanities': 0.1},
+  **{'extraction': 0.0, 'math': 0.0, 'coding': 0.0, 'reasoning': 0.0},
+}
+OTHER_TEMPERATURE = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """What is asked, turn by turn; `id` is the judge's, `row` as it was published."""
+
+  id: Any
+  turns: tuple[str, ...]
+  row: Row
+
+  @property
+  def temperature(self) -> float:
+    """FastChat's for the question's category."""
+    return TEMPERATURES.get(self.row.get('category'), OTHER_TEMPERATURE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """The answers to a question's turns, and how many tokens each has."""
+
+  texts: tuple[str, ...]
+  tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """A public judge: how its questions are known and read, how answers are written.
+
+  Attributes:
+    name: of the judge.
+    keys: that its questions have.
+    read: a row -> (id, turns); None where the row is not of its form.
+    write: (question, answer, model's name, time) -> the answer as a row.
+    is_list: the answers are one JSON list in `model_outputs.json`, else JSON lines in NAME.jsonl.
+  """
+
+  name: str
+  keys: str
+  read: Callable[[Row], tuple[Any, list[str]] | None]
+  write: Callable[[Question, Answer, str, float], dict[str, Any]]
+  is_list: bool = False
+
+  def file_name(self, model: str) -> str:
+    """The name under which the judge's tool looks for the answers."""
+    return 'model_outputs.json' if self.is_list else f'{model}.jsonl'
+
+
+def _read_alpaca_eval(row: Row) -> tuple[Any, list[str]] | None:
+  instruction = row.get('instruction')
+  return (instruction, [instruction]) if _is_text(instruction) else None
+
+
+def _read_mt_bench(row: Row) -> tuple[Any, list[str]] | None:
+  turns, number = row.get('turns'), row.get('question_id')
+  is_read = number is not None and isinstance(turns, list) and turns and all(map(_is_text, turns))
+  return (number, turns) if is_read else None
+
+
+def _read_arena_hard(row: Row) -> tuple[Any, list[str]] | None:
+  if row.get('uid') is not None and _is_text(row.get('prompt')):
+    return row['uid'], [row['prompt']]
+  turns, number = row.get('turns'), row.get('question_id')
+  if number is None or not isinstance(turns, list) or not turns:
+    return None
+  texts = [turn.get('content') if isinstance(turn, dict) else None for turn in turns]
+  return (number, texts) if all(map(_is_text, texts)) else None
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str) and bool(value.strip())
+
+
+def _write_alpaca_eval(question: Question, answer: Answer, model: str, time: float):
+  handed_on = {key: question.row[key] for key in ('dataset', 'datasplit') if question.row.get(key)}
+  text = answer.texts[0]
+  return handed_on | {'instruction': question.turns[0], 'output': text, 'generator': model}
+
+
+def _write_mt_bench(question: Question, answer: Answer, model: str, time: float):
+  return _with_choice(question, answer, model, time, list(answer.texts))
+
+
+def _write_arena_hard(question: Question, answer: Answer, model: str, time: float):
+  pairs = zip(answer.texts, answer.tokens, strict=True)
+  turns = [{'content': text, 'token_len': tokens} for text, tokens in pairs]
+  return _with_choice(question, answer, model, time, turns)
+
+
+def _with_choice(question: Question, answer: Answer, model: str, time: float, turns: list[Any]):
+  return {
+    'question_id': question.id,
+    'answer_id': answer_id(question, answer, model),
+    'model_id': model,
+    'choices': [{'index': 0, 'turns': turns}],
+    'tstamp': time,
+  }
+
+
+JUDGES = (
+  Judge('AlpacaEval', 'instruction', _read_alpaca_eval, _write_alpaca_eval, is_list=True),
+  Judge('MT-Bench', 'question_id and turns (texts)', _read_mt_bench, _write_mt_bench),
+  Judge('Arena-Hard', 'uid and prompt', _read_arena_hard, _write_arena_hard),
+)
+
+
+def answer_id(question: Question, answer: Answer, model: str) -> str:
+  """An id that is the same whenever the same model gives the same answer."""
+  parts = [model, str(question.id), *question.turns, *answer.texts]
+  return uuid.uuid5(_NAMESPACE, '\x1f'.join(parts)).hex
+
+
+def read_questions(rows: Rows) -> tuple[Judge, list[Question]]:
+  """(whose questions these are, the questions), known by the fields of the first row.
+
+  Raises:
+    ValueError: the rows are of no judge's form, one differs from the first, or two share an id.
+  """
+  judge = next((judge for judge in JUDGES if judge.read(rows[0]) is not None), None)
+  if judge is None:
+    forms = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGES)
+    raise ValueError(
+      f'{rows.where(0)}: no question of a judge that is known ({forms}); found the keys '
+      f'{", ".join(rows[0]) or "(none)"}.'
+    )
+  questions, seen = [], {}
+  for index, row in enumerate(rows):
+    found = judge.read(row)
+    if found is None:
+      raise ValueError(
+        f'{rows.where(index)}: not a question of {judge.name} ({judge.keys}) as the first row is; '
+        f'found {excerpt(row)}.'
+      )
+    number, turns = found
+    if number in seen and not judge.is_list:
+      raise ValueError(f'{rows.where(index)}: the id {number!r} is that of row {seen[number]} too.')
+    seen[number] = index + 1
+    questions.append(Question(number, tuple(turns), dict(row)))
+  return judge, questions
+
+
+def conversation(question: Question, answers: Sequence[str]) -> list[dict[str, str]]:
+  """The prompt of the turn after those answers: all that was said, and that turn's question."""
+  messages = []
+  for asked, answered in zip(question.turns, answers, strict=False):
+    messages.append({'role': 'user', 'content': asked})
+    messages.append({'role': 'assistant', 'content': answered})
+  return [*messages, {'role': 'user', 'content': question.turns[len(answers)]}]

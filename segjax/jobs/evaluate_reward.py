@@ -1,0 +1,250 @@
+"""A reward model against human judgements: which of two responses, and where in one the errors."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax import processes
+from segjax import settings as typed
+from segjax.data.batches import Pairs, chunks
+from segjax.data.sources import Rows, load_rows
+from segjax.data.spans import EncodedMarked, encode_marked
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.jobs import reward_bench, span_evaluation
+from segjax.jobs import stage as jobs
+from segjax.jobs.stage import Stage
+from segjax.jobs.statistics import wilson
+from segjax.model.llama import LlamaConfig
+from segjax.report.console import table, track
+from segjax.rl.pairs import pair_metrics
+from segjax.train import segment_reward
+from segjax.train.cutting import cutter_of
+from segjax.train.reward_step import Scorer, evaluate_pairs
+from segjax.train.segment_reward import SegmentReward
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+  """The reward model: where it is, what its scores mean, how it scores.
+
+  Attributes:
+    reference: the directory of the model whose entropies cut; None where none is needed.
+    shortest: of the networks that read, the one of the fewest positions.
+  """
+
+  path: Path
+  reference: Path | None
+  meaning: SegmentReward
+  scorer: Scorer
+  tokenizer: ChatTokenizer
+  shortest: LlamaConfig
+
+
+def run(stage: Stage) -> dict[str, Any]:
+  """Judges config.evaluate_reward.pairs, or config.data.path, and config.evaluate_reward.spans.
+
+  Everything is cut and scored as in training, by segment_reward.json beside the weights.
+
+  Returns:
+    The figures, also written to `results.json`: `pairs` (`pair_figures`), `counts` by file,
+    `spans` (`span_evaluation.figures`), and whether the spans' rewards are `normalized`.
+
+  Raises:
+    ValueError: segments are cut by entropy and config.reference.path is empty; a file cannot be
+      read. Both before a network is loaded.
+  """
+  judge = find(stage)
+  sets, marked, counts = read(stage, judge)
+  params = jobs.load(stage, judge.path, judge.scorer.reward, 'scalar')
+  reference = None
+  if judge.reference is not None:
+    reference = jobs.load(stage, judge.reference, judge.scorer.reference, 'language')
+  figures = {
+    'pairs_read': sum(len(pairs) for pairs, _ in sets),
+    'responses_read': len(marked),
+    'counts': counts,
+  }
+  if sets:
+    scored = [pair_scores(stage, params, reference, pairs, judge.scorer) for pairs, _ in sets]
+    figures['pairs'] = pair_figures(
+      np.concatenate(scored),
+      [name for _, names in sets for name in names],
+      np.concatenate([pairs.truncated for pairs, _ in sets]),
+    )
+  if marked:
+    normalizer = jax.tree.map(jnp.float32, judge.meaning.normalizer)
+    rewards = span_evaluation.rewards_of(stage, params, reference, marked, judge.scorer, normalizer)
+    figures['spans'] = span_evaluation.figures(marked, rewards, stage.settings.seed)
+    figures['spans']['normalized'] = judge.meaning.normalizer_kind != 'none'
+  if processes.is_first():
+    text = json.dumps(figures, indent=2) + '\n'
+    (stage.directory / 'results.json').write_text(text, encoding='utf-8')
+  return figures
+
+
+def read(
+  stage: Stage, judge: Judge
+) -> tuple[list[tuple[Pairs, list[str]]], list[EncodedMarked], dict[str, dict[str, int]]]:
+  """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
+  s = stage.settings
+  sets, marked, counts = [], [], {}
+  for path in s.evaluate_reward.pairs or ((s.data.path,) if s.data.path else ()):
+    pairs, rows = read_pairs(stage, judge, path)
+    sets.append((pairs, [subset_of(rows, int(row)) for row in pairs.row]))
+    counts[path] = pairs.counts
+  if path := s.evaluate_reward.spans:
+    rows = load_rows(path, s.data.split, s.data.limit)
+    limits = jobs.limits(stage, judge.shortest)
+    marked, counts[path] = encode_marked(rows, judge.tokenizer, limits)
+    stage.say(f'{path}: {_described(counts[path])}, {len(marked)} responses judged')
+  return sets, marked, counts
+
+
+def find(stage: Stage) -> Judge:
+  """config.reward_model, and config.reference where it is needed. Loads no weights."""
+  s = stage.settings
+  path = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
+  stored, named = segment_reward.read(path), s.reward_model
+  if not named.normalizer and (stored is None or stored.normalizer is None):
+    named = dataclasses.replace(named, normalizer='none')  # pairs need none
+    if s.evaluate_reward.spans:
+      stage.say('no normaliser has been fitted: spans are ranked by raw scores')
+  reference = jobs.checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
+  meaning = segment_reward.resolve(named, path, reference or path)
+  tokenizer = jobs.tokenizer_of(stage, path)
+  cutter = cutter_of(meaning.segmentation, tokenizer)
+  config = jobs.network(stage, path)
+  networks = [config]
+  if cutter.needs_entropy:
+    if reference is None:
+      raise ValueError(
+        'config.reference.path is empty, and this reward model cuts where the entropy of its '
+        'reference is high; give the SFT model that it was trained with.'
+      )
+    networks.append(jobs.network(stage, reference))
+  return Judge(
+    path=path,
+    reference=reference if cutter.needs_entropy else None,
+    meaning=meaning,
+    scorer=Scorer(config, networks[-1], cutter),
+    tokenizer=tokenizer,
+    shortest=min(networks, key=lambda network: network.max_position_embeddings),
+  )
+
+
+def read_pairs(stage: Stage, judge: Judge, path: str) -> tuple[Pairs, Rows]:
+  """The pairs of one file, cut as in training, and its rows; says what was cut and dropped."""
+  settings = typed.replace(stage.settings, **{'data.path': path})
+  one = dataclasses.replace(stage, settings=settings)
+  rows = jobs.rows(one)
+  pairs = jobs.pairs(one, judge.tokenizer, judge.shortest, rows)
+  stage.say(f'{path}: {_described(pairs.counts)}, {len(pairs)} pairs judged')
+  return pairs, rows
+
+
+def subset_of(rows: Rows, index: int) -> str:
+  """What a pair is counted under: its `subset` as RewardBench has it, its `source`, or its file."""
+  row = rows[index]
+  return str(row.get('subset') or row.get('source') or rows.name)
+
+
+def pair_scores(
+  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: Scorer
+) -> np.ndarray:
+  """(score of chosen, of rejected, length of each in tokens), [N, 4], on the host."""
+  size, found = stage.settings.evaluate_reward.batch, []
+  total = -(-len(pairs) // size)
+  for rows, real in track(stage.name, chunks(len(pairs), size), total, 'pairs'):
+    score = evaluate_pairs(params, reference, pairs.gather(rows, stage.place), scorer=scorer)
+    found.append(processes.fetch(score)[:real])
+  lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
+  return np.column_stack([np.concatenate(found), *lengths])
+
+
+def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) -> dict[str, Any]:
+  """Figures of all pairs, of those that were not cut, of each subset; RewardBench's sections.
+
+  Args:
+    scored: as `pair_scores` gives it.
+    subsets: what each pair is counted under.
+    truncated: whether it was cut to length.
+
+  Returns:
+    `all`, `untruncated` (None if none is), `subsets` by name: `rl.pairs.pair_metrics`, where the
+    accuracy has its Wilson interval; `reward_bench`: see `reward_bench.scores`.
+  """
+  names = np.array(subsets)
+  by_name = {name: _figures(scored[names == name]) for name in sorted(set(subsets))}
+  accuracies = {name: found['accuracy']['mean'] for name, found in by_name.items()}
+  return {
+    'all': _figures(scored),
+    'untruncated': _figures(scored[~truncated]) if not truncated.all() else None,
+    'truncated': int(truncated.sum()),
+    'subsets': by_name,
+    'reward_bench': reward_bench.scores(accuracies),
+  }
+
+
+def _figures(scored: np.ndarray) -> dict[str, Any]:
+  chosen, rejected = scored[:, :2].T.astype(np.float32)
+  lengths = (x.astype(np.int32) for x in scored[:, 2:].T)
+  found = pair_metrics(*map(jnp.asarray, (chosen, rejected, *lengths)))
+  values = {name: float(value) for name, value in found.items()}
+  n = len(scored)
+  low, high = wilson(values['accuracy'] * n, n)
+  return values | {'accuracy': {'mean': values['accuracy'], 'low': low, 'high': high, 'n': n}}
+
+
+def _described(counts: dict[str, int]) -> str:
+  return ', '.join(f'{v} {k.replace("_", " ")}' for k, v in counts.items() if v)
+
+
+def show(figures: dict[str, Any]) -> None:
+  """Prints the figures of `run` as tables."""
+  if 'pairs' in figures:
+    _show_pairs(figures['pairs'])
+  if 'spans' in figures:
+    _show_spans(figures['spans'])
+
+
+def _show_pairs(found: dict[str, Any]) -> None:
+  groups = {**found['subsets'], 'all': found['all']}
+  if found['untruncated'] and found['truncated']:
+    groups['all that were not cut'] = found['untruncated']
+  rows = [
+    (
+      name[:30],
+      str(one['accuracy']['n']),
+      _cell(one['accuracy']),
+      *(f'{one[key]:.3f}' for key in ('longer_wins', 'margin', 'calibration_error')),
+    )
+    for name, one in groups.items()
+  ]
+  columns = ('', 'pairs', 'accuracy [95 %]', 'longer wins', 'margin', 'calibration error')
+  table('Pairs: how often the preferred response scores higher', columns, rows)
+  if sections := found['reward_bench']:
+    rows = [(name, f'{value:.3f}') for name, value in sections.items()]
+    table('RewardBench', ('section', 'accuracy'), rows)
+
+
+def _show_spans(found: dict[str, Any]) -> None:
+  groups = {'all types': found, **found['types']}
+  rows = [
+    (name[:30], str(one['spans']), _cell(one['auc']), _cell(one['auc_within']))
+    for name, one in groups.items()
+  ]
+  columns = ('', 'spans', 'AUC [95 %]', 'within a response')
+  table('Marked errors: do low segment rewards find their characters?', columns, rows)
+
+
+def _cell(value: dict[str, Any]) -> str:
+  if value['mean'] is None:
+    return ''
+  if value['low'] is None:
+    return f'{value["mean"]:.3f}'
+  return '{mean:.3f} [{low:.3f}, {high:.3f}]'.format(**value)
