@@ -287,7 +287,7 @@ class Evaluate:
 class EvaluateReward:
   """A reward model against human judgements: of pairs, and of spans of a response."""
 
-  pairs: tuple[str, ...] = ()  # files or hub ids of pairs; empty: config.data.path alone
+  pairs: str = ''  # files or hub ids of pairs, joined by commas; empty: config.data.path alone
   spans: str = ''  # a file or hub id of responses with marked errors
   batch: int = 64  # pairs, or marked responses, at once
 

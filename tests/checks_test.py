@@ -30,6 +30,9 @@ PRESETS = [
   ('normalizer', 'local'),
   ('evaluate', 'demo'),
   ('evaluate', 'local'),
+  ('evaluate_reward', 'local'),
+  ('evaluate_reward', 'default,bandit'),
+  ('answers', 'default'),
 ]
 
 

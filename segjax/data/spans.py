@@ -174,7 +174,7 @@ def _question(row: Row, where: str) -> str:
   is_text = isinstance(question, str) and isinstance(passages, list)
   if not is_text or not all(isinstance(p, list) and all(map(_is_text, p)) for p in passages):
     raise ValueError(f'{where}: `question` must be a string and `passages` lists of strings.')
-  joined = '\n\n'.join(' '.join(passage) for passage in passages)
+  joined = '\n'.join(' '.join(passage) for passage in passages)
   return f'Passages:\n{joined}\n\nQuestion: {question}'
 
 

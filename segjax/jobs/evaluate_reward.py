@@ -15,7 +15,7 @@ from segjax.data.batches import Pairs, chunks
 from segjax.data.sources import Rows, load_rows
 from segjax.data.spans import EncodedMarked, encode_marked
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import reward_bench, span_evaluation
+from segjax.jobs import paths, reward_bench, span_evaluation
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.jobs.statistics import wilson
@@ -93,7 +93,7 @@ def read(
   """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
   s = stage.settings
   sets, marked, counts = [], [], {}
-  for path in s.evaluate_reward.pairs or ((s.data.path,) if s.data.path else ()):
+  for path in paths.split(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     pairs, rows = read_pairs(stage, judge, path)
     sets.append((pairs, [subset_of(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
@@ -218,14 +218,14 @@ def _show_pairs(found: dict[str, Any]) -> None:
     groups['all that were not cut'] = found['untruncated']
   rows = [
     (
-      name[:30],
+      name[:27],
       str(one['accuracy']['n']),
       _cell(one['accuracy']),
       *(f'{one[key]:.3f}' for key in ('longer_wins', 'margin', 'calibration_error')),
     )
     for name, one in groups.items()
   ]
-  columns = ('', 'pairs', 'accuracy [95 %]', 'longer wins', 'margin', 'calibration error')
+  columns = ('', 'pairs', 'accuracy [95 %]', 'longer wins', 'margin', 'ECE')
   table('Pairs: how often the preferred response scores higher', columns, rows)
   if sections := found['reward_bench']:
     rows = [(name, f'{value:.3f}') for name, value in sections.items()]

@@ -7,12 +7,19 @@ from etils import epath
 from segjax.data.sources import is_hub_id
 from segjax.jobs import ppo
 
+LISTS = ('evaluate_reward.pairs',)  # keys whose paths are joined by commas
 
-def named(key: str, value: str | tuple[str, ...]) -> dict[str, str]:
-  """The paths of a key, each under its own name: those of a list are numbered."""
-  if isinstance(value, str):
+
+def named(key: str, value: str) -> dict[str, str]:
+  """The paths of a key, each under its own name: those of a list are numbered from 0."""
+  if key not in LISTS:
     return {key: value}
-  return {f'{key}[{number}]': path for number, path in enumerate(value)}
+  return {f'{key}[{number}]': path for number, path in enumerate(split(value))}
+
+
+def split(value: str) -> list[str]:
+  """The paths of a list."""
+  return [path.strip() for path in value.split(',') if path.strip()]
 
 
 def check(key: str, path: str, directory: Path) -> None:

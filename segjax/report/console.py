@@ -24,7 +24,7 @@ def say(text: str, stage: str = '') -> None:
   """
   if not processes.is_first():
     return
-  tqdm.write(f'{stage:<{_COLUMN}}{text}' if stage else text, file=sys.stdout)
+  tqdm.write(f'{stage:<{_COLUMN - 1}} {text}' if stage else text, file=sys.stdout)
   sys.stdout.flush()
 
 
@@ -34,7 +34,7 @@ class ProgressBar:
   def __init__(self, stage: str, total: int, start: int = 0):
     self.stage = stage
     self._on_terminal = sys.stdout.isatty() and processes.is_first()
-    self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN}}', 'bar_format': _BAR}
+    self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN - 1}} ', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
     self._bar = tqdm(

@@ -6,19 +6,9 @@ import pytest
 
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import evaluate
+from segjax.jobs.evaluate import Sampled
 from segjax.settings import Evaluate
 from segjax.types import Experience, Rollout, Segments
-
-
-def test_interval_is_that_of_the_prompts_means():
-  # Two prompts have the means 1 and 4, whose standard error is (3 / sqrt 2) / sqrt 2 = 1.5.
-  found = evaluate.interval(np.array([0.0, 2, 4, 4]), np.array([0, 0, 1, 1]))
-  assert found['mean'] == 2.5 and found['n'] == 4
-  np.testing.assert_allclose([found['low'], found['high']], [2.5 - 2.94, 2.5 + 2.94], rtol=1e-12)
-
-
-def test_interval_of_one_prompt_says_nothing():
-  assert evaluate.interval(np.array([1.0, 2]), np.array([0, 0]))['low'] is None
 
 
 def test_functions_are_found_by_name():
@@ -68,8 +58,33 @@ def test_boundary_f1_without_any_boundary_is_zero():
 def test_figures_fit_a_page(capsys):
   one = {'mean': -0.5, 'low': -0.61, 'high': -0.4, 'n': 3}
   figures = {'gold': one, 'kl_nats': -1e-9, 'length': 10.0, 'segments': 2.0, 'eos_rate': 1.0}
-  evaluate.show({'before': figures | {'boundary_f1': 0.96}, 'after': figures})
+  wins = {'win_rate_gold': one, 'lc_win_rate_score': one, 'repeated_4grams': 0.125}
+  evaluate.show({'before': figures | {'boundary_f1': 0.96}, 'after': figures | wins})
   out = capsys.readouterr().out
   assert '-0.500 [-0.610, -0.400]' in out
+  assert 'win rate by gold reward' in out and '0.125' in out
   assert '0.960' in out and '-0.00 ' not in out
   assert max(map(len, out.splitlines())) <= 100
+
+
+def _sampled(score, gold, texts):
+  prompt = np.arange(len(texts)) // 2
+  scores = None if score is None else np.array(score)
+  return Sampled(None, scores, prompt, [''] * len(texts), texts, np.array(gold))
+
+
+def test_comparison_has_both_judges_and_ties_count_half():
+  after = _sampled([1.0, 2, 3, 4], [1.0, 0, 1, 1], ['a', 'bb', 'c', 'dd'])
+  before = _sampled([0.0, 2, 4, 3], [0.0, 0, 0, 0], ['a', 'b', 'c', 'd'])
+  found = evaluate.compare(after, before, 0)
+  assert found['win_rate_score']['mean'] == (1 + 0.5 + 0 + 1) / 4
+  assert found['win_rate_gold']['mean'] == (1 + 0.5 + 1 + 1) / 4
+  assert set(found) == {f'{lc}win_rate_{j}' for lc in ('', 'lc_') for j in ('score', 'gold')}
+
+
+def test_comparison_with_itself_is_even_and_without_a_score_has_none():
+  one = _sampled(None, [1.0, 3], ['long', 's'])
+  found = evaluate.compare(one, one, 0)
+  assert set(found) == {'win_rate_gold', 'lc_win_rate_gold'}
+  assert found['win_rate_gold']['mean'] == 0.5
+  assert found['lc_win_rate_gold']['mean'] == pytest.approx(0.5, abs=1e-9)

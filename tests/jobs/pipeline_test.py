@@ -53,6 +53,13 @@ def test_one_job_reads_what_the_config_names(small):
     (('sft',), {'policy.path': 'a/b/c'}, "config.policy.path='a/b/c': no such file or directory"),
     (('ppo',), {'critic.init': 'reference'}, "config.critic.init='reference': no such file"),
     (('sft',), {'data.path': 'rows.jsonl'}, "config.data.path='rows.jsonl'"),
+    (('answers',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere': no such file"),
+    (
+      ('evaluate_reward',),
+      {'evaluate_reward.pairs': 'a/b, /nowhere'},
+      r"config.evaluate_reward.pairs\[1\]='/nowhere': no such file",
+    ),
+    (('evaluate_reward',), {'evaluate_reward.spans': '/no'}, 'config.evaluate_reward.spans='),
     (('evaluate',), {'evaluate.gold': 'segjax.rl:nothing'}, "config.evaluate.gold='segjax.rl:not"),
     (('evaluate',), {'evaluate.gold': 'no_such_module:f'}, "it is 'module:function'"),
     (('evaluate',), {'evaluate.boundary': 'nonsense'}, 'config.evaluate.boundary'),
@@ -73,6 +80,8 @@ def test_wrong_paths_and_functions_stop_before_anything_starts(
     ('normalizer', 'normalizer.batch', 9, 'use 8 or 12'),
     ('ppo', 'ppo.minibatch', 2, 'config.ppo.minibatch=2'),
     ('evaluate', 'evaluate.batch', 5, 'use 4 or 8'),
+    ('evaluate_reward', 'evaluate_reward.batch', 5, 'use 4 or 8'),
+    ('answers', 'answers.batch', 5, 'use 4 or 8'),
   ],
 )
 def test_batch_that_does_not_divide_over_the_mesh(small, stage, key, size, message):
@@ -94,6 +103,8 @@ def test_later_stages_are_checked_before_the_first(small):
     (('normalizer',), ['reward_model.path', 'reference.path', 'data.path']),
     (('ppo',), ['policy.path', 'reward_model.path', 'data.path']),
     (('evaluate',), ['policy.path', 'reference.path', 'reward_model.path', 'data.path']),
+    (('evaluate_reward',), ['reward_model.path', 'data.path']),
+    (('answers',), ['policy.path', 'data.path']),
     (JOBS, []),
   ],
 )
