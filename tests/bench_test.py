@@ -86,3 +86,9 @@ def test_saving(bench, tmp_path):
 def test_logging(bench):
   record = bench('logging', '--steps=200')
   assert record['metrics'] > 50 and record['microseconds'] > 0
+
+
+def test_report(bench):
+  record = bench('report', '--steps=20', '--responses=10', '--tokens=20', '--long=1')
+  assert record['benchmark'] == 'report' and 0 < record['megabytes'] < 1
+  assert record['write_seconds'] > 0 and (record['open_seconds'] or 1) > 0

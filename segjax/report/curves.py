@@ -65,7 +65,7 @@ def of_stage(directory: Path) -> Charts:
   steps, series = read(directory / FILE)
   main = [*_mains(directory.name, steps, series), *_fits(directory), *_histograms(directory)]
   shown = {name for _, names in MAIN for name in names if name in series}
-  rest = sorted(name for name in series if name not in shown)
+  rest = sorted((name for name in series if name not in shown), key=lambda n: (_prefix(n), n))
   groups = []
   for prefix, names in itertools.groupby(rest, key=_prefix):
     charts = [_curve(directory.name, name, steps, {name: series[name]}) for name in names]

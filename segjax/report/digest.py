@@ -64,7 +64,7 @@ def figures(workdir: Path, names: Sequence[str]) -> list[Figure]:
       if y := [x for x in series.get(name, []) if x == x]:
         few = max(1, len(y) // 20)
         first, last = sum(y[:few]) / few, sum(y[-few:]) / few
-        found.append(Figure(label, curves.formatted(last), f'at first {curves.formatted(first)}'))
+        found.append(Figure(label, f'{last:z,.2f}', f'at first {first:z,.2f}'))
   if 'reward' in names:
     results = _json(workdir / 'reward' / _STAGE).get('results', {})
     if (accuracy := results.get('held_out_accuracy')) is not None:
@@ -97,9 +97,9 @@ def _evaluated(results: dict[str, Any]) -> Iterator[Figure]:
   for label, name in (('Gold reward, held out', 'gold'), ('Reward score, held out', 'score')):
     if name in before and name in after:
       low, high = after[name].get('low'), after[name].get('high')
-      sure = f' [{low:.3f}, {high:.3f}]' if low is not None else ''
-      note = f'before PPO {curves.formatted(before[name]["mean"])}'
-      yield Figure(label, curves.formatted(after[name]['mean']), f'{sure} {note}'.strip())
+      sure = f', 95 % [{low:.2f}, {high:.2f}]' if low is not None else ''
+      note = f'before PPO {before[name]["mean"]:z,.2f}{sure}'
+      yield Figure(label, f'{after[name]["mean"]:z,.2f}', note)
 
 
 def _of(record: dict[str, Any], name: str) -> str:

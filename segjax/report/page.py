@@ -5,6 +5,7 @@ What is on it comes from what the run writes anyway: `curves`, `digest` and `tab
 
 import base64
 import datetime
+import functools
 import hashlib
 import importlib.resources
 import time
@@ -42,6 +43,7 @@ class Page:
   ):
     self._workdir, self._name, self._stages, self._clock = workdir, name, list(stages), clock
     self._due = clock() + _FIRST
+    _template()
     self._charts: dict[str, tuple[Any, curves.Charts]] = {}
 
   def __enter__(self) -> 'Page':
@@ -115,8 +117,7 @@ def rendered(**content: Any) -> str:
   """The page of what the template asks for; all text is escaped."""
   import jinja2
 
-  folder = importlib.resources.files('segjax.report') / 'template'
-  text = {file.name: file.read_text(encoding='utf-8').strip() for file in folder.iterdir()}
+  text = _template()
   style, script = text['page.css'], f'{text["page.js"]}\n\n{text["tokens.js"]}'
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -138,6 +139,13 @@ def rendered(**content: Any) -> str:
     | {'written': now.strftime('%Y-%m-%d %H:%M'), 'isotime': now.isoformat(timespec='seconds')}
     | content
   )
+
+
+@functools.cache
+def _template() -> dict[str, str]:
+  """The files of the template, read once: a run does not see them change."""
+  folder = importlib.resources.files('segjax.report') / 'template'
+  return {file.name: file.read_text(encoding='utf-8').strip() for file in folder.iterdir()}
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """Segments of given texts: entropies, cuts and scores, against the networks and the loops."""
 
+import base64
+import gzip
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -104,8 +107,12 @@ def test_tool_shows_text_as_text(tool, language):
 
 def test_tool_writes_every_row(tool, language, tmp_path):
   rows, out = language / 'rows' / 'pairs.jsonl.gz', tmp_path / 'scores.jsonl'
-  printed = tool(language / 'model', rows, '--limit=3', f'--out={out}', '--granularity=token')
+  html = tmp_path / 'segments.html'
+  flags = ('--limit=3', f'--out={out}', f'--html={html}', '--granularity=token')
+  printed = tool(language / 'model', rows, *flags)
   assert '3 texts in' in printed
+  data = re.search(r'id="data">([^<]*)<', html.read_text())[1]
+  assert len(json.loads(gzip.decompress(base64.b64decode(data)))) == 3
   lines = [json.loads(line) for line in out.read_text().splitlines()]
   assert [line['response'] for line in lines] == [
     row['chosen'] for row in load_rows(str(rows), limit=3)

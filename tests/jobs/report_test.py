@@ -37,9 +37,47 @@ def samples(workdir, stage):
   return [json.loads(line) for line in lines]
 
 
-def test_a_run_keeps_what_was_said(values, run, tmp_path):
-  results = run(values('ppo', 'evaluate'), tmp_path)
-  found = samples(tmp_path, 'ppo')
+@pytest.fixture
+def stopped(run, tmp_path, monkeypatch):
+  """Runs PPO, but the process is 'stopped' in its fourth step; checkpoints are every second."""
+
+  def go(values, workdir):
+    count, real = [], ppo.rollout
+
+    def rollout(*args, **kwargs):
+      count.append(1)
+      if len(count) > 3:
+        raise KeyboardInterrupt
+      return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(ppo, 'rollout', rollout)
+      run(values, workdir)
+
+  return go
+
+
+def test_a_run_keeps_what_was_said(values, run, stopped, tmp_path):
+  stopped(values('ppo', 'evaluate'), tmp_path / 'kept')
+  html = tmp_path / 'kept' / 'report.html'
+  assert '<li class="stopped">' in html.read_text()
+  run(values('ppo', 'evaluate'), tmp_path / 'kept')
+  assert html.read_text().count('<li class="done">') == 2
+  assert 'Gold reward, held out' in html.read_text()
+  check_training(samples(tmp_path / 'kept', 'ppo'))
+  check_evaluation(samples(tmp_path / 'kept', 'evaluate'))
+
+  # Neither samples nor the page change a bit of what is learned.
+  run(values('ppo', **{'report.every': 0}), tmp_path / 'silent')
+  assert not (tmp_path / 'silent' / 'ppo' / 'samples.jsonl').exists()
+  kept, silent = (
+    (tmp_path / name / 'ppo' / 'model' / 'model.safetensors').read_bytes()
+    for name in ('kept', 'silent')
+  )
+  assert kept == silent
+
+
+def check_training(found):
   assert [one['step'] for one in found] == [0, 0, 0, 2, 2, 2, 3, 3, 3]
   for one in found:
     for segment in one['segments']:
@@ -48,43 +86,14 @@ def test_a_run_keeps_what_was_said(values, run, tmp_path):
       assert segment['score'] is None  # there is no reward model
     assert all(segment['entropy'][0] > 4.5 for segment in one['segments'][1:])
     earned = sum(segment['reward'] for segment in one['segments'])
-    assert one['totals']['length'] <= 8 and earned == pytest.approx(
-      one['totals']['reward'], abs=0.1
-    )
-  before, after = (
-    [one for one in samples(tmp_path, 'evaluate') if one['model'] == name]
-    for name in ('before', 'after')
-  )
+    assert one['totals']['length'] <= 8
+    assert earned == pytest.approx(one['totals']['reward'], abs=0.1)  # the stop token's KL
+
+
+def check_evaluation(found):
+  before, after = ([one for one in found if one['model'] == name] for name in ('before', 'after'))
   assert [one['pair'] for one in before] == [one['pair'] for one in after] == [0, 2, 4, 7]
   assert [one['prompt'] for one in before] == [one['prompt'] for one in after]
   for one in after:
     said = ''.join(segment['text'] for segment in one['segments'])
     assert one['totals']['gold'] == pytest.approx(0.1 * len(said.split()))
-  html = (tmp_path / 'report.html').read_text()
-  assert html.count('<li class="done">') == len(results) == 2
-  assert 'Gold reward, held out' in html
-
-
-def test_samples_change_no_bit_and_none_stands_there_twice(values, run, tmp_path, monkeypatch):
-  run(values('ppo'), tmp_path / 'whole')
-  count, real = [], ppo.rollout
-
-  def stopping(*args, **kwargs):
-    count.append(1)
-    if len(count) > 3:
-      raise KeyboardInterrupt
-    return real(*args, **kwargs)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(ppo, 'rollout', stopping)
-    run(values('ppo'), tmp_path / 'stopped')
-  assert '<li class="stopped">' in (tmp_path / 'stopped' / 'report.html').read_text()
-  run(values('ppo'), tmp_path / 'stopped')
-  run(values('ppo', **{'report.every': 0}), tmp_path / 'silent')
-  assert samples(tmp_path / 'stopped', 'ppo') == samples(tmp_path / 'whole', 'ppo')
-  assert not (tmp_path / 'silent' / 'ppo' / 'samples.jsonl').exists()
-  whole, stopped, silent = (
-    (tmp_path / name / 'ppo' / 'model' / 'model.safetensors').read_bytes()
-    for name in ('whole', 'stopped', 'silent')
-  )
-  assert whole == stopped == silent

@@ -211,6 +211,9 @@ class Table {
     let count = 0;
     for (const [index, segment] of row.segments.entries()) {
       if (count >= most) { text.dataset.left = '1'; break; }
+      // A space before a segment is not coloured: at the end of a line it would be a stripe.
+      const token = segment[0].find((one) => one !== '') ?? '';
+      if (token.startsWith(' ') && token.length > 1) text.append(' ');
       text.append(this.segment(row, segment, index, most - count));
       count += segment[0].length;
       if (count > most) text.dataset.left = '1';
@@ -229,7 +232,8 @@ class Table {
     }
     segment[0].slice(0, most).forEach((token, i) => {
       if (token === '') return; // a part of the character that a later token completes
-      const part = make('span', 'token', escaped(token).replaceAll('\n', '\u21b5\n'));
+      const shown = !node.firstChild && token.length > 1 ? token.replace(/^ /, '') : token;
+      const part = make('span', 'token', escaped(shown).replaceAll('\n', '\u21b5\n'));
       part.tabIndex = -1;
       part.about = { row, segment, index, i };
       if (isEntropy && known(segment[1][i])) {

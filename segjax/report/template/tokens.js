@@ -43,7 +43,7 @@ function showTip(token) {
     say('reward of the segment', signed(segment[3], 3));
     say('a token of it', signed(segment[3] / segment[0].length, 3));
   }
-  tip.replaceChildren(make('div', 'what', JSON.stringify(token.textContent.replaceAll('\u21b5\n', '\n')).replaceAll('\\\\u', '\\u')), list);
+  tip.replaceChildren(make('div', 'what', escaped(JSON.stringify(segment[0][i]))), list);
   tip.hidden = false;
   const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
   const own = tip.getBoundingClientRect();
