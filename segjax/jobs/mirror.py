@@ -106,8 +106,7 @@ class Bucket(Nowhere):
       epath.Path(self._url)
     except KeyError:
       raise ValueError(
-        f'--workdir={self._url}: training states cannot go there; give gs:// or s3://, or a '
-        'directory.'
+        f'--workdir={self._url}: training states cannot go there; give gs:// or a directory.'
       ) from None
 
   def pull(self) -> None:

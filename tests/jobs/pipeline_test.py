@@ -211,3 +211,34 @@ def test_checkpoints_of_a_finished_stage_are_removed(small, run, inputs, fake_jo
   fake_jobs(sft=job)
   run(small('sft', **inputs), tmp_path / 'w')
   assert [p.name for p in (tmp_path / 'w' / 'sft').iterdir()] == ['stage.json']
+
+
+def test_a_kill_at_the_end_of_a_stage_does_not_lose_it(
+  small, run, inputs, fake_jobs, tmp_path, monkeypatch
+):
+  """Its states go once it is known to be finished; those left behind go with the next run."""
+  ran, kept = [], tmp_path / 'w' / 'sft' / 'checkpoints'
+
+  def job(stage):
+    ran.append(stage.name)
+    (kept / '2').mkdir(parents=True)
+    return {}
+
+  def killed(stage):
+    raise KeyboardInterrupt
+
+  fake_jobs(sft=job)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(pipeline, '_drop_states', killed)
+    run(small('sft', **inputs), tmp_path / 'w')
+  assert kept.exists()
+  run(small('sft', **inputs), tmp_path / 'w')
+  assert ran == ['sft'] and not kept.exists()
+
+
+def test_a_run_may_move(small, run, counted, inputs, tmp_path):
+  s = small('sft', 'reward', **inputs)
+  run(s, tmp_path / 'w')
+  (tmp_path / 'w').rename(tmp_path / 'moved')
+  run(s, tmp_path / 'moved')
+  assert counted == ['sft', 'reward']

@@ -10,10 +10,11 @@ from numpy.testing import assert_allclose
 from rl.ragged import LENGTH, make_batch
 
 from segjax.model import sharding
-from segjax.settings import Shaping
+from segjax.settings import PPO, Shaping
 from segjax.train import experience
 from segjax.train.experience import (
   Scores,
+  is_sound,
   join,
   make_experience,
   response_window,
@@ -200,3 +201,20 @@ def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
   for name in ('ref_logprob', 'entropy', 'score', 'value'):
     got, wanted = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))
     assert_allclose(got[mask], wanted[mask], atol=3e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  'kl, reward, bounds, expected',
+  [
+    (9.0, 9.0, {}, True),
+    (2.0, 9.0, {'max_kl': 2.0}, True),
+    (2.1, 0.0, {'max_kl': 2.0}, False),
+    (-2.1, 0.0, {'max_kl': 2.0}, False),  # an estimate may be below zero
+    (0.0, 2.1, {'max_reward': 2.0}, False),
+    (np.nan, 0.0, {}, False),
+    (0.0, np.inf, {}, False),
+  ],
+)
+def test_rollouts_within_bounds_are_sound(kl, reward, bounds, expected):
+  metrics = {'kl': jnp.float32(kl), 'reward_token_max': jnp.float32(reward)}
+  assert bool(is_sound(metrics, PPO(**bounds))) == expected
