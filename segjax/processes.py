@@ -4,6 +4,8 @@ Every process runs the same program on the same settings and sees the same worki
 first writes to it. Everything here is at hand, and does nothing, where there is one process.
 """
 
+import atexit
+import contextlib
 import json
 import os
 import socket
@@ -20,6 +22,7 @@ from segjax import rendezvous
 _BEAT = 5.0  # seconds between two signs of life
 _PATIENCE = 30.0  # seconds without one, after which a process is missing
 _PREFIX = 'segjax/alive/'
+_LINE = 'segjax/line'  # where the first process holds a line to each of the others
 
 _index, _count = 0, 1
 
@@ -90,7 +93,9 @@ def join(
     ) from error
   _index, _count = jax.process_index(), jax.process_count()
   if _count > 1:
-    threading.Thread(target=_watch, daemon=True).start()
+    follow = _hold_lines if is_first() else _watch_line
+    for target in (_watch, follow):
+      threading.Thread(target=target, daemon=True).start()
 
 
 def _is_slurm_step() -> bool:
@@ -136,6 +141,44 @@ def _watch() -> None:
       elif now - heard[index][1] > _PATIENCE:
         silent = now - heard[index][1]
         _end(f'process {index} (pid {sign["pid"]} on {sign["host"]}) is silent for {silent:.0f} s')
+
+
+def _hold_lines() -> None:
+  """Of the first process: a connection to each of the others; it breaks when this one is lost."""
+  lines: list[socket.socket] = []
+
+  def part() -> None:
+    for line in lines:
+      with contextlib.suppress(OSError):
+        line.sendall(b'.')  # an end in order
+
+  atexit.register(part)
+  with socket.create_server(('', 0)) as server:
+    sign = {'port': server.getsockname()[1], 'host': socket.gethostname(), 'pid': os.getpid()}
+    _client().key_value_set(_LINE, json.dumps(sign))
+    while len(lines) < _count - 1:
+      lines.append(server.accept()[0])
+  threading.Event().wait()
+
+
+def _watch_line() -> None:
+  """Ends this process when the first is lost, before jax does, which would not say why."""
+  from jax._src import distributed
+
+  with contextlib.suppress(Exception):  # no line: jax ends it
+    sign = json.loads(_client().blocking_key_value_get(_LINE, int(1000 * _PATIENCE)))
+    host = distributed.global_state.coordinator_address.rpartition(':')[0].strip('[]')
+    line = socket.create_connection((host, sign['port']), timeout=_PATIENCE)
+    line.settimeout(None)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in {'TCP_KEEPIDLE': _BEAT, 'TCP_KEEPINTVL': _BEAT, 'TCP_KEEPCNT': 4}.items():
+      if hasattr(socket, option):  # a host that is lost says nothing; this asks
+        line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), int(value))
+    with contextlib.suppress(OSError):
+      if line.recv(1):
+        return
+    if not sys.is_finalizing():
+      _end(f'process 0 (pid {sign["pid"]} on {sign["host"]}), where the others meet, is gone')
 
 
 def _end(reason: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from segjax import processes, rendezvous
+from segjax.data.batches import batch_indices
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _SMALL = {
@@ -93,22 +94,67 @@ def test_two_end_as_one_and_a_signal_to_one_stops_both(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('number', [2, 4])
-def test_all_stop_where_one_is_killed_and_go_on_bit_for_bit(tmp_path, number):
+@pytest.mark.parametrize('number, lost', [(2, 1), (4, 3), (2, 0)])
+def test_all_stop_where_one_is_killed_and_go_on_bit_for_bit(tmp_path, number, lost):
   assert _end(_start(tmp_path / 'whole', number)) == [0] * number
   started = _start(tmp_path / 'killed', number)
   _wait_for_a_save(tmp_path / 'killed')
-  started[-1].kill()
+  started[lost].kill()
   begun = time.monotonic()
   assert all(_end(started))
   assert time.monotonic() - begun < 60
-  assert (
-    f'process {number - 1} (pid {started[-1].pid} on' in Path(f'{tmp_path}/killed.0').read_text()
-  )
+  for index in set(range(number)) - {lost}:
+    out = Path(f'{tmp_path}/killed.{index}').read_text()
+    assert f'process {lost} (pid {started[lost].pid} on' in out, out[-3000:]
   assert _end(_start(tmp_path / 'killed', number)) == [0] * number
   assert _losses(tmp_path / 'killed') == _losses(tmp_path / 'whole')
   weights = [tmp_path / name / 'sft/model/model.safetensors' for name in ('killed', 'whole')]
   assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+_ROWS = """
+import json, sys
+import jax, numpy as np
+from segjax import processes
+from segjax.data.batches import batch_indices
+from segjax.model.sharding import make_mesh, place_batch
+processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 60)
+mesh, found = make_mesh(data=jax.device_count()), []
+for step in range(4):
+  placed = place_batch(batch_indices(16, 8, 0, step), mesh)
+  found.append([[s.index[0].start or 0, s.data.tolist()] for s in placed.addressable_shards])
+print(json.dumps(found))
+"""
+
+
+def _rows(number):
+  """Of every step, what each process holds: (where in the batch it begins, rows)."""
+  address, environment = f'localhost:{_port()}', os.environ | {'XLA_FLAGS': ''}
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', _ROWS, address if number > 1 else '', str(number), str(index)],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=REPOSITORY,
+      env=environment,
+    )
+    for index in range(number)
+  ]
+  outs = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+  return [[shard for out in outs for shard in out[step]] for step in range(4)]
+
+
+@pytest.mark.parametrize('number', [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_hold_disjoint_rows_in_one_order(number):
+  """However many there are, a step is the same rows, each held once; an epoch is each row once."""
+  held = _rows(number)
+  for step, shards in enumerate(held):
+    assert len(shards) == number and {len(rows) for _, rows in shards} == {8 // number}
+    joined = [row for _, rows in sorted(shards) for row in rows]
+    assert joined == batch_indices(16, 8, 0, step).tolist()
+  for first in (0, 2):
+    epoch = [row for shards in held[first : first + 2] for _, rows in shards for row in rows]
+    assert sorted(epoch) == list(range(16))
 
 
 def _meet(indices, number, timeout=1.0):
