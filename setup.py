@@ -24,7 +24,7 @@ setup(
     'jax>=0.10.1',
     'jaxtyping',  # array shapes in signatures
     'jinja2',  # chat templates, which transformers does not pull in, and report.html
-    'matplotlib',  # the curves of report.html
+    'matplotlib',  # curves in report.html and in model cards
     'ml_collections>=1.1',  # configs
     'ml_dtypes',  # bfloat16 in numpy
     'numpy',

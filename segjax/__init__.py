@@ -1,1 +1,39 @@
-"""segjax: segment-level RLHF for Llama-3 in JAX and Flax."""
+"""segjax: segment-level RLHF for Llama-3 in JAX and Flax.
+
+  from segjax import rl                       the method, one pure function per equation
+  segjax.load_policy(path)                    sample, log-probs, segments: see `segjax.api`
+  segjax.load_reward_model(path, reference)   scores of segments
+
+Importing segjax imports nothing else; each of these comes when it is first asked for.
+"""
+
+from typing import Any
+
+__all__ = ['load_policy', 'load_reward_model', 'rl']
+
+_FROM_API = ('load_policy', 'load_reward_model')
+
+
+def __getattr__(name: str) -> Any:
+  import importlib
+
+  if name in _FROM_API:
+    return getattr(importlib.import_module('segjax.api'), name)
+  if name == 'rl':
+    return importlib.import_module('segjax.rl')
+  if name == '__version__':
+    return _version()
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *__all__, '__version__']
+
+
+def _version() -> str:
+  from importlib import metadata
+
+  try:
+    return metadata.version('segjax')
+  except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    return 'unknown'

@@ -10,6 +10,7 @@ _STARTED = time.time()
 
 import os  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -81,13 +82,15 @@ def main(_: list[str]) -> None:
   )
 
   from segjax.jobs import dry_run, pipeline, preemption
+  from segjax.jobs.stage import Command
   from segjax.model.sharding import make_mesh
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   say(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
   workdir, mirrored = _workdir(named, settings)
-  stages = pipeline.prepare(settings, workdir, mesh, mirrored)
+  line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
+  stages = pipeline.prepare(settings, workdir, mesh, mirrored, Command(name, line))
   if _DRY_RUN.value:
     dry_run.run(settings, stages)
     return

@@ -182,3 +182,27 @@ def test_demo_from_nothing(tmp_path):
   assert set(accuracy) == {'held_out', 'best_possible'}
   assert 0.5 < accuracy['best_possible'] <= 1
   assert json.loads((tmp_path / 'config.json').read_text())['ppo']['steps'] == 2
+  _check_cards(tmp_path, few)
+
+
+def _check_cards(workdir, few):
+  """Every trained model says how it was made, in a card that the hub reads."""
+  import huggingface_hub
+
+  for model, curve in (
+    *(('sft/model', 'loss'), ('reward/model', 'accuracy')),
+    *(('ppo/model', 'kl'), ('ppo/critic', 'kl')),
+  ):
+    directory = workdir / model
+    record = json.loads((directory / 'segjax_config.json').read_text())
+    stage = model.partition('/')[0]
+    assert (record['stage'], record['recipe']) == (stage, 'configs/ppo.py')
+    assert record['command'].startswith('python -m segjax.main --compilation_cache= --config=conf')
+    assert record['command'].endswith(few[-1])
+    assert record['settings'][stage]['steps'] == 2
+    assert 0 < record['data']['used'] <= record['data']['rows']
+    assert any(curve in name for name in record['metrics'])
+    assert (directory / 'curves.png').read_bytes().startswith(b'\x89PNG')
+    card = huggingface_hub.ModelCard.load(directory / 'README.md')
+    assert card.data.stage == stage and card.data.eval_results
+    assert '](curves.png)' in card.text and record['command'] in card.text

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILE = 'README.md'
+FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
+ABOUT = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
 
 _HUB_ID = r'[\w.-]+/[\w.-]+'
 _PAPER = 'https://arxiv.org/abs/2501.02790'
@@ -29,6 +30,9 @@ class Card:
     metrics: finite numbers by name; others are left out.
     dataset: what the metrics were measured on.
     license: the hub's identifier, such as llama3; 'other' with a name and a link.
+    record: how the model was made, for segjax_config.json; see `jobs.provenance`. The card shows
+      its `command`, `data`, `versions`, `commit`, `seed`, `devices` and `settings`.
+    curves: a PNG of its metrics.
   """
 
   base_model: str = ''
@@ -39,6 +43,8 @@ class Card:
   license: str = ''
   license_name: str = ''
   license_link: str = ''
+  record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  curves: bytes = b''
 
 
 def inherited(source: str | Path, directory: Path) -> Card:
@@ -61,31 +67,108 @@ def merged(base: Card, over: Card) -> Card:
 
 
 def write(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
-  """Writes README.md.
+  """Writes README.md, and segjax_config.json and curves.png where the card has them.
+
+  Those that lie in the directory already, as after an import, are shown as the card's own.
 
   Args:
     name: of the model, in title and snippet.
     head: 'language' or 'scalar'.
     with_template: whether a chat template comes with the tokenizer.
   """
+  _write_files(directory, card)
+  card = _with_record(card, _record(directory))
   task = 'text-generation' if head == 'language' else 'text-classification'
   metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
   lines = ['---', *_front_matter(card, name, task, metrics), '---', '', f'# {name}', '']
   what = 'language model' if head == 'language' else 'model with a scalar head'
-  origin = f', made from `{card.base_model}`' if card.base_model else ''
+  origin = f', made from {_code(card.base_model)}' if card.base_model else ''
   lines += [
     f'A Llama {what}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
     '',
     *([f'Stage: {card.stage}', ''] if card.stage else []),
-    *([f'Recipe: `{card.recipe}`', ''] if card.recipe else []),
+    *([f'Recipe: {_code(card.recipe)}', ''] if card.recipe else []),
+    *_fenced(card.record.get('command'), 'bash'),
   ]
+  if (directory / CURVES).is_file():
+    lines += [f'![metrics of the training, by step]({CURVES})', '']
   if metrics:
-    on = f' ({card.dataset})' if card.dataset else ''
+    on = f' ({_cell(card.dataset)})' if card.dataset else ''
     lines += ['## Figures', '', f'| metric{on} | value |', '|---|---|']
-    lines += [f'| {key} | {value:.6g} |' for key, value in metrics.items()] + ['']
+    lines += [f'| {_cell(key)} | {value:.6g} |' for key, value in metrics.items()] + ['']
   snippet = _SCORE if head == 'scalar' else _CHAT if with_template else _COMPLETE
   lines += ['## Usage', '', '```python', snippet.replace('NAME', json.dumps(name)), '```', '']
+  lines += _provenance(card.record)
   (directory / FILE).write_text('\n'.join(lines), encoding='utf-8')
+
+
+def _write_files(directory: Path, card: Card) -> None:
+  if card.record:
+    text = json.dumps(card.record, indent=2) + '\n'
+    (directory / RECORD).write_text(text, encoding='utf-8')
+  if card.curves:
+    (directory / CURVES).write_bytes(card.curves)
+
+
+def _record(directory: Path) -> dict[str, Any]:
+  """What segjax_config.json says, nothing where there is none or it is none of ours."""
+  try:
+    found = json.loads((directory / RECORD).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _with_record(card: Card, record: dict[str, Any]) -> Card:
+  """The card, what it does not say filled in from the record."""
+  data = record.get('data')
+  known = {
+    'stage': record.get('stage'),
+    'recipe': record.get('recipe'),
+    'dataset': data.get('path') if isinstance(data, dict) else None,
+  }
+  texts = {key: value for key, value in known.items() if isinstance(value, str)}
+  metrics = record.get('metrics')
+  metrics = (
+    {k: float(v) for k, v in metrics.items() if _is_finite(v)} if isinstance(metrics, dict) else {}
+  )
+  return merged(Card(**texts, metrics=metrics), dataclasses.replace(card, record=record))
+
+
+def _provenance(record: Mapping[str, Any]) -> list[str]:
+  """What the model was made from and with, and all settings, folded."""
+  rows = []
+  for key in ('data', 'models', 'seed', 'devices', 'versions', 'commit'):
+    value = record.get(key)
+    if isinstance(value, dict):
+      value = ', '.join(f'{k} {v}' for k, v in value.items() if v not in ('', None))
+    if value not in ('', None):
+      rows.append(f'| {key} | {_cell(str(value))} |')
+  lines = ['## Made with', '', '| | |', '|---|---|', *rows, ''] if rows else []
+  if record.get('settings'):
+    settings = _fenced(json.dumps(record['settings'], indent=2), 'json')
+    summary = f'<summary>All settings, as in {RECORD}</summary>'
+    lines += ['<details>', summary, '', *settings, '</details>', '']
+  return lines
+
+
+def _code(text: str) -> str:
+  """A line of code in a sentence, whatever the text has of newlines and backticks."""
+  text = ' '.join(text.split())
+  return f'`` {text} ``' if '`' in text else f'`{text}`'
+
+
+def _cell(text: str) -> str:
+  """Text in a table, where | ends a cell and < would begin a tag."""
+  return ' '.join(text.split()).replace('|', '\\|').replace('<', '&lt;')
+
+
+def _fenced(text: Any, language: str) -> list[str]:
+  """A block of code, in a fence that the text does not have."""
+  if not isinstance(text, str) or not text:
+    return []
+  fence = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
+  return [f'{fence}{language}', text, fence, '']
 
 
 def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]) -> list[str]:
@@ -99,6 +182,7 @@ def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]
     'license_name': card.license_name,
     'license_link': card.license_link,
     'base_model': card.base_model,
+    'datasets': _hub_datasets(card.record),
     'stage': card.stage,
     'recipe': card.recipe,
   }
@@ -112,6 +196,12 @@ def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]
     }
     fields['model-index'] = [{'name': name, 'results': [result]}]
   return [f'{key}: {json.dumps(value)}' for key, value in fields.items() if value]
+
+
+def _hub_datasets(record: Mapping[str, Any]) -> list[str]:
+  """The hub id of the rows, if that is where they came from."""
+  data = record.get('data')
+  return [data['hub']] if isinstance(data, dict) and isinstance(data.get('hub'), str) else []
 
 
 def _metadata(directory: Path) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def export_checkpoint(
       stored.read(jobs, lambda done: progress(done, total))
     if role == 'reward' and (origin / writer.MEANING).is_file():
       shutil.copyfile(origin / writer.MEANING, partial / writer.MEANING)
+    if origin == checkpoint / SOURCE:  # else it is what this was trained from, of another record
+      _carry(origin, partial)
     writer.describe(partial, described, out.name)
   return out
 
@@ -179,8 +181,16 @@ def _describe(directory: Path, source: str | Path, origin: Path, role: str) -> N
     if (origin / name).exists():
       shutil.copyfile(origin / name, directory / SOURCE / name)
   writer.copy_tokenizer(origin, directory / SOURCE)
+  _carry(origin, directory / SOURCE)
   known = {k: v for k, v in vars(cards.inherited(source, origin)).items() if v}
   shards.write_json(directory / DESCRIPTION, {'version': _VERSION, 'role': role} | known)
+
+
+def _carry(source: Path, target: Path) -> None:
+  """Copies what tells how a model was made, byte for byte; the card itself is written anew."""
+  for name in (cards.RECORD, cards.CURVES):
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
 
 
 def _whole(entry: layout.Entry) -> stored.Index:

@@ -44,7 +44,7 @@ COPIED = (
 MEANING = 'segment_reward.json'  # how a reward model's scores are read; written by `train`
 WORDS = {name: word for word, name in DTYPES.items()}  # numpy's dtype to safetensors'
 # What a directory may hold for us to replace it: what we write, and what stands beside it.
-REPLACEABLE = (*COPIED, CONFIG, INDEX, MEANING, cards.FILE)
+REPLACEABLE = (*COPIED, CONFIG, INDEX, MEANING, *cards.ABOUT)
 
 _GENERATION = 'generation_config.json'
 _TEMPLATES = ('chat_template.jinja', 'chat_template.json', 'additional_chat_templates')

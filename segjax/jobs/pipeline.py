@@ -28,7 +28,7 @@ from segjax.jobs import (
   sft,
 )
 from segjax.jobs.mirror import Nowhere
-from segjax.jobs.stage import Stage, checkpoints
+from segjax.jobs.stage import Command, Stage, checkpoints
 from segjax.model import sharding
 from segjax.report import profiling
 from segjax.report.console import say
@@ -158,7 +158,11 @@ def run(stages: list[Stage], workdir: Path, started: float, name: str = '') -> d
 
 
 def prepare(
-  settings: Settings, workdir: Path, mesh: Mesh, mirrored: Nowhere | None = None
+  settings: Settings,
+  workdir: Path,
+  mesh: Mesh,
+  mirrored: Nowhere | None = None,
+  command: Command | None = None,
 ) -> list[Stage]:
   """The stages with their paths; every check that takes no time is made before the first starts.
 
@@ -172,7 +176,9 @@ def prepare(
   stages = []
   for name in settings.stages:
     wired = wire(name, settings, workdir)
-    stage = Stage(name, wired, workdir / name, mesh, mirrored or Nowhere())
+    stage = Stage(
+      name, wired, workdir / name, mesh, mirrored or Nowhere(), command=command or Command()
+    )
     check_batches(name, stage.settings, mesh)
     for key in (*JOBS[name].needs, *JOBS[name].optional):
       for label, path in paths.named(key, _get(settings, key)).items():

@@ -9,7 +9,7 @@ import numpy as np
 from segjax.data.batches import split_holdout, stream_indices
 from segjax.data.encoding import encode_prompts
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import evaluate, models, throughput
+from segjax.jobs import evaluate, models, provenance, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.jobs.stage import Stage
@@ -27,7 +27,7 @@ FIGURES = {  # of the last step: names in results, names of metrics
   'length': 'response/length_mean',
   'segments': 'segments/per_response',
 }
-SHOW = list(FIGURES.values())  # on the console, the first two beside the bar
+SHOW = list(FIGURES.values())  # on the console, the first two beside the bar; in the card's curves
 CRITICS = ('policy', 'reward_model')  # what config.critic.init may name, but for a path
 
 
@@ -97,17 +97,13 @@ def run(stage: Stage) -> dict[str, Any]:
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
   figures = {name: last.get(metric) for name, metric in FIGURES.items()}
-  save_checkpoint(
-    stage.model_directory,
-    states['policy'].params,
-    recipe.policy,
-    'language',
-    source=paths['policy'],
-    card=jobs.card(stage, figures),
-  )
-  save_checkpoint(
-    stage.directory / 'critic', states['critic'].params, recipe.critic, 'scalar', source=critic_path
-  )
+  card = provenance.card(stage, figures, prompts, SHOW)
+  for directory, name, head, source in (
+    (stage.model_directory, 'policy', 'language', paths['policy']),
+    (stage.directory / 'critic', 'critic', 'scalar', critic_path),
+  ):
+    network, params = getattr(recipe, name), states[name].params
+    save_checkpoint(directory, params, network, head, source=source, card=card)
   return {'steps': s.ppo.steps} | figures
 
 

@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from segjax.hf.card import ABOUT
+
 FILE = 'stage.json'
 
 Key = dict[str, Any]
@@ -71,12 +73,14 @@ def finish(
 def content_hash(path: Path, skip: str = '') -> str:
   """SHA-256 over names and bytes of a file or a directory's files.
 
-  Those named `skip` are left out, and those that a killed process left half-written.
+  Those named `skip` are left out, those that a killed process left half-written, and what only
+  tells of a model: its card has times and places in it, or may be edited, and decides nothing.
   """
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
   for file in files:
-    if file.name == skip or file.suffix == '.partial':
+    is_read = not path.is_dir() or file.name not in (skip, *ABOUT)
+    if not is_read or file.suffix == '.partial':
       continue
     digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())
     with file.open('rb') as stream:

@@ -12,7 +12,7 @@ from segjax import processes
 from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout, take
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import calibration, entropy_cache, throughput
+from segjax.jobs import calibration, entropy_cache, provenance, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.console import table, track
@@ -24,7 +24,8 @@ from segjax.train.optimizer import init_state
 from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
 from segjax.train.segment_reward import SegmentReward
 
-SHOW = ['train/loss', 'train/accuracy', 'train/segments']  # of the metrics; two beside the bar
+# Of the metrics; two beside the bar, all in the card's curves.
+SHOW = ['train/loss', 'train/accuracy', 'train/segments']
 _LOOKED_AT = 512  # held-out pairs, at most, while it trains
 
 
@@ -92,9 +93,8 @@ def run(stage: Stage) -> dict[str, Any]:
     (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
   found = held_out_metrics(stage, params, reference, held_out, scorer)
   held = {f'held_out_{name}': value for name, value in found.items()}
-  save_checkpoint(
-    stage.model_directory, params, config, 'scalar', source=source, card=jobs.card(stage, held)
-  )
+  card = provenance.card(stage, {'loss': last.get('train/loss')} | held, pairs, SHOW)
+  save_checkpoint(stage.model_directory, params, config, 'scalar', source=source, card=card)
   if processes.is_first():
     write_meaning(stage, source, scorer.cutter.segmentation)
   return {'steps': total, 'loss': last.get('train/loss'), 'held_out_pairs': len(held_out)} | held

@@ -5,13 +5,13 @@ from typing import Any
 from segjax.data.batches import batch_indices
 from segjax.data.encoding import encode_conversations
 from segjax.hf.writer import save_checkpoint
+from segjax.jobs import provenance, throughput
 from segjax.jobs import stage as jobs
-from segjax.jobs import throughput
 from segjax.jobs.stage import Stage
 from segjax.train.optimizer import init_state
 from segjax.train.sft_step import sft_step
 
-SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar
+SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar and in the card's curves
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -45,6 +45,6 @@ def run(stage: Stage) -> dict[str, Any]:
     config,
     'language',
     source=source,
-    card=jobs.card(stage, {'loss': last.get('train/loss')}),
+    card=provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW),
   )
   return {'steps': total, 'loss': last.get('train/loss'), 'rows': len(dataset)}

@@ -24,7 +24,6 @@ from segjax.data.packing import fill, plan_packing
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
-from segjax.hf.card import Card
 from segjax.jobs import preemption, reuse
 from segjax.jobs.mirror import Nowhere
 from segjax.model import chips, sharding
@@ -43,15 +42,30 @@ CHECKPOINTS = 'checkpoints'  # in a stage's directory
 
 
 @dataclasses.dataclass(frozen=True)
+class Command:
+  """What a user gave to start a run: the config with its preset, and the whole line."""
+
+  config: str = ''
+  line: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
-  """One job of a run: its settings, the directory it writes to, the devices, the bucket if any."""
+  """One job of a run: its settings, the directory it writes to, the devices.
+
+  Attributes:
+    mirror: keeps a bucket equal to the directory, if there is one.
+    refresh: of what shows the run to people, after a step.
+    command: what asked for it.
+  """
 
   name: str
   settings: Settings
   directory: Path
   mesh: Mesh
   mirror: Nowhere = dataclasses.field(default_factory=Nowhere)
-  refresh: Callable[[], None] = lambda: None  # of what shows the run to people, after a step
+  refresh: Callable[[], None] = lambda: None
+  command: Command = Command()
 
   @property
   def model_directory(self) -> Path:
@@ -230,14 +244,6 @@ def pairs(
     without_preamble=compat.without_preamble,
   )
   return encode_pairs(source or rows(stage), tokenizer, limits(stage, config), rules)
-
-
-def card(stage: Stage, metrics: dict[str, Any]) -> Card:
-  """The model card of what the stage has made; base model and licence come from its source."""
-  s = stage.settings
-  recipe = f'seed {s.seed}, settings in stage.json beside this directory'
-  figures = {name: value for name, value in metrics.items() if value is not None}
-  return Card(stage=stage.name, recipe=recipe, metrics=figures, dataset=s.data.path)
 
 
 def describe(stage: Stage, dataset: Any) -> None:

@@ -30,18 +30,6 @@ TIMING = ('generate', 'score', 'update', 'wait')  # of a step, in its order
 _TIMING = 'timing/'
 _TOKENS = 200_000  # whose entropies a histogram is made of, at most
 
-# Names of runs that were written before the names were agreed on.
-_FORMER = {
-  'reward': 'objective/reward',
-  'kl': 'objective/kl',
-  'length': 'response/length_mean',
-  'finished': 'response/eos_rate',
-  'value/loss': 'val/loss',
-  'loss': 'train/loss',
-  'accuracy': 'train/accuracy',
-  'seconds': 'timing/step',
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
@@ -82,7 +70,7 @@ def read(path: Path) -> tuple[list[int], dict[str, list[float]]]:
     except ValueError:  # it is being written
       break
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
-  values = {_agreed(name): [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
+  values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
   return [row['step'] for row in rows], values
 
 
@@ -99,11 +87,6 @@ def formatted(value: float | int | None) -> str:
     return f'{value:.2e}'
   digits = next((d for limit, d in ((1000, 0), (100, 1), (10, 2)) if size >= limit), 3)
   return f'{value:z,.{digits}f}'
-
-
-def _agreed(name: str) -> str:
-  name = _FORMER.get(name, name)
-  return _TIMING + name.removeprefix('seconds/') if name.startswith('seconds/') else name
 
 
 def _prefix(name: str) -> str:

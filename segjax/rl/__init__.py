@@ -1,1 +1,113 @@
-"""Array mathematics of the method: pure functions that jit, one sequence [T] at a time."""
+"""Array mathematics of the method: pure functions that jit, one sequence [T] at a time.
+
+This list is the public one; what a module has beside it may change. vmap where a name says [T].
+Values in `segjax.types`: `Segments`, `Normalizer`.
+"""
+
+from segjax.rl.aggregation import AGGREGATIONS, sequence_score
+from segjax.rl.calibration import threshold_curve, threshold_for_length, threshold_for_quantile
+from segjax.rl.huber import huber_fit, r_squared
+from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
+from segjax.rl.logprobs import logprob_and_entropy
+from segjax.rl.losses import (
+  batch_mean,
+  bradley_terry,
+  cross_entropy,
+  num_terms,
+  policy_loss,
+  value_loss,
+)
+from segjax.rl.masked import masked_mean, masked_sum, whiten
+from segjax.rl.normalizer import (
+  PUBLISHED,
+  bin_moments,
+  fit_constant,
+  fit_quality,
+  fit_regression,
+  mean_std,
+  normalize,
+  relative_position,
+)
+from segjax.rl.pairs import pair_metrics
+from segjax.rl.returns import action_starts, gae, macro_gae
+
+# `segjax.rl.returns` is the module.
+from segjax.rl.returns import returns as lambda_returns
+from segjax.rl.rewards import (
+  SPREADS,
+  bandit,
+  dense_reward,
+  end_only,
+  end_penalty,
+  even_split,
+  length_penalty,
+  red,
+  repeat,
+  shaped_reward,
+)
+from segjax.rl.schedules import warmup_cosine
+from segjax.rl.segmentation import (
+  content_mask,
+  delimiter_boundary,
+  end_index,
+  fixed_length_boundary,
+  segment,
+  segment_at,
+  segment_length,
+)
+
+__all__ = [
+  'AGGREGATIONS',
+  'ESTIMATORS',
+  'PUBLISHED',
+  'SPREADS',
+  'action_starts',
+  'adaptive_kl_coef',
+  'bandit',
+  'batch_mean',
+  'bin_moments',
+  'bradley_terry',
+  'content_mask',
+  'cross_entropy',
+  'delimiter_boundary',
+  'dense_reward',
+  'end_index',
+  'end_only',
+  'end_penalty',
+  'even_split',
+  'fit_constant',
+  'fit_quality',
+  'fit_regression',
+  'fixed_length_boundary',
+  'gae',
+  'huber_fit',
+  'k1',
+  'k2',
+  'k3',
+  'lambda_returns',
+  'length_penalty',
+  'logprob_and_entropy',
+  'macro_gae',
+  'masked_mean',
+  'masked_sum',
+  'mean_std',
+  'normalize',
+  'num_terms',
+  'pair_metrics',
+  'policy_loss',
+  'r_squared',
+  'red',
+  'relative_position',
+  'repeat',
+  'segment',
+  'segment_at',
+  'segment_length',
+  'sequence_score',
+  'shaped_reward',
+  'threshold_curve',
+  'threshold_for_length',
+  'threshold_for_quantile',
+  'value_loss',
+  'warmup_cosine',
+  'whiten',
+]

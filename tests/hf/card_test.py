@@ -1,3 +1,5 @@
+import json
+
 import huggingface_hub
 import pytest
 
@@ -78,3 +80,63 @@ def test_merged():
   both = card.merged(FULL, over)
   assert (both.stage, both.license, both.base_model) == ('sft', 'mit', FULL.base_model)
   assert card.merged(FULL, Card()) == FULL
+
+
+RECORD = {
+  'stage': 'reward',
+  'recipe': 'configs/reward.py:local',
+  'command': "python -m segjax.main --config.data.chat_template='```'",
+  'seed': 3,
+  'data': {'path': 'owner/pairs', 'hub': 'owner/pairs', 'split': 'train', 'rows': 9, 'used': 7},
+  'metrics': {'loss': 0.25, 'margin': 'nan'},
+  'versions': {'segjax': '0.1.0', 'jax': '0.10.2'},
+  'commit': 'abc-dirty',
+  'devices': {'kind': 'TPU v5p', 'count': 8},
+  'settings': {'seed': 3, 'data': {'chat_template': '| a </details> ````'}},
+}
+
+
+def test_the_record_is_written_and_shown(tmp_path):
+  one = Card(record=RECORD, curves=b'png')
+  card.write(tmp_path, one, name='x', head='scalar', with_template=False)
+  assert json.loads((tmp_path / 'segjax_config.json').read_text()) == RECORD
+  assert (tmp_path / 'curves.png').read_bytes() == b'png'
+  loaded = _load(tmp_path)
+  assert (loaded.data.stage, loaded.data.recipe) == ('reward', 'configs/reward.py:local')
+  assert loaded.data.datasets == ['owner/pairs']
+  assert [(r.metric_type, r.dataset_name) for r in loaded.data.eval_results] == [
+    ('loss', 'owner/pairs')
+  ]
+  assert '](curves.png)' in loaded.text
+  for text in ('| seed | 3 |', 'rows 9, used 7', 'jax 0.10.2', 'abc-dirty', 'TPU v5p, count 8'):
+    assert text in loaded.text, text
+  # Fences are longer than any run of backticks in what they hold.
+  assert f'\n````bash\n{RECORD["command"]}\n````\n' in loaded.text
+  _, _, folded = loaded.text.partition('<details>')
+  body = folded.partition('\n`````json\n')[2].partition('\n`````\n')[0]
+  assert json.loads(body) == RECORD['settings']
+  assert folded.rstrip().endswith('</details>')
+
+
+def test_a_record_in_the_directory_is_shown_again(tmp_path):
+  (tmp_path / 'segjax_config.json').write_text(json.dumps(RECORD))
+  card.write(tmp_path, Card(stage='ppo'), name='x', head='language', with_template=False)
+  data = _load(tmp_path).data
+  assert (data.stage, data.recipe) == ('ppo', 'configs/reward.py:local')
+  assert '](curves.png)' not in _load(tmp_path).text
+
+
+@pytest.mark.parametrize('text', ['[1]', '{"data": 3, "metrics": [], "stage": {}}', 'no JSON', ''])
+def test_a_foreign_file_of_that_name_does_no_harm(tmp_path, text):
+  (tmp_path / 'segjax_config.json').write_text(text)
+  card.write(tmp_path, Card(), name='x', head='language', with_template=False)
+  assert _load(tmp_path).data.get('stage') is None
+  assert (tmp_path / 'segjax_config.json').read_text() == text
+
+
+def test_odd_texts_stay_in_their_cells(tmp_path):
+  odd = Card(recipe='a`b\nc', metrics={'x|y<b>\nz': 1.0}, dataset='p|q', base_model='`')
+  card.write(tmp_path, odd, name='x', head='language', with_template=False)
+  text = _load(tmp_path).text
+  assert 'Recipe: `` a`b c ``' in text
+  assert '| x\\|y&lt;b> z | 1 |' in text and '| metric (p\\|q) | value |' in text

@@ -347,3 +347,23 @@ def test_no_space_left_keeps_the_earlier_checkpoint(llama3, tmp_path, monkeypatc
   assert len(calls) > 9
   tiny.assert_same_tensors(llama3, out)
   assert _names(tmp_path) == ['b', 'c']
+
+
+def test_what_tells_of_the_model_travels_along(llama3, tmp_path):
+  source = tmp_path / 'a'
+  shutil.copytree(llama3, source)
+  record = b'{"stage": "ppo",\r\n "recipe": "configs/ppo.py:local", "metrics": {"kl": 1.5}}'
+  (source / 'segjax_config.json').write_bytes(record)
+  (source / 'curves.png').write_bytes(b'\x89PNG')
+  stored_at = convert.import_checkpoint(source, tmp_path / 'b')
+  out = convert.export_checkpoint(stored_at, tmp_path / 'c')
+  assert (out / 'segjax_config.json').read_bytes() == record
+  assert (out / 'curves.png').read_bytes() == b'\x89PNG'
+  card = (out / 'README.md').read_text()
+  assert 'Recipe: `configs/ppo.py:local`' in card and '| kl | 1.5 |' in card
+  assert '](curves.png)' in card
+  # What is trained from it, or from the source, has a record of its own or none.
+  item = convert.export_checkpoint(
+    stored_at / 'params' / '0' / 'default', tmp_path / 'd', source=source, role='policy'
+  )
+  assert not (item / 'segjax_config.json').exists() and not (item / 'curves.png').exists()

@@ -203,6 +203,33 @@ def test_changed_output_reruns(small, run, counted, inputs, tmp_path):
   assert counted == ['sft', 'sft']
 
 
+def test_what_tells_of_a_model_reruns_nothing(small, run, fake_jobs, inputs, tmp_path):
+  """Cards have times, places and commits in them, and may be edited."""
+  ran = []
+
+  def job(stage):
+    ran.append(stage.name)
+    stage.model_directory.mkdir(exist_ok=True)
+    (stage.model_directory / 'weights').write_text('same')
+    for name in ('README.md', 'segjax_config.json', 'curves.png'):
+      (stage.model_directory / name).write_text(f'run {len(ran)}')
+    return {}
+
+  fake_jobs(sft=job, reward=job)
+  s = small('sft', 'reward', **inputs)
+  run(s, tmp_path / 'w')
+  assert ran == ['sft', 'reward']
+  model = tmp_path / 'w' / 'sft' / 'model'
+  (model / 'README.md').write_text('edited')
+  (model / 'curves.png').unlink()
+  run(s, tmp_path / 'w')
+  assert ran == ['sft', 'reward']
+  (tmp_path / 'w' / 'sft' / 'stage.json').unlink()
+  run(s, tmp_path / 'w')
+  assert ran == ['sft', 'reward', 'sft']  # another card, and the reward stage is reused
+  assert (model / 'README.md').read_text() == 'run 3'
+
+
 def test_checkpoints_of_a_finished_stage_are_removed(small, run, inputs, fake_jobs, tmp_path):
   def job(stage):
     (stage.directory / 'checkpoints' / '2').mkdir(parents=True)

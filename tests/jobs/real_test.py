@@ -86,6 +86,9 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   )
   assert critic.config.num_labels == 1
 
+  for model in ('sft/model', 'reward/model', 'ppo/model', 'ppo/critic'):
+    assert '](curves.png)' in (tmp_path / model / 'README.md').read_text()
+    (tmp_path / model / 'README.md').write_text('edited')
   capsys.readouterr()
   assert run(values) == results
   assert capsys.readouterr().out.count('reused from') == 5

@@ -181,11 +181,6 @@ def test_numbers_are_short(value, text):
   assert curves.formatted(value) == text
 
 
-def test_old_names_of_metrics_are_read(tmp_path):
-  write(tmp_path / 'm.jsonl', [{'step': 0, 'kl': 1.0, 'seconds/generate': 2.0}])
-  assert curves.read(tmp_path / 'm.jsonl')[1] == {'objective/kl': [1.0], 'timing/generate': [2.0]}
-
-
 def test_a_step_that_is_run_again_stands_there_once(tmp_path):
   path = tmp_path / samples.FILE
   write(path, [sample(0), sample(5), sample(10)])
