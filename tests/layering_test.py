@@ -13,7 +13,7 @@ WINGS = (
   *('rendezvous', 'processes'),
   *('types', 'oracle', 'rl', 'settings', 'presets', 'reference_exact', 'contradictions', 'checks'),
   *('model', 'hf', 'data'),
-  *('train', 'report', 'jobs', 'plan', 'main'),
+  *('train', 'report', 'jobs', 'plan', 'api', 'main'),
 )
 MODULES = {
   '.'.join(('segjax', *path.relative_to(PACKAGE).with_suffix('').parts)): path

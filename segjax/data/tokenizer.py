@@ -20,6 +20,10 @@ from segjax.data import template
 from segjax.data.sources import Message
 
 
+class NoTemplateError(ValueError):
+  """The tokenizer has no chat template, and none was given."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ChatTokenizer:
   """A tokenizer with a chat template, and how that template ends a turn.
@@ -179,7 +183,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
   if chat_template:
     tokenizer.chat_template = template.read(chat_template)
   if not tokenizer.chat_template:
-    raise ValueError(
+    raise NoTemplateError(
       f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
       'or a file with it).'
     )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from segjax import processes
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.hf import layout
+from segjax.hf.reader import open_model
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model.heads import scores, token_logprobs
@@ -60,6 +62,8 @@ def load(stage: Stage) -> Reader:
   segmentation = segment_reward.overruled(base, s.reward_model.segmentation)
   tokenizer = jobs.tokenizer_of(stage, paths['policy'])
   configs = {name: jobs.network(stage, path) for name, path in paths.items()}
+  if 'reward' in paths:
+    _check_head(paths['reward'], configs['reward'])
   heads = {'policy': 'language', 'reward': 'scalar'}
   return Reader(
     tokenizer=tokenizer,
@@ -68,6 +72,16 @@ def load(stage: Stage) -> Reader:
     cutter=cutter_of(segmentation, tokenizer),
     normalizer=stored.normalizer if stored else None,
   )
+
+
+def _check_head(directory: Path, config: LlamaConfig) -> None:
+  """ValueError where a reward model has no scalar head: the scores of a drawn one mean nothing."""
+  found = open_model(directory, config, 'scalar')[1]
+  if len(found) < len(layout.entries(config, 'scalar')):
+    raise ValueError(
+      f'{directory} has no scalar head, so it is no reward model; train one from it by the reward '
+      'job.'
+    )
 
 
 def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
@@ -94,6 +108,38 @@ def annotate(
   Raises:
     ValueError: a text longer than the networks' positions.
   """
+  for group in batches(stage, reader, texts, batch):
+    found = _read_batch(stage, reader, group.sequences)
+    for row, (text, ids, span) in enumerate(
+      zip(group.texts, group.responses, group.spans, strict=True)
+    ):
+      yield _annotated(reader, *text, ids, [x[row, span] for x in found])
+
+
+class Batch(NamedTuple):
+  """Texts as token ids.
+
+  Attributes:
+    texts: (prompt, response) of each.
+    responses: token ids of each response.
+    spans: where in its row each response stands.
+    sequences: the rows on the mesh, padded to one of few sizes; there may be more than texts.
+  """
+
+  texts: Sequence[tuple[list[Message], str]]
+  responses: list[list[int]]
+  spans: list[slice]
+  sequences: Sequences
+
+
+def batches(
+  stage: Stage, reader: Reader, texts: Sequence[tuple[list[Message], str]], batch: int
+) -> Iterator[Batch]:
+  """The texts as `annotate` takes them, `batch` rows at a time.
+
+  Raises:
+    ValueError: a text longer than the networks' positions.
+  """
   most = min(config.max_position_embeddings for config in reader.configs.values())
   for begin in range(0, len(texts), batch):
     chunk = texts[begin : begin + batch]
@@ -103,10 +149,9 @@ def annotate(
         raise ValueError(
           f'text {number} has {len(prompt) + len(response)} tokens, the networks {most} positions.'
         )
-    found = _read_batch(stage, reader, encoded, batch, most)
-    for row, (prompt, response) in enumerate(encoded):
-      span = slice(len(prompt), len(prompt) + len(response))
-      yield _annotated(reader, *chunk[row], response, [x[row, span] for x in found])
+    spans = [slice(len(prompt), len(prompt) + len(response)) for prompt, response in encoded]
+    responses = [response for _, response in encoded]
+    yield Batch(chunk, responses, spans, _sequences(stage, reader, encoded, batch, most))
 
 
 def _encode(tokenizer: ChatTokenizer, prompt: list[Message], response: str) -> list[list[int]]:
@@ -117,10 +162,9 @@ def _encode(tokenizer: ChatTokenizer, prompt: list[Message], response: str) -> l
   return [tokenizer.prompt_ids(prompt), tokenizer.response_ids(prompt, response)]
 
 
-def _read_batch(
+def _sequences(
   stage: Stage, reader: Reader, encoded: list[list[list[int]]], batch: int, most: int
-) -> list[np.ndarray]:
-  """(entropy, segment id, score, reward) at every token, [batch, S] each, on the host."""
+) -> Sequences:
   longest = max(len(prompt) + len(response) for prompt, response in encoded)
   size = min(most, max(_LEAST, 1 << (longest - 1).bit_length()))
   ids = np.full((batch, size), reader.tokenizer.pad_id, np.int32)
@@ -130,7 +174,11 @@ def _read_batch(
     ids[row, :end] = prompt + response
     mask[row, len(prompt) : end] = True
     finished[row] = response[-1:] != [] and response[-1] in reader.tokenizer.stop_ids
-  sequences = Sequences(*map(stage.place, (ids, mask, finished)))
+  return Sequences(*map(stage.place, (ids, mask, finished)))
+
+
+def _read_batch(stage: Stage, reader: Reader, sequences: Sequences) -> list[np.ndarray]:
+  """(entropy, segment id, score, reward) at every token, [batch, S] each, on the host."""
   entropy, segments, score, reward = processes.fetch(
     _read(
       reader.params,

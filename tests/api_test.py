@@ -1,0 +1,191 @@
+"""What a notebook calls, against the networks and the jobs."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+import segjax
+from segjax import rl
+from segjax.jobs import annotate
+from segjax.model.heads import scores, token_logprobs
+from segjax.settings import Segmentation
+from segjax.types import Normalizer
+
+ASKED = [{'role': 'user', 'content': 'what is the otter like'}]
+ANSWERED = [*ASKED, {'role': 'assistant', 'content': 'experts call its hearing dull.'}]
+NORMALIZER = Normalizer(w_mean=0.1, b_mean=-0.2, w_std=0.3, b_std=0.8)
+EVERY = Segmentation(entropy_threshold=4.5)  # of an untrained network, which is unsure of all
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  return tiny_models.policy(tmp_path_factory.mktemp('language'))
+
+
+@pytest.fixture(scope='module')
+def policy(model):
+  return segjax.load_policy(str(model), mesh=tiny_models.one_device())
+
+
+@pytest.fixture(scope='module')
+def judge(model, tmp_path_factory):
+  path = tiny_models.reward_model(model, tmp_path_factory.mktemp('r') / 'm', NORMALIZER, EVERY)
+  mesh = tiny_models.one_device()
+  return segjax.load_reward_model(str(path), reference=str(model), mesh=mesh)
+
+
+def test_import_is_light_and_finds_all_it_lists():
+  script = (
+    'import sys, segjax\n'
+    'print(*[m for m in ("jax", "numpy", "absl", "ml_collections") if m in sys.modules])\n'
+    'segjax.rl; assert "transformers" not in sys.modules and "flax" not in sys.modules\n'
+    'print(*[n for n in segjax.__all__ if n not in dir(segjax) or not getattr(segjax, n)])\n'
+    'assert segjax.__version__'
+  )
+  found = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+  assert found.stdout.split() == []
+  with pytest.raises(AttributeError, match='load_polcy'):
+    segjax.load_polcy  # noqa: B018
+
+
+def test_public_functions_of_the_method():
+  assert sorted(rl.__all__) == rl.__all__
+  for name in rl.__all__:
+    value = getattr(rl, name)
+    assert isinstance(value, dict) or value.__module__.startswith('segjax.rl.'), name
+    assert isinstance(value, dict) or value.__doc__, name
+  # A name that hides a module of the package would break `from segjax.rl import module`.
+  modules = {name.rpartition('.')[2] for name in sys.modules if name.startswith('segjax.rl.')}
+  assert not modules & set(rl.__all__)
+
+
+def test_sampling_depends_on_the_seed_and_the_place_alone(policy):
+  asked = [ASKED, 'its hearing']
+  found = policy.sample(asked, samples=2, seed=3, max_new_tokens=8)
+  assert len(found) == 4
+  assert policy.sample(asked, samples=2, seed=3, max_new_tokens=8) == found
+  assert policy.sample([ASKED, 'its'], samples=2, seed=3, max_new_tokens=8)[:2] == found[:2]
+  assert policy.sample(asked, samples=2, seed=4, max_new_tokens=8) != found
+  for one in found:
+    assert 1 <= len(one.tokens) == len(one.logprob) <= 8
+    assert one.finished or len(one.tokens) == 8
+    assert all(x < 0 for x in one.logprob)
+
+
+def test_logprobs_are_those_of_the_network(policy):
+  read, plain, empty = policy.logprobs([ANSWERED, 'experts call its hearing dull.', ''])
+  tokenizer = policy.reader.tokenizer
+  before, ids = (
+    tokenizer.prompt_ids(ASKED),
+    tokenizer.response_ids(ASKED, 'experts call its hearing dull.'),
+  )
+  expected = token_logprobs(
+    policy.reader.params['policy'], jnp.asarray([before + ids]), policy.reader.configs['policy']
+  )
+  for name, values in zip(('logprob', 'entropy'), expected, strict=True):
+    values = np.asarray(values)[0, len(before) :]
+    np.testing.assert_allclose(getattr(read, name), values, atol=2e-4)  # padding's rounding
+  assert len(read.tokens) == len(ids)
+  assert ''.join(plain.tokens).replace(' ', '') == 'expertscallitshearingdull.'
+  assert (empty.tokens, empty.logprob, empty.entropy) == ([], [], [])
+
+
+def test_segments_follow_the_threshold(policy):
+  few, many = (policy.segment([ANSWERED], entropy_threshold=t)[0] for t in (9.0, 0.0))
+  assert len(few.segments) == 1
+  assert len(many.segments) == sum(len(s.tokens) for s in few.segments)
+  assert [s.entropy for s in many.segments] == [[x] for s in few.segments for x in s.entropy]
+  assert (few.prompt, few.response) == (ASKED, 'experts call its hearing dull.')
+  assert policy.segment([]) == []
+
+
+def test_scores_are_raw_and_normalised(judge):
+  (one,) = judge.score([ANSWERED])
+  reader = judge.reader
+  before = reader.tokenizer.prompt_ids(ASKED)
+  ids = before + reader.tokenizer.response_ids(ASKED, 'experts call its hearing dull.')
+  raw = np.asarray(scores(reader.params['reward'], jnp.asarray([ids]), reader.configs['reward']))[0]
+  end, count = len(before), len(one.segments)
+  assert count > 1
+  for k, segment in enumerate(one.segments):
+    end += len(segment.tokens)
+    np.testing.assert_allclose(segment.score, raw[end - 1], atol=2e-4)
+    log_p = np.log((k + 1) / count)  # Mean(p) = w ln p + b, and Std(p) likewise
+    mean, std = 0.1 * log_p - 0.2, max(0.3 * log_p + 0.8, 0.01 * 0.8)
+    np.testing.assert_allclose(segment.reward, (segment.score - mean) / std, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
+  path = tiny_models.reward_model(model, tmp_path / 'r', None, EVERY)
+  judge = segjax.load_reward_model(
+    str(path),
+    reference=str(model),
+    segmentation=Segmentation(granularity='bandit'),
+    mesh=tiny_models.one_device(),
+  )
+  (segment,) = judge.score(['experts call its hearing dull.'])[0].segments
+  assert segment.score is not None and segment.reward is None
+
+
+@pytest.mark.parametrize(
+  'call, message',
+  [
+    (lambda p: p.sample('its hearing'), 'give a list of texts; this is a single one'),
+    (lambda p: p.segment(ANSWERED), 'give a list of texts; this is a single one'),
+    (lambda p: p.sample(['x'], temprature=1), 'temprature does not exist; did you mean .*temperat'),
+    (lambda p: p.sample(['x'], top_p=0.0), 'config.rollout.top_p=0.0 must be above 0'),
+    (lambda p: p.sample(['x'], samples=0), 'samples=0 must be at least 1'),
+    (lambda p: p.sample(['its ' * 200]), 'room for'),
+    (lambda p: p.segment(['x'], granularity='word'), "'word' is not one of segment, token, bandit"),
+    (lambda p: p.segment([ASKED]), 'text 1: the last message is not the assistant’s'),
+    (lambda p: p.logprobs(['x', [{'role': 'user'}]]), 'text 2: message 1 of `messages` must be'),
+    (
+      lambda p: p.logprobs(['x', 'its ' * 200]),
+      r'text 2 has \d+ tokens, the networks 128 position',
+    ),
+  ],
+)
+def test_wrong_calls_are_answered_by_what_to_do(policy, call, message):
+  with pytest.raises(ValueError, match=message):
+    call(policy)
+
+
+def test_wrong_models_are_refused(model):
+  mesh = tiny_models.one_device()
+  with pytest.raises(ValueError, match=r'policy.path: no directory /nowhere'):
+    segjax.load_policy('/nowhere', mesh=mesh)
+  with pytest.raises(ValueError, match="dtype='f32' is not one of float32, bfloat16"):
+    segjax.load_policy(str(model), dtype='f32', mesh=mesh)
+  with pytest.raises(ValueError, match='has no scalar head, so it is no reward model'):
+    segjax.load_reward_model(str(model), reference=str(model), mesh=mesh)
+
+
+def test_all_devices_say_what_one_says(policy, model):
+  wide = segjax.load_policy(str(model))
+  assert wide.stage.mesh.size == len(jax.devices()) == 8
+  texts = [ANSWERED, 'experts call its hearing dull.', 'a']
+  for one, other in zip(policy.logprobs(texts), wide.logprobs(texts), strict=True):
+    assert one.tokens == other.tokens
+    np.testing.assert_allclose(one.logprob, other.logprob, atol=2e-4)
+
+
+def test_a_tokenizer_without_template_reads_strings_alone(material):
+  path = material / 'models' / 'stories260k-hf'
+  plain = segjax.load_policy(str(path), mesh=tiny_models.one_device())
+  (read,) = plain.logprobs(['Once upon a time, there was'])
+  assert sum(read.logprob) > -3  # a network of such stories expects these words
+  with pytest.raises(ValueError, match='text 1 is a conversation, but the tokenizer has no chat t'):
+    plain.sample([ASKED])
+
+
+def test_api_and_tool_read_alike(policy):
+  """Segments are those of jobs.annotate, which tools/show_segments.py prints."""
+  direct = annotate.annotate(
+    policy.stage, policy.reader, [(ASKED, 'experts call its hearing dull.')], 1
+  )
+  assert policy.segment([ANSWERED]) == list(direct)
