@@ -189,5 +189,6 @@ def markdown() -> str:
   lines = ['| metric | what it is | healthy | when it is not |', '|---|---|---|---|']
   for entry in ENTRIES:
     names = ', '.join(f'`{name}`' for name in entry.names)
-    lines.append(f'| {names} | {entry.meaning} | {entry.healthy} | {entry.remedy} |')
+    cells = (names, entry.meaning, entry.healthy, entry.remedy)
+    lines.append(f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |')
   return '\n'.join(lines)

@@ -1,0 +1,309 @@
+"""README.md says what is so: commands parse, examples run, settings and messages exist."""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from absl import flags
+from ml_collections import config_flags
+
+import segjax.api
+from segjax import checks, main
+from segjax.data.sources import as_conversation, as_pair, as_prompt
+from segjax.hf import command as convert
+from segjax.jobs import dry_run, pipeline
+from segjax.settings import Segmentation, Settings
+from segjax.train.reward_function import load_function, token_rewards
+from segjax.types import Normalizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+INLINE = re.findall(
+  r'`([^`\n]+(?:\n[^`\n]+)?)`', re.sub(r'^```.*?^```$', '', README, flags=re.M | re.S)
+)
+
+
+def _code(language):
+  return [text for kind, text in BLOCKS if kind == language]
+
+
+def _commands():
+  """Every command line, of blocks and sentences; what gcloud and srun are given by itself."""
+  lines = re.sub(r'\\\n\s*', '', '\n'.join(_code(''))).splitlines()
+  lines += [text.replace('\n', ' ') for text in INLINE]
+  found = []
+  for line in lines:
+    if inner := re.search(r"--command='([^']*)'", line):
+      line = inner[1]
+    for part in line.split(' && '):
+      words = re.sub(r'^srun( --\S+)* ', '', part.strip())
+      if re.match(r'(python|segjax|pip) ', words):
+        found.append(shlex.split(words, comments=True))
+  return found
+
+
+COMMANDS = _commands()
+RUNS = [words[3:] for words in COMMANDS if words[:3] == ['python', '-m', 'segjax.main']]
+TOOLS = [words[1:] for words in COMMANDS if words[0] == 'python' and words[1].startswith('tools/')]
+CONVERSIONS = [words[2:] for words in COMMANDS if words[:2] == ['segjax', 'convert']]
+
+
+def test_there_is_something_to_read():
+  assert len(RUNS) >= 12 and len(TOOLS) >= 8 and len(CONVERSIONS) == 4
+  known = (['python', '-m', 'segjax.main'], ['python', '-m', 'pytest'])
+  for words in COMMANDS:
+    is_tool = words[0] == 'python' and words[1].startswith('tools/')
+    is_known = words[:3] in known or words[:2] in (['pip', 'install'], ['segjax', 'convert'])
+    assert is_tool or is_known, words
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A directory in which README's paths are real: tiny models under runs/mine, rows beside it.
+
+  The policy is a real network where the material is at hand, else one that the demo job makes.
+  """
+  directory = tmp_path_factory.mktemp('readme')
+  made = tiny_models.policy(directory / 'made')
+  real = REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared') / 'models/stories260k-hf'
+  models = directory / 'runs' / 'mine'
+  for stage in ('sft', 'ppo'):
+    if real.is_dir():
+      tiny_models.with_template(real, models / stage / 'model')
+    else:
+      shutil.copytree(made, models / stage / 'model')
+  normalizer = Normalizer(w_mean=0.1, b_mean=-0.2, w_std=0.0, b_std=0.8)
+  tiny_models.reward_model(
+    models / 'sft' / 'model', models / 'reward' / 'model', normalizer, Segmentation()
+  )
+  chats, pairs, prompts = (text for text in _code('json'))
+  rows = {'chats': chats, 'pairs': pairs, 'prompts': prompts, 'held_out': prompts, 'rows': chats}
+  for name, row in rows.items():
+    (directory / f'{name}.jsonl').write_text(row * 200)
+  return directory
+
+
+_MODELS = {'MODEL', 'CHECKPOINT', 'SFT', 'SFT_MODEL', 'REWARD', 'HF'}
+
+
+@pytest.mark.parametrize('arguments', RUNS, ids=' '.join)
+def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
+  monkeypatch.chdir(place)
+  monkeypatch.syspath_prepend(str(REPOSITORY))
+  (place / 'configs').exists() or (place / 'configs').symlink_to(REPOSITORY / 'configs')
+  line = ['segjax']
+  for word in arguments:
+    key, equals, value = word.partition('=')
+    value = 'configs/ppo.py' if value == '...' else value
+    line.append(key + equals + (str(place / 'made/demo/model') if value in _MODELS else value))
+  values = flags.FlagValues()
+  for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]:
+    if flag.name != 'config' and not flag.name.startswith('config.'):
+      values[flag.name] = copy.deepcopy(flag)
+  config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=line)
+  assert values(line) == ['segjax']
+  settings = checks.from_config(values['config'].value)
+  workdir = Path(values['workdir'].value or place / 'default')
+  stages = pipeline.prepare(settings, workdir, tiny_models.one_device())
+  dry_run.run(settings, stages)
+  out = capsys.readouterr().out
+  assert 'the settings are consistent' in out
+  is_open = '--config=...' in arguments or 'llama3' in str(arguments) or 'chat.py' in str(arguments)
+  assert is_open or 'still to be given' not in out
+
+
+class _ParsedError(Exception):
+  """The arguments are right; what comes after does not matter."""
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+  """Stops a program once argparse has taken its arguments."""
+  parse = argparse.ArgumentParser.parse_args
+
+  def parse_and_stop(self, *arguments, **more):
+    parse(self, *arguments, **more)
+    raise _ParsedError
+
+  monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_and_stop)
+
+
+_BY_ARGPARSE = [
+  words for words in TOOLS if words[0] not in ('tools/plan.py', 'tools/convert_hf.py')
+]
+
+
+@pytest.mark.parametrize('words', _BY_ARGPARSE, ids=' '.join)
+def test_tools_take_their_arguments(words, only_parse, monkeypatch):
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.setattr(sys, 'argv', words)
+  with pytest.raises(_ParsedError):
+    runpy.run_path(str(REPOSITORY / words[0]), run_name='__main__')
+
+
+@pytest.mark.parametrize('words', CONVERSIONS, ids=' '.join)
+def test_conversions_take_their_arguments(words, only_parse):
+  optional = [word.strip('[]') for word in words]
+  given = [re.sub(r'\|\w+', '', word) for word in optional]
+  with pytest.raises(_ParsedError):
+    convert.main(given)
+
+
+def test_plans_take_their_arguments():
+  """In a process of their own, for absl knows each flag once."""
+  plans = [words for words in TOOLS if words[0] == 'tools/plan.py']
+  assert plans
+  script = (
+    'import runpy, sys\nfrom segjax import main\nmain.run = lambda f: print(main.parse(sys.argv))'
+  )
+  for words in plans:
+    more = f'\nsys.argv = {words!r}\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    done = subprocess.run(
+      [sys.executable, '-c', script + more], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.stdout.strip() == str(words[:1]), done.stderr
+
+
+def test_tools_exist():
+  for words in TOOLS:
+    assert (REPOSITORY / words[0]).is_file(), words
+
+
+def _leaves():
+  found = set()
+
+  def walk(cls, prefix):
+    for field in dataclasses.fields(cls):
+      value = getattr(cls(), field.name)
+      found.add(prefix + field.name)
+      if dataclasses.is_dataclass(value):
+        walk(type(value), f'{prefix}{field.name}.')
+
+  walk(Settings, '')
+  return found
+
+
+def _is_no_setting(name):
+  """A file, or a name in a module that can be imported."""
+  if re.search(r'\.(py|json|jsonl|parquet|safetensors|md|old|png|gz)\b', name):
+    return True
+  return importlib.util.find_spec(name.partition('.')[0]) is not None or name.startswith('rl.')
+
+
+def test_settings_in_backticks_exist():
+  leaves, seen = _leaves(), 0
+  lasts = {leaf.rpartition('.')[2] for leaf in leaves}
+  for text in (*INLINE, *re.findall(r'--config\.[a-z][\w.]+', README)):
+    match = re.fullmatch(r'(?:--)?(?:config)?(\.?[a-z_]\w*(?:\.[a-z_]\w*)*)(?:=.*)?', text.strip())
+    name = match[1] if match else ''
+    if name and text.startswith(('--config.', 'config.')):
+      checks.check_key(name.lstrip('.'))
+    elif name.startswith('.') and name.count('.') == 1:
+      assert name[1:] in lasts or name in ('.jsonl', '.json', '.parquet', '.gz'), text
+    elif '.' in name and name.partition('.')[0] in leaves:
+      checks.check_key(name)
+    elif '.' in name:
+      assert _is_no_setting(name), f'{text} is no setting'
+      continue
+    else:
+      continue
+    seen += 1
+  assert seen > 60
+
+
+def test_rows_are_read_as_said():
+  chat, pair, prompt = (json.loads(text) for text in _code('json'))
+  assert as_conversation(chat)[-1]['role'] == 'assistant'
+  assert as_pair(pair).rating_gap == 7
+  assert as_prompt(prompt) == as_prompt(pair) == as_prompt(chat)
+
+
+def test_reward_function_example(tmp_path, monkeypatch):
+  (text,) = (text for text in _code('python') if text.startswith('def reward'))
+  (tmp_path / 'my_rules.py').write_text(text)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, 'my_rules', raising=False)
+  function = load_function('my_rules:reward', 'shaping.reward_fn')
+  response = 'a. Sorry. b'
+  ids = np.array([[ord(c) for c in response]])
+  found = token_rewards(function, [''], ids, ids > 0, lambda ids: ''.join(map(chr, map(int, ids))))
+  expected = np.zeros(len(response))
+  expected[[1, 8, 10]] = 0.1, 0.1, -1
+  np.testing.assert_allclose(found[0], expected, atol=1e-6)
+  assert function('', 'no sentence') == []
+  sys.modules.pop('my_rules')
+
+
+def test_python_example_runs(place, monkeypatch, capsys):
+  (text,) = (text for text in _code('python') if text.startswith('import segjax'))
+  assert len([line for line in text.splitlines() if line]) == 10
+  monkeypatch.chdir(place)
+  monkeypatch.setattr(segjax.api, 'make_mesh', tiny_models.one_device)
+  names = {}
+  exec(compile(text, 'README.md', 'exec'), names)
+  first, *segments = capsys.readouterr().out.splitlines()
+  assert float(first.split()[0]) < 0
+  assert names['answer'].text and names['answer'] != names['other']
+  scored = names['judge'].score([names['chat']])[0].segments
+  assert scored and len(segments) > len(scored)
+  last = scored[-1]  # at p = 1: Mean -0.2, Std 0.8
+  assert last.reward == pytest.approx((last.score + 0.2) / 0.8, abs=1e-4)
+
+
+def test_named_functions_of_rl_exist():
+  from segjax import rl
+
+  names = [name for text in INLINE for name in re.findall(r'^rl\.(\w+)$', text)]
+  assert len(names) >= 5 and set(names) <= set(rl.__all__)
+
+
+def _messages():
+  """The texts in segjax/ as their source has them: … for what is put in; constants resolved."""
+  found = []
+  for path in (REPOSITORY / 'segjax').rglob('*.py'):
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    constants = {
+      node.targets[0].id: node.value.value
+      for node in tree.body
+      if isinstance(node, ast.Assign)
+      and isinstance(node.targets[0], ast.Name)
+      and isinstance(node.value, ast.Constant)
+      and isinstance(node.value.value, str)
+    }
+    for node in ast.walk(tree):
+      if isinstance(node, ast.JoinedStr):
+        found.append(''.join(_part(part, constants) for part in node.values))
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found.append(node.value)
+  return found
+
+
+def _part(part, constants):
+  if isinstance(part, ast.Constant):
+    return part.value
+  return constants.get(getattr(part.value, 'id', None), '…')
+
+
+def test_messages_of_the_table_are_those_of_the_code():
+  _, _, table = README.partition('## Common errors\n')
+  table, _, _ = table.partition('\n## ')
+  quoted = re.findall(r'^\| `([^`]+)` \|', table, re.MULTILINE)
+  assert len(quoted) > 12
+  messages = _messages()
+  for text in quoted:
+    assert any(message.startswith(text) for message in messages), text
