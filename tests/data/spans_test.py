@@ -68,7 +68,7 @@ def test_alignment_of_a_real_tokenizer_with_byte_fallback(material, text):
 def test_white_space_that_the_template_trims_is_no_tokens(llama3):
   one, _ = _encode(llama3, _row('  hello '))
   words = one.owner[2:7]
-  assert one.owner[:2].tolist() == [-1, -1] or (one.owner[:2] < 0).any()
+  assert one.owner[0] == -1
   assert (words >= 0).all()
   ids = one.ids[one.prompt_length :]
   assert llama3.decode(ids[words[0] : words[-1] + 1]) == 'hello'

@@ -1,11 +1,12 @@
 """A reward model against human judgements: figures by hand, spans, the job on small files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from segjax.data.sources import Rows
+from segjax.data.sources import Rows, load_rows
 from segjax.data.spans import EncodedMarked, Span
 from segjax.jobs import evaluate_reward, reward_bench, span_evaluation
 
@@ -123,16 +124,12 @@ def inputs(language, small, one_device, tmp_path_factory):
   return {'reward_model.path': str(workdir / 'reward' / 'model'), 'reference.path': model}, rows
 
 
-def test_job_agrees_with_training(small, run, inputs, tmp_path, language):
+def test_job_agrees_with_training(small, run, inputs, tmp_path):
   """The held-out pairs have the figures that reward training found for them."""
   paths, pairs = inputs
-  trained = json.loads((language / 'model' / 'config.json').read_text())
-  assert trained  # a real checkpoint
   where = tmp_path / 'held_out.jsonl'
   stage = json.loads((_parent(paths) / 'stage.json').read_text())
   held = json.loads((_parent(paths) / 'held_out.json').read_text())
-  from segjax.data.sources import load_rows
-
   rows = load_rows(pairs)
   where.write_text(''.join(json.dumps(rows[i] | {'subset': f's{i % 2}'}) + '\n' for i in held))
   marked = tmp_path / 'marked.jsonl'
@@ -158,8 +155,6 @@ def test_job_agrees_with_training(small, run, inputs, tmp_path, language):
 
 
 def _parent(paths):
-  from pathlib import Path
-
   return Path(paths['reward_model.path']).parent
 
 
