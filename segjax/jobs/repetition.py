@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
+
+Tokens = Sequence[int] | Int[np.ndarray, 'T']
 
 
-def repeated_share(tokens: Sequence[int], n: int = 4) -> float | None:
+def repeated_share(tokens: Tokens, n: int = 4) -> float | None:
   """1 - distinct n-grams / n-grams of one response; None if it is too short to have any.
 
   As seq-rep-n of Welleck et al. 2019, https://arxiv.org/abs/1908.04319: 0 where none comes twice.
@@ -14,7 +17,7 @@ def repeated_share(tokens: Sequence[int], n: int = 4) -> float | None:
   return 1 - len(set(grams)) / len(grams) if grams else None
 
 
-def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+def distinct(responses: Sequence[Tokens], n: int) -> float:
   """Distinct n-grams / n-grams over all responses; 0 without any.
 
   Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls as there is more text: compare models
@@ -24,7 +27,7 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
   return len(set(grams)) / max(len(grams), 1)
 
 
-def figures(responses: Sequence[Sequence[int]]) -> dict[str, float]:
+def figures(responses: Sequence[Tokens]) -> dict[str, float]:
   """Mean `repeated_share` of 4-grams where a response has any, and `distinct` of 1- and 2-grams."""
   shares = [share for share in map(repeated_share, responses) if share is not None]
   return {
@@ -34,6 +37,6 @@ def figures(responses: Sequence[Sequence[int]]) -> dict[str, float]:
   }
 
 
-def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
   tokens = [int(token) for token in tokens]
   return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

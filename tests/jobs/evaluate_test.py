@@ -1,5 +1,6 @@
 """The figures of an evaluation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,13 @@ def test_comparison_with_itself_is_even_and_without_a_score_has_none():
   assert set(found) == {'win_rate_gold', 'lc_win_rate_gold'}
   assert found['win_rate_gold']['mean'] == 0.5
   assert found['lc_win_rate_gold']['mean'] == pytest.approx(0.5, abs=1e-9)
+
+
+def test_figures_of_what_was_sampled():
+  # 0 1 0 1 0 1 <stop>, finished: 4-grams 0101 1010 0101; the stop token is no content.
+  experience = _experience([[0, 1, 0, 1, 0, 1, 2]], [[0] * 7], [[1] * 7], [True])
+  experience = jax.device_get(experience)
+  found = evaluate._figures(Sampled(experience, np.ones(1), np.zeros(1, int), [''], ['a'], None))
+  assert found['repeated_4grams'] == pytest.approx(1 / 3)
+  assert (found['length'], found['distinct_1']) == (7.0, pytest.approx(1 / 3))
+  assert found['score']['mean'] == 1 and found['kl_nats'] == 0

@@ -1,5 +1,6 @@
 """Repetition, worked by hand."""
 
+import numpy as np
 import pytest
 
 from segjax.jobs import repetition
@@ -37,3 +38,9 @@ def test_figures_leave_out_responses_too_short_to_repeat():
     'distinct_1': 0.0,
     'distinct_2': 0.0,
   }
+
+
+def test_arrays_are_as_lists():
+  lists = [[7] * 10, [1, 2]]
+  arrays = [np.array(tokens, np.int32) for tokens in lists]
+  assert repetition.figures(arrays) == repetition.figures(lists)
