@@ -28,6 +28,7 @@ MAIN = (
 )
 TIMING = ('generate', 'score', 'update', 'wait')  # of a step, in its order
 _TIMING = 'timing/'
+_NOISE = 1e-7  # what is smaller is shown as 0
 _TOKENS = 200_000  # whose entropies a histogram is made of, at most
 
 
@@ -83,7 +84,9 @@ def formatted(value: float | int | None) -> str:
   if value != value or abs(value) == float('inf'):
     return str(value)
   size = abs(value)
-  if size and (size < 1e-3 or size >= 1e7):
+  if size < _NOISE:
+    return '0'
+  if size < 1e-3 or size >= 1e7:
     return f'{value:.2e}'
   digits = next((d for limit, d in ((1000, 0), (100, 1), (10, 2)) if size >= limit), 3)
   return f'{value:z,.{digits}f}'

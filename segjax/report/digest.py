@@ -108,6 +108,12 @@ def _of(record: dict[str, Any], name: str) -> str:
 
 
 def _flat(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
+  before, after = results.get('before'), results.get('after')
+  if isinstance(before, dict) and isinstance(after, dict):
+    results = {k: v for k, v in results.items() if k not in ('before', 'after')}
+    for name in after:
+      if name in before:
+        yield name.replace('_', ' '), f'{_mean(before[name])} → {_mean(after[name])}'
   for name, value in results.items():
     label = f'{prefix}{name.replace("_", " ")}'
     if isinstance(value, dict):
@@ -116,6 +122,11 @@ def _flat(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]
       yield label, curves.formatted(value)
     else:
       yield label, str(value)
+
+
+def _mean(value: Any) -> str:
+  """A number, or the middle of an interval."""
+  return curves.formatted(value['mean'] if isinstance(value, dict) else value)
 
 
 def _duration(seconds: float | None) -> str:

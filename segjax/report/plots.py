@@ -109,7 +109,7 @@ def histogram(
   with _axes(label) as (axes, out):
     axes.stairs(100 * count / max(len(values), 1), edges, fill=True, color=SERIES[0], alpha=0.85)
     if mark is not None:
-      axes.axvline(mark, color=_WARN, linewidth=1.4, linestyle=(0, (4, 3)), label=f'{mark:g} nats')
+      axes.axvline(mark, color=_WARN, linewidth=1.4, linestyle=(0, (4, 3)), label='threshold')
       _legend(axes, 2)
     axes.set_position(_NAMED)
     axes.set_xlabel(unit)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -112,7 +113,9 @@ class SampleLog:
       return
     count = min(self._settings.responses, len(rows))
     chosen = np.linspace(0, len(rows) - 1, count).astype(np.int32)
-    found = processes.fetch(take_rows(experience, chosen))
+    # Rows are split over the devices, so as many are taken as these divide.
+    padded = np.resize(chosen, -(-count // jax.device_count()) * jax.device_count())
+    found = processes.fetch(take_rows(experience, padded))
     self.write(step, 'policy', found, np.asarray(rows)[chosen])
 
   def write(

@@ -168,7 +168,8 @@ def test_stages_say_where_they_are(workdir):
 @pytest.mark.parametrize(
   ('value', 'text'),
   [
-    (0.0, '0.000'),
+    (0.0, '0'),
+    (-5e-8, '0'),
     (-0.0001, '-1.00e-04'),
     (12.345, '12.35'),
     (123456.0, '123,456'),

@@ -41,7 +41,7 @@ function showTip(token) {
   if (known(segment[2])) say('score of the segment', signed(segment[2], 3));
   if (known(segment[3])) {
     say('reward of the segment', signed(segment[3], 3));
-    say('a token of it', signed(segment[3] / segment[0].length, 3));
+    say('reward of a token of it', signed(segment[3] / segment[0].length, 3));
   }
   tip.replaceChildren(make('div', 'what', escaped(JSON.stringify(segment[0][i]))), list);
   tip.hidden = false;
