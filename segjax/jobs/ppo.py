@@ -1,5 +1,6 @@
 """PPO on dense segment rewards: rollout, scoring, advantages, clipped updates, HF export."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from segjax.data.batches import split_holdout, stream_indices
 from segjax.data.encoding import encode_prompts
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import evaluate, models, provenance, throughput
+from segjax.jobs import evaluate, models, preemption, provenance, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.jobs.stage import Stage
@@ -91,7 +92,9 @@ def run(stage: Stage) -> dict[str, Any]:
     timing.end('update', states)
     metrics |= {'objective/kl_coef': coef} | updates | work | timing.seconds
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
-      metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
+      # The step is done: asked to stop while it is looked at, it goes without these figures.
+      with contextlib.suppress(preemption.AbandonedStepError):
+        metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
     shown.take(step, s.ppo.steps, experience, np.repeat(rows, s.rollout.samples))
     return states, metrics
 

@@ -46,7 +46,7 @@ class Sampler:
       timing: is told when generation and scoring end.
 
     Raises:
-      AbandonedStepError: the run was asked to stop; nothing has changed yet.
+      AbandonedStepError: the run was asked to stop; nothing has changed here.
     """
     s, recipe = self.stage.settings, self.recipe
     batch = self.prompts.gather(rows, np.asarray)
@@ -94,6 +94,9 @@ def held_out_metrics(
 
   One rollout's worth of the held-out prompts, always the same ones with the same random numbers, so
   that steps can be compared.
+
+  Raises:
+    AbandonedStepError: the run was asked to stop.
   """
   s = sampler.stage.settings
   asked = s.ppo.rollout_batch // s.rollout.samples

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: lines, progress bars and tables."""
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ Item = TypeVar('Item')
 
 _COLUMN = 12  # the stage's name stands before each of its lines
 _BAR = '{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
+_NARROW = '{desc}|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'  # in 80 columns
 _SECONDS = 15  # between two lines of a bar in a log file
 _WIDTH = 100  # of tables and bars in a log file
 
@@ -37,11 +39,12 @@ class ProgressBar:
     self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN - 1}} ', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
+    is_narrow = shutil.get_terminal_size().columns < _WIDTH
     self._bar = tqdm(
       total=total,
       initial=start,
       desc=self._meter['prefix'],
-      bar_format=_BAR,
+      bar_format=_NARROW if is_narrow else _BAR,
       file=sys.stdout,
       dynamic_ncols=True,
       disable=not self._on_terminal,

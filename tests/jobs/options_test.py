@@ -1,11 +1,14 @@
 """Whole runs with the options on: calibration, cache, rules, redistribution, published mistakes."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from segjax.data import demo
+from segjax.jobs import ppo, preemption
 from segjax.report import glossary
 
 
@@ -34,7 +37,7 @@ def at(language):
 def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
   found = [json.loads(line) for line in lines]
-  for name in found[-1].keys() - {'step'}:
+  for name in set().union(*found) - {'step'}:
     assert glossary.explained(name), f'{name} is not in the glossary'
   return found
 
@@ -101,9 +104,11 @@ OPTIONS = {
 }
 
 
+RULE_ALONE = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
+
+
 def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
-  rule = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
-  results = run(small('ppo', 'evaluate', **at('prompts'), **rule, **OPTIONS))
+  results = run(small('ppo', 'evaluate', **at('prompts'), **RULE_ALONE, **OPTIONS))
   steps = metrics(tmp_path, 'ppo')
   assert 'policy/loss' not in steps[0] and 'val/loss' in steps[0]
   assert 'policy/loss' in steps[1] and steps[1]['policy/first_ratio_max_deviation'] < 1e-4
@@ -116,6 +121,28 @@ def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
   # The rule is all the reward there is, and the truth as well.
   assert looked['eval/reward'] == pytest.approx(looked['eval/gold'], abs=1e-4)
   assert 'score' not in results['evaluate']['after']
+
+
+def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, monkeypatch):
+  """The step before is done and its old state given away: the new one is saved, and goes on."""
+  values = small('ppo', **at('prompts'), **RULE_ALONE, **OPTIONS)
+  with monkeypatch.context() as patch, pytest.raises(preemption.PreemptedError, match='step 2 of'):
+    patch.setattr(ppo, 'held_out_metrics', interrupted(ppo.held_out_metrics))
+    run(values)
+  assert run(values)['ppo']['steps'] == 3
+  first, second, third = metrics(tmp_path, 'ppo')
+  assert [first['step'], second['step'], third['step']] == [0, 1, 2]
+  assert 'policy/loss' in second and 'eval/reward' not in second
+
+
+def interrupted(function):
+  """The function, as a signal comes when it is called."""
+
+  def call(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args)
+
+  return call
 
 
 def test_wrong_rule_stops_before_anything_starts(small, run, at):

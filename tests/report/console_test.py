@@ -1,5 +1,10 @@
 """Lines, bars and tables as a log file gets them."""
 
+import io
+import sys
+
+import pytest
+
 from segjax.report import console
 
 
@@ -20,6 +25,33 @@ def test_bar_in_a_log_is_one_whole_line(capsys):
   assert out.startswith('sft         100%|')
   assert '4/4' in out and 'loss=4' in out
   assert len(out) <= 101
+
+
+@pytest.mark.parametrize(
+  'stage, total, note',
+  [
+    ('ppo', 59, '12.3k tok/s, reward -0.231, kl 13.2'),
+    ('sft', 9000, '25.2k tok/s, loss 1.69, entropy 1.51'),
+    ('reward', 9000, '12.2k tok/s, loss 0.693, accuracy 0.512'),
+  ],
+)
+def test_bar_on_a_narrow_terminal_cuts_nothing_off(monkeypatch, stage, total, note):
+  screen = io.StringIO()
+  screen.isatty = lambda: True
+  monkeypatch.setattr(sys, 'stdout', screen)
+  monkeypatch.setenv('COLUMNS', '80')
+  monkeypatch.setenv('LINES', '24')
+  bar = console.ProgressBar(stage, total)
+  bar._bar.ncols, bar._bar.dynamic_ncols = 80, None
+  bar._bar.start_t -= 5 * 3600  # hours have gone by, and as many are left
+  bar.update(total // 2, note)
+  bar._bar.refresh()
+  bar.close()
+  *_, line = screen.getvalue().split('\r')
+  line = line.rstrip('\n')
+  assert line.startswith(f'{stage:<12}|') and line.endswith(note)
+  assert f'{total // 2}/{total} ' in line and ' left, ' in line
+  assert len(line) <= 80
 
 
 def test_long_stage_is_heard_of_now_and_then(capsys, monkeypatch):
