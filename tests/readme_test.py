@@ -93,6 +93,10 @@ def place(tmp_path_factory):
   )
   chats, pairs, prompts = (text for text in _code('json'))
   rows = {'chats': chats, 'pairs': pairs, 'prompts': prompts, 'held_out': prompts, 'rows': chats}
+  rows['more_pairs'] = pairs
+  rows['questions'] = '{"question_id": 81, "category": "writing", "turns": ["2 + 2?", "And 3?"]}\n'
+  span = '{"start": 0, "end": 1, "type": "wrong"}'
+  rows['spans'] = f'{{"prompt": "2 + 2?", "response": "5.", "spans": [{span}]}}\n'
   for name, row in rows.items():
     (directory / f'{name}.jsonl').write_text(row * 200)
   return directory
