@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
 
-Tokens = Sequence[int] | Int[np.ndarray, 'T']
+Tokens = Sequence[int] | np.ndarray  # of one response
 
 
 def repeated_share(tokens: Tokens, n: int = 4) -> float | None:
