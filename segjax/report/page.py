@@ -42,7 +42,7 @@ class Page:
     clock: Callable[[], float] = time.monotonic,
   ):
     self._workdir, self._name, self._stages, self._clock = workdir, name, list(stages), clock
-    self._due = clock() + _FIRST
+    self._due, self._most = clock() + _FIRST, 0.0
     _template()
     self._charts: dict[str, tuple[Any, curves.Charts]] = {}
 
@@ -72,7 +72,10 @@ class Page:
     except Exception as error:  # the run is worth more than its report
       say(f'warning: {self._workdir / FILE} was not written: {type(error).__name__}: {error}')
     now = self._clock()
-    self._due = now + (now - begun) / _SHARE
+    self._most = max(
+      self._most, now - begun
+    )  # one without a new chart costs little, and says little
+    self._due = now + self._most / _SHARE
 
   def _html(self, state: str) -> str:
     there = [name for name in self._stages if (self._workdir / name).is_dir()]
