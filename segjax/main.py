@@ -102,7 +102,11 @@ def main(_: list[str]) -> None:
   with mirrored.held(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
-    pipeline.run(stages, workdir, _STARTED, name)
+    try:
+      pipeline.run(stages, workdir, _STARTED, name)
+    except preemption.PreemptedError:
+      mirrored.offer()  # the report, which says that it stopped
+      raise
     mirrored.publish()
     processes.barrier('end')
 

@@ -83,8 +83,8 @@ def test_saving(bench, tmp_path):
   assert 0 < record['blocked_seconds'] <= record['written_seconds']
 
 
-def test_logging(bench):
-  record = bench('logging', '--steps=200')
+def test_logs(bench):
+  record = bench('logs', '--steps=200')
   assert record['metrics'] > 50 and record['microseconds'] > 0
 
 

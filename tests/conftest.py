@@ -1,4 +1,4 @@
-"""What every test needs: eight CPU devices, checked array shapes, strict broadcasting."""
+"""What every test needs: eight CPU devices, checked shapes, strict broadcasting, quick compiles."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,8 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Compile time is most of the tests' time: LLVM's optimizations cost more than they save.
+jax.config.update('jax_disable_most_optimizations', True)
 jaxtyping.install_import_hook('segjax', 'beartype.beartype')
 
 

@@ -16,6 +16,7 @@ from segjax import processes, rendezvous
 from segjax.data.batches import batch_indices
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_QUICK = '--xla_backend_optimization_level=0'  # compiling is most of the time
 _SMALL = {
   'demo.sft_rows': 64,
   'demo.pairs': 64,
@@ -33,7 +34,7 @@ def _port():
 
 def _start(workdir, number, *more):
   """So many processes of one run, their output in files beside the working directory."""
-  port, environment = _port(), os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  port, environment = _port(), os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _QUICK}
   started = []
   for index in range(number):
     flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
@@ -129,7 +130,7 @@ print(json.dumps(found))
 
 def _rows(number):
   """Of every step, what each process holds: (where in the batch it begins, rows)."""
-  address, environment = f'localhost:{_port()}', os.environ | {'XLA_FLAGS': ''}
+  address, environment = f'localhost:{_port()}', os.environ | {'XLA_FLAGS': _QUICK}
   started = [
     subprocess.Popen(
       [sys.executable, '-c', _ROWS, address if number > 1 else '', str(number), str(index)],

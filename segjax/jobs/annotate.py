@@ -12,8 +12,7 @@ import numpy as np
 from segjax import processes
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.hf import layout
-from segjax.hf.reader import open_model
+from segjax.jobs import models
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model.heads import scores, token_logprobs
@@ -61,9 +60,7 @@ def load(stage: Stage) -> Reader:
   base = stored.segmentation if stored else Segmentation()
   segmentation = segment_reward.overruled(base, s.reward_model.segmentation)
   tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  configs = {name: jobs.network(stage, path) for name, path in paths.items()}
-  if 'reward' in paths:
-    _check_head(paths['reward'], configs['reward'])
+  configs = models.networks(stage, paths)
   heads = {'policy': 'language', 'reward': 'scalar'}
   return Reader(
     tokenizer=tokenizer,
@@ -72,16 +69,6 @@ def load(stage: Stage) -> Reader:
     cutter=cutter_of(segmentation, tokenizer),
     normalizer=stored.normalizer if stored else None,
   )
-
-
-def _check_head(directory: Path, config: LlamaConfig) -> None:
-  """ValueError where a reward model has no scalar head: the scores of a drawn one mean nothing."""
-  found = open_model(directory, config, 'scalar')[1]
-  if len(found) < len(layout.entries(config, 'scalar')):
-    raise ValueError(
-      f'{directory} has no scalar head, so it is no reward model; train one from it by the reward '
-      'job.'
-    )
 
 
 def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:

@@ -15,7 +15,7 @@ from segjax.data.batches import Pairs, chunks
 from segjax.data.sources import Rows, load_rows
 from segjax.data.spans import EncodedMarked, encode_marked
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import paths, reward_bench, span_evaluation
+from segjax.jobs import models, paths, reward_bench, span_evaluation
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.jobs.statistics import wilson
@@ -118,7 +118,7 @@ def find(stage: Stage) -> Judge:
   meaning = segment_reward.resolve(named, path, reference or path)
   tokenizer = jobs.tokenizer_of(stage, path)
   cutter = cutter_of(meaning.segmentation, tokenizer)
-  config = jobs.network(stage, path)
+  config = models.networks(stage, {'reward': path})['reward']
   networks = [config]
   if cutter.needs_entropy:
     if reference is None:

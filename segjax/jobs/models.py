@@ -13,6 +13,7 @@ from segjax.checks import spread
 from segjax.contradictions import check_redistribution
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.hf import layout, reader
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model import sharding
@@ -47,7 +48,24 @@ def find(stage: Stage) -> tuple[dict[str, Path], SegmentReward, dict[str, LlamaC
   granularity = meaning.segmentation.granularity
   check_redistribution(s, granularity, float(meaning.normalizer.w_mean))
   segment_reward.check_tokenizer(paths['reference'], paths['policy'])
-  return paths, meaning, {name: jobs.network(stage, path) for name, path in paths.items()}
+  return paths, meaning, networks(stage, paths)
+
+
+def networks(stage: Stage, paths: dict[str, Path]) -> dict[str, LlamaConfig]:
+  """The network in each directory.
+
+  Raises:
+    ValueError: the reward model has no scalar head: the scores of one that is drawn mean nothing.
+  """
+  found = {name: jobs.network(stage, path) for name, path in paths.items()}
+  if 'reward' in paths:
+    tensors = reader.open_model(paths['reward'], found['reward'], 'scalar')[1]
+    if len(tensors) < len(layout.entries(found['reward'], 'scalar')):
+      raise ValueError(
+        f'{paths["reward"]} has no scalar head, so it is no reward model; train one from it by the '
+        'reward job.'
+      )
+  return found
 
 
 def load(

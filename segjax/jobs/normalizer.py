@@ -13,6 +13,7 @@ import numpy as np
 from segjax import processes
 from segjax.contradictions import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, chunks, take
+from segjax.jobs import models
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.report.console import track
@@ -45,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
   named = dataclasses.replace(s.reward_model, normalizer='none')
   meaning = segment_reward.resolve(named, source, reference_path)
   kind = kind_of(s.normalizer.kind, meaning.segmentation.granularity)
-  config = jobs.network(stage, source)
+  config = models.networks(stage, {'reward': source})['reward']
   tokenizer = jobs.tokenizer_of(stage, reference_path)
   scorer = Scorer(
     config, jobs.network(stage, reference_path), cutter_of(meaning.segmentation, tokenizer)

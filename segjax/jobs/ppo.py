@@ -90,13 +90,14 @@ def run(stage: Stage) -> dict[str, Any]:
       moved = _next_coef(coef, metrics['objective/kl'], s.ppo)
       states['kl'] = {'coef': jnp.where(sound, moved, coef)}
     timing.end('update', states)
-    metrics |= {'objective/kl_coef': coef} | updates | work | timing.seconds
+    metrics |= {'objective/kl_coef': coef} | updates | work
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       # The step is done: asked to stop while it is looked at, it goes without these figures.
       with contextlib.suppress(preemption.AbandonedStepError):
         metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
+      timing.end('evaluate')
     shown.take(step, s.ppo.steps, experience, np.repeat(rows, s.rollout.samples))
-    return states, metrics
+    return states, metrics | timing.seconds
 
   states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
   figures = {name: last.get(metric) for name, metric in FIGURES.items()}

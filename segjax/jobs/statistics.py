@@ -60,7 +60,7 @@ def resamples(clusters: int, seed: int, draws: int = DRAWS) -> Iterator[Int[np.n
 
 
 def percentiles(
-  mean: float, draws: Float[np.ndarray, 'D'], n: int
+  mean: float | np.floating, draws: Float[np.ndarray, 'D'], n: int
 ) -> dict[str, float | int | None]:
   """An estimate with the 2.5th and 97.5th percentile of its bootstrap; NaN among these is left out.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segjax.report import plots, samples
+from segjax.report import glossary, plots, samples
 from segjax.report.metrics import FILE
 
 # Title, and the metrics of a chart that stands on top; those of one chart share its axes.
@@ -26,7 +26,7 @@ MAIN = (
   ('Loss', ('train/loss', 'eval/loss')),
   ('Accuracy', ('train/accuracy', 'eval/accuracy')),
 )
-TIMING = ('generate', 'score', 'update', 'wait')  # of a step, in its order
+TIMING = ('generate', 'score', 'update', 'evaluate', 'wait')  # of a step, in its order
 _TIMING = 'timing/'
 _NOISE = 1e-7  # what is smaller is shown as 0
 _TOKENS = 200_000  # whose entropies a histogram is made of, at most
@@ -34,11 +34,12 @@ _TOKENS = 200_000  # whose entropies a histogram is made of, at most
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A title, what its last value is, and the picture."""
+  """A title, what its last value is, the picture, and what the metric means."""
 
   title: str
   last: str
   svg: str
+  about: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,9 @@ def _mains(stage: str, steps: list[int], series: dict[str, list[float]]) -> Iter
 def _curve(stage: str, title: str, steps: list[int], found: dict[str, list[float]]) -> Chart:
   finite = [x for x in next(iter(found.values())) if x == x]
   last = formatted(finite[-1]) if finite else '–'
-  return Chart(title, last, plots.curve(steps, found, f'{stage}: {title}'))
+  known = glossary.explained(next(iter(found)))
+  picture = plots.curve(steps, found, f'{stage}: {title}')
+  return Chart(title, last, picture, known.meaning if known else '')
 
 
 def _fits(directory: Path) -> Iterator[Chart]:

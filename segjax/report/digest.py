@@ -8,8 +8,10 @@ from typing import Any
 
 from segjax.report import curves
 from segjax.report.metrics import FILE
+from segjax.report.watch import Watch
 
 _STAGE = 'stage.json'
+_WARNINGS = 5  # of a stage that are shown, the newest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +76,19 @@ def figures(workdir: Path, names: Sequence[str]) -> list[Figure]:
 
 
 def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
-  """What a person should look at before believing the figures."""
+  """What a person should look at before believing the figures: what `watch` said, bad steps."""
   found = []
   for name in names:
     steps, series = curves.read(workdir / name / FILE)
     bad = [step for step, x in zip(steps, series.get('bad', []), strict=False) if x > 0]
     if bad:
-      found.append(f'{name}: {len(bad)} step(s) were left out as bad, the last was {bad[-1]}')
-    if (ends := series.get('response/eos_rate')) and ends[-1] < 0.2:
-      found.append(f'{name}: only {100 * ends[-1]:.0f} % of the responses end by themselves')
-    gap = series.get('policy/first_ratio_max_deviation')
-    if gap and max(gap) > 0.1:
-      found.append(
-        f'{name}: before an update the ratio is off by up to {max(gap):.2g}: rollouts and updates '
-        'do not compute the same log-probs'
-      )
+      found.append(f'{name}: {len(bad)} step(s) were left out as bad, the last was {bad[-1] + 1}')
+    watch, said = Watch(), []
+    watched = {metric: series[metric] for metric in watch.names if metric in series}
+    for at, step in enumerate(steps):
+      values = {metric: values[at] for metric, values in watched.items()}
+      said += [f'{name}, step {step + 1}: {warning}' for warning in watch.look(values)]
+    found += said[-_WARNINGS:]
   return found
 
 

@@ -26,6 +26,9 @@ TOKENS, FLOPS = 'perf/tokens', 'perf/flops'  # of a step; what rates are made of
 _NO_DATA = 'reward/z_by_position/'  # left out of a step that has none for them
 
 
+_Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds
+
+
 class BadStepError(RuntimeError):
   """Too many steps in a row whose loss or gradient was not finite."""
 
@@ -90,7 +93,7 @@ class MetricLog:
     project = self._options.wandb_project
     self._wandb = _wandb_run(project, directory) if project and first else None
     self._bar, self._show = bar, show
-    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._pending: _Pending | None = None
     self._clock = time.monotonic()
 
   def __enter__(self) -> 'MetricLog':
@@ -111,7 +114,9 @@ class MetricLog:
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Takes the metrics of `step` and writes those of the step before."""
-    pending, self._pending = self._pending, (step, metrics)
+    now = time.monotonic()
+    pending, self._pending = self._pending, (step, metrics, now - self._clock)
+    self._clock = now
     self._read(pending)
 
   def flush(self) -> None:
@@ -119,16 +124,15 @@ class MetricLog:
     pending, self._pending = self._pending, None
     self._read(pending)
 
-  def _read(self, pending: tuple[int, dict[str, Any]] | None) -> None:
+  def _read(self, pending: '_Pending | None') -> None:
     if pending is not None:
       self._write(*pending)
       self._stop_if_bad(pending[0], self.last)
 
-  def _write(self, step: int, metrics: dict[str, Any]) -> None:
+  def _write(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
     values = {name: float(value) for name, value in processes.fetch(metrics).items()}
     values = {k: v for k, v in values.items() if not (k.startswith(_NO_DATA) and math.isnan(v))}
-    now = time.monotonic()
-    values['timing/step'], self._clock = now - self._clock, now
+    values['timing/step'] = seconds  # between two that were dispatched
     values |= _rates(values, self._options.peak_flops)
     self._keep(values)
     # JSON has no NaN: a value that is not finite is written as its name.

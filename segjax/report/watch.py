@@ -146,6 +146,11 @@ class Watch:
     self._trends: Trends = {name: Trend() for rule in rules for name in rule.metrics}
     self._quiet = dict.fromkeys(range(len(rules)), _EARLIEST)  # looks since it last held
 
+  @property
+  def names(self) -> list[str]:
+    """The metrics that any rule reads."""
+    return list(self._trends)
+
   def look(self, metrics: dict[str, float]) -> list[str]:
     """What begins to be wrong with these metrics of the next step."""
     for name, trend in self._trends.items():

@@ -1,10 +1,12 @@
 """Bad input: one line that names file, row or key, before weights are read."""
 
+import dataclasses
 import gzip
 import json
 import shutil
 
 import pytest
+import tiny_models
 
 from segjax.hf import reader
 from segjax.jobs import pipeline
@@ -113,10 +115,17 @@ def test_tokenizer_without_a_chat_template(small, run, model, language):
     run(small('sft', **values))
 
 
+@pytest.fixture(scope='module')
+def scalar(language, tmp_path_factory):
+  """A reward model of the language's sizes and tokenizer."""
+  directory = tmp_path_factory.mktemp('scalar') / 'model'
+  return tiny_models.reward_model(language / 'model', directory, None, Segmentation())
+
+
 @pytest.fixture
-def ppo_inputs(model, language, tmp_path):
+def ppo_inputs(model, language, scalar, tmp_path):
   """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
-  reward = shutil.copytree(language / 'model', tmp_path / 'reward_model')
+  reward = shutil.copytree(scalar, tmp_path / 'reward_model')
   segment_reward.write(reward, SegmentReward(Segmentation(), Normalizer(), 'regression'))
   return {
     'policy.path': str(model),
@@ -191,3 +200,21 @@ def test_checkpoints_that_have_no_place(small, run, language, tmp_path):
   named = {'checkpoint.directory': f'{tmp_path}/file/x'}
   with pytest.raises(ValueError, match=r'config.checkpoint.directory=.*file/x. cannot be made: '):
     run(small('sft', **paths, **named))
+
+
+@pytest.mark.parametrize('stage', ['ppo', 'evaluate', 'normalizer', 'evaluate_reward'])
+def test_a_language_model_is_no_reward_model(small, run, language, model, stage):
+  """Its scores would be those of a head drawn at random."""
+  pairs = str(language / 'rows' / 'pairs.jsonl.gz')
+  cutting = dataclasses.asdict(Segmentation(granularity='token'))
+  values = {
+    'policy.path': str(language / 'model'),
+    'reference.path': str(language / 'model'),
+    'reward_model.path': str(model),
+    'reward_model.normalizer': '' if stage == 'normalizer' else 'none',
+    'data.path': pairs,
+    'evaluate_reward.pairs': pairs,
+    **{f'reward_model.segmentation.{name}': value for name, value in cutting.items()},
+  }
+  with pytest.raises(ValueError, match='has no scalar head, so it is no reward model'):
+    run(small(stage, **values))

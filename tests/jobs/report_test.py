@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from segjax.jobs import ppo
+from segjax.jobs import sampling
 
 
 def many_words(prompt, response):
@@ -42,7 +42,7 @@ def stopped(run, tmp_path, monkeypatch):
   """Runs PPO, but the process is 'stopped' in its fourth step; checkpoints are every second."""
 
   def go(values, workdir):
-    count, real = [], ppo.rollout
+    count, real = [], sampling.rollout
 
     def rollout(*args, **kwargs):
       count.append(1)
@@ -51,7 +51,7 @@ def stopped(run, tmp_path, monkeypatch):
       return real(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(ppo, 'rollout', rollout)
+      patch.setattr(sampling, 'rollout', rollout)
       run(values, workdir)
 
   return go

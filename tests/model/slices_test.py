@@ -46,7 +46,7 @@ def mesh(monkeypatch):
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2').devices
   jax.config.update('jax_disable_most_optimizations', False)  # what runs is to be looked at
   yield sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
-  jax.config.update('jax_disable_most_optimizations', True)  # as all tests of this folder have it
+  jax.config.update('jax_disable_most_optimizations', True)  # as all tests have it
 
 
 def _compile(function, *args, **static):

@@ -106,7 +106,7 @@ def test_a_page_shows_what_the_run_has_written(workdir):
   assert unpacked(html)[1]['segments'][0][0][0].startswith('</script>')
   assert 'Reward per response' in html and 'Where a step’s seconds go' in html
   assert 'Mean(p) of segment scores' in html and 'Entropy of the reference' in html
-  assert '1 step(s) were left out as bad, the last was 9' in html
+  assert '1 step(s) were left out as bad, the last was 10' in html
   assert not list(workdir.glob('*.partial'))
 
 
@@ -189,3 +189,11 @@ def test_a_step_that_is_run_again_stands_there_once(tmp_path):
     out.write('{"step": 1')  # it was killed here
   samples.keep_before(path, 10)
   assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [0, 5]
+
+
+def test_warnings_are_those_of_the_console(tmp_path):
+  lines = [{'step': k, 'bad': int(k == 3), 'policy/clipfrac': 0.6} for k in range(8)]
+  write(tmp_path / 'ppo' / 'metrics.jsonl', lines)
+  bad, clipped = digest.warnings(tmp_path, ['ppo'])
+  assert bad == 'ppo: 1 step(s) were left out as bad, the last was 4'
+  assert clipped.startswith('ppo, step 3: the clip holds 60% of the tokens')

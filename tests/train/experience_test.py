@@ -216,5 +216,5 @@ def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
   ],
 )
 def test_rollouts_within_bounds_are_sound(kl, reward, bounds, expected):
-  metrics = {'kl': jnp.float32(kl), 'reward_token_max': jnp.float32(reward)}
+  metrics = {'objective/kl': jnp.float32(kl), 'reward/token_max': jnp.float32(reward)}
   assert bool(is_sound(metrics, PPO(**bounds))) == expected

@@ -68,7 +68,7 @@ def test_first_minibatch_is_on_policy(experience):
   # same forward, but for the height of the matrix products.
   limit = 1e-6 if recipe.recompute_logprob else 1e-4
   assert metrics['policy/ratio_max_deviation'] <= limit
-  assert made['kl_token_max'] <= limit
+  assert made['objective/kl_token_max'] <= limit
   assert metrics['policy/clipfrac'] == 0
   assert metrics['policy/ratio_mean'] == pytest.approx(1, abs=limit)
   assert metrics['bad'] == 0
@@ -189,7 +189,7 @@ def test_attention_mask_is_that_of_the_rollout():
   masked, metrics = make_experience(
     rollout, seen, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
   )
-  assert metrics['kl_token_max'] <= 1e-5
+  assert metrics['objective/kl_token_max'] <= 1e-5
   _, metrics = step(fresh(), masked, ROWS[0])
   assert metrics['policy/ratio_max_deviation'] <= 1e-5
 
