@@ -125,7 +125,7 @@ def save_checkpoint(
           files.write(piece.name, 0, _gathered(piece, by_path[piece.entry.path]))
       describe(partial, described, directory.name)
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {directory}')
+    multihost_utils.sync_global_devices('saved')  # the directory may have other names elsewhere
   return directory
 
 

@@ -290,14 +290,20 @@ _SMALL = {
 }
 
 
-def _start(buckets, run, local):
+def _start(buckets, run, local, *more):
   """A run on gs://bucket/`run`, which is a directory in `buckets`."""
   (buckets / 'bucket').mkdir(parents=True, exist_ok=True)
   flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
   command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py', *flags]
   path = os.pathsep.join([str(REPOSITORY / 'tests' / 'bucket'), str(REPOSITORY)])
   return subprocess.Popen(
-    [*command, f'--workdir=gs://bucket/{run}', f'--mirror={local}', '--config.stages=demo,sft'],
+    [
+      *command,
+      f'--workdir=gs://bucket/{run}',
+      f'--mirror={local}',
+      '--config.stages=demo,sft',
+      *more,
+    ],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -352,3 +358,25 @@ def test_the_bucket_alone_is_enough_after_a_kill(tmp_path):
   assert not _saved(run) and not (run / lock.FILE).exists()
   code, out = _end(_start(buckets, 'killed', tmp_path / 'third'))
   assert code == 0 and 'sft         reused' in out
+
+
+@pytest.mark.slow
+def test_two_processes_work_on_one_bucket(tmp_path):
+  """Each in a copy of its own; what the run leaves there is that of one process."""
+  buckets = tmp_path / 'buckets'
+  code, out = _end(_start(buckets, 'one', tmp_path / 'one'))
+  assert code == 0, out[-3000:]
+  with socket.create_server(('localhost', 0)) as server:
+    port = server.getsockname()[1]
+  flags = [f'--coordinator=localhost:{port}', '--processes=2']
+  started = [
+    _start(buckets, 'two', tmp_path / f'two{index}', *flags, f'--process={index}')
+    for index in range(2)
+  ]
+  for process in started:
+    code, out = _end(process)
+    assert code == 0, out[-3000:]
+  one, two = (
+    [line['train/loss'] for line in _timeless(buckets / 'bucket' / run)] for run in ('one', 'two')
+  )
+  assert two == pytest.approx(one, rel=1e-5)
