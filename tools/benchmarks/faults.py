@@ -36,10 +36,11 @@ _TIMES = re.compile('seconds|timing/|perf/')
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The size of the campaign."""
   parser.add_argument('--kills', type=int, default=50)
+  parser.add_argument('--damages', type=int, default=len(DAMAGES), help='kinds of damage')
   parser.add_argument('--seed', type=int, default=0)
 
 
-def run(kills: int, seed: int) -> dict:
+def run(kills: int, damages: int, seed: int) -> dict:
   """Kills runs of the demo at random moments until they end, spoils checkpoints on the way."""
   rng = random.Random(seed)
   with tempfile.TemporaryDirectory() as directory:
@@ -53,7 +54,7 @@ def run(kills: int, seed: int) -> dict:
     counts = {'SIGKILL': _Count(), 'SIGTERM': _Count(), 'damage': _Count()}
     while sum(counts[name].tried for name in ('SIGKILL', 'SIGTERM')) < kills:
       _until_done(home, rng, seconds, counts, kills, want)
-    for name in DAMAGES:
+    for name in list(DAMAGES)[:damages]:
       _damaged(home, name, counts['damage'], want)
   _table(counts)
   return {name: vars(count) for name, count in counts.items()} | {'seconds_of_a_run': seconds}
