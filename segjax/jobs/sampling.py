@@ -76,11 +76,10 @@ class Sampler:
     preemption.abandon()
     return experience, metrics
 
-  def texts(self, experience: Experience, count: int) -> list[str]:
-    """The first `count` responses as text; every process takes part."""
-    ids, mask = processes.fetch(
-      (experience.rollout.response_ids[:count], experience.rollout.response_mask[:count])
-    )
+  def texts(self, experience: Experience) -> list[str]:
+    """The responses as text; every process takes part."""
+    found = experience.rollout
+    ids, mask = processes.fetch((found.response_ids, found.response_mask))
     return [self.tokenizer.decode(row[real]) for row, real in zip(ids, mask, strict=True)]
 
 
@@ -89,35 +88,25 @@ def held_out_metrics(
   trained: dict[str, Any],
   coef: Any,
   gold: Callable[[str, str], float] | None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """eval/reward, eval/kl, eval/length_mean and, where it is known, eval/gold; means over responses.
 
-  One rollout's worth of the held-out prompts, always the same ones with the same random numbers, so
-  that steps can be compared.
-
-  Raises:
-    AbandonedStepError: the run was asked to stop.
+  One rollout on the held-out prompts, each as often as it takes to fill it: always the same ones
+  with the same random numbers, so that steps can be compared, and nothing is compiled anew.
   """
   s = sampler.stage.settings
   asked = s.ppo.rollout_batch // s.rollout.samples
-  number = min(asked, len(sampler.prompts))
-  rows = np.arange(asked) % number  # as many as in training, so that nothing is compiled anew
+  rows = np.arange(asked) % len(sampler.prompts)
   key = sampler.stage.key('held out')
-  experience, _ = sampler.sample(trained, rows, key, coef, Timing())
-  real = number * s.rollout.samples
-  found = experience.rollout
-  arrays = (experience.reward, found.old_logprob, experience.ref_logprob, found.response_mask)
-  reward, logprob, ref_logprob, mask = (x[:real] for x in processes.fetch(arrays))
-  token_kl = np.where(mask, logprob - ref_logprob, 0)
-  penalty = float(coef) * token_kl if s.ppo.kl_in == 'reward' else 0 * token_kl
+  experience, found = sampler.sample(trained, rows, key, coef, Timing())
   metrics = {
-    'eval/reward': float((np.where(mask, reward, 0) + penalty).sum(1).mean()),
-    'eval/kl': float(token_kl.sum(1).mean()),
-    'eval/length_mean': float(mask.sum(1).mean()),
+    'eval/reward': found['objective/reward'],
+    'eval/kl': found['objective/kl'],
+    'eval/length_mean': found['response/length_mean'],
   }
   if gold is not None:
-    prompts = np.repeat(rows, s.rollout.samples)[:real]
-    asked_texts = [sampler.prompts.messages(row)[-1]['content'] for row in prompts]
-    pairs = zip(asked_texts, sampler.texts(experience, real), strict=True)
+    prompts = [sampler.prompts.messages(row)[-1]['content'] for row in rows]
+    asked_texts = [prompt for prompt in prompts for _ in range(s.rollout.samples)]
+    pairs = zip(asked_texts, sampler.texts(experience), strict=True)
     metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
   return metrics
