@@ -11,15 +11,17 @@ from segjax.train.sft_step import sft_step
 from . import setting
 
 
-def step(state, count, mesh=None):
+def step(state, count, mesh=None, losses=None):
   for _ in range(count):
-    state, _ = sft_step(
+    state, metrics = sft_step(
       state,
       setting.conversations(mesh),
       config=tiny.CONFIG,
       settings=setting.FINE_TUNING,
       total_steps=setting.TOTAL,
     )
+    if losses is not None:
+      losses.append(float(metrics['loss']))
   return state
 
 
@@ -42,16 +44,18 @@ def test_going_on_equals_never_having_stopped(tmp_path):
 
 def test_eight_devices_then_four_then_one(tmp_path):
   """Each restores what the one before saved, and takes a step: as one device that took them all."""
-  straight = setting.copied(step(setting.state('policy'), 3))
+  expected, losses = [], []
+  straight = setting.copied(step(setting.state('policy'), 3, losses=expected))
   for done, shape in enumerate([(2, 2, 2), (1, 4, 1), (1, 1, 1)]):
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     with jax.set_mesh(mesh):
       saved = Checkpointer(tmp_path, keep=1)
       at, states = saved.restore({'policy': setting.state('policy', mesh)})
       assert at == done
-      state = step(states['policy'], 1, mesh)
+      state = step(states['policy'], 1, mesh, losses)
       saved.save(done + 1, {'policy': state})
       saved.close()
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)  # float32
   jax.tree.map(
     lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6),
     setting.copied(state.params),
