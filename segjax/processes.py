@@ -25,6 +25,7 @@ _PREFIX = 'segjax/alive/'
 _LINE = 'segjax/line'  # where the first process holds a line to each of the others
 
 _index, _count = 0, 1
+_lines: list[socket.socket] = []  # of the first process to the others
 
 
 def count() -> int:
@@ -145,20 +146,20 @@ def _watch() -> None:
 
 def _hold_lines() -> None:
   """Of the first process: a connection to each of the others; it breaks when this one is lost."""
-  lines: list[socket.socket] = []
-
-  def part() -> None:
-    for line in lines:
-      with contextlib.suppress(OSError):
-        line.sendall(b'.')  # an end in order
-
-  atexit.register(part)
+  atexit.register(_part, '')  # an end in order
   with socket.create_server(('', 0)) as server:
     sign = {'port': server.getsockname()[1], 'host': socket.gethostname(), 'pid': os.getpid()}
     _client().key_value_set(_LINE, json.dumps(sign))
-    while len(lines) < _count - 1:
-      lines.append(server.accept()[0])
+    while len(_lines) < _count - 1:
+      _lines.append(server.accept()[0])
   threading.Event().wait()
+
+
+def _part(reason: str) -> None:
+  """Tells the others why this process ends, '' for an end in order; only the first has lines."""
+  for line in _lines:
+    with contextlib.suppress(OSError):
+      line.sendall(f'{reason}\n'.encode())
 
 
 def _watch_line() -> None:
@@ -174,16 +175,18 @@ def _watch_line() -> None:
     for option, value in {'TCP_KEEPIDLE': _BEAT, 'TCP_KEEPINTVL': _BEAT, 'TCP_KEEPCNT': 4}.items():
       if hasattr(socket, option):  # a host that is lost says nothing; this asks
         line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), int(value))
-    with contextlib.suppress(OSError):
-      if line.recv(1):
-        return
-    if not sys.is_finalizing():
-      _end(f'process 0 (pid {sign["pid"]} on {sign["host"]}), where the others meet, is gone')
+    said = ''
+    with contextlib.suppress(OSError), line.makefile(encoding='utf-8') as text:
+      said = text.readline()
+    if said != '\n' and not sys.is_finalizing():
+      gone = f'process 0 (pid {sign["pid"]} on {sign["host"]}), where the others meet, is gone'
+      _end(said.strip() or gone)
 
 
 def _end(reason: str) -> None:
   text = f'segjax: {reason}; this one stops. Start all again: they go on from what is saved.'
   print(text, file=sys.stderr, flush=True)
+  _part(reason)
   os._exit(1)
 
 
