@@ -38,8 +38,6 @@ Text = str | Any
 
 _MAX_NEW_TOKENS = 128
 _ROWS = 8  # texts read at once, at most, but for one per device
-# Strings need no template, but a tokenizer is only read with one.
-_NONE = '{% for message in messages %}{{ message.content }}{% endfor %}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +275,8 @@ def _load(name: str, named: dict[str, Any], mesh: Mesh | None) -> tuple[Stage, R
     try:
       return stage, annotate.load(stage), True
     except NoTemplateError:
-      stage = dataclasses.replace(stage, settings=_settings(named | {'data.chat_template': _NONE}))
+      named = named | {'data.chat_template': annotate.PLAIN}
+      stage = dataclasses.replace(stage, settings=_settings(named))
       return stage, annotate.load(stage), False
 
 

@@ -23,6 +23,18 @@ TEMPLATE = (
 )
 
 
+SIZES = {  # of a run so small that compiling is all it costs
+  'network.hidden_size': 16,
+  'network.intermediate_size': 32,
+  'network.num_hidden_layers': 1,
+  'network.num_attention_heads': 2,
+  'network.num_key_value_heads': 1,
+  'network.max_position_embeddings': 128,
+  'demo.sft_rows': 32,
+  'demo.pairs': 32,
+}
+
+
 def one_device():
   """A mesh of one of the eight devices."""
   return make_mesh(devices=jax.devices()[:1])
@@ -32,18 +44,7 @@ def policy(workdir: Path) -> Path:
   """The built-in language's network, random, with its tokenizer; its rows are beside it."""
   config = presets.default_config()
   config.stages = ('demo',)
-  config.update_from_flattened_dict(
-    {
-      'network.hidden_size': 16,
-      'network.intermediate_size': 32,
-      'network.num_hidden_layers': 1,
-      'network.num_attention_heads': 2,
-      'network.num_key_value_heads': 1,
-      'network.max_position_embeddings': 128,
-      'demo.sft_rows': 32,
-      'demo.pairs': 32,
-    }
-  )
+  config.update_from_flattened_dict(SIZES)
   stages = pipeline.prepare(checks.from_config(config), workdir, one_device())
   pipeline.run(stages, workdir, 0.0)
   return workdir / 'demo' / 'model'

@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from segjax import settings as typed
 from segjax.settings import Settings
 
-_PLAIN = '{% for message in messages %}{{ message.content }}{% endfor %}'  # plain text needs none
-
 
 def parse() -> argparse.Namespace:
   """The command line."""
@@ -58,7 +56,7 @@ def main() -> None:
     'policy.path': flags.policy,
     'reward_model.path': flags.reward_model,
     'runtime.dtype': flags.dtype,
-    'data.chat_template': flags.chat_template or (_PLAIN if flags.text is not None else ''),
+    'data.chat_template': flags.chat_template or (annotate.PLAIN if flags.text is not None else ''),
   }
   if flags.threshold is not None:
     named['reward_model.segmentation.entropy_threshold'] = flags.threshold

@@ -24,6 +24,8 @@ from segjax.train import segment_reward
 from segjax.train.cutting import Cutter, cut, cutter_of
 from segjax.types import Normalizer, Segments, Sequences
 
+# Plain text is read without a template, but a tokenizer is only read with one.
+PLAIN = '{% for message in messages %}{{ message.content }}{% endfor %}'
 _LEAST = 64  # tokens that rows are padded to, or twice, four times, ... as many
 
 

@@ -17,7 +17,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import models, repetition
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
-from segjax.jobs.statistics import interval
+from segjax.jobs.statistics import interval, shown
 from segjax.jobs.win_rates import length_controlled, outcomes, win_rate
 from segjax.report.console import say, table, track
 from segjax.report.samples import SampleLog
@@ -76,14 +76,7 @@ def run(stage: Stage) -> dict[str, Any]:
   _show_responses(stage, sampled, tokenizer)
   _keep_responses(
     sampled,
-    SampleLog(
-      stage.directory,
-      s.report,
-      tokenizer,
-      prompts.messages,
-      has_score=recipe.reward is not None,
-      threshold=recipe.cutter.threshold,
-    ),
+    models.sample_log(stage, recipe, tokenizer, prompts),
     s.report.evaluated,
   )
   path = stage.directory / 'results.json'
@@ -266,12 +259,7 @@ def show(figures: dict[str, Any]) -> None:
   def cell(value, digits):
     if value is None:
       return ''
-    if not isinstance(value, dict):
-      return f'{value:z.{digits}f}'
-    if value['low'] is None:
-      return f'{value["mean"]:z.{digits}f}'
-    mean, low, high = (f'{value[name]:z.{digits}f}' for name in ('mean', 'low', 'high'))
-    return f'{mean} [{low}, {high}]'
+    return shown(value, digits) if isinstance(value, dict) else f'{value:z.{digits}f}'
 
   rows = []
   for key, (label, digits) in _LABELS.items():

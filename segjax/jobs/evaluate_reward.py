@@ -18,7 +18,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import models, paths, reward_bench, span_evaluation
 from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
-from segjax.jobs.statistics import wilson
+from segjax.jobs.statistics import shown, wilson
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.pairs import pair_metrics
@@ -220,7 +220,7 @@ def _show_pairs(found: dict[str, Any]) -> None:
     (
       name[:27],
       str(one['accuracy']['n']),
-      _cell(one['accuracy']),
+      shown(one['accuracy']),
       *(f'{one[key]:.3f}' for key in ('longer_wins', 'margin', 'calibration_error')),
     )
     for name, one in groups.items()
@@ -235,16 +235,8 @@ def _show_pairs(found: dict[str, Any]) -> None:
 def _show_spans(found: dict[str, Any]) -> None:
   groups = {'all types': found, **found['types']}
   rows = [
-    (name[:30], str(one['spans']), _cell(one['auc']), _cell(one['auc_within']))
+    (name[:30], str(one['spans']), shown(one['auc']), shown(one['auc_within']))
     for name, one in groups.items()
   ]
   columns = ('', 'spans', 'AUC [95 %]', 'within a response')
   table('Marked errors: do low segment rewards find their characters?', columns, rows)
-
-
-def _cell(value: dict[str, Any]) -> str:
-  if value['mean'] is None:
-    return ''
-  if value['low'] is None:
-    return f'{value["mean"]:.3f}'
-  return '{mean:.3f} [{low:.3f}, {high:.3f}]'.format(**value)

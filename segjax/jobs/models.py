@@ -18,6 +18,7 @@ from segjax.jobs import stage as jobs
 from segjax.jobs.stage import Stage
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
+from segjax.report.samples import SampleLog
 from segjax.settings import Segmentation
 from segjax.train import segment_reward
 from segjax.train.cutting import cutter_of
@@ -114,6 +115,20 @@ def recipe_of(
     ppo=s.ppo,
     compat=s.compat,
     recompute_logprob=s.rollout.recompute_logprob,
+  )
+
+
+def sample_log(
+  stage: Stage, recipe: Recipe, tokenizer: ChatTokenizer, prompts: Prompts
+) -> SampleLog:
+  """Keeps responses to the prompts for the report."""
+  return SampleLog(
+    stage.directory,
+    stage.settings.report,
+    tokenizer,
+    prompts.messages,
+    has_score=recipe.reward is not None,
+    threshold=recipe.cutter.threshold,
   )
 
 

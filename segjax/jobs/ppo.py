@@ -14,7 +14,6 @@ from segjax.jobs import evaluate, models, preemption, provenance, throughput
 from segjax.jobs import stage as jobs
 from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.jobs.stage import Stage
-from segjax.report.samples import SampleLog
 from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.settings import PPO
@@ -66,14 +65,7 @@ def run(stage: Stage) -> dict[str, Any]:
     Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
   )
   gold, _ = evaluate.functions(s.evaluate)
-  shown = SampleLog(
-    stage.directory,
-    s.report,
-    tokenizer,
-    kept.messages,
-    has_score=recipe.reward is not None,
-    threshold=recipe.cutter.threshold,
-  )
+  shown = models.sample_log(stage, recipe, tokenizer, kept)
   timing = Timing()
 
   def step_fn(states, step):

@@ -1,6 +1,7 @@
 """Prompts in, experience out: what a step of PPO learns from, and what it is looked at by."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from segjax.report.timing import Timing
 from segjax.train.compat import as_published
 from segjax.train.experience import Recipe, make_experience, score
 from segjax.train.rollout import rollout
-from segjax.types import Experience, Normalizer
+from segjax.types import Experience, Normalizer, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,18 @@ class Sampler:
     preemption.abandon()
     found = as_published(found, self.tokenizer.stop_ids[0], s.compat)
     scored = score(self.frozen | trained, found, recipe=recipe)
-    rule = models.rule_of(self.stage, self.prompts, self.tokenizer)
-    ruled = rule(found, np.repeat(rows, s.rollout.samples))
+    ruled = self._rule(found, np.repeat(rows, s.rollout.samples))
     experience, metrics = make_experience(
       found, scored, self.normalizer, coef, ruled, recipe=recipe
     )
     timing.end('score', experience)
     preemption.abandon()
     return experience, metrics
+
+  @functools.cached_property
+  def _rule(self) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
+    """The user's reward; loaded once, not at every step."""
+    return models.rule_of(self.stage, self.prompts, self.tokenizer)
 
   def texts(self, experience: Experience) -> list[str]:
     """The responses as text; every process takes part."""

@@ -4,7 +4,7 @@ Not here: what a win is, which is `segjax.jobs.win_rates`'. Plain numpy, in floa
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -71,6 +71,16 @@ def percentiles(
   as_float = [None if x is None else float(x) for x in (low, high)]
   mean = float(mean) if np.isfinite(mean) else None
   return {'mean': mean, 'low': as_float[0], 'high': as_float[1], 'n': n}
+
+
+def shown(estimate: dict[str, Any], digits: int = 3) -> str:
+  """'mean [low, high]' for a table; the mean alone without an interval, '' where there is none."""
+  if estimate['mean'] is None:
+    return ''
+  if estimate['low'] is None:
+    return f'{estimate["mean"]:z.{digits}f}'
+  mean, low, high = (f'{estimate[name]:z.{digits}f}' for name in ('mean', 'low', 'high'))
+  return f'{mean} [{low}, {high}]'
 
 
 def bootstrap_mean(

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+import tiny_models
 
 from segjax import checks, presets
 from segjax.jobs import pipeline
@@ -27,14 +28,7 @@ def small():
     config.update_from_flattened_dict(
       {
         'runtime.remat': 'none',
-        'network.hidden_size': 16,
-        'network.intermediate_size': 32,
-        'network.num_hidden_layers': 1,
-        'network.num_attention_heads': 2,
-        'network.num_key_value_heads': 1,
-        'network.max_position_embeddings': 128,
-        'demo.sft_rows': 32,
-        'demo.pairs': 32,
+        **tiny_models.SIZES,
         'data.max_length': 96,
         'data.max_prompt_length': 32,
         'sft.batch': 8,
