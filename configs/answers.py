@@ -10,7 +10,7 @@ Answers are greedy unless config.rollout says otherwise; MT-Bench's own temperat
 
 from ml_collections import ConfigDict
 
-from segjax import presets
+from segjax.config import presets
 
 
 def get_config(preset: str = 'default') -> ConfigDict:

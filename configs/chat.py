@@ -9,7 +9,7 @@ what each segment earns. `--config.rollout.temperature=0.7` and the like say how
 
 from ml_collections import ConfigDict
 
-from segjax import presets
+from segjax.config import presets
 
 
 def get_config(preset: str = 'default') -> ConfigDict:

@@ -9,8 +9,8 @@ Presets: demo (the whole demo), local.
 
 from ml_collections import ConfigDict
 
-from configs import demo
-from segjax import presets
+from configs.shared import demo_run
+from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
@@ -19,7 +19,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config = presets.default_config()
   config.stages = ('evaluate',)
   if name == 'demo':
-    demo.assign(config, last_job='evaluate')
+    demo_run.assign(config, last_job='evaluate')
     config.reward.segmentation.granularity = granularity or 'segment'
   else:
     config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says

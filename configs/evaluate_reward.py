@@ -10,7 +10,7 @@ segment_reward.json. The reference is only needed where segments are cut by its 
 
 from ml_collections import ConfigDict
 
-from segjax import presets
+from segjax.config import presets
 
 
 def get_config(preset: str = 'default') -> ConfigDict:

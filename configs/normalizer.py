@@ -10,8 +10,8 @@ granularity of a reward model that has no segment_reward.json.
 
 from ml_collections import ConfigDict
 
-from configs import demo
-from segjax import presets
+from configs.shared import demo_run
+from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
@@ -20,7 +20,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config = presets.default_config()
   config.stages = ('normalizer',)
   if name == 'demo':
-    demo.assign(config, last_job='normalizer')
+    demo_run.assign(config, last_job='normalizer')
     config.reward.segmentation.granularity = granularity or 'segment'
   else:
     config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says

@@ -13,28 +13,28 @@ included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 
 from ml_collections import ConfigDict
 
-from configs import demo, models
-from segjax import presets
+from configs.shared import demo_run, model_sizes
+from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
-  names = ('demo', 'demo_long', 'local', *models.SIZES)
-  known = models.topologies('ppo', preset.partition(',')[0])
+  names = ('demo', 'demo_long', 'local', *model_sizes.SIZES)
+  known = model_sizes.topologies('ppo', preset.partition(',')[0])
   name, granularity, topology = presets.parse_preset(preset, names, known)
   config = presets.default_config()
   config.stages = ('ppo',)
-  if name in models.SIZES:
+  if name in model_sizes.SIZES:
     published(config, name, granularity or 'segment')
-    models.lay_out(config, 'ppo', name, topology)
+    model_sizes.lay_out(config, 'ppo', name, topology)
   elif name == 'local':
     # '': as segment_reward.json says
     config.reward_model.segmentation.granularity = granularity
   else:
-    demo.assign(config, last_job='evaluate')
+    demo_run.assign(config, last_job='evaluate')
     config.reward.segmentation.granularity = granularity or 'segment'
     if name == 'demo_long':
-      demo.longer(config)
+      demo_run.longer(config)
   return config
 
 
@@ -42,14 +42,14 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   """The paper's runs on UltraFeedback: 59 rollouts of 1,024 prompts, one epoch."""
   config.seed = 42
   config.runtime.dtype = 'bfloat16'
-  config.network.update(models.SIZES[name]())
+  config.network.update(model_sizes.SIZES[name]())
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
 
-  if name in models.HUB:  # no 70B models were published: their paths are to be given
-    config.policy.path = models.HUB[name]['policy']
-    config.reference.path = models.HUB[name]['policy']
-    config.reward_model.path = models.HUB[name]['reward_model'].format(granularity)
+  if name in model_sizes.HUB:  # no 70B models were published: their paths are to be given
+    config.policy.path = model_sizes.HUB[name]['policy']
+    config.reference.path = model_sizes.HUB[name]['policy']
+    config.reward_model.path = model_sizes.HUB[name]['reward_model'].format(granularity)
     config.reward_model.normalizer = f'published:{name}/{granularity}'
   config.reward_model.segmentation.granularity = granularity
   config.reward_model.segmentation.entropy_threshold = 2.0  # nats

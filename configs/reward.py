@@ -12,24 +12,24 @@ published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/ab
 
 from ml_collections import ConfigDict
 
-from configs import demo, models
-from segjax import presets
+from configs.shared import demo_run, model_sizes
+from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
   """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
-  known = models.topologies('reward', preset.partition(',')[0])
-  names = ('demo', 'local', *models.SIZES)
+  known = model_sizes.topologies('reward', preset.partition(',')[0])
+  names = ('demo', 'local', *model_sizes.SIZES)
   name, granularity, topology = presets.parse_preset(preset, names, known)
   config = presets.default_config()
   config.stages = ('reward',)
   if name == 'demo':
-    demo.assign(config, last_job='reward')
-  elif name in models.SIZES:
+    demo_run.assign(config, last_job='reward')
+  elif name in model_sizes.SIZES:
     config.seed = 42
     config.runtime.dtype = 'bfloat16'
-    config.network.update(models.SIZES[name]())
-    config.policy.path = models.HUB.get(name, {}).get('policy', '')
+    config.network.update(model_sizes.SIZES[name]())
+    config.policy.path = model_sizes.HUB.get(name, {}).get('policy', '')
     config.data.path = 'hendrydong/preference_700K'
     config.data.max_length = 2048
     config.data.max_prompt_length = 1728
@@ -38,6 +38,6 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward.epochs = 1
     config.reward.optimizer.learning_rate = 1e-6
     config.checkpoint.every = 256
-    models.lay_out(config, 'reward', name, topology)
+    model_sizes.lay_out(config, 'reward', name, topology)
   config.reward.segmentation.granularity = granularity or 'segment'
   return config

@@ -9,7 +9,7 @@ device.
 
 from ml_collections import ConfigDict
 
-from segjax import presets
+from segjax.config import presets
 
 
 def get_config(preset: str = 'default') -> ConfigDict:

@@ -8,8 +8,8 @@ Presets: demo (the demo up to this job), local.
 
 from ml_collections import ConfigDict
 
-from configs import demo
-from segjax import presets
+from configs.shared import demo_run
+from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
@@ -18,5 +18,5 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config = presets.default_config()
   config.stages = ('sft',)
   if name == 'demo':
-    demo.assign(config, last_job='sft')
+    demo_run.assign(config, last_job='sft')
   return config

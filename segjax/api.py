@@ -1,7 +1,7 @@
 """The few calls that a notebook needs: load a policy or a reward model, sample, read, score.
 
-Thin: texts are read by `jobs.annotate`, responses come from `model.generation`. Nothing is trained
-here, and nothing written.
+Thin: texts are read by `evaluation.annotate`, responses come from `model.generate`. Nothing is
+trained here, and nothing written.
 
 A text is a string, which is taken as it stands, after the token that begins texts; or a list of
 messages {'role', 'content'}, which the chat template writes, and whose last message, for what is
@@ -19,19 +19,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from segjax import processes
-from segjax.checks import check_key, from_config
+from segjax.config.settings import AS_STORED, Segmentation, Settings
+from segjax.config.validate import check_key, from_config
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import NoTemplateError
-from segjax.jobs import annotate
-from segjax.jobs.annotate import Annotated, Reader
-from segjax.jobs.stage import Stage
-from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.evaluation import annotate
+from segjax.evaluation.annotate import Annotated, Reader
+from segjax.model.generate import Prompts, generate, make_decoder
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import make_mesh
-from segjax.settings import AS_STORED, Segmentation, Settings
-from segjax.train.cutting import cutter_of
+from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
+from segjax.train.segmenter import cutter_of
 
 # Or messages; `Any`, so that something else is answered by the checks here.
 Text = str | Any

@@ -21,7 +21,7 @@ from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from segjax import processes  # noqa: E402
-from segjax.settings import Settings  # noqa: E402
+from segjax.config.settings import Settings  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file of configs/, with its preset: configs/ppo.py:local.', lock_config=True
@@ -81,9 +81,10 @@ def main(_: list[str]) -> None:
     _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
-  from segjax.jobs import dry_run, pipeline, preemption
-  from segjax.jobs.stage import Command
+  from segjax.jobs import dry_run, pipeline
   from segjax.model.sharding import make_mesh
+  from segjax.run import preemption
+  from segjax.run.stage import Command
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
@@ -113,13 +114,13 @@ def main(_: list[str]) -> None:
 
 def _workdir(named: str, settings: Settings) -> tuple[Path, Any]:
   """(The directory to work in, what keeps a bucket equal to it) for the value of --workdir."""
-  from segjax.jobs import mirror
   from segjax.report.console import say
+  from segjax.run import bucket_mirror
 
   if '://' not in named:
-    return Path(named), mirror.Nowhere()
-  local = mirror.local_directory(named, _MIRROR.value, processes.index())
-  return local, mirror.Bucket(named, local, settings.checkpoint.max_misses, say)
+    return Path(named), bucket_mirror.Nowhere()
+  local = bucket_mirror.local_directory(named, _MIRROR.value, processes.index())
+  return local, bucket_mirror.Bucket(named, local, settings.checkpoint.max_misses, say)
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:
@@ -140,19 +141,19 @@ def forget_libtpu(devices: Path = Path('/dev')) -> None:
 
 def settings_from_flags() -> tuple[Settings, str]:
   """The settings that --config and its overrides make, and the value of --config."""
-  from segjax import checks
+  from segjax.config import validate
 
   if _CONFIG.value is None:
     raise ValueError('--config is missing; start with --config=configs/ppo.py')
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   if _PROFILE.value:
     _CONFIG.value.profile_steps = _PROFILE.value
-  return checks.from_config(_CONFIG.value), name
+  return validate.from_config(_CONFIG.value), name
 
 
 def parse(arguments: list[str]) -> list[str]:
   """Flags from the command line; ValueError, in one line, where they are wrong."""
-  from segjax import checks
+  from segjax.config import validate
 
   text = '\n'.join(arguments)
   for config in re.findall(r'^--?config[=\n](.*)$', text, re.MULTILINE):
@@ -160,7 +161,7 @@ def parse(arguments: list[str]) -> list[str]:
     if not Path(file).is_file():
       raise ValueError(f'--config={config}: there is no file {file!r}.')
   for key in re.findall(r'^--?(?:no)?config\.([\w.]+)', text, re.MULTILINE):
-    checks.check_key(key)
+    validate.check_key(key)
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
@@ -177,9 +178,9 @@ def _root(error: BaseException) -> str:
 def console() -> None:
   """The console script."""
   if sys.argv[1:2] == ['convert']:
-    from segjax.hf import command
+    from segjax.hf import cli
 
-    raise SystemExit(command.main(sys.argv[2:]))
+    raise SystemExit(cli.main(sys.argv[2:]))
   forget_libtpu()
   run(main)
 
@@ -202,7 +203,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def _exit_if_preempted(error: Exception) -> None:
   """Ends with the code that says: start me again."""
-  from segjax.jobs import preemption
+  from segjax.run import preemption
 
   if isinstance(error, preemption.PreemptedError):
     print(f'segjax: {error}', file=sys.stderr)
@@ -211,7 +212,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 def _is_users(error: Exception) -> bool:
   """Whether it tells a user what to mend, as ours do; any other is a defect of segjax."""
-  from segjax.report.metrics import BadStepError
+  from segjax.report.metric_log import BadStepError
 
   raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
   is_ours = raised_in.is_relative_to(Path(__file__).parent)

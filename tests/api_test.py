@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_models
+from fixtures import runs
 
 import segjax
 from segjax import rl
-from segjax.jobs import annotate
+from segjax.config.settings import Segmentation
+from segjax.evaluation import annotate
 from segjax.model.heads import scores, token_logprobs
-from segjax.settings import Segmentation
 from segjax.types import Normalizer
 
 ASKED = [{'role': 'user', 'content': 'what is the otter like'}]
@@ -24,18 +24,18 @@ EVERY = Segmentation(entropy_threshold=4.5)  # of an untrained network, which is
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
-  return tiny_models.policy(tmp_path_factory.mktemp('language'))
+  return runs.policy(tmp_path_factory.mktemp('language'))
 
 
 @pytest.fixture(scope='module')
 def policy(model):
-  return segjax.load_policy(str(model), mesh=tiny_models.one_device())
+  return segjax.load_policy(str(model), mesh=runs.one_device())
 
 
 @pytest.fixture(scope='module')
 def judge(model, tmp_path_factory):
-  path = tiny_models.reward_model(model, tmp_path_factory.mktemp('r') / 'm', NORMALIZER, EVERY)
-  mesh = tiny_models.one_device()
+  path = runs.reward_model(model, tmp_path_factory.mktemp('r') / 'm', NORMALIZER, EVERY)
+  mesh = runs.one_device()
   return segjax.load_reward_model(str(path), reference=str(model), mesh=mesh)
 
 
@@ -121,12 +121,12 @@ def test_scores_are_raw_and_normalised(judge):
 
 
 def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
-  path = tiny_models.reward_model(model, tmp_path / 'r', None, EVERY)
+  path = runs.reward_model(model, tmp_path / 'r', None, EVERY)
   judge = segjax.load_reward_model(
     str(path),
     reference=str(model),
     segmentation=Segmentation(granularity='bandit'),
-    mesh=tiny_models.one_device(),
+    mesh=runs.one_device(),
   )
   (segment,) = judge.score(['experts call its hearing dull.'])[0].segments
   assert segment.score is not None and segment.reward is None
@@ -156,7 +156,7 @@ def test_wrong_calls_are_answered_by_what_to_do(policy, call, message):
 
 
 def test_wrong_models_are_refused(model):
-  mesh = tiny_models.one_device()
+  mesh = runs.one_device()
   with pytest.raises(ValueError, match=r'policy.path: no directory /nowhere'):
     segjax.load_policy('/nowhere', mesh=mesh)
   with pytest.raises(ValueError, match="dtype='f32' is not one of float32, bfloat16"):
@@ -176,7 +176,7 @@ def test_all_devices_say_what_one_says(policy, model):
 
 def test_a_tokenizer_without_template_reads_strings_alone(material):
   path = material / 'models' / 'stories260k-hf'
-  plain = segjax.load_policy(str(path), mesh=tiny_models.one_device())
+  plain = segjax.load_policy(str(path), mesh=runs.one_device())
   (read,) = plain.logprobs(['Once upon a time, there was'])
   assert sum(read.logprob) > -3  # a network of such stories expects these words
   with pytest.raises(ValueError, match='text 1 is a conversation, but the tokenizer has no chat t'):

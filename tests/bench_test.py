@@ -79,12 +79,12 @@ def test_train(bench):
 
 
 def test_saving(bench, tmp_path):
-  record = bench('saving', '--gigabytes=0.001', '--repeats=1', f'--directory={tmp_path}')
+  record = bench('checkpoint_save', '--gigabytes=0.001', '--repeats=1', f'--directory={tmp_path}')
   assert 0 < record['blocked_seconds'] <= record['written_seconds']
 
 
 def test_logs(bench):
-  record = bench('logs', '--steps=200')
+  record = bench('metric_log', '--steps=200')
   assert record['metrics'] > 50 and record['microseconds'] > 0
 
 

@@ -2,18 +2,18 @@
 
 import pytest
 
-from configs import models
+from configs.shared import model_sizes
+from segjax.config.settings import Network
 from segjax.model.llama import config_of, num_parameters
-from segjax.settings import Network
 
 
 @pytest.mark.parametrize(
   'size, parameters',
   # As their model cards say: 8.03 B, and 1.24 B with tied embeddings.
   [
-    (models.llama3_8b, 8_030_261_248),
-    (models.llama31_8b, 8_030_261_248),
-    (models.llama32_1b, 1_235_814_400),
+    (model_sizes.llama3_8b, 8_030_261_248),
+    (model_sizes.llama31_8b, 8_030_261_248),
+    (model_sizes.llama32_1b, 1_235_814_400),
   ],
 )
 def test_sizes(size, parameters):

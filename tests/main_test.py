@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segjax import main
-from segjax.report.metrics import BadStepError
+from segjax.report.metric_log import BadStepError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,3 +1,3 @@
-"""The slow loops that the shipped arrays are held against; see `segjax.oracle`."""
+"""The slow loops that the shipped arrays are held against; see `segjax.rl.oracle`."""
 
-from segjax.oracle import *  # noqa: F403
+from segjax.rl.oracle import *  # noqa: F403

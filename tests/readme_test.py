@@ -17,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 from absl import flags
+from fixtures import runs
 from ml_collections import config_flags
 
 import segjax.api
-from segjax import checks, main
+from segjax import main
+from segjax.config import validate
+from segjax.config.settings import Segmentation, Settings
 from segjax.data.sources import as_conversation, as_pair, as_prompt
-from segjax.hf import command as convert
+from segjax.hf import cli as convert
 from segjax.jobs import dry_run, pipeline
-from segjax.settings import Segmentation, Settings
-from segjax.train.reward_function import load_function, token_rewards
+from segjax.train.custom_reward import load_function, token_rewards
 from segjax.types import Normalizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -79,16 +80,16 @@ def place(tmp_path_factory):
   The policy is a real network where the material is at hand, else one that the demo job makes.
   """
   directory = tmp_path_factory.mktemp('readme')
-  made = tiny_models.policy(directory / 'made')
+  made = runs.policy(directory / 'made')
   real = REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared') / 'models/stories260k-hf'
   models = directory / 'runs' / 'mine'
   for stage in ('sft', 'ppo'):
     if real.is_dir():
-      tiny_models.with_template(real, models / stage / 'model')
+      runs.with_template(real, models / stage / 'model')
     else:
       shutil.copytree(made, models / stage / 'model')
   normalizer = Normalizer(w_mean=0.1, b_mean=-0.2, w_std=0.0, b_std=0.8)
-  tiny_models.reward_model(
+  runs.reward_model(
     models / 'sft' / 'model', models / 'reward' / 'model', normalizer, Segmentation()
   )
   chats, pairs, prompts = (text for text in _code('json'))
@@ -121,9 +122,9 @@ def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
       values[flag.name] = copy.deepcopy(flag)
   config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=line)
   assert values(line) == ['segjax']
-  settings = checks.from_config(values['config'].value)
+  settings = validate.from_config(values['config'].value)
   workdir = Path(values['workdir'].value or place / 'default')
-  stages = pipeline.prepare(settings, workdir, tiny_models.one_device())
+  stages = pipeline.prepare(settings, workdir, runs.one_device())
   dry_run.run(settings, stages)
   out = capsys.readouterr().out
   assert 'the settings are consistent' in out
@@ -216,11 +217,11 @@ def test_settings_in_backticks_exist():
     match = re.fullmatch(r'(?:--)?(?:config)?(\.?[a-z_]\w*(?:\.[a-z_]\w*)*)(?:=.*)?', text.strip())
     name = match[1] if match else ''
     if name and text.startswith(('--config.', 'config.')):
-      checks.check_key(name.lstrip('.'))
+      validate.check_key(name.lstrip('.'))
     elif name.startswith('.') and name.count('.') == 1:
       assert name[1:] in lasts or name in ('.jsonl', '.json', '.parquet', '.gz'), text
     elif '.' in name and name.partition('.')[0] in leaves:
-      checks.check_key(name)
+      validate.check_key(name)
     elif '.' in name:
       assert _is_no_setting(name), f'{text} is no setting'
       continue
@@ -257,7 +258,7 @@ def test_python_example_runs(place, monkeypatch, capsys):
   (text,) = (text for text in _code('python') if text.startswith('import segjax'))
   assert len([line for line in text.splitlines() if line]) == 10
   monkeypatch.chdir(place)
-  monkeypatch.setattr(segjax.api, 'make_mesh', tiny_models.one_device)
+  monkeypatch.setattr(segjax.api, 'make_mesh', runs.one_device)
   names = {}
   exec(compile(text, 'README.md', 'exec'), names)
   first, *segments = capsys.readouterr().out.splitlines()

@@ -16,9 +16,9 @@ BENCHMARKS = {
   'rewards': 'from scores to advantages, against Python lists',
   'convert': 'HF checkpoints to Orbax and back, against cp: memory and throughput',
   'train': 'the policy update: tokens per second, share of the peak, packing against padding',
-  'logs': 'what writing metrics costs a step, and whether memory grows',
-  'saving': 'how long a checkpoint keeps the training loop waiting',
-  'faults': 'kills and damaged checkpoints: what is lost, and whether a bit differs',
+  'metric_log': 'what writing metrics costs a step, and whether memory grows',
+  'checkpoint_save': 'how long a checkpoint keeps the training loop waiting',
+  'kill_resume': 'kills and damaged checkpoints: what is lost, and whether a bit differs',
   'report': 'report.html of a long run: time to write, size, time to open in Chromium',
   'decode': 'tokens per second against transformers, and the share of the roofline',
 }

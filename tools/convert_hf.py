@@ -5,7 +5,7 @@ The same as `segjax convert ...`; the work is in `segjax.hf`.
 
 import sys
 
-from segjax.hf import command
+from segjax.hf import cli
 
 if __name__ == '__main__':
-  sys.exit(command.main(sys.argv[1:], 'convert_hf.py'))
+  sys.exit(cli.main(sys.argv[1:], 'convert_hf.py'))

@@ -39,25 +39,25 @@ def main(_: list[str]) -> None:
   settings, preset = segjax.settings_from_flags()
   topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
   topologies.prepare(topology)
-  from segjax.plan import command
+  from segjax.plan import planner
 
   job = settings.stages[-1]
   cache = Path(_PLANS.value) if _PLANS.value else None
-  plan = command.make(job, settings, topology, tuple(_PHASES.value), cache)
-  command.show(plan)
+  plan = planner.make(job, settings, topology, tuple(_PHASES.value), cache)
+  planner.show(plan)
   if _JSON.value:
-    print(command.as_json(plan))
+    print(planner.as_json(plan))
   if not plan.fits:
     sys.exit(1)
 
 
 def print_table() -> None:
   """A line for each preset; each in a process of its own, for jax has one set of devices."""
-  from configs import models
+  from configs.shared import model_sizes
 
   print('| preset | GiB of a device | generation | scoring | updates | slowest compile | a step |')
   print('|---|---|---|---|---|---|---|', flush=True)
-  for (job, size), layouts in models.TOPOLOGIES.items():
+  for (job, size), layouts in model_sizes.TOPOLOGIES.items():
     name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
     for topology in layouts:
       preset = f'{job}.py:{name},{topology}'

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from segjax import settings as typed
-from segjax.settings import Settings
+from segjax.config import settings as typed
+from segjax.config.settings import Settings
 
 
 def parse() -> argparse.Namespace:
@@ -48,9 +48,9 @@ def main() -> None:
   flags = parse()
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   from segjax.data.sources import load_rows
-  from segjax.jobs import annotate
+  from segjax.evaluation import annotate
   from segjax.model.sharding import make_mesh
-  from segjax.report import page, segments
+  from segjax.report import html_report, segment_table
 
   named = {
     'policy.path': flags.policy,
@@ -71,13 +71,13 @@ def main() -> None:
   found = annotate.annotate(stage, reader, texts, flags.batch)
   if flags.html:
     found = list(found)
-    page.write_responses(flags.html, flags.html.stem, found)
+    html_report.write_responses(flags.html, flags.html.stem, found)
     print(f'{len(texts)} texts in {flags.html}')
     if not flags.out:
       return
   if not flags.out:
     for one in found:
-      segments.show(one)
+      segment_table.show(one)
     return
   with flags.out.open('w', encoding='utf-8') as out:
     for one in found:

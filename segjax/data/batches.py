@@ -1,6 +1,6 @@
 """Datasets of token ids, the batches gathered from them, and the order in which they come.
 
-Nothing is tokenised or cut here: that is `segjax.data.encoding`. Order has no state:
+Nothing is tokenised or cut here: that is `segjax.data.tokenize`. Order has no state:
 `batch_indices` finds the rows of any step from (seed, step) alone, so a run resumes by one integer.
 
 Every dataset pads on the right to ONE length, so that each step compiles once. `gather` makes

@@ -1,6 +1,6 @@
 """Rows of text from files, saved datasets or the hub, and the three ways to read a row.
 
-Files are opened by `segjax.data.files`; nothing is tokenised here: that is `segjax.data.encoding`.
+Files are opened by `segjax.data.files`; nothing is tokenised here: that is `segjax.data.tokenize`.
 
 A message is {'role': str, 'content': str}. Every error names the file and the row, counted from 1.
 """

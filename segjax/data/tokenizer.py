@@ -1,7 +1,7 @@
 """A tokenizer that speaks chat: template, stop and pad ids, and which tokenizer it is.
 
-What the template writes is read by `segjax.data.template`; no batches and no truncation here: those
-are `segjax.data.batches` and `segjax.data.encoding`.
+What the template writes is read by `segjax.data.chat_template`; no batches and no truncation
+here: those are `segjax.data.batches` and `segjax.data.tokenize`.
 
 Prompt and response are rendered together and tokenised APART, so no token ever spans the boundary
 between what the model is given and what it says.
@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
-from segjax.data import template
+from segjax.data import chat_template as templates
 from segjax.data.sources import Message
 
 
@@ -47,7 +47,7 @@ class ChatTokenizer:
 
   def prompt_text(self, messages: Sequence[Message]) -> str:
     """The conversation so far and the header that opens the assistant's turn."""
-    return template.render(self.tokenizer, list(messages), True)
+    return templates.render(self.tokenizer, list(messages), True)
 
   def response_texts(
     self, messages: Sequence[Message], prompt: str, responses: Sequence[str]
@@ -63,7 +63,7 @@ class ChatTokenizer:
       ValueError: the template writes the prompt differently once it is answered.
     """
     return [
-      template.answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
+      templates.answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
       for text in responses
     ]
 
@@ -84,9 +84,9 @@ class ChatTokenizer:
         continue
       prompt = self.prompt_text(before)
       if not prompt.startswith(done):
-        raise ValueError(template.rewrites(done, prompt))
+        raise ValueError(templates.rewrites(done, prompt))
       text = message['content']
-      words = template.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
+      words = templates.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
       pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
       kept = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
       done = prompt + words + kept
@@ -181,7 +181,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
       local = str(place)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
   if chat_template:
-    tokenizer.chat_template = template.read(chat_template)
+    tokenizer.chat_template = templates.read(chat_template)
   if not tokenizer.chat_template:
     raise NoTemplateError(
       f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
@@ -232,14 +232,14 @@ def _generation_stops(place: epath.Path) -> list[int]:
 def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
   """Renders a short conversation and reads from it how an assistant's turn ends."""
   messages = [{'role': 'user', 'content': 'Hello'}]
-  prompt = template.render(tokenizer, messages, True)
+  prompt = templates.render(tokenizer, messages, True)
   _check_bos(tokenizer, prompt)
-  answered = template.render(
-    tokenizer, [*messages, {'role': 'assistant', 'content': template.PROBE}], False
+  answered = templates.render(
+    tokenizer, [*messages, {'role': 'assistant', 'content': templates.PROBE}], False
   )
   if not answered.startswith(prompt):
-    raise ValueError(template.rewrites(prompt, answered))
-  _, found, turn_end = answered[len(prompt) :].rpartition(template.PROBE)
+    raise ValueError(templates.rewrites(prompt, answered))
+  _, found, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
   if not found:
     raise ValueError(
       "the chat template leaves out the assistant's words; check data.chat_template."
@@ -262,7 +262,7 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
   pad = tokenizer.pad_token_id
   pad = pad if pad is not None else eos if eos is not None else stop
   stop_ids = tuple(dict.fromkeys([stop, *others]))
-  preamble = template.preamble(tokenizer, turn_end, turn_close)
+  preamble = templates.preamble(tokenizer, turn_end, turn_close)
   return ChatTokenizer(tokenizer, stop_ids, pad, turn_end, turn_close, preamble)
 
 

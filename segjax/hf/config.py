@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from segjax.hf import headers
-from segjax.hf.layout import HEADS, SCORE
+from segjax.hf import checkpoint
+from segjax.hf.tensor_names import HEADS, SCORE
 from segjax.model.llama import LlamaConfig, RopeScaling
 
 _ROPE_TYPES = ('default', 'linear', 'llama3')
@@ -37,8 +37,8 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
   where, raw = 'config', source
   if not isinstance(source, dict):
     file = Path(source)
-    file = file / headers.CONFIG if file.is_dir() else file
-    where, raw = str(file), headers.read_json(file)
+    file = file / checkpoint.CONFIG if file.is_dir() else file
+    where, raw = str(file), checkpoint.read_json(file)
   _check_supported(where, raw)
   heads = raw['num_attention_heads']
   head_dim = _size(where, raw, 'head_dim', raw['hidden_size'] // heads)
@@ -50,7 +50,7 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
     )
   longest = _size(where, raw, 'max_position_embeddings', 2048)
-  rope = headers.rope_parameters(raw)
+  rope = checkpoint.rope_parameters(raw)
   fields = {key: raw[key] for key in _REQUIRED} | {
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,

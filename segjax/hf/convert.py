@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from segjax.hf import card as cards
-from segjax.hf import headers, layout, output, reader, shards, stored, writer
-from segjax.hf.headers import CONFIG
-from segjax.hf.slices import DTYPES, Slices, describe_not_finite
+from segjax import storage
+from segjax.hf import model_card as cards
+from segjax.hf import orbax_stream, reader, shards, tensor_names, writer
+from segjax.hf.checkpoint import CONFIG, read_json, resolve
+from segjax.hf.tensor_slices import DTYPES, Slices, describe_not_finite
 from segjax.hf.transpose import transpose_into
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
@@ -65,8 +66,8 @@ def import_checkpoint(
   head = _head(role)
   _check_dtype(dtype)
   out = Path(out).expanduser().absolute()
-  origin = headers.resolve(source)
-  output.check(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
+  origin = resolve(source)
+  storage.check(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
   checkpoint, entries = reader.open_model(origin, config, head)
   files = Slices(checkpoint)
@@ -74,14 +75,14 @@ def import_checkpoint(
     entry.path: _leaf(files, entry, reader.dtype_of(checkpoint, entry, dtype), piece_bytes)
     for entry in entries
   }
-  for entry in layout.entries(config, head)[len(entries) :]:  # the scalar head, or nothing
+  for entry in tensor_names.entries(config, head)[len(entries) :]:  # the scalar head, or nothing
     leaves[entry.path] = _drawn_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
   total = sum(leaf.num_bytes for leaf in leaves.values())
-  output.check_space(out, total)
+  storage.check_space(out, total)
   if strict and (found := reader.find_not_finite(checkpoint, entries)):
     raise ValueError(f'{found}; without --strict they are converted all the same.')
-  with output.complete(out) as partial:
-    stored.write(partial / PARAMS, leaves, lambda done: progress(done, total))
+  with storage.complete(out) as partial:
+    orbax_stream.write(partial / PARAMS, leaves, lambda done: progress(done, total))
     _describe(partial, source, origin, role)
   if files.not_finite:
     logging.warning('%s', describe_not_finite(files.not_finite))
@@ -122,25 +123,25 @@ def export_checkpoint(
   checkpoint, out = (Path(path).expanduser().absolute() for path in (checkpoint, out))
   place, origin, role, known = _described(checkpoint, source, role)
   head = _head(role)
-  output.check(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
+  storage.check(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
-  entries = layout.entries(config, head)
+  entries = tensor_names.entries(config, head)
   arrays = _parameters(place, entries, head)
   words = [writer.WORDS[dtype or arrays[entry.path].dtype.name] for entry in entries]
   planned = shards.plan(list(zip(entries, words, strict=True)), max_shard_bytes)
   total = shards.num_bytes(planned)
-  output.check_space(out, total)
+  storage.check_space(out, total)
   described = writer.Description(
     config, head, writer.one_dtype(words), origin, card=cards.merged(known, card or cards.Card())
   )
-  with output.complete(out) as partial:
+  with storage.complete(out) as partial:
     with shards.ShardWriter(partial, planned) as files:
       jobs = [
         (_export_piece(files, entry, word), arrays[entry.path], index)
         for entry, word in zip(entries, words, strict=True)
         for index in _boxes(entry, arrays[entry.path].chunk_layout.read_chunk.shape)
       ]
-      stored.read(jobs, lambda done: progress(done, total))
+      orbax_stream.read(jobs, lambda done: progress(done, total))
     if role == 'reward' and (origin / writer.MEANING).is_file():
       shutil.copyfile(origin / writer.MEANING, partial / writer.MEANING)
     if origin == checkpoint / SOURCE:  # else it is what this was trained from, of another record
@@ -161,8 +162,8 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _drawn_head(
-  origin: Path, entry: layout.Entry, dtype: np.dtype, role: str, seed: int
-) -> stored.Leaf:
+  origin: Path, entry: tensor_names.Entry, dtype: np.dtype, role: str, seed: int
+) -> orbax_stream.Leaf:
   """The scalar head that `origin` lacks; ValueError where a random one would mean nothing."""
   if role == 'reward':
     raise ValueError(
@@ -171,7 +172,7 @@ def _drawn_head(
     )
   logging.warning('%s has no scalar head; it is drawn from seed %d', origin, seed)
   kernel = np.asarray(reader.fresh_head(jax.random.key(seed), entry.shape[0], dtype))
-  return stored.Leaf(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
+  return orbax_stream.Leaf(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
 
 
 def _describe(directory: Path, source: str | Path, origin: Path, role: str) -> None:
@@ -193,22 +194,24 @@ def _carry(source: Path, target: Path) -> None:
       shutil.copyfile(source / name, target / name)
 
 
-def _whole(entry: layout.Entry) -> stored.Index:
+def _whole(entry: tensor_names.Entry) -> orbax_stream.Index:
   return tuple(slice(0, size) for size in entry.shape)
 
 
-def _leaf(files: Slices, entry: layout.Entry, dtype: np.dtype, piece_bytes: int) -> stored.Leaf:
+def _leaf(
+  files: Slices, entry: tensor_names.Entry, dtype: np.dtype, piece_bytes: int
+) -> orbax_stream.Leaf:
   """A tensor of ours, to be read from the HF tensors that it is made of."""
   pieces = entry.pieces(_whole(entry), dtype.itemsize, piece_bytes)
 
-  def read(index: stored.Index) -> np.ndarray:
+  def read(index: orbax_stream.Index) -> np.ndarray:
     shape = tuple(part.stop - part.start for part in index)
     host = files.read(entry, index, dtype, out=_buffer(shape, dtype))
     if index is pieces[-1]:
       files.release()
     return host
 
-  return stored.Leaf(entry.shape, dtype, pieces, read)
+  return orbax_stream.Leaf(entry.shape, dtype, pieces, read)
 
 
 _buffers = threading.local()
@@ -222,9 +225,9 @@ def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return _buffers.bytes[:size].view(dtype).reshape(shape)
 
 
-def _parameters(place: Path, entries: tuple[layout.Entry, ...], head: str) -> dict[str, Any]:
+def _parameters(place: Path, entries: tuple[tensor_names.Entry, ...], head: str) -> dict[str, Any]:
   """The arrays of a model by path, opened and checked: all there are, or those in params/."""
-  arrays = stored.open_arrays(place)
+  arrays = orbax_stream.open_arrays(place)
   inner = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
   found = inner or arrays
   shaped = {
@@ -236,15 +239,15 @@ def _parameters(place: Path, entries: tuple[layout.Entry, ...], head: str) -> di
 
 
 def _export_piece(
-  files: shards.ShardWriter, entry: layout.Entry, word: str
-) -> Callable[[stored.Index, np.ndarray], int]:
+  files: shards.ShardWriter, entry: tensor_names.Entry, word: str
+) -> Callable[[orbax_stream.Index, np.ndarray], int]:
   """Writes slices of a tensor of ours into the HF tensors that it is made of; returns bytes."""
   dtype = jnp.dtype(DTYPES[word])
 
   row_bytes = dtype.itemsize * math.prod(entry.hf_shape[1:])
   strip = max(1, _STRIP_BYTES // row_bytes)
 
-  def write(index: stored.Index, host: np.ndarray) -> int:
+  def write(index: orbax_stream.Index, host: np.ndarray) -> int:
     layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
     first = index[-1 if entry.transposed else int(entry.stacked)].start
     for layer, piece in zip(layers, host if entry.stacked else [host], strict=True):
@@ -262,12 +265,12 @@ def _export_piece(
   return write
 
 
-def _boxes(entry: layout.Entry, chunk: tuple[int, ...]) -> list[stored.Index]:
+def _boxes(entry: tensor_names.Entry, chunk: tuple[int, ...]) -> list[orbax_stream.Index]:
   """Slices that partition a tensor of ours: whole chunks, and whole rows of the HF tensors."""
   sizes = list(chunk)
   if entry.transposed:
     sizes[-2] = entry.shape[-2]
-  found: list[stored.Index] = [()]
+  found: list[orbax_stream.Index] = [()]
   for size, step in zip(entry.shape, sizes, strict=True):
     parts = [slice(start, min(start + step, size)) for start in range(0, size, step)]
     found = [(*index, part) for index in found for part in parts]
@@ -288,9 +291,9 @@ def _described(
         'training run name an item of a step (checkpoints/STEP/policy), and with --source and '
         '--role the HF checkpoint it was trained from and what it is.'
       )
-    origin = headers.resolve(source)
+    origin = resolve(source)
     return checkpoint, origin, role, cards.inherited(source, origin)
-  text = headers.read_json(file)
+  text = read_json(file)
   if text.get('version') != _VERSION or text.get('role') not in HEADS:
     raise ValueError(
       f'{file}: version {text.get("version")!r} with role {text.get("role")!r} is not one that is '

@@ -7,7 +7,14 @@ import collections
 from pathlib import Path
 from typing import Any
 
-from segjax.hf import headers
+from segjax.hf.checkpoint import (
+  CONFIG,
+  Checkpoint,
+  open_checkpoint,
+  read_json,
+  resolve,
+  rope_parameters,
+)
 
 _GENERATION = 'generation_config.json'
 _SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -28,10 +35,10 @@ def inspect(path: str | Path) -> str:
   """Names, dtypes and shapes of the tensors of a directory or hub id, then a summary.
 
   Raises:
-    ValueError: where the files are missing or broken; see `headers.open_checkpoint`.
+    ValueError: where the files are missing or broken; see `checkpoint.open_checkpoint`.
   """
-  checkpoint = headers.open_checkpoint(headers.resolve(path))
-  raw = headers.read_json(checkpoint.directory / headers.CONFIG)
+  checkpoint = open_checkpoint(resolve(path))
+  raw = read_json(checkpoint.directory / CONFIG)
   width = max(map(len, checkpoint.tensors), default=0)
   lines = [
     f'{name:{width}}  {tensor.dtype:4}  {list(tensor.shape)}'
@@ -60,7 +67,7 @@ def _named(raw: dict[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _rope(raw: dict[str, Any]) -> str:
-  rope = headers.rope_parameters(raw)
+  rope = rope_parameters(raw)
   kind, theta = rope.pop('rope_type'), rope.pop('rope_theta')
   if rope.get('partial_rotary_factor') == 1:
     rope.pop('partial_rotary_factor')
@@ -72,7 +79,7 @@ def _special_ids(directory: Path, raw: dict[str, Any]) -> str:
   """As in config.json; what generation_config.json says differently is added."""
   generation = {}
   if (directory / _GENERATION).is_file():
-    generation = headers.read_json(directory / _GENERATION)
+    generation = read_json(directory / _GENERATION)
   found = []
   for key in _SPECIAL_IDS:
     own, other = raw.get(key), generation.get(key)
@@ -98,7 +105,7 @@ def _beside(directory: Path) -> str:
   return ', '.join(name for name in known if (directory / name).is_file())
 
 
-def _weights(checkpoint: headers.Checkpoint) -> str:
+def _weights(checkpoint: Checkpoint) -> str:
   tensors = checkpoint.tensors.values()
   dtypes = collections.Counter()
   for tensor in tensors:

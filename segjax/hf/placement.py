@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from segjax.hf.layout import Entry
-from segjax.hf.slices import Index, Slices
+from segjax.hf.tensor_names import Entry
+from segjax.hf.tensor_slices import Index, Slices
 from segjax.model import sharding
 
 PIECE_BYTES = 1 << 24  # of a tensor, read and placed at once

@@ -15,9 +15,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from segjax.hf import layout, placement
-from segjax.hf.config import config_from_hf, head_name
-from segjax.hf.headers import (
+from segjax.hf import placement, tensor_names
+from segjax.hf.checkpoint import (
   CONFIG,
   INDEX,
   WEIGHTS,
@@ -26,7 +25,8 @@ from segjax.hf.headers import (
   read_json,
   resolve,
 )
-from segjax.hf.slices import DTYPES, Slices, describe_not_finite
+from segjax.hf.config import config_from_hf, head_name
+from segjax.hf.tensor_slices import DTYPES, Slices, describe_not_finite
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 
@@ -99,7 +99,7 @@ def load_params(
 
 def open_model(
   path: str | Path, config: LlamaConfig, head: str
-) -> tuple[Checkpoint, tuple[layout.Entry, ...]]:
+) -> tuple[Checkpoint, tuple[tensor_names.Entry, ...]]:
   """A checkpoint and the tensors of ours that it holds, all names and shapes checked.
 
   These are all tensors of the model, but for a scalar head where the checkpoint has none. Reads
@@ -114,7 +114,7 @@ def open_model(
   """
   checkpoint = open_checkpoint(resolve(path))
   score = head_name(read_json(checkpoint.directory / CONFIG))
-  entries = layout.entries(config, head, score)
+  entries = tensor_names.entries(config, head, score)
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
     entries = entries[:-1]
   _check(checkpoint, entries, head)
@@ -123,7 +123,7 @@ def open_model(
   return checkpoint, entries
 
 
-def dtype_of(checkpoint: Checkpoint, entry: layout.Entry, dtype: str) -> np.dtype:
+def dtype_of(checkpoint: Checkpoint, entry: tensor_names.Entry, dtype: str) -> np.dtype:
   """`dtype`, or where that is empty the one of the HF tensors of `entry`.
 
   Raises:
@@ -150,7 +150,7 @@ def fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None)
   return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
-def find_not_finite(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...]) -> str:
+def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.Entry, ...]) -> str:
   """Reads every weight once; says which tensors hold NaN or infinity, '' where none does."""
   files = Slices(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
@@ -158,7 +158,7 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...]) -
   return describe_not_finite(files.not_finite) if files.not_finite else ''
 
 
-def _check(checkpoint: Checkpoint, entries: tuple[layout.Entry, ...], head: str) -> None:
+def _check(checkpoint: Checkpoint, entries: tuple[tensor_names.Entry, ...], head: str) -> None:
   """ValueError unless the checkpoint holds exactly the tensors of the table."""
   tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from segjax.hf import layout
-from segjax.hf.headers import INDEX, ITEM_SIZE, WEIGHTS
+from segjax.hf import tensor_names
+from segjax.hf.checkpoint import INDEX, ITEM_SIZE, WEIGHTS
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -26,7 +26,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 class Piece:
   """One HF tensor to be written: layer `layer` of our tensor `entry`, or all of it."""
 
-  entry: layout.Entry
+  entry: tensor_names.Entry
   layer: int
   dtype: str  # safetensors' word
 
@@ -45,7 +45,7 @@ Shard = list[Piece]
 
 
 def plan(
-  tensors: Sequence[tuple[layout.Entry, str]], max_shard_bytes: int = MAX_SHARD_BYTES
+  tensors: Sequence[tuple[tensor_names.Entry, str]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
   """Which HF tensors go into which file, in the order of their bytes.
 

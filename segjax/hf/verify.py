@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.hf import convert, headers, reader, stored
+from segjax.hf import convert, orbax_stream, reader
+from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve
 from segjax.hf.config import config_from_hf, head_name
 from segjax.model import heads
 from segjax.model.llama import Llama, LlamaConfig
@@ -109,7 +110,7 @@ def verify(
   """
   if dtype not in _TOLERANCES:
     raise ValueError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
-  origin = headers.resolve(hf)
+  origin = resolve(hf)
   config = reader.load_config(origin)
   theirs_head = _head_of(origin)
   held, checked = reader.open_model(origin, config, theirs_head)
@@ -138,8 +139,8 @@ def verify(
 
 
 def _head_of(origin: Path) -> str:
-  score = head_name(headers.read_json(origin / headers.CONFIG))
-  return 'scalar' if f'{score}.weight' in headers.open_checkpoint(origin).tensors else 'language'
+  score = head_name(read_json(origin / CONFIG))
+  return 'scalar' if f'{score}.weight' in open_checkpoint(origin).tensors else 'language'
 
 
 def _restore(
@@ -151,10 +152,10 @@ def _restore(
   """
   described = checkpoint / convert.DESCRIPTION
   if described.is_file():
-    head = convert.HEADS[headers.read_json(described)['role']]
+    head = convert.HEADS[read_json(described)['role']]
     config = config_from_hf(checkpoint / convert.SOURCE)
     checkpoint = checkpoint / convert.PARAMS
-  arrays = stored.open_arrays(checkpoint.absolute())
+  arrays = orbax_stream.open_arrays(checkpoint.absolute())
   prefix = 'params/' if any(path.startswith('params/') for path in arrays) else ''
   expected = heads.param_shapes(config, head)
 
@@ -168,7 +169,7 @@ def _restore(
   return config, head, jax.tree_util.tree_map_with_path(restore, expected)
 
 
-def _narrowed(params: dict[str, Any], held: headers.Checkpoint, entries: Sequence) -> str:
+def _narrowed(params: dict[str, Any], held: Checkpoint, entries: Sequence) -> str:
   """The dtype of our weights where it is narrower than the files'; 'float32' otherwise."""
   files = {reader.DTYPES[held.tensors[name].dtype] for e in entries for name in e.hf_names()}
   own = {leaf.dtype.name for leaf in jax.tree.leaves(params)} - files
@@ -261,7 +262,7 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
     project = model.lm_head
   else:
     # value_head_prefix may name the head differently.
-    name = head_name(headers.read_json(origin / headers.CONFIG))
+    name = head_name(read_json(origin / CONFIG))
     model = load(
       transformers.LlamaForSequenceClassification,
       num_labels=1,

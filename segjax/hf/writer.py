@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from segjax.hf import card as cards
-from segjax.hf import layout, output, shards
+from segjax import storage
+from segjax.hf import model_card as cards
+from segjax.hf import shards, tensor_names
+from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve
 from segjax.hf.config import config_to_hf
-from segjax.hf.headers import CONFIG, INDEX, read_json, resolve
-from segjax.hf.slices import DTYPES
+from segjax.hf.tensor_slices import DTYPES
 from segjax.hf.transpose import transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
@@ -105,7 +106,7 @@ def save_checkpoint(
     raise ValueError(f"dtype={dtype!r} is not one of {', '.join(WORDS)} or ''.")
   directory = Path(directory).expanduser().absolute()
   origin = None if source is None else resolve(source)
-  output.check(directory, REPLACEABLE, overwrite=True, source=origin)
+  storage.check(directory, REPLACEABLE, overwrite=True, source=origin)
   leaves = _leaves(params, config, head)
   words = [WORDS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
   planned = shards.plan(
@@ -119,7 +120,7 @@ def save_checkpoint(
     for piece in _pieces(planned):
       _gathered(piece, by_path[piece.entry.path])
   else:
-    with output.complete(directory) as partial:
+    with storage.complete(directory) as partial:
       with shards.ShardWriter(partial, planned) as files:
         for piece in _pieces(planned):
           files.write(piece.name, 0, _gathered(piece, by_path[piece.entry.path]))
@@ -172,16 +173,16 @@ def _pieces(planned: list[shards.Shard]) -> list[shards.Piece]:
 
 def _leaves(
   params: dict[str, Any], config: LlamaConfig, head: str
-) -> list[tuple[layout.Entry, Any]]:
+) -> list[tuple[tensor_names.Entry, Any]]:
   """The table's entries with our tensors; ValueError unless they agree."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   given = {path_name(path): leaf for path, leaf in flat}
-  check_tensors(given, layout.entries(config, head), head)
-  return [(entry, given[entry.path]) for entry in layout.entries(config, head)]
+  check_tensors(given, tensor_names.entries(config, head), head)
+  return [(entry, given[entry.path]) for entry in tensor_names.entries(config, head)]
 
 
 def check_tensors(
-  given: dict[str, Any], entries: tuple[layout.Entry, ...], head: str, where: str = 'params'
+  given: dict[str, Any], entries: tuple[tensor_names.Entry, ...], head: str, where: str = 'params'
 ) -> None:
   """ValueError unless `given`, by path, are the tensors of the table: anything with a shape."""
   odd = sorted({entry.path for entry in entries} ^ set(given))

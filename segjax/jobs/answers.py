@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from segjax import processes
+from segjax.config.settings import Rollout
 from segjax.data.batches import Prompts, chunks
-from segjax.data.encoding import encode_prompts
-from segjax.data.questions import Answer, Judge, Question, conversation, read_questions
+from segjax.data.judge_formats import Answer, Judge, Question, conversation, read_questions
 from segjax.data.sources import Rows
+from segjax.data.tokenize import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
-from segjax.settings import Rollout
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
 from segjax.train.rollout import rollout
 
 DIRECTORY = 'answers'  # in the stage's own

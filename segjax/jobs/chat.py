@@ -11,12 +11,12 @@ import numpy as np
 from segjax import processes
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import annotate
-from segjax.jobs.annotate import Reader
-from segjax.jobs.stage import Stage
-from segjax.model.generation import Generated, Prompts, generate, make_decoder
-from segjax.report import segments
+from segjax.evaluation import annotate
+from segjax.evaluation.annotate import Reader
+from segjax.model.generate import Generated, Prompts, generate, make_decoder
+from segjax.report import segment_table
 from segjax.report.console import say
+from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 
 _CHUNK = 4  # tokens between two pieces of streamed text
@@ -68,7 +68,7 @@ def _lines() -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-  sys.stdout.write(segments.plain(text, keep='\n\t'))
+  sys.stdout.write(segment_table.plain(text, keep='\n\t'))
   sys.stdout.flush()
 
 
@@ -148,4 +148,4 @@ def _show(stage: Stage, reader: Reader, messages: list[Message]) -> None:
     return
   text = (messages[:-1], messages[-1]['content'])
   for one in annotate.annotate(stage, reader, [text], batch=stage.mesh.size):
-    segments.show(one)
+    segment_table.show(one)

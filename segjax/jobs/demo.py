@@ -12,26 +12,26 @@ from typing import Any
 import jax
 
 from segjax import processes
-from segjax.data import demo
+from segjax.data import demo_language
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import copy_tokenizer, save_checkpoint
-from segjax.jobs.stage import Stage
 from segjax.model.heads import init_params
 from segjax.model.llama import config_of, num_parameters
 from segjax.report.console import say, table, track
+from segjax.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Writes `rows/` (see `data.demo.write`) and `model/`, random weights with the tokenizer."""
+  """Writes `rows/` (see `data.demo_language.write`), and `model/` with random weights."""
   s = stage.settings.demo
-  language = demo.Language(
+  language = demo_language.Language(
     min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
   )
   rows = stage.directory / 'rows'
   for _ in track(stage.name, ('rows',), 1, 'rows'):
     if processes.is_first():
-      demo.write(rows, language, stage.settings.seed)
+      demo_language.write(rows, language, stage.settings.seed)
     processes.barrier('rows')
     stage.mirror.publish()  # all read what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
@@ -91,6 +91,6 @@ def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:
   for index in held_out:
     row = pairs[index]
     prompt = row['messages'][-1]['content']
-    chosen, rejected = (demo.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
+    chosen, rejected = (demo_language.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
     agreed += (chosen > rejected) + 0.5 * (chosen == rejected)
   return agreed / len(held_out)

@@ -5,14 +5,14 @@ import json
 import tempfile
 from pathlib import Path
 
-from segjax.data import demo
+from segjax.config.settings import Settings
+from segjax.data import demo_language
 from segjax.data.sources import load_rows
 from segjax.hf import reader
 from segjax.jobs import pipeline
-from segjax.jobs.stage import Stage, num_steps
 from segjax.model.llama import LlamaConfig, config_of, num_parameters
 from segjax.report.console import say, table
-from segjax.settings import Settings
+from segjax.run.stage import Stage, num_steps
 
 # Networks that a stage holds at once, trained and frozen.
 _NETWORKS = {
@@ -58,7 +58,7 @@ def _network(stage: Stage) -> LlamaConfig | None:
 
 def _demo_vocabulary() -> int:
   with tempfile.TemporaryDirectory() as folder:
-    demo.write_tokenizer(Path(folder))
+    demo_language.write_tokenizer(Path(folder))
     tokenizer = json.loads((Path(folder) / 'tokenizer.json').read_text(encoding='utf-8'))
   return len(tokenizer['model']['vocab'])
 

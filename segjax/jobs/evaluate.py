@@ -11,24 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
+from segjax.config.settings import Evaluate
 from segjax.data.batches import Prompts, chunks
-from segjax.data.encoding import encode_prompts
+from segjax.data.tokenize import encode_prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import models, repetition
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
-from segjax.jobs.statistics import interval, shown
-from segjax.jobs.win_rates import length_controlled, outcomes, win_rate
+from segjax.evaluation import repetition
+from segjax.evaluation.intervals import interval, shown
+from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
 from segjax.report.console import say, table, track
-from segjax.report.samples import SampleLog
-from segjax.report.segments import render
+from segjax.report.response_log import SampleLog
+from segjax.report.segment_table import render
 from segjax.rl.segmentation import content_mask
-from segjax.settings import Evaluate
+from segjax.run import models
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
 from segjax.train.compat import as_published
-from segjax.train.cutting import aggregate
+from segjax.train.custom_reward import load_function
 from segjax.train.experience import make_experience, score
-from segjax.train.reward_function import load_function
 from segjax.train.rollout import rollout
+from segjax.train.segmenter import aggregate
 from segjax.types import Experience
 
 
@@ -147,7 +148,7 @@ def compare(after: Sampled, before: Sampled, seed: int) -> dict[str, Any]:
 
   The i-th response to a prompt meets the i-th of the other model, which had the same random
   numbers: equal models tie. `win_rate_score` is by the reward model's score, `win_rate_gold` by
-  config.evaluate.gold, `lc_win_rate_*` the same length-controlled; see `jobs.win_rates`.
+  config.evaluate.gold, `lc_win_rate_*` the same length-controlled; see `evaluation.win_rates`.
   """
   found = {}
   lengths = [[len(text) for text in one.texts] for one in (after, before)]

@@ -10,22 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax import settings as typed
+from segjax.config import settings as typed
 from segjax.data.batches import Pairs, chunks
 from segjax.data.sources import Rows, load_rows
-from segjax.data.spans import EncodedMarked, encode_marked
+from segjax.data.span_annotations import EncodedMarked, encode_marked
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import models, paths, reward_bench, span_evaluation
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
-from segjax.jobs.statistics import shown, wilson
+from segjax.evaluation import reward_bench, span_auc
+from segjax.evaluation.intervals import shown, wilson
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
-from segjax.rl.pairs import pair_metrics
-from segjax.train import segment_reward
-from segjax.train.cutting import cutter_of
+from segjax.rl.pair_metrics import pair_metrics
+from segjax.run import inputs, models
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train import reward_spec
+from segjax.train.reward_spec import SegmentReward
 from segjax.train.reward_step import Scorer, evaluate_pairs
-from segjax.train.segment_reward import SegmentReward
+from segjax.train.segmenter import cutter_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,8 @@ def run(stage: Stage) -> dict[str, Any]:
     )
   if marked:
     normalizer = jax.tree.map(jnp.float32, judge.meaning.normalizer)
-    rewards = span_evaluation.rewards_of(stage, params, reference, marked, judge.scorer, normalizer)
-    figures['spans'] = span_evaluation.figures(marked, rewards, stage.settings.seed)
+    rewards = span_auc.rewards_of(stage, params, reference, marked, judge.scorer, normalizer)
+    figures['spans'] = span_auc.figures(marked, rewards, stage.settings.seed)
     figures['spans']['normalized'] = judge.meaning.normalizer_kind != 'none'
   if processes.is_first():
     text = json.dumps(figures, indent=2) + '\n'
@@ -93,7 +94,7 @@ def read(
   """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
   s = stage.settings
   sets, marked, counts = [], [], {}
-  for path in paths.split(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
+  for path in inputs.split(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     pairs, rows = read_pairs(stage, judge, path)
     sets.append((pairs, [subset_of(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
@@ -109,13 +110,13 @@ def find(stage: Stage) -> Judge:
   """config.reward_model, and config.reference where it is needed. Loads no weights."""
   s = stage.settings
   path = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
-  stored, named = segment_reward.read(path), s.reward_model
+  stored, named = reward_spec.read(path), s.reward_model
   if not named.normalizer and (stored is None or stored.normalizer is None):
     named = dataclasses.replace(named, normalizer='none')  # pairs need none
     if s.evaluate_reward.spans:
       stage.say('no normaliser has been fitted: spans are ranked by raw scores')
   reference = jobs.checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
-  meaning = segment_reward.resolve(named, path, reference or path)
+  meaning = reward_spec.resolve(named, path, reference or path)
   tokenizer = jobs.tokenizer_of(stage, path)
   cutter = cutter_of(meaning.segmentation, tokenizer)
   config = models.networks(stage, {'reward': path})['reward']
@@ -175,8 +176,8 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
     truncated: whether it was cut to length.
 
   Returns:
-    `all`, `untruncated` (None if none is), `subsets` by name: `rl.pairs.pair_metrics`, where the
-    accuracy has its Wilson interval; `reward_bench`: see `reward_bench.scores`.
+    `all`, `untruncated` (None if none is), `subsets` by name: `rl.pair_metrics.pair_metrics`,
+    where the accuracy has its Wilson interval; `reward_bench`: see `reward_bench.scores`.
   """
   names = np.array(subsets)
   by_name = {name: _figures(scored[names == name]) for name in sorted(set(subsets))}

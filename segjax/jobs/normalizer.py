@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.contradictions import check_normalizer
+from segjax.config.conflicts import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, chunks, take
-from segjax.jobs import models
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
 from segjax.report.console import track
 from segjax.rl import normalizer
-from segjax.train import segment_reward
-from segjax.train.cutting import cutter_of
+from segjax.run import models
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train import reward_spec
 from segjax.train.reward_step import Scorer, segment_statistics
+from segjax.train.segmenter import cutter_of
 from segjax.types import Normalizer
 
 
@@ -42,9 +42,9 @@ def run(stage: Stage) -> dict[str, Any]:
       'copy the reward model to a directory of yours.'
     )
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
-  stored = segment_reward.read(source)
+  stored = reward_spec.read(source)
   named = dataclasses.replace(s.reward_model, normalizer='none')
-  meaning = segment_reward.resolve(named, source, reference_path)
+  meaning = reward_spec.resolve(named, source, reference_path)
   kind = kind_of(s.normalizer.kind, meaning.segmentation.granularity)
   config = models.networks(stage, {'reward': source})['reward']
   tokenizer = jobs.tokenizer_of(stage, reference_path)
@@ -74,7 +74,7 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   processes.barrier('normalizer')  # all have read what the first now replaces
   if processes.is_first():
-    segment_reward.write(source, filled)
+    reward_spec.write(source, filled)
     write_bins(stage, found, fitted)
   values = {name: float(value) for name, value in vars(fitted).items()}
   stage.say(

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from segjax import processes
-from segjax import settings as typed
+from segjax.config import settings as typed
+from segjax.config.settings import Settings
 from segjax.jobs import (
   answers,
   chat,
@@ -20,22 +21,20 @@ from segjax.jobs import (
   evaluate,
   evaluate_reward,
   normalizer,
-  paths,
   ppo,
-  reuse,
   reward,
   selfcheck,
   sft,
 )
-from segjax.jobs.mirror import Nowhere
-from segjax.jobs.stage import Command, Stage, checkpoints
 from segjax.model import sharding
 from segjax.report import profiling
 from segjax.report.console import say
-from segjax.report.page import Page
-from segjax.settings import Settings
-from segjax.train.reward_function import load_function
-from segjax.train.segment_reward import FILE as SEGMENT_REWARD
+from segjax.report.html_report import Page
+from segjax.run import inputs, stage_record
+from segjax.run.bucket_mirror import Nowhere
+from segjax.run.stage import Command, Stage, checkpoints
+from segjax.train.custom_reward import load_function
+from segjax.train.reward_spec import FILE as SEGMENT_REWARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ def prepare(
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
   profiling.parse(settings.profile_steps)
-  paths.check_writable(settings.checkpoint.directory)
+  inputs.check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
     wired = wire(name, settings, workdir)
@@ -181,8 +180,8 @@ def prepare(
     )
     check_batches(name, stage.settings, mesh)
     for key in (*JOBS[name].needs, *JOBS[name].optional):
-      for label, path in paths.named(key, _get(settings, key)).items():
-        paths.check(label, path, stage.directory)
+      for label, path in inputs.named(key, _get(settings, key)).items():
+        inputs.check(label, path, stage.directory)
     stages.append(stage)
   if {'ppo', 'evaluate'} & set(settings.stages):
     evaluate.functions(settings.evaluate)
@@ -268,7 +267,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
     stage.say(f'done in {results["seconds"]:.1f} s{figures}')
-    results = reuse.finish(stage.directory, key, results, _outputs(stage, job))
+    results = stage_record.finish(stage.directory, key, results, _outputs(stage, job))
   stage.mirror.publish()
   if processes.is_first():
     _drop_states(stage)
@@ -281,16 +280,16 @@ def _drop_states(stage: Stage) -> None:
     checkpoints(stage).rmtree()
 
 
-def _begin(stage: Stage, job: Job, key: reuse.Key) -> dict[str, Any] | None:
+def _begin(stage: Stage, job: Job, key: stage_record.Key) -> dict[str, Any] | None:
   """What the stage left before, if that can be reused; else its directory is ready for it."""
-  reuse.recall(stage.directory, key)
-  results = reuse.finished(stage.directory, key, _outputs(stage, job))
+  stage_record.recall(stage.directory, key)
+  results = stage_record.finished(stage.directory, key, _outputs(stage, job))
   if results is not None and job.is_reusable:
     stage.say(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
   say('')
-  reason = reuse.begin(stage.directory, key)
+  reason = stage_record.begin(stage.directory, key)
   if reason and job.is_reusable:
     stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
   return None
@@ -320,13 +319,13 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
   """Content of the local files and directories that the stage reads."""
   found = {}
   for key in (*job.needs, *job.optional):
-    found |= paths.named(key, _get(stage.settings, key))
+    found |= inputs.named(key, _get(stage.settings, key))
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
     found['data.chat_template'] = stage.settings.data.chat_template
   # The normalizer job writes segment_reward.json into its own input.
   skip = SEGMENT_REWARD if stage.name == 'normalizer' else ''
   return {
-    key: reuse.content_hash(Path(path).expanduser(), skip)
+    key: stage_record.content_hash(Path(path).expanduser(), skip)
     for key, path in found.items()
     if path and Path(path).expanduser().exists()
   }
@@ -338,4 +337,6 @@ def _outputs(stage: Stage, job: Job) -> dict[str, str]:
   if stage.name == 'normalizer':
     found = {SEGMENT_REWARD: Path(stage.settings.reward_model.path).expanduser() / SEGMENT_REWARD}
     skip = ''
-  return {name: reuse.content_hash(path, skip) for name, path in found.items() if path.exists()}
+  return {
+    name: stage_record.content_hash(path, skip) for name, path in found.items() if path.exists()
+  }

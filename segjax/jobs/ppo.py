@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.config.settings import PPO
 from segjax.data.batches import split_holdout, stream_indices
-from segjax.data.encoding import encode_prompts
+from segjax.data.tokenize import encode_prompts
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import evaluate, models, preemption, provenance, throughput
-from segjax.jobs import stage as jobs
+from segjax.jobs import evaluate
 from segjax.jobs.sampling import Sampler, held_out_metrics
-from segjax.jobs.stage import Stage
 from segjax.report.timing import Timing
 from segjax.rl.kl import adaptive_kl_coef
-from segjax.settings import PPO
+from segjax.run import models, preemption, provenance
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train import throughput
 from segjax.train.experience import Recipe, is_sound, sequence_lengths
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step

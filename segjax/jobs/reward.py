@@ -9,20 +9,21 @@ import jax
 import numpy as np
 
 from segjax import processes
+from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout, take
 from segjax.data.tokenizer import fingerprint
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import calibration, entropy_cache, provenance, throughput
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
+from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.report.console import table, track
-from segjax.rl.pairs import pair_metrics
-from segjax.settings import Segmentation
-from segjax.train import segment_reward
-from segjax.train.cutting import cutter_of
+from segjax.rl.pair_metrics import pair_metrics
+from segjax.run import provenance
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
+from segjax.train.reward_spec import SegmentReward
 from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
-from segjax.train.segment_reward import SegmentReward
+from segjax.train.segmenter import cutter_of
 
 # Of the metrics; two beside the bar, all in the card's curves.
 SHOW = ['train/loss', 'train/accuracy', 'train/segments']
@@ -40,7 +41,7 @@ def run(stage: Stage) -> dict[str, Any]:
   source = jobs.checkpoint(s.policy.path, 'policy.path')
   reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
   config = jobs.network(stage, source, trained=True)
-  segment_reward.check_tokenizer(source, reference_path)
+  reward_spec.check_tokenizer(source, reference_path)
   tokenizer = jobs.tokenizer_of(stage, source)
   scorer = Scorer(
     config, jobs.network(stage, reference_path), cutter_of(s.reward.segmentation, tokenizer)
@@ -57,7 +58,7 @@ def run(stage: Stage) -> dict[str, Any]:
     reference = jobs.load(stage, reference_path, scorer.reference, 'language')
     scorer = calibrated(stage, scorer, reference, tokenizer)
     if s.reward.entropy_cache:
-      pairs = entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
+      pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
       reference = None  # its memory is free for what follows
   kept, held_out = split_holdout(pairs, s.reward.holdout, s.seed)
   stage.say(f'{len(held_out)} pairs held out by prompt')
@@ -105,7 +106,7 @@ def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> 
   wanted = stage.settings.reward.calibration
   if not wanted.target_segment_length and not wanted.entropy_quantile:
     return scorer
-  threshold = calibration.run(stage, scorer, reference, tokenizer)
+  threshold = reward_calibration.run(stage, scorer, reference, tokenizer)
   segmentation = dataclasses.replace(scorer.cutter.segmentation, entropy_threshold=threshold)
   return dataclasses.replace(
     scorer, cutter=dataclasses.replace(scorer.cutter, segmentation=segmentation)
@@ -114,7 +115,7 @@ def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> 
 
 def write_meaning(stage: Stage, source: Path, segmentation: Segmentation) -> None:
   """Puts segment_reward.json beside the new weights."""
-  segment_reward.write(
+  reward_spec.write(
     stage.model_directory,
     SegmentReward(segmentation, normalizer=None, tokenizer_sha256=fingerprint(str(source))),
   )
@@ -132,7 +133,7 @@ _LABELS = {
 def held_out_metrics(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer
 ) -> dict[str, float]:
-  """What `rl.pairs` says of the reward model on the held-out pairs, also as a table."""
+  """What `rl.pair_metrics` says of the reward model on the held-out pairs, also as a table."""
   values = measured(stage, params, reference, held_out, scorer, 'held-out pairs')
   rows = [(label, f'{values[name]:.3f}') for name, label in _LABELS.items()]
   table(f'{len(held_out)} held-out pairs', ('', ''), rows)
@@ -142,7 +143,7 @@ def held_out_metrics(
 def measured(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer, note: str = ''
 ) -> dict[str, float]:
-  """`rl.pairs.pair_metrics` of the reward model on the pairs; a bar where there is a note."""
+  """Returns `rl.pair_metrics.pair_metrics` of the pairs; a note labels a progress bar."""
   size, found = stage.settings.reward.batch, []
   parts = chunks(len(held_out), size)
   if note:

@@ -11,9 +11,9 @@ import numpy as np
 from segjax import processes
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.jobs import models, preemption
-from segjax.jobs.stage import Stage
 from segjax.report.timing import Timing
+from segjax.run import models, preemption
+from segjax.run.stage import Stage
 from segjax.train.compat import as_published
 from segjax.train.experience import Recipe, make_experience, score
 from segjax.train.rollout import rollout

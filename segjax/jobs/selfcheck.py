@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.jobs import loops
-from segjax.jobs.stage import Stage
+from segjax.config.settings import PPO, Network, Optimizer, Segmentation, Shaping
+from segjax.config.settings import Rollout as RolloutSettings
+from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
 from segjax.model.llama import LlamaConfig, config_of
 from segjax.report.console import table
 from segjax.rl.segmentation import GRANULARITIES
-from segjax.settings import PPO, Network, Optimizer, Segmentation, Shaping
-from segjax.settings import Rollout as RolloutSettings
-from segjax.train.cutting import Cutter
+from segjax.run.stage import Stage
 from segjax.train.experience import Recipe, join, make_experience, response_window, score
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 from segjax.train.rollout import rollout
+from segjax.train.segmenter import Cutter
 from segjax.types import Experience, Rollout
 
 _ROWS, _PROMPT, _RESPONSE, _VOCABULARY = 8, 8, 24, 256
@@ -109,7 +109,7 @@ def checks(stage: Stage, bench: Bench) -> Iterator[tuple[str, Callable[[], Outco
       f'{granularity} rewards and advantages equal slow loops',
       functools.partial(_rewards, granularity),
     )
-  yield 'a reward of 0.7 stays 0.7', lambda: Outcome(loops.seven_tenths(), 1e-7)
+  yield 'a reward of 0.7 stays 0.7', lambda: Outcome(selfcheck_rewards.seven_tenths(), 1e-7)
   yield 'all devices equal one', lambda: sharded(stage, bench)
   yield 'bfloat16 log-probs, mean over tokens', lambda: bfloat16(bench)
 
@@ -137,7 +137,7 @@ def make_bench(mesh: Any, config: LlamaConfig | None = None) -> Bench:
     )
     scored = score(params, found, recipe=recipe)
     experience, metrics = make_experience(
-      found, scored, loops.normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe
+      found, scored, selfcheck_rewards.normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe
     )
   return Bench(recipe, params, found, experience, jax.device_get(metrics))
 
@@ -214,7 +214,7 @@ def bfloat16(bench: Bench) -> Outcome:
 
 
 def _rewards(granularity: str) -> Outcome:
-  return Outcome(loops.worst_difference(granularity), 1e-3)
+  return Outcome(selfcheck_rewards.worst_difference(granularity), 1e-3)
 
 
 def update(bench: Bench, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:

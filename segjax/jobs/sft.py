@@ -3,11 +3,12 @@
 from typing import Any
 
 from segjax.data.batches import batch_indices
-from segjax.data.encoding import encode_conversations
+from segjax.data.tokenize import encode_conversations
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import provenance, throughput
-from segjax.jobs import stage as jobs
-from segjax.jobs.stage import Stage
+from segjax.run import provenance
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train import throughput
 from segjax.train.optimizer import init_state
 from segjax.train.sft_step import sft_step
 

@@ -1,7 +1,7 @@
 """Llama-3 in Flax Linen: RMSNorm, RoPE with Llama-3.1 scaling, grouped queries, SwiGLU.
 
 The backbone only, tokens to hidden states: `heads` turns those into log-probs or scores, `decode`
-samples. Weight layout in HF files is `hf.layout`'s business.
+samples. Weight layout in HF files is `hf.tensor_names`'s business.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from segjax.config.settings import Network
 from segjax.model import sharding
 from segjax.model.attention import KeyValue, attention, cached_attention
-from segjax.settings import Network
 
 
 @dataclasses.dataclass(frozen=True)

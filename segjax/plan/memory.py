@@ -13,8 +13,8 @@ import jaxlib
 from jax.sharding import Mesh
 
 from segjax.model.chips import GIB
-from segjax.plan import phases, shapes
-from segjax.plan.phases import Phase, Program
+from segjax.plan import abstract_arrays, programs
+from segjax.plan.programs import Phase, Program
 from segjax.plan.topologies import Topology
 
 
@@ -47,7 +47,7 @@ def measure(
   phase: Phase, program: Program, mesh: Mesh, topology: Topology, cache: Path | None
 ) -> Measured:
   """Compiles a phase, or finds in `cache` what compiling the same program said."""
-  lowered = phases.lowered(phase, mesh)
+  lowered = programs.lowered(phase, mesh)
   file = cache / f'{_fingerprint(lowered, topology)}.json' if cache else None
   if file and file.exists():
     found = json.loads(file.read_text(encoding='utf-8'))
@@ -56,13 +56,13 @@ def measure(
     if file:
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(found), encoding='utf-8')
-  passed = sum(shapes.bytes_per_device(program.held[name]) for name in phase.passed)
+  passed = sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.passed)
   return Measured(name=phase.name, beside=held_bytes(phase, program) - passed, **found)
 
 
 def held_bytes(phase: Phase, program: Program) -> int:
   """What lives on a device during the phase, its arguments among it."""
-  return sum(shapes.bytes_per_device(program.held[name]) for name in phase.alive)
+  return sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.alive)
 
 
 def _compile(lowered: Any) -> dict[str, Any]:

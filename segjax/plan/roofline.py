@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
+from segjax.config.settings import Optimizer, Settings
 from segjax.model import sharding
 from segjax.model.chips import Chip
 from segjax.model.flops import causal_pairs, forward_flops
 from segjax.model.llama import LlamaConfig, num_parameters
-from segjax.settings import Optimizer, Settings
 
 PROMPTS = 60_000  # of UltraFeedback, an epoch
 

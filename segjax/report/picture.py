@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from segjax.report import curves, plots
+from segjax.report import charts, plots
 
 _PANEL = 3.2, 2.2  # inches
 _COLUMNS = 3
@@ -19,7 +19,7 @@ def png(path: Path, names: Sequence[str]) -> bytes:
   Curves are thinned as those of the page are; values that are not finite are left out. The same
   lines give the same bytes.
   """
-  steps, series = curves.read(path)
+  steps, series = charts.read(path)
   found = {name: plots.thinned(steps, series[name]) for name in names if name in series}
   if not found:
     return b''

@@ -4,8 +4,11 @@ This list is the public one; what a module has beside it may change. vmap where 
 Values in `segjax.types`: `Segments`, `Normalizer`.
 """
 
+from segjax.rl.advantages import action_starts, gae, macro_gae
+
+# `segjax.rl.advantages` is the module.
+from segjax.rl.advantages import returns as lambda_returns
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
-from segjax.rl.calibration import threshold_curve, threshold_for_length, threshold_for_quantile
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
 from segjax.rl.logprobs import logprob_and_entropy
@@ -28,11 +31,7 @@ from segjax.rl.normalizer import (
   normalize,
   relative_position,
 )
-from segjax.rl.pairs import pair_metrics
-from segjax.rl.returns import action_starts, gae, macro_gae
-
-# `segjax.rl.returns` is the module.
-from segjax.rl.returns import returns as lambda_returns
+from segjax.rl.pair_metrics import pair_metrics
 from segjax.rl.rewards import (
   SPREADS,
   bandit,
@@ -55,6 +54,7 @@ from segjax.rl.segmentation import (
   segment_at,
   segment_length,
 )
+from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
 __all__ = [
   'AGGREGATIONS',

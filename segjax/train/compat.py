@@ -1,7 +1,7 @@
 """What the published code does to its rollouts by mistake, for runs that must reproduce it.
 
-Off by default; `segjax.settings.Compat` names the switches. The mistakes come from rows that are
-padded together, `micro_batch` at a time: prompts on the left, responses on the right.
+Off by default; `segjax.config.settings.Compat` names the switches. The mistakes come from rows
+that are padded together, `micro_batch` at a time: prompts on the left, responses on the right.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from segjax.settings import Compat
+from segjax.config.settings import Compat
 from segjax.types import Rollout
 
 

@@ -14,16 +14,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax import processes
+from segjax.config.settings import PPO, Compat, Shaping
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import LlamaConfig
 from segjax.rl import kl
+from segjax.rl.advantages import action_starts, gae, macro_gae, returns
 from segjax.rl.masked import masked_mean, masked_sum, whiten
-from segjax.rl.returns import action_starts, gae, macro_gae, returns
 from segjax.rl.rewards import shaped_reward
-from segjax.settings import PPO, Compat, Shaping
-from segjax.train.cutting import Cutter, cut
-from segjax.train.shaping import dense_rewards
+from segjax.train.reward_shaping import dense_rewards
+from segjax.train.segmenter import Cutter, cut
 from segjax.types import Experience, Normalizer, Rollout, Segments
 
 _WIDTHS = 256  # tokens; sequences are scored in multiples of it
@@ -191,7 +191,7 @@ def make_experience(
 
   reward_t = clamp(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the whole rollout.
   With ppo.kl_in=loss the reward has no KL. Metrics are means over responses, explained in
-  `report.glossary`; `objective/kl` is Σ_t (log π - log π_ref) per response, in nats.
+  `report.metric_docs`; `objective/kl` is Σ_t (log π - log π_ref) per response, in nats.
 
   Args:
     rule: a user's reward per token, if there is one.

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from segjax.config.settings import Optimizer
 from segjax.model import sharding
 from segjax.rl.schedules import warmup_cosine
-from segjax.settings import Optimizer
 from segjax.train.state import TrainState
 
 

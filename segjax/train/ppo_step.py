@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.model.heads import token_logprobs, values
 from segjax.model.llama import LlamaConfig
-from segjax.model.packing import read
+from segjax.model.packed import read
 from segjax.rl import kl
 from segjax.rl.losses import batch_mean, num_terms, policy_loss, value_loss
-from segjax.train import accumulate
+from segjax.train import gradient_accumulation
 from segjax.train.experience import Recipe, join, join_segment_ids, response_window, take_rows
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
@@ -120,7 +120,7 @@ def policy_step(
   """
   batch = take_rows(experience, rows)
   count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_mean)
-  (loss, metrics), grads = accumulate.value_and_grad(
+  (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(policy_objective, recipe=recipe),
     *(state.params, batch, recipe.ppo.micro_batch, packing, count, kl_coef),
   )
@@ -143,7 +143,7 @@ def critic_step(
   """One update of the critic on the minibatch `rows` of the experience."""
   batch = take_rows(experience, rows)
   count = num_terms(batch.value_mask, recipe.ppo.loss_mean)
-  (loss, metrics), grads = accumulate.value_and_grad(
+  (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(value_objective, recipe=recipe),
     *(state.params, batch, recipe.ppo.micro_batch, packing, count),
   )

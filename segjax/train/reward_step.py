@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from segjax.config.settings import Reward
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.packing import read
+from segjax.model.packed import read
 from segjax.rl.losses import bradley_terry
 from segjax.rl.normalizer import normalize, relative_position
-from segjax.settings import Reward
-from segjax.train import accumulate
-from segjax.train.cutting import Cutter, aggregate, cut
+from segjax.train import gradient_accumulation
 from segjax.train.optimizer import apply_update
+from segjax.train.segmenter import Cutter, aggregate, cut
 from segjax.train.state import TrainState
 from segjax.types import Normalizer, Packing, Places, PreferenceBatch, Segments, Sequences
 
@@ -129,7 +129,7 @@ def reward_step(
       'segments': mean(jnp.sum(segments.num_segments.reshape(-1, 2), axis=1)) / 2,
     }
 
-  (loss, metrics), grads = accumulate.value_and_grad(
+  (loss, metrics), grads = gradient_accumulation.value_and_grad(
     objective, state.params, pairs, settings.micro_batch, packing
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)

@@ -7,11 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from segjax.config.settings import Rollout as RolloutSettings
 from segjax.model import sharding
-from segjax.model.generation import Generated, Prompts, generate, make_decoder
+from segjax.model.generate import Generated, Prompts, generate, make_decoder
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
-from segjax.settings import Rollout as RolloutSettings
 from segjax.types import Rollout
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from segjax.config.settings import SFT
 from segjax.data.batches import TokenBatch
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.packing import read
+from segjax.model.packed import read
 from segjax.rl.losses import batch_mean, cross_entropy, num_terms
-from segjax.settings import SFT
-from segjax.train import accumulate
+from segjax.train import gradient_accumulation
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
 from segjax.types import Packing, Places
@@ -51,7 +51,7 @@ def sft_step(
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update on a batch of conversations, packed where sft.packed_length says so."""
-  (loss, metrics), grads = accumulate.value_and_grad(
+  (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(sft_loss, config=config),
     *(state.params, batch, settings.micro_batch, packing, num_terms(batch.mask, 'token')),
   )

@@ -1,6 +1,7 @@
 """Buckets in a directory: with this one on PYTHONPATH, `gs://` is what FAKE_BUCKETS names.
 
-Files go there through fsspec, as etils.epath and `segjax.jobs.mirror` use it, and through the JSON
+Files go there through fsspec, as etils.epath and `segjax.run.bucket_mirror` use it, and through
+the JSON
 interface of Cloud Storage over HTTP, as TensorStore, and so Orbax, speaks it. An object is there
 whole or not at all, as on a bucket.
 """

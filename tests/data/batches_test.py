@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from segjax import types
 from segjax.data.batches import Ragged, batch_indices, chunks, split_holdout, take
-from segjax.data.encoding import Limits, encode_conversations, encode_pairs, encode_prompts
 from segjax.data.sources import Rows
+from segjax.data.tokenize import Limits, encode_conversations, encode_pairs, encode_prompts
 
 LIMITS = Limits(max_length=128, max_prompt_length=64)
 # Seven prompts, three pairs to each.

@@ -1,25 +1,28 @@
 """Tokenizers shared by the tests of the data wing."""
 
 import pytest
+from fixtures import tokenizers
 
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-
-from . import tiny
 
 
 @pytest.fixture(scope='session')
 def llama3(tmp_path_factory) -> ChatTokenizer:
   """A tiny tokenizer with the Llama-3 template."""
-  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('llama3')))
+  return load_tokenizer(tokenizers.write_tokenizer(tmp_path_factory.mktemp('llama3')))
 
 
 @pytest.fixture(scope='session')
 def llama31(tmp_path_factory) -> ChatTokenizer:
   """A tiny tokenizer with a template that writes a system turn by itself, as Llama-3.1's."""
-  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('llama31'), tiny.LLAMA31))
+  return load_tokenizer(
+    tokenizers.write_tokenizer(tmp_path_factory.mktemp('llama31'), tokenizers.LLAMA31)
+  )
 
 
 @pytest.fixture(scope='session')
 def chatml(tmp_path_factory) -> ChatTokenizer:
   """A tiny tokenizer with the ChatML template, which writes a newline after the stop token."""
-  return load_tokenizer(tiny.write_tokenizer(tmp_path_factory.mktemp('chatml'), tiny.CHATML))
+  return load_tokenizer(
+    tokenizers.write_tokenizer(tmp_path_factory.mktemp('chatml'), tokenizers.CHATML)
+  )

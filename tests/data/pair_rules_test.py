@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from fixtures.tokenizers import system, user
 
-from segjax.data.encoding import Limits, PairRules, encode_pairs, encode_prompts
-
-from .encoding_test import NONE, WIDE, _pair, _rows
-from .tiny import system, user
+from data.tokenize_test import NONE, WIDE, _pair, _rows
+from segjax.data.tokenize import Limits, PairRules, encode_pairs, encode_prompts
 
 
 def test_forced_stop_ends_what_was_cut(llama3):

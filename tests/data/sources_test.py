@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pytest
+from fixtures.tokenizers import assistant, user
 
 from segjax.data.sources import (
   Pair,
@@ -11,8 +12,6 @@ from segjax.data.sources import (
   as_prompt,
   load_rows,
 )
-
-from .tiny import assistant, user
 
 ROWS = [{'messages': [user(f'question {i}')], 'chosen': f'good {i}'} for i in range(5)]
 

@@ -1,12 +1,11 @@
 import json
 
 import pytest
+from fixtures import tokenizers
+from fixtures.tokenizers import assistant, user
 
 from segjax.data import tokenizer as tokenizer_lib
 from segjax.data.tokenizer import fingerprint, load_tokenizer
-
-from . import tiny
-from .tiny import assistant, user
 
 PHI3 = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,7 +34,7 @@ def test_llama3_prompt_and_response(llama3):
 
 def test_prompt_and_response_are_tokenised_apart(tmp_path):
   # The prompt ends in 'assistant: ': as one text, that space would join the word after it.
-  chat = load_tokenizer(tiny.write_tokenizer(tmp_path, tiny.PLAIN))
+  chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, tokenizers.PLAIN))
   messages = [user('hello')]
   ids = chat.prompt_ids(messages) + chat.response_ids(messages, 'fox')
   text = chat.decode(ids, skip_special=False)
@@ -50,14 +49,14 @@ def test_chatml_newline_after_stop_is_dropped(chatml):
 
 
 def test_phi3_text_after_the_stop_token_is_dropped(tmp_path):
-  chat = load_tokenizer(tiny.write_tokenizer(tmp_path, PHI3))
+  chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, PHI3))
   assert _tokens(chat, [chat.stop_ids[0]]) == ['<|im_end|>']
   response = chat.response_ids([user('hello')], 'one')
   assert chat.decode(response, skip_special=False) == 'one<|im_end|>'
 
 
 def test_template_without_stop_gets_eos(tmp_path):
-  chat = load_tokenizer(tiny.write_tokenizer(tmp_path, tiny.PLAIN))
+  chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, tokenizers.PLAIN))
   assert chat.stop_ids == (chat.tokenizer.eos_token_id,)
   response = chat.response_ids([user('hello')], 'one')
   assert chat.decode(response, skip_special=False) == 'one\n<|end_of_text|>'
@@ -78,7 +77,7 @@ def test_stop_token_inside_the_words_cuts_nothing(llama3):
   ids=['none', 'int', 'list'],
 )
 def test_stop_ids(tmp_path, generation_eos, expected):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   ids = load_tokenizer(directory).tokenizer.convert_tokens_to_ids
   if generation_eos is not None:
     (tmp_path / 'generation_config.json').write_text(
@@ -91,7 +90,7 @@ def test_stop_ids(tmp_path, generation_eos, expected):
 
 
 def test_pad_is_pad_token_else_eos(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   chat = load_tokenizer(directory)
   assert chat.pad_id == chat.tokenizer.eos_token_id
   chat.tokenizer.pad_token = '<|eom_id|>'
@@ -100,7 +99,7 @@ def test_pad_is_pad_token_else_eos(tmp_path):
 
 
 def test_padding_and_truncation_in_the_file_are_ignored(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   before = load_tokenizer(directory).encode(['hello there', 'one'])
   content = json.loads((tmp_path / 'tokenizer.json').read_text())
   content['truncation'] = {
@@ -114,16 +113,16 @@ def test_padding_and_truncation_in_the_file_are_ignored(tmp_path):
 
 
 def test_template_override_text_and_file(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path / 'tokenizer', '')
-  (tmp_path / 'chat.jinja').write_text(tiny.CHATML)
+  directory = tokenizers.write_tokenizer(tmp_path / 'tokenizer', '')
+  (tmp_path / 'chat.jinja').write_text(tokenizers.CHATML)
   by_file = load_tokenizer(directory, str(tmp_path / 'chat.jinja'))
-  by_text = load_tokenizer(directory, tiny.CHATML)
+  by_text = load_tokenizer(directory, tokenizers.CHATML)
   assert by_file.prompt_text([user('a')]) == by_text.prompt_text([user('a')])
   assert by_text.stop_ids == by_file.stop_ids
 
 
 def test_no_template_names_directory_and_key(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path, '')
+  directory = tokenizers.write_tokenizer(tmp_path, '')
   with pytest.raises(ValueError, match=r'data\.chat_template') as error:
     load_tokenizer(directory)
   assert directory in str(error.value)
@@ -135,20 +134,20 @@ def test_no_template_names_directory_and_key(tmp_path):
     ('no/such.jinja', 'neither Jinja text nor a file'),
     ("{% for m in messages %}{{ m['role'] }}{% endfor %}", 'leaves out'),
     ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", 'rewrites'),
-    ('{{ bos_token }}' + tiny.LLAMA3, 'twice'),
+    ('{{ bos_token }}' + tokenizers.LLAMA3, 'twice'),
     ("{{ raise_exception('no') }}", 'refuses this conversation: no'),
     ('{% if %}', 'refuses this conversation'),
   ],
   ids=['no_file', 'no_words', 'rewrites', 'two_bos', 'refuses', 'syntax'],
 )
 def test_bad_template(tmp_path, template, message):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   with pytest.raises(ValueError, match=message):
     load_tokenizer(directory, template)
 
 
 def test_no_stop_at_all(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path, tiny.PLAIN, eos='')
+  directory = tokenizers.write_tokenizer(tmp_path, tokenizers.PLAIN, eos='')
   with pytest.raises(ValueError, match='no token ends a turn'):
     load_tokenizer(directory)
 
@@ -169,7 +168,7 @@ def test_turn_texts_join_to_the_template(chatml):
 
 
 def test_turn_texts_of_phi3_and_of_an_opening_assistant(tmp_path):
-  chat = load_tokenizer(tiny.write_tokenizer(tmp_path, PHI3))
+  chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, PHI3))
   messages = [assistant('hi'), user('a'), assistant('b'), user('c'), assistant('d')]
   pieces = chat.turn_texts(messages)
   assert [text for text, is_trained in pieces if is_trained] == ['b<|im_end|>', 'd<|im_end|>']
@@ -178,10 +177,10 @@ def test_turn_texts_of_phi3_and_of_an_opening_assistant(tmp_path):
 
 def test_turn_texts_refuse_a_rewritten_history(tmp_path):
   # Only the last message keeps its words, so the first turn is gone once there is a second.
-  template = tiny.CHATML.replace(
+  template = tokenizers.CHATML.replace(
     "{{ m['content'] }}", "{{ m['content'] if loop.index > messages | length - 2 }}"
   )
-  chat = load_tokenizer(tiny.write_tokenizer(tmp_path, template))
+  chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template))
   with pytest.raises(ValueError, match='rewrites what came before'):
     chat.turn_texts([user('a'), assistant('b'), user('c'), assistant('d')])
 
@@ -218,7 +217,7 @@ def _add_token(content):
   'change', [_drop_merge, _rename_entry, _prefix_space, _normalize, _add_token]
 )
 def test_fingerprint_sees_what_changes_ids(tmp_path, change):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   before = fingerprint(directory)
   _edit(tmp_path, change)
   assert fingerprint(directory) != before
@@ -234,14 +233,14 @@ def _other_furniture(content):
 
 @pytest.mark.parametrize('change', [_merges_as_strings, _other_furniture])
 def test_fingerprint_is_blind_to_the_rest(tmp_path, change):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   before = fingerprint(directory)
   _edit(tmp_path, change)
   assert fingerprint(directory) == before
 
 
 def test_ids_ending_in_a_delimiter(tmp_path):
-  directory = tiny.write_tokenizer(tmp_path)
+  directory = tokenizers.write_tokenizer(tmp_path)
   chat = load_tokenizer(directory)
   chat.tokenizer.add_tokens(['. ', '.\n  ', 'e.g', ' .. '])
   chat.tokenizer.add_special_tokens({'additional_special_tokens': ['<|odd|>.']})
@@ -251,7 +250,7 @@ def test_ids_ending_in_a_delimiter(tmp_path):
   assert chat.ids_ending_in('.!?\n') == found == tuple(sorted(found))
   texts = {i: chat.decode([i], skip_special=False) for i in range(len(chat.tokenizer))}
   assert {texts[i] for i in found} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
-  special = set(chat.tokenizer.all_special_ids) | set(chat.encode(list(tiny.SPECIAL))[0])
+  special = set(chat.tokenizer.all_special_ids) | set(chat.encode(list(tokenizers.SPECIAL))[0])
   for i, text in texts.items():
     ends = text.rstrip(' ').endswith(delimiters)
     assert (i in found) == (ends and not text.startswith('<|') and i not in special)
@@ -270,8 +269,8 @@ def test_no_token_ends_in_the_delimiter(llama3):
 
 
 def test_fingerprint_survives_template_and_pad_token(tmp_path):
-  first = tiny.write_tokenizer(tmp_path / 'a')
-  chat = load_tokenizer(first, tiny.CHATML)
+  first = tokenizers.write_tokenizer(tmp_path / 'a')
+  chat = load_tokenizer(first, tokenizers.CHATML)
   chat.tokenizer.pad_token = '<|eom_id|>'
   chat.tokenizer.save_pretrained(tmp_path / 'b')
   assert fingerprint(first) == fingerprint(str(tmp_path / 'b'))
@@ -282,7 +281,9 @@ def test_real_tokenizer(material):
   directory = str(material / 'models' / 'stories260k-hf')
   with pytest.raises(ValueError, match=r'data\.chat_template'):
     load_tokenizer(directory)
-  chat = load_tokenizer(directory, '{{ bos_token }}' + tiny.CHATML.replace('<|im_end|>', '</s>'))
+  chat = load_tokenizer(
+    directory, '{{ bos_token }}' + tokenizers.CHATML.replace('<|im_end|>', '</s>')
+  )
   assert chat.stop_ids == (2,)
   assert chat.preamble == ''
   ends = [chat.decode([i]) for i in chat.ids_ending_in('.!?\n')]

@@ -6,16 +6,16 @@ import struct
 
 import numpy as np
 import pytest
+from fixtures import hf_models
 
-from hf import tiny
-from segjax.hf import convert, headers, reader
+from segjax.hf import checkpoint, convert, reader
 
 NAME = 'model.layers.1.mlp.up_proj.weight'
 
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-  return tiny.write(tmp_path_factory.mktemp('good'), 'llama31', max_shard_size='20KB')
+  return hf_models.write(tmp_path_factory.mktemp('good'), 'llama31', max_shard_size='20KB')
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def _config(**changes):
 
 def _index(change):
   def apply(source):
-    file = source / headers.INDEX
+    file = source / checkpoint.INDEX
     raw = json.loads(file.read_text())
     change(raw['weight_map'])
     file.write_text(json.dumps(raw))
@@ -47,7 +47,7 @@ def _index(change):
 
 
 def _shard(source):
-  return source / json.loads((source / headers.INDEX).read_text())['weight_map'][NAME]
+  return source / json.loads((source / checkpoint.INDEX).read_text())['weight_map'][NAME]
 
 
 def _header(change, data=lambda data: data):
@@ -86,7 +86,7 @@ def _twice_in_two_shards(source):
 
 def _not_finite(source):
   file = _shard(source)
-  tensor = headers.read_header(file)[NAME]
+  tensor = checkpoint.read_header(file)[NAME]
   with file.open('r+b') as stream:
     stream.seek(tensor.offset + 4)
     stream.write(np.float32(np.nan).tobytes())
@@ -132,7 +132,7 @@ BAD = {
       _header(lambda h: h.update(extra=h.pop(NAME)))(source),
       _index(lambda names: names.update(extra=names.pop(NAME)))(source),
     ),
-    [headers.INDEX, f'lacks tensor {NAME}'],
+    [checkpoint.INDEX, f'lacks tensor {NAME}'],
   ),
   'twice in a header': (_header(_twice_in_a_header), ['SHARD', f'{NAME} is there twice']),
   'twice in two shards': (_twice_in_two_shards, ['more.safetensors', 'is in another shard too']),
@@ -147,15 +147,18 @@ BAD = {
   'sliding window': (_config(sliding_window=16), ['config.json', 'sliding_window is 16']),
   'experts': (_config(num_local_experts=8), ['config.json', 'num_local_experts is 8']),
   'other model': (_config(model_type='mixtral'), ['config.json', "model_type is 'mixtral'"]),
-  'more layers': (_config(num_hidden_layers=3), [headers.INDEX, 'lacks tensors model.layers.2.']),
+  'more layers': (
+    _config(num_hidden_layers=3),
+    [checkpoint.INDEX, 'lacks tensors model.layers.2.'],
+  ),
   'fewer layers': (_config(num_hidden_layers=1), ['.safetensors holds tensors model.layers.1.']),
   'parent directory': (
     _index(lambda names: names.update({NAME: '../good/x.safetensors'})),
-    [headers.INDEX, f'tensor {NAME}', "'../good/x.safetensors'"],
+    [checkpoint.INDEX, f'tensor {NAME}', "'../good/x.safetensors'"],
   ),
   'absolute path': (
     _index(lambda names: names.update({NAME: '/etc/passwd'})),
-    [headers.INDEX, f'tensor {NAME}', "'/etc/passwd'"],
+    [checkpoint.INDEX, f'tensor {NAME}', "'/etc/passwd'"],
   ),
   'pickles': (_pickles, ['pytorch_model.bin', 'pickle', 'save_pretrained']),
 }
@@ -184,7 +187,7 @@ def test_not_finite_is_a_warning_or_refused(source, tmp_path, caplog):
   out = convert.import_checkpoint(source, tmp_path / 'out')
   assert message in caplog.text
   back = convert.export_checkpoint(out, tmp_path / 'back')
-  assert np.isnan(tiny.tensors(back)[NAME]).sum() == 1
+  assert np.isnan(hf_models.tensors(back)[NAME]).sum() == 1
 
 
 def test_reward_model_without_a_head(source, tmp_path):

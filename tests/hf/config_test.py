@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 import transformers
+from fixtures import hf_models
 
-from hf import tiny
 from segjax.hf.config import config_from_hf, config_to_hf
 from segjax.model.llama import LlamaConfig, RopeScaling, rope_frequencies
 
@@ -119,10 +119,10 @@ def test_refuses_missing_key():
     config_from_hf(raw)
 
 
-@pytest.mark.parametrize('kind', tiny.KINDS)
+@pytest.mark.parametrize('kind', hf_models.KINDS)
 @pytest.mark.parametrize('head', ['language', 'scalar'])
 def test_transformers_reads_what_is_written(kind, head, tmp_path):
-  made = transformers.LlamaConfig(**(RAW | {'hidden_size': 32} | tiny.KINDS[kind]))
+  made = transformers.LlamaConfig(**(RAW | {'hidden_size': 32} | hf_models.KINDS[kind]))
   made.save_pretrained(tmp_path / 'a')
   config = config_from_hf(tmp_path / 'a')
   written = config_to_hf(config, head, dtype='bfloat16', extra={'eos_token_id': [2, 3]})

@@ -11,9 +11,10 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import transformers
+from fixtures import hf_models
 
-from hf import tiny
-from segjax.hf import convert, output, reader, shards, stored
+from segjax import storage
+from segjax.hf import convert, orbax_stream, reader, shards
 from segjax.model import heads, sharding
 from segjax.train.checkpoint import Checkpointer
 
@@ -26,12 +27,12 @@ TEMPLATE = (
 
 @pytest.fixture(scope='module')
 def llama3(tmp_path_factory):
-  return tiny.write(tmp_path_factory.mktemp('llama3'))
+  return hf_models.write(tmp_path_factory.mktemp('llama3'))
 
 
 def _rewrite(source, target, change):
   shutil.copytree(source, target)
-  tensors = change(tiny.tensors(source))
+  tensors = change(hf_models.tensors(source))
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
   return target
 
@@ -53,14 +54,14 @@ def _names(directory):
   ],
 )
 def test_import_then_export_is_bit_equal(kind, role, dtype, piece_bytes, tmp_path):
-  source = tiny.write(tmp_path / 'a', kind, convert.HEADS[role], dtype)
+  source = hf_models.write(tmp_path / 'a', kind, convert.HEADS[role], dtype)
   (source / 'tokenizer.json').write_bytes(b'{}\r\n')
   told = []
   how = {'role': role, 'piece_bytes': piece_bytes, 'progress': lambda *at: told.append(at)}
   stored_at = convert.import_checkpoint(source, tmp_path / 'b', **how)
   out = convert.export_checkpoint(stored_at, tmp_path / 'c', progress=how['progress'])
-  tiny.assert_same_tensors(source, out)
-  total = sum(tensor.nbytes for tensor in tiny.tensors(source).values())
+  hf_models.assert_same_tensors(source, out)
+  total = sum(tensor.nbytes for tensor in hf_models.tensors(source).values())
   assert sum(done for done, _ in told) == 2 * total and {t for _, t in told} == {total}
   assert (out / 'tokenizer.json').read_bytes() == b'{}\r\n'
   assert reader.load_config(out) == reader.load_config(source)
@@ -75,10 +76,10 @@ def test_the_file_is_the_same_byte_for_byte(llama3, tmp_path):
 
 
 def test_many_files_are_read_by_several_threads(tmp_path):
-  source = tiny.write(tmp_path / 'a', 'biases', max_shard_size='6KB')
+  source = hf_models.write(tmp_path / 'a', 'biases', max_shard_size='6KB')
   assert len(list(source.glob('*.safetensors'))) > 8
   stored_at = convert.import_checkpoint(source, tmp_path / 'b', piece_bytes=500)
-  tiny.assert_same_tensors(source, convert.export_checkpoint(stored_at, tmp_path / 'c'))
+  hf_models.assert_same_tensors(source, convert.export_checkpoint(stored_at, tmp_path / 'c'))
 
 
 def test_dtypes_are_kept_tensor_by_tensor_or_cast(llama3, tmp_path):
@@ -88,12 +89,12 @@ def test_dtypes_are_kept_tensor_by_tensor_or_cast(llama3, tmp_path):
 
   mixed = _rewrite(llama3, tmp_path / 'a', mix)
   stored_at = convert.import_checkpoint(mixed, tmp_path / 'b')
-  tiny.assert_same_tensors(mixed, convert.export_checkpoint(stored_at, tmp_path / 'c'))
+  hf_models.assert_same_tensors(mixed, convert.export_checkpoint(stored_at, tmp_path / 'c'))
   exported = convert.export_checkpoint(stored_at, tmp_path / 'd', dtype='float32')
   widened = convert.import_checkpoint(mixed, tmp_path / 'e', dtype='float32')
-  expected = {name: t.astype(np.float32) for name, t in tiny.tensors(mixed).items()}
+  expected = {name: t.astype(np.float32) for name, t in hf_models.tensors(mixed).items()}
   for out in (exported, convert.export_checkpoint(widened, tmp_path / 'f')):
-    for name, tensor in tiny.tensors(out).items():
+    for name, tensor in hf_models.tensors(out).items():
       assert tensor.dtype == np.float32
       np.testing.assert_array_equal(tensor, expected[name])
 
@@ -103,15 +104,15 @@ def test_shards_on_export(llama3, tmp_path):
   out = convert.export_checkpoint(stored_at, tmp_path / 'c', max_shard_bytes=20_000)
   files = sorted(out.glob('*.safetensors'))
   assert files[0].name == f'model-00001-of-{len(files):05d}.safetensors' and len(files) > 2
-  tiny.assert_same_tensors(llama3, out)
+  hf_models.assert_same_tensors(llama3, out)
   np.testing.assert_array_equal(
-    tiny.torch_logits(out, tiny.IDS), tiny.torch_logits(llama3, tiny.IDS)
+    hf_models.torch_logits(out, hf_models.IDS), hf_models.torch_logits(llama3, hf_models.IDS)
   )
 
 
 @pytest.mark.parametrize('piece_bytes', [1 << 25, 1000], ids=['whole', 'pieces'])
 def test_plain_orbax_restores_it_onto_another_mesh(piece_bytes, tmp_path):
-  source = tiny.write(tmp_path / 'a', 'biases', dtype='bfloat16')
+  source = hf_models.write(tmp_path / 'a', 'biases', dtype='bfloat16')
   stored_at = convert.import_checkpoint(source, tmp_path / 'b', piece_bytes=piece_bytes)
   mesh = sharding.make_mesh(2, 2, 2)
   config = reader.load_config(source)
@@ -120,16 +121,16 @@ def test_plain_orbax_restores_it_onto_another_mesh(piece_bytes, tmp_path):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected
   )
   with ocp.CheckpointManager(stored_at / 'params') as manager:
-    assert manager.latest_step() == stored.STEP
-    restored = manager.restore(stored.STEP, args=ocp.args.StandardRestore(target))
-  tiny.assert_same_params(restored, expected)
+    assert manager.latest_step() == orbax_stream.STEP
+    restored = manager.restore(orbax_stream.STEP, args=ocp.args.StandardRestore(target))
+  hf_models.assert_same_params(restored, expected)
   for one, two in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
     assert one.sharding == two.sharding
 
 
 def test_exports_what_plain_orbax_saved(tmp_path):
   """Compressed, in chunks of eight devices: the params of a training state."""
-  source = tiny.write(tmp_path / 'a')
+  source = hf_models.write(tmp_path / 'a')
   config = reader.load_config(source)
   params = reader.load_params(source, config, 'language', sharding.make_mesh(1, 4, 2))
   state = {'params': params, 'step': jnp.zeros((), jnp.int32), 'opt_state': [params]}
@@ -142,7 +143,7 @@ def test_exports_what_plain_orbax_saved(tmp_path):
   with pytest.raises(ValueError, match=r'name one of the items in it: critic, policy'):
     convert.export_checkpoint(tmp_path / 'checkpoints', tmp_path / 'b', **how)
   out = convert.export_checkpoint(tmp_path / 'checkpoints' / '7' / 'policy', tmp_path / 'b', **how)
-  tiny.assert_same_tensors(source, out)
+  hf_models.assert_same_tensors(source, out)
   with pytest.raises(ValueError, match='not those of this scalar model: lm_head/kernel is not one'):
     convert.export_checkpoint(
       tmp_path / 'checkpoints' / '7' / 'policy', tmp_path / 'c', source=source, role='reward'
@@ -150,7 +151,7 @@ def test_exports_what_plain_orbax_saved(tmp_path):
 
 
 def test_reward_model_keeps_its_meaning_and_scores(tmp_path):
-  source = tiny.write(tmp_path / 'a', head='scalar')
+  source = hf_models.write(tmp_path / 'a', head='scalar')
   renamed = _rewrite(
     source,
     tmp_path / 'b',
@@ -164,16 +165,16 @@ def test_reward_model_keeps_its_meaning_and_scores(tmp_path):
   (renamed / 'segment_reward.json').write_bytes(meaning)
   stored_at = convert.import_checkpoint(renamed, tmp_path / 'c', role='reward')
   out = convert.export_checkpoint(stored_at, tmp_path / 'd')
-  tiny.assert_same_tensors(source, out)
+  hf_models.assert_same_tensors(source, out)
   assert (out / 'segment_reward.json').read_bytes() == meaning
   written = json.loads((out / 'config.json').read_text())
   assert written['architectures'] == ['LlamaForSequenceClassification']
   assert (written['mean'], written['std'], written['value_head_prefix']) == (0.2089, 4.29, 'score')
-  ids = np.maximum(tiny.IDS, 1)  # 0 is padding
+  ids = np.maximum(hf_models.IDS, 1)  # 0 is padding
   config = reader.load_config(renamed)
   params = reader.load_params(renamed, config, 'scalar')
   ours = np.asarray(heads.scores(params, jnp.asarray(ids), config))[:, -1]
-  np.testing.assert_allclose(tiny.torch_scores(out, ids), ours, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(hf_models.torch_scores(out, ids), ours, rtol=0, atol=1e-5)
   # A critic begins as the reward model and means something else.
   critic = convert.import_checkpoint(renamed, tmp_path / 'e', role='critic')
   assert not (convert.export_checkpoint(critic, tmp_path / 'f') / 'segment_reward.json').exists()
@@ -183,7 +184,7 @@ def test_a_critic_draws_its_head_by_seed_and_a_reward_model_does_not(llama3, tmp
   made = []
   for name, seed in (('b', 1), ('c', 1), ('d', 2)):
     stored_at = convert.import_checkpoint(llama3, tmp_path / name, role='critic', seed=seed)
-    made.append(tiny.tensors(convert.export_checkpoint(stored_at, tmp_path / (name + name))))
+    made.append(hf_models.tensors(convert.export_checkpoint(stored_at, tmp_path / (name + name))))
   assert (made[0]['score.weight'] == made[1]['score.weight']).all()
   assert (made[0]['score.weight'] != made[2]['score.weight']).any()
   assert 'lm_head.weight' not in made[0]
@@ -200,7 +201,7 @@ def test_the_published_snippet_works_on_an_exported_policy(material, tmp_path):
   out = convert.export_checkpoint(stored_at, tmp_path / 'c')
   for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
     assert (out / name).read_bytes() == (source / name).read_bytes()
-  tiny.assert_same_tensors(source, out)
+  hf_models.assert_same_tensors(source, out)
 
   model = transformers.AutoModelForCausalLM.from_pretrained(str(out), trust_remote_code=True)
   tokenizer = transformers.AutoTokenizer.from_pretrained(str(out))
@@ -228,7 +229,7 @@ def test_overwrite(llama3, tmp_path):
   convert.import_checkpoint(llama3, stored_at, dtype='float16', overwrite=True)
   convert.export_checkpoint(stored_at, out, overwrite=True)
   assert len(list(out.glob('*.safetensors'))) == 1
-  assert {t.dtype for t in tiny.tensors(out).values()} == {np.dtype('float16')}
+  assert {t.dtype for t in hf_models.tensors(out).values()} == {np.dtype('float16')}
   (out / 'thesis.tex').write_text('')
   with pytest.raises(ValueError, match=r'holds thesis\.tex, so it is more than a checkpoint'):
     convert.export_checkpoint(stored_at, out, overwrite=True)
@@ -282,7 +283,7 @@ def test_not_a_number_is_told_or_refused(llama3, tmp_path, caplog):
   assert _names(tmp_path) == ['a']
   stored_at = convert.import_checkpoint(source, tmp_path / 'b')
   assert 'NaN or infinity in tensor model.layers.1.mlp.up_proj.weight' in caplog.text
-  tiny.assert_same_tensors(source, convert.export_checkpoint(stored_at, tmp_path / 'c'))
+  hf_models.assert_same_tensors(source, convert.export_checkpoint(stored_at, tmp_path / 'c'))
 
 
 def _import(source, target):
@@ -322,8 +323,8 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 ):
   source = _before(convert_one, llama3, tmp_path / 'b')
   usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-  monkeypatch.setattr(output.shutil, 'disk_usage', lambda path: usage)
-  monkeypatch.setattr(output, 'complete', None)
+  monkeypatch.setattr(storage.shutil, 'disk_usage', lambda path: usage)
+  monkeypatch.setattr(storage, 'complete', None)
   with pytest.raises(ValueError, match=r'needs 0\.00 GB, and 0\.00 GB are free on its disk'):
     convert_one(source, tmp_path / 'w' / 'out')
   assert not (tmp_path / 'w').exists()
@@ -345,7 +346,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(llama3, tmp_path, monkeypatc
     convert.export_checkpoint(stored_at, out, overwrite=True, dtype='float16')
   monkeypatch.undo()
   assert len(calls) > 9
-  tiny.assert_same_tensors(llama3, out)
+  hf_models.assert_same_tensors(llama3, out)
   assert _names(tmp_path) == ['b', 'c']
 
 

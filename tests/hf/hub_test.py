@@ -12,15 +12,14 @@ import threading
 from pathlib import Path
 
 import pytest
-
-from hf import tiny
+from fixtures import hf_models
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESOLVE = """
 import sys
-from segjax.hf import headers
+from segjax.hf import checkpoint
 try:
-  print(headers.resolve(sys.argv[1]))
+  print(checkpoint.resolve(sys.argv[1]))
 except ValueError as error:
   sys.exit(f'error: {error}')
 """
@@ -131,7 +130,7 @@ def _error(process):
 
 
 def test_processes_of_a_host_download_once(hub, resolve, tmp_path):
-  source = tiny.write(tmp_path / 'source')
+  source = hf_models.write(tmp_path / 'source')
   more = {'pytorch_model.bin': b'x', 'code.py': b'x', 'original/consolidated.safetensors': b'x'}
   hub.repositories['owner/tiny'] = {'files': _files(source) | more}
   started = [resolve('owner/tiny') for _ in range(2)]
@@ -141,7 +140,7 @@ def test_processes_of_a_host_download_once(hub, resolve, tmp_path):
     assert process.returncode == 0, err
     found.add(out.strip())
   assert len(found) == 1
-  tiny.assert_same_tensors(source, Path(*found))
+  hf_models.assert_same_tensors(source, Path(*found))
   assert hub.fetched == dict.fromkeys(_files(source), 1)
   offline = resolve('owner/tiny', HF_HUB_OFFLINE='1')
   assert offline.communicate(timeout=60)[0].strip() in found

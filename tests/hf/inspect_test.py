@@ -6,36 +6,36 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures import hf_models
 
-from hf import tiny
-from segjax.hf import headers
+from segjax.hf import checkpoint
 from segjax.hf.inspect import inspect
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_language_model(tmp_path):
-  source = tiny.write(tmp_path, 'llama31', dtype='bfloat16', max_shard_size='20KB')
+  source = hf_models.write(tmp_path, 'llama31', dtype='bfloat16', max_shard_size='20KB')
   (source / 'generation_config.json').write_text(json.dumps({'eos_token_id': [2, 3]}))
   lines = inspect(source).splitlines()
-  checkpoint = headers.open_checkpoint(source)
-  for line, (name, tensor) in zip(lines, checkpoint.tensors.items(), strict=False):
+  opened = checkpoint.open_checkpoint(source)
+  for line, (name, tensor) in zip(lines, opened.tensors.items(), strict=False):
     assert line.split(maxsplit=2) == [name, tensor.dtype, str(list(tensor.shape))]
-  rows = dict(line.split('  ', 1) for line in lines[len(checkpoint.tensors) + 1 :])
+  rows = dict(line.split('  ', 1) for line in lines[len(opened.tensors) + 1 :])
   rows = {name.strip(): row.strip() for name, row in rows.items()}
   assert rows['model'] == 'llama (LlamaForCausalLM)'
   assert rows['rope'].startswith('llama3, theta 500000, ')
   assert 'original_max_position_embeddings 16' in rows['rope']
   assert rows['embeddings'] == 'untied'
   assert rows['special ids'] == 'bos 1, eos 2 (generation_config.json: 2 3), pad 0'
-  count = checkpoint.num_parameters()
+  count = opened.num_parameters()
   assert rows['weights'].startswith(f'{count:,} parameters in 21 tensors, ')
   assert f'(BF16 {count:,})' in rows['weights']
   assert 'scores' not in rows
 
 
 def test_reward_model(tmp_path):
-  source = tiny.write(tmp_path, 'llama32', 'scalar')
+  source = hf_models.write(tmp_path, 'llama32', 'scalar')
   raw = json.loads((source / 'config.json').read_text())
   raw |= {'architectures': ['RewardModel'], 'value_head_prefix': 'score', 'mean': 0.2, 'std': 4.3}
   (source / 'config.json').write_text(json.dumps(raw))
@@ -62,7 +62,7 @@ def test_reads_headers_of_any_size_in_no_time(tmp_path):
     with (tmp_path / file).open('wb') as stream:
       stream.write(len(text).to_bytes(8, 'little') + text)
       stream.truncate(8 + len(text) + end)
-  (tmp_path / headers.INDEX).write_text(json.dumps({'weight_map': weight_map}))
+  (tmp_path / checkpoint.INDEX).write_text(json.dumps({'weight_map': weight_map}))
   begin = time.perf_counter()
   text = inspect(tmp_path)
   assert time.perf_counter() - begin < 1
@@ -70,7 +70,7 @@ def test_reads_headers_of_any_size_in_no_time(tmp_path):
 
 
 def test_does_not_import_jax(tmp_path):
-  source = tiny.write(tmp_path)
+  source = hf_models.write(tmp_path)
   code = (
     'import sys; from segjax.hf.inspect import inspect; inspect(sys.argv[1]);'
     'print(sorted({"jax", "torch", "transformers", "orbax", "flax"} & set(sys.modules)))'

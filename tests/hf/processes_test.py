@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures import hf_models
 
-from hf import tiny
 from segjax.hf import convert
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ writer.save_checkpoint(out, params, config, 'language', source=source, max_shard
 
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint(tmp_path):
-  source = tiny.write(tmp_path / 'a', 'biases')
+  source = hf_models.write(tmp_path / 'a', 'biases')
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'
@@ -45,7 +45,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   finally:
     for worker in workers:
       worker.kill()
-  tiny.assert_same_tensors(source, tmp_path / 'b')
+  hf_models.assert_same_tensors(source, tmp_path / 'b')
   assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b']
 
 
@@ -73,7 +73,7 @@ else:
 
 
 def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
-  source = tiny.write(tmp_path / 'a', max_shard_size='20KB')
+  source = hf_models.write(tmp_path / 'a', max_shard_size='20KB')
   stored = convert.import_checkpoint(source, tmp_path / 'b')
   outs = {'import': tmp_path / 'i' / 'out', 'export': tmp_path / 'e' / 'out'}
   workers = [
@@ -101,6 +101,6 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
       convert.import_checkpoint(source, out)
     else:
       convert.export_checkpoint(stored, out)
-      tiny.assert_same_tensors(source, out)
+      hf_models.assert_same_tensors(source, out)
     assert list(out.parent.iterdir()) == [out]
     shutil.rmtree(out)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from fixtures import hf_models
 
-from hf import tiny
-from segjax.hf import placement, reader, slices
+from segjax.hf import placement, reader, tensor_slices
 from segjax.model import heads, sharding
 
 # Float32 on both sides; only the order of sums differs.
@@ -24,14 +24,14 @@ def _logits(directory, ids):
 def _rewrite(source, target, change):
   """`source` copied to `target`, its one weight file passed through `change`."""
   shutil.copytree(source, target)
-  tensors = change(tiny.tensors(source))
+  tensors = change(hf_models.tensors(source))
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
   return target
 
 
 @pytest.fixture(scope='module')
 def llama3(tmp_path_factory):
-  return tiny.write(tmp_path_factory.mktemp('llama3'))
+  return hf_models.write(tmp_path_factory.mktemp('llama3'))
 
 
 def test_logits_of_a_trained_llama_equal_transformers(material):
@@ -39,7 +39,7 @@ def test_logits_of_a_trained_llama_equal_transformers(material):
   story = json.loads((directory / 'golden_greedy_200.json').read_text())['ids']
   for ids in ([story[:120]], [[1, 400, 300, 2, 511, 0, 17]], [story[50:58], story[90:98]]):
     ids = np.array(ids, np.int32)
-    expected = tiny.torch_logits(directory, ids)
+    expected = hf_models.torch_logits(directory, ids)
     np.testing.assert_allclose(_logits(directory, ids), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -52,32 +52,32 @@ def test_greedy_continuation_of_a_trained_llama(material):
 
 
 def test_shards_equal_one_file(llama3, tmp_path):
-  sharded = tiny.write(tmp_path, max_shard_size='20KB')
+  sharded = hf_models.write(tmp_path, max_shard_size='20KB')
   assert len(list(sharded.glob('*.safetensors'))) > 2
   config = reader.load_config(llama3)
-  tiny.assert_same_params(
+  hf_models.assert_same_params(
     reader.load_params(sharded, config, 'language'), reader.load_params(llama3, config, 'language')
   )
 
 
 def test_bfloat16_is_cast_or_kept(tmp_path):
-  directory = tiny.write(tmp_path, dtype='bfloat16')
+  directory = hf_models.write(tmp_path, dtype='bfloat16')
   config = reader.load_config(directory)
   kept = reader.load_params(directory, config, 'language', dtype='')
   wide = reader.load_params(directory, config, 'language')
   assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('bfloat16')}
-  tiny.assert_same_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept), wide)
-  expected = tiny.torch_logits(directory, tiny.IDS)
-  np.testing.assert_allclose(_logits(directory, tiny.IDS), expected, rtol=0, atol=TOLERANCE)
+  hf_models.assert_same_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept), wide)
+  expected = hf_models.torch_logits(directory, hf_models.IDS)
+  np.testing.assert_allclose(_logits(directory, hf_models.IDS), expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize('kind', ['llama32', 'biases'])
 def test_eight_devices_equal_one(kind, tmp_path):
-  directory = tiny.write(tmp_path, kind, max_shard_size='20KB')
+  directory = hf_models.write(tmp_path, kind, max_shard_size='20KB')
   config = reader.load_config(directory)
   mesh = sharding.make_mesh(2, 2, 2)
   spread = reader.load_params(directory, config, 'language', mesh)
-  tiny.assert_same_params(spread, reader.load_params(directory, config, 'language'))
+  hf_models.assert_same_params(spread, reader.load_params(directory, config, 'language'))
   for leaf, place in zip(
     jax.tree.leaves(spread), jax.tree.leaves(sharding.tree_shardings(spread, mesh)), strict=True
   ):
@@ -89,7 +89,7 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
   # Copies along `data`, and of what is not split, share what was read.
   made = []
 
-  class Counted(slices.Slices):
+  class Counted(tensor_slices.Slices):
     def __init__(self, checkpoint):
       super().__init__(checkpoint)
       made.append(self)
@@ -104,14 +104,14 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
 @pytest.mark.parametrize('spread', [False, True], ids=['one', 'eight'])
 def test_piece_by_piece_is_the_same(own_memory, spread, tmp_path, monkeypatch):
   # On accelerators pieces are written into the device's buffer; here a CPU device plays one.
-  directory = tiny.write(tmp_path)
+  directory = hf_models.write(tmp_path)
   config = reader.load_config(directory)
   mesh = sharding.make_mesh(1, 2, 4) if spread else None
   expected = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
   monkeypatch.setattr(placement, 'PIECE_BYTES', 1000)
   monkeypatch.setattr(placement, '_has_own_memory', lambda device: own_memory)
   found = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
-  tiny.assert_same_params(found, expected)
+  hf_models.assert_same_params(found, expected)
   for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert one.sharding == two.sharding
 
@@ -119,7 +119,7 @@ def test_piece_by_piece_is_the_same(own_memory, spread, tmp_path, monkeypatch):
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_not_finite_weights(value, dtype, tmp_path, caplog):
-  directory = tiny.write(tmp_path / 'a', dtype=dtype, max_shard_size='20KB')
+  directory = hf_models.write(tmp_path / 'a', dtype=dtype, max_shard_size='20KB')
   config = reader.load_config(directory)
   checkpoint, entries = reader.open_model(directory, config, 'language')
   assert reader.find_not_finite(checkpoint, entries) == ''
@@ -143,7 +143,7 @@ def test_fresh_scalar_head(llama3):
   key = jax.random.key(3)
   params = reader.load_params(llama3, config, 'scalar', key=key)
   spread = reader.load_params(llama3, config, 'scalar', sharding.make_mesh(2, 2, 2), key=key)
-  tiny.assert_same_params(params, spread)
+  hf_models.assert_same_params(params, spread)
   assert 'lm_head' not in params
   kernel = params['scalar_head']['kernel']
   np.testing.assert_array_equal(kernel, jax.random.normal(key, (32, 1)) / 33)
@@ -152,18 +152,18 @@ def test_fresh_scalar_head(llama3):
 
 
 def test_scores_equal_transformers(tmp_path):
-  directory = tiny.write(tmp_path, head='scalar')
-  ids = np.maximum(tiny.IDS, 1)  # 0 is padding
+  directory = hf_models.write(tmp_path, head='scalar')
+  ids = np.maximum(hf_models.IDS, 1)  # 0 is padding
   config = reader.load_config(directory)
   params = reader.load_params(directory, config, 'scalar')
   ours = np.asarray(heads.scores(params, jnp.asarray(ids), config))[:, -1]
-  expected = tiny.torch_scores(directory, ids)
+  expected = hf_models.torch_scores(directory, ids)
   np.testing.assert_allclose(ours, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_reward_model_of_another_project(tmp_path):
   # architectures RewardModel, its head under the name that value_head_prefix gives.
-  original = tiny.write(tmp_path / 'a', head='scalar')
+  original = hf_models.write(tmp_path / 'a', head='scalar')
 
   def rename(tensors):
     return {name.replace('score.', 'value_head.'): tensor for name, tensor in tensors.items()}
@@ -173,13 +173,13 @@ def test_reward_model_of_another_project(tmp_path):
   raw |= {'architectures': ['RewardModel'], 'value_head_prefix': 'value_head', 'mean': 0.2}
   (renamed / 'config.json').write_text(json.dumps(raw))
   config = reader.load_config(renamed)
-  tiny.assert_same_params(
+  hf_models.assert_same_params(
     reader.load_params(renamed, config, 'scalar'), reader.load_params(original, config, 'scalar')
   )
 
 
 def test_what_is_not_needed_is_ignored(tmp_path):
-  tied = tiny.write(tmp_path / 'a', 'llama32')
+  tied = hf_models.write(tmp_path / 'a', 'llama32')
 
   def add(tensors):
     extra = {
@@ -190,7 +190,7 @@ def test_what_is_not_needed_is_ignored(tmp_path):
 
   more = _rewrite(tied, tmp_path / 'b', add)
   config = reader.load_config(tied)
-  tiny.assert_same_params(
+  hf_models.assert_same_params(
     reader.load_params(more, config, 'language'), reader.load_params(tied, config, 'language')
   )
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from fixtures import hf_models
 
-from hf import tiny
 from segjax.hf import reader
 from segjax.model import heads
 
@@ -119,7 +119,7 @@ def _logits(directory, ids):
 def test_logits_equal_transformers(variant, tmp_path):
   directory = _write(tmp_path, variant)
   ids = np.random.default_rng(0).integers(0, 64, (1, LENGTH), dtype=np.int32)
-  expected = tiny.torch_logits(directory, ids)
+  expected = hf_models.torch_logits(directory, ids)
   assert np.abs(expected).max() > 0.5  # small logits would be equal to anything
   np.testing.assert_allclose(_logits(directory, ids), expected, rtol=0, atol=TOLERANCE)
 
@@ -129,7 +129,7 @@ def test_scaling_matters_at_that_length(scaled, tmp_path):
   # What the test above would not see if the sequence were too short.
   directory = _write(tmp_path, 'llama-3.1')
   ids = np.random.default_rng(0).integers(0, 64, (1, LENGTH), dtype=np.int32)
-  expected = tiny.torch_logits(directory, ids)
+  expected = hf_models.torch_logits(directory, ids)
   raw = json.loads((directory / 'config.json').read_text())
   if scaled:
     raw['rope_parameters']['original_max_position_embeddings'] = 32
@@ -141,9 +141,9 @@ def test_scaling_matters_at_that_length(scaled, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_tied_with_a_head_in_the_file(dtype, tmp_path):
-  directory = tiny.write(tmp_path, 'llama32', dtype=dtype)
+  directory = hf_models.write(tmp_path, 'llama32', dtype=dtype)
   ids = np.random.default_rng(0).integers(0, 64, (1, LENGTH), dtype=np.int32)
-  tensors = tiny.tensors(directory)
+  tensors = hf_models.tensors(directory)
   head = tensors['model.embed_tokens.weight'].copy()
 
   def save(head):
@@ -151,7 +151,7 @@ def test_tied_with_a_head_in_the_file(dtype, tmp_path):
     safetensors.numpy.save_file(tensors | {'lm_head.weight': head}, file, metadata={'format': 'pt'})
 
   save(head)
-  expected = tiny.torch_logits(directory, ids)
+  expected = hf_models.torch_logits(directory, ids)
   np.testing.assert_allclose(_logits(directory, ids), expected, rtol=0, atol=TOLERANCE)
   # transformers 4 drops a head of its own, transformers 5 uses it.
   head[5, 7] += 1

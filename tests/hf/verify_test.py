@@ -5,15 +5,15 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+from fixtures import hf_models
 
-from hf import tiny
 from segjax.hf import convert, verify
 from segjax.hf.verify import Difference, Verification
 
 
 @pytest.mark.parametrize('kind', ['llama3', 'llama31', 'llama32', 'linear'])
 def test_language_models(kind, tmp_path):
-  source = tiny.write(tmp_path, kind)
+  source = hf_models.write(tmp_path, kind)
   found = verify.verify(source)
   assert found.passed, found
   assert found.compared == 'logits'
@@ -26,7 +26,7 @@ def test_language_models(kind, tmp_path):
 
 def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
   monkeypatch.setattr(verify, '_WALKED', 8)
-  source = tiny.write(tmp_path, 'llama31')
+  source = hf_models.write(tmp_path, 'llama31')
   found = verify.verify(source)
   assert found.passed, found
   assert (found.sequences[1].length, found.sequences[1].last) == (512, 32)
@@ -45,7 +45,7 @@ def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
 
 
 def test_narrow_dtypes_and_given_tokens(tmp_path):
-  source = tiny.write(tmp_path, dtype='bfloat16')
+  source = hf_models.write(tmp_path, dtype='bfloat16')
   ids = [[1, 2, 3], [63, 0]]
   found = verify.verify(source, ids=ids)
   assert found.passed
@@ -58,7 +58,7 @@ def test_narrow_dtypes_and_given_tokens(tmp_path):
 
 
 def test_imported_checkpoints(tmp_path):
-  source = tiny.write(tmp_path / 'a', 'llama31')
+  source = hf_models.write(tmp_path / 'a', 'llama31')
   kept = convert.import_checkpoint(source, tmp_path / 'b')
   found = verify.verify(source, kept)
   assert found.passed, found
@@ -74,9 +74,9 @@ def test_imported_checkpoints(tmp_path):
 
 
 def test_finds_other_weights(tmp_path):
-  source = tiny.write(tmp_path / 'a')
+  source = hf_models.write(tmp_path / 'a')
   stored = convert.import_checkpoint(source, tmp_path / 'b')
-  tensors = tiny.tensors(source)
+  tensors = hf_models.tensors(source)
   tensors['model.layers.1.self_attn.k_proj.weight'][0, 0] += 0.5
   safetensors.numpy.save_file(tensors, source / 'model.safetensors', metadata={'format': 'pt'})
   found = verify.verify(source, stored)
@@ -85,11 +85,11 @@ def test_finds_other_weights(tmp_path):
 
 
 def test_reward_models(tmp_path):
-  source = tiny.write(tmp_path / 'a', 'llama32', 'scalar')
+  source = hf_models.write(tmp_path / 'a', 'llama32', 'scalar')
   found = verify.verify(source, convert.import_checkpoint(source, tmp_path / 'b', role='reward'))
   assert found.passed, found
   assert found.compared == 'scores'
-  tensors = tiny.tensors(source)
+  tensors = hf_models.tensors(source)
   tensors['value_head.weight'] = tensors.pop('score.weight')
   safetensors.numpy.save_file(tensors, source / 'model.safetensors', metadata={'format': 'pt'})
   raw = json.loads((source / 'config.json').read_text())
@@ -107,7 +107,7 @@ def test_nan_does_not_pass():
 
 
 def test_refuses(tmp_path, monkeypatch):
-  source = tiny.write(tmp_path / 'a')
+  source = hf_models.write(tmp_path / 'a')
   with pytest.raises(ValueError, match=r"dtype='int8' is not one of float32"):
     verify.verify(source, dtype='int8')
   for ids in ([[64]], [[-1]]):

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from fixtures import hf_models
 
-from hf import tiny
 from segjax.hf import reader, writer
-from segjax.hf.card import Card
+from segjax.hf.model_card import Card
 from segjax.model import heads, sharding
 
 
@@ -20,18 +20,18 @@ def _load(directory, head='language', **how):
 
 @pytest.fixture(scope='module')
 def llama3(tmp_path_factory):
-  return tiny.write(tmp_path_factory.mktemp('llama3'))
+  return hf_models.write(tmp_path_factory.mktemp('llama3'))
 
 
-@pytest.mark.parametrize('kind', tiny.KINDS)
+@pytest.mark.parametrize('kind', hf_models.KINDS)
 def test_round_trip_is_bit_equal(kind, tmp_path):
-  source = tiny.write(tmp_path / 'a', kind)
+  source = hf_models.write(tmp_path / 'a', kind)
   config, params = _load(source)
   out = writer.save_checkpoint(tmp_path / 'b', params, config, 'language', source=source)
-  tiny.assert_same_tensors(source, out)
+  hf_models.assert_same_tensors(source, out)
   assert reader.load_config(out) == config
   np.testing.assert_array_equal(
-    tiny.torch_logits(out, tiny.IDS), tiny.torch_logits(source, tiny.IDS)
+    hf_models.torch_logits(out, hf_models.IDS), hf_models.torch_logits(source, hf_models.IDS)
   )
 
 
@@ -39,7 +39,7 @@ def test_round_trip_of_a_trained_llama(material, tmp_path):
   source = material / 'models' / 'stories260k-hf'
   config, params = _load(source)
   out = writer.save_checkpoint(tmp_path / 'out', params, config, 'language', source=source)
-  tiny.assert_same_tensors(source, out)
+  hf_models.assert_same_tensors(source, out)
   for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json'):
     assert (out / name).read_bytes() == (source / name).read_bytes()
   model = transformers.AutoModelForCausalLM.from_pretrained(out)
@@ -49,14 +49,14 @@ def test_round_trip_of_a_trained_llama(material, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_round_trip_of_narrow_files(dtype, tmp_path):
-  source = tiny.write(tmp_path / 'a', dtype=dtype)
+  source = hf_models.write(tmp_path / 'a', dtype=dtype)
   config, params = _load(source, dtype='')
   kept = writer.save_checkpoint(tmp_path / 'b', params, config, 'language')
-  tiny.assert_same_tensors(source, kept)
+  hf_models.assert_same_tensors(source, kept)
   assert json.loads((kept / 'config.json').read_text())['torch_dtype'] == dtype
   config, params = _load(source)
   cast = writer.save_checkpoint(tmp_path / 'c', params, config, 'language', dtype=dtype)
-  tiny.assert_same_tensors(source, cast)
+  hf_models.assert_same_tensors(source, cast)
 
 
 def test_file_is_that_of_the_safetensors_library(llama3, tmp_path):
@@ -73,8 +73,8 @@ def test_mixed_dtypes_stay_aligned(llama3, tmp_path):
   found = reader.open_checkpoint(out).tensors
   assert {tensor.dtype for tensor in found.values()} == {'F32', 'BF16'}
   assert all(t.offset % (4 if t.dtype == 'F32' else 2) == 0 for t in found.values())
-  tiny.assert_same_params(_load(out, dtype='')[1], params)
-  tiny.torch_logits(out, tiny.IDS)
+  hf_models.assert_same_params(_load(out, dtype='')[1], params)
+  hf_models.torch_logits(out, hf_models.IDS)
 
 
 def test_shards(llama3, tmp_path):
@@ -85,38 +85,40 @@ def test_shards(llama3, tmp_path):
   assert files[0].name == f'model-00001-of-{len(files):05d}.safetensors'
   assert len(files) > 2
   assert all(file.stat().st_size < limit + 4000 for file in files)  # and its header
-  tiny.assert_same_tensors(llama3, out)
+  hf_models.assert_same_tensors(llama3, out)
   index = json.loads((out / 'model.safetensors.index.json').read_text())
   assert index['metadata']['total_size'] == 4 * reader.open_checkpoint(out).num_parameters()
   np.testing.assert_array_equal(
-    tiny.torch_logits(out, tiny.IDS), tiny.torch_logits(llama3, tiny.IDS)
+    hf_models.torch_logits(out, hf_models.IDS), hf_models.torch_logits(llama3, hf_models.IDS)
   )
 
 
 def test_from_eight_devices_and_from_numpy(llama3, tmp_path):
   config, params = _load(llama3, mesh=sharding.make_mesh(2, 2, 2))
   spread = writer.save_checkpoint(tmp_path / 'a', params, config, 'language')
-  tiny.assert_same_tensors(llama3, spread)
+  hf_models.assert_same_tensors(llama3, spread)
   host = jax.tree.map(np.asarray, params)
-  tiny.assert_same_tensors(llama3, writer.save_checkpoint(tmp_path / 'b', host, config, 'language'))
+  hf_models.assert_same_tensors(
+    llama3, writer.save_checkpoint(tmp_path / 'b', host, config, 'language')
+  )
 
 
 @pytest.mark.parametrize('kind', ['llama3', 'llama32'])
 def test_reward_model(kind, tmp_path):
-  source = tiny.write(tmp_path / 'a', kind)
+  source = hf_models.write(tmp_path / 'a', kind)
   config, params = _load(source, 'scalar', key=jax.random.key(0))
   out = writer.save_checkpoint(
     tmp_path / 'b', params, config, 'scalar', source=source, extra_config={'mean': 0.5}
   )
-  ids = np.maximum(tiny.IDS, 1)  # 0 is padding
+  ids = np.maximum(hf_models.IDS, 1)  # 0 is padding
   ours = np.asarray(heads.scores(params, jnp.asarray(ids), config))[:, -1]
-  np.testing.assert_allclose(tiny.torch_scores(out, ids), ours, rtol=0, atol=1e-5)
-  tiny.assert_same_params(_load(out, 'scalar')[1], params)
+  np.testing.assert_allclose(hf_models.torch_scores(out, ids), ours, rtol=0, atol=1e-5)
+  hf_models.assert_same_params(_load(out, 'scalar')[1], params)
   raw = json.loads((out / 'config.json').read_text())
   assert raw['architectures'] == ['LlamaForSequenceClassification']
   assert (raw['mean'], raw['value_head_prefix']) == (0.5, 'score')
   again = writer.save_checkpoint(tmp_path / 'c', params, config, 'scalar', source=out)
-  tiny.assert_same_tensors(out, again)
+  hf_models.assert_same_tensors(out, again)
   assert json.loads((again / 'config.json').read_text())['mean'] == 0.5
 
 
@@ -132,7 +134,7 @@ def test_tokenizer_files_are_copied_and_others_are_not(llama3, tmp_path):
   assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names)
   assert not (out / 'segment_reward.json').exists()
   assert not (out / 'code.py').exists()
-  tiny.assert_same_tensors(llama3, out)
+  hf_models.assert_same_tensors(llama3, out)
 
 
 def test_card_and_generation_config(llama3, tmp_path):
@@ -174,7 +176,7 @@ def test_a_failure_leaves_the_old_checkpoint(llama3, tmp_path, monkeypatch):
   with pytest.raises(OSError, match='disk full'):
     writer.save_checkpoint(out, params, config, 'language', dtype='float16')
   assert [file.name for file in tmp_path.iterdir()] == ['out']
-  tiny.assert_same_tensors(llama3, out)
+  hf_models.assert_same_tensors(llama3, out)
 
 
 def test_refuses_to_replace_what_is_not_a_checkpoint(llama3, tmp_path):

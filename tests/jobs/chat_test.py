@@ -5,8 +5,9 @@ import builtins
 import jax
 import pytest
 
-from segjax.jobs import annotate, chat
-from segjax.jobs.stage import Stage
+from segjax.evaluation import annotate
+from segjax.jobs import chat
+from segjax.run.stage import Stage
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import pytest
-import tiny_models
+from fixtures import runs
 
-from segjax import checks, presets
+from segjax.config import presets, validate
 from segjax.jobs import pipeline
-from segjax.jobs.stage import Stage
 from segjax.model.sharding import make_mesh
+from segjax.run.stage import Stage
 
 
 @pytest.fixture(scope='session')
@@ -28,7 +28,7 @@ def small():
     config.update_from_flattened_dict(
       {
         'runtime.remat': 'none',
-        **tiny_models.SIZES,
+        **runs.SIZES,
         'data.max_length': 96,
         'data.max_prompt_length': 32,
         'sft.batch': 8,
@@ -46,7 +46,7 @@ def small():
       }
       | values
     )
-    return checks.from_config(config)
+    return validate.from_config(config)
 
   return make
 

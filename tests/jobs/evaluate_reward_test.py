@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from segjax.data.sources import Rows, load_rows
-from segjax.data.spans import EncodedMarked, Span
-from segjax.jobs import evaluate_reward, reward_bench, span_evaluation
+from segjax.data.span_annotations import EncodedMarked, Span
+from segjax.evaluation import reward_bench, span_auc
+from segjax.jobs import evaluate_reward
 
 
 def _marked(length, *spans, cut=None):
@@ -31,7 +32,7 @@ def _rewards(low):
 
 def test_constructed_rewards_find_every_span():
   marked = [_marked(10, (2, 4, 'a')), _marked(10, (6, 8, 'b'), (0, 2, 'a'))]
-  found = span_evaluation.figures(marked, [_rewards([2]), _rewards([0, 6])], 0)
+  found = span_auc.figures(marked, [_rewards([2]), _rewards([0, 6])], 0)
   assert found['auc']['mean'] == found['auc_within']['mean'] == 1.0
   assert (found['auc']['low'], found['auc']['high']) == (1.0, 1.0)
   assert [found[key] for key in ('spans', 'spans_cut', 'characters')] == [3, 0, 20]
@@ -43,7 +44,7 @@ def test_constructed_rewards_find_every_span():
 def test_half_a_span_in_a_low_segment():
   # Marked: characters 1 and 2, of the low segment 0 and the high segment 1. Outside: 0 low, and 7
   # high. P = (1·7 + 1·1/2 + 1·7/2) / (2·8) = 11/16.
-  found = span_evaluation.figures([_marked(10, (1, 3, 'a'))], [_rewards([0])], 0)
+  found = span_auc.figures([_marked(10, (1, 3, 'a'))], [_rewards([0])], 0)
   assert found['auc']['mean'] == pytest.approx(11 / 16)
   assert found['auc']['low'] is None
 
@@ -51,7 +52,7 @@ def test_half_a_span_in_a_low_segment():
 def test_cut_characters_count_nowhere():
   marked = [_marked(10, (0, 2, 'a'), (8, 10, 'a'), cut=6)]
   reward, segment = _rewards([0])
-  found = span_evaluation.figures(marked, [(reward[:6], segment[:6])], 0)
+  found = span_auc.figures(marked, [(reward[:6], segment[:6])], 0)
   assert found['auc']['mean'] == 1.0
   assert (found['characters'], found['spans_cut']) == (6, 1)
 
@@ -63,16 +64,16 @@ def test_rewards_that_know_nothing_are_at_a_half():
     start = int(rng.integers(0, 8))
     marked.append(_marked(10, (start, start + 2, 'a')))
     rewards.append((rng.normal(size=5)[SEGMENT], SEGMENT))
-  found = span_evaluation.figures(marked, rewards, 0)
+  found = span_auc.figures(marked, rewards, 0)
   for name in ('auc', 'auc_within'):
     assert found[name]['low'] < 0.5 < found[name]['high'] and found[name]['high'] < 0.6
 
 
 def test_a_segment_has_the_reward_of_its_end():
   reward, end = np.array([9.0, 1, 9, 9, 2]), np.array([0, 1, 0, 0, 1], bool)
-  found, _ = span_evaluation._by_token(reward, end, np.array([0, 0, 1, 1, 1]))
+  found, _ = span_auc._by_token(reward, end, np.array([0, 0, 1, 1, 1]))
   assert found.tolist() == [1, 1, 2, 2, 2]
-  none, _ = span_evaluation._by_token(reward, np.zeros(5, bool), np.full(5, -1))
+  none, _ = span_auc._by_token(reward, np.zeros(5, bool), np.full(5, -1))
   assert none.tolist() == [0] * 5
 
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from segjax.config.settings import Evaluate
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import evaluate
 from segjax.jobs.evaluate import Sampled
-from segjax.settings import Evaluate
 from segjax.types import Experience, Rollout, Segments
 
 

@@ -6,14 +6,14 @@ import json
 import shutil
 
 import pytest
-import tiny_models
+from fixtures import runs
 
+from segjax.config.settings import Segmentation
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.jobs.dry_run import run as dry_run
-from segjax.settings import Segmentation
-from segjax.train import segment_reward
-from segjax.train.segment_reward import SegmentReward
+from segjax.train import reward_spec
+from segjax.train.reward_spec import SegmentReward
 from segjax.types import Normalizer
 
 
@@ -119,14 +119,14 @@ def test_tokenizer_without_a_chat_template(small, run, model, language):
 def scalar(language, tmp_path_factory):
   """A reward model of the language's sizes and tokenizer."""
   directory = tmp_path_factory.mktemp('scalar') / 'model'
-  return tiny_models.reward_model(language / 'model', directory, None, Segmentation())
+  return runs.reward_model(language / 'model', directory, None, Segmentation())
 
 
 @pytest.fixture
 def ppo_inputs(model, language, scalar, tmp_path):
   """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
   reward = shutil.copytree(scalar, tmp_path / 'reward_model')
-  segment_reward.write(reward, SegmentReward(Segmentation(), Normalizer(), 'regression'))
+  reward_spec.write(reward, SegmentReward(Segmentation(), Normalizer(), 'regression'))
   return {
     'policy.path': str(model),
     'reward_model.path': str(reward),
@@ -140,7 +140,7 @@ def test_good_inputs_get_as_far_as_the_weights(small, run, ppo_inputs):
 
 
 def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
-  segment_reward.write(tmp_path / 'reward_model', SegmentReward(Segmentation(), None))
+  reward_spec.write(tmp_path / 'reward_model', SegmentReward(Segmentation(), None))
   with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
     run(small('ppo', **ppo_inputs))
   with pytest.raises(AssertionError, match='weights were read'):
@@ -155,7 +155,7 @@ def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, spoilt, has_fi
 
     sha = fingerprint(str(tmp_path / 'reward_model'))
     meaning = SegmentReward(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
-    segment_reward.write(tmp_path / 'reward_model', meaning)
+    reward_spec.write(tmp_path / 'reward_model', meaning)
     spoilt = 'policy'
   tokenizer = tmp_path / spoilt / 'tokenizer.json'
   content = json.loads(tokenizer.read_text())

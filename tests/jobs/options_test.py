@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from segjax.data import demo
-from segjax.jobs import ppo, preemption
-from segjax.report import glossary
+from segjax.data import demo_language
+from segjax.jobs import ppo
+from segjax.report import metric_docs
+from segjax.run import preemption
 
 
 def many_words(prompt, response):
@@ -38,7 +39,7 @@ def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
   found = [json.loads(line) for line in lines]
   for name in set().union(*found) - {'step'}:
-    assert glossary.explained(name), f'{name} is not in the glossary'
+    assert metric_docs.explained(name), f'{name} is not in the glossary'
   return found
 
 
@@ -170,7 +171,7 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
     'reward_model.segmentation.granularity': 'token',
     'shaping.redistribute': 'red',
     'shaping.red_baseline': 'zero',
-    'shaping.reward_fn': f'{demo.__name__}:gold',
+    'shaping.reward_fn': f'{demo_language.__name__}:gold',
     'critic.init': 'reward_model',
     'ppo.critic_optimizer.learning_rate': 0.0,
   }

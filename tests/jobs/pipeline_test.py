@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from segjax.config.settings import JOBS, replace
 from segjax.jobs import pipeline
 from segjax.model.sharding import make_mesh
-from segjax.settings import JOBS, replace
 
 WORKDIR = Path('/w')
 

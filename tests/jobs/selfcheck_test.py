@@ -5,8 +5,8 @@ import math
 import jax
 import pytest
 
-from segjax import checks, presets
-from segjax.jobs import loops, pipeline, selfcheck
+from segjax.config import presets, validate
+from segjax.jobs import pipeline, selfcheck, selfcheck_rewards
 from segjax.jobs.selfcheck import Outcome
 from segjax.model.sharding import make_mesh
 
@@ -15,7 +15,7 @@ from segjax.model.sharding import make_mesh
 def values():
   config = presets.default_config()
   config.stages = ('selfcheck',)
-  return checks.from_config(config)
+  return validate.from_config(config)
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_a_broken_invariant_is_an_error_that_names_it(values, stage_of, monkeypa
 
 
 def test_loops_notice_a_wrong_reward(monkeypatch):
-  real = loops.make_experience
+  real = selfcheck_rewards.make_experience
 
   def wrong(*args, **kwargs):
     import dataclasses
@@ -53,5 +53,5 @@ def test_loops_notice_a_wrong_reward(monkeypatch):
     experience, metrics = real(*args, **kwargs)
     return dataclasses.replace(experience, reward=experience.reward + 0.01), metrics
 
-  monkeypatch.setattr(loops, 'make_experience', wrong)
-  assert loops.worst_difference('segment') > 5e-3
+  monkeypatch.setattr(selfcheck_rewards, 'make_experience', wrong)
+  assert selfcheck_rewards.worst_difference('segment') > 5e-3

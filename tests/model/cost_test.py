@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from fixtures import models
 
 from segjax.model import decode
-from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.generate import Prompts, generate, make_decoder
 from segjax.model.sampling import Sampling
-
-from . import tiny
 
 LENGTHS = np.array([8, 5, 8, 3, 150, 7], np.int32)
 CHUNK = 16
@@ -32,14 +31,14 @@ def seen(monkeypatch):
 
 
 def _run(limits, max_new_tokens):
-  config = dataclasses.replace(tiny.CONFIG, max_position_embeddings=1024, num_hidden_layers=1)
-  mesh = tiny.mesh(1)
+  config = dataclasses.replace(models.CONFIG, max_position_embeddings=1024, num_hidden_layers=1)
+  mesh = models.mesh(1)
   sampling = Sampling(min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
   generate(
-    tiny.params(config),
-    Prompts(tiny.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
+    models.params(config),
+    Prompts(models.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
     jax.random.key(0),
-    decoder=make_decoder(config, sampling, tiny.STOP_IDS, mesh, chunk=CHUNK),
+    decoder=make_decoder(config, sampling, models.STOP_IDS, mesh, chunk=CHUNK),
     mesh=mesh,
     slots=2,
     limits=limits,

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from numpy.testing import assert_allclose
 
 from segjax.model import heads, sharding
 from segjax.rl.logprobs import logprob_and_entropy
-
-from . import tiny
 
 
 def dense(params, ids, config):
@@ -18,9 +17,9 @@ def dense(params, ids, config):
   return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in logprob_and_entropy(logits, ids[:, 1:]))
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_chunked_head_equals_dense(config):
-  params, ids = tiny.params(config), jnp.asarray(tiny.ids())
+  params, ids = models.params(config), jnp.asarray(models.ids())
   weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, *ids.shape)), jnp.float32)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -45,8 +44,8 @@ def test_chunked_head_equals_dense(config):
 def test_any_chunk_gives_the_same(chunk):
   rng = np.random.default_rng(2)
   hidden = jnp.asarray(rng.normal(size=(2, 23, 16)), jnp.float32)
-  kernel = jnp.asarray(rng.normal(size=(16, tiny.VOCAB)), jnp.float32)
-  target = jnp.asarray(tiny.ids(shape=(2, 23)))
+  kernel = jnp.asarray(rng.normal(size=(16, models.VOCAB)), jnp.float32)
+  target = jnp.asarray(models.ids(shape=(2, 23)))
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(hidden, kernel, chunk):
@@ -81,11 +80,11 @@ def _is_program(x):
   return hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_logits_of_all_positions_never_exist(config):
   """Not even stacked up over the chunks for the backward pass."""
-  params, ids = tiny.params(config), jnp.asarray(tiny.ids())
-  allowed = tiny.BATCH * config.logprob_chunk * tiny.VOCAB
+  params, ids = models.params(config), jnp.asarray(models.ids())
+  allowed = models.BATCH * config.logprob_chunk * models.VOCAB
 
   def huge(read):
     def loss(params):
@@ -93,13 +92,13 @@ def test_logits_of_all_positions_never_exist(config):
       return jnp.sum(logprob) + jnp.sum(entropy)
 
     shapes = set(shapes_within(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
-    return [x for x in shapes if tiny.VOCAB in x and np.prod(x) > allowed]
+    return [x for x in shapes if models.VOCAB in x and np.prod(x) > allowed]
 
   assert huge(heads.token_logprobs) == []
   assert huge(dense)  # the search does find them
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 @pytest.mark.parametrize('head', heads.HEADS)
 def test_init_params(config, head):
   params = jax.jit(heads.init_params, static_argnums=(1, 2))(jax.random.key(0), config, head)
@@ -120,7 +119,9 @@ def test_init_params(config, head):
 
 
 def test_scalar_head_is_small_and_has_no_bias():
-  draw = jax.jit(jax.vmap(lambda key: heads.init_params(key, tiny.CONFIG, 'scalar')['scalar_head']))
+  draw = jax.jit(
+    jax.vmap(lambda key: heads.init_params(key, models.CONFIG, 'scalar')['scalar_head'])
+  )
   head = draw(jax.random.split(jax.random.key(0), 256))
   assert set(head) == {'kernel'}
   assert head['kernel'].shape == (256, 32, 1)
@@ -129,25 +130,27 @@ def test_scalar_head_is_small_and_has_no_bias():
 
 
 def test_scores_are_the_hidden_states_times_the_head():
-  params, ids = tiny.params(tiny.CONFIG, 'scalar'), jnp.asarray(tiny.ids())
+  params, ids = models.params(models.CONFIG, 'scalar'), jnp.asarray(models.ids())
   double = params | {'scalar_head': {'kernel': 2 * params['scalar_head']['kernel']}}
-  score = tiny.scores(params, ids, tiny.CONFIG)
+  score = models.scores(params, ids, models.CONFIG)
   assert score.shape == ids.shape
-  assert_allclose(tiny.scores(double, ids, tiny.CONFIG), 2 * score, rtol=1e-6)  # nothing is added
+  assert_allclose(
+    models.scores(double, ids, models.CONFIG), 2 * score, rtol=1e-6
+  )  # nothing is added
 
 
 # Of each row, how many tokens are attended; the last row's none.
-ATTENDED = np.arange(tiny.LENGTH) < np.array([24, 1, 5, 8, 13, 23, 17, 0])[:, None]
+ATTENDED = np.arange(models.LENGTH) < np.array([24, 1, 5, 8, 13, 23, 17, 0])[:, None]
 
 
 @pytest.mark.parametrize('name', ['token_logprobs', 'scores', 'values', 'logits'])
 def test_unattended_tails(name):
   """What is read at attended tokens is that of the whole row; the rest has no context."""
   head = 'language' if name in ('token_logprobs', 'logits') else 'scalar'
-  read, params = getattr(tiny, name), tiny.params(tiny.CONFIG, head)
-  ids = tiny.ids()
-  whole = read(params, ids, tiny.CONFIG)
-  found = read(params, ids, tiny.CONFIG, segment_ids=ATTENDED.astype(int))
+  read, params = getattr(models, name), models.params(models.CONFIG, head)
+  ids = models.ids()
+  whole = read(params, ids, models.CONFIG)
+  found = read(params, ids, models.CONFIG, segment_ids=ATTENDED.astype(int))
   # Log-probs, entropies and values are read at the hidden state before their token.
   attended = ATTENDED
   if name in ('token_logprobs', 'values'):
@@ -161,14 +164,14 @@ def test_unattended_tails(name):
 
 def test_gradient_with_unattended_tokens():
   """Finite; tokens that are nowhere attended learn nothing from what is read at the others."""
-  params, half = tiny.params(tiny.CONFIG), tiny.VOCAB // 2
-  ids, attended = tiny.ids() % half, jnp.asarray(ATTENDED)
+  params, half = models.params(models.CONFIG), models.VOCAB // 2
+  ids, attended = models.ids() % half, jnp.asarray(ATTENDED)
   ids, segment_ids = jnp.where(attended, ids, half + ids), attended.astype(int)
 
   @jax.jit
   def grads(params, weight):
     def loss(params):
-      logprob, entropy = heads.token_logprobs(params, ids, tiny.CONFIG, segment_ids=segment_ids)
+      logprob, entropy = heads.token_logprobs(params, ids, models.CONFIG, segment_ids=segment_ids)
       return jnp.sum(weight * (logprob + entropy))
 
     return jax.grad(loss)(params)
@@ -184,18 +187,18 @@ def test_gradient_with_unattended_tokens():
 
 
 def test_unattended_tokens_on_eight_devices():
-  ids, found = tiny.ids(), {}
+  ids, found = models.ids(), {}
   read = jax.jit(heads.token_logprobs, static_argnames='config')
   for devices in (1, 8):
-    mesh = tiny.mesh(devices)
-    with jax.set_mesh(mesh), tiny.captured_stderr() as lines:
-      params = tiny.place(tiny.params(tiny.CONFIG), mesh)
+    mesh = models.mesh(devices)
+    with jax.set_mesh(mesh), models.captured_stderr() as lines:
+      params = models.place(models.params(models.CONFIG), mesh)
       given = sharding.place_batch((ids, ATTENDED.astype(int)), mesh)
-      found[devices] = jax.device_get(read(params, given[0], tiny.CONFIG, segment_ids=given[1]))
-    assert tiny.rematerialisations(lines) == []
+      found[devices] = jax.device_get(read(params, given[0], models.CONFIG, segment_ids=given[1]))
+    assert models.rematerialisations(lines) == []
   jax.tree.map(functools.partial(assert_allclose, atol=1e-5), found[8], found[1])  # float32
 
 
 def test_unknown_head():
   with pytest.raises(ValueError, match=r"head='value' is not one of \('language', 'scalar'\)"):
-    heads.param_shapes(tiny.CONFIG, 'value')
+    heads.param_shapes(models.CONFIG, 'value')

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from numpy.testing import assert_allclose
 
+from segjax.config.settings import Network
 from segjax.model import heads
 from segjax.model.llama import (
   Block,
@@ -19,35 +21,32 @@ from segjax.model.llama import (
   rope_frequencies,
   rotate,
 )
-from segjax.settings import Network
-
-from . import tiny
 
 
 @pytest.fixture(scope='module')
 def language():
-  return tiny.params(tiny.CONFIG)
+  return models.params(models.CONFIG)
 
 
 @pytest.fixture(scope='module')
 def scalar():
-  return tiny.params(tiny.CONFIG, 'scalar', seed=1)
+  return models.params(models.CONFIG, 'scalar', seed=1)
 
 
 def read(language, scalar, ids):
   """Everything read off the networks, numpy [B, S] each."""
-  logprob, entropy = tiny.token_logprobs(language, ids, tiny.CONFIG)
-  score = tiny.scores(scalar, ids, tiny.CONFIG)
-  value = tiny.values(scalar, ids, tiny.CONFIG)
+  logprob, entropy = models.token_logprobs(language, ids, models.CONFIG)
+  score = models.scores(scalar, ids, models.CONFIG)
+  value = models.values(scalar, ids, models.CONFIG)
   names = ('logprob', 'entropy', 'score', 'value')
   return dict(zip(names, jax.device_get((logprob, entropy, score, value)), strict=True))
 
 
 @pytest.mark.parametrize('t', [0, 7, 16, 23])
 def test_a_token_changes_nothing_before_it(language, scalar, t):
-  ids = tiny.ids()
+  ids = models.ids()
   other = ids.copy()
-  other[:, t] = (other[:, t] + 1) % tiny.VOCAB
+  other[:, t] = (other[:, t] + 1) % models.VOCAB
   before, after = read(language, scalar, ids), read(language, scalar, other)
   for name in before:
     # Equal to the bit: the same sums over the same numbers.
@@ -61,7 +60,7 @@ def test_a_token_changes_nothing_before_it(language, scalar, t):
 
 
 def test_first_token_has_no_prediction(language, scalar):
-  found = read(language, scalar, tiny.ids())
+  found = read(language, scalar, models.ids())
   for name in ('logprob', 'entropy', 'value'):
     assert_allclose(found[name][:, 0], 0)
     assert np.all(found[name][:, 1:] != 0)
@@ -69,12 +68,12 @@ def test_first_token_has_no_prediction(language, scalar):
 
 
 def test_padding_and_batch_mates_change_nothing(language, scalar):
-  ids = tiny.ids()
-  length = np.arange(3, 3 + 2 * tiny.BATCH, 2)
-  real = np.arange(tiny.LENGTH)[None] < length[:, None]
+  ids = models.ids()
+  length = np.arange(3, 3 + 2 * models.BATCH, 2)
+  real = np.arange(models.LENGTH)[None] < length[:, None]
   whole = read(language, scalar, ids)
   padded = read(language, scalar, np.where(real, ids, 0))
-  mates = read(language, scalar, np.concatenate([ids[:1], tiny.ids(seed=9)[1:]]))
+  mates = read(language, scalar, np.concatenate([ids[:1], models.ids(seed=9)[1:]]))
   shorter = read(language, scalar, ids[:, :16])
   for name in whole:
     # float32 sums of another order: another program, another row of a matrix product.
@@ -93,16 +92,16 @@ REMAT = {
 
 
 def test_remat_changes_nothing(language):
-  ids = jnp.asarray(tiny.ids())
+  ids = jnp.asarray(models.ids())
 
   def loss(params, config):
     logprob, entropy = heads.token_logprobs(params, ids, config)
     return jnp.sum(logprob) + jnp.sum(entropy**2)
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-  expected, expected_grads = grad(language, tiny.CONFIG)
+  expected, expected_grads = grad(language, models.CONFIG)
   for name, how in REMAT.items():
-    found, grads = grad(language, dataclasses.replace(tiny.CONFIG, **how))
+    found, grads = grad(language, dataclasses.replace(models.CONFIG, **how))
     # The same sums, fused otherwise.
     assert_allclose(found, expected, rtol=1e-6, err_msg=name)
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), grads, expected_grads)
@@ -110,7 +109,7 @@ def test_remat_changes_nothing(language):
 
 def test_what_is_kept_takes_memory():
   """Per layer: the input alone; two more of its size; everything."""
-  config = dataclasses.replace(tiny.CONFIG, num_hidden_layers=8)
+  config = dataclasses.replace(models.CONFIG, num_hidden_layers=8)
   shapes = heads.param_shapes(config, 'scalar')
   ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
 
@@ -127,11 +126,11 @@ def test_what_is_kept_takes_memory():
   assert none > full + 4 * one
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_scan_equals_blocks_by_hand(config):
-  params = tiny.params(config)['backbone']
-  ids = jnp.asarray(tiny.ids())
-  positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH)[None], ids.shape)
+  params = models.params(config)['backbone']
+  ids = jnp.asarray(models.ids())
+  positions = jnp.broadcast_to(jnp.arange(models.LENGTH)[None], ids.shape)
 
   @jax.jit
   def by_hand(params):
@@ -175,15 +174,15 @@ def hidden_states(params, ids, positions, attended, config):
 
 
 @pytest.mark.parametrize('remat', ['full', 'none'])
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_unattended_tokens(config, remat):
   """Those attended find what they would with the others cut out; the others have no context."""
   config = dataclasses.replace(config, remat=remat)
-  params, ids = tiny.params(config)['backbone'], tiny.ids()
+  params, ids = models.params(config)['backbone'], models.ids()
   attended = np.random.default_rng(1).random(ids.shape) < 0.6
-  attended[0], attended[1], attended[2] = True, False, np.arange(tiny.LENGTH) < 13
+  attended[0], attended[1], attended[2] = True, False, np.arange(models.LENGTH) < 13
   run = functools.partial(hidden_states, params, config=config)
-  positions = np.broadcast_to(np.arange(tiny.LENGTH), ids.shape)
+  positions = np.broadcast_to(np.arange(models.LENGTH), ids.shape)
   found = np.asarray(run(ids, positions, attended))
 
   order = np.argsort(~attended, axis=1, kind='stable')  # the attended first
@@ -194,10 +193,10 @@ def test_unattended_tokens(config, remat):
     expected[row, source[:count]] = cut[row, :count]
   assert_allclose(found, expected, atol=2e-5)  # float32, sums of other lengths
 
-  other = np.where(attended, (ids + 1) % tiny.VOCAB, ids)
+  other = np.where(attended, (ids + 1) % models.VOCAB, ids)
   again = np.asarray(run(other, positions, attended))
   np.testing.assert_array_equal(again[~attended], found[~attended])
-  other = np.where(attended, ids, (ids + 1) % tiny.VOCAB)
+  other = np.where(attended, ids, (ids + 1) % models.VOCAB)
   again = np.asarray(run(other, positions, attended))
   np.testing.assert_array_equal(again[attended], found[attended])
   assert_allclose(run(ids, positions, np.ones_like(attended)), run(ids, positions, None), atol=1e-6)
@@ -205,19 +204,19 @@ def test_unattended_tokens(config, remat):
 
 def test_positions_may_be_given(language):
   """RoPE is relative: all positions shifted alike change nothing."""
-  ids = jnp.asarray(tiny.ids())
-  positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH)[None], ids.shape)
-  run = jax.jit(lambda *given: Llama(tiny.CONFIG).apply({'params': language['backbone']}, *given))
+  ids = jnp.asarray(models.ids())
+  positions = jnp.broadcast_to(jnp.arange(models.LENGTH)[None], ids.shape)
+  run = jax.jit(lambda *given: Llama(models.CONFIG).apply({'params': language['backbone']}, *given))
   # Angles up to 47 radians, in float32.
   assert_allclose(run(ids, positions + 17), run(ids, positions), atol=1e-4)
   assert np.abs(run(ids, positions * 2) - run(ids, positions)).max() > 1e-2
 
 
 def test_bfloat16_stays_near_float32(language, scalar):
-  ids = tiny.ids()
-  config = dataclasses.replace(tiny.CONFIG, dtype='bfloat16')
-  logprob, entropy = tiny.token_logprobs(language, ids, config)
-  score = tiny.scores(scalar, ids, config)
+  ids = models.ids()
+  config = dataclasses.replace(models.CONFIG, dtype='bfloat16')
+  logprob, entropy = models.token_logprobs(language, ids, config)
+  score = models.scores(scalar, ids, config)
   assert {logprob.dtype, entropy.dtype, score.dtype} == {jnp.dtype('float32')}
   expected = read(language, scalar, ids)
   # bfloat16 keeps 8 bits, and a layer adds numbers of size 10.
@@ -231,9 +230,9 @@ def test_norm_and_rope_in_float32():
   """Their sums and angles are in float32 though what goes in and out is bfloat16."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.bfloat16)
   positions = jnp.arange(4)[None] + 50
-  rotated = rotate(x, positions, tiny.CONFIG)
+  rotated = rotate(x, positions, models.CONFIG)
   assert rotated.dtype == jnp.bfloat16
-  expected = rotate(x.astype(jnp.float32), positions, tiny.CONFIG)
+  expected = rotate(x.astype(jnp.float32), positions, models.CONFIG)
   # Half a unit in the last of 8 bits, of numbers below 4.
   assert_allclose(rotated.astype(jnp.float32), expected, atol=2**-7)
 
@@ -282,7 +281,7 @@ def test_rope_frequencies_equal_transformers(name, head_dim):
 
 
 def test_unknown_rope_type_is_refused():
-  config = dataclasses.replace(tiny.CONFIG, rope_scaling=RopeScaling('yarn', 2.0))
+  config = dataclasses.replace(models.CONFIG, rope_scaling=RopeScaling('yarn', 2.0))
   with pytest.raises(ValueError, match=r"'yarn' is not one of default, linear, llama3"):
     rope_frequencies(config)
 
@@ -292,7 +291,7 @@ def test_rotation_is_relative_and_keeps_length():
   query, key = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
 
   def product(i, j):
-    at = [rotate(x, jnp.array([[p]]), tiny.TIED) for x, p in ((query, i), (key, j))]
+    at = [rotate(x, jnp.array([[p]]), models.TIED) for x, p in ((query, i), (key, j))]
     return jnp.sum(at[0] * at[1], axis=-1)
 
   # float32 angles below 40 radians.
@@ -301,7 +300,7 @@ def test_rotation_is_relative_and_keeps_length():
   assert np.abs(product(5, 3) - product(3, 5)).max() > 1e-2
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_num_parameters(config):
   shapes = heads.param_shapes(config, 'language')
   assert num_parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))

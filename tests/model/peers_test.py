@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fixtures import models
 
 from segjax.hf import reader
-from segjax.model.generation import Prompts, generate, make_decoder
+from segjax.model.generate import Prompts, generate, make_decoder
 from segjax.model.sampling import Sampling
-
-from . import tiny
 
 PROMPTS, NEW, PAD = 64, 32, 0
 TIE = 1e-5  # logits nearer than this may be taken either way
@@ -68,7 +67,7 @@ def _peer_generate(peer, ids, mask, new, stop_ids):
 
 def _generate(model, prompts, **values):
   params, config, _ = model
-  mesh = tiny.mesh(1)
+  mesh = models.mesh(1)
   sampling = Sampling(temperature=0.0, min_new_tokens=0, max_new_tokens=NEW)
   decoder = make_decoder(config, sampling, STOP_IDS, mesh)
   return generate(params, prompts, jax.random.key(0), decoder=decoder, mesh=mesh, **values)

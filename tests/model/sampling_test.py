@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from numpy.testing import assert_allclose
 
 from segjax.model.sampling import Sampling, draw, filtered, inverse_cdf, is_broken
-
-from . import tiny
 
 
 def oracle_filter(logits, temperature, top_k, top_p):
@@ -30,7 +29,7 @@ def oracle_filter(logits, temperature, top_k, top_p):
 )
 def test_filter_equals_sorting(top_k, top_p):
   scale = np.repeat([0.1, 1.0, 4.0, 12.0], 16)[:, None]
-  logits = scale * np.random.default_rng(0).normal(size=(64, tiny.VOCAB))
+  logits = scale * np.random.default_rng(0).normal(size=(64, models.VOCAB))
   logits[::3, 5:9] = -np.inf  # banned
   logits = logits.astype(np.float32)
   sampling = Sampling(top_k=top_k, top_p=top_p)
@@ -68,9 +67,9 @@ def test_inverse_cdf_equals_a_running_sum(size):
 
 def test_both_logprobs_are_of_their_own_distribution():
   rng = np.random.default_rng(1)
-  logits = rng.normal(scale=3, size=(32, tiny.VOCAB)).astype(np.float32)
+  logits = rng.normal(scale=3, size=(32, models.VOCAB)).astype(np.float32)
   sampling = Sampling(temperature=0.7, top_k=9, min_new_tokens=4)
-  stop = jnp.array(tiny.STOP_IDS)
+  stop = jnp.array(models.STOP_IDS)
   count = jnp.asarray(np.arange(32) % 8)
   drawn = jax.jit(draw, static_argnums=4)(
     logits, rng.random(32).astype(np.float32), count, stop, sampling
@@ -79,7 +78,7 @@ def test_both_logprobs_are_of_their_own_distribution():
     plain = logits[row] - np.logaddexp.reduce(logits[row])
     banned = logits[row].copy()
     if count[row] < 4:
-      banned[list(tiny.STOP_IDS)] = -np.inf
+      banned[list(models.STOP_IDS)] = -np.inf
     expected = np.log(oracle_filter(banned, 0.7, 9, 1.0)[token])
     assert_allclose(drawn.logprob[row], plain[token], atol=1e-5)
     assert_allclose(drawn.sample_logprob[row], expected, atol=1e-5)

@@ -4,21 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from segjax.config.settings import Optimizer
 from segjax.model import heads, sharding
-from segjax.settings import Optimizer
 from segjax.train.optimizer import init_state, make_optimizer
-
-from . import tiny
 
 
 def names_of(tree):
   return [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 @pytest.mark.parametrize('head', heads.HEADS)
 def test_every_tensor_matches_one_rule(config, head):
   params = heads.param_shapes(config, head)
@@ -32,7 +31,7 @@ def test_every_tensor_matches_one_rule(config, head):
 
 def test_every_rule_matches_some_tensor():
   names = ['opt_state/0/notfinite_count', 'bad_steps', 'step']
-  for config in tiny.CONFIGS.values():
+  for config in models.CONFIGS.values():
     for head in heads.HEADS:
       params = heads.param_shapes(config, head)
       names += names_of(params) + names_of(
@@ -85,16 +84,16 @@ def test_make_mesh_errors(sizes, message):
 @pytest.mark.parametrize(('rows', 'fix'), [(6, 'use 4 or 8'), (3, 'use 4'), (9, 'use 8 or 12')])
 def test_batch_that_does_not_divide(rows, fix):
   with pytest.raises(ValueError, match=rf'a batch of {rows} rows .* 4 devices.*; {fix}\.$'):
-    sharding.place_batch({'ids': np.zeros((rows, 3))}, tiny.mesh(8))
+    sharding.place_batch({'ids': np.zeros((rows, 3))}, models.mesh(8))
 
 
 def test_place_batch():
   batch = {'ids': np.arange(24).reshape(8, 3), 'finished': np.arange(8) > 3}
-  placed = sharding.place_batch(batch, tiny.mesh(8))
+  placed = sharding.place_batch(batch, models.mesh(8))
   for name, x in placed.items():
     np.testing.assert_array_equal(x, batch[name])
     assert x.sharding.shard_shape(x.shape)[0] == 2
-  whole = sharding.replicate(np.float32(3), tiny.mesh(8))
+  whole = sharding.replicate(np.float32(3), models.mesh(8))
   assert whole.sharding.is_fully_replicated and len(whole.sharding.device_set) == 8
 
 
@@ -106,7 +105,7 @@ def test_heads_must_divide_over_tensor():
 
 
 def test_axes_that_do_not_divide_are_left_out():
-  mesh = tiny.mesh(8)
+  mesh = models.mesh(8)
 
   def spec(name, *shape):
     return sharding.parameter_sharding(name, shape, mesh).spec
@@ -125,11 +124,11 @@ def test_no_mesh_no_change():
   assert sharding.for_decoding({'odd': x})['odd'] is x
 
 
-@pytest.mark.parametrize('config', tiny.CONFIGS.values(), ids=tiny.CONFIGS)
+@pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_weights_and_moments_are_split_alike(config):
-  mesh = tiny.mesh(8)
+  mesh = models.mesh(8)
   with jax.set_mesh(mesh):
-    params = tiny.place(tiny.params(config), mesh)
+    params = models.place(models.params(config), mesh)
     state = init_state(params, Optimizer(), 10)
     for_decoding = jax.jit(sharding.for_decoding)(params)
   assert_moments_follow(state)
@@ -164,7 +163,7 @@ def assert_moments_follow(state):
 
 def test_the_warning_can_be_seen():
   """That the tests for involuntary rematerialisation would notice one."""
-  mesh = tiny.mesh(8)
+  mesh = models.mesh(8)
 
   def transpose_devices(x):
     x = jax.lax.with_sharding_constraint(x * 2, NamedSharding(mesh, P('tensor', None, None)))
@@ -173,6 +172,6 @@ def test_the_warning_can_be_seen():
     )
     return x * 3
 
-  with tiny.captured_stderr() as lines:
+  with models.captured_stderr() as lines:
     jax.jit(transpose_devices).lower(jnp.ones((8, 8, 8))).compile()
-  assert tiny.rematerialisations(lines)
+  assert models.rematerialisations(lines)

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from segjax.model import decode, heads, sharding
 from segjax.model.attention import attention
-from segjax.model.generation import make_decoder
+from segjax.model.generate import make_decoder
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 

@@ -11,10 +11,10 @@ import sys
 import jax
 import pytest
 
+from segjax.config.settings import Network, Settings, replace
 from segjax.model import sharding
 from segjax.model.llama import config_of
-from segjax.plan import advice, command, memory, phases, shapes, topologies
-from segjax.settings import Network, Settings, replace
+from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
 
 TOPOLOGY = topologies.parse('cpu:8')
 SETTINGS = replace(
@@ -42,7 +42,7 @@ def with_memory(size):
 
 @functools.cache
 def plan(settings=SETTINGS, names=SMALL, size=math.inf):
-  return command.make('ppo', settings, with_memory(size), names)
+  return planner.make('ppo', settings, with_memory(size), names)
 
 
 def test_names_of_topologies():
@@ -67,14 +67,14 @@ def test_peak_is_what_lives_and_what_the_program_takes():
   assert [m.name for m in found.measured] == list(SMALL)
   for measured in found.measured:
     phase = next(p for p in found.program.phases if p.name == measured.name)
-    alive = sum(shapes.bytes_per_device(found.program.held[name]) for name in phase.alive)
+    alive = sum(abstract_arrays.bytes_per_device(found.program.held[name]) for name in phase.alive)
     extra = measured.temporaries + measured.outputs - measured.aliased
     # The programs have a few scalars more among their arguments.
     assert measured.peak == pytest.approx(alive + extra, rel=0.02)
   state = found.program.held['critic state']
   # Three numbers per weight, split over eight devices but for norms and steps.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-  assert shapes.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
+  assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
 
 
 def test_too_little_memory_and_what_helps():
@@ -96,20 +96,20 @@ def test_advice_is_what_a_new_plan_says():
     ('runtime.frozen_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
   ):
-    change = advice.Change(key, value)
-    said = advice.peak_with([change], 'ppo', SETTINGS, network, mesh, found.measured)
+    change = suggestions.Change(key, value)
+    said = suggestions.peak_with([change], 'ppo', SETTINGS, network, mesh, found.measured)
     assert said < found.peak
     assert said == pytest.approx(plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   names = ('cache growth',)
-  first = command.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  first = planner.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
   monkeypatch.setattr(memory, '_compile', None)
-  again = command.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  again = planner.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
   assert again.measured == first.measured
   with pytest.raises(TypeError):  # another program
-    command.make('ppo', replace(SETTINGS, **{'rollout.slots': 8}), TOPOLOGY, names, tmp_path)
+    planner.make('ppo', replace(SETTINGS, **{'rollout.slots': 8}), TOPOLOGY, names, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_planned(changes, message):
   with pytest.raises(ValueError, match=message):
-    command.make('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
+    planner.make('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
   with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
-    command.make('ppo', SETTINGS, TOPOLOGY, ('polcy',))
+    planner.make('ppo', SETTINGS, TOPOLOGY, ('polcy',))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_cannot_be_planned(changes, message):
 )
 def test_other_phases_compile(job, name, changes):
   settings = replace(SETTINGS, **{'reward.batch': 8, **changes})
-  (measured,) = command.make(job, settings, TOPOLOGY, (name,)).measured
+  (measured,) = planner.make(job, settings, TOPOLOGY, (name,)).measured
   assert measured.arguments > 0 and not measured.refused
   if changes:  # where sequences lie comes in as well
     assert measured.arguments > plan(names=(name,)).measured[0].arguments
@@ -149,9 +149,9 @@ def compiled(name='policy update', **changes):
   """A phase's program; keys have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = sharding.make_mesh(devices=jax.devices())
-  program = phases.program('ppo', settings, config_of(settings.network), mesh)
+  program = programs.program('ppo', settings, config_of(settings.network), mesh)
   phase = next(p for p in program.phases if p.name == name)
-  return phases.lowered(phase, mesh).compile()
+  return programs.lowered(phase, mesh).compile()
 
 
 @pytest.mark.parametrize('name', ['policy update', 'scoring'])

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from segjax.report import page
-
-from .page_test import HOSTILE, sample, write
+from report.html_report_test import HOSTILE, sample, write
+from segjax.report import html_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks import browser
@@ -49,8 +48,8 @@ def report(tmp_path_factory):
   lines = [{'step': k, 'objective/a_rather_long_name_of_a_metric/of_it': k} for k in range(30)]
   write(workdir / 'ppo' / 'metrics.jsonl', lines)
   (workdir / 'config.json').write_text(json.dumps({'path': '/long' * 60, 'hostile': HOSTILE}))
-  page.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
-  return workdir / page.FILE
+  html_report.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
+  return workdir / html_report.FILE
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.responses import LENGTH
+from fixtures.strategies import numbers, responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -12,9 +14,6 @@ from numpy.testing import assert_allclose
 
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
 from segjax.rl.segmentation import segment
-
-from .drawn import numbers, responses
-from .ragged import LENGTH
 
 # Segments end at 1, 2, 4; the stop token at 5 is in none.
 ENTROPY, MASK = jnp.array([9, 0, 9, 9, 0, 9.0]), jnp.ones(6, bool)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.strategies import masks, numbers, spoiled
 from hypothesis import given, settings
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
@@ -18,8 +19,6 @@ from segjax.rl.losses import (
   policy_loss,
   value_loss,
 )
-
-from .drawn import masks, numbers, spoiled
 
 TRIANGLE = jnp.array([[True, True], [False, True]])
 POLICY = (

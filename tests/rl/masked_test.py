@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.strategies import masks, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -10,8 +11,6 @@ from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
 from segjax.rl.masked import at_least_float32, masked_mean, masked_sum, whiten
-
-from .drawn import masks, spoiled
 
 
 def test_whiten_golden():

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.responses import LENGTH
+from fixtures.strategies import numbers, responses, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -26,9 +28,6 @@ from segjax.rl.normalizer import (
 )
 from segjax.rl.segmentation import GRANULARITIES, segment
 from segjax.types import Normalizer
-
-from .drawn import numbers, responses, spoiled
-from .ragged import LENGTH
 
 # How the golden file names what PUBLISHED holds.
 GOLDEN_NAMES = {

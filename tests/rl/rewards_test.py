@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.responses import LENGTH, from_previous, padded
+from fixtures.strategies import numbers, responses, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -27,9 +29,7 @@ from segjax.rl.rewards import (
 from segjax.rl.segmentation import GRANULARITIES, segment
 from segjax.types import Normalizer
 
-from .drawn import numbers, responses, spoiled
 from .normalizer_test import GOLDEN_NAMES, fields
-from .ragged import LENGTH, from_previous, padded
 
 # How the golden file names the ways to spread.
 GOLDEN_SPREADS = {

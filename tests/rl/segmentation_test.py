@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from fixtures.responses import LENGTH, from_previous, padded
+from fixtures.strategies import masks, responses, spoiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -20,9 +22,6 @@ from segjax.rl.segmentation import (
   segment_at,
   segment_length,
 )
-
-from .drawn import masks, responses, spoiled
-from .ragged import LENGTH, from_previous, padded
 
 
 @functools.partial(jax.jit, static_argnames='granularity')

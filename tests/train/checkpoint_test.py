@@ -2,23 +2,21 @@ import math
 
 import jax
 import numpy as np
-from model import tiny
+from fixtures import models, training
 
 from segjax.model import sharding
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.sft_step import sft_step
-
-from . import setting
 
 
 def step(state, count, mesh=None, losses=None):
   for _ in range(count):
     state, metrics = sft_step(
       state,
-      setting.conversations(mesh),
-      config=tiny.CONFIG,
-      settings=setting.FINE_TUNING,
-      total_steps=setting.TOTAL,
+      training.conversations(mesh),
+      config=models.CONFIG,
+      settings=training.FINE_TUNING,
+      total_steps=training.TOTAL,
     )
     if losses is not None:
       losses.append(float(metrics['loss']))
@@ -26,31 +24,31 @@ def step(state, count, mesh=None, losses=None):
 
 
 def test_going_on_equals_never_having_stopped(tmp_path):
-  straight = setting.copied(step(setting.state('policy'), 3))
+  straight = training.copied(step(training.state('policy'), 3))
   saved = Checkpointer(tmp_path, keep=2)
   assert saved.latest() is None
-  state = step(setting.state('policy'), 2)
+  state = step(training.state('policy'), 2)
   saved.save(2, {'policy': state})
   step(state, 1)  # donates what was saved
   saved.close()
   saved = Checkpointer(tmp_path, keep=2)
-  step_, states = saved.restore({'policy': setting.state('policy')})
+  step_, states = saved.restore({'policy': training.state('policy')})
   assert step_ == 2
   state = states['policy']
   saved.close()
   assert int(state.step) == 2
-  jax.tree.map(np.testing.assert_array_equal, setting.copied(step(state, 1)), straight)
+  jax.tree.map(np.testing.assert_array_equal, training.copied(step(state, 1)), straight)
 
 
 def test_eight_devices_then_four_then_one(tmp_path):
   """Each restores what the one before saved, and takes a step: as one device that took them all."""
   expected, losses = [], []
-  straight = setting.copied(step(setting.state('policy'), 3, losses=expected))
+  straight = training.copied(step(training.state('policy'), 3, losses=expected))
   for done, shape in enumerate([(2, 2, 2), (1, 4, 1), (1, 1, 1)]):
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     with jax.set_mesh(mesh):
       saved = Checkpointer(tmp_path, keep=1)
-      at, states = saved.restore({'policy': setting.state('policy', mesh)})
+      at, states = saved.restore({'policy': training.state('policy', mesh)})
       assert at == done
       state = step(states['policy'], 1, mesh, losses)
       saved.save(done + 1, {'policy': state})
@@ -58,22 +56,22 @@ def test_eight_devices_then_four_then_one(tmp_path):
   np.testing.assert_allclose(losses, expected, rtol=1e-5)  # float32
   jax.tree.map(
     lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6),
-    setting.copied(state.params),
+    training.copied(state.params),
     straight.params,
   )
 
 
 def test_restores_onto_another_mesh_and_keeps_the_last(tmp_path):
   saved = Checkpointer(tmp_path, keep=2)
-  states = {'policy': setting.state('policy'), 'critic': setting.state('critic')}
+  states = {'policy': training.state('policy'), 'critic': training.state('critic')}
   for at in (1, 2, 3):
     saved.save(at, states)
-  mesh = tiny.mesh(8)
+  mesh = models.mesh(8)
   with jax.set_mesh(mesh):
-    like = {name: setting.state(name, mesh) for name in states}
+    like = {name: training.state(name, mesh) for name in states}
     _, restored = saved.restore(like)
   saved.close()
   assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 3]
-  jax.tree.map(np.testing.assert_array_equal, setting.copied(restored), setting.copied(states))
+  jax.tree.map(np.testing.assert_array_equal, training.copied(restored), training.copied(states))
   for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
     assert got.sharding.is_equivalent_to(want.sharding, got.ndim)

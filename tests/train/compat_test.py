@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.settings import Compat
+from segjax.config.settings import Compat
 from segjax.train.compat import as_published, force_eos, padded_length, row0_mask
 from segjax.types import Rollout
 

@@ -2,10 +2,10 @@
 
 import jax
 import pytest
-from model import tiny
+from fixtures import models
 
 
 @pytest.fixture(scope='package', autouse=True)
 def one_device():
-  with jax.set_mesh(tiny.mesh(1)):
+  with jax.set_mesh(models.mesh(1)):
     yield

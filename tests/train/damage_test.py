@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.jobs.reuse import differences
+from segjax.run.stage_record import differences
 from segjax.train.checkpoint import Checkpointer, ForeignCheckpointError
 from segjax.train.state import TrainState
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / 'tools'))
-from benchmarks.damages import DAMAGES
+from benchmarks.checkpoint_damage import DAMAGES
 
 # Orbax leaves coroutines behind where a restore fails.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')

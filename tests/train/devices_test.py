@@ -10,20 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model import tiny
+from fixtures import models, training
 from model.sharding_test import assert_moments_follow
 from numpy.testing import assert_allclose
 
 from segjax.model import decode
-from segjax.model.generation import make_decoder
+from segjax.model.generate import make_decoder
 from segjax.train.experience import make_experience, score, score_piece
 from segjax.train.ppo_step import critic_step, policy_step, ppo_step
 from segjax.train.reward_step import reward_step
 from segjax.train.rollout import sampling
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
-
-from . import setting
 
 NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
 KL_COEF = np.float32(0.1)
@@ -48,10 +46,10 @@ def program(function, *arguments, **static):
 def train(mesh, function, states, *arguments, jitted=None, **static):
   """Three steps of `function`, which may be a host function that calls the `jitted` ones."""
   jitted = jitted or {function: tuple(states)}
-  before = {name: setting.copied(state.params) for name, state in states.items()}
+  before = {name: training.copied(state.params) for name, state in states.items()}
   compiled = [each._cache_size() for each in jitted]
   metrics = []
-  with tiny.captured_stderr() as lines:
+  with models.captured_stderr() as lines:
     for step in range(3):
       given = [x(step) if callable(x) else x for x in arguments]
       *new, found = function(*states.values(), *given, **static)
@@ -66,26 +64,26 @@ def train(mesh, function, states, *arguments, jitted=None, **static):
     compiled = program(each, *(states[name] for name in names), *given[:wanted], **static)
     text += compiled.as_text()
     updated.append(compiled.memory_analysis().alias_size_in_bytes)
-  return Training(metrics, before, states, text, tiny.rematerialisations(lines), updated)
+  return Training(metrics, before, states, text, models.rematerialisations(lines), updated)
 
 
 @functools.cache
 def sft(devices, name):
-  config, mesh = tiny.CONFIGS[name], tiny.mesh(devices)
+  config, mesh = models.CONFIGS[name], models.mesh(devices)
   with jax.set_mesh(mesh):
-    states = {'policy': setting.state('policy', mesh, config)}
-    static = {'config': config, 'settings': setting.FINE_TUNING, 'total_steps': setting.TOTAL}
-    return train(mesh, sft_step, states, setting.conversations(mesh), **static)
+    states = {'policy': training.state('policy', mesh, config)}
+    static = {'config': config, 'settings': training.FINE_TUNING, 'total_steps': training.TOTAL}
+    return train(mesh, sft_step, states, training.conversations(mesh), **static)
 
 
 @functools.cache
 def reward(devices):
-  mesh = tiny.mesh(devices)
+  mesh = models.mesh(devices)
   with jax.set_mesh(mesh):
-    states = {'reward': setting.state('reward', mesh)}
-    arguments = setting.network('reference', mesh), setting.pairs(mesh)
-    static = {'scorer': setting.SCORER, 'settings': setting.REWARD}
-    static |= {'total_steps': setting.TOTAL}
+    states = {'reward': training.state('reward', mesh)}
+    arguments = training.network('reference', mesh), training.pairs(mesh)
+    static = {'scorer': training.SCORER, 'settings': training.REWARD}
+    static |= {'total_steps': training.TOTAL}
     return train(mesh, reward_step, states, *arguments, **static)
 
 
@@ -100,7 +98,7 @@ class Scored(NamedTuple):
 
 def decode_program(params, mesh):
   """A chunk of decode steps for four slots."""
-  decoder = make_decoder(tiny.CONFIG, sampling(setting.ROLLOUT), tiny.STOP_IDS, mesh)
+  decoder = make_decoder(models.CONFIG, sampling(training.ROLLOUT), models.STOP_IDS, mesh)
   weights = decode.weights(params, decoder=decoder)
   return program(
     decode.advance, weights, decode.empty(4, 64, decoder=decoder), decoder=decoder
@@ -108,20 +106,20 @@ def decode_program(params, mesh):
 
 
 def captured(warnings, name, run):
-  with tiny.captured_stderr() as lines:
+  with models.captured_stderr() as lines:
     result = jax.block_until_ready(run())
-  warnings[name] = tiny.rematerialisations(lines)
+  warnings[name] = models.rematerialisations(lines)
   return result
 
 
 @functools.cache
 def scored(devices):
-  mesh, recipe, warnings = tiny.mesh(devices), setting.recipe(recompute_logprob=True), {}
+  mesh, recipe, warnings = models.mesh(devices), training.recipe(recompute_logprob=True), {}
   with jax.set_mesh(mesh):
-    params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+    params = {name: training.network(name, mesh) for name in training.SEEDS}
     functions = decode.advance, score_piece, make_experience
     compiled = [function._cache_size() for function in functions]
-    rollout = captured(warnings, 'generate', lambda: setting.sample(params['policy'], mesh))
+    rollout = captured(warnings, 'generate', lambda: training.sample(params['policy'], mesh))
     found = captured(warnings, 'score', lambda: score(params, rollout, recipe=recipe))
     experience, metrics = captured(
       warnings,
@@ -146,12 +144,12 @@ def scored(devices):
 
 @functools.cache
 def ppo(devices):
-  mesh = tiny.mesh(devices)
+  mesh = models.mesh(devices)
   experience = scored(devices).experience
   rows = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [6, 0, 5, 3]])
   with jax.set_mesh(mesh):
-    states = {name: setting.state(name, mesh) for name in ('policy', 'critic')}
-    static = {'recipe': setting.recipe(), 'total_steps': setting.TOTAL}
+    states = {name: training.state(name, mesh) for name in ('policy', 'critic')}
+    static = {'recipe': training.recipe(), 'total_steps': training.TOTAL}
     given = experience, lambda step: rows[step], KL_COEF
     jitted = {policy_step: ('policy',), critic_step: ('critic',)}
     return train(mesh, ppo_step, states, *given, jitted=jitted, **static)
@@ -181,7 +179,7 @@ def test_same_updates(name):
   """Of every tensor, over three steps: within 1e-4 of the update's norm."""
   one, eight = TRAININGS[name](1), TRAININGS[name](8)
   for network, start in one.before.items():
-    new = {n: setting.copied(run.states[network].params) for n, run in ((1, one), (8, eight))}
+    new = {n: training.copied(run.states[network].params) for n, run in ((1, one), (8, eight))}
     moved = {n: jax.tree.map(np.subtract, new[n], start) for n in new}
     for path, expected in jax.tree_util.tree_leaves_with_path(moved[1]):
       got = functools.reduce(lambda tree, key: tree[key.key], path, moved[8])
@@ -277,13 +275,13 @@ def test_states_are_updated_where_they_are(name):
 
 def test_residuals_are_split_over_the_tensor_axis():
   """What each layer leaves for the backward pass: [L, B/4, S/2, D] on a (2, 2, 2) mesh."""
-  layers, width = tiny.CONFIG.num_hidden_layers, tiny.CONFIG.hidden_size
+  layers, width = models.CONFIG.num_hidden_layers, models.CONFIG.hidden_size
   kept = {
     shape
     for shape in re.findall(r'f32\[([\d,]+)\]', sft(8, name='untied').program)
     if shape.startswith(f'{layers},2,') and shape.endswith(f',{width}')
   }
-  assert kept == {f'{layers},2,{tiny.LENGTH // 2},{width}'}
+  assert kept == {f'{layers},2,{models.LENGTH // 2},{width}'}
 
 
 # As one device sees them: 2 rows of the 8, half of the vocabulary of 80, width 32.
@@ -300,5 +298,5 @@ def test_no_gather_of_logits(name):
 def test_decode_loop_gathers_no_weights():
   found = gathers(scored(8).programs['generate'])
   assert found  # activations of one token of a few rows
-  smallest = tiny.CONFIG.hidden_size * tiny.CONFIG.num_key_value_heads * tiny.CONFIG.head_dim
+  smallest = models.CONFIG.hidden_size * models.CONFIG.num_key_value_heads * models.CONFIG.head_dim
   assert max(map(math.prod, found)) < smallest // 2  # of the weights in a layer

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from model import tiny
+from fixtures import models, training
+from fixtures.compiles import compiled
+from fixtures.responses import LENGTH, make_batch
 from numpy.testing import assert_allclose
-from rl.ragged import LENGTH, make_batch
 
+from segjax.config.settings import PPO, Shaping
 from segjax.model import sharding
-from segjax.settings import PPO, Shaping
 from segjax.train import experience
 from segjax.train.experience import (
   Scores,
@@ -23,58 +24,55 @@ from segjax.train.experience import (
 )
 from segjax.types import Normalizer, Rollout
 
-from . import setting
-from .compiles import compiled
-
 NORMALIZER = (0.2, -0.1, 0.3, 0.8)  # w_mean, w_std, b_mean, b_std
 
 
 @pytest.fixture(scope='module')
 def params():
-  mesh = tiny.mesh(1)
-  return {name: setting.network(name, mesh) for name in setting.SEEDS}
+  mesh = models.mesh(1)
+  return {name: training.network(name, mesh) for name in training.SEEDS}
 
 
 @pytest.fixture(scope='module')
 def rollout(params):
-  return setting.sample(params['policy'])
+  return training.sample(params['policy'])
 
 
 def test_join_and_window_equal_a_loop(rollout):
   ids = np.asarray(jax.jit(join)(rollout))
-  host = setting.copied(rollout)
-  assert ids.shape == (tiny.BATCH, setting.PROMPT + setting.RESPONSE)
-  for row, length in enumerate(setting.LENGTHS):
+  host = training.copied(rollout)
+  assert ids.shape == (models.BATCH, training.PROMPT + training.RESPONSE)
+  for row, length in enumerate(training.LENGTHS):
     expected = [*host.prompt_ids[row, :length], *host.response_ids[row]]
     assert ids[row, : len(expected)].tolist() == expected
   x = np.random.default_rng(0).normal(size=ids.shape).astype(np.float32)
-  window = response_window(jnp.asarray(x), rollout.prompt_length, setting.RESPONSE)
-  for row, length in enumerate(setting.LENGTHS):
-    np.testing.assert_array_equal(window[row], x[row, length : length + setting.RESPONSE])
+  window = response_window(jnp.asarray(x), rollout.prompt_length, training.RESPONSE)
+  for row, length in enumerate(training.LENGTHS):
+    np.testing.assert_array_equal(window[row], x[row, length : length + training.RESPONSE])
 
 
 def test_scores_are_read_where_they_should(params, rollout):
-  found = score(params, rollout, recipe=setting.recipe())
+  found = score(params, rollout, recipe=training.recipe())
   ids = jax.jit(join)(rollout)
-  logprob, entropy = tiny.token_logprobs(params['reference'], ids, tiny.CONFIG)
+  logprob, entropy = models.token_logprobs(params['reference'], ids, models.CONFIG)
   expected = {
     'ref_logprob': logprob,
     'entropy': entropy,
-    'score': tiny.scores(params['reward'], ids, tiny.CONFIG),
-    'value': tiny.values(params['critic'], ids, tiny.CONFIG),
+    'score': models.scores(params['reward'], ids, models.CONFIG),
+    'value': models.values(params['critic'], ids, models.CONFIG),
   }
   for name, whole in expected.items():
-    for row, length in enumerate(setting.LENGTHS):
+    for row, length in enumerate(training.LENGTHS):
       got = getattr(found, name)[row]
-      assert_allclose(got, whole[row, length : length + setting.RESPONSE], atol=3e-5, err_msg=name)
+      assert_allclose(got, whole[row, length : length + training.RESPONSE], atol=3e-5, err_msg=name)
   np.testing.assert_array_equal(found.old_logprob, rollout.old_logprob)
 
 
 def test_pieces_equal_the_whole(params, rollout, caplog):
   with compiled(caplog) as names:
-    pieces = score(params, rollout, recipe=setting.recipe())
+    pieces = score(params, rollout, recipe=training.recipe())
   assert names.count('score_piece') <= 1
-  whole = setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, score_batch=0))
+  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, score_batch=0))
   expected = score(params, rollout, recipe=whole)
   for name in Scores._fields:
     # float32, matrix products of another height.
@@ -82,25 +80,25 @@ def test_pieces_equal_the_whole(params, rollout, caplog):
 
 
 def test_frozen_models_may_wait_on_the_host(params, rollout):
-  expected = score(params, rollout, recipe=setting.recipe())
+  expected = score(params, rollout, recipe=training.recipe())
   waiting = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(waiting)}
   assert kinds == {'pinned_host'}
-  found = score(params | waiting, rollout, recipe=setting.recipe())
+  found = score(params | waiting, rollout, recipe=training.recipe())
   jax.tree.map(np.testing.assert_array_equal, found, expected)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == kinds  # they still do
 
 
 def test_evaluation_has_no_critic(params, rollout):
   found = score(
-    {name: params[name] for name in ('reference', 'reward')}, rollout, recipe=setting.recipe()
+    {name: params[name] for name in ('reference', 'reward')}, rollout, recipe=training.recipe()
   )
   assert not np.any(found.value)
 
 
 def test_take_rows(rollout):
   rows = np.array([5, 0, 5, 3])
-  taken, expected = setting.copied(take_rows(rollout, rows)), setting.copied(rollout)
+  taken, expected = training.copied(take_rows(rollout, rows)), training.copied(rollout)
   np.testing.assert_array_equal(taken.response_ids, expected.response_ids[rows])
   np.testing.assert_array_equal(taken.prompt_length, expected.prompt_length[rows])
 
@@ -149,8 +147,8 @@ def test_experience_equals_oracle(granularity, spread):
     finished=jnp.asarray(batch.finished),
     old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `scored` says counts
   )
-  recipe = setting.recipe(
-    spread=spread, cutter=setting.cutter(granularity, 2.0), shaping=Shaping(reward_clip=4.0)
+  recipe = training.recipe(
+    spread=spread, cutter=training.cutter(granularity, 2.0), shaping=Shaping(reward_clip=4.0)
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
   experience, metrics = jax.device_get(
@@ -192,10 +190,10 @@ def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
     return real(params, ids, *rest, **static)
 
   monkeypatch.setattr(experience, 'score_piece', seen)
-  narrow = score(params, rollout, recipe=setting.recipe())
+  narrow = score(params, rollout, recipe=training.recipe())
   monkeypatch.undo()
-  assert widths[0] < widths[1] <= setting.PROMPT + setting.RESPONSE
-  whole = setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, score_batch=0))
+  assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE
+  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, score_batch=0))
   expected = score(params, rollout, recipe=whole)
   mask = np.asarray(rollout.response_mask)
   for name in ('ref_logprob', 'entropy', 'score', 'value'):

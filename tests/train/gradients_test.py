@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from jax.flatten_util import ravel_pytree
-from model import tiny
 
 from segjax.model import heads
 from segjax.rl.losses import policy_loss, value_loss
 
-CONFIG = dataclasses.replace(tiny.CONFIG, dtype='float64')
+CONFIG = dataclasses.replace(models.CONFIG, dtype='float64')
 ROWS, PROMPT, RESPONSE = 3, 3, 5
 STEP = 1e-5  # of the differences: their error is about its square
 
@@ -32,13 +32,13 @@ VALUE = {
 def tokens_and_mask():
   """Ragged responses, one of them empty."""
   length = np.array([RESPONSE, 0, RESPONSE - 2])
-  ids = tiny.ids(seed=41, shape=(ROWS, PROMPT + RESPONSE))
+  ids = models.ids(seed=41, shape=(ROWS, PROMPT + RESPONSE))
   return jnp.asarray(ids), jnp.asarray(np.arange(RESPONSE) < length[:, None])
 
 
 def network(head):
   """Parameters in float64, and a few random directions to move them in."""
-  params = tiny.params(CONFIG, head)
+  params = models.params(CONFIG, head)
   params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
   flat, restore = ravel_pytree(params)
   directions = np.random.default_rng(42).normal(size=(4, flat.size))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from segjax.config.settings import Optimizer
 from segjax.model import sharding
-from segjax.settings import Optimizer
 from segjax.train.optimizer import apply_update, init_state, stochastic_round, warmup_steps
 
 SETTINGS = Optimizer(

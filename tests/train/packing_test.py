@@ -7,19 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model import tiny
+from fixtures import models, training
+from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.data.packing import plan_packing
-from segjax.model import heads, packing, sharding
+from segjax.data.packing_plan import plan_packing
+from segjax.model import heads, packed, sharding
 from segjax.train.experience import make_experience, score, sequence_lengths
 from segjax.train.ppo_step import critic_step, policy_step
 from segjax.train.reward_step import reward_step
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
-
-from . import setting
-from .compiles import compiled
 
 WIDTH = 32  # of a packed row: the longest sequences have 24 tokens
 NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
@@ -28,15 +26,15 @@ NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
 @pytest.mark.parametrize('function', [heads.token_logprobs, heads.scores, heads.values])
 def test_what_is_read_off_the_network(function):
   head = 'language' if function is heads.token_logprobs else 'scalar'
-  params, ids = tiny.params(tiny.CONFIG, head), jnp.asarray(tiny.ids())
+  params, ids = models.params(models.CONFIG, head), jnp.asarray(models.ids())
   length = np.array([24, 1, 5, 8, 13, 20, 17, 0])
   plan = plan_packing(length, 8, WIDTH)
   places = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
   assert plan.count == 1
-  read = jax.jit(functools.partial(packing.read, function, config=tiny.CONFIG))
-  packed = read(params, ids=ids[places.sequence], places=places)
+  read = jax.jit(functools.partial(packed.read, function, config=models.CONFIG))
+  result = read(params, ids=ids[places.sequence], places=places)
   for got, expected in zip(
-    jax.tree.leaves(packed), jax.tree.leaves(read(params, ids=ids)), strict=True
+    jax.tree.leaves(result), jax.tree.leaves(read(params, ids=ids)), strict=True
   ):
     for index, sequence in enumerate(places.sequence):
       n = length[sequence]
@@ -45,11 +43,11 @@ def test_what_is_read_off_the_network(function):
 
 @functools.cache
 def experience():
-  mesh = tiny.mesh(1)
+  mesh = models.mesh(1)
   with jax.set_mesh(mesh):
-    recipe = setting.recipe()
-    params = {name: setting.network(name, mesh) for name in setting.SEEDS}
-    rollout = setting.sample(params['policy'], mesh)
+    recipe = training.recipe()
+    params = {name: training.network(name, mesh) for name in training.SEEDS}
+    rollout = training.sample(params['policy'], mesh)
     scored = score(params, rollout, recipe=recipe)
     made, _ = make_experience(rollout, scored, NORMALIZER, np.float32(0.1), recipe=recipe)
   return made
@@ -57,52 +55,52 @@ def experience():
 
 def run(step, name, packed, mean='sequence', devices=1):
   """(Parameters after an update, metrics), with or without packing."""
-  mesh = tiny.mesh(devices)
+  mesh = models.mesh(devices)
   rows = 8 if devices == 8 else 2
   plan = functools.partial(plan_packing, rows=rows, width=WIDTH)
   with jax.set_mesh(mesh):
     if name == 'sft':
-      batch = setting.conversations(mesh)
+      batch = training.conversations(mesh)
       length = np.array([24, 9, 20, 3, 14, 24, 7, 11])
-      mask = np.asarray(batch.mask) & (np.arange(tiny.LENGTH) < length[:, None])
+      mask = np.asarray(batch.mask) & (np.arange(models.LENGTH) < length[:, None])
       batch = batch._replace(mask=sharding.place_batch(mask, mesh))
-      settings = dataclasses.replace(setting.FINE_TUNING, micro_batch=rows if packed else 0)
+      settings = dataclasses.replace(training.FINE_TUNING, micro_batch=rows if packed else 0)
       state, metrics = sft_step(
-        *(setting.state('policy', mesh), batch, plan(length) if packed else None),
-        config=tiny.CONFIG,
+        *(training.state('policy', mesh), batch, plan(length) if packed else None),
+        config=models.CONFIG,
         settings=settings,
-        total_steps=setting.TOTAL,
+        total_steps=training.TOTAL,
       )
     elif name == 'reward':
-      pairs = setting.pairs(mesh)
+      pairs = training.pairs(mesh)
       ends = [
-        tiny.LENGTH - np.argmax(np.asarray(side.response_mask)[:, ::-1], axis=1)
+        models.LENGTH - np.argmax(np.asarray(side.response_mask)[:, ::-1], axis=1)
         for side in (pairs.chosen, pairs.rejected)
       ]
       has = [np.asarray(side.response_mask).any(axis=1) for side in (pairs.chosen, pairs.rejected)]
       length = np.where(np.stack(has, 1), np.stack(ends, 1), 1).reshape(-1)
-      settings = dataclasses.replace(setting.REWARD, micro_batch=rows if packed else 0)
+      settings = dataclasses.replace(training.REWARD, micro_batch=rows if packed else 0)
       state, metrics = reward_step(
-        *(setting.state('reward', mesh), setting.network('reference', mesh), pairs),
+        *(training.state('reward', mesh), training.network('reference', mesh), pairs),
         plan(length, group=2) if packed else None,
-        scorer=setting.SCORER,
+        scorer=training.SCORER,
         settings=settings,
-        total_steps=setting.TOTAL,
+        total_steps=training.TOTAL,
       )
     else:
       made = sharding.place_batch(jax.device_get(experience()), mesh)
       order = np.array([6, 0, 5, 3, 1, 2, 4, 7])
       ppo = dataclasses.replace(
-        setting.PPO_SETTINGS, loss_mean=mean, micro_batch=rows if packed else 0
+        training.PPO_SETTINGS, loss_mean=mean, micro_batch=rows if packed else 0
       )
       lengths = sequence_lengths(made.rollout)[order]
       more = (np.float32(0.1),) if name == 'policy' else ()
       state, metrics = step(
-        *(setting.state(name, mesh), made, order, *more, plan(lengths) if packed else None),
-        recipe=setting.recipe(ppo=ppo),
-        total_steps=setting.TOTAL,
+        *(training.state(name, mesh), made, order, *more, plan(lengths) if packed else None),
+        recipe=training.recipe(ppo=ppo),
+        total_steps=training.TOTAL,
       )
-  return setting.copied(state.params), jax.device_get(metrics)
+  return training.copied(state.params), jax.device_get(metrics)
 
 
 CASES = [
@@ -125,7 +123,7 @@ def test_packed_step_equals_padded(step, name, mean):
     for key, value in expected_metrics.items():
       assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-5, err_msg=key)  # float32
     difference = jax.tree.map(np.subtract, found, expected)
-    before = setting.copied(setting.state('policy' if name == 'sft' else name).params)
+    before = training.copied(training.state('policy' if name == 'sft' else name).params)
     moved = jax.tree.map(np.subtract, expected, before)
     norms = [
       np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree))) for tree in (difference, moved)
@@ -137,14 +135,14 @@ def test_raggedness_compiles_nothing(caplog):
   run(critic_step, 'critic', True)
   made = experience()
   static = {
-    'recipe': setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, micro_batch=2)),
-    'total_steps': setting.TOTAL,
+    'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch=2)),
+    'total_steps': training.TOTAL,
   }
   lengths, counts = sequence_lengths(made.rollout), []
-  with jax.set_mesh(tiny.mesh(1)), compiled(caplog) as names:
+  with jax.set_mesh(models.mesh(1)), compiled(caplog) as names:
     for rows in (np.full(8, int(lengths.argmin())), np.full(8, int(lengths.argmax()))):
       plan = plan_packing(lengths[rows], 2, WIDTH)
       counts.append(int(plan.count))
-      critic_step(setting.state('critic'), made, rows, plan, **static)
+      critic_step(training.state('critic'), made, rows, plan, **static)
   assert counts[0] < counts[1]
   assert names.count('critic_step') <= 1

@@ -5,29 +5,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model import tiny
+from fixtures import models, training
+from fixtures.compiles import compiled
 
+from segjax.config.settings import Compat
 from segjax.rl.losses import num_terms
-from segjax.settings import Compat
 from segjax.train.compat import as_published
 from segjax.train.experience import make_experience, score, take_rows
 from segjax.train.ppo_step import policy_objective, ppo_step
 from segjax.types import Normalizer
 
-from . import setting
-from .compiles import compiled
-
 ROWS = np.array([[6, 0, 5, 3], [7, 1, 2, 4], [0, 1, 2, 3]])
-RECIPE = setting.recipe()
+RECIPE = training.recipe()
 KL_COEF = np.float32(0.1)
 
 
 @functools.cache
 def scored(recompute_logprob):
   """A recipe, the experience of a rollout under it, and its metrics."""
-  mesh, recipe = tiny.mesh(1), setting.recipe(recompute_logprob=recompute_logprob)
-  params = {name: setting.network(name, mesh) for name in setting.SEEDS}
-  rollout = setting.sample(params['policy'])
+  mesh, recipe = models.mesh(1), training.recipe(recompute_logprob=recompute_logprob)
+  params = {name: training.network(name, mesh) for name in training.SEEDS}
+  rollout = training.sample(params['policy'])
   found, metrics = make_experience(
     rollout,
     score(params, rollout, recipe=recipe),
@@ -51,13 +49,13 @@ def decoded():
 
 def step(states, experience, rows, recipe=RECIPE, **values):
   *states, metrics = ppo_step(
-    *states, experience, rows, KL_COEF, recipe=recipe, total_steps=setting.TOTAL, **values
+    *states, experience, rows, KL_COEF, recipe=recipe, total_steps=training.TOTAL, **values
   )
   return states, jax.device_get(metrics)
 
 
 def fresh():
-  return [setting.state('policy'), setting.state('critic')]
+  return [training.state('policy'), training.state('critic')]
 
 
 def test_first_minibatch_is_on_policy(experience):
@@ -102,7 +100,7 @@ def test_minibatch_is_its_rows(experience):
   rows = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ROWS[0]]), found)
   count = num_terms(rows.rollout.response_mask)
   objective = jax.jit(policy_objective, static_argnames='recipe')
-  loss, _ = objective(tiny.params(tiny.CONFIG), rows, count, KL_COEF, recipe=recipe)
+  loss, _ = objective(models.params(models.CONFIG), rows, count, KL_COEF, recipe=recipe)
   assert metrics['policy/loss'] == pytest.approx(float(loss), abs=1e-5)  # float32, near 0
 
 
@@ -111,11 +109,11 @@ def test_bad_critic_does_not_stop_the_policy(experience):
   states = fresh()
   head = states[1].params['scalar_head']
   head['kernel'] = head['kernel'].at[0].set(np.nan)
-  before = setting.copied(states[1])
+  before = training.copied(states[1])
   states, metrics = step(states, found, ROWS[0])
   assert metrics['bad'] == 1
   assert [int(state.step) for state in states] == [1, 0]
-  jax.tree.map(np.testing.assert_array_equal, setting.copied(states[1]), before)
+  jax.tree.map(np.testing.assert_array_equal, training.copied(states[1]), before)
 
 
 def test_states_are_donated(experience):
@@ -128,7 +126,7 @@ def test_states_are_donated(experience):
 
 
 def variant(**values):
-  return setting.recipe(ppo=dataclasses.replace(setting.PPO_SETTINGS, **values))
+  return training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, **values))
 
 
 def test_micro_batches_add_up_to_the_minibatch(decoded):
@@ -169,19 +167,21 @@ def test_critic_learns_alone_in_the_warm_up(decoded):
   states, metrics = step(fresh(), found, ROWS[0], policy_from=None)
   assert [int(state.step) for state in states] == [0, 1]
   assert not any(key.startswith('policy/') for key in metrics)
-  jax.tree.map(np.testing.assert_array_equal, setting.copied(states[0]), setting.copied(fresh()[0]))
+  jax.tree.map(
+    np.testing.assert_array_equal, training.copied(states[0]), training.copied(fresh()[0])
+  )
 
 
 def test_attention_mask_is_that_of_the_rollout():
   """Both log-probs see the same tokens, so the ratio stays 1 under the published mask."""
   recipe, found, _ = scored(True)
-  mesh = tiny.mesh(1)
-  params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+  mesh = models.mesh(1)
+  params = {name: training.network(name, mesh) for name in training.SEEDS}
   # The shortest response first, whose length the others are then seen by.
   shortest_first = np.argsort(np.asarray(found.rollout.response_mask).sum(axis=1))
   found = take_rows(found, shortest_first)
   published = Compat(row0_mask=True, force_eos=True, micro_batch=8)
-  rollout = as_published(found.rollout, tiny.STOP_IDS[0], published)
+  rollout = as_published(found.rollout, models.STOP_IDS[0], published)
   longer = np.asarray(rollout.response_mask & ~rollout.attended)
   assert longer.any()
   seen = score(params, rollout, recipe=recipe)
@@ -197,8 +197,8 @@ def test_attention_mask_is_that_of_the_rollout():
 def test_macro_actions_train_the_critic_where_they_begin(decoded):
   recipe, found, _ = decoded
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_over='segment'))
-  mesh = tiny.mesh(1)
-  params = {name: setting.network(name, mesh) for name in setting.SEEDS}
+  mesh = models.mesh(1)
+  params = {name: training.network(name, mesh) for name in training.SEEDS}
   macro, _ = make_experience(
     found.rollout,
     score(params, found.rollout, recipe=recipe),
@@ -206,7 +206,7 @@ def test_macro_actions_train_the_critic_where_they_begin(decoded):
     KL_COEF,
     recipe=recipe,
   )
-  macro = setting.copied(macro)
+  macro = training.copied(macro)
   starts, mask = macro.value_mask, macro.rollout.response_mask
   assert starts.sum() < mask.sum()
   assert np.array_equal(starts & (macro.segments.segment_id >= 0), macro.segments.start)

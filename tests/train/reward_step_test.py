@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from model import tiny
+from fixtures import models, training
+from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
 from segjax.train.reward_step import (
@@ -16,19 +17,16 @@ from segjax.train.reward_step import (
   segment_statistics,
 )
 
-from . import setting
-from .compiles import compiled
-
 
 @pytest.fixture(scope='module')
 def networks():
-  mesh = tiny.mesh(1)
-  return {name: setting.network(name, mesh) for name in ('reward', 'reference')}
+  mesh = models.mesh(1)
+  return {name: training.network(name, mesh) for name in ('reward', 'reference')}
 
 
 def ends_of(sequences, reference, granularity):
   """The last tokens of each row's segments, by the oracle."""
-  _, entropy = tiny.token_logprobs(reference, sequences.ids, tiny.CONFIG)
+  _, entropy = models.token_logprobs(reference, sequences.ids, models.CONFIG)
   after = np.pad(np.asarray(entropy)[:, 1:], ((0, 0), (0, 1)), constant_values=99.0)
   rows = zip(
     after.tolist(),
@@ -36,14 +34,14 @@ def ends_of(sequences, reference, granularity):
     np.asarray(sequences.finished).tolist(),
     strict=True,
   )
-  return [oracle.segment_ends(*row, granularity, setting.THRESHOLD) for row in rows]
+  return [oracle.segment_ends(*row, granularity, training.THRESHOLD) for row in rows]
 
 
 def expected_scores(networks, granularity):
   """Mean score at the segments' ends, [B, 2]."""
-  pairs, columns = setting.pairs(), []
+  pairs, columns = training.pairs(), []
   for sequences in (pairs.chosen, pairs.rejected):
-    score = np.asarray(tiny.scores(networks['reward'], sequences.ids, tiny.CONFIG))
+    score = np.asarray(models.scores(networks['reward'], sequences.ids, models.CONFIG))
     ends = ends_of(sequences, networks['reference'], granularity)
     columns.append([row[e].mean() if e else 0.0 for row, e in zip(score, ends, strict=True)])
   return np.array(columns).T
@@ -51,19 +49,22 @@ def expected_scores(networks, granularity):
 
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
 def test_scores_equal_oracle(networks, granularity):
-  scorer = dataclasses.replace(setting.SCORER, cutter=setting.cutter(granularity))
+  scorer = dataclasses.replace(training.SCORER, cutter=training.cutter(granularity))
   # Token and bandit granularity must do without the reference.
   reference = networks['reference'] if granularity == 'segment' else None
-  got = evaluate_pairs(networks['reward'], reference, setting.pairs(), scorer=scorer)
+  got = evaluate_pairs(networks['reward'], reference, training.pairs(), scorer=scorer)
   assert_allclose(got, expected_scores(networks, granularity), atol=1e-5)  # float32
 
 
 def test_longer_padding_changes_nothing(networks):
   short, long = (
     evaluate_pairs(
-      networks['reward'], networks['reference'], setting.pairs(length=length), scorer=setting.SCORER
+      networks['reward'],
+      networks['reference'],
+      training.pairs(length=length),
+      scorer=training.SCORER,
     )
-    for length in (16, tiny.LENGTH)
+    for length in (16, models.LENGTH)
   )
   assert_allclose(short, long, atol=1e-5)  # float32
 
@@ -71,12 +72,12 @@ def test_longer_padding_changes_nothing(networks):
 def test_statistics_are_of_both_sides(networks):
   position, score, end, _ = jax.device_get(
     segment_statistics(
-      networks['reward'], networks['reference'], setting.pairs(), scorer=setting.SCORER
+      networks['reward'], networks['reference'], training.pairs(), scorer=training.SCORER
     )
   )
-  pairs = setting.pairs()
+  pairs = training.pairs()
   for side, sequences in enumerate((pairs.chosen, pairs.rejected)):
-    expected = np.asarray(tiny.scores(networks['reward'], sequences.ids, tiny.CONFIG))
+    expected = np.asarray(models.scores(networks['reward'], sequences.ids, models.CONFIG))
     for row, ends in enumerate(ends_of(sequences, networks['reference'], 'segment')):
       at = 2 * row + side  # chosen and rejected in turn
       assert np.flatnonzero(end[at]).tolist() == ends
@@ -88,10 +89,10 @@ def test_statistics_are_of_both_sides(networks):
 def test_no_gradient_reaches_the_reference(networks):
   """Its entropies cut the text, and nothing more."""
 
-  pairs = setting.pairs()
+  pairs = training.pairs()
 
   def loss(reference):
-    score, _ = pair_scores(networks['reward'], reference, pairs, setting.SCORER)
+    score, _ = pair_scores(networks['reward'], reference, pairs, training.SCORER)
     return jnp.sum(score**2)
 
   grads = jax.jit(jax.grad(loss))(networks['reference'])
@@ -99,17 +100,17 @@ def test_no_gradient_reaches_the_reference(networks):
 
 
 def test_learns_one_batch(networks, caplog):
-  state, found = setting.state('reward'), []
-  pairs = setting.pairs()
+  state, found = training.state('reward'), []
+  pairs = training.pairs()
   with compiled(caplog) as names:
     for _ in range(12):
       state, metrics = reward_step(
         state,
         networks['reference'],
         pairs,
-        scorer=setting.SCORER,
-        settings=setting.REWARD,
-        total_steps=setting.TOTAL,
+        scorer=training.SCORER,
+        settings=training.REWARD,
+        total_steps=training.TOTAL,
       )
       found.append(jax.device_get(metrics))
   assert names.count('reward_step') <= 1
@@ -124,5 +125,5 @@ def test_learns_one_batch(networks, caplog):
   assert int(state.step) == 12
   # The reference was neither donated nor changed.
   jax.tree.map(
-    np.testing.assert_array_equal, networks['reference'], tiny.params(tiny.CONFIG, seed=0)
+    np.testing.assert_array_equal, networks['reference'], models.params(models.CONFIG, seed=0)
   )

@@ -2,21 +2,19 @@ import dataclasses
 
 import numpy as np
 import pytest
-from model import tiny
+from fixtures import models, training
 
-from segjax.settings import Rollout as RolloutSettings
+from segjax.config.settings import Rollout as RolloutSettings
 from segjax.train.rollout import sampling
-
-from . import setting
 
 
 def test_rows_are_prompts_with_their_samples_next_to_each_other():
-  params = setting.network('policy', tiny.mesh(1))
-  prompts = tiny.ids(seed=31, shape=(tiny.BATCH, setting.PROMPT))
-  found = setting.sample(params)
+  params = training.network('policy', models.mesh(1))
+  prompts = models.ids(seed=31, shape=(models.BATCH, training.PROMPT))
+  found = training.sample(params)
   np.testing.assert_array_equal(found.prompt_ids, prompts)
-  np.testing.assert_array_equal(found.prompt_length, setting.LENGTHS)
-  twice = setting.sample(params, samples=2)
+  np.testing.assert_array_equal(found.prompt_length, training.LENGTHS)
+  twice = training.sample(params, samples=2)
   np.testing.assert_array_equal(twice.prompt_ids, np.repeat(prompts, 2, axis=0))
   # The first sample of each prompt is the one that it had alone; the second is another.
   for name in ('response_ids', 'response_mask', 'finished'):
@@ -25,21 +23,21 @@ def test_rows_are_prompts_with_their_samples_next_to_each_other():
 
 
 def test_a_spoilt_policy_is_an_error():
-  params = setting.network('policy', tiny.mesh(1))
+  params = training.network('policy', models.mesh(1))
   params['backbone']['norm']['scale'] = params['backbone']['norm']['scale'].at[0].set(np.nan)
   with pytest.raises(ValueError, match='the weights of the policy are spoilt'):
-    setting.sample(params)
+    training.sample(params)
 
 
 def test_a_broken_row_is_named_and_the_others_go_on():
   """Token 5 has a spoilt embedding: prompts with it end at once, the others are as they were."""
-  params = setting.network('policy', tiny.mesh(1))
-  whole = setting.sample(params)
-  spoilt = setting.network('policy', tiny.mesh(1))
+  params = training.network('policy', models.mesh(1))
+  whole = training.sample(params)
+  spoilt = training.network('policy', models.mesh(1))
   spoilt['backbone']['embedding'] = spoilt['backbone']['embedding'].at[5].set(np.nan)
   heard = []
-  found = setting.sample(spoilt, say=heard.append)
-  prompts = tiny.ids(seed=31, shape=(tiny.BATCH, setting.PROMPT))
+  found = training.sample(spoilt, say=heard.append)
+  prompts = models.ids(seed=31, shape=(models.BATCH, training.PROMPT))
   said_five = (np.asarray(whole.response_ids) == 5) & np.asarray(whole.response_mask)
   is_spoilt = (prompts == 5).any(axis=1)  # padding included, which is the row's own
   is_clean = ~is_spoilt & ~said_five[:, :-1].any(axis=1)
@@ -60,6 +58,6 @@ def test_sampling_reads_the_settings():
 
 
 def test_any_number_of_slots_will_do():
-  params = setting.network('policy', tiny.mesh(1))
-  odd = setting.sample(params, settings=dataclasses.replace(setting.ROLLOUT, slots=3))
-  np.testing.assert_array_equal(odd.response_ids, setting.sample(params).response_ids)
+  params = training.network('policy', models.mesh(1))
+  odd = training.sample(params, settings=dataclasses.replace(training.ROLLOUT, slots=3))
+  np.testing.assert_array_equal(odd.response_ids, training.sample(params).response_ids)

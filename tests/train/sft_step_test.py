@@ -2,24 +2,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model import tiny
+from fixtures import models, training
+from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
 from segjax.data.batches import TokenBatch
 from segjax.train.sft_step import sft_step
 
-from . import setting
-from .compiles import compiled
 
-
-def step(state, ids, mask, settings=setting.FINE_TUNING):
+def step(state, ids, mask, settings=training.FINE_TUNING):
   batch = TokenBatch(ids, mask)
-  return sft_step(state, batch, config=tiny.CONFIG, settings=settings, total_steps=setting.TOTAL)
+  return sft_step(state, batch, config=models.CONFIG, settings=settings, total_steps=training.TOTAL)
 
 
 def test_learns_one_batch(caplog):
-  state, losses = setting.state('policy'), []
-  ids, mask = setting.conversations()
+  state, losses = training.state('policy'), []
+  ids, mask = training.conversations()
   with compiled(caplog) as names:
     for _ in range(12):
       state, metrics = step(state, ids, mask)
@@ -32,39 +30,39 @@ def test_learns_one_batch(caplog):
 
 
 def test_loss_is_of_the_masked_tokens():
-  ids, mask = setting.conversations()
-  logprob, entropy = tiny.token_logprobs(tiny.params(tiny.CONFIG), ids, tiny.CONFIG)
+  ids, mask = training.conversations()
+  logprob, entropy = models.token_logprobs(models.params(models.CONFIG), ids, models.CONFIG)
   real = np.asarray(mask).copy()
   real[:, 0] = False  # nothing predicts the first token
   assert np.asarray(mask)[:, 0].any()
-  _, metrics = step(setting.state('policy'), ids, mask)
+  _, metrics = step(training.state('policy'), ids, mask)
   total = -np.sum(np.asarray(logprob)[real])
   assert_allclose(metrics['loss'], total / np.sum(mask), rtol=1e-5)  # float32
   assert_allclose(metrics['entropy'], np.sum(np.asarray(entropy)[real]) / np.sum(mask), rtol=1e-5)
 
 
 def test_state_is_donated():
-  state = setting.state('policy')
+  state = training.state('policy')
   leaves = jax.tree.leaves(state)
-  step(state, *setting.conversations())
+  step(state, *training.conversations())
   assert all(leaf.is_deleted() for leaf in leaves)
 
 
 @pytest.mark.parametrize('spoil', [np.nan, np.inf], ids=['nan', 'inf'])
 def test_bad_batch_changes_nothing(spoil):
   """Token 5 has a spoilt embedding: the batch is left out; with the row mended it trains."""
-  ids, mask = setting.conversations()
+  ids, mask = training.conversations()
   assert (ids == 5).any()
-  state = setting.state('policy')
+  state = training.state('policy')
   whole = state.params['backbone']['embedding']
   sound = jnp.copy(whole[5])
   state.params['backbone']['embedding'] = whole.at[5].set(spoil)
-  before = setting.copied(state)
+  before = training.copied(state)
 
   state, metrics = step(state, ids, mask)
   assert int(metrics['bad']) == 1
   assert not np.isfinite(metrics['grad_norm']) or not np.isfinite(metrics['loss'])
-  jax.tree.map(np.testing.assert_array_equal, setting.copied(state), before)
+  jax.tree.map(np.testing.assert_array_equal, training.copied(state), before)
   assert int(state.step) == 0
 
   kept = state.params['backbone']['embedding']

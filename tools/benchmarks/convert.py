@@ -40,7 +40,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def run(size: str, repeats: int, directory: str | None) -> dict:
   """Prints the table; returns what the JSON line holds."""
-  from benchmarks import sharded
+  from benchmarks import load_sharded
 
   from segjax.report.console import say, table
 
@@ -58,7 +58,7 @@ def run(size: str, repeats: int, directory: str | None) -> dict:
       assert exact, 'the exported weights differ from the source'
       for name in ('stored', 'exported'):
         shutil.rmtree(Path(work) / name)
-    spread = sharded.measure(source)
+    spread = load_sharded.measure(source)
 
   copy = statistics.median(seconds['cp'])
   rows = [('cp and sync', f'{copy:.2f}', f'{num_bytes / 1e9 / copy:.2f}', '100', *[''] * 5)]
@@ -105,7 +105,7 @@ def run(size: str, repeats: int, directory: str | None) -> dict:
 
 def _write_source(directory: Path, size: str) -> int:
   """A checkpoint of random weights; returns how many bytes of them there are."""
-  from segjax.hf import layout, shards
+  from segjax.hf import shards, tensor_names
   from segjax.hf.config import config_from_hf, config_to_hf
 
   keys = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
@@ -113,7 +113,9 @@ def _write_source(directory: Path, size: str) -> int:
   raw |= {'model_type': 'llama', 'num_key_value_heads': 8, 'tie_word_embeddings': True}
   raw |= {'rope_theta': 5e5, 'max_position_embeddings': 131072}
   config = config_from_hf(raw)
-  planned = shards.plan([(e, 'BF16') for e in layout.entries(config, 'language')], SHARD_BYTES)
+  planned = shards.plan(
+    [(e, 'BF16') for e in tensor_names.entries(config, 'language')], SHARD_BYTES
+  )
   rng = np.random.default_rng(0)
   directory.mkdir(parents=True)
   with shards.ShardWriter(directory, planned) as files:
@@ -195,7 +197,8 @@ def _memory() -> tuple[int, int]:
 
 def _child(what: str, source: str, target: str) -> None:
   """Converts, and prints seconds, peaks, and what the threads were busy with."""
-  from segjax.hf import convert, output, shards, slices, stored
+  from segjax import storage
+  from segjax.hf import convert, orbax_stream, shards, tensor_slices
 
   busy = dict.fromkeys(('read', 'transpose', 'write'), 0.0)
   lock = threading.Lock()
@@ -215,14 +218,14 @@ def _child(what: str, source: str, target: str) -> None:
     return wrapper
 
   if what == 'import':
-    slices.transpose_into = timed('transpose', slices.transpose_into, within='read')
-    slices.Slices.read = timed('read', slices.Slices.read, within='write')
-    stored._write = timed('write', stored._write)
+    tensor_slices.transpose_into = timed('transpose', tensor_slices.transpose_into, within='read')
+    tensor_slices.Slices.read = timed('read', tensor_slices.Slices.read, within='write')
+    orbax_stream._write = timed('write', orbax_stream._write)
   else:
-    stored._take = timed('read', stored._take)
+    orbax_stream._take = timed('read', orbax_stream._take)
     convert.transpose_into = timed('transpose', convert.transpose_into)
     shards.ShardWriter.write = timed('write', shards.ShardWriter.write)
-  output._sync = timed('write', output._sync)
+  storage._sync = timed('write', storage._sync)
 
   _settle(Path(source))
   watch = _Memory()

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.decoders import SIZES, Ours, Peer, Task, cores, make_config, make_task, timed
+from benchmarks.decode_backends import SIZES, Ours, Peer, Task, cores, make_config, make_task, timed
 
 from segjax.hf.writer import save_checkpoint
 from segjax.model.llama import LlamaConfig, num_parameters

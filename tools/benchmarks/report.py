@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import browser
 
 from segjax.report.console import table
-from segjax.report.page import FILE, Page
+from segjax.report.html_report import FILE, Page
 
 _METRICS = (
   *('objective/reward', 'objective/rlhf_reward', 'objective/kl', 'objective/scores'),

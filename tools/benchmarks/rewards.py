@@ -10,11 +10,11 @@ import time
 import jax
 import numpy as np
 
-from segjax import oracle
 from segjax.report.console import table
+from segjax.rl import oracle
+from segjax.rl.advantages import gae
 from segjax.rl.kl import k1
 from segjax.rl.normalizer import PUBLISHED, normalize
-from segjax.rl.returns import gae
 from segjax.rl.rewards import dense_reward, shaped_reward
 from segjax.rl.segmentation import segment
 
@@ -52,7 +52,7 @@ def run(batch: int, length: int, repeats: int) -> dict:
     f'rewards: {batch} responses of up to {length} tokens',
     ('', 'median ms', 'times as fast'),
     [
-      ('segjax.oracle, Python lists', f'{1e3 * slow:.1f}', '1'),
+      ('segjax.rl.oracle, Python lists', f'{1e3 * slow:.1f}', '1'),
       (f'one jitted call, {_device()}', f'{1e3 * jitted:.2f}', f'{slow / jitted:.0f}'),
     ],
   )

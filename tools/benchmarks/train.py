@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.data.packing import fill, plan_packing
+from segjax.config.settings import PPO, Network, Segmentation, Shaping
+from segjax.data.packing_plan import fill, plan_packing
 from segjax.model import sharding
 from segjax.model.flops import causal_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, config_of, num_parameters
 from segjax.report.console import say, table
-from segjax.settings import PPO, Network, Segmentation, Shaping
-from segjax.train.cutting import Cutter
 from segjax.train.experience import Recipe
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import policy_step
+from segjax.train.segmenter import Cutter
 from segjax.types import Experience, Rollout, Segments
 
 SIZES = {

@@ -1,0 +1,138 @@
+"""Whether low segment rewards lie where people marked errors."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from segjax import processes
+from segjax.data.batches import chunks
+from segjax.data.span_annotations import EncodedMarked, Span
+from segjax.evaluation.intervals import Ranked, auc_interval, auc_within
+from segjax.report.console import track
+from segjax.run.stage import Stage
+from segjax.train.reward_step import Scorer, segment_rewards
+from segjax.types import Normalizer, Sequences
+
+_ROUND = 8  # the rows' length is rounded up to a multiple of this
+
+# The reward of the segment that each token of a response lies in, and that segment's index or -1.
+TokenRewards = tuple[np.ndarray, np.ndarray]
+
+
+def rewards_of(
+  stage: Stage,
+  params: Any,
+  reference: Any,
+  marked: Sequence[EncodedMarked],
+  scorer: Scorer,
+  normalizer: Normalizer,
+) -> list[TokenRewards]:
+  """Normalised rewards of the responses, token by token; each token has its whole segment's."""
+  size, found = stage.settings.evaluate_reward.batch, []
+  width = -(-max(len(one.ids) for one in marked) // _ROUND) * _ROUND
+  width = min(width, scorer.reward.max_position_embeddings)
+  batches = chunks(len(marked), size)
+  for rows, real in track(stage.name, batches, -(-len(marked) // size), 'marked responses'):
+    batch = [marked[row] for row in rows]
+    sequences = Sequences(*map(stage.place, _padded(batch, width)))
+    reward, segments = processes.fetch(
+      segment_rewards(
+        params,
+        reference,
+        sequences,
+        normalizer,
+        scorer=scorer,
+        std_floor_ratio=stage.settings.shaping.std_floor_ratio,
+      )
+    )
+    for i, one in enumerate(batch[:real]):
+      span = slice(one.prompt_length, len(one.ids))
+      found.append(_by_token(reward[i, span], segments.end[i, span], segments.segment_id[i, span]))
+  return found
+
+
+def figures(
+  marked: Sequence[EncodedMarked], rewards: Sequence[TokenRewards], seed: int
+) -> dict[str, Any]:
+  """How well -reward ranks characters inside of marked spans above those outside.
+
+  The unit is the character, as people marked them: so models of different tokenizers compare. A
+  character has the reward of the segment in which its token lies. Characters without one, cut off
+  or trimmed by the template, count nowhere.
+
+  Returns:
+    auc: P(a character inside has the lower reward), a tie counting half, over all responses.
+    auc_within: the same within each response that has both kinds, averaged.
+    types: both for each type of error: its characters against those in no span of any type.
+    responses, spans, spans_cut (no character of which was scored), characters, marked (share).
+    Intervals are 95 % by bootstrap over responses.
+  """
+  every = ranked(marked, rewards, lambda span: True)
+  kinds = sorted({span.kind for one in marked for span in one.spans})
+  spans = [(one, span) for one in marked for span in one.spans]
+  inside, outside = int(every.inside.sum()), int(every.outside.sum())
+  return {
+    **_both(every, seed),
+    'types': {
+      kind: {
+        **_both(ranked(marked, rewards, lambda span, kind=kind: span.kind == kind), seed),
+        'spans': sum(span.kind == kind for _, span in spans),
+      }
+      for kind in kinds
+    },
+    'responses': len(marked),
+    'spans': len(spans),
+    'spans_cut': sum(bool((one.owner[s.start : s.end] < 0).all()) for one, s in spans),
+    'characters': inside + outside,
+    'marked': inside / max(inside + outside, 1),
+  }
+
+
+def ranked(
+  marked: Sequence[EncodedMarked],
+  rewards: Sequence[TokenRewards],
+  is_sought: Callable[[Span], bool],
+) -> Ranked:
+  """A row for each segment: -reward, its characters in a sought span, and those in none at all."""
+  rows = []
+  for number, (one, (reward, segment)) in enumerate(zip(marked, rewards, strict=True)):
+    sought, any_span = (np.zeros(len(one.owner), bool) for _ in range(2))
+    for span in one.spans:
+      any_span[span.start : span.end] = True
+      sought[span.start : span.end] |= is_sought(span)
+    token = one.owner[one.owner >= 0]
+    is_in_segment = segment[token] >= 0
+    token, (sought, any_span) = (
+      token[is_in_segment],
+      (x[one.owner >= 0][is_in_segment] for x in (sought, any_span)),
+    )
+    score = np.zeros(int(segment.max(initial=-1)) + 1)
+    score[segment[token]] = -reward[token]
+    count = [np.bincount(segment[token], x, len(score)) for x in (sought, ~any_span)]
+    rows.append(Ranked(score, *count, np.full(len(score), number)))
+  return Ranked(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def _both(rows: Ranked, seed: int) -> dict[str, Any]:
+  return {'auc': auc_interval(rows, seed), 'auc_within': auc_within(rows, seed)}
+
+
+def _padded(
+  batch: Sequence[EncodedMarked], width: int
+) -> tuple[Int[np.ndarray, 'B S'], np.ndarray, np.ndarray]:
+  """(ids, mask of the response, whether it is finished)."""
+  ids, mask = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), bool)
+  for row, one in enumerate(batch):
+    ids[row, : len(one.ids)] = one.ids
+    mask[row, one.prompt_length : len(one.ids)] = True
+  return ids, mask, np.array([one.finished for one in batch])
+
+
+def _by_token(
+  reward: Float[np.ndarray, 'T'], end: np.ndarray, segment: Int[np.ndarray, 'T']
+) -> TokenRewards:
+  """The reward at a segment's end, at each of its tokens."""
+  at_end = reward[end]
+  return np.where(segment >= 0, at_end[segment] if len(at_end) else 0.0, 0.0), segment

@@ -1,0 +1,225 @@
+"""The command line of the conversions: `segjax convert ...` and `tools/convert_hf.py ...`.
+
+Flags and messages only. Nothing heavy is imported before it is needed: `inspect` needs no jax.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROLES = ('policy', 'reward', 'critic')
+
+_UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
+
+
+def main(arguments: Sequence[str], prog: str = 'segjax convert') -> int:
+  """Runs one command; returns the exit code, 0 only where all went well.
+
+  What is wrong with the input is said in one line on standard error; SEGJAX_TRACEBACK=1 shows
+  where it came from.
+  """
+  flags = _parser(prog).parse_args(arguments)
+  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+  try:
+    return flags.run(flags)
+  except KeyboardInterrupt:
+    print(f'{prog}: interrupted; nothing was left', file=sys.stderr)
+  except (ValueError, OSError, ImportError) as error:
+    if os.environ.get('SEGJAX_TRACEBACK'):
+      raise
+    print(f'{prog}: {" ".join(str(error).split())}', file=sys.stderr)
+  return 1
+
+
+def size(text: str) -> int:
+  """Bytes of '5GB', '500 MiB' or '1000000'.
+
+  Raises:
+    ValueError: where it is none of these, or not positive.
+  """
+  match = re.fullmatch(r'([\d.]+)\s*([KMG]I?B)?', text.strip().upper())
+  try:
+    count = int(float(match[1]) * _UNITS[match[2] or '']) if match else 0
+  except ValueError:
+    count = 0
+  if count <= 0:
+    raise ValueError(f'{text!r} is no size; write 5GB, 500MB or 2GiB.')
+  return count
+
+
+def metrics(items: Sequence[str]) -> dict[str, float]:
+  """Numbers by name, of NAME=VALUE and of JSON files; names in nested objects are joined by '/'.
+
+  Raises:
+    ValueError: where one is neither.
+  """
+  found: dict[str, float] = {}
+  for item in items:
+    name, equals, value = item.partition('=')
+    if equals:
+      found[name] = float(value)
+    else:
+      found |= _numbers(json.loads(Path(item).read_text(encoding='utf-8')))
+  return found
+
+
+def _numbers(value: Any, name: str = '') -> dict[str, float]:
+  if isinstance(value, dict):
+    pairs = [_numbers(v, f'{name}/{k}'.lstrip('/')) for k, v in value.items()]
+    return {k: v for pair in pairs for k, v in pair.items()}
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return {name: float(value)} if is_number and name else {}
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog=prog, description='HF checkpoints to segjax checkpoints (Orbax) and back.'
+  )
+  commands = parser.add_subparsers(required=True, metavar='import|export|verify|inspect')
+
+  add = _command(commands, 'import', _import, 'HF checkpoint to a segjax checkpoint')
+  add('hf', metavar='HF', help='directory or hub id')
+  add('out', metavar='OUT', help='directory to be written')
+  add('--role', choices=ROLES, default='policy', help='what it is to be (default policy)')
+  add('--dtype', default='', help="of the parameters (default the file's)")
+  add('--seed', type=int, default=0, help="for a critic's scalar head that HF does not have")
+  add('--strict', action='store_true', help='refuse NaN and infinity among the weights')
+  add('--overwrite', action='store_true', help='replace a segjax checkpoint at OUT')
+
+  add = _command(commands, 'export', _export, 'segjax checkpoint to an HF directory')
+  add('checkpoint', metavar='CHECKPOINT', help="imported, or a training run's .../STEP/policy")
+  add('out', metavar='OUT', help='directory to be written')
+  add('--dtype', default='', help="of the files (default the parameters')")
+  add('--max_shard_size', default='5GB', help='of each safetensors file (default 5GB)')
+  add('--overwrite', action='store_true', help='replace a checkpoint at OUT')
+  add('--source', default='', help="for a training run's item: the HF model it started from")
+  add('--role', choices=ROLES, default='', help="for a training run's item: what it is")
+  card = commands.choices['export'].add_argument_group('model card').add_argument
+  card('--base_model', default='', help='hub id (default what the source says)')
+  card('--stage', default='', help='what made it: sft, reward, ppo')
+  card('--recipe', default='', help='such as configs/ppo.py:llama3_8b_sft')
+  card('--metrics', nargs='+', default=[], help='NAME=VALUE, or JSON files of numbers')
+  card('--dataset', default='', help='what the metrics were measured on')
+  card('--license', default='', help="the hub's identifier (default what the source says)")
+  card('--license_name', default='')
+  card('--license_link', default='')
+
+  add = _command(commands, 'verify', _verify, 'logits here against transformers (needs torch)')
+  add('hf', metavar='HF', help='directory or hub id')
+  add('checkpoint', metavar='CHECKPOINT', nargs='?', help='compare this one instead of HF itself')
+  add('--ids', nargs='+', metavar='ID,ID,...', help='token sequences (default built-in ones)')
+  add('--length', type=int, default=0, help='of one random sequence instead')
+  add('--dtype', default='float32', help='to compute in (default float32)')
+  add('--tolerance', type=float, help='of the largest difference (default what fits the dtype)')
+
+  add = _command(commands, 'inspect', _inspect, 'names, shapes, dtypes, from headers only')
+  add('hf', metavar='HF', help='directory or hub id')
+  return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> Any:
+  command = commands.add_parser(name, help=text, description=text)
+  command.set_defaults(run=function)
+  return command.add_argument
+
+
+def _import(flags: argparse.Namespace) -> int:
+  from segjax.hf import convert
+
+  begun = time.perf_counter()
+  with _progress() as progress:
+    out = convert.import_checkpoint(
+      flags.hf,
+      flags.out,
+      role=flags.role,
+      dtype=flags.dtype,
+      seed=flags.seed,
+      strict=flags.strict,
+      overwrite=flags.overwrite,
+      progress=progress,
+    )
+  _say_done(out, begun)
+  return 0
+
+
+def _export(flags: argparse.Namespace) -> int:
+  from segjax.hf import convert, model_card
+
+  begun = time.perf_counter()
+  described = model_card.Card(
+    base_model=flags.base_model,
+    stage=flags.stage,
+    recipe=flags.recipe,
+    metrics=metrics(flags.metrics),
+    dataset=flags.dataset,
+    license=flags.license,
+    license_name=flags.license_name,
+    license_link=flags.license_link,
+  )
+  with _progress() as progress:
+    out = convert.export_checkpoint(
+      flags.checkpoint,
+      flags.out,
+      dtype=flags.dtype,
+      max_shard_bytes=size(flags.max_shard_size),
+      overwrite=flags.overwrite,
+      card=described,
+      source=flags.source,
+      role=flags.role,
+      progress=progress,
+    )
+  _say_done(out, begun)
+  return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+  """A bar on a terminal, nothing elsewhere."""
+  import tqdm
+
+  lock = threading.Lock()
+  with tqdm.tqdm(unit='B', unit_scale=True, disable=None, leave=False) as bar:
+
+    def update(done: int, total: int) -> None:
+      with lock:
+        bar.total = total
+        bar.update(done)
+
+    yield update
+
+
+def _say_done(out: Path, begun: float) -> None:
+  total = sum(file.stat().st_size for file in out.rglob('*') if file.is_file())
+  seconds = time.perf_counter() - begun
+  print(f'{out}: {total / 1e9:.2f} GB in {seconds:.1f} s')
+
+
+def _verify(flags: argparse.Namespace) -> int:
+  from segjax.hf import verify
+
+  ids = flags.ids and [[int(token) for token in text.split(',')] for text in flags.ids]
+  result = verify.verify(
+    flags.hf,
+    flags.checkpoint,
+    ids=ids,
+    length=flags.length,
+    dtype=flags.dtype,
+    tolerance=flags.tolerance,
+  )
+  print(result)
+  return 0 if result.passed else 1
+
+
+def _inspect(flags: argparse.Namespace) -> int:
+  from segjax.hf import inspect
+
+  print(inspect.inspect(flags.hf))
+  return 0

@@ -1,0 +1,264 @@
+"""README.md of an exported model: the hub's metadata block, figures, a usage snippet.
+
+It knows nothing of weights. What the hub reads is at https://huggingface.co/docs/hub/model-cards.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
+ABOUT = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
+
+_HUB_ID = r'[\w.-]+/[\w.-]+'
+_PAPER = 'https://arxiv.org/abs/2501.02790'
+_INHERITED = ('license', 'license_name', 'license_link')
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """What is known of a model; '' where it is not.
+
+  Attributes:
+    base_model: hub id of the model that this one was made from.
+    stage: what made it: import, sft, reward, normalizer, ppo.
+    recipe: config and preset, or whatever else tells how to make it again.
+    metrics: finite numbers by name; others are left out.
+    dataset: what the metrics were measured on.
+    license: the hub's identifier, such as llama3; 'other' with a name and a link.
+    record: how the model was made, for segjax_config.json; see `run.provenance`. The card shows
+      its `command`, `data`, `versions`, `commit`, `seed`, `devices` and `settings`.
+    curves: a PNG of its metrics.
+  """
+
+  base_model: str = ''
+  stage: str = ''
+  recipe: str = ''
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  dataset: str = ''
+  license: str = ''
+  license_name: str = ''
+  license_link: str = ''
+  record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  curves: bytes = b''
+
+
+def inherited(source: str | Path, directory: Path) -> Card:
+  """What a model made from `source` takes over: its base model and licence.
+
+  Args:
+    source: as the user named it, a hub id or a path.
+    directory: where it is. Its README.md is read where there is one.
+  """
+  found = _metadata(directory)
+  base = str(source) if _is_hub_id(source) else found.get('base_model')
+  base = base[0] if isinstance(base, list) and base else base
+  texts = {key: found.get(key) for key in _INHERITED} | {'base_model': base}
+  return Card(**{key: value for key, value in texts.items() if isinstance(value, str)})
+
+
+def merged(base: Card, over: Card) -> Card:
+  """`over`, and where it says nothing, `base`."""
+  return dataclasses.replace(base, **{k: v for k, v in vars(over).items() if v})
+
+
+def write(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
+  """Writes README.md, and segjax_config.json and curves.png where the card has them.
+
+  Those that lie in the directory already, as after an import, are shown as the card's own.
+
+  Args:
+    name: of the model, in title and snippet.
+    head: 'language' or 'scalar'.
+    with_template: whether a chat template comes with the tokenizer.
+  """
+  _write_files(directory, card)
+  card = _with_record(card, _record(directory))
+  task = 'text-generation' if head == 'language' else 'text-classification'
+  metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
+  lines = ['---', *_front_matter(card, name, task, metrics), '---', '', f'# {name}', '']
+  what = 'language model' if head == 'language' else 'model with a scalar head'
+  origin = f', made from {_code(card.base_model)}' if card.base_model else ''
+  lines += [
+    f'A Llama {what}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
+    '',
+    *([f'Stage: {card.stage}', ''] if card.stage else []),
+    *([f'Recipe: {_code(card.recipe)}', ''] if card.recipe else []),
+    *_fenced(card.record.get('command'), 'bash'),
+  ]
+  if (directory / CURVES).is_file():
+    lines += [f'![metrics of the training, by step]({CURVES})', '']
+  if metrics:
+    on = f' ({_cell(card.dataset)})' if card.dataset else ''
+    lines += ['## Figures', '', f'| metric{on} | value |', '|---|---|']
+    lines += [f'| {_cell(key)} | {value:.6g} |' for key, value in metrics.items()] + ['']
+  snippet = _SCORE if head == 'scalar' else _CHAT if with_template else _COMPLETE
+  lines += ['## Usage', '', '```python', snippet.replace('NAME', json.dumps(name)), '```', '']
+  lines += _provenance(card.record)
+  (directory / FILE).write_text('\n'.join(lines), encoding='utf-8')
+
+
+def _write_files(directory: Path, card: Card) -> None:
+  if card.record:
+    text = json.dumps(card.record, indent=2) + '\n'
+    (directory / RECORD).write_text(text, encoding='utf-8')
+  if card.curves:
+    (directory / CURVES).write_bytes(card.curves)
+
+
+def _record(directory: Path) -> dict[str, Any]:
+  """What segjax_config.json says, nothing where there is none or it is none of ours."""
+  try:
+    found = json.loads((directory / RECORD).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _with_record(card: Card, record: dict[str, Any]) -> Card:
+  """The card, what it does not say filled in from the record."""
+  data = record.get('data')
+  known = {
+    'stage': record.get('stage'),
+    'recipe': record.get('recipe'),
+    'dataset': data.get('path') if isinstance(data, dict) else None,
+  }
+  texts = {key: value for key, value in known.items() if isinstance(value, str)}
+  metrics = record.get('metrics')
+  metrics = (
+    {k: float(v) for k, v in metrics.items() if _is_finite(v)} if isinstance(metrics, dict) else {}
+  )
+  return merged(Card(**texts, metrics=metrics), dataclasses.replace(card, record=record))
+
+
+def _provenance(record: Mapping[str, Any]) -> list[str]:
+  """What the model was made from and with, and all settings, folded."""
+  rows = []
+  for key in ('data', 'models', 'seed', 'devices', 'versions', 'commit'):
+    value = record.get(key)
+    if isinstance(value, dict):
+      value = ', '.join(f'{k} {v}' for k, v in value.items() if v not in ('', None))
+    if value not in ('', None):
+      rows.append(f'| {key} | {_cell(str(value))} |')
+  lines = ['## Made with', '', '| | |', '|---|---|', *rows, ''] if rows else []
+  if record.get('settings'):
+    settings = _fenced(json.dumps(record['settings'], indent=2), 'json')
+    summary = f'<summary>All settings, as in {RECORD}</summary>'
+    lines += ['<details>', summary, '', *settings, '</details>', '']
+  return lines
+
+
+def _code(text: str) -> str:
+  """A line of code in a sentence, whatever the text has of newlines and backticks."""
+  text = ' '.join(text.split())
+  return f'`` {text} ``' if '`' in text else f'`{text}`'
+
+
+def _cell(text: str) -> str:
+  """Text in a table, where | ends a cell and < would begin a tag."""
+  return ' '.join(text.split()).replace('|', '\\|').replace('<', '&lt;')
+
+
+def _fenced(text: Any, language: str) -> list[str]:
+  """A block of code, in a fence that the text does not have."""
+  if not isinstance(text, str) or not text:
+    return []
+  fence = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
+  return [f'{fence}{language}', text, fence, '']
+
+
+def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]) -> list[str]:
+  """The metadata block. JSON strings, numbers and lists are YAML."""
+  license_ = card.license or ('other' if card.license_name else 'unknown')
+  fields: dict[str, Any] = {
+    'library_name': 'transformers',
+    'pipeline_tag': task,
+    'tags': ['segjax', 'rlhf', *([card.stage] if card.stage else [])],
+    'license': license_,
+    'license_name': card.license_name,
+    'license_link': card.license_link,
+    'base_model': card.base_model,
+    'datasets': _hub_datasets(card.record),
+    'stage': card.stage,
+    'recipe': card.recipe,
+  }
+  if metrics:
+    fields['metrics'] = list(metrics)
+    dataset = card.dataset or 'not named'
+    result = {
+      'task': {'type': task},
+      'dataset': {'type': dataset, 'name': dataset},
+      'metrics': [{'type': key, 'value': float(value)} for key, value in metrics.items()],
+    }
+    fields['model-index'] = [{'name': name, 'results': [result]}]
+  return [f'{key}: {json.dumps(value)}' for key, value in fields.items() if value]
+
+
+def _hub_datasets(record: Mapping[str, Any]) -> list[str]:
+  """The hub id of the rows, if that is where they came from."""
+  data = record.get('data')
+  return [data['hub']] if isinstance(data, dict) and isinstance(data.get('hub'), str) else []
+
+
+def _metadata(directory: Path) -> dict[str, Any]:
+  """The metadata block of a README.md, nothing where there is none or it is broken."""
+  file = directory / FILE
+  if not file.is_file():
+    return {}
+  import huggingface_hub
+  import yaml
+
+  try:
+    found = huggingface_hub.metadata_load(file)
+  except (OSError, ValueError, yaml.YAMLError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _is_hub_id(source: str | Path) -> bool:
+  is_id = isinstance(source, str) and re.fullmatch(_HUB_ID, source)
+  return bool(is_id) and not Path(source).is_dir() and not source.startswith('.')
+
+
+def _is_finite(value: Any) -> bool:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return is_number and math.isfinite(value)
+
+
+_CHAT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_name = NAME
+model = AutoModelForCausalLM.from_pretrained(model_name)
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+
+messages = [{'role': 'user', 'content': 'Why is the sky blue?'}]
+text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+inputs = tokenizer(text, return_tensors='pt', add_special_tokens=False)
+outputs = model.generate(inputs['input_ids'], max_new_tokens=50)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+_COMPLETE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_name = NAME
+model = AutoModelForCausalLM.from_pretrained(model_name)
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+
+inputs = tokenizer('Once upon a time', return_tensors='pt')
+outputs = model.generate(inputs['input_ids'], max_new_tokens=50)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+_SCORE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model_name = NAME
+model = AutoModelForSequenceClassification.from_pretrained(model_name)
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+
+inputs = tokenizer('Once upon a time', return_tensors='pt')
+print(model(inputs['input_ids']).logits)  # the score at the last token"""

@@ -1,0 +1,155 @@
+"""One table of names and shapes, ours against HF's.
+
+Read in both directions: by `reader` to load and by `writer` to save. It touches no weights.
+"""
+
+import dataclasses
+import math
+
+from segjax.model.llama import LlamaConfig
+
+HEADS = ('language', 'scalar')
+SCORE = 'score'  # what HF calls the module of the scalar head
+
+# Our path, HF's name, our shape, and when it exists. Kernels are [in, out] here and [out, in] in
+# HF files. L layers, stacked on axis 0 here and separate tensors there; V vocabulary, D width,
+# Q query heads x head size, K key/value heads x head size, M MLP width.
+_LAYER = 'model.layers.{layer}.'
+_TABLE: tuple[tuple[str, str, str, str], ...] = (
+  ('backbone/embedding', 'model.embed_tokens.weight', 'V D', ''),
+  ('backbone/layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 'L D', ''),
+  ('backbone/layers/query/kernel', _LAYER + 'self_attn.q_proj.weight', 'L D Q', ''),
+  ('backbone/layers/query/bias', _LAYER + 'self_attn.q_proj.bias', 'L Q', 'attention_bias'),
+  ('backbone/layers/key/kernel', _LAYER + 'self_attn.k_proj.weight', 'L D K', ''),
+  ('backbone/layers/key/bias', _LAYER + 'self_attn.k_proj.bias', 'L K', 'attention_bias'),
+  ('backbone/layers/value/kernel', _LAYER + 'self_attn.v_proj.weight', 'L D K', ''),
+  ('backbone/layers/value/bias', _LAYER + 'self_attn.v_proj.bias', 'L K', 'attention_bias'),
+  ('backbone/layers/output/kernel', _LAYER + 'self_attn.o_proj.weight', 'L Q D', ''),
+  ('backbone/layers/output/bias', _LAYER + 'self_attn.o_proj.bias', 'L D', 'attention_bias'),
+  ('backbone/layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 'L D', ''),
+  ('backbone/layers/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 'L D M', ''),
+  ('backbone/layers/gate/bias', _LAYER + 'mlp.gate_proj.bias', 'L M', 'mlp_bias'),
+  ('backbone/layers/up/kernel', _LAYER + 'mlp.up_proj.weight', 'L D M', ''),
+  ('backbone/layers/up/bias', _LAYER + 'mlp.up_proj.bias', 'L M', 'mlp_bias'),
+  ('backbone/layers/down/kernel', _LAYER + 'mlp.down_proj.weight', 'L M D', ''),
+  ('backbone/layers/down/bias', _LAYER + 'mlp.down_proj.bias', 'L D', 'mlp_bias'),
+  ('backbone/norm/scale', 'model.norm.weight', 'D', ''),
+  ('lm_head/kernel', 'lm_head.weight', 'D V', 'language'),
+  ('scalar_head/kernel', '{score}.weight', 'D 1', 'scalar'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One of our tensors and the HF tensors that it is made of.
+
+  Attributes:
+    path: of our tensor in the parameter tree, 'a/b/c'.
+    template: HF's name, {layer} for the layer.
+    shape: of our tensor.
+    stacked: axis 0 is the layer, and each layer is a tensor of its own in HF files.
+    transposed: HF's matrices are [out, in].
+  """
+
+  path: str
+  template: str
+  shape: tuple[int, ...]
+  stacked: bool
+  transposed: bool
+
+  @property
+  def hf_shape(self) -> tuple[int, ...]:
+    """The shape of each of the HF tensors."""
+    shape = self.shape[1:] if self.stacked else self.shape
+    return shape[::-1] if self.transposed else shape
+
+  def hf_name(self, layer: int = 0) -> str:
+    """The name of layer `layer`, or of the only one."""
+    return self.template.format(layer=layer)
+
+  def hf_names(self) -> tuple[str, ...]:
+    """The names of all layers, or the only one."""
+    return tuple(self.hf_name(layer) for layer in range(self.shape[0] if self.stacked else 1))
+
+  def pieces(
+    self, index: tuple[slice, ...], item_size: int, max_bytes: int
+  ) -> list[tuple[slice, ...]]:
+    """The slice `index` of our tensor cut into even pieces of at most about `max_bytes` bytes.
+
+    Each is of one layer and a range of the HF tensor's rows, so that it is read in one go; a slice
+    that is small enough stays whole.
+
+    Args:
+      index: slices of step 1; their bounds may be None.
+      item_size: bytes per element.
+    """
+    bounds = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+    whole = tuple(slice(part.start, part.stop) for part in bounds)
+    total = math.prod(map(len, bounds)) * item_size
+    if total <= max_bytes:
+      return [whole]
+    layers = bounds[0] if self.stacked else [None]
+    row_axis = len(bounds) - 1 if self.transposed else int(self.stacked)
+    rows = bounds[row_axis]
+    most = max(1, max_bytes * len(rows) * len(layers) // total)
+    step = math.ceil(len(rows) / math.ceil(len(rows) / most))
+    found = []
+    for layer in layers:
+      for row in rows[::step]:
+        piece = list(whole)
+        if layer is not None:
+          piece[0] = slice(layer, layer + 1)
+        piece[row_axis] = slice(row, min(row + step, rows.stop))
+        found.append(tuple(piece))
+    return found
+
+
+def entries(config: LlamaConfig, head: str, score: str = SCORE) -> tuple[Entry, ...]:
+  """The tensors of a model, in the order of the table; `score` names HF's scalar head.
+
+  Raises:
+    ValueError: for a head that is not 'language' or 'scalar'.
+  """
+  if head not in HEADS:
+    raise ValueError(f'head={head!r} is not one of {HEADS}.')
+  present = {
+    '': True,
+    'attention_bias': config.attention_bias,
+    'mlp_bias': config.mlp_bias,
+    'language': head == 'language' and not config.tie_word_embeddings,
+    'scalar': head == 'scalar',
+  }
+  size = {
+    'L': config.num_hidden_layers,
+    'V': config.vocab_size,
+    'D': config.hidden_size,
+    'Q': config.num_attention_heads * config.head_dim,
+    'K': config.num_key_value_heads * config.head_dim,
+    'M': config.intermediate_size,
+    '1': 1,
+  }
+  return tuple(
+    Entry(
+      path,
+      template.replace('{score}', score),
+      tuple(size[letter] for letter in letters.split()),
+      stacked=letters.startswith('L'),
+      transposed=path.endswith('kernel'),
+    )
+    for path, template, letters, when in _TABLE
+    if present[when]
+  )
+
+
+def hf_name(path: str, layer: int | None = None, score: str = SCORE) -> str:
+  """HF's name of our tensor `path`, of layer `layer` where layers are stacked.
+
+  Raises:
+    ValueError: for a path that is not in the table, or a layer too many or too few.
+  """
+  found = [template for ours, template, _, _ in _TABLE if ours == path]
+  if len(found) != 1:
+    raise ValueError(f'tensor {path!r} is not in the table of HF names (hf/tensor_names.py).')
+  if ('{layer}' in found[0]) != (layer is not None):
+    raise ValueError(f'tensor {path!r} with layer={layer}: give a layer for stacked ones only.')
+  return found[0].format(layer=layer, score=score)

@@ -1,0 +1,114 @@
+"""Chooses the entropy threshold on responses of the SFT model, and shows what others would give."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax import processes
+from segjax.config.settings import Rollout
+from segjax.data.batches import chunks
+from segjax.data.tokenize import encode_prompts
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.model.heads import token_logprobs
+from segjax.model.llama import LlamaConfig
+from segjax.report.console import table, track
+from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
+from segjax.run import stage as jobs
+from segjax.run.stage import Stage
+from segjax.train.experience import join, response_window
+from segjax.train.reward_step import Scorer
+from segjax.train.rollout import rollout
+from segjax.types import Rollout as Responses
+
+FILE = 'calibration.json'
+_POINTS = 12  # thresholds in the table
+
+
+def run(stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer) -> float:
+  """The threshold that config.reward.calibration asks for, in nats; writes calibration.json.
+
+  The reference answers prompts of config.data, as PPO's policy will at its first step; the
+  entropies of these responses are what is looked at.
+  """
+  wanted = stage.settings.reward.calibration
+  entropy, mask, finished = sample(stage, scorer, reference, tokenizer)
+  min_length = scorer.cutter.segmentation.min_length
+  if wanted.entropy_quantile:
+    why = f'{wanted.entropy_quantile:.0%} of the tokens lie at or below it'
+    find = jax.jit(threshold_for_quantile)
+    threshold = float(find(entropy, mask, finished, wanted.entropy_quantile))
+  else:
+    why = f'segments of {wanted.target_segment_length:g} tokens were asked for'
+    find = jax.jit(threshold_for_length, static_argnames='min_length')
+    target = wanted.target_segment_length
+    threshold = float(find(entropy, mask, finished, target, min_length=min_length))
+  quantiles = np.quantile(np.asarray(entropy)[np.asarray(mask)], np.linspace(0, 0.99, _POINTS))
+  thresholds = np.unique(np.append(quantiles, threshold)).astype(np.float32)
+  curve = jax.jit(threshold_curve, static_argnames='min_length')
+  length, segments = curve(entropy, mask, finished, jnp.asarray(thresholds), min_length=min_length)
+  points = [
+    {'entropy_threshold': float(c), 'segment_length': float(n), 'segments': float(k)}
+    for c, n, k in zip(thresholds, length, segments, strict=True)
+  ]
+  if processes.is_first():
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    (stage.directory / FILE).write_text(
+      json.dumps({'entropy_threshold': threshold, 'curve': points}, indent=2) + '\n'
+    )
+  show(points, threshold, len(mask))
+  stage.say(f'entropy threshold {threshold:.4f} nats: {why}')
+  return threshold
+
+
+def sample(
+  stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(entropy [N, T], response_mask [N, T], finished [N]) of the reference's own responses."""
+  s = stage.settings
+  limits = jobs.prompt_limits(stage, {'reference': scorer.reference}, 'reward.calibration')
+  prompts = encode_prompts(jobs.rows(stage), tokenizer, limits)
+  rows = np.random.default_rng(s.seed).permutation(len(prompts))[: s.reward.calibration.samples]
+  size, found = s.reward.calibration.batch, []
+  batches = track(stage.name, chunks(len(rows), size), -(-len(rows) // size), 'calibration')
+  for number, (index, real) in enumerate(batches):
+    batch = prompts.gather(rows[index], np.asarray)
+    made = rollout(
+      reference,
+      batch.prompt_ids,
+      batch.prompt_length,
+      stage.key('calibration'),
+      config=scorer.reference,
+      settings=Rollout(max_new_tokens=s.reward.calibration.max_new_tokens),
+      stop_ids=tokenizer.stop_ids,
+      mesh=stage.mesh,
+      index=number * size + np.arange(size),
+      say=stage.say,
+    )
+    entropy = _entropy(reference, made, config=scorer.reference)
+    found.append([x[:real] for x in processes.fetch((entropy, made.response_mask, made.finished))])
+  return tuple(jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
+
+
+def show(points: list[dict[str, float]], threshold: float, samples: int) -> None:
+  """Prints the curve; the chosen threshold is marked."""
+  rows = [
+    (
+      f'{point["entropy_threshold"]:.3f}'
+      + ('  <' if point['entropy_threshold'] == np.float32(threshold) else ''),
+      f'{point["segment_length"]:.2f}',
+      f'{point["segments"]:.2f}',
+    )
+    for point in points
+  ]
+  columns = ('threshold, nats', 'tokens a segment', 'segments a response')
+  table(f'What a threshold gives, on {samples} responses of the SFT model', columns, rows)
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def _entropy(reference: Any, made: Responses, *, config: LlamaConfig) -> jax.Array:
+  _, entropy = token_logprobs(reference, join(made), config)
+  return response_window(entropy, made.prompt_length, made.response_ids.shape[1])

@@ -1,0 +1,85 @@
+"""The reference's entropies over a dataset of pairs, computed once and kept on disk.
+
+The reference is frozen, so a second epoch, or a second reward model on the same data, needs no
+second pass of it, and while the reward model trains it need not be in memory.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from segjax import processes
+from segjax.data.batches import Pairs, Ragged, chunks
+from segjax.report.console import track
+from segjax.run import stage_record
+from segjax.run.stage import Stage
+from segjax.train.reward_step import Scorer, entropies
+from segjax.types import PreferenceBatch
+
+
+def with_entropies(
+  stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: Scorer
+) -> Pairs:
+  """The pairs with the entropy of every token, read from config.reward.entropy_cache or put there.
+
+  The file's name is a hash of all that decides its content: the reference's files, the tokens, and
+  the compute dtype.
+  """
+  folder = Path(stage.settings.reward.entropy_cache).expanduser()
+  path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
+  if processes.agreed(path.exists()):
+    stage.say(f'entropies of the reference from {path}')
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f'.{processes.index()}-{os.getpid()}.partial')
+    _compute(stage, pairs, reference, scorer, partial)
+    if processes.is_first():
+      partial.rename(path)
+    else:
+      partial.unlink()
+    processes.barrier('entropies')
+    stage.say(f'entropies of the reference kept in {path}')
+  values = np.load(path, mmap_mode='r')
+  middle = pairs.chosen.offsets[-1]
+  return dataclasses.replace(
+    pairs,
+    chosen_entropy=Ragged(values[:middle], pairs.chosen.offsets),
+    rejected_entropy=Ragged(values[middle:], pairs.rejected.offsets),
+  )
+
+
+def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: Scorer, path: Path) -> None:
+  """Writes float32 entropies, nats: all of the chosen rows end to end, then the rejected ones."""
+  starts = (0, pairs.chosen.offsets[-1])
+  total = int(starts[1] + pairs.rejected.offsets[-1])
+  values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
+  size = stage.settings.reward.batch
+  batches = track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size), 'entropies')
+  for rows, real in batches:
+    batch = pairs.gather(rows, stage.place)
+    both = processes.fetch(_both_sides(reference, batch, scorer=scorer))
+    for start, side, found in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
+      for row, entropy in zip(rows[:real], found, strict=False):
+        begin, end = side.offsets[row], side.offsets[row + 1]
+        values[start + begin : start + end] = entropy[: end - begin]
+  values.flush()
+
+
+@functools.partial(jax.jit, static_argnames='scorer')
+def _both_sides(reference: Any, batch: PreferenceBatch, *, scorer: Scorer) -> tuple[Any, Any]:
+  return tuple(entropies(reference, side, scorer) for side in (batch.chosen, batch.rejected))
+
+
+def _name(pairs: Pairs, reference_path: Path, scorer: Scorer) -> str:
+  digest = hashlib.sha256(stage_record.content_hash(reference_path).encode())
+  for side in (pairs.chosen, pairs.rejected):
+    digest.update(side.values.tobytes())
+    digest.update(side.offsets.tobytes())
+  digest.update(scorer.reference.dtype.encode())
+  return digest.hexdigest()[:24]

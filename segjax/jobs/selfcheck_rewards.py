@@ -1,0 +1,107 @@
+"""The rewards of random ragged responses, held against the slow loops of `segjax.rl.oracle`.
+
+Arrays only: what networks must keep to is `selfcheck`'s.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.config.settings import PPO, Network, Segmentation, Shaping
+from segjax.model.llama import config_of
+from segjax.rl import oracle
+from segjax.rl.rewards import SPREADS
+from segjax.train.custom_reward import token_rewards
+from segjax.train.experience import Recipe, Scores, make_experience
+from segjax.train.segmenter import Cutter
+from segjax.types import Normalizer, Rollout
+
+_ROWS, _RESPONSE, _VOCABULARY = 8, 24, 256
+_PPO = PPO(kl_coef=0.1)
+
+
+def worst_difference(granularity: str) -> float:
+  """Largest difference of rewards and whitened advantages to those of `segjax.rl.oracle`."""
+  found = _random_scores(np.random.default_rng(5))
+  worst = 0.0
+  for spread in SPREADS:
+    recipe = _plain_recipe(Segmentation(granularity=granularity), spread)
+    experience, _ = jax.device_get(
+      make_experience(*found, normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe)
+    )
+    expected = _by_loops(*found, granularity, spread)
+    for name, rows in expected.items():
+      worst = max(worst, float(np.max(np.abs(getattr(experience, name) - np.array(rows)))))
+  return worst
+
+
+def seven_tenths() -> float:
+  """How far a rule's reward of 0.7 is from 0.7 where it arrives."""
+  responses, scored = _random_scores(np.random.default_rng(6))
+  ids, mask = jax.device_get((responses.response_ids, responses.response_mask))
+  rule = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
+  shaping = Shaping(reward_model_weight=0.0)
+  recipe = dataclasses.replace(_plain_recipe(Segmentation(), 'even_split'), shaping=shaping)
+  experience, _ = make_experience(
+    responses, scored, normalizer(), jnp.float32(0), jnp.asarray(rule), recipe=recipe
+  )
+  total = np.asarray(experience.reward).sum(axis=1)
+  return float(np.max(np.abs(total - np.where(mask.any(axis=1), np.float32(0.7), 0))))
+
+
+def normalizer() -> Normalizer:
+  """Mean and Std that change with the position."""
+  return Normalizer(*map(jnp.float32, (0.2, -0.1, 0.3, 0.8)))  # in the order of its fields
+
+
+def _plain_recipe(segmentation: Segmentation, spread: str) -> Recipe:
+  """For arrays that no network made."""
+  config = config_of(Network(vocab_size=_VOCABULARY))
+  return Recipe(*[config] * 4, Cutter(segmentation), spread, Shaping(), _PPO)
+
+
+def _random_scores(rng: np.random.Generator) -> tuple[Rollout, Scores]:
+  """Responses of every length, with an empty one and a stop token alone among them."""
+  length = rng.integers(0, _RESPONSE + 1, _ROWS)
+  length[:3] = 0, 1, _RESPONSE
+  mask = np.arange(_RESPONSE) < length[:, None]
+  finished = (rng.random(_ROWS) < 0.5) & (length > 0)
+  finished[1] = True
+  shape = mask.shape
+  logprob, ref_logprob, score_, value = rng.normal(size=(4, *shape)).astype(np.float32)
+  entropy = (rng.integers(0, 14, shape) / 4).astype(np.float32)  # often equal to the threshold
+  responses = Rollout(
+    prompt_ids=jnp.zeros((_ROWS, 1), jnp.int32),
+    prompt_length=jnp.ones(_ROWS, jnp.int32),
+    response_ids=jnp.asarray(rng.integers(8, _VOCABULARY, shape).astype(np.int32)),
+    response_mask=jnp.asarray(mask),
+    finished=jnp.asarray(finished),
+    old_logprob=jnp.zeros(shape),
+  )
+  arrays = (np.where(mask, logprob, 0), ref_logprob, entropy, score_, value, score_[:, 0])
+  return responses, Scores(*map(jnp.asarray, arrays))
+
+
+def _by_loops(responses: Rollout, scored: Scores, granularity: str, spread: str):
+  """Rewards and whitened advantages, by loops over lists."""
+  shaping = Shaping()
+  fitted = tuple(float(x) for x in jax.tree.leaves(normalizer()))
+  mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
+  logprob, ref_logprob, _, score_, values, _ = (np.asarray(x).tolist() for x in scored)
+  # The oracle reads the entropy of the NEXT token at each one.
+  after = np.pad(np.asarray(scored.entropy)[:, 1:], ((0, 0), (0, 1))).tolist()
+  floor = shaping.std_floor_ratio * fitted[3]
+  rows, advantages = [], []
+  for b in range(_ROWS):
+    ends = oracle.segment_ends(after[b], mask[b], finished[b], granularity, 2.0)
+    z = oracle.segment_z(score_[b], ends, fitted, floor)
+    dense = oracle.spread(z, ends, mask[b], spread)
+    reward = [
+      min(max(r, -shaping.reward_clip), shaping.reward_clip) - _PPO.kl_coef * (p - q) if m else 0.0
+      for r, p, q, m in zip(dense, logprob[b], ref_logprob[b], mask[b], strict=True)
+    ]
+    rows.append(reward)
+    advantages.append(oracle.gae(reward, values[b], mask[b], _PPO.gamma, _PPO.gae_lambda))
+  return {'reward': rows, 'advantage': oracle.whiten(advantages, mask)}

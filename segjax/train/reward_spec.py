@@ -1,0 +1,131 @@
+"""segment_reward.json: what a reward model's scores mean, kept beside its weights.
+
+Without it a score is a bare number: how text was cut, how scores are aggregated, the normaliser,
+and which tokenizer all this belongs to.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from segjax.config.settings import AS_STORED, RewardModel, Segmentation
+from segjax.data.tokenizer import fingerprint
+from segjax.rl.normalizer import PUBLISHED
+from segjax.types import Normalizer
+
+FILE = 'segment_reward.json'
+VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentReward:
+  """How to read a reward model; `normalizer` is None until it has been fitted."""
+
+  segmentation: Segmentation
+  normalizer: Normalizer | None
+  normalizer_kind: str = ''
+  tokenizer_sha256: str = ''
+
+
+def write(directory: Path, reward: SegmentReward) -> None:
+  """Writes segment_reward.json into the reward model's directory."""
+  normalizer = None
+  if reward.normalizer is not None:
+    values = {k: float(v) for k, v in vars(reward.normalizer).items()}
+    normalizer = {'kind': reward.normalizer_kind} | values
+  text = {
+    'version': VERSION,
+    **dataclasses.asdict(reward.segmentation),
+    'normalizer': normalizer,
+    'tokenizer_sha256': reward.tokenizer_sha256,
+  }
+  partial = directory / f'{FILE}.partial'
+  partial.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+  partial.replace(directory / FILE)  # at once, for it takes the place of one that is in use
+
+
+def read(directory: Path) -> SegmentReward | None:
+  """What segment_reward.json says; None where there is no such file."""
+  path = directory / FILE
+  if not path.exists():
+    return None
+  try:
+    text = json.loads(path.read_text(encoding='utf-8'))
+    if text['version'] != VERSION:
+      raise ValueError(f'version {text["version"]} is not {VERSION}')
+    normalizer = text['normalizer']
+    kind = normalizer.pop('kind') if normalizer else ''
+    names = [field.name for field in dataclasses.fields(Segmentation)]
+    return SegmentReward(
+      segmentation=Segmentation(**{name: text[name] for name in names}),
+      normalizer=Normalizer(**normalizer) if normalizer else None,
+      normalizer_kind=kind,
+      tokenizer_sha256=text['tokenizer_sha256'],
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f'{path}: {error!r}; fit it again by the normalizer job, or take the file away and name '
+      'granularity, threshold and normaliser in config.reward_model.'
+    ) from error
+
+
+def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> SegmentReward:
+  """What PPO uses: the stored file, each field overruled by the config where the config names it.
+
+  Raises:
+    ValueError: something is named by neither, or the tokenizers of reward model and policy differ.
+  """
+  stored = read(directory)
+  check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
+  segmentation = overruled(stored.segmentation if stored else None, settings.segmentation)
+  kind, normalizer = '', None
+  if settings.normalizer == 'none':
+    kind, normalizer = 'none', Normalizer()
+  elif settings.normalizer:
+    kind = settings.normalizer
+    normalizer = PUBLISHED[settings.normalizer.partition(':')[2]]
+  elif stored:
+    kind, normalizer = stored.normalizer_kind, stored.normalizer
+  missing = missing_fields(segmentation)
+  if normalizer is None:
+    missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
+  if missing:
+    raise ValueError(
+      f'{directory} has no {FILE} that says it all: run the normalizer job on it, or give '
+      f'{", ".join(missing)}.'
+    )
+  return SegmentReward(segmentation, normalizer, kind)
+
+
+def overruled(stored: Segmentation | None, named: Segmentation) -> Segmentation:
+  """The stored segmentation, with the fields that `named` does not leave empty in their place.
+
+  Where nothing is stored, granularity and threshold stay empty unless named; all else is as usual.
+  """
+  base = stored or dataclasses.replace(Segmentation(), granularity='', entropy_threshold=-1.0)
+  given = {k: v for k, v in vars(named).items() if v != getattr(AS_STORED, k)}
+  return dataclasses.replace(base, **given)
+
+
+def missing_fields(segmentation: Segmentation) -> list[str]:
+  """The keys without which nothing can be cut."""
+  missing, key = [], 'config.reward_model.segmentation'
+  if not segmentation.granularity:
+    missing.append(f'{key}.granularity (segment, token or bandit)')
+  needs_threshold = segmentation.granularity in ('', 'segment') and segmentation.cut == 'entropy'
+  if needs_threshold and segmentation.entropy_threshold < 0:
+    missing.append(f'{key}.entropy_threshold (nats)')
+  return missing
+
+
+def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
+  """ValueError unless two models read the same tokens: segments and scores are per token.
+
+  Args:
+    sha256: what is known of the first one's tokenizer; '' reads its files.
+  """
+  if (sha256 or fingerprint(str(directory))) != fingerprint(str(other)):
+    raise ValueError(
+      f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
+      'all models of a run must share one tokenizer.'
+    )

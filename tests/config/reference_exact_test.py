@@ -1,0 +1,57 @@
+"""What `reference_exact` switches on, and what it refuses."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from segjax.config import validate
+from segjax.config.settings import Compat
+
+
+def resolved(file='ppo', preset='llama3_8b_sft', **values):
+  config = importlib.import_module(f'configs.{file}').get_config(preset)
+  config.update_from_flattened_dict({'reference_exact': True} | values)
+  return validate.from_config(config)
+
+
+def test_every_switch_is_on_and_the_fixes_are_off():
+  s = resolved()
+  switches = {k: v for k, v in dataclasses.asdict(s.compat).items() if isinstance(v, bool)}
+  assert all(switches.values()) and len(switches) == len(dataclasses.fields(Compat)) - 1
+  assert s.compat.micro_batch == 4
+  assert s.shaping.std_floor_ratio < 0
+  assert s.rollout.recompute_logprob
+  assert (s.normalizer.weighting, s.normalizer.min_count) == ('bin', 1)
+
+
+def test_all_is_off_by_default():
+  assert not any(value is True for value in dataclasses.asdict(Compat()).values())
+
+
+@pytest.mark.parametrize('file', ['reward', 'ppo'])
+def test_tokens_are_segments_of_threshold_zero(file):
+  s = resolved(file, 'llama31_8b_instruct,token')
+  section = s.reward if file == 'reward' else s.reward_model
+  assert section.segmentation.granularity == 'segment'
+  assert section.segmentation.entropy_threshold == 0
+
+
+@pytest.mark.parametrize('granularity, threshold', [('segment', 2.0), ('bandit', 2.0)])
+def test_segments_and_bandit_stay(granularity, threshold):
+  found = resolved(preset=f'llama3_8b_sft,{granularity}').reward_model.segmentation
+  assert (found.granularity, found.entropy_threshold) == (granularity, threshold)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'shaping.end_penalty': 'at_eos'}, r'end_penalty=.at_eos. .* \(off or per_token\)'),
+    ({'shaping.length_penalty': 'linear'}, r'\(off or threshold\)'),
+    ({'normalizer.weighting': 'count'}, 'reference_exact=False'),
+    ({'normalizer.min_count': 2}, r'min_count=2'),
+  ],
+)
+def test_what_the_published_code_cannot_do_is_refused(values, message):
+  with pytest.raises(ValueError, match=message):
+    resolved(**values)

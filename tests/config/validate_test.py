@@ -1,0 +1,290 @@
+"""Every preset is consistent, and every wrong value is answered by a line that names its key."""
+
+import importlib
+
+import pytest
+
+from segjax.config import presets, validate
+
+PRESETS = [
+  ('ppo', 'demo'),
+  ('ppo', 'demo_long'),
+  ('ppo', 'demo,token'),
+  ('ppo', 'local,bandit'),
+  ('ppo', 'llama3_8b_sft'),
+  ('ppo', 'llama3_8b_sft,token'),
+  ('ppo', 'llama3_8b_sft,bandit'),
+  ('ppo', 'llama31_8b_instruct'),
+  ('ppo', 'llama31_8b_instruct,token'),
+  ('ppo', 'llama31_8b_instruct,bandit'),
+  ('sft', 'demo'),
+  ('sft', 'local'),
+  ('reward', 'demo,bandit'),
+  ('reward', 'local,token'),
+  ('reward', 'llama3_8b_sft'),
+  ('reward', 'llama3_8b_sft,token'),
+  ('reward', 'llama31_8b_instruct'),
+  ('reward', 'llama31_8b_instruct,bandit'),
+  ('selfcheck', 'default'),
+  ('normalizer', 'demo'),
+  ('normalizer', 'local'),
+  ('evaluate', 'demo'),
+  ('evaluate', 'local'),
+  ('evaluate_reward', 'local'),
+  ('evaluate_reward', 'default,bandit'),
+  ('answers', 'default'),
+]
+
+
+def _config(**values):
+  config = presets.default_config()
+  config.stages = ('ppo',)
+  config.update_from_flattened_dict(values)
+  return config
+
+
+@pytest.mark.parametrize('file, preset', PRESETS, ids=['-'.join(pair) for pair in PRESETS])
+def test_presets_are_consistent(file, preset):
+  resolved = validate.from_config(importlib.import_module(f'configs.{file}').get_config(preset))
+  granularity = preset.partition(',')[2]
+  if granularity:
+    named = resolved.reward.segmentation, resolved.reward_model.segmentation
+    assert granularity in [segmentation.granularity for segmentation in named]
+  if preset == 'local':
+    assert resolved.stages == (file,)
+
+
+@pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
+@pytest.mark.parametrize('model', ['llama3_8b_sft', 'llama31_8b_instruct'])
+def test_published_recipe(model, granularity):
+  """Method notes, section 5.8: what differs by granularity and model, and what does not."""
+  config = importlib.import_module('configs.ppo').get_config(f'{model},{granularity}')
+  s = validate.from_config(config)
+  assert s.ppo.value_clip_eps == {'segment': 0.25, 'token': 0.25, 'bandit': 0.2}[granularity]
+  assert s.shaping.length_norm == ((model, granularity) == ('llama3_8b_sft', 'token'))
+  is_penalised = (model, granularity) == ('llama31_8b_instruct', 'segment')
+  assert (s.shaping.end_penalty, s.shaping.length_penalty) == (
+    ('per_token', 'threshold') if is_penalised else ('off', 'off')
+  )
+  assert (s.shaping.end_penalty_value, s.shaping.length_threshold) == (-0.05, 800)
+  assert s.reward_model.path.endswith(f'-{granularity}-rm-700k')
+  assert s.reward_model.normalizer == f'published:{model}/{granularity}'
+  assert s.reward_model.segmentation.entropy_threshold == 2.0
+  assert validate.spread(s, granularity) == ('bandit' if granularity == 'bandit' else 'even_split')
+  assert (s.ppo.steps, s.ppo.rollout_batch, s.ppo.minibatch, s.ppo.epochs) == (59, 1024, 128, 1)
+  assert (s.ppo.policy_optimizer.learning_rate, s.ppo.critic_optimizer.learning_rate) == (
+    5e-7,
+    9e-6,
+  )
+
+
+@pytest.mark.parametrize(
+  'key, message',
+  [
+    ('ppo.kl_coeff', r'config.ppo.kl_coeff does not exist; did you mean config.ppo.kl_coef'),
+    ('ppoo.kl_coef', 'did you mean config.ppo.kl_coef'),
+    ('learning_rate', 'config.sft.optimizer.learning_rate'),
+    ('reward.optimizer.learningrate', 'did you mean config.reward.optimizer.learning_rate'),
+    ('zzz', r'config.zzz does not exist\.'),
+  ],
+)
+def test_unknown_key_names_the_nearest(key, message):
+  with pytest.raises(ValueError, match=message):
+    validate.check_key(key)
+
+
+def test_known_keys_and_sections_pass():
+  for key in ('seed', 'ppo', 'ppo.policy_optimizer', 'ppo.policy_optimizer.learning_rate'):
+    validate.check_key(key)
+
+
+def test_key_that_a_config_file_made_up():
+  config = presets.default_config()
+  config.ppo.lamda = 1.0
+  with pytest.raises(ValueError, match=r'config.ppo.lamda does not exist'):
+    validate.from_config(config)
+
+
+@pytest.mark.parametrize('given', [('sft,reward',), ('sft', 'reward'), ('sft, reward',)])
+def test_stages_may_be_joined_by_commas(given):
+  assert validate.from_config(_config(stages=given)).stages == ('sft', 'reward')
+
+
+def test_whole_numbers_become_floats():
+  config = presets.default_config().to_dict()
+  config['stages'], config['ppo']['kl_coef'] = ('ppo',), 1
+  from ml_collections import ConfigDict
+
+  assert isinstance(validate.from_config(ConfigDict(config)).ppo.kl_coef, float)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'stages': ()}, 'config.stages is empty; name jobs out of demo, sft'),
+    ({'stages': ('ppp',)}, "config.stages='ppp' is not one of .*; did you mean 'ppo'"),
+    ({'stages': ('ppo', 'sft')}, 'must be in order: sft,ppo'),
+    ({'stages': ('sft', 'sft')}, 'must be in order: sft'),
+    ({'stages': ('reward',), 'reward_model.path': 'x'}, 'config.stages trains a reward model'),
+    ({'runtime.dtype': 'bf16'}, "runtime.dtype='bf16' is not one of float32, bfloat16"),
+    ({'runtime.attention': 'flash'}, 'runtime.attention'),
+    ({'runtime.remat': 'atention'}, "remat: 'atention' is no activation; use none, full, or names"),
+    (
+      {'runtime.offload': 'full'},
+      "offload: 'full' is no activation; use names out of hidden,query",
+    ),
+    (
+      {'runtime.remat': 'gate,up', 'runtime.offload': 'up'},
+      'both name up; it is kept in one place',
+    ),
+    ({'runtime.remat': 'none', 'runtime.offload': 'up'}, 'everything is kept on the device'),
+    ({'runtime.weights_dtype': 'float16'}, 'runtime.weights_dtype'),
+    ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
+    ({'runtime.frozen_memory': 'disk'}, 'runtime.frozen_memory'),
+    ({'ppo.packed_length': 100, 'stages': ('ppo',)}, 'packed_length=100 is less than .* = 2752'),
+    ({'ppo.packed_length': 4096}, 'needs config.ppo.micro_batch of at least 1'),
+    (
+      {'reward.packed_length': 4096, 'reward.micro_batch': 1},
+      'needs config.reward.micro_batch of at least 2',
+    ),
+    (
+      {'ppo.packed_length': 4096, 'ppo.micro_batch': 8, 'compat.row0_mask': True},
+      'row0_mask masks padded rows, and config.ppo.packed_length packs them',
+    ),
+    ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
+    (
+      {'reward.segmentation.granularity': 'word'},
+      r"config.reward.segmentation.granularity='word' is not one of segment, token, bandit\.",
+    ),
+    ({'reward.segmentation.cut': 'entrpy'}, "did you mean 'entropy'"),
+    ({'reward.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
+    ({'reward_model.segmentation.aggregation': 'avg'}, 'mean, sum, min, max, last, softmax'),
+    ({'reward_model.normalizer': 'publshed:x'}, 'config.reward_model.normalizer'),
+    (
+      {'reward_model.normalizer': 'published:llama3_8b_sft/segmnt'},
+      "did you mean 'published:llama3_8b_sft/segment'",
+    ),
+    ({'normalizer.kind': 'linear'}, 'is not one of auto, none, global, last, scalar, regression'),
+    ({'normalizer.weighting': 'bins'}, 'is not one of bin, count'),
+    ({'shaping.spread': 'even'}, 'is not one of auto, even_split, repeat, end_only, bandit'),
+    ({'shaping.redistribute': 'green'}, 'is not one of none, red'),
+    ({'shaping.red_baseline': 'one'}, 'is not one of prompt, zero'),
+    ({'shaping.end_penalty': 'on'}, 'is not one of off, per_token, at_eos'),
+    ({'shaping.length_penalty': 'on'}, 'is not one of off, threshold, linear'),
+    ({'ppo.kl_in': 'advantage'}, 'is not one of reward, loss'),
+    ({'ppo.gae_over': 'word'}, 'is not one of token, segment'),
+    ({'ppo.loss_mean': 'batch'}, 'is not one of sequence, token'),
+    ({'ppo.kl_estimator': 'k4'}, 'is not one of k1, k2, k3'),
+    ({'data.max_prompt_length': 2048}, 'leaves no room for a response'),
+    ({'rollout.min_new_tokens': 2000}, 'is more than config.rollout.max_new_tokens=1024'),
+    ({'rollout.top_p': 0.0}, 'config.rollout.top_p=0.0'),
+    ({'reward.holdout': 0.0}, 'must lie between 0 and 1'),
+    ({'ppo.steps': 0}, 'config.ppo.steps=0 must be at least 1'),
+    ({'data.limit': -1}, 'config.data.limit=-1 must be at least 0'),
+    ({'ppo.policy_optimizer.learning_rate': -1.0}, 'policy_optimizer.learning_rate=-1.0 is neg'),
+    ({'sft.optimizer.learning_rate': float('inf')}, 'learning_rate=inf must be finite'),
+    ({'sft.optimizer.warmup_ratio': 3.0}, 'warmup_ratio=3.0'),
+    ({'demo.min_clauses': 9}, 'must be from 1 to config.demo.max_clauses=5'),
+    ({'ppo.minibatch': 100}, 'use ppo.minibatch=64 or ppo.rollout_batch=1100'),
+    ({'ppo.score_batch': 3}, 'not divisible by config.ppo.score_batch=3'),
+    ({'rollout.samples': 5}, 'not divisible by config.rollout.samples=5'),
+    (
+      {'ppo.micro_batch': 3},
+      'config.ppo.minibatch=128 is not divisible by config.ppo.micro_batch=3',
+    ),
+    ({'ppo.dual_clip': 0.5}, 'must be above 1, or 0'),
+    ({'reward.calibration.entropy_quantile': 1.0}, 'below 1'),
+    ({'reward.segmentation.temperature': 0.0}, 'must be above 0'),
+  ],
+)
+def test_wrong_values_name_their_key(values, message):
+  with pytest.raises(ValueError, match=message):
+    validate.from_config(_config(**values))
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    (
+      {'reward.segmentation.granularity': 'token', 'reward.calibration.entropy_quantile': 0.8},
+      'set config.reward.segmentation.granularity=segment, or both targets to 0',
+    ),
+    (
+      {
+        'reward.segmentation.cut': 'delimiter',
+        'reward.calibration.target_segment_length': 8.0,
+      },
+      'set config.reward.segmentation.cut=entropy',
+    ),
+    (
+      {
+        'reward.calibration.entropy_quantile': 0.8,
+        'reward.calibration.target_segment_length': 8.0,
+      },
+      'set one of them to 0',
+    ),
+    (
+      {'reward.segmentation.granularity': 'bandit', 'reward.segmentation.min_length': 4},
+      'min_length=4 says how segments are cut, and granularity=bandit cuts none',
+    ),
+    (
+      {
+        'reward_model.segmentation.granularity': 'token',
+        'reward_model.segmentation.cut': 'delimiter',
+      },
+      'set granularity=segment, or cut=entropy',
+    ),
+    (
+      {
+        'stages': ('normalizer',),
+        'reward_model.segmentation.granularity': 'bandit',
+        'normalizer.kind': 'regression',
+      },
+      'granularity=bandit has one segment; use scalar',
+    ),
+    (
+      {
+        'stages': ('reward', 'normalizer'),
+        'reward.segmentation.granularity': 'bandit',
+        'normalizer.kind': 'regression',
+      },
+      'granularity=bandit has one segment; use scalar',
+    ),
+    (
+      {
+        'reward_model.segmentation.granularity': 'bandit',
+        'reward_model.normalizer': 'published:llama3_8b_sft/segment',
+      },
+      'granularity=bandit has one segment',
+    ),
+    (
+      {'shaping.redistribute': 'red', 'reward_model.segmentation.granularity': 'bandit'},
+      'granularity=token or segment',
+    ),
+    ({'shaping.redistribute': 'red', 'shaping.spread': 'bandit'}, 'shaping.spread=auto'),
+    ({'ppo.kl_in': 'loss'}, 'its gradient is 0 on average'),
+    ({'shaping.reward_model_weight': 0.0}, 'name a config.shaping.reward_fn'),
+  ],
+)
+def test_contradictions_are_refused_with_the_fix(values, message):
+  with pytest.raises(ValueError, match=message):
+    validate.from_config(_config(**values))
+
+
+@pytest.mark.parametrize(
+  'section, key, value, message',
+  [
+    ('ppo', 'steps', True, 'config.ppo.steps=True must be of type int'),
+    ('ppo', 'steps', '3', "config.ppo.steps='3' must be of type int"),
+    ('ppo', 'whiten', 1, 'must be of type bool'),
+    ('data', 'path', None, 'config.data.path=None must be of type str'),
+    ('ppo', 'policy_optimizer', 1e-3, 'must be a section with keys of its own'),
+  ],
+)
+def test_wrong_types_name_their_key(section, key, value, message):
+  from ml_collections import ConfigDict
+
+  config = presets.default_config().to_dict()
+  config['stages'], config[section][key] = ('ppo',), value
+  with pytest.raises(ValueError, match=message):
+    validate.from_config(ConfigDict(config))

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segjax.data.packing_plan import fill, plan_packing
+
+WIDTH = 32
+LENGTHS = st.lists(st.integers(0, WIDTH), min_size=2, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(2, 6), st.sampled_from([1, 2]))
+def test_every_sequence_lies_somewhere_alone(lengths, rows, group):
+  lengths = np.array(lengths[: len(lengths) // group * group])
+  packing = plan_packing(lengths, rows, WIDTH, group)
+  places, taken, seen = packing.pieces, {}, []
+  for piece, slot in np.argwhere(places.sequence >= 0):
+    sequence = places.sequence[piece, slot]
+    seen.append(sequence)
+    assert places.length[piece, slot] == lengths[sequence]
+    begin = places.offset[piece, slot]
+    assert 0 <= places.row[piece, slot] < rows
+    assert begin + lengths[sequence] <= WIDTH
+    for token in range(begin, begin + lengths[sequence]):
+      assert taken.setdefault((piece, places.row[piece, slot], token), sequence) == sequence
+  assert sorted(seen) == list(range(len(lengths)))
+  assert len(taken) == lengths.sum()  # no two at one place
+  assert np.all(places.length[places.sequence < 0] == 0)
+  assert np.all(places.sequence[packing.count :] == -1)
+  # Those of a group follow each other.
+  first = places.sequence[:, ::group]
+  for k in range(1, group):
+    np.testing.assert_array_equal(places.sequence[:, k::group], np.where(first < 0, -1, first + k))
+
+
+def test_shapes_do_not_depend_on_lengths():
+  shapes = {
+    plan_packing(np.full(64, length), 8, 100).pieces.sequence.shape for length in (1, 10, 51, 100)
+  }
+  assert shapes == {(8, 64)}
+
+
+def test_ragged_rows_are_well_filled():
+  """Exponential lengths, mean a quarter of the row: four sequences in a row, not one."""
+  lengths = np.minimum(np.random.default_rng(0).exponential(64, 256).astype(int) + 1, 256)
+  packing = plan_packing(lengths, 8, 256)
+  assert fill(packing) > 0.9
+  assert packing.count * 8 <= 256 / 3.5
+
+
+def test_too_long_and_too_few_rows():
+  with pytest.raises(ValueError, match='sequence 1 has 33 tokens, and packed rows have 32'):
+    plan_packing(np.array([3, 33]), 2, 32)
+  with pytest.raises(ValueError, match='2 sequences that stay together need micro_batch=2'):
+    plan_packing(np.array([3, 3]), 1, 32, group=2)

@@ -1,0 +1,313 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import models
+from fixtures.compiles import compiled
+from numpy.testing import assert_allclose
+
+from segjax.model import sharding
+from segjax.model.generate import Prompts, generate, make_decoder
+from segjax.model.llama import num_parameters
+from segjax.model.sampling import Sampling
+
+from .sampling_test import oracle_filter
+
+PROMPT, RESPONSE = 8, 16
+LENGTHS = np.array([1, 8, 3, 5, 8, 2, 7, 4], np.int32)
+SAMPLING = Sampling(max_new_tokens=RESPONSE)
+
+
+def run(params, prompts, lengths, seed=0, *, config=models.CONFIG, sampling=SAMPLING, **values):
+  mesh = values.pop('mesh', None) or models.mesh(1)
+  return generate(
+    params,
+    Prompts(np.asarray(prompts), np.asarray(lengths)),
+    jax.random.key(seed),
+    decoder=make_decoder(config, sampling, models.STOP_IDS, mesh),
+    mesh=mesh,
+    **values,
+  )
+
+
+def joined(prompts, lengths, response_ids):
+  """Prompt and response of each row, without a gap."""
+  ids = np.zeros((len(prompts), PROMPT + RESPONSE), np.int32)
+  for row, length in enumerate(lengths):
+    ids[row, :length] = prompts[row, :length]
+    ids[row, length : length + RESPONSE] = response_ids[row]
+  return ids
+
+
+@pytest.fixture(scope='module', params=models.CONFIGS)
+def sampled(request):
+  """A batch of responses, some of them finished, and what they came from."""
+  config = models.CONFIGS[request.param]
+  params, prompts = models.params(config), models.ids(shape=(models.BATCH, PROMPT))
+  return config, params, prompts, run(params, prompts, LENGTHS, config=config)
+
+
+def test_logprob_equals_full_forward(sampled):
+  config, params, prompts, out = sampled
+  ids = joined(prompts, LENGTHS, out.response_ids)
+  full, _ = models.token_logprobs(params, ids, config)
+  for row, length in enumerate(LENGTHS):
+    n = out.response_mask[row].sum()
+    # The cache holds the same numbers, summed in another order: float32.
+    expected = full[row, length : length + n]
+    assert_allclose(out.logprob[row, :n], expected, rtol=0, atol=1e-4)
+
+
+def test_what_a_response_is(sampled):
+  _, _, _, out = sampled
+  assert 0 < out.finished.sum() < models.BATCH  # both kinds are here
+  for ids, mask, finished, logprob in zip(
+    out.response_ids, out.response_mask, out.finished, out.logprob, strict=True
+  ):
+    n = mask.sum()
+    assert n and mask[:n].all()
+    stops = np.isin(ids[:n], models.STOP_IDS)
+    assert not stops[:-1].any()
+    assert stops[-1] == finished  # the stop token is part of the response
+    assert finished or n == RESPONSE
+    assert (ids[n:] == models.STOP_IDS[0]).all()
+    assert (logprob[n:] == 0).all()
+    assert (logprob[:n] < 0).all()
+
+
+def test_each_stop_id_stops(sampled):
+  config, params, prompts, out = sampled
+  ends = set()
+  for seed in range(12):
+    out = run(params, prompts, LENGTHS, seed, config=config)
+    last = out.response_mask.sum(axis=1) - 1
+    tokens = np.take_along_axis(out.response_ids, last[:, None], axis=1)[:, 0]
+    ends |= set(tokens[out.finished].tolist())
+  assert ends == set(models.STOP_IDS)
+
+
+def test_a_row_depends_on_itself_alone(sampled):
+  """Not on its batch mates, nor on what its prompt is padded with."""
+  config, params, prompts, out = sampled
+  others, lengths = models.ids(seed=5, shape=prompts.shape), LENGTHS[::-1].copy()
+  for row in (0, 3):
+    real = np.arange(PROMPT) < LENGTHS[row]
+    others[row], lengths[row] = np.where(real, prompts[row], 9), LENGTHS[row]
+  again = run(params, others, lengths, config=config)
+  for row in (0, 3):
+    assert_allclose(again.response_ids[row], out.response_ids[row])
+    assert_allclose(again.logprob[row], out.logprob[row], atol=1e-5)  # float32
+  assert (again.response_ids[1] != out.response_ids[1]).any()
+
+
+def test_the_key_decides(sampled):
+  config, params, prompts, out = sampled
+  again = run(params, prompts, LENGTHS, config=config)
+  jax.tree.map(np.testing.assert_array_equal, again, out)
+  other = run(params, prompts, LENGTHS, seed=1, config=config)
+  assert (other.response_ids != out.response_ids).any(axis=1).all()
+  same = run(params, np.tile(prompts[:1], (8, 1)), np.full(8, 1, np.int32), config=config)
+  assert len(np.unique(same.response_ids[:, 0])) > 2  # rows draw apart
+
+
+def test_greedy_takes_the_likeliest_token_of_the_full_forward():
+  config, prompts = models.TIED, models.ids(seed=3, shape=(models.BATCH, PROMPT))
+  params = models.params(config, seed=4)
+  # Larger logits of the stop tokens, so that they win at times.
+  scale = jnp.ones((models.VOCAB, 1)).at[jnp.array(models.STOP_IDS)].set(2.0)
+  params['backbone']['embedding'] *= jnp.broadcast_to(scale, (models.VOCAB, 32))
+  sampling = Sampling(temperature=0.0, min_new_tokens=3, max_new_tokens=RESPONSE)
+  out = run(params, prompts, LENGTHS, config=config, sampling=sampling)
+
+  response = np.zeros((models.BATCH, RESPONSE), np.int32)
+  live, mask = np.ones(models.BATCH, bool), []
+  banned = 0
+  for t in range(RESPONSE):
+    logits = models.logits(params, joined(prompts, LENGTHS, response), config)
+    logits = np.array(logits)[np.arange(models.BATCH), LENGTHS - 1 + t]
+    if t < 3:
+      banned += np.isin(logits.argmax(axis=1), models.STOP_IDS).sum()
+      logits[:, list(models.STOP_IDS)] = -np.inf
+    response[:, t] = np.where(live, logits.argmax(axis=1), models.STOP_IDS[0])
+    mask.append(live)
+    live = live & ~np.isin(response[:, t], models.STOP_IDS)
+  np.testing.assert_array_equal(out.response_ids, response)
+  np.testing.assert_array_equal(out.response_mask, np.stack(mask, axis=1))
+  np.testing.assert_array_equal(out.finished, ~live)
+  assert banned  # min_new_tokens had something to forbid
+
+
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    Sampling(max_new_tokens=1, min_new_tokens=0),
+    Sampling(max_new_tokens=1, min_new_tokens=1),
+    Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0.7, top_k=40, top_p=0.8),
+  ],
+  ids=['plain', 'stops_banned', 'filtered'],
+)
+def test_samples_follow_the_distribution(sampling):
+  """Chi-square of 8192 first tokens after one prompt of one token; the key is fixed."""
+  params, rows = models.params(models.CONFIG, seed=2), 8192
+  prompts = np.full((1, 1), 17, np.int32)
+  out = run(params, prompts, np.ones(1, np.int32), sampling=sampling, samples=rows)
+  logits = np.array(models.logits(params, np.tile(prompts, (8, 1)), models.CONFIG)[0, 0])
+  plain = oracle_filter(logits, 1.0, 0, 1.0)
+  if sampling.min_new_tokens:
+    logits[list(models.STOP_IDS)] = -np.inf
+  expected = oracle_filter(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+  count = np.bincount(out.response_ids[:, 0], minlength=models.VOCAB)
+  assert (count[expected == 0] == 0).all()
+  # The rarest tokens together, for counts below 5 are not normal.
+  rare = expected * rows < 5
+  cells = np.append(expected[~rare], expected[rare].sum()) * rows
+  counts = np.append(count[~rare], count[rare].sum())
+  cells, counts = cells[cells > 0], counts[cells > 0]
+  freedom = len(cells) - 1
+  chi_square = np.sum((counts - cells) ** 2 / cells)
+  assert freedom > 5
+  assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # four standard deviations
+  # What is reported is the log-prob without filter, temperature or ban.
+  assert_allclose(out.logprob[:, 0], np.log(plain)[out.response_ids[:, 0]], atol=1e-4)
+  # And beside it, that of the distribution drawn from.
+  assert_allclose(out.sample_logprob[:, 0], np.log(expected[out.response_ids[:, 0]]), atol=1e-4)
+
+
+def test_bfloat16_decodes_near_its_own_forward():
+  """The policy in bfloat16: its decode loop and its forward round alike, within bfloat16."""
+  config = dataclasses.replace(models.CONFIG, dtype='bfloat16')
+  params, prompts = models.params(config), models.ids(shape=(models.BATCH, PROMPT))
+  out = run(params, prompts, LENGTHS, config=config)
+  assert out.logprob.dtype == np.float32
+  full, _ = models.token_logprobs(params, joined(prompts, LENGTHS, out.response_ids), config)
+  window = functools.partial(np.take_along_axis, axis=1)
+  full = window(np.asarray(full), LENGTHS[:, None] + np.arange(RESPONSE)[None])
+  difference = np.abs(np.where(out.response_mask, full - out.logprob, 0))
+  assert difference.max() < 0.3
+  assert difference[out.response_mask].mean() < 0.03
+
+
+@pytest.mark.parametrize('slots', [1, 3, 8])
+def test_slots_do_not_matter(sampled, slots):
+  """Refilled one by one, or all at once: the same tokens from the same random numbers."""
+  config, params, prompts, out = sampled
+  again = run(params, prompts, LENGTHS, config=config, slots=slots)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids)
+  np.testing.assert_array_equal(again.finished, out.finished)
+  for name in ('logprob', 'sample_logprob'):
+    assert_allclose(getattr(again, name), getattr(out, name), atol=1e-5, err_msg=name)
+
+
+def test_order_of_arrival_does_not_matter(sampled):
+  config, params, prompts, out = sampled
+  order = np.random.default_rng(2).permutation(models.BATCH)
+  again = run(params, prompts[order], LENGTHS[order], config=config, slots=3, index=order)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids[order])
+  assert_allclose(again.logprob, out.logprob[order], atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 2), (4, 2, 1), (1, 1, 2)], ids=str)
+def test_devices_do_not_matter(shape):
+  """Rows over all devices, and heads over fsdp: the two ways that a decode loop is laid out."""
+  params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
+  out = run(params, prompts, LENGTHS)
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+  layout = sharding.decode_layout(models.CONFIG.num_key_value_heads, mesh)
+  assert layout == ('rows_' if shape == (2, 2, 2) else 'decode_')
+  with jax.set_mesh(mesh):
+    placed = models.place(params, mesh)
+  again = run(placed, prompts, LENGTHS, mesh=mesh, slots=5)
+  np.testing.assert_array_equal(again.response_ids, out.response_ids)
+  assert_allclose(again.logprob, out.logprob, atol=1e-5)
+
+
+def test_limits_end_each_response(sampled):
+  config, params, prompts, out = sampled
+  limits = np.array([1, 2, 3, 16, 16, 4, 5, 99])
+  again = run(params, prompts, LENGTHS, config=config, slots=2, limits=limits)
+  whole = out.response_mask.sum(axis=1)
+  np.testing.assert_array_equal(again.response_mask.sum(axis=1), np.minimum(whole, limits))
+  kept = again.response_mask
+  np.testing.assert_array_equal(again.response_ids[kept], out.response_ids[kept])
+  np.testing.assert_array_equal(again.finished, out.finished & (whole <= limits))
+
+
+def test_scanned_layers_equal_unrolled_ones():
+  """What accelerators run, here on a CPU."""
+  params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
+  mesh = models.mesh(1)
+  decoder = make_decoder(models.CONFIG, SAMPLING, models.STOP_IDS, mesh)
+  found = [
+    generate(
+      params,
+      Prompts(prompts, LENGTHS),
+      jax.random.key(0),
+      decoder=dataclasses.replace(decoder, unrolled=unrolled, chunk=chunk),
+      mesh=mesh,
+      slots=3,
+    )
+    for unrolled, chunk in ((True, 16), (False, 16), (True, 5))
+  ]
+  for other in found[1:]:
+    np.testing.assert_array_equal(other.response_ids, found[0].response_ids)
+    assert_allclose(other.logprob, found[0].logprob, atol=1e-5)
+
+
+def test_nothing_compiles_after_the_first_call(caplog):
+  params = models.params(models.CONFIG)
+  prompts = models.ids(shape=(models.BATCH, PROMPT))
+  run(params, prompts, LENGTHS, slots=4)
+  with compiled(caplog) as names:
+    for seed in range(1, 4):
+      run(params, models.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, slots=4)
+  # The number of prompts that are read at once has few values, each compiled when it first occurs.
+  assert set(names) <= {'prefill', 'insert'} and len(names) <= 6
+  with compiled(caplog) as names:
+    for seed in range(1, 4):
+      run(params, models.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, slots=4)
+  assert names == []
+
+
+@pytest.mark.parametrize(
+  ('length', 'message'),
+  [
+    (0, 'prompt 3 is empty'),
+    (60, 'prompt 3 has 60 tokens; .* up to 16 the network has room for 48'),
+  ],
+)
+def test_prompts_that_cannot_be_answered(length, message):
+  prompts, lengths = models.ids(shape=(models.BATCH, 60)), LENGTHS.copy()
+  lengths[3] = length
+  with pytest.raises(ValueError, match=message):
+    run(None, prompts, lengths)
+
+
+def test_stop_ids_are_tokens():
+  with pytest.raises(ValueError, match='stop id 80 is outside the vocabulary of 80'):
+    make_decoder(models.CONFIG, SAMPLING, (3, 80), models.mesh(1))
+
+
+def test_a_cache_that_does_not_fit_names_the_slots_that_do(monkeypatch):
+  """Two layers, two heads of 8, float32: 256 bytes a position, 64 positions, 16 KiB a slot."""
+  weights = 4 * num_parameters(models.CONFIG)
+  monkeypatch.setattr('segjax.model.generate._free_bytes', lambda mesh: weights + 5 * 2**14 + 1.0)
+  prompts = models.ids(shape=(models.BATCH, PROMPT))
+  with pytest.raises(ValueError, match=r'8 slots of 64 positions.*slots to at most 5'):
+    run(None, prompts, LENGTHS)
+  monkeypatch.setattr('segjax.model.generate._free_bytes', lambda mesh: weights - 1.0)
+  with pytest.raises(ValueError, match='use more devices'):
+    run(None, prompts, LENGTHS)
+
+
+def test_a_cache_that_grows_is_counted_with_the_one_before(monkeypatch):
+  """From 64 to 128 positions: 192 at once, 48 KiB a slot."""
+  free = 4 * num_parameters(models.CONFIG) + 3 * 48 * 2**10 + 1.0
+  monkeypatch.setattr('segjax.model.generate._free_bytes', lambda mesh: free)
+  long = dataclasses.replace(SAMPLING, max_new_tokens=60)
+  config = dataclasses.replace(models.CONFIG, max_position_embeddings=256)
+  prompts = models.ids(shape=(models.BATCH, PROMPT))
+  with pytest.raises(ValueError, match=r'8 slots of 128 positions.*slots to at most 3'):
+    run(None, prompts, LENGTHS, config=config, sampling=long)

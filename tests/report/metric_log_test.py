@@ -1,0 +1,156 @@
+"""Metrics on file: a step late, valid JSON, each step once, and the stop at bad steps."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.report.console import ProgressBar
+from segjax.report.metric_log import BadStepError, MetricLog, Options
+
+
+def _log(directory, total=4, start=0, **options):
+  bar = ProgressBar('sft', total)
+  return MetricLog(directory, bar, ['loss'], start=start, options=Options(**options))
+
+
+def _lines(directory):
+  def refuse(name):
+    raise AssertionError(f'{name} is no JSON')
+
+  text = (directory / 'metrics.jsonl').read_text()
+  return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_steps_are_written_one_late_and_all_at_the_end(tmp_path):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': jnp.float32(2)})
+    assert _lines(tmp_path) == []
+    log.log(1, {'loss': jnp.float32(1)})
+    assert [line['step'] for line in _lines(tmp_path)] == [0]
+  assert [(line['step'], line['loss']) for line in _lines(tmp_path)] == [(0, 2), (1, 1)]
+  assert log.last['loss'] == 1
+  assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_restart_keeps_the_steps_before_and_drops_those_after(tmp_path):
+  with _log(tmp_path) as log:
+    for step in range(4):
+      log.log(step, {'loss': jnp.float32(step)})
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 4, "lo')  # stopped in the middle of a line
+  with _log(tmp_path, start=2) as log:
+    assert log.last['loss'] == 1
+    log.log(2, {'loss': jnp.float32(20)})
+  assert [(line['step'], line['loss']) for line in _lines(tmp_path)] == [(0, 0), (1, 1), (2, 20)]
+  with _log(tmp_path):
+    pass
+  assert _lines(tmp_path) == []
+
+
+def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
+  bad = {'loss': jnp.float32(jnp.nan), 'grad_norm': jnp.float32(jnp.inf), 'bad': jnp.int32(1)}
+  with (
+    pytest.raises(BadStepError, match='step 1: grad_norm, loss not finite'),
+    _log(tmp_path) as log,
+  ):
+    log.log(0, {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(1, bad)
+  last = _lines(tmp_path)[-1]
+  assert (last['step'], last['loss'], last['grad_norm']) == (1, 'nan', 'inf')
+
+
+def test_bad_steps_count_only_in_a_row(tmp_path):
+  with (
+    pytest.raises(BadStepError, match=r'step 5: .*2 step'),
+    _log(tmp_path, max_bad_steps=2) as log,
+  ):
+    for step, bad in enumerate([1, 0, 1, 0, 1, 1]):
+      log.log(step, {'loss': jnp.float32(jnp.nan if bad else 1), 'bad': jnp.int32(bad)})
+  assert [line['step'] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
+  bad = {'objective/kl': jnp.float32(300), 'bad': jnp.int32(4)}
+  with _log(tmp_path, max_bad_steps=3) as log:
+    log.log(0, {'objective/kl': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(1, bad)
+    log.log(2, bad)
+  assert (
+    'warning: step 2: objective/kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
+  )
+  stopped = pytest.raises(
+    BadStepError, match=r'step 3: objective/kl 300 beyond bounds, 3 step\(s\)'
+  )
+  with stopped, _log(tmp_path, start=3, max_bad_steps=3) as log:
+    log.log(3, bad)
+    log.flush()
+
+
+def test_a_kill_while_old_lines_are_kept_loses_none(tmp_path, monkeypatch):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': jnp.float32(1)})
+  kept = _lines(tmp_path)
+
+  def killed(*_, **__):
+    raise KeyboardInterrupt
+
+  for where, what in ((json, 'dumps'), (Path, 'replace')):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(where, what, killed)
+      _log(tmp_path, start=1)
+    assert _lines(tmp_path) == kept
+
+
+def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
+  calls = []
+  run = types.SimpleNamespace(
+    log=lambda values, step: calls.append((step, values['loss'])),
+    finish=lambda: calls.append('finish'),
+  )
+
+  def init(project, name, dir):
+    calls.append((project, name))
+    return run
+
+  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+  directory = tmp_path / 'runs' / 'sft'
+  with _log(directory, wandb_project='segjax') as log:
+    log.log(0, {'loss': jnp.float32(2)})
+  assert calls == [('segjax', 'runs/sft'), (0, 2.0), 'finish']
+
+
+def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
+  with _log(tmp_path, peak_flops=1e9) as log:
+    log.log(0, {'perf/tokens': 500.0, 'perf/flops': 1e6, 'reward/z_by_position/1': np.nan})
+  (line,) = _lines(tmp_path)
+  assert line['perf/tokens_per_second'] == pytest.approx(500 / line['timing/step'])
+  assert line['perf/mfu'] == pytest.approx(1e6 / 1e9 / line['timing/step'])
+  assert line['perf/compiles'] >= 0
+  # Neither what rates are made of, nor a tenth without segments.
+  assert not {'perf/tokens', 'perf/flops', 'reward/z_by_position/1'} & set(line)
+
+
+def test_lines_and_warnings_on_the_console(tmp_path, capsys):
+  with _log(tmp_path, total=30, line_every=10) as log:
+    for step in range(30):
+      log.log(step, {'loss': 0.5, 'policy/clipfrac': 0.5 if step > 10 else 0.0})
+  out = capsys.readouterr().out.splitlines()
+  assert [line.split()[2] for line in out if ' step ' in line and 'loss 0.5' in line] == [
+    *('10:', '20:', '30:')
+  ]
+  (warning,) = [line for line in out if 'warning' in line]
+  assert 'the clip holds' in warning and 'ppo.policy_optimizer.learning_rate' in warning
+
+
+def test_newest_evaluation_is_kept_beside_the_last_step(tmp_path):
+  with _log(tmp_path) as log:
+    log.log(0, {'loss': 2.0, 'eval/reward': 0.25})
+    log.log(1, {'loss': 1.0})
+  assert log.evaluated == {'eval/reward': 0.25} and 'eval/reward' not in log.last
+  with _log(tmp_path, start=2) as log:
+    assert log.evaluated == {'eval/reward': 0.25}

@@ -1,0 +1,126 @@
+"""When a stage is reused, gone on from, or done anew."""
+
+import pytest
+
+from segjax.run import stage_record
+
+KEY = {'settings': {'seed': 0, 'sft': {'steps': 2}}, 'inputs': {'data.path': 'abc'}}
+
+
+def _with(section, **values):
+  return KEY | {section: KEY[section] | values}
+
+
+def _finished(directory, key=KEY):
+  stage_record.begin(directory, key)
+  (directory / 'model').write_text('weights')
+  return stage_record.finish(directory, key, {'loss': 1.5, 'shape': (1, 2)}, {'model': 'hash'})
+
+
+def test_finished_stage_is_reused_only_by_its_key_and_output(tmp_path):
+  stage = tmp_path / 'sft'
+  results = _finished(stage)
+  assert results == {'loss': 1.5, 'shape': [1, 2]}
+  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
+  assert stage_record.finished(stage, KEY, {'model': 'other'}) is None
+  assert stage_record.finished(stage, _with('settings', seed=1), {'model': 'hash'}) is None
+  assert stage_record.finished(tmp_path / 'nothing', KEY, {}) is None
+
+
+def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
+  stage = tmp_path / 'sft'
+  assert stage_record.begin(stage, KEY) == ''
+  (stage / 'checkpoint').write_text('2')
+  assert stage_record.finished(stage, KEY, {}) is None
+  assert stage_record.begin(stage, KEY) == ''
+  assert (stage / 'checkpoint').exists()
+
+
+@pytest.mark.parametrize(
+  'key, reason',
+  [
+    (_with('settings', seed=1), 'seed changed'),
+    (_with('settings', sft={'steps': 3}), 'sft.steps changed'),
+    (_with('inputs', **{'data.path': 'def'}), 'content of data.path changed'),
+  ],
+)
+@pytest.mark.parametrize('is_finished', [True, False])
+def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finished):
+  stage = tmp_path / 'sft'
+  if is_finished:
+    _finished(stage)
+  else:
+    stage_record.begin(stage, KEY)
+    (stage / 'model').write_text('weights')
+  assert stage_record.begin(stage, key) == reason
+  assert not (stage / 'model').exists()
+  assert (tmp_path / 'sft.old' / 'model').read_text() == 'weights'
+
+
+def test_only_the_last_one_is_kept_aside(tmp_path):
+  stage = tmp_path / 'sft'
+  for seed in range(3):
+    stage_record.begin(stage, _with('settings', seed=seed))
+    (stage / 'model').write_text(str(seed))
+  assert (stage / 'model').read_text() == '2'
+  assert (tmp_path / 'sft.old' / 'model').read_text() == '1'
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
+
+
+def test_what_came_to_nothing_replaces_nothing(tmp_path):
+  stage = tmp_path / 'sft'
+  _finished(stage)
+  assert (
+    stage_record.begin(stage, _with('settings', seed=1)) == 'seed changed'
+  )  # a path was mistyped
+  assert stage_record.begin(stage, _with('settings', seed=2)) == ''
+  assert (tmp_path / 'sft.old' / 'model').exists()
+
+
+@pytest.mark.parametrize('has_begun', [True, False])
+def test_earlier_settings_bring_back_what_they_made(tmp_path, has_begun):
+  stage, other = tmp_path / 'sft', _with('settings', seed=1)
+  results = _finished(stage)
+  stage_record.begin(stage, other)
+  if has_begun:
+    (stage / 'checkpoint').write_text('2')
+  stage_record.recall(stage, KEY)
+  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
+  stage_record.recall(stage, other)
+  assert (stage / 'checkpoint').exists() == has_begun
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
+
+
+def test_recall_leaves_what_is_right(tmp_path):
+  stage = tmp_path / 'sft'
+  stage_record.recall(stage, KEY)
+  assert not stage.exists()
+  results = _finished(stage)
+  stage_record.recall(stage, KEY)
+  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
+
+
+def test_damaged_output_and_foreign_directory_are_moved_aside(tmp_path):
+  _finished(tmp_path / 'sft')
+  assert stage_record.begin(tmp_path / 'sft', KEY) == 'its output was changed'
+  (tmp_path / 'ppo').mkdir()
+  (tmp_path / 'ppo' / 'notes').write_text('mine')
+  assert 'without a stage.json' in stage_record.begin(tmp_path / 'ppo', KEY)
+
+
+def test_content_hash_sees_names_and_bytes_but_not_what_is_skipped(tmp_path):
+  def write(name, **files):
+    for file, text in files.items():
+      (tmp_path / name).mkdir(exist_ok=True)
+      (tmp_path / name / file).write_text(text)
+    return stage_record.content_hash(tmp_path / name, skip='note')
+
+  first = write('a', x='1', y='2')
+  assert write('b', x='1', y='2') == first
+  assert write('b', note='3') == first
+  assert write('c', x='12', y='') != first
+  assert write('d', x='1', z='2') != first
+  assert write('b', y='3') != first
+  assert stage_record.content_hash(tmp_path / 'a' / 'x') == stage_record.content_hash(
+    tmp_path / 'd' / 'x'
+  )

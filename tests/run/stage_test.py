@@ -1,0 +1,132 @@
+"""Training loops: checkpoints, going on from them, and the stop at bad steps. Lengths, counts."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.config.settings import replace
+from segjax.data.tokenize import Limits
+from segjax.model.llama import config_of
+from segjax.report.metric_log import BadStepError
+from segjax.run import stage as jobs
+from segjax.train.state import TrainState
+
+
+@jax.jit
+def _add(state, amount):
+  """Adds the amount, unless it is not finite: as the real steps guard their state."""
+  good = jnp.isfinite(amount)
+  kernel = state.params['kernel'] + jnp.where(good, amount, 0)
+  step = state.step + good.astype(jnp.int32)
+  metrics = {'loss': amount, 'bad': 1 - good.astype(jnp.int32)}
+  return TrainState(step, {'kernel': kernel}, state.opt_state), metrics
+
+
+def _train(stage, amounts, stop_at=None):
+  """Adds up the amounts, one a step; 'the process is stopped' before step `stop_at`."""
+
+  def step_fn(states, step):
+    if step == stop_at:
+      raise KeyboardInterrupt
+    state, metrics = _add(states['sum'], jnp.float32(amounts[step]))
+    return {'sum': state}, metrics
+
+  start = {'sum': TrainState(jnp.int32(0), {'kernel': jnp.zeros((1, 1))}, {})}
+  states, last = jobs.train(stage, start, step_fn, len(amounts), ['loss'])
+  return float(states['sum'].params['kernel'][0, 0]), last
+
+
+def _steps(stage):
+  lines = (stage.directory / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line)['step'] for line in lines]
+
+
+def _saved(stage):
+  return sorted(int(p.name) for p in (stage.directory / 'checkpoints').iterdir())
+
+
+@pytest.fixture
+def stage(stage_of, small):
+  return stage_of('sft', small('sft', **{'checkpoint.every': 2}))
+
+
+def test_all_steps_run_and_are_logged(stage):
+  total, last = _train(stage, [1, 2, 4, 8, 16])
+  assert total == 31
+  assert last['loss'] == 16
+  assert _steps(stage) == [0, 1, 2, 3, 4]
+  assert _saved(stage) == [2, 4]
+
+
+def test_interrupted_stage_goes_on_from_its_newest_checkpoint(stage, capsys):
+  with pytest.raises(KeyboardInterrupt):
+    _train(stage, [1, 2, 4, 8, 16], stop_at=3)
+  total, _ = _train(stage, [100, 100, 4, 8, 16])  # the first two are not run again
+  assert total == 31
+  assert _steps(stage) == [0, 1, 2, 3, 4]
+  assert 'going on from step 2 of 5' in capsys.readouterr().out
+
+
+def test_without_checkpoints_an_interrupted_stage_begins_again(stage_of, small):
+  stage = stage_of('sft', small('sft'))
+  with pytest.raises(KeyboardInterrupt):
+    _train(stage, [1, 2, 4], stop_at=2)
+  assert _train(stage, [1, 2, 4])[0] == 7
+  assert _steps(stage) == [0, 1, 2]
+
+
+@pytest.mark.parametrize('at', [0, 2, 4])
+def test_bad_step_stops_with_the_good_state_saved(stage, at):
+  amounts = [1, 2, 4, 8, 16]
+  amounts[at] = np.nan
+  with pytest.raises(BadStepError) as error:
+    _train(stage, amounts)
+  assert f'sft, step {at}: loss not finite' in str(error.value)
+  assert '\n' not in str(error.value)
+  assert f'checkpoints/{_saved(stage)[-1]}' in str(error.value)
+  # The state has every good step; going on leaves out the bad one and repeats none.
+  total, last = _train(stage, amounts)
+  assert total == 31 - 2**at
+  assert np.isnan(last['loss']) == (at == 4)
+  assert _steps(stage) == [0, 1, 2, 3, 4]
+
+
+def test_more_bad_steps_may_be_allowed(stage_of, small):
+  stage = stage_of('sft', small('sft', max_bad_steps=3))
+  assert _train(stage, [1, np.nan, np.inf, 8, np.nan])[0] == 9
+
+
+@pytest.mark.parametrize(
+  'steps, epochs, rows, batch, expected',
+  [(5, 1, 100, 10, 5), (0, 1, 100, 10, 10), (0, 3, 25, 10, 6), (7, 9, 10, 10, 7)],
+)
+def test_num_steps(steps, epochs, rows, batch, expected):
+  assert jobs.num_steps(steps, epochs, rows, batch, 'sft') == expected
+
+
+def test_batch_larger_than_the_data():
+  with pytest.raises(
+    ValueError, match=r'config.sft.batch=64 is more than the 10 rows .* at most 10'
+  ):
+    jobs.num_steps(0, 1, 10, 64, 'sft')
+
+
+def test_limits_never_exceed_the_positions(stage, small, capsys):
+  network = small('sft').network
+  assert jobs.limits(stage, config_of(network)) == Limits(96, 32, 'truncate_left')
+  short = config_of(replace(small('sft'), **{'network.max_position_embeddings': 48}).network)
+  assert jobs.limits(stage, short) == Limits(48, 16, 'truncate_left')
+  assert '48 tokens' in capsys.readouterr().out
+
+
+def test_keys_differ_by_purpose_stage_and_seed(stage_of, small):
+  keys = [
+    stage_of('sft', small('sft')).key('head'),
+    stage_of('sft', small('sft')).key('samples'),
+    stage_of('ppo', small('sft')).key('head'),
+    stage_of('sft', small('sft', seed=1)).key('head'),
+  ]
+  assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4

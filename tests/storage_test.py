@@ -1,0 +1,99 @@
+import os
+import socket
+import subprocess
+
+import pytest
+
+from segjax import storage
+
+
+def _tree(directory):
+  return {
+    str(file.relative_to(directory)): file.read_text()
+    for file in sorted(directory.rglob('*'))
+    if file.is_file()
+  }
+
+
+def _write(directory, text):
+  with storage.complete(directory) as partial:
+    (partial / 'sub').mkdir()
+    (partial / 'sub' / 'file').write_text(text)
+    assert partial.parent == directory.parent and partial.name.startswith('.')
+
+
+def test_appears_whole_and_replaces(tmp_path):
+  out = tmp_path / 'deep' / 'out'
+  _write(out, 'one')
+  _write(out, 'two')
+  assert _tree(tmp_path) == {'deep/out/sub/file': 'two'}
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+  _write(tmp_path / 'out', 'one')
+
+  def fail():
+    with storage.complete(tmp_path / 'out') as partial:
+      (partial / 'file').write_text('two')
+      raise RuntimeError('no')
+
+  with pytest.raises(RuntimeError):
+    fail()
+  assert _tree(tmp_path) == {'out/sub/file': 'one'}
+
+
+def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
+  out = tmp_path / 'out'
+  _write(out, 'one')
+  rename = storage.Path.rename
+
+  def refuse(path, target):
+    if path.name.startswith('.') and not path.name.endswith('.old'):
+      raise OSError('no')
+    return rename(path, target)
+
+  monkeypatch.setattr(storage.Path, 'rename', refuse)
+  with pytest.raises(OSError):
+    _write(out, 'two')
+  monkeypatch.undo()
+  assert _tree(tmp_path) == {'out/sub/file': 'one'}
+
+
+def test_sweeps_what_killed_processes_left(tmp_path):
+  ended = subprocess.Popen(['true'])
+  ended.wait()
+  stem = f'.out.partial-{socket.gethostname()}-'
+  kept = [
+    f'{stem}{os.getppid()}',  # still running
+    f'{stem}{ended.pid}.old',  # an earlier checkpoint
+    f'.out.partial-elsewhere-{ended.pid}',
+    f'.other.partial-{socket.gethostname()}-{ended.pid}',
+  ]
+  for name in (f'{stem}{ended.pid}', *kept):
+    (tmp_path / name).mkdir()
+  _write(tmp_path / 'out', 'one')
+  assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*kept, 'out'])
+
+
+def test_check(tmp_path):
+  own = ('config.json',)
+  storage.check(tmp_path / 'new', own, overwrite=False)
+  storage.check(tmp_path, own, overwrite=False)
+  (tmp_path / 'model-00001-of-00002.safetensors').write_text('')
+  (tmp_path / 'config.json').write_text('')
+  storage.check(tmp_path, own, overwrite=True)
+  with pytest.raises(ValueError, match='not empty; name a new directory, or give --overwrite'):
+    storage.check(tmp_path, own, overwrite=False)
+  with pytest.raises(ValueError, match='is also the source'):
+    storage.check(tmp_path, own, overwrite=True, source=tmp_path / '.')
+  with pytest.raises(ValueError, match='is a file'):
+    storage.check(tmp_path / 'config.json', own, overwrite=True)
+  (tmp_path / 'notes').write_text('')
+  with pytest.raises(ValueError, match='holds notes, so it is more than a checkpoint'):
+    storage.check(tmp_path, own, overwrite=True)
+
+
+def test_check_space(tmp_path):
+  storage.check_space(tmp_path / 'a' / 'b', 1)
+  with pytest.raises(ValueError, match=r'needs 1000000000\.00 GB, and [\d.]+ GB are free'):
+    storage.check_space(tmp_path / 'a' / 'b', 10**18)

@@ -1,0 +1,272 @@
+"""A user's reward: by name, in every form it may take, and on the right token."""
+
+import functools
+
+import numpy as np
+import pytest
+from fixtures import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.train.custom_reward import load_function, token_rewards
+
+LENGTH = 24
+LOAD = "it is 'module:function'"
+
+
+@pytest.fixture(scope='module')
+def chat(tmp_path_factory) -> ChatTokenizer:
+  """Byte-level: a character that is not ASCII is several tokens."""
+  return load_tokenizer(tokenizers.write_tokenizer(tmp_path_factory.mktemp('tokenizer')))
+
+
+def padded(chat, texts, length=LENGTH, fill=7):
+  """Responses with their stop token, padded by a token that has a text of its own."""
+  rows = [[*chat.encode([text])[0], chat.stop_ids[0]] if text else [] for text in texts]
+  ids, mask = np.full((len(rows), length), fill, np.int32), np.zeros((len(rows), length), bool)
+  for row, tokens in enumerate(rows):
+    ids[row, : len(tokens)] = tokens
+    mask[row, : len(tokens)] = True
+  return ids, mask
+
+
+def given_to(chat, texts, function):
+  """The rewards of each response, without padding, which must have none."""
+  ids, mask = padded(chat, texts)
+  prompts = [f'prompt {row}' for row in range(len(texts))]
+  rewards = token_rewards(function, prompts, ids, mask, chat.decode)
+  assert rewards.dtype == np.float32 and rewards.shape == ids.shape
+  assert (rewards[~mask] == 0).all()
+  return [row[real].tolist() for row, real in zip(rewards, mask, strict=True)]
+
+
+def test_number_is_at_the_last_token(chat):
+  asked = []
+
+  def function(prompt, response):
+    asked.append((prompt, response))
+    return 0.7
+
+  first, second = given_to(chat, ['one two', 'three'], function)
+  assert asked == [('prompt 0', 'one two'), ('prompt 1', 'three')]
+  assert first == [0] * (len(first) - 1) + [float(np.float32(0.7))]
+  assert second == [0] * (len(second) - 1) + [float(np.float32(0.7))]
+
+
+@pytest.mark.parametrize(
+  'value, expected',
+  [
+    (3, 3.0),
+    (True, 1.0),
+    (np.True_, 1.0),
+    (np.float32(0.7), np.float32(0.7)),
+    (np.float64(0.7), np.float32(0.7)),
+    (np.float16(0.7), np.float16(0.7)),
+    (np.int8(-128), -128.0),
+    (-0.0, 0.0),
+  ],
+)
+def test_numbers(chat, value, expected):
+  (found,) = given_to(chat, ['one'], lambda prompt, response: value)
+  assert found[-1] == float(expected)
+  (found,) = given_to(chat, ['one'], lambda prompt, response: [(3, value)])
+  assert found[-2] == float(expected)
+
+
+def test_unfinished_response_is_paid_at_its_last_token(chat):
+  ids, mask = padded(chat, ['one two'])
+  mask[0, mask[0].sum() - 1] = False  # without the stop token
+  rewards = token_rewards(lambda prompt, response: 2, ['p'], ids, mask, chat.decode)
+  assert np.flatnonzero(rewards[0]).tolist() == [mask[0].sum() - 1]
+
+
+@pytest.mark.parametrize('kind', [list, tuple, np.array, functools.partial(np.array, dtype='f4')])
+def test_one_number_per_token(chat, kind):
+  count = len(chat.encode(['one two three'])[0]) + 1
+  values = [0.1 * (i + 1) for i in range(count)]
+  (found,) = given_to(chat, ['one two three'], lambda prompt, response: kind(values))
+  np.testing.assert_array_equal(found, np.float32(values))
+
+
+def test_no_reward(chat):
+  for nothing in ([], (), np.zeros(0)):
+    assert not any(given_to(chat, ['one two'], lambda prompt, response, n=nothing: n)[0])
+
+
+def test_empty_response_is_not_asked_about(chat):
+  asked = []
+
+  def function(prompt, response):
+    asked.append(prompt)
+    return 1
+
+  found = given_to(chat, ['', 'one', ''], function)
+  assert asked == ['prompt 1'] and found[0] == found[2] == []
+
+
+def test_stop_token_alone_is_asked_about_as_no_text(chat):
+  ids, mask = np.full((1, 4), chat.stop_ids[0]), np.array([[True, False, False, False]])
+  rewards = token_rewards(
+    lambda prompt, text: 1 if text == '' else 2, ['p'], ids, mask, chat.decode
+  )
+  assert rewards.tolist() == [[1, 0, 0, 0]]
+  with pytest.raises(ValueError, match='from 1 to 0'):
+    token_rewards(lambda prompt, text: [(1, 1)], ['p'], ids, mask, chat.decode)
+
+
+def test_pairs_by_worked_numbers(chat):
+  text = 'one €two'
+  tokens = [chat.decode([i]) for i in chat.encode([text])[0]]
+  # The three bytes of the euro sign are three tokens, each of them unreadable.
+  assert tokens == ['one', ' ', '�', '�', '�', 't', 'wo']
+  given = [(3, 0.5), (4, 1), (5, 2), (8, 4.0), (1, 8), (2, 0.25)]
+  (found,) = given_to(chat, [text], lambda prompt, response: given)
+  # One reward for each of these, and for the stop token.
+  assert found == [0.5 + 8 + 0.25, 1, 0, 0, 2, 0, 4, 0]
+  # A list reads as a pair, too.
+  (again,) = given_to(chat, [text], lambda prompt, response: tuple(map(list, given)))
+  assert again == found
+
+
+def test_pairs_at_one_token_are_added_before_they_are_rounded(chat):
+  (found,) = given_to(chat, ['one'], lambda prompt, response: [(1, 0.1), (2, 0.2), (3, 0.4)])
+  assert found[0] == float(np.float32(0.1 + 0.2 + 0.4))
+
+
+def test_response_that_breaks_off_inside_a_character(chat):
+  ids = np.array([chat.encode(['a€'])[0][:3]])
+  text = chat.decode(ids[0])
+  assert text == 'a�'
+  mask = np.ones((1, 3), bool)
+  found = token_rewards(lambda prompt, response: [(1, 1), (2, 2)], ['p'], ids, mask, chat.decode)
+  assert found[0, 0] == 1 and found[0, 1:].sum() == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text('ab €é😀\n', min_size=1, max_size=8), data=st.data())
+def test_a_character_is_paid_at_the_token_that_completes_it(chat, text, data):
+  tokens = chat.encode([text])[0]
+  end = data.draw(st.integers(1, len(text)))
+  # By counting bytes: a token of this vocabulary is one byte a character of its name.
+  bytes_after = np.cumsum([len(name) for name in chat.tokenizer.convert_ids_to_tokens(tokens)])
+  expected = int(np.searchsorted(bytes_after, len(text[:end].encode())))
+  ids, mask = np.array([tokens]), np.ones((1, len(tokens)), bool)
+  found = token_rewards(lambda prompt, response: [(end, 1)], ['p'], ids, mask, chat.decode)
+  assert np.flatnonzero(found[0]).tolist() == [expected]
+
+
+def test_few_texts_are_decoded(chat):
+  text, calls = 'the quick brown fox ' * 20, []
+
+  def decode(ids):
+    calls.append(len(ids))
+    return chat.decode(ids)
+
+  ids, mask = padded(chat, [text], length=512)
+  ends = [(end, 1) for end in range(20, 401, 20)]
+  rewards = token_rewards(lambda prompt, response: ends, ['p'], ids, mask, decode)
+  assert rewards.sum() == 20 and mask.sum() > 100
+  assert len(calls) < 90 and len(set(calls)) >= len(calls) - 1  # none twice but the whole
+
+
+def test_token_texts_are_given_where_they_are_asked_for(chat):
+  seen = []
+
+  def function(prompt, response, tokens):
+    seen.append(tokens)
+    return [len(text) for text in tokens]
+
+  found = given_to(chat, ['one €', 'one'], function)
+  assert seen == [['one', ' ', '�', '�', '�', ''], ['one', '']]
+  assert found == [[3, 1, 1, 1, 1, 0], [3, 0]]
+
+
+@pytest.mark.parametrize(
+  'value, message',
+  [
+    (float('nan'), 'returned nan; return a finite number'),
+    (np.float32('inf'), 'returned .*inf.*finite'),
+    (1e39, 'returned 1e\\+39'),
+    (10**400, 'returned 10000'),
+    (None, 'returned None'),
+    ('0.7', "returned '0.7'"),
+    ({'reward': 1}, 'returned {'),
+    (1j, 'returned 1j'),
+    ([1, 2], 'returned 2 numbers for 3 tokens'),
+    ([1, 2, 3, 4], 'returned 4 numbers for 3 tokens'),
+    ([1, 2, None], 'returned None'),
+    ([1, 2, float('nan')], 'returned nan'),
+    ([(1, 2), 3], 'returned 3 among pairs'),
+    ([(1, 2, 3)], r'returned \(1, 2, 3\) among pairs'),
+    ([(0, 2)], r'returned the pair \(0, 2\); its first must be a whole number from 1 to 7'),
+    ([(8, 2)], r'returned the pair \(8, 2\).*from 1 to 7, as many characters'),
+    ([(1.0, 2)], r'returned the pair \(1\.0, 2\).*whole number'),
+    ([(True, 2)], r'returned the pair \(True, 2\).*whole number'),
+    ([(1, float('inf'))], 'returned inf'),
+    ([(1, '2')], "returned '2'"),
+  ],
+)
+def test_bad_returns_name_the_function_and_the_prompt(chat, value, message):
+  def rule(prompt, response):
+    return value
+
+  text = 'one two'
+  assert chat.encode([text])[0] == chat.encode(['one'])[0] + chat.encode([' two'])[0]
+  ids, mask = padded(chat, [text])
+  with pytest.raises(
+    ValueError, match=rf"reward_function_test:.*rule on .*'why{{40,}}\.\.\. {message}"
+  ):
+    token_rewards(rule, ['wh' + 'y' * 200], ids, mask, chat.decode)
+
+
+def test_what_the_function_raises_goes_through_with_a_note(chat):
+  def rule(prompt, response):
+    return {}[response]
+
+  ids, mask = padded(chat, ['one'])
+  with pytest.raises(KeyError) as caught:
+    token_rewards(rule, ['hello'], ids, mask, chat.decode)
+  (note,) = caught.value.__notes__
+  assert 'rule' in note and "'hello'" in note
+
+
+def test_functions_without_signature_or_name(chat):
+  # max has no signature; of two texts it returns one, which is no number.
+  with pytest.raises(ValueError, match=r"^builtins:max on .* 'prompt 0' returned 'prompt 0'"):
+    given_to(chat, ['one'], max)
+  nameless = functools.partial(lambda value, prompt, response: value, 'x')
+  with pytest.raises(ValueError, match=r'^functools\.partial'):
+    given_to(chat, ['one'], nameless)
+
+
+def test_load_function():
+  assert load_function('math:sqrt', 'shaping.reward_fn')(4) == 2
+  assert load_function('collections:OrderedDict.fromkeys', 'k')('a') == {'a': None}
+
+
+@pytest.mark.parametrize(
+  'path, message',
+  [
+    ('no.such.module:f', f"No module named 'no'.*{LOAD}"),
+    ('math:no_such', f"has no attribute 'no_such'.*{LOAD}"),
+    ('math', LOAD),
+    ('math:', LOAD),
+    (':sqrt', LOAD),
+    ('', LOAD),
+    ('math:pi', 'is a float and cannot be called'),
+  ],
+)
+def test_load_function_names_the_key(path, message):
+  with pytest.raises(ValueError, match=rf'^config\.shaping\.reward_fn=.*{message}'):
+    load_function(path, 'shaping.reward_fn')
+
+
+def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
+  (tmp_path / 'broken_rule.py').write_text('def f(:\n')
+  (tmp_path / 'raising_rule.py').write_text('raise KeyError("x")\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  for name, cause in (('broken_rule', SyntaxError), ('raising_rule', KeyError)):
+    with pytest.raises(ValueError, match=f'{name}.*{LOAD}') as caught:
+      load_function(f'{name}:f', 'shaping.reward_fn')
+    assert isinstance(caught.value.__cause__, cause)

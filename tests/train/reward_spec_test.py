@@ -1,0 +1,136 @@
+"""segment_reward.json: what is written is read, what is missing must be named."""
+
+import dataclasses
+import json
+
+import pytest
+
+from segjax.config.settings import AS_STORED, RewardModel, Segmentation
+from segjax.data import demo_language
+from segjax.data.tokenizer import fingerprint
+from segjax.rl.normalizer import PUBLISHED
+from segjax.train import reward_spec
+from segjax.train.reward_spec import SegmentReward
+from segjax.types import Normalizer
+
+FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
+
+
+def reward_model(normalizer='', **segmentation):
+  """What a config says that names these fields."""
+  return RewardModel('', dataclasses.replace(AS_STORED, **segmentation), normalizer)
+
+
+@pytest.fixture
+def model(tmp_path):
+  """A directory with a tokenizer, all that this module looks at."""
+  demo_language.write_tokenizer(tmp_path / 'model')
+  return tmp_path / 'model'
+
+
+def test_file_has_the_documented_form(model):
+  reward_spec.write(
+    model,
+    SegmentReward(
+      Segmentation(entropy_threshold=1.5, min_length=3),
+      FITTED,
+      'regression',
+      tokenizer_sha256='abc',
+    ),
+  )
+  assert json.loads((model / 'segment_reward.json').read_text()) == {
+    'version': 2,
+    'granularity': 'segment',
+    'cut': 'entropy',
+    'entropy_threshold': 1.5,
+    'fixed_length': 16,
+    'delimiters': '.!?\n',
+    'min_length': 3,
+    'stop_token': 'outside',
+    'aggregation': 'mean',
+    'temperature': 1.0,
+    'normalizer': {
+      'kind': 'regression',
+      'w_mean': 0.1,
+      'w_std': -0.2,
+      'b_mean': 0.3,
+      'b_std': 0.4,
+    },
+    'tokenizer_sha256': 'abc',
+  }
+
+
+@pytest.mark.parametrize('normalizer, kind', [(FITTED, 'scalar'), (None, '')])
+def test_what_is_written_is_read(model, normalizer, kind):
+  written = SegmentReward(Segmentation('token'), normalizer, kind, tokenizer_sha256='abc')
+  reward_spec.write(model, written)
+  assert reward_spec.read(model) == written
+
+
+def test_no_file_is_no_error(model):
+  assert reward_spec.read(model) is None
+
+
+@pytest.mark.parametrize(
+  'text', ['{', '{"version": 1}', '{"version": 2}', '{"version": 2, "normalizer": {"kind": "x"}}']
+)
+def test_broken_file_is_named(model, text):
+  (model / 'segment_reward.json').write_text(text)
+  with pytest.raises(ValueError, match=r'model/segment_reward.json: .* fit it again'):
+    reward_spec.read(model)
+
+
+def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
+  stored = Segmentation(entropy_threshold=1.5, aggregation='last', min_length=2)
+  reward_spec.write(model, SegmentReward(stored, FITTED, 'regression'))
+  assert reward_spec.resolve(RewardModel(), model, model) == SegmentReward(
+    stored, FITTED, 'regression'
+  )
+  named = RewardModel(
+    segmentation=dataclasses.replace(AS_STORED, granularity='token', entropy_threshold=0.0),
+    normalizer='published:llama3_8b_sft/token',
+  )
+  found = reward_spec.resolve(named, model, model)
+  assert found.segmentation == dataclasses.replace(
+    stored, granularity='token', entropy_threshold=0.0
+  )
+  assert found.normalizer == PUBLISHED['llama3_8b_sft/token']
+  none = reward_spec.resolve(RewardModel(normalizer='none'), model, model)
+  assert (none.normalizer, none.normalizer_kind) == (Normalizer(), 'none')
+
+
+@pytest.mark.parametrize(
+  'named, missing',
+  [
+    ({}, ['granularity', 'entropy_threshold', 'normalizer']),
+    ({'granularity': 'segment'}, ['entropy_threshold', 'normalizer']),
+    ({'granularity': 'segment', 'cut': 'fixed_length'}, ['normalizer']),
+    ({'granularity': 'token'}, ['normalizer']),
+    ({'granularity': 'bandit', 'entropy_threshold': 1.0}, ['normalizer']),
+    ({'entropy_threshold': 1.0, 'normalizer': 'none'}, ['granularity']),
+  ],
+)
+def test_without_a_file_all_must_be_named(model, named, missing):
+  with pytest.raises(ValueError, match='run the normalizer job') as error:
+    reward_spec.resolve(reward_model(**named), model, model)
+  for key in ('segmentation.granularity', 'segmentation.entropy_threshold', 'normalizer'):
+    is_named = f'config.reward_model.{key}' in str(error.value)
+    assert is_named == (key.removeprefix('segmentation.') in missing)
+
+
+def test_token_granularity_needs_no_threshold(model):
+  named = reward_model(granularity='token', normalizer='none')
+  assert reward_spec.resolve(named, model, model).segmentation.granularity == 'token'
+
+
+def test_unfitted_normaliser_is_refused(model):
+  reward_spec.write(model, SegmentReward(Segmentation(), None))
+  with pytest.raises(ValueError, match='normalizer'):
+    reward_spec.resolve(RewardModel(), model, model)
+
+
+def test_fingerprint_decides_where_there_is_one(model):
+  reward_spec.check_tokenizer(model, model)
+  reward_spec.check_tokenizer(model, model, fingerprint(str(model)))
+  with pytest.raises(ValueError, match='differ'):
+    reward_spec.check_tokenizer(model, model, 'another')

@@ -1,0 +1,56 @@
+"""Which rule cuts, and what it reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax.config.settings import Segmentation
+from segjax.train.segmenter import Cutter, aggregate, cut
+
+IDS = np.array([[5, 9, 6, 5, 9, 9, 6, 2], [9, 5, 6, 2, 0, 0, 0, 0]], np.int32)  # 9 '.', 2 stop
+MASK = np.array([[1] * 8, [1] * 4 + [0] * 4], bool)
+ENTROPY = np.array([[9, 0, 3, 0, 3, 0, 0, 9], [0, 3, 3, 9, 9, 9, 9, 9]], np.float32)
+
+
+def segment_ids(delimiter_ids=(), **values):
+  cutter = Cutter(Segmentation(**values), delimiter_ids)
+  arrays = map(jnp.asarray, (IDS, MASK, np.array([True, True]), ENTROPY))
+  return jax.jit(cut, static_argnums=4)(*arrays, cutter)
+
+
+@pytest.mark.parametrize(
+  'values, expected',
+  [
+    ({}, [[0, 0, 1, 1, 2, 2, 2, -1], [0, 1, 2, -1]]),
+    ({'entropy_threshold': 3.0}, [[0] * 7 + [-1], [0, 0, 0, -1]]),
+    ({'min_length': 3}, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1]]),
+    ({'stop_token': 'inside'}, [[0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 2, 2]]),
+    ({'granularity': 'token'}, [[0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, -1]]),
+    ({'granularity': 'bandit'}, [[0] * 8, [0] * 4]),
+    ({'cut': 'fixed_length', 'fixed_length': 3}, [[0, 0, 0, 1, 1, 1, 2, -1], [0, 0, 0, -1]]),
+    ({'cut': 'delimiter'}, [[0, 0, 1, 1, 1, 1, 2, -1], [0, 1, 1, -1]]),
+  ],
+  ids=lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else '',
+)
+def test_segments(values, expected):
+  found = segment_ids(delimiter_ids=(4, 9), **values)
+  rows = [row.tolist() for row in np.asarray(found.segment_id)]
+  assert rows == [expected[0], expected[1] + [-1] * 4]
+
+
+def test_only_entropy_needs_the_reference():
+  assert Cutter(Segmentation()).needs_entropy
+  for values in ({'granularity': 'token'}, {'granularity': 'bandit'}, {'cut': 'delimiter'}):
+    assert not Cutter(Segmentation(**values)).needs_entropy
+
+
+@pytest.mark.parametrize(
+  'name, expected', [('mean', [10 / 3, 1]), ('max', [6, 2]), ('sum', [10, 3])]
+)
+def test_scores_of_segments_make_that_of_the_response(name, expected):
+  score = np.where(MASK, np.arange(8), np.nan).astype(np.float32)
+  segmentation = Segmentation(aggregation=name)
+  found = jax.jit(aggregate, static_argnums=2)(jnp.asarray(score), segment_ids(), segmentation)
+  # Segments end at 1, 3 and 6, and at 0, 1 and 2: scores 1, 3, 6 and 0, 1, 2.
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
