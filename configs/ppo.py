@@ -32,7 +32,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward_model.segmentation.granularity = granularity
   else:
     demo_run.assign(config, last_job='evaluate')
-    config.reward.segmentation.granularity = granularity or 'segment'
+    config.reward_training.segmentation.granularity = granularity or 'segment'
     if name == 'demo_long':
       demo_run.longer(config)
   return config
@@ -41,7 +41,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
 def published(config: ConfigDict, name: str, granularity: str) -> None:
   """The paper's runs on UltraFeedback: 59 rollouts of 1,024 prompts, one epoch."""
   config.seed = 42
-  config.runtime.dtype = 'bfloat16'
+  config.runtime.compute_dtype = 'bfloat16'
   config.network.update(model_sizes.SIZES[name]())
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
@@ -55,10 +55,10 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.reward_model.segmentation.entropy_threshold = 2.0  # nats
 
   config.rollout.max_new_tokens = 1024
-  config.ppo.steps = 59
-  config.ppo.rollout_batch = 1024
-  config.ppo.minibatch = 128
-  config.ppo.epochs = 1
+  config.ppo.max_steps = 59
+  config.ppo.rollout_batch_size = 1024
+  config.ppo.minibatch_size = 128
+  config.ppo.num_ppo_epochs = 1
   config.ppo.kl_coef = 0.01
   config.ppo.gamma = 1.0
   config.ppo.gae_lambda = 0.95
@@ -66,13 +66,13 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.ppo.value_clip_eps = 0.2 if granularity == 'bandit' else 0.25
   config.ppo.policy_optimizer.learning_rate = 5e-7
   config.ppo.critic_optimizer.learning_rate = 9e-6
-  config.checkpoint.every = 5
+  config.checkpoint.every_steps = 5
 
   if (name, granularity) == ('llama3_8b_sft', 'token'):
-    config.shaping.length_norm = True
+    config.reward_shaping.length_norm = True
   if (name, granularity) == ('llama31_8b_instruct', 'segment'):
-    config.shaping.end_penalty = 'per_token'
-    config.shaping.end_penalty_value = -0.05
-    config.shaping.length_penalty = 'threshold'
-    config.shaping.length_penalty_value = -0.05
-    config.shaping.length_threshold = 800
+    config.reward_shaping.missing_eos_penalty = 'per_token'
+    config.reward_shaping.missing_eos_penalty_value = -0.05
+    config.reward_shaping.length_penalty = 'threshold'
+    config.reward_shaping.length_penalty_value = -0.05
+    config.reward_shaping.length_threshold = 800

@@ -27,17 +27,17 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     demo_run.assign(config, last_job='reward')
   elif name in model_sizes.SIZES:
     config.seed = 42
-    config.runtime.dtype = 'bfloat16'
+    config.runtime.compute_dtype = 'bfloat16'
     config.network.update(model_sizes.SIZES[name]())
     config.policy.path = model_sizes.HUB.get(name, {}).get('policy', '')
     config.data.path = 'hendrydong/preference_700K'
     config.data.max_length = 2048
     config.data.max_prompt_length = 1728
-    config.reward.segmentation.entropy_threshold = 2.0  # nats
-    config.reward.batch = 128
-    config.reward.epochs = 1
-    config.reward.optimizer.learning_rate = 1e-6
-    config.checkpoint.every = 256
+    config.reward_training.segmentation.entropy_threshold = 2.0  # nats
+    config.reward_training.batch_size = 128
+    config.reward_training.num_epochs = 1
+    config.reward_training.optimizer.learning_rate = 1e-6
+    config.checkpoint.every_steps = 256
     model_sizes.lay_out(config, 'reward', name, topology)
-  config.reward.segmentation.granularity = granularity or 'segment'
+  config.reward_training.segmentation.granularity = granularity or 'segment'
   return config

@@ -22,16 +22,16 @@ from segjax import processes
 from segjax.config.settings import AS_STORED, Segmentation, Settings
 from segjax.config.validate import check_key, from_config
 from segjax.data.sources import Message, as_conversation
-from segjax.data.tokenizer import NoTemplateError
+from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.evaluation import annotate
-from segjax.evaluation.annotate import Annotated, Reader
-from segjax.model.generate import Prompts, generate, make_decoder
+from segjax.evaluation.annotate import Annotated, Annotator
+from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import make_mesh
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
-from segjax.train.segmenter import cutter_of
+from segjax.train.segmenter import make_segmenter
 
 # Or messages; `Any`, so that something else is answered by the checks here.
 Text = str | Any
@@ -85,7 +85,7 @@ def load_policy(
   Raises:
     ValueError: there is no such checkpoint, or it is none that is read here.
   """
-  named = {'policy.path': path, 'runtime.dtype': dtype, 'data.chat_template': chat_template}
+  named = {'policy.path': path, 'runtime.compute_dtype': dtype, 'data.chat_template': chat_template}
   return Policy(*_load('policy', named, mesh))
 
 
@@ -113,7 +113,7 @@ def load_reward_model(
     'policy.path': reference,
     'reward_model.path': path,
     'reward_model.segmentation': dataclasses.asdict(segmentation),
-    'runtime.dtype': dtype,
+    'runtime.compute_dtype': dtype,
     'data.chat_template': chat_template,
   }
   return RewardModel(*_load('reward', named, mesh))
@@ -122,7 +122,7 @@ def load_reward_model(
 @dataclasses.dataclass(frozen=True)
 class _Model:
   stage: Stage
-  reader: Reader
+  reader: Annotator
   has_template: bool
 
   def _texts(self, texts: Sequence[Text]) -> list[tuple[list[Message], str]]:
@@ -147,7 +147,7 @@ class _Model:
       )
     return messages
 
-  def _annotated(self, reader: Reader, texts: Sequence[Text]) -> list[Annotated]:
+  def _annotated(self, reader: Annotator, texts: Sequence[Text]) -> list[Annotated]:
     found = self._texts(texts)
     return list(annotate.annotate(self.stage, reader, found, _batch(self.stage.mesh, len(found))))
 
@@ -188,11 +188,11 @@ class Policy(_Model):
     config = self.reader.configs['policy']
     found = generate(
       self.reader.params['policy'],
-      Prompts(padded, length),
+      PromptArrays(padded, length),
       jax.random.key(seed),
-      decoder=make_decoder(config, sampling(rollout), tokenizer.stop_ids, mesh),
+      decoder=make_decode_config(config, sampling(rollout), tokenizer.stop_ids, mesh),
       mesh=mesh,
-      slots=rollout.slots,
+      slots=rollout.max_concurrent,
       samples=samples,
     )
     if found.broken.any():
@@ -211,7 +211,7 @@ class Policy(_Model):
     texts, found = self._texts(texts), []
     size = _batch(self.stage.mesh, len(texts))
     for batch in annotate.batches(self.stage, self.reader, texts, size):
-      arrays = processes.fetch(
+      arrays = processes.to_host(
         _logprobs(self.reader.params['policy'], batch.sequences.ids, self.reader.configs['policy'])
       )
       for row, (ids, span) in enumerate(zip(batch.responses, batch.spans, strict=True)):
@@ -228,8 +228,8 @@ class Policy(_Model):
     Raises:
       ValueError: an unknown field, or a text as in `logprobs`.
     """
-    named = {f'reward.segmentation.{key}': value for key, value in how.items()}
-    cutter = cutter_of(_settings(named).reward.segmentation, self.reader.tokenizer)
+    named = {f'reward_training.segmentation.{key}': value for key, value in how.items()}
+    cutter = make_segmenter(_settings(named).reward.segmentation, self.reader.tokenizer)
     return self._annotated(dataclasses.replace(self.reader, cutter=cutter), texts)
 
   def _prompt_ids(self, prompt: Text, number: int) -> list[int]:
@@ -269,12 +269,12 @@ class RewardModel(_Model):
     return self._annotated(self.reader, texts)
 
 
-def _load(name: str, named: dict[str, Any], mesh: Mesh | None) -> tuple[Stage, Reader, bool]:
+def _load(name: str, named: dict[str, Any], mesh: Mesh | None) -> tuple[Stage, Annotator, bool]:
   stage = annotate.stage_of(name, _settings(named), mesh or make_mesh())
   with jax.set_mesh(stage.mesh):
     try:
       return stage, annotate.load(stage), True
-    except NoTemplateError:
+    except MissingChatTemplateError:
       named = named | {'data.chat_template': annotate.PLAIN}
       stage = dataclasses.replace(stage, settings=_settings(named))
       return stage, annotate.load(stage), False

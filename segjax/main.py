@@ -62,7 +62,7 @@ def default_workdir(config_file: str, seed: int) -> str:
 
 def main(_: list[str]) -> None:
   """Reads the settings, finds the devices, runs the stages."""
-  from segjax.report.console import say
+  from segjax.report.console import log
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
@@ -70,14 +70,14 @@ def main(_: list[str]) -> None:
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = settings_from_flags()
   named = _WORKDIR.value or default_workdir(name, settings.seed)
-  say(f'segjax {name} -> {named}\nstages {", ".join(settings.stages)}')
+  log(f'segjax {name} -> {named}\nstages {", ".join(settings.stages)}')
 
   import jax
 
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-  processes.join(
+  processes.initialize(
     _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
@@ -88,7 +88,7 @@ def main(_: list[str]) -> None:
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
-  say(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
+  log(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
   workdir, mirrored = _workdir(named, settings)
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
   stages = pipeline.prepare(settings, workdir, mesh, mirrored, Command(name, line))
@@ -98,7 +98,7 @@ def main(_: list[str]) -> None:
   pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
   if '://' not in named:
-    processes.check_shared(workdir)
+    processes.check_shared_filesystem(workdir)
   preemption.interrupt_on_sigterm()
   with mirrored.held(workdir):
     if processes.is_first():
@@ -114,13 +114,13 @@ def main(_: list[str]) -> None:
 
 def _workdir(named: str, settings: Settings) -> tuple[Path, Any]:
   """(The directory to work in, what keeps a bucket equal to it) for the value of --workdir."""
-  from segjax.report.console import say
+  from segjax.report.console import log
   from segjax.run import bucket_mirror
 
   if '://' not in named:
-    return Path(named), bucket_mirror.Nowhere()
-  local = bucket_mirror.local_directory(named, _MIRROR.value, processes.index())
-  return local, bucket_mirror.Bucket(named, local, settings.checkpoint.max_misses, say)
+    return Path(named), bucket_mirror.NoMirror()
+  local = bucket_mirror.local_directory(named, _MIRROR.value, processes.process_index())
+  return local, bucket_mirror.BucketMirror(named, local, settings.checkpoint.max_failures, log)
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:
@@ -128,7 +128,7 @@ def has_tpu(devices: Path = Path('/dev')) -> bool:
   return any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
 
 
-def forget_libtpu(devices: Path = Path('/dev')) -> None:
+def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
   """Keeps jax from loading a libtpu that was installed for `tools/plan.py` alone.
 
   On a machine without a TPU it would print warnings and look for a metadata server. To be called
@@ -151,7 +151,7 @@ def settings_from_flags() -> tuple[Settings, str]:
   return validate.from_config(_CONFIG.value), name
 
 
-def parse(arguments: list[str]) -> list[str]:
+def parse_flags(arguments: list[str]) -> list[str]:
   """Flags from the command line; ValueError, in one line, where they are wrong."""
   from segjax.config import validate
 
@@ -165,23 +165,23 @@ def parse(arguments: list[str]) -> list[str]:
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
-    raise ValueError(_root(error)) from error
+    raise ValueError(root_cause(error)) from error
 
 
-def _root(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
   """The message in one line; that of the first cause where it is the text of a traceback."""
   while '\n' in str(error).strip() and error.__context__:
     error = error.__context__
   return str(error)
 
 
-def console() -> None:
+def cli() -> None:
   """The console script."""
   if sys.argv[1:2] == ['convert']:
     from segjax.hf import cli
 
     raise SystemExit(cli.main(sys.argv[2:]))
-  forget_libtpu()
+  hide_unused_libtpu()
   run(main)
 
 
@@ -189,14 +189,14 @@ def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main` on the flags; wrong settings and inputs end in one line, not in a traceback."""
   sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
   try:
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command goes on from what is saved') from None
   except Exception as error:
     _exit_if_preempted(error)
-    if processes.count() > 1 and not _is_users(error):
+    if processes.process_count() > 1 and not is_user_error(error):
       processes.fail(error)
-    if os.environ.get('SEGJAX_TRACEBACK') or not _is_users(error):
+    if os.environ.get('SEGJAX_TRACEBACK') or not is_user_error(error):
       raise
     raise SystemExit(f'segjax: {error}') from None
 
@@ -210,14 +210,16 @@ def _exit_if_preempted(error: Exception) -> None:
     raise SystemExit(preemption.EXIT_CODE) from None
 
 
-def _is_users(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
   """Whether it tells a user what to mend, as ours do; any other is a defect of segjax."""
-  from segjax.report.metric_log import BadStepError
+  from segjax.report.metric_log import TooManySkippedStepsError
 
   raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
   is_ours = raised_in.is_relative_to(Path(__file__).parent)
-  return isinstance(error, BadStepError | OSError) or (isinstance(error, ValueError) and is_ours)
+  return isinstance(error, TooManySkippedStepsError | OSError) or (
+    isinstance(error, ValueError) and is_ours
+  )
 
 
 if __name__ == '__main__':
-  console()
+  cli()

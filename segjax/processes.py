@@ -28,12 +28,12 @@ _index, _count = 0, 1
 _lines: list[socket.socket] = []  # of the first process to the others
 
 
-def count() -> int:
+def process_count() -> int:
   """Of the run."""
   return _count
 
 
-def index() -> int:
+def process_index() -> int:
   """Which of them this one is, from 0."""
   return _index
 
@@ -43,7 +43,7 @@ def is_first() -> bool:
   return _index == 0
 
 
-def join(
+def initialize(
   address: str = '',
   number: int = 0,
   index: int = -1,
@@ -198,15 +198,15 @@ def fail(error: BaseException) -> None:
 
 def barrier(name: str) -> None:
   """Waits until all processes are here."""
-  if count() > 1:
+  if process_count() > 1:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(name)
 
 
-def agreed(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
   """The first process's value, which JSON can hold, in all of them."""
-  if count() == 1:
+  if process_count() == 1:
     return value
   from jax.experimental import multihost_utils
 
@@ -217,20 +217,20 @@ def agreed(value: Any) -> Any:
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(mine)))
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
   """Whether it is true in one of them."""
-  if count() == 1:
+  if process_count() == 1:
     return flag
   from jax.experimental import multihost_utils
 
   return bool(multihost_utils.process_allgather(np.array([flag])).any())
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
   """The arrays whole, on every host."""
   import jax
 
-  if count() == 1:
+  if process_count() == 1:
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
 
@@ -242,17 +242,17 @@ def fetch(tree: Any) -> Any:
   return jax.tree.map(whole, tree)
 
 
-def check_shared(directory: Path) -> None:
+def check_shared_filesystem(directory: Path) -> None:
   """ValueError unless all processes see what the first writes there."""
-  if count() == 1:
+  if process_count() == 1:
     return
   mark = directory / '.shared'
-  token = agreed(f'{time.time()}')
+  token = broadcast_from_first(f'{time.time()}')
   if is_first():
     mark.write_text(token)
   barrier('shared')
   is_seen = mark.is_file() and mark.read_text() == token
-  is_missed = any_of(not is_seen)
+  is_missed = any_process(not is_seen)
   barrier('seen')
   if is_first():
     mark.unlink()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
-def check(
+def check_target(
   directory: Path, own: Collection[str], *, overwrite: bool, source: Path | None = None
 ) -> None:
   """ValueError unless a checkpoint may be written to `directory`.
@@ -48,7 +48,7 @@ def check_space(directory: Path, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def complete(directory: Path) -> Iterator[Path]:
+def atomic_directory(directory: Path) -> Iterator[Path]:
   """A new directory beside `directory`, which takes its place when the block ends without error.
 
   By then all of it is on the disk. After an error it is removed; what a killed process left is

@@ -80,7 +80,7 @@ class Normalizer:
   meta_fields=['rows', 'width', 'group'],
 )
 @dataclasses.dataclass(frozen=True)
-class Places:
+class PackingSlots:
   """Where sequences lie in `rows` rows of `width` tokens; arrays of integers, [M].
 
   Attributes:
@@ -102,10 +102,10 @@ class Places:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Packing:
+class PackingPlan:
   """A batch in packed pieces: places with arrays [P, M], of which the first `count` are in use."""
 
-  pieces: Places
+  pieces: PackingSlots
   count: Any
 
 

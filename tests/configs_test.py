@@ -4,7 +4,7 @@ import pytest
 
 from configs.shared import model_sizes
 from segjax.config.settings import Network
-from segjax.model.llama import config_of, num_parameters
+from segjax.model.llama import make_config, num_parameters
 
 
 @pytest.mark.parametrize(
@@ -17,4 +17,4 @@ from segjax.model.llama import config_of, num_parameters
   ],
 )
 def test_sizes(size, parameters):
-  assert num_parameters(config_of(Network(**size()))) == parameters
+  assert num_parameters(make_config(Network(**size()))) == parameters

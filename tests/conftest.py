@@ -31,6 +31,8 @@ def few_mappings():
     jax.clear_caches()
 
 
+pytest_plugins = ['fixtures.stages']
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from segjax import main
-from segjax.report.metric_log import BadStepError
+from segjax.report.metric_log import TooManySkippedStepsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,20 +41,26 @@ def test_default_workdir(config, expected):
     (['--config=configs/ppoo.py'], 'there is no file .configs/ppoo.py'),
     (['--config', 'ppo.py:demo'], '--config=ppo.py:demo: there is no file .ppo.py'),
     (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
-    (['--config.seed=1', '--config.sft.batchs=1'], r'config.sft.batchs .* mean config.sft.batch'),
+    (
+      ['--config.seed=1', '--config.sft.batchs=1'],
+      r'config.sft.batchs .* mean config.sft.batch_size',
+    ),
     (['--config.runtime.remt=none'], 'did you mean config.runtime.remat'),
   ],
 )
 def test_wrong_flags_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
-    main.parse(['segjax', *arguments])
+    main.parse_flags(['segjax', *arguments])
 
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
     (['--config=configs/ppo.py:demmo'], "preset 'demmo': 'demmo' is not one of demo, demo_long, "),
-    (['--config=configs/ppo.py', '--config.ppo.steps=1.5'], '--config.ppo.steps=1.5: invalid lit'),
+    (
+      ['--config=configs/ppo.py', '--config.ppo.max_steps=1.5'],
+      '--config.ppo.max_steps=1.5: invalid lit',
+    ),
     (['--config=configs/ppo.py', '--workdir=none://b/run'], '--workdir=none://b/run cannot be rea'),
     ([], '--config is missing; start with --config=configs/ppo.py'),
   ],
@@ -93,7 +99,7 @@ def test_libtpu_is_loaded_where_there_is_a_tpu(tmp_path, monkeypatch, node, plat
   if node:
     (tmp_path / 'dev' / node).parent.mkdir(parents=True)
     (tmp_path / 'dev' / node).touch()
-  main.forget_libtpu(tmp_path / 'dev')
+  main.hide_unused_libtpu(tmp_path / 'dev')
   assert (importlib.import_module if is_loaded else _is_missing)('libtpu')
   monkeypatch.delitem(sys.modules, 'libtpu', raising=False)
 
@@ -118,14 +124,14 @@ def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
 
 
 def test_only_errors_for_users_lose_their_traceback():
-  assert main._is_users(_raised(lambda: main.parse(['segjax', '--config.zzz=1'])))
-  assert main._is_users(_raised(lambda: Path('/nowhere/at/all').read_text()))
-  assert not main._is_users(_raised(lambda: int('x')))
+  assert main.is_user_error(_raised(lambda: main.parse_flags(['segjax', '--config.zzz=1'])))
+  assert main.is_user_error(_raised(lambda: Path('/nowhere/at/all').read_text()))
+  assert not main.is_user_error(_raised(lambda: int('x')))
 
   def bad():
-    raise BadStepError('step 3: loss not finite')
+    raise TooManySkippedStepsError('step 3: loss not finite')
 
-  assert main._is_users(_raised(bad))
+  assert main.is_user_error(_raised(bad))
 
 
 def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
@@ -140,14 +146,14 @@ def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
 FEW = {
   'demo.sft_rows': 256,
   'demo.pairs': 256,
-  'sft.steps': 2,
-  'reward.steps': 2,
-  'normalizer.pairs': 128,
-  'ppo.steps': 2,
-  'ppo.rollout_batch': 16,
-  'ppo.minibatch': 16,
-  'evaluate.samples': 1,
-  'evaluate.batch': 16,
+  'sft.max_steps': 2,
+  'reward_training.max_steps': 2,
+  'normalizer.max_pairs': 128,
+  'ppo.max_steps': 2,
+  'ppo.rollout_batch_size': 16,
+  'ppo.minibatch_size': 16,
+  'evaluate.samples_per_prompt': 1,
+  'evaluate.batch_size': 16,
   'runtime.remat': 'none',
 }
 

@@ -21,9 +21,9 @@ _SMALL = {
   'demo.sft_rows': 64,
   'demo.pairs': 64,
   'network.max_position_embeddings': 64,
-  'sft.steps': 6,
-  'sft.batch': 8,
-  'checkpoint.every': 1,
+  'sft.max_steps': 6,
+  'sft.batch_size': 8,
+  'checkpoint.every_steps': 1,
 }
 
 
@@ -192,21 +192,21 @@ def test_those_that_do_not_come_are_named():
 )
 def test_wrong_flags(address, number, index, message):
   with pytest.raises(ValueError, match=message):
-    processes.join(address, number, index)
+    processes.initialize(address, number, index)
 
 
 def test_the_script_of_a_slurm_job_is_alone(monkeypatch):
   """Only what srun starts has a step; anything else would wait for processes that never come."""
   monkeypatch.setenv('SLURM_NTASKS', '4')
   monkeypatch.delenv('SLURM_STEP_NODELIST', raising=False)
-  processes.join()
-  assert processes.count() == 1
+  processes.initialize()
+  assert processes.process_count() == 1
 
 
 def test_one_process_needs_nobody(tmp_path):
-  processes.join()
+  processes.initialize()
   processes.barrier('alone')
-  processes.check_shared(tmp_path)
-  assert processes.is_first() and processes.count() == 1
-  assert processes.agreed({'a': [1, None]}) == {'a': [1, None]}
-  assert processes.any_of(True) and not processes.any_of(False)
+  processes.check_shared_filesystem(tmp_path)
+  assert processes.is_first() and processes.process_count() == 1
+  assert processes.broadcast_from_first({'a': [1, None]}) == {'a': [1, None]}
+  assert processes.any_process(True) and not processes.any_process(False)

@@ -243,7 +243,7 @@ def test_reward_function_example(tmp_path, monkeypatch):
   (tmp_path / 'my_rules.py').write_text(text)
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.delitem(sys.modules, 'my_rules', raising=False)
-  function = load_function('my_rules:reward', 'shaping.reward_fn')
+  function = load_function('my_rules:reward', 'reward_shaping.reward_fn')
   response = 'a. Sorry. b'
   ids = np.array([[ord(c) for c in response]])
   found = token_rewards(function, [''], ids, ids > 0, lambda ids: ''.join(map(chr, map(int, ids))))
@@ -267,7 +267,7 @@ def test_python_example_runs(place, monkeypatch, capsys):
   scored = names['judge'].score([names['chat']])[0].segments
   assert scored and len(segments) > len(scored)
   last = scored[-1]  # at p = 1: Mean -0.2, Std 0.8
-  assert last.reward == pytest.approx((last.score + 0.2) / 0.8, abs=1e-4)
+  assert last.reward_training == pytest.approx((last.score + 0.2) / 0.8, abs=1e-4)
 
 
 def test_named_functions_of_rl_exist():

@@ -16,7 +16,7 @@ def _tree(directory):
 
 
 def _write(directory, text):
-  with storage.complete(directory) as partial:
+  with storage.atomic_directory(directory) as partial:
     (partial / 'sub').mkdir()
     (partial / 'sub' / 'file').write_text(text)
     assert partial.parent == directory.parent and partial.name.startswith('.')
@@ -33,7 +33,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
   _write(tmp_path / 'out', 'one')
 
   def fail():
-    with storage.complete(tmp_path / 'out') as partial:
+    with storage.atomic_directory(tmp_path / 'out') as partial:
       (partial / 'file').write_text('two')
       raise RuntimeError('no')
 
@@ -77,20 +77,20 @@ def test_sweeps_what_killed_processes_left(tmp_path):
 
 def test_check(tmp_path):
   own = ('config.json',)
-  storage.check(tmp_path / 'new', own, overwrite=False)
-  storage.check(tmp_path, own, overwrite=False)
+  storage.check_target(tmp_path / 'new', own, overwrite=False)
+  storage.check_target(tmp_path, own, overwrite=False)
   (tmp_path / 'model-00001-of-00002.safetensors').write_text('')
   (tmp_path / 'config.json').write_text('')
-  storage.check(tmp_path, own, overwrite=True)
+  storage.check_target(tmp_path, own, overwrite=True)
   with pytest.raises(ValueError, match='not empty; name a new directory, or give --overwrite'):
-    storage.check(tmp_path, own, overwrite=False)
+    storage.check_target(tmp_path, own, overwrite=False)
   with pytest.raises(ValueError, match='is also the source'):
-    storage.check(tmp_path, own, overwrite=True, source=tmp_path / '.')
+    storage.check_target(tmp_path, own, overwrite=True, source=tmp_path / '.')
   with pytest.raises(ValueError, match='is a file'):
-    storage.check(tmp_path / 'config.json', own, overwrite=True)
+    storage.check_target(tmp_path / 'config.json', own, overwrite=True)
   (tmp_path / 'notes').write_text('')
   with pytest.raises(ValueError, match='holds notes, so it is more than a checkpoint'):
-    storage.check(tmp_path, own, overwrite=True)
+    storage.check_target(tmp_path, own, overwrite=True)
 
 
 def test_check_space(tmp_path):

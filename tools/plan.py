@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
 
   job = settings.stages[-1]
   cache = Path(_PLANS.value) if _PLANS.value else None
-  plan = planner.make(job, settings, topology, tuple(_PHASES.value), cache)
+  plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache)
   planner.show(plan)
   if _JSON.value:
     print(planner.as_json(plan))

@@ -55,7 +55,7 @@ def main() -> None:
   named = {
     'policy.path': flags.policy,
     'reward_model.path': flags.reward_model,
-    'runtime.dtype': flags.dtype,
+    'runtime.compute_dtype': flags.dtype,
     'data.chat_template': flags.chat_template or (annotate.PLAIN if flags.text is not None else ''),
   }
   if flags.threshold is not None:

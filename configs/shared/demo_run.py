@@ -14,47 +14,47 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.stages = JOBS[: JOBS.index(last_job) + 1]
   config.network.update(model_sizes.tiny())
   config.runtime.remat = 'none'
-  config.runtime.unroll = config.network.num_hidden_layers
+  config.runtime.scan_unroll = config.network.num_hidden_layers
   config.demo.sft_rows = 16_384
   config.demo.pairs = 20_000
   config.data.max_length = 128
   config.data.max_prompt_length = 32
 
-  config.sft.batch = 64
-  config.sft.steps = 200
+  config.sft.batch_size = 64
+  config.sft.max_steps = 200
   config.sft.optimizer.learning_rate = 1e-2
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
-  config.reward.segmentation.entropy_threshold = (
+  config.reward_training.segmentation.entropy_threshold = (
     1.0  # nats; a fork has at most ln 2, a clause start over 1.5
   )
-  config.reward.batch = 64
-  config.reward.steps = 900
-  config.reward.holdout = 0.06
-  config.reward.optimizer.learning_rate = 3e-3
-  config.reward.optimizer.warmup_ratio = 0.05
+  config.reward_training.batch_size = 64
+  config.reward_training.max_steps = 900
+  config.reward_training.holdout_fraction = 0.06
+  config.reward_training.optimizer.learning_rate = 3e-3
+  config.reward_training.optimizer.warmup_ratio = 0.05
 
-  config.normalizer.pairs = 2048
-  config.normalizer.batch = 128
+  config.normalizer.max_pairs = 2048
+  config.normalizer.batch_size = 128
 
   config.rollout.max_new_tokens = 32
-  config.ppo.steps = 45
-  config.ppo.rollout_batch = 256
-  config.ppo.minibatch = 64
-  config.ppo.epochs = 2
+  config.ppo.max_steps = 45
+  config.ppo.rollout_batch_size = 256
+  config.ppo.minibatch_size = 64
+  config.ppo.num_ppo_epochs = 2
   config.ppo.kl_coef = 0.15
   config.ppo.eval_every = 9
-  config.ppo.holdout = 0.05
+  config.ppo.holdout_fraction = 0.05
   config.ppo.policy_optimizer.learning_rate = 2e-3
   config.ppo.policy_optimizer.beta2 = 0.99
   config.ppo.critic_optimizer.learning_rate = 2e-3
   config.ppo.critic_optimizer.beta2 = 0.99
 
-  config.evaluate.samples = 16
-  config.evaluate.batch = 128
-  config.evaluate.gold = 'segjax.data.demo_language:gold'
-  config.evaluate.boundary = 'segjax.data.demo_language:is_boundary'
+  config.evaluate.samples_per_prompt = 16
+  config.evaluate.batch_size = 128
+  config.evaluate.gold_reward_fn = 'segjax.data.demo_language:gold'
+  config.evaluate.boundary_fn = 'segjax.data.demo_language:is_boundary'
 
 
 def longer(config: ConfigDict) -> None:

@@ -18,28 +18,28 @@ HUB = {
 
 # How a job of 8B or 70B models is laid out on a slice: settings by job and topology, over those of
 # the recipe, which they change in nothing but rounding. `tools/plan.py` shows that they fit.
-_PPO_8B = {'ppo.micro_batch': 16, 'ppo.score_batch': 64, 'rollout.slots': 512}
+_PPO_8B = {'ppo.micro_batch_size': 16, 'ppo.scoring_batch_size': 64, 'rollout.max_concurrent': 512}
 TOPOLOGIES = {
   ('ppo', '8b'): {
     'v5p:2x2x2': _PPO_8B,
-    'v6e:4x4': _PPO_8B | {'rollout.slots': 256},
-    'v5e:8x8': _PPO_8B | {'ppo.micro_batch': 64, 'rollout.slots': 256},
-    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch': 8, 'rollout.slots': 256},
+    'v6e:4x4': _PPO_8B | {'rollout.max_concurrent': 256},
+    'v5e:8x8': _PPO_8B | {'ppo.micro_batch_size': 64, 'rollout.max_concurrent': 256},
+    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch_size': 8, 'rollout.max_concurrent': 256},
   },
   ('ppo', '70b'): {
     'v5p:4x4x8': {
-      'ppo.micro_batch': 128,
-      'ppo.score_batch': 128,
-      'rollout.slots': 512,
+      'ppo.micro_batch_size': 128,
+      'ppo.scoring_batch_size': 128,
+      'rollout.max_concurrent': 512,
     },
   },
   ('reward', '8b'): {
-    'v5p:2x2x2': {'reward.micro_batch': 16},
-    'v6e:4x4': {'reward.micro_batch': 16},
-    'v5e:8x8': {'reward.micro_batch': 64},
-    'cuda:8xH100-80GB': {'reward.micro_batch': 8},
+    'v5p:2x2x2': {'reward_training.micro_batch_size': 16},
+    'v6e:4x4': {'reward_training.micro_batch_size': 16},
+    'v5e:8x8': {'reward_training.micro_batch_size': 64},
+    'cuda:8xH100-80GB': {'reward_training.micro_batch_size': 8},
   },
-  ('reward', '70b'): {'v5p:4x4x8': {'reward.micro_batch': 128}},
+  ('reward', '70b'): {'v5p:4x4x8': {'reward_training.micro_batch_size': 128}},
 }
 
 

@@ -8,25 +8,27 @@ from segjax.config.settings import Segmentation, Settings
 from segjax.rl import normalizer
 
 
-def check(s: Settings) -> None:
+def check_conflicts(s: Settings) -> None:
   """ValueError where two settings cannot be meant together."""
-  calibration, cutting = s.reward.calibration, s.reward.segmentation
+  calibration, cutting = s.reward_training.threshold_search, s.reward_training.segmentation
   if calibration.target_segment_length and calibration.entropy_quantile:
     raise ValueError(
-      'config.reward.calibration has both target_segment_length and entropy_quantile; set one of '
+      'config.reward_training.threshold_search has both target_segment_length and '
+      'entropy_quantile; set one of '
       'them to 0.'
     )
   if calibration.target_segment_length or calibration.entropy_quantile:
     for key, value, needed in (
       ('granularity', cutting.granularity, 'segment'),
-      ('cut', cutting.cut, 'entropy'),
+      ('boundary', cutting.boundary, 'entropy'),
     ):
       if value != needed:
         raise ValueError(
-          f'config.reward.calibration looks for an entropy threshold, which {key}={value} does not '
-          f'use; set config.reward.segmentation.{key}={needed}, or both targets to 0.'
+          'config.reward_training.threshold_search looks for an entropy threshold, which '
+          f'{key}={value} does not '
+          f'use; set config.reward_training.segmentation.{key}={needed}, or both targets to 0.'
         )
-  for section in ('reward', 'reward_model'):
+  for section in ('reward_training', 'reward_model'):
     check_segmentation(getattr(s, section).segmentation, f'config.{section}.segmentation')
   granularity = cutting.granularity if 'reward' in s.stages else ''
   granularity = s.reward_model.segmentation.granularity or granularity
@@ -36,24 +38,28 @@ def check(s: Settings) -> None:
   if named.startswith('published:') and normalizer.PUBLISHED[named.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={named}:')
   check_redistribution(s, granularity)
-  if s.ppo.kl_in == 'loss' and s.ppo.kl_estimator == 'k1':
+  if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise ValueError(
-      'config.ppo.kl_in=loss with kl_estimator=k1: its gradient is 0 on average; set '
+      'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
       'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
     )
-  if bool(s.ppo.eval_every) != bool(s.ppo.holdout):
+  if bool(s.ppo.eval_every) != bool(s.ppo.holdout_fraction):
     raise ValueError(
-      f'config.ppo.eval_every={s.ppo.eval_every} and ppo.holdout={s.ppo.holdout} go together: how '
+      f'config.ppo.eval_every={s.ppo.eval_every} and '
+      f'ppo.holdout_fraction={s.ppo.holdout_fraction} go together: how '
       'often held-out prompts are sampled, and what share of them is held out, say 0.05.'
     )
-  if s.compat.row0_mask and s.ppo.packed_length:
+  if s.compat.first_row_attention_mask and s.ppo.packing_length:
     raise ValueError(
-      'config.compat.row0_mask masks padded rows, and config.ppo.packed_length packs them; set one '
+      'config.compat.first_row_attention_mask masks padded rows, and config.ppo.packing_length '
+      'packs them; set '
+      'one '
       'of them to False or 0.'
     )
-  if not s.shaping.reward_model_weight and not s.shaping.reward_fn:
+  if not s.reward_shaping.reward_model_weight and not s.reward_shaping.reward_fn:
     raise ValueError(
-      'config.shaping.reward_model_weight=0 leaves no reward; name a config.shaping.reward_fn.'
+      'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
+      'config.reward_shaping.reward_fn.'
     )
 
 
@@ -61,7 +67,7 @@ def check_segmentation(segmentation: Segmentation, key: str) -> None:
   """ValueError where a way of cutting is named that the granularity does not use."""
   if segmentation.granularity not in ('token', 'bandit'):
     return
-  for name, default in (('cut', 'entropy'), ('min_length', 1)):
+  for name, default in (('boundary', 'entropy'), ('min_segment_length', 1)):
     value = getattr(segmentation, name)
     if value and value != default:
       raise ValueError(
@@ -81,16 +87,19 @@ def check_normalizer(kind: str, granularity: str, key: str) -> None:
 
 def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> None:
   """ValueError where differences of the score would not add up to the whole."""
-  if s.shaping.redistribute == 'none':
+  if s.reward_shaping.redistribute == 'none':
     return
-  if granularity == 'bandit' or s.shaping.spread == 'bandit':
+  if granularity == 'bandit' or s.reward_shaping.spread == 'bandit':
     raise ValueError(
-      'config.shaping.redistribute=red spreads one score over segments, and bandit has one; set '
-      'config.reward_model.segmentation.granularity=token or segment, and shaping.spread=auto.'
+      'config.reward_shaping.redistribute=red spreads one score over segments, and bandit has '
+      'one; set '
+      'config.reward_model.segmentation.granularity=token or segment, and '
+      'reward_shaping.spread=auto.'
     )
   if w_mean:
     raise ValueError(
-      'config.shaping.redistribute=red takes differences of one score, which a normaliser by '
+      'config.reward_shaping.redistribute=red takes differences of one score, which a normaliser '
+      'by '
       'position would change from segment to segment; use config.reward_model.normalizer=none, or '
       'a scalar one.'
     )

@@ -9,7 +9,7 @@ import dataclasses
 from segjax.config.settings import Compat, Segmentation, Settings, replace
 
 
-def as_published(settings: Settings) -> Settings:
+def apply_reference_exact(settings: Settings) -> Settings:
   """The settings with every compatibility switch on and the fixes of `rl` off.
 
   `Compat` lists the switches. Besides them: tokens are segments of threshold 0, so that tokens of
@@ -21,10 +21,14 @@ def as_published(settings: Settings) -> Settings:
   """
   s = settings
   for key, value, published in (
-    ('shaping.end_penalty', s.shaping.end_penalty, ('off', 'per_token')),
-    ('shaping.length_penalty', s.shaping.length_penalty, ('off', 'threshold')),
+    (
+      'reward_shaping.missing_eos_penalty',
+      s.reward_shaping.missing_eos_penalty,
+      ('off', 'per_token'),
+    ),
+    ('reward_shaping.length_penalty', s.reward_shaping.length_penalty, ('off', 'threshold')),
     ('normalizer.weighting', s.normalizer.weighting, ('bin',)),
-    ('normalizer.min_count', s.normalizer.min_count, (1,)),
+    ('normalizer.min_bin_count', s.normalizer.min_bin_count, (1,)),
   ):
     if value not in published:
       known = ' or '.join(map(str, published))
@@ -37,9 +41,9 @@ def as_published(settings: Settings) -> Settings:
     s,
     compat=dataclasses.replace(s.compat, **switches),
     **{
-      'reward.segmentation': _tokens_by_threshold(s.reward.segmentation),
+      'reward_training.segmentation': _tokens_by_threshold(s.reward_training.segmentation),
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
-      'shaping.std_floor_ratio': -1.0,
+      'reward_shaping.std_floor_ratio': -1.0,
       'rollout.recompute_logprob': True,
     },
   )

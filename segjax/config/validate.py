@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from segjax.config import conflicts
-from segjax.config.reference_exact import as_published
+from segjax.config.reference_exact import apply_reference_exact
 from segjax.config.settings import ACTIVATIONS, JOBS, Settings
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 
@@ -23,7 +23,7 @@ def from_config(config: ConfigDict) -> Settings:
   """The typed settings; ValueError names an unknown key, a wrong type, or values at odds."""
   settings = _build(Settings, config.copy_and_resolve_references().to_dict(), '')
   validate(settings)
-  return as_published(settings) if settings.reference_exact else settings
+  return apply_reference_exact(settings) if settings.reference_exact else settings
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
@@ -57,7 +57,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
 
 def check_key(key: str) -> None:
   """ValueError, naming the nearest keys that exist, unless `key` is a setting or a section."""
-  leaves = _leaves()
+  leaves = setting_keys()
   if key in leaves or any(leaf.startswith(key + '.') for leaf in leaves):
     return
   last = key.rpartition('.')[2]
@@ -68,38 +68,40 @@ def check_key(key: str) -> None:
   raise ValueError(f'config.{key} does not exist{hint}')
 
 
-def _leaves(cls: type = Settings, prefix: str = '') -> list[str]:
+def setting_keys(cls: type = Settings, prefix: str = '') -> list[str]:
   names = []
   for key, kind in typing.get_type_hints(cls).items():
-    names += _leaves(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
+    names += (
+      setting_keys(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
+    )
   return names
 
 
 def validate(settings: Settings) -> None:
   """Checks the values against each other; ValueError names the key and the fix."""
-  _stages(settings)
-  _names(settings)
-  _activations(settings)
-  _ranges(settings)
-  _lengths(settings)
-  _batch_parts(settings)
-  _packing(settings)
-  conflicts.check(settings)
+  _check_stages(settings)
+  _check_choices(settings)
+  _check_activations(settings)
+  _check_ranges(settings)
+  _check_lengths(settings)
+  _check_divisibility(settings)
+  _check_packing(settings)
+  conflicts.check_conflicts(settings)
 
 
-def spread(settings: Settings, granularity: str) -> str:
+def resolve_spread(settings: Settings, granularity: str) -> str:
   """The way a segment's z is spread over its tokens, for that granularity."""
-  name = settings.shaping.spread
+  name = settings.reward_shaping.spread
   if name == 'auto':
     return 'bandit' if granularity == 'bandit' else 'even_split'
   return name
 
 
-def _stages(s: Settings) -> None:
+def _check_stages(s: Settings) -> None:
   if not s.stages:
     raise ValueError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
   for stage in s.stages:
-    _one_of('stages', stage, JOBS)
+    _check_choice('stages', stage, JOBS)
   in_order = tuple(job for job in JOBS if job in s.stages)
   if s.stages != in_order:
     raise ValueError(f'config.stages={",".join(s.stages)} must be in order: {",".join(in_order)}.')
@@ -110,43 +112,46 @@ def _stages(s: Settings) -> None:
     )
 
 
-def _names(s: Settings) -> None:
+def _check_choices(s: Settings) -> None:
   published = [f'published:{name}' for name in normalizer.PUBLISHED]
   for key, names in {
-    'runtime.dtype': ('float32', 'bfloat16'),
-    'runtime.weights_dtype': ('float32', 'bfloat16'),
-    'runtime.frozen_memory': ('device', 'host'),
+    'runtime.compute_dtype': ('float32', 'bfloat16'),
+    'runtime.param_dtype': ('float32', 'bfloat16'),
+    'runtime.frozen_params_memory': ('device', 'host'),
     'runtime.attention': ('auto', 'xla', 'cudnn', 'splash'),
-    'data.overlong': ('truncate_left', 'drop', 'error'),
+    'data.overlong_policy': ('truncate_left', 'drop', 'error'),
     'reward_model.normalizer': ('', 'none', *published),
     'normalizer.kind': ('auto', *normalizer.KINDS),
     'normalizer.weighting': normalizer.WEIGHTINGS,
-    'shaping.spread': ('auto', *rewards.SPREADS),
-    'shaping.redistribute': ('none', 'red'),
-    'shaping.red_baseline': rewards.BASELINES,
-    'shaping.end_penalty': rewards.END_PENALTIES,
-    'shaping.length_penalty': rewards.LENGTH_PENALTIES,
+    'reward_shaping.spread': ('auto', *rewards.SPREADS),
+    'reward_shaping.redistribute': ('none', 'red'),
+    'reward_shaping.red_baseline': rewards.BASELINES,
+    'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
+    'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
     'ppo.kl_estimator': tuple(kl.ESTIMATORS),
-    'ppo.kl_in': ('reward', 'loss'),
-    'ppo.gae_over': ('token', 'segment'),
-    'ppo.loss_mean': losses.MEANS,
+    'ppo.kl_placement': ('reward', 'loss'),
+    'ppo.gae_level': ('token', 'segment'),
+    'ppo.loss_aggregation': losses.MEANS,
   }.items():
-    _one_of(key, _get(s, key), names)
-  for section, empty in (('reward', ()), ('reward_model', ('',))):
+    _check_choice(key, _get(s, key), names)
+  for section, empty in (('reward_training', ()), ('reward_model', ('',))):
     for name, names in {
       'granularity': segmentation.GRANULARITIES,
-      'cut': segmentation.CUTS,
+      'boundary': segmentation.CUTS,
       'stop_token': ('outside', 'inside'),
       'aggregation': tuple(aggregation.AGGREGATIONS),
     }.items():
       key = f'{section}.segmentation.{name}'
-      _one_of(key, _get(s, key), (*empty, *names))
+      _check_choice(key, _get(s, key), (*empty, *names))
 
 
-def _activations(s: Settings) -> None:
+def _check_activations(s: Settings) -> None:
   keep = [] if s.runtime.remat in ('none', 'full') else s.runtime.remat.split(',')
-  offload = s.runtime.offload.split(',') if s.runtime.offload else []
-  for key, names, others in (('remat', keep, 'none, full, or '), ('offload', offload, '')):
+  offload = s.runtime.offload_activations.split(',') if s.runtime.offload_activations else []
+  for key, names, others in (
+    ('remat', keep, 'none, full, or '),
+    ('offload_activations', offload, ''),
+  ):
     for name in names:
       if name not in ACTIVATIONS:
         raise ValueError(
@@ -156,17 +161,18 @@ def _activations(s: Settings) -> None:
   both = sorted(set(keep) & set(offload))
   if both:
     raise ValueError(
-      f'config.runtime.remat and runtime.offload both name {", ".join(both)}; it is kept in one '
+      f'config.runtime.remat and runtime.offload_activations both name {", ".join(both)}; it is '
+      'kept in one '
       'place, on the device or on the host.'
     )
   if offload and s.runtime.remat == 'none':
     raise ValueError(
-      'config.runtime.offload with remat=none: everything is kept on the device; set '
+      'config.runtime.offload_activations with remat=none: everything is kept on the device; set '
       'config.runtime.remat=full, or names.'
     )
 
 
-def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: str, names: tuple[str, ...]) -> None:
   if value not in names:
     near = difflib.get_close_matches(value, names, n=1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
@@ -175,60 +181,127 @@ def _one_of(key: str, value: str, names: tuple[str, ...]) -> None:
 
 
 # Keys by the least value they may have. A learning rate of 0 is a way to see what does not learn.
-_LEAST = {
+_MINIMUMS = {
   0: (
-    *('data.limit', 'sft.steps', 'sft.micro_batch', 'evaluate.show'),
-    *('checkpoint.every', 'checkpoint.minutes', 'checkpoint.max_misses', 'log_every'),
-    *('reward.eval_every', 'ppo.eval_every', 'report.every', 'report.evaluated'),
-    *('reward.steps', 'reward.micro_batch', 'reward.margin', 'reward.rating_margin'),
-    'reward.calibration.target_segment_length',
-    *('critic.warmup_steps', 'shaping.reward_clip'),
-    *('rollout.temperature', 'rollout.top_k', 'rollout.slots', 'rollout.min_new_tokens'),
-    *('sft.packed_length', 'reward.packed_length', 'ppo.packed_length'),
-    *('ppo.micro_batch', 'ppo.score_batch', 'ppo.kl_coef', 'ppo.kl_target', 'ppo.gamma'),
+    *('data.max_rows', 'sft.max_steps', 'sft.micro_batch_size', 'evaluate.num_printed'),
+    *('checkpoint.every_steps', 'checkpoint.every_minutes', 'checkpoint.max_failures', 'log_every'),
+    *(
+      'reward_training.eval_every',
+      'ppo.eval_every',
+      'report.every_steps',
+      'report.eval_responses',
+    ),
+    *(
+      'reward_training.max_steps',
+      'reward_training.micro_batch_size',
+      'reward_training.margin',
+      'reward_training.rating_margin_coef',
+    ),
+    'reward_training.threshold_search.target_segment_length',
+    *('critic.warmup_rollouts', 'reward_shaping.reward_clip'),
+    *('rollout.temperature', 'rollout.top_k', 'rollout.max_concurrent', 'rollout.min_new_tokens'),
+    *('sft.packing_length', 'reward_training.packing_length', 'ppo.packing_length'),
+    *(
+      'ppo.micro_batch_size',
+      'ppo.scoring_batch_size',
+      'ppo.kl_coef',
+      'ppo.kl_target',
+      'ppo.gamma',
+    ),
     *('ppo.gae_lambda', 'ppo.clip_eps', 'ppo.clip_eps_high', 'ppo.value_clip_eps'),
-    *('ppo.dual_clip', 'ppo.entropy_coef', 'ppo.max_kl', 'ppo.max_reward'),
+    *(
+      'ppo.dual_clip_ratio',
+      'ppo.entropy_coef',
+      'ppo.skip_if_kl_above',
+      'ppo.skip_if_reward_above',
+    ),
   ),
   1: (
-    *('max_bad_steps', 'data.max_length', 'data.max_prompt_length', 'runtime.logprob_chunk'),
-    *('runtime.unroll', 'sft.batch', 'sft.epochs', 'reward.batch', 'reward.epochs'),
-    *('rollout.samples', 'report.responses'),
-    *('reward.segmentation.fixed_length', 'reward.segmentation.min_length'),
-    *('reward.calibration.samples', 'reward.calibration.batch'),
-    'reward.calibration.max_new_tokens',
-    *('normalizer.batch', 'normalizer.pairs', 'normalizer.min_count', 'rollout.max_new_tokens'),
-    *('ppo.steps', 'ppo.rollout_batch', 'ppo.minibatch', 'ppo.epochs', 'ppo.kl_horizon'),
-    *('shaping.length_threshold', 'compat.micro_batch'),
-    *('evaluate.batch', 'evaluate.samples', 'evaluate_reward.batch', 'answers.batch'),
-    *('checkpoint.keep', 'demo.sft_rows', 'demo.pairs'),
+    *(
+      'max_skipped_steps',
+      'data.max_length',
+      'data.max_prompt_length',
+      'runtime.logprob_chunk_size',
+    ),
+    *(
+      'runtime.scan_unroll',
+      'sft.batch_size',
+      'sft.num_epochs',
+      'reward_training.batch_size',
+      'reward_training.num_epochs',
+    ),
+    *('rollout.samples_per_prompt', 'report.responses_per_rollout'),
+    *(
+      'reward_training.segmentation.segment_length',
+      'reward_training.segmentation.min_segment_length',
+    ),
+    *(
+      'reward_training.threshold_search.num_samples',
+      'reward_training.threshold_search.batch_size',
+    ),
+    'reward_training.threshold_search.max_new_tokens',
+    *(
+      'normalizer.batch_size',
+      'normalizer.max_pairs',
+      'normalizer.min_bin_count',
+      'rollout.max_new_tokens',
+    ),
+    *(
+      'ppo.max_steps',
+      'ppo.rollout_batch_size',
+      'ppo.minibatch_size',
+      'ppo.num_ppo_epochs',
+      'ppo.kl_horizon',
+    ),
+    *('reward_shaping.length_threshold', 'compat.micro_batch_size'),
+    *(
+      'evaluate.batch_size',
+      'evaluate.samples_per_prompt',
+      'evaluate_reward.batch_size',
+      'answers.batch_size',
+    ),
+    *('checkpoint.max_to_keep', 'demo.sft_rows', 'demo.pairs'),
   ),
 }
-_OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
+_OPTIMIZERS = (
+  'sft.optimizer',
+  'reward_training.optimizer',
+  'ppo.policy_optimizer',
+  'ppo.critic_optimizer',
+)
 
 
-def _ranges(s: Settings) -> None:
-  for least, keys in _LEAST.items():
+def _check_ranges(s: Settings) -> None:
+  for least, keys in _MINIMUMS.items():
     for key in keys:
       if _get(s, key) < least:
         raise ValueError(f'config.{key}={_get(s, key)} must be at least {least}.')
-  if not 0 <= s.reward.calibration.entropy_quantile < 1:
+  quantile = s.reward_training.threshold_search.entropy_quantile
+  if not 0 <= quantile < 1:
     raise ValueError(
-      f'config.reward.calibration.entropy_quantile={s.reward.calibration.entropy_quantile} must be '
-      'at least 0 (off) and below 1.'
+      f'config.reward_training.threshold_search.entropy_quantile={quantile} must be at least 0 '
+      '(off) and below 1.'
     )
-  if s.reward.segmentation.temperature <= 0:
-    raise ValueError('config.reward.segmentation.temperature must be above 0.')
-  if 0 < s.ppo.dual_clip <= 1:
-    raise ValueError(f'config.ppo.dual_clip={s.ppo.dual_clip} must be above 1, or 0 for none.')
-  if not 0 < s.reward.holdout < 1:
-    raise ValueError(f'config.reward.holdout={s.reward.holdout} must lie between 0 and 1.')
-  if not 0 <= s.ppo.holdout < 1:
-    raise ValueError(f'config.ppo.holdout={s.ppo.holdout} must be at least 0 and below 1.')
+  if s.reward_training.segmentation.softmax_temperature <= 0:
+    raise ValueError('config.reward_training.segmentation.softmax_temperature must be above 0.')
+  if 0 < s.ppo.dual_clip_ratio <= 1:
+    raise ValueError(
+      f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
+    )
+  if not 0 < s.reward_training.holdout_fraction < 1:
+    raise ValueError(
+      f'config.reward_training.holdout_fraction={s.reward_training.holdout_fraction} must lie '
+      'between 0 and 1.'
+    )
+  if not 0 <= s.ppo.holdout_fraction < 1:
+    raise ValueError(
+      f'config.ppo.holdout_fraction={s.ppo.holdout_fraction} must be at least 0 and below 1.'
+    )
   if not 0 < s.rollout.top_p <= 1:
     raise ValueError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   for key in _OPTIMIZERS:
     optimizer = _get(s, key)
-    _one_of(f'{key}.moments_dtype', optimizer.moments_dtype, ('float32', 'bfloat16'))
+    _check_choice(f'{key}.moments_dtype', optimizer.moments_dtype, ('float32', 'bfloat16'))
     if optimizer.learning_rate < 0:
       raise ValueError(f'config.{key}.learning_rate={optimizer.learning_rate} is negative.')
     if not 0 <= optimizer.warmup_ratio <= 1:
@@ -239,7 +312,7 @@ def _get(settings: Settings, key: str) -> Any:
   return functools.reduce(getattr, key.split('.'), settings)
 
 
-def _lengths(s: Settings) -> None:
+def _check_lengths(s: Settings) -> None:
   if s.data.max_prompt_length >= s.data.max_length:
     raise ValueError(
       f'config.data.max_prompt_length={s.data.max_prompt_length} leaves no room for a response; '
@@ -257,34 +330,39 @@ def _lengths(s: Settings) -> None:
     )
 
 
-def _packing(s: Settings) -> None:
+def _check_packing(s: Settings) -> None:
   """Packed rows hold the longest sequence, and a micro-batch says how many there are at once."""
   longest = s.data.max_length, 'data.max_length'
   ppo = s.data.max_prompt_length + s.rollout.max_new_tokens
   for section, (size, what), least in (
     ('sft', longest, 1),
-    ('reward', longest, 2),
+    ('reward_training', longest, 2),
     ('ppo', (ppo, 'data.max_prompt_length + rollout.max_new_tokens'), 1),
   ):
-    width = _get(s, f'{section}.packed_length')
-    if width and section in s.stages and width < size:
+    width = _get(s, f'{section}.packing_length')
+    if width and section.removesuffix('_training') in s.stages and width < size:
       raise ValueError(
-        f'config.{section}.packed_length={width} is less than {what} = {size}: a sequence could be '
+        f'config.{section}.packing_length={width} is less than {what} = {size}: a sequence could '
+        'be '
         f'longer than its row; use {size} or more.'
       )
-    if width and _get(s, f'{section}.micro_batch') < least:
+    if width and _get(s, f'{section}.micro_batch_size') < least:
       raise ValueError(
-        f'config.{section}.packed_length={width} needs config.{section}.micro_batch of at least '
+        f'config.{section}.packing_length={width} needs config.{section}.micro_batch_size of at '
+        'least '
         f'{least}: the packed rows that go through the network at once.'
       )
 
 
-def _batch_parts(s: Settings) -> None:
+def _check_divisibility(s: Settings) -> None:
   for whole_key, keys in (
-    ('ppo.rollout_batch', ('ppo.minibatch', 'ppo.score_batch', 'rollout.samples')),
-    ('ppo.minibatch', ('ppo.micro_batch',)),
-    ('reward.batch', ('reward.micro_batch',)),
-    ('sft.batch', ('sft.micro_batch',)),
+    (
+      'ppo.rollout_batch_size',
+      ('ppo.minibatch_size', 'ppo.scoring_batch_size', 'rollout.samples_per_prompt'),
+    ),
+    ('ppo.minibatch_size', ('ppo.micro_batch_size',)),
+    ('reward_training.batch_size', ('reward_training.micro_batch_size',)),
+    ('sft.batch_size', ('sft.micro_batch_size',)),
   ):
     whole = _get(s, whole_key)
     for key in keys:

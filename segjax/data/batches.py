@@ -19,7 +19,7 @@ import numpy as np
 from segjax import types
 from segjax.data.sources import Message, Rows, as_prompt
 
-Place = Callable[[np.ndarray], Any]
+ToDevice = Callable[[np.ndarray], Any]
 Dataset = TypeVar('Dataset', 'Conversations', 'Pairs', 'Prompts')
 
 
@@ -85,7 +85,7 @@ class Conversations:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: Place = jnp.asarray) -> TokenBatch:
+  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> TokenBatch:
     """The rows at `indices` [B], each array handed to `place`."""
     ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
     mask, _ = self.trained.pad(indices, self.length, False)
@@ -119,7 +119,7 @@ class Pairs:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: Place = jnp.asarray) -> types.PreferenceBatch:
+  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> types.PreferenceBatch:
     """The pairs at `indices` [B], both sides [B, S], each array handed to `place`.
 
     `rating_gap` is None, and nothing is placed for it, where no row of the dataset has ratings.
@@ -156,7 +156,7 @@ class Prompts:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: Place = jnp.asarray) -> PromptBatch:
+  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> PromptBatch:
     """The prompts at `indices` [B], each array handed to `place`."""
     ids, lengths = self.tokens.pad(indices, self.length, self.pad_id)
     return PromptBatch(place(ids), place(lengths.astype(np.int32)))
@@ -199,10 +199,10 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
       'more data or a smaller share.'
     )
   is_held = np.isin(prompt_of_row, held)
-  return take(dataset, np.flatnonzero(~is_held)), take(dataset, np.flatnonzero(is_held))
+  return select(dataset, np.flatnonzero(~is_held)), select(dataset, np.flatnonzero(is_held))
 
 
-def take(dataset: Dataset, indices: np.ndarray) -> Dataset:
+def select(dataset: Dataset, indices: np.ndarray) -> Dataset:
   """The dataset of the rows at `indices`, in that order."""
   fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
   taken = {k: v.take(indices) for k, v in fields.items() if isinstance(v, Ragged | np.ndarray)}
@@ -233,7 +233,7 @@ def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray
   return _permutation(num_rows, seed, epoch)[position * batch : (position + 1) * batch].copy()
 
 
-def stream_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
+def endless_batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
   """The rows of one step out of an endless stream of epochs: int64 [batch].
 
   As `batch_indices`, but an epoch's tail goes into the next batch, and a batch may be larger than
@@ -245,7 +245,7 @@ def stream_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarra
   return np.array([orders[e][r] for e, r in zip(epoch, row, strict=True)])
 
 
-def chunks(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+def eval_batches(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
   """Every row once, in order, for evaluation.
 
   Yields:

@@ -33,7 +33,7 @@ def answer_text(
   """What the template adds to the prompt for one answer, without `turn_end`."""
   full = render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
   if not full.startswith(prompt):
-    raise ValueError(rewrites(prompt, full))
+    raise ValueError(template_rewrites_error(prompt, full))
   if not full.endswith(turn_end) or len(full) < len(prompt) + len(turn_end):
     raise ValueError(
       f'the chat template ends this turn by {full[-20:]!r} but others by {turn_end!r}; set '
@@ -42,7 +42,7 @@ def answer_text(
   return full[len(prompt) : len(full) - len(turn_end)]
 
 
-def preamble(tokenizer: Any, turn_end: str, turn_close: str) -> str:
+def implicit_system_turn(tokenizer: Any, turn_end: str, turn_close: str) -> str:
   """What the template writes by itself before the first turn of a prompt without system message.
 
   As Llama-3.1's system block: BOS and all up to the end of that first turn, which is known by the
@@ -65,7 +65,7 @@ def preamble(tokenizer: Any, turn_end: str, turn_close: str) -> str:
   return ''
 
 
-def read(chat_template: str) -> str:
+def load_template(chat_template: str) -> str:
   """Jinja text as it is, or out of the file of that name."""
   if '{' in chat_template:
     return chat_template
@@ -75,7 +75,7 @@ def read(chat_template: str) -> str:
   return file.read_text()
 
 
-def rewrites(before: str, after: str) -> str:
+def template_rewrites_error(before: str, after: str) -> str:
   """The error for a template in which a longer conversation does not begin with the shorter."""
   pairs = zip(before, after, strict=False)
   at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))

@@ -32,7 +32,7 @@ QUESTIONS = ('describe the {} of the {}', 'picture the {} of the {}')
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class ClauseTemplate:
   """A clause: `head` and one of two words that end it. `about` says what decides its value."""
 
   head: str
@@ -45,22 +45,22 @@ class Template:
 
 
 TEMPLATES = (
-  Template('its winter coat feels', ('soft', 'rough'), 'animal'),
-  Template('most keepers feed it', ('meat', 'grain'), 'animal'),
-  Template('young ones learn', ('swimming', 'climbing'), 'animal'),
-  Template('experts call its hearing', ('sharp', 'dull'), 'animal'),
-  Template('books describe it as', ('calm', 'fierce'), 'animal'),
-  Template('children think it sounds', ('loud', 'quiet'), 'animal'),
-  Template('nobody doubts it is', ('clever', 'slow'), 'animal'),
-  Template('small groups travel', ('east', 'west'), 'animal'),
-  Template('summers there are mostly', ('wet', 'dry'), 'place'),
-  Template('stories always call it', ('lucky', 'cursed'), 'place'),
-  Template('long winters make it', ('thin', 'fat'), 'place'),
-  Template('local farmers find it', ('useful', 'harmful'), 'place'),
-  Template('so careful visitors', ('approach', 'retreat'), 'so'),
-  Template('so most guides', ('praise', 'warn'), 'so'),
-  Template('yet some hunters', ('rest', 'chase'), 'yet'),
-  Template('yet worried parents', ('agree', 'refuse'), 'yet'),
+  ClauseTemplate('its winter coat feels', ('soft', 'rough'), 'animal'),
+  ClauseTemplate('most keepers feed it', ('meat', 'grain'), 'animal'),
+  ClauseTemplate('young ones learn', ('swimming', 'climbing'), 'animal'),
+  ClauseTemplate('experts call its hearing', ('sharp', 'dull'), 'animal'),
+  ClauseTemplate('books describe it as', ('calm', 'fierce'), 'animal'),
+  ClauseTemplate('children think it sounds', ('loud', 'quiet'), 'animal'),
+  ClauseTemplate('nobody doubts it is', ('clever', 'slow'), 'animal'),
+  ClauseTemplate('small groups travel', ('east', 'west'), 'animal'),
+  ClauseTemplate('summers there are mostly', ('wet', 'dry'), 'place'),
+  ClauseTemplate('stories always call it', ('lucky', 'cursed'), 'place'),
+  ClauseTemplate('long winters make it', ('thin', 'fat'), 'place'),
+  ClauseTemplate('local farmers find it', ('useful', 'harmful'), 'place'),
+  ClauseTemplate('so careful visitors', ('approach', 'retreat'), 'so'),
+  ClauseTemplate('so most guides', ('praise', 'warn'), 'so'),
+  ClauseTemplate('yet some hunters', ('rest', 'chase'), 'yet'),
+  ClauseTemplate('yet worried parents', ('agree', 'refuse'), 'yet'),
 )
 
 SPECIAL_TOKENS = (
@@ -94,7 +94,7 @@ def subject(prompt: str) -> tuple[str, str]:
   return animal, place
 
 
-def right_way(index: int, prompt: str, previous: int | None) -> int | None:
+def correct_ending(index: int, prompt: str, previous: int | None) -> int | None:
   """The way of template `index` that has value +1 after template `previous`; None if neither."""
   about = TEMPLATES[index].about
   animal, place = subject(prompt)
@@ -108,7 +108,7 @@ def right_way(index: int, prompt: str, previous: int | None) -> int | None:
 
 
 @functools.lru_cache(maxsize=16384)
-def _liking(index: int, prompt: str) -> float:
+def _template_weight(index: int, prompt: str) -> float:
   """How gladly the writer takes template `index` here: of a subject some things are said more."""
   animal, place = subject(prompt)
   subjects = {'animal': ANIMALS.index(animal), 'place': PLACES.index(place)}
@@ -133,7 +133,7 @@ def clause_values(prompt: str, response: str) -> list[float]:
   for clause in split_clauses(response):
     index, way = _CLAUSES.get(clause, (None, None))
     right = index is not None and index not in said
-    values.append(1.0 if right and right_way(index, prompt, previous) == way else -1.0)
+    values.append(1.0 if right and correct_ending(index, prompt, previous) == way else -1.0)
     said.add(index)
     previous = index
   return values
@@ -162,7 +162,7 @@ def is_boundary(token: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Language:
+class DemoLanguage:
   """How rows are written: the numbers of clauses and of rows, the writer's skill.
 
   Attributes:
@@ -183,7 +183,7 @@ class Language:
   gap: float = 0.4
 
 
-def write(directory: Path, language: Language, seed: int) -> None:
+def write(directory: Path, language: DemoLanguage, seed: int) -> None:
   """Writes the tokenizer (HF form) and sft, pairs, prompts and held_out rows (JSONL, gzipped).
 
   The held-out prompts ask about (animal, place) pairs that no other row mentions.
@@ -211,7 +211,7 @@ def write(directory: Path, language: Language, seed: int) -> None:
     _write_rows(directory / f'{name}.jsonl.gz', rows)
 
 
-def write_response(prompt: str, language: Language, rng: np.random.Generator) -> str:
+def write_response(prompt: str, language: DemoLanguage, rng: np.random.Generator) -> str:
   """A response as the language's writer gives it."""
   clauses: list[str] = []
   unused = list(range(len(TEMPLATES)))
@@ -220,9 +220,9 @@ def write_response(prompt: str, language: Language, rng: np.random.Generator) ->
   for _ in range(rng.integers(language.min_clauses, language.max_clauses + 1)):
     again = used and rng.random() < language.repeats
     fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
-    likings = np.array([_liking(i, prompt) for i in fitting])
+    likings = np.array([_template_weight(i, prompt) for i in fitting])
     index = int(rng.choice(used) if again else rng.choice(fitting, p=likings / likings.sum()))
-    right = right_way(index, prompt, previous)
+    right = correct_ending(index, prompt, previous)
     way = int(rng.integers(2)) if right is None else right
     way = way if rng.random() < language.skill else 1 - way
     clauses.append(TEMPLATES[index].text(way))
@@ -232,7 +232,7 @@ def write_response(prompt: str, language: Language, rng: np.random.Generator) ->
   return ' '.join(clauses)
 
 
-def _pair(prompt: str, language: Language, rng: np.random.Generator) -> dict[str, Any]:
+def _pair(prompt: str, language: DemoLanguage, rng: np.random.Generator) -> dict[str, Any]:
   """Two responses, labelled by a Bradley-Terry judge of their gold rewards."""
   difference = 0.0
   while abs(difference) < language.gap:

@@ -52,7 +52,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class JudgeFormat:
   """A public judge: how its questions are known and read, how answers are written.
 
   Attributes:
@@ -125,10 +125,10 @@ def _with_choice(question: Question, answer: Answer, model: str, time: float, tu
   }
 
 
-JUDGES = (
-  Judge('AlpacaEval', 'instruction', _read_alpaca_eval, _write_alpaca_eval, is_list=True),
-  Judge('MT-Bench', 'question_id and turns (texts)', _read_mt_bench, _write_mt_bench),
-  Judge('Arena-Hard', 'uid and prompt', _read_arena_hard, _write_arena_hard),
+JUDGE_FORMATS = (
+  JudgeFormat('AlpacaEval', 'instruction', _read_alpaca_eval, _write_alpaca_eval, is_list=True),
+  JudgeFormat('MT-Bench', 'question_id and turns (texts)', _read_mt_bench, _write_mt_bench),
+  JudgeFormat('Arena-Hard', 'uid and prompt', _read_arena_hard, _write_arena_hard),
 )
 
 
@@ -138,15 +138,15 @@ def answer_id(question: Question, answer: Answer, model: str) -> str:
   return uuid.uuid5(_NAMESPACE, '\x1f'.join(parts)).hex
 
 
-def read_questions(rows: Rows) -> tuple[Judge, list[Question]]:
+def read_questions(rows: Rows) -> tuple[JudgeFormat, list[Question]]:
   """(whose questions these are, the questions), known by the fields of the first row.
 
   Raises:
     ValueError: the rows are of no judge's form, one differs from the first, or two share an id.
   """
-  judge = next((judge for judge in JUDGES if judge.read(rows[0]) is not None), None)
+  judge = next((judge for judge in JUDGE_FORMATS if judge.read(rows[0]) is not None), None)
   if judge is None:
-    forms = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGES)
+    forms = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGE_FORMATS)
     raise ValueError(
       f'{rows.where(0)}: no question of a judge that is known ({forms}); found the keys '
       f'{", ".join(rows[0]) or "(none)"}.'

@@ -9,12 +9,12 @@ import math
 
 import numpy as np
 
-from segjax.types import Packing, Places
+from segjax.types import PackingPlan, PackingSlots
 
 _MOST = 16  # sequences per packed row, on average over a piece
 
 
-def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> Packing:
+def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> PackingPlan:
   """Deals sequences out to pieces of `rows` rows of `width` tokens: first fit, longest first.
 
   Args:
@@ -49,7 +49,9 @@ def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> 
       sequence[i, at] = index * group + np.arange(group)
       row[i, at], offset[i, at] = zip(*places, strict=True)
       length[i, at] = groups[index]
-  return Packing(Places(sequence, row, offset, length, rows, width, group), np.int32(used))
+  return PackingPlan(
+    PackingSlots(sequence, row, offset, length, rows, width, group), np.int32(used)
+  )
 
 
 class _Piece:
@@ -76,7 +78,7 @@ class _Piece:
     return True
 
 
-def fill(packing: Packing) -> float:
+def packing_efficiency(packing: PackingPlan) -> float:
   """The share of the packed tokens that are real."""
   pieces = packing.pieces
   return float(pieces.length.sum() / (packing.count * pieces.rows * pieces.width))

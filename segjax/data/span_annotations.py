@@ -26,7 +26,7 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Marked:
+class SpanAnnotation:
   """A response with its marked spans."""
 
   prompt: list[Message]
@@ -35,7 +35,7 @@ class Marked:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedMarked:
+class TokenizedSpans:
   """A marked response as the model sees it.
 
   Attributes:
@@ -53,7 +53,7 @@ class EncodedMarked:
   spans: tuple[Span, ...]
 
 
-def as_marked(row: Row, where: str = 'row') -> Marked:
+def as_span_annotation(row: Row, where: str = 'row') -> SpanAnnotation:
   """Reads a marked response, in either of two forms:
 
     `messages` or `prompt`, `response`, and `spans`, a list of {start, end, type};
@@ -65,19 +65,19 @@ def as_marked(row: Row, where: str = 'row') -> Marked:
   """
   if isinstance(row.get('prediction 1'), str) and isinstance(row.get('feedback'), dict):
     prompt = [{'role': 'user', 'content': _question(row, where)}]
-    return Marked(prompt, row['prediction 1'], _spans(row, 'feedback', 'error type', where))
+    return SpanAnnotation(prompt, row['prediction 1'], _spans(row, 'feedback', 'error type', where))
   if isinstance(row.get('response'), str) and isinstance(row.get('spans'), list):
     prompt = as_prompt({key: row.get(key) for key in ('messages', 'prompt')}, where)
-    return Marked(prompt, row['response'], _spans(row, 'spans', 'type', where))
+    return SpanAnnotation(prompt, row['response'], _spans(row, 'spans', 'type', where))
   raise ValueError(
     f'{where}: no marked response; it has `response` and `spans`, or `prediction 1` and '
     f'`feedback`. Found the keys {", ".join(row) or "(none)"}.'
   )
 
 
-def encode_marked(
+def tokenize_spans(
   rows: Rows, tokenizer: ChatTokenizer, limits: Limits
-) -> tuple[list[EncodedMarked], dict[str, int]]:
+) -> tuple[list[TokenizedSpans], dict[str, int]]:
   """Marked responses cut as a pair's are (`pair_lengths`), and how many rows were cut or left out.
 
   Empty responses are left out (`dropped_empty`).
@@ -89,7 +89,7 @@ def encode_marked(
   counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
   for index, row in enumerate(rows):
     where = rows.where(index)
-    marked = as_marked(row, where)
+    marked = as_span_annotation(row, where)
     if not marked.response.strip():
       counts['dropped_empty'] += 1
       continue
@@ -97,12 +97,12 @@ def encode_marked(
       one, is_cut = _encode(marked, tokenizer, limits)
     except ValueError as error:
       raise ValueError(f'{where}: {error}') from error
-    if is_cut and limits.overlong == 'error':
+    if is_cut and limits.overlong_policy == 'error':
       raise ValueError(
         f'{where}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
-        'set data.overlong to truncate_left or drop.'
+        'set data.overlong_policy to truncate_left or drop.'
       )
-    if is_cut and limits.overlong == 'drop':
+    if is_cut and limits.overlong_policy == 'drop':
       counts['dropped_overlong'] += 1
       continue
     counts['truncated'] += is_cut
@@ -133,7 +133,9 @@ def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.
   return owner
 
 
-def _encode(marked: Marked, tokenizer: ChatTokenizer, limits: Limits) -> tuple[EncodedMarked, bool]:
+def _encode(
+  marked: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
+) -> tuple[TokenizedSpans, bool]:
   prompt_text = tokenizer.prompt_text(marked.prompt)
   (text,) = tokenizer.response_texts(marked.prompt, prompt_text, [marked.response])
   begin = _find(marked.response, text)
@@ -146,7 +148,7 @@ def _encode(marked: Marked, tokenizer: ChatTokenizer, limits: Limits) -> tuple[E
   is_there = (at >= 0) & (at < len(text))
   owner = np.where(is_there, of_text[np.clip(at, 0, len(text) - 1)], -1)
   is_cut = (length, kept) != (len(prompt), len(response))
-  one = EncodedMarked(
+  one = TokenizedSpans(
     ids=prompt[len(prompt) - length :] + response[:kept],
     prompt_length=length,
     finished=kept == len(response),

@@ -17,7 +17,7 @@ from segjax.data.batches import Conversations, Pairs, Prompts, Ragged
 from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pair, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
 
-OVERLONG = ('truncate_left', 'drop', 'error')
+OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 
 _DROPPED = ('dropped_overlong', 'dropped_identical', 'dropped_empty')
 _CHUNK = 1024  # rows tokenised per call
@@ -31,17 +31,21 @@ class Limits:
   Attributes:
     max_length: prompt and response together.
     max_prompt_length: of a pair's prompt once something must be cut; of a lone prompt always.
-    overlong: 'truncate_left' cuts prompts and conversations at their beginning, 'drop' leaves the
+    overlong_policy: 'truncate_left' cuts prompts and conversations at their beginning, 'drop'
+    leaves the
       row out, 'error' raises.
   """
 
   max_length: int
   max_prompt_length: int
-  overlong: str = 'truncate_left'
+  overlong_policy: str = 'truncate_left'
 
   def __post_init__(self):
-    if self.overlong not in OVERLONG:
-      raise ValueError(f'data.overlong={self.overlong!r}; choose one of {", ".join(OVERLONG)}.')
+    if self.overlong_policy not in OVERLONG_POLICIES:
+      raise ValueError(
+        f'data.overlong_policy={self.overlong_policy!r}; choose one of '
+        f'{", ".join(OVERLONG_POLICIES)}.'
+      )
     if not 0 < self.max_prompt_length <= self.max_length:
       raise ValueError(
         f'data.max_prompt_length={self.max_prompt_length} must be at least 1 and at most '
@@ -58,17 +62,18 @@ class PairRules:
     force_stop: the last kept token of a response that was cut is overwritten by the stop token,
       and the response counts as finished.
     keep_identical: pairs whose sides are the same are kept.
-    without_preamble: the prompt's text loses its first len(tokenizer.preamble) characters, even
+    strip_system_preamble: the prompt's text loses its first len(tokenizer.preamble) characters,
+    even
       where it has a system message of its own instead, which then loses its beginning.
   """
 
   ratings: bool = True
   force_stop: bool = False
   keep_identical: bool = False
-  without_preamble: bool = False
+  strip_system_preamble: bool = False
 
 
-def encode_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Conversations:
+def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Conversations:
   """Conversations to imitate: all assistant turns are trained, each with its stop token.
 
   Too long a conversation keeps its LAST max_length tokens. One without a trained token is dropped
@@ -87,7 +92,7 @@ def encode_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -
     return [text for text, _ in pieces], [is_trained for _, is_trained in pieces]
 
   tokens, trained, group, counts = [], [], [], _new_counts(rows)
-  for where, key, pieces, flags in _tokenised(rows, tokenizer, as_conversation, write):
+  for where, key, pieces, flags in _tokenize(rows, tokenizer, as_conversation, write):
     ids = np.array([i for piece in pieces for i in piece], np.int32)
     mask = np.repeat(np.array(flags, bool), [len(piece) for piece in pieces])
     is_long = len(ids) > limits.max_length
@@ -111,7 +116,7 @@ def encode_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -
   )
 
 
-def encode_pairs(
+def tokenize_pairs(
   rows: Rows, tokenizer: ChatTokenizer, limits: Limits, rules: PairRules = PairRules()
 ) -> Pairs:
   """Preferences: prompt and response of both sides, cut as `pair_lengths` says.
@@ -127,7 +132,7 @@ def encode_pairs(
     ValueError: a row that cannot be read or is too long under 'error', or no row is left.
   """
   stop = tokenizer.stop_ids[0] if rules.force_stop else None
-  start = len(tokenizer.preamble) if rules.without_preamble else 0
+  start = len(tokenizer.preamble) if rules.strip_system_preamble else 0
 
   def write(pair: Pair) -> tuple[list[str], tuple[bool, float]]:
     prompt, answers = tokenizer.prompt_text(pair.prompt), [pair.chosen, pair.rejected]
@@ -136,14 +141,16 @@ def encode_pairs(
     return [prompt[start:], *texts], (all(text.strip() for text in answers), gap)
 
   kept, counts = [], _new_counts(rows)
-  read = _tokenised(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
+  read = _tokenize(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
   for index, (where, key, texts, (has_words, gap)) in enumerate(read):
     found = tuple(len(ids) for ids in texts)
     cut = pair_lengths(*found, limits)
-    if cut != found and _is_dropped(where, _described(found), limits, counts):
+    if cut != found and _is_dropped(where, _describe_lengths(found), limits, counts):
       continue
     prompt = texts[0][found[0] - cut[0] :]
-    ends = [_beginning(ids, length, stop) for ids, length in zip(texts[1:], cut[1:], strict=True)]
+    ends = [
+      _truncate_response(ids, length, stop) for ids, length in zip(texts[1:], cut[1:], strict=True)
+    ]
     sides, finished = zip(*ends, strict=True)
     # A finished response ends in a stop token, which is no content.
     if not has_words or any(len(s) <= f for s, f in zip(sides, finished, strict=True)):
@@ -174,7 +181,7 @@ def encode_pairs(
   )
 
 
-def encode_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Prompts:
+def tokenize_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Prompts:
   """Prompts to answer, each with the header that opens the answer.
 
   Too long a prompt keeps its LAST max_prompt_length tokens. One of nothing but special tokens is
@@ -192,7 +199,7 @@ def encode_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Prom
 
   special = tokenizer.special_ids
   tokens, row, group, counts = [], [], [], _new_counts(rows)
-  read = _tokenised(rows, tokenizer, as_prompt, write)
+  read = _tokenize(rows, tokenizer, as_prompt, write)
   for index, (where, key, (ids,), _) in enumerate(read):
     is_long = len(ids) > limits.max_prompt_length
     if is_long and _is_dropped(where, f'a prompt of {len(ids)} tokens', limits, counts):
@@ -228,7 +235,7 @@ def pair_lengths(prompt: int, chosen: int, rejected: int, limits: Limits) -> tup
   return prompt, min(chosen, room), min(rejected, room)
 
 
-def _beginning(ids: list[int], length: int, stop: int | None) -> tuple[list[int], bool]:
+def _truncate_response(ids: list[int], length: int, stop: int | None) -> tuple[list[int], bool]:
   """(the first tokens of a response, whether they end in a stop token), forced where given."""
   is_whole = length == len(ids)
   if is_whole or stop is None or not length:
@@ -236,7 +243,7 @@ def _beginning(ids: list[int], length: int, stop: int | None) -> tuple[list[int]
   return [*ids[: length - 1], stop], True
 
 
-def _tokenised(
+def _tokenize(
   rows: Rows,
   tokenizer: ChatTokenizer,
   read: Callable[[Row, str], Any],
@@ -272,19 +279,20 @@ def _new_counts(rows: Rows) -> dict[str, int]:
   return {'rows': len(rows), 'truncated': 0, **dict.fromkeys(_DROPPED, 0)}
 
 
-def _described(lengths: Sequence[int]) -> str:
+def _describe_lengths(lengths: Sequence[int]) -> str:
   return 'prompt {}, chosen {} and rejected {} tokens'.format(*lengths)
 
 
 def _is_dropped(where: str, found: str, limits: Limits, counts: dict[str, int]) -> bool:
   """True if a row that is too long is to be left out; raises if it is an error."""
-  if limits.overlong == 'error':
+  if limits.overlong_policy == 'error':
     raise ValueError(
       f'{where}: {found} exceed data.max_length={limits.max_length} (prompt '
-      f'{limits.max_prompt_length}); raise them, or set data.overlong to truncate_left or drop.'
+      f'{limits.max_prompt_length}); raise them, or set data.overlong_policy to truncate_left or '
+      'drop.'
     )
-  counts['dropped_overlong'] += limits.overlong == 'drop'
-  return limits.overlong == 'drop'
+  counts['dropped_overlong'] += limits.overlong_policy == 'drop'
+  return limits.overlong_policy == 'drop'
 
 
 def _fixed_length(

@@ -20,7 +20,7 @@ from segjax.data import chat_template as templates
 from segjax.data.sources import Message
 
 
-class NoTemplateError(ValueError):
+class MissingChatTemplateError(ValueError):
   """The tokenizer has no chat template, and none was given."""
 
 
@@ -84,7 +84,7 @@ class ChatTokenizer:
         continue
       prompt = self.prompt_text(before)
       if not prompt.startswith(done):
-        raise ValueError(templates.rewrites(done, prompt))
+        raise ValueError(templates.template_rewrites_error(done, prompt))
       text = message['content']
       words = templates.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
       pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
@@ -151,8 +151,9 @@ class ChatTokenizer:
     found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))
     if not found:
       raise ValueError(
-        f'config.reward.segmentation.delimiters: no token ends in one of {list(ends)}; name '
-        "others, or set config.reward.segmentation.cut to 'entropy'."
+        f'config.reward_training.segmentation.delimiters: no token ends in one of {list(ends)}; '
+        'name '
+        "others, or set config.reward_training.segmentation.boundary to 'entropy'."
       )
     return found
 
@@ -181,9 +182,9 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
       local = str(place)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
   if chat_template:
-    tokenizer.chat_template = templates.read(chat_template)
+    tokenizer.chat_template = templates.load_template(chat_template)
   if not tokenizer.chat_template:
-    raise NoTemplateError(
+    raise MissingChatTemplateError(
       f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
       'or a file with it).'
     )
@@ -193,7 +194,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
     raise ValueError(f'{directory}: {error}') from error
 
 
-def fingerprint(directory: str) -> str:
+def tokenizer_fingerprint(directory: str) -> str:
   """Says which tokenizer it is: equal for two that give every text the same ids.
 
   sha256 over the vocabulary, merges, added tokens, normaliser and pre-tokenizer of tokenizer.json.
@@ -238,7 +239,7 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
     tokenizer, [*messages, {'role': 'assistant', 'content': templates.PROBE}], False
   )
   if not answered.startswith(prompt):
-    raise ValueError(templates.rewrites(prompt, answered))
+    raise ValueError(templates.template_rewrites_error(prompt, answered))
   _, found, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
   if not found:
     raise ValueError(
@@ -262,7 +263,7 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
   pad = tokenizer.pad_token_id
   pad = pad if pad is not None else eos if eos is not None else stop
   stop_ids = tuple(dict.fromkeys([stop, *others]))
-  preamble = templates.preamble(tokenizer, turn_end, turn_close)
+  preamble = templates.implicit_system_turn(tokenizer, turn_end, turn_close)
   return ChatTokenizer(tokenizer, stop_ids, pad, turn_end, turn_close, preamble)
 
 

@@ -15,13 +15,13 @@ from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.report.response_log import Annotated, pieces, segments_of
+from segjax.report.response_log import AnnotatedResponse, segments_of, token_texts
 from segjax.rl.normalizer import normalize
 from segjax.run import models
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.segmenter import Cutter, cut, cutter_of
+from segjax.train.segmenter import Segmenter, make_segmenter, segment_batch
 from segjax.types import Normalizer, Segments, Sequences
 
 # Plain text is read without a template, but a tokenizer is only read with one.
@@ -30,7 +30,7 @@ _LEAST = 64  # tokens that rows are padded to, or twice, four times, ... as many
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class Annotator:
   """The models that read, and how they cut.
 
   Attributes:
@@ -42,33 +42,35 @@ class Reader:
   tokenizer: ChatTokenizer
   configs: dict[str, LlamaConfig]
   params: dict[str, Any]
-  cutter: Cutter
+  cutter: Segmenter
   normalizer: Normalizer | None
 
 
-def load(stage: Stage) -> Reader:
+def load(stage: Stage) -> Annotator:
   """config.policy.path cuts; config.reward_model.path, where given, scores.
 
   The segmentation is that of the reward model's segment_reward.json, if it has one, overruled field
   by field by config.reward_model.segmentation.
   """
   s = stage.settings
-  paths = {'policy': jobs.checkpoint(s.policy.path, 'policy.path')}
+  paths = {'policy': jobs.resolve_checkpoint(s.policy.path, 'policy.path')}
   stored = None
   if s.reward_model.path:
-    paths['reward'] = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
-    stored = reward_spec.read(paths['reward'])
+    paths['reward'] = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+    stored = reward_spec.read_spec(paths['reward'])
     reward_spec.check_tokenizer(paths['policy'], paths['reward'])
   base = stored.segmentation if stored else Segmentation()
-  segmentation = reward_spec.overruled(base, s.reward_model.segmentation)
-  tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  configs = models.networks(stage, paths)
+  segmentation = reward_spec.override(base, s.reward_model.segmentation)
+  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
+  configs = models.load_network_configs(stage, paths)
   heads = {'policy': 'language', 'reward': 'scalar'}
-  return Reader(
+  return Annotator(
     tokenizer=tokenizer,
     configs=configs,
-    params={name: jobs.load(stage, paths[name], configs[name], heads[name]) for name in paths},
-    cutter=cutter_of(segmentation, tokenizer),
+    params={
+      name: jobs.load_params(stage, paths[name], configs[name], heads[name]) for name in paths
+    },
+    cutter=make_segmenter(segmentation, tokenizer),
     normalizer=stored.normalizer if stored else None,
   )
 
@@ -87,8 +89,8 @@ def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
 
 
 def annotate(
-  stage: Stage, reader: Reader, texts: Sequence[tuple[list[Message], str]], batch: int = 8
-) -> Iterator[Annotated]:
+  stage: Stage, reader: Annotator, texts: Sequence[tuple[list[Message], str]], batch: int = 8
+) -> Iterator[AnnotatedResponse]:
   """The texts in their order, so many at a time.
 
   Args:
@@ -122,7 +124,7 @@ class Batch(NamedTuple):
 
 
 def batches(
-  stage: Stage, reader: Reader, texts: Sequence[tuple[list[Message], str]], batch: int
+  stage: Stage, reader: Annotator, texts: Sequence[tuple[list[Message], str]], batch: int
 ) -> Iterator[Batch]:
   """The texts as `annotate` takes them, `batch` rows at a time.
 
@@ -152,7 +154,7 @@ def _encode(tokenizer: ChatTokenizer, prompt: list[Message], response: str) -> l
 
 
 def _sequences(
-  stage: Stage, reader: Reader, encoded: list[list[list[int]]], batch: int, most: int
+  stage: Stage, reader: Annotator, encoded: list[list[list[int]]], batch: int, most: int
 ) -> Sequences:
   longest = max(len(prompt) + len(response) for prompt, response in encoded)
   size = min(most, max(_LEAST, 1 << (longest - 1).bit_length()))
@@ -166,9 +168,9 @@ def _sequences(
   return Sequences(*map(stage.place, (ids, mask, finished)))
 
 
-def _read_batch(stage: Stage, reader: Reader, sequences: Sequences) -> list[np.ndarray]:
+def _read_batch(stage: Stage, reader: Annotator, sequences: Sequences) -> list[np.ndarray]:
   """(entropy, segment id, score, reward) at every token, [batch, S] each, on the host."""
-  entropy, segments, score, reward = processes.fetch(
+  entropy, segments, score, reward = processes.to_host(
     _read(
       reader.params,
       sequences,
@@ -176,7 +178,7 @@ def _read_batch(stage: Stage, reader: Reader, sequences: Sequences) -> list[np.n
       policy=reader.configs['policy'],
       reward=reader.configs.get('reward'),
       cutter=reader.cutter,
-      std_floor_ratio=stage.settings.shaping.std_floor_ratio,
+      std_floor_ratio=stage.settings.reward_shaping.std_floor_ratio,
     )
   )
   return [entropy, segments.segment_id, score, reward]
@@ -190,35 +192,35 @@ def _read(
   *,
   policy: LlamaConfig,
   reward: LlamaConfig | None,
-  cutter: Cutter,
+  cutter: Segmenter,
   std_floor_ratio: float | None,
 ) -> tuple[jax.Array, Segments, jax.Array, jax.Array]:
   ids, mask = sequences.ids, sequences.response_mask
   _, entropy = token_logprobs(params['policy'], ids, policy)
-  segments = cut(ids, mask, sequences.finished, entropy, cutter)
+  segments = segment_batch(ids, mask, sequences.finished, entropy, cutter)
   score = entropy * 0 if reward is None else scores(params['reward'], ids, reward)
   z = jax.vmap(functools.partial(normalize, std_floor_ratio=std_floor_ratio), (0, 0, None))
   return entropy, segments, score, z(score, segments, normalizer)
 
 
 def _annotated(
-  reader: Reader,
+  reader: Annotator,
   prompt: list[Message],
   text: str,
   ids: list[int],
   found: list[np.ndarray],
-) -> Annotated:
+) -> AnnotatedResponse:
   entropy, segment_id, score, reward = found
   has_reward = 'reward' in reader.configs
   ends = [np.flatnonzero(segment_id == k)[-1] for k in range(int(segment_id.max(initial=-1)) + 1)]
   segments = segments_of(
-    pieces(ids, reader.tokenizer),
+    token_texts(ids, reader.tokenizer),
     segment_id,
     entropy,
     score if has_reward else None,
     reward[ends] if has_reward and reader.normalizer else None,
   )
-  return Annotated(prompt, text, segments)
+  return AnnotatedResponse(prompt, text, segments)
 
 
 def stage_of(stage_name: str, settings: Any, mesh: Any) -> Stage:

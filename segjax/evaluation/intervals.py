@@ -14,7 +14,7 @@ DRAWS = 1000  # of a bootstrap
 _AT_ONCE = 100  # draws whose weights exist together
 
 
-def interval(
+def clustered_interval(
   values: Num[np.ndarray, 'N'], prompt: Int[np.ndarray, 'N']
 ) -> dict[str, float | int | None]:
   """Mean and 95 % interval over responses, in clusters by prompt; one prompt gives no interval.
@@ -73,7 +73,7 @@ def percentiles(
   return {'mean': mean, 'low': as_float[0], 'high': as_float[1], 'n': n}
 
 
-def shown(estimate: dict[str, Any], digits: int = 3) -> str:
+def format_interval(estimate: dict[str, Any], digits: int = 3) -> str:
   """'mean [low, high]' for a table; the mean alone without an interval, '' where there is none."""
   if estimate['mean'] is None:
     return ''
@@ -100,7 +100,7 @@ def bootstrap_mean(
   return percentiles(np.mean(values), np.concatenate(draws), len(values))
 
 
-class Ranked(NamedTuple):
+class RankedTokens(NamedTuple):
   """Rows with a score, each standing for units in and outside of what is to be found.
 
   Attributes:
@@ -116,7 +116,7 @@ class Ranked(NamedTuple):
   cluster: np.ndarray
 
 
-def auc(rows: Ranked) -> float:
+def auc(rows: RankedTokens) -> float:
   """P(score of a unit inside > score of one outside) + P(they are equal) / 2; NaN without either.
 
   The area under the ROC curve. 0.5 for scores that know nothing.
@@ -124,7 +124,7 @@ def auc(rows: Ranked) -> float:
   return float(_aucs(rows, np.ones((1, int(rows.cluster.max(initial=0)) + 1)))[0])
 
 
-def auc_interval(rows: Ranked, seed: int) -> dict[str, float | int | None]:
+def auc_interval(rows: RankedTokens, seed: int) -> dict[str, float | int | None]:
   """`auc` with its 95 % interval, by resampling whole responses; n is that of responses."""
   _, cluster = np.unique(rows.cluster, return_inverse=True)
   rows = rows._replace(cluster=cluster)
@@ -135,7 +135,7 @@ def auc_interval(rows: Ranked, seed: int) -> dict[str, float | int | None]:
   return percentiles(auc(rows), np.concatenate(draws), count)
 
 
-def auc_within(rows: Ranked, seed: int) -> dict[str, float | int | None]:
+def auc_within(rows: RankedTokens, seed: int) -> dict[str, float | int | None]:
   """Mean of the `auc` within each response that has units of both kinds, with its interval.
 
   Unlike `auc` it asks nothing of the scores across responses, whose level may differ.
@@ -143,7 +143,7 @@ def auc_within(rows: Ranked, seed: int) -> dict[str, float | int | None]:
   found = []
   for cluster in np.unique(rows.cluster):
     at = rows.cluster == cluster
-    one = Ranked(*(x[at] for x in rows))._replace(cluster=np.zeros(at.sum(), int))
+    one = RankedTokens(*(x[at] for x in rows))._replace(cluster=np.zeros(at.sum(), int))
     if one.inside.any() and one.outside.any():
       found.append(auc(one))
   if not found:
@@ -151,7 +151,7 @@ def auc_within(rows: Ranked, seed: int) -> dict[str, float | int | None]:
   return bootstrap_mean(np.array(found), np.arange(len(found)), seed)
 
 
-def _aucs(rows: Ranked, weight: np.ndarray) -> np.ndarray:
+def _aucs(rows: RankedTokens, weight: np.ndarray) -> np.ndarray:
   """The AUC where cluster c counts weight[d, c] times, for each d."""
   order = np.argsort(rows.score, kind='stable')
   score, inside, outside, cluster = (x[order] for x in rows)

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from segjax import processes
-from segjax.data.batches import chunks
-from segjax.data.span_annotations import EncodedMarked, Span
-from segjax.evaluation.intervals import Ranked, auc_interval, auc_within
+from segjax.data.batches import eval_batches
+from segjax.data.span_annotations import Span, TokenizedSpans
+from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.report.console import track
 from segjax.run.stage import Stage
-from segjax.train.reward_step import Scorer, segment_rewards
+from segjax.train.reward_step import SegmentScorer, segment_rewards
 from segjax.types import Normalizer, Sequences
 
 _ROUND = 8  # the rows' length is rounded up to a multiple of this
@@ -21,30 +21,30 @@ _ROUND = 8  # the rows' length is rounded up to a multiple of this
 TokenRewards = tuple[np.ndarray, np.ndarray]
 
 
-def rewards_of(
+def segment_rewards_by_token(
   stage: Stage,
   params: Any,
   reference: Any,
-  marked: Sequence[EncodedMarked],
-  scorer: Scorer,
+  marked: Sequence[TokenizedSpans],
+  scorer: SegmentScorer,
   normalizer: Normalizer,
 ) -> list[TokenRewards]:
   """Normalised rewards of the responses, token by token; each token has its whole segment's."""
-  size, found = stage.settings.evaluate_reward.batch, []
+  size, found = stage.settings.evaluate_reward.batch_size, []
   width = -(-max(len(one.ids) for one in marked) // _ROUND) * _ROUND
   width = min(width, scorer.reward.max_position_embeddings)
-  batches = chunks(len(marked), size)
+  batches = eval_batches(len(marked), size)
   for rows, real in track(stage.name, batches, -(-len(marked) // size), 'marked responses'):
     batch = [marked[row] for row in rows]
     sequences = Sequences(*map(stage.place, _padded(batch, width)))
-    reward, segments = processes.fetch(
+    reward, segments = processes.to_host(
       segment_rewards(
         params,
         reference,
         sequences,
         normalizer,
         scorer=scorer,
-        std_floor_ratio=stage.settings.shaping.std_floor_ratio,
+        std_floor_ratio=stage.settings.reward_shaping.std_floor_ratio,
       )
     )
     for i, one in enumerate(batch[:real]):
@@ -54,7 +54,7 @@ def rewards_of(
 
 
 def figures(
-  marked: Sequence[EncodedMarked], rewards: Sequence[TokenRewards], seed: int
+  marked: Sequence[TokenizedSpans], rewards: Sequence[TokenRewards], seed: int
 ) -> dict[str, Any]:
   """How well -reward ranks characters inside of marked spans above those outside.
 
@@ -69,7 +69,7 @@ def figures(
     responses, spans, spans_cut (no character of which was scored), characters, marked (share).
     Intervals are 95 % by bootstrap over responses.
   """
-  every = ranked(marked, rewards, lambda span: True)
+  every = rank_segments(marked, rewards, lambda span: True)
   kinds = sorted({span.kind for one in marked for span in one.spans})
   spans = [(one, span) for one in marked for span in one.spans]
   inside, outside = int(every.inside.sum()), int(every.outside.sum())
@@ -77,7 +77,7 @@ def figures(
     **_both(every, seed),
     'types': {
       kind: {
-        **_both(ranked(marked, rewards, lambda span, kind=kind: span.kind == kind), seed),
+        **_both(rank_segments(marked, rewards, lambda span, kind=kind: span.kind == kind), seed),
         'spans': sum(span.kind == kind for _, span in spans),
       }
       for kind in kinds
@@ -90,11 +90,11 @@ def figures(
   }
 
 
-def ranked(
-  marked: Sequence[EncodedMarked],
+def rank_segments(
+  marked: Sequence[TokenizedSpans],
   rewards: Sequence[TokenRewards],
   is_sought: Callable[[Span], bool],
-) -> Ranked:
+) -> RankedTokens:
   """A row for each segment: -reward, its characters in a sought span, and those in none at all."""
   rows = []
   for number, (one, (reward, segment)) in enumerate(zip(marked, rewards, strict=True)):
@@ -111,16 +111,16 @@ def ranked(
     score = np.zeros(int(segment.max(initial=-1)) + 1)
     score[segment[token]] = -reward[token]
     count = [np.bincount(segment[token], x, len(score)) for x in (sought, ~any_span)]
-    rows.append(Ranked(score, *count, np.full(len(score), number)))
-  return Ranked(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    rows.append(RankedTokens(score, *count, np.full(len(score), number)))
+  return RankedTokens(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 
 
-def _both(rows: Ranked, seed: int) -> dict[str, Any]:
+def _both(rows: RankedTokens, seed: int) -> dict[str, Any]:
   return {'auc': auc_interval(rows, seed), 'auc_within': auc_within(rows, seed)}
 
 
 def _padded(
-  batch: Sequence[EncodedMarked], width: int
+  batch: Sequence[TokenizedSpans], width: int
 ) -> tuple[Int[np.ndarray, 'B S'], np.ndarray, np.ndarray]:
   """(ids, mask of the response, whether it is finished)."""
   ids, mask = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), bool)

@@ -30,7 +30,7 @@ _HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors format
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorHeader:
   """Where one tensor lies: its file, dtype (safetensors' word), shape and first byte."""
 
   file: Path
@@ -54,14 +54,14 @@ class Checkpoint:
   """A directory and its tensors by HF name, in the order of the files."""
 
   directory: Path
-  tensors: dict[str, Tensor]
+  tensors: dict[str, TensorHeader]
 
   def num_parameters(self) -> int:
     """Number of elements of all tensors."""
     return sum(tensor.size for tensor in self.tensors.values())
 
 
-def resolve(name: str | Path) -> Path:
+def resolve_checkpoint(name: str | Path) -> Path:
   """The local directory of a checkpoint: itself, or a download of the hub id 'owner/name'.
 
   Only json, safetensors and tokenizer files are downloaded, into huggingface_hub's cache.
@@ -131,8 +131,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(directory, read_header(directory / WEIGHTS))
   if not (directory / INDEX).is_file():
     raise ValueError(_no_weights(str(directory), [file.name for file in directory.iterdir()]))
-  tensors: dict[str, Tensor] = {}
-  for shard, names in sorted(_shards(directory / INDEX).items()):
+  tensors: dict[str, TensorHeader] = {}
+  for shard, names in sorted(_shard_files(directory / INDEX).items()):
     if not (directory / shard).is_file():
       raise ValueError(
         f'{directory / shard} is missing; {INDEX} puts {len(names)} tensors there, the first '
@@ -150,7 +150,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
   return Checkpoint(directory, tensors)
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path) -> dict[str, TensorHeader]:
   """The tensors of one safetensors file by name, from its header.
 
   The format: 8 bytes little-endian length, that much JSON, then the data; see
@@ -199,7 +199,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
   return tensors
 
 
-def _tensor(file: Path, name: str, entry: Any, start: int) -> Tensor:
+def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
   """One entry of a header, `start` being the first byte of the data."""
   try:
     dtype, shape, (begin, end) = entry['dtype'], tuple(entry['shape']), entry['data_offsets']
@@ -218,7 +218,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> Tensor:
       f'{file}: tensor {name} has dtype {dtype}, not one of {", ".join(ITEM_SIZE)}; quantized '
       'checkpoints are not read, use the unquantized one.'
     )
-  tensor = Tensor(file, dtype, shape, start + begin)
+  tensor = TensorHeader(file, dtype, shape, start + begin)
   if end - begin != tensor.num_bytes:
     raise ValueError(
       f'{file}: the header lies about tensor {name}: {end - begin} bytes for {dtype} '
@@ -227,7 +227,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> Tensor:
   return tensor
 
 
-def _shards(index: Path) -> dict[str, list[str]]:
+def _shard_files(index: Path) -> dict[str, list[str]]:
   """The files that an index names, each with its tensors; only plain names are allowed."""
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:

@@ -21,8 +21,8 @@ from absl import logging
 from segjax import storage
 from segjax.hf import model_card as cards
 from segjax.hf import orbax_stream, reader, shards, tensor_names, writer
-from segjax.hf.checkpoint import CONFIG, read_json, resolve
-from segjax.hf.tensor_slices import DTYPES, Slices, describe_not_finite
+from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
+from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
 from segjax.hf.transpose import transpose_into
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
@@ -66,22 +66,24 @@ def import_checkpoint(
   head = _head(role)
   _check_dtype(dtype)
   out = Path(out).expanduser().absolute()
-  origin = resolve(source)
-  storage.check(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
+  origin = resolve_checkpoint(source)
+  storage.check_target(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
   checkpoint, entries = reader.open_model(origin, config, head)
-  files = Slices(checkpoint)
+  files = SliceReader(checkpoint)
   leaves = {
     entry.path: _leaf(files, entry, reader.dtype_of(checkpoint, entry, dtype), piece_bytes)
     for entry in entries
   }
-  for entry in tensor_names.entries(config, head)[len(entries) :]:  # the scalar head, or nothing
+  for entry in tensor_names.tensor_mappings(config, head)[
+    len(entries) :
+  ]:  # the scalar head, or nothing
     leaves[entry.path] = _drawn_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
   total = sum(leaf.num_bytes for leaf in leaves.values())
   storage.check_space(out, total)
   if strict and (found := reader.find_not_finite(checkpoint, entries)):
     raise ValueError(f'{found}; without --strict they are converted all the same.')
-  with storage.complete(out) as partial:
+  with storage.atomic_directory(out) as partial:
     orbax_stream.write(partial / PARAMS, leaves, lambda done: progress(done, total))
     _describe(partial, source, origin, role)
   if files.not_finite:
@@ -123,18 +125,18 @@ def export_checkpoint(
   checkpoint, out = (Path(path).expanduser().absolute() for path in (checkpoint, out))
   place, origin, role, known = _described(checkpoint, source, role)
   head = _head(role)
-  storage.check(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
+  storage.check_target(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
-  entries = tensor_names.entries(config, head)
+  entries = tensor_names.tensor_mappings(config, head)
   arrays = _parameters(place, entries, head)
-  words = [writer.WORDS[dtype or arrays[entry.path].dtype.name] for entry in entries]
-  planned = shards.plan(list(zip(entries, words, strict=True)), max_shard_bytes)
+  words = [writer.NUMPY_TO_SAFETENSORS[dtype or arrays[entry.path].dtype.name] for entry in entries]
+  planned = shards.plan_shards(list(zip(entries, words, strict=True)), max_shard_bytes)
   total = shards.num_bytes(planned)
   storage.check_space(out, total)
   described = writer.Description(
-    config, head, writer.one_dtype(words), origin, card=cards.merged(known, card or cards.Card())
+    config, head, writer.one_dtype(words), origin, card=cards.merge(known, card or cards.Card())
   )
-  with storage.complete(out) as partial:
+  with storage.atomic_directory(out) as partial:
     with shards.ShardWriter(partial, planned) as files:
       jobs = [
         (_export_piece(files, entry, word), arrays[entry.path], index)
@@ -142,11 +144,11 @@ def export_checkpoint(
         for index in _boxes(entry, arrays[entry.path].chunk_layout.read_chunk.shape)
       ]
       orbax_stream.read(jobs, lambda done: progress(done, total))
-    if role == 'reward' and (origin / writer.MEANING).is_file():
-      shutil.copyfile(origin / writer.MEANING, partial / writer.MEANING)
+    if role == 'reward' and (origin / writer.REWARD_SPEC_FILE).is_file():
+      shutil.copyfile(origin / writer.REWARD_SPEC_FILE, partial / writer.REWARD_SPEC_FILE)
     if origin == checkpoint / SOURCE:  # else it is what this was trained from, of another record
-      _carry(origin, partial)
-    writer.describe(partial, described, out.name)
+      _copy_provenance(origin, partial)
+    writer.write_metadata(partial, described, out.name)
   return out
 
 
@@ -157,13 +159,15 @@ def _head(role: str) -> str:
 
 
 def _check_dtype(dtype: str) -> None:
-  if dtype and dtype not in writer.WORDS:
-    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(writer.WORDS)} or ''.")
+  if dtype and dtype not in writer.NUMPY_TO_SAFETENSORS:
+    raise ValueError(
+      f"dtype={dtype!r} is not one of {', '.join(writer.NUMPY_TO_SAFETENSORS)} or ''."
+    )
 
 
 def _drawn_head(
-  origin: Path, entry: tensor_names.Entry, dtype: np.dtype, role: str, seed: int
-) -> orbax_stream.Leaf:
+  origin: Path, entry: tensor_names.TensorMapping, dtype: np.dtype, role: str, seed: int
+) -> orbax_stream.StreamedArray:
   """The scalar head that `origin` lacks; ValueError where a random one would mean nothing."""
   if role == 'reward':
     raise ValueError(
@@ -171,36 +175,36 @@ def _drawn_head(
       'as a critic, whose head may be drawn.'
     )
   logging.warning('%s has no scalar head; it is drawn from seed %d', origin, seed)
-  kernel = np.asarray(reader.fresh_head(jax.random.key(seed), entry.shape[0], dtype))
-  return orbax_stream.Leaf(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
+  kernel = np.asarray(reader.init_scalar_head(jax.random.key(seed), entry.shape[0], dtype))
+  return orbax_stream.StreamedArray(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
 
 
 def _describe(directory: Path, source: str | Path, origin: Path, role: str) -> None:
   """Writes all but the weights of an imported checkpoint."""
   (directory / SOURCE).mkdir()
-  for name in (CONFIG, writer.MEANING) if role == 'reward' else (CONFIG,):
+  for name in (CONFIG, writer.REWARD_SPEC_FILE) if role == 'reward' else (CONFIG,):
     if (origin / name).exists():
       shutil.copyfile(origin / name, directory / SOURCE / name)
   writer.copy_tokenizer(origin, directory / SOURCE)
-  _carry(origin, directory / SOURCE)
-  known = {k: v for k, v in vars(cards.inherited(source, origin)).items() if v}
+  _copy_provenance(origin, directory / SOURCE)
+  known = {k: v for k, v in vars(cards.from_source(source, origin)).items() if v}
   shards.write_json(directory / DESCRIPTION, {'version': _VERSION, 'role': role} | known)
 
 
-def _carry(source: Path, target: Path) -> None:
+def _copy_provenance(source: Path, target: Path) -> None:
   """Copies what tells how a model was made, byte for byte; the card itself is written anew."""
   for name in (cards.RECORD, cards.CURVES):
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)
 
 
-def _whole(entry: tensor_names.Entry) -> orbax_stream.Index:
+def _whole(entry: tensor_names.TensorMapping) -> orbax_stream.Index:
   return tuple(slice(0, size) for size in entry.shape)
 
 
 def _leaf(
-  files: Slices, entry: tensor_names.Entry, dtype: np.dtype, piece_bytes: int
-) -> orbax_stream.Leaf:
+  files: SliceReader, entry: tensor_names.TensorMapping, dtype: np.dtype, piece_bytes: int
+) -> orbax_stream.StreamedArray:
   """A tensor of ours, to be read from the HF tensors that it is made of."""
   pieces = entry.pieces(_whole(entry), dtype.itemsize, piece_bytes)
 
@@ -211,7 +215,7 @@ def _leaf(
       files.release()
     return host
 
-  return orbax_stream.Leaf(entry.shape, dtype, pieces, read)
+  return orbax_stream.StreamedArray(entry.shape, dtype, pieces, read)
 
 
 _buffers = threading.local()
@@ -225,7 +229,9 @@ def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return _buffers.bytes[:size].view(dtype).reshape(shape)
 
 
-def _parameters(place: Path, entries: tuple[tensor_names.Entry, ...], head: str) -> dict[str, Any]:
+def _parameters(
+  place: Path, entries: tuple[tensor_names.TensorMapping, ...], head: str
+) -> dict[str, Any]:
   """The arrays of a model by path, opened and checked: all there are, or those in params/."""
   arrays = orbax_stream.open_arrays(place)
   inner = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
@@ -239,7 +245,7 @@ def _parameters(place: Path, entries: tuple[tensor_names.Entry, ...], head: str)
 
 
 def _export_piece(
-  files: shards.ShardWriter, entry: tensor_names.Entry, word: str
+  files: shards.ShardWriter, entry: tensor_names.TensorMapping, word: str
 ) -> Callable[[orbax_stream.Index, np.ndarray], int]:
   """Writes slices of a tensor of ours into the HF tensors that it is made of; returns bytes."""
   dtype = jnp.dtype(DTYPES[word])
@@ -265,7 +271,7 @@ def _export_piece(
   return write
 
 
-def _boxes(entry: tensor_names.Entry, chunk: tuple[int, ...]) -> list[orbax_stream.Index]:
+def _boxes(entry: tensor_names.TensorMapping, chunk: tuple[int, ...]) -> list[orbax_stream.Index]:
   """Slices that partition a tensor of ours: whole chunks, and whole rows of the HF tensors."""
   sizes = list(chunk)
   if entry.transposed:
@@ -291,8 +297,8 @@ def _described(
         'training run name an item of a step (checkpoints/STEP/policy), and with --source and '
         '--role the HF checkpoint it was trained from and what it is.'
       )
-    origin = resolve(source)
-    return checkpoint, origin, role, cards.inherited(source, origin)
+    origin = resolve_checkpoint(source)
+    return checkpoint, origin, role, cards.from_source(source, origin)
   text = read_json(file)
   if text.get('version') != _VERSION or text.get('role') not in HEADS:
     raise ValueError(

@@ -12,7 +12,7 @@ from segjax.hf.checkpoint import (
   Checkpoint,
   open_checkpoint,
   read_json,
-  resolve,
+  resolve_checkpoint,
   rope_parameters,
 )
 
@@ -37,7 +37,7 @@ def inspect(path: str | Path) -> str:
   Raises:
     ValueError: where the files are missing or broken; see `checkpoint.open_checkpoint`.
   """
-  checkpoint = open_checkpoint(resolve(path))
+  checkpoint = open_checkpoint(resolve_checkpoint(path))
   raw = read_json(checkpoint.directory / CONFIG)
   width = max(map(len, checkpoint.tensors), default=0)
   lines = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
-ABOUT = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
+DOC_FILES = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
 
 _HUB_ID = r'[\w.-]+/[\w.-]+'
 _PAPER = 'https://arxiv.org/abs/2501.02790'
@@ -47,7 +47,7 @@ class Card:
   curves: bytes = b''
 
 
-def inherited(source: str | Path, directory: Path) -> Card:
+def from_source(source: str | Path, directory: Path) -> Card:
   """What a model made from `source` takes over: its base model and licence.
 
   Args:
@@ -61,12 +61,12 @@ def inherited(source: str | Path, directory: Path) -> Card:
   return Card(**{key: value for key, value in texts.items() if isinstance(value, str)})
 
 
-def merged(base: Card, over: Card) -> Card:
+def merge(base: Card, over: Card) -> Card:
   """`over`, and where it says nothing, `base`."""
   return dataclasses.replace(base, **{k: v for k, v in vars(over).items() if v})
 
 
-def write(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
+def write_card(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
   """Writes README.md, and segjax_config.json and curves.png where the card has them.
 
   Those that lie in the directory already, as after an import, are shown as the card's own.
@@ -132,7 +132,7 @@ def _with_record(card: Card, record: dict[str, Any]) -> Card:
   metrics = (
     {k: float(v) for k, v in metrics.items() if _is_finite(v)} if isinstance(metrics, dict) else {}
   )
-  return merged(Card(**texts, metrics=metrics), dataclasses.replace(card, record=record))
+  return merge(Card(**texts, metrics=metrics), dataclasses.replace(card, record=record))
 
 
 def _provenance(record: Mapping[str, Any]) -> list[str]:

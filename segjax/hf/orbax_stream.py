@@ -31,7 +31,7 @@ Done = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class StreamedArray:
   """An array to be written.
 
   Attributes:
@@ -51,7 +51,9 @@ class Leaf:
     return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path, leaves: dict[str, Leaf], done: Done = lambda num_bytes: None) -> None:
+def write(
+  directory: Path, leaves: dict[str, StreamedArray], done: Done = lambda num_bytes: None
+) -> None:
   """Writes leaves by path ('a/b/c') as step 0 of a CheckpointManager's directory.
 
   Args:
@@ -142,7 +144,7 @@ def _handler(done: Done = lambda num_bytes: None) -> ocp.PyTreeCheckpointHandler
     (np.ndarray, type_handlers.NumpyHandler()),
   )
   ours = _PieceHandler(done)
-  registry.add(jax.Array, ours, func=lambda kind: issubclass(kind, jax.Array | Leaf))
+  registry.add(jax.Array, ours, func=lambda kind: issubclass(kind, jax.Array | StreamedArray))
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
@@ -192,7 +194,7 @@ def _take(array: tensorstore.TensorStore, index: Index) -> np.ndarray:
   return array[index].read().result()
 
 
-def _write(store: tensorstore.TensorStore, leaf: Leaf, index: Index) -> int:
+def _write(store: tensorstore.TensorStore, leaf: StreamedArray, index: Index) -> int:
   """Writes one piece; returns its bytes."""
   host = leaf.read(index)
   # No copy is made: once the result is there all is written, and nothing is read back from here.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from segjax.hf.tensor_names import Entry
-from segjax.hf.tensor_slices import Index, Slices
+from segjax.hf.tensor_names import TensorMapping
+from segjax.hf.tensor_slices import Index, SliceReader
 from segjax.model import sharding
 
 PIECE_BYTES = 1 << 24  # of a tensor, read and placed at once
@@ -26,7 +26,7 @@ _ALIGNMENT = 64  # bytes
 
 
 def place(
-  files: Slices, entry: Entry, mesh: Mesh | None, dtype: np.dtype, pool: Executor
+  files: SliceReader, entry: TensorMapping, mesh: Mesh | None, dtype: np.dtype, pool: Executor
 ) -> jax.Array:
   """One of our tensors on its devices; devices that hold the same slice share one reading."""
   whole = (slice(None),) * len(entry.shape)
@@ -44,8 +44,8 @@ def place(
 
 
 def _shards(
-  files: Slices,
-  entry: Entry,
+  files: SliceReader,
+  entry: TensorMapping,
   index: Index,
   devices: list[jax.Device | None],
   dtype: np.dtype,
@@ -67,7 +67,7 @@ def _shards(
     list(pool.map(fill, pieces))
     return [jax.device_put(out, device) for device in devices]
   shards = [_zeros(shape, dtype, device) for device in devices]
-  for piece, host in _ahead(pool, lambda piece: files.read(entry, piece, dtype), pieces):
+  for piece, host in _prefetch(pool, lambda piece: files.read(entry, piece, dtype), pieces):
     start = tuple(part.start for part in _relative(piece, origin))
     shards = [
       _write(shard, jax.device_put(host, device), start)
@@ -111,7 +111,7 @@ def _write(shard: jax.Array, piece: jax.Array, start: tuple) -> jax.Array:
   return jax.lax.dynamic_update_slice(shard, piece, start)
 
 
-def _ahead(pool: Executor, read: Callable, pieces: Sequence[Index]) -> Iterator[tuple]:
+def _prefetch(pool: Executor, read: Callable, pieces: Sequence[Index]) -> Iterator[tuple]:
   """(piece, read(piece)) in order, the next ones being read meanwhile."""
   waiting = collections.deque()
   for piece in pieces:

@@ -23,14 +23,14 @@ from segjax.hf.checkpoint import (
   Checkpoint,
   open_checkpoint,
   read_json,
-  resolve,
+  resolve_checkpoint,
 )
 from segjax.hf.config import config_from_hf, head_name
-from segjax.hf.tensor_slices import DTYPES, Slices, describe_not_finite
+from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 
-__all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve']
+__all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve_checkpoint']
 
 Params = dict[str, Any]
 
@@ -41,7 +41,7 @@ _SCALAR_HEAD = 'scalar_head/kernel'
 
 def load_config(path: str | Path, **runtime: Any) -> LlamaConfig:
   """The network of a local checkpoint or hub id; `runtime` sets dtype, remat, attention."""
-  return config_from_hf(resolve(path), **runtime)
+  return config_from_hf(resolve_checkpoint(path), **runtime)
 
 
 def load_params(
@@ -81,7 +81,7 @@ def load_params(
     )
   kinds = [dtype_of(checkpoint, entry, dtype) for entry in entries]  # all before one is read
   params: Params = {}
-  files = Slices(checkpoint)
+  files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
     for entry, kind in zip(entries, kinds, strict=True):
       _insert(params, entry.path, placement.place(files, entry, mesh, kind, pool))
@@ -93,13 +93,13 @@ def load_params(
     logging.warning('%s', message)
   if fresh:
     own = params['backbone']['embedding'].dtype
-    _insert(params, _SCALAR_HEAD, fresh_head(key, config.hidden_size, own, mesh))
+    _insert(params, _SCALAR_HEAD, init_scalar_head(key, config.hidden_size, own, mesh))
   return params
 
 
 def open_model(
   path: str | Path, config: LlamaConfig, head: str
-) -> tuple[Checkpoint, tuple[tensor_names.Entry, ...]]:
+) -> tuple[Checkpoint, tuple[tensor_names.TensorMapping, ...]]:
   """A checkpoint and the tensors of ours that it holds, all names and shapes checked.
 
   These are all tensors of the model, but for a scalar head where the checkpoint has none. Reads
@@ -112,9 +112,9 @@ def open_model(
   Raises:
     ValueError: for missing, unexpected or misshapen tensors.
   """
-  checkpoint = open_checkpoint(resolve(path))
+  checkpoint = open_checkpoint(resolve_checkpoint(path))
   score = head_name(read_json(checkpoint.directory / CONFIG))
-  entries = tensor_names.entries(config, head, score)
+  entries = tensor_names.tensor_mappings(config, head, score)
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
     entries = entries[:-1]
   _check(checkpoint, entries, head)
@@ -123,7 +123,7 @@ def open_model(
   return checkpoint, entries
 
 
-def dtype_of(checkpoint: Checkpoint, entry: tensor_names.Entry, dtype: str) -> np.dtype:
+def dtype_of(checkpoint: Checkpoint, entry: tensor_names.TensorMapping, dtype: str) -> np.dtype:
   """`dtype`, or where that is empty the one of the HF tensors of `entry`.
 
   Raises:
@@ -140,7 +140,7 @@ def dtype_of(checkpoint: Checkpoint, entry: tensor_names.Entry, dtype: str) -> n
   return jnp.dtype(dtype or DTYPES[next(iter(own))])
 
 
-def fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
+def init_scalar_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
   """A scalar head [D, 1] from N(0, 1 / (D + 1)), drawn in float32."""
   kernel = (jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)).astype(dtype)
   if mesh is None:
@@ -150,15 +150,17 @@ def fresh_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None)
   return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
-def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.Entry, ...]) -> str:
+def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...]) -> str:
   """Reads every weight once; says which tensors hold NaN or infinity, '' where none does."""
-  files = Slices(checkpoint)
+  files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
     list(pool.map(files.check, [name for entry in entries for name in entry.hf_names()]))
   return describe_not_finite(files.not_finite) if files.not_finite else ''
 
 
-def _check(checkpoint: Checkpoint, entries: tuple[tensor_names.Entry, ...], head: str) -> None:
+def _check(
+  checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...], head: str
+) -> None:
   """ValueError unless the checkpoint holds exactly the tensors of the table."""
   tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
@@ -196,7 +198,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   transformers 4 drops such a head, transformers 5 uses it.
   """
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  if head in checkpoint.tensors and not Slices(checkpoint).same(head, embedding):
+  if head in checkpoint.tensors and not SliceReader(checkpoint).same(head, embedding):
     raise ValueError(
       f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
       'them (tie_word_embeddings); say false there if the head counts, or take it away.'

@@ -23,10 +23,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class HFTensor:
   """One HF tensor to be written: layer `layer` of our tensor `entry`, or all of it."""
 
-  entry: tensor_names.Entry
+  entry: tensor_names.TensorMapping
   layer: int
   dtype: str  # safetensors' word
 
@@ -41,12 +41,12 @@ class Piece:
     return math.prod(self.entry.hf_shape) * ITEM_SIZE[self.dtype]
 
 
-Shard = list[Piece]
+ShardPlan = list[HFTensor]
 
 
-def plan(
-  tensors: Sequence[tuple[tensor_names.Entry, str]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[Shard]:
+def plan_shards(
+  tensors: Sequence[tuple[tensor_names.TensorMapping, str]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[ShardPlan]:
   """Which HF tensors go into which file, in the order of their bytes.
 
   Files are filled from the embedding through the layers to the head; inside one, wider dtypes come
@@ -58,8 +58,8 @@ def plan(
   before, layers, after = [], [], []
   for entry, dtype in tensors:
     group = layers if entry.stacked else after if layers else before
-    group += [Piece(entry, i, dtype) for i in range(len(entry.hf_names()))]
-  shards: list[Shard] = [[]]
+    group += [HFTensor(entry, i, dtype) for i in range(len(entry.hf_names()))]
+  shards: list[ShardPlan] = [[]]
   size = 0
   for piece in before + sorted(layers, key=lambda piece: piece.layer) + after:
     if shards[-1] and size + piece.num_bytes > max_shard_bytes:
@@ -70,7 +70,7 @@ def plan(
   return [sorted(shard, key=lambda p: (-ITEM_SIZE[p.dtype], p.name)) for shard in shards]
 
 
-def num_bytes(shards: list[Shard]) -> int:
+def num_bytes(shards: list[ShardPlan]) -> int:
   """Of all tensors together."""
   return sum(piece.num_bytes for shard in shards for piece in shard)
 
@@ -78,7 +78,7 @@ def num_bytes(shards: list[Shard]) -> int:
 class ShardWriter:
   """The files of a plan, open for writing; several threads may write different parts at once."""
 
-  def __init__(self, directory: Path, shards: list[Shard]) -> None:
+  def __init__(self, directory: Path, shards: list[ShardPlan]) -> None:
     self._directory, self._shards = directory, shards
     self._open: list[int] = []
     self._places: dict[str, tuple[int, int]] = {}  # file descriptor, first byte
@@ -120,7 +120,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
   path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
-def _header(shard: Shard) -> bytes:
+def _header(shard: ShardPlan) -> bytes:
   """A safetensors header: its length, JSON, and spaces up to a multiple of 8 bytes."""
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0

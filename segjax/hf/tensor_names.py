@@ -40,7 +40,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorMapping:
   """One of our tensors and the HF tensors that it is made of.
 
   Attributes:
@@ -104,7 +104,9 @@ class Entry:
     return found
 
 
-def entries(config: LlamaConfig, head: str, score: str = SCORE) -> tuple[Entry, ...]:
+def tensor_mappings(
+  config: LlamaConfig, head: str, score: str = SCORE
+) -> tuple[TensorMapping, ...]:
   """The tensors of a model, in the order of the table; `score` names HF's scalar head.
 
   Raises:
@@ -129,7 +131,7 @@ def entries(config: LlamaConfig, head: str, score: str = SCORE) -> tuple[Entry, 
     '1': 1,
   }
   return tuple(
-    Entry(
+    TensorMapping(
       path,
       template.replace('{score}', score),
       tuple(size[letter] for letter in letters.split()),

@@ -10,8 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from segjax.hf.checkpoint import Checkpoint, Tensor
-from segjax.hf.tensor_names import Entry
+from segjax.hf.checkpoint import Checkpoint, TensorHeader
+from segjax.hf.tensor_names import TensorMapping
 from segjax.hf.transpose import transpose_into
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
@@ -29,7 +29,7 @@ _INFINITY = {
 _BLOCK = 1 << 18  # bytes looked at together: they stay in a core's cache
 
 
-class Slices:
+class SliceReader:
   """A checkpoint's files, mapped for reading; may be used from several threads.
 
   Mapped pages are the kernel's to take back, so that only what `read` returns is memory held.
@@ -47,7 +47,7 @@ class Slices:
     self._lock = threading.Lock()
 
   def read(
-    self, entry: Entry, index: Index, dtype: np.dtype, out: np.ndarray | None = None
+    self, entry: TensorMapping, index: Index, dtype: np.dtype, out: np.ndarray | None = None
   ) -> np.ndarray:
     """The slice `index` of our tensor `entry` as `dtype`; into `out`, of its shape, where given."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True)]
@@ -98,7 +98,7 @@ class Slices:
         self.not_finite[name] = tensor.file
     return piece
 
-  def _mapped(self, tensor: Tensor) -> np.ndarray:
+  def _mapped(self, tensor: TensorHeader) -> np.ndarray:
     with self._lock:
       if tensor.file not in self._maps:
         with tensor.file.open('rb') as stream:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.hf import convert, orbax_stream, reader
-from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve
+from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve_checkpoint
 from segjax.hf.config import config_from_hf, head_name
 from segjax.model import heads
 from segjax.model.llama import Llama, LlamaConfig
@@ -110,7 +110,7 @@ def verify(
   """
   if dtype not in _TOLERANCES:
     raise ValueError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
-  origin = resolve(hf)
+  origin = resolve_checkpoint(hf)
   config = reader.load_config(origin)
   theirs_head = _head_of(origin)
   held, checked = reader.open_model(origin, config, theirs_head)

@@ -17,14 +17,14 @@ from jax.experimental import multihost_utils
 from segjax import storage
 from segjax.hf import model_card as cards
 from segjax.hf import shards, tensor_names
-from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve
+from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
 from segjax.hf.config import config_to_hf
 from segjax.hf.tensor_slices import DTYPES
 from segjax.hf.transpose import transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
 
-COPIED = (
+TOKENIZER_FILES = (
   'LICENSE',
   'LICENSE.md',
   'LICENSE.txt',
@@ -42,10 +42,12 @@ COPIED = (
   'tokenizer_config.json',
   'vocab.json',
 )
-MEANING = 'segment_reward.json'  # how a reward model's scores are read; written by `train`
-WORDS = {name: word for word, name in DTYPES.items()}  # numpy's dtype to safetensors'
+REWARD_SPEC_FILE = 'segment_reward.json'  # how a reward model's scores are read; written by `train`
+NUMPY_TO_SAFETENSORS = {
+  name: word for word, name in DTYPES.items()
+}  # numpy's dtype to safetensors'
 # What a directory may hold for us to replace it: what we write, and what stands beside it.
-REPLACEABLE = (*COPIED, CONFIG, INDEX, MEANING, *cards.ABOUT)
+REPLACEABLE = (*TOKENIZER_FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES)
 
 _GENERATION = 'generation_config.json'
 _TEMPLATES = ('chat_template.jinja', 'chat_template.json', 'additional_chat_templates')
@@ -102,35 +104,35 @@ def save_checkpoint(
   Raises:
     ValueError: where params and config do not agree, or `directory` is not ours to replace.
   """
-  if dtype and dtype not in WORDS:
-    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(WORDS)} or ''.")
+  if dtype and dtype not in NUMPY_TO_SAFETENSORS:
+    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(NUMPY_TO_SAFETENSORS)} or ''.")
   directory = Path(directory).expanduser().absolute()
-  origin = None if source is None else resolve(source)
-  storage.check(directory, REPLACEABLE, overwrite=True, source=origin)
+  origin = None if source is None else resolve_checkpoint(source)
+  storage.check_target(directory, REPLACEABLE, overwrite=True, source=origin)
   leaves = _leaves(params, config, head)
-  words = [WORDS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
-  planned = shards.plan(
+  words = [NUMPY_TO_SAFETENSORS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
+  planned = shards.plan_shards(
     [(entry, word) for (entry, _), word in zip(leaves, words, strict=True)], max_shard_bytes
   )
   by_path = {entry.path: leaf for entry, leaf in leaves}
   if card is not None and origin is not None:
-    card = cards.merged(cards.inherited(source, origin), card)
+    card = cards.merge(cards.from_source(source, origin), card)
   described = Description(config, head, one_dtype(words), origin, extra_config, card)
   if jax.process_index():
     for piece in _pieces(planned):
       _gathered(piece, by_path[piece.entry.path])
   else:
-    with storage.complete(directory) as partial:
+    with storage.atomic_directory(directory) as partial:
       with shards.ShardWriter(partial, planned) as files:
         for piece in _pieces(planned):
           files.write(piece.name, 0, _gathered(piece, by_path[piece.entry.path]))
-      describe(partial, described, directory.name)
+      write_metadata(partial, described, directory.name)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('saved')  # the directory may have other names elsewhere
   return directory
 
 
-def describe(directory: Path, what: Description, name: str) -> None:
+def write_metadata(directory: Path, what: Description, name: str) -> None:
   """Writes all but the weights; config.json, without which nothing loads, comes last."""
   written = config_to_hf(
     what.config,
@@ -149,7 +151,7 @@ def describe(directory: Path, what: Description, name: str) -> None:
       (directory / 'tokenizer_config.json').exists()
       and bool(read_json(directory / 'tokenizer_config.json').get('chat_template'))
     )
-    cards.write(directory, what.card, name=name, head=what.head, with_template=with_template)
+    cards.write_card(directory, what.card, name=name, head=what.head, with_template=with_template)
   shards.write_json(directory / CONFIG, written)
 
 
@@ -160,29 +162,32 @@ def one_dtype(words: list[str]) -> str:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
   """Copies tokenizer files, templates, generation_config.json and licence, byte for byte."""
-  for name in COPIED:
+  for name in TOKENIZER_FILES:
     if (source / name).is_dir():
       shutil.copytree(source / name, target / name)
     elif (source / name).is_file():
       shutil.copyfile(source / name, target / name)
 
 
-def _pieces(planned: list[shards.Shard]) -> list[shards.Piece]:
+def _pieces(planned: list[shards.ShardPlan]) -> list[shards.HFTensor]:
   return [piece for shard in planned for piece in shard]
 
 
 def _leaves(
   params: dict[str, Any], config: LlamaConfig, head: str
-) -> list[tuple[tensor_names.Entry, Any]]:
+) -> list[tuple[tensor_names.TensorMapping, Any]]:
   """The table's entries with our tensors; ValueError unless they agree."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   given = {path_name(path): leaf for path, leaf in flat}
-  check_tensors(given, tensor_names.entries(config, head), head)
-  return [(entry, given[entry.path]) for entry in tensor_names.entries(config, head)]
+  check_tensors(given, tensor_names.tensor_mappings(config, head), head)
+  return [(entry, given[entry.path]) for entry in tensor_names.tensor_mappings(config, head)]
 
 
 def check_tensors(
-  given: dict[str, Any], entries: tuple[tensor_names.Entry, ...], head: str, where: str = 'params'
+  given: dict[str, Any],
+  entries: tuple[tensor_names.TensorMapping, ...],
+  head: str,
+  where: str = 'params',
 ) -> None:
   """ValueError unless `given`, by path, are the tensors of the table: anything with a shape."""
   odd = sorted({entry.path for entry in entries} ^ set(given))
@@ -192,7 +197,7 @@ def check_tensors(
   for entry in entries:
     leaf = given[entry.path]
     name = jnp.dtype(leaf.dtype).name
-    if tuple(leaf.shape) != entry.shape or name not in WORDS:
+    if tuple(leaf.shape) != entry.shape or name not in NUMPY_TO_SAFETENSORS:
       raise ValueError(
         f'{where}: {entry.path} is {name}{list(leaf.shape)}, but by the config it is a float '
         f'tensor of shape {list(entry.shape)}; save with the config that the model was made with.'
@@ -205,7 +210,7 @@ def _layer(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _gathered(piece: shards.Piece, leaf: Any) -> np.ndarray:
+def _gathered(piece: shards.HFTensor, leaf: Any) -> np.ndarray:
   """One HF tensor on the host, whole, in the file's dtype and orientation."""
   entry = piece.entry
   if entry.stacked:

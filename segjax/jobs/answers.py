@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Rollout
-from segjax.data.batches import Prompts, chunks
-from segjax.data.judge_formats import Answer, Judge, Question, conversation, read_questions
+from segjax.config.settings import RolloutSettings
+from segjax.data.batches import Prompts, eval_batches
+from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversation, read_questions
 from segjax.data.sources import Rows
-from segjax.data.tokenize import encode_prompts
+from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
@@ -26,7 +26,7 @@ DIRECTORY = 'answers'  # in the stage's own
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
+class AnswerModel:
   """The model that is asked."""
 
   stage: Stage
@@ -40,17 +40,17 @@ def run(stage: Stage) -> dict[str, Any]:
 
   Writes `answers/model_outputs.json` for AlpacaEval, `answers/NAME.jsonl` for MT-Bench and
   Arena-Hard. config.rollout says how answers are sampled; too long a conversation is treated as
-  config.data.overlong says, and a question that is left out at one turn has no answer.
+  config.data.overlong_policy says, and a question that is left out at one turn has no answer.
 
   Raises:
     ValueError: config.data is no judge's file.
   """
   s = stage.settings
-  path = jobs.checkpoint(s.policy.path, 'policy.path')
-  rows = jobs.rows(stage)
+  path = jobs.resolve_checkpoint(s.policy.path, 'policy.path')
+  rows = jobs.load_config_rows(stage)
   judge, questions = read_questions(rows)
-  network = jobs.network(stage, path)
-  tokenizer = jobs.tokenizer_of(stage, path)
+  network = jobs.load_network_config(stage, path)
+  tokenizer = jobs.load_stage_tokenizer(stage, path)
   limits = jobs.prompt_limits(stage, {'policy': network})
   stage.say(f'{len(questions)} questions of {judge.name}')
   counts = collections.Counter()
@@ -58,18 +58,20 @@ def run(stage: Stage) -> dict[str, Any]:
   speaker = None
   for turn in range(max(len(question.turns) for question in questions)):
     asked = [number for number in said if len(questions[number].turns) > turn]
-    prompts = encode_prompts(_rows(rows.name, questions, said, asked), tokenizer, limits)
+    prompts = tokenize_prompts(_rows(rows.name, questions, said, asked), tokenizer, limits)
     counts.update(prompts.counts)
-    jobs.describe(stage, prompts)
+    jobs.log_dataset(stage, prompts)
     if speaker is None:  # after the first prompts, so that what is wrong with them is told before
-      speaker = Speaker(stage, network, tokenizer, jobs.load(stage, path, network, 'language'))
+      speaker = AnswerModel(
+        stage, network, tokenizer, jobs.load_params(stage, path, network, 'language')
+      )
     found = _answer(speaker, prompts, [questions[i] for i in asked], turn)
     for at, number in enumerate(asked):
       if at in found:
         said[number].append(found[at])
       else:
         del said[number]
-  name = model_name(s.answers.name, s.policy.path)
+  name = model_name(s.answers.model_name, s.policy.path)
   file = stage.directory / DIRECTORY / judge.file_name(name)
   if processes.is_first():
     answers = [(questions[i], Answer(*zip(*said[i], strict=True))) for i in said]
@@ -84,7 +86,7 @@ def model_name(given: str, path: str) -> str:
 
 
 def write(
-  file: Path, judge: Judge, answers: list[tuple[Question, Answer]], name: str, time: float
+  file: Path, judge: JudgeFormat, answers: list[tuple[Question, Answer]], name: str, time: float
 ) -> None:
   """The judge's file; the same answers give the same bytes."""
   file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def _rows(
 
 
 def _answer(
-  speaker: Speaker, prompts: Prompts, questions: list[Question], turn: int
+  speaker: AnswerModel, prompts: Prompts, questions: list[Question], turn: int
 ) -> dict[int, tuple[str, int]]:
   """(text, tokens) of the answers, by the prompt's row; random numbers are by row and turn."""
   s, found = speaker.stage.settings, {}
@@ -116,8 +118,8 @@ def _answer(
   for temperature in np.unique(temperatures):
     settings = dataclasses.replace(s.rollout, temperature=float(temperature))
     members = np.flatnonzero(temperatures == temperature)
-    total = -(-len(members) // s.answers.batch)
-    batches = chunks(len(members), s.answers.batch)
+    total = -(-len(members) // s.answers.batch_size)
+    batches = eval_batches(len(members), s.answers.batch_size)
     for at, real in track(speaker.stage.name, batches, total, f'turn {turn + 1}'):
       rows = members[at]
       ids, mask, finished = _sample(speaker, prompts, rows, settings, turn)
@@ -128,7 +130,7 @@ def _answer(
 
 
 def _sample(
-  speaker: Speaker, prompts: Prompts, rows: np.ndarray, settings: Rollout, turn: int
+  speaker: AnswerModel, prompts: Prompts, rows: np.ndarray, settings: RolloutSettings, turn: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(ids, mask, whether finished) of one batch, on the host."""
   stage, batch = speaker.stage, prompts.gather(rows, np.asarray)
@@ -144,7 +146,7 @@ def _sample(
     index=prompts.row[rows],
     say=stage.say,
   )
-  return processes.fetch((made.response_ids, made.response_mask, made.finished))
+  return processes.to_host((made.response_ids, made.response_mask, made.finished))
 
 
 def _written(directory: Path) -> float:
@@ -156,7 +158,7 @@ def _written(directory: Path) -> float:
 
 
 def _figures(
-  judge: Judge,
+  judge: JudgeFormat,
   questions: list[Question],
   said: dict[int, list[tuple[str, int]]],
   counts: collections.Counter,

@@ -12,10 +12,10 @@ from segjax import processes
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation import annotate
-from segjax.evaluation.annotate import Reader
-from segjax.model.generate import Generated, Prompts, generate, make_decoder
+from segjax.evaluation.annotate import Annotator
+from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.report import segment_table
-from segjax.report.console import say
+from segjax.report.console import log
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 
@@ -31,10 +31,10 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   if not stage.settings.policy.path:
     raise ValueError('config.policy.path is empty: give a checkpoint to talk to.')
-  if processes.count() > 1:
+  if processes.process_count() > 1:
     raise ValueError('chat runs in one process, for it reads from its terminal.')
   reader = annotate.load(stage)
-  say(f'{stage.settings.policy.path}: {HELP}')
+  log(f'{stage.settings.policy.path}: {HELP}')
   messages: list[Message] = []
   answers = 0
   for line in _lines():
@@ -43,7 +43,7 @@ def run(stage: Stage) -> dict[str, Any]:
     elif line == '/segments':
       _show(stage, reader, messages)
     elif line.startswith('/'):
-      say(HELP)
+      log(HELP)
     else:
       messages = [*messages, {'role': 'user', 'content': line}]
       messages = _that_fit(stage, reader, messages)
@@ -72,19 +72,19 @@ def _write(text: str) -> None:
   sys.stdout.flush()
 
 
-def _room(stage: Stage, reader: Reader) -> int:
+def _room(stage: Stage, reader: Annotator) -> int:
   """Tokens that a prompt may have."""
   config = reader.configs['policy']
   return config.max_position_embeddings - stage.settings.rollout.max_new_tokens
 
 
-def _that_fit(stage: Stage, reader: Reader, messages: list[Message]) -> list[Message]:
+def _that_fit(stage: Stage, reader: Annotator, messages: list[Message]) -> list[Message]:
   """The messages, without the oldest turns where all of them are too long."""
   kept = messages
   while len(reader.tokenizer.prompt_ids(kept)) > _room(stage, reader) and len(kept) > 2:
     kept = kept[2:]
   if len(kept) < len(messages):
-    say(
+    log(
       f'(the first {len(messages) - len(kept)} messages are forgotten: there is no room for them)'
     )
   return kept
@@ -92,7 +92,7 @@ def _that_fit(stage: Stage, reader: Reader, messages: list[Message]) -> list[Mes
 
 def reply(
   stage: Stage,
-  reader: Reader,
+  reader: Annotator,
   messages: list[Message],
   number: int,
   write: Callable[[str], None],
@@ -109,12 +109,12 @@ def reply(
   ids = np.array([tokenizer.prompt_ids(messages)], np.int32)
   stream = _Stream(tokenizer, write)
   config = reader.configs['policy']
-  decoder = make_decoder(
+  decoder = make_decode_config(
     config, sampling(stage.settings.rollout), tokenizer.stop_ids, stage.mesh, _CHUNK
   )
   found = generate(
     reader.params['policy'],
-    Prompts(ids, np.array([ids.shape[1]], np.int32)),
+    PromptArrays(ids, np.array([ids.shape[1]], np.int32)),
     jax.random.fold_in(stage.key('chat'), number),
     decoder=decoder,
     mesh=stage.mesh,
@@ -131,7 +131,7 @@ class _Stream:
   write: Callable[[str], None]
   written: str = ''
 
-  def take(self, found: Generated, is_last: bool = False) -> str:
+  def take(self, found: GenerationResult, is_last: bool = False) -> str:
     """The text so far."""
     text = self.tokenizer.decode(found.response_ids[0][found.response_mask[0]])
     whole = text if is_last else text.rstrip('\ufffd')
@@ -141,10 +141,10 @@ class _Stream:
     return text
 
 
-def _show(stage: Stage, reader: Reader, messages: list[Message]) -> None:
+def _show(stage: Stage, reader: Annotator, messages: list[Message]) -> None:
   """The last answer, cut into segments."""
   if not messages:
-    say('there is no answer yet')
+    log('there is no answer yet')
     return
   text = (messages[:-1], messages[-1]['content'])
   for one in annotate.annotate(stage, reader, [text], batch=stage.mesh.size):

@@ -17,15 +17,15 @@ from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import copy_tokenizer, save_checkpoint
 from segjax.model.heads import init_params
-from segjax.model.llama import config_of, num_parameters
-from segjax.report.console import say, table, track
+from segjax.model.llama import make_config, num_parameters
+from segjax.report.console import log, table, track
 from segjax.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
   """Writes `rows/` (see `data.demo_language.write`), and `model/` with random weights."""
   s = stage.settings.demo
-  language = demo_language.Language(
+  language = demo_language.DemoLanguage(
     min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
   )
   rows = stage.directory / 'rows'
@@ -36,7 +36,7 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.mirror.publish()  # all read what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
-  config = config_of(network)
+  config = make_config(network)
   params = jax.jit(init_params, static_argnums=(1, 2))(stage.key('params'), config, 'language')
   save_checkpoint(stage.model_directory, params, config, 'language')
   if processes.is_first():
@@ -79,9 +79,9 @@ def write_results(seed: int, workdir: Path, results: dict[str, Any], started: fl
     ('', 'reached', 'best possible'),
     [('accuracy', f'{accuracy["held_out"]:.3f}', f'{accuracy["best_possible"]:.3f}')],
   )
-  say(f'policy   {workdir / "ppo" / "model"}')
-  say(f'figures  {path}')
-  say(f'{text["wall_seconds"]:.0f} s in all')
+  log(f'policy   {workdir / "ppo" / "model"}')
+  log(f'figures  {path}')
+  log(f'{text["wall_seconds"]:.0f} s in all')
 
 
 def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:

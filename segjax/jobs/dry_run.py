@@ -10,8 +10,8 @@ from segjax.data import demo_language
 from segjax.data.sources import load_rows
 from segjax.hf import reader
 from segjax.jobs import pipeline
-from segjax.model.llama import LlamaConfig, config_of, num_parameters
-from segjax.report.console import say, table
+from segjax.model.llama import LlamaConfig, make_config, num_parameters
+from segjax.report.console import log, table
 from segjax.run.stage import Stage, num_steps
 
 # Networks that a stage holds at once, trained and frozen.
@@ -23,7 +23,7 @@ _NETWORKS = {
 
 def run(settings: Settings, stages: list[Stage]) -> None:
   """Prints the settings as JSON, then a table with a line per stage. Asks no hub for anything."""
-  say(json.dumps(dataclasses.asdict(settings), indent=2))
+  log(json.dumps(dataclasses.asdict(settings), indent=2))
   rows = []
   for stage in stages:
     config = _network(stage)
@@ -32,13 +32,13 @@ def run(settings: Settings, stages: list[Stage]) -> None:
     total = _count(per_step * steps) if per_step and steps else '?' if per_step else ''
     cells = (str(steps or '?') if per_step else '', _count(per_step) if per_step else '', total)
     rows.append((stage.name, f'{_NETWORKS[stage.name]} x {size}', *cells))
-  say('')
+  log('')
   columns = ('stage', 'networks x parameters', 'steps', 'tokens a step', 'tokens in all')
   table('What each stage does, at most', columns, rows)
   missing = {key: stage.name for stage in stages for key in pipeline.missing_keys(stage)}
   for key, name in missing.items():
-    say(f'still to be given: --config.{key}=..., for {name}')
-  say('dry run: the settings are consistent; no weights were loaded and nothing was written')
+    log(f'still to be given: --config.{key}=..., for {name}')
+  log('dry run: the settings are consistent; no weights were loaded and nothing was written')
 
 
 def _network(stage: Stage) -> LlamaConfig | None:
@@ -53,7 +53,7 @@ def _network(stage: Stage) -> LlamaConfig | None:
   network = stage.settings.network
   if not network.vocab_size and 'demo' in stage.settings.stages:
     network = dataclasses.replace(network, vocab_size=_demo_vocabulary())
-  return config_of(network) if network.vocab_size else None
+  return make_config(network) if network.vocab_size else None
 
 
 def _demo_vocabulary() -> int:
@@ -67,7 +67,7 @@ def _tokens_per_step(stage: Stage) -> int:
   """The most tokens of one batch, prompt and response; 0 where the stage has no steps."""
   s = stage.settings
   if stage.name == 'ppo':
-    return s.ppo.rollout_batch * (s.data.max_prompt_length + s.rollout.max_new_tokens)
+    return s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   sides = {'sft': 1, 'reward': 2, 'normalizer': 2}.get(stage.name, 0)
   return getattr(s, stage.name).batch * sides * s.data.max_length if sides else 0
 
@@ -76,15 +76,15 @@ def _steps(stage: Stage) -> int:
   """How often; 0 where data that is not at hand decides it."""
   s = stage.settings
   if stage.name == 'ppo':
-    return s.ppo.steps
+    return s.ppo.max_steps
   rows = _rows(stage)
   if stage.name == 'normalizer':
-    pairs = min(s.normalizer.pairs, rows) if rows else s.normalizer.pairs
-    return -(-pairs // s.normalizer.batch)
+    pairs = min(s.normalizer.max_pairs, rows) if rows else s.normalizer.max_pairs
+    return -(-pairs // s.normalizer.batch_size)
   job = getattr(s, stage.name, None)
-  if stage.name not in ('sft', 'reward') or not (job.steps or rows):
+  if stage.name not in ('sft', 'reward') or not (job.max_steps or rows):
     return 0
-  return job.steps or num_steps(0, job.epochs, rows, job.batch, stage.name)
+  return job.max_steps or num_steps(0, job.num_epochs, rows, job.batch_size, stage.name)
 
 
 def _rows(stage: Stage) -> int:
@@ -92,7 +92,7 @@ def _rows(stage: Stage) -> int:
   data = stage.settings.data
   if not Path(data.path).expanduser().exists() or not data.path:
     return 0
-  return len(load_rows(data.path, data.split, data.limit))
+  return len(load_rows(data.path, data.split, data.max_rows))
 
 
 def _count(number: int) -> str:

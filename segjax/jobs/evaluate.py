@@ -12,28 +12,28 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.settings import Evaluate
-from segjax.data.batches import Prompts, chunks
-from segjax.data.tokenize import encode_prompts
+from segjax.data.batches import Prompts, eval_batches
+from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation import repetition
-from segjax.evaluation.intervals import interval, shown
+from segjax.evaluation.intervals import clustered_interval, format_interval
 from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
-from segjax.report.console import say, table, track
-from segjax.report.response_log import SampleLog
+from segjax.report.console import log, table, track
+from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import render
 from segjax.rl.segmentation import content_mask
 from segjax.run import models
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
-from segjax.train.compat import as_published
+from segjax.train.compat import apply_rollout_compat
 from segjax.train.custom_reward import load_function
 from segjax.train.experience import make_experience, score
 from segjax.train.rollout import rollout
-from segjax.train.segmenter import aggregate
+from segjax.train.segmenter import sequence_scores
 from segjax.types import Experience
 
 
-class Sampled(NamedTuple):
+class EvaluatedResponses(NamedTuple):
   """The responses of one model: experience on the host, scores, prompts, texts, gold if known."""
 
   experience: Experience
@@ -45,31 +45,35 @@ class Sampled(NamedTuple):
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Samples config.evaluate.samples responses per prompt from the reference and from the policy.
+  """Samples config.evaluate.samples_per_prompt responses per prompt from the reference and from
+  the policy.
 
   Returns the figures of both, also written to `results.json`: score of the reward model, gold where
-  config.evaluate.gold names a function, KL, length, segments, EOS rate, repetition; and, as figures
+  config.evaluate.gold_reward_fn names a function, KL, length, segments, EOS rate, repetition;
+  and, as figures
   of the policy, its win rates over the reference by each of the two judges (`compare`).
   """
   s = stage.settings
-  gold, is_boundary = functions(s.evaluate)
-  paths, meaning, networks = models.find(stage)
-  tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  # A batch is scored as one: config.evaluate.batch says how much fits. There is no critic.
-  recipe = models.recipe_of(stage, networks, networks['policy'], meaning, tokenizer)
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, score_batch=0))
-  prompts = encode_prompts(jobs.rows(stage), tokenizer, jobs.prompt_limits(stage, networks))
-  jobs.describe(stage, prompts)
-  params = models.load(stage, paths, networks, tuple(models.HEADS))
+  gold, is_boundary = load_eval_functions(s.evaluate)
+  paths, meaning, networks = models.resolve_models(stage)
+  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
+  # A batch is scored as one: config.evaluate.batch_size says how much fits. There is no critic.
+  recipe = models.make_recipe(stage, networks, networks['policy'], meaning, tokenizer)
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
+  prompts = tokenize_prompts(
+    jobs.load_config_rows(stage), tokenizer, jobs.prompt_limits(stage, networks)
+  )
+  jobs.log_dataset(stage, prompts)
+  params = models.load_models(stage, paths, networks, tuple(models.HEADS))
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
 
-  def sample(name: str) -> Sampled:
+  def sample(name: str) -> EvaluatedResponses:
     trees = params | {'policy': params[name]}
     return _judge(_sample(stage, trees, recipe, prompts, tokenizer, normalizer, name), gold)
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: _figures(one) for name, one in sampled.items()}
-  figures['after'] |= compare(sampled['after'], sampled['before'], s.seed)
+  figures['after'] |= win_rates(sampled['after'], sampled['before'], s.seed)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
@@ -77,8 +81,8 @@ def run(stage: Stage) -> dict[str, Any]:
   _show_responses(stage, sampled, tokenizer)
   _keep_responses(
     sampled,
-    models.sample_log(stage, recipe, tokenizer, prompts),
-    s.report.evaluated,
+    models.make_response_log(stage, recipe, tokenizer, prompts),
+    s.report.eval_responses,
   )
   path = stage.directory / 'results.json'
   if processes.is_first():
@@ -86,23 +90,26 @@ def run(stage: Stage) -> dict[str, Any]:
   return figures
 
 
-def functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
+def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
   """The gold and boundary functions of config.evaluate; None where it names none.
 
   Raises:
     ValueError: one cannot be loaded; it names the config key.
   """
-  named = {'evaluate.gold': settings.gold, 'evaluate.boundary': settings.boundary}
+  named = {
+    'evaluate.gold_reward_fn': settings.gold_reward_fn,
+    'evaluate.boundary_fn': settings.boundary_fn,
+  }
   return tuple(load_function(path, key) if path else None for key, path in named.items())
 
 
 def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer, name):
   """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
   s = stage.settings
-  repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples)
-  size, parts, rule = s.evaluate.batch, [], models.rule_of(stage, prompts, tokenizer)
-  whole = jax.jit(functools.partial(aggregate, segmentation=recipe.cutter.segmentation))
-  batches = track(stage.name, chunks(len(repeated), size), -(-len(repeated) // size), name)
+  repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples_per_prompt)
+  size, parts, rule = s.evaluate.batch_size, [], models.make_reward_fn(stage, prompts, tokenizer)
+  whole = jax.jit(functools.partial(sequence_scores, segmentation=recipe.cutter.segmentation))
+  batches = track(stage.name, eval_batches(len(repeated), size), -(-len(repeated) // size), name)
   for number, (rows, real) in enumerate(batches):
     batch = prompts.gather(repeated[rows], np.asarray)
     found = rollout(
@@ -117,12 +124,12 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       index=number * size + np.arange(len(rows)),
       say=stage.say,
     )
-    found = as_published(found, tokenizer.stop_ids[0], s.compat)
+    found = apply_rollout_compat(found, tokenizer.stop_ids[0], s.compat)
     scored = score(params, found, recipe=recipe)
     coef = jnp.float32(s.ppo.kl_coef)
     ruled = rule(found, repeated[rows])
     experience, _ = make_experience(found, scored, normalizer, coef, ruled, recipe=recipe)
-    arrays = processes.fetch((experience, whole(experience.score, experience.segments)))
+    arrays = processes.to_host((experience, whole(experience.score, experience.segments)))
     parts.append(jax.tree.map(lambda x, real=real: x[:real], arrays))
   experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
   texts = [
@@ -133,22 +140,25 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
   ]
   asked = [prompts.messages(i)[-1]['content'] for i in repeated]
   has_scores = recipe.reward is not None
-  return Sampled(experience, scores if has_scores else None, repeated, asked, texts, None)
+  return EvaluatedResponses(
+    experience, scores if has_scores else None, repeated, asked, texts, None
+  )
 
 
-def _judge(sampled: Sampled, gold: Callable | None) -> Sampled:
+def _judge(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedResponses:
   if gold is None:
     return sampled
   pairs = zip(sampled.prompts, sampled.texts, strict=True)
   return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
 
 
-def compare(after: Sampled, before: Sampled, seed: int) -> dict[str, Any]:
+def win_rates(after: EvaluatedResponses, before: EvaluatedResponses, seed: int) -> dict[str, Any]:
   """Win rates of one model's responses over another's, as is and at equal length, by judge.
 
   The i-th response to a prompt meets the i-th of the other model, which had the same random
   numbers: equal models tie. `win_rate_score` is by the reward model's score, `win_rate_gold` by
-  config.evaluate.gold, `lc_win_rate_*` the same length-controlled; see `evaluation.win_rates`.
+  config.evaluate.gold_reward_fn, `lc_win_rate_*` the same length-controlled; see
+  `evaluation.win_rates`.
   """
   found = {}
   lengths = [[len(text) for text in one.texts] for one in (after, before)]
@@ -163,7 +173,7 @@ def compare(after: Sampled, before: Sampled, seed: int) -> dict[str, Any]:
   return found
 
 
-def _figures(sampled: Sampled) -> dict[str, Any]:
+def _figures(sampled: EvaluatedResponses) -> dict[str, Any]:
   """What is reported of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
   e = sampled.experience
   mask = e.rollout.response_mask
@@ -176,9 +186,9 @@ def _figures(sampled: Sampled) -> dict[str, Any]:
     **repetition.figures(_content(e)),
   }
   if sampled.score is not None:
-    figures['score'] = interval(sampled.score, sampled.prompt)
+    figures['score'] = clustered_interval(sampled.score, sampled.prompt)
   if sampled.gold is not None:
-    figures['gold'] = interval(sampled.gold, sampled.prompt)
+    figures['gold'] = clustered_interval(sampled.gold, sampled.prompt)
   return figures
 
 
@@ -207,14 +217,16 @@ def boundary_f1(
   return float(2 * (true & found).sum() / max(true.sum() + found.sum(), 1))
 
 
-def _show_responses(stage: Stage, sampled: dict[str, Sampled], tokenizer: ChatTokenizer) -> None:
+def _show_responses(
+  stage: Stage, sampled: dict[str, EvaluatedResponses], tokenizer: ChatTokenizer
+) -> None:
   """A few responses to the same prompts, cut into segments, each with its reward."""
-  total, show = len(sampled['after'].texts), stage.settings.evaluate.show
+  total, show = len(sampled['after'].texts), stage.settings.evaluate.num_printed
   for index in np.linspace(0, total - 1, min(show, total)).astype(int):
-    say(f'\n{sampled["after"].prompts[index]}')
+    log(f'\n{sampled["after"].prompts[index]}')
     for name, one in sampled.items():
       gold = '' if one.gold is None else f', gold {one.gold[index]:+.2f}'
-      say(f'  {name}{gold}')
+      log(f'  {name}{gold}')
       e = one.experience
       mask = e.rollout.response_mask[index]
       lines = render(
@@ -223,10 +235,10 @@ def _show_responses(stage: Stage, sampled: dict[str, Sampled], tokenizer: ChatTo
         e.reward[index][mask],
         tokenizer.decode,
       )
-      say('\n'.join(f'    {line}' for line in lines) or '    (no content)')
+      log('\n'.join(f'    {line}' for line in lines) or '    (no content)')
 
 
-def _keep_responses(sampled: dict[str, Sampled], kept: SampleLog, most: int) -> None:
+def _keep_responses(sampled: dict[str, EvaluatedResponses], kept: ResponseLog, most: int) -> None:
   """At most so many responses of each model, evenly chosen, those to one prompt as a pair."""
   total = len(sampled['after'].texts)
   chosen = np.linspace(0, total - 1, min(most, total)).astype(int)
@@ -254,13 +266,13 @@ _LABELS = {
 }
 
 
-def show(figures: dict[str, Any]) -> None:
+def print_table(figures: dict[str, Any]) -> None:
   """Prints the figures of `run` as a table."""
 
   def cell(value, digits):
     if value is None:
       return ''
-    return shown(value, digits) if isinstance(value, dict) else f'{value:z.{digits}f}'
+    return format_interval(value, digits) if isinstance(value, dict) else f'{value:z.{digits}f}'
 
   rows = []
   for key, (label, digits) in _LABELS.items():

@@ -11,12 +11,12 @@ import numpy as np
 
 from segjax import processes
 from segjax.config import settings as typed
-from segjax.data.batches import Pairs, chunks
+from segjax.data.batches import Pairs, eval_batches
 from segjax.data.sources import Rows, load_rows
-from segjax.data.span_annotations import EncodedMarked, encode_marked
+from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation import reward_bench, span_auc
-from segjax.evaluation.intervals import shown, wilson
+from segjax.evaluation.intervals import format_interval, wilson
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
@@ -24,13 +24,13 @@ from segjax.run import inputs, models
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.reward_spec import SegmentReward
-from segjax.train.reward_step import Scorer, evaluate_pairs
-from segjax.train.segmenter import cutter_of
+from segjax.train.reward_spec import RewardSpec
+from segjax.train.reward_step import SegmentScorer, evaluate_pairs
+from segjax.train.segmenter import make_segmenter
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class LoadedRewardModel:
   """The reward model: where it is, what its scores mean, how it scores.
 
   Attributes:
@@ -40,8 +40,8 @@ class Judge:
 
   path: Path
   reference: Path | None
-  meaning: SegmentReward
-  scorer: Scorer
+  meaning: RewardSpec
+  scorer: SegmentScorer
   tokenizer: ChatTokenizer
   shortest: LlamaConfig
 
@@ -59,12 +59,12 @@ def run(stage: Stage) -> dict[str, Any]:
     ValueError: segments are cut by entropy and config.reference.path is empty; a file cannot be
       read. Both before a network is loaded.
   """
-  judge = find(stage)
-  sets, marked, counts = read(stage, judge)
-  params = jobs.load(stage, judge.path, judge.scorer.reward, 'scalar')
+  judge = load_judge(stage)
+  sets, marked, counts = load_inputs(stage, judge)
+  params = jobs.load_params(stage, judge.path, judge.scorer.reward, 'scalar')
   reference = None
   if judge.reference is not None:
-    reference = jobs.load(stage, judge.reference, judge.scorer.reference, 'language')
+    reference = jobs.load_params(stage, judge.reference, judge.scorer.reference, 'language')
   figures = {
     'pairs_read': sum(len(pairs) for pairs, _ in sets),
     'responses_read': len(marked),
@@ -79,7 +79,9 @@ def run(stage: Stage) -> dict[str, Any]:
     )
   if marked:
     normalizer = jax.tree.map(jnp.float32, judge.meaning.normalizer)
-    rewards = span_auc.rewards_of(stage, params, reference, marked, judge.scorer, normalizer)
+    rewards = span_auc.segment_rewards_by_token(
+      stage, params, reference, marked, judge.scorer, normalizer
+    )
     figures['spans'] = span_auc.figures(marked, rewards, stage.settings.seed)
     figures['spans']['normalized'] = judge.meaning.normalizer_kind != 'none'
   if processes.is_first():
@@ -88,38 +90,40 @@ def run(stage: Stage) -> dict[str, Any]:
   return figures
 
 
-def read(
-  stage: Stage, judge: Judge
-) -> tuple[list[tuple[Pairs, list[str]]], list[EncodedMarked], dict[str, dict[str, int]]]:
+def load_inputs(
+  stage: Stage, judge: LoadedRewardModel
+) -> tuple[list[tuple[Pairs, list[str]]], list[TokenizedSpans], dict[str, dict[str, int]]]:
   """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
   s = stage.settings
   sets, marked, counts = [], [], {}
   for path in inputs.split(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     pairs, rows = read_pairs(stage, judge, path)
-    sets.append((pairs, [subset_of(rows, int(row)) for row in pairs.row]))
+    sets.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
-    rows = load_rows(path, s.data.split, s.data.limit)
-    limits = jobs.limits(stage, judge.shortest)
-    marked, counts[path] = encode_marked(rows, judge.tokenizer, limits)
+    rows = load_rows(path, s.data.split, s.data.max_rows)
+    limits = jobs.length_limits(stage, judge.shortest)
+    marked, counts[path] = tokenize_spans(rows, judge.tokenizer, limits)
     stage.say(f'{path}: {_described(counts[path])}, {len(marked)} responses judged')
   return sets, marked, counts
 
 
-def find(stage: Stage) -> Judge:
+def load_judge(stage: Stage) -> LoadedRewardModel:
   """config.reward_model, and config.reference where it is needed. Loads no weights."""
   s = stage.settings
-  path = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
-  stored, named = reward_spec.read(path), s.reward_model
+  path = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+  stored, named = reward_spec.read_spec(path), s.reward_model
   if not named.normalizer and (stored is None or stored.normalizer is None):
     named = dataclasses.replace(named, normalizer='none')  # pairs need none
     if s.evaluate_reward.spans:
       stage.say('no normaliser has been fitted: spans are ranked by raw scores')
-  reference = jobs.checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
-  meaning = reward_spec.resolve(named, path, reference or path)
-  tokenizer = jobs.tokenizer_of(stage, path)
-  cutter = cutter_of(meaning.segmentation, tokenizer)
-  config = models.networks(stage, {'reward': path})['reward']
+  reference = (
+    jobs.resolve_checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
+  )
+  meaning = reward_spec.resolve_spec(named, path, reference or path)
+  tokenizer = jobs.load_stage_tokenizer(stage, path)
+  cutter = make_segmenter(meaning.segmentation, tokenizer)
+  config = models.load_network_configs(stage, {'reward': path})['reward']
   networks = [config]
   if cutter.needs_entropy:
     if reference is None:
@@ -127,42 +131,42 @@ def find(stage: Stage) -> Judge:
         'config.reference.path is empty, and this reward model cuts where the entropy of its '
         'reference is high; give the SFT model that it was trained with.'
       )
-    networks.append(jobs.network(stage, reference))
-  return Judge(
+    networks.append(jobs.load_network_config(stage, reference))
+  return LoadedRewardModel(
     path=path,
     reference=reference if cutter.needs_entropy else None,
     meaning=meaning,
-    scorer=Scorer(config, networks[-1], cutter),
+    scorer=SegmentScorer(config, networks[-1], cutter),
     tokenizer=tokenizer,
     shortest=min(networks, key=lambda network: network.max_position_embeddings),
   )
 
 
-def read_pairs(stage: Stage, judge: Judge, path: str) -> tuple[Pairs, Rows]:
+def read_pairs(stage: Stage, judge: LoadedRewardModel, path: str) -> tuple[Pairs, Rows]:
   """The pairs of one file, cut as in training, and its rows; says what was cut and dropped."""
   settings = typed.replace(stage.settings, **{'data.path': path})
   one = dataclasses.replace(stage, settings=settings)
-  rows = jobs.rows(one)
-  pairs = jobs.pairs(one, judge.tokenizer, judge.shortest, rows)
+  rows = jobs.load_config_rows(one)
+  pairs = jobs.load_pairs(one, judge.tokenizer, judge.shortest, rows)
   stage.say(f'{path}: {_described(pairs.counts)}, {len(pairs)} pairs judged')
   return pairs, rows
 
 
-def subset_of(rows: Rows, index: int) -> str:
+def subset_name(rows: Rows, index: int) -> str:
   """What a pair is counted under: its `subset` as RewardBench has it, its `source`, or its file."""
   row = rows[index]
   return str(row.get('subset') or row.get('source') or rows.name)
 
 
 def pair_scores(
-  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: Scorer
+  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: SegmentScorer
 ) -> np.ndarray:
   """(score of chosen, of rejected, length of each in tokens), [N, 4], on the host."""
-  size, found = stage.settings.evaluate_reward.batch, []
+  size, found = stage.settings.evaluate_reward.batch_size, []
   total = -(-len(pairs) // size)
-  for rows, real in track(stage.name, chunks(len(pairs), size), total, 'pairs'):
+  for rows, real in track(stage.name, eval_batches(len(pairs), size), total, 'pairs'):
     score = evaluate_pairs(params, reference, pairs.gather(rows, stage.place), scorer=scorer)
-    found.append(processes.fetch(score)[:real])
+    found.append(processes.to_host(score)[:real])
   lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
   return np.column_stack([np.concatenate(found), *lengths])
 
@@ -205,7 +209,7 @@ def _described(counts: dict[str, int]) -> str:
   return ', '.join(f'{v} {k.replace("_", " ")}' for k, v in counts.items() if v)
 
 
-def show(figures: dict[str, Any]) -> None:
+def print_table(figures: dict[str, Any]) -> None:
   """Prints the figures of `run` as tables."""
   if 'pairs' in figures:
     _show_pairs(figures['pairs'])
@@ -221,8 +225,8 @@ def _show_pairs(found: dict[str, Any]) -> None:
     (
       name[:27],
       str(one['accuracy']['n']),
-      shown(one['accuracy']),
-      *(f'{one[key]:.3f}' for key in ('longer_wins', 'margin', 'calibration_error')),
+      format_interval(one['accuracy']),
+      *(f'{one[key]:.3f}' for key in ('length_baseline_accuracy', 'margin', 'ece')),
     )
     for name, one in groups.items()
   ]
@@ -236,7 +240,7 @@ def _show_pairs(found: dict[str, Any]) -> None:
 def _show_spans(found: dict[str, Any]) -> None:
   groups = {'all types': found, **found['types']}
   rows = [
-    (name[:30], str(one['spans']), shown(one['auc']), shown(one['auc_within']))
+    (name[:30], str(one['spans']), format_interval(one['auc']), format_interval(one['auc_within']))
     for name, one in groups.items()
   ]
   columns = ('', 'spans', 'AUC [95 %]', 'within a response')

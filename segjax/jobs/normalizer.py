@@ -12,15 +12,15 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.conflicts import check_normalizer
-from segjax.data.batches import Pairs, batch_indices, chunks, take
+from segjax.data.batches import Pairs, batch_indices, eval_batches, select
 from segjax.report.console import track
 from segjax.rl import normalizer
 from segjax.run import models
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.reward_step import Scorer, segment_statistics
-from segjax.train.segmenter import cutter_of
+from segjax.train.reward_step import SegmentScorer, segment_statistics
+from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
 
@@ -35,35 +35,37 @@ class Statistics(NamedTuple):
 def run(stage: Stage) -> dict[str, Any]:
   """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json."""
   s = stage.settings
-  source = jobs.checkpoint(s.reward_model.path, 'reward_model.path')
+  source = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   if not os.access(source, os.W_OK):
     raise ValueError(
       f'config.reward_model.path: {source} cannot be written to, and the normaliser belongs there; '
       'copy the reward model to a directory of yours.'
     )
-  reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
-  stored = reward_spec.read(source)
+  reference_path = jobs.resolve_checkpoint(s.reference.path, 'reference.path')
+  stored = reward_spec.read_spec(source)
   named = dataclasses.replace(s.reward_model, normalizer='none')
-  meaning = reward_spec.resolve(named, source, reference_path)
-  kind = kind_of(s.normalizer.kind, meaning.segmentation.granularity)
-  config = models.networks(stage, {'reward': source})['reward']
-  tokenizer = jobs.tokenizer_of(stage, reference_path)
-  scorer = Scorer(
-    config, jobs.network(stage, reference_path), cutter_of(meaning.segmentation, tokenizer)
+  meaning = reward_spec.resolve_spec(named, source, reference_path)
+  kind = resolve_kind(s.normalizer.kind, meaning.segmentation.granularity)
+  config = models.load_network_configs(stage, {'reward': source})['reward']
+  tokenizer = jobs.load_stage_tokenizer(stage, reference_path)
+  scorer = SegmentScorer(
+    config,
+    jobs.load_network_config(stage, reference_path),
+    make_segmenter(meaning.segmentation, tokenizer),
   )
-  pairs = jobs.pairs(stage, tokenizer, config)
-  if len(pairs) > s.normalizer.pairs:
-    pairs = take(pairs, batch_indices(len(pairs), s.normalizer.pairs, s.seed, 0))
-  jobs.describe(stage, pairs)
-  params = jobs.load(stage, source, config, 'scalar')
+  pairs = jobs.load_pairs(stage, tokenizer, config)
+  if len(pairs) > s.normalizer.max_pairs:
+    pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))
+  jobs.log_dataset(stage, pairs)
+  params = jobs.load_params(stage, source, config, 'scalar')
   reference = None
   if scorer.cutter.needs_entropy:
-    reference = jobs.load(stage, reference_path, scorer.reference, 'language')
+    reference = jobs.load_params(stage, reference_path, scorer.reference, 'language')
   found = statistics(stage, params, reference, pairs, scorer)
   options = {
     'weighting': s.normalizer.weighting,
-    'min_count': s.normalizer.min_count,
-    'zero_bin': s.compat.zero_bin,
+    'min_count': s.normalizer.min_bin_count,
+    'zero_bin': s.compat.keep_zero_bin,
   }
   fitted = fit(kind, found, **options)
   filled = dataclasses.replace(
@@ -74,7 +76,7 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   processes.barrier('normalizer')  # all have read what the first now replaces
   if processes.is_first():
-    reward_spec.write(source, filled)
+    reward_spec.write_spec(source, filled)
     write_bins(stage, found, fitted)
   values = {name: float(value) for name, value in vars(fitted).items()}
   stage.say(
@@ -82,7 +84,7 @@ def run(stage: Stage) -> dict[str, Any]:
     f'Std(p) = {values["w_std"]:.4f} ln p {values["b_std"]:+.4f}'
   )
   if kind == 'regression':
-    values |= quality(stage, found, fitted, **options)
+    values |= fit_quality(stage, found, fitted, **options)
   return {'kind': kind, 'segments': len(found.score)} | values
 
 
@@ -102,7 +104,7 @@ def write_bins(stage: Stage, found: Statistics, fitted: Normalizer) -> None:
   (stage.directory / 'normalizer.json').write_text(text + '\n', encoding='utf-8')
 
 
-def kind_of(kind: str, granularity: str) -> str:
+def resolve_kind(kind: str, granularity: str) -> str:
   """The kind of config.normalizer.kind for that granularity, 'auto' resolved."""
   check_normalizer(kind, granularity, 'config.normalizer.kind')
   if kind == 'auto':
@@ -111,13 +113,13 @@ def kind_of(kind: str, granularity: str) -> str:
 
 
 def statistics(
-  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: Scorer
+  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: SegmentScorer
 ) -> Statistics:
   """Scores of both sides of the pairs; responses without a segment are left out."""
-  size, found = stage.settings.normalizer.batch, []
-  for rows, real in track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size)):
+  size, found = stage.settings.normalizer.batch_size, []
+  for rows, real in track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size)):
     batch = pairs.gather(rows, stage.place)
-    arrays = processes.fetch(segment_statistics(params, reference, batch, scorer=scorer))
+    arrays = processes.to_host(segment_statistics(params, reference, batch, scorer=scorer))
     position, score, end, whole = (x[: 2 * real] for x in arrays)
     found.append(Statistics(position[end], score[end], whole[end.any(axis=1)]))
   return Statistics(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
@@ -140,7 +142,7 @@ def fit(kind: str, found: Statistics, **options: Any) -> Normalizer:
   return normalizer.fit_constant(jnp.asarray(scores), jnp.ones(len(scores), bool))
 
 
-def quality(
+def fit_quality(
   stage: Stage, found: Statistics, fitted: Normalizer, **options: Any
 ) -> dict[str, float]:
   """How well Mean(p) and Std(p) describe the bins; said, and returned."""

@@ -28,13 +28,13 @@ from segjax.jobs import (
 )
 from segjax.model import sharding
 from segjax.report import profiling
-from segjax.report.console import say
+from segjax.report.console import log
 from segjax.report.html_report import Page
 from segjax.run import inputs, stage_record
-from segjax.run.bucket_mirror import Nowhere
-from segjax.run.stage import Command, Stage, checkpoints
+from segjax.run.bucket_mirror import NoMirror
+from segjax.run.stage import Command, Stage, checkpoint_dir
 from segjax.train.custom_reward import load_function
-from segjax.train.reward_spec import FILE as SEGMENT_REWARD
+from segjax.train.reward_spec import REWARD_SPEC_FILE as SEGMENT_REWARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,46 +77,51 @@ JOBS = {
     (*_COMMON, 'policy', 'sft'),
     needs=('policy.path', 'data.path'),
     outputs=('model',),
-    batches=('sft.batch', 'sft.micro_batch'),
+    batches=('sft.batch_size', 'sft.micro_batch_size'),
     figures=('loss',),
   ),
   'reward': Job(
     reward.run,
-    (*_COMMON, 'policy', 'reference', 'reward', 'compat'),
+    (*_COMMON, 'policy', 'reference', 'reward_training', 'compat'),
     needs=('policy.path', 'reference.path', 'data.path'),
     outputs=('model', 'held_out.json'),
-    batches=('reward.batch', 'reward.micro_batch'),
+    batches=('reward_training.batch_size', 'reward_training.micro_batch_size'),
     figures=('held_out_accuracy',),
   ),
   'normalizer': Job(
     normalizer.run,
     (*_COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
     needs=('reward_model.path', 'reference.path', 'data.path'),
-    batches=('normalizer.batch',),
+    batches=('normalizer.batch_size',),
     figures=('segments',),
   ),
   'ppo': Job(
     ppo.run,
-    (*_COMMON, *_MODELS, 'critic', 'rollout', 'shaping', 'ppo', 'compat'),
+    (*_COMMON, *_MODELS, 'critic', 'rollout', 'reward_shaping', 'ppo', 'compat'),
     needs=('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
     outputs=('model', 'critic'),
-    batches=('ppo.rollout_batch', 'ppo.minibatch', 'ppo.micro_batch', 'ppo.score_batch'),
+    batches=(
+      'ppo.rollout_batch_size',
+      'ppo.minibatch_size',
+      'ppo.micro_batch_size',
+      'ppo.scoring_batch_size',
+    ),
     figures=('reward', 'kl'),
   ),
   'evaluate': Job(
     evaluate.run,
-    (*_COMMON, *_MODELS, 'rollout', 'shaping', 'ppo', 'compat', 'evaluate'),
+    (*_COMMON, *_MODELS, 'rollout', 'reward_shaping', 'ppo', 'compat', 'evaluate'),
     needs=('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
     outputs=('results.json',),
-    batches=('evaluate.batch',),
+    batches=('evaluate.batch_size',),
   ),
   'evaluate_reward': Job(
     evaluate_reward.run,
-    (*_COMMON, 'reference', 'reward_model', 'shaping', 'compat', 'evaluate_reward'),
+    (*_COMMON, 'reference', 'reward_model', 'reward_shaping', 'compat', 'evaluate_reward'),
     needs=('reward_model.path', 'data.path'),
     optional=('reference.path', 'evaluate_reward.pairs', 'evaluate_reward.spans'),
     outputs=('results.json',),
-    batches=('evaluate_reward.batch',),
+    batches=('evaluate_reward.batch_size',),
     figures=('pairs_read', 'responses_read'),
   ),
   'answers': Job(
@@ -124,7 +129,7 @@ JOBS = {
     (*_COMMON, 'policy', 'rollout', 'answers'),
     needs=('policy.path', 'data.path'),
     outputs=(answers.DIRECTORY,),
-    batches=('answers.batch',),
+    batches=('answers.batch_size',),
     figures=('answered', 'truncated_prompts'),
   ),
   'selfcheck': Job(selfcheck.run, ('seed',), is_reusable=False),
@@ -149,7 +154,7 @@ def run(stages: list[Stage], workdir: Path, started: float, name: str = '') -> d
     return results
   for name, job in (('evaluate', evaluate), ('evaluate_reward', evaluate_reward)):
     if name in results:
-      say('')
+      log('')
       job.show(results[name])
   if {'demo', 'reward', 'evaluate'} <= set(results):
     demo.write_results(stages[0].settings.seed, workdir, results, started)
@@ -160,7 +165,7 @@ def prepare(
   settings: Settings,
   workdir: Path,
   mesh: Mesh,
-  mirrored: Nowhere | None = None,
+  mirrored: NoMirror | None = None,
   command: Command | None = None,
 ) -> list[Stage]:
   """The stages with their paths; every check that takes no time is made before the first starts.
@@ -174,9 +179,9 @@ def prepare(
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
-    wired = wire(name, settings, workdir)
+    wired = connect_stages(name, settings, workdir)
     stage = Stage(
-      name, wired, workdir / name, mesh, mirrored or Nowhere(), command=command or Command()
+      name, wired, workdir / name, mesh, mirrored or NoMirror(), command=command or Command()
     )
     check_batches(name, stage.settings, mesh)
     for key in (*JOBS[name].needs, *JOBS[name].optional):
@@ -184,9 +189,9 @@ def prepare(
         inputs.check(label, path, stage.directory)
     stages.append(stage)
   if {'ppo', 'evaluate'} & set(settings.stages):
-    evaluate.functions(settings.evaluate)
-  if settings.shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
-    load_function(settings.shaping.reward_fn, 'shaping.reward_fn')
+    evaluate.load_eval_functions(settings.evaluate)
+  if settings.reward_shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
+    load_function(settings.reward_shaping.reward_fn, 'reward_shaping.reward_fn')
   return stages
 
 
@@ -211,7 +216,7 @@ def missing_keys(stage: Stage) -> list[str]:
   """The keys that the stage needs and nobody has given; the reference may follow the policy."""
   missing = [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
   scores = stage.name in ('normalizer', 'evaluate_reward')
-  if not stage.settings.shaping.reward_model_weight and not scores:
+  if not stage.settings.reward_shaping.reward_model_weight and not scores:
     missing = [key for key in missing if key != 'reward_model.path']
   given = stage.settings.evaluate_reward
   if stage.name == 'evaluate_reward' and (given.pairs or given.spans):
@@ -220,7 +225,7 @@ def missing_keys(stage: Stage) -> list[str]:
   return [key for key in missing if not (follows and key == 'reference.path')]
 
 
-def wire(name: str, settings: Settings, workdir: Path) -> Settings:
+def connect_stages(name: str, settings: Settings, workdir: Path) -> Settings:
   """The settings of a stage of the run: what an earlier stage made takes the place of paths.
 
   The policy is that of sft or ppo, once they have run; the reference is the policy before PPO,
@@ -257,7 +262,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     key = {'settings': _sections(stage, job), 'inputs': _inputs(stage, job)}
     results = _begin(stage, job, key)
   stage.mirror.publish(stage.directory)
-  results = processes.agreed(results)
+  results = processes.broadcast_from_first(results)
   if results is not None:
     return results
   begun = time.monotonic()
@@ -267,29 +272,29 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
     stage.say(f'done in {results["seconds"]:.1f} s{figures}')
-    results = stage_record.finish(stage.directory, key, results, _outputs(stage, job))
+    results = stage_record.record_results(stage.directory, key, results, _outputs(stage, job))
   stage.mirror.publish()
   if processes.is_first():
     _drop_states(stage)
-  return processes.agreed(results)
+  return processes.broadcast_from_first(results)
 
 
 def _drop_states(stage: Stage) -> None:
   """Removes the training states of a finished stage; only once it is known to be finished."""
-  if checkpoints(stage).exists():
-    checkpoints(stage).rmtree()
+  if checkpoint_dir(stage).exists():
+    checkpoint_dir(stage).rmtree()
 
 
 def _begin(stage: Stage, job: Job, key: stage_record.Key) -> dict[str, Any] | None:
   """What the stage left before, if that can be reused; else its directory is ready for it."""
-  stage_record.recall(stage.directory, key)
-  results = stage_record.finished(stage.directory, key, _outputs(stage, job))
+  stage_record.restore_old(stage.directory, key)
+  results = stage_record.load_results_if_valid(stage.directory, key, _outputs(stage, job))
   if results is not None and job.is_reusable:
     stage.say(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
-  say('')
-  reason = stage_record.begin(stage.directory, key)
+  log('')
+  reason = stage_record.prepare_directory(stage.directory, key)
   if reason and job.is_reusable:
     stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
   return None

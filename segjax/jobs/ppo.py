@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.config.settings import PPO
-from segjax.data.batches import split_holdout, stream_indices
-from segjax.data.tokenize import encode_prompts
+from segjax.data.batches import endless_batch_indices, split_holdout
+from segjax.data.tokenize import tokenize_prompts
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
 from segjax.jobs.sampling import Sampler, held_out_metrics
-from segjax.report.timing import Timing
+from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.run import models, preemption, provenance
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import throughput
-from segjax.train.experience import Recipe, is_sound, sequence_lengths
+from segjax.train.experience import PPORecipe, sequence_lengths, within_bounds
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 
@@ -36,49 +36,51 @@ CRITICS = ('policy', 'reward_model')  # what config.critic.init may name, but fo
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`."""
   s = stage.settings
-  paths, meaning, networks = models.find(stage)
+  paths, meaning, networks = models.resolve_models(stage)
   critic_path = critic_directory(stage, paths)
-  tokenizer = jobs.tokenizer_of(stage, paths['policy'])
-  recipe = models.recipe_of(
+  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
+  recipe = models.make_recipe(
     stage,
-    networks | {'policy': jobs.network(stage, paths['policy'], trained=True)},
-    jobs.network(stage, critic_path, trained=True),
+    networks | {'policy': jobs.load_network_config(stage, paths['policy'], trained=True)},
+    jobs.load_network_config(stage, critic_path, trained=True),
     meaning,
     tokenizer,
   )
   limits = jobs.prompt_limits(stage, networks | {'critic': recipe.critic})
-  prompts = encode_prompts(jobs.rows(stage), tokenizer, limits)
-  jobs.describe(stage, prompts)
-  stage.say(described(recipe, meaning.normalizer_kind))
-  frozen = models.load_waiting(stage, paths, networks, ('reference', 'reward'))
-  warmup = s.critic.warmup_steps * updates_per_step(s.ppo)
-  total = s.ppo.steps * updates_per_step(s.ppo)
-  policy = jobs.load(stage, paths['policy'], recipe.policy, 'language', trained=True)
-  critic = jobs.load(stage, critic_path, recipe.critic, 'scalar', trained=True)
+  prompts = tokenize_prompts(jobs.load_config_rows(stage), tokenizer, limits)
+  jobs.log_dataset(stage, prompts)
+  stage.say(describe_rewards(recipe, meaning.normalizer_kind))
+  frozen = models.load_frozen(stage, paths, networks, ('reference', 'reward'))
+  warmup = s.critic.warmup_rollouts * updates_per_step(s.ppo)
+  total = s.ppo.max_steps * updates_per_step(s.ppo)
+  policy = jobs.load_params(stage, paths['policy'], recipe.policy, 'language', trained=True)
+  critic = jobs.load_params(stage, critic_path, recipe.critic, 'scalar', trained=True)
   states = {
     'policy': init_state(policy, s.ppo.policy_optimizer, total - warmup),
     'critic': init_state(critic, s.ppo.critic_optimizer, total),
     'kl': {'coef': jnp.float32(s.ppo.kl_coef)},
   }
-  jobs.tell_memory(stage, {'policy': states['policy'], 'critic': states['critic']} | frozen)
+  jobs.log_memory(stage, {'policy': states['policy'], 'critic': states['critic']} | frozen)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
-  kept, held_out = split_holdout(prompts, s.ppo.holdout, s.seed)
+  kept, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
   sampler, looker = (
     Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
   )
-  gold, _ = evaluate.functions(s.evaluate)
-  shown = models.sample_log(stage, recipe, tokenizer, kept)
-  timing = Timing()
+  gold, _ = evaluate.load_eval_functions(s.evaluate)
+  shown = models.make_response_log(stage, recipe, tokenizer, kept)
+  timing = StepTimer()
 
   def step_fn(states, step):
     timing.begin()
     key = jax.random.fold_in(stage.key('rollout'), step)
-    rows = stream_indices(len(kept), s.ppo.rollout_batch // s.rollout.samples, s.seed, step)
+    rows = endless_batch_indices(
+      len(kept), s.ppo.rollout_batch_size // s.rollout.samples_per_prompt, s.seed, step
+    )
     coef = states['kl']['coef']
     experience, metrics = sampler.sample(parameters(states), rows, key, coef, timing)
     work = throughput.ppo_step(recipe, sequence_lengths(experience.rollout))
-    policy_from = warmup if step >= s.critic.warmup_steps else None
-    sound = is_sound(metrics, ppo=s.ppo)
+    policy_from = warmup if step >= s.critic.warmup_rollouts else None
+    sound = within_bounds(metrics, ppo=s.ppo)
     states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from, sound)
     if s.ppo.kl_target:
       moved = _next_coef(coef, metrics['objective/kl'], s.ppo)
@@ -87,13 +89,13 @@ def run(stage: Stage) -> dict[str, Any]:
     metrics |= {'objective/kl_coef': coef} | updates | work
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       # The step is done: asked to stop while it is looked at, it goes without these figures.
-      with contextlib.suppress(preemption.AbandonedStepError):
+      with contextlib.suppress(preemption.StepAbortedError):
         metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
       timing.end('evaluate')
-    shown.take(step, s.ppo.steps, experience, np.repeat(rows, s.rollout.samples))
+    shown.take(step, s.ppo.max_steps, experience, np.repeat(rows, s.rollout.samples_per_prompt))
     return states, metrics | timing.seconds
 
-  states, last = jobs.train(stage, states, step_fn, s.ppo.steps, SHOW)
+  states, last = jobs.train(stage, states, step_fn, s.ppo.max_steps, SHOW)
   figures = {name: last.get(metric) for name, metric in FIGURES.items()}
   card = provenance.card(stage, figures, prompts, SHOW)
   for directory, name, head, source in (
@@ -102,7 +104,7 @@ def run(stage: Stage) -> dict[str, Any]:
   ):
     network, params = getattr(recipe, name), states[name].params
     save_checkpoint(directory, params, network, head, source=source, card=card)
-  return {'steps': s.ppo.steps} | figures
+  return {'steps': s.ppo.max_steps} | figures
 
 
 def parameters(states: jobs.States) -> dict[str, Any]:
@@ -116,16 +118,16 @@ def critic_directory(stage: Stage, paths: dict[str, Any]) -> Any:
   if init == 'reward_model' and 'reward' not in paths:
     raise ValueError('config.critic.init=reward_model, but there is none; use policy.')
   known = {'policy': paths['policy'], 'reward_model': paths.get('reward')}
-  return known.get(init) or jobs.checkpoint(init, 'critic.init')
+  return known.get(init) or jobs.resolve_checkpoint(init, 'critic.init')
 
 
-def described(recipe: Recipe, normalizer_kind: str) -> str:
+def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   """What the rewards are, in a line."""
   cutting = recipe.cutter.segmentation
   how = ''
   if cutting.granularity == 'segment':
     size = {'entropy': f' above {cutting.entropy_threshold:g} nats', 'delimiter': ''}
-    how = f' by {cutting.cut}{size.get(cutting.cut, f" {cutting.fixed_length}")}'
+    how = f' by {cutting.boundary}{size.get(cutting.boundary, f" {cutting.segment_length}")}'
   red = ', redistributed' if recipe.shaping.redistribute == 'red' else ''
   return (
     f'{cutting.granularity} rewards{how}, {normalizer_kind} normaliser{red}, spread {recipe.spread}'
@@ -134,28 +136,29 @@ def described(recipe: Recipe, normalizer_kind: str) -> str:
 
 def updates_per_step(ppo: PPO) -> int:
   """Minibatches that a rollout gives, over all epochs."""
-  return ppo.epochs * (ppo.rollout_batch // ppo.minibatch)
+  return ppo.num_ppo_epochs * (ppo.rollout_batch_size // ppo.minibatch_size)
 
 
 def update(
   states: jobs.States,
   experience: Any,
-  recipe: Recipe,
+  recipe: PPORecipe,
   seed: tuple[int, int],
   total_updates: int,
   policy_from: int | None = 0,
   allowed: Any = True,
 ) -> tuple[jobs.States, dict[str, Any]]:
-  """`ppo.epochs` passes over the rollout in shuffled minibatches; metrics are means over them.
+  """`ppo.num_ppo_epochs` passes over the rollout in shuffled minibatches; metrics are means over
+  them.
 
   `policy_from`, `total_updates` and `allowed` are those of `ppo_step`.
   """
   policy, critic, found = states['policy'], states['critic'], []
   ppo, lengths = recipe.ppo, sequence_lengths(experience.rollout)
-  for epoch in range(ppo.epochs):
-    order = np.random.default_rng([*seed, epoch]).permutation(ppo.rollout_batch)
-    for rows in order.reshape(-1, ppo.minibatch):
-      packing, fill = jobs.packed(ppo, lengths[rows])
+  for epoch in range(ppo.num_ppo_epochs):
+    order = np.random.default_rng([*seed, epoch]).permutation(ppo.rollout_batch_size)
+    for rows in order.reshape(-1, ppo.minibatch_size):
+      packing, fill = jobs.plan_packing_for(ppo, lengths[rows])
       policy, critic, metrics = ppo_step(
         policy,
         critic,
@@ -170,7 +173,7 @@ def update(
       )
       found.append(metrics | fill)
   name = 'policy/ratio_max_deviation'
-  first = {'policy/first_ratio_max_deviation': found[0][name]} if name in found[0] else {}
+  first = {'policy/initial_ratio_deviation': found[0][name]} if name in found[0] else {}
   return states | {'policy': policy, 'critic': critic}, _mean(found) | first
 
 
@@ -180,4 +183,4 @@ def _mean(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
 
 
 def _next_coef(coef: jax.Array, measured: jax.Array, ppo: PPO) -> jax.Array:
-  return adaptive_kl_coef(coef, measured, ppo.kl_target, ppo.rollout_batch, ppo.kl_horizon)
+  return adaptive_kl_coef(coef, measured, ppo.kl_target, ppo.rollout_batch_size, ppo.kl_horizon)

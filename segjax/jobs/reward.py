@@ -10,8 +10,8 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.settings import Segmentation
-from segjax.data.batches import Pairs, batch_indices, chunks, split_holdout, take
-from segjax.data.tokenizer import fingerprint
+from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
+from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.report.console import table, track
@@ -21,9 +21,9 @@ from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
-from segjax.train.reward_spec import SegmentReward
-from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
-from segjax.train.segmenter import cutter_of
+from segjax.train.reward_spec import RewardSpec
+from segjax.train.reward_step import SegmentScorer, evaluate_pairs, reward_step
+from segjax.train.segmenter import make_segmenter
 
 # Of the metrics; two beside the bar, all in the card's curves.
 SHOW = ['train/loss', 'train/accuracy', 'train/segments']
@@ -33,61 +33,72 @@ _LOOKED_AT = 512  # held-out pairs, at most, while it trains
 def run(stage: Stage) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Segments are cut by config.reward.segmentation, where it says so by the entropy of
+  Segments are cut by config.reward_training.segmentation, where it says so by the entropy of
   config.reference.path. Writes `model/` with segment_reward.json, its normaliser still open, and
   `held_out.json`: the rows of the data, 0-based, that were never trained on.
   """
   s = stage.settings
-  source = jobs.checkpoint(s.policy.path, 'policy.path')
-  reference_path = jobs.checkpoint(s.reference.path, 'reference.path')
-  config = jobs.network(stage, source, trained=True)
+  source = jobs.resolve_checkpoint(s.policy.path, 'policy.path')
+  reference_path = jobs.resolve_checkpoint(s.reference.path, 'reference.path')
+  config = jobs.load_network_config(stage, source, trained=True)
   reward_spec.check_tokenizer(source, reference_path)
-  tokenizer = jobs.tokenizer_of(stage, source)
-  scorer = Scorer(
-    config, jobs.network(stage, reference_path), cutter_of(s.reward.segmentation, tokenizer)
+  tokenizer = jobs.load_stage_tokenizer(stage, source)
+  scorer = SegmentScorer(
+    config,
+    jobs.load_network_config(stage, reference_path),
+    make_segmenter(s.reward_training.segmentation, tokenizer),
   )
-  pairs = jobs.pairs(stage, tokenizer, config)
-  jobs.describe(stage, pairs)
-  if s.reward.rating_margin and np.isnan(pairs.rating_gap).all():
+  pairs = jobs.load_pairs(stage, tokenizer, config)
+  jobs.log_dataset(stage, pairs)
+  if s.reward_training.rating_margin_coef and np.isnan(pairs.rating_gap).all():
     raise ValueError(
-      f'config.reward.rating_margin={s.reward.rating_margin}, but no pair of the data has ratings; '
+      f'config.reward_training.rating_margin_coef={s.reward_training.rating_margin_coef}, but no '
+      'pair of the data has ratings; '
       'set it to 0, or give `chosen_rating` and `rejected_rating`.'
     )
   reference = None
   if scorer.cutter.needs_entropy:
-    reference = jobs.load(stage, reference_path, scorer.reference, 'language')
-    scorer = calibrated(stage, scorer, reference, tokenizer)
-    if s.reward.entropy_cache:
+    reference = jobs.load_params(stage, reference_path, scorer.reference, 'language')
+    scorer = with_calibrated_threshold(stage, scorer, reference, tokenizer)
+    if s.reward_training.entropy_cache_dir:
       pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
       reference = None  # its memory is free for what follows
-  kept, held_out = split_holdout(pairs, s.reward.holdout, s.seed)
+  kept, held_out = split_holdout(pairs, s.reward_training.holdout_fraction, s.seed)
   stage.say(f'{len(held_out)} pairs held out by prompt')
-  looked_at = take(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
-  total = jobs.num_steps(s.reward.steps, s.reward.epochs, len(kept), s.reward.batch, 'reward')
-  params = jobs.load(stage, source, config, 'scalar', trained=True)
+  looked_at = select(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
+  total = jobs.num_steps(
+    s.reward_training.max_steps,
+    s.reward_training.num_epochs,
+    len(kept),
+    s.reward_training.batch_size,
+    'reward',
+  )
+  params = jobs.load_params(stage, source, config, 'scalar', trained=True)
 
   def step_fn(states, step):
-    rows = batch_indices(len(kept), s.reward.batch, s.seed, step)
+    rows = batch_indices(len(kept), s.reward_training.batch_size, s.seed, step)
     sides = [side.lengths(rows) for side in (kept.chosen, kept.rejected)]
     lengths = np.stack(sides, axis=1).reshape(-1)
-    packing, fill = jobs.packed(s.reward, lengths, group=2)
+    packing, fill = jobs.plan_packing_for(s.reward_training, lengths, group=2)
     state, metrics = reward_step(
       states['reward'],
       reference,
       kept.gather(rows, stage.place),
       packing,
       scorer=scorer,
-      settings=s.reward,
+      settings=s.reward_training,
       total_steps=total,
     )
     work = throughput.update(lengths, config, 'scalar', scorer.reference if reference else None)
-    metrics = jobs.named('train', metrics) | fill | work
-    if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
-      metrics |= jobs.named('eval', measured(stage, state.params, reference, looked_at, scorer))
+    metrics = jobs.prefix_metrics('train', metrics) | fill | work
+    if s.reward_training.eval_every and (step + 1) % s.reward_training.eval_every == 0:
+      metrics |= jobs.prefix_metrics(
+        'eval', evaluate_held_out(stage, state.params, reference, looked_at, scorer)
+      )
     return {'reward': state}, metrics
 
-  states = {'reward': init_state(params, s.reward.optimizer, total)}
-  jobs.tell_memory(stage, states | ({'reference': reference} if reference else {}))
+  states = {'reward': init_state(params, s.reward_training.optimizer, total)}
+  jobs.log_memory(stage, states | ({'reference': reference} if reference else {}))
   states, last = jobs.train(stage, states, step_fn, total, SHOW)
   params = states['reward'].params
   if processes.is_first():
@@ -97,13 +108,15 @@ def run(stage: Stage) -> dict[str, Any]:
   card = provenance.card(stage, {'loss': last.get('train/loss')} | held, pairs, SHOW)
   save_checkpoint(stage.model_directory, params, config, 'scalar', source=source, card=card)
   if processes.is_first():
-    write_meaning(stage, source, scorer.cutter.segmentation)
+    write_reward_spec(stage, source, scorer.cutter.segmentation)
   return {'steps': total, 'loss': last.get('train/loss'), 'held_out_pairs': len(held_out)} | held
 
 
-def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> Scorer:
-  """The scorer with the threshold that config.reward.calibration asks for."""
-  wanted = stage.settings.reward.calibration
+def with_calibrated_threshold(
+  stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: Any
+) -> SegmentScorer:
+  """The scorer with the threshold that config.reward_training.threshold_search asks for."""
+  wanted = stage.settings.reward_training.threshold_search
   if not wanted.target_segment_length and not wanted.entropy_quantile:
     return scorer
   threshold = reward_calibration.run(stage, scorer, reference, tokenizer)
@@ -113,44 +126,44 @@ def calibrated(stage: Stage, scorer: Scorer, reference: Any, tokenizer: Any) -> 
   )
 
 
-def write_meaning(stage: Stage, source: Path, segmentation: Segmentation) -> None:
+def write_reward_spec(stage: Stage, source: Path, segmentation: Segmentation) -> None:
   """Puts segment_reward.json beside the new weights."""
-  reward_spec.write(
+  reward_spec.write_spec(
     stage.model_directory,
-    SegmentReward(segmentation, normalizer=None, tokenizer_sha256=fingerprint(str(source))),
+    RewardSpec(segmentation, normalizer=None, tokenizer_sha256=tokenizer_fingerprint(str(source))),
   )
 
 
 _LABELS = {
   'accuracy': 'the chosen response scores higher',
-  'longer_wins': 'the longer response is the chosen one',
+  'length_baseline_accuracy': 'the longer response is the chosen one',
   'margin': 'mean lead of the chosen response',
   'loss': 'Bradley-Terry loss, nats',
-  'calibration_error': 'expected calibration error',
+  'ece': 'expected calibration error',
 }
 
 
 def held_out_metrics(
-  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer
+  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: SegmentScorer
 ) -> dict[str, float]:
   """What `rl.pair_metrics` says of the reward model on the held-out pairs, also as a table."""
-  values = measured(stage, params, reference, held_out, scorer, 'held-out pairs')
+  values = evaluate_held_out(stage, params, reference, held_out, scorer, 'held-out pairs')
   rows = [(label, f'{values[name]:.3f}') for name, label in _LABELS.items()]
   table(f'{len(held_out)} held-out pairs', ('', ''), rows)
   return values
 
 
-def measured(
-  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: Scorer, note: str = ''
+def evaluate_held_out(
+  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: SegmentScorer, note: str = ''
 ) -> dict[str, float]:
   """Returns `rl.pair_metrics.pair_metrics` of the pairs; a note labels a progress bar."""
-  size, found = stage.settings.reward.batch, []
-  parts = chunks(len(held_out), size)
+  size, found = stage.settings.reward_training.batch_size, []
+  parts = eval_batches(len(held_out), size)
   if note:
     parts = track(stage.name, parts, -(-len(held_out) // size), note)
   for rows, real in parts:
     score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
-    found.append(processes.fetch(score)[:real])
+    found.append(processes.to_host(score)[:real])
   chosen, rejected = np.concatenate(found).T
   lengths = (
     np.diff(side.offsets).astype(np.int32) for side in (held_out.chosen, held_out.rejected)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Rollout
-from segjax.data.batches import chunks
-from segjax.data.tokenize import encode_prompts
+from segjax.config.settings import RolloutSettings
+from segjax.data.batches import eval_batches
+from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
@@ -19,8 +19,8 @@ from segjax.report.console import table, track
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 from segjax.run import stage as jobs
 from segjax.run.stage import Stage
-from segjax.train.experience import join, response_window
-from segjax.train.reward_step import Scorer
+from segjax.train.experience import concat_prompt_response, gather_response
+from segjax.train.reward_step import SegmentScorer
 from segjax.train.rollout import rollout
 from segjax.types import Rollout as Responses
 
@@ -28,15 +28,16 @@ FILE = 'calibration.json'
 _POINTS = 12  # thresholds in the table
 
 
-def run(stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer) -> float:
-  """The threshold that config.reward.calibration asks for, in nats; writes calibration.json.
+def run(stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatTokenizer) -> float:
+  """The threshold that config.reward_training.threshold_search asks for, in nats; writes
+  calibration.json.
 
   The reference answers prompts of config.data, as PPO's policy will at its first step; the
   entropies of these responses are what is looked at.
   """
-  wanted = stage.settings.reward.calibration
+  wanted = stage.settings.reward_training.threshold_search
   entropy, mask, finished = sample(stage, scorer, reference, tokenizer)
-  min_length = scorer.cutter.segmentation.min_length
+  min_length = scorer.cutter.segmentation.min_segment_length
   if wanted.entropy_quantile:
     why = f'{wanted.entropy_quantile:.0%} of the tokens lie at or below it'
     find = jax.jit(threshold_for_quantile)
@@ -65,15 +66,19 @@ def run(stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer) 
 
 
 def sample(
-  stage: Stage, scorer: Scorer, reference: Any, tokenizer: ChatTokenizer
+  stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatTokenizer
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(entropy [N, T], response_mask [N, T], finished [N]) of the reference's own responses."""
   s = stage.settings
-  limits = jobs.prompt_limits(stage, {'reference': scorer.reference}, 'reward.calibration')
-  prompts = encode_prompts(jobs.rows(stage), tokenizer, limits)
-  rows = np.random.default_rng(s.seed).permutation(len(prompts))[: s.reward.calibration.samples]
-  size, found = s.reward.calibration.batch, []
-  batches = track(stage.name, chunks(len(rows), size), -(-len(rows) // size), 'calibration')
+  limits = jobs.prompt_limits(
+    stage, {'reference': scorer.reference}, 'reward_training.threshold_search'
+  )
+  prompts = tokenize_prompts(jobs.load_config_rows(stage), tokenizer, limits)
+  rows = np.random.default_rng(s.seed).permutation(len(prompts))[
+    : s.reward_training.threshold_search.num_samples
+  ]
+  size, found = s.reward_training.threshold_search.batch_size, []
+  batches = track(stage.name, eval_batches(len(rows), size), -(-len(rows) // size), 'calibration')
   for number, (index, real) in enumerate(batches):
     batch = prompts.gather(rows[index], np.asarray)
     made = rollout(
@@ -82,14 +87,16 @@ def sample(
       batch.prompt_length,
       stage.key('calibration'),
       config=scorer.reference,
-      settings=Rollout(max_new_tokens=s.reward.calibration.max_new_tokens),
+      settings=RolloutSettings(max_new_tokens=s.reward_training.threshold_search.max_new_tokens),
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
       index=number * size + np.arange(size),
       say=stage.say,
     )
     entropy = _entropy(reference, made, config=scorer.reference)
-    found.append([x[:real] for x in processes.fetch((entropy, made.response_mask, made.finished))])
+    found.append(
+      [x[:real] for x in processes.to_host((entropy, made.response_mask, made.finished))]
+    )
   return tuple(jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
 
 
@@ -110,5 +117,5 @@ def show(points: list[dict[str, float]], threshold: float, samples: int) -> None
 
 @functools.partial(jax.jit, static_argnames='config')
 def _entropy(reference: Any, made: Responses, *, config: LlamaConfig) -> jax.Array:
-  _, entropy = token_logprobs(reference, join(made), config)
-  return response_window(entropy, made.prompt_length, made.response_ids.shape[1])
+  _, entropy = token_logprobs(reference, concat_prompt_response(made), config)
+  return gather_response(entropy, made.prompt_length, made.response_ids.shape[1])

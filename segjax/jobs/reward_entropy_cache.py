@@ -15,29 +15,30 @@ import jax
 import numpy as np
 
 from segjax import processes
-from segjax.data.batches import Pairs, Ragged, chunks
+from segjax.data.batches import Pairs, Ragged, eval_batches
 from segjax.report.console import track
 from segjax.run import stage_record
 from segjax.run.stage import Stage
-from segjax.train.reward_step import Scorer, entropies
+from segjax.train.reward_step import SegmentScorer, entropies
 from segjax.types import PreferenceBatch
 
 
 def with_entropies(
-  stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: Scorer
+  stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: SegmentScorer
 ) -> Pairs:
-  """The pairs with the entropy of every token, read from config.reward.entropy_cache or put there.
+  """The pairs with the entropy of every token, read from config.reward_training.entropy_cache_dir
+  or put there.
 
   The file's name is a hash of all that decides its content: the reference's files, the tokens, and
   the compute dtype.
   """
-  folder = Path(stage.settings.reward.entropy_cache).expanduser()
+  folder = Path(stage.settings.reward_training.entropy_cache_dir).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
-  if processes.agreed(path.exists()):
+  if processes.broadcast_from_first(path.exists()):
     stage.say(f'entropies of the reference from {path}')
   else:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f'.{processes.index()}-{os.getpid()}.partial')
+    partial = path.with_suffix(f'.{processes.process_index()}-{os.getpid()}.partial')
     _compute(stage, pairs, reference, scorer, partial)
     if processes.is_first():
       partial.rename(path)
@@ -54,16 +55,16 @@ def with_entropies(
   )
 
 
-def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: Scorer, path: Path) -> None:
+def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, path: Path) -> None:
   """Writes float32 entropies, nats: all of the chosen rows end to end, then the rejected ones."""
   starts = (0, pairs.chosen.offsets[-1])
   total = int(starts[1] + pairs.rejected.offsets[-1])
   values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
-  size = stage.settings.reward.batch
-  batches = track(stage.name, chunks(len(pairs), size), -(-len(pairs) // size), 'entropies')
+  size = stage.settings.reward_training.batch_size
+  batches = track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size), 'entropies')
   for rows, real in batches:
     batch = pairs.gather(rows, stage.place)
-    both = processes.fetch(_both_sides(reference, batch, scorer=scorer))
+    both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
     for start, side, found in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
       for row, entropy in zip(rows[:real], found, strict=False):
         begin, end = side.offsets[row], side.offsets[row + 1]
@@ -72,11 +73,13 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: Scorer, path: P
 
 
 @functools.partial(jax.jit, static_argnames='scorer')
-def _both_sides(reference: Any, batch: PreferenceBatch, *, scorer: Scorer) -> tuple[Any, Any]:
+def _both_sides(
+  reference: Any, batch: PreferenceBatch, *, scorer: SegmentScorer
+) -> tuple[Any, Any]:
   return tuple(entropies(reference, side, scorer) for side in (batch.chosen, batch.rejected))
 
 
-def _name(pairs: Pairs, reference_path: Path, scorer: Scorer) -> str:
+def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:
   digest = hashlib.sha256(stage_record.content_hash(reference_path).encode())
   for side in (pairs.chosen, pairs.rejected):
     digest.update(side.values.tobytes())

@@ -11,11 +11,11 @@ import numpy as np
 from segjax import processes
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.report.timing import Timing
+from segjax.report.timing import StepTimer
 from segjax.run import models, preemption
 from segjax.run.stage import Stage
-from segjax.train.compat import as_published
-from segjax.train.experience import Recipe, make_experience, score
+from segjax.train.compat import apply_rollout_compat
+from segjax.train.experience import PPORecipe, make_experience, score
 from segjax.train.rollout import rollout
 from segjax.types import Experience, Normalizer, Rollout
 
@@ -30,16 +30,16 @@ class Sampler:
   """
 
   stage: Stage
-  recipe: Recipe
+  recipe: PPORecipe
   tokenizer: ChatTokenizer
   prompts: Prompts
   frozen: dict[str, Any]
   normalizer: Normalizer
 
   def sample(
-    self, trained: dict[str, Any], rows: np.ndarray, key: jax.Array, coef: Any, timing: Timing
+    self, trained: dict[str, Any], rows: np.ndarray, key: jax.Array, coef: Any, timing: StepTimer
   ) -> tuple[Experience, dict[str, jax.Array]]:
-    """Of the prompts at `rows`, config.rollout.samples each; and their metrics.
+    """Of the prompts at `rows`, config.rollout.samples_per_prompt each; and their metrics.
 
     Args:
       trained: the parameters of policy and critic.
@@ -60,31 +60,33 @@ class Sampler:
       settings=s.rollout,
       stop_ids=self.tokenizer.stop_ids,
       mesh=self.stage.mesh,
-      samples=s.rollout.samples,
+      samples=s.rollout.samples_per_prompt,
       say=self.stage.say,
-      watch=lambda found: preemption.abandon(),  # a machine that goes away does not wait
+      watch=lambda found: (
+        preemption.raise_if_stop_requested()
+      ),  # a machine that goes away does not wait
     )
     timing.end('generate', found)
-    preemption.abandon()
-    found = as_published(found, self.tokenizer.stop_ids[0], s.compat)
+    preemption.raise_if_stop_requested()
+    found = apply_rollout_compat(found, self.tokenizer.stop_ids[0], s.compat)
     scored = score(self.frozen | trained, found, recipe=recipe)
-    ruled = self._rule(found, np.repeat(rows, s.rollout.samples))
+    ruled = self._rule(found, np.repeat(rows, s.rollout.samples_per_prompt))
     experience, metrics = make_experience(
       found, scored, self.normalizer, coef, ruled, recipe=recipe
     )
     timing.end('score', experience)
-    preemption.abandon()
+    preemption.raise_if_stop_requested()
     return experience, metrics
 
   @functools.cached_property
   def _rule(self) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
     """The user's reward; loaded once, not at every step."""
-    return models.rule_of(self.stage, self.prompts, self.tokenizer)
+    return models.make_reward_fn(self.stage, self.prompts, self.tokenizer)
 
   def texts(self, experience: Experience) -> list[str]:
     """The responses as text; every process takes part."""
     found = experience.rollout
-    ids, mask = processes.fetch((found.response_ids, found.response_mask))
+    ids, mask = processes.to_host((found.response_ids, found.response_mask))
     return [self.tokenizer.decode(row[real]) for row, real in zip(ids, mask, strict=True)]
 
 
@@ -100,10 +102,10 @@ def held_out_metrics(
   with the same random numbers, so that steps can be compared, and nothing is compiled anew.
   """
   s = sampler.stage.settings
-  asked = s.ppo.rollout_batch // s.rollout.samples
+  asked = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
   rows = np.arange(asked) % len(sampler.prompts)
   key = sampler.stage.key('held out')
-  experience, found = sampler.sample(trained, rows, key, coef, Timing())
+  experience, found = sampler.sample(trained, rows, key, coef, StepTimer())
   metrics = {
     'eval/reward': found['objective/reward'],
     'eval/kl': found['objective/kl'],
@@ -111,7 +113,7 @@ def held_out_metrics(
   }
   if gold is not None:
     prompts = [sampler.prompts.messages(row)[-1]['content'] for row in rows]
-    asked_texts = [prompt for prompt in prompts for _ in range(s.rollout.samples)]
+    asked_texts = [prompt for prompt in prompts for _ in range(s.rollout.samples_per_prompt)]
     pairs = zip(asked_texts, sampler.texts(experience), strict=True)
     metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
   return metrics

@@ -15,20 +15,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.config.settings import PPO, Network, Optimizer, Segmentation, Shaping
-from segjax.config.settings import Rollout as RolloutSettings
+from segjax.config.settings import (
+  PPO,
+  Network,
+  Optimizer,
+  RewardShaping,
+  RolloutSettings,
+  Segmentation,
+)
 from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
-from segjax.model.llama import LlamaConfig, config_of
+from segjax.model.llama import LlamaConfig, make_config
 from segjax.report.console import table
 from segjax.rl.segmentation import GRANULARITIES
 from segjax.run.stage import Stage
-from segjax.train.experience import Recipe, join, make_experience, response_window, score
+from segjax.train.experience import (
+  PPORecipe,
+  concat_prompt_response,
+  gather_response,
+  make_experience,
+  score,
+)
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import ppo_step
 from segjax.train.rollout import rollout
-from segjax.train.segmenter import Cutter
+from segjax.train.segmenter import Segmenter
 from segjax.types import Experience, Rollout
 
 _ROWS, _PROMPT, _RESPONSE, _VOCABULARY = 8, 8, 24, 256
@@ -39,7 +51,7 @@ _PPO = PPO(policy_optimizer=_OPTIMIZER, critic_optimizer=_OPTIMIZER, kl_coef=0.1
 _HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'critic': 'scalar'}
 
 
-class Outcome(NamedTuple):
+class CheckResult(NamedTuple):
   """What was measured, the bound it has to keep; NaN where the check cannot be made here."""
 
   measured: float
@@ -55,10 +67,10 @@ class Outcome(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Fixture:
   """The networks, a rollout of the policy and its experience, all on one mesh."""
 
-  recipe: Recipe
+  recipe: PPORecipe
   params: dict[str, Any]
   rollout: Rollout
   experience: Experience
@@ -73,7 +85,7 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   found = {}
   with jax.default_matmul_precision('highest'):
-    bench = make_bench(stage.mesh)
+    bench = make_fixture(stage.mesh)
     for name, check in checks(stage, bench):
       found[name] = check()
       stage.say(f'{found[name].status:<8} {name}')
@@ -96,29 +108,32 @@ def run(stage: Stage) -> dict[str, Any]:
   return {name: outcome._asdict() for name, outcome in found.items()}
 
 
-def checks(stage: Stage, bench: Bench) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+def checks(stage: Stage, bench: Fixture) -> Iterator[tuple[str, Callable[[], CheckResult]]]:
   """(what must hold, the check) of each invariant."""
   yield 'cached decoding equals a full forward, log-prob', lambda: decoding(bench)
-  yield 'KL is 0 before the first update', lambda: first_kl(bench)
-  yield 'ratio is 1 at the first minibatch', lambda: first_ratio(bench)
+  yield 'KL is 0 before the first update', lambda: initial_kl(bench)
+  yield 'ratio is 1 at the first minibatch', lambda: initial_ratio(bench)
   yield 'padding does not change a sequence', lambda: padding(bench)
-  yield 'other rows do not change a sequence', lambda: batch_mates(bench)
+  yield 'other rows do not change a sequence', lambda: batch_independence(bench)
   yield 'accumulated gradients equal the whole batch', lambda: accumulation(bench)
   for granularity in GRANULARITIES:
     yield (
       f'{granularity} rewards and advantages equal slow loops',
       functools.partial(_rewards, granularity),
     )
-  yield 'a reward of 0.7 stays 0.7', lambda: Outcome(selfcheck_rewards.seven_tenths(), 1e-7)
+  yield (
+    'a reward of 0.7 stays 0.7',
+    lambda: CheckResult(selfcheck_rewards.reward_roundtrip_error(), 1e-7),
+  )
   yield 'all devices equal one', lambda: sharded(stage, bench)
   yield 'bfloat16 log-probs, mean over tokens', lambda: bfloat16(bench)
 
 
-def make_bench(mesh: Any, config: LlamaConfig | None = None) -> Bench:
+def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
   """Fresh networks; the reference is the policy, as before the first update."""
-  config = config or config_of(_NETWORK)
-  cutter = Cutter(Segmentation(entropy_threshold=4.5))  # about ln V - 1: some tokens lie above
-  recipe = Recipe(*[config] * 4, cutter, 'even_split', Shaping(), _PPO)
+  config = config or make_config(_NETWORK)
+  cutter = Segmenter(Segmentation(entropy_threshold=4.5))  # about ln V - 1: some tokens lie above
+  recipe = PPORecipe(*[config] * 4, cutter, 'even_split', RewardShaping(), _PPO)
   with jax.set_mesh(mesh):
     params = {
       name: _init(jax.random.key(seed), config, head, mesh)
@@ -137,89 +152,91 @@ def make_bench(mesh: Any, config: LlamaConfig | None = None) -> Bench:
     )
     scored = score(params, found, recipe=recipe)
     experience, metrics = make_experience(
-      found, scored, selfcheck_rewards.normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe
+      found, scored, selfcheck_rewards.normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe
     )
-  return Bench(recipe, params, found, experience, jax.device_get(metrics))
+  return Fixture(recipe, params, found, experience, jax.device_get(metrics))
 
 
-def decoding(bench: Bench) -> Outcome:
+def decoding(bench: Fixture) -> CheckResult:
   """Log-probs of the decode loop against those of a forward over the whole sequence."""
-  full, _ = _forward(bench.params['policy'], join(bench.rollout), config=bench.recipe.policy)
-  full = response_window(full, bench.rollout.prompt_length, _RESPONSE)
+  full, _ = _forward(
+    bench.params['policy'], concat_prompt_response(bench.rollout), config=bench.recipe.policy
+  )
+  full = gather_response(full, bench.rollout.prompt_length, _RESPONSE)
   mask = bench.rollout.response_mask
-  return Outcome(_largest(jnp.where(mask, full - bench.rollout.old_logprob, 0)), 1e-4)
+  return CheckResult(_largest(jnp.where(mask, full - bench.rollout.old_logprob, 0)), 1e-4)
 
 
-def first_kl(bench: Bench) -> Outcome:
+def initial_kl(bench: Fixture) -> CheckResult:
   """|log π - log π_ref| of any token, where policy and reference are the same network."""
-  return Outcome(float(bench.metrics['objective/kl_token_max']), 1e-4)
+  return CheckResult(float(bench.metrics['objective/kl_token_max']), 1e-4)
 
 
-def first_ratio(bench: Bench) -> Outcome:
+def initial_ratio(bench: Fixture) -> CheckResult:
   """|π / π_old - 1| of any token, before anything was learned."""
   *_, metrics = update(bench)
-  return Outcome(float(metrics['policy/ratio_max_deviation']), 1e-4)
+  return CheckResult(float(metrics['policy/ratio_max_deviation']), 1e-4)
 
 
-def padding(bench: Bench) -> Outcome:
+def padding(bench: Fixture) -> CheckResult:
   """Scores of sequences against those of the same with more padding behind."""
-  ids = np.asarray(join(bench.rollout))
+  ids = np.asarray(concat_prompt_response(bench.rollout))
   longer = np.pad(ids, ((0, 0), (0, 8)))
   config, params = bench.recipe.reward, bench.params['reward']
   difference = _scores(params, longer, config=config)[:, : ids.shape[1]] - _scores(
     params, ids, config=config
   )
-  return Outcome(_largest(difference), 1e-5)
+  return CheckResult(_largest(difference), 1e-5)
 
 
-def batch_mates(bench: Bench) -> Outcome:
+def batch_independence(bench: Fixture) -> CheckResult:
   """Scores of each sequence against those of the same among others."""
-  ids = np.asarray(join(bench.rollout))
+  ids = np.asarray(concat_prompt_response(bench.rollout))
   others = np.where(np.arange(_ROWS)[:, None] % 2 == 0, ids, ids[::-1] ^ 1)
   config, params = bench.recipe.reward, bench.params['reward']
   difference = _scores(params, others, config=config) - _scores(params, ids, config=config)
-  return Outcome(_largest(difference[::2]), 1e-5)
+  return CheckResult(_largest(difference[::2]), 1e-5)
 
 
-def accumulation(bench: Bench) -> Outcome:
+def accumulation(bench: Fixture) -> CheckResult:
   """Parameters after an update in four pieces against those after one in a single piece."""
   whole, parts = update(bench)[0], update(bench, micro_batch=2)[0]
   moved = _distance(whole, bench.params['policy'])
-  return Outcome(_distance(parts, whole) / moved, 1e-3, 'of the update')
+  return CheckResult(_distance(parts, whole) / moved, 1e-3, 'of the update')
 
 
-def sharded(stage: Stage, bench: Bench) -> Outcome:
+def sharded(stage: Stage, bench: Fixture) -> CheckResult:
   """Losses on one device against those on config.mesh."""
   devices = stage.mesh.devices.ravel()
   if len(devices) == 1:
-    return Outcome(math.nan, math.nan, '1 device')
+    return CheckResult(math.nan, math.nan, '1 device')
   batch = sharding.batch_devices(stage.mesh)
   if _ROWS % batch:
-    return Outcome(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
+    return CheckResult(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
   mesh = sharding.make_mesh(devices=devices[:1])
-  one = make_bench(mesh, bench.recipe.policy)
-  names = ('policy/loss', 'val/loss', 'policy/grad_norm', 'val/grad_norm')
+  one = make_fixture(mesh, bench.recipe.policy)
+  names = ('policy/loss', 'critic/loss', 'policy/grad_norm', 'critic/grad_norm')
   here = update(bench)[2]
   with jax.set_mesh(mesh):
     there = update(one)[2]
-  return Outcome(max(abs(float(here[n] / there[n]) - 1) for n in names), 1e-4, 'relative')
+  return CheckResult(max(abs(float(here[n] / there[n]) - 1) for n in names), 1e-4, 'relative')
 
 
-def bfloat16(bench: Bench) -> Outcome:
+def bfloat16(bench: Fixture) -> CheckResult:
   """Mean over tokens of |difference| between log-probs in bfloat16 and in float32, nats."""
-  ids, config = join(bench.rollout), bench.recipe.policy
+  ids, config = concat_prompt_response(bench.rollout), bench.recipe.policy
   narrow = dataclasses.replace(config, dtype='bfloat16')
   difference = [_forward(bench.params['policy'], ids, config=c)[0] for c in (narrow, config)]
-  return Outcome(float(jnp.mean(jnp.abs(difference[0] - difference[1]))), 0.05, 'nats')
+  return CheckResult(float(jnp.mean(jnp.abs(difference[0] - difference[1]))), 0.05, 'nats')
 
 
-def _rewards(granularity: str) -> Outcome:
-  return Outcome(selfcheck_rewards.worst_difference(granularity), 1e-3)
+def _rewards(granularity: str) -> CheckResult:
+  return CheckResult(selfcheck_rewards.max_abs_error_vs_oracle(granularity), 1e-3)
 
 
-def update(bench: Bench, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
+def update(bench: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
   """The policy's and the critic's parameters, and the metrics, after one update on all rows."""
-  ppo = dataclasses.replace(_PPO, micro_batch=micro_batch)
+  ppo = dataclasses.replace(_PPO, micro_batch_size=micro_batch)
   states = (
     init_state(jax.tree.map(jnp.copy, bench.params[name]), _OPTIMIZER, 10)  # the step donates it
     for name in ('policy', 'critic')

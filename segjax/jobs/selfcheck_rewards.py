@@ -9,27 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.config.settings import PPO, Network, Segmentation, Shaping
-from segjax.model.llama import config_of
+from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
+from segjax.model.llama import make_config
 from segjax.rl import oracle
 from segjax.rl.rewards import SPREADS
 from segjax.train.custom_reward import token_rewards
-from segjax.train.experience import Recipe, Scores, make_experience
-from segjax.train.segmenter import Cutter
+from segjax.train.experience import ModelOutputs, PPORecipe, make_experience
+from segjax.train.segmenter import Segmenter
 from segjax.types import Normalizer, Rollout
 
 _ROWS, _RESPONSE, _VOCABULARY = 8, 24, 256
 _PPO = PPO(kl_coef=0.1)
 
 
-def worst_difference(granularity: str) -> float:
+def max_abs_error_vs_oracle(granularity: str) -> float:
   """Largest difference of rewards and whitened advantages to those of `segjax.rl.oracle`."""
   found = _random_scores(np.random.default_rng(5))
   worst = 0.0
   for spread in SPREADS:
     recipe = _plain_recipe(Segmentation(granularity=granularity), spread)
     experience, _ = jax.device_get(
-      make_experience(*found, normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe)
+      make_experience(*found, normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe)
     )
     expected = _by_loops(*found, granularity, spread)
     for name, rows in expected.items():
@@ -37,32 +37,32 @@ def worst_difference(granularity: str) -> float:
   return worst
 
 
-def seven_tenths() -> float:
+def reward_roundtrip_error() -> float:
   """How far a rule's reward of 0.7 is from 0.7 where it arrives."""
   responses, scored = _random_scores(np.random.default_rng(6))
   ids, mask = jax.device_get((responses.response_ids, responses.response_mask))
   rule = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
-  shaping = Shaping(reward_model_weight=0.0)
+  shaping = RewardShaping(reward_model_weight=0.0)
   recipe = dataclasses.replace(_plain_recipe(Segmentation(), 'even_split'), shaping=shaping)
   experience, _ = make_experience(
-    responses, scored, normalizer(), jnp.float32(0), jnp.asarray(rule), recipe=recipe
+    responses, scored, normalizer_error(), jnp.float32(0), jnp.asarray(rule), recipe=recipe
   )
   total = np.asarray(experience.reward).sum(axis=1)
   return float(np.max(np.abs(total - np.where(mask.any(axis=1), np.float32(0.7), 0))))
 
 
-def normalizer() -> Normalizer:
+def normalizer_error() -> Normalizer:
   """Mean and Std that change with the position."""
   return Normalizer(*map(jnp.float32, (0.2, -0.1, 0.3, 0.8)))  # in the order of its fields
 
 
-def _plain_recipe(segmentation: Segmentation, spread: str) -> Recipe:
+def _plain_recipe(segmentation: Segmentation, spread: str) -> PPORecipe:
   """For arrays that no network made."""
-  config = config_of(Network(vocab_size=_VOCABULARY))
-  return Recipe(*[config] * 4, Cutter(segmentation), spread, Shaping(), _PPO)
+  config = make_config(Network(vocab_size=_VOCABULARY))
+  return PPORecipe(*[config] * 4, Segmenter(segmentation), spread, RewardShaping(), _PPO)
 
 
-def _random_scores(rng: np.random.Generator) -> tuple[Rollout, Scores]:
+def _random_scores(rng: np.random.Generator) -> tuple[Rollout, ModelOutputs]:
   """Responses of every length, with an empty one and a stop token alone among them."""
   length = rng.integers(0, _RESPONSE + 1, _ROWS)
   length[:3] = 0, 1, _RESPONSE
@@ -81,13 +81,13 @@ def _random_scores(rng: np.random.Generator) -> tuple[Rollout, Scores]:
     old_logprob=jnp.zeros(shape),
   )
   arrays = (np.where(mask, logprob, 0), ref_logprob, entropy, score_, value, score_[:, 0])
-  return responses, Scores(*map(jnp.asarray, arrays))
+  return responses, ModelOutputs(*map(jnp.asarray, arrays))
 
 
-def _by_loops(responses: Rollout, scored: Scores, granularity: str, spread: str):
+def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread: str):
   """Rewards and whitened advantages, by loops over lists."""
-  shaping = Shaping()
-  fitted = tuple(float(x) for x in jax.tree.leaves(normalizer()))
+  shaping = RewardShaping()
+  fitted = tuple(float(x) for x in jax.tree.leaves(normalizer_error()))
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
   logprob, ref_logprob, _, score_, values, _ = (np.asarray(x).tolist() for x in scored)
   # The oracle reads the entropy of the NEXT token at each one.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from segjax.data.batches import batch_indices
-from segjax.data.tokenize import encode_conversations
+from segjax.data.tokenize import tokenize_conversations
 from segjax.hf.writer import save_checkpoint
 from segjax.run import provenance
 from segjax.run import stage as jobs
@@ -18,27 +18,31 @@ SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar and in 
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on config.data.path; writes `model/`, returns the last metrics."""
   settings = stage.settings.sft
-  source = jobs.checkpoint(stage.settings.policy.path, 'policy.path')
-  config = jobs.network(stage, source, trained=True)
-  tokenizer = jobs.tokenizer_of(stage, source)
-  dataset = encode_conversations(jobs.rows(stage), tokenizer, jobs.limits(stage, config))
-  jobs.describe(stage, dataset)
-  total = jobs.num_steps(settings.steps, settings.epochs, len(dataset), settings.batch, 'sft')
-  params = jobs.load(stage, source, config, 'language', trained=True)
+  source = jobs.resolve_checkpoint(stage.settings.policy.path, 'policy.path')
+  config = jobs.load_network_config(stage, source, trained=True)
+  tokenizer = jobs.load_stage_tokenizer(stage, source)
+  dataset = tokenize_conversations(
+    jobs.load_config_rows(stage), tokenizer, jobs.length_limits(stage, config)
+  )
+  jobs.log_dataset(stage, dataset)
+  total = jobs.num_steps(
+    settings.max_steps, settings.num_epochs, len(dataset), settings.batch_size, 'sft'
+  )
+  params = jobs.load_params(stage, source, config, 'language', trained=True)
 
   def step_fn(states, step):
-    rows = batch_indices(len(dataset), settings.batch, stage.settings.seed, step)
+    rows = batch_indices(len(dataset), settings.batch_size, stage.settings.seed, step)
     batch = dataset.gather(rows, stage.place)
     lengths = dataset.tokens.lengths(rows)
-    packing, fill = jobs.packed(settings, lengths)
+    packing, fill = jobs.plan_packing_for(settings, lengths)
     state, metrics = sft_step(
       states['policy'], batch, packing, config=config, settings=settings, total_steps=total
     )
     work = throughput.update(lengths, config, 'language')
-    return {'policy': state}, jobs.named('train', metrics) | fill | work
+    return {'policy': state}, jobs.prefix_metrics('train', metrics) | fill | work
 
   states = {'policy': init_state(params, settings.optimizer, total)}
-  jobs.tell_memory(stage, states)
+  jobs.log_memory(stage, states)
   states, last = jobs.train(stage, states, step_fn, total, SHOW)
   save_checkpoint(
     stage.model_directory,

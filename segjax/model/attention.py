@@ -20,7 +20,7 @@ _MASKED = -1e30  # finite, so that a fully masked row gives a mean and not NaN
 _BLOCK = 512  # queries whose logits exist at once
 
 
-def choose(wanted: str, platform: str, dtype: str, head_dim: int) -> tuple[str, str]:
+def select_implementation(wanted: str, platform: str, dtype: str, head_dim: int) -> tuple[str, str]:
   """(implementation, why it is not the one wanted), for networks on devices of that platform.
 
   'auto' is splash on TPU, cudnn on CUDA in half precision, and xla elsewhere; the reason is '' for
@@ -42,7 +42,7 @@ def _refused_by_cudnn(platform: str, dtype: str, head_dim: int) -> str:
   if platform not in ('gpu', 'cuda'):
     return f'it is for CUDA, and the devices are {platform}'
   if dtype not in ('bfloat16', 'float16'):
-    return f'it computes in bfloat16 or float16, and config.runtime.dtype={dtype}'
+    return f'it computes in bfloat16 or float16, and config.runtime.compute_dtype={dtype}'
   if head_dim % 8 or head_dim > 128:
     return f'heads of {head_dim} are not a multiple of 8 up to 128'
   return ''
@@ -74,7 +74,7 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')
   if implementation == 'splash':
     heads, tokens = f'{layout}heads', f'{layout}tokens'
-    found = sharding.on_each_device(splash, (heads, heads, heads, tokens), heads)(
+    found = sharding.shard_map_activations(splash, (heads, heads, heads, tokens), heads)(
       query, key, value, segment_ids
     )
   else:
@@ -86,16 +86,16 @@ def _possible(implementation: str, length: int, has_segments: bool) -> str:
   """The implementation, or xla where it cannot do rows of that length, or with segments."""
   if implementation == 'splash' and length % LANES:
     if length > LANES:
-      _tell(f'splash attention wants rows of a multiple of {LANES} tokens; {length} go to xla')
+      _warn_once(f'splash attention wants rows of a multiple of {LANES} tokens; {length} go to xla')
     return 'xla'
   if implementation == 'cudnn' and has_segments:
-    _tell('cudnn attention does not see where packed sequences end; packed rows go to xla')
+    _warn_once('cudnn attention does not see where packed sequences end; packed rows go to xla')
     return 'xla'
   return implementation
 
 
 @functools.cache
-def _tell(what: str) -> None:
+def _warn_once(what: str) -> None:
   """Says it once."""
   logging.warning(what)
 

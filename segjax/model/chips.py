@@ -53,6 +53,6 @@ _KINDS = (
 )
 
 
-def of_kind(device_kind: str) -> Chip | None:
+def chip_for_kind(device_kind: str) -> Chip | None:
   """The chip that jax calls so; None where it is not known."""
   return next((CHIPS[name] for kind, name in _KINDS if device_kind.startswith(kind)), None)

@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from segjax.model import sharding
 from segjax.model.attention import KeyValue
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
-from segjax.model.sampling import Sampling, draw, is_broken
+from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class DecodeConfig:
   """What is fixed over a generation.
 
   Attributes:
@@ -43,7 +43,7 @@ class Decoder:
   layout: str = 'decode_'
 
 
-class Weights(NamedTuple):
+class DecodeWeights(NamedTuple):
   """The policy's weights in the compute dtype, laid out for decoding; layers apart or stacked."""
 
   embedding: Float[Array, 'V D']
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
   head: Float[Array, 'D V']
 
 
-class Slots(NamedTuple):
+class DecodeState(NamedTuple):
   """Responses under way, one per slot.
 
   Attributes:
@@ -74,7 +74,7 @@ class Slots(NamedTuple):
   live: Bool[Array, 'B']
 
 
-class Prefix(NamedTuple):
+class PrefilledPrompts(NamedTuple):
   """Prompts that were read: their keys and values, their lengths, the logits after each."""
 
   cache: Any
@@ -82,7 +82,7 @@ class Prefix(NamedTuple):
   logits: Float[Array, 'R V']
 
 
-class Tokens(NamedTuple):
+class ChunkOutput(NamedTuple):
   """What a chunk drew: the first `count` of each row; `broken` rows had no finite logits."""
 
   ids: Int[Array, 'B C']
@@ -94,10 +94,10 @@ class Tokens(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames='decoder')
-def weights(params: dict[str, Any], *, decoder: Decoder) -> Weights:
+def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
   """The parameters as `advance` reads them: cast and laid out once, not in every step."""
   params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
-  params = sharding.for_decoding(params)
+  params = sharding.decode_sharding(params)
   backbone = params['backbone']
   layers = backbone['layers']
   if decoder.unrolled:
@@ -107,13 +107,13 @@ def weights(params: dict[str, Any], *, decoder: Decoder) -> Weights:
     )
   tied = decoder.config.tie_word_embeddings
   head = backbone['embedding'].T if tied else params['lm_head']['kernel']
-  return Weights(backbone['embedding'], layers, backbone['norm'], head)
+  return DecodeWeights(backbone['embedding'], layers, backbone['norm'], head)
 
 
 @functools.partial(jax.jit, static_argnames='decoder')
 def prefill(
-  weights: Weights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: Decoder
-) -> Prefix:
+  weights: DecodeWeights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: DecodeConfig
+) -> PrefilledPrompts:
   """Reads prompts, padded on the right."""
   positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
   block = Block(decoder.config, decoder.layout)
@@ -123,11 +123,13 @@ def prefill(
 
   x, cache = _through_layers(read, _embed(weights, ids, decoder), (weights.layers,), decoder)
   last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-  return Prefix(_constrained(_finite(cache), decoder), length, _logits(weights, last, decoder))
+  return PrefilledPrompts(
+    _constrained(_finite(cache), decoder), length, _logits(weights, last, decoder)
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('slots', 'positions', 'decoder'))
-def empty(slots: int, positions: int, *, decoder: Decoder) -> Slots:
+def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeState:
   """So many slots, all free, with room for so many positions."""
   c = decoder.config
   shape = (slots, c.num_key_value_heads, c.head_dim, positions)
@@ -138,7 +140,7 @@ def empty(slots: int, positions: int, *, decoder: Decoder) -> Slots:
     cache = jax.tree.map(lambda x: jnp.stack([x] * c.num_hidden_layers), one)
   zeros = jnp.zeros(slots, jnp.int32)
   wide = jnp.promote_types(c.dtype, jnp.float32)
-  return Slots(
+  return DecodeState(
     cache=_constrained(cache, decoder),
     length=zeros,
     logits=jnp.zeros((slots, c.vocab_size), wide),
@@ -150,15 +152,15 @@ def empty(slots: int, positions: int, *, decoder: Decoder) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
-def insert(
-  slots: Slots,
-  prefix: Prefix,
+def insert_slots(
+  slots: DecodeState,
+  prefix: PrefilledPrompts,
   source: Int[Array, 'B'],
   limit: Int[Array, 'B'],
   key: Array,
   *,
-  decoder: Decoder,
-) -> Slots:
+  decoder: DecodeConfig,
+) -> DecodeState:
   """Puts prompts into slots.
 
   Args:
@@ -183,7 +185,7 @@ def insert(
   def choose(new, old):
     return jnp.where(is_new, new, old)
 
-  return Slots(
+  return DecodeState(
     cache=_constrained(cache, decoder),
     length=choose(prefix.length[row], slots.length),
     logits=jnp.where(is_new[:, None], prefix.logits[row], slots.logits),
@@ -195,9 +197,9 @@ def insert(
 
 
 @functools.partial(jax.jit, static_argnames=('positions', 'decoder'))
-def resize(
-  slots: Slots, rows: Int[Array, 'N'] | None, positions: int, *, decoder: Decoder
-) -> Slots:
+def resize_slots(
+  slots: DecodeState, rows: Int[Array, 'N'] | None, positions: int, *, decoder: DecodeConfig
+) -> DecodeState:
   """The slots at `rows`, or all, with room for `positions`; whatever lies beyond is dropped.
 
   Layer after layer: rows that change their device are gathered, and no device has room for all.
@@ -224,7 +226,9 @@ def resize(
 
 
 @functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
-def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots, Tokens]:
+def decode_chunk(
+  weights: DecodeWeights, slots: DecodeState, *, decoder: DecodeConfig
+) -> tuple[DecodeState, ChunkOutput]:
   """Draws up to `decoder.chunk` tokens for every live slot."""
   block = Block(decoder.config, decoder.layout)
   stop = jnp.asarray(decoder.stop_ids, jnp.int32)
@@ -234,15 +238,15 @@ def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots,
 
   def step(carry):
     j, logits, recent, live, tokens = carry
-    broken = live & is_broken(logits)
+    broken = live & has_no_finite_logit(logits)
     drawing = live & ~broken
     uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
       slots.key, slots.count + j
     )
-    drawn = draw(logits, uniform, slots.count + j, stop, decoder.sampling)
+    drawn = sample_token(logits, uniform, slots.count + j, stop, decoder.sampling)
     token = jnp.where(drawing, drawn.token, stop[0])
     finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)
-    tokens = Tokens(
+    tokens = ChunkOutput(
       tokens.ids.at[:, j].set(token),
       tokens.logprob.at[:, j].set(jnp.where(drawing, drawn.logprob, 0)),
       tokens.sample_logprob.at[:, j].set(jnp.where(drawing, drawn.sample_logprob, 0)),
@@ -269,7 +273,7 @@ def advance(weights: Weights, slots: Slots, *, decoder: Decoder) -> tuple[Slots,
     return j + 1, _logits(weights, x, decoder), recent, live, tokens
 
   recent = _per_layer(functools.partial(_room, size=size), slots.cache)
-  tokens = Tokens(
+  tokens = ChunkOutput(
     ids=jnp.full((batch, size), stop[0]),
     logprob=jnp.zeros((batch, size), slots.logits.dtype),
     sample_logprob=jnp.zeros((batch, size), slots.logits.dtype),
@@ -327,7 +331,7 @@ def _finite(cache):
   return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), cache)
 
 
-def _through_layers(step, x, parts, decoder: Decoder):
+def _through_layers(step, x, parts, decoder: DecodeConfig):
   """x through all layers, and what each returns; `parts` are the layers' arguments after x."""
   if not decoder.unrolled:
     return jax.lax.scan(lambda x, part: step(x, *part), x, parts)
@@ -338,11 +342,11 @@ def _through_layers(step, x, parts, decoder: Decoder):
   return x, tuple(found)
 
 
-def _embed(weights: Weights, ids, decoder: Decoder):
+def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
   return sharding.constrain(weights.embedding[ids], f'{decoder.layout}hidden')
 
 
-def _logits(weights: Weights, x, decoder: Decoder):
+def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
   """[B, V], float32. Drawing looks at whole rows: the logits are gathered, never the head."""
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]
@@ -350,12 +354,12 @@ def _logits(weights: Weights, x, decoder: Decoder):
   return sharding.constrain(wide, f'{decoder.layout}tokens')
 
 
-def _constrained(cache, decoder: Decoder):
+def _constrained(cache, decoder: DecodeConfig):
   stack = () if decoder.unrolled else (None,)
   return _per_layer(lambda layer: _laid_out(layer, decoder, stack), cache)
 
 
-def _laid_out(layer: KeyValue, decoder: Decoder, stack: tuple[None, ...]) -> KeyValue:
+def _laid_out(layer: KeyValue, decoder: DecodeConfig, stack: tuple[None, ...]) -> KeyValue:
   return KeyValue(
     sharding.constrain(layer.key, f'{decoder.layout}key', stack),
     sharding.constrain(layer.value, f'{decoder.layout}value', stack),

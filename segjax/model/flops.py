@@ -28,6 +28,6 @@ def forward_flops(
   return 2 * tokens * weights + 4 * attended_pairs * config.num_hidden_layers * heads
 
 
-def causal_pairs(length: float | int, first: float | int = 0) -> float:
+def attended_pairs(length: float | int, first: float | int = 0) -> float:
   """Pairs (a, b) with b no later than a, of which a is at least at `first`."""
   return length * (length + 1) / 2 - first * (first + 1) / 2

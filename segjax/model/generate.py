@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.model import decode, sharding
-from segjax.model.decode import Decoder, Tokens, Weights
+from segjax.model.decode import ChunkOutput, DecodeConfig, DecodeWeights
 from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.model.sampling import Sampling
 
@@ -26,7 +26,7 @@ _UNROLLED = 16  # layers; of more, compiling them one by one takes too long
 _SHRINK = 4  # slots become fewer by this factor once no prompt waits and so few are left
 
 
-class Generated(NamedTuple):
+class GenerationResult(NamedTuple):
   """Responses on the host, padded on the right by the first stop id; N prompts times n samples.
 
   response_mask covers the stop token; `finished` says that there is one. `logprob` is that of the
@@ -43,16 +43,16 @@ class Generated(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class PromptArrays:
   """Token ids int32 [N, P], padded on the right, and the length of each, [N]."""
 
   ids: np.ndarray
   length: np.ndarray
 
 
-def make_decoder(
+def make_decode_config(
   config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], mesh: Mesh, chunk: int = 16
-) -> Decoder:
+) -> DecodeConfig:
   """The decoder that suits the devices of the mesh.
 
   Raises:
@@ -64,7 +64,7 @@ def make_decoder(
         f'stop id {stop} is outside the vocabulary of {config.vocab_size}; the tokenizer is not '
         'that of the network.'
       )
-  return Decoder(
+  return DecodeConfig(
     config=dataclasses.replace(config, remat='none'),
     sampling=sampling,
     stop_ids=tuple(stop_ids),
@@ -76,17 +76,17 @@ def make_decoder(
 
 def generate(
   params: Any,
-  prompts: Prompts,
+  prompts: PromptArrays,
   key: jax.Array,
   *,
-  decoder: Decoder,
+  decoder: DecodeConfig,
   mesh: Mesh,
   slots: int = 0,
   samples: int = 1,
   index: np.ndarray | None = None,
   limits: np.ndarray | None = None,
-  watch: Callable[[Generated], object] = lambda found: None,
-) -> Generated:
+  watch: Callable[[GenerationResult], object] = lambda found: None,
+) -> GenerationResult:
   """Samples responses until a stop token or the limit.
 
   The random numbers of a response are uniform(fold_in(fold_in(fold_in(key, i), sample), t)) with i
@@ -114,10 +114,10 @@ def generate(
   _check(prompts, decoder)
   _check_memory(slots or len(prompts.ids) * samples, prompts, decoder, mesh)
   with jax.set_mesh(mesh):
-    weights = decode.weights(params, decoder=decoder)
+    weights = decode.decode_weights(params, decoder=decoder)
     index = np.arange(len(prompts.ids)) if index is None else index
     keys = _response_keys(key, jnp.asarray(index, jnp.uint32), samples)
-    run = _Run(weights, prompts, keys, decoder, mesh, samples, limits)
+    run = _Scheduler(weights, prompts, keys, decoder, mesh, samples, limits)
     run.start(slots or len(run.limits))
     while run.is_busy:
       watch(run.found)
@@ -127,15 +127,15 @@ def generate(
   return run.found
 
 
-class _Run:
+class _Scheduler:
   """A generation under way: which response is in which slot, and what has come out."""
 
   def __init__(
     self,
-    weights: Weights,
-    prompts: Prompts,
+    weights: DecodeWeights,
+    prompts: PromptArrays,
     keys: jax.Array,
-    decoder: Decoder,
+    decoder: DecodeConfig,
     mesh: Mesh,
     samples: int,
     limits: np.ndarray | None,
@@ -148,7 +148,7 @@ class _Run:
     self._keys = keys
     self._next = 0  # the first response that no slot has taken
     size = (total, most)
-    self.found = Generated(
+    self.found = GenerationResult(
       response_ids=np.full(size, decoder.stop_ids[0], np.int32),
       response_mask=np.zeros(size, bool),
       finished=np.zeros(total, bool),
@@ -163,7 +163,7 @@ class _Run:
     slots = _round_up(min(slots, len(self.limits)), self._rows)
     longest = int(self._prompts.length.max())
     self._positions = _bucket(longest + self._decoder.chunk)
-    self._slots = decode.empty(slots, self._positions, decoder=self._decoder)
+    self._slots = decode.empty_slots(slots, self._positions, decoder=self._decoder)
     self._response = np.full(slots, -1)  # which one each slot holds; -1 for none
 
   @property
@@ -187,7 +187,7 @@ class _Run:
 
   def _insert(self, prompts: np.ndarray, size: int, taken: np.ndarray) -> None:
     """Reads these prompts, padded to `size`, and starts the responses among `taken` to them."""
-    rows = _round_up(_power(len(prompts)), self._rows)
+    rows = _round_up(_next_power_of_two(len(prompts)), self._rows)
     padded = np.concatenate([prompts, np.repeat(prompts[:1], rows - len(prompts))])
     ids = self._prompts.ids[padded]
     ids = np.pad(ids, ((0, 0), (0, max(size - ids.shape[1], 0))))[:, :size]
@@ -201,7 +201,7 @@ class _Run:
     is_new = np.isin(self._response, taken) & np.isin(held // self._samples, prompts)
     source = np.where(is_new, np.searchsorted(prompts, held // self._samples), -1)
     self._grow(size)
-    self._slots = decode.insert(
+    self._slots = decode.insert_slots(
       self._slots,
       prefix,
       source.astype(np.int32),
@@ -228,19 +228,19 @@ class _Run:
       self._resize(rows, positions)
 
   def _resize(self, rows: np.ndarray | None, positions: int) -> None:
-    self._slots = decode.resize(self._slots, rows, positions, decoder=self._decoder)
+    self._slots = decode.resize_slots(self._slots, rows, positions, decoder=self._decoder)
     self._positions = positions
     if rows is not None:
       self._response = self._response[rows]
 
   def step(self) -> None:
     """A chunk of tokens for every slot."""
-    self._slots, tokens = decode.advance(self._weights, self._slots, decoder=self._decoder)
-    tokens, live = processes.fetch((tokens, self._slots.live))
+    self._slots, tokens = decode.decode_chunk(self._weights, self._slots, decoder=self._decoder)
+    tokens, live = processes.to_host((tokens, self._slots.live))
     self._record(tokens)
     self._response[~live] = -1
 
-  def _record(self, tokens: Tokens) -> None:
+  def _record(self, tokens: ChunkOutput) -> None:
     slots = np.flatnonzero(self._response >= 0)
     response = self._response[slots]
     count = tokens.count[slots]
@@ -271,7 +271,7 @@ def _response_keys(key: jax.Array, index: jax.Array, samples: int) -> jax.Array:
   return jax.vmap(fold, (0, None))(of_prompt, jnp.arange(samples)).reshape(-1)
 
 
-def _check(prompts: Prompts, decoder: Decoder) -> None:
+def _check(prompts: PromptArrays, decoder: DecodeConfig) -> None:
   if not (prompts.length > 0).all():
     row = int(np.argmin(prompts.length))
     raise ValueError(f'prompt {row} is empty; there is nothing to answer.')
@@ -284,7 +284,7 @@ def _check(prompts: Prompts, decoder: Decoder) -> None:
     )
 
 
-def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) -> None:
+def _check_memory(slots: int, prompts: PromptArrays, decoder: DecodeConfig, mesh: Mesh) -> None:
   """ValueError, with the number of slots that would do, where weights and cache cannot fit.
 
   While the cache grows to its last size, that before is there too.
@@ -299,7 +299,7 @@ def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) ->
   free = _free_bytes(mesh)
   if weights + slots * per_slot > free:
     fits = max(int((free - weights) // per_slot), 0)
-    advice = f'set config.rollout.slots to at most {fits}' if fits else 'use more devices'
+    advice = f'set config.rollout.max_concurrent to at most {fits}' if fits else 'use more devices'
     raise ValueError(
       f'the weights for decoding and a cache of {slots} slots of {last} positions, counting that '
       f'it grows, take {weights / 2**30:.2f} + {slots * per_slot / 2**30:.2f} GiB of each device, '
@@ -307,7 +307,7 @@ def _check_memory(slots: int, prompts: Prompts, decoder: Decoder, mesh: Mesh) ->
     )
 
 
-def cache_positions(longest: int, decoder: Decoder) -> tuple[int, int]:
+def cache_positions(longest: int, decoder: DecodeConfig) -> tuple[int, int]:
   """(Positions of the cache before it grows for the last time, and after) for such prompts.
 
   The first is 0 where it does not have to grow.
@@ -317,11 +317,11 @@ def cache_positions(longest: int, decoder: Decoder) -> tuple[int, int]:
   return (max(first, _bucket_before(last)) if first < last else 0), last
 
 
-def prefill_rows(prompts: int, length: int, decoder: Decoder, mesh: Mesh) -> tuple[int, int]:
+def prefill_rows(prompts: int, length: int, decoder: DecodeConfig, mesh: Mesh) -> tuple[int, int]:
   """(Rows, positions) of the largest prefill of so many prompts of that length."""
   size, rows = _bucket(length, least=16), sharding.decode_rows(decoder.layout, mesh)
   most = max(_PREFILL_TOKENS // size, rows)
-  return _round_up(_power(min(prompts, most)), rows), size
+  return _round_up(_next_power_of_two(min(prompts, most)), rows), size
 
 
 def _free_bytes(mesh: Mesh) -> float:
@@ -337,7 +337,7 @@ def _bucket(size: int, least: int = 64) -> int:
   """The next of few sizes, so that few programs are compiled: powers of two, then steps of 512."""
   if size > 512:
     return _round_up(size, 512)
-  return max(_power(size), least)
+  return max(_next_power_of_two(size), least)
 
 
 def _bucket_before(size: int) -> int:
@@ -345,7 +345,7 @@ def _bucket_before(size: int) -> int:
   return size - 512 if size > 512 else size // 2
 
 
-def _power(size: int) -> int:
+def _next_power_of_two(size: int) -> int:
   """The next power of two."""
   return 1 << max(int(size) - 1, 0).bit_length()
 

@@ -85,7 +85,7 @@ def _kept(config: LlamaConfig) -> Any:
   )
 
 
-def config_of(network: Network) -> LlamaConfig:
+def make_config(network: Network) -> LlamaConfig:
   """The network of those sizes, untrained."""
   sizes = dataclasses.asdict(network)
   return LlamaConfig(head_dim=network.hidden_size // network.num_attention_heads, **sizes)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, Shaped
 
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
-from segjax.types import Places
+from segjax.types import PackingSlots
 
 
 class PackedRows(NamedTuple):
@@ -24,12 +24,12 @@ class PackedRows(NamedTuple):
   segment_ids: Int[Array, 'R W']
 
 
-def read(
+def run_packed(
   function: Callable[..., Any],
   params: Any,
   ids: Int[Array, 'M S'],
   config: LlamaConfig,
-  places: Places | None = None,
+  places: PackingSlots | None = None,
   segment_ids: Int[Array, 'M S'] | None = None,
 ) -> Any:
   """What a function of `heads` finds at each token, [M, S]; at padding the values are arbitrary.
@@ -47,7 +47,7 @@ def read(
   return jax.tree.map(lambda x: unpack(x, places, ids.shape[1]), found)
 
 
-def pack(ids: Int[Array, 'M S'], places: Places) -> PackedRows:
+def pack(ids: Int[Array, 'M S'], places: PackingSlots) -> PackedRows:
   """The sequences at their places."""
   count, size = ids.shape
   total = places.rows * places.width
@@ -70,7 +70,7 @@ def pack(ids: Int[Array, 'M S'], places: Places) -> PackedRows:
   return PackedRows(*(sharding.constrain_batch(x.reshape(shape)) for x in rows))
 
 
-def unpack(x: Shaped[Array, 'R W'], places: Places, size: int) -> Shaped[Array, 'M S']:
+def unpack(x: Shaped[Array, 'R W'], places: PackingSlots, size: int) -> Shaped[Array, 'M S']:
   """The first `size` entries of each sequence's place."""
   index = (places.row * places.width + places.offset)[:, None] + jnp.arange(size)[None]
   flat = sharding.constrain(x.reshape(-1), 'whole')

@@ -29,7 +29,7 @@ class Sampling:
   max_new_tokens: int = 1024
 
 
-class Drawn(NamedTuple):
+class SampledToken(NamedTuple):
   """A token per row; its log-prob unfiltered at temperature 1, and as it was drawn."""
 
   token: Int[Array, 'B']
@@ -37,13 +37,13 @@ class Drawn(NamedTuple):
   sample_logprob: Float[Array, 'B']
 
 
-def draw(
+def sample_token(
   logits: Float[Array, 'B V'],
   uniform: Float[Array, 'B'],
   count: Int[Array, 'B'],
   stop: Int[Array, 'N'],
   sampling: Sampling,
-) -> Drawn:
+) -> SampledToken:
   """One token per row, exact: the probability of each is that of the filtered softmax.
 
   Args:
@@ -58,11 +58,11 @@ def draw(
   allowed = jnp.where(banned, -jnp.inf, logits) if sampling.min_new_tokens else logits
   if sampling.temperature == 0:
     token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
-    return Drawn(token, _picked(jax.nn.log_softmax(logits), token), jnp.zeros_like(uniform))
-  kept = filtered(allowed / sampling.temperature, sampling)
+    return SampledToken(token, _picked(jax.nn.log_softmax(logits), token), jnp.zeros_like(uniform))
+  kept = filter_logits(allowed / sampling.temperature, sampling)
   weights = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
   token = inverse_cdf(weights, uniform)
-  return Drawn(
+  return SampledToken(
     token,
     _picked(logits, token) - jax.nn.logsumexp(logits, axis=-1),
     _picked(kept, token) - jax.nn.logsumexp(kept, axis=-1),
@@ -89,7 +89,7 @@ def inverse_cdf(weights: Float[Array, 'B V'], uniform: Float[Array, 'B']) -> Int
   return (block * _BLOCK + index).astype(jnp.int32)
 
 
-def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
+def filter_logits(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
   """Logits with -inf outside the top k and outside the nucleus of mass top_p.
 
   The nucleus is found by bisection on the probability threshold, without sorting the vocabulary.
@@ -112,7 +112,7 @@ def filtered(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B
   return logits
 
 
-def is_broken(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
+def has_no_finite_logit(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
   """Whether a row has no distribution to draw from: a NaN, or nothing finite."""
   return ~jnp.isfinite(jnp.max(logits, axis=-1))
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
-WHOLE = ('fsdp', 'tensor')
+WEIGHT_AXES = ('fsdp', 'tensor')
 _HOST = 'pinned_host'
 
 # One match per tensor: none or two is an error. Optimizer moments carry their parameter's path as
@@ -58,19 +58,19 @@ ACTIVATION_RULES: dict[str, P] = {
   'decode_tokens': P('data', None),
   'decode_hidden': P('data', None, None),
   'decode_gathered': P('data', None, None),
-  'decode_product': P('data', None, WHOLE),
-  'decode_flat_heads': P('data', None, WHOLE),
-  'decode_logits': P('data', None, WHOLE),
-  'decode_heads': P('data', None, WHOLE, None),
-  'decode_key': P('data', WHOLE, None, None),
-  'decode_value': P('data', WHOLE, None, None),
+  'decode_product': P('data', None, WEIGHT_AXES),
+  'decode_flat_heads': P('data', None, WEIGHT_AXES),
+  'decode_logits': P('data', None, WEIGHT_AXES),
+  'decode_heads': P('data', None, WEIGHT_AXES, None),
+  'decode_key': P('data', WEIGHT_AXES, None, None),
+  'decode_value': P('data', WEIGHT_AXES, None, None),
   # And where the heads do not divide that far: for attention and sampling, rows are split instead.
   'rows_tokens': P(AXES, None),
   'rows_hidden': P('data', None, None),
   'rows_gathered': P('data', None, None),
-  'rows_product': P('data', None, WHOLE),
+  'rows_product': P('data', None, WEIGHT_AXES),
   'rows_flat_heads': P(AXES, None, None),
-  'rows_logits': P('data', None, WHOLE),
+  'rows_logits': P('data', None, WEIGHT_AXES),
   'rows_heads': P(AXES, None, None, None),
   'rows_key': P(AXES, None, None, None),
   'rows_value': P(AXES, None, None, None),
@@ -191,7 +191,7 @@ def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Arra
   return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
 
-def on_each_device(
+def shard_map_activations(
   function: Callable[..., jax.Array], names: tuple[str, ...], result: str
 ) -> Callable[..., jax.Array]:
   """`function` on every device's own part of arrays laid out as ACTIVATION_RULES[names].
@@ -239,7 +239,7 @@ def decode_layout(kv_heads: int, mesh: Mesh) -> str:
   splits the cache by heads; 'rows_', where the key heads do not divide that far, by rows over all
   devices, for which queries, keys and values of a step change places.
   """
-  return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WHOLE) else 'decode_'
+  return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WEIGHT_AXES) else 'decode_'
 
 
 def decode_rows(layout: str, mesh: Mesh) -> int:
@@ -247,9 +247,9 @@ def decode_rows(layout: str, mesh: Mesh) -> int:
   return mesh.size if layout == 'rows_' else mesh.shape['data']
 
 
-def for_decoding(tree: Any) -> Any:
+def decode_sharding(tree: Any) -> Any:
   """Parameters laid out for a decode loop, in which none of them is gathered."""
-  return _constrain_tree(tree, lambda entry: WHOLE if 'tensor' in _axes(entry) else None)
+  return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in _axes(entry) else None)
 
 
 def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -306,7 +306,8 @@ def to_host(tree: Any) -> Any:
   device = next(iter(jax.tree.leaves(tree)[0].devices()))
   if _HOST not in {memory.kind for memory in device.addressable_memories()}:
     raise ValueError(
-      f'config.runtime.frozen_memory=host: {device.device_kind} devices cannot read the memory of '
+      f'config.runtime.frozen_params_memory=host: {device.device_kind} devices cannot read the '
+      'memory of '
       'the host; use device.'
     )
   return _in_memory(tree, _HOST)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from segjax.config.settings import PPO, SFT, Optimizer, Reward, Settings
+from segjax.config.settings import PPO, SFT, Optimizer, RewardTraining, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
-from segjax.run.stage import packed
-from segjax.train.experience import Scores
+from segjax.run.stage import plan_packing_for
+from segjax.train.experience import ModelOutputs
 from segjax.train.optimizer import init_state
-from segjax.types import Experience, Packing, PreferenceBatch, Rollout, Segments, Sequences
+from segjax.types import Experience, PackingPlan, PreferenceBatch, Rollout, Segments, Sequences
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -31,7 +31,7 @@ def bytes_per_device(tree: Any) -> int:
   return total
 
 
-def placed(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: Any, shardings: Any) -> Any:
   """The shapes, laid out so."""
   return jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
@@ -42,14 +42,14 @@ def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh) -> Any:
   """Of a network's weights."""
   shapes = heads.param_shapes(config, head)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-  return placed(shapes, sharding.tree_shardings(shapes, mesh))
+  return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
 
 def state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settings, mesh: Mesh):
   """Of what training a network carries on."""
-  weights = params(config, head, settings.runtime.weights_dtype, mesh)
+  weights = params(config, head, settings.runtime.param_dtype, mesh)
   shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), weights)
-  return placed(shapes, sharding.tree_shardings(shapes, mesh))
+  return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
 
 def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -57,24 +57,26 @@ def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
 
 
-def packing(settings: SFT | Reward | PPO, sequences: int, mesh: Mesh, group: int = 1) -> Any:
+def packing(
+  settings: SFT | RewardTraining | PPO, sequences: int, mesh: Mesh, group: int = 1
+) -> Any:
   """Where the sequences of an update lie, if they are packed; its shapes know no lengths."""
-  found: Packing | None = packed(settings, np.ones(sequences, np.int32), group)[0]
+  found: PackingPlan | None = plan_packing_for(settings, np.ones(sequences, np.int32), group)[0]
   everywhere = sharding.replicated(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), found)
 
 
-def split(make: Callable[[], Any], mesh: Mesh) -> Any:
+def batch_shape_structs(make: Callable[[], Any], mesh: Mesh) -> Any:
   """The shapes of the arrays that `make` would return, each split along its first axis."""
   return jax.tree.map(lambda x: batch(mesh, x.dtype, *x.shape), jax.eval_shape(make))
 
 
-def result(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
+def output_shape_structs(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
   """The shapes that a jitted function returns, laid out as it lays them out."""
   with jax.set_mesh(mesh):
     shapes = function.eval_shape(*arguments, **static)
   compiled = lower(mesh, function, arguments, static).compile()
-  return placed(shapes, compiled.output_shardings)
+  return with_shardings(shapes, compiled.output_shardings)
 
 
 def rollout(size: int, prompt: int, response: int) -> Rollout:
@@ -104,10 +106,10 @@ def experience(size: int, prompt: int, response: int) -> Experience:
   )
 
 
-def scores(size: int, response: int) -> Scores:
+def scores(size: int, response: int) -> ModelOutputs:
   """What the networks say of so many responses."""
   tokens = jnp.zeros((size, response), jnp.float32)
-  return Scores(*[tokens] * 5, prompt_score=tokens[:, 0])
+  return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0])
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from segjax.model.chips import GIB
 from segjax.plan import abstract_arrays, programs
-from segjax.plan.programs import Phase, Program
+from segjax.plan.programs import JobPrograms, Phase
 from segjax.plan.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class PhaseMemory:
   """One device's memory in one phase, bytes.
 
   Attributes:
@@ -44,8 +44,8 @@ class Measured:
 
 
 def measure(
-  phase: Phase, program: Program, mesh: Mesh, topology: Topology, cache: Path | None
-) -> Measured:
+  phase: Phase, program: JobPrograms, mesh: Mesh, topology: Topology, cache: Path | None
+) -> PhaseMemory:
   """Compiles a phase, or finds in `cache` what compiling the same program said."""
   lowered = programs.lowered(phase, mesh)
   file = cache / f'{_fingerprint(lowered, topology)}.json' if cache else None
@@ -57,10 +57,10 @@ def measure(
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(found), encoding='utf-8')
   passed = sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.passed)
-  return Measured(name=phase.name, beside=held_bytes(phase, program) - passed, **found)
+  return PhaseMemory(name=phase.name, beside=held_bytes(phase, program) - passed, **found)
 
 
-def held_bytes(phase: Phase, program: Program) -> int:
+def held_bytes(phase: Phase, program: JobPrograms) -> int:
   """What lives on a device during the phase, its arguments among it."""
   return sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.alive)
 

@@ -12,12 +12,12 @@ from segjax.config.settings import Settings
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.model import sharding
-from segjax.model.llama import LlamaConfig, config_of, num_parameters
+from segjax.model.llama import LlamaConfig, make_config, num_parameters
 from segjax.plan import memory, programs, roofline, suggestions, topologies
-from segjax.plan.memory import Measured, in_gib
-from segjax.plan.programs import Program
+from segjax.plan.memory import PhaseMemory, in_gib
+from segjax.plan.programs import JobPrograms
 from segjax.plan.topologies import Topology
-from segjax.report.console import say, table
+from segjax.report.console import log, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Plan:
 
   job: str
   topology: Topology
-  program: Program
-  measured: list[Measured]
-  work: dict[str, roofline.Work]
+  program: JobPrograms
+  measured: list[PhaseMemory]
+  work: dict[str, roofline.PhaseCost]
   suggestions: list[str]
   prompts: int  # per step
 
@@ -45,7 +45,7 @@ class Plan:
     return sum(work.seconds(self.topology.chip) for work in self.work.values())
 
 
-def make(
+def make_plan(
   job: str, s: Settings, topology: Topology, names: tuple[str, ...] = (), cache: Path | None = None
 ) -> Plan:
   """Compiles the job's phases, or those of `names`, for the topology.
@@ -68,11 +68,11 @@ def make(
   for phase in program.phases:
     if not names or phase.name in names:
       measured.append(memory.measure(phase, program, mesh, topology, cache))
-      say(f'{phase.name}: compiled in {measured[-1].seconds:.0f} s', 'plan')
+      log(f'{phase.name}: compiled in {measured[-1].seconds:.0f} s', 'plan')
   plan = Plan(job, topology, program, measured, _work(job, s, program, mesh), [], _prompts(job, s))
   if plan.fits:
     return plan
-  found = suggestions.advise(job, s, network, mesh, measured, topology.chip.memory)
+  found = suggestions.suggest_changes(job, s, network, mesh, measured, topology.chip.memory)
   return dataclasses.replace(plan, advice=found)
 
 
@@ -86,23 +86,27 @@ def _network(s: Settings) -> LlamaConfig:
       'the sizes of the network are not known: take a preset such as llama3_8b_sft, or give '
       '--config.policy.path a directory that is here.'
     )
-  return config_of(s.network)
+  return make_config(s.network)
 
 
-def _work(job: str, s: Settings, program: Program, mesh: Mesh) -> dict[str, roofline.Work]:
+def _work(job: str, s: Settings, program: JobPrograms, mesh: Mesh) -> dict[str, roofline.PhaseCost]:
   if job == 'ppo':
     return roofline.ppo_step(s, program.networks, mesh)
   return roofline.update(job, s, program.networks, mesh)
 
 
 def _prompts(job: str, s: Settings) -> int:
-  return s.ppo.rollout_batch // s.rollout.samples if job == 'ppo' else getattr(s, job).batch
+  return (
+    s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
+    if job == 'ppo'
+    else getattr(s, job).batch
+  )
 
 
 def show(plan: Plan) -> None:
   """Prints the plan."""
   chip, network = plan.topology.chip, next(iter(plan.program.networks.values()))
-  say('')
+  log('')
   rows = [
     (
       found.name,
@@ -119,7 +123,7 @@ def show(plan: Plan) -> None:
   )
   table(title, ('phase', 'compile s', *_COLUMNS, 'fits'), rows)
   if plan.topology.is_estimate:
-    say('an estimate: compiled for CPU devices, which widen bfloat16 and know no flash attention')
+    log('an estimate: compiled for CPU devices, which widen bfloat16 and know no flash attention')
   held = [(name, in_gib(size)) for name, size in plan.program.sizes().items()]
   table('What lives across phases', ('', 'GiB per device'), held)
   if not math.isnan(chip.flops):
@@ -131,16 +135,16 @@ def show(plan: Plan) -> None:
     rate = plan.prompts / plan.step_seconds * 3600
     days = roofline.PROMPTS / rate / 24
     what = 'prompts' if plan.job == 'ppo' else 'rows'
-    say(
+    log(
       f'{plan.step_seconds:.0f} s a step, {rate:,.0f} {what} an hour, '
       f'{days:.2f} days for {roofline.PROMPTS:,}'
     )
   for found in plan.measured:
     if found.refused:
-      say(f'{found.name}: {found.refused}')
+      log(f'{found.name}: {found.refused}')
   for line in plan.advice:
-    say(line)
-  say('it fits' if plan.fits else 'it does NOT fit')
+    log(line)
+  log('it fits' if plan.fits else 'it does NOT fit')
 
 
 _COLUMNS = ('arguments', 'temporaries', 'outputs', 'aliased', 'beside', 'peak')

@@ -18,13 +18,13 @@ from segjax.data.batches import TokenBatch
 from segjax.model import decode, generate, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
-from segjax.run.stage import as_run
+from segjax.run.stage import apply_runtime
 from segjax.train import rollout as rollouts
-from segjax.train.experience import Recipe, make_experience, score_piece
+from segjax.train.experience import PPORecipe, make_experience, score_chunk
 from segjax.train.ppo_step import critic_step, policy_step
-from segjax.train.reward_spec import overruled
-from segjax.train.reward_step import Scorer, evaluate_pairs, reward_step
-from segjax.train.segmenter import Cutter
+from segjax.train.reward_spec import override
+from segjax.train.reward_step import SegmentScorer, evaluate_pairs, reward_step
+from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
 
@@ -53,7 +53,7 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class JobPrograms:
   """A job as its phases see it.
 
   Attributes:
@@ -72,7 +72,7 @@ class Program:
     return {name: abstract_arrays.bytes_per_device(tree) for name, tree in wholes.items()}
 
 
-def program(job: str, settings: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
+def program(job: str, settings: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
   """The phases of that job for networks of those sizes."""
   return JOBS[job](settings, network, mesh)
 
@@ -82,45 +82,50 @@ def lowered(phase: Phase, mesh: Mesh) -> Any:
   return abstract_arrays.lower(mesh, phase.function, phase.arguments, phase.static)
 
 
-def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
-  trained, _ = as_run(network, s.runtime, mesh, trained=True)
-  frozen, _ = as_run(network, s.runtime, mesh, trained=False)
-  names = ('policy', 'critic', 'reference', *(('reward',) if s.shaping.reward_model_weight else ()))
+def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
+  names = (
+    'policy',
+    'critic',
+    'reference',
+    *(('reward',) if s.reward_shaping.reward_model_weight else ()),
+  )
   networks = {name: trained if name in ('policy', 'critic') else frozen for name in names}
   ppo, prompt, response = s.ppo, s.data.max_prompt_length, s.rollout.max_new_tokens
-  segmentation = overruled(Segmentation(), s.reward_model.segmentation)
-  recipe = Recipe(
+  segmentation = override(Segmentation(), s.reward_model.segmentation)
+  recipe = PPORecipe(
     policy=trained,
     reference=frozen,
     reward=networks.get('reward'),
     critic=trained,
-    cutter=Cutter(segmentation),
+    cutter=Segmenter(segmentation),
     spread='even_split',
-    shaping=s.shaping,
+    shaping=s.reward_shaping,
     ppo=ppo,
     compat=s.compat,
     recompute_logprob=s.rollout.recompute_logprob,
   )
   lengths = prompt, response
-  rollout = abstract_arrays.split(
-    lambda: abstract_arrays.rollout(ppo.rollout_batch, *lengths), mesh
+  rollout = abstract_arrays.batch_shape_structs(
+    lambda: abstract_arrays.rollout(ppo.rollout_batch_size, *lengths), mesh
   )
-  experience = abstract_arrays.split(
-    lambda: abstract_arrays.experience(ppo.rollout_batch, *lengths), mesh
+  experience = abstract_arrays.batch_shape_structs(
+    lambda: abstract_arrays.experience(ppo.rollout_batch_size, *lengths), mesh
   )
   held = {
     'policy state': abstract_arrays.state(trained, 'language', ppo.policy_optimizer, s, mesh),
     'critic state': abstract_arrays.state(trained, 'scalar', ppo.critic_optimizer, s, mesh),
-    'reference': abstract_arrays.params(frozen, 'language', s.runtime.dtype, mesh),
+    'reference': abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh),
     **(
-      {'reward model': abstract_arrays.params(frozen, 'scalar', s.runtime.dtype, mesh)}
+      {'reward model': abstract_arrays.params(frozen, 'scalar', s.runtime.compute_dtype, mesh)}
       if 'reward' in networks
       else {}
     ),
     'rollout': rollout,
     'experience': experience,
   }
-  on_host = s.runtime.frozen_memory == 'host'
+  on_host = s.runtime.frozen_params_memory == 'host'
   waiting = tuple(name for name in ('reference', 'reward model') if name in held and not on_host)
   scoring = tuple(name for name in ('reference', 'reward model') if name in held)
   states = ('policy state', 'critic state')
@@ -129,7 +134,7 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   for phase in _generation(s, trained, held, mesh, prompt):
     phases.append(dataclasses.replace(phase, alive=(*states, *waiting, *phase.alive)))
 
-  size = ppo.score_batch or ppo.rollout_batch
+  size = ppo.scoring_batch_size or ppo.rollout_batch_size
   width = prompt + response
   params = {
     'reference': held['reference'],
@@ -140,12 +145,12 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
   phases.append(
     Phase(
       'scoring',
-      score_piece,
+      score_chunk,
       (
         params,
         abstract_arrays.batch(mesh, jnp.int32, size, width),
         None,
-        abstract_arrays.split(lambda: abstract_arrays.rollout(size, *lengths), mesh),
+        abstract_arrays.batch_shape_structs(lambda: abstract_arrays.rollout(size, *lengths), mesh),
       ),
       {'recipe': recipe},
       (*states, *scoring, 'rollout', 'experience'),
@@ -153,7 +158,9 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
     )
   )
   coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-  scored = abstract_arrays.split(lambda: abstract_arrays.scores(ppo.rollout_batch, response), mesh)
+  scored = abstract_arrays.batch_shape_structs(
+    lambda: abstract_arrays.scores(ppo.rollout_batch_size, response), mesh
+  )
   normalizer = jax.tree.map(lambda _: coef, Normalizer())
   phases.append(
     Phase(
@@ -165,8 +172,8 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
       ('rollout',),
     )
   )
-  rows = jax.ShapeDtypeStruct((ppo.minibatch,), jnp.int32, sharding=sharding.replicated(mesh))
-  packing = abstract_arrays.packing(ppo, ppo.minibatch, mesh)
+  rows = jax.ShapeDtypeStruct((ppo.minibatch_size,), jnp.int32, sharding=sharding.replicated(mesh))
+  packing = abstract_arrays.packing(ppo, ppo.minibatch_size, mesh)
   static = {'recipe': recipe, 'total_steps': 100}
   alive = (*states, *waiting, 'experience')
   for name, step, more in (('policy', policy_step, (coef,)), ('critic', critic_step, ())):
@@ -174,66 +181,76 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
     arguments = (held[state], experience, rows, *more, packing)
     phases.append(Phase(f'{name} update', step, arguments, static, alive, (state, 'experience')))
   held['critic parameters'] = held['critic state'].params
-  return Program(held, phases, networks)
+  return JobPrograms(held, phases, networks)
 
 
 def _generation(
   s: Settings, config: LlamaConfig, held: dict[str, Any], mesh: Mesh, prompt: int
 ) -> Iterator[Phase]:
   """The phases of a rollout; adds what they hold."""
-  decoder = generate.make_decoder(config, rollouts.sampling(s.rollout), STOP_IDS, mesh)
+  decoder = generate.make_decode_config(config, rollouts.sampling(s.rollout), STOP_IDS, mesh)
   before, positions = generate.cache_positions(prompt, decoder)
-  slots = s.rollout.slots or s.ppo.rollout_batch
+  slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
   static = {'decoder': decoder}
   params = held['policy state'].params
-  held['decode weights'] = weights = abstract_arrays.result(mesh, decode.weights, params, **static)
-  cache = functools.partial(abstract_arrays.result, mesh, decode.empty, **static)
+  held['decode weights'] = weights = abstract_arrays.output_shape_structs(
+    mesh, decode.decode_weights, params, **static
+  )
+  cache = functools.partial(
+    abstract_arrays.output_shape_structs, mesh, decode.empty_slots, **static
+  )
   held['cache'] = full = cache(slots, positions)
   held['cache before'] = cache(slots, before) if before else ()
-  prompts = s.ppo.rollout_batch // s.rollout.samples
+  prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
   rows, size = generate.prefill_rows(min(prompts, slots), prompt, decoder, mesh)
   ids = jax.ShapeDtypeStruct((rows, size), jnp.int32, sharding=sharding.replicated(mesh))
   length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.replicated(mesh))
   with_cache = ('decode weights', 'cache')
-  yield Phase('decode weights', decode.weights, (params,), static, (), ('policy parameters',))
+  yield Phase(
+    'decode weights', decode.decode_weights, (params,), static, (), ('policy parameters',)
+  )
   held['policy parameters'] = params
   prefill = (weights, ids, length)
   yield Phase('prefill', decode.prefill, prefill, static, with_cache, ('decode weights',))
   if before:
     grow = (held['cache before'], None, positions)
     alive = ('decode weights', 'cache before')
-    yield Phase('cache growth', decode.resize, grow, static, alive, ('cache before',))
-  yield Phase('decode chunk', decode.advance, (weights, full), static, with_cache, with_cache)
+    yield Phase('cache growth', decode.resize_slots, grow, static, alive, ('cache before',))
+  yield Phase('decode chunk', decode.decode_chunk, (weights, full), static, with_cache, with_cache)
 
 
-def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
-  trained, _ = as_run(network, s.runtime, mesh, trained=True)
-  frozen, _ = as_run(network, s.runtime, mesh, trained=False)
-  scorer = Scorer(trained, frozen, Cutter(s.reward.segmentation))
+def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
+  scorer = SegmentScorer(trained, frozen, Segmenter(s.reward_training.segmentation))
   held = {
-    'reward model state': abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
+    'reward model state': abstract_arrays.state(
+      trained, 'scalar', s.reward_training.optimizer, s, mesh
+    )
   }
-  if scorer.cutter.needs_entropy and not s.reward.entropy_cache:
-    held['reference'] = abstract_arrays.params(frozen, 'language', s.runtime.dtype, mesh)
-  held['pairs'] = abstract_arrays.split(
-    lambda: abstract_arrays.pairs(s.reward.batch, s.data.max_length), mesh
+  if scorer.cutter.needs_entropy and not s.reward_training.entropy_cache_dir:
+    held['reference'] = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
+  held['pairs'] = abstract_arrays.batch_shape_structs(
+    lambda: abstract_arrays.pairs(s.reward_training.batch_size, s.data.max_length), mesh
   )
-  static = {'scorer': scorer, 'settings': s.reward, 'total_steps': 100}
+  static = {'scorer': scorer, 'settings': s.reward_training, 'total_steps': 100}
   names = tuple(held)
   state, reference, pairs = held['reward model state'], held.get('reference'), held['pairs']
-  packing = abstract_arrays.packing(s.reward, 2 * s.reward.batch, mesh, group=2)
+  packing = abstract_arrays.packing(
+    s.reward_training, 2 * s.reward_training.batch_size, mesh, group=2
+  )
   given = state, reference, pairs, packing
   phases = [Phase('reward model update', reward_step, given, static, names, names)]
   held['reward model parameters'] = state.params
   asked, scorer = (state.params, reference, pairs), {'scorer': scorer}
   passed = ('reward model parameters', *names[1:])
   phases.append(Phase('held-out pairs', evaluate_pairs, asked, scorer, names, passed))
-  return Program(held, phases, {'reward': trained, 'reference': frozen})
+  return JobPrograms(held, phases, {'reward': trained, 'reference': frozen})
 
 
-def _sft(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
-  trained, _ = as_run(network, s.runtime, mesh, trained=True)
-  shape = s.sft.batch, s.data.max_length
+def _sft(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  shape = s.sft.batch_size, s.data.max_length
   held = {
     'policy state': abstract_arrays.state(trained, 'language', s.sft.optimizer, s, mesh),
     'rows': TokenBatch(
@@ -241,9 +258,9 @@ def _sft(s: Settings, network: LlamaConfig, mesh: Mesh) -> Program:
     ),
   }
   static = {'config': trained, 'settings': s.sft, 'total_steps': 100}
-  given = *held.values(), abstract_arrays.packing(s.sft, s.sft.batch, mesh)
+  given = *held.values(), abstract_arrays.packing(s.sft, s.sft.batch_size, mesh)
   phase = Phase('policy update', sft_step, given, static, tuple(held), tuple(held))
-  return Program(held, [phase], {'policy': trained})
+  return JobPrograms(held, [phase], {'policy': trained})
 
 
 JOBS = {'sft': _sft, 'reward': _reward, 'ppo': _ppo}

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from segjax.config.settings import Optimizer, Settings
 from segjax.model import sharding
 from segjax.model.chips import Chip
-from segjax.model.flops import causal_pairs, forward_flops
+from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig, num_parameters
 
 PROMPTS = 60_000  # of UltraFeedback, an epoch
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class PhaseCost:
   """Of one device, in one phase of one step: FLOPs, bytes of its memory, bytes to other devices."""
 
   flops: float | int = 0.0
@@ -40,48 +40,54 @@ class Work:
     return max(parts, key=lambda name: parts[name])
 
 
-def ppo_step(s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, Work]:
+def ppo_step(s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, PhaseCost]:
   """What a step of PPO is made of."""
-  prompt, response, batch = s.data.max_prompt_length, s.rollout.max_new_tokens, s.ppo.rollout_batch
+  prompt, response, batch = (
+    s.data.max_prompt_length,
+    s.rollout.max_new_tokens,
+    s.ppo.rollout_batch_size,
+  )
   whole = prompt + response
   work = {'generation': _generation(s, networks['policy'], mesh)}
-  pieces = batch // (s.ppo.score_batch or batch)
+  pieces = batch // (s.ppo.scoring_batch_size or batch)
   scoring = [
     _forward(networks[name], head, mesh, batch, whole, pieces)
     for name, head in (('reference', 'language'), ('reward', 'scalar'), ('critic', 'scalar'))
     if name in networks
   ]
   work['scoring'] = _sum(scoring)
-  updates = s.ppo.epochs * batch // s.ppo.minibatch
-  micro = s.ppo.minibatch // (s.ppo.micro_batch or s.ppo.minibatch)
+  updates = s.ppo.num_ppo_epochs * batch // s.ppo.minibatch_size
+  micro = s.ppo.minibatch_size // (s.ppo.micro_batch_size or s.ppo.minibatch_size)
   for name, head, optimizer in (
     ('policy', 'language', s.ppo.policy_optimizer),
     ('critic', 'scalar', s.ppo.critic_optimizer),
   ):
     trained = _trained(s, optimizer, networks[name], head, mesh)
-    rows = updates * s.ppo.minibatch
+    rows = updates * s.ppo.minibatch_size
     work[f'{name} update'] = trained(rows, whole, updates * micro, updates)
   return work
 
 
-def update(job: str, s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, Work]:
+def update(
+  job: str, s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh
+) -> dict[str, PhaseCost]:
   """What a step of sft or reward training is made of."""
   settings, length = getattr(s, job), s.data.max_length
-  pieces = settings.batch // (settings.micro_batch or settings.batch)
+  pieces = settings.batch_size // (settings.micro_batch_size or settings.batch_size)
   if job == 'sft':
     trained = _trained(s, settings.optimizer, networks['policy'], 'language', mesh)
-    return {'policy update': trained(settings.batch, length, pieces, 1)}
+    return {'policy update': trained(settings.batch_size, length, pieces, 1)}
   trained = _trained(s, settings.optimizer, networks['reward'], 'scalar', mesh)
-  rows = 2 * settings.batch
+  rows = 2 * settings.batch_size
   work = {'reward model update': trained(rows, length, pieces, 1)}
-  if 'reference' in networks and not settings.entropy_cache:
+  if 'reference' in networks and not settings.entropy_cache_dir:
     entropies = _forward(networks['reference'], 'language', mesh, rows, length, pieces)
     work['entropies'] = entropies
   return work
 
 
-def _sum(parts: list[Work]) -> Work:
-  return Work(*(sum(values) for values in zip(*map(dataclasses.astuple, parts), strict=True)))
+def _sum(parts: list[PhaseCost]) -> PhaseCost:
+  return PhaseCost(*(sum(values) for values in zip(*map(dataclasses.astuple, parts), strict=True)))
 
 
 def _weights(config: LlamaConfig) -> int:
@@ -97,28 +103,28 @@ def _gathered(config: LlamaConfig, mesh: Mesh) -> float:
 
 def _forward(
   config: LlamaConfig, head: str, mesh: Mesh, rows: int, length: int, pieces: int
-) -> Work:
-  flops = forward_flops(config, rows * length, rows * causal_pairs(length), head)
+) -> PhaseCost:
+  flops = forward_flops(config, rows * length, rows * attended_pairs(length), head)
   read = _weights(config) / sharding.sizes(mesh).tensor * pieces
-  return Work(flops / mesh.size, read, _gathered(config, mesh) * pieces)
+  return PhaseCost(flops / mesh.size, read, _gathered(config, mesh) * pieces)
 
 
 def _trained(
   s: Settings, optimizer: Optimizer, config: LlamaConfig, head: str, mesh: Mesh
-) -> Callable[[int, int, int, int], Work]:
+) -> Callable[[int, int, int, int], PhaseCost]:
   """(rows, length, micro-batches, updates) -> their work.
 
   Forward, backward and what remat does again; gradients are scattered, states read and written.
   """
   passes = 3 if config.remat == 'none' else 4
   itemsize = {'float32': 4, 'bfloat16': 2}
-  state = itemsize[s.runtime.weights_dtype] + 2 * itemsize[optimizer.moments_dtype]
+  state = itemsize[s.runtime.param_dtype] + 2 * itemsize[optimizer.moments_dtype]
   state = 2 * state * num_parameters(config) / mesh.size
   reads = passes - 1  # the backward pass needs the weights once for both of its products
 
-  def work(rows: int, length: int, pieces: int, updates: int) -> Work:
+  def work(rows: int, length: int, pieces: int, updates: int) -> PhaseCost:
     one = _forward(config, head, mesh, rows, length, pieces)
-    return Work(
+    return PhaseCost(
       flops=one.flops * passes,
       memory=one.memory * reads + state * updates,
       link=one.link * reads + 2 * _gathered(config, mesh) * pieces,
@@ -127,13 +133,17 @@ def _trained(
   return work
 
 
-def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> Work:
+def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
   """Prompts are read once; each step reads all weights and the filled cache."""
-  prompt, response, batch = s.data.max_prompt_length, s.rollout.max_new_tokens, s.ppo.rollout_batch
-  slots = min(s.rollout.slots or batch, batch)
-  prompts = batch // s.rollout.samples
-  flops = forward_flops(config, prompts * prompt, prompts * causal_pairs(prompt))
-  pairs = batch * causal_pairs(prompt + response, prompt)
+  prompt, response, batch = (
+    s.data.max_prompt_length,
+    s.rollout.max_new_tokens,
+    s.ppo.rollout_batch_size,
+  )
+  slots = min(s.rollout.max_concurrent or batch, batch)
+  prompts = batch // s.rollout.samples_per_prompt
+  flops = forward_flops(config, prompts * prompt, prompts * attended_pairs(prompt))
+  pairs = batch * attended_pairs(prompt + response, prompt)
   flops += forward_flops(config, batch * response, pairs)
   steps = response * math.ceil(batch / slots)
   itemsize = 2 if config.dtype == 'bfloat16' else 4
@@ -143,7 +153,7 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> Work:
   split = mesh.size // rows
   # Two sums of activations per layer over all devices that share the weights.
   passed = 2 * 2 * (split - 1) / split * slots / rows * config.hidden_size * itemsize
-  return Work(
+  return PhaseCost(
     flops=flops / mesh.size,
     memory=steps * (_weights(config) / split + filled / mesh.size),
     link=steps * config.num_hidden_layers * passed,

@@ -13,11 +13,11 @@ from segjax.config.settings import Settings, replace
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays, programs
-from segjax.plan.memory import Measured, held_bytes, in_gib
+from segjax.plan.memory import PhaseMemory, held_bytes, in_gib
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class SettingChange:
   """A setting's new value, and the share of the rows that the named phases then have at once."""
 
   key: str
@@ -28,12 +28,12 @@ class Change:
     return f'--config.{self.key}={self.value}'
 
 
-def advise(
+def suggest_changes(
   job: str,
   s: Settings,
   network: LlamaConfig,
   mesh: Mesh,
-  measured: list[Measured],
+  measured: list[PhaseMemory],
   limit: float | int,
 ) -> list[str]:
   """A line for each change that lowers the peak, and a last one with what is enough together."""
@@ -42,23 +42,23 @@ def advise(
   peak = max(found.peak for found in measured)
   lines, taken = [], []
   for change in _changes(job, s, mesh):
-    alone = peak_with([change], job, s, network, mesh, measured)
+    alone = estimate_peak([change], job, s, network, mesh, measured)
     if alone < peak:
       lines.append(f'{change}: peak {in_gib(alone)} GiB')
-    if peak_with(taken, job, s, network, mesh, measured) > limit:
+    if estimate_peak(taken, job, s, network, mesh, measured) > limit:
       taken.append(change)
-  left = peak_with(taken, job, s, network, mesh, measured)
+  left = estimate_peak(taken, job, s, network, mesh, measured)
   verdict = 'they fit' if left <= limit else 'not enough: take more chips'
   return [*lines, f'all of {" ".join(map(str, taken))}: peak {in_gib(left)} GiB, {verdict}']
 
 
-def peak_with(
-  changes: list[Change],
+def estimate_peak(
+  changes: list[SettingChange],
   job: str,
   s: Settings,
   network: LlamaConfig,
   mesh: Mesh,
-  measured: list[Measured],
+  measured: list[PhaseMemory],
 ) -> int:
   """The largest peak of all phases with these changes, bytes."""
   changed = programs.program(job, replace(s, **{c.key: c.value for c in changes}), network, mesh)
@@ -75,25 +75,25 @@ def peak_with(
   return max(peaks)
 
 
-def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[Change]:
+def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[SettingChange]:
   """From what costs nothing but time to what changes numbers."""
   devices = sharding.batch_devices(mesh)
   if job == 'ppo':
-    slots = s.rollout.slots or s.ppo.rollout_batch
+    slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
     names = ('prefill', 'cache growth', 'decode chunk')
     for share in _shares(slots, devices):
-      yield Change('rollout.slots', int(slots * share), dict.fromkeys(names, share))
+      yield SettingChange('rollout.max_concurrent', int(slots * share), dict.fromkeys(names, share))
   for key, whole, names in _ROWS[job]:
     rows = _get(s, key) or _get(s, whole)
     for share in _shares(rows, devices):
-      yield Change(key, int(rows * share), dict.fromkeys(names, share))
-  if job == 'ppo' and s.runtime.frozen_memory == 'device':
-    yield Change('runtime.frozen_memory', 'host')
+      yield SettingChange(key, int(rows * share), dict.fromkeys(names, share))
+  if job == 'ppo' and s.runtime.frozen_params_memory == 'device':
+    yield SettingChange('runtime.frozen_params_memory', 'host')
   for key in _OPTIMIZERS[job]:
     if _get(s, f'{key}.moments_dtype') == 'float32':
-      yield Change(f'{key}.moments_dtype', 'bfloat16')
-  if s.runtime.weights_dtype == 'float32':
-    yield Change('runtime.weights_dtype', 'bfloat16')
+      yield SettingChange(f'{key}.moments_dtype', 'bfloat16')
+  if s.runtime.param_dtype == 'float32':
+    yield SettingChange('runtime.param_dtype', 'bfloat16')
 
 
 def _shares(rows: int, devices: int) -> list[float]:
@@ -111,14 +111,16 @@ def _get(s: Settings, key: str):
 # Keys of rows at once, of the rows of which they are a part, and the phases that have them.
 _ROWS = {
   'ppo': (
-    ('ppo.micro_batch', 'ppo.minibatch', ('policy update', 'critic update')),
-    ('ppo.score_batch', 'ppo.rollout_batch', ('scoring',)),
+    ('ppo.micro_batch_size', 'ppo.minibatch_size', ('policy update', 'critic update')),
+    ('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
   ),
-  'reward': (('reward.micro_batch', 'reward.batch', ('reward model update',)),),
-  'sft': (('sft.micro_batch', 'sft.batch', ('policy update',)),),
+  'reward': (
+    ('reward_training.micro_batch_size', 'reward_training.batch_size', ('reward model update',)),
+  ),
+  'sft': (('sft.micro_batch_size', 'sft.batch_size', ('policy update',)),),
 }
 _OPTIMIZERS = {
   'ppo': ('ppo.policy_optimizer', 'ppo.critic_optimizer'),
-  'reward': ('reward.optimizer',),
+  'reward': ('reward_training.optimizer',),
   'sft': ('sft.optimizer',),
 }

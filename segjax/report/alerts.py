@@ -16,7 +16,7 @@ _FEW = 4  # the same for metrics of evaluation, which come seldom
 
 
 @dataclasses.dataclass
-class Trend:
+class MetricTrend:
   """A metric: mean of its first values, exponential mean of the recent ones, highest of those."""
 
   count: int = 0
@@ -34,7 +34,7 @@ class Trend:
     self.best = max(self.best, self.recent)
 
 
-Trends = dict[str, Trend]
+Trends = dict[str, MetricTrend]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Rule:
   after: int = _EARLIEST
 
 
-def _fell_from_best(held_out: Trend) -> bool:
+def _fell_from_best(held_out: MetricTrend) -> bool:
   """By more than a quarter of what was gained."""
   gained = held_out.best - held_out.first
   return gained > 0 and held_out.best - held_out.recent > 0.25 * gained + 1e-6
@@ -76,37 +76,39 @@ RULES = (
   Rule(
     ('response/eos_rate',),
     lambda rate: rate.recent < rate.first - 0.2,
-    'fewer responses end, {0:.0%}. Raise rollout.max_new_tokens, or set shaping.end_penalty=at_eos',
+    'fewer responses end, {0:.0%}. Raise rollout.max_new_tokens, or set '
+    'reward_shaping.missing_eos_penalty=at_eos',
   ),
   Rule(
     ('response/length_mean',),
     lambda length: length.recent > 2 * length.first + 8,
     'responses have become {0:.0f} tokens long, twice those at the start: look whether they are'
-    ' better or only longer. Try shaping.length_penalty=linear or a higher ppo.kl_coef',
+    ' better or only longer. Try reward_shaping.length_penalty=linear or a higher ppo.kl_coef',
   ),
   Rule(
-    ('val/explained_variance',),
+    ('critic/explained_variance',),
     lambda variance: variance.recent < 0,
     'the critic predicts worse than a constant, explained variance {0:.2f}. Set'
-    ' critic.warmup_steps, critic.init=reward_model, or raise ppo.critic_optimizer.learning_rate',
+    ' critic.warmup_rollouts, critic.init=reward_model, or raise '
+    'ppo.critic_optimizer.learning_rate',
     after=20,
   ),
   Rule(
     ('policy/clipfrac',),
     lambda share: share.recent > 0.3,
     'the clip holds {0:.0%} of the tokens: updates are too large. Lower'
-    ' ppo.policy_optimizer.learning_rate or ppo.epochs',
+    ' ppo.policy_optimizer.learning_rate or ppo.num_ppo_epochs',
     after=3,
   ),
   Rule(
-    ('policy/first_ratio_max_deviation',),
+    ('policy/initial_ratio_deviation',),
     lambda deviation: deviation.recent > 0.5,
     'before any update a token is {0:.2f} away from ratio 1: sampling and training disagree. Run'
     ' configs/selfcheck.py, or set rollout.recompute_logprob',
     after=3,
   ),
   Rule(
-    ('rollout/sampling_gap',),
+    ('rollout/logprob_mismatch',),
     lambda gap: gap.recent > 0.2,
     'responses are drawn from another distribution than the one trained, {0:.2f} nats a token: use'
     ' rollout.temperature=1, top_p=1 and top_k=0 for unbiased updates',
@@ -117,7 +119,8 @@ RULES = (
       ('objective/reward', held_out),
       lambda reward, held_out: reward.recent > reward.first and _fell_from_best(held_out),
       f'reward rises while {held_out} falls, {{1:.3f}}: the reward model is being exploited. Stop'
-      ' at the best checkpoint (checkpoint.best), raise ppo.kl_coef, or train the reward model on'
+      ' at the best checkpoint (checkpoint.best_metric), raise ppo.kl_coef, or train the reward '
+      'model on'
       ' responses of this policy',
       after=_FEW,
     )
@@ -132,18 +135,18 @@ RULES = (
     ('train/accuracy',),
     lambda accuracy: accuracy.recent < 0.52,
     'after 200 steps the reward model is right on {0:.0%} of the pairs, as by chance: look at the'
-    ' pairs, or raise reward.optimizer.learning_rate',
+    ' pairs, or raise reward_training.optimizer.learning_rate',
     after=200,
   ),
 )
 
 
-class Watch:
+class AlertMonitor:
   """Follows a run; a rule that holds is told once, and again after it has not held for a while."""
 
   def __init__(self, rules: tuple[Rule, ...] = RULES):
     self._rules = rules
-    self._trends: Trends = {name: Trend() for rule in rules for name in rule.metrics}
+    self._trends: Trends = {name: MetricTrend() for rule in rules for name in rule.metrics}
     self._quiet = dict.fromkeys(range(len(rules)), _EARLIEST)  # looks since it last held
 
   @property

@@ -22,7 +22,7 @@ MAIN = (
   ('Response length, tokens', ('response/length_mean',)),
   ('Responses that end by themselves', ('response/eos_rate',)),
   ('Policy loss', ('policy/loss',)),
-  ('Critic loss', ('val/loss',)),
+  ('Critic loss', ('critic/loss',)),
   ('Loss', ('train/loss', 'eval/loss')),
   ('Accuracy', ('train/accuracy', 'eval/accuracy')),
 )
@@ -111,7 +111,7 @@ def _mains(stage: str, steps: list[int], series: dict[str, list[float]]) -> Iter
 def _curve(stage: str, title: str, steps: list[int], found: dict[str, list[float]]) -> Chart:
   finite = [x for x in next(iter(found.values())) if x == x]
   last = formatted(finite[-1]) if finite else '–'
-  known = metric_docs.explained(next(iter(found)))
+  known = metric_docs.find_entry(next(iter(found)))
   picture = plots.curve(steps, found, f'{stage}: {title}')
   return Chart(title, last, picture, known.meaning if known else '')
 

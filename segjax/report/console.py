@@ -19,7 +19,7 @@ _SECONDS = 15  # between two lines of a bar in a log file
 _WIDTH = 100  # of tables and bars in a log file
 
 
-def say(text: str, stage: str = '') -> None:
+def log(text: str, stage: str = '') -> None:
   """One line, at once, clear of any progress bar; a stage's lines begin with its name.
 
   Of several processes the first speaks, for all do the same.
@@ -76,7 +76,7 @@ class ProgressBar:
       ncols=_WIDTH,
       **self._meter,
     )
-    say(line.rstrip())
+    log(line.rstrip())
 
 
 def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iterator[Item]:

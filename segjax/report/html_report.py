@@ -15,7 +15,7 @@ from typing import Any
 
 from segjax import processes
 from segjax.report import charts, response_data, response_log, summary
-from segjax.report.console import say
+from segjax.report.console import log
 from segjax.report.metric_log import FILE as METRICS
 
 FILE = 'report.html'
@@ -70,7 +70,7 @@ class Page:
     try:
       _replace(self._workdir / FILE, self._html(state))
     except Exception as error:  # the run is worth more than its report
-      say(f'warning: {self._workdir / FILE} was not written: {type(error).__name__}: {error}')
+      log(f'warning: {self._workdir / FILE} was not written: {type(error).__name__}: {error}')
     now = self._clock()
     self._most = max(
       self._most, now - begun
@@ -105,13 +105,15 @@ class Page:
     return self._charts[name][1]
 
 
-def write_responses(path: Path, title: str, annotated: Iterable[response_log.Annotated]) -> int:
+def write_responses(
+  path: Path, title: str, annotated: Iterable[response_log.AnnotatedResponse]
+) -> int:
   """Writes a page of the responses alone; returns how many there are."""
   data = [
     one.as_json() | {'totals': {'length': sum(len(s.tokens) for s in one.segments)}}
     for one in annotated
   ]
-  responses = response_data.Packed(response_data.packed(data), len(data), len(data))
+  responses = response_data.EncodedResponses(response_data.packed(data), len(data), len(data))
   _replace(path, rendered(title=title, responses=responses))
   return len(data)
 

@@ -47,7 +47,7 @@ ENTRIES = (
     ('objective/kl_token_max',),
     'largest |log π − log π_ref| of a token',
     'below 10',
-    'one token runs away: lower `shaping.reward_clip`',
+    'one token runs away: lower `reward_shaping.reward_clip`',
   ),
   Entry(
     ('objective/entropy', 'objective/ref_entropy'),
@@ -56,13 +56,13 @@ ENTRIES = (
     'near 0: raise `ppo.kl_coef` or `ppo.entropy_coef`',
   ),
   Entry(
-    ('reward/segment_mean', 'reward/token_max'),
+    ('reward/segment_mean', 'reward/token_abs_max'),
     'mean reward of a segment; largest size of a token’s reward, before KL and clip',
     'around 0 at first',
     'large: the normaliser does not fit this policy, fit it anew',
   ),
   Entry(
-    ('reward/z_by_position/*',),
+    ('reward/by_position/*',),
     'mean reward of segments in the k-th tenth of a response',
     'level over k at first',
     'slanted: the normaliser does not fit; run `configs/normalizer.py`',
@@ -71,19 +71,19 @@ ENTRIES = (
     ('response/length_mean', 'response/length_max'),
     'tokens of a response',
     'within twice the start',
-    '`shaping.length_penalty`, `rollout.max_new_tokens`',
+    '`reward_shaping.length_penalty`, `rollout.max_new_tokens`',
   ),
   Entry(
     ('response/eos_rate',),
     'share of responses that end by themselves',
     'above 0.9',
-    '`rollout.max_new_tokens`, `shaping.end_penalty`',
+    '`rollout.max_new_tokens`, `reward_shaping.missing_eos_penalty`',
   ),
   Entry(
     ('segments/per_response', 'segments/length_mean'),
     'segments of a response; tokens of a segment',
     'some tokens to a segment',
-    'one segment, or one token each: `reward.calibration`',
+    'one segment, or one token each: `reward_training.threshold_search`',
   ),
   Entry(
     ('policy/loss', 'policy/entropy'),
@@ -95,16 +95,18 @@ ENTRIES = (
     ('policy/approx_kl', 'policy/clipfrac', 'policy/dual_clipfrac'),
     'KL(π_old ‖ π) within an update, nats a token; share of tokens at the clip',
     'below 0.05; below 0.2',
-    f'{_UPDATE_SIZE} or `ppo.epochs`',
+    f'{_UPDATE_SIZE} or `ppo.num_ppo_epochs`',
   ),
   Entry(
-    ('policy/ratio_mean', 'policy/ratio_max_deviation', 'policy/first_ratio_max_deviation'),
+    ('policy/ratio_mean', 'policy/ratio_max_deviation', 'policy/initial_ratio_deviation'),
     'π / π_old: mean, largest distance from 1, and that before the first update',
     'the last one 1e-5 in float32, below 0.3 in bfloat16',
     'else sampling and training disagree: run `configs/selfcheck.py`',
   ),
   Entry(
-    ('policy/kl',), 'KL to the reference in the loss, with `ppo.kl_in=loss`', 'as objective/kl'
+    ('policy/kl',),
+    'KL to the reference in the loss, with `ppo.kl_placement=loss`',
+    'as objective/kl',
   ),
   Entry(
     ('*/grad_norm', '*/weight_norm'),
@@ -113,33 +115,33 @@ ENTRIES = (
     f'spikes: {_UPDATE_SIZE} or `max_grad_norm`',
   ),
   Entry(
-    ('val/loss', 'val/error', 'val/mean', 'val/return_mean', 'val/clipfrac'),
+    ('critic/loss', 'critic/error', 'critic/mean', 'critic/return_mean', 'critic/clipfrac'),
     'critic: loss, |V − R|, means of V and R, share at the value clip',
     'falls; V follows R',
-    'raise the critic’s learning rate or `critic.warmup_steps`',
+    'raise the critic’s learning rate or `critic.warmup_rollouts`',
   ),
   Entry(
-    ('val/explained_variance',),
+    ('critic/explained_variance',),
     '1 − Var(R − V) / Var(R)',
     'above 0, towards 1',
-    'below 0: `critic.warmup_steps`, `critic.init=reward_model`',
+    'below 0: `critic.warmup_rollouts`, `critic.init=reward_model`',
   ),
   Entry(
-    ('rollout/sampling_gap', 'rollout/sampling_gap_max'),
+    ('rollout/logprob_mismatch', 'rollout/logprob_mismatch_max'),
     '|log-prob as drawn − at temperature 1, unfiltered|, nats a token',
     '0 for plain sampling',
     '`rollout.temperature=1`, `top_p=1`, `top_k=0`',
   ),
   Entry(
     ('eval/reward', 'eval/gold', 'eval/kl', 'eval/length_mean'),
-    'the same on held-out prompts, every `ppo.eval_every` steps; gold is `evaluate.gold`',
+    'the same on held-out prompts, every `ppo.eval_every` steps; gold is `evaluate.gold_reward_fn`',
     'rises with objective/reward',
-    'falls: the reward model is exploited; keep `checkpoint.best=eval/reward`',
+    'falls: the reward model is exploited; keep `checkpoint.best_metric=eval/reward`',
   ),
   Entry(
-    ('eval/accuracy', 'eval/loss', 'eval/margin', 'eval/longer_wins', 'eval/calibration_error'),
-    'reward model on held-out pairs, every `reward.eval_every` steps',
-    'accuracy above longer_wins',
+    ('eval/accuracy', 'eval/loss', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
+    'reward model on held-out pairs, every `reward_training.eval_every` steps',
+    'accuracy above length_baseline_accuracy',
     'falls while train/accuracy rises: fewer epochs',
   ),
   Entry(
@@ -164,19 +166,23 @@ ENTRIES = (
     ('perf/tokens_per_second', 'perf/mfu'),
     'real tokens a second; model FLOPs as a share of the chips’ peak, where that is known',
     'steady',
-    '`*.packed_length`, `rollout.slots`, a larger `micro_batch`',
+    '`*.packing_length`, `rollout.max_concurrent`, a larger `micro_batch_size`',
   ),
   Entry(
-    ('perf/compiles', 'perf/memory_gib', 'perf/fill'),
+    ('perf/num_compiles', 'perf/peak_memory_gib', 'perf/packing_efficiency'),
     'programs compiled so far; peak of a device; share of packed tokens that are real',
     'compiles flat after the first steps',
     'compiles grow: shapes change, report it',
   ),
-  Entry(('bad',), 'updates left out: not finite, or beyond `ppo.max_kl` or `ppo.max_reward`', '0'),
+  Entry(
+    ('skipped_updates',),
+    'updates left out: not finite, or beyond `ppo.skip_if_kl_above` or `ppo.skip_if_reward_above`',
+    '0',
+  ),
 )
 
 
-def explained(name: str) -> Entry | None:
+def find_entry(name: str) -> Entry | None:
   """What is known of a metric."""
   for entry in ENTRIES:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in entry.names):

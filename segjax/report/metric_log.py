@@ -16,20 +16,20 @@ from typing import Any
 import jax
 
 from segjax import processes
-from segjax.report.alerts import Watch
-from segjax.report.console import ProgressBar, say
+from segjax.report.alerts import AlertMonitor
+from segjax.report.console import ProgressBar, log
 from segjax.report.timing import compiles
 
 FILE = 'metrics.jsonl'
 TOKENS, FLOPS = 'perf/tokens', 'perf/flops'  # of a step; what rates are made of, not logged
 
-_NO_DATA = 'reward/z_by_position/'  # left out of a step that has none for them
+_NO_DATA = 'reward/by_position/'  # left out of a step that has none for them
 
 
 _Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds
 
 
-class BadStepError(RuntimeError):
+class TooManySkippedStepsError(RuntimeError):
   """Too many steps in a row whose loss or gradient was not finite."""
 
 
@@ -38,13 +38,13 @@ class Options:
   """How a stage's metrics are kept.
 
   Attributes:
-    max_bad_steps: in a row, before BadStepError.
+    max_skipped_steps: in a row, before TooManySkippedStepsError.
     wandb_project: also goes there; '' for nowhere.
     line_every: steps between two lines on the console; 0 for none.
     peak_flops: of all devices together, bfloat16 FLOP/s; 0 where it is not known.
   """
 
-  max_bad_steps: int = 1
+  max_skipped_steps: int = 1
   wandb_project: str = ''
   line_every: int = 0
   peak_flops: float = 0.0
@@ -77,7 +77,7 @@ class MetricLog:
     directory.mkdir(parents=True, exist_ok=True)
     self.last: dict[str, float] = {}
     self.evaluated: dict[str, float] = {}
-    self._bad_steps, self._watch = 0, Watch()
+    self._bad_steps, self._watch = 0, AlertMonitor()
     for values in _lines(directory / FILE, start):
       self._keep({k: float(v) for k, v in values.items()})
       self._count_bad(self.last)
@@ -103,7 +103,7 @@ class MetricLog:
     try:
       if error is None:
         self.flush()
-      elif error is BadStepError and self._pending is not None:
+      elif error is TooManySkippedStepsError and self._pending is not None:
         self._write(*self._pending)  # the step dispatched after the bad one
     finally:
       self._bar.close()
@@ -130,7 +130,7 @@ class MetricLog:
       self._stop_if_bad(pending[0], self.last)
 
   def _write(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
-    values = {name: float(value) for name, value in processes.fetch(metrics).items()}
+    values = {name: float(value) for name, value in processes.to_host(metrics).items()}
     values = {k: v for k, v in values.items() if not (k.startswith(_NO_DATA) and math.isnan(v))}
     values['timing/step'] = seconds  # between two that were dispatched
     values |= _rates(values, self._options.peak_flops)
@@ -157,28 +157,34 @@ class MetricLog:
     self._bar.update(step + 1, ', '.join([*speed, *shown[:2]]))
     every = self._options.line_every
     if every and (step + 1) % every == 0:
-      say(f'step {step + 1}: {", ".join([*shown, *speed])}', self._bar.stage)
+      log(f'step {step + 1}: {", ".join([*shown, *speed])}', self._bar.stage)
     for warning in self._watch.look(values):
-      say(f'warning: step {step + 1}: {warning}', self._bar.stage)
+      log(f'warning: step {step + 1}: {warning}', self._bar.stage)
 
   def _count_bad(self, values: dict[str, float]) -> None:
-    self._bad_steps = self._bad_steps + 1 if values.get('bad') else 0
+    self._bad_steps = self._bad_steps + 1 if values.get('skipped_updates') else 0
 
   def _stop_if_bad(self, step: int, values: dict[str, float]) -> None:
     self._count_bad(values)
     if not self._bad_steps:
       return
-    most = self._options.max_bad_steps
+    most = self._options.max_skipped_steps
     names = [k for k, v in values.items() if not math.isfinite(v)]
     why = f'{", ".join(names)} not finite'
     if not names:
-      large = [f'{k} {values[k]:.3g}' for k in ('objective/kl', 'reward/token_max') if k in values]
+      large = [
+        f'{k} {values[k]:.3g}' for k in ('objective/kl', 'reward/token_abs_max') if k in values
+      ]
       why = f'{", ".join(large) or "loss or gradient norm"} beyond bounds'
-    text = f'step {step}: {why}, {self._bad_steps} step(s) in a row (config.max_bad_steps={most})'
+    text = (
+      f'step {step}: {why}, {self._bad_steps} step(s) in a row (config.max_skipped_steps={most})'
+    )
     if self._bad_steps < most:
-      say(f'warning: {text}; what was learned in it is left out')
+      log(f'warning: {text}; what was learned in it is left out')
       return
-    raise BadStepError(f'{text}. Lower the learning rate, or look at the rows of this step.')
+    raise TooManySkippedStepsError(
+      f'{text}. Lower the learning rate, or look at the rows of this step.'
+    )
 
 
 def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
@@ -189,14 +195,14 @@ def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
   """
   tokens, flops = values.pop(TOKENS, None), values.pop(FLOPS, None)
   seconds = max(values['timing/step'], 1e-9)
-  found = {'perf/compiles': float(compiles())}
+  found = {'perf/num_compiles': float(compiles())}
   if tokens is not None:
     found['perf/tokens_per_second'] = tokens / seconds
   if flops is not None and peak_flops:
     found['perf/mfu'] = flops / seconds / peak_flops
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:
-    found['perf/memory_gib'] = stats['peak_bytes_in_use'] / 2**30
+    found['perf/peak_memory_gib'] = stats['peak_bytes_in_use'] / 2**30
   return found
 
 

@@ -15,7 +15,7 @@ from segjax.report.response_log import FILE
 BUDGET = 24 << 20  # bytes of lines read; gzip and base64 make about a quarter of them
 
 
-class Line(NamedTuple):
+class SampleLocation(NamedTuple):
   """Where a sample lies in a file; lines of one group are shown together or not at all."""
 
   path: Path
@@ -24,7 +24,7 @@ class Line(NamedTuple):
   group: tuple[str, int]
 
 
-class Packed(NamedTuple):
+class EncodedResponses(NamedTuple):
   """base64(gzip(JSON)) of the responses shown, how many these are, and how many there were."""
 
   data: str
@@ -32,16 +32,16 @@ class Packed(NamedTuple):
   total: int
 
 
-def of_run(directories: Sequence[Path], budget: int = BUDGET) -> Packed:
+def of_run(directories: Sequence[Path], budget: int = BUDGET) -> EncodedResponses:
   """The samples of the stages in these directories, thinned to `budget` bytes of lines."""
   files = [d / FILE for d in directories if (d / FILE).exists()]
   found = [list(_lines(path)) for path in files]
   chosen = [thinned(lines, budget // len(files)) for lines in found]
   data = packed(_read(itertools.chain(*chosen)))
-  return Packed(data, sum(map(len, chosen)), sum(map(len, found)))
+  return EncodedResponses(data, sum(map(len, chosen)), sum(map(len, found)))
 
 
-def thinned(lines: Sequence[Line], budget: int) -> list[Line]:
+def thinned(lines: Sequence[SampleLocation], budget: int) -> list[SampleLocation]:
   """Lines of at most `budget` bytes: whole groups, evenly over all; the first and last stay.
 
   A group that is too large by itself is cut short.
@@ -88,7 +88,7 @@ def _short(sample: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _lines(path: Path) -> Iterator[SampleLocation]:
   offset = 0
   with path.open('rb') as file:
     for line in file:
@@ -99,15 +99,15 @@ def _lines(path: Path) -> Iterator[Line]:
       # Responses to compare stay together; those of a step do.
       pair = sample.get('pair')
       group = ('step', sample['step']) if pair is None else ('pair', pair)
-      yield Line(path, offset, len(line), group)
+      yield SampleLocation(path, offset, len(line), group)
       offset += len(line)
 
 
-def _group(line: Line) -> tuple[str, int]:
+def _group(line: SampleLocation) -> tuple[str, int]:
   return line.group
 
 
-def _read(lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+def _read(lines: Iterable[SampleLocation]) -> Iterator[dict[str, Any]]:
   for path, group in itertools.groupby(lines, key=lambda line: line.path):
     with path.open('rb') as file:
       for line in group:

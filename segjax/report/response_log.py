@@ -47,7 +47,7 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Annotated:
+class AnnotatedResponse:
   """A response, its segments in order; `prompt` is what it answers, empty for plain text."""
 
   prompt: list[Message]
@@ -60,7 +60,7 @@ class Annotated:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class ResponseRecord:
   """A response of a run.
 
   Attributes:
@@ -80,7 +80,7 @@ class Sample:
   pair: int | None = None
 
 
-class SampleLog:
+class ResponseLog:
   """Keeps some responses of a stage in its directory, each with what it earned.
 
   Every process must call `take` alike; the first writes. A step that is run again after a restart
@@ -103,20 +103,21 @@ class SampleLog:
     self._is_open = False
 
   def take(self, step: int, total: int, experience: Experience, rows: ArrayLike) -> None:
-    """Every report.every steps, and at the last: report.responses of a rollout, evenly chosen.
+    """Every report.every_steps steps, and at the last: report.responses_per_rollout of a rollout,
+    evenly chosen.
 
     Args:
       rows: which prompt each response answers, [B].
     """
-    every = self._settings.every
+    every = self._settings.every_steps
     self._open(step)
     if not every or (step % every and step + 1 < total):
       return
-    count = min(self._settings.responses, len(rows))
+    count = min(self._settings.responses_per_rollout, len(rows))
     chosen = np.linspace(0, len(rows) - 1, count).astype(np.int32)
     # Rows are split over the devices, so as many are taken as these divide.
     padded = np.resize(chosen, -(-count // jax.device_count()) * jax.device_count())
-    found = processes.fetch(take_rows(experience, padded))
+    found = processes.to_host(take_rows(experience, padded))
     self.write(step, 'policy', found, np.asarray(rows)[chosen])
 
   def write(
@@ -139,7 +140,7 @@ class SampleLog:
           totals['gold'] = float(gold[i])
         pair = None if pairs is None else int(pairs[i])
         prompt = self._messages(row)
-        sample = Sample(step, model, prompt, segments, totals, self._threshold, pair)
+        sample = ResponseRecord(step, model, prompt, segments, totals, self._threshold, pair)
         out.write(json.dumps(dataclasses.asdict(sample)) + '\n')
 
   def _open(self, step: int) -> None:
@@ -167,7 +168,7 @@ def of_experience(
   }
   count = int(segment_id.max(initial=-1)) + 1
   earned = [float(reward[segment_id == index].sum()) for index in range(count)]
-  texts = pieces(ids, tokenizer)
+  texts = token_texts(ids, tokenizer)
   return segments_of(texts, segment_id, entropy, score if has_score else None, earned), totals
 
 
@@ -203,7 +204,7 @@ def segments_of(
   return found
 
 
-def pieces(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
+def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
   """What each token adds to the text; special tokens are written out.
 
   A token that is a part of a character adds nothing, and the last of them the character. Each is

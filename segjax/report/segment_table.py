@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from segjax.report.console import say, table
+from segjax.report.console import log, table
 
 
 def render(
@@ -36,7 +36,7 @@ def show(annotated: Any) -> None:
   The entropy is that of the segment's first token, which is why it begins there.
   """
   if annotated.prompt:
-    say(f'\n{plain(annotated.prompt[-1]["content"])}')
+    log(f'\n{plain(annotated.prompt[-1]["content"])}')
   has_score = any(segment.score is not None for segment in annotated.segments)
   has_reward = any(segment.reward is not None for segment in annotated.segments)
   columns = ['segment', 'tokens', 'entropy', *['score'] * has_score, *['reward'] * has_reward]

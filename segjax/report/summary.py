@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.report import charts
-from segjax.report.alerts import Watch
+from segjax.report.alerts import AlertMonitor
 from segjax.report.metric_log import FILE
 
 _STAGE = 'stage.json'
@@ -25,7 +25,7 @@ class StageState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class KeyFigure:
   """A key figure: its value, and beside it what it was before or how sure it is."""
 
   label: str
@@ -51,7 +51,7 @@ def stages(workdir: Path, names: Sequence[str], state: str) -> list[StageState]:
   return found
 
 
-def figures(workdir: Path, names: Sequence[str]) -> list[Figure]:
+def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
   """What one looks at first: of PPO first and last, of evaluate before and after."""
   found = []
   if 'evaluate' in names:
@@ -66,12 +66,14 @@ def figures(workdir: Path, names: Sequence[str]) -> list[Figure]:
       if y := [x for x in series.get(name, []) if x == x]:
         few = max(1, len(y) // 20)
         first, last = sum(y[:few]) / few, sum(y[-few:]) / few
-        found.append(Figure(label, f'{last:z,.2f}', f'at first {first:z,.2f}'))
+        found.append(KeyFigure(label, f'{last:z,.2f}', f'at first {first:z,.2f}'))
   if 'reward' in names:
     results = _json(workdir / 'reward' / _STAGE).get('results', {})
     if (accuracy := results.get('held_out_accuracy')) is not None:
       pairs = results.get('held_out_pairs', 0)
-      found.append(Figure('Reward model', f'{100 * accuracy:.1f} %', f'right on {pairs:,} pairs'))
+      found.append(
+        KeyFigure('Reward model', f'{100 * accuracy:.1f} %', f'right on {pairs:,} pairs')
+      )
   return found
 
 
@@ -80,10 +82,10 @@ def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
   found = []
   for name in names:
     steps, series = charts.read(workdir / name / FILE)
-    bad = [step for step, x in zip(steps, series.get('bad', []), strict=False) if x > 0]
+    bad = [step for step, x in zip(steps, series.get('skipped_updates', []), strict=False) if x > 0]
     if bad:
       found.append(f'{name}: {len(bad)} step(s) were left out as bad, the last was {bad[-1] + 1}')
-    watch, said = Watch(), []
+    watch, said = AlertMonitor(), []
     watched = {metric: series[metric] for metric in watch.names if metric in series}
     for at, step in enumerate(steps):
       values = {metric: values[at] for metric, values in watched.items()}
@@ -92,18 +94,19 @@ def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
   return found
 
 
-def _evaluated(results: dict[str, Any]) -> Iterator[Figure]:
+def _evaluated(results: dict[str, Any]) -> Iterator[KeyFigure]:
   before, after = results.get('before', {}), results.get('after', {})
   for label, name in (('Gold reward, held out', 'gold'), ('Reward score, held out', 'score')):
     if name in before and name in after:
       low, high = after[name].get('low'), after[name].get('high')
       sure = f', 95 % [{low:.2f}, {high:.2f}]' if low is not None else ''
       note = f'before PPO {before[name]["mean"]:z,.2f}{sure}'
-      yield Figure(label, f'{after[name]["mean"]:z,.2f}', note)
+      yield KeyFigure(label, f'{after[name]["mean"]:z,.2f}', note)
 
 
 def _of(record: dict[str, Any], name: str) -> str:
-  total = record.get('key', {}).get('settings', {}).get(name, {}).get('steps')
+  section = 'reward_training' if name == 'reward' else name
+  total = record.get('key', {}).get('settings', {}).get(section, {}).get('max_steps')
   return f' of {total:,}' if total else ''
 
 

@@ -21,11 +21,11 @@ def _count(event: str, _: float, **__: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count)
 
 
-class Timing:
+class StepTimer:
   """Seconds of each part of a step; a part ends when its arrays are ready.
 
   Attributes:
-    seconds: by 'timing/PART'; 'timing/wait' is what passed between two steps.
+    seconds: by 'timing/PART'; 'timing/between_steps' is what passed between two steps.
   """
 
   def __init__(self):
@@ -35,7 +35,7 @@ class Timing:
   def begin(self) -> None:
     """A step begins."""
     self.seconds = {}
-    self.end('wait')
+    self.end('between_steps')
 
   def end(self, part: str, arrays: Any = None) -> None:
     """The part that has gone on since the last one ended is done once the arrays are ready."""

@@ -279,8 +279,8 @@ def pair_metrics(chosen, rejected, chosen_length, rejected_length):
     'accuracy': sum(correct) / len(pairs),
     'margin': sum(c - r for c, r in pairs) / len(pairs),
     'loss': sum(math.log(1 + math.exp(r - c)) for c, r in pairs) / len(pairs),
-    'calibration_error': sum(gaps),
-    'longer_wins': sum(wins(*pair) for pair in lengths) / len(pairs),
+    'ece': sum(gaps),
+    'length_baseline_accuracy': sum(wins(*pair) for pair in lengths) / len(pairs),
   }
 
 

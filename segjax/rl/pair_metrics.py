@@ -37,7 +37,7 @@ def pair_metrics(
 
   Returns:
     accuracy = how often the preferred response scores higher, a tie counting half; margin = mean
-    difference of the scores; loss = mean −ln p, in nats; calibration_error = ECE; longer_wins =
+    difference of the scores; loss = mean −ln p, in nats; ece = ECE; length_baseline_accuracy =
     the accuracy of preferring the longer response, which a model should beat. All in at least
     float32, 0 without pairs, NaN if a score is.
   """
@@ -48,8 +48,10 @@ def pair_metrics(
     'accuracy': _mean(correct),
     'margin': _mean(difference),
     'loss': _mean(jax.nn.softplus(-difference)),
-    'calibration_error': _calibration_error(confidence, correct),
-    'longer_wins': _mean(_wins((chosen_length - rejected_length).astype(difference.dtype))),
+    'ece': _calibration_error(confidence, correct),
+    'length_baseline_accuracy': _mean(
+      _wins((chosen_length - rejected_length).astype(difference.dtype))
+    ),
   }
 
 

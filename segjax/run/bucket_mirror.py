@@ -23,7 +23,7 @@ STATES = 'checkpoints'  # training states: <stage>/<fingerprint of its key>
 _PAUSE = 2.0  # seconds before a push that must succeed is tried again, twice as many each time
 
 
-class Nowhere:
+class NoMirror:
   """What there is to keep equal where the working directory is no bucket: nothing."""
 
   def states(self, stage: Path) -> epath.Path | None:
@@ -40,11 +40,11 @@ class Nowhere:
   @contextlib.contextmanager
   def held(self, workdir: Path) -> Iterator[None]:
     """Holds the working directory for this run."""
-    with lock.locked(workdir):
+    with lock.lock_workdir(workdir):
       yield
 
 
-class Bucket(Nowhere):
+class BucketMirror(NoMirror):
   """Keeps a bucket and a local directory equal; the bucket is right where they differ at the start.
 
   Files go there before the `stage.json` that vouches for them, and one whose key changes is taken
@@ -91,7 +91,7 @@ class Bucket(Nowhere):
     self._check_states()
     with contextlib.ExitStack() as stack:
       with self._reached('written'):
-        stack.enter_context(lock.on_bucket(self._files, self._at(lock.FILE), self._url))
+        stack.enter_context(lock.lock_bucket(self._files, self._at(lock.FILE), self._url))
       processes.barrier('locked')
       with self._reached('read'):
         self.pull()
@@ -154,7 +154,7 @@ class Bucket(Nowhere):
 
   def offer(self) -> bool:
     """Pushes; a failure is told, and raises OSError after more than `max_misses` in a row."""
-    return processes.agreed(self._try() if processes.is_first() else True)
+    return processes.broadcast_from_first(self._try() if processes.is_first() else True)
 
   def publish(self, *stages: Path) -> None:
     """Pushes until it succeeds, at most `max_misses` times more; the other processes pull.
@@ -228,7 +228,7 @@ class Bucket(Nowhere):
       return None
 
   def _own_key(self, top: str) -> Any:
-    return stage_record.key_of(self._local / top)
+    return stage_record.stored_key(self._local / top)
 
   def _remove(self, name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
@@ -255,7 +255,7 @@ def _is_mirrored(name: str) -> bool:
 
 
 def _fingerprint(stage: Path) -> str:
-  text = json.dumps(stage_record.key_of(stage), sort_keys=True)
+  text = json.dumps(stage_record.stored_key(stage), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

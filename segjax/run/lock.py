@@ -27,7 +27,7 @@ class LockedError(ValueError):
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
   """Holds the directory for this process.
 
   The system lets the lock go with the process that holds it, however that ends: the file that a
@@ -66,7 +66,7 @@ def _holder(workdir: Path) -> str:
 
 
 @contextlib.contextmanager
-def on_bucket(files: Any, path: str, url: str) -> Iterator[None]:
+def lock_bucket(files: Any, path: str, url: str) -> Iterator[None]:
   """Holds a directory of a bucket for this process by a file that it writes anew every ten seconds.
 
   A file that stands still for 35 s, or whose process is gone from this machine, is stale and taken

@@ -21,12 +21,12 @@ class PreemptedError(Exception):
   """The run was asked to stop, has saved, and can go on."""
 
 
-class AbandonedStepError(Exception):
+class StepAbortedError(Exception):
   """A step was asked to stop before it changed anything."""
 
 
 @contextlib.contextmanager
-def watched(say: Callable[[str], None]) -> Iterator[None]:
+def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
   """Within it signals are kept for `requested`; outside of it they end the process."""
 
   def note(number: int, _: Any) -> None:
@@ -44,15 +44,15 @@ def watched(say: Callable[[str], None]) -> Iterator[None]:
     _received.clear()
 
 
-def requested() -> bool:
+def stop_requested() -> bool:
   """Whether a signal has come, to this process or another."""
-  return processes.any_of(bool(_received))
+  return processes.any_process(bool(_received))
 
 
-def abandon() -> None:
+def raise_if_stop_requested() -> None:
   """AbandonedStepError if a signal has come; for the parts of a step that change no state."""
-  if requested():
-    raise AbandonedStepError
+  if stop_requested():
+    raise StepAbortedError
 
 
 def interrupt_on_sigterm() -> None:

@@ -18,23 +18,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from segjax import processes
-from segjax.config.settings import PPO, SFT, Checkpoint, Reward, Runtime, Settings
+from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining, Runtime, Settings
 from segjax.data.batches import Pairs
-from segjax.data.packing_plan import fill, plan_packing
+from segjax.data.packing_plan import packing_efficiency, plan_packing
 from segjax.data.sources import Rows, load_rows
-from segjax.data.tokenize import Limits, PairRules, encode_pairs
+from segjax.data.tokenize import Limits, PairRules, tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.hf import reader
 from segjax.model import chips, sharding
-from segjax.model.attention import choose
+from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig
-from segjax.report.console import ProgressBar, say
-from segjax.report.metric_log import BadStepError, MetricLog, Options
+from segjax.report.console import ProgressBar, log
+from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
 from segjax.report.profiling import Profiler
 from segjax.run import preemption, stage_record
-from segjax.run.bucket_mirror import Nowhere
+from segjax.run.bucket_mirror import NoMirror
 from segjax.train.checkpoint import Checkpointer
-from segjax.types import Packing
+from segjax.types import PackingPlan
 
 States = dict[str, Any]  # TrainStates by name, and what else a step carries on
 
@@ -63,7 +63,7 @@ class Stage:
   settings: Settings
   directory: Path
   mesh: Mesh
-  mirror: Nowhere = dataclasses.field(default_factory=Nowhere)
+  mirror: NoMirror = dataclasses.field(default_factory=NoMirror)
   refresh: Callable[[], None] = lambda: None
   command: Command = Command()
 
@@ -83,7 +83,7 @@ class Stage:
 
   def say(self, text: str) -> None:
     """A line of this stage on the console."""
-    say(text, self.name)
+    log(text, self.name)
 
 
 def _number(name: str) -> int:
@@ -91,34 +91,34 @@ def _number(name: str) -> int:
   return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
-def checkpoint(path: str, key: str) -> Path:
+def resolve_checkpoint(path: str, key: str) -> Path:
   """The directory of the checkpoint that config.`key` names, fetched from the hub if it must be."""
   try:
-    return reader.resolve(path)
+    return reader.resolve_checkpoint(path)
   except ValueError as error:
     raise ValueError(f'config.{key}: {error}') from error
 
 
-def rows(stage: Stage) -> Rows:
+def load_config_rows(stage: Stage) -> Rows:
   """The rows of config.data."""
   data = stage.settings.data
-  return load_rows(data.path, data.split, data.limit)
+  return load_rows(data.path, data.split, data.max_rows)
 
 
-def network(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaConfig:
+def load_network_config(stage: Stage, directory: Path, *, trained: bool = False) -> LlamaConfig:
   """The network in `directory`, run as config.runtime says.
 
   Raises:
     ValueError: its heads do not divide over the mesh's tensor axis.
   """
   config = reader.load_config(directory)
-  config, reason = as_run(config, stage.settings.runtime, stage.mesh, trained=trained)
+  config, reason = apply_runtime(config, stage.settings.runtime, stage.mesh, trained=trained)
   if reason:
     stage.say(reason)
   return config
 
 
-def as_run(
+def apply_runtime(
   config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
 ) -> tuple[LlamaConfig, str]:
   """(The network as the runtime says, why its attention is not the one asked for, or '').
@@ -127,32 +127,34 @@ def as_run(
     ValueError: its heads do not divide over the mesh's tensor axis.
   """
   platform = mesh.devices.flat[0].platform
-  attention, reason = choose(runtime.attention, platform, runtime.dtype, config.head_dim)
+  attention, reason = select_implementation(
+    runtime.attention, platform, runtime.compute_dtype, config.head_dim
+  )
   config = dataclasses.replace(
     config,
-    dtype=runtime.dtype,
+    dtype=runtime.compute_dtype,
     remat=runtime.remat if trained else 'none',
-    offload=runtime.offload if trained else '',
-    scan_unroll=runtime.unroll,
+    offload=runtime.offload_activations if trained else '',
+    scan_unroll=runtime.scan_unroll,
     attention=attention,
-    logprob_chunk=runtime.logprob_chunk,
+    logprob_chunk=runtime.logprob_chunk_size,
   )
   sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
   return config, reason
 
 
-def load(
+def load_params(
   stage: Stage, directory: Path, config: LlamaConfig, head: str, *, trained: bool = False
 ) -> Any:
   """The parameters in `directory`, in the dtype of trained weights, or in the compute dtype."""
   runtime = stage.settings.runtime
-  dtype = runtime.weights_dtype if trained else runtime.dtype
+  dtype = runtime.param_dtype if trained else runtime.compute_dtype
   return reader.load_params(
     directory, config, head, mesh=stage.mesh, dtype=dtype, key=stage.key('head')
   )
 
 
-def tell_memory(stage: Stage, trees: dict[str, Any]) -> None:
+def log_memory(stage: Stage, trees: dict[str, Any]) -> None:
   """Says what each tree takes of a device, and of what; `tools/plan.py` tells what steps add."""
   sizes = {
     name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
@@ -164,36 +166,36 @@ def tell_memory(stage: Stage, trees: dict[str, Any]) -> None:
   stage.say(f'GiB per device{limit}: {parts}')
 
 
-def packed(
-  settings: SFT | Reward | PPO, lengths: np.ndarray, group: int = 1
-) -> tuple[Packing | None, dict[str, float]]:
+def plan_packing_for(
+  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, group: int = 1
+) -> tuple[PackingPlan | None, dict[str, float]]:
   """(How sequences of these lengths are packed, the share of packed tokens that are real).
 
-  None and {} where packed_length is 0.
+  None and {} where packing_length is 0.
   """
-  if not settings.packed_length:
+  if not settings.packing_length:
     return None, {}
-  packing = plan_packing(lengths, settings.micro_batch, settings.packed_length, group)
-  return packing, {'perf/fill': fill(packing)}
+  packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
+  return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
 
 
-def named(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+def prefix_metrics(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
   """The metrics of a step by their names in the files; `bad` is `bad` everywhere."""
-  return {k if k == 'bad' else f'{prefix}/{k}': value for k, value in metrics.items()}
+  return {k if k == 'skipped_updates' else f'{prefix}/{k}': value for k, value in metrics.items()}
 
 
 def peak_flops(mesh: Mesh) -> float:
   """bfloat16 FLOP/s of all devices together; 0 where the vendor's figure is not known."""
-  chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+  chip = chips.chip_for_kind(mesh.devices.flat[0].device_kind)
   return chip.flops * mesh.size if chip else 0.0
 
 
-def tokenizer_of(stage: Stage, directory: Path) -> ChatTokenizer:
+def load_stage_tokenizer(stage: Stage, directory: Path) -> ChatTokenizer:
   """The tokenizer in `directory`, with the chat template of the config where it gives one."""
   return load_tokenizer(str(directory), stage.settings.data.chat_template)
 
 
-def limits(stage: Stage, config: LlamaConfig) -> Limits:
+def length_limits(stage: Stage, config: LlamaConfig) -> Limits:
   """Lengths of prompt and response together, never more than the network's positions.
 
   A network of fewer positions than config.data.max_length keeps the ratio of prompt to whole.
@@ -201,13 +203,13 @@ def limits(stage: Stage, config: LlamaConfig) -> Limits:
   data = stage.settings.data
   most = config.max_position_embeddings
   if data.max_length <= most:
-    return Limits(data.max_length, data.max_prompt_length, data.overlong)
+    return Limits(data.max_length, data.max_prompt_length, data.overlong_policy)
   prompt = max(1, data.max_prompt_length * most // data.max_length)
   stage.say(
     f'rows are at most {most} tokens, for that many positions has the network '
     f'(config.data.max_length={data.max_length})'
   )
-  return Limits(most, prompt, data.overlong)
+  return Limits(most, prompt, data.overlong_policy)
 
 
 def prompt_limits(
@@ -229,24 +231,26 @@ def prompt_limits(
       f'prompts are at most {most} tokens, for the {name} has '
       f'{network.max_position_embeddings} positions and responses take up to {new_tokens}'
     )
-  return Limits(most, most, data.overlong)
+  return Limits(most, most, data.overlong_policy)
 
 
-def pairs(
+def load_pairs(
   stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig, source: Rows | None = None
 ) -> Pairs:
   """The pairs of config.data, or of `source`, tokenised and cut to what the network holds."""
   compat = stage.settings.compat
   rules = PairRules(
-    ratings=stage.name == 'reward' and stage.settings.reward.rating_margin > 0,
-    force_stop=compat.pairs_uncleaned,
-    keep_identical=compat.pairs_uncleaned,
-    without_preamble=compat.without_preamble,
+    ratings=stage.name == 'reward' and stage.settings.reward_training.rating_margin_coef > 0,
+    force_stop=compat.keep_degenerate_pairs,
+    keep_identical=compat.keep_degenerate_pairs,
+    strip_system_preamble=compat.strip_system_preamble,
   )
-  return encode_pairs(source or rows(stage), tokenizer, limits(stage, config), rules)
+  return tokenize_pairs(
+    source or load_config_rows(stage), tokenizer, length_limits(stage, config), rules
+  )
 
 
-def describe(stage: Stage, dataset: Any) -> None:
+def log_dataset(stage: Stage, dataset: Any) -> None:
   """One line on what was read: rows, length, what was cut and dropped."""
   counts = ', '.join(f'{v} {k.replace("_", " ")}' for k, v in dataset.counts.items() if v)
   left = '' if len(dataset) == dataset.counts['rows'] else f'; {len(dataset)} used'
@@ -266,11 +270,12 @@ def train(
     The last states and the last step's metrics.
 
   Raises:
-    BadStepError: after config.max_bad_steps updates in a row that were not finite; the state, which
+    TooManySkippedStepsError: after config.max_skipped_steps updates in a row that were not
+    finite; the state, which
       those updates did not reach, is in the stage's `checkpoints`.
   """
   settings = stage.settings
-  place = checkpoints(stage)
+  place = checkpoint_dir(stage)
   saved = _checkpointer(stage, place)
   start, states = saved.restore(states)
   if start:
@@ -281,43 +286,45 @@ def train(
     show,
     start=start,
     options=Options(
-      settings.max_bad_steps, settings.wandb_project, settings.log_every, peak_flops(stage.mesh)
+      settings.max_skipped_steps, settings.wandb_project, settings.log_every, peak_flops(stage.mesh)
     ),
   )
-  done, is_due = start, _Due(settings.checkpoint)
+  done, is_due = start, CheckpointTimer(settings.checkpoint)
   profiler = Profiler(stage.directory, settings.profile_steps if processes.is_first() else '')
   try:
-    with preemption.watched(stage.say), log:
+    with preemption.handle_signals(stage.say), log:
       for step in range(start, total):
         profiler.before(step + 1)
-        with contextlib.suppress(preemption.AbandonedStepError):
+        with contextlib.suppress(preemption.StepAbortedError):
           states, metrics = step_fn(states, step)
           done = step + 1
           profiler.after(done, states)
           log.log(step, metrics)
           stage.refresh()
-        is_asked = preemption.requested()
-        is_time = processes.any_of(is_due(done) and processes.is_first())
+        is_asked = preemption.stop_requested()
+        is_time = processes.any_process(is_due(done) and processes.is_first())
         if start < done < total and (is_asked or is_time):
           log.flush()  # so that no step before a checkpoint is ever without metrics
           if stage.mirror.offer():
             saved.save(done, states, log.evaluated | log.last)
         if is_asked and done < total:
           saved.settle()
-          raise preemption.PreemptedError(_stopped(stage.name, saved.latest(), done, total))
-  except BadStepError as error:
+          raise preemption.PreemptedError(_stop_message(stage.name, saved.latest(), done, total))
+  except TooManySkippedStepsError as error:
     # The jitted step has kept the state from before each bad update, so this one is good.
     stage.mirror.offer()
     saved.save(done, states)
     at = f'{place}/{done}'
-    raise BadStepError(f'{stage.name}, {error} The last good state is saved in {at}.') from None
+    raise TooManySkippedStepsError(
+      f'{stage.name}, {error} The last good state is saved in {at}.'
+    ) from None
   finally:
     profiler.close()
     saved.close()
   return states, log.last
 
 
-def checkpoints(stage: Stage) -> epath.Path:
+def checkpoint_dir(stage: Stage) -> epath.Path:
   """Where the stage's training states go: config.checkpoint.directory, bucket or own directory."""
   elsewhere = stage.settings.checkpoint.directory
   if elsewhere:
@@ -329,23 +336,23 @@ def _checkpointer(stage: Stage, place: epath.Path) -> Checkpointer:
   settings = stage.settings.checkpoint
   return Checkpointer(
     place,
-    settings.keep,
-    best=settings.best,
-    max_misses=settings.max_misses,
-    run=stage_record.key_of(stage.directory),
-    differences=stage_record.differences,
+    settings.max_to_keep,
+    best=settings.best_metric,
+    max_misses=settings.max_failures,
+    run=stage_record.stored_key(stage.directory),
+    differences=stage_record.changed_keys,
     say=stage.say,
   )
 
 
-class _Due:
+class CheckpointTimer:
   """Whether a checkpoint is to be saved now: by steps, or by the time since it last was."""
 
-  def __init__(self, settings: Checkpoint):
+  def __init__(self, settings: CheckpointSettings):
     self._settings, self._last = settings, time.monotonic()
 
   def __call__(self, done: int) -> bool:
-    every, seconds = self._settings.every, self._settings.minutes * 60
+    every, seconds = self._settings.every_steps, self._settings.every_minutes * 60
     late = seconds > 0 and time.monotonic() - self._last >= seconds
     if not late and not (every and done % every == 0):
       return False
@@ -353,7 +360,7 @@ class _Due:
     return True
 
 
-def _stopped(name: str, saved: int | None, done: int, total: int) -> str:
+def _stop_message(name: str, saved: int | None, done: int, total: int) -> str:
   where = f'step {saved} of {total} is saved' if saved else 'nothing is saved'
   lost = '' if saved == done else f' ({done} were done)'
   return f'{name} stopped as asked, {where}{lost}; the same command goes on from there'
@@ -367,6 +374,6 @@ def num_steps(steps: int, epochs: int, rows: int, batch: int, key: str) -> int:
   """
   if rows < batch:
     raise ValueError(
-      f'config.{key}.batch={batch} is more than the {rows} rows at hand; use at most {rows}.'
+      f'config.{key}.batch_size={batch} is more than the {rows} rows at hand; use at most {rows}.'
     )
   return steps or epochs * (rows // batch)

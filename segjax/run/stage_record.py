@@ -12,25 +12,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from segjax.hf.model_card import ABOUT
+from segjax.hf.model_card import DOC_FILES
 
 FILE = 'stage.json'
 
 Key = dict[str, Any]
 
 
-def finished(directory: Path, key: Key, outputs: dict[str, str]) -> dict[str, Any] | None:
+def load_results_if_valid(
+  directory: Path, key: Key, outputs: dict[str, str]
+) -> dict[str, Any] | None:
   """The results of the stage if it is finished, by this key, and its output untouched."""
   record = _read(directory)
-  if 'results' in record and record['key'] == _plain(key) and record['outputs'] == outputs:
+  if 'results' in record and record['key'] == _json_roundtrip(key) and record['outputs'] == outputs:
     return record['results']
   return None
 
 
-def recall(directory: Path, key: Key) -> None:
+def restore_old(directory: Path, key: Key) -> None:
   """Brings `<stage>.old` back, if this key made it and did not make what stands in its place."""
   old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
-  made = _plain(key)
+  made = _json_roundtrip(key)
   if _read(old).get('key') == made and _read(directory).get('key') != made:
     if directory.exists():
       directory.rename(spare)
@@ -39,7 +41,7 @@ def recall(directory: Path, key: Key) -> None:
       spare.rename(old)
 
 
-def begin(directory: Path, key: Key) -> str:
+def prepare_directory(directory: Path, key: Key) -> str:
   """Makes the directory ready for a stage with this key.
 
   An unfinished stage of the same key stays as it is, to be gone on from; all else that lies there
@@ -49,11 +51,11 @@ def begin(directory: Path, key: Key) -> str:
     Why something was moved, '' if nothing was.
   """
   record, reason = _read(directory), ''
-  if directory.exists() and (record.get('key') != _plain(key) or 'results' in record):
+  if directory.exists() and (record.get('key') != _json_roundtrip(key) or 'results' in record):
     if {path.name for path in directory.iterdir()} <= {FILE}:
       shutil.rmtree(directory)  # it came to nothing, and is not worth what it would replace
     else:
-      reason = _difference(record, _plain(key))
+      reason = _difference(record, _json_roundtrip(key))
       old = directory.with_name(directory.name + '.old')
       shutil.rmtree(old, ignore_errors=True)
       directory.rename(old)
@@ -62,12 +64,12 @@ def begin(directory: Path, key: Key) -> str:
   return reason
 
 
-def finish(
+def record_results(
   directory: Path, key: Key, results: dict[str, Any], outputs: dict[str, str]
 ) -> dict[str, Any]:
   """Records that the stage is finished; returns the results as a later run will read them."""
   _write(directory, {'key': key, 'results': results, 'outputs': outputs})
-  return _plain(results)
+  return _json_roundtrip(results)
 
 
 def content_hash(path: Path, skip: str = '') -> str:
@@ -79,7 +81,7 @@ def content_hash(path: Path, skip: str = '') -> str:
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
   for file in files:
-    is_read = not path.is_dir() or file.name not in (skip, *ABOUT)
+    is_read = not path.is_dir() or file.name not in (skip, *DOC_FILES)
     if not is_read or file.suffix == '.partial':
       continue
     digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())
@@ -93,19 +95,19 @@ def _difference(record: dict[str, Any], key: Key) -> str:
   """What is not as it was, in words."""
   if not record.get('key'):
     return f'it was left without a {FILE}'
-  names = differences(record['key'], key)
+  names = changed_keys(record['key'], key)
   if not names:
     return 'its output was changed'
   more = f' and {len(names) - 3} more' if len(names) > 3 else ''
   return f'{", ".join(names[:3])}{more} changed'
 
 
-def key_of(directory: Path) -> Key:
+def stored_key(directory: Path) -> Key:
   """The key of the stage that was begun in the directory; {} if none was."""
   return _read(directory).get('key', {})
 
 
-def differences(before: Key, now: Key) -> list[str]:
+def changed_keys(before: Key, now: Key) -> list[str]:
   """The settings and inputs that two keys do not have in common, as a user names them."""
   before, now = _flat(before), _flat(now)
   changed = [name for name in before | now if before.get(name) != now.get(name)]
@@ -120,7 +122,7 @@ def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return found
 
 
-def _plain(value: Any) -> Any:
+def _json_roundtrip(value: Any) -> Any:
   """As JSON gives it back: tuples are lists."""
   return json.loads(json.dumps(value))
 

@@ -19,13 +19,13 @@ from jaxtyping import Array, UInt
 from segjax import processes
 from segjax.train.state import TrainState
 
-States = dict[str, Any]  # TrainStates by name, and what else a step carries on
+TrainStates = dict[str, Any]  # TrainStates by name, and what else a step carries on
 
 _MANIFEST = 'manifest'
 _DAMAGED = 'damaged-'  # before the step, of a directory that could not be read
 
 
-class ForeignCheckpointError(ValueError):
+class CheckpointMismatchError(ValueError):
   """The checkpoint is of another run than the one that would go on from it."""
 
 
@@ -84,7 +84,7 @@ class Checkpointer:
     """The newest step saved, None if there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, states: States, metrics: dict[str, float] | None = None) -> None:
+  def save(self, step: int, states: TrainStates, metrics: dict[str, float] | None = None) -> None:
     """Saves the states after `step` steps; returns once they are copied off the devices.
 
     Args:
@@ -97,7 +97,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     items = _items(states)
-    sums = processes.fetch(jax.jit(_checksums)(items))
+    sums = processes.to_host(jax.jit(_checksums)(items))
     manifest = {
       'step': step,
       'items': {name: int(value) for name, value in sums.items()},
@@ -135,7 +135,7 @@ class Checkpointer:
     self._say(f'warning: {text}; tried again at the next save')
     self._open()  # the old manager waits for the write that failed; a new one clears what it left
 
-  def restore(self, like: States) -> tuple[int, States]:
+  def restore(self, like: TrainStates) -> tuple[int, TrainStates]:
     """(The newest step that is whole, its states, shaped and placed as those in `like`).
 
     Steps that cannot be read are told and set aside as `damaged-<step>`; (0, like) if there are no
@@ -147,7 +147,7 @@ class Checkpointer:
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         return step, self._read(step, like)
-      except (ForeignCheckpointError, MemoryError):
+      except (CheckpointMismatchError, MemoryError):
         raise
       except Exception as error:
         if 'RESOURCE_EXHAUSTED' in str(error):
@@ -155,7 +155,7 @@ class Checkpointer:
         self._set_aside(step, error)
     return 0, like
 
-  def _read(self, step: int, like: States) -> States:
+  def _read(self, step: int, like: TrainStates) -> TrainStates:
     names = (*_items(like), _MANIFEST)
     manifest = self._manager.restore(
       step, args=self._ocp.args.Composite(**{_MANIFEST: self._ocp.args.JsonRestore()})
@@ -167,7 +167,7 @@ class Checkpointer:
     }
     found = self._manager.restore(step, args=self._ocp.args.Composite(**asked))
     items = {name: found[name] for name in names if name != _MANIFEST}
-    sums = processes.fetch(jax.jit(_checksums)(items))
+    sums = processes.to_host(jax.jit(_checksums)(items))
     spoilt = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
     if spoilt:
       raise OSError(f'{", ".join(spoilt)}: not what was written')
@@ -178,7 +178,7 @@ class Checkpointer:
       return
     names = self._differences(manifest['run'], self._run)
     if names:
-      raise ForeignCheckpointError(
+      raise CheckpointMismatchError(
         f'the checkpoint {self._directory / str(step)} is of another run: {", ".join(names)} '
         'differ. Give another --workdir or config.checkpoint.directory, or move it away.'
       )
@@ -200,7 +200,7 @@ class Checkpointer:
     self._manager.close()
 
 
-def _items(states: States) -> dict[str, Any]:
+def _items(states: TrainStates) -> dict[str, Any]:
   """The states as items that can be restored each alone: parameters apart from optimizers."""
   items = {}
   for name, state in states.items():
@@ -212,7 +212,7 @@ def _items(states: States) -> dict[str, Any]:
   return items
 
 
-def _states(items: dict[str, Any], like: States) -> States:
+def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
   """The states that `_items` took apart."""
   states = {}
   for name, state in like.items():

@@ -14,7 +14,7 @@ from segjax.config.settings import Compat
 from segjax.types import Rollout
 
 
-def as_published(rollout: Rollout, stop_id: int, compat: Compat) -> Rollout:
+def apply_rollout_compat(rollout: Rollout, stop_id: int, compat: Compat) -> Rollout:
   """The rollout as the published code would have handed it on.
 
   `finished` still says which responses ended by themselves: the end penalty reads it.
@@ -22,8 +22,8 @@ def as_published(rollout: Rollout, stop_id: int, compat: Compat) -> Rollout:
   if compat.force_eos:
     ids = force_eos(rollout.response_ids, rollout.response_mask, stop_id)
     rollout = dataclasses.replace(rollout, response_ids=ids)
-  if compat.row0_mask:
-    attended = row0_mask(rollout.response_mask, compat.micro_batch)
+  if compat.first_row_attention_mask:
+    attended = first_row_attention_mask(rollout.response_mask, compat.micro_batch_size)
     rollout = dataclasses.replace(rollout, attended=attended)
   return rollout
 
@@ -37,7 +37,9 @@ def force_eos(
   return jnp.where(last, stop_id, response_ids)
 
 
-def row0_mask(response_mask: Bool[Array, 'B T'], micro_batch: int) -> Bool[Array, 'B T']:
+def first_row_attention_mask(
+  response_mask: Bool[Array, 'B T'], micro_batch: int
+) -> Bool[Array, 'B T']:
   """Attention up to the last response token of the micro-batch's FIRST row, in every row.
 
   In a longer row the tail is seen by no token and sees none; in a shorter row the padding is let

@@ -1,6 +1,6 @@
 """From rollouts to what PPO learns from: reference, reward model and critic, then the rewards.
 
-`score`             the three networks over the sequences, in pieces of `ppo.score_batch`
+`score`             the three networks over the sequences, in pieces of `ppo.scoring_batch_size`
 `make_experience`   segments, dense rewards (`shaping`), KL, GAE: arrays only
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax import processes
-from segjax.config.settings import PPO, Compat, Shaping
+from segjax.config.settings import PPO, Compat, RewardShaping
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import LlamaConfig
@@ -23,29 +23,29 @@ from segjax.rl.advantages import action_starts, gae, macro_gae, returns
 from segjax.rl.masked import masked_mean, masked_sum, whiten
 from segjax.rl.rewards import shaped_reward
 from segjax.train.reward_shaping import dense_rewards
-from segjax.train.segmenter import Cutter, cut
+from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Experience, Normalizer, Rollout, Segments
 
 _WIDTHS = 256  # tokens; sequences are scored in multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class PPORecipe:
   """What is fixed over a PPO run: the networks, how text is cut, how scores become rewards."""
 
   policy: LlamaConfig
   reference: LlamaConfig
   reward: LlamaConfig | None  # None: rewards come from a function alone
   critic: LlamaConfig
-  cutter: Cutter
+  cutter: Segmenter
   spread: str
-  shaping: Shaping
+  shaping: RewardShaping
   ppo: PPO
   compat: Compat = dataclasses.field(default_factory=Compat)
   recompute_logprob: bool = False
 
 
-class Scores(NamedTuple):
+class ModelOutputs(NamedTuple):
   """What the networks say of each response token; see `segjax.types` for the alignment.
 
   `prompt_score` is the reward model's at the last token of the prompt.
@@ -59,12 +59,12 @@ class Scores(NamedTuple):
   prompt_score: Float[Array, 'B']
 
 
-def join(rollout: Rollout) -> Int[Array, 'B S']:
+def concat_prompt_response(rollout: Rollout) -> Int[Array, 'B S']:
   """Prompt and response as one sequence padded on the right, S = P + T."""
   return _joined(rollout.prompt_ids, rollout.response_ids, rollout.prompt_length)
 
 
-def join_segment_ids(rollout: Rollout) -> Int[Array, 'B S'] | None:
+def attention_segment_ids(rollout: Rollout) -> Int[Array, 'B S'] | None:
   """1 on the tokens of `join` that attention sees and 0 on the others; None for all seen."""
   if rollout.attended is None:
     return None
@@ -81,7 +81,7 @@ def _joined(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> A
   return jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
 
 
-def response_window(
+def gather_response(
   x: Float[Array, 'B S'], prompt_length: Int[Array, 'B'], size: int
 ) -> Float[Array, 'B T']:
   """The `size` entries of each row that start at its response; past the row's end its last one."""
@@ -90,14 +90,14 @@ def response_window(
 
 
 @functools.partial(jax.jit, static_argnames='recipe')
-def score_piece(
+def score_chunk(
   params: dict[str, Any],
   ids: Int[Array, 'B S'],
   segment_ids: Int[Array, 'B S'] | None,
   rollout: Rollout,
   *,
-  recipe: Recipe,
-) -> Scores:
+  recipe: PPORecipe,
+) -> ModelOutputs:
   """One forward of reference, reward model and critic (and policy, if log-probs are recomputed).
 
   Args:
@@ -108,7 +108,7 @@ def score_piece(
     return token_logprobs(params[name], ids, config, segment_ids=segment_ids)
 
   def window(x):
-    return response_window(x, rollout.prompt_length, rollout.response_ids.shape[1])
+    return gather_response(x, rollout.prompt_length, rollout.response_ids.shape[1])
 
   ref_logprob, entropy = logprobs('reference', recipe.reference)
   old_logprob = rollout.old_logprob
@@ -120,25 +120,26 @@ def score_piece(
     value = values(params['critic'], ids, recipe.critic, segment_ids=segment_ids)
   if recipe.reward is not None:
     score = scores(params['reward'], ids, recipe.reward, segment_ids=segment_ids)
-  return Scores(
+  return ModelOutputs(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
     ref_logprob=window(ref_logprob),
     entropy=window(entropy),
     score=window(score),
     value=window(value),
-    prompt_score=response_window(score, rollout.prompt_length - 1, 1)[:, 0],
+    prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
   )
 
 
-def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores:
-  """`score_piece` over the whole rollout, `ppo.score_batch` sequences at a time, alike in length.
+def score(params: dict[str, Any], rollout: Rollout, *, recipe: PPORecipe) -> ModelOutputs:
+  """`score_piece` over the whole rollout, `ppo.scoring_batch_size` sequences at a time, alike in
+  length.
 
   A piece is as wide as its longest sequence needs, in a few widths so that few programs compile.
   """
   params = sharding.to_device(params)  # for as long as this takes, those that wait on the host
   ids, segment_ids = _join_both(rollout)
   total, width = ids.shape
-  size = recipe.ppo.score_batch or total
+  size = recipe.ppo.scoring_batch_size or total
   length = sequence_lengths(rollout)
   order = np.arange(total) if size == total else np.argsort(length, kind='stable')
   pieces = []
@@ -146,7 +147,7 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
     needed = min(-(-int(length[rows].max()) // _WIDTHS) * _WIDTHS, width)
     piece_ids, seen, piece = take_rows((ids, segment_ids, rollout), rows)
     seen = None if seen is None else seen[:, :needed]
-    pieces.append(score_piece(params, piece_ids[:, :needed], seen, piece, recipe=recipe))
+    pieces.append(score_chunk(params, piece_ids[:, :needed], seen, piece, recipe=recipe))
   if len(pieces) == 1:
     return pieces[0]
   return take_rows(concatenate(pieces), np.argsort(order))
@@ -154,13 +155,13 @@ def score(params: dict[str, Any], rollout: Rollout, *, recipe: Recipe) -> Scores
 
 def sequence_lengths(rollout: Rollout) -> np.ndarray:
   """Tokens of prompt and response, [B], on the host."""
-  found = processes.fetch((rollout.prompt_length, jnp.sum(rollout.response_mask, axis=1)))
+  found = processes.to_host((rollout.prompt_length, jnp.sum(rollout.response_mask, axis=1)))
   return np.add(*found)
 
 
 @jax.jit
 def _join_both(rollout: Rollout) -> tuple[Array, Array | None]:
-  return join(rollout), join_segment_ids(rollout)
+  return concat_prompt_response(rollout), attention_segment_ids(rollout)
 
 
 @jax.jit
@@ -180,17 +181,17 @@ def take_rows(tree: Any, rows: Int[Array, 'N']) -> Any:
 @functools.partial(jax.jit, static_argnames='recipe')
 def make_experience(
   rollout: Rollout,
-  scored: Scores,
+  scored: ModelOutputs,
   normalizer: Normalizer,
   kl_coef: ScalarLike,
   rule: Float[Array, 'B T'] | None = None,
   *,
-  recipe: Recipe,
+  recipe: PPORecipe,
 ) -> tuple[Experience, dict[str, Array]]:
   """Dense rewards and advantages of a rollout, and what a person wants to know of them.
 
   reward_t = clamp(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the whole rollout.
-  With ppo.kl_in=loss the reward has no KL. Metrics are means over responses, explained in
+  With ppo.kl_placement=loss the reward has no KL. Metrics are means over responses, explained in
   `report.metric_docs`; `objective/kl` is Σ_t (log π - log π_ref) per response, in nats.
 
   Args:
@@ -199,7 +200,7 @@ def make_experience(
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=scored.old_logprob)
   ended = rollout.finished | recipe.compat.force_eos
-  segments = cut(rollout.response_ids, mask, ended, scored.entropy, recipe.cutter)
+  segments = segment_batch(rollout.response_ids, mask, ended, scored.entropy, recipe.cutter)
   dense = dense_rewards(
     scored.score,
     scored.prompt_score,
@@ -214,7 +215,7 @@ def make_experience(
   )
   shape = functools.partial(
     shaped_reward,
-    kl_coef=kl_coef if ppo.kl_in == 'reward' else 0.0,
+    kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,
     clip=recipe.shaping.reward_clip,
   )
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](scored.old_logprob, scored.ref_logprob)
@@ -232,14 +233,14 @@ def make_experience(
     return_=returns(advantage, scored.value, value_mask),
     value_mask=value_mask,
   )
-  penalty = kl_coef * token_kl if ppo.kl_in == 'reward' else jnp.zeros_like(token_kl)
+  penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   return experience, _metrics(experience, dense, penalty)
 
 
 def _advantage(reward, value, segments: Segments, mask, ppo: PPO):
   """Advantages, and the states whose value the critic learns."""
   constants = {'gamma': ppo.gamma, 'gae_lambda': ppo.gae_lambda}
-  if ppo.gae_over == 'token':
+  if ppo.gae_level == 'token':
     return jax.vmap(functools.partial(gae, **constants))(reward, value, mask), mask
   starts = jax.vmap(action_starts)(segments, mask)
   return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts
@@ -265,7 +266,7 @@ def _metrics(
     'objective/kl_token_max': jnp.max(jnp.where(mask, jnp.abs(difference), 0.0)),
     'objective/entropy': -masked_mean(rollout.old_logprob, mask),
     'objective/ref_entropy': masked_mean(experience.entropy, mask),
-    'reward/token_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
+    'reward/token_abs_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
     'reward/segment_mean': masked_sum(dense, mask) / jnp.maximum(jnp.sum(segments.end), 1),
     **_by_position(dense, segments),
     'response/length_mean': jnp.mean(length),
@@ -274,7 +275,7 @@ def _metrics(
     'segments/per_response': jnp.mean(segments.num_segments.astype(jnp.float32)),
     'segments/length_mean': _segment_length(segments),
     **_sampling_gap(rollout),
-    'val/explained_variance': _explained_variance(
+    'critic/explained_variance': _explained_variance(
       experience.value, experience.return_, experience.value_mask
     ),
   }
@@ -294,15 +295,20 @@ def _by_position(dense: Float[Array, 'B T'], segments: Segments) -> dict[str, Ar
     here = inside & (tenth == k)
     number = jnp.sum(here & segments.end)
     mean = jnp.sum(jnp.where(here, dense, 0)) / jnp.maximum(number, 1)
-    found[f'reward/z_by_position/{k}'] = jnp.where(number, mean, jnp.nan)
+    found[f'reward/by_position/{k}'] = jnp.where(number, mean, jnp.nan)
   return found
 
 
 @functools.partial(jax.jit, static_argnames='ppo')
-def is_sound(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
-  """Whether a rollout may be learned from: finite, and within ppo.max_kl and ppo.max_reward."""
+def within_bounds(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
+  """Whether a rollout may be learned from: finite, and within ppo.skip_if_kl_above and
+  ppo.skip_if_reward_above.
+  """
   sound = jnp.bool(True)
-  for name, most in (('objective/kl', ppo.max_kl), ('reward/token_max', ppo.max_reward)):
+  for name, most in (
+    ('objective/kl', ppo.skip_if_kl_above),
+    ('reward/token_abs_max', ppo.skip_if_reward_above),
+  ):
     sound &= jnp.isfinite(metrics[name]) & (jnp.abs(metrics[name]) <= (most or jnp.inf))
   return sound
 
@@ -314,8 +320,8 @@ def _sampling_gap(rollout: Rollout) -> dict[str, Array]:
   mask = rollout.response_mask
   gap = jnp.where(mask, jnp.abs(rollout.sample_logprob - rollout.old_logprob), 0.0)
   return {
-    'rollout/sampling_gap': masked_mean(gap, mask),
-    'rollout/sampling_gap_max': jnp.max(gap),
+    'rollout/logprob_mismatch': masked_mean(gap, mask),
+    'rollout/logprob_mismatch_max': jnp.max(gap),
   }
 
 

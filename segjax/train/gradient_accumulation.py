@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from segjax.model import sharding
-from segjax.types import Packing, Places
+from segjax.types import PackingPlan, PackingSlots
 
-Found = tuple[Array, dict[str, Array]]
-Objective = Callable[..., Found]
+LossAndMetrics = tuple[Array, dict[str, Array]]
+Objective = Callable[..., LossAndMetrics]
 
 
 def value_and_grad(
@@ -23,9 +23,9 @@ def value_and_grad(
   params: Any,
   batch: Any,
   micro_batch: int,
-  packing: Packing | None,
+  packing: PackingPlan | None,
   *rest: Any,
-) -> tuple[Found, Any]:
+) -> tuple[LossAndMetrics, Any]:
   """Σ_j objective(params, piece_j, *rest, places=places_j) and its gradient by the parameters.
 
   The activations of one piece exist at a time, and its program is compiled once for all.
@@ -63,7 +63,7 @@ def value_and_grad(
     return _added_up(piece, params, pieces)
 
   def packed_piece(j):
-    places: Places = jax.tree.map(lambda x: x[j], packing.pieces)
+    places: PackingSlots = jax.tree.map(lambda x: x[j], packing.pieces)
     rows = jnp.maximum(places.sequence[:: places.group] // places.group, 0)
     part = jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), batch)
     return evaluate(params, part, *rest, places=places)
@@ -71,7 +71,7 @@ def value_and_grad(
   return _added_up(packed_piece, params, packing.count)
 
 
-def _added_up(piece: Callable[[Array], Any], params: Any, count: Any) -> tuple[Found, Any]:
+def _added_up(piece: Callable[[Array], Any], params: Any, count: Any) -> tuple[LossAndMetrics, Any]:
   """Loss, metrics and gradients of pieces 0 to count - 1, which may be known only when it runs."""
 
   def add(j, total):

@@ -22,7 +22,7 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
       peak=settings.learning_rate,
       total_steps=total_steps,
       warmup_steps=warmup_steps(settings, total_steps),
-      min_ratio=settings.min_ratio,
+      min_ratio=settings.min_lr_ratio,
     )
 
   adamw = optax.adamw(
@@ -33,11 +33,14 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
     weight_decay=settings.weight_decay,
   )
   return optax.chain(
-    optax.clip_by_global_norm(settings.max_grad_norm), _stored_in(settings.moments_dtype, adamw)
+    optax.clip_by_global_norm(settings.max_grad_norm),
+    _with_moments_dtype(settings.moments_dtype, adamw),
   )
 
 
-def _stored_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _with_moments_dtype(
+  dtype: str, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
   """`inner`, computed in float32, its state kept in `dtype`."""
   if dtype == 'float32':
     return inner
@@ -128,4 +131,4 @@ def apply_update(
   updated = TrainState(state.step + 1, params, opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
   metrics = {'grad_norm': grad_norm, 'weight_norm': weight_norm}
-  return sharding.constrain_tree(state), metrics | {'bad': 1 - good.astype(jnp.int32)}
+  return sharding.constrain_tree(state), metrics | {'skipped_updates': 1 - good.astype(jnp.int32)}

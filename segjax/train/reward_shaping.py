@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from segjax.config.settings import Compat, Segmentation, Shaping
+from segjax.config.settings import Compat, RewardShaping, Segmentation
 from segjax.rl.normalizer import normalize
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
 from segjax.train.compat import padded_length
@@ -25,7 +25,7 @@ def dense_rewards(
   normalizer: Normalizer,
   rule: Float[Array, 'B T'] | None,
   *,
-  shaping: Shaping,
+  shaping: RewardShaping,
   spread: str,
   segmentation: Segmentation,
   compat: Compat,
@@ -44,12 +44,12 @@ def dense_rewards(
     spread=spread,
     length_norm=shaping.length_norm,
     aggregation=segmentation.aggregation,
-    temperature=segmentation.temperature,
+    temperature=segmentation.softmax_temperature,
   )
   dense = shaping.reward_model_weight * jax.vmap(spread_out)(z, segments, rollout.response_mask)
   if rule is not None:
     dense = dense + shaping.reward_fn_weight * rule
-  if compat.scalar_unpenalised and spread == 'bandit':
+  if compat.bandit_skips_penalties and spread == 'bandit':
     return dense
   return _penalised(dense, rollout, shaping, compat)
 
@@ -71,11 +71,13 @@ def _segment_rewards(score, prompt_score, segments, rollout, normalizer, shaping
 
 def _penalised(dense, rollout, shaping, compat):
   mask = rollout.response_mask
-  at_end = functools.partial(end_penalty, kind=shaping.end_penalty, value=shaping.end_penalty_value)
+  at_end = functools.partial(
+    end_penalty, kind=shaping.missing_eos_penalty, value=shaping.missing_eos_penalty_value
+  )
   dense = jax.vmap(at_end)(dense, mask, rollout.finished)
   length = jnp.sum(mask, axis=1)
   if compat.padded_length:
-    length = padded_length(mask, rollout.prompt_length, compat.micro_batch)
+    length = padded_length(mask, rollout.prompt_length, compat.micro_batch_size)
 
   def too_long(dense, mask, length):
     return length_penalty(

@@ -8,17 +8,24 @@ import dataclasses
 import json
 from pathlib import Path
 
-from segjax.config.settings import AS_STORED, RewardModel, Segmentation
-from segjax.data.tokenizer import fingerprint
+from segjax.config.settings import AS_STORED, RewardModelSettings, Segmentation
+from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.rl.normalizer import PUBLISHED
 from segjax.types import Normalizer
 
-FILE = 'segment_reward.json'
-VERSION = 2
+REWARD_SPEC_FILE = 'segment_reward.json'
+VERSION = 3
+# Names of fields that version 2 wrote, by the present ones.
+_VERSION_2 = {
+  'boundary': 'cut',
+  'segment_length': 'fixed_length',
+  'min_segment_length': 'min_length',
+  'softmax_temperature': 'temperature',
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentReward:
+class RewardSpec:
   """How to read a reward model; `normalizer` is None until it has been fitted."""
 
   segmentation: Segmentation
@@ -27,7 +34,7 @@ class SegmentReward:
   tokenizer_sha256: str = ''
 
 
-def write(directory: Path, reward: SegmentReward) -> None:
+def write_spec(directory: Path, reward: RewardSpec) -> None:
   """Writes segment_reward.json into the reward model's directory."""
   normalizer = None
   if reward.normalizer is not None:
@@ -39,24 +46,28 @@ def write(directory: Path, reward: SegmentReward) -> None:
     'normalizer': normalizer,
     'tokenizer_sha256': reward.tokenizer_sha256,
   }
-  partial = directory / f'{FILE}.partial'
+  partial = directory / f'{REWARD_SPEC_FILE}.partial'
   partial.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
-  partial.replace(directory / FILE)  # at once, for it takes the place of one that is in use
+  partial.replace(
+    directory / REWARD_SPEC_FILE
+  )  # at once, for it takes the place of one that is in use
 
 
-def read(directory: Path) -> SegmentReward | None:
+def read_spec(directory: Path) -> RewardSpec | None:
   """What segment_reward.json says; None where there is no such file."""
-  path = directory / FILE
+  path = directory / REWARD_SPEC_FILE
   if not path.exists():
     return None
   try:
     text = json.loads(path.read_text(encoding='utf-8'))
-    if text['version'] != VERSION:
+    if text['version'] not in (2, VERSION):
       raise ValueError(f'version {text["version"]} is not {VERSION}')
+    if text['version'] == 2:
+      text |= {new: text[old] for new, old in _VERSION_2.items()}
     normalizer = text['normalizer']
     kind = normalizer.pop('kind') if normalizer else ''
     names = [field.name for field in dataclasses.fields(Segmentation)]
-    return SegmentReward(
+    return RewardSpec(
       segmentation=Segmentation(**{name: text[name] for name in names}),
       normalizer=Normalizer(**normalizer) if normalizer else None,
       normalizer_kind=kind,
@@ -69,15 +80,17 @@ def read(directory: Path) -> SegmentReward | None:
     ) from error
 
 
-def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> SegmentReward:
+def resolve_spec(
+  settings: RewardModelSettings, directory: Path, policy_directory: Path
+) -> RewardSpec:
   """What PPO uses: the stored file, each field overruled by the config where the config names it.
 
   Raises:
     ValueError: something is named by neither, or the tokenizers of reward model and policy differ.
   """
-  stored = read(directory)
+  stored = read_spec(directory)
   check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
-  segmentation = overruled(stored.segmentation if stored else None, settings.segmentation)
+  segmentation = override(stored.segmentation if stored else None, settings.segmentation)
   kind, normalizer = '', None
   if settings.normalizer == 'none':
     kind, normalizer = 'none', Normalizer()
@@ -91,13 +104,14 @@ def resolve(settings: RewardModel, directory: Path, policy_directory: Path) -> S
     missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
   if missing:
     raise ValueError(
-      f'{directory} has no {FILE} that says it all: run the normalizer job on it, or give '
+      f'{directory} has no {REWARD_SPEC_FILE} that says it all: run the normalizer job on it, or '
+      'give '
       f'{", ".join(missing)}.'
     )
-  return SegmentReward(segmentation, normalizer, kind)
+  return RewardSpec(segmentation, normalizer, kind)
 
 
-def overruled(stored: Segmentation | None, named: Segmentation) -> Segmentation:
+def override(stored: Segmentation | None, named: Segmentation) -> Segmentation:
   """The stored segmentation, with the fields that `named` does not leave empty in their place.
 
   Where nothing is stored, granularity and threshold stay empty unless named; all else is as usual.
@@ -112,7 +126,9 @@ def missing_fields(segmentation: Segmentation) -> list[str]:
   missing, key = [], 'config.reward_model.segmentation'
   if not segmentation.granularity:
     missing.append(f'{key}.granularity (segment, token or bandit)')
-  needs_threshold = segmentation.granularity in ('', 'segment') and segmentation.cut == 'entropy'
+  needs_threshold = (
+    segmentation.granularity in ('', 'segment') and segmentation.boundary == 'entropy'
+  )
   if needs_threshold and segmentation.entropy_threshold < 0:
     missing.append(f'{key}.entropy_threshold (nats)')
   return missing
@@ -124,7 +140,7 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
   Args:
     sha256: what is known of the first one's tokenizer; '' reads its files.
   """
-  if (sha256 or fingerprint(str(directory))) != fingerprint(str(other)):
+  if (sha256 or tokenizer_fingerprint(str(directory))) != tokenizer_fingerprint(str(other)):
     raise ValueError(
       f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
       'all models of a run must share one tokenizer.'

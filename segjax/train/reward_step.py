@@ -11,37 +11,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from segjax.config.settings import Reward
+from segjax.config.settings import RewardTraining
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.packed import read
+from segjax.model.packed import run_packed
 from segjax.rl.losses import bradley_terry
 from segjax.rl.normalizer import normalize, relative_position
 from segjax.train import gradient_accumulation
 from segjax.train.optimizer import apply_update
-from segjax.train.segmenter import Cutter, aggregate, cut
+from segjax.train.segmenter import Segmenter, segment_batch, sequence_scores
 from segjax.train.state import TrainState
-from segjax.types import Normalizer, Packing, Places, PreferenceBatch, Segments, Sequences
+from segjax.types import Normalizer, PackingPlan, PackingSlots, PreferenceBatch, Segments, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class SegmentScorer:
   """How sequences are cut and scored: both networks, and the cutter."""
 
   reward: LlamaConfig
   reference: LlamaConfig
-  cutter: Cutter
+  cutter: Segmenter
 
 
 def entropies(
-  reference: Any, sequences: Sequences, scorer: Scorer, places: Places | None = None
+  reference: Any, sequences: Sequences, scorer: SegmentScorer, places: PackingSlots | None = None
 ) -> Float[Array, 'B S']:
   """Entropy under the reference at every token, nats: as given, computed, or 0 if not needed."""
   if sequences.entropy is not None:
     return sequences.entropy
   if not scorer.cutter.needs_entropy:
     return jnp.zeros(sequences.ids.shape, jnp.float32)
-  _, entropy = read(token_logprobs, reference, sequences.ids, scorer.reference, places)
+  _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, places)
   return jax.lax.stop_gradient(entropy)
 
 
@@ -49,30 +49,30 @@ def score_sequences(
   params: Any,
   reference: Any,
   sequences: Sequences,
-  scorer: Scorer,
-  places: Places | None = None,
+  scorer: SegmentScorer,
+  places: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
   """The reward model's score at every token, and the segments."""
-  segments = cut(
+  segments = segment_batch(
     sequences.ids,
     sequences.response_mask,
     sequences.finished,
     entropies(reference, sequences, scorer, places),
     scorer.cutter,
   )
-  return read(scores, params, sequences.ids, scorer.reward, places), segments
+  return run_packed(scores, params, sequences.ids, scorer.reward, places), segments
 
 
 def pair_scores(
   params: Any,
   reference: Any,
   pairs: PreferenceBatch,
-  scorer: Scorer,
-  places: Places | None = None,
+  scorer: SegmentScorer,
+  places: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B 2'], Segments]:
   """Aggregated segment scores of chosen and rejected, in one forward of 2B sequences."""
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer, places)
-  return aggregate(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
+  return sequence_scores(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
 
 
 def _interleave(pairs: PreferenceBatch) -> Sequences:
@@ -84,13 +84,13 @@ def _interleave(pairs: PreferenceBatch) -> Sequences:
   )
 
 
-def margins(pairs: PreferenceBatch, settings: Reward) -> Float[Array, 'B']:
+def margins(pairs: PreferenceBatch, settings: RewardTraining) -> Float[Array, 'B']:
   """What the chosen score must lead by: a constant, and a part of the difference of ratings."""
   constant = jnp.full(pairs.chosen.finished.shape, settings.margin, jnp.float32)
-  if pairs.rating_gap is None or not settings.rating_margin:
+  if pairs.rating_gap is None or not settings.rating_margin_coef:
     return constant
   gap = jnp.where(jnp.isnan(pairs.rating_gap), 0, pairs.rating_gap)
-  return constant + settings.rating_margin * gap
+  return constant + settings.rating_margin_coef * gap
 
 
 @functools.partial(
@@ -100,16 +100,17 @@ def reward_step(
   state: TrainState,
   reference: Any,
   pairs: PreferenceBatch,
-  packing: Packing | None = None,
+  packing: PackingPlan | None = None,
   *,
-  scorer: Scorer,
-  settings: Reward,
+  scorer: SegmentScorer,
+  settings: RewardTraining,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update: -mean log σ(score(chosen) - score(rejected) - margin), in float32.
 
   Args:
-    packing: of the 2B sequences, chosen and rejected in turn, where reward.packed_length says so.
+    packing: of the 2B sequences, chosen and rejected in turn, where
+    reward_training.packing_length says so.
   """
   count = len(pairs.chosen.finished)
 
@@ -130,7 +131,7 @@ def reward_step(
     }
 
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
-    objective, state.params, pairs, settings.micro_batch, packing
+    objective, state.params, pairs, settings.micro_batch_size, packing
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics | update
@@ -138,7 +139,7 @@ def reward_step(
 
 @functools.partial(jax.jit, static_argnames='scorer')
 def evaluate_pairs(
-  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: Scorer
+  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
 ) -> Float[Array, 'B 2']:
   """Scores of chosen and rejected, for what is measured on held-out pairs."""
   return pair_scores(params, reference, pairs, scorer)[0]
@@ -146,11 +147,11 @@ def evaluate_pairs(
 
 @functools.partial(jax.jit, static_argnames='scorer')
 def segment_statistics(
-  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: Scorer
+  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
 ) -> tuple[Float[Array, 'N S'], Float[Array, 'N S'], Array, Float[Array, 'N']]:
   """Relative position, score, where segments end, and the whole's score, of both sides (N = 2B)."""
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
-  whole = aggregate(score, segments, scorer.cutter.segmentation)
+  whole = sequence_scores(score, segments, scorer.cutter.segmentation)
   return jax.vmap(relative_position)(segments), score, segments.end, whole
 
 
@@ -161,7 +162,7 @@ def segment_rewards(
   sequences: Sequences,
   normalizer: Normalizer,
   *,
-  scorer: Scorer,
+  scorer: SegmentScorer,
   std_floor_ratio: float | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
   """The normalised score read at every token, which counts where a segment ends; the segments."""

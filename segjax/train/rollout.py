@@ -7,9 +7,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from segjax.config.settings import Rollout as RolloutSettings
+from segjax.config.settings import RolloutSettings
 from segjax.model import sharding
-from segjax.model.generate import Generated, Prompts, generate, make_decoder
+from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 from segjax.types import Rollout
@@ -39,7 +39,7 @@ def rollout(
   samples: int = 1,
   index: np.ndarray | None = None,
   say: Callable[[str], None] = print,
-  watch: Callable[[Generated], object] = lambda found: None,
+  watch: Callable[[GenerationResult], object] = lambda found: None,
 ) -> Rollout:
   """Samples responses, `settings.slots` at once; those to one prompt stand next to each other.
 
@@ -54,11 +54,11 @@ def rollout(
   """
   found = generate(
     params,
-    Prompts(prompt_ids, prompt_length),
+    PromptArrays(prompt_ids, prompt_length),
     key,
-    decoder=make_decoder(config, sampling(settings), stop_ids, mesh),
+    decoder=make_decode_config(config, sampling(settings), stop_ids, mesh),
     mesh=mesh,
-    slots=settings.slots,
+    slots=settings.max_concurrent,
     samples=samples,
     index=index,
     watch=watch,

@@ -19,7 +19,7 @@ from segjax.types import Segments
 
 
 @dataclasses.dataclass(frozen=True)
-class Cutter:
+class Segmenter:
   """A segmentation, with the token ids that end a segment where its cut is by delimiter."""
 
   segmentation: Segmentation
@@ -28,7 +28,7 @@ class Cutter:
   @property
   def needs_entropy(self) -> bool:
     """Whether the reference has to be run over the text."""
-    return self.segmentation.granularity == 'segment' and self.segmentation.cut == 'entropy'
+    return self.segmentation.granularity == 'segment' and self.segmentation.boundary == 'entropy'
 
   @property
   def threshold(self) -> float | None:
@@ -36,19 +36,19 @@ class Cutter:
     return self.segmentation.entropy_threshold if self.needs_entropy else None
 
 
-def cutter_of(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Cutter:
+def make_segmenter(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Segmenter:
   """The cutter of that segmentation for texts in that tokenizer's ids."""
-  is_delimited = segmentation.granularity == 'segment' and segmentation.cut == 'delimiter'
+  is_delimited = segmentation.granularity == 'segment' and segmentation.boundary == 'delimiter'
   ids = tokenizer.ids_ending_in(segmentation.delimiters) if is_delimited else ()
-  return Cutter(segmentation, ids)
+  return Segmenter(segmentation, ids)
 
 
-def cut(
+def segment_batch(
   ids: Int[Array, 'B T'],
   response_mask: Bool[Array, 'B T'],
   finished: Bool[Array, 'B'],
   entropy: Float[Array, 'B T'],
-  cutter: Cutter,
+  cutter: Segmenter,
 ) -> Segments:
   """The segments of each row.
 
@@ -60,31 +60,31 @@ def cut(
     cutter: how.
   """
   s = cutter.segmentation
-  if s.cut == 'fixed_length':
-    boundary = jax.vmap(functools.partial(fixed_length_boundary, length=s.fixed_length))(
+  if s.boundary == 'fixed_length':
+    boundary = jax.vmap(functools.partial(fixed_length_boundary, length=s.segment_length))(
       response_mask
     )
-  elif s.cut == 'delimiter':
+  elif s.boundary == 'delimiter':
     boundary = jax.vmap(delimiter_boundary)(_is_one_of(ids, cutter.delimiter_ids))
   else:
     boundary = entropy > s.entropy_threshold
   divide = functools.partial(
     segment_at,
     granularity=s.granularity,
-    min_length=s.min_length,
+    min_length=s.min_segment_length,
     stop_inside=s.stop_token == 'inside',
   )
   return jax.vmap(divide)(boundary, response_mask, finished)
 
 
-def aggregate(
+def sequence_scores(
   score: Float[Array, 'B T'], segments: Segments, segmentation: Segmentation
 ) -> Float[Array, 'B']:
   """One score for each response out of those of its segments."""
   one = functools.partial(
     sequence_score,
     aggregation=segmentation.aggregation,
-    temperature=segmentation.temperature,
+    temperature=segmentation.softmax_temperature,
   )
   return jax.vmap(one)(score, segments)
 

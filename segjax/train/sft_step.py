@@ -10,12 +10,12 @@ from segjax.config.settings import SFT
 from segjax.data.batches import TokenBatch
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.packed import read
+from segjax.model.packed import run_packed
 from segjax.rl.losses import batch_mean, cross_entropy, num_terms
 from segjax.train import gradient_accumulation
 from segjax.train.optimizer import apply_update
 from segjax.train.state import TrainState
-from segjax.types import Packing, Places
+from segjax.types import PackingPlan, PackingSlots
 
 
 def sft_loss(
@@ -24,7 +24,7 @@ def sft_loss(
   count: Float[Array, ''],
   *,
   config: LlamaConfig,
-  places: Places | None = None,
+  places: PackingSlots | None = None,
 ) -> tuple[Float[Array, ''], dict[str, Array]]:
   """-mean log π(ids_t | ids_<t) over the masked tokens, nats per token.
 
@@ -33,7 +33,7 @@ def sft_loss(
     places: of the conversations in packed rows.
   """
   mask = batch.mask if places is None else batch.mask & (places.length > 0)[:, None]
-  logprob, entropy = read(token_logprobs, params, batch.ids, config, places)
+  logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, places)
   loss = cross_entropy(logprob, mask, count=count)
   return loss, {'loss': loss, 'entropy': batch_mean(entropy, mask, 'token', count=count)}
 
@@ -44,16 +44,16 @@ def sft_loss(
 def sft_step(
   state: TrainState,
   batch: TokenBatch,
-  packing: Packing | None = None,
+  packing: PackingPlan | None = None,
   *,
   config: LlamaConfig,
   settings: SFT,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update on a batch of conversations, packed where sft.packed_length says so."""
+  """One update on a batch of conversations, packed where sft.packing_length says so."""
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(sft_loss, config=config),
-    *(state.params, batch, settings.micro_batch, packing, num_terms(batch.mask, 'token')),
+    *(state.params, batch, settings.micro_batch_size, packing, num_terms(batch.mask, 'token')),
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics | update

@@ -19,10 +19,10 @@ def test_every_switch_is_on_and_the_fixes_are_off():
   s = resolved()
   switches = {k: v for k, v in dataclasses.asdict(s.compat).items() if isinstance(v, bool)}
   assert all(switches.values()) and len(switches) == len(dataclasses.fields(Compat)) - 1
-  assert s.compat.micro_batch == 4
-  assert s.shaping.std_floor_ratio < 0
+  assert s.compat.micro_batch_size == 4
+  assert s.reward_shaping.std_floor_ratio < 0
   assert s.rollout.recompute_logprob
-  assert (s.normalizer.weighting, s.normalizer.min_count) == ('bin', 1)
+  assert (s.normalizer.weighting, s.normalizer.min_bin_count) == ('bin', 1)
 
 
 def test_all_is_off_by_default():
@@ -32,7 +32,7 @@ def test_all_is_off_by_default():
 @pytest.mark.parametrize('file', ['reward', 'ppo'])
 def test_tokens_are_segments_of_threshold_zero(file):
   s = resolved(file, 'llama31_8b_instruct,token')
-  section = s.reward if file == 'reward' else s.reward_model
+  section = s.reward_training if file == 'reward' else s.reward_model
   assert section.segmentation.granularity == 'segment'
   assert section.segmentation.entropy_threshold == 0
 
@@ -46,10 +46,13 @@ def test_segments_and_bandit_stay(granularity, threshold):
 @pytest.mark.parametrize(
   'values, message',
   [
-    ({'shaping.end_penalty': 'at_eos'}, r'end_penalty=.at_eos. .* \(off or per_token\)'),
-    ({'shaping.length_penalty': 'linear'}, r'\(off or threshold\)'),
+    (
+      {'reward_shaping.missing_eos_penalty': 'at_eos'},
+      r'missing_eos_penalty=.at_eos. .* \(off or per_token\)',
+    ),
+    ({'reward_shaping.length_penalty': 'linear'}, r'\(off or threshold\)'),
     ({'normalizer.weighting': 'count'}, 'reference_exact=False'),
-    ({'normalizer.min_count': 2}, r'min_count=2'),
+    ({'normalizer.min_bin_count': 2}, r'min_bin_count=2'),
   ],
 )
 def test_what_the_published_code_cannot_do_is_refused(values, message):

@@ -9,7 +9,7 @@ from segjax.config.settings import Optimizer, Settings
 def test_default_config_holds_every_default():
   config = presets.default_config()
   assert config.ppo.kl_coef == Settings().ppo.kl_coef
-  assert config.reward.optimizer.learning_rate == 1e-6
+  assert config.reward_training.optimizer.learning_rate == 1e-6
   config.lock()
   with pytest.raises(AttributeError, match='kl_coeff'):
     config.ppo.kl_coeff = 0.1
@@ -43,10 +43,10 @@ def test_unknown_preset_is_named(preset, message):
 
 
 def test_replace_reaches_into_sections():
-  changed = settings.replace(Settings(), seed=3, **{'data.path': 'x', 'sft.batch': 2})
-  assert (changed.seed, changed.data.path, changed.sft.batch) == (3, 'x', 2)
+  changed = settings.replace(Settings(), seed=3, **{'data.path': 'x', 'sft.batch_size': 2})
+  assert (changed.seed, changed.data.path, changed.sft.batch_size) == (3, 'x', 2)
   assert changed.sft.optimizer == Optimizer(learning_rate=2e-5)
   deeper = settings.replace(changed, **{'sft.optimizer.beta1': 0.8})
   assert deeper.sft == settings.replace(changed.sft, **{'optimizer.beta1': 0.8})
-  assert (deeper.sft.optimizer.beta1, deeper.sft.batch) == (0.8, 2)
+  assert (deeper.sft.optimizer.beta1, deeper.sft.batch_size) == (0.8, 2)
   assert Settings().data.path == ''

@@ -48,7 +48,7 @@ def test_presets_are_consistent(file, preset):
   resolved = validate.from_config(importlib.import_module(f'configs.{file}').get_config(preset))
   granularity = preset.partition(',')[2]
   if granularity:
-    named = resolved.reward.segmentation, resolved.reward_model.segmentation
+    named = resolved.reward_training.segmentation, resolved.reward_model.segmentation
     assert granularity in [segmentation.granularity for segmentation in named]
   if preset == 'local':
     assert resolved.stages == (file,)
@@ -61,17 +61,27 @@ def test_published_recipe(model, granularity):
   config = importlib.import_module('configs.ppo').get_config(f'{model},{granularity}')
   s = validate.from_config(config)
   assert s.ppo.value_clip_eps == {'segment': 0.25, 'token': 0.25, 'bandit': 0.2}[granularity]
-  assert s.shaping.length_norm == ((model, granularity) == ('llama3_8b_sft', 'token'))
+  assert s.reward_shaping.length_norm == ((model, granularity) == ('llama3_8b_sft', 'token'))
   is_penalised = (model, granularity) == ('llama31_8b_instruct', 'segment')
-  assert (s.shaping.end_penalty, s.shaping.length_penalty) == (
+  assert (s.reward_shaping.missing_eos_penalty, s.reward_shaping.length_penalty) == (
     ('per_token', 'threshold') if is_penalised else ('off', 'off')
   )
-  assert (s.shaping.end_penalty_value, s.shaping.length_threshold) == (-0.05, 800)
+  assert (s.reward_shaping.missing_eos_penalty_value, s.reward_shaping.length_threshold) == (
+    -0.05,
+    800,
+  )
   assert s.reward_model.path.endswith(f'-{granularity}-rm-700k')
   assert s.reward_model.normalizer == f'published:{model}/{granularity}'
   assert s.reward_model.segmentation.entropy_threshold == 2.0
-  assert validate.spread(s, granularity) == ('bandit' if granularity == 'bandit' else 'even_split')
-  assert (s.ppo.steps, s.ppo.rollout_batch, s.ppo.minibatch, s.ppo.epochs) == (59, 1024, 128, 1)
+  assert validate.resolve_spread(s, granularity) == (
+    'bandit' if granularity == 'bandit' else 'even_split'
+  )
+  assert (
+    s.ppo.max_steps,
+    s.ppo.rollout_batch_size,
+    s.ppo.minibatch_size,
+    s.ppo.num_ppo_epochs,
+  ) == (59, 1024, 128, 1)
   assert (s.ppo.policy_optimizer.learning_rate, s.ppo.critic_optimizer.learning_rate) == (
     5e-7,
     9e-6,
@@ -84,7 +94,10 @@ def test_published_recipe(model, granularity):
     ('ppo.kl_coeff', r'config.ppo.kl_coeff does not exist; did you mean config.ppo.kl_coef'),
     ('ppoo.kl_coef', 'did you mean config.ppo.kl_coef'),
     ('learning_rate', 'config.sft.optimizer.learning_rate'),
-    ('reward.optimizer.learningrate', 'did you mean config.reward.optimizer.learning_rate'),
+    (
+      'reward_training.optimizer.learningrate',
+      'did you mean config.reward_training.optimizer.learning_rate',
+    ),
     ('zzz', r'config.zzz does not exist\.'),
   ],
 )
@@ -126,38 +139,49 @@ def test_whole_numbers_become_floats():
     ({'stages': ('ppo', 'sft')}, 'must be in order: sft,ppo'),
     ({'stages': ('sft', 'sft')}, 'must be in order: sft'),
     ({'stages': ('reward',), 'reward_model.path': 'x'}, 'config.stages trains a reward model'),
-    ({'runtime.dtype': 'bf16'}, "runtime.dtype='bf16' is not one of float32, bfloat16"),
+    (
+      {'runtime.compute_dtype': 'bf16'},
+      "runtime.compute_dtype='bf16' is not one of float32, bfloat16",
+    ),
     ({'runtime.attention': 'flash'}, 'runtime.attention'),
     ({'runtime.remat': 'atention'}, "remat: 'atention' is no activation; use none, full, or names"),
     (
-      {'runtime.offload': 'full'},
-      "offload: 'full' is no activation; use names out of hidden,query",
+      {'runtime.offload_activations': 'full'},
+      "offload_activations: 'full' is no activation; use names out of hidden,query",
     ),
     (
-      {'runtime.remat': 'gate,up', 'runtime.offload': 'up'},
+      {'runtime.remat': 'gate,up', 'runtime.offload_activations': 'up'},
       'both name up; it is kept in one place',
     ),
-    ({'runtime.remat': 'none', 'runtime.offload': 'up'}, 'everything is kept on the device'),
-    ({'runtime.weights_dtype': 'float16'}, 'runtime.weights_dtype'),
+    (
+      {'runtime.remat': 'none', 'runtime.offload_activations': 'up'},
+      'everything is kept on the device',
+    ),
+    ({'runtime.param_dtype': 'float16'}, 'runtime.param_dtype'),
     ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
-    ({'runtime.frozen_memory': 'disk'}, 'runtime.frozen_memory'),
-    ({'ppo.packed_length': 100, 'stages': ('ppo',)}, 'packed_length=100 is less than .* = 2752'),
-    ({'ppo.packed_length': 4096}, 'needs config.ppo.micro_batch of at least 1'),
+    ({'runtime.frozen_params_memory': 'disk'}, 'runtime.frozen_params_memory'),
+    ({'ppo.packing_length': 100, 'stages': ('ppo',)}, 'packing_length=100 is less than .* = 2752'),
+    ({'ppo.packing_length': 4096}, 'needs config.ppo.micro_batch_size of at least 1'),
     (
-      {'reward.packed_length': 4096, 'reward.micro_batch': 1},
-      'needs config.reward.micro_batch of at least 2',
+      {'reward_training.packing_length': 4096, 'reward_training.micro_batch_size': 1},
+      'needs config.reward_training.micro_batch_size of at least 2',
     ),
     (
-      {'ppo.packed_length': 4096, 'ppo.micro_batch': 8, 'compat.row0_mask': True},
-      'row0_mask masks padded rows, and config.ppo.packed_length packs them',
+      {
+        'ppo.packing_length': 4096,
+        'ppo.micro_batch_size': 8,
+        'compat.first_row_attention_mask': True,
+      },
+      'first_row_attention_mask masks padded rows, and config.ppo.packing_length packs them',
     ),
-    ({'data.overlong': 'truncate'}, "did you mean 'truncate_left'"),
+    ({'data.overlong_policy': 'truncate'}, "did you mean 'truncate_left'"),
     (
-      {'reward.segmentation.granularity': 'word'},
-      r"config.reward.segmentation.granularity='word' is not one of segment, token, bandit\.",
+      {'reward_training.segmentation.granularity': 'word'},
+      "config.reward_training.segmentation.granularity='word' is not one of segment, token, "
+      r'bandit\.',
     ),
-    ({'reward.segmentation.cut': 'entrpy'}, "did you mean 'entropy'"),
-    ({'reward.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
+    ({'reward_training.segmentation.boundary': 'entrpy'}, "did you mean 'entropy'"),
+    ({'reward_training.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
     ({'reward_model.segmentation.aggregation': 'avg'}, 'mean, sum, min, max, last, softmax'),
     ({'reward_model.normalizer': 'publshed:x'}, 'config.reward_model.normalizer'),
     (
@@ -166,35 +190,35 @@ def test_whole_numbers_become_floats():
     ),
     ({'normalizer.kind': 'linear'}, 'is not one of auto, none, global, last, scalar, regression'),
     ({'normalizer.weighting': 'bins'}, 'is not one of bin, count'),
-    ({'shaping.spread': 'even'}, 'is not one of auto, even_split, repeat, end_only, bandit'),
-    ({'shaping.redistribute': 'green'}, 'is not one of none, red'),
-    ({'shaping.red_baseline': 'one'}, 'is not one of prompt, zero'),
-    ({'shaping.end_penalty': 'on'}, 'is not one of off, per_token, at_eos'),
-    ({'shaping.length_penalty': 'on'}, 'is not one of off, threshold, linear'),
-    ({'ppo.kl_in': 'advantage'}, 'is not one of reward, loss'),
-    ({'ppo.gae_over': 'word'}, 'is not one of token, segment'),
-    ({'ppo.loss_mean': 'batch'}, 'is not one of sequence, token'),
+    ({'reward_shaping.spread': 'even'}, 'is not one of auto, even_split, repeat, end_only, bandit'),
+    ({'reward_shaping.redistribute': 'green'}, 'is not one of none, red'),
+    ({'reward_shaping.red_baseline': 'one'}, 'is not one of prompt, zero'),
+    ({'reward_shaping.missing_eos_penalty': 'on'}, 'is not one of off, per_token, at_eos'),
+    ({'reward_shaping.length_penalty': 'on'}, 'is not one of off, threshold, linear'),
+    ({'ppo.kl_placement': 'advantage'}, 'is not one of reward, loss'),
+    ({'ppo.gae_level': 'word'}, 'is not one of token, segment'),
+    ({'ppo.loss_aggregation': 'batch'}, 'is not one of sequence, token'),
     ({'ppo.kl_estimator': 'k4'}, 'is not one of k1, k2, k3'),
     ({'data.max_prompt_length': 2048}, 'leaves no room for a response'),
     ({'rollout.min_new_tokens': 2000}, 'is more than config.rollout.max_new_tokens=1024'),
     ({'rollout.top_p': 0.0}, 'config.rollout.top_p=0.0'),
-    ({'reward.holdout': 0.0}, 'must lie between 0 and 1'),
-    ({'ppo.steps': 0}, 'config.ppo.steps=0 must be at least 1'),
-    ({'data.limit': -1}, 'config.data.limit=-1 must be at least 0'),
+    ({'reward_training.holdout_fraction': 0.0}, 'must lie between 0 and 1'),
+    ({'ppo.max_steps': 0}, 'config.ppo.max_steps=0 must be at least 1'),
+    ({'data.max_rows': -1}, 'config.data.max_rows=-1 must be at least 0'),
     ({'ppo.policy_optimizer.learning_rate': -1.0}, 'policy_optimizer.learning_rate=-1.0 is neg'),
     ({'sft.optimizer.learning_rate': float('inf')}, 'learning_rate=inf must be finite'),
     ({'sft.optimizer.warmup_ratio': 3.0}, 'warmup_ratio=3.0'),
     ({'demo.min_clauses': 9}, 'must be from 1 to config.demo.max_clauses=5'),
-    ({'ppo.minibatch': 100}, 'use ppo.minibatch=64 or ppo.rollout_batch=1100'),
-    ({'ppo.score_batch': 3}, 'not divisible by config.ppo.score_batch=3'),
-    ({'rollout.samples': 5}, 'not divisible by config.rollout.samples=5'),
+    ({'ppo.minibatch_size': 100}, 'use ppo.minibatch_size=64 or ppo.rollout_batch_size=1100'),
+    ({'ppo.scoring_batch_size': 3}, 'not divisible by config.ppo.scoring_batch_size=3'),
+    ({'rollout.samples_per_prompt': 5}, 'not divisible by config.rollout.samples_per_prompt=5'),
     (
-      {'ppo.micro_batch': 3},
-      'config.ppo.minibatch=128 is not divisible by config.ppo.micro_batch=3',
+      {'ppo.micro_batch_size': 3},
+      'config.ppo.minibatch_size=128 is not divisible by config.ppo.micro_batch_size=3',
     ),
-    ({'ppo.dual_clip': 0.5}, 'must be above 1, or 0'),
-    ({'reward.calibration.entropy_quantile': 1.0}, 'below 1'),
-    ({'reward.segmentation.temperature': 0.0}, 'must be above 0'),
+    ({'ppo.dual_clip_ratio': 0.5}, 'must be above 1, or 0'),
+    ({'reward_training.threshold_search.entropy_quantile': 1.0}, 'below 1'),
+    ({'reward_training.segmentation.softmax_temperature': 0.0}, 'must be above 0'),
   ],
 )
 def test_wrong_values_name_their_key(values, message):
@@ -206,33 +230,39 @@ def test_wrong_values_name_their_key(values, message):
   'values, message',
   [
     (
-      {'reward.segmentation.granularity': 'token', 'reward.calibration.entropy_quantile': 0.8},
-      'set config.reward.segmentation.granularity=segment, or both targets to 0',
-    ),
-    (
       {
-        'reward.segmentation.cut': 'delimiter',
-        'reward.calibration.target_segment_length': 8.0,
+        'reward_training.segmentation.granularity': 'token',
+        'reward_training.threshold_search.entropy_quantile': 0.8,
       },
-      'set config.reward.segmentation.cut=entropy',
+      'set config.reward_training.segmentation.granularity=segment, or both targets to 0',
     ),
     (
       {
-        'reward.calibration.entropy_quantile': 0.8,
-        'reward.calibration.target_segment_length': 8.0,
+        'reward_training.segmentation.boundary': 'delimiter',
+        'reward_training.threshold_search.target_segment_length': 8.0,
+      },
+      'set config.reward_training.segmentation.boundary=entropy',
+    ),
+    (
+      {
+        'reward_training.threshold_search.entropy_quantile': 0.8,
+        'reward_training.threshold_search.target_segment_length': 8.0,
       },
       'set one of them to 0',
     ),
     (
-      {'reward.segmentation.granularity': 'bandit', 'reward.segmentation.min_length': 4},
-      'min_length=4 says how segments are cut, and granularity=bandit cuts none',
+      {
+        'reward_training.segmentation.granularity': 'bandit',
+        'reward_training.segmentation.min_segment_length': 4,
+      },
+      'min_segment_length=4 says how segments are cut, and granularity=bandit cuts none',
     ),
     (
       {
         'reward_model.segmentation.granularity': 'token',
-        'reward_model.segmentation.cut': 'delimiter',
+        'reward_model.segmentation.boundary': 'delimiter',
       },
-      'set granularity=segment, or cut=entropy',
+      'set granularity=segment, or boundary=entropy',
     ),
     (
       {
@@ -245,7 +275,7 @@ def test_wrong_values_name_their_key(values, message):
     (
       {
         'stages': ('reward', 'normalizer'),
-        'reward.segmentation.granularity': 'bandit',
+        'reward_training.segmentation.granularity': 'bandit',
         'normalizer.kind': 'regression',
       },
       'granularity=bandit has one segment; use scalar',
@@ -258,12 +288,15 @@ def test_wrong_values_name_their_key(values, message):
       'granularity=bandit has one segment',
     ),
     (
-      {'shaping.redistribute': 'red', 'reward_model.segmentation.granularity': 'bandit'},
+      {'reward_shaping.redistribute': 'red', 'reward_model.segmentation.granularity': 'bandit'},
       'granularity=token or segment',
     ),
-    ({'shaping.redistribute': 'red', 'shaping.spread': 'bandit'}, 'shaping.spread=auto'),
-    ({'ppo.kl_in': 'loss'}, 'its gradient is 0 on average'),
-    ({'shaping.reward_model_weight': 0.0}, 'name a config.shaping.reward_fn'),
+    (
+      {'reward_shaping.redistribute': 'red', 'reward_shaping.spread': 'bandit'},
+      'reward_shaping.spread=auto',
+    ),
+    ({'ppo.kl_placement': 'loss'}, 'its gradient is 0 on average'),
+    ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],
 )
 def test_contradictions_are_refused_with_the_fix(values, message):
@@ -274,8 +307,8 @@ def test_contradictions_are_refused_with_the_fix(values, message):
 @pytest.mark.parametrize(
   'section, key, value, message',
   [
-    ('ppo', 'steps', True, 'config.ppo.steps=True must be of type int'),
-    ('ppo', 'steps', '3', "config.ppo.steps='3' must be of type int"),
+    ('ppo', 'max_steps', True, 'config.ppo.max_steps=True must be of type int'),
+    ('ppo', 'max_steps', '3', "config.ppo.max_steps='3' must be of type int"),
     ('ppo', 'whiten', 1, 'must be of type bool'),
     ('data', 'path', None, 'config.data.path=None must be of type str'),
     ('ppo', 'policy_optimizer', 1e-3, 'must be a section with keys of its own'),

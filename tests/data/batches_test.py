@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segjax import types
-from segjax.data.batches import Ragged, batch_indices, chunks, split_holdout, take
+from segjax.data.batches import Ragged, batch_indices, eval_batches, select, split_holdout
 from segjax.data.sources import Rows
-from segjax.data.tokenize import Limits, encode_conversations, encode_pairs, encode_prompts
+from segjax.data.tokenize import Limits, tokenize_conversations, tokenize_pairs, tokenize_prompts
 
 LIMITS = Limits(max_length=128, max_prompt_length=64)
 # Seven prompts, three pairs to each.
@@ -16,7 +16,7 @@ ROWS = Rows(
   [{'prompt': f'hello {i % 7}', 'chosen': f'one {i}', 'rejected': f'two {i}'} for i in range(21)],
   'rows',
 )
-ENCODERS = [encode_conversations, encode_pairs, encode_prompts]
+ENCODERS = [tokenize_conversations, tokenize_pairs, tokenize_prompts]
 
 
 @pytest.mark.parametrize('rows', [[[1, 2, 3], [], [4]], [], [[]]])
@@ -44,7 +44,7 @@ def test_place_is_given_every_array(llama3):
     seen.append((array.dtype, array.shape))
     return jnp.asarray(array)
 
-  data = encode_pairs(ROWS, llama3, LIMITS)
+  data = tokenize_pairs(ROWS, llama3, LIMITS)
   batch = data.gather(np.arange(4), place)
   assert isinstance(batch, types.PreferenceBatch)
   side = [(np.int32, (4, data.length)), (bool, (4, data.length)), (bool, (4,))]
@@ -94,7 +94,7 @@ def test_ratings_follow_their_rows(llama3):
     row if i % 2 or i % 7 == 0 else dict(row, chosen_rating=i + 0.7, rejected_rating=0)
     for i, row in enumerate(ROWS)
   ]
-  data = encode_pairs(Rows(rows, 'rows'), llama3, LIMITS)
+  data = tokenize_pairs(Rows(rows, 'rows'), llama3, LIMITS)
   expected = np.float32([np.nan if i % 2 or i % 7 == 0 else i + 0.7 for i in range(21)])
   assert data.rating_gap.dtype == np.float32
   np.testing.assert_array_equal(data.rating_gap, expected)
@@ -102,20 +102,20 @@ def test_ratings_follow_their_rows(llama3):
   gap = data.gather(order).rating_gap
   assert gap.dtype == jnp.float32
   np.testing.assert_array_equal(gap, expected[order])
-  np.testing.assert_array_equal(take(data, order).rating_gap, expected[order])
+  np.testing.assert_array_equal(select(data, order).rating_gap, expected[order])
   for part in split_holdout(data, 0.3, seed=0):
     np.testing.assert_array_equal(part.rating_gap, expected[part.row])
   # Rows without ratings among others that have some are NaN; none at all is None.
   np.testing.assert_array_equal(data.gather(np.array([1, 3])).rating_gap, [np.nan] * 2)
-  assert take(data, np.array([1, 3])).gather(np.array([0])).rating_gap is None
-  assert encode_pairs(ROWS, llama3, LIMITS).gather(order).rating_gap is None
+  assert select(data, np.array([1, 3])).gather(np.array([0])).rating_gap is None
+  assert tokenize_pairs(ROWS, llama3, LIMITS).gather(order).rating_gap is None
 
 
 def test_ratings_spread_over_devices(llama3):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.NamedSharding(mesh, jax.P('data'))
   rows = Rows([dict(row, chosen_score=1, rejected_score=0.3) for row in ROWS], 'rows')
-  data = encode_pairs(rows, llama3, LIMITS)
+  data = tokenize_pairs(rows, llama3, LIMITS)
   batch = data.gather(np.arange(8), lambda array: jax.device_put(array, sharding))
   assert batch.rating_gap.sharding == sharding
   np.testing.assert_array_equal(batch.rating_gap, np.full(8, np.float32(0.7)))
@@ -125,8 +125,8 @@ def test_ratings_spread_over_devices(llama3):
 
 
 def test_holdout_depends_on_prompts_and_seed_only(llama3):
-  data = encode_prompts(ROWS, llama3, LIMITS)
-  reversed_data = take(data, np.arange(len(data))[::-1])
+  data = tokenize_prompts(ROWS, llama3, LIMITS)
+  reversed_data = select(data, np.arange(len(data))[::-1])
   held = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
   assert held[0] == held[1]
   others = [set(split_holdout(data, 0.3, seed=seed)[1].group) for seed in range(5)]
@@ -139,10 +139,10 @@ def test_holdout_depends_on_prompts_and_seed_only(llama3):
 
 
 def test_holdout_edges(llama3):
-  data = encode_prompts(ROWS, llama3, LIMITS)
+  data = tokenize_prompts(ROWS, llama3, LIMITS)
   kept, held = split_holdout(data, 0.0, seed=0)
   assert (len(kept), len(held)) == (21, 0)
-  one = take(data, np.flatnonzero(data.group == data.group[0]))
+  one = select(data, np.flatnonzero(data.group == data.group[0]))
   with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
     split_holdout(one, 0.5, seed=0)
   with pytest.raises(ValueError, match=r'holdout=1\.0 must be'):
@@ -187,4 +187,4 @@ def test_batch_must_fit(batch):
   ],
 )
 def test_chunks(num_rows, batch, expected):
-  assert [(i.tolist(), real) for i, real in chunks(num_rows, batch)] == expected
+  assert [(i.tolist(), real) for i, real in eval_batches(num_rows, batch)] == expected

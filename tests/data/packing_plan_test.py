@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segjax.data.packing_plan import fill, plan_packing
+from segjax.data.packing_plan import packing_efficiency, plan_packing
 
 WIDTH = 32
 LENGTHS = st.lists(st.integers(0, WIDTH), min_size=2, max_size=40)
@@ -45,7 +45,7 @@ def test_ragged_rows_are_well_filled():
   """Exponential lengths, mean a quarter of the row: four sequences in a row, not one."""
   lengths = np.minimum(np.random.default_rng(0).exponential(64, 256).astype(int) + 1, 256)
   packing = plan_packing(lengths, 8, 256)
-  assert fill(packing) > 0.9
+  assert packing_efficiency(packing) > 0.9
   assert packing.count * 8 <= 256 / 3.5
 
 

@@ -5,14 +5,14 @@ import pytest
 from fixtures.tokenizers import system, user
 
 from data.tokenize_test import NONE, WIDE, _pair, _rows
-from segjax.data.tokenize import Limits, PairRules, encode_pairs, encode_prompts
+from segjax.data.tokenize import Limits, PairRules, tokenize_pairs, tokenize_prompts
 
 
 def test_forced_stop_ends_what_was_cut(llama3):
   long = 'one two three ' * 9
   rows = _rows(_pair('a', long + 'x', 'two'), _pair('a', 'one', long + 'y'))
-  plain = encode_pairs(rows, llama3, Limits(32, 24))
-  forced = encode_pairs(rows, llama3, Limits(32, 24), PairRules(force_stop=True))
+  plain = tokenize_pairs(rows, llama3, Limits(32, 24))
+  forced = tokenize_pairs(rows, llama3, Limits(32, 24), PairRules(force_stop=True))
   assert forced.counts == plain.counts == {'rows': 2, **NONE, 'truncated': 2}
   assert forced.chosen_finished.all() and forced.rejected_finished.all()
   assert (plain.chosen_finished.tolist(), plain.rejected_finished.tolist()) == (
@@ -34,7 +34,7 @@ def test_forced_stop_by_worked_numbers(llama3, force_stop):
   row = _pair('hello there ' * 9, 'one two three ' * 9, 'two')
   prompt = llama3.prompt_ids([user(row['prompt'])])
   chosen = llama3.response_ids([user(row['prompt'])], row['chosen'])
-  data = encode_pairs(_rows(row), llama3, Limits(30, 20), PairRules(force_stop=force_stop))
+  data = tokenize_pairs(_rows(row), llama3, Limits(30, 20), PairRules(force_stop=force_stop))
   last = llama3.stop_ids[0] if force_stop else chosen[9]
   assert data.chosen[0].tolist() == [*prompt[-20:], *chosen[:9], last]
   assert data.chosen_finished.tolist() == [force_stop]
@@ -44,9 +44,9 @@ def test_a_forced_stop_alone_is_no_content(llama3):
   prompt = len(llama3.prompt_ids([user('a')]))
   rows = _rows(_pair('a', 'one two', 'two one'), _pair('a', 'one', 'two'))
   limits = Limits(prompt + 1, prompt)  # room for one token
-  assert len(encode_pairs(rows, llama3, limits)) == 2
+  assert len(tokenize_pairs(rows, llama3, limits)) == 2
   with pytest.raises(ValueError, match="'dropped_empty': 2"):
-    encode_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
+    tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
 
 
 def test_identical_pairs_are_kept_on_request(llama3):
@@ -57,7 +57,7 @@ def test_identical_pairs_are_kept_on_request(llama3):
     _pair('a', ' ', ''),  # no words: dropped all the same
     _pair('a', 'one', 'two'),
   )
-  kept = encode_pairs(rows, llama3, Limits(32, 24), PairRules(keep_identical=True))
+  kept = tokenize_pairs(rows, llama3, Limits(32, 24), PairRules(keep_identical=True))
   assert kept.counts == {'rows': 4, **NONE, 'truncated': 1, 'dropped_empty': 1}
   assert kept.row.tolist() == [0, 1, 3]
   for index in (0, 1):
@@ -71,20 +71,20 @@ def test_identity_is_judged_after_the_forced_stop(llama3):
   prompt = len(llama3.prompt_ids([user('a')]))
   limits = Limits(prompt + len(whole), prompt)
   rows = _rows(_pair('a', 'one two', 'one two three three'))
-  assert len(encode_pairs(rows, llama3, limits)) == 1
+  assert len(tokenize_pairs(rows, llama3, limits)) == 1
   with pytest.raises(ValueError, match="'dropped_identical': 1"):
-    encode_pairs(rows, llama3, limits, PairRules(force_stop=True))
-  both = encode_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
+    tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True))
+  both = tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
   assert both.chosen[0].tolist() == both.rejected[0].tolist()
 
 
 def test_prompt_without_preamble(llama31, llama3):
-  rules = PairRules(without_preamble=True)
+  rules = PairRules(strip_system_preamble=True)
   turn = '<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>'
   header = '<|start_header_id|>assistant<|end_header_id|>\n\n'
   own = [system('Speak like a pirate.'), user('hello')]
   rows = _rows(_pair('hello', 'one', 'two'), _pair(own, 'one', 'two'))
-  data = encode_pairs(rows, llama31, WIDE, rules)
+  data = tokenize_pairs(rows, llama31, WIDE, rules)
   texts = [llama31.decode(data.chosen[i], skip_special=False) for i in range(2)]
   assert texts[0] == turn + header + 'one<|eot_id|>'
   # As many characters are lost where the conversation has a system message, ten of them its own.
@@ -94,18 +94,18 @@ def test_prompt_without_preamble(llama31, llama3):
     prompt = llama31.prompt_text(messages)[len(llama31.preamble) :]
     assert data.prompt_length[index] == len(llama31.encode([prompt])[0])
   # Prompts to answer keep it, and so do pairs by default.
-  whole = encode_pairs(rows, llama31, WIDE)
-  prompts = encode_prompts(rows, llama31, WIDE)
+  whole = tokenize_pairs(rows, llama31, WIDE)
+  prompts = tokenize_prompts(rows, llama31, WIDE)
   for index in range(2):
     prompt = prompts.tokens[index].tolist()
     assert whole.chosen[index][: len(prompt)].tolist() == prompt
   # A template that writes no such turn has nothing to lose, BOS included.
-  same = [encode_pairs(rows, llama3, WIDE, r) for r in (rules, PairRules())]
+  same = [tokenize_pairs(rows, llama3, WIDE, r) for r in (rules, PairRules())]
   np.testing.assert_array_equal(same[0].chosen.values, same[1].chosen.values)
 
 
 def test_ratings_that_nobody_asked_for_may_be_anything(llama3):
   row = _pair('a', 'one', 'two') | {'chosen_score': float('nan'), 'rejected_score': '?'}
-  assert len(encode_pairs(_rows(row), llama3, WIDE, PairRules(ratings=False))) == 1
+  assert len(tokenize_pairs(_rows(row), llama3, WIDE, PairRules(ratings=False))) == 1
   with pytest.raises(ValueError, match='chosen_score'):
-    encode_pairs(_rows(row), llama3, WIDE)
+    tokenize_pairs(_rows(row), llama3, WIDE)

@@ -152,14 +152,26 @@ def test_empty_directory(tmp_path):
 
 
 HELLO = [user('hello')]
-PAIR = Pair(HELLO, 'good', 'bad')
+PAIR = Pair(HELLO, 'good', 'skipped_updates')
 FORMS = {
-  'lists': {'chosen': [*HELLO, assistant('good')], 'rejected': [*HELLO, assistant('bad')]},
-  'messages': {'messages': HELLO, 'chosen': 'good', 'rejected': 'bad'},
-  'prompt_string': {'prompt': 'hello', 'chosen': 'good', 'rejected': 'bad'},
-  'prompt_messages': {'prompt': HELLO, 'chosen': 'good', 'rejected': 'bad'},
-  'lone_answers': {'prompt': HELLO, 'chosen': [assistant('good')], 'rejected': [assistant('bad')]},
-  'null_columns': {'prompt': 'hello', 'messages': None, 'chosen': 'good', 'rejected': 'bad'},
+  'lists': {
+    'chosen': [*HELLO, assistant('good')],
+    'rejected': [*HELLO, assistant('skipped_updates')],
+  },
+  'messages': {'messages': HELLO, 'chosen': 'good', 'rejected': 'skipped_updates'},
+  'prompt_string': {'prompt': 'hello', 'chosen': 'good', 'rejected': 'skipped_updates'},
+  'prompt_messages': {'prompt': HELLO, 'chosen': 'good', 'rejected': 'skipped_updates'},
+  'lone_answers': {
+    'prompt': HELLO,
+    'chosen': [assistant('good')],
+    'rejected': [assistant('skipped_updates')],
+  },
+  'null_columns': {
+    'prompt': 'hello',
+    'messages': None,
+    'chosen': 'good',
+    'rejected': 'skipped_updates',
+  },
 }
 
 
@@ -201,7 +213,7 @@ def test_conversation_as_it_is():
 )
 def test_ratings(ratings, gap):
   pair = as_pair(FORMS['messages'] | ratings)
-  assert pair == Pair(HELLO, 'good', 'bad', gap)
+  assert pair == Pair(HELLO, 'good', 'skipped_updates', gap)
 
 
 @pytest.mark.parametrize(

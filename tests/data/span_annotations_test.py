@@ -7,7 +7,7 @@ import pytest
 from fixtures import tokenizers
 
 from segjax.data.sources import Rows, load_rows
-from segjax.data.span_annotations import Span, as_marked, character_tokens, encode_marked
+from segjax.data.span_annotations import Span, as_span_annotation, character_tokens, tokenize_spans
 from segjax.data.tokenize import Limits
 from segjax.data.tokenizer import load_tokenizer
 
@@ -21,7 +21,7 @@ def _row(response, *spans, prompt='one'):
 
 
 def _encode(tokenizer, row, limits=WIDE):
-  (one,), counts = encode_marked(Rows([row], 'r.jsonl'), tokenizer, limits)
+  (one,), counts = tokenize_spans(Rows([row], 'r.jsonl'), tokenizer, limits)
   return one, counts
 
 
@@ -86,15 +86,15 @@ def test_what_is_cut_has_no_token(llama3):
 def test_overlong_rows_are_dropped_or_an_error(llama3):
   rows = Rows([_row('hello there ' * 9), _row('one')], 'r.jsonl')
   size = len(_encode(llama3, _row('one'))[0].ids)
-  found, counts = encode_marked(rows, llama3, Limits(size, size - 2, 'drop'))
+  found, counts = tokenize_spans(rows, llama3, Limits(size, size - 2, 'drop'))
   assert len(found) == 1 and counts['dropped_overlong'] == 1
   with pytest.raises(ValueError, match=r'r.jsonl, row 1: prompt and response exceed'):
-    encode_marked(rows, llama3, Limits(size, size - 2, 'error'))
+    tokenize_spans(rows, llama3, Limits(size, size - 2, 'error'))
 
 
 def test_empty_responses_are_dropped_and_nothing_left_is_an_error(llama3):
   with pytest.raises(ValueError, match=r'r.jsonl: none of its 1 rows is left'):
-    encode_marked(Rows([_row(' ')], 'r.jsonl'), llama3, WIDE)
+    tokenize_spans(Rows([_row(' ')], 'r.jsonl'), llama3, WIDE)
 
 
 FINE = {
@@ -106,7 +106,7 @@ FINE = {
 
 
 def test_fine_grained_rlhf_rows():
-  found = as_marked(FINE)
+  found = as_span_annotation(FINE)
   assert found.response == 'He did.' and found.spans == (Span(0, 2, 'Irrelevant'),)
   assert found.prompt[0]['content'] == 'Passages:\nTitle One. Two.\nB\n\nQuestion: Who?'
 
@@ -126,12 +126,12 @@ def test_fine_grained_rlhf_rows():
 )
 def test_other_forms_are_named(row, message):
   with pytest.raises(ValueError, match=message):
-    as_marked(row)
+    as_span_annotation(row)
 
 
 def test_published_file(material):
   folder = material / 'data' / 'finegrained'
-  marked = [as_marked(row) for row in load_rows(str(folder / 'dev_feedback.json'))]
+  marked = [as_span_annotation(row) for row in load_rows(str(folder / 'dev_feedback.json'))]
   assert len(marked) == 500 and sum(len(one.spans) for one in marked) == 1373
   # The prompts are those of the pairs that were made of the same data.
   pairs = load_rows(str(folder / 'pairs.jsonl.gz'))

@@ -6,10 +6,10 @@ from fixtures.tokenizers import assistant, user
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenize import (
   Limits,
-  encode_conversations,
-  encode_pairs,
-  encode_prompts,
   pair_lengths,
+  tokenize_conversations,
+  tokenize_pairs,
+  tokenize_prompts,
 )
 from segjax.data.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def test_golden_pair_lengths(before, after):
 
 
 def test_pair_batch_by_hand(llama3):
-  data = encode_pairs(_rows(_pair('hello', 'one', 'one two three')), llama3, WIDE)
+  data = tokenize_pairs(_rows(_pair('hello', 'one', 'one two three')), llama3, WIDE)
   batch = data.gather(np.array([0]))
   prompt = llama3.prompt_ids([user('hello')])
   for side, text in ((batch.chosen, 'one'), (batch.rejected, 'one two three')):
@@ -64,7 +64,7 @@ def test_pair_truncation_keeps_ends_and_says_unfinished(llama3):
   chosen = llama3.response_ids([user(row['prompt'])], row['chosen'])
   limits = Limits(max_length=30, max_prompt_length=20)
   assert len(prompt) > 20 and len(chosen) > 10
-  data = encode_pairs(_rows(row), llama3, limits)
+  data = tokenize_pairs(_rows(row), llama3, limits)
   batch = data.gather(np.array([0]))
   assert batch.chosen.ids[0].tolist() == prompt[-20:] + chosen[:10]
   assert batch.chosen.finished.tolist() == [False]
@@ -83,7 +83,7 @@ def test_pairs_dropped_and_counted(llama3):
     _pair('a', 'one', 'two'),
     _pair('a', long, 'two'),  # cut
   )
-  data = encode_pairs(rows, llama3, Limits(32, 24))
+  data = tokenize_pairs(rows, llama3, Limits(32, 24))
   assert data.counts == {
     'rows': 6,
     'truncated': 1,
@@ -96,36 +96,36 @@ def test_pairs_dropped_and_counted(llama3):
 
 def test_no_room_for_a_response_drops_the_pair(llama3):
   rows = _rows(_pair('one two ' * 30, 'one', 'two'), _pair('a', 'one', 'two'))
-  data = encode_pairs(rows, llama3, Limits(32, 32))
+  data = tokenize_pairs(rows, llama3, Limits(32, 32))
   assert data.counts == {'rows': 2, **NONE, 'dropped_empty': 1}
 
 
 def test_overlong_drop_and_error(llama3):
   rows = _rows(_pair('a', 'one', 'two'), _pair('a', 'one ' * 60, 'two'))
-  data = encode_pairs(rows, llama3, Limits(32, 24, 'drop'))
+  data = tokenize_pairs(rows, llama3, Limits(32, 24, 'drop'))
   assert data.counts == {'rows': 2, **NONE, 'dropped_overlong': 1}
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: .*max_length=32.*data\.overlong'):
-    encode_pairs(rows, llama3, Limits(32, 24, 'error'))
+    tokenize_pairs(rows, llama3, Limits(32, 24, 'error'))
   long = _rows({'prompt': 'a'}, {'prompt': 'one ' * 60})
-  assert encode_prompts(long, llama3, Limits(32, 24, 'drop')).row.tolist() == [0]
+  assert tokenize_prompts(long, llama3, Limits(32, 24, 'drop')).row.tolist() == [0]
   with pytest.raises(ValueError, match=r'row 2: a prompt of \d+ tokens'):
-    encode_prompts(long, llama3, Limits(32, 24, 'error'))
+    tokenize_prompts(long, llama3, Limits(32, 24, 'error'))
   turns = _rows({'messages': [user('a'), assistant('one ' * 60)]})
   with pytest.raises(ValueError, match='row 1'):
-    encode_conversations(turns, llama3, Limits(32, 24, 'error'))
+    tokenize_conversations(turns, llama3, Limits(32, 24, 'error'))
 
 
 def test_nothing_left(llama3):
   with pytest.raises(ValueError, match=r"rows\.jsonl: none of its 1 rows.*'dropped_identical': 1"):
-    encode_pairs(_rows(_pair('a', 'one', 'one')), llama3, WIDE)
+    tokenize_pairs(_rows(_pair('a', 'one', 'one')), llama3, WIDE)
   with pytest.raises(ValueError, match="'dropped_empty': 1"):
-    encode_conversations(_rows({'messages': [user('a')]}), llama3, WIDE)
+    tokenize_conversations(_rows({'messages': [user('a')]}), llama3, WIDE)
 
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ((32, 24, 'cut'), r"data\.overlong='cut'; choose one of truncate_left"),
+    ((32, 24, 'cut'), r"data\.overlong_policy='cut'; choose one of truncate_left"),
     ((32, 33), r'data\.max_prompt_length=33 must be'),
     ((32, 0), r'data\.max_prompt_length=0 must be'),
   ],
@@ -138,16 +138,18 @@ def test_bad_limits(arguments, message):
 def test_errors_name_file_and_row(llama3, tmp_path):
   good = _pair('a', 'one', 'two')
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: no `chosen`'):
-    encode_pairs(_rows(good, {'prompt': 'a'}), llama3, WIDE)
-  template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    tokenize_pairs(_rows(good, {'prompt': 'a'}), llama3, WIDE)
+  template = (
+    "{% if messages[0]['content'] == 'skipped_updates' %}{{ raise_exception('no') }}{% endif %}"
+  )
   chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template + tokenizers.LLAMA3))
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: .*refuses'):
-    encode_prompts(_rows({'prompt': 'a'}, {'prompt': 'bad'}), chat, WIDE)
+    tokenize_prompts(_rows({'prompt': 'a'}, {'prompt': 'skipped_updates'}), chat, WIDE)
 
 
 def test_conversation_mask_is_each_turn_with_its_stop(chatml):
   messages = [user('a'), assistant('one'), user('b'), assistant('two'), user('c')]
-  data = encode_conversations(_rows({'messages': messages}), chatml, WIDE)
+  data = tokenize_conversations(_rows({'messages': messages}), chatml, WIDE)
   batch = data.gather(np.array([0]))
   ids, mask = np.asarray(batch.ids[0]), np.asarray(batch.mask[0])
   assert chatml.decode(ids[mask], skip_special=False) == 'one<|im_end|>two<|im_end|>'
@@ -158,7 +160,7 @@ def test_conversation_mask_is_each_turn_with_its_stop(chatml):
 
 def test_conversation_keeps_its_end(llama3):
   messages = [user('one ' * 40), assistant('two three')]
-  data = encode_conversations(_rows({'messages': messages}), llama3, Limits(16, 16))
+  data = tokenize_conversations(_rows({'messages': messages}), llama3, Limits(16, 16))
   batch = data.gather(np.array([0]))
   whole = llama3.prompt_ids(messages[:1]) + llama3.response_ids(messages[:1], 'two three')
   assert batch.ids[0].tolist() == whole[-16:]
@@ -168,8 +170,8 @@ def test_conversation_keeps_its_end(llama3):
 
 def test_conversation_and_pair_give_the_same_tokens(llama3):
   rows = _rows(_pair('hello', 'one two', 'three'))
-  sft = encode_conversations(rows, llama3, WIDE).gather(np.array([0]))
-  pair = encode_pairs(rows, llama3, WIDE).gather(np.array([0])).chosen
+  sft = tokenize_conversations(rows, llama3, WIDE).gather(np.array([0]))
+  pair = tokenize_pairs(rows, llama3, WIDE).gather(np.array([0])).chosen
   real = int(np.flatnonzero(pair.response_mask[0])[-1]) + 1
   np.testing.assert_array_equal(sft.ids[0, :real], pair.ids[0, :real])
   np.testing.assert_array_equal(sft.mask[0, :real], pair.response_mask[0, :real])
@@ -177,7 +179,7 @@ def test_conversation_and_pair_give_the_same_tokens(llama3):
 
 def test_prompts_keep_their_end_and_their_words(llama3):
   rows = _rows({'prompt': 'hello'}, {'prompt': 'one two ' * 30})
-  data = encode_prompts(rows, llama3, Limits(64, 24))
+  data = tokenize_prompts(rows, llama3, Limits(64, 24))
   batch = data.gather(np.array([1, 0]))
   long = llama3.prompt_ids([user('one two ' * 30)])
   assert batch.prompt_ids.shape == (2, 24)
@@ -193,16 +195,16 @@ def test_a_prompt_of_special_tokens_alone_is_dropped(llama3, monkeypatch):
   ids = {'hello': llama3.prompt_ids([user('hello')]), '': sorted(llama3.special_ids)[:3]}
   monkeypatch.setattr(type(llama3), 'encode', lambda self, texts: [ids[text] for text in texts])
   monkeypatch.setattr(type(llama3), 'prompt_text', lambda self, messages: messages[0]['content'])
-  data = encode_prompts(_rows({'prompt': 'hello'}, {'prompt': ''}), llama3, WIDE)
+  data = tokenize_prompts(_rows({'prompt': 'hello'}, {'prompt': ''}), llama3, WIDE)
   assert data.counts == {'rows': 2, **NONE, 'dropped_empty': 1}
   assert data.row.tolist() == [0]
 
 
 def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   rows = _rows(*[_pair(f'hello {i}', f'one {i}', f'two {i}') for i in range(10)])
-  whole = encode_pairs(rows, llama3, WIDE)
+  whole = tokenize_pairs(rows, llama3, WIDE)
   monkeypatch.setattr('segjax.data.tokenize._CHUNK', 3)
-  parts = encode_pairs(rows, llama3, WIDE)
+  parts = tokenize_pairs(rows, llama3, WIDE)
   np.testing.assert_array_equal(whole.chosen.values, parts.chosen.values)
   np.testing.assert_array_equal(whole.rejected.offsets, parts.rejected.offsets)
 
@@ -211,7 +213,7 @@ def test_real_pairs(material):
   rows = load_rows(str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'), limit=200)
   template = '{{ bos_token }}' + tokenizers.CHATML.replace('<|im_end|>', '</s>')
   chat = load_tokenizer(str(material / 'models' / 'stories260k-hf'), template)
-  data = encode_pairs(rows, chat, Limits(512, 384))
+  data = tokenize_pairs(rows, chat, Limits(512, 384))
   counts = data.counts
   dropped = sum(counts[k] for k in counts if k.startswith('dropped'))
   assert counts['rows'] == 200 == len(data) + dropped
@@ -226,5 +228,5 @@ def test_real_pairs(material):
   uncut = data.prompt_length < 384
   assert (np.asarray(batch.chosen.ids)[uncut, 0] == 1).all()
   assert ((np.asarray(batch.chosen.ids) == 1).sum(axis=1) <= 1).all()
-  assert len(encode_prompts(rows, chat, Limits(512, 384))) == 200
-  assert len(encode_conversations(rows, chat, Limits(512, 384))) > 190
+  assert len(tokenize_prompts(rows, chat, Limits(512, 384))) == 200
+  assert len(tokenize_conversations(rows, chat, Limits(512, 384))) > 190

@@ -5,7 +5,7 @@ from fixtures import tokenizers
 from fixtures.tokenizers import assistant, user
 
 from segjax.data import tokenizer as tokenizer_lib
-from segjax.data.tokenizer import fingerprint, load_tokenizer
+from segjax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 PHI3 = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -156,7 +156,7 @@ def test_no_tokenizer_there(tmp_path):
   with pytest.raises(ValueError, match=r'no tokenizer\.json'):
     load_tokenizer(str(tmp_path))
   with pytest.raises(ValueError, match=r'no tokenizer\.json'):
-    fingerprint(str(tmp_path))
+    tokenizer_fingerprint(str(tmp_path))
 
 
 def test_turn_texts_join_to_the_template(chatml):
@@ -218,9 +218,9 @@ def _add_token(content):
 )
 def test_fingerprint_sees_what_changes_ids(tmp_path, change):
   directory = tokenizers.write_tokenizer(tmp_path)
-  before = fingerprint(directory)
+  before = tokenizer_fingerprint(directory)
   _edit(tmp_path, change)
-  assert fingerprint(directory) != before
+  assert tokenizer_fingerprint(directory) != before
 
 
 def _merges_as_strings(content):
@@ -234,9 +234,9 @@ def _other_furniture(content):
 @pytest.mark.parametrize('change', [_merges_as_strings, _other_furniture])
 def test_fingerprint_is_blind_to_the_rest(tmp_path, change):
   directory = tokenizers.write_tokenizer(tmp_path)
-  before = fingerprint(directory)
+  before = tokenizer_fingerprint(directory)
   _edit(tmp_path, change)
-  assert fingerprint(directory) == before
+  assert tokenizer_fingerprint(directory) == before
 
 
 def test_ids_ending_in_a_delimiter(tmp_path):
@@ -261,7 +261,7 @@ def test_ids_ending_in_a_delimiter(tmp_path):
 
 def test_no_token_ends_in_the_delimiter(llama3):
   # Three bytes, none of them the character.
-  message = r"config\.reward\.segmentation\.delimiters: .*\['。'\].*cut to 'entropy'"
+  message = r"config\.reward_training\.segmentation\.delimiters: .*\['。'\].*boundary to 'entropy'"
   with pytest.raises(ValueError, match=message):
     llama3.ids_ending_in(['。'])
   with pytest.raises(ValueError, match='no token ends in one of'):
@@ -273,7 +273,7 @@ def test_fingerprint_survives_template_and_pad_token(tmp_path):
   chat = load_tokenizer(first, tokenizers.CHATML)
   chat.tokenizer.pad_token = '<|eom_id|>'
   chat.tokenizer.save_pretrained(tmp_path / 'b')
-  assert fingerprint(first) == fingerprint(str(tmp_path / 'b'))
+  assert tokenizer_fingerprint(first) == tokenizer_fingerprint(str(tmp_path / 'b'))
   assert load_tokenizer(str(tmp_path / 'b')).turn_end == '<|im_end|>\n'
 
 
@@ -294,7 +294,7 @@ def test_real_tokenizer(material):
 
 
 def test_modules_stay_free_of_jax():
-  for name in ('tokenizer', 'template', 'sources', 'files'):
+  for name in ('tokenizer', 'chat_template', 'sources', 'files'):
     text = (tokenizer_lib.epath.Path(tokenizer_lib.__file__).parent / f'{name}.py').read_text()
     assert 'import jax' not in text
     assert 'from jax' not in text

@@ -5,18 +5,18 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from segjax.evaluation import intervals
-from segjax.evaluation.intervals import Ranked
+from segjax.evaluation.intervals import RankedTokens
 
 
 def test_interval_is_that_of_the_prompts_means():
   # Two prompts have the means 1 and 4, whose standard error is (3 / sqrt 2) / sqrt 2 = 1.5.
-  found = intervals.interval(np.array([0.0, 2, 4, 4]), np.array([0, 0, 1, 1]))
+  found = intervals.clustered_interval(np.array([0.0, 2, 4, 4]), np.array([0, 0, 1, 1]))
   assert found['mean'] == 2.5 and found['n'] == 4
   np.testing.assert_allclose([found['low'], found['high']], [2.5 - 2.94, 2.5 + 2.94], rtol=1e-12)
 
 
 def test_interval_of_one_prompt_says_nothing():
-  assert intervals.interval(np.array([1.0, 2]), np.array([0, 0]))['low'] is None
+  assert intervals.clustered_interval(np.array([1.0, 2]), np.array([0, 0]))['low'] is None
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_bootstrap_interval_is_that_of_the_normal_formula_for_many():
   values, cluster = rng.normal(size=400), np.arange(400)
   found, formula = (
     intervals.bootstrap_mean(values, cluster, 1),
-    intervals.interval(values, cluster),
+    intervals.clustered_interval(values, cluster),
   )
   np.testing.assert_allclose(
     [found['low'], found['high']], [formula['low'], formula['high']], atol=0.02
@@ -60,7 +60,7 @@ def test_bootstrap_of_one_cluster_has_no_interval():
 
 def _rows(score, inside, outside, cluster=None):
   cluster = np.zeros(len(score), int) if cluster is None else np.array(cluster)
-  return Ranked(np.array(score, float), np.array(inside), np.array(outside), cluster)
+  return RankedTokens(np.array(score, float), np.array(inside), np.array(outside), cluster)
 
 
 @pytest.mark.parametrize(

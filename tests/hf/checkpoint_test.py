@@ -190,18 +190,18 @@ def test_refuses_broken_config(tmp_path):
 def test_missing_directory_is_not_looked_up(name, monkeypatch):
   monkeypatch.setattr(huggingface_hub, 'HfApi', None)
   with pytest.raises(ValueError, match=f'no directory {name}'):
-    checkpoint.resolve(name)
+    checkpoint.resolve_checkpoint(name)
 
 
 def test_resolves_directory_and_refuses_file(tmp_path):
-  assert checkpoint.resolve(str(tmp_path)) == tmp_path
+  assert checkpoint.resolve_checkpoint(str(tmp_path)) == tmp_path
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='is a file'):
-    checkpoint.resolve(tmp_path / 'file')
+    checkpoint.resolve_checkpoint(tmp_path / 'file')
   with pytest.raises(ValueError, match='no directory'):
-    checkpoint.resolve(tmp_path / 'missing')
+    checkpoint.resolve_checkpoint(tmp_path / 'missing')
   with pytest.raises(ValueError, match='gs://bucket/model is remote'):
-    checkpoint.resolve('gs://bucket/model')
+    checkpoint.resolve_checkpoint('gs://bucket/model')
 
 
 def test_does_not_import_jax(tmp_path):

@@ -128,6 +128,6 @@ def test_segjax_convert(llama3, tmp_path, monkeypatch, capsys):
   for arguments, code in ((['inspect', str(llama3)], 0), (['inspect', str(tmp_path)], 1)):
     monkeypatch.setattr(sys, 'argv', ['segjax', 'convert', *arguments])
     with pytest.raises(SystemExit) as caught:
-      segjax_main.console()
+      segjax_main.cli()
     assert caught.value.code == code
   assert 'model.embed_tokens.weight' in capsys.readouterr().out

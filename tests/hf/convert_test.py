@@ -324,7 +324,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
   source = _before(convert_one, llama3, tmp_path / 'b')
   usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
   monkeypatch.setattr(storage.shutil, 'disk_usage', lambda path: usage)
-  monkeypatch.setattr(storage, 'complete', None)
+  monkeypatch.setattr(storage, 'atomic_directory', None)
   with pytest.raises(ValueError, match=r'needs 0\.00 GB, and 0\.00 GB are free on its disk'):
     convert_one(source, tmp_path / 'w' / 'out')
   assert not (tmp_path / 'w').exists()

@@ -21,7 +21,7 @@ def _load(directory):
 
 
 def test_the_hub_reads_every_field(tmp_path):
-  model_card.write(tmp_path, FULL, name='my-policy', head='language', with_template=True)
+  model_card.write_card(tmp_path, FULL, name='my-policy', head='language', with_template=True)
   loaded = _load(tmp_path)
   data = loaded.data
   assert data.base_model == 'RLHFlow/LLaMA3-SFT-v2'
@@ -46,7 +46,7 @@ def test_the_hub_reads_every_field(tmp_path):
   ],
 )
 def test_nothing_known(head, with_template, word, task, tmp_path):
-  model_card.write(tmp_path, Card(), name='x', head=head, with_template=with_template)
+  model_card.write_card(tmp_path, Card(), name='x', head=head, with_template=with_template)
   loaded = _load(tmp_path)
   assert word in loaded.text and 'apply_chat_template' not in loaded.text
   assert (loaded.data.license, loaded.data.pipeline_tag) == ('unknown', task)
@@ -55,31 +55,31 @@ def test_nothing_known(head, with_template, word, task, tmp_path):
 
 def test_a_licence_of_its_own_has_name_and_link(tmp_path):
   own = Card(license_name='my-licence', license_link='LICENSE')
-  model_card.write(tmp_path, own, name='x', head='language', with_template=False)
+  model_card.write_card(tmp_path, own, name='x', head='language', with_template=False)
   data = _load(tmp_path).data
   assert (data.license, data.license_name, data.license_link) == ('other', 'my-licence', 'LICENSE')
 
 
 def test_inherited(tmp_path):
-  assert model_card.inherited(tmp_path, tmp_path) == Card()
-  assert model_card.inherited('owner/name', tmp_path) == Card(base_model='owner/name')
-  model_card.write(tmp_path, FULL, name='x', head='language', with_template=False)
+  assert model_card.from_source(tmp_path, tmp_path) == Card()
+  assert model_card.from_source('owner/name', tmp_path) == Card(base_model='owner/name')
+  model_card.write_card(tmp_path, FULL, name='x', head='language', with_template=False)
   known = Card(base_model='RLHFlow/LLaMA3-SFT-v2', license='llama3')
-  assert model_card.inherited(str(tmp_path), tmp_path) == known
-  assert model_card.inherited('owner/name', tmp_path).base_model == 'owner/name'
+  assert model_card.from_source(str(tmp_path), tmp_path) == known
+  assert model_card.from_source('owner/name', tmp_path).base_model == 'owner/name'
   (tmp_path / 'README.md').write_text('---\nbase_model:\n- a/b\n- c/d\nlicense: [x\n---\n')
-  assert model_card.inherited(tmp_path, tmp_path) == Card()
+  assert model_card.from_source(tmp_path, tmp_path) == Card()
   (tmp_path / 'README.md').write_text('---\nbase_model:\n- a/b\nlicense: mit\n---\n')
-  assert model_card.inherited(tmp_path, tmp_path) == Card(base_model='a/b', license='mit')
+  assert model_card.from_source(tmp_path, tmp_path) == Card(base_model='a/b', license='mit')
   (tmp_path / 'README.md').write_text('# No metadata\n')
-  assert model_card.inherited(tmp_path, tmp_path) == Card()
+  assert model_card.from_source(tmp_path, tmp_path) == Card()
 
 
 def test_merged():
   over = Card(stage='sft', license='mit')
-  both = model_card.merged(FULL, over)
+  both = model_card.merge(FULL, over)
   assert (both.stage, both.license, both.base_model) == ('sft', 'mit', FULL.base_model)
-  assert model_card.merged(FULL, Card()) == FULL
+  assert model_card.merge(FULL, Card()) == FULL
 
 
 RECORD = {
@@ -98,7 +98,7 @@ RECORD = {
 
 def test_the_record_is_written_and_shown(tmp_path):
   one = Card(record=RECORD, curves=b'png')
-  model_card.write(tmp_path, one, name='x', head='scalar', with_template=False)
+  model_card.write_card(tmp_path, one, name='x', head='scalar', with_template=False)
   assert json.loads((tmp_path / 'segjax_config.json').read_text()) == RECORD
   assert (tmp_path / 'curves.png').read_bytes() == b'png'
   loaded = _load(tmp_path)
@@ -120,7 +120,7 @@ def test_the_record_is_written_and_shown(tmp_path):
 
 def test_a_record_in_the_directory_is_shown_again(tmp_path):
   (tmp_path / 'segjax_config.json').write_text(json.dumps(RECORD))
-  model_card.write(tmp_path, Card(stage='ppo'), name='x', head='language', with_template=False)
+  model_card.write_card(tmp_path, Card(stage='ppo'), name='x', head='language', with_template=False)
   data = _load(tmp_path).data
   assert (data.stage, data.recipe) == ('ppo', 'configs/reward.py:local')
   assert '](curves.png)' not in _load(tmp_path).text
@@ -129,14 +129,14 @@ def test_a_record_in_the_directory_is_shown_again(tmp_path):
 @pytest.mark.parametrize('text', ['[1]', '{"data": 3, "metrics": [], "stage": {}}', 'no JSON', ''])
 def test_a_foreign_file_of_that_name_does_no_harm(tmp_path, text):
   (tmp_path / 'segjax_config.json').write_text(text)
-  model_card.write(tmp_path, Card(), name='x', head='language', with_template=False)
+  model_card.write_card(tmp_path, Card(), name='x', head='language', with_template=False)
   assert _load(tmp_path).data.get('stage') is None
   assert (tmp_path / 'segjax_config.json').read_text() == text
 
 
 def test_odd_texts_stay_in_their_cells(tmp_path):
   odd = Card(recipe='a`b\nc', metrics={'x|y<b>\nz': 1.0}, dataset='p|q', base_model='`')
-  model_card.write(tmp_path, odd, name='x', head='language', with_template=False)
+  model_card.write_card(tmp_path, odd, name='x', head='language', with_template=False)
   text = _load(tmp_path).text
   assert 'Recipe: `` a`b c ``' in text
   assert '| x\\|y&lt;b> z | 1 |' in text and '| metric (p\\|q) | value |' in text

@@ -89,7 +89,7 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
   # Copies along `data`, and of what is not split, share what was read.
   made = []
 
-  class Counted(tensor_slices.Slices):
+  class Counted(tensor_slices.SliceReader):
     def __init__(self, checkpoint):
       super().__init__(checkpoint)
       made.append(self)

@@ -31,7 +31,7 @@ def test_memory_holds_little_beyond_the_arrays(dtype, tmp_path):
   sharded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(sharded)
   (tmp_path / 'config.json').write_text(json.dumps(RAW))
-  entries = tensor_names.entries(config_from_hf(RAW), 'language')
+  entries = tensor_names.tensor_mappings(config_from_hf(RAW), 'language')
   shapes = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
   tensors = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
   safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')

@@ -24,11 +24,13 @@ def test_table_agrees_with_the_network(head, tied, attention_bias, mlp_bias):
     sharding.path_name(path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(heads.param_shapes(config, head))
   }
-  assert {entry.path: entry.shape for entry in tensor_names.entries(config, head)} == shapes
+  assert {entry.path: entry.shape for entry in tensor_names.tensor_mappings(config, head)} == shapes
 
 
 def test_hf_names_are_distinct():
-  names = [name for entry in tensor_names.entries(CONFIG, 'language') for name in entry.hf_names()]
+  names = [
+    name for entry in tensor_names.tensor_mappings(CONFIG, 'language') for name in entry.hf_names()
+  ]
   assert len(set(names)) == len(names) == 3 + 9 * 3
 
 
@@ -63,7 +65,7 @@ def test_hf_name_refuses():
   ],
 )
 def test_pieces_cover_the_slice_once(shape, stacked, transposed, index, max_bytes):
-  entry = tensor_names.Entry('a', 'a', shape, stacked, transposed)
+  entry = tensor_names.TensorMapping('a', 'a', shape, stacked, transposed)
   pieces = entry.pieces(index, 2, max_bytes)
   times = np.zeros(shape, int)
   for piece in pieces:
@@ -79,6 +81,6 @@ def test_pieces_cover_the_slice_once(shape, stacked, transposed, index, max_byte
 
 def test_pieces_are_even():
   """Chunks of one size are stored, the last one padded to it."""
-  entry = tensor_names.Entry('a', 'a', (2, 3, 14), stacked=True, transposed=True)
+  entry = tensor_names.TensorMapping('a', 'a', (2, 3, 14), stacked=True, transposed=True)
   pieces = entry.pieces(np.s_[:, :, :], 2, 2 * 3 * 8)  # eight rows would do
   assert [(p[2].start, p[2].stop) for p in pieces] == 2 * [(0, 7), (7, 14)]

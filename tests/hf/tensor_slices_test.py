@@ -7,8 +7,10 @@ import safetensors.numpy
 
 from segjax.hf import checkpoint, tensor_names, tensor_slices
 
-KERNEL = tensor_names.Entry('up/kernel', 'up.{layer}', (2, 5, 7), stacked=True, transposed=True)
-VECTOR = tensor_names.Entry('norm', 'norm', (7,), stacked=False, transposed=False)
+KERNEL = tensor_names.TensorMapping(
+  'up/kernel', 'up.{layer}', (2, 5, 7), stacked=True, transposed=True
+)
+VECTOR = tensor_names.TensorMapping('norm', 'norm', (7,), stacked=False, transposed=False)
 RANDOM = np.random.default_rng(0)
 
 
@@ -18,7 +20,7 @@ def made(tmp_path_factory):
   tensors = {f'up.{i}': RANDOM.normal(size=(7, 5)).astype(ml_dtypes.bfloat16) for i in range(2)}
   tensors['norm'] = RANDOM.normal(size=7).astype(np.float32)
   safetensors.numpy.save_file(tensors, directory / checkpoint.WEIGHTS)
-  return tensor_slices.Slices(checkpoint.open_checkpoint(directory)), tensors
+  return tensor_slices.SliceReader(checkpoint.open_checkpoint(directory)), tensors
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_finds_one_value_that_is_not_finite(word, shape, tmp_path):
     tensor = np.zeros(shape, dtype)
     tensor[(-1,) * len(shape)] = value
     safetensors.numpy.save_file({'norm': tensor}, tmp_path / checkpoint.WEIGHTS)
-    files = tensor_slices.Slices(checkpoint.open_checkpoint(tmp_path))
+    files = tensor_slices.SliceReader(checkpoint.open_checkpoint(tmp_path))
     files.check('norm')
     assert list(files.not_finite) == list(found)
 

@@ -20,8 +20,12 @@ def ask(language, small, run, tmp_path):
   def go(rows, workdir='a', **values):
     path = tmp_path / 'questions.jsonl'
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    named = {'policy.path': str(language / 'model'), 'data.path': str(path), 'answers.batch': 2}
-    named |= {'answers.name': 'mine', 'rollout.temperature': 0.0} | values
+    named = {
+      'policy.path': str(language / 'model'),
+      'data.path': str(path),
+      'answers.batch_size': 2,
+    }
+    named |= {'answers.model_name': 'mine', 'rollout.temperature': 0.0} | values
     found = run(small('answers', **named), tmp_path / workdir)['answers']
     (file,) = (tmp_path / workdir / 'answers' / 'answers').iterdir()
     return found, file
@@ -54,7 +58,7 @@ def test_alpaca_eval_list_and_long_prompts_as_the_config_says(ask):
   listed = json.loads(file.read_text())
   assert file.name == 'model_outputs.json' and [row['generator'] for row in listed] == ['mine'] * 2
   assert (found['truncated_prompts'], found['dropped_prompts']) == (1, 0)
-  dropped, file = ask(rows, 'b', **{'data.overlong': 'drop'})
+  dropped, file = ask(rows, 'b', **{'data.overlong_policy': 'drop'})
   assert (dropped['answered'], dropped['dropped_prompts']) == (1, 1)
   assert json.loads(file.read_text()) == listed[:1]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from segjax.data.sources import Rows, load_rows
-from segjax.data.span_annotations import EncodedMarked, Span
+from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation import reward_bench, span_auc
 from segjax.jobs import evaluate_reward
 
@@ -16,7 +16,7 @@ def _marked(length, *spans, cut=None):
   """One token per character, of which the first `cut` were kept."""
   owner = np.arange(length)
   owner[cut or length :] = -1
-  return EncodedMarked([1] * (length + 2), 2, True, owner, tuple(Span(*span) for span in spans))
+  return TokenizedSpans([1] * (length + 2), 2, True, owner, tuple(Span(*span) for span in spans))
 
 
 # Ten characters in segments of two.
@@ -89,7 +89,7 @@ def test_pair_figures_by_subset():
     'high': 0,
     'n': 2,
   }
-  assert found['subsets']['a']['longer_wins'] == 1.0
+  assert found['subsets']['a']['length_baseline_accuracy'] == 1.0
   assert found['all']['margin'] == 0.75
   assert found['untruncated']['accuracy']['n'] == 3 and found['truncated'] == 1
   assert found['reward_bench'] == {}
@@ -102,7 +102,7 @@ def test_all_cut_leaves_nothing_untruncated_and_sections_are_shown(capsys):
   scored = np.tile([1.0, 0, 2, 3], (len(names), 1))
   found = evaluate_reward.pair_figures(scored, names, np.ones(len(names), bool))
   assert found['untruncated'] is None and found['reward_bench']['Score'] == 1.0
-  evaluate_reward.show({'pairs': found})
+  evaluate_reward.print_table({'pairs': found})
   out = capsys.readouterr().out
   assert 'Chat Hard' in out and 'RewardBench' in out
   assert max(map(len, out.splitlines())) <= 100
@@ -110,7 +110,7 @@ def test_all_cut_leaves_nothing_untruncated_and_sections_are_shown(capsys):
 
 def test_subset_source_or_file():
   rows = Rows([{'subset': 'x', 'source': 'y'}, {'source': 'y'}, {}], 'f.jsonl')
-  assert [evaluate_reward.subset_of(rows, i) for i in range(3)] == ['x', 'y', 'f.jsonl']
+  assert [evaluate_reward.subset_name(rows, i) for i in range(3)] == ['x', 'y', 'f.jsonl']
 
 
 @pytest.fixture(scope='module')
@@ -142,7 +142,7 @@ def test_job_agrees_with_training(small, run, inputs, tmp_path):
     **paths,
     'evaluate_reward.pairs': f'{where},{where}',
     'evaluate_reward.spans': str(marked),
-    'evaluate_reward.batch': 8,
+    'evaluate_reward.batch_size': 8,
   }
   found = run(small('evaluate_reward', **named))['evaluate_reward']
   results = stage['results']

@@ -8,12 +8,14 @@ import pytest
 from segjax.config.settings import Evaluate
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.jobs import evaluate
-from segjax.jobs.evaluate import Sampled
+from segjax.jobs.evaluate import EvaluatedResponses
 from segjax.types import Experience, Rollout, Segments
 
 
 def test_functions_are_found_by_name():
-  gold, boundary = evaluate.functions(Evaluate(gold='operator:eq', boundary=''))
+  gold, boundary = evaluate.load_eval_functions(
+    Evaluate(gold_reward_fn='operator:eq', boundary_fn='')
+  )
   assert gold('a', 'a') and boundary is None
 
 
@@ -60,7 +62,7 @@ def test_figures_fit_a_page(capsys):
   one = {'mean': -0.5, 'low': -0.61, 'high': -0.4, 'n': 3}
   figures = {'gold': one, 'kl_nats': -1e-9, 'length': 10.0, 'segments': 2.0, 'eos_rate': 1.0}
   wins = {'win_rate_gold': one, 'lc_win_rate_score': one, 'repeated_4grams': 0.125}
-  evaluate.show({'before': figures | {'boundary_f1': 0.96}, 'after': figures | wins})
+  evaluate.print_table({'before': figures | {'boundary_f1': 0.96}, 'after': figures | wins})
   out = capsys.readouterr().out
   assert '-0.500 [-0.610, -0.400]' in out
   assert 'win rate by gold reward' in out and '0.125' in out
@@ -71,13 +73,13 @@ def test_figures_fit_a_page(capsys):
 def _sampled(score, gold, texts):
   prompt = np.arange(len(texts)) // 2
   scores = None if score is None else np.array(score)
-  return Sampled(None, scores, prompt, [''] * len(texts), texts, np.array(gold))
+  return EvaluatedResponses(None, scores, prompt, [''] * len(texts), texts, np.array(gold))
 
 
 def test_comparison_has_both_judges_and_ties_count_half():
   after = _sampled([1.0, 2, 3, 4], [1.0, 0, 1, 1], ['a', 'bb', 'c', 'dd'])
   before = _sampled([0.0, 2, 4, 3], [0.0, 0, 0, 0], ['a', 'b', 'c', 'd'])
-  found = evaluate.compare(after, before, 0)
+  found = evaluate.win_rates(after, before, 0)
   assert found['win_rate_score']['mean'] == (1 + 0.5 + 0 + 1) / 4
   assert found['win_rate_gold']['mean'] == (1 + 0.5 + 1 + 1) / 4
   assert set(found) == {f'{lc}win_rate_{j}' for lc in ('', 'lc_') for j in ('score', 'gold')}
@@ -85,7 +87,7 @@ def test_comparison_has_both_judges_and_ties_count_half():
 
 def test_comparison_with_itself_is_even_and_without_a_score_has_none():
   one = _sampled(None, [1.0, 3], ['long', 's'])
-  found = evaluate.compare(one, one, 0)
+  found = evaluate.win_rates(one, one, 0)
   assert set(found) == {'win_rate_gold', 'lc_win_rate_gold'}
   assert found['win_rate_gold']['mean'] == 0.5
   assert found['lc_win_rate_gold']['mean'] == pytest.approx(0.5, abs=1e-9)
@@ -95,7 +97,9 @@ def test_figures_of_what_was_sampled():
   # 0 1 0 1 0 1 <stop>, finished: 4-grams 0101 1010 0101; the stop token is no content.
   experience = _experience([[0, 1, 0, 1, 0, 1, 2]], [[0] * 7], [[1] * 7], [True])
   experience = jax.device_get(experience)
-  found = evaluate._figures(Sampled(experience, np.ones(1), np.zeros(1, int), [''], ['a'], None))
+  found = evaluate._figures(
+    EvaluatedResponses(experience, np.ones(1), np.zeros(1, int), [''], ['a'], None)
+  )
   assert found['repeated_4grams'] == pytest.approx(1 / 3)
   assert (found['length'], found['distinct_1']) == (7.0, pytest.approx(1 / 3))
   assert found['score']['mean'] == 1 and found['kl_nats'] == 0

@@ -13,7 +13,7 @@ from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.jobs.dry_run import run as dry_run
 from segjax.train import reward_spec
-from segjax.train.reward_spec import SegmentReward
+from segjax.train.reward_spec import RewardSpec
 from segjax.types import Normalizer
 
 
@@ -68,7 +68,7 @@ def test_overlong_row_where_it_is_an_error(small, run, language):
   values = {
     'policy.path': str(language / 'model'),
     'data.path': str(language / 'rows' / 'pairs.jsonl.gz'),
-    'data.overlong': 'error',
+    'data.overlong_policy': 'error',
     'data.max_length': 24,
     'data.max_prompt_length': 16,
   }
@@ -79,7 +79,7 @@ def test_overlong_row_where_it_is_an_error(small, run, language):
 
 def test_more_rows_a_batch_than_there_are(small, run, language, tmp_path):
   data = _rows(tmp_path / 'rows.jsonl.gz', GOOD, GOOD)
-  with pytest.raises(ValueError, match=r'config.sft.batch=8 is more than the 2 rows'):
+  with pytest.raises(ValueError, match=r'config.sft.batch_size=8 is more than the 2 rows'):
     run(small('sft', **{'policy.path': str(language / 'model'), 'data.path': data}))
 
 
@@ -126,7 +126,7 @@ def scalar(language, tmp_path_factory):
 def ppo_inputs(model, language, scalar, tmp_path):
   """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
   reward = shutil.copytree(scalar, tmp_path / 'reward_model')
-  reward_spec.write(reward, SegmentReward(Segmentation(), Normalizer(), 'regression'))
+  reward_spec.write_spec(reward, RewardSpec(Segmentation(), Normalizer(), 'regression'))
   return {
     'policy.path': str(model),
     'reward_model.path': str(reward),
@@ -140,7 +140,7 @@ def test_good_inputs_get_as_far_as_the_weights(small, run, ppo_inputs):
 
 
 def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
-  reward_spec.write(tmp_path / 'reward_model', SegmentReward(Segmentation(), None))
+  reward_spec.write_spec(tmp_path / 'reward_model', RewardSpec(Segmentation(), None))
   with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
     run(small('ppo', **ppo_inputs))
   with pytest.raises(AssertionError, match='weights were read'):
@@ -151,11 +151,11 @@ def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
 @pytest.mark.parametrize('has_fingerprint', [True, False])
 def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, spoilt, has_fingerprint):
   if has_fingerprint:
-    from segjax.data.tokenizer import fingerprint
+    from segjax.data.tokenizer import tokenizer_fingerprint
 
-    sha = fingerprint(str(tmp_path / 'reward_model'))
-    meaning = SegmentReward(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
-    reward_spec.write(tmp_path / 'reward_model', meaning)
+    sha = tokenizer_fingerprint(str(tmp_path / 'reward_model'))
+    meaning = RewardSpec(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
+    reward_spec.write_spec(tmp_path / 'reward_model', meaning)
     spoilt = 'policy'
   tokenizer = tmp_path / spoilt / 'tokenizer.json'
   content = json.loads(tokenizer.read_text())

@@ -44,7 +44,7 @@ def test_no_segment_is_an_error():
 
 
 def test_auto_is_by_granularity():
-  kinds = [normalizer.kind_of('auto', name) for name in ('segment', 'token', 'bandit')]
+  kinds = [normalizer.resolve_kind('auto', name) for name in ('segment', 'token', 'bandit')]
   assert kinds == ['regression', 'regression', 'scalar']
   with pytest.raises(ValueError, match=r'config.normalizer.kind regression .* use scalar'):
-    normalizer.kind_of('regression', 'bandit')
+    normalizer.resolve_kind('regression', 'bandit')

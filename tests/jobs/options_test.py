@@ -39,24 +39,24 @@ def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
   found = [json.loads(line) for line in lines]
   for name in set().union(*found) - {'step'}:
-    assert metric_docs.explained(name), f'{name} is not in the glossary'
+    assert metric_docs.find_entry(name), f'{name} is not in the glossary'
   return found
 
 
 CALIBRATED = {
-  'reward.calibration.target_segment_length': 3.0,
-  'reward.calibration.samples': 16,
-  'reward.calibration.batch': 16,
-  'reward.calibration.max_new_tokens': 16,
-  'reward.segmentation.aggregation': 'softmax',
-  'reward.micro_batch': 4,
-  'reward.epochs': 2,
-  'reward.eval_every': 1,
+  'reward_training.threshold_search.target_segment_length': 3.0,
+  'reward_training.threshold_search.num_samples': 16,
+  'reward_training.threshold_search.batch_size': 16,
+  'reward_training.threshold_search.max_new_tokens': 16,
+  'reward_training.segmentation.aggregation': 'softmax',
+  'reward_training.micro_batch_size': 4,
+  'reward_training.num_epochs': 2,
+  'reward_training.eval_every': 1,
 }
 
 
 def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
-  cache = {'reward.entropy_cache': str(tmp_path / 'cache')}
+  cache = {'reward_training.entropy_cache_dir': str(tmp_path / 'cache')}
   values = small('reward', 'normalizer', **at('pairs'), **CALIBRATED, **cache)
   run(values, tmp_path / 'one')
   out = capsys.readouterr().out
@@ -86,18 +86,18 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
 
 
 OPTIONS = {
-  'critic.warmup_steps': 1,
-  'ppo.steps': 3,
+  'critic.warmup_rollouts': 1,
+  'ppo.max_steps': 3,
   'ppo.eval_every': 2,
-  'ppo.holdout': 0.2,
-  'evaluate.gold': RULE,
-  'ppo.micro_batch': 2,
-  'ppo.kl_in': 'loss',
+  'ppo.holdout_fraction': 0.2,
+  'evaluate.gold_reward_fn': RULE,
+  'ppo.micro_batch_size': 2,
+  'ppo.kl_placement': 'loss',
   'ppo.kl_estimator': 'k3',
   'ppo.kl_target': 1e-6,
-  'ppo.gae_over': 'segment',
-  'ppo.loss_mean': 'token',
-  'ppo.dual_clip': 3.0,
+  'ppo.gae_level': 'segment',
+  'ppo.loss_aggregation': 'token',
+  'ppo.dual_clip_ratio': 3.0,
   'ppo.clip_eps_high': 0.3,
   'ppo.value_clip_eps': 0.0,
   'ppo.entropy_coef': 0.01,
@@ -105,18 +105,18 @@ OPTIONS = {
 }
 
 
-RULE_ALONE = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
+RULE_ALONE = {'reward_shaping.reward_fn': RULE, 'reward_shaping.reward_model_weight': 0.0}
 
 
 def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
   results = run(small('ppo', 'evaluate', **at('prompts'), **RULE_ALONE, **OPTIONS))
   steps = metrics(tmp_path, 'ppo')
-  assert 'policy/loss' not in steps[0] and 'val/loss' in steps[0]
-  assert 'policy/loss' in steps[1] and steps[1]['policy/first_ratio_max_deviation'] < 1e-4
+  assert 'policy/loss' not in steps[0] and 'critic/loss' in steps[0]
+  assert 'policy/loss' in steps[1] and steps[1]['policy/initial_ratio_deviation'] < 1e-4
   assert steps[0]['objective/reward'] > 0
   # The KL is far above its target once the policy has moved, so the coefficient rises.
   assert steps[2]['objective/kl_coef'] != steps[0]['objective/kl_coef']
-  assert all(step['bad'] == 0 for step in steps)
+  assert all(step['skipped_updates'] == 0 for step in steps)
   (looked,) = [step for step in steps if 'eval/reward' in step]
   assert looked['step'] == 1
   # The rule is all the reward there is, and the truth as well.
@@ -147,7 +147,7 @@ def interrupted(function):
 
 
 def test_wrong_rule_stops_before_anything_starts(small, run, at):
-  rule = {'shaping.reward_fn': 'no_such_module:rule'}
+  rule = {'reward_shaping.reward_fn': 'no_such_module:rule'}
   with pytest.raises(ValueError, match=r'config\.shaping\.reward_fn'):
     run(small('ppo', **at('prompts'), **rule))
 
@@ -159,7 +159,7 @@ def bandit(small, at, one_device, tmp_path_factory):
 
   workdir = tmp_path_factory.mktemp('bandit')
   values = small(
-    'reward', 'normalizer', **at('pairs'), **{'reward.segmentation.granularity': 'bandit'}
+    'reward', 'normalizer', **at('pairs'), **{'reward_training.segmentation.granularity': 'bandit'}
   )
   pipeline.run(pipeline.prepare(values, workdir, one_device), workdir, 0.0)
   return str(workdir / 'reward' / 'model')
@@ -169,21 +169,21 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
   named = {
     'reward_model.path': bandit,
     'reward_model.segmentation.granularity': 'token',
-    'shaping.redistribute': 'red',
-    'shaping.red_baseline': 'zero',
-    'shaping.reward_fn': f'{demo_language.__name__}:gold',
+    'reward_shaping.redistribute': 'red',
+    'reward_shaping.red_baseline': 'zero',
+    'reward_shaping.reward_fn': f'{demo_language.__name__}:gold',
     'critic.init': 'reward_model',
     'ppo.critic_optimizer.learning_rate': 0.0,
   }
   run(small('ppo', **at('prompts'), **named), tmp_path)
-  assert all(step['bad'] == 0 for step in metrics(tmp_path, 'ppo'))
+  assert all(step['skipped_updates'] == 0 for step in metrics(tmp_path, 'ppo'))
   # A critic that begins as the reward model keeps its head, and here it learns nothing.
   critic = (tmp_path / 'ppo' / 'critic' / 'model.safetensors').read_bytes()
   assert critic == (Path(bandit) / 'model.safetensors').read_bytes()
 
 
 def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
-  named = {'reward_model.path': bandit, 'shaping.redistribute': 'red'}
+  named = {'reward_model.path': bandit, 'reward_shaping.redistribute': 'red'}
   with pytest.raises(ValueError, match='granularity=token or segment'):
     run(small('ppo', **at('prompts'), **named))
 
@@ -191,26 +191,26 @@ def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
 def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   published = {
     'reference_exact': True,
-    'reward.segmentation.granularity': 'token',
-    'shaping.end_penalty': 'per_token',
-    'shaping.length_penalty': 'threshold',
+    'reward_training.segmentation.granularity': 'token',
+    'reward_shaping.missing_eos_penalty': 'per_token',
+    'reward_shaping.length_penalty': 'threshold',
   }
   values = small('reward', 'normalizer', 'ppo', **at('pairs'), **published)
   run(values, tmp_path)
   steps = metrics(tmp_path, 'ppo')
   # Old log-probs are recomputed under the same mask, so the policy starts where it sampled.
-  assert steps[0]['policy/first_ratio_max_deviation'] < 1e-5
+  assert steps[0]['policy/initial_ratio_deviation'] < 1e-5
   assert abs(steps[0]['objective/kl']) < 1e-4
   stored = json.loads((tmp_path / 'reward' / 'model' / 'segment_reward.json').read_text())
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
 
 
 def test_rollouts_beyond_the_bounds_are_not_learned_from(small, run, at, language, tmp_path):
-  rule = {'shaping.reward_fn': RULE, 'shaping.reward_model_weight': 0.0}
-  bounded = {**at('prompts'), **rule, 'ppo.max_reward': 1e-6, 'ppo.kl_target': 1.0}
-  run(small('ppo', **bounded, max_bad_steps=99), tmp_path)
+  rule = {'reward_shaping.reward_fn': RULE, 'reward_shaping.reward_model_weight': 0.0}
+  bounded = {**at('prompts'), **rule, 'ppo.skip_if_reward_above': 1e-6, 'ppo.kl_target': 1.0}
+  run(small('ppo', **bounded, max_skipped_steps=99), tmp_path)
   steps = metrics(tmp_path, 'ppo')
-  assert all(step['bad'] > 0 for step in steps)
+  assert all(step['skipped_updates'] > 0 for step in steps)
   assert len({step['objective/kl_coef'] for step in steps}) == 1
   weights = [path / 'model' / 'model.safetensors' for path in (language, tmp_path / 'ppo')]
   assert weights[0].read_bytes() == weights[1].read_bytes()

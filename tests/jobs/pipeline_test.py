@@ -14,7 +14,7 @@ WORKDIR = Path('/w')
 
 
 def _paths(settings, name):
-  s = pipeline.wire(name, settings, WORKDIR)
+  s = pipeline.connect_stages(name, settings, WORKDIR)
   return s.policy.path, s.reference.path, s.reward_model.path, s.data.path.removeprefix('/w/')
 
 
@@ -60,9 +60,13 @@ def test_one_job_reads_what_the_config_names(small):
       r"config.evaluate_reward.pairs\[1\]='/nowhere': no such file",
     ),
     (('evaluate_reward',), {'evaluate_reward.spans': '/no'}, 'config.evaluate_reward.spans='),
-    (('evaluate',), {'evaluate.gold': 'segjax.rl:nothing'}, "config.evaluate.gold='segjax.rl:not"),
-    (('evaluate',), {'evaluate.gold': 'no_such_module:f'}, "it is 'module:function'"),
-    (('evaluate',), {'evaluate.boundary': 'nonsense'}, 'config.evaluate.boundary'),
+    (
+      ('evaluate',),
+      {'evaluate.gold_reward_fn': 'segjax.rl:nothing'},
+      "config.evaluate.gold_reward_fn='segjax.rl:not",
+    ),
+    (('evaluate',), {'evaluate.gold_reward_fn': 'no_such_module:f'}, "it is 'module:function'"),
+    (('evaluate',), {'evaluate.boundary_fn': 'nonsense'}, 'config.evaluate.boundary_fn'),
   ],
 )
 def test_wrong_paths_and_functions_stop_before_anything_starts(
@@ -75,13 +79,18 @@ def test_wrong_paths_and_functions_stop_before_anything_starts(
 @pytest.mark.parametrize(
   'stage, key, size, message',
   [
-    ('sft', 'sft.batch', 6, 'config.sft.batch=6 does not divide over the 4 devices .* use 4 or 8'),
-    ('reward', 'reward.batch', 2, 'config.reward.batch=2 .* use 4'),
-    ('normalizer', 'normalizer.batch', 9, 'use 8 or 12'),
-    ('ppo', 'ppo.minibatch', 2, 'config.ppo.minibatch=2'),
-    ('evaluate', 'evaluate.batch', 5, 'use 4 or 8'),
-    ('evaluate_reward', 'evaluate_reward.batch', 5, 'use 4 or 8'),
-    ('answers', 'answers.batch', 5, 'use 4 or 8'),
+    (
+      'sft',
+      'sft.batch_size',
+      6,
+      'config.sft.batch_size=6 does not divide over the 4 devices .* use 4 or 8',
+    ),
+    ('reward', 'reward_training.batch_size', 2, 'config.reward_training.batch_size=2 .* use 4'),
+    ('normalizer', 'normalizer.batch_size', 9, 'use 8 or 12'),
+    ('ppo', 'ppo.minibatch_size', 2, 'config.ppo.minibatch_size=2'),
+    ('evaluate', 'evaluate.batch_size', 5, 'use 4 or 8'),
+    ('evaluate_reward', 'evaluate_reward.batch_size', 5, 'use 4 or 8'),
+    ('answers', 'answers.batch_size', 5, 'use 4 or 8'),
   ],
 )
 def test_batch_that_does_not_divide_over_the_mesh(small, stage, key, size, message):
@@ -92,8 +101,8 @@ def test_batch_that_does_not_divide_over_the_mesh(small, stage, key, size, messa
 
 def test_later_stages_are_checked_before_the_first(small):
   mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
-  with pytest.raises(ValueError, match=r'config.evaluate.batch=5'):
-    pipeline.prepare(small(*JOBS, **{'evaluate.batch': 5}), WORKDIR, mesh)
+  with pytest.raises(ValueError, match=r'config.evaluate.batch_size=5'):
+    pipeline.prepare(small(*JOBS, **{'evaluate.batch_size': 5}), WORKDIR, mesh)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def counted(fake_jobs):
   def job(stage):
     ran.append(stage.name)
     stage.model_directory.mkdir(exist_ok=True)
-    (stage.model_directory / 'weights').write_text(str(stage.settings.sft.steps))
+    (stage.model_directory / 'weights').write_text(str(stage.settings.sft.max_steps))
     return {'loss': 1.0}
 
   fake_jobs(sft=job, reward=job, normalizer=job, ppo=job)
@@ -166,7 +175,12 @@ def test_second_run_reuses_and_says_so(small, run, counted, inputs, tmp_path, ca
 def test_what_decides_nothing_reruns_nothing(small, run, counted, inputs, tmp_path):
   s = small('sft', **inputs)
   run(s, tmp_path / 'w')
-  same = {'checkpoint.every': 1, 'max_bad_steps': 9, 'reward.steps': 7, 'evaluate.show': 0}
+  same = {
+    'checkpoint.every_steps': 1,
+    'max_bad_steps': 9,
+    'reward_training.max_steps': 7,
+    'evaluate.num_printed': 0,
+  }
   run(replace(s, **same), tmp_path / 'w')
   assert counted == ['sft']
 
@@ -176,10 +190,10 @@ def test_changed_setting_reruns_its_stage_and_those_that_read_its_output(
 ):
   s = small('sft', 'reward', **inputs)
   run(s, tmp_path / 'w')
-  run(replace(s, **{'reward.steps': 3}), tmp_path / 'w')
+  run(replace(s, **{'reward_training.max_steps': 3}), tmp_path / 'w')
   assert counted == ['sft', 'reward', 'reward']
-  assert 'reward.steps changed' in capsys.readouterr().out
-  run(replace(s, **{'reward.steps': 3, 'sft.steps': 3}), tmp_path / 'w')
+  assert 'reward_training.max_steps changed' in capsys.readouterr().out
+  run(replace(s, **{'reward_training.max_steps': 3, 'sft.max_steps': 3}), tmp_path / 'w')
   assert counted[3:] == ['sft', 'reward']
   assert 'content of policy.path' in capsys.readouterr().out
 

@@ -23,29 +23,29 @@ def values(material):
       'policy.path': str(material / 'models' / 'stories260k-hf'),
       'data.path': str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'),
       'data.chat_template': TEMPLATE,
-      'data.limit': 64,
+      'data.max_rows': 64,
       'data.max_length': 128,
       'data.max_prompt_length': 64,
       'runtime.remat': 'none',
-      'sft.batch': 8,
-      'sft.steps': 2,
-      'sft.micro_batch': 4,
-      'sft.packed_length': 128,
-      'reward.batch': 8,
-      'reward.steps': 2,
-      'reward.micro_batch': 4,
-      'reward.packed_length': 128,
-      'reward.holdout': 0.2,
-      'normalizer.batch': 16,
-      'normalizer.pairs': 32,
+      'sft.batch_size': 8,
+      'sft.max_steps': 2,
+      'sft.micro_batch_size': 4,
+      'sft.packing_length': 128,
+      'reward_training.batch_size': 8,
+      'reward_training.max_steps': 2,
+      'reward_training.micro_batch_size': 4,
+      'reward_training.packing_length': 128,
+      'reward_training.holdout_fraction': 0.2,
+      'normalizer.batch_size': 16,
+      'normalizer.max_pairs': 32,
       'rollout.max_new_tokens': 8,
-      'ppo.steps': 2,
-      'ppo.rollout_batch': 8,
-      'ppo.minibatch': 4,
-      'ppo.micro_batch': 4,
-      'ppo.packed_length': 128,
-      'runtime.frozen_memory': 'host',
-      'evaluate.batch': 8,  # as in PPO: one program less to compile
+      'ppo.max_steps': 2,
+      'ppo.rollout_batch_size': 8,
+      'ppo.minibatch_size': 4,
+      'ppo.micro_batch_size': 4,
+      'ppo.packing_length': 128,
+      'runtime.frozen_params_memory': 'host',
+      'evaluate.batch_size': 8,  # as in PPO: one program less to compile
     }
   )
   return validate.from_config(config)
@@ -67,12 +67,12 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   assert results['evaluate']['after']['score']['n'] == 64
   lines = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
   first = json.loads(lines[0])
-  assert len(lines) == 2 and first['bad'] == 0
-  assert first['policy/first_ratio_max_deviation'] < 1e-4
+  assert len(lines) == 2 and first['skipped_updates'] == 0
+  assert first['policy/initial_ratio_deviation'] < 1e-4
   assert abs(first['objective/kl']) < 1e-3
   for stage in ('sft', 'reward', 'ppo'):  # all of them packed
     text = (tmp_path / stage / 'metrics.jsonl').read_text()
-    assert 0.3 < json.loads(text.splitlines()[0])['perf/fill'] <= 1
+    assert 0.3 < json.loads(text.splitlines()[0])['perf/packing_efficiency'] <= 1
   assert 'GiB per device' in out
 
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ppo' / 'model')
@@ -96,7 +96,9 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
 
 def test_bandit_on_real_input(values, run):
   changed = settings.replace(
-    values, stages=('reward', 'normalizer'), **{'reward.segmentation.granularity': 'bandit'}
+    values,
+    stages=('reward', 'normalizer'),
+    **{'reward_training.segmentation.granularity': 'bandit'},
   )
   assert run(changed)['normalizer']['kind'] == 'scalar'
 

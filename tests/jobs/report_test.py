@@ -18,16 +18,16 @@ def values(small, language):
   named = {
     'policy.path': str(language / 'model'),
     'data.path': str(rows),
-    'data.limit': 8,
-    'shaping.reward_fn': f'{__name__}:many_words',
-    'shaping.reward_model_weight': 0.0,
-    'evaluate.gold': f'{__name__}:many_words',
+    'data.max_rows': 8,
+    'reward_shaping.reward_fn': f'{__name__}:many_words',
+    'reward_shaping.reward_model_weight': 0.0,
+    'evaluate.gold_reward_fn': f'{__name__}:many_words',
     'reward_model.segmentation.entropy_threshold': 4.5,
-    'checkpoint.every': 2,
-    'ppo.steps': 4,
-    'report.every': 2,
-    'report.responses': 3,
-    'report.evaluated': 4,
+    'checkpoint.every_steps': 2,
+    'ppo.max_steps': 4,
+    'report.every_steps': 2,
+    'report.responses_per_rollout': 3,
+    'report.eval_responses': 4,
   }
   return lambda *stages, **more: small(*stages, **named | more)
 
@@ -68,7 +68,7 @@ def test_a_run_keeps_what_was_said(values, run, stopped, tmp_path):
   check_evaluation(samples(tmp_path / 'kept', 'evaluate'))
 
   # Neither samples nor the page change a bit of what is learned.
-  run(values('ppo', **{'report.every': 0}), tmp_path / 'silent')
+  run(values('ppo', **{'report.every_steps': 0}), tmp_path / 'silent')
   assert not (tmp_path / 'silent' / 'ppo' / 'samples.jsonl').exists()
   kept, silent = (
     (tmp_path / name / 'ppo' / 'model' / 'model.safetensors').read_bytes()

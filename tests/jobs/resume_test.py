@@ -14,7 +14,9 @@ def values(small, language):
     'policy.path': str(language / 'model'),
     'data.path': str(language / 'rows' / 'sft.jsonl.gz'),
   }
-  return lambda **more: small('sft', **paths, **{'checkpoint.every': 2, 'sft.steps': 5}, **more)
+  return lambda **more: small(
+    'sft', **paths, **{'checkpoint.every_steps': 2, 'sft.max_steps': 5}, **more
+  )
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from segjax.config import presets, validate
 from segjax.jobs import pipeline, selfcheck, selfcheck_rewards
-from segjax.jobs.selfcheck import Outcome
+from segjax.jobs.selfcheck import CheckResult
 from segjax.model.sharding import make_mesh
 
 
@@ -25,21 +25,21 @@ def test_all_checks_pass_on_two_devices(values, tmp_path):
   found = pipeline.run([stage], tmp_path, 0.0)['selfcheck']
   assert len(found) >= 12
   assert all(
-    Outcome(**outcome).status == 'ok' for name, outcome in found.items() if name != 'seconds'
+    CheckResult(**outcome).status == 'ok' for name, outcome in found.items() if name != 'seconds'
   )
 
 
 def test_one_device_has_nothing_to_compare():
-  assert Outcome(math.nan, math.nan).status == 'skipped'
-  assert Outcome(1e-3, 1e-4).status == 'FAILED'
-  assert Outcome(math.nan, 1e-4).status == 'FAILED'
+  assert CheckResult(math.nan, math.nan).status == 'skipped'
+  assert CheckResult(1e-3, 1e-4).status == 'FAILED'
+  assert CheckResult(math.nan, 1e-4).status == 'FAILED'
 
 
 def test_a_broken_invariant_is_an_error_that_names_it(values, stage_of, monkeypatch):
   monkeypatch.setattr(
-    selfcheck, 'checks', lambda *_: [('numbers agree', lambda: Outcome(1.0, 1e-4))]
+    selfcheck, 'checks', lambda *_: [('numbers agree', lambda: CheckResult(1.0, 1e-4))]
   )
-  monkeypatch.setattr(selfcheck, 'make_bench', lambda mesh: None)
+  monkeypatch.setattr(selfcheck, 'make_fixture', lambda mesh: None)
   with pytest.raises(ValueError, match='1 of 1 checks failed: numbers agree'):
     selfcheck.run(stage_of('selfcheck', values))
 
@@ -54,4 +54,4 @@ def test_loops_notice_a_wrong_reward(monkeypatch):
     return dataclasses.replace(experience, reward=experience.reward + 0.01), metrics
 
   monkeypatch.setattr(selfcheck_rewards, 'make_experience', wrong)
-  assert selfcheck_rewards.worst_difference('segment') > 5e-3
+  assert selfcheck_rewards.max_abs_error_vs_oracle('segment') > 5e-3

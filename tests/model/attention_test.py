@@ -83,7 +83,7 @@ def test_what_cudnn_is_asked_for(monkeypatch, caplog):
   assert_allclose(found, attention(*arrays()), atol=1e-5)  # float32
   assert asked == ['cudnn']
   # Packed rows are none of its business: it would ignore where sequences end.
-  module._tell.cache_clear()
+  module._warn_once.cache_clear()
   for _ in range(2):
     found = attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
     assert_allclose(found, attention(*arrays(), segment_ids=ATTENDED), atol=0)
@@ -163,7 +163,7 @@ def test_splash_on_each_device(monkeypatch):
 
 
 def test_rows_that_splash_cannot_do_go_to_xla(caplog):
-  module._tell.cache_clear()
+  module._warn_once.cache_clear()
   short = attention(*arrays(), implementation='splash')
   assert_allclose(short, attention(*arrays()), atol=0)
   assert not caplog.records  # a short prompt is no news
@@ -183,12 +183,12 @@ def test_rows_that_splash_cannot_do_go_to_xla(caplog):
     ('xla', 'tpu', 'bfloat16', 128, 'xla', ''),
     ('splash', 'cpu', 'bfloat16', 128, 'xla', 'it is for TPU, and the devices are cpu'),
     ('cudnn', 'tpu', 'bfloat16', 128, 'xla', 'it is for CUDA, and the devices are tpu'),
-    ('cudnn', 'gpu', 'float32', 128, 'xla', 'config.runtime.dtype=float32'),
+    ('cudnn', 'gpu', 'float32', 128, 'xla', 'config.runtime.compute_dtype=float32'),
     ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'heads of 20'),
   ],
 )
 def test_choice(wanted, platform, dtype, size, expected, reason):
-  name, why = module.choose(wanted, platform, dtype, size)
+  name, why = module.select_implementation(wanted, platform, dtype, size)
   assert name == expected
   assert reason in why
   assert bool(reason) == bool(why)

@@ -8,7 +8,7 @@ import pytest
 from fixtures import models
 
 from segjax.model import decode
-from segjax.model.generate import Prompts, generate, make_decoder
+from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.sampling import Sampling
 
 LENGTHS = np.array([8, 5, 8, 3, 150, 7], np.int32)
@@ -18,7 +18,7 @@ CHUNK = 16
 @pytest.fixture
 def seen(monkeypatch):
   """Of each call of `advance`: positions of the cache, and of the longest live row."""
-  calls, advance = [], decode.advance
+  calls, advance = [], decode.decode_chunk
 
   def look(weights, slots, *, decoder):
     longest = int(np.max(slots.length, where=np.asarray(slots.live), initial=0))
@@ -26,7 +26,7 @@ def seen(monkeypatch):
     calls.append((positions, longest))
     return advance(weights, slots, decoder=decoder)
 
-  monkeypatch.setattr(decode, 'advance', look)
+  monkeypatch.setattr(decode, 'decode_chunk', look)
   return calls
 
 
@@ -36,9 +36,9 @@ def _run(limits, max_new_tokens):
   sampling = Sampling(min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
   generate(
     models.params(config),
-    Prompts(models.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
+    PromptArrays(models.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
     jax.random.key(0),
-    decoder=make_decoder(config, sampling, models.STOP_IDS, mesh, chunk=CHUNK),
+    decoder=make_decode_config(config, sampling, models.STOP_IDS, mesh, chunk=CHUNK),
     mesh=mesh,
     slots=2,
     limits=limits,

@@ -10,7 +10,7 @@ from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
 from segjax.model import sharding
-from segjax.model.generate import Prompts, generate, make_decoder
+from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.llama import num_parameters
 from segjax.model.sampling import Sampling
 
@@ -25,9 +25,9 @@ def run(params, prompts, lengths, seed=0, *, config=models.CONFIG, sampling=SAMP
   mesh = values.pop('mesh', None) or models.mesh(1)
   return generate(
     params,
-    Prompts(np.asarray(prompts), np.asarray(lengths)),
+    PromptArrays(np.asarray(prompts), np.asarray(lengths)),
     jax.random.key(seed),
-    decoder=make_decoder(config, sampling, models.STOP_IDS, mesh),
+    decoder=make_decode_config(config, sampling, models.STOP_IDS, mesh),
     mesh=mesh,
     **values,
   )
@@ -239,11 +239,11 @@ def test_scanned_layers_equal_unrolled_ones():
   """What accelerators run, here on a CPU."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   mesh = models.mesh(1)
-  decoder = make_decoder(models.CONFIG, SAMPLING, models.STOP_IDS, mesh)
+  decoder = make_decode_config(models.CONFIG, SAMPLING, models.STOP_IDS, mesh)
   found = [
     generate(
       params,
-      Prompts(prompts, LENGTHS),
+      PromptArrays(prompts, LENGTHS),
       jax.random.key(0),
       decoder=dataclasses.replace(decoder, unrolled=unrolled, chunk=chunk),
       mesh=mesh,
@@ -287,7 +287,7 @@ def test_prompts_that_cannot_be_answered(length, message):
 
 def test_stop_ids_are_tokens():
   with pytest.raises(ValueError, match='stop id 80 is outside the vocabulary of 80'):
-    make_decoder(models.CONFIG, SAMPLING, (3, 80), models.mesh(1))
+    make_decode_config(models.CONFIG, SAMPLING, (3, 80), models.mesh(1))
 
 
 def test_a_cache_that_does_not_fit_names_the_slots_that_do(monkeypatch):

@@ -15,8 +15,8 @@ from segjax.model.llama import (
   Llama,
   LlamaConfig,
   RopeScaling,
-  config_of,
   layer_params,
+  make_config,
   num_parameters,
   rope_frequencies,
   rotate,
@@ -307,5 +307,5 @@ def test_num_parameters(config):
 
 
 def test_config_of_settings():
-  config = config_of(Network(vocab_size=80, hidden_size=64, num_attention_heads=4))
+  config = make_config(Network(vocab_size=80, hidden_size=64, num_attention_heads=4))
   assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (80, 16, 2)

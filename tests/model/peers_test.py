@@ -8,7 +8,7 @@ import transformers
 from fixtures import models
 
 from segjax.hf import reader
-from segjax.model.generate import Prompts, generate, make_decoder
+from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.sampling import Sampling
 
 PROMPTS, NEW, PAD = 64, 32, 0
@@ -38,7 +38,7 @@ def prompts(model):
   told = _peer_generate(peer, begun, torch.ones_like(begun), PROMPTS - 2, None).sequences
   length = 1 + rng.permutation(PROMPTS).astype(np.int32)
   ids = np.where(np.arange(PROMPTS) < length[:, None], told.numpy(), PAD).astype(np.int32)
-  return Prompts(ids, length)
+  return PromptArrays(ids, length)
 
 
 @pytest.fixture(scope='module')
@@ -69,7 +69,7 @@ def _generate(model, prompts, **values):
   params, config, _ = model
   mesh = models.mesh(1)
   sampling = Sampling(temperature=0.0, min_new_tokens=0, max_new_tokens=NEW)
-  decoder = make_decoder(config, sampling, STOP_IDS, mesh)
+  decoder = make_decode_config(config, sampling, STOP_IDS, mesh)
   return generate(params, prompts, jax.random.key(0), decoder=decoder, mesh=mesh, **values)
 
 
@@ -92,7 +92,7 @@ def test_alone(model, prompts):
   rows = [int(row) for row in np.argsort(prompts.length)[[0, 20, 63]]]
   for row in rows:
     length = prompts.length[row]
-    one = Prompts(prompts.ids[row : row + 1, :length], prompts.length[row : row + 1])
+    one = PromptArrays(prompts.ids[row : row + 1, :length], prompts.length[row : row + 1])
     out = _generate(model, one)
     ids = torch.tensor(one.ids).long()
     peer = _peer_generate(model[2], ids, torch.ones_like(ids), NEW, list(STOP_IDS))
@@ -103,7 +103,7 @@ def test_alone(model, prompts):
 def test_refilled_in_any_order(model, prompts, expected):
   """64 prompts through 5 slots, shuffled."""
   order = np.random.default_rng(1).permutation(PROMPTS)
-  shuffled = Prompts(prompts.ids[order], prompts.length[order])
+  shuffled = PromptArrays(prompts.ids[order], prompts.length[order])
   out = _generate(model, shuffled, slots=5, index=order)
   count = out.response_mask.sum(axis=1)
   assert len(np.unique(count)) > 15  # so that slots were refilled at all times

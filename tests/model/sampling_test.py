@@ -7,7 +7,13 @@ import pytest
 from fixtures import models
 from numpy.testing import assert_allclose
 
-from segjax.model.sampling import Sampling, draw, filtered, inverse_cdf, is_broken
+from segjax.model.sampling import (
+  Sampling,
+  filter_logits,
+  has_no_finite_logit,
+  inverse_cdf,
+  sample_token,
+)
 
 
 def oracle_filter(logits, temperature, top_k, top_p):
@@ -33,7 +39,7 @@ def test_filter_equals_sorting(top_k, top_p):
   logits[::3, 5:9] = -np.inf  # banned
   logits = logits.astype(np.float32)
   sampling = Sampling(top_k=top_k, top_p=top_p)
-  got = jax.nn.softmax(jax.jit(filtered, static_argnums=1)(logits, sampling), axis=-1)
+  got = jax.nn.softmax(jax.jit(filter_logits, static_argnums=1)(logits, sampling), axis=-1)
   expected = np.stack([oracle_filter(row, 1.0, top_k, top_p) for row in logits])
   np.testing.assert_array_equal(np.asarray(got) > 1e-12, expected > 1e-12)
   assert_allclose(got, expected, atol=1e-5)  # float32
@@ -42,9 +48,9 @@ def test_filter_equals_sorting(top_k, top_p):
 def test_filter_keeps_ties():
   """Equal logits at the edge are all kept: nothing says which should go."""
   logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-  kept = jnp.isfinite(filtered(logits, Sampling(top_k=2)))
+  kept = jnp.isfinite(filter_logits(logits, Sampling(top_k=2)))
   assert kept.tolist() == [[True, True, True, False, False]]
-  kept = jnp.isfinite(filtered(logits, Sampling(top_p=0.5)))
+  kept = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.5)))
   assert kept.tolist() == [[True, True, True, False, False]]
 
 
@@ -71,7 +77,7 @@ def test_both_logprobs_are_of_their_own_distribution():
   sampling = Sampling(temperature=0.7, top_k=9, min_new_tokens=4)
   stop = jnp.array(models.STOP_IDS)
   count = jnp.asarray(np.arange(32) % 8)
-  drawn = jax.jit(draw, static_argnums=4)(
+  drawn = jax.jit(sample_token, static_argnums=4)(
     logits, rng.random(32).astype(np.float32), count, stop, sampling
   )
   for row, token in enumerate(np.asarray(drawn.token)):
@@ -87,4 +93,4 @@ def test_both_logprobs_are_of_their_own_distribution():
 def test_broken_rows_are_seen():
   logits = np.zeros((4, 5), np.float32)
   logits[0, 2], logits[1], logits[2, :4] = np.nan, -np.inf, -np.inf
-  assert is_broken(jnp.asarray(logits)).tolist() == [True, True, False, False]
+  assert has_no_finite_logit(jnp.asarray(logits)).tolist() == [True, True, False, False]

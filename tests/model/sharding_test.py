@@ -121,7 +121,7 @@ def test_no_mesh_no_change():
   assert sharding.constrain(x, 'tokens') is x
   assert sharding.constrain_batch(x) is x
   assert sharding.constrain_tree({'odd': x})['odd'] is x
-  assert sharding.for_decoding({'odd': x})['odd'] is x
+  assert sharding.decode_sharding({'odd': x})['odd'] is x
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
@@ -130,7 +130,7 @@ def test_weights_and_moments_are_split_alike(config):
   with jax.set_mesh(mesh):
     params = models.place(models.params(config), mesh)
     state = init_state(params, Optimizer(), 10)
-    for_decoding = jax.jit(sharding.for_decoding)(params)
+    for_decoding = jax.jit(sharding.decode_sharding)(params)
   assert_moments_follow(state)
   kernels = params['backbone']['layers']
   # Per device: the width over fsdp, heads and MLP width over tensor.

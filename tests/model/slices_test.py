@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from segjax.model import decode, heads, sharding
 from segjax.model.attention import attention
-from segjax.model.generate import make_decoder
+from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 
@@ -67,13 +67,13 @@ def _result(function, *args, **static):
 
 def _advance(config, mesh):
   """The compiled chunk of steps, and the weights that it reads."""
-  decoder = make_decoder(config, Sampling(max_new_tokens=512), (128001, 128009), mesh)
+  decoder = make_decode_config(config, Sampling(max_new_tokens=512), (128001, 128009), mesh)
   params = heads.param_shapes(config, 'language')
   params = _placed(params, sharding.tree_shardings(params, mesh))
   with jax.set_mesh(mesh):
-    weights = _result(decode.weights, params, decoder=decoder)
-    slots = _result(decode.empty, SLOTS, POSITIONS, decoder=decoder)
-    return _compile(decode.advance, weights, slots, decoder=decoder), weights
+    weights = _result(decode.decode_weights, params, decoder=decoder)
+    slots = _result(decode.empty_slots, SLOTS, POSITIONS, decoder=decoder)
+    return _compile(decode.decode_chunk, weights, slots, decoder=decoder), weights
 
 
 def _moved_weights(compiled, weights):
@@ -117,7 +117,7 @@ def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
 
 def test_gathers_are_found(mesh):
   """Weights gathered in a program are seen by the tests above."""
-  where = jax.NamedSharding(mesh, jax.P(None, sharding.WHOLE))
+  where = jax.NamedSharding(mesh, jax.P(None, sharding.WEIGHT_AXES))
   weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
   everywhere = jax.NamedSharding(mesh, jax.P())
   compiled = _compile(jax.jit(lambda w: w * 2, out_shardings=everywhere), weights)

@@ -13,7 +13,7 @@ import pytest
 
 from segjax.config.settings import Network, Settings, replace
 from segjax.model import sharding
-from segjax.model.llama import config_of
+from segjax.model.llama import make_config
 from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
 
 TOPOLOGY = topologies.parse('cpu:8')
@@ -25,12 +25,12 @@ SETTINGS = replace(
     'data.max_prompt_length': 16,
     'data.max_length': 48,
     'rollout.max_new_tokens': 64,
-    'rollout.slots': 16,
-    'ppo.rollout_batch': 16,
-    'ppo.minibatch': 16,
-    'ppo.micro_batch': 8,
-    'ppo.score_batch': 8,
-    'runtime.logprob_chunk': 8,
+    'rollout.max_concurrent': 16,
+    'ppo.rollout_batch_size': 16,
+    'ppo.minibatch_size': 16,
+    'ppo.micro_batch_size': 8,
+    'ppo.scoring_batch_size': 8,
+    'runtime.logprob_chunk_size': 8,
   },
 )
 SMALL = ('cache growth', 'critic update')
@@ -42,7 +42,7 @@ def with_memory(size):
 
 @functools.cache
 def plan(settings=SETTINGS, names=SMALL, size=math.inf):
-  return planner.make('ppo', settings, with_memory(size), names)
+  return planner.make_plan('ppo', settings, with_memory(size), names)
 
 
 def test_names_of_topologies():
@@ -83,39 +83,45 @@ def test_too_little_memory_and_what_helps():
   assert plan(size=peak).fits and not plan(size=peak).advice
   assert not found.fits
   text = '\n'.join(found.advice)
-  for flag in ('rollout.slots=8', 'runtime.frozen_memory=host', 'moments_dtype=bfloat16'):
+  for flag in (
+    'rollout.max_concurrent=8',
+    'runtime.frozen_params_memory=host',
+    'moments_dtype=bfloat16',
+  ):
     assert f'--config.{flag}' in text or flag in text, text
   assert 'they fit' in found.advice[-1]
   assert 'not enough: take more chips' in plan(size=1).advice[-1]
 
 
 def test_advice_is_what_a_new_plan_says():
-  found, network = plan(), config_of(SETTINGS.network)
+  found, network = plan(), make_config(SETTINGS.network)
   mesh = sharding.make_mesh(devices=jax.devices())
   for key, value in (
-    ('runtime.frozen_memory', 'host'),
+    ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
   ):
-    change = suggestions.Change(key, value)
-    said = suggestions.peak_with([change], 'ppo', SETTINGS, network, mesh, found.measured)
+    change = suggestions.SettingChange(key, value)
+    said = suggestions.estimate_peak([change], 'ppo', SETTINGS, network, mesh, found.measured)
     assert said < found.peak
     assert said == pytest.approx(plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   names = ('cache growth',)
-  first = planner.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  first = planner.make_plan('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
   monkeypatch.setattr(memory, '_compile', None)
-  again = planner.make('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  again = planner.make_plan('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
   assert again.measured == first.measured
   with pytest.raises(TypeError):  # another program
-    planner.make('ppo', replace(SETTINGS, **{'rollout.slots': 8}), TOPOLOGY, names, tmp_path)
+    planner.make_plan(
+      'ppo', replace(SETTINGS, **{'rollout.max_concurrent': 8}), TOPOLOGY, names, tmp_path
+    )
 
 
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'ppo.micro_batch': 4, 'ppo.minibatch': 4}, 'does not divide over the 8 devices'),
+    ({'ppo.micro_batch_size': 4, 'ppo.minibatch_size': 4}, 'does not divide over the 8 devices'),
     ({'mesh.data': 3}, 'does not use the 8 devices exactly'),
     ({'mesh.tensor': 4}, r'config.mesh.tensor=4 does not divide the 4 query and 2 key heads'),
     ({'network.vocab_size': 0}, 'the sizes of the network are not known: take a preset'),
@@ -123,22 +129,22 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_planned(changes, message):
   with pytest.raises(ValueError, match=message):
-    planner.make('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
+    planner.make_plan('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
   with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
-    planner.make('ppo', SETTINGS, TOPOLOGY, ('polcy',))
+    planner.make_plan('ppo', SETTINGS, TOPOLOGY, ('polcy',))
 
 
 @pytest.mark.parametrize(
   ('job', 'name', 'changes'),
   [
     ('ppo', 'rewards', {}),
-    ('ppo', 'critic update', {'ppo.packed_length': 80}),
+    ('ppo', 'critic update', {'ppo.packing_length': 80}),
     ('reward', 'held-out pairs', {}),
   ],
 )
 def test_other_phases_compile(job, name, changes):
-  settings = replace(SETTINGS, **{'reward.batch': 8, **changes})
-  (measured,) = planner.make(job, settings, TOPOLOGY, (name,)).measured
+  settings = replace(SETTINGS, **{'reward_training.batch_size': 8, **changes})
+  (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).measured
   assert measured.arguments > 0 and not measured.refused
   if changes:  # where sequences lie comes in as well
     assert measured.arguments > plan(names=(name,)).measured[0].arguments
@@ -149,7 +155,7 @@ def compiled(name='policy update', **changes):
   """A phase's program; keys have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = sharding.make_mesh(devices=jax.devices())
-  program = programs.program('ppo', settings, config_of(settings.network), mesh)
+  program = programs.program('ppo', settings, make_config(settings.network), mesh)
   phase = next(p for p in program.phases if p.name == name)
   return programs.lowered(phase, mesh).compile()
 
@@ -163,7 +169,9 @@ def test_no_logits_of_whole_rows(name):
   for shape in set(re.findall(r'f32\[([\d,]+)\]', text)):
     sizes = [int(n) for n in shape.split(',')]
     if 4096 in sizes and 32 not in sizes:
-      assert math.prod(sizes) <= rows * SETTINGS.runtime.logprob_chunk * 4096 < tokens * 4096, shape
+      assert (
+        math.prod(sizes) <= rows * SETTINGS.runtime.logprob_chunk_size * 4096 < tokens * 4096
+      ), shape
 
 
 def test_temporaries_follow_tokens_and_saved_residuals():
@@ -197,8 +205,8 @@ def test_command_line(tmp_path):
   """Exit code, JSON, and the one line of a wrong topology."""
   command_line = [
     *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:local', f'--plans={tmp_path}'),
-    *('--config.network.vocab_size=128', '--config.ppo.rollout_batch=8'),
-    *('--config.ppo.minibatch=8', '--config.data.max_prompt_length=16', '--json'),
+    *('--config.network.vocab_size=128', '--config.ppo.rollout_batch_size=8'),
+    *('--config.ppo.minibatch_size=8', '--config.data.max_prompt_length=16', '--json'),
     *('--config.rollout.max_new_tokens=16', '--phases=critic update'),
   ]
   run = functools.partial(subprocess.run, capture_output=True, text=True)

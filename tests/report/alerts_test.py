@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from segjax.report.alerts import RULES, Trend, Watch
+from segjax.report.alerts import RULES, AlertMonitor, MetricTrend
 
 HEALTHY = {
   'objective/kl': lambda x: 12 * x,
   'response/length_mean': lambda x: 250 + 60 * x,
   'policy/entropy': lambda x: 1.4 - 0.4 * x,
   'response/eos_rate': lambda x: 0.9 + 0.1 * x,
-  'val/explained_variance': lambda x: 0.1 + 0.5 * x,
+  'critic/explained_variance': lambda x: 0.1 + 0.5 * x,
   'policy/clipfrac': lambda x: 0.05,
-  'policy/first_ratio_max_deviation': lambda x: 0.02,
-  'rollout/sampling_gap': lambda x: 0.0,
+  'policy/initial_ratio_deviation': lambda x: 0.02,
+  'rollout/logprob_mismatch': lambda x: 0.0,
   'objective/reward': lambda x: 2 * x,
   'eval/reward': lambda x: 1.5 * x,
   'eval/gold': lambda x: x,
@@ -25,10 +25,10 @@ WRONG = {
   'entropy is collapsing': {'policy/entropy': lambda x: 1.4 * (1 - x) ** 2},
   'fewer responses end': {'response/eos_rate': lambda x: 0.9 - 0.7 * x},
   'tokens long, twice': {'response/length_mean': lambda x: 250 * (1 + 2 * x)},
-  'critic predicts worse': {'val/explained_variance': lambda x: -0.4},
+  'critic predicts worse': {'critic/explained_variance': lambda x: -0.4},
   'the clip holds': {'policy/clipfrac': lambda x: 0.5},
-  'away from ratio 1': {'policy/first_ratio_max_deviation': lambda x: 3.0},
-  'drawn from another distribution': {'rollout/sampling_gap': lambda x: 0.5},
+  'away from ratio 1': {'policy/initial_ratio_deviation': lambda x: 3.0},
+  'drawn from another distribution': {'rollout/logprob_mismatch': lambda x: 0.5},
   'while eval/reward falls': {'eval/reward': lambda x: x - 1.5 * x**2},
   'while eval/gold falls': {'eval/gold': lambda x: x - 1.5 * x**2},
   'the loss has risen': {'train/loss': lambda x: 0.69 + 2 * x},
@@ -37,7 +37,7 @@ WRONG = {
 
 
 def warnings(curves, steps=300, noise=0.05):
-  watch, rng, said = Watch(), np.random.default_rng(0), []
+  watch, rng, said = AlertMonitor(), np.random.default_rng(0), []
   for step in range(steps):
     values = {k: f(step / steps) * (1 + noise * rng.normal()) for k, f in curves.items()}
     if step % 10:
@@ -62,20 +62,20 @@ def test_every_rule_is_tried():
 
 def test_speaks_again_after_it_was_well():
   curve = [0.0] * 5 + [0.6] * 10 + [0.0] * 40 + [0.6] * 10
-  watch = Watch()
+  watch = AlertMonitor()
   said = [step for step, value in enumerate(curve) if watch.look({'policy/clipfrac': value})]
   assert len(said) == 2 and said[0] < 15 and said[1] >= 55
 
 
 def test_neither_nan_nor_absent_metrics_count():
-  watch = Watch()
+  watch = AlertMonitor()
   for value in (np.nan, np.inf, 0.9):
     assert watch.look({'policy/clipfrac': value}) == []
   assert watch.look({}) == []
 
 
 def test_trend_is_plain_means_at_first():
-  trend = Trend()
+  trend = MetricTrend()
   for value in (1.0, 2.0, 3.0, 4.0, 5.0):
     trend.add(value)
   assert trend.first == trend.recent == 3 and trend.best == 3

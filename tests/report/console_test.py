@@ -9,8 +9,8 @@ from segjax.report import console
 
 
 def test_lines_of_a_stage_begin_with_its_name(capsys):
-  console.say('hello')
-  console.say('300 rows', 'sft')
+  console.log('hello')
+  console.log('300 rows', 'sft')
   assert capsys.readouterr().out == 'hello\nsft         300 rows\n'
 
 

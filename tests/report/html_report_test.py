@@ -43,7 +43,8 @@ def unpacked(html):
 def workdir(tmp_path):
   rows = [{'step': k, 'objective/reward': k / 10, 'timing/update': 1.0, 'odd': k} for k in range(9)]
   write(
-    tmp_path / 'ppo' / 'metrics.jsonl', [*rows, {'step': 9, 'objective/reward': 'nan', 'bad': 1}]
+    tmp_path / 'ppo' / 'metrics.jsonl',
+    [*rows, {'step': 9, 'objective/reward': 'nan', 'skipped_updates': 1}],
   )
   write(tmp_path / 'ppo' / 'samples.jsonl', [sample(0), sample(5, HOSTILE)])
   bins = {'p': [0.5, 1.0], 'count': [3, 9], 'mean': [0.1, 0.4], 'std': [1.0, 1.2]}
@@ -88,7 +89,7 @@ def test_charts_have_the_colours_of_the_page():
 
 
 def test_responses_are_thinned_evenly_over_steps():
-  lines = [response_data.Line('x', i, 100, ('step', i // 4)) for i in range(400)]
+  lines = [response_data.SampleLocation('x', i, 100, ('step', i // 4)) for i in range(400)]
   chosen = response_data.thinned(lines, 4000)
   steps = sorted({line.group[1] for line in chosen})
   assert 30 <= len(chosen) <= 40 and len(chosen) == 4 * len(steps)
@@ -192,7 +193,7 @@ def test_a_step_that_is_run_again_stands_there_once(tmp_path):
 
 
 def test_warnings_are_those_of_the_console(tmp_path):
-  lines = [{'step': k, 'bad': int(k == 3), 'policy/clipfrac': 0.6} for k in range(8)]
+  lines = [{'step': k, 'skipped_updates': int(k == 3), 'policy/clipfrac': 0.6} for k in range(8)]
   write(tmp_path / 'ppo' / 'metrics.jsonl', lines)
   bad, clipped = summary.warnings(tmp_path, ['ppo'])
   assert bad == 'ppo: 1 step(s) were left out as bad, the last was 4'

@@ -16,11 +16,11 @@ def test_names_are_unique_and_found():
   names = [name for entry in metric_docs.ENTRIES for name in entry.names]
   assert len(names) == len(set(names))
   for entry in metric_docs.ENTRIES:
-    assert all(metric_docs.explained(name) is entry for name in entry.names)
+    assert all(metric_docs.find_entry(name) is entry for name in entry.names)
     assert entry.meaning
 
 
 def test_patterns_stand_for_all_that_fit():
-  assert 'tenth' in metric_docs.explained('reward/z_by_position/7').meaning
-  assert 'gradient' in metric_docs.explained('val/grad_norm').meaning
-  assert metric_docs.explained('reward/segmentmean') is None
+  assert 'tenth' in metric_docs.find_entry('reward/by_position/7').meaning
+  assert 'gradient' in metric_docs.find_entry('critic/grad_norm').meaning
+  assert metric_docs.find_entry('reward/segmentmean') is None

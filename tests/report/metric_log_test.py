@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from segjax.report.console import ProgressBar
-from segjax.report.metric_log import BadStepError, MetricLog, Options
+from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
 
 
 def _log(directory, total=4, start=0, **options):
@@ -53,12 +53,18 @@ def test_restart_keeps_the_steps_before_and_drops_those_after(tmp_path):
 
 
 def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
-  bad = {'loss': jnp.float32(jnp.nan), 'grad_norm': jnp.float32(jnp.inf), 'bad': jnp.int32(1)}
+  bad = {
+    'loss': jnp.float32(jnp.nan),
+    'grad_norm': jnp.float32(jnp.inf),
+    'skipped_updates': jnp.int32(1),
+  }
   with (
-    pytest.raises(BadStepError, match='step 1: grad_norm, loss not finite'),
+    pytest.raises(TooManySkippedStepsError, match='step 1: grad_norm, loss not finite'),
     _log(tmp_path) as log,
   ):
-    log.log(0, {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1), 'bad': jnp.int32(0)})
+    log.log(
+      0, {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1), 'skipped_updates': jnp.int32(0)}
+    )
     log.log(1, bad)
   last = _lines(tmp_path)[-1]
   assert (last['step'], last['loss'], last['grad_norm']) == (1, 'nan', 'inf')
@@ -66,27 +72,27 @@ def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
 
 def test_bad_steps_count_only_in_a_row(tmp_path):
   with (
-    pytest.raises(BadStepError, match=r'step 5: .*2 step'),
-    _log(tmp_path, max_bad_steps=2) as log,
+    pytest.raises(TooManySkippedStepsError, match=r'step 5: .*2 step'),
+    _log(tmp_path, max_skipped_steps=2) as log,
   ):
     for step, bad in enumerate([1, 0, 1, 0, 1, 1]):
-      log.log(step, {'loss': jnp.float32(jnp.nan if bad else 1), 'bad': jnp.int32(bad)})
+      log.log(step, {'loss': jnp.float32(jnp.nan if bad else 1), 'skipped_updates': jnp.int32(bad)})
   assert [line['step'] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
-  bad = {'objective/kl': jnp.float32(300), 'bad': jnp.int32(4)}
-  with _log(tmp_path, max_bad_steps=3) as log:
-    log.log(0, {'objective/kl': jnp.float32(1), 'bad': jnp.int32(0)})
+  bad = {'objective/kl': jnp.float32(300), 'skipped_updates': jnp.int32(4)}
+  with _log(tmp_path, max_skipped_steps=3) as log:
+    log.log(0, {'objective/kl': jnp.float32(1), 'skipped_updates': jnp.int32(0)})
     log.log(1, bad)
     log.log(2, bad)
   assert (
     'warning: step 2: objective/kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
   )
   stopped = pytest.raises(
-    BadStepError, match=r'step 3: objective/kl 300 beyond bounds, 3 step\(s\)'
+    TooManySkippedStepsError, match=r'step 3: objective/kl 300 beyond bounds, 3 step\(s\)'
   )
-  with stopped, _log(tmp_path, start=3, max_bad_steps=3) as log:
+  with stopped, _log(tmp_path, start=3, max_skipped_steps=3) as log:
     log.log(3, bad)
     log.flush()
 
@@ -126,13 +132,13 @@ def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
 
 def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
   with _log(tmp_path, peak_flops=1e9) as log:
-    log.log(0, {'perf/tokens': 500.0, 'perf/flops': 1e6, 'reward/z_by_position/1': np.nan})
+    log.log(0, {'perf/tokens': 500.0, 'perf/flops': 1e6, 'reward/by_position/1': np.nan})
   (line,) = _lines(tmp_path)
   assert line['perf/tokens_per_second'] == pytest.approx(500 / line['timing/step'])
   assert line['perf/mfu'] == pytest.approx(1e6 / 1e9 / line['timing/step'])
-  assert line['perf/compiles'] >= 0
+  assert line['perf/num_compiles'] >= 0
   # Neither what rates are made of, nor a tenth without segments.
-  assert not {'perf/tokens', 'perf/flops', 'reward/z_by_position/1'} & set(line)
+  assert not {'perf/tokens', 'perf/flops', 'reward/by_position/1'} & set(line)
 
 
 def test_lines_and_warnings_on_the_console(tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from fixtures.tokenizers import write_tokenizer
 
 from segjax.data.tokenizer import load_tokenizer
-from segjax.report.response_log import pieces, segments_of
+from segjax.report.response_log import segments_of, token_texts
 
 
 @pytest.fixture(scope='module')
@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory):
 @pytest.mark.parametrize('text', ['one two', 'naïve 日本 👩‍👩‍👧', '  spaces \n', 'مرحبا', ''])
 def test_pieces_join_to_the_text(tokenizer, text):
   ids = tokenizer.encode([text])[0]
-  found = pieces(ids, tokenizer)
+  found = token_texts(ids, tokenizer)
   assert len(found) == len(ids)
   assert ''.join(found) == text
   assert '\ufffd' not in ''.join(found)
@@ -25,19 +25,19 @@ def test_pieces_join_to_the_text(tokenizer, text):
 
 def test_a_character_stands_at_its_last_token(tokenizer):
   ids = tokenizer.encode(['日'])[0]
-  assert pieces(ids, tokenizer) == ['', '', '日']
+  assert token_texts(ids, tokenizer) == ['', '', '日']
 
 
 def test_a_broken_character_is_shown_as_one(tokenizer):
   ids = tokenizer.encode(['日'])[0]
   after = tokenizer.encode(['one'])[0]
-  found = pieces([*ids[:2], *after], tokenizer)
+  found = token_texts([*ids[:2], *after], tokenizer)
   assert ''.join(found).endswith('one') and '\ufffd' in ''.join(found)
   assert len(found) == 2 + len(after)
 
 
 def test_special_tokens_are_written_out(tokenizer):
-  assert pieces(tokenizer.stop_ids[:1], tokenizer)[0].startswith('<|')
+  assert token_texts(tokenizer.stop_ids[:1], tokenizer)[0].startswith('<|')
 
 
 def test_segments_have_the_score_of_their_last_token():

@@ -41,19 +41,19 @@ def test_worked():
   )
   assert got['accuracy'] == 2.5 / 4
   assert_allclose(got['margin'], (np.log(9) + 0.01) / 4, rtol=1e-5)
-  assert got['longer_wins'] == 2.5 / 4
+  assert got['length_baseline_accuracy'] == 2.5 / 4
   assert_allclose(got['loss'], -np.log([0.75, 0.25, 0.9, 0.5]).mean(), atol=3e-3)
   # Two at confidence .75, one of them right; one at .9, right; the tie is as sure as it is right.
-  assert_allclose(got['calibration_error'], (2 * 0.25 + 0.1) / 4, atol=3e-3)
+  assert_allclose(got['ece'], (2 * 0.25 + 0.1) / 4, atol=3e-3)
 
 
 def test_certain_and_right_is_calibrated():
   far, length = jnp.full(3, 1e4), jnp.ones(3, int)
   got = pair_metrics(far, -far, length, length)
-  assert got['calibration_error'] == got['loss'] == 0
-  assert got['accuracy'] == 1 and got['longer_wins'] == 0.5
+  assert got['ece'] == got['loss'] == 0
+  assert got['accuracy'] == 1 and got['length_baseline_accuracy'] == 0.5
   got = pair_metrics(-far, far, length, length)
-  assert got['calibration_error'] == 1 and got['loss'] == 2e4 and got['accuracy'] == 0
+  assert got['ece'] == 1 and got['loss'] == 2e4 and got['accuracy'] == 0
 
 
 def test_no_pairs_and_half_precision():

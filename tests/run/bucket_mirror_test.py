@@ -39,7 +39,7 @@ def copy(tmp_path):
 
   def make(name='a', **more):
     (tmp_path / name).mkdir(exist_ok=True)
-    return bucket_mirror.Bucket(URL, tmp_path / name, **({'max_misses': 0} | more))
+    return bucket_mirror.BucketMirror(URL, tmp_path / name, **({'max_misses': 0} | more))
 
   return make
 
@@ -116,12 +116,12 @@ _OUTPUTS = {'model': 'sum of model'}
 def _runs_on(directory, key):
   """What the command with this key would find: 'finished', its metrics to go on with, or None."""
   stage = directory / 'sft'
-  stage_record.recall(stage, key)
+  stage_record.restore_old(stage, key)
   model = stage / 'model' / 'w'
   outputs = {'model': f'sum of {model.read_text()}'} if model.exists() else {}
-  if stage_record.finished(stage, key, outputs) is not None:
+  if stage_record.load_results_if_valid(stage, key, outputs) is not None:
     return 'finished'
-  stage_record.begin(stage, key)
+  stage_record.prepare_directory(stage, key)
   metrics = stage / 'metrics.jsonl'
   return metrics.read_text() if metrics.exists() else None
 
@@ -130,11 +130,11 @@ def _runs_on(directory, key):
 def test_killed_while_a_stage_is_declared_finished(files, copy, tmp_path, monkeypatch, limit):
   """It is finished with all it made, or in its middle with all its metrics."""
   stage, key, here = tmp_path / 'a' / 'sft', {'seed': 0}, copy('a')
-  stage_record.begin(stage, key)
+  stage_record.prepare_directory(stage, key)
   _fill(stage, {'metrics.jsonl': '1'})
   here.push()
   _fill(stage, {'metrics.jsonl': '12', 'model/w': 'model', 'model/v': ''})
-  stage_record.finish(stage, key, {'loss': 1}, _OUTPUTS)
+  stage_record.record_results(stage, key, {'loss': 1}, _OUTPUTS)
   with monkeypatch.context() as patch:
     _writes(files, patch, limit)
     is_cut = False
@@ -152,14 +152,14 @@ def test_killed_while_two_runs_change_places(files, copy, tmp_path, monkeypatch,
   """The settings of before come back: what they made is there, whenever the push is cut off."""
   stage, here = tmp_path / 'a' / 'sft', copy('a')
   first, second = {'seed': 0}, {'seed': 1}
-  stage_record.begin(stage, first)
+  stage_record.prepare_directory(stage, first)
   _fill(stage, {'metrics.jsonl': 'first'})
   here.push()
-  assert stage_record.begin(stage, second) == 'seed changed'
+  assert stage_record.prepare_directory(stage, second) == 'seed changed'
   _fill(stage, {'metrics.jsonl': 'second', 'model/w': 'other'})
   here.push()
-  stage_record.recall(stage, first)
-  stage_record.begin(stage, first)
+  stage_record.restore_old(stage, first)
+  stage_record.prepare_directory(stage, first)
   with monkeypatch.context() as patch:
     _writes(files, patch, limit)
     is_cut = False
@@ -203,14 +203,14 @@ def test_a_bucket_out_of_reach_is_tried_again(files, copy, tmp_path, monkeypatch
 def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, message):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(ValueError, match=message):
-    bucket_mirror.Bucket(url, tmp_path, 0)
+    bucket_mirror.BucketMirror(url, tmp_path, 0)
 
 
 def test_states_of_replaced_settings_are_removed(files, copy, tmp_path):
   """Those of this key and of the one before stay."""
   stage, here, seen = tmp_path / 'a' / 'sft', copy('a'), []
   for seed in range(3):
-    stage_record.begin(stage, {'seed': seed})
+    stage_record.prepare_directory(stage, {'seed': seed})
     _fill(stage, {'metrics.jsonl': f'{seed}'})
     seen.append(bucket_mirror._fingerprint(stage))
     files.pipe_file(f'/bucket/run/{bucket_mirror.STATES}/sft/{seen[-1]}/1/state', b'')
@@ -236,12 +236,12 @@ PATH = '/bucket/run/lock.json'
 
 
 def test_a_live_lock_is_refused_and_let_go(files, quick):
-  with lock.on_bucket(files, PATH, URL):
+  with lock.lock_bucket(files, PATH, URL):
     refused = pytest.raises(lock.LockedError, match=rf'{URL} is in use by process {os.getpid()} on')
-    with refused, lock.on_bucket(files, PATH, URL):
+    with refused, lock.lock_bucket(files, PATH, URL):
       pass
   assert not files.exists(PATH)
-  with lock.on_bucket(files, PATH, URL):
+  with lock.lock_bucket(files, PATH, URL):
     pass
 
 
@@ -256,7 +256,7 @@ def test_a_lock_that_stands_still_is_taken_over(files, quick, sign, is_waited_fo
   here = {'host': socket.gethostname(), 'machine': lock._machine()}
   files.pipe_file(PATH, json.dumps(here | sign).encode())
   begun = time.monotonic()
-  with lock.on_bucket(files, PATH, URL):
+  with lock.lock_bucket(files, PATH, URL):
     assert (time.monotonic() - begun > lock._PATIENCE) == is_waited_for
     assert json.loads(files.cat_file(PATH))['pid'] == os.getpid()
 
@@ -266,7 +266,7 @@ def test_of_two_that_begin_at_once_one_goes_on(files, quick):
 
   def begin():
     try:
-      with lock.on_bucket(files, PATH, URL):
+      with lock.lock_bucket(files, PATH, URL):
         came.append('in')
         time.sleep(0.3)
     except lock.LockedError:
@@ -284,9 +284,9 @@ _SMALL = {
   'demo.sft_rows': 64,
   'demo.pairs': 64,
   'network.max_position_embeddings': 64,
-  'sft.steps': 6,
-  'sft.batch': 8,
-  'checkpoint.every': 1,
+  'sft.max_steps': 6,
+  'sft.batch_size': 8,
+  'checkpoint.every_steps': 1,
 }
 
 

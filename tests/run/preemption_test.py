@@ -26,7 +26,7 @@ def _train(stage, signal_at=None, number=signal.SIGTERM, in_step=False):
     if step == signal_at:
       os.kill(os.getpid(), number)
       if in_step:
-        preemption.abandon()
+        preemption.raise_if_stop_requested()
     state = states['sum']
     params = {'kernel': state.params['kernel'] + 1}
     return {'sum': TrainState(state.step + 1, params, {})}, {'loss': jnp.float32(step)}
@@ -74,8 +74,8 @@ def test_a_signal_before_the_first_step_is_done_saves_nothing(stage):
 def test_a_second_signal_stops_at_once():
   code = (
     'import os, signal, time\n'
-    'from segjax.jobs import preemption\n'
-    'with preemption.watched(print):\n'
+    'from segjax.run import preemption\n'
+    'with preemption.handle_signals(print):\n'
     '  for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n'
     '  time.sleep(60)\n'
   )
@@ -87,19 +87,20 @@ def test_a_second_signal_stops_at_once():
 
 def test_a_second_run_is_refused_and_a_stale_lock_is_not(tmp_path):
   code = (
-    'import os, sys, time\nfrom pathlib import Path\nfrom segjax.jobs import lock\n'
-    'with lock.locked(Path(sys.argv[1])):\n  print(os.getpid(), flush=True)\n  time.sleep(60)\n'
+    'import os, sys, time\nfrom pathlib import Path\nfrom segjax.run import lock\n'
+    'with lock.lock_workdir(Path(sys.argv[1])):\n  print(os.getpid(), flush=True)\n  '
+    'time.sleep(60)\n'
   )
   holder = subprocess.Popen(
     [sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
   )
   assert holder.stdout.readline().strip() == str(holder.pid)
   refused = pytest.raises(ValueError, match=f'in use by process {holder.pid} on ')
-  with refused, lock.locked(tmp_path):
+  with refused, lock.lock_workdir(tmp_path):
     pass
   assert json.loads((tmp_path / lock.FILE).read_text())['pid'] == holder.pid
   holder.kill()
   holder.wait()
   holder.stdout.close()
-  with lock.locked(tmp_path):
+  with lock.lock_workdir(tmp_path):
     assert json.loads((tmp_path / lock.FILE).read_text())['pid'] == os.getpid()

@@ -4,7 +4,7 @@ import pytest
 
 from segjax.run import stage_record
 
-KEY = {'settings': {'seed': 0, 'sft': {'steps': 2}}, 'inputs': {'data.path': 'abc'}}
+KEY = {'settings': {'seed': 0, 'sft': {'max_steps': 2}}, 'inputs': {'data.path': 'abc'}}
 
 
 def _with(section, **values):
@@ -12,27 +12,31 @@ def _with(section, **values):
 
 
 def _finished(directory, key=KEY):
-  stage_record.begin(directory, key)
+  stage_record.prepare_directory(directory, key)
   (directory / 'model').write_text('weights')
-  return stage_record.finish(directory, key, {'loss': 1.5, 'shape': (1, 2)}, {'model': 'hash'})
+  return stage_record.record_results(
+    directory, key, {'loss': 1.5, 'shape': (1, 2)}, {'model': 'hash'}
+  )
 
 
 def test_finished_stage_is_reused_only_by_its_key_and_output(tmp_path):
   stage = tmp_path / 'sft'
   results = _finished(stage)
   assert results == {'loss': 1.5, 'shape': [1, 2]}
-  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
-  assert stage_record.finished(stage, KEY, {'model': 'other'}) is None
-  assert stage_record.finished(stage, _with('settings', seed=1), {'model': 'hash'}) is None
-  assert stage_record.finished(tmp_path / 'nothing', KEY, {}) is None
+  assert stage_record.load_results_if_valid(stage, KEY, {'model': 'hash'}) == results
+  assert stage_record.load_results_if_valid(stage, KEY, {'model': 'other'}) is None
+  assert (
+    stage_record.load_results_if_valid(stage, _with('settings', seed=1), {'model': 'hash'}) is None
+  )
+  assert stage_record.load_results_if_valid(tmp_path / 'nothing', KEY, {}) is None
 
 
 def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
   stage = tmp_path / 'sft'
-  assert stage_record.begin(stage, KEY) == ''
+  assert stage_record.prepare_directory(stage, KEY) == ''
   (stage / 'checkpoint').write_text('2')
-  assert stage_record.finished(stage, KEY, {}) is None
-  assert stage_record.begin(stage, KEY) == ''
+  assert stage_record.load_results_if_valid(stage, KEY, {}) is None
+  assert stage_record.prepare_directory(stage, KEY) == ''
   assert (stage / 'checkpoint').exists()
 
 
@@ -40,7 +44,7 @@ def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
   'key, reason',
   [
     (_with('settings', seed=1), 'seed changed'),
-    (_with('settings', sft={'steps': 3}), 'sft.steps changed'),
+    (_with('settings', sft={'max_steps': 3}), 'sft.max_steps changed'),
     (_with('inputs', **{'data.path': 'def'}), 'content of data.path changed'),
   ],
 )
@@ -50,9 +54,9 @@ def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finishe
   if is_finished:
     _finished(stage)
   else:
-    stage_record.begin(stage, KEY)
+    stage_record.prepare_directory(stage, KEY)
     (stage / 'model').write_text('weights')
-  assert stage_record.begin(stage, key) == reason
+  assert stage_record.prepare_directory(stage, key) == reason
   assert not (stage / 'model').exists()
   assert (tmp_path / 'sft.old' / 'model').read_text() == 'weights'
 
@@ -60,7 +64,7 @@ def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finishe
 def test_only_the_last_one_is_kept_aside(tmp_path):
   stage = tmp_path / 'sft'
   for seed in range(3):
-    stage_record.begin(stage, _with('settings', seed=seed))
+    stage_record.prepare_directory(stage, _with('settings', seed=seed))
     (stage / 'model').write_text(str(seed))
   assert (stage / 'model').read_text() == '2'
   assert (tmp_path / 'sft.old' / 'model').read_text() == '1'
@@ -71,9 +75,9 @@ def test_what_came_to_nothing_replaces_nothing(tmp_path):
   stage = tmp_path / 'sft'
   _finished(stage)
   assert (
-    stage_record.begin(stage, _with('settings', seed=1)) == 'seed changed'
+    stage_record.prepare_directory(stage, _with('settings', seed=1)) == 'seed changed'
   )  # a path was mistyped
-  assert stage_record.begin(stage, _with('settings', seed=2)) == ''
+  assert stage_record.prepare_directory(stage, _with('settings', seed=2)) == ''
   assert (tmp_path / 'sft.old' / 'model').exists()
 
 
@@ -81,31 +85,31 @@ def test_what_came_to_nothing_replaces_nothing(tmp_path):
 def test_earlier_settings_bring_back_what_they_made(tmp_path, has_begun):
   stage, other = tmp_path / 'sft', _with('settings', seed=1)
   results = _finished(stage)
-  stage_record.begin(stage, other)
+  stage_record.prepare_directory(stage, other)
   if has_begun:
     (stage / 'checkpoint').write_text('2')
-  stage_record.recall(stage, KEY)
-  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
-  stage_record.recall(stage, other)
+  stage_record.restore_old(stage, KEY)
+  assert stage_record.load_results_if_valid(stage, KEY, {'model': 'hash'}) == results
+  stage_record.restore_old(stage, other)
   assert (stage / 'checkpoint').exists() == has_begun
   assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
 
 
 def test_recall_leaves_what_is_right(tmp_path):
   stage = tmp_path / 'sft'
-  stage_record.recall(stage, KEY)
+  stage_record.restore_old(stage, KEY)
   assert not stage.exists()
   results = _finished(stage)
-  stage_record.recall(stage, KEY)
-  assert stage_record.finished(stage, KEY, {'model': 'hash'}) == results
+  stage_record.restore_old(stage, KEY)
+  assert stage_record.load_results_if_valid(stage, KEY, {'model': 'hash'}) == results
 
 
 def test_damaged_output_and_foreign_directory_are_moved_aside(tmp_path):
   _finished(tmp_path / 'sft')
-  assert stage_record.begin(tmp_path / 'sft', KEY) == 'its output was changed'
+  assert stage_record.prepare_directory(tmp_path / 'sft', KEY) == 'its output was changed'
   (tmp_path / 'ppo').mkdir()
   (tmp_path / 'ppo' / 'notes').write_text('mine')
-  assert 'without a stage.json' in stage_record.begin(tmp_path / 'ppo', KEY)
+  assert 'without a stage.json' in stage_record.prepare_directory(tmp_path / 'ppo', KEY)
 
 
 def test_content_hash_sees_names_and_bytes_but_not_what_is_skipped(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from segjax.config.settings import replace
 from segjax.data.tokenize import Limits
-from segjax.model.llama import config_of
-from segjax.report.metric_log import BadStepError
+from segjax.model.llama import make_config
+from segjax.report.metric_log import TooManySkippedStepsError
 from segjax.run import stage as jobs
 from segjax.train.state import TrainState
 
@@ -21,7 +21,7 @@ def _add(state, amount):
   good = jnp.isfinite(amount)
   kernel = state.params['kernel'] + jnp.where(good, amount, 0)
   step = state.step + good.astype(jnp.int32)
-  metrics = {'loss': amount, 'bad': 1 - good.astype(jnp.int32)}
+  metrics = {'loss': amount, 'skipped_updates': 1 - good.astype(jnp.int32)}
   return TrainState(step, {'kernel': kernel}, state.opt_state), metrics
 
 
@@ -50,7 +50,7 @@ def _saved(stage):
 
 @pytest.fixture
 def stage(stage_of, small):
-  return stage_of('sft', small('sft', **{'checkpoint.every': 2}))
+  return stage_of('sft', small('sft', **{'checkpoint.every_steps': 2}))
 
 
 def test_all_steps_run_and_are_logged(stage):
@@ -82,7 +82,7 @@ def test_without_checkpoints_an_interrupted_stage_begins_again(stage_of, small):
 def test_bad_step_stops_with_the_good_state_saved(stage, at):
   amounts = [1, 2, 4, 8, 16]
   amounts[at] = np.nan
-  with pytest.raises(BadStepError) as error:
+  with pytest.raises(TooManySkippedStepsError) as error:
     _train(stage, amounts)
   assert f'sft, step {at}: loss not finite' in str(error.value)
   assert '\n' not in str(error.value)
@@ -95,7 +95,7 @@ def test_bad_step_stops_with_the_good_state_saved(stage, at):
 
 
 def test_more_bad_steps_may_be_allowed(stage_of, small):
-  stage = stage_of('sft', small('sft', max_bad_steps=3))
+  stage = stage_of('sft', small('sft', max_skipped_steps=3))
   assert _train(stage, [1, np.nan, np.inf, 8, np.nan])[0] == 9
 
 
@@ -109,16 +109,16 @@ def test_num_steps(steps, epochs, rows, batch, expected):
 
 def test_batch_larger_than_the_data():
   with pytest.raises(
-    ValueError, match=r'config.sft.batch=64 is more than the 10 rows .* at most 10'
+    ValueError, match=r'config.sft.batch_size=64 is more than the 10 rows .* at most 10'
   ):
     jobs.num_steps(0, 1, 10, 64, 'sft')
 
 
 def test_limits_never_exceed_the_positions(stage, small, capsys):
   network = small('sft').network
-  assert jobs.limits(stage, config_of(network)) == Limits(96, 32, 'truncate_left')
-  short = config_of(replace(small('sft'), **{'network.max_position_embeddings': 48}).network)
-  assert jobs.limits(stage, short) == Limits(48, 16, 'truncate_left')
+  assert jobs.length_limits(stage, make_config(network)) == Limits(96, 32, 'truncate_left')
+  short = make_config(replace(small('sft'), **{'network.max_position_embeddings': 48}).network)
+  assert jobs.length_limits(stage, short) == Limits(48, 16, 'truncate_left')
   assert '48 tokens' in capsys.readouterr().out
 
 

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from segjax.config.settings import Compat
-from segjax.train.compat import as_published, force_eos, padded_length, row0_mask
+from segjax.train.compat import (
+  apply_rollout_compat,
+  first_row_attention_mask,
+  force_eos,
+  padded_length,
+)
 from segjax.types import Rollout
 
 STOP, PAD = 128009, 128009
@@ -38,14 +43,14 @@ def test_last_token_is_overwritten(rollout):
 
 def test_attention_ends_where_the_first_row_does(rollout):
   # Padded columns 6 to 10 of the published masks 00111111100, 11111111100, 01111111100.
-  found = row0_mask(rollout.response_mask, micro_batch=4)
+  found = first_row_attention_mask(rollout.response_mask, micro_batch=4)
   assert found.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
 
 
 def test_each_micro_batch_has_a_first_row_of_its_own(rollout):
-  found = row0_mask(rollout.response_mask, micro_batch=2)
+  found = first_row_attention_mask(rollout.response_mask, micro_batch=2)
   assert found.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
-  own = row0_mask(rollout.response_mask, micro_batch=1)
+  own = first_row_attention_mask(rollout.response_mask, micro_batch=1)
   assert jnp.array_equal(own, rollout.response_mask)
 
 
@@ -63,8 +68,8 @@ def test_a_length_of_1024_passes_800_only_with_short_prompts():
 
 
 def test_off_by_default_and_finished_stays_as_sampled(rollout):
-  assert as_published(rollout, STOP, Compat()) is rollout
-  found = as_published(rollout, STOP, Compat(force_eos=True, row0_mask=True))
+  assert apply_rollout_compat(rollout, STOP, Compat()) is rollout
+  found = apply_rollout_compat(rollout, STOP, Compat(force_eos=True, first_row_attention_mask=True))
   assert found.finished.tolist() == [True, False, True]
   assert found.response_ids[1, 4] == STOP
   assert found.attended.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3

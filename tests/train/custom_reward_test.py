@@ -241,7 +241,7 @@ def test_functions_without_signature_or_name(chat):
 
 
 def test_load_function():
-  assert load_function('math:sqrt', 'shaping.reward_fn')(4) == 2
+  assert load_function('math:sqrt', 'reward_shaping.reward_fn')(4) == 2
   assert load_function('collections:OrderedDict.fromkeys', 'k')('a') == {'a': None}
 
 
@@ -259,7 +259,7 @@ def test_load_function():
 )
 def test_load_function_names_the_key(path, message):
   with pytest.raises(ValueError, match=rf'^config\.shaping\.reward_fn=.*{message}'):
-    load_function(path, 'shaping.reward_fn')
+    load_function(path, 'reward_shaping.reward_fn')
 
 
 def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
@@ -268,5 +268,5 @@ def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   for name, cause in (('broken_rule', SyntaxError), ('raising_rule', KeyError)):
     with pytest.raises(ValueError, match=f'{name}.*{LOAD}') as caught:
-      load_function(f'{name}:f', 'shaping.reward_fn')
+      load_function(f'{name}:f', 'reward_shaping.reward_fn')
     assert isinstance(caught.value.__cause__, cause)

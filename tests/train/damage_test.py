@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.run.stage_record import differences
-from segjax.train.checkpoint import Checkpointer, ForeignCheckpointError
+from segjax.run.stage_record import changed_keys
+from segjax.train.checkpoint import Checkpointer, CheckpointMismatchError
 from segjax.train.state import TrainState
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / 'tools'))
@@ -69,12 +69,12 @@ def test_nothing_whole_is_a_new_beginning(saved):
 
 def test_another_run_is_refused_with_what_differs(tmp_path):
   run = {'settings': {'seed': 0, 'ppo': {'gamma': 1.0}}}
-  checkpoints = Checkpointer(tmp_path, keep=1, run=run, differences=differences)
+  checkpoints = Checkpointer(tmp_path, keep=1, run=run, differences=changed_keys)
   checkpoints.save(1, _states(1))
   checkpoints.close()
   other = {'settings': {'seed': 0, 'ppo': {'gamma': 0.9}}}
-  with pytest.raises(ForeignCheckpointError, match=r'of another run: ppo.gamma differ'):
-    Checkpointer(tmp_path, keep=1, run=other, differences=differences).restore(_states(0))
+  with pytest.raises(CheckpointMismatchError, match=r'of another run: ppo.gamma differ'):
+    Checkpointer(tmp_path, keep=1, run=other, differences=changed_keys).restore(_states(0))
   assert (tmp_path / '1').is_dir()
 
 

@@ -15,8 +15,8 @@ from model.sharding_test import assert_moments_follow
 from numpy.testing import assert_allclose
 
 from segjax.model import decode
-from segjax.model.generate import make_decoder
-from segjax.train.experience import make_experience, score, score_piece
+from segjax.model.generate import make_decode_config
+from segjax.train.experience import make_experience, score, score_chunk
 from segjax.train.ppo_step import critic_step, policy_step, ppo_step
 from segjax.train.reward_step import reward_step
 from segjax.train.rollout import sampling
@@ -98,10 +98,10 @@ class Scored(NamedTuple):
 
 def decode_program(params, mesh):
   """A chunk of decode steps for four slots."""
-  decoder = make_decoder(models.CONFIG, sampling(training.ROLLOUT), models.STOP_IDS, mesh)
-  weights = decode.weights(params, decoder=decoder)
+  decoder = make_decode_config(models.CONFIG, sampling(training.ROLLOUT), models.STOP_IDS, mesh)
+  weights = decode.decode_weights(params, decoder=decoder)
   return program(
-    decode.advance, weights, decode.empty(4, 64, decoder=decoder), decoder=decoder
+    decode.decode_chunk, weights, decode.empty_slots(4, 64, decoder=decoder), decoder=decoder
   ).as_text()
 
 
@@ -117,7 +117,7 @@ def scored(devices):
   mesh, recipe, warnings = models.mesh(devices), training.recipe(recompute_logprob=True), {}
   with jax.set_mesh(mesh):
     params = {name: training.network(name, mesh) for name in training.SEEDS}
-    functions = decode.advance, score_piece, make_experience
+    functions = decode.decode_chunk, score_chunk, make_experience
     compiled = [function._cache_size() for function in functions]
     rollout = captured(warnings, 'generate', lambda: training.sample(params['policy'], mesh))
     found = captured(warnings, 'score', lambda: score(params, rollout, recipe=recipe))
@@ -134,7 +134,7 @@ def scored(devices):
     programs = {
       'generate': decode_program(params['policy'], mesh),
       'score': program(
-        score_piece,
+        score_chunk,
         *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), None, piece),
         recipe=recipe,
       ).as_text(),
@@ -167,7 +167,7 @@ TRAININGS = {
 def test_same_losses(name):
   one, eight = TRAININGS[name](1), TRAININGS[name](8)
   for step, (expected, got) in enumerate(zip(one.metrics, eight.metrics, strict=True)):
-    assert not got['bad']
+    assert not got['skipped_updates']
     for key in expected:
       if 'loss' in key:
         # float32 sums in another order; a policy loss is a difference of numbers of size 1.

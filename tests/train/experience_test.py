@@ -10,17 +10,17 @@ from fixtures.compiles import compiled
 from fixtures.responses import LENGTH, make_batch
 from numpy.testing import assert_allclose
 
-from segjax.config.settings import PPO, Shaping
+from segjax.config.settings import PPO, RewardShaping
 from segjax.model import sharding
 from segjax.train import experience
 from segjax.train.experience import (
-  Scores,
-  is_sound,
-  join,
+  ModelOutputs,
+  concat_prompt_response,
+  gather_response,
   make_experience,
-  response_window,
   score,
   take_rows,
+  within_bounds,
 )
 from segjax.types import Normalizer, Rollout
 
@@ -39,21 +39,21 @@ def rollout(params):
 
 
 def test_join_and_window_equal_a_loop(rollout):
-  ids = np.asarray(jax.jit(join)(rollout))
+  ids = np.asarray(jax.jit(concat_prompt_response)(rollout))
   host = training.copied(rollout)
   assert ids.shape == (models.BATCH, training.PROMPT + training.RESPONSE)
   for row, length in enumerate(training.LENGTHS):
     expected = [*host.prompt_ids[row, :length], *host.response_ids[row]]
     assert ids[row, : len(expected)].tolist() == expected
   x = np.random.default_rng(0).normal(size=ids.shape).astype(np.float32)
-  window = response_window(jnp.asarray(x), rollout.prompt_length, training.RESPONSE)
+  window = gather_response(jnp.asarray(x), rollout.prompt_length, training.RESPONSE)
   for row, length in enumerate(training.LENGTHS):
     np.testing.assert_array_equal(window[row], x[row, length : length + training.RESPONSE])
 
 
 def test_scores_are_read_where_they_should(params, rollout):
   found = score(params, rollout, recipe=training.recipe())
-  ids = jax.jit(join)(rollout)
+  ids = jax.jit(concat_prompt_response)(rollout)
   logprob, entropy = models.token_logprobs(params['reference'], ids, models.CONFIG)
   expected = {
     'ref_logprob': logprob,
@@ -72,9 +72,9 @@ def test_pieces_equal_the_whole(params, rollout, caplog):
   with compiled(caplog) as names:
     pieces = score(params, rollout, recipe=training.recipe())
   assert names.count('score_piece') <= 1
-  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, score_batch=0))
+  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
   expected = score(params, rollout, recipe=whole)
-  for name in Scores._fields:
+  for name in ModelOutputs._fields:
     # float32, matrix products of another height.
     assert_allclose(getattr(pieces, name), getattr(expected, name), atol=3e-5, err_msg=name)
 
@@ -131,7 +131,7 @@ def test_experience_equals_oracle(granularity, spread):
   rng = np.random.default_rng(4)
   rows = len(batch.mask)
   logprob = -np.abs(rng.normal(size=(2, rows, LENGTH))).astype(np.float32)
-  scored = Scores(
+  scored = ModelOutputs(
     old_logprob=jnp.asarray(np.where(batch.mask, logprob[0], 0)),
     ref_logprob=jnp.asarray(logprob[1]),
     entropy=jnp.asarray(batch.entropy),
@@ -148,7 +148,7 @@ def test_experience_equals_oracle(granularity, spread):
     old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `scored` says counts
   )
   recipe = training.recipe(
-    spread=spread, cutter=training.cutter(granularity, 2.0), shaping=Shaping(reward_clip=4.0)
+    spread=spread, cutter=training.cutter(granularity, 2.0), shaping=RewardShaping(reward_clip=4.0)
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
   experience, metrics = jax.device_get(
@@ -177,23 +177,23 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(metrics['objective/reward'], np.sum(expected['dense'], axis=1).mean(), rtol=1e-4)
   error = (return_ - batch.value)[batch.mask]
   explained = 1 - error.var() / return_[batch.mask].var()
-  assert_allclose(metrics['val/explained_variance'], explained, atol=1e-4)
+  assert_allclose(metrics['critic/explained_variance'], explained, atol=1e-4)
 
 
 def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
   """Rows come back in their order, whatever the width they were scored at."""
   monkeypatch.setattr(experience, '_WIDTHS', 4)
-  widths, real = [], experience.score_piece
+  widths, real = [], experience.score_chunk
 
   def seen(params, ids, *rest, **static):
     widths.append(ids.shape[1])
     return real(params, ids, *rest, **static)
 
-  monkeypatch.setattr(experience, 'score_piece', seen)
+  monkeypatch.setattr(experience, 'score_chunk', seen)
   narrow = score(params, rollout, recipe=training.recipe())
   monkeypatch.undo()
   assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE
-  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, score_batch=0))
+  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
   expected = score(params, rollout, recipe=whole)
   mask = np.asarray(rollout.response_mask)
   for name in ('ref_logprob', 'entropy', 'score', 'value'):
@@ -214,5 +214,5 @@ def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
   ],
 )
 def test_rollouts_within_bounds_are_sound(kl, reward, bounds, expected):
-  metrics = {'objective/kl': jnp.float32(kl), 'reward/token_max': jnp.float32(reward)}
-  assert bool(is_sound(metrics, PPO(**bounds))) == expected
+  metrics = {'objective/kl': jnp.float32(kl), 'reward/token_abs_max': jnp.float32(reward)}
+  assert bool(within_bounds(metrics, PPO(**bounds))) == expected

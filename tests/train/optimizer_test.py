@@ -14,7 +14,7 @@ from segjax.train.optimizer import apply_update, init_state, stochastic_round, w
 SETTINGS = Optimizer(
   learning_rate=0.1,
   warmup_ratio=0.25,
-  min_ratio=0.1,
+  min_lr_ratio=0.1,
   weight_decay=0.01,
   max_grad_norm=2.0,
 )
@@ -64,9 +64,9 @@ def test_update_that_is_not_finite_is_left_out(free_names, loss, grad):
   update = jax.jit(functools.partial(apply_update, settings=SETTINGS, total_steps=TOTAL))
   good = {'weight': jnp.ones(3)}
   state, metrics = update(state, good, jnp.float32(1))
-  assert int(metrics['bad']) == 0
+  assert int(metrics['skipped_updates']) == 0
   kept, metrics = update(state, {'weight': good['weight'].at[1].set(grad)}, jnp.float32(loss))
-  assert int(metrics['bad']) == 1
+  assert int(metrics['skipped_updates']) == 1
   jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 
@@ -81,7 +81,7 @@ def test_a_step_left_out_changes_nothing(more, learning_rate, free_names):
   update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=TOTAL))
   state = init_state({'weight': jnp.ones(3)}, settings, TOTAL)
   kept, metrics = update(state, {'weight': jnp.ones(3)}, jnp.float32(1), **more)
-  assert int(metrics['bad']) == 1
+  assert int(metrics['skipped_updates']) == 1
   jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 
@@ -125,7 +125,7 @@ def test_stochastic_rounding_has_the_right_mean():
 
 def test_small_steps_of_bfloat16_weights_add_up(free_names):
   """Each is a hundredth of the gap between weights; rounded to the nearest, nothing would move."""
-  settings = Optimizer(learning_rate=2**-7 / 100, warmup_ratio=0.0, min_ratio=1.0)
+  settings = Optimizer(learning_rate=2**-7 / 100, warmup_ratio=0.0, min_lr_ratio=1.0)
   state = init_state({'weight': jnp.ones(4096, jnp.bfloat16)}, settings, 100)
   update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=100))
   for _ in range(50):

@@ -31,7 +31,7 @@ def test_what_is_read_off_the_network(function):
   plan = plan_packing(length, 8, WIDTH)
   places = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
   assert plan.count == 1
-  read = jax.jit(functools.partial(packed.read, function, config=models.CONFIG))
+  read = jax.jit(functools.partial(packed.run_packed, function, config=models.CONFIG))
   result = read(params, ids=ids[places.sequence], places=places)
   for got, expected in zip(
     jax.tree.leaves(result), jax.tree.leaves(read(params, ids=ids)), strict=True
@@ -64,7 +64,7 @@ def run(step, name, packed, mean='sequence', devices=1):
       length = np.array([24, 9, 20, 3, 14, 24, 7, 11])
       mask = np.asarray(batch.mask) & (np.arange(models.LENGTH) < length[:, None])
       batch = batch._replace(mask=sharding.place_batch(mask, mesh))
-      settings = dataclasses.replace(training.FINE_TUNING, micro_batch=rows if packed else 0)
+      settings = dataclasses.replace(training.FINE_TUNING, micro_batch_size=rows if packed else 0)
       state, metrics = sft_step(
         *(training.state('policy', mesh), batch, plan(length) if packed else None),
         config=models.CONFIG,
@@ -79,7 +79,7 @@ def run(step, name, packed, mean='sequence', devices=1):
       ]
       has = [np.asarray(side.response_mask).any(axis=1) for side in (pairs.chosen, pairs.rejected)]
       length = np.where(np.stack(has, 1), np.stack(ends, 1), 1).reshape(-1)
-      settings = dataclasses.replace(training.REWARD, micro_batch=rows if packed else 0)
+      settings = dataclasses.replace(training.REWARD, micro_batch_size=rows if packed else 0)
       state, metrics = reward_step(
         *(training.state('reward', mesh), training.network('reference', mesh), pairs),
         plan(length, group=2) if packed else None,
@@ -91,7 +91,7 @@ def run(step, name, packed, mean='sequence', devices=1):
       made = sharding.place_batch(jax.device_get(experience()), mesh)
       order = np.array([6, 0, 5, 3, 1, 2, 4, 7])
       ppo = dataclasses.replace(
-        training.PPO_SETTINGS, loss_mean=mean, micro_batch=rows if packed else 0
+        training.PPO_SETTINGS, loss_aggregation=mean, micro_batch_size=rows if packed else 0
       )
       lengths = sequence_lengths(made.rollout)[order]
       more = (np.float32(0.1),) if name == 'policy' else ()
@@ -135,7 +135,7 @@ def test_raggedness_compiles_nothing(caplog):
   run(critic_step, 'critic', True)
   made = experience()
   static = {
-    'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch=2)),
+    'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch_size=2)),
     'total_steps': training.TOTAL,
   }
   lengths, counts = sequence_lengths(made.rollout), []

@@ -10,7 +10,7 @@ from fixtures.compiles import compiled
 
 from segjax.config.settings import Compat
 from segjax.rl.losses import num_terms
-from segjax.train.compat import as_published
+from segjax.train.compat import apply_rollout_compat
 from segjax.train.experience import make_experience, score, take_rows
 from segjax.train.ppo_step import policy_objective, ppo_step
 from segjax.types import Normalizer
@@ -69,7 +69,7 @@ def test_first_minibatch_is_on_policy(experience):
   assert made['objective/kl_token_max'] <= limit
   assert metrics['policy/clipfrac'] == 0
   assert metrics['policy/ratio_mean'] == pytest.approx(1, abs=limit)
-  assert metrics['bad'] == 0
+  assert metrics['skipped_updates'] == 0
 
 
 def test_later_minibatches_are_off_policy(experience, caplog):
@@ -90,7 +90,7 @@ def test_policy_follows_the_advantages(experience):
   states, before = step(fresh(), found, ROWS[0])
   _, after = step(states, found, ROWS[0])
   assert after['policy/loss'] < before['policy/loss'] - 1e-3
-  assert after['val/loss'] < before['val/loss']
+  assert after['critic/loss'] < before['critic/loss']
 
 
 def test_minibatch_is_its_rows(experience):
@@ -111,7 +111,7 @@ def test_bad_critic_does_not_stop_the_policy(experience):
   head['kernel'] = head['kernel'].at[0].set(np.nan)
   before = training.copied(states[1])
   states, metrics = step(states, found, ROWS[0])
-  assert metrics['bad'] == 1
+  assert metrics['skipped_updates'] == 1
   assert [int(state.step) for state in states] == [1, 0]
   jax.tree.map(np.testing.assert_array_equal, training.copied(states[1]), before)
 
@@ -133,10 +133,10 @@ def test_micro_batches_add_up_to_the_minibatch(decoded):
   """Rows of unlike length in each part, and one update either way."""
   _, found, _ = decoded
   _, metrics = step(fresh(), found, ROWS[0])
-  _, added = step(fresh(), found, ROWS[0], variant(micro_batch=2))
-  for key in ('policy/loss', 'val/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
+  _, added = step(fresh(), found, ROWS[0], variant(micro_batch_size=2))
+  for key in ('policy/loss', 'critic/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
     assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
-  for key in ('policy/grad_norm', 'val/grad_norm'):
+  for key in ('policy/grad_norm', 'critic/grad_norm'):
     assert added[key] == pytest.approx(metrics[key], rel=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(decoded):
   far = dataclasses.replace(
     found, advantage=jnp.zeros_like(found.advantage), ref_logprob=found.ref_logprob - 1.0
   )
-  recipe = variant(kl_in='loss', kl_estimator='k2')
+  recipe = variant(kl_placement='loss', kl_estimator='k2')
   states, before = step(fresh(), far, ROWS[0], recipe)
   assert before['policy/kl'] == pytest.approx(0.5, rel=1e-3)  # half the square of 1 nat
   assert before['policy/loss'] == pytest.approx(0.1 * 0.5, rel=1e-3)
@@ -180,8 +180,8 @@ def test_attention_mask_is_that_of_the_rollout():
   # The shortest response first, whose length the others are then seen by.
   shortest_first = np.argsort(np.asarray(found.rollout.response_mask).sum(axis=1))
   found = take_rows(found, shortest_first)
-  published = Compat(row0_mask=True, force_eos=True, micro_batch=8)
-  rollout = as_published(found.rollout, models.STOP_IDS[0], published)
+  published = Compat(first_row_attention_mask=True, force_eos=True, micro_batch_size=8)
+  rollout = apply_rollout_compat(found.rollout, models.STOP_IDS[0], published)
   longer = np.asarray(rollout.response_mask & ~rollout.attended)
   assert longer.any()
   seen = score(params, rollout, recipe=recipe)
@@ -196,7 +196,7 @@ def test_attention_mask_is_that_of_the_rollout():
 
 def test_macro_actions_train_the_critic_where_they_begin(decoded):
   recipe, found, _ = decoded
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_over='segment'))
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_level='segment'))
   mesh = models.mesh(1)
   params = {name: training.network(name, mesh) for name in training.SEEDS}
   macro, _ = make_experience(
@@ -215,4 +215,4 @@ def test_macro_actions_train_the_critic_where_they_begin(decoded):
   assert same[inside].all()
   assert not macro.return_[~starts].any()
   _, metrics = step(fresh(), macro, ROWS[0])
-  assert metrics['bad'] == 0
+  assert metrics['skipped_updates'] == 0

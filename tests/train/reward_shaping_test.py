@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from segjax.config.settings import Compat, Segmentation, Shaping
+from segjax.config.settings import Compat, RewardShaping, Segmentation
 from segjax.train.reward_shaping import dense_rewards
-from segjax.train.segmenter import Cutter, cut
+from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Rollout
 
 # Two responses of five and six tokens, segments of two tokens; the first ends by itself.
@@ -20,7 +20,7 @@ NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
   cutting = Segmentation(
-    cut='fixed_length', fixed_length=2, stop_token='inside' if inside else 'outside'
+    boundary='fixed_length', segment_length=2, stop_token='inside' if inside else 'outside'
   )
   zeros = jnp.zeros(MASK.shape)
   ids = zeros.astype(jnp.int32)
@@ -32,7 +32,7 @@ def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shapi
     finished=jnp.asarray(FINISHED),
     old_logprob=zeros,
   )
-  segments = cut(ids, rollout.response_mask, rollout.finished, zeros, Cutter(cutting))
+  segments = segment_batch(ids, rollout.response_mask, rollout.finished, zeros, Segmenter(cutting))
   rule = None if rule is None else jnp.asarray(rule, jnp.float32)
   return np.asarray(
     dense_rewards(
@@ -42,7 +42,7 @@ def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shapi
       rollout,
       NORMALIZER,
       rule,
-      shaping=Shaping(std_floor_ratio=-1.0, **shaping),
+      shaping=RewardShaping(std_floor_ratio=-1.0, **shaping),
       spread=spread,
       segmentation=cutting,
       compat=compat,
@@ -102,6 +102,6 @@ def test_published_code_takes_the_padded_prompt_off_the_length():
 def test_published_code_spares_the_bandit():
   penalty = {'end_penalty': 'per_token', 'end_penalty_value': -0.05}
   assert_allclose(dense('bandit', **penalty)[1], [-0.05] * 6)
-  spared = Compat(scalar_unpenalised=True)
+  spared = Compat(bandit_skips_penalties=True)
   assert_allclose(dense('bandit', compat=spared, **penalty), dense('bandit'))
   assert_allclose(dense(compat=spared, **penalty)[1], [-0.05] * 6)

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from segjax.config.settings import AS_STORED, RewardModel, Segmentation
+from segjax.config.settings import AS_STORED, RewardModelSettings, Segmentation
 from segjax.data import demo_language
-from segjax.data.tokenizer import fingerprint
+from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.rl.normalizer import PUBLISHED
 from segjax.train import reward_spec
-from segjax.train.reward_spec import SegmentReward
+from segjax.train.reward_spec import RewardSpec
 from segjax.types import Normalizer
 
 FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
@@ -18,7 +18,7 @@ FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
 
 def reward_model(normalizer='', **segmentation):
   """What a config says that names these fields."""
-  return RewardModel('', dataclasses.replace(AS_STORED, **segmentation), normalizer)
+  return RewardModelSettings('', dataclasses.replace(AS_STORED, **segmentation), normalizer)
 
 
 @pytest.fixture
@@ -28,27 +28,55 @@ def model(tmp_path):
   return tmp_path / 'model'
 
 
+def test_version_2_is_still_read(model):
+  """Field by field, under the names that version 2 gave them."""
+  (model / 'segment_reward.json').write_text(
+    json.dumps(
+      {
+        'version': 2,
+        'granularity': 'segment',
+        'cut': 'delimiter',
+        'entropy_threshold': 1.5,
+        'fixed_length': 7,
+        'delimiters': ';',
+        'min_length': 3,
+        'stop_token': 'inside',
+        'aggregation': 'softmax',
+        'temperature': 0.5,
+        'normalizer': {'kind': 'global', 'w_mean': 0.0, 'w_std': 0.0, 'b_mean': 0.25, 'b_std': 2.0},
+        'tokenizer_sha256': 'abc',
+      }
+    )
+  )
+  spec = reward_spec.read_spec(model)
+  assert spec.segmentation == Segmentation(
+    'segment', 'delimiter', 1.5, 7, ';', 3, 'inside', 'softmax', 0.5
+  )
+  assert (spec.normalizer_kind, spec.normalizer.b_std) == ('global', 2)
+  assert spec.tokenizer_sha256 == 'abc'
+
+
 def test_file_has_the_documented_form(model):
-  reward_spec.write(
+  reward_spec.write_spec(
     model,
-    SegmentReward(
-      Segmentation(entropy_threshold=1.5, min_length=3),
+    RewardSpec(
+      Segmentation(entropy_threshold=1.5, min_segment_length=3),
       FITTED,
       'regression',
       tokenizer_sha256='abc',
     ),
   )
   assert json.loads((model / 'segment_reward.json').read_text()) == {
-    'version': 2,
+    'version': 3,
     'granularity': 'segment',
-    'cut': 'entropy',
+    'boundary': 'entropy',
     'entropy_threshold': 1.5,
-    'fixed_length': 16,
+    'segment_length': 16,
     'delimiters': '.!?\n',
-    'min_length': 3,
+    'min_segment_length': 3,
     'stop_token': 'outside',
     'aggregation': 'mean',
-    'temperature': 1.0,
+    'softmax_temperature': 1.0,
     'normalizer': {
       'kind': 'regression',
       'w_mean': 0.1,
@@ -62,13 +90,13 @@ def test_file_has_the_documented_form(model):
 
 @pytest.mark.parametrize('normalizer, kind', [(FITTED, 'scalar'), (None, '')])
 def test_what_is_written_is_read(model, normalizer, kind):
-  written = SegmentReward(Segmentation('token'), normalizer, kind, tokenizer_sha256='abc')
-  reward_spec.write(model, written)
-  assert reward_spec.read(model) == written
+  written = RewardSpec(Segmentation('token'), normalizer, kind, tokenizer_sha256='abc')
+  reward_spec.write_spec(model, written)
+  assert reward_spec.read_spec(model) == written
 
 
 def test_no_file_is_no_error(model):
-  assert reward_spec.read(model) is None
+  assert reward_spec.read_spec(model) is None
 
 
 @pytest.mark.parametrize(
@@ -77,25 +105,25 @@ def test_no_file_is_no_error(model):
 def test_broken_file_is_named(model, text):
   (model / 'segment_reward.json').write_text(text)
   with pytest.raises(ValueError, match=r'model/segment_reward.json: .* fit it again'):
-    reward_spec.read(model)
+    reward_spec.read_spec(model)
 
 
 def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
-  stored = Segmentation(entropy_threshold=1.5, aggregation='last', min_length=2)
-  reward_spec.write(model, SegmentReward(stored, FITTED, 'regression'))
-  assert reward_spec.resolve(RewardModel(), model, model) == SegmentReward(
+  stored = Segmentation(entropy_threshold=1.5, aggregation='last', min_segment_length=2)
+  reward_spec.write_spec(model, RewardSpec(stored, FITTED, 'regression'))
+  assert reward_spec.resolve_spec(RewardModelSettings(), model, model) == RewardSpec(
     stored, FITTED, 'regression'
   )
-  named = RewardModel(
+  named = RewardModelSettings(
     segmentation=dataclasses.replace(AS_STORED, granularity='token', entropy_threshold=0.0),
     normalizer='published:llama3_8b_sft/token',
   )
-  found = reward_spec.resolve(named, model, model)
+  found = reward_spec.resolve_spec(named, model, model)
   assert found.segmentation == dataclasses.replace(
     stored, granularity='token', entropy_threshold=0.0
   )
   assert found.normalizer == PUBLISHED['llama3_8b_sft/token']
-  none = reward_spec.resolve(RewardModel(normalizer='none'), model, model)
+  none = reward_spec.resolve_spec(RewardModelSettings(normalizer='none'), model, model)
   assert (none.normalizer, none.normalizer_kind) == (Normalizer(), 'none')
 
 
@@ -104,7 +132,7 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
   [
     ({}, ['granularity', 'entropy_threshold', 'normalizer']),
     ({'granularity': 'segment'}, ['entropy_threshold', 'normalizer']),
-    ({'granularity': 'segment', 'cut': 'fixed_length'}, ['normalizer']),
+    ({'granularity': 'segment', 'boundary': 'fixed_length'}, ['normalizer']),
     ({'granularity': 'token'}, ['normalizer']),
     ({'granularity': 'bandit', 'entropy_threshold': 1.0}, ['normalizer']),
     ({'entropy_threshold': 1.0, 'normalizer': 'none'}, ['granularity']),
@@ -112,7 +140,7 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
 )
 def test_without_a_file_all_must_be_named(model, named, missing):
   with pytest.raises(ValueError, match='run the normalizer job') as error:
-    reward_spec.resolve(reward_model(**named), model, model)
+    reward_spec.resolve_spec(reward_model(**named), model, model)
   for key in ('segmentation.granularity', 'segmentation.entropy_threshold', 'normalizer'):
     is_named = f'config.reward_model.{key}' in str(error.value)
     assert is_named == (key.removeprefix('segmentation.') in missing)
@@ -120,17 +148,17 @@ def test_without_a_file_all_must_be_named(model, named, missing):
 
 def test_token_granularity_needs_no_threshold(model):
   named = reward_model(granularity='token', normalizer='none')
-  assert reward_spec.resolve(named, model, model).segmentation.granularity == 'token'
+  assert reward_spec.resolve_spec(named, model, model).segmentation.granularity == 'token'
 
 
 def test_unfitted_normaliser_is_refused(model):
-  reward_spec.write(model, SegmentReward(Segmentation(), None))
+  reward_spec.write_spec(model, RewardSpec(Segmentation(), None))
   with pytest.raises(ValueError, match='normalizer'):
-    reward_spec.resolve(RewardModel(), model, model)
+    reward_spec.resolve_spec(RewardModelSettings(), model, model)
 
 
 def test_fingerprint_decides_where_there_is_one(model):
   reward_spec.check_tokenizer(model, model)
-  reward_spec.check_tokenizer(model, model, fingerprint(str(model)))
+  reward_spec.check_tokenizer(model, model, tokenizer_fingerprint(str(model)))
   with pytest.raises(ValueError, match='differ'):
     reward_spec.check_tokenizer(model, model, 'another')

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fixtures import models, training
 
-from segjax.config.settings import Rollout as RolloutSettings
+from segjax.config.settings import RolloutSettings
 from segjax.train.rollout import sampling
 
 
@@ -50,7 +50,7 @@ def test_a_broken_row_is_named_and_the_others_go_on():
 
 def test_sampling_reads_the_settings():
   settings = RolloutSettings(
-    temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, max_new_tokens=7, slots=4
+    temperature=0.5, top_k=3, top_p=0.9, min_new_tokens=2, max_new_tokens=7, max_concurrent=4
   )
   read = dataclasses.asdict(sampling(settings))
   assert read == {key: value for key, value in dataclasses.asdict(settings).items() if key in read}
@@ -59,5 +59,5 @@ def test_sampling_reads_the_settings():
 
 def test_any_number_of_slots_will_do():
   params = training.network('policy', models.mesh(1))
-  odd = training.sample(params, settings=dataclasses.replace(training.ROLLOUT, slots=3))
+  odd = training.sample(params, settings=dataclasses.replace(training.ROLLOUT, max_concurrent=3))
   np.testing.assert_array_equal(odd.response_ids, training.sample(params).response_ids)

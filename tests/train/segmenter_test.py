@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from segjax.config.settings import Segmentation
-from segjax.train.segmenter import Cutter, aggregate, cut
+from segjax.train.segmenter import Segmenter, segment_batch, sequence_scores
 
 IDS = np.array([[5, 9, 6, 5, 9, 9, 6, 2], [9, 5, 6, 2, 0, 0, 0, 0]], np.int32)  # 9 '.', 2 stop
 MASK = np.array([[1] * 8, [1] * 4 + [0] * 4], bool)
@@ -14,9 +14,9 @@ ENTROPY = np.array([[9, 0, 3, 0, 3, 0, 0, 9], [0, 3, 3, 9, 9, 9, 9, 9]], np.floa
 
 
 def segment_ids(delimiter_ids=(), **values):
-  cutter = Cutter(Segmentation(**values), delimiter_ids)
+  cutter = Segmenter(Segmentation(**values), delimiter_ids)
   arrays = map(jnp.asarray, (IDS, MASK, np.array([True, True]), ENTROPY))
-  return jax.jit(cut, static_argnums=4)(*arrays, cutter)
+  return jax.jit(segment_batch, static_argnums=4)(*arrays, cutter)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,9 @@ def test_segments(values, expected):
 
 
 def test_only_entropy_needs_the_reference():
-  assert Cutter(Segmentation()).needs_entropy
+  assert Segmenter(Segmentation()).needs_entropy
   for values in ({'granularity': 'token'}, {'granularity': 'bandit'}, {'cut': 'delimiter'}):
-    assert not Cutter(Segmentation(**values)).needs_entropy
+    assert not Segmenter(Segmentation(**values)).needs_entropy
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,8 @@ def test_only_entropy_needs_the_reference():
 def test_scores_of_segments_make_that_of_the_response(name, expected):
   score = np.where(MASK, np.arange(8), np.nan).astype(np.float32)
   segmentation = Segmentation(aggregation=name)
-  found = jax.jit(aggregate, static_argnums=2)(jnp.asarray(score), segment_ids(), segmentation)
+  found = jax.jit(sequence_scores, static_argnums=2)(
+    jnp.asarray(score), segment_ids(), segmentation
+  )
   # Segments end at 1, 3 and 6, and at 0, 1 and 2: scores 1, 3, 6 and 0, 1, 2.
   np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -22,7 +22,7 @@ def test_learns_one_batch(caplog):
     for _ in range(12):
       state, metrics = step(state, ids, mask)
       losses.append(float(metrics['loss']))
-      assert int(metrics['bad']) == 0
+      assert int(metrics['skipped_updates']) == 0
   assert losses == sorted(losses, reverse=True)
   assert losses[-1] < losses[0] - 0.5
   assert int(state.step) == 12
@@ -60,7 +60,7 @@ def test_bad_batch_changes_nothing(spoil):
   before = training.copied(state)
 
   state, metrics = step(state, ids, mask)
-  assert int(metrics['bad']) == 1
+  assert int(metrics['skipped_updates']) == 1
   assert not np.isfinite(metrics['grad_norm']) or not np.isfinite(metrics['loss'])
   jax.tree.map(np.testing.assert_array_equal, training.copied(state), before)
   assert int(state.step) == 0
@@ -68,7 +68,7 @@ def test_bad_batch_changes_nothing(spoil):
   kept = state.params['backbone']['embedding']
   state.params['backbone']['embedding'] = kept.at[5].set(sound)
   state, metrics = step(state, ids, mask)
-  assert int(metrics['bad']) == 0
+  assert int(metrics['skipped_updates']) == 0
   assert int(state.step) == 1
   moved = np.asarray(state.params['lm_head']['kernel']) - before.params['lm_head']['kernel']
   assert np.linalg.norm(moved) > 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from segjax.config.settings import Checkpoint
+from segjax.config.settings import CheckpointSettings
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.state import TrainState
 
@@ -42,7 +42,7 @@ def run(gigabytes: float, repeats: int, directory: str | None) -> dict:
       saved.settle()
       written.append(time.perf_counter() - begun)
     saved.close()
-  seconds = Checkpoint().minutes * 60
+  seconds = CheckpointSettings().minutes * 60
   found = {
     'gigabytes': gigabytes,
     'blocked_seconds': statistics.median(blocked[1:]),  # the first one compiles

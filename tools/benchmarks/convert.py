@@ -42,7 +42,7 @@ def run(size: str, repeats: int, directory: str | None) -> dict:
   """Prints the table; returns what the JSON line holds."""
   from benchmarks import load_sharded
 
-  from segjax.report.console import say, table
+  from segjax.report.console import log, table
 
   seconds: dict[str, list[float]] = {'cp': [], 'import': [], 'export': []}
   reports: dict[str, list[dict]] = {'import': [], 'export': []}
@@ -96,7 +96,7 @@ def run(size: str, repeats: int, directory: str | None) -> dict:
     ('', 's', 'GB/s', '% of cp', 'anon GB', 'RSS GB', 'read %', 'transpose %', 'write %'),
     rows,
   )
-  say(
+  log(
     f'onto 8 devices (2 x 4): {spread["seconds"]:.2f} s, each byte requested '
     f'{spread["requested"]:g} times, {spread["beyond"] / 1e9:.2f} GB held beyond the arrays'
   )
@@ -113,8 +113,8 @@ def _write_source(directory: Path, size: str) -> int:
   raw |= {'model_type': 'llama', 'num_key_value_heads': 8, 'tie_word_embeddings': True}
   raw |= {'rope_theta': 5e5, 'max_position_embeddings': 131072}
   config = config_from_hf(raw)
-  planned = shards.plan(
-    [(e, 'BF16') for e in tensor_names.entries(config, 'language')], SHARD_BYTES
+  planned = shards.plan_shards(
+    [(e, 'BF16') for e in tensor_names.tensor_mappings(config, 'language')], SHARD_BYTES
   )
   rng = np.random.default_rng(0)
   directory.mkdir(parents=True)
@@ -219,7 +219,7 @@ def _child(what: str, source: str, target: str) -> None:
 
   if what == 'import':
     tensor_slices.transpose_into = timed('transpose', tensor_slices.transpose_into, within='read')
-    tensor_slices.Slices.read = timed('read', tensor_slices.Slices.read, within='write')
+    tensor_slices.SliceReader.read = timed('read', tensor_slices.SliceReader.read, within='write')
     orbax_stream._write = timed('write', orbax_stream._write)
   else:
     orbax_stream._take = timed('read', orbax_stream._take)

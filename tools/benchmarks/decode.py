@@ -22,7 +22,7 @@ from benchmarks.decode_backends import SIZES, Ours, Peer, Task, cores, make_conf
 from segjax.hf.writer import save_checkpoint
 from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.report import timing
-from segjax.report.console import say, table
+from segjax.report.console import log, table
 
 COPIED_BYTES = 1 << 31  # to measure the bandwidth of an accelerator; 1/8 of it on a CPU
 
@@ -90,7 +90,7 @@ def _peers(shape: str, ours: Ours, static: bool):
   missing = [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]
   if shape not in _PEERS or ours.is_accelerated or missing:
     what = f'{missing[0]} is not installed' if missing else f'{shape} on {ours.device}'
-    say(f'no ratios to transformers: {what}')
+    log(f'no ratios to transformers: {what}')
     yield {}
     return
   caches = ('dynamic', 'static') if static else ('dynamic',)
@@ -105,7 +105,7 @@ def _first_calls(task: Task, ours: Ours) -> dict:
   ours.forget_peak()
   _, again = timed(ours, task)
   peak = ours.peak_memory()
-  say(f'{task!s:<20}first call {seconds:.2f} s, then {again:.2f} s; peak {peak / 1e9:.2f} GB')
+  log(f'{task!s:<20}first call {seconds:.2f} s, then {again:.2f} s; peak {peak / 1e9:.2f} GB')
   found = {'kind': task.kind, 'batch': task.batch, 'tokens': task.tokens}
   return found | {'first_call_seconds': round(seconds, 2), 'peak_gb': round(peak / 1e9, 3)}
 
@@ -128,7 +128,7 @@ def _alternate(task: Task, ours: Ours, peers: dict[str, Peer], repeats: int, dou
       time.sleep(_QUIET)
       outs[name], took = timed(side, task)
       seconds[name].append(took)
-      say(f'{task!s:<20}{name:<9}{took:8.3f} s {task.tokens / took:9.0f} tokens/s')
+      log(f'{task!s:<20}{name:<9}{took:8.3f} s {task.tokens / took:9.0f} tokens/s')
     assert outs['ours'].response_mask.sum() == task.tokens
     if turn == 0 and task.is_greedy:
       for name, peer in peers.items():
@@ -149,7 +149,7 @@ def _rooflines(tasks: list[Task], ours: Ours, repeats: int) -> list[dict]:
   """Steps after the first chunk against the time to read what they must."""
   bandwidth = _bandwidth(COPIED_BYTES if ours.is_accelerated else COPIED_BYTES // 8)
   bandwidth *= ours.mesh.size
-  say(f'copying moves {bandwidth / 1e9:.0f} GB/s')
+  log(f'copying moves {bandwidth / 1e9:.0f} GB/s')
   found = []
   for task in tasks:
     start = min(16, task.new - 1)  # so prefill, first steps and the host's start cancel
@@ -160,7 +160,7 @@ def _rooflines(tasks: list[Task], ours: Ours, repeats: int) -> list[dict]:
     num_bytes = _bytes_read(ours.config, task, start)
     share = 100 * num_bytes / bandwidth / (whole - begun)
     step = 1e3 * (whole - begun) / (task.new - start)
-    say(f'{task!s:<20}{step:.2f} ms a step, {share:.0f} % of the roofline')
+    log(f'{task!s:<20}{step:.2f} ms a step, {share:.0f} % of the roofline')
     record = {'batch': task.batch, 'gb_per_second': round(bandwidth / 1e9, 1)}
     record |= {'milliseconds_per_step': round(step, 3), 'percent': round(share, 1)}
     record['percent_with_prefill'] = round(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from segjax.model import heads, sharding
-from segjax.model.generate import Generated, Prompts, generate, make_decoder
+from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 
@@ -72,7 +72,9 @@ class Ours:
     where = sharding.tree_shardings(heads.param_shapes(config, 'language'), self.mesh)
     self.params = jax.jit(_params, static_argnums=0, out_shardings=where)(config)
 
-  def __call__(self, task: Task, limits: np.ndarray | None = None, room: int = 1) -> Generated:
+  def __call__(
+    self, task: Task, limits: np.ndarray | None = None, room: int = 1
+  ) -> GenerationResult:
     """Responses; `room` is for how many times as many tokens as the task may need."""
     # Where tokens are drawn, stopping is by length alone, on both sides.
     sampling = Sampling(
@@ -82,9 +84,9 @@ class Ours:
     )
     return generate(
       self.params,
-      Prompts(task.prompts, np.full(len(task.prompts), task.prompts.shape[1])),
+      PromptArrays(task.prompts, np.full(len(task.prompts), task.prompts.shape[1])),
       jax.random.key(0),
-      decoder=make_decoder(self.config, sampling, (STOP,), self.mesh),
+      decoder=make_decode_config(self.config, sampling, (STOP,), self.mesh),
       mesh=self.mesh,
       slots=task.batch,
       limits=task.limits if limits is None else limits,
@@ -146,7 +148,7 @@ class Peer:
       found.append(out[:, start:].numpy())
     return found
 
-  def check(self, task: Task, out: Generated, expected: np.ndarray) -> int:
+  def check(self, task: Task, out: GenerationResult, expected: np.ndarray) -> int:
     """Rows of greedy tokens that are the same; the others must part at a tie."""
     differs = out.response_ids != expected
     for row in np.flatnonzero(differs.any(axis=1)):

@@ -20,15 +20,15 @@ _STAGES = ('sft', 'reward', 'normalizer', 'ppo')
 _SMALL = {  # the demo's jobs, each a few steps, a checkpoint after every one
   'demo.sft_rows': 256,
   'demo.pairs': 256,
-  'sft.steps': 8,
-  'reward.steps': 8,
-  'normalizer.pairs': 64,
-  'ppo.steps': 6,
-  'ppo.rollout_batch': 32,
-  'ppo.minibatch': 16,
-  'ppo.epochs': 2,
-  'evaluate.samples': 1,
-  'checkpoint.every': 1,
+  'sft.max_steps': 8,
+  'reward_training.max_steps': 8,
+  'normalizer.max_pairs': 64,
+  'ppo.max_steps': 6,
+  'ppo.rollout_batch_size': 32,
+  'ppo.minibatch_size': 16,
+  'ppo.num_ppo_epochs': 2,
+  'evaluate.samples_per_prompt': 1,
+  'checkpoint.every_steps': 1,
 }
 _TIMES = re.compile('seconds|timing/|perf/')
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from segjax.report import metric_docs
-from segjax.report.console import ProgressBar, say
+from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options
 
-_TENTHS = [f'reward/z_by_position/{k}' for k in range(1, 11)]
+_TENTHS = [f'reward/by_position/{k}' for k in range(1, 11)]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(steps: int, step_seconds: float) -> dict:
   """Logs device scalars under PPO's names: JSON lines, TensorBoard, the watch, the console."""
   names = [n for entry in metric_docs.ENTRIES for n in entry.names if '*' not in n] + _TENTHS
-  values = {name: jnp.float32(0.5) for name in names if name != 'bad'}
+  values = {name: jnp.float32(0.5) for name in names if name != 'skipped_updates'}
   taken, before = [], 0
   with (
     tempfile.TemporaryDirectory() as place,
@@ -46,8 +46,8 @@ def run(steps: int, step_seconds: float) -> dict:
       growth = _resident() - before
   micros = statistics.median(taken) * 1e6
   share = micros / 1e6 / step_seconds
-  say(f'{len(names)} metrics a step: {micros:.0f} µs, {share:.2%} of a step of {step_seconds} s')
-  say(f'memory grew by {growth / 1024:.0f} KiB over {steps - steps // 10} steps')
+  log(f'{len(names)} metrics a step: {micros:.0f} µs, {share:.2%} of a step of {step_seconds} s')
+  log(f'memory grew by {growth / 1024:.0f} KiB over {steps - steps // 10} steps')
   return {
     'metrics': len(names),
     'microseconds': round(micros, 1),

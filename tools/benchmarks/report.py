@@ -16,9 +16,9 @@ from segjax.report.html_report import FILE, Page
 
 _METRICS = (
   *('objective/reward', 'objective/rlhf_reward', 'objective/kl', 'objective/scores'),
-  *('response/length_mean', 'response/eos_rate', 'policy/loss', 'policy/entropy', 'val/loss'),
-  *('timing/generate', 'timing/score', 'timing/update', 'timing/wait', 'timing/step'),
-  *(f'reward/z_by_position/{k}' for k in range(1, 11)),
+  *('response/length_mean', 'response/eos_rate', 'policy/loss', 'policy/entropy', 'critic/loss'),
+  *('timing/generate', 'timing/score', 'timing/update', 'timing/between_steps', 'timing/step'),
+  *(f'reward/by_position/{k}' for k in range(1, 11)),
   *(f'policy/more_{k}' for k in range(15)),
 )
 

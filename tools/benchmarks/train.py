@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax.config.settings import PPO, Network, Segmentation, Shaping
-from segjax.data.packing_plan import fill, plan_packing
+from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
+from segjax.data.packing_plan import packing_efficiency, plan_packing
 from segjax.model import sharding
-from segjax.model.flops import causal_pairs, forward_flops
+from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
-from segjax.model.llama import LlamaConfig, config_of, num_parameters
-from segjax.report.console import say, table
-from segjax.train.experience import Recipe
+from segjax.model.llama import LlamaConfig, make_config, num_parameters
+from segjax.report.console import log, table
+from segjax.train.experience import PPORecipe
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import policy_step
-from segjax.train.segmenter import Cutter
+from segjax.train.segmenter import Segmenter
 from segjax.types import Experience, Rollout, Segments
 
 SIZES = {
@@ -63,9 +63,11 @@ def run(
   device = jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
   config, mesh = _network(shape, dtype, remat, attention), sharding.make_mesh()
-  ppo = PPO(minibatch=batch, micro_batch=micro_batch)
+  ppo = PPO(minibatch_size=batch, micro_batch_size=micro_batch)
   static = {
-    'recipe': Recipe(*[config] * 4, Cutter(Segmentation()), 'even_split', Shaping(), ppo),
+    'recipe': PPORecipe(
+      *[config] * 4, Segmenter(Segmentation()), 'even_split', RewardShaping(), ppo
+    ),
     'total_steps': 10_000,
   }
   full = np.full(batch, length)
@@ -85,16 +87,16 @@ def run(
         seconds[name].append(time.perf_counter() - begun)
     compiles = policy_step._cache_size() - compiled
   peak = _matmul_peak(dtype) * mesh.size
-  return _report(config, device, tasks, seconds, peak, compiles, fill(packing))
+  return _report(config, device, tasks, seconds, peak, compiles, packing_efficiency(packing))
 
 
 def _network(shape: str, dtype: str, remat: str, attention: str) -> LlamaConfig:
-  from segjax.model.attention import choose
+  from segjax.model.attention import select_implementation
 
-  config = config_of(SIZES[shape])
-  name, reason = choose(attention, jax.devices()[0].platform, dtype, config.head_dim)
+  config = make_config(SIZES[shape])
+  name, reason = select_implementation(attention, jax.devices()[0].platform, dtype, config.head_dim)
   if reason:
-    say(reason)
+    log(reason)
   return dataclasses.replace(config, dtype=dtype, remat=remat, attention=name)
 
 
@@ -167,7 +169,7 @@ def _report(config, device, tasks, seconds, peak, compiles, filled) -> dict:
   record, lines = {}, []
   for name, (lengths, _) in tasks.items():
     median = statistics.median(seconds[name][1:])
-    pairs = sum(causal_pairs(float(n)) for n in lengths)
+    pairs = sum(attended_pairs(float(n)) for n in lengths)
     flops = 3 * forward_flops(config, float(lengths.sum()), pairs)
     record[name] = {
       'seconds': round(median, 4),
@@ -182,8 +184,8 @@ def _report(config, device, tasks, seconds, peak, compiles, filled) -> dict:
     f'policy update, {num_parameters(config) / 1e6:,.0f} M, {config.dtype}, {device.device_kind}'
   )
   table(title, ('rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak'), lines)
-  say(f'matrix products reach {peak / 1e12:.3f} TFLOP/s; {config.attention} attention')
-  say(f'packing: {saved:.2f} times as fast as padding, rows {filled:.0%} full; {compiles} compiles')
+  log(f'matrix products reach {peak / 1e12:.3f} TFLOP/s; {config.attention} attention')
+  log(f'packing: {saved:.2f} times as fast as padding, rows {filled:.0%} full; {compiles} compiles')
   return record | {
     'parameters': num_parameters(config),
     'device': device.device_kind,
