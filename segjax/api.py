@@ -23,6 +23,7 @@ from segjax.config.settings import AS_STORED, Segmentation, Settings
 from segjax.config.validate import check_key, from_config
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
+from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotated, Annotator
 from segjax.model.generate import PromptArrays, generate, make_decode_config
@@ -134,14 +135,14 @@ class _Model:
         continue
       messages = self._messages(text, number)
       if messages[-1]['role'] != 'assistant':
-        raise ValueError(f'text {number}: the last message is not the assistant’s.')
+        raise UserError(f'text {number}: the last message is not the assistant’s.')
       found.append((messages[:-1], messages[-1]['content']))
     return found
 
   def _messages(self, text: Sequence[Message], number: int) -> list[Message]:
     messages = as_conversation({'messages': list(text)}, f'text {number}')
     if not self.has_template:
-      raise ValueError(
+      raise UserError(
         f'text {number} is a conversation, but the tokenizer has no chat template; give '
         'chat_template=... when the model is loaded, or strings.'
       )
@@ -176,7 +177,7 @@ class Policy(_Model):
     how = {'max_new_tokens': _MAX_NEW_TOKENS} | how
     rollout = _settings({f'rollout.{key}': value for key, value in how.items()}).rollout
     if samples < 1:
-      raise ValueError(f'samples={samples} must be at least 1.')
+      raise UserError(f'samples={samples} must be at least 1.')
     if not prompts:
       return []
     ids = [self._prompt_ids(prompt, number) for number, prompt in enumerate(prompts, 1)]
@@ -197,9 +198,7 @@ class Policy(_Model):
     )
     if found.broken.any():
       row = int(np.argmax(found.broken)) // samples + 1
-      raise ValueError(
-        f'prompt {row}: logits are not finite; the weights of the policy are spoilt.'
-      )
+      raise UserError(f'prompt {row}: logits are not finite; the weights of the policy are spoilt.')
     return [self._response(found, row) for row in range(len(found.response_ids))]
 
   def logprobs(self, texts: Sequence[Text]) -> list[Read]:
@@ -239,7 +238,7 @@ class Policy(_Model):
     begin = tokenizer.tokenizer.bos_token_id
     ids = ([] if begin is None else [begin]) + tokenizer.encode([prompt])[0]
     if not ids:
-      raise ValueError(
+      raise UserError(
         f'prompt {number} is empty, and the tokenizer has no token that begins texts.'
       )
     return ids
@@ -293,7 +292,7 @@ def _settings(named: dict[str, Any]) -> Settings:
 def _listed(texts: Sequence[Text]) -> list[Text]:
   """The texts, if they are a list of them and not one."""
   if isinstance(texts, str) or (texts and isinstance(texts[0], dict)):
-    raise ValueError('give a list of texts; this is a single one: put it in brackets.')
+    raise UserError('give a list of texts; this is a single one: put it in brackets.')
   return list(texts)
 
 

@@ -6,13 +6,14 @@ python -m segjax.main convert import|export|verify|inspect ...
 
 import time
 
+from segjax.errors import UserError
+
 _STARTED = time.time()
 
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
-import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -144,7 +145,7 @@ def settings_from_flags() -> tuple[Settings, str]:
   from segjax.config import validate
 
   if _CONFIG.value is None:
-    raise ValueError('--config is missing; start with --config=configs/ppo.py')
+    raise UserError('--config is missing; start with --config=configs/ppo.py')
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   if _PROFILE.value:
     _CONFIG.value.profile_steps = _PROFILE.value
@@ -159,13 +160,13 @@ def parse_flags(arguments: list[str]) -> list[str]:
   for config in re.findall(r'^--?config[=\n](.*)$', text, re.MULTILINE):
     file = config.partition(':')[0]
     if not Path(file).is_file():
-      raise ValueError(f'--config={config}: there is no file {file!r}.')
+      raise UserError(f'--config={config}: there is no file {file!r}.')
   for key in re.findall(r'^--?(?:no)?config\.([\w.]+)', text, re.MULTILINE):
     validate.check_key(key)
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
-    raise ValueError(root_cause(error)) from error
+    raise UserError(root_cause(error)) from error
 
 
 def root_cause(error: BaseException) -> str:
@@ -211,14 +212,10 @@ def _exit_if_preempted(error: Exception) -> None:
 
 
 def is_user_error(error: Exception) -> bool:
-  """Whether it tells a user what to mend, as ours do; any other is a defect of segjax."""
-  from segjax.report.metric_log import TooManySkippedStepsError
-
-  raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-  is_ours = raised_in.is_relative_to(Path(__file__).parent)
-  return isinstance(error, TooManySkippedStepsError | OSError) or (
-    isinstance(error, ValueError) and is_ours
-  )
+  """Whether the error is the user's to mend; any other is a defect of segjax and keeps its
+  traceback.
+  """
+  return isinstance(error, UserError | OSError)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from segjax import rendezvous
+from segjax.errors import UserError
 
 _BEAT = 5.0  # seconds between two signs of life
 _PATIENCE = 30.0  # seconds without one, after which a process is missing
@@ -65,7 +66,7 @@ def initialize(
   known: dict[str, Any] = {}
   if address:
     if not 0 <= index < number:
-      raise ValueError(
+      raise UserError(
         f'--coordinator={address} needs --processes=N and --process=0 to N-1; '
         f'found {number} and {index}.'
       )
@@ -88,7 +89,7 @@ def initialize(
       raise
     return  # a TPU that belongs to no slice that jax knows
   except RuntimeError as error:
-    raise ValueError(
+    raise UserError(
       f'not all processes of the run came together within {timeout:.0f} s '
       f'(--join_timeout): {_first_line(error)}'
     ) from error
@@ -257,7 +258,7 @@ def check_shared_filesystem(directory: Path) -> None:
   if is_first():
     mark.unlink()
   if is_missed:
-    raise ValueError(
+    raise UserError(
       f'{directory} is not the same directory for all processes; give a --workdir on a file system '
       'that they share.'
     )

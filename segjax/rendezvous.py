@@ -9,6 +9,8 @@ import socket
 import time
 from typing import Any
 
+from segjax.errors import UserError
+
 _RETRY = 0.2  # seconds
 
 
@@ -26,17 +28,17 @@ def meet(address: str, number: int, index: int, timeout: float | int) -> None:
   """
   host, _, port = address.rpartition(':')
   if not host or not port.isdecimal():
-    raise ValueError(f'--coordinator={address} must be host:port, as in 10.0.0.2:1234.')
+    raise UserError(f'--coordinator={address} must be host:port, as in 10.0.0.2:1234.')
   end = time.monotonic() + timeout
   missing = _wait(int(port), number, end) if index == 0 else _join((host, int(port)), index, end)
   if missing is None:
-    raise ValueError(
+    raise UserError(
       f'process 0 did not answer at {address} within {timeout:g} s (--join_timeout): is it '
       'running, and is the port open?'
     )
   if missing:
     names = ', '.join(map(str, missing))
-    raise ValueError(
+    raise UserError(
       f'process {names} of {number} did not come within {timeout:g} s (--join_timeout); start one '
       f'with each of --process=0 to {number - 1}.'
     )

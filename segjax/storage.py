@@ -8,6 +8,8 @@ import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from segjax.errors import UserError
+
 
 def check_target(
   directory: Path, own: Collection[str], *, overwrite: bool, source: Path | None = None
@@ -22,18 +24,18 @@ def check_target(
   if not directory.exists():
     return
   if not directory.is_dir():
-    raise ValueError(f'{directory} is a file; name a directory to write to.')
+    raise UserError(f'{directory} is a file; name a directory to write to.')
   if source is not None and source.resolve() == directory.resolve():
-    raise ValueError(f'{directory} is also the source; write to another one.')
+    raise UserError(f'{directory} is also the source; write to another one.')
   files = sorted(file.name for file in directory.iterdir())
   for name in files:
     if name not in own and not re.fullmatch(r'model.*\.safetensors', name):
-      raise ValueError(
+      raise UserError(
         f'{directory} holds {name}, so it is more than a checkpoint and is not replaced; '
         'write to a new directory.'
       )
   if files and not overwrite:
-    raise ValueError(f'{directory} is not empty; name a new directory, or give --overwrite.')
+    raise UserError(f'{directory} is not empty; name a new directory, or give --overwrite.')
 
 
 def check_space(directory: Path, num_bytes: int) -> None:
@@ -41,7 +43,7 @@ def check_space(directory: Path, num_bytes: int) -> None:
   place = next(parent for parent in directory.parents if parent.is_dir())
   free = shutil.disk_usage(place).free
   if free < num_bytes:
-    raise ValueError(
+    raise UserError(
       f'{directory} needs {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk; '
       'make room, or write elsewhere.'
     )

@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 # From the top down.
 WINGS = (
-  *('types', 'rendezvous', 'processes', 'storage', 'rl', 'config', 'model', 'data', 'hf', 'train'),
+  *(
+    'errors',
+    'types',
+    'rendezvous',
+    'processes',
+    'storage',
+    'rl',
+    'config',
+    'model',
+    'data',
+    'hf',
+    'train',
+  ),
   *('evaluation', 'report', 'run', 'jobs', 'plan', 'api', 'main'),
 )
 # Modules that still import from a wing below; to become empty.

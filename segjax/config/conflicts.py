@@ -5,6 +5,7 @@ stored reward model says.
 """
 
 from segjax.config.settings import Segmentation, Settings
+from segjax.errors import UserError
 from segjax.rl import normalizer
 
 
@@ -12,7 +13,7 @@ def check_conflicts(s: Settings) -> None:
   """ValueError where two settings cannot be meant together."""
   calibration, cutting = s.reward_training.threshold_search, s.reward_training.segmentation
   if calibration.target_segment_length and calibration.entropy_quantile:
-    raise ValueError(
+    raise UserError(
       'config.reward_training.threshold_search has both target_segment_length and '
       'entropy_quantile; set one of '
       'them to 0.'
@@ -23,7 +24,7 @@ def check_conflicts(s: Settings) -> None:
       ('boundary', cutting.boundary, 'entropy'),
     ):
       if value != needed:
-        raise ValueError(
+        raise UserError(
           'config.reward_training.threshold_search looks for an entropy threshold, which '
           f'{key}={value} does not '
           f'use; set config.reward_training.segmentation.{key}={needed}, or both targets to 0.'
@@ -39,25 +40,25 @@ def check_conflicts(s: Settings) -> None:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={named}:')
   check_redistribution(s, granularity)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
-    raise ValueError(
+    raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
       'config.ppo.kl_estimator=k2 or k3, or kl_in=reward.'
     )
   if bool(s.ppo.eval_every) != bool(s.ppo.holdout_fraction):
-    raise ValueError(
+    raise UserError(
       f'config.ppo.eval_every={s.ppo.eval_every} and '
       f'ppo.holdout_fraction={s.ppo.holdout_fraction} go together: how '
       'often held-out prompts are sampled, and what share of them is held out, say 0.05.'
     )
   if s.compat.first_row_attention_mask and s.ppo.packing_length:
-    raise ValueError(
+    raise UserError(
       'config.compat.first_row_attention_mask masks padded rows, and config.ppo.packing_length '
       'packs them; set '
       'one '
       'of them to False or 0.'
     )
   if not s.reward_shaping.reward_model_weight and not s.reward_shaping.reward_fn:
-    raise ValueError(
+    raise UserError(
       'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
       'config.reward_shaping.reward_fn.'
     )
@@ -70,7 +71,7 @@ def check_segmentation(segmentation: Segmentation, key: str) -> None:
   for name, default in (('boundary', 'entropy'), ('min_segment_length', 1)):
     value = getattr(segmentation, name)
     if value and value != default:
-      raise ValueError(
+      raise UserError(
         f'{key}: {name}={value} says how segments are cut, and granularity='
         f'{segmentation.granularity} cuts none; set granularity=segment, or {name}={default}.'
       )
@@ -79,7 +80,7 @@ def check_segmentation(segmentation: Segmentation, key: str) -> None:
 def check_normalizer(kind: str, granularity: str, key: str) -> None:
   """ValueError where the kind asks for more than one segment per response."""
   if granularity == 'bandit' and kind in ('regression', 'last'):
-    raise ValueError(
+    raise UserError(
       f'{key} {kind} looks at where in the response a segment lies, and granularity=bandit has one '
       'segment; use scalar.'
     )
@@ -90,14 +91,14 @@ def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> 
   if s.reward_shaping.redistribute == 'none':
     return
   if granularity == 'bandit' or s.reward_shaping.spread == 'bandit':
-    raise ValueError(
+    raise UserError(
       'config.reward_shaping.redistribute=red spreads one score over segments, and bandit has '
       'one; set '
       'config.reward_model.segmentation.granularity=token or segment, and '
       'reward_shaping.spread=auto.'
     )
   if w_mean:
-    raise ValueError(
+    raise UserError(
       'config.reward_shaping.redistribute=red takes differences of one score, which a normaliser '
       'by '
       'position would change from segment to segment; use config.reward_model.normalizer=none, or '

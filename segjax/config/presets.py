@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from segjax.config.settings import Settings
+from segjax.errors import UserError
 from segjax.rl.segmentation import GRANULARITIES
 
 
@@ -39,7 +40,7 @@ def parse_preset(preset: str, names: tuple[str, ...], topologies: tuple[str, ...
 
 def _check_one_of(value: str, names: tuple[str, ...], preset: str) -> None:
   if value not in names:
-    raise ValueError(
+    raise UserError(
       f'preset {preset!r}: {value!r} is not one of {", ".join(names)}; presets are written '
       'NAME[,segment|token|bandit][,TOPOLOGY].'
     )

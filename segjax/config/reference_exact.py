@@ -7,6 +7,7 @@ shares is segjax's default anyway; here is what segjax does differently unless a
 import dataclasses
 
 from segjax.config.settings import Compat, Segmentation, Settings, replace
+from segjax.errors import UserError
 
 
 def apply_reference_exact(settings: Settings) -> Settings:
@@ -32,7 +33,7 @@ def apply_reference_exact(settings: Settings) -> Settings:
   ):
     if value not in published:
       known = ' or '.join(map(str, published))
-      raise ValueError(
+      raise UserError(
         f'config.{key}={value!r} is not what the published code does ({known}); change it, or set '
         'config.reference_exact=False.'
       )

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from segjax.config import conflicts
 from segjax.config.reference_exact import apply_reference_exact
 from segjax.config.settings import ACTIVATIONS, JOBS, Settings
+from segjax.errors import UserError
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 
 
@@ -28,7 +29,7 @@ def from_config(config: ConfigDict) -> Settings:
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
   if not isinstance(values, dict):
-    raise ValueError(f'config.{prefix[:-1]}={values!r} must be a section with keys of its own.')
+    raise UserError(f'config.{prefix[:-1]}={values!r} must be a section with keys of its own.')
   types = typing.get_type_hints(cls)
   made = {}
   for key, value in values.items():
@@ -49,9 +50,9 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-    raise ValueError(f'{key}={value!r} must be of type {kind.__name__}.')
+    raise UserError(f'{key}={value!r} must be of type {kind.__name__}.')
   if kind is float and not math.isfinite(value):
-    raise ValueError(f'{key}={value!r} must be finite.')
+    raise UserError(f'{key}={value!r} must be finite.')
   return value
 
 
@@ -65,7 +66,7 @@ def check_key(key: str) -> None:
   near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rpartition('.')[2]])]
   near = list(dict.fromkeys(near))[:3]
   hint = f'; did you mean {" or ".join("config." + name for name in near)}?' if near else '.'
-  raise ValueError(f'config.{key} does not exist{hint}')
+  raise UserError(f'config.{key} does not exist{hint}')
 
 
 def setting_keys(cls: type = Settings, prefix: str = '') -> list[str]:
@@ -99,14 +100,14 @@ def resolve_spread(settings: Settings, granularity: str) -> str:
 
 def _check_stages(s: Settings) -> None:
   if not s.stages:
-    raise ValueError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
+    raise UserError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
   for stage in s.stages:
     _check_choice('stages', stage, JOBS)
   in_order = tuple(job for job in JOBS if job in s.stages)
   if s.stages != in_order:
-    raise ValueError(f'config.stages={",".join(s.stages)} must be in order: {",".join(in_order)}.')
+    raise UserError(f'config.stages={",".join(s.stages)} must be in order: {",".join(in_order)}.')
   if 'reward' in s.stages and s.reward_model.path:
-    raise ValueError(
+    raise UserError(
       f'config.reward_model.path={s.reward_model.path!r}, but config.stages trains a reward model; '
       "empty the path, or leave 'reward' out of config.stages."
     )
@@ -154,19 +155,19 @@ def _check_activations(s: Settings) -> None:
   ):
     for name in names:
       if name not in ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
           f'config.runtime.{key}: {name!r} is no activation; use {others}names out of '
           f'{",".join(ACTIVATIONS)}, joined by commas.'
         )
   both = sorted(set(keep) & set(offload))
   if both:
-    raise ValueError(
+    raise UserError(
       f'config.runtime.remat and runtime.offload_activations both name {", ".join(both)}; it is '
       'kept in one '
       'place, on the device or on the host.'
     )
   if offload and s.runtime.remat == 'none':
-    raise ValueError(
+    raise UserError(
       'config.runtime.offload_activations with remat=none: everything is kept on the device; set '
       'config.runtime.remat=full, or names.'
     )
@@ -177,7 +178,7 @@ def _check_choice(key: str, value: str, names: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(value, names, n=1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     named = ', '.join(name or "''" for name in names)
-    raise ValueError(f'config.{key}={value!r} is not one of {named}{hint}')
+    raise UserError(f'config.{key}={value!r} is not one of {named}{hint}')
 
 
 # Keys by the least value they may have. A learning rate of 0 is a way to see what does not learn.
@@ -275,37 +276,37 @@ def _check_ranges(s: Settings) -> None:
   for least, keys in _MINIMUMS.items():
     for key in keys:
       if _get(s, key) < least:
-        raise ValueError(f'config.{key}={_get(s, key)} must be at least {least}.')
+        raise UserError(f'config.{key}={_get(s, key)} must be at least {least}.')
   quantile = s.reward_training.threshold_search.entropy_quantile
   if not 0 <= quantile < 1:
-    raise ValueError(
+    raise UserError(
       f'config.reward_training.threshold_search.entropy_quantile={quantile} must be at least 0 '
       '(off) and below 1.'
     )
   if s.reward_training.segmentation.softmax_temperature <= 0:
-    raise ValueError('config.reward_training.segmentation.softmax_temperature must be above 0.')
+    raise UserError('config.reward_training.segmentation.softmax_temperature must be above 0.')
   if 0 < s.ppo.dual_clip_ratio <= 1:
-    raise ValueError(
+    raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
     )
   if not 0 < s.reward_training.holdout_fraction < 1:
-    raise ValueError(
+    raise UserError(
       f'config.reward_training.holdout_fraction={s.reward_training.holdout_fraction} must lie '
       'between 0 and 1.'
     )
   if not 0 <= s.ppo.holdout_fraction < 1:
-    raise ValueError(
+    raise UserError(
       f'config.ppo.holdout_fraction={s.ppo.holdout_fraction} must be at least 0 and below 1.'
     )
   if not 0 < s.rollout.top_p <= 1:
-    raise ValueError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
+    raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   for key in _OPTIMIZERS:
     optimizer = _get(s, key)
     _check_choice(f'{key}.moments_dtype', optimizer.moments_dtype, ('float32', 'bfloat16'))
     if optimizer.learning_rate < 0:
-      raise ValueError(f'config.{key}.learning_rate={optimizer.learning_rate} is negative.')
+      raise UserError(f'config.{key}.learning_rate={optimizer.learning_rate} is negative.')
     if not 0 <= optimizer.warmup_ratio <= 1:
-      raise ValueError(f'config.{key}.warmup_ratio={optimizer.warmup_ratio} is not in 0 to 1.')
+      raise UserError(f'config.{key}.warmup_ratio={optimizer.warmup_ratio} is not in 0 to 1.')
 
 
 def _get(settings: Settings, key: str) -> Any:
@@ -314,17 +315,17 @@ def _get(settings: Settings, key: str) -> Any:
 
 def _check_lengths(s: Settings) -> None:
   if s.data.max_prompt_length >= s.data.max_length:
-    raise ValueError(
+    raise UserError(
       f'config.data.max_prompt_length={s.data.max_prompt_length} leaves no room for a response; '
       f'it must be less than config.data.max_length={s.data.max_length}.'
     )
   if s.rollout.min_new_tokens > s.rollout.max_new_tokens:
-    raise ValueError(
+    raise UserError(
       f'config.rollout.min_new_tokens={s.rollout.min_new_tokens} is more than '
       f'config.rollout.max_new_tokens={s.rollout.max_new_tokens}.'
     )
   if s.demo.min_clauses > s.demo.max_clauses or s.demo.min_clauses < 1:
-    raise ValueError(
+    raise UserError(
       f'config.demo.min_clauses={s.demo.min_clauses} must be from 1 to '
       f'config.demo.max_clauses={s.demo.max_clauses}.'
     )
@@ -341,13 +342,13 @@ def _check_packing(s: Settings) -> None:
   ):
     width = _get(s, f'{section}.packing_length')
     if width and section.removesuffix('_training') in s.stages and width < size:
-      raise ValueError(
+      raise UserError(
         f'config.{section}.packing_length={width} is less than {what} = {size}: a sequence could '
         'be '
         f'longer than its row; use {size} or more.'
       )
     if width and _get(s, f'{section}.micro_batch_size') < least:
-      raise ValueError(
+      raise UserError(
         f'config.{section}.packing_length={width} needs config.{section}.micro_batch_size of at '
         'least '
         f'{least}: the packed rows that go through the network at once.'
@@ -369,7 +370,7 @@ def _check_divisibility(s: Settings) -> None:
       size = _get(s, key)
       if size and whole % size:
         below = max(d for d in range(1, size + 1) if whole % d == 0)
-        raise ValueError(
+        raise UserError(
           f'config.{whole_key}={whole} is not divisible by config.{key}={size}; use {key}={below} '
           f'or {whole_key}={-(-whole // size) * size}.'
         )

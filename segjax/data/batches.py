@@ -18,6 +18,7 @@ import numpy as np
 
 from segjax import types
 from segjax.data.sources import Message, Rows, as_prompt
+from segjax.errors import UserError
 
 ToDevice = Callable[[np.ndarray], Any]
 Dataset = TypeVar('Dataset', 'Conversations', 'Pairs', 'Prompts')
@@ -186,7 +187,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
     ValueError: the fraction is not in [0, 1), or leaves one side without a prompt.
   """
   if not 0 <= fraction < 1:
-    raise ValueError(f'holdout={fraction} must be at least 0 and below 1.')
+    raise UserError(f'holdout={fraction} must be at least 0 and below 1.')
   prompts, prompt_of_row, num_rows = np.unique(
     dataset.group, return_inverse=True, return_counts=True
   )
@@ -194,7 +195,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   before = np.cumsum(num_rows[order]) - num_rows[order]
   held = order[before < fraction * len(dataset)]
   if len(held) == len(prompts):
-    raise ValueError(
+    raise UserError(
       f'holdout={fraction} of {len(prompts)} distinct prompts leaves none to train on; give '
       'more data or a smaller share.'
     )
@@ -225,7 +226,7 @@ def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray
     ValueError: a batch is larger than the dataset.
   """
   if not 0 < batch <= num_rows:
-    raise ValueError(
+    raise UserError(
       f'a batch of {batch} rows cannot be drawn from {num_rows} rows; use a batch of 1 to '
       f'{num_rows}, or more data.'
     )

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from segjax.data.sources import Message
+from segjax.errors import UserError
 
 PROBE = 'Quokka'  # a word that no chat template writes by itself
 
@@ -24,7 +25,7 @@ def render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
   try:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=has_header, tokenize=False)
   except jinja2.TemplateError as error:
-    raise ValueError(f'the chat template refuses this conversation: {error}') from error
+    raise UserError(f'the chat template refuses this conversation: {error}') from error
 
 
 def answer_text(
@@ -33,9 +34,9 @@ def answer_text(
   """What the template adds to the prompt for one answer, without `turn_end`."""
   full = render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
   if not full.startswith(prompt):
-    raise ValueError(template_rewrites_error(prompt, full))
+    raise UserError(template_rewrites_error(prompt, full))
   if not full.endswith(turn_end) or len(full) < len(prompt) + len(turn_end):
-    raise ValueError(
+    raise UserError(
       f'the chat template ends this turn by {full[-20:]!r} but others by {turn_end!r}; set '
       'data.chat_template to one that ends all turns alike.'
     )
@@ -71,7 +72,7 @@ def load_template(chat_template: str) -> str:
     return chat_template
   file = epath.Path(chat_template).expanduser()
   if not file.exists():
-    raise ValueError(f'data.chat_template={chat_template!r} is neither Jinja text nor a file.')
+    raise UserError(f'data.chat_template={chat_template!r} is neither Jinja text nor a file.')
   return file.read_text()
 
 

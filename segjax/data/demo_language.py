@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from segjax.errors import UserError
+
 ANIMALS = ('otter', 'raven', 'lynx', 'heron', 'badger', 'gecko', 'bison', 'marten')
 PLACES = ('coast', 'valley', 'forest', 'desert', 'island', 'marsh')
 QUESTIONS = ('describe the {} of the {}', 'picture the {} of the {}')
@@ -90,7 +92,7 @@ def subject(prompt: str) -> tuple[str, str]:
   animal = next((word for word in words if word in ANIMALS), None)
   place = next((word for word in words if word in PLACES), None)
   if animal is None or place is None:
-    raise ValueError(f'prompt {prompt!r} does not ask about an animal of a place.')
+    raise UserError(f'prompt {prompt!r} does not ask about an animal of a place.')
   return animal, place
 
 

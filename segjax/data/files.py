@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from segjax.errors import UserError
+
 Row = dict[str, Any]
 Opened = tuple[Any, str]  # a list of rows or a memory-mapped dataset; what to call it in an error
 
@@ -30,20 +32,20 @@ def from_directory(place: epath.Path, split: str, limit: int) -> Opened:
   if list(place.glob('*-of-*')) or list(place.glob('data/*-of-*')):
     return from_hub(str(place), split, limit)
   has = ', '.join(sorted(files)) or f'no {KINDS} file and is no saved dataset'
-  raise ValueError(f'{place}: no split {split!r}; it has {has}.')
+  raise UserError(f'{place}: no split {split!r}; it has {has}.')
 
 
 def from_file(place: epath.Path, limit: int) -> Opened:
   """One file, of the kind that its name says."""
   if not place.name.endswith(SUFFIXES):
-    raise ValueError(f'{place}: unknown kind of file; give {KINDS}.')
+    raise UserError(f'{place}: unknown kind of file; give {KINDS}.')
   if place.name.endswith('.parquet'):
     return _from_parquet(place, limit)
   with place.open('rb') as raw, gzip.open(raw) if place.suffix == '.gz' else raw as stream:
     try:
       return _read_json(stream, place, limit), place.name
     except (EOFError, gzip.BadGzipFile) as error:
-      raise ValueError(f'{place}: broken gzip file: {error}') from error
+      raise UserError(f'{place}: broken gzip file: {error}') from error
 
 
 def from_hub(path: str, split: str, limit: int) -> Opened:
@@ -53,7 +55,7 @@ def from_hub(path: str, split: str, limit: int) -> Opened:
   try:
     data = datasets.load_dataset(path, split=split)
   except (OSError, ValueError) as error:  # OSError covers not found and no connection
-    raise ValueError(f'{path}: datasets cannot load split {split!r}: {error}') from error
+    raise UserError(f'{path}: datasets cannot load split {split!r}: {error}') from error
   return _front(data, limit), path
 
 
@@ -69,7 +71,7 @@ def _from_saved(place: epath.Path, split: str, limit: int) -> Opened:
   data = datasets.load_from_disk(str(place))
   if isinstance(data, datasets.DatasetDict):
     if split not in data:
-      raise ValueError(f'{place}: no split {split!r}; it has {", ".join(sorted(data))}.')
+      raise UserError(f'{place}: no split {split!r}; it has {", ".join(sorted(data))}.')
     data = data[split]
   return _front(data, limit), place.name
 
@@ -82,7 +84,7 @@ def _from_parquet(place: epath.Path, limit: int) -> Opened:
     try:
       table = pyarrow.parquet.read_table(stream)
     except pyarrow.ArrowInvalid as error:
-      raise ValueError(f'{place}: not a parquet file: {error}') from error
+      raise UserError(f'{place}: not a parquet file: {error}') from error
   data = datasets.Dataset(datasets.table.InMemoryTable(table))
   return _front(data, limit), place.name
 
@@ -105,7 +107,7 @@ def _read_json(stream: Any, place: epath.Path, limit: int) -> list[Row]:
       break
   for number, row in enumerate(rows, 1):
     if not isinstance(row, dict):
-      raise ValueError(f'{place}, row {number}: must be a JSON object, not {excerpt(row)}.')
+      raise UserError(f'{place}, row {number}: must be a JSON object, not {excerpt(row)}.')
   return rows
 
 
@@ -114,4 +116,4 @@ def _parse(text: bytes, where: str) -> Any:
     return json.loads(text)
   except ValueError as error:
     found = excerpt(text.decode('utf-8', 'replace'))
-    raise ValueError(f'{where}: not JSON: {error}; found {found}.') from error
+    raise UserError(f'{where}: not JSON: {error}; found {found}.') from error

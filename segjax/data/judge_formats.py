@@ -18,6 +18,7 @@ from typing import Any
 
 from segjax.data.files import Row, excerpt
 from segjax.data.sources import Rows
+from segjax.errors import UserError
 
 _NAMESPACE = uuid.UUID('b9f0a6f2-54d3-5a55-9e47-0c9f4a3b2d11')  # of answer ids
 
@@ -147,7 +148,7 @@ def read_questions(rows: Rows) -> tuple[JudgeFormat, list[Question]]:
   judge = next((judge for judge in JUDGE_FORMATS if judge.read(rows[0]) is not None), None)
   if judge is None:
     forms = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGE_FORMATS)
-    raise ValueError(
+    raise UserError(
       f'{rows.where(0)}: no question of a judge that is known ({forms}); found the keys '
       f'{", ".join(rows[0]) or "(none)"}.'
     )
@@ -155,13 +156,13 @@ def read_questions(rows: Rows) -> tuple[JudgeFormat, list[Question]]:
   for index, row in enumerate(rows):
     found = judge.read(row)
     if found is None:
-      raise ValueError(
+      raise UserError(
         f'{rows.where(index)}: not a question of {judge.name} ({judge.keys}) as the first row is; '
         f'found {excerpt(row)}.'
       )
     number, turns = found
     if number in seen and not judge.is_list:
-      raise ValueError(f'{rows.where(index)}: the id {number!r} is that of row {seen[number]} too.')
+      raise UserError(f'{rows.where(index)}: the id {number!r} is that of row {seen[number]} too.')
     seen[number] = index + 1
     questions.append(Question(number, tuple(turns), dict(row)))
   return judge, questions

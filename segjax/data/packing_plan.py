@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from segjax.errors import UserError
 from segjax.types import PackingPlan, PackingSlots
 
 _MOST = 16  # sequences per packed row, on average over a piece
@@ -28,12 +29,12 @@ def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> 
   """
   lengths = np.asarray(lengths)
   if lengths.max(initial=0) > width:
-    raise ValueError(
+    raise UserError(
       f'sequence {int(lengths.argmax())} has {lengths.max()} tokens, and packed rows have {width}; '
       'raise packed_length.'
     )
   if rows < group:
-    raise ValueError(f'{group} sequences that stay together need micro_batch={group} or more.')
+    raise UserError(f'{group} sequences that stay together need micro_batch={group} or more.')
   groups = lengths.reshape(-1, group)
   size = max(min(len(groups), _MOST * rows // group), 1)  # groups in a piece
   # A piece turns a group down only when it holds at least rows // group of them.

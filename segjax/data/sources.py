@@ -14,6 +14,7 @@ from etils import epath
 
 from segjax.data import files
 from segjax.data.files import Row, excerpt
+from segjax.errors import UserError
 
 Message = dict[str, str]
 
@@ -88,12 +89,12 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
   elif is_hub_id(path):
     rows = Rows(*files.from_hub(path, split, limit))
   else:
-    raise ValueError(
+    raise UserError(
       f'{path}: no such file or directory. Give a {files.KINDS} file, a directory, or a hub id '
       "of the form 'owner/name'."
     )
   if not len(rows):
-    raise ValueError(f'{rows.name}: no rows; give a source with at least one.')
+    raise UserError(f'{rows.name}: no rows; give a source with at least one.')
   return rows
 
 
@@ -118,7 +119,7 @@ def as_pair(row: Row, where: str = 'row', ratings: bool = True) -> Pair:
   prompt, chosen = _answer(row, 'chosen', where)
   other_prompt, rejected = _answer(row, 'rejected', where)
   if prompt != other_prompt:
-    raise ValueError(f'{where}: `chosen` and `rejected` do not answer the same prompt.')
+    raise UserError(f'{where}: `chosen` and `rejected` do not answer the same prompt.')
   return Pair(prompt, chosen, rejected, _rating_gap(row, where) if ratings else None)
 
 
@@ -133,7 +134,7 @@ def as_conversation(row: Row, where: str = 'row') -> list[Message]:
     return [*prompt, {'role': 'assistant', 'content': chosen}]
   if row.get('messages') is not None:
     return _messages(row['messages'], 'messages', where)
-  raise ValueError(f'{where}: no `messages` and no `chosen`; {_found(row)}.')
+  raise UserError(f'{where}: no `messages` and no `chosen`; {_found(row)}.')
 
 
 def as_prompt(row: Row, where: str = 'row') -> list[Message]:
@@ -158,10 +159,10 @@ def _answer(row: Row, key: str, where: str) -> tuple[list[Message], str]:
   if isinstance(value, str):
     return _given_prompt(row, where), value
   if not isinstance(value, list):
-    raise ValueError(f'{where}: no `{key}` message list or string; {_found(row)}.')
+    raise UserError(f'{where}: no `{key}` message list or string; {_found(row)}.')
   messages = _messages(value, key, where)
   if not _is_answered(messages):
-    raise ValueError(
+    raise UserError(
       f'{where}: the last message of `{key}` is by {messages[-1]["role"]!r}; it must be by the '
       'assistant.'
     )
@@ -176,7 +177,7 @@ def _rating_gap(row: Row, where: str) -> float | None:
     missing = [key for key in keys if row.get(key) is None]
     if len(missing) == 1:
       both = ' and '.join(f'`{key}`' for key in keys)
-      raise ValueError(f'{where}: give both {both} or neither; there is no `{missing[0]}`.')
+      raise UserError(f'{where}: give both {both} or neither; there is no `{missing[0]}`.')
     if not missing:
       chosen, rejected = (_rating(row[key], key, where) for key in keys)
       return chosen - rejected
@@ -186,7 +187,7 @@ def _rating_gap(row: Row, where: str) -> float | None:
 def _rating(value: Any, key: str, where: str) -> float:
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   if not is_number or not abs(value) <= _LARGEST_RATING:
-    raise ValueError(f'{where}: `{key}` must be a finite number, not {excerpt(value)}.')
+    raise UserError(f'{where}: `{key}` must be a finite number, not {excerpt(value)}.')
   return float(value)
 
 
@@ -198,13 +199,13 @@ def _given_prompt(row: Row, where: str) -> list[Message]:
       return [{'role': 'user', 'content': value}]
     if value is not None:
       return _as_asked(_messages(value, key, where), key, where)
-  raise ValueError(f'{where}: no prompt in `messages` or `prompt`; {_found(row)}.')
+  raise UserError(f'{where}: no prompt in `messages` or `prompt`; {_found(row)}.')
 
 
 def _as_asked(messages: list[Message], key: str, where: str) -> list[Message]:
   """The messages, if they wait for an answer."""
   if not messages or _is_answered(messages):
-    raise ValueError(f'{where}: the prompt in `{key}` is empty or ends in an assistant message.')
+    raise UserError(f'{where}: the prompt in `{key}` is empty or ends in an assistant message.')
   return messages
 
 
@@ -215,14 +216,14 @@ def _is_answered(messages: list[Message]) -> bool:
 def _messages(value: Any, key: str, where: str) -> list[Message]:
   """A non-empty list of {role, content}, other keys left out."""
   if not isinstance(value, list) or not value:
-    raise ValueError(
+    raise UserError(
       f'{where}: `{key}` must be a non-empty list of {{role, content}}, not {excerpt(value)}.'
     )
   messages = []
   for number, message in enumerate(value, 1):
     pair = [message.get(name) for name in ('role', 'content')] if isinstance(message, dict) else []
     if not pair or not all(isinstance(text, str) for text in pair):
-      raise ValueError(
+      raise UserError(
         f'{where}: message {number} of `{key}` must be {{role: string, content: string}}, not '
         f'{excerpt(message)}.'
       )

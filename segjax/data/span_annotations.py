@@ -14,6 +14,7 @@ from segjax.data.files import Row, excerpt
 from segjax.data.sources import Message, Rows, as_prompt
 from segjax.data.tokenize import Limits, pair_lengths
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def as_span_annotation(row: Row, where: str = 'row') -> SpanAnnotation:
   if isinstance(row.get('response'), str) and isinstance(row.get('spans'), list):
     prompt = as_prompt({key: row.get(key) for key in ('messages', 'prompt')}, where)
     return SpanAnnotation(prompt, row['response'], _spans(row, 'spans', 'type', where))
-  raise ValueError(
+  raise UserError(
     f'{where}: no marked response; it has `response` and `spans`, or `prediction 1` and '
     f'`feedback`. Found the keys {", ".join(row) or "(none)"}.'
   )
@@ -96,9 +97,9 @@ def tokenize_spans(
     try:
       one, is_cut = _encode(marked, tokenizer, limits)
     except ValueError as error:
-      raise ValueError(f'{where}: {error}') from error
+      raise UserError(f'{where}: {error}') from error
     if is_cut and limits.overlong_policy == 'error':
-      raise ValueError(
+      raise UserError(
         f'{where}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
         'set data.overlong_policy to truncate_left or drop.'
       )
@@ -108,7 +109,7 @@ def tokenize_spans(
     counts['truncated'] += is_cut
     found.append(one)
   if not found:
-    raise ValueError(f'{rows.name}: none of its {len(rows)} rows is left ({counts}).')
+    raise UserError(f'{rows.name}: none of its {len(rows)} rows is left ({counts}).')
   return found, counts
 
 
@@ -166,7 +167,7 @@ def _find(response: str, text: str) -> int:
     return at
   at = text.find(words)
   if at < 0:
-    raise ValueError('the chat template changes the words of the response; spans have no place.')
+    raise UserError('the chat template changes the words of the response; spans have no place.')
   return at - response.index(words)
 
 
@@ -175,7 +176,7 @@ def _question(row: Row, where: str) -> str:
   question, passages = row.get('question'), row.get('passages')
   is_text = isinstance(question, str) and isinstance(passages, list)
   if not is_text or not all(isinstance(p, list) and all(map(_is_text, p)) for p in passages):
-    raise ValueError(f'{where}: `question` must be a string and `passages` lists of strings.')
+    raise UserError(f'{where}: `question` must be a string and `passages` lists of strings.')
   joined = '\n'.join(' '.join(passage) for passage in passages)
   return f'Passages:\n{joined}\n\nQuestion: {question}'
 
@@ -188,12 +189,12 @@ def _spans(row: Row, key: str, kind: str, where: str) -> tuple[Span, ...]:
   response = row['response'] if key == 'spans' else row['prediction 1']
   listed = row[key] if key == 'spans' else row[key].get('errors')
   if not isinstance(listed, list):
-    raise ValueError(f'{where}: `feedback.errors` must be a list, not {excerpt(listed)}.')
+    raise UserError(f'{where}: `feedback.errors` must be a list, not {excerpt(listed)}.')
   spans = []
   for item in listed:
     ends = [item.get(name) for name in ('start', 'end')] if isinstance(item, dict) else [None]
     if not all(isinstance(end, int) for end in ends) or not 0 <= ends[0] < ends[1] <= len(response):
-      raise ValueError(
+      raise UserError(
         f'{where}: the span {excerpt(item)} must have `start` < `end`, from 0 to {len(response)}, '
         'as many characters as the response has.'
       )

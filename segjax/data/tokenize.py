@@ -16,6 +16,7 @@ import numpy as np
 from segjax.data.batches import Conversations, Pairs, Prompts, Ragged
 from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pair, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 
@@ -42,12 +43,12 @@ class Limits:
 
   def __post_init__(self):
     if self.overlong_policy not in OVERLONG_POLICIES:
-      raise ValueError(
+      raise UserError(
         f'data.overlong_policy={self.overlong_policy!r}; choose one of '
         f'{", ".join(OVERLONG_POLICIES)}.'
       )
     if not 0 < self.max_prompt_length <= self.max_length:
-      raise ValueError(
+      raise UserError(
         f'data.max_prompt_length={self.max_prompt_length} must be at least 1 and at most '
         f'data.max_length={self.max_length}.'
       )
@@ -261,7 +262,7 @@ def _tokenize(
     try:
       chunk.append((where, *write(item)))
     except ValueError as error:
-      raise ValueError(f'{where}: {error}') from error
+      raise UserError(f'{where}: {error}') from error
     if len(chunk) == _CHUNK or index == len(rows) - 1:
       ids = iter(tokenizer.encode([text for _, texts, _ in chunk for text in texts]))
       for where, texts, other in chunk:
@@ -286,7 +287,7 @@ def _describe_lengths(lengths: Sequence[int]) -> str:
 def _is_dropped(where: str, found: str, limits: Limits, counts: dict[str, int]) -> bool:
   """True if a row that is too long is to be left out; raises if it is an error."""
   if limits.overlong_policy == 'error':
-    raise ValueError(
+    raise UserError(
       f'{where}: {found} exceed data.max_length={limits.max_length} (prompt '
       f'{limits.max_prompt_length}); raise them, or set data.overlong_policy to truncate_left or '
       'drop.'
@@ -300,7 +301,7 @@ def _fixed_length(
 ) -> int:
   """The longest row, rounded up so that other data compile alike, at most the limit."""
   if not tokens:
-    raise ValueError(
+    raise UserError(
       f'{rows.name}: none of its {len(rows)} rows is left ({counts}); raise data.max_length or '
       'look at the rows.'
     )

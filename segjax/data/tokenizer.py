@@ -18,9 +18,10 @@ from etils import epath
 
 from segjax.data import chat_template as templates
 from segjax.data.sources import Message
+from segjax.errors import UserError
 
 
-class MissingChatTemplateError(ValueError):
+class MissingChatTemplateError(UserError):
   """The tokenizer has no chat template, and none was given."""
 
 
@@ -84,7 +85,7 @@ class ChatTokenizer:
         continue
       prompt = self.prompt_text(before)
       if not prompt.startswith(done):
-        raise ValueError(templates.template_rewrites_error(done, prompt))
+        raise UserError(templates.template_rewrites_error(done, prompt))
       text = message['content']
       words = templates.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
       pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
@@ -150,7 +151,7 @@ class ChatTokenizer:
     ends = tuple(delimiters)
     found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))
     if not found:
-      raise ValueError(
+      raise UserError(
         f'config.reward_training.segmentation.delimiters: no token ends in one of {list(ends)}; '
         'name '
         "others, or set config.reward_training.segmentation.boundary to 'entropy'."
@@ -191,7 +192,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
   try:
     return _with_turn_end(tokenizer, _generation_stops(place))
   except ValueError as error:
-    raise ValueError(f'{directory}: {error}') from error
+    raise UserError(f'{directory}: {error}') from error
 
 
 def tokenizer_fingerprint(directory: str) -> str:
@@ -216,7 +217,7 @@ def tokenizer_fingerprint(directory: str) -> str:
 def _read_tokenizer_json(place: epath.Path) -> dict[str, Any]:
   file = place / 'tokenizer.json'
   if not file.exists():
-    raise ValueError(
+    raise UserError(
       f'{place}: no tokenizer.json there; write one with '
       'AutoTokenizer.from_pretrained(...).save_pretrained(...).'
     )
@@ -239,12 +240,10 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
     tokenizer, [*messages, {'role': 'assistant', 'content': templates.PROBE}], False
   )
   if not answered.startswith(prompt):
-    raise ValueError(templates.template_rewrites_error(prompt, answered))
+    raise UserError(templates.template_rewrites_error(prompt, answered))
   _, found, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
   if not found:
-    raise ValueError(
-      "the chat template leaves out the assistant's words; check data.chat_template."
-    )
+    raise UserError("the chat template leaves out the assistant's words; check data.chat_template.")
   eos = tokenizer.eos_token_id
   known = {*tokenizer.added_tokens_decoder, *generation_stops, eos}
   ids = tokenizer(turn_end, add_special_tokens=False)['input_ids'] if turn_end else []
@@ -255,7 +254,7 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
   elif eos is not None:
     stop, turn_close = eos, turn_end + tokenizer.eos_token
   else:
-    raise ValueError(
+    raise UserError(
       'no token ends a turn: the chat template writes none and the tokenizer has no eos_token; set '
       'data.chat_template to one that closes the turn.'
     )
@@ -271,7 +270,7 @@ def _check_bos(tokenizer: Any, prompt: str) -> None:
   ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
   bos = tokenizer.bos_token_id
   if bos is not None and ids[:2] == [bos, bos]:
-    raise ValueError(
+    raise UserError(
       f'the chat template begins with {tokenizer.bos_token!r} twice; set data.chat_template to one '
       'that writes it once.'
     )

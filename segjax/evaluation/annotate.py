@@ -13,6 +13,7 @@ from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.report.response_log import AnnotatedResponse, segments_of, token_texts
@@ -84,7 +85,7 @@ def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
   for index, row in enumerate(rows):
     messages = as_conversation(row, rows.where(index))
     if messages[-1]['role'] != 'assistant':
-      raise ValueError(f'{rows.where(index)}: the last message is not the assistant’s.')
+      raise UserError(f'{rows.where(index)}: the last message is not the assistant’s.')
     yield messages[:-1], messages[-1]['content']
 
 
@@ -137,7 +138,7 @@ def batches(
     encoded = [_encode(reader.tokenizer, *text) for text in chunk]
     for number, (prompt, response) in enumerate(encoded, begin + 1):
       if len(prompt) + len(response) > most:
-        raise ValueError(
+        raise UserError(
           f'text {number} has {len(prompt) + len(response)} tokens, the networks {most} positions.'
         )
     spans = [slice(len(prompt), len(prompt) + len(response)) for prompt, response in encoded]

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from segjax.errors import UserError
 from segjax.hf import hub
 
 CONFIG = 'config.json'
@@ -74,14 +75,14 @@ def resolve_checkpoint(name: str | Path) -> Path:
   if path.is_dir():
     return path
   if path.exists():
-    raise ValueError(f'{name} is a file; give the directory that holds {CONFIG} and the weights.')
+    raise UserError(f'{name} is a file; give the directory that holds {CONFIG} and the weights.')
   text = str(name)
   if '://' in text:
-    raise ValueError(f'{name} is remote; copy the checkpoint to a local directory first.')
+    raise UserError(f'{name} is remote; copy the checkpoint to a local directory first.')
   if isinstance(name, Path) or text.startswith(('.', '~')) or text.strip('/').count('/') != 1:
-    raise ValueError(f'no directory {name}; give an existing one, or a hub id like owner/name.')
+    raise UserError(f'no directory {name}; give an existing one, or a hub id like owner/name.')
   if text != text.strip('/'):
-    raise ValueError(f'no directory {name}; a hub id neither starts nor ends with a slash.')
+    raise UserError(f'no directory {name}; a hub id neither starts nor ends with a slash.')
   return hub.download(text, _HUB_FILES, functools.partial(_check_listing, text))
 
 
@@ -90,11 +91,11 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     value = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=_without_repeats)
   except FileNotFoundError as error:
-    raise ValueError(f'{path} does not exist; is {path.parent} an HF checkpoint?') from error
+    raise UserError(f'{path} does not exist; is {path.parent} an HF checkpoint?') from error
   except ValueError as error:
-    raise ValueError(f'{path} is not valid JSON ({error}); fetch it again.') from error
+    raise UserError(f'{path} is not valid JSON ({error}); fetch it again.') from error
   if not isinstance(value, dict):
-    raise ValueError(f'{path} holds a JSON {type(value).__name__}, not an object; fetch it again.')
+    raise UserError(f'{path} holds a JSON {type(value).__name__}, not an object; fetch it again.')
   return value
 
 
@@ -126,15 +127,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
   """
   directory = Path(path)
   if not directory.is_dir():
-    raise ValueError(f'no directory {directory}; `resolve` finds one for a hub id.')
+    raise UserError(f'no directory {directory}; `resolve` finds one for a hub id.')
   if (directory / WEIGHTS).is_file():
     return Checkpoint(directory, read_header(directory / WEIGHTS))
   if not (directory / INDEX).is_file():
-    raise ValueError(_no_weights(str(directory), [file.name for file in directory.iterdir()]))
+    raise UserError(_no_weights(str(directory), [file.name for file in directory.iterdir()]))
   tensors: dict[str, TensorHeader] = {}
   for shard, names in sorted(_shard_files(directory / INDEX).items()):
     if not (directory / shard).is_file():
-      raise ValueError(
+      raise UserError(
         f'{directory / shard} is missing; {INDEX} puts {len(names)} tensors there, the first '
         f'{names[0]}. Fetch the shard again.'
       )
@@ -142,7 +143,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     lost = [name for name in names if name not in header]
     twice = [name for name in header if name in tensors]
     if lost or twice:
-      raise ValueError(
+      raise UserError(
         f'{directory / shard} does not agree with {INDEX}: tensor {(lost + twice)[0]} is '
         f'{"not in it" if lost else "in another shard too"}. Fetch both again.'
       )
@@ -166,13 +167,13 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     length = struct.unpack('<Q', start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
     if length > min(_HEADER_LIMIT, total - 8):
       hint = ' but a git-lfs pointer' if start == b'version ' else ''
-      raise ValueError(f'{file} ({total} bytes) is no safetensors file{hint}; fetch it again.')
+      raise UserError(f'{file} ({total} bytes) is no safetensors file{hint}; fetch it again.')
     try:
       header = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-      raise ValueError(f'{file} has a broken header ({error}); fetch it again.') from error
+      raise UserError(f'{file} has a broken header ({error}); fetch it again.') from error
   if not isinstance(header, dict):
-    raise ValueError(f'{file} has a broken header (no JSON object); fetch it again.')
+    raise UserError(f'{file} has a broken header (no JSON object); fetch it again.')
   header.pop('__metadata__', None)
   start = 8 + length
   found = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
@@ -180,19 +181,19 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
   for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
     if tensor.offset != end:
       kind = 'a gap' if tensor.offset > end else 'an overlap'
-      raise ValueError(
+      raise UserError(
         f'{file}: the header lies about tensor {name}: {kind} of {abs(tensor.offset - end)} bytes '
         'before its data. Fetch the file again.'
       )
     end += tensor.num_bytes
     if end > total:
-      raise ValueError(
+      raise UserError(
         f'{file} ({total} bytes) is truncated or damaged at tensor {name}, which ends at byte '
         f'{end}; fetch it again.'
       )
     tensors[name] = tensor
   if end != total:
-    raise ValueError(
+    raise UserError(
       f'{file} holds {total - end} bytes after its last tensor, {next(reversed(tensors), "none")}, '
       'which its header does not name; fetch it again.'
     )
@@ -209,18 +210,18 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
   except (KeyError, TypeError, ValueError):
     whole = False
   if not whole:
-    raise ValueError(
+    raise UserError(
       f'{file}: the header lies about tensor {name}: {str(entry)[:80]!r} is no dtype, shape and '
       'data_offsets. Fetch the file again.'
     )
   if dtype not in ITEM_SIZE:
-    raise ValueError(
+    raise UserError(
       f'{file}: tensor {name} has dtype {dtype}, not one of {", ".join(ITEM_SIZE)}; quantized '
       'checkpoints are not read, use the unquantized one.'
     )
   tensor = TensorHeader(file, dtype, shape, start + begin)
   if end - begin != tensor.num_bytes:
-    raise ValueError(
+    raise UserError(
       f'{file}: the header lies about tensor {name}: {end - begin} bytes for {dtype} '
       f'{list(shape)}, which takes {tensor.num_bytes}. Fetch the file again.'
     )
@@ -231,12 +232,12 @@ def _shard_files(index: Path) -> dict[str, list[str]]:
   """The files that an index names, each with its tensors; only plain names are allowed."""
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
-    raise ValueError(f'{index} has no "weight_map"; fetch it again.')
+    raise UserError(f'{index} has no "weight_map"; fetch it again.')
   shards: dict[str, list[str]] = {}
   for name, shard in weight_map.items():
     plain = isinstance(shard, str) and shard not in ('', '.', '..')
     if not plain or any(mark in shard for mark in '/\\\0'):
-      raise ValueError(
+      raise UserError(
         f'{index} puts tensor {name} into {shard!r}, which is not the name of a file in its own '
         'directory; it is not followed. Fetch the index from where you trust it.'
       )
@@ -249,7 +250,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f'{next(name for name in found if names.count(name) > 1)} is there twice')
+    raise UserError(f'{next(name for name in found if names.count(name) > 1)} is there twice')
   return found
 
 
@@ -257,9 +258,9 @@ def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
   """ValueError where what the hub lists under `name` is nothing that we read."""
   kind = config.get('model_type', 'llama')
   if kind != 'llama':
-    raise ValueError(f'{name}: model_type is {kind!r}; only llama models are read.')
+    raise UserError(f'{name}: model_type is {kind!r}; only llama models are read.')
   if not {WEIGHTS, INDEX} & set(files):
-    raise ValueError(_no_weights(name, files))
+    raise UserError(_no_weights(name, files))
 
 
 def _no_weights(where: str, files: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from segjax.errors import UserError
+
 ROLES = ('policy', 'reward', 'critic')
 
 _UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**20, 'GIB': 2**30}
@@ -51,7 +53,7 @@ def size(text: str) -> int:
   except ValueError:
     count = 0
   if count <= 0:
-    raise ValueError(f'{text!r} is no size; write 5GB, 500MB or 2GiB.')
+    raise UserError(f'{text!r} is no size; write 5GB, 500MB or 2GiB.')
   return count
 
 

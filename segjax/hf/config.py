@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from segjax.errors import UserError
 from segjax.hf import checkpoint
 from segjax.hf.tensor_names import HEADS, SCORE
 from segjax.model.llama import LlamaConfig, RopeScaling
@@ -44,7 +45,7 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
   head_dim = _size(where, raw, 'head_dim', raw['hidden_size'] // heads)
   kv_heads = _size(where, raw, 'num_key_value_heads', heads)
   if heads % kv_heads or head_dim % 2 or (not raw.get('head_dim') and raw['hidden_size'] % heads):
-    raise ValueError(
+    raise UserError(
       f'{where}: hidden_size={raw["hidden_size"]}, num_attention_heads={heads}, '
       f'num_key_value_heads={kv_heads}, head_dim={head_dim} do not fit: heads are a multiple of '
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
@@ -75,7 +76,7 @@ def _size(where: str, raw: dict[str, Any], key: str, default: int) -> int:
   """The positive integer raw[key]; `default` where it is absent, null or 0."""
   value = raw.get(key) or default
   if not _is_number(value) or value != int(value) or value <= 0:
-    raise ValueError(f'{where}: {key} is {value!r}; it must be a positive integer.')
+    raise UserError(f'{where}: {key} is {value!r}; it must be a positive integer.')
   return int(value)
 
 
@@ -83,7 +84,7 @@ def _number(where: str, raw: dict[str, Any], key: str, default: float | None = N
   """The positive number raw[key]; `default`, where there is one, for absent and null."""
   value = default if raw.get(key) is None else raw[key]
   if not _is_number(value) or not 0 < value < math.inf:
-    raise ValueError(f'{where}: {key} is {value!r}; it must be a positive number.')
+    raise UserError(f'{where}: {key} is {value!r}; it must be a positive number.')
   return float(value)
 
 
@@ -95,46 +96,46 @@ def _check_supported(where: str, raw: dict[str, Any]) -> None:
   """ValueError for a model that is no Llama, or has what this network does not compute."""
   kind = raw.get('model_type')
   if kind != 'llama':
-    raise ValueError(f'{where}: model_type is {kind!r}; only llama models are read.')
+    raise UserError(f'{where}: model_type is {kind!r}; only llama models are read.')
   quantization = raw.get('quantization_config')
   if quantization:
     method = quantization.get('quant_method') if isinstance(quantization, dict) else None
-    raise ValueError(
+    raise UserError(
       f'{where}: quantization_config ({method or "unknown"}): quantized weights are not read; use '
       'the unquantized checkpoint.'
     )
   activation = raw.get('hidden_act') or 'silu'
   if activation not in ('silu', 'swish'):
-    raise ValueError(f'{where}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
+    raise UserError(f'{where}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
   window = raw.get('sliding_window')
   if window is not None and raw.get('use_sliding_window', True):
-    raise ValueError(
+    raise UserError(
       f'{where}: sliding_window is {window!r}; only attention to all earlier tokens is computed.'
     )
   for key in _EXPERTS:
     if (raw.get(key) or 1) != 1:
-      raise ValueError(
+      raise UserError(
         f'{where}: {key} is {raw[key]!r}; mixtures of experts are not computed, only one MLP is.'
       )
   for key in _REQUIRED:
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
       found = f'is {value!r}' if key in raw else 'is missing'
-      raise ValueError(f'{where}: {key} {found}; it must be a positive integer.')
+      raise UserError(f'{where}: {key} {found}; it must be a positive integer.')
 
 
 def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling | None:
   """The scaling of normalised RoPE parameters; None for plain RoPE."""
   kind = rope['rope_type']
   if kind not in _ROPE_TYPES:
-    raise ValueError(f'{where}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.')
+    raise UserError(f'{where}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.')
   nested = [key for key, value in rope.items() if isinstance(value, dict)]
   if nested:
-    raise ValueError(
+    raise UserError(
       f'{where}: RoPE of its own for {nested[0]!r} layers is not computed; only one for all is.'
     )
   if rope['partial_rotary_factor'] != 1:
-    raise ValueError(
+    raise UserError(
       f'{where}: partial_rotary_factor={rope["partial_rotary_factor"]} is not computed; only 1, '
       'the rotation of the whole head, is.'
     )
@@ -143,14 +144,14 @@ def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling
   needed = ['factor'] + ['low_freq_factor', 'high_freq_factor'] * (kind == 'llama3')
   for key in needed:
     if not _is_number(rope.get(key)) or not 0 < rope[key] < math.inf:
-      raise ValueError(
+      raise UserError(
         f'{where}: rope type {kind!r} needs {key}, a positive number; found {rope.get(key)!r}.'
       )
   if kind == 'linear':
     return RopeScaling('linear', float(rope['factor']))
   low, high = float(rope['low_freq_factor']), float(rope['high_freq_factor'])
   if low >= high:
-    raise ValueError(
+    raise UserError(
       f"{where}: rope type 'llama3' needs low_freq_factor below high_freq_factor; found {low:g} "
       f'and {high:g}.'
     )
@@ -212,10 +213,10 @@ def config_to_hf(
     ValueError: where `extra` contradicts what the config decides.
   """
   if head not in HEADS:
-    raise ValueError(f'head={head!r} is not one of {HEADS}.')
+    raise UserError(f'head={head!r} is not one of {HEADS}.')
   wrong = sorted(set(extra or ()) & {*_OWNED, *_DROPPED})
   if wrong:
-    raise ValueError(f'extra config key {wrong[0]!r} is decided by the model; leave it out.')
+    raise UserError(f'extra config key {wrong[0]!r} is decided by the model; leave it out.')
   base = {k: v for k, v in (base_config or {}).items() if k not in _DROPPED}
   fields = {
     key: getattr(config, key)

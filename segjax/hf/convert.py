@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from segjax import storage
+from segjax.errors import UserError
 from segjax.hf import model_card as cards
 from segjax.hf import orbax_stream, reader, shards, tensor_names, writer
 from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
@@ -82,7 +83,7 @@ def import_checkpoint(
   total = sum(leaf.num_bytes for leaf in leaves.values())
   storage.check_space(out, total)
   if strict and (found := reader.find_not_finite(checkpoint, entries)):
-    raise ValueError(f'{found}; without --strict they are converted all the same.')
+    raise UserError(f'{found}; without --strict they are converted all the same.')
   with storage.atomic_directory(out) as partial:
     orbax_stream.write(partial / PARAMS, leaves, lambda done: progress(done, total))
     _describe(partial, source, origin, role)
@@ -154,13 +155,13 @@ def export_checkpoint(
 
 def _head(role: str) -> str:
   if role not in HEADS:
-    raise ValueError(f'role={role!r} is not one of {", ".join(HEADS)}.')
+    raise UserError(f'role={role!r} is not one of {", ".join(HEADS)}.')
   return HEADS[role]
 
 
 def _check_dtype(dtype: str) -> None:
   if dtype and dtype not in writer.NUMPY_TO_SAFETENSORS:
-    raise ValueError(
+    raise UserError(
       f"dtype={dtype!r} is not one of {', '.join(writer.NUMPY_TO_SAFETENSORS)} or ''."
     )
 
@@ -170,7 +171,7 @@ def _drawn_head(
 ) -> orbax_stream.StreamedArray:
   """The scalar head that `origin` lacks; ValueError where a random one would mean nothing."""
   if role == 'reward':
-    raise ValueError(
+    raise UserError(
       f'{origin} has no scalar head, so it is no reward model; train one from it, or import it '
       'as a critic, whose head may be drawn.'
     )
@@ -290,9 +291,9 @@ def _described(
   file = checkpoint / DESCRIPTION
   if not file.is_file():
     if not checkpoint.is_dir():
-      raise ValueError(f'no directory {checkpoint}.')
+      raise UserError(f'no directory {checkpoint}.')
     if not source or not role:
-      raise ValueError(
+      raise UserError(
         f'{checkpoint} has no {DESCRIPTION}, so it is no imported checkpoint. For one of a '
         'training run name an item of a step (checkpoints/STEP/policy), and with --source and '
         '--role the HF checkpoint it was trained from and what it is.'
@@ -301,12 +302,12 @@ def _described(
     return checkpoint, origin, role, cards.from_source(source, origin)
   text = read_json(file)
   if text.get('version') != _VERSION or text.get('role') not in HEADS:
-    raise ValueError(
+    raise UserError(
       f'{file}: version {text.get("version")!r} with role {text.get("role")!r} is not one that is '
       f'read here (version {_VERSION}; {", ".join(HEADS)}); import the HF checkpoint again.'
     )
   if role and role != text['role']:
-    raise ValueError(f'{checkpoint} is a {text["role"]}, not a {role}.')
+    raise UserError(f'{checkpoint} is a {text["role"]}, not a {role}.')
   names = {field.name for field in dataclasses.fields(cards.Card)}
   card = cards.Card(**{k: v for k, v in text.items() if k in names and isinstance(v, str)})
   return checkpoint / PARAMS, checkpoint / SOURCE, text['role'], card

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from segjax.errors import UserError
+
 _ADDRESS = 'https://huggingface.co'
 
 
@@ -34,12 +36,12 @@ def download(
     api.auth_check(name)
     info = api.model_info(name)
   except errors.GatedRepoError as error:
-    raise ValueError(
+    raise UserError(
       f'{name} is gated: accept its licence at {_ADDRESS}/{name}, then log in with the '
       'account that did: `hf auth login`.'
     ) from error
   except errors.RepositoryNotFoundError as error:
-    raise ValueError(
+    raise UserError(
       f'{name} is neither a local directory nor a model that the Hugging Face hub shows us; check '
       'the name, and `hf auth login` if the model is private.'
     ) from error
@@ -53,7 +55,7 @@ def download(
       )
     )
   except Exception as error:
-    raise ValueError(
+    raise UserError(
       f'{name} could not be downloaded ({_reason(error)}); run it again, and what is here already '
       'is kept.'
     ) from error
@@ -69,7 +71,7 @@ def _cached(name: str, patterns: Sequence[str], error: Exception) -> Path:
       )
     )
   except Exception:
-    raise ValueError(
+    raise UserError(
       f'{name} is neither a local directory nor in the cache, and the Hugging Face hub did not '
       f'answer ({_reason(error)}). Check the name and the network.'
     ) from error

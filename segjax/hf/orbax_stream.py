@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import future, type_handlers
 
+from segjax.errors import UserError
+
 STEP = 0  # of the CheckpointManager's directory
 ITEM = 'default'  # CheckpointManager's name for an only item
 THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of them wait for the disk
@@ -115,14 +117,14 @@ def _for_each(function: Callable[..., None], jobs: Sequence[tuple], threads: int
 def _item(directory: Path) -> Path:
   """The directory of the item: of its newest step, where there are steps."""
   if not directory.is_dir():
-    raise ValueError(f'no directory {directory}.')
+    raise UserError(f'no directory {directory}.')
   steps = sorted((int(p.name), p) for p in directory.iterdir() if p.name.isdecimal())
   step = steps[-1][1] if steps else directory
   for found in (step, step / ITEM):
     if (found / '_METADATA').is_file():
       return found
   items = ', '.join(sorted(p.parent.name for p in step.glob('*/_METADATA')))
-  raise ValueError(
+  raise UserError(
     f'{step} is no complete Orbax checkpoint of one tree'
     + (f'; name one of the items in it: {items}.' if items else ': it has no _METADATA.')
   )

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from segjax.errors import UserError
 from segjax.hf import placement, tensor_names
 from segjax.hf.checkpoint import (
   CONFIG,
@@ -71,11 +72,11 @@ def load_params(
       drawn without a key.
   """
   if dtype and dtype not in DTYPES.values():
-    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
+    raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
   checkpoint, entries = open_model(path, config, head)
   fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD
   if fresh and key is None:
-    raise ValueError(
+    raise UserError(
       f'{checkpoint.directory} has no scalar head, so it has to be drawn: give a random key, or a '
       'reward model.'
     )
@@ -89,7 +90,7 @@ def load_params(
   if files.not_finite:
     message = describe_not_finite(files.not_finite)
     if strict:
-      raise ValueError(f'{message}; strict=False loads them all the same.')
+      raise UserError(f'{message}; strict=False loads them all the same.')
     logging.warning('%s', message)
   if fresh:
     own = params['backbone']['embedding'].dtype
@@ -132,7 +133,7 @@ def dtype_of(checkpoint: Checkpoint, entry: tensor_names.TensorMapping, dtype: s
   own = {checkpoint.tensors[name].dtype: name for name in entry.hf_names()}
   if not dtype and len(own) > 1:
     name = next(iter(own.values()))
-    raise ValueError(
+    raise UserError(
       f'{checkpoint.tensors[name].file}: tensor {name} is {checkpoint.tensors[name].dtype}, but '
       f'the layers of {entry.template} have dtypes {", ".join(sorted(own))}, and one stack has '
       'one; name the dtype to load them in.'
@@ -168,7 +169,7 @@ def _check(
   if missing:
     single = checkpoint.directory / WEIGHTS
     file = single if single.is_file() else checkpoint.directory / INDEX
-    raise ValueError(
+    raise UserError(
       f'{file} lacks {_some(missing)} of a {head} model; check {CONFIG} against the files '
       '(number of layers, tie_word_embeddings) and the head that you ask for.'
     )
@@ -178,13 +179,13 @@ def _check(
     if name not in expected and name != 'lm_head.weight' and not re.search(_IGNORED, name)
   ]
   if extra:
-    raise ValueError(
+    raise UserError(
       f'{tensors[extra[0]].file} holds {_some(extra)} that a {head} model with its {CONFIG} does '
       'not have; check the number of layers, attention_bias, mlp_bias and the head you ask for.'
     )
   for name, shape in expected.items():
     if tensors[name].shape != shape:
-      raise ValueError(
+      raise UserError(
         f'{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, but by its '
         f'{CONFIG} it should be {list(shape)}'
         + (' (num_labels 1)' if shape[0] == 1 else '')
@@ -199,7 +200,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   """
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   if head in checkpoint.tensors and not SliceReader(checkpoint).same(head, embedding):
-    raise ValueError(
+    raise UserError(
       f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
       'them (tie_word_embeddings); say false there if the head counts, or take it away.'
     )

@@ -6,6 +6,7 @@ Read in both directions: by `reader` to load and by `writer` to save. It touches
 import dataclasses
 import math
 
+from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 
 HEADS = ('language', 'scalar')
@@ -113,7 +114,7 @@ def tensor_mappings(
     ValueError: for a head that is not 'language' or 'scalar'.
   """
   if head not in HEADS:
-    raise ValueError(f'head={head!r} is not one of {HEADS}.')
+    raise UserError(f'head={head!r} is not one of {HEADS}.')
   present = {
     '': True,
     'attention_bias': config.attention_bias,
@@ -151,7 +152,7 @@ def hf_name(path: str, layer: int | None = None, score: str = SCORE) -> str:
   """
   found = [template for ours, template, _, _ in _TABLE if ours == path]
   if len(found) != 1:
-    raise ValueError(f'tensor {path!r} is not in the table of HF names (hf/tensor_names.py).')
+    raise UserError(f'tensor {path!r} is not in the table of HF names (hf/tensor_names.py).')
   if ('{layer}' in found[0]) != (layer is not None):
-    raise ValueError(f'tensor {path!r} with layer={layer}: give a layer for stacked ones only.')
+    raise UserError(f'tensor {path!r} with layer={layer}: give a layer for stacked ones only.')
   return found[0].format(layer=layer, score=score)

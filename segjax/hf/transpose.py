@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from segjax.errors import UserError
+
 _TILE = 256
 _PAD = 16  # keeps a tile's columns from falling into the same cache sets
 
@@ -16,7 +18,7 @@ def transpose_into(source: np.ndarray, out: np.ndarray) -> None:
     ValueError: where the shapes are not each other's transpose.
   """
   if source.ndim != 2 or out.shape != source.shape[::-1]:
-    raise ValueError(f'out {out.shape} is not the transpose of source {source.shape}.')
+    raise UserError(f'out {out.shape} is not the transpose of source {source.shape}.')
   scratch = np.empty((_TILE, _TILE + _PAD), out.dtype)
   rows, columns = source.shape
   for row in range(0, rows, _TILE):

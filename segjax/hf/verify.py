@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.errors import UserError
 from segjax.hf import convert, orbax_stream, reader
 from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve_checkpoint
 from segjax.hf.config import config_from_hf, head_name
@@ -109,7 +110,7 @@ def verify(
     ValueError: without torch, for unreadable checkpoints, and for tokens outside the vocabulary.
   """
   if dtype not in _TOLERANCES:
-    raise ValueError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
+    raise UserError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
   origin = resolve_checkpoint(hf)
   config = reader.load_config(origin)
   theirs_head = _head_of(origin)
@@ -163,7 +164,7 @@ def _restore(
     name = prefix + jax.tree_util.keystr(path, simple=True, separator='/')
     if name not in arrays or arrays[name].shape != shape.shape:
       found = f'shape {list(arrays[name].shape)}' if name in arrays else 'none'
-      raise ValueError(f'{checkpoint}: {name} should be {list(shape.shape)}; found {found}.')
+      raise UserError(f'{checkpoint}: {name} should be {list(shape.shape)}; found {found}.')
     return jnp.asarray(arrays[name].read().result())
 
   return config, head, jax.tree_util.tree_map_with_path(restore, expected)
@@ -202,9 +203,9 @@ def _sequences(
     given = [np.asarray(row) for row in ids]
     for row in given or [np.zeros(0)]:
       if row.ndim != 1 or not row.size or row.dtype.kind not in 'iu':
-        raise ValueError('ids must be sequences of one token id or more.')
+        raise UserError('ids must be sequences of one token id or more.')
       if row.min() < 0 or row.max() >= config.vocab_size:
-        raise ValueError(
+        raise UserError(
           f'ids from {row.min()} to {row.max()} are not all in the vocabulary of '
           f'{config.vocab_size}.'
         )
@@ -251,7 +252,7 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
   try:
     import torch
   except ImportError as error:
-    raise ValueError('verify compares with torch, which is not installed: pip install torch') from (
+    raise UserError('verify compares with torch, which is not installed: pip install torch') from (
       error
     )
   import transformers

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from segjax import storage
+from segjax.errors import UserError
 from segjax.hf import model_card as cards
 from segjax.hf import shards, tensor_names
 from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
@@ -105,7 +106,7 @@ def save_checkpoint(
     ValueError: where params and config do not agree, or `directory` is not ours to replace.
   """
   if dtype and dtype not in NUMPY_TO_SAFETENSORS:
-    raise ValueError(f"dtype={dtype!r} is not one of {', '.join(NUMPY_TO_SAFETENSORS)} or ''.")
+    raise UserError(f"dtype={dtype!r} is not one of {', '.join(NUMPY_TO_SAFETENSORS)} or ''.")
   directory = Path(directory).expanduser().absolute()
   origin = None if source is None else resolve_checkpoint(source)
   storage.check_target(directory, REPLACEABLE, overwrite=True, source=origin)
@@ -193,12 +194,12 @@ def check_tensors(
   odd = sorted({entry.path for entry in entries} ^ set(given))
   if odd:
     what = 'is not one of them' if odd[0] in given else 'is missing'
-    raise ValueError(f'{where} are not those of this {head} model: {odd[0]} {what}.')
+    raise UserError(f'{where} are not those of this {head} model: {odd[0]} {what}.')
   for entry in entries:
     leaf = given[entry.path]
     name = jnp.dtype(leaf.dtype).name
     if tuple(leaf.shape) != entry.shape or name not in NUMPY_TO_SAFETENSORS:
-      raise ValueError(
+      raise UserError(
         f'{where}: {entry.path} is {name}{list(leaf.shape)}, but by the config it is a float '
         f'tensor of shape {list(entry.shape)}; save with the config that the model was made with.'
       )

@@ -11,6 +11,7 @@ import numpy as np
 from segjax import processes
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
 from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
@@ -30,9 +31,9 @@ def run(stage: Stage) -> dict[str, Any]:
     ValueError: config.policy.path is empty or no checkpoint.
   """
   if not stage.settings.policy.path:
-    raise ValueError('config.policy.path is empty: give a checkpoint to talk to.')
+    raise UserError('config.policy.path is empty: give a checkpoint to talk to.')
   if processes.process_count() > 1:
-    raise ValueError('chat runs in one process, for it reads from its terminal.')
+    raise UserError('chat runs in one process, for it reads from its terminal.')
   reader = annotate.load(stage)
   log(f'{stage.settings.policy.path}: {HELP}')
   messages: list[Message] = []

@@ -15,6 +15,7 @@ from segjax.data.batches import Pairs, eval_batches
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.evaluation import reward_bench, span_auc
 from segjax.evaluation.intervals import format_interval, wilson
 from segjax.model.llama import LlamaConfig
@@ -127,7 +128,7 @@ def load_judge(stage: Stage) -> LoadedRewardModel:
   networks = [config]
   if cutter.needs_entropy:
     if reference is None:
-      raise ValueError(
+      raise UserError(
         'config.reference.path is empty, and this reward model cuts where the entropy of its '
         'reference is high; give the SFT model that it was trained with.'
       )

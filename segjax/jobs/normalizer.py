@@ -13,6 +13,7 @@ import numpy as np
 from segjax import processes
 from segjax.config.conflicts import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select
+from segjax.errors import UserError
 from segjax.report.console import track
 from segjax.rl import normalizer
 from segjax.run import models
@@ -37,7 +38,7 @@ def run(stage: Stage) -> dict[str, Any]:
   s = stage.settings
   source = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   if not os.access(source, os.W_OK):
-    raise ValueError(
+    raise UserError(
       f'config.reward_model.path: {source} cannot be written to, and the normaliser belongs there; '
       'copy the reward model to a directory of yours.'
     )
@@ -130,7 +131,7 @@ def fit(kind: str, found: Statistics, **options: Any) -> Normalizer:
   if kind == 'none':
     return Normalizer()
   if not len(found.score):
-    raise ValueError('the normaliser has no segment to fit: no response of the data has one.')
+    raise UserError('the normaliser has no segment to fit: no response of the data has one.')
   if kind == 'regression':
     fit_regression = jax.jit(functools.partial(normalizer.fit_regression, **options))
     return fit_regression(*_arrays(found))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config import settings as typed
 from segjax.config.settings import Settings
+from segjax.errors import UserError
 from segjax.jobs import (
   answers,
   chat,
@@ -174,7 +175,7 @@ def prepare(
     ValueError: a batch does not divide over the mesh, a path or function does not exist, ...
   """
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
-    raise ValueError('config.wandb_project needs wandb: pip install segjax[wandb].')
+    raise UserError('config.wandb_project needs wandb: pip install segjax[wandb].')
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
@@ -206,7 +207,7 @@ def check_complete(stages: list[Stage]) -> None:
   """ValueError where a path is missing that nobody gives."""
   for stage in stages:
     if missing := missing_keys(stage):
-      raise ValueError(
+      raise UserError(
         f'config.{missing[0]} is empty, and the {stage.name} job needs it: give a path or a hub id '
         f'by --config.{missing[0]}=...'
       )

@@ -10,6 +10,7 @@ import numpy as np
 from segjax.config.settings import PPO
 from segjax.data.batches import endless_batch_indices, split_holdout
 from segjax.data.tokenize import tokenize_prompts
+from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
 from segjax.jobs.sampling import Sampler, held_out_metrics
@@ -116,7 +117,7 @@ def critic_directory(stage: Stage, paths: dict[str, Any]) -> Any:
   """Where the critic's first weights are."""
   init = stage.settings.critic.init
   if init == 'reward_model' and 'reward' not in paths:
-    raise ValueError('config.critic.init=reward_model, but there is none; use policy.')
+    raise UserError('config.critic.init=reward_model, but there is none; use policy.')
   known = {'policy': paths['policy'], 'reward_model': paths.get('reward')}
   return known.get(init) or jobs.resolve_checkpoint(init, 'critic.init')
 

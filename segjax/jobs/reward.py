@@ -12,6 +12,7 @@ from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenizer import tokenizer_fingerprint
+from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.report.console import table, track
@@ -51,7 +52,7 @@ def run(stage: Stage) -> dict[str, Any]:
   pairs = jobs.load_pairs(stage, tokenizer, config)
   jobs.log_dataset(stage, pairs)
   if s.reward_training.rating_margin_coef and np.isnan(pairs.rating_gap).all():
-    raise ValueError(
+    raise UserError(
       f'config.reward_training.rating_margin_coef={s.reward_training.rating_margin_coef}, but no '
       'pair of the data has ratings; '
       'set it to 0, or give `chosen_rating` and `rejected_rating`.'

@@ -23,6 +23,7 @@ from segjax.config.settings import (
   RolloutSettings,
   Segmentation,
 )
+from segjax.errors import UserError
 from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
@@ -101,7 +102,7 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   failed = [name for name, outcome in found.items() if outcome.status == 'FAILED']
   if failed:
-    raise ValueError(
+    raise UserError(
       f'{len(failed)} of {len(found)} checks failed: {"; ".join(failed)}. Do not train here: the '
       'numbers above are wrong on this machine or with this version of jax.'
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float, Int
 
+from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.splash import LANES, splash
 
@@ -68,7 +69,7 @@ def attention(
     layout: of the heads on the devices, a prefix in the table of `sharding`.
   """
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'attention={implementation!r} is not one of {IMPLEMENTATIONS}.')
+    raise UserError(f'attention={implementation!r} is not one of {IMPLEMENTATIONS}.')
   implementation = _possible(implementation, query.shape[1], segment_ids is not None)
   if implementation == 'cudnn':
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.model import decode, sharding
 from segjax.model.decode import ChunkOutput, DecodeConfig, DecodeWeights
 from segjax.model.llama import LlamaConfig, num_parameters
@@ -60,7 +61,7 @@ def make_decode_config(
   """
   for stop in stop_ids:
     if not 0 <= stop < config.vocab_size:
-      raise ValueError(
+      raise UserError(
         f'stop id {stop} is outside the vocabulary of {config.vocab_size}; the tokenizer is not '
         'that of the network.'
       )
@@ -274,11 +275,11 @@ def _response_keys(key: jax.Array, index: jax.Array, samples: int) -> jax.Array:
 def _check(prompts: PromptArrays, decoder: DecodeConfig) -> None:
   if not (prompts.length > 0).all():
     row = int(np.argmin(prompts.length))
-    raise ValueError(f'prompt {row} is empty; there is nothing to answer.')
+    raise UserError(f'prompt {row} is empty; there is nothing to answer.')
   most = decoder.config.max_position_embeddings - decoder.sampling.max_new_tokens
   if prompts.length.max() > most:
     row = int(np.argmax(prompts.length))
-    raise ValueError(
+    raise UserError(
       f'prompt {row} has {prompts.length[row]} tokens; with responses of up to '
       f'{decoder.sampling.max_new_tokens} the network has room for {most}.'
     )
@@ -300,7 +301,7 @@ def _check_memory(slots: int, prompts: PromptArrays, decoder: DecodeConfig, mesh
   if weights + slots * per_slot > free:
     fits = max(int((free - weights) // per_slot), 0)
     advice = f'set config.rollout.max_concurrent to at most {fits}' if fits else 'use more devices'
-    raise ValueError(
+    raise UserError(
       f'the weights for decoding and a cache of {slots} slots of {last} positions, counting that '
       f'it grows, take {weights / 2**30:.2f} + {slots * per_slot / 2**30:.2f} GiB of each device, '
       f'which has {free / 2**30:.2f} GiB free; {advice}.'

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.llama import Llama, LlamaConfig
 from segjax.rl.logprobs import logprob_and_entropy
@@ -78,7 +79,7 @@ class _Head(nn.Module):
 
 def _module(config: LlamaConfig, head: str) -> nn.Module:
   if head not in HEADS:
-    raise ValueError(f'head={head!r} is not one of {HEADS}.')
+    raise UserError(f'head={head!r} is not one of {HEADS}.')
   return LanguageModel(config) if head == 'language' else ScalarModel(config)
 
 

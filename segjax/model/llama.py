@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from segjax.config.settings import Network
+from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.attention import KeyValue, attention, cached_attention
 
@@ -119,7 +120,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
   if scaling.kind == 'linear':
     return (frequency / scaling.factor).astype(np.float32)
   if scaling.kind != 'llama3':
-    raise ValueError(f'rope type {scaling.kind!r} is not one of default, linear, llama3.')
+    raise UserError(f'rope type {scaling.kind!r} is not one of default, linear, llama3.')
   periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
   blend = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
   blend = np.clip(blend, 0.0, 1.0)

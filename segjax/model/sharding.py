@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from segjax.errors import UserError
+
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
 WEIGHT_AXES = ('fsdp', 'tensor')
@@ -86,11 +88,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
   if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-    raise ValueError(f'mesh={sizes}: axes are positive, and at most one is -1 (the rest).')
+    raise UserError(f'mesh={sizes}: axes are positive, and at most one is -1 (the rest).')
   known = math.prod(size for size in sizes if size > 0)
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
-    raise ValueError(
+    raise UserError(
       f'mesh data x fsdp x tensor = {" x ".join(map(str, sizes))} does not use the {len(devices)} '
       'devices exactly; set one axis to -1 to take what the others leave.'
     )
@@ -121,7 +123,7 @@ def check_batch(what: str, size: int, mesh: Mesh) -> None:
   if size % parts:
     below = size // parts * parts
     fits = f'{below} or {below + parts}' if below else str(parts)
-    raise ValueError(
+    raise UserError(
       f'{what} does not divide over the {parts} devices of the mesh axes data and fsdp; use {fits}.'
     )
 
@@ -130,7 +132,7 @@ def check_heads(heads: int, kv_heads: int, mesh: Mesh) -> None:
   """ValueError unless query and key heads divide over the tensor axis."""
   parts = mesh.shape['tensor']
   if heads % parts or kv_heads % parts:
-    raise ValueError(
+    raise UserError(
       f'config.mesh.tensor={parts} does not divide the {heads} query and {kv_heads} key heads of '
       f'the network; use a divisor of {math.gcd(heads, kv_heads)}.'
     )
@@ -145,7 +147,7 @@ def parameter_spec(name: str) -> P:
   """The layout of the tensor at path `name`; ValueError unless exactly one rule matches."""
   found = [spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name)]
   if len(found) != 1:
-    raise ValueError(
+    raise UserError(
       f'{len(found)} rules of PARAMETER_RULES match tensor {name!r}; exactly one must.'
     )
   return found[0]
@@ -305,7 +307,7 @@ def to_host(tree: Any) -> Any:
   """
   device = next(iter(jax.tree.leaves(tree)[0].devices()))
   if _HOST not in {memory.kind for memory in device.addressable_memories()}:
-    raise ValueError(
+    raise UserError(
       f'config.runtime.frozen_params_memory=host: {device.device_kind} devices cannot read the '
       'memory of '
       'the host; use device.'

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings
+from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.model import sharding
@@ -54,7 +55,7 @@ def make_plan(
     ValueError: no such job or phase; sizes that are not known; batches that do not divide.
   """
   if job not in programs.JOBS:
-    raise ValueError(f'there is no plan for the job {job!r}, only for {", ".join(programs.JOBS)}.')
+    raise UserError(f'there is no plan for the job {job!r}, only for {", ".join(programs.JOBS)}.')
   network = _network(s)
   devices = topologies.devices(topology)
   mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
@@ -63,7 +64,7 @@ def make_plan(
   known = [phase.name for phase in program.phases]
   for name in names:
     if name not in known:
-      raise ValueError(f'--phases: {name!r} is not one of {", ".join(known)}.')
+      raise UserError(f'--phases: {name!r} is not one of {", ".join(known)}.')
   measured = []
   for phase in program.phases:
     if not names or phase.name in names:
@@ -82,7 +83,7 @@ def _network(s: Settings) -> LlamaConfig:
   if s.policy.path and path.is_dir():
     return reader.load_config(path)
   if not s.network.vocab_size:
-    raise ValueError(
+    raise UserError(
       'the sizes of the network are not known: take a preset such as llama3_8b_sft, or give '
       '--config.policy.path a directory that is here.'
     )

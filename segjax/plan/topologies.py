@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+from segjax.errors import UserError
 from segjax.model.chips import CHIPS, GIB, Chip
 
 _FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
@@ -46,7 +47,7 @@ def parse(name: str) -> Topology:
   match = re.fullmatch(r'([1-9][0-9]*)x(.+)', shape)
   if kind == 'cuda' and match and match[2] in CHIPS and '-' in match[2]:
     return Topology(name, CHIPS[match[2]], int(match[1]), is_estimate=True)
-  raise ValueError(f'topology {name!r} is not known; known are\n{_known()}')
+  raise UserError(f'topology {name!r} is not known; known are\n{_known()}')
 
 
 def _known() -> str:
@@ -67,7 +68,7 @@ def prepare(topology: Topology) -> None:
     ValueError: there is no libtpu, which compiles for TPUs.
   """
   if topology.is_tpu and importlib.util.find_spec('libtpu') is None:
-    raise ValueError(
+    raise UserError(
       f'{topology.name} needs libtpu, which compiles for TPUs on any machine; '
       "install it by pip install -e '.[plan]'"
     )
@@ -97,7 +98,7 @@ def devices(topology: Topology) -> list[Any]:
     found = topologies.get_topology_desc(platform='tpu', topology_name=topology.name)
     return list(found.devices)
   if len(jax.devices()) < topology.count:
-    raise ValueError(
+    raise UserError(
       f'{topology.name} wants {topology.count} devices, and jax has {len(jax.devices())}; start a '
       'process of its own for each topology.'
     )

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.timing import compiles
@@ -29,7 +30,7 @@ _NO_DATA = 'reward/by_position/'  # left out of a step that has none for them
 _Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds
 
 
-class TooManySkippedStepsError(RuntimeError):
+class TooManySkippedStepsError(UserError):
   """Too many steps in a row whose loss or gradient was not finite."""
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from segjax.errors import UserError
+
 DIRECTORY = 'profile'  # in a stage's directory
 
 
@@ -18,7 +20,7 @@ def parse(steps: str) -> tuple[int, int]:
     return 0, 0
   first, _, last = steps.partition(':')
   if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-    raise ValueError(
+    raise UserError(
       f'config.profile_steps={steps!r}: write first:last, steps from 1 on, such as 5:7.'
     )
   return int(first), int(last) + 1

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.run import lock, stage_record
 
 INDEX = 'mirror.json'  # SHA-256 of every file; not there where a push was cut off
@@ -81,7 +82,7 @@ class BucketMirror(NoMirror):
     except Exception as error:  # each kind of bucket has its own
       is_missing = isinstance(error, ImportError) and self._url.startswith('gs://')
       package = ' (pip install segjax[gcs])' if is_missing else ''
-      raise ValueError(
+      raise UserError(
         f'--workdir={self._url} cannot be {verb}: {_first_line(error)}{package}'
       ) from error
 
@@ -105,7 +106,7 @@ class BucketMirror(NoMirror):
     try:
       epath.Path(self._url)
     except KeyError:
-      raise ValueError(
+      raise UserError(
         f'--workdir={self._url}: training states cannot go there; give gs:// or a directory.'
       ) from None
 

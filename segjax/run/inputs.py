@@ -5,6 +5,7 @@ from pathlib import Path
 from etils import epath
 
 from segjax.data.sources import is_hub_id
+from segjax.errors import UserError
 from segjax.jobs import ppo
 
 LISTS = ('evaluate_reward.pairs',)  # keys whose paths are joined by commas
@@ -28,9 +29,9 @@ def check(key: str, path: str, directory: Path) -> None:
     return
   place = Path(path).expanduser()
   if not place.exists() and not is_hub_id(path):
-    raise ValueError(f'config.{key}={path!r}: no such file or directory, and no hub id.')
+    raise UserError(f'config.{key}={path!r}: no such file or directory, and no hub id.')
   if place.absolute().is_relative_to(directory.absolute()):
-    raise ValueError(
+    raise UserError(
       f'config.{key}={path!r} lies in {directory}, which this run writes; give another --workdir.'
     )
 
@@ -43,7 +44,7 @@ def check_writable(directory: str) -> None:
     epath.Path(directory).mkdir(parents=True, exist_ok=True)
   except Exception as error:  # each kind of bucket has its own
     first = str(error).strip().partition('\n')[0]
-    raise ValueError(
+    raise UserError(
       f'config.checkpoint.directory={directory!r} cannot be made: {first}. A bucket needs its '
       'package, gs:// `pip install gcsfs`.'
     ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax import processes
+from segjax.errors import UserError
 
 FILE = 'lock.json'
 
@@ -22,7 +23,7 @@ _PATIENCE = 35.0  # seconds without one, after which the holder is gone
 _SETTLE = 1.0  # seconds in which another that began at the same time is seen
 
 
-class LockedError(ValueError):
+class LockedError(UserError):
   """Another run holds the directory."""
 
 

@@ -14,6 +14,7 @@ from segjax.config.settings import Segmentation
 from segjax.config.validate import resolve_spread
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.hf import reader, tensor_names
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
@@ -62,7 +63,7 @@ def load_network_configs(stage: Stage, paths: dict[str, Path]) -> dict[str, Llam
   if 'reward' in paths:
     tensors = reader.open_model(paths['reward'], found['reward'], 'scalar')[1]
     if len(tensors) < len(tensor_names.tensor_mappings(found['reward'], 'scalar')):
-      raise ValueError(
+      raise UserError(
         f'{paths["reward"]} has no scalar head, so it is no reward model; train one from it by the '
         'reward job.'
       )

@@ -24,6 +24,7 @@ from segjax.data.packing_plan import packing_efficiency, plan_packing
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenize import Limits, PairRules, tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.model import chips, sharding
 from segjax.model.attention import select_implementation
@@ -96,7 +97,7 @@ def resolve_checkpoint(path: str, key: str) -> Path:
   try:
     return reader.resolve_checkpoint(path)
   except ValueError as error:
-    raise ValueError(f'config.{key}: {error}') from error
+    raise UserError(f'config.{key}: {error}') from error
 
 
 def load_config_rows(stage: Stage) -> Rows:
@@ -221,7 +222,7 @@ def prompt_limits(
   name, network = min(networks.items(), key=lambda item: item[1].max_position_embeddings)
   room = network.max_position_embeddings - new_tokens
   if room < 1:
-    raise ValueError(
+    raise UserError(
       f'config.{section}.max_new_tokens={new_tokens} leaves no room for a prompt in the '
       f'{network.max_position_embeddings} positions of the {name}; make it smaller.'
     )
@@ -373,7 +374,7 @@ def num_steps(steps: int, epochs: int, rows: int, batch: int, key: str) -> int:
     ValueError: there are fewer rows than a batch has.
   """
   if rows < batch:
-    raise ValueError(
+    raise UserError(
       f'config.{key}.batch_size={batch} is more than the {rows} rows at hand; use at most {rows}.'
     )
   return steps or epochs * (rows // batch)

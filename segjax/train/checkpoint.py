@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Array, UInt
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.train.state import TrainState
 
 TrainStates = dict[str, Any]  # TrainStates by name, and what else a step carries on
@@ -25,7 +26,7 @@ _MANIFEST = 'manifest'
 _DAMAGED = 'damaged-'  # before the step, of a directory that could not be read
 
 
-class CheckpointMismatchError(ValueError):
+class CheckpointMismatchError(UserError):
   """The checkpoint is of another run than the one that would go on from it."""
 
 

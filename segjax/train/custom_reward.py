@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from segjax.data.files import excerpt
+from segjax.errors import UserError
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -35,11 +36,11 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
   try:
     function = operator.attrgetter(name)(importlib.import_module(module))
   except Exception as error:  # whatever a user's module does while it is imported
-    raise ValueError(
+    raise UserError(
       f"config.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
     ) from error
   if not callable(function):
-    raise ValueError(
+    raise UserError(
       f'config.{key}={path!r} is a {type(function).__name__} and cannot be called; name a function.'
     )
   return function
@@ -116,7 +117,7 @@ def _placed(found: Any, text: str, ids: np.ndarray, decode, where: str) -> np.nd
   elif len(found) == len(ids):
     rewards[:] = [_number(value, where) for value in found]
   elif found:
-    raise ValueError(
+    raise UserError(
       f'{where} returned {len(found)} numbers for {len(ids)} tokens; return one for each (the stop '
       'token counts), or pairs of (end, number).'
     )
@@ -134,11 +135,11 @@ def _completing(end: int, text: str, count: int, prefix: Callable[[int], str]) -
 
 def _pair(item: Any, text: str, where: str) -> tuple[int, float]:
   if not isinstance(item, list | tuple) or len(item) != 2:
-    raise ValueError(f'{where} returned {excerpt(item)} among pairs of (end, number).')
+    raise UserError(f'{where} returned {excerpt(item)} among pairs of (end, number).')
   end, value = item
   is_whole = isinstance(end, numbers.Integral) and not isinstance(end, bool)
   if not is_whole or not 1 <= end <= len(text):
-    raise ValueError(
+    raise UserError(
       f'{where} returned the pair {excerpt(item)}; its first must be a whole number from 1 to '
       f'{len(text)}, as many characters as the response has.'
     )
@@ -151,7 +152,7 @@ def _number(value: Any, where: str) -> float:
   except OverflowError:
     number = math.inf
   if not abs(number) <= _LARGEST:
-    raise ValueError(
+    raise UserError(
       f'{where} returned {excerpt(value)}; return a finite number, a list of one per token, or a '
       'list of (end, number).'
     )

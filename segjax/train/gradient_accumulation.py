@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.types import PackingPlan, PackingSlots
 
@@ -98,11 +99,11 @@ def _added_up(piece: Callable[[Array], Any], params: Any, count: Any) -> tuple[L
 def _number(micro_batch: int, batch: Any) -> int:
   counts = sorted({x.shape[0] for x in jax.tree.leaves(batch)})
   if len(counts) != 1:
-    raise ValueError(f'the arrays of a batch have {counts} rows; all must have the same number.')
+    raise UserError(f'the arrays of a batch have {counts} rows; all must have the same number.')
   (rows,) = counts
   if micro_batch and rows % micro_batch:
     fits = ', '.join(str(n) for n in range(1, rows + 1) if not rows % n)
-    raise ValueError(
+    raise UserError(
       f'micro_batch={micro_batch} does not divide the {rows} rows of the batch; use {fits}.'
     )
   return rows // micro_batch if micro_batch else 1

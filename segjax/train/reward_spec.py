@@ -10,6 +10,7 @@ from pathlib import Path
 
 from segjax.config.settings import AS_STORED, RewardModelSettings, Segmentation
 from segjax.data.tokenizer import tokenizer_fingerprint
+from segjax.errors import UserError
 from segjax.rl.normalizer import PUBLISHED
 from segjax.types import Normalizer
 
@@ -61,7 +62,7 @@ def read_spec(directory: Path) -> RewardSpec | None:
   try:
     text = json.loads(path.read_text(encoding='utf-8'))
     if text['version'] not in (2, VERSION):
-      raise ValueError(f'version {text["version"]} is not {VERSION}')
+      raise UserError(f'version {text["version"]} is not {VERSION}')
     if text['version'] == 2:
       text |= {new: text[old] for new, old in _VERSION_2.items()}
     normalizer = text['normalizer']
@@ -74,7 +75,7 @@ def read_spec(directory: Path) -> RewardSpec | None:
       tokenizer_sha256=text['tokenizer_sha256'],
     )
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(
+    raise UserError(
       f'{path}: {error!r}; fit it again by the normalizer job, or take the file away and name '
       'granularity, threshold and normaliser in config.reward_model.'
     ) from error
@@ -103,7 +104,7 @@ def resolve_spec(
   if normalizer is None:
     missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
   if missing:
-    raise ValueError(
+    raise UserError(
       f'{directory} has no {REWARD_SPEC_FILE} that says it all: run the normalizer job on it, or '
       'give '
       f'{", ".join(missing)}.'
@@ -141,7 +142,7 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
     sha256: what is known of the first one's tokenizer; '' reads its files.
   """
   if (sha256 or tokenizer_fingerprint(str(directory))) != tokenizer_fingerprint(str(other)):
-    raise ValueError(
+    raise UserError(
       f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
       'all models of a run must share one tokenizer.'
     )

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from segjax.config.settings import RolloutSettings
+from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.model.llama import LlamaConfig
@@ -64,7 +65,7 @@ def rollout(
     watch=watch,
   )
   if found.broken.all():
-    raise ValueError(
+    raise UserError(
       'the logits of every response are not finite: the weights of the policy are spoilt; go on '
       'from an earlier checkpoint, or lower the learning rate.'
     )
