@@ -21,7 +21,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config.stages = ('normalizer',)
   if name == 'demo':
     demo_run.assign(config, last_job='normalizer')
-    config.reward_training.segmentation.granularity = granularity or 'segment'
+    config.reward.segmentation.granularity = granularity or 'segment'
   else:
     config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says
   return config

@@ -32,7 +32,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward_model.segmentation.granularity = granularity
   else:
     demo_run.assign(config, last_job='evaluate')
-    config.reward_training.segmentation.granularity = granularity or 'segment'
+    config.reward.segmentation.granularity = granularity or 'segment'
     if name == 'demo_long':
       demo_run.longer(config)
   return config

@@ -33,11 +33,11 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.data.path = 'hendrydong/preference_700K'
     config.data.max_length = 2048
     config.data.max_prompt_length = 1728
-    config.reward_training.segmentation.entropy_threshold = 2.0  # nats
-    config.reward_training.batch_size = 128
-    config.reward_training.num_epochs = 1
-    config.reward_training.optimizer.learning_rate = 1e-6
+    config.reward.segmentation.entropy_threshold = 2.0  # nats
+    config.reward.batch_size = 128
+    config.reward.num_epochs = 1
+    config.reward.optimizer.learning_rate = 1e-6
     config.checkpoint.every_steps = 256
     model_sizes.lay_out(config, 'reward', name, topology)
-  config.reward_training.segmentation.granularity = granularity or 'segment'
+  config.reward.segmentation.granularity = granularity or 'segment'
   return config

@@ -227,7 +227,7 @@ class Policy(_Model):
     Raises:
       ValueError: an unknown field, or a text as in `logprobs`.
     """
-    named = {f'reward_training.segmentation.{key}': value for key, value in how.items()}
+    named = {f'reward.segmentation.{key}': value for key, value in how.items()}
     cutter = make_segmenter(_settings(named).reward.segmentation, self.reader.tokenizer)
     return self._annotated(dataclasses.replace(self.reader, cutter=cutter), texts)
 

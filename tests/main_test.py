@@ -147,7 +147,7 @@ FEW = {
   'demo.sft_rows': 256,
   'demo.pairs': 256,
   'sft.max_steps': 2,
-  'reward_training.max_steps': 2,
+  'reward.max_steps': 2,
   'normalizer.max_pairs': 128,
   'ppo.max_steps': 2,
   'ppo.rollout_batch_size': 16,

@@ -26,14 +26,14 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
-  config.reward_training.segmentation.entropy_threshold = (
+  config.reward.segmentation.entropy_threshold = (
     1.0  # nats; a fork has at most ln 2, a clause start over 1.5
   )
-  config.reward_training.batch_size = 64
-  config.reward_training.max_steps = 900
-  config.reward_training.holdout_fraction = 0.06
-  config.reward_training.optimizer.learning_rate = 3e-3
-  config.reward_training.optimizer.warmup_ratio = 0.05
+  config.reward.batch_size = 64
+  config.reward.max_steps = 900
+  config.reward.holdout_fraction = 0.06
+  config.reward.optimizer.learning_rate = 3e-3
+  config.reward.optimizer.warmup_ratio = 0.05
 
   config.normalizer.max_pairs = 2048
   config.normalizer.batch_size = 128

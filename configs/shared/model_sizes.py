@@ -34,12 +34,12 @@ TOPOLOGIES = {
     },
   },
   ('reward', '8b'): {
-    'v5p:2x2x2': {'reward_training.micro_batch_size': 16},
-    'v6e:4x4': {'reward_training.micro_batch_size': 16},
-    'v5e:8x8': {'reward_training.micro_batch_size': 64},
-    'cuda:8xH100-80GB': {'reward_training.micro_batch_size': 8},
+    'v5p:2x2x2': {'reward.micro_batch_size': 16},
+    'v6e:4x4': {'reward.micro_batch_size': 16},
+    'v5e:8x8': {'reward.micro_batch_size': 64},
+    'cuda:8xH100-80GB': {'reward.micro_batch_size': 8},
   },
-  ('reward', '70b'): {'v5p:4x4x8': {'reward_training.micro_batch_size': 128}},
+  ('reward', '70b'): {'v5p:4x4x8': {'reward.micro_batch_size': 128}},
 }
 
 

@@ -11,10 +11,10 @@ from segjax.rl import normalizer
 
 def check_conflicts(s: Settings) -> None:
   """ValueError where two settings cannot be meant together."""
-  calibration, cutting = s.reward_training.threshold_search, s.reward_training.segmentation
+  calibration, cutting = s.reward.threshold_search, s.reward.segmentation
   if calibration.target_segment_length and calibration.entropy_quantile:
     raise UserError(
-      'config.reward_training.threshold_search has both target_segment_length and '
+      'config.reward.threshold_search has both target_segment_length and '
       'entropy_quantile; set one of '
       'them to 0.'
     )
@@ -25,11 +25,11 @@ def check_conflicts(s: Settings) -> None:
     ):
       if value != needed:
         raise UserError(
-          'config.reward_training.threshold_search looks for an entropy threshold, which '
+          'config.reward.threshold_search looks for an entropy threshold, which '
           f'{key}={value} does not '
-          f'use; set config.reward_training.segmentation.{key}={needed}, or both targets to 0.'
+          f'use; set config.reward.segmentation.{key}={needed}, or both targets to 0.'
         )
-  for section in ('reward_training', 'reward_model'):
+  for section in ('reward', 'reward_model'):
     check_segmentation(getattr(s, section).segmentation, f'config.{section}.segmentation')
   granularity = cutting.granularity if 'reward' in s.stages else ''
   granularity = s.reward_model.segmentation.granularity or granularity

@@ -42,7 +42,7 @@ def apply_reference_exact(settings: Settings) -> Settings:
     s,
     compat=dataclasses.replace(s.compat, **switches),
     **{
-      'reward_training.segmentation': _tokens_by_threshold(s.reward_training.segmentation),
+      'reward.segmentation': _tokens_by_threshold(s.reward.segmentation),
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
       'reward_shaping.std_floor_ratio': -1.0,
       'rollout.recompute_logprob': True,

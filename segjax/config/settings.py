@@ -370,7 +370,7 @@ class Settings:
   critic: Critic = Critic()
   data: Data = Data()
   sft: SFT = SFT()
-  reward_training: RewardTraining = RewardTraining()
+  reward: RewardTraining = RewardTraining()
   normalizer: NormalizerFit = NormalizerFit()
   rollout: RolloutSettings = RolloutSettings()
   reward_shaping: RewardShaping = RewardShaping()

@@ -135,7 +135,7 @@ def _check_choices(s: Settings) -> None:
     'ppo.loss_aggregation': losses.MEANS,
   }.items():
     _check_choice(key, _get(s, key), names)
-  for section, empty in (('reward_training', ()), ('reward_model', ('',))):
+  for section, empty in (('reward', ()), ('reward_model', ('',))):
     for name, names in {
       'granularity': segmentation.GRANULARITIES,
       'boundary': segmentation.CUTS,
@@ -187,21 +187,21 @@ _MINIMUMS = {
     *('data.max_rows', 'sft.max_steps', 'sft.micro_batch_size', 'evaluate.num_printed'),
     *('checkpoint.every_steps', 'checkpoint.every_minutes', 'checkpoint.max_failures', 'log_every'),
     *(
-      'reward_training.eval_every',
+      'reward.eval_every',
       'ppo.eval_every',
       'report.every_steps',
       'report.eval_responses',
     ),
     *(
-      'reward_training.max_steps',
-      'reward_training.micro_batch_size',
-      'reward_training.margin',
-      'reward_training.rating_margin_coef',
+      'reward.max_steps',
+      'reward.micro_batch_size',
+      'reward.margin',
+      'reward.rating_margin_coef',
     ),
-    'reward_training.threshold_search.target_segment_length',
+    'reward.threshold_search.target_segment_length',
     *('critic.warmup_rollouts', 'reward_shaping.reward_clip'),
     *('rollout.temperature', 'rollout.top_k', 'rollout.max_concurrent', 'rollout.min_new_tokens'),
-    *('sft.packing_length', 'reward_training.packing_length', 'ppo.packing_length'),
+    *('sft.packing_length', 'reward.packing_length', 'ppo.packing_length'),
     *(
       'ppo.micro_batch_size',
       'ppo.scoring_batch_size',
@@ -228,19 +228,19 @@ _MINIMUMS = {
       'runtime.scan_unroll',
       'sft.batch_size',
       'sft.num_epochs',
-      'reward_training.batch_size',
-      'reward_training.num_epochs',
+      'reward.batch_size',
+      'reward.num_epochs',
     ),
     *('rollout.samples_per_prompt', 'report.responses_per_rollout'),
     *(
-      'reward_training.segmentation.segment_length',
-      'reward_training.segmentation.min_segment_length',
+      'reward.segmentation.segment_length',
+      'reward.segmentation.min_segment_length',
     ),
     *(
-      'reward_training.threshold_search.num_samples',
-      'reward_training.threshold_search.batch_size',
+      'reward.threshold_search.num_samples',
+      'reward.threshold_search.batch_size',
     ),
-    'reward_training.threshold_search.max_new_tokens',
+    'reward.threshold_search.max_new_tokens',
     *(
       'normalizer.batch_size',
       'normalizer.max_pairs',
@@ -266,7 +266,7 @@ _MINIMUMS = {
 }
 _OPTIMIZERS = (
   'sft.optimizer',
-  'reward_training.optimizer',
+  'reward.optimizer',
   'ppo.policy_optimizer',
   'ppo.critic_optimizer',
 )
@@ -277,22 +277,21 @@ def _check_ranges(s: Settings) -> None:
     for key in keys:
       if _get(s, key) < least:
         raise UserError(f'config.{key}={_get(s, key)} must be at least {least}.')
-  quantile = s.reward_training.threshold_search.entropy_quantile
+  quantile = s.reward.threshold_search.entropy_quantile
   if not 0 <= quantile < 1:
     raise UserError(
-      f'config.reward_training.threshold_search.entropy_quantile={quantile} must be at least 0 '
+      f'config.reward.threshold_search.entropy_quantile={quantile} must be at least 0 '
       '(off) and below 1.'
     )
-  if s.reward_training.segmentation.softmax_temperature <= 0:
-    raise UserError('config.reward_training.segmentation.softmax_temperature must be above 0.')
+  if s.reward.segmentation.softmax_temperature <= 0:
+    raise UserError('config.reward.segmentation.softmax_temperature must be above 0.')
   if 0 < s.ppo.dual_clip_ratio <= 1:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
     )
-  if not 0 < s.reward_training.holdout_fraction < 1:
+  if not 0 < s.reward.holdout_fraction < 1:
     raise UserError(
-      f'config.reward_training.holdout_fraction={s.reward_training.holdout_fraction} must lie '
-      'between 0 and 1.'
+      f'config.reward.holdout_fraction={s.reward.holdout_fraction} must lie between 0 and 1.'
     )
   if not 0 <= s.ppo.holdout_fraction < 1:
     raise UserError(
@@ -337,11 +336,11 @@ def _check_packing(s: Settings) -> None:
   ppo = s.data.max_prompt_length + s.rollout.max_new_tokens
   for section, (size, what), least in (
     ('sft', longest, 1),
-    ('reward_training', longest, 2),
+    ('reward', longest, 2),
     ('ppo', (ppo, 'data.max_prompt_length + rollout.max_new_tokens'), 1),
   ):
     width = _get(s, f'{section}.packing_length')
-    if width and section.removesuffix('_training') in s.stages and width < size:
+    if width and section in s.stages and width < size:
       raise UserError(
         f'config.{section}.packing_length={width} is less than {what} = {size}: a sequence could '
         'be '
@@ -362,7 +361,7 @@ def _check_divisibility(s: Settings) -> None:
       ('ppo.minibatch_size', 'ppo.scoring_batch_size', 'rollout.samples_per_prompt'),
     ),
     ('ppo.minibatch_size', ('ppo.micro_batch_size',)),
-    ('reward_training.batch_size', ('reward_training.micro_batch_size',)),
+    ('reward.batch_size', ('reward.micro_batch_size',)),
     ('sft.batch_size', ('sft.micro_batch_size',)),
   ):
     whole = _get(s, whole_key)

@@ -152,9 +152,9 @@ class ChatTokenizer:
     found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))
     if not found:
       raise UserError(
-        f'config.reward_training.segmentation.delimiters: no token ends in one of {list(ends)}; '
+        f'config.reward.segmentation.delimiters: no token ends in one of {list(ends)}; '
         'name '
-        "others, or set config.reward_training.segmentation.boundary to 'entropy'."
+        "others, or set config.reward.segmentation.boundary to 'entropy'."
       )
     return found
 

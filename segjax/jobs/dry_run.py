@@ -69,7 +69,7 @@ def _tokens_per_step(stage: Stage) -> int:
   if stage.name == 'ppo':
     return s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   sides = {'sft': 1, 'reward': 2, 'normalizer': 2}.get(stage.name, 0)
-  return getattr(s, stage.name).batch * sides * s.data.max_length if sides else 0
+  return getattr(s, stage.name).batch_size * sides * s.data.max_length if sides else 0
 
 
 def _steps(stage: Stage) -> int:

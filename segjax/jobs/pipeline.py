@@ -83,10 +83,10 @@ JOBS = {
   ),
   'reward': Job(
     reward.run,
-    (*_COMMON, 'policy', 'reference', 'reward_training', 'compat'),
+    (*_COMMON, 'policy', 'reference', 'reward', 'compat'),
     needs=('policy.path', 'reference.path', 'data.path'),
     outputs=('model', 'held_out.json'),
-    batches=('reward_training.batch_size', 'reward_training.micro_batch_size'),
+    batches=('reward.batch_size', 'reward.micro_batch_size'),
     figures=('held_out_accuracy',),
   ),
   'normalizer': Job(

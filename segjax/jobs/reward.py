@@ -34,7 +34,7 @@ _LOOKED_AT = 512  # held-out pairs, at most, while it trains
 def run(stage: Stage) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Segments are cut by config.reward_training.segmentation, where it says so by the entropy of
+  Segments are cut by config.reward.segmentation, where it says so by the entropy of
   config.reference.path. Writes `model/` with segment_reward.json, its normaliser still open, and
   `held_out.json`: the rows of the data, 0-based, that were never trained on.
   """
@@ -47,13 +47,13 @@ def run(stage: Stage) -> dict[str, Any]:
   scorer = SegmentScorer(
     config,
     jobs.load_network_config(stage, reference_path),
-    make_segmenter(s.reward_training.segmentation, tokenizer),
+    make_segmenter(s.reward.segmentation, tokenizer),
   )
   pairs = jobs.load_pairs(stage, tokenizer, config)
   jobs.log_dataset(stage, pairs)
-  if s.reward_training.rating_margin_coef and np.isnan(pairs.rating_gap).all():
+  if s.reward.rating_margin_coef and np.isnan(pairs.rating_gap).all():
     raise UserError(
-      f'config.reward_training.rating_margin_coef={s.reward_training.rating_margin_coef}, but no '
+      f'config.reward.rating_margin_coef={s.reward.rating_margin_coef}, but no '
       'pair of the data has ratings; '
       'set it to 0, or give `chosen_rating` and `rejected_rating`.'
     )
@@ -61,44 +61,44 @@ def run(stage: Stage) -> dict[str, Any]:
   if scorer.cutter.needs_entropy:
     reference = jobs.load_params(stage, reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, tokenizer)
-    if s.reward_training.entropy_cache_dir:
+    if s.reward.entropy_cache_dir:
       pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
       reference = None  # its memory is free for what follows
-  kept, held_out = split_holdout(pairs, s.reward_training.holdout_fraction, s.seed)
+  kept, held_out = split_holdout(pairs, s.reward.holdout_fraction, s.seed)
   stage.say(f'{len(held_out)} pairs held out by prompt')
   looked_at = select(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
   total = jobs.num_steps(
-    s.reward_training.max_steps,
-    s.reward_training.num_epochs,
+    s.reward.max_steps,
+    s.reward.num_epochs,
     len(kept),
-    s.reward_training.batch_size,
+    s.reward.batch_size,
     'reward',
   )
   params = jobs.load_params(stage, source, config, 'scalar', trained=True)
 
   def step_fn(states, step):
-    rows = batch_indices(len(kept), s.reward_training.batch_size, s.seed, step)
+    rows = batch_indices(len(kept), s.reward.batch_size, s.seed, step)
     sides = [side.lengths(rows) for side in (kept.chosen, kept.rejected)]
     lengths = np.stack(sides, axis=1).reshape(-1)
-    packing, fill = jobs.plan_packing_for(s.reward_training, lengths, group=2)
+    packing, fill = jobs.plan_packing_for(s.reward, lengths, group=2)
     state, metrics = reward_step(
       states['reward'],
       reference,
       kept.gather(rows, stage.place),
       packing,
       scorer=scorer,
-      settings=s.reward_training,
+      settings=s.reward,
       total_steps=total,
     )
     work = throughput.update(lengths, config, 'scalar', scorer.reference if reference else None)
     metrics = jobs.prefix_metrics('train', metrics) | fill | work
-    if s.reward_training.eval_every and (step + 1) % s.reward_training.eval_every == 0:
+    if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
       metrics |= jobs.prefix_metrics(
         'eval', evaluate_held_out(stage, state.params, reference, looked_at, scorer)
       )
     return {'reward': state}, metrics
 
-  states = {'reward': init_state(params, s.reward_training.optimizer, total)}
+  states = {'reward': init_state(params, s.reward.optimizer, total)}
   jobs.log_memory(stage, states | ({'reference': reference} if reference else {}))
   states, last = jobs.train(stage, states, step_fn, total, SHOW)
   params = states['reward'].params
@@ -116,8 +116,8 @@ def run(stage: Stage) -> dict[str, Any]:
 def with_calibrated_threshold(
   stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: Any
 ) -> SegmentScorer:
-  """The scorer with the threshold that config.reward_training.threshold_search asks for."""
-  wanted = stage.settings.reward_training.threshold_search
+  """The scorer with the threshold that config.reward.threshold_search asks for."""
+  wanted = stage.settings.reward.threshold_search
   if not wanted.target_segment_length and not wanted.entropy_quantile:
     return scorer
   threshold = reward_calibration.run(stage, scorer, reference, tokenizer)
@@ -158,7 +158,7 @@ def evaluate_held_out(
   stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: SegmentScorer, note: str = ''
 ) -> dict[str, float]:
   """Returns `rl.pair_metrics.pair_metrics` of the pairs; a note labels a progress bar."""
-  size, found = stage.settings.reward_training.batch_size, []
+  size, found = stage.settings.reward.batch_size, []
   parts = eval_batches(len(held_out), size)
   if note:
     parts = track(stage.name, parts, -(-len(held_out) // size), note)

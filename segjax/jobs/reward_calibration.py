@@ -29,13 +29,13 @@ _POINTS = 12  # thresholds in the table
 
 
 def run(stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatTokenizer) -> float:
-  """The threshold that config.reward_training.threshold_search asks for, in nats; writes
+  """The threshold that config.reward.threshold_search asks for, in nats; writes
   calibration.json.
 
   The reference answers prompts of config.data, as PPO's policy will at its first step; the
   entropies of these responses are what is looked at.
   """
-  wanted = stage.settings.reward_training.threshold_search
+  wanted = stage.settings.reward.threshold_search
   entropy, mask, finished = sample(stage, scorer, reference, tokenizer)
   min_length = scorer.cutter.segmentation.min_segment_length
   if wanted.entropy_quantile:
@@ -70,14 +70,12 @@ def sample(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(entropy [N, T], response_mask [N, T], finished [N]) of the reference's own responses."""
   s = stage.settings
-  limits = jobs.prompt_limits(
-    stage, {'reference': scorer.reference}, 'reward_training.threshold_search'
-  )
+  limits = jobs.prompt_limits(stage, {'reference': scorer.reference}, 'reward.threshold_search')
   prompts = tokenize_prompts(jobs.load_config_rows(stage), tokenizer, limits)
   rows = np.random.default_rng(s.seed).permutation(len(prompts))[
-    : s.reward_training.threshold_search.num_samples
+    : s.reward.threshold_search.num_samples
   ]
-  size, found = s.reward_training.threshold_search.batch_size, []
+  size, found = s.reward.threshold_search.batch_size, []
   batches = track(stage.name, eval_batches(len(rows), size), -(-len(rows) // size), 'calibration')
   for number, (index, real) in enumerate(batches):
     batch = prompts.gather(rows[index], np.asarray)
@@ -87,7 +85,7 @@ def sample(
       batch.prompt_length,
       stage.key('calibration'),
       config=scorer.reference,
-      settings=RolloutSettings(max_new_tokens=s.reward_training.threshold_search.max_new_tokens),
+      settings=RolloutSettings(max_new_tokens=s.reward.threshold_search.max_new_tokens),
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
       index=number * size + np.arange(size),

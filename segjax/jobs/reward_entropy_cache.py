@@ -26,13 +26,13 @@ from segjax.types import PreferenceBatch
 def with_entropies(
   stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: SegmentScorer
 ) -> Pairs:
-  """The pairs with the entropy of every token, read from config.reward_training.entropy_cache_dir
+  """The pairs with the entropy of every token, read from config.reward.entropy_cache_dir
   or put there.
 
   The file's name is a hash of all that decides its content: the reference's files, the tokens, and
   the compute dtype.
   """
-  folder = Path(stage.settings.reward_training.entropy_cache_dir).expanduser()
+  folder = Path(stage.settings.reward.entropy_cache_dir).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
   if processes.broadcast_from_first(path.exists()):
     stage.say(f'entropies of the reference from {path}')
@@ -60,7 +60,7 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   starts = (0, pairs.chosen.offsets[-1])
   total = int(starts[1] + pairs.rejected.offsets[-1])
   values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
-  size = stage.settings.reward_training.batch_size
+  size = stage.settings.reward.batch_size
   batches = track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size), 'entropies')
   for rows, real in batches:
     batch = pairs.gather(rows, stage.place)

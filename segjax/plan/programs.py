@@ -222,23 +222,19 @@ def _generation(
 def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
-  scorer = SegmentScorer(trained, frozen, Segmenter(s.reward_training.segmentation))
+  scorer = SegmentScorer(trained, frozen, Segmenter(s.reward.segmentation))
   held = {
-    'reward model state': abstract_arrays.state(
-      trained, 'scalar', s.reward_training.optimizer, s, mesh
-    )
+    'reward model state': abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
   }
-  if scorer.cutter.needs_entropy and not s.reward_training.entropy_cache_dir:
+  if scorer.cutter.needs_entropy and not s.reward.entropy_cache_dir:
     held['reference'] = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
   held['pairs'] = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.pairs(s.reward_training.batch_size, s.data.max_length), mesh
+    lambda: abstract_arrays.pairs(s.reward.batch_size, s.data.max_length), mesh
   )
-  static = {'scorer': scorer, 'settings': s.reward_training, 'total_steps': 100}
+  static = {'scorer': scorer, 'settings': s.reward, 'total_steps': 100}
   names = tuple(held)
   state, reference, pairs = held['reward model state'], held.get('reference'), held['pairs']
-  packing = abstract_arrays.packing(
-    s.reward_training, 2 * s.reward_training.batch_size, mesh, group=2
-  )
+  packing = abstract_arrays.packing(s.reward, 2 * s.reward.batch_size, mesh, group=2)
   given = state, reference, pairs, packing
   phases = [Phase('reward model update', reward_step, given, static, names, names)]
   held['reward model parameters'] = state.params

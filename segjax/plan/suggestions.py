@@ -114,13 +114,11 @@ _ROWS = {
     ('ppo.micro_batch_size', 'ppo.minibatch_size', ('policy update', 'critic update')),
     ('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
   ),
-  'reward': (
-    ('reward_training.micro_batch_size', 'reward_training.batch_size', ('reward model update',)),
-  ),
+  'reward': (('reward.micro_batch_size', 'reward.batch_size', ('reward model update',)),),
   'sft': (('sft.micro_batch_size', 'sft.batch_size', ('policy update',)),),
 }
 _OPTIMIZERS = {
   'ppo': ('ppo.policy_optimizer', 'ppo.critic_optimizer'),
-  'reward': ('reward_training.optimizer',),
+  'reward': ('reward.optimizer',),
   'sft': ('sft.optimizer',),
 }

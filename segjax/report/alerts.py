@@ -135,7 +135,7 @@ RULES = (
     ('train/accuracy',),
     lambda accuracy: accuracy.recent < 0.52,
     'after 200 steps the reward model is right on {0:.0%} of the pairs, as by chance: look at the'
-    ' pairs, or raise reward_training.optimizer.learning_rate',
+    ' pairs, or raise reward.optimizer.learning_rate',
     after=200,
   ),
 )

@@ -83,7 +83,7 @@ ENTRIES = (
     ('segments/per_response', 'segments/length_mean'),
     'segments of a response; tokens of a segment',
     'some tokens to a segment',
-    'one segment, or one token each: `reward_training.threshold_search`',
+    'one segment, or one token each: `reward.threshold_search`',
   ),
   Entry(
     ('policy/loss', 'policy/entropy'),
@@ -140,7 +140,7 @@ ENTRIES = (
   ),
   Entry(
     ('eval/accuracy', 'eval/loss', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
-    'reward model on held-out pairs, every `reward_training.eval_every` steps',
+    'reward model on held-out pairs, every `reward.eval_every` steps',
     'accuracy above length_baseline_accuracy',
     'falls while train/accuracy rises: fewer epochs',
   ),

@@ -105,8 +105,7 @@ def _evaluated(results: dict[str, Any]) -> Iterator[KeyFigure]:
 
 
 def _of(record: dict[str, Any], name: str) -> str:
-  section = 'reward_training' if name == 'reward' else name
-  total = record.get('key', {}).get('settings', {}).get(section, {}).get('max_steps')
+  total = record.get('key', {}).get('settings', {}).get(name, {}).get('max_steps')
   return f' of {total:,}' if total else ''
 
 

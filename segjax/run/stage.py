@@ -241,7 +241,7 @@ def load_pairs(
   """The pairs of config.data, or of `source`, tokenised and cut to what the network holds."""
   compat = stage.settings.compat
   rules = PairRules(
-    ratings=stage.name == 'reward' and stage.settings.reward_training.rating_margin_coef > 0,
+    ratings=stage.name == 'reward' and stage.settings.reward.rating_margin_coef > 0,
     force_stop=compat.keep_degenerate_pairs,
     keep_identical=compat.keep_degenerate_pairs,
     strip_system_preamble=compat.strip_system_preamble,

@@ -110,7 +110,7 @@ def reward_step(
 
   Args:
     packing: of the 2B sequences, chosen and rejected in turn, where
-    reward_training.packing_length says so.
+    reward.packing_length says so.
   """
   count = len(pairs.chosen.finished)
 

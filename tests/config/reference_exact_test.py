@@ -32,7 +32,7 @@ def test_all_is_off_by_default():
 @pytest.mark.parametrize('file', ['reward', 'ppo'])
 def test_tokens_are_segments_of_threshold_zero(file):
   s = resolved(file, 'llama31_8b_instruct,token')
-  section = s.reward_training if file == 'reward' else s.reward_model
+  section = s.reward if file == 'reward' else s.reward_model
   assert section.segmentation.granularity == 'segment'
   assert section.segmentation.entropy_threshold == 0
 

@@ -9,7 +9,7 @@ from segjax.config.settings import Optimizer, Settings
 def test_default_config_holds_every_default():
   config = presets.default_config()
   assert config.ppo.kl_coef == Settings().ppo.kl_coef
-  assert config.reward_training.optimizer.learning_rate == 1e-6
+  assert config.reward.optimizer.learning_rate == 1e-6
   config.lock()
   with pytest.raises(AttributeError, match='kl_coeff'):
     config.ppo.kl_coeff = 0.1

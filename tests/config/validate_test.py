@@ -48,7 +48,7 @@ def test_presets_are_consistent(file, preset):
   resolved = validate.from_config(importlib.import_module(f'configs.{file}').get_config(preset))
   granularity = preset.partition(',')[2]
   if granularity:
-    named = resolved.reward_training.segmentation, resolved.reward_model.segmentation
+    named = resolved.reward.segmentation, resolved.reward_model.segmentation
     assert granularity in [segmentation.granularity for segmentation in named]
   if preset == 'local':
     assert resolved.stages == (file,)
@@ -95,8 +95,8 @@ def test_published_recipe(model, granularity):
     ('ppoo.kl_coef', 'did you mean config.ppo.kl_coef'),
     ('learning_rate', 'config.sft.optimizer.learning_rate'),
     (
-      'reward_training.optimizer.learningrate',
-      'did you mean config.reward_training.optimizer.learning_rate',
+      'reward.optimizer.learningrate',
+      'did you mean config.reward.optimizer.learning_rate',
     ),
     ('zzz', r'config.zzz does not exist\.'),
   ],
@@ -163,8 +163,8 @@ def test_whole_numbers_become_floats():
     ({'ppo.packing_length': 100, 'stages': ('ppo',)}, 'packing_length=100 is less than .* = 2752'),
     ({'ppo.packing_length': 4096}, 'needs config.ppo.micro_batch_size of at least 1'),
     (
-      {'reward_training.packing_length': 4096, 'reward_training.micro_batch_size': 1},
-      'needs config.reward_training.micro_batch_size of at least 2',
+      {'reward.packing_length': 4096, 'reward.micro_batch_size': 1},
+      'needs config.reward.micro_batch_size of at least 2',
     ),
     (
       {
@@ -176,12 +176,12 @@ def test_whole_numbers_become_floats():
     ),
     ({'data.overlong_policy': 'truncate'}, "did you mean 'truncate_left'"),
     (
-      {'reward_training.segmentation.granularity': 'word'},
-      "config.reward_training.segmentation.granularity='word' is not one of segment, token, "
+      {'reward.segmentation.granularity': 'word'},
+      "config.reward.segmentation.granularity='word' is not one of segment, token, "
       r'bandit\.',
     ),
-    ({'reward_training.segmentation.boundary': 'entrpy'}, "did you mean 'entropy'"),
-    ({'reward_training.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
+    ({'reward.segmentation.boundary': 'entrpy'}, "did you mean 'entropy'"),
+    ({'reward.segmentation.stop_token': 'in'}, 'is not one of outside, inside'),
     ({'reward_model.segmentation.aggregation': 'avg'}, 'mean, sum, min, max, last, softmax'),
     ({'reward_model.normalizer': 'publshed:x'}, 'config.reward_model.normalizer'),
     (
@@ -202,7 +202,7 @@ def test_whole_numbers_become_floats():
     ({'data.max_prompt_length': 2048}, 'leaves no room for a response'),
     ({'rollout.min_new_tokens': 2000}, 'is more than config.rollout.max_new_tokens=1024'),
     ({'rollout.top_p': 0.0}, 'config.rollout.top_p=0.0'),
-    ({'reward_training.holdout_fraction': 0.0}, 'must lie between 0 and 1'),
+    ({'reward.holdout_fraction': 0.0}, 'must lie between 0 and 1'),
     ({'ppo.max_steps': 0}, 'config.ppo.max_steps=0 must be at least 1'),
     ({'data.max_rows': -1}, 'config.data.max_rows=-1 must be at least 0'),
     ({'ppo.policy_optimizer.learning_rate': -1.0}, 'policy_optimizer.learning_rate=-1.0 is neg'),
@@ -217,8 +217,8 @@ def test_whole_numbers_become_floats():
       'config.ppo.minibatch_size=128 is not divisible by config.ppo.micro_batch_size=3',
     ),
     ({'ppo.dual_clip_ratio': 0.5}, 'must be above 1, or 0'),
-    ({'reward_training.threshold_search.entropy_quantile': 1.0}, 'below 1'),
-    ({'reward_training.segmentation.softmax_temperature': 0.0}, 'must be above 0'),
+    ({'reward.threshold_search.entropy_quantile': 1.0}, 'below 1'),
+    ({'reward.segmentation.softmax_temperature': 0.0}, 'must be above 0'),
   ],
 )
 def test_wrong_values_name_their_key(values, message):
@@ -231,29 +231,29 @@ def test_wrong_values_name_their_key(values, message):
   [
     (
       {
-        'reward_training.segmentation.granularity': 'token',
-        'reward_training.threshold_search.entropy_quantile': 0.8,
+        'reward.segmentation.granularity': 'token',
+        'reward.threshold_search.entropy_quantile': 0.8,
       },
-      'set config.reward_training.segmentation.granularity=segment, or both targets to 0',
+      'set config.reward.segmentation.granularity=segment, or both targets to 0',
     ),
     (
       {
-        'reward_training.segmentation.boundary': 'delimiter',
-        'reward_training.threshold_search.target_segment_length': 8.0,
+        'reward.segmentation.boundary': 'delimiter',
+        'reward.threshold_search.target_segment_length': 8.0,
       },
-      'set config.reward_training.segmentation.boundary=entropy',
+      'set config.reward.segmentation.boundary=entropy',
     ),
     (
       {
-        'reward_training.threshold_search.entropy_quantile': 0.8,
-        'reward_training.threshold_search.target_segment_length': 8.0,
+        'reward.threshold_search.entropy_quantile': 0.8,
+        'reward.threshold_search.target_segment_length': 8.0,
       },
       'set one of them to 0',
     ),
     (
       {
-        'reward_training.segmentation.granularity': 'bandit',
-        'reward_training.segmentation.min_segment_length': 4,
+        'reward.segmentation.granularity': 'bandit',
+        'reward.segmentation.min_segment_length': 4,
       },
       'min_segment_length=4 says how segments are cut, and granularity=bandit cuts none',
     ),
@@ -275,7 +275,7 @@ def test_wrong_values_name_their_key(values, message):
     (
       {
         'stages': ('reward', 'normalizer'),
-        'reward_training.segmentation.granularity': 'bandit',
+        'reward.segmentation.granularity': 'bandit',
         'normalizer.kind': 'regression',
       },
       'granularity=bandit has one segment; use scalar',

@@ -261,7 +261,7 @@ def test_ids_ending_in_a_delimiter(tmp_path):
 
 def test_no_token_ends_in_the_delimiter(llama3):
   # Three bytes, none of them the character.
-  message = r"config\.reward_training\.segmentation\.delimiters: .*\['。'\].*boundary to 'entropy'"
+  message = r"config\.reward\.segmentation\.delimiters: .*\['。'\].*boundary to 'entropy'"
   with pytest.raises(ValueError, match=message):
     llama3.ids_ending_in(['。'])
   with pytest.raises(ValueError, match='no token ends in one of'):

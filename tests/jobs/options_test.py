@@ -44,19 +44,19 @@ def metrics(workdir, stage):
 
 
 CALIBRATED = {
-  'reward_training.threshold_search.target_segment_length': 3.0,
-  'reward_training.threshold_search.num_samples': 16,
-  'reward_training.threshold_search.batch_size': 16,
-  'reward_training.threshold_search.max_new_tokens': 16,
-  'reward_training.segmentation.aggregation': 'softmax',
-  'reward_training.micro_batch_size': 4,
-  'reward_training.num_epochs': 2,
-  'reward_training.eval_every': 1,
+  'reward.threshold_search.target_segment_length': 3.0,
+  'reward.threshold_search.num_samples': 16,
+  'reward.threshold_search.batch_size': 16,
+  'reward.threshold_search.max_new_tokens': 16,
+  'reward.segmentation.aggregation': 'softmax',
+  'reward.micro_batch_size': 4,
+  'reward.num_epochs': 2,
+  'reward.eval_every': 1,
 }
 
 
 def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
-  cache = {'reward_training.entropy_cache_dir': str(tmp_path / 'cache')}
+  cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
   values = small('reward', 'normalizer', **at('pairs'), **CALIBRATED, **cache)
   run(values, tmp_path / 'one')
   out = capsys.readouterr().out
@@ -159,7 +159,7 @@ def bandit(small, at, one_device, tmp_path_factory):
 
   workdir = tmp_path_factory.mktemp('bandit')
   values = small(
-    'reward', 'normalizer', **at('pairs'), **{'reward_training.segmentation.granularity': 'bandit'}
+    'reward', 'normalizer', **at('pairs'), **{'reward.segmentation.granularity': 'bandit'}
   )
   pipeline.run(pipeline.prepare(values, workdir, one_device), workdir, 0.0)
   return str(workdir / 'reward' / 'model')
@@ -191,7 +191,7 @@ def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
 def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   published = {
     'reference_exact': True,
-    'reward_training.segmentation.granularity': 'token',
+    'reward.segmentation.granularity': 'token',
     'reward_shaping.missing_eos_penalty': 'per_token',
     'reward_shaping.length_penalty': 'threshold',
   }

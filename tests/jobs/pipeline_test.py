@@ -85,7 +85,7 @@ def test_wrong_paths_and_functions_stop_before_anything_starts(
       6,
       'config.sft.batch_size=6 does not divide over the 4 devices .* use 4 or 8',
     ),
-    ('reward', 'reward_training.batch_size', 2, 'config.reward_training.batch_size=2 .* use 4'),
+    ('reward', 'reward.batch_size', 2, 'config.reward.batch_size=2 .* use 4'),
     ('normalizer', 'normalizer.batch_size', 9, 'use 8 or 12'),
     ('ppo', 'ppo.minibatch_size', 2, 'config.ppo.minibatch_size=2'),
     ('evaluate', 'evaluate.batch_size', 5, 'use 4 or 8'),
@@ -178,7 +178,7 @@ def test_what_decides_nothing_reruns_nothing(small, run, counted, inputs, tmp_pa
   same = {
     'checkpoint.every_steps': 1,
     'max_bad_steps': 9,
-    'reward_training.max_steps': 7,
+    'reward.max_steps': 7,
     'evaluate.num_printed': 0,
   }
   run(replace(s, **same), tmp_path / 'w')
@@ -190,10 +190,10 @@ def test_changed_setting_reruns_its_stage_and_those_that_read_its_output(
 ):
   s = small('sft', 'reward', **inputs)
   run(s, tmp_path / 'w')
-  run(replace(s, **{'reward_training.max_steps': 3}), tmp_path / 'w')
+  run(replace(s, **{'reward.max_steps': 3}), tmp_path / 'w')
   assert counted == ['sft', 'reward', 'reward']
-  assert 'reward_training.max_steps changed' in capsys.readouterr().out
-  run(replace(s, **{'reward_training.max_steps': 3, 'sft.max_steps': 3}), tmp_path / 'w')
+  assert 'reward.max_steps changed' in capsys.readouterr().out
+  run(replace(s, **{'reward.max_steps': 3, 'sft.max_steps': 3}), tmp_path / 'w')
   assert counted[3:] == ['sft', 'reward']
   assert 'content of policy.path' in capsys.readouterr().out
 

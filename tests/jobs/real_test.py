@@ -31,11 +31,11 @@ def values(material):
       'sft.max_steps': 2,
       'sft.micro_batch_size': 4,
       'sft.packing_length': 128,
-      'reward_training.batch_size': 8,
-      'reward_training.max_steps': 2,
-      'reward_training.micro_batch_size': 4,
-      'reward_training.packing_length': 128,
-      'reward_training.holdout_fraction': 0.2,
+      'reward.batch_size': 8,
+      'reward.max_steps': 2,
+      'reward.micro_batch_size': 4,
+      'reward.packing_length': 128,
+      'reward.holdout_fraction': 0.2,
       'normalizer.batch_size': 16,
       'normalizer.max_pairs': 32,
       'rollout.max_new_tokens': 8,
@@ -98,7 +98,7 @@ def test_bandit_on_real_input(values, run):
   changed = settings.replace(
     values,
     stages=('reward', 'normalizer'),
-    **{'reward_training.segmentation.granularity': 'bandit'},
+    **{'reward.segmentation.granularity': 'bandit'},
   )
   assert run(changed)['normalizer']['kind'] == 'scalar'
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_planned(changes, message):
   ],
 )
 def test_other_phases_compile(job, name, changes):
-  settings = replace(SETTINGS, **{'reward_training.batch_size': 8, **changes})
+  settings = replace(SETTINGS, **{'reward.batch_size': 8, **changes})
   (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).measured
   assert measured.arguments > 0 and not measured.refused
   if changes:  # where sequences lie comes in as well

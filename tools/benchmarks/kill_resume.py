@@ -21,7 +21,7 @@ _SMALL = {  # the demo's jobs, each a few steps, a checkpoint after every one
   'demo.sft_rows': 256,
   'demo.pairs': 256,
   'sft.max_steps': 8,
-  'reward_training.max_steps': 8,
+  'reward.max_steps': 8,
   'normalizer.max_pairs': 64,
   'ppo.max_steps': 6,
   'ppo.rollout_batch_size': 32,
