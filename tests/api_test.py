@@ -161,7 +161,7 @@ def test_wrong_models_are_refused(model):
     segjax.load_policy('/nowhere', mesh=mesh)
   with pytest.raises(ValueError, match="dtype='f32' is not one of float32, bfloat16"):
     segjax.load_policy(str(model), dtype='f32', mesh=mesh)
-  with pytest.raises(ValueError, match='has no scalar head, so it is no reward model'):
+  with pytest.raises(ValueError, match='has no scalar head, so it is not a reward model'):
     segjax.load_reward_model(str(model), reference=str(model), mesh=mesh)
 
 

@@ -29,7 +29,6 @@ WINGS = (
 STILL_BELOW = {
   'segjax.evaluation.annotate',
   'segjax.evaluation.span_auc',
-  'segjax.run.inputs',
   'segjax.train.throughput',
 }
 MODULES = {

@@ -90,7 +90,7 @@ def test_two_end_as_one_and_a_signal_to_one_stops_both(tmp_path):
   step = max(_saved(tmp_path / 'two'))
   assert f'step {step} of 6 is saved' in out
   assert _end(_start(tmp_path / 'two', 2)) == [0, 0]
-  assert f'going on from step {step} of 6' in Path(f'{tmp_path}/two.0').read_text()
+  assert f'resuming from step {step} of 6' in Path(f'{tmp_path}/two.0').read_text()
   assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
 
 

@@ -12,14 +12,13 @@ import numpy as np
 from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.sources import Message, Rows, as_conversation
-from segjax.data.tokenizer import ChatTokenizer
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.report.response_log import AnnotatedResponse, segments_of, token_texts
 from segjax.rl.normalizer import normalize
-from segjax.run import models
-from segjax.run import stage as jobs
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
 from segjax.train.segmenter import Segmenter, make_segmenter, segment_batch
@@ -54,22 +53,23 @@ def load(stage: Stage) -> Annotator:
   by field by config.reward_model.segmentation.
   """
   s = stage.settings
-  paths = {'policy': jobs.resolve_checkpoint(s.policy.path, 'policy.path')}
+  paths = {'policy': inputs.resolve_checkpoint(s.policy.path, 'policy.path')}
   stored = None
   if s.reward_model.path:
-    paths['reward'] = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+    paths['reward'] = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
     stored = reward_spec.read_spec(paths['reward'])
     reward_spec.check_tokenizer(paths['policy'], paths['reward'])
   base = stored.segmentation if stored else Segmentation()
   segmentation = reward_spec.override(base, s.reward_model.segmentation)
-  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
-  configs = models.load_network_configs(stage, paths)
+  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
+  configs = models.load_network_configs(paths, s.runtime, stage.mesh, stage.log)
   heads = {'policy': 'language', 'reward': 'scalar'}
   return Annotator(
     tokenizer=tokenizer,
     configs=configs,
     params={
-      name: jobs.load_params(stage, paths[name], configs[name], heads[name]) for name in paths
+      name: models.load_params(path, configs[name], heads[name], s.runtime, stage.mesh)
+      for name, path in paths.items()
     },
     cutter=make_segmenter(segmentation, tokenizer),
     normalizer=stored.normalizer if stored else None,
@@ -166,7 +166,7 @@ def _sequences(
     ids[row, :end] = prompt + response
     mask[row, len(prompt) : end] = True
     finished[row] = response[-1:] != [] and response[-1] in reader.tokenizer.stop_ids
-  return Sequences(*map(stage.place, (ids, mask, finished)))
+  return Sequences(*map(stage.to_device, (ids, mask, finished)))
 
 
 def _read_batch(stage: Stage, reader: Annotator, sequences: Sequences) -> list[np.ndarray]:

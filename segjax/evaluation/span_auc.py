@@ -36,7 +36,7 @@ def segment_rewards_by_token(
   batches = eval_batches(len(marked), size)
   for rows, real in track(stage.name, batches, -(-len(marked) // size), 'marked responses'):
     batch = [marked[row] for row in rows]
-    sequences = Sequences(*map(stage.place, _padded(batch, width)))
+    sequences = Sequences(*map(stage.to_device, _padded(batch, width)))
     reward, segments = processes.to_host(
       segment_rewards(
         params,

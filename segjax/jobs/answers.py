@@ -15,10 +15,10 @@ from segjax.data.batches import Prompts, eval_batches
 from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversation, read_questions
 from segjax.data.sources import Rows
 from segjax.data.tokenize import tokenize_prompts
-from segjax.data.tokenizer import ChatTokenizer
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
-from segjax.run import stage as jobs
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.rollout import rollout
 
@@ -46,13 +46,19 @@ def run(stage: Stage) -> dict[str, Any]:
     ValueError: config.data is no judge's file.
   """
   s = stage.settings
-  path = jobs.resolve_checkpoint(s.policy.path, 'policy.path')
-  rows = jobs.load_config_rows(stage)
+  path = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
+  rows = inputs.load_config_rows(s.data)
   judge, questions = read_questions(rows)
-  network = jobs.load_network_config(stage, path)
-  tokenizer = jobs.load_stage_tokenizer(stage, path)
-  limits = jobs.prompt_limits(stage, {'policy': network})
-  stage.say(f'{len(questions)} questions of {judge.name}')
+  network = models.load_network_config(path, s.runtime, stage.mesh, stage.log)
+  tokenizer = load_tokenizer(str(path), s.data.chat_template)
+  limits = inputs.prompt_limits(
+    s.data,
+    {'policy': network},
+    s.rollout.max_new_tokens,
+    'rollout.max_new_tokens',
+    stage.log,
+  )
+  stage.log(f'{len(questions)} questions of {judge.name}')
   counts = collections.Counter()
   said: dict[int, list[tuple[str, int]]] = {number: [] for number in range(len(questions))}
   speaker = None
@@ -60,11 +66,10 @@ def run(stage: Stage) -> dict[str, Any]:
     asked = [number for number in said if len(questions[number].turns) > turn]
     prompts = tokenize_prompts(_rows(rows.name, questions, said, asked), tokenizer, limits)
     counts.update(prompts.counts)
-    jobs.log_dataset(stage, prompts)
+    inputs.log_dataset(prompts, stage.log)
     if speaker is None:  # after the first prompts, so that what is wrong with them is told before
-      speaker = AnswerModel(
-        stage, network, tokenizer, jobs.load_params(stage, path, network, 'language')
-      )
+      params = models.load_params(path, network, 'language', s.runtime, stage.mesh)
+      speaker = AnswerModel(stage, network, tokenizer, params)
     found = _answer(speaker, prompts, [questions[i] for i in asked], turn)
     for at, number in enumerate(asked):
       if at in found:
@@ -76,7 +81,7 @@ def run(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     answers = [(questions[i], Answer(*zip(*said[i], strict=True))) for i in said]
     write(file, judge, answers, name, _written(path))
-  stage.say(f'answers for {judge.name} in {file}')
+  stage.log(f'answers for {judge.name} in {file}')
   return _figures(judge, questions, said, counts)
 
 
@@ -144,7 +149,7 @@ def _sample(
     stop_ids=speaker.tokenizer.stop_ids,
     mesh=stage.mesh,
     index=prompts.row[rows],
-    say=stage.say,
+    say=stage.log,
   )
   return processes.to_host((made.response_ids, made.response_mask, made.finished))
 

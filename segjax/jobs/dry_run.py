@@ -12,7 +12,8 @@ from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
 from segjax.report.console import log, table
-from segjax.run.stage import Stage, num_steps
+from segjax.run.stage import Stage
+from segjax.run.training_loop import count_steps
 
 # Networks that a stage holds at once, trained and frozen.
 _NETWORKS = {
@@ -84,7 +85,8 @@ def _steps(stage: Stage) -> int:
   job = getattr(s, stage.name, None)
   if stage.name not in ('sft', 'reward') or not (job.max_steps or rows):
     return 0
-  return job.max_steps or num_steps(0, job.num_epochs, rows, job.batch_size, stage.name)
+  key = f'{stage.name}.batch_size'
+  return job.max_steps or count_steps(0, job.num_epochs, rows, job.batch_size, key)
 
 
 def _rows(stage: Stage) -> int:

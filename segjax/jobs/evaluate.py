@@ -14,7 +14,7 @@ from segjax import processes
 from segjax.config.settings import Evaluate
 from segjax.data.batches import Prompts, eval_batches
 from segjax.data.tokenize import tokenize_prompts
-from segjax.data.tokenizer import ChatTokenizer
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation import repetition
 from segjax.evaluation.intervals import clustered_interval, format_interval
 from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
@@ -22,8 +22,7 @@ from segjax.report.console import log, table, track
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import render
 from segjax.rl.segmentation import content_mask
-from segjax.run import models
-from segjax.run import stage as jobs
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.compat import apply_rollout_compat
 from segjax.train.custom_reward import load_function
@@ -55,16 +54,18 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
-  paths, meaning, networks = models.resolve_models(stage)
-  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
+  resolved = models.resolve_models(s, stage.mesh, stage.log)
+  paths, meaning, networks = resolved
+  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
   # A batch is scored as one: config.evaluate.batch_size says how much fits. There is no critic.
-  recipe = models.make_recipe(stage, networks, networks['policy'], meaning, tokenizer)
+  recipe = models.make_recipe(s, networks, networks['policy'], meaning, tokenizer)
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
-  prompts = tokenize_prompts(
-    jobs.load_config_rows(stage), tokenizer, jobs.prompt_limits(stage, networks)
+  limits = inputs.prompt_limits(
+    s.data, networks, s.rollout.max_new_tokens, 'rollout.max_new_tokens', stage.log
   )
-  jobs.log_dataset(stage, prompts)
-  params = models.load_models(stage, paths, networks, tuple(models.HEADS))
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
+  inputs.log_dataset(prompts, stage.log)
+  params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
 
   def sample(name: str) -> EvaluatedResponses:
@@ -81,7 +82,7 @@ def run(stage: Stage) -> dict[str, Any]:
   _show_responses(stage, sampled, tokenizer)
   _keep_responses(
     sampled,
-    models.make_response_log(stage, recipe, tokenizer, prompts),
+    models.make_response_log(stage.directory, s.report, recipe, tokenizer, prompts),
     s.report.eval_responses,
   )
   path = stage.directory / 'results.json'
@@ -107,7 +108,8 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
   """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
   s = stage.settings
   repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples_per_prompt)
-  size, parts, rule = s.evaluate.batch_size, [], models.make_reward_fn(stage, prompts, tokenizer)
+  size, parts = s.evaluate.batch_size, []
+  rule = models.make_reward_fn(s.reward_shaping.reward_fn, prompts, tokenizer, stage.to_device)
   whole = jax.jit(functools.partial(sequence_scores, segmentation=recipe.cutter.segmentation))
   batches = track(stage.name, eval_batches(len(repeated), size), -(-len(repeated) // size), name)
   for number, (rows, real) in enumerate(batches):
@@ -122,7 +124,7 @@ def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, n
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
       index=number * size + np.arange(len(rows)),
-      say=stage.say,
+      say=stage.log,
     )
     found = apply_rollout_compat(found, tokenizer.stop_ids[0], s.compat)
     scored = score(params, found, recipe=recipe)

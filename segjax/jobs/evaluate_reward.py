@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.config import settings as typed
 from segjax.data.batches import Pairs, eval_batches
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
-from segjax.data.tokenizer import ChatTokenizer
+from segjax.data.tokenize import tokenize_pairs
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.evaluation import reward_bench, span_auc
 from segjax.evaluation.intervals import format_interval, wilson
@@ -22,7 +22,6 @@ from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
 from segjax.run import inputs, models
-from segjax.run import stage as jobs
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
 from segjax.train.reward_spec import RewardSpec
@@ -62,10 +61,18 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   judge = load_judge(stage)
   sets, marked, counts = load_inputs(stage, judge)
-  params = jobs.load_params(stage, judge.path, judge.scorer.reward, 'scalar')
+  params = models.load_params(
+    judge.path, judge.scorer.reward, 'scalar', stage.settings.runtime, stage.mesh
+  )
   reference = None
   if judge.reference is not None:
-    reference = jobs.load_params(stage, judge.reference, judge.scorer.reference, 'language')
+    reference = models.load_params(
+      judge.reference,
+      judge.scorer.reference,
+      'language',
+      stage.settings.runtime,
+      stage.mesh,
+    )
   figures = {
     'pairs_read': sum(len(pairs) for pairs, _ in sets),
     'responses_read': len(marked),
@@ -97,34 +104,34 @@ def load_inputs(
   """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
   s = stage.settings
   sets, marked, counts = [], [], {}
-  for path in inputs.split(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
+  for path in inputs.split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     pairs, rows = read_pairs(stage, judge, path)
     sets.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
     rows = load_rows(path, s.data.split, s.data.max_rows)
-    limits = jobs.length_limits(stage, judge.shortest)
+    limits = inputs.length_limits(s.data, judge.shortest, stage.log)
     marked, counts[path] = tokenize_spans(rows, judge.tokenizer, limits)
-    stage.say(f'{path}: {_described(counts[path])}, {len(marked)} responses judged')
+    stage.log(f'{path}: {inputs.describe_counts(counts[path])}, {len(marked)} responses judged')
   return sets, marked, counts
 
 
 def load_judge(stage: Stage) -> LoadedRewardModel:
   """config.reward_model, and config.reference where it is needed. Loads no weights."""
   s = stage.settings
-  path = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+  path = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   stored, named = reward_spec.read_spec(path), s.reward_model
   if not named.normalizer and (stored is None or stored.normalizer is None):
     named = dataclasses.replace(named, normalizer='none')  # pairs need none
     if s.evaluate_reward.spans:
-      stage.say('no normaliser has been fitted: spans are ranked by raw scores')
+      stage.log('no normaliser has been fitted: spans are ranked by raw scores')
   reference = (
-    jobs.resolve_checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
+    inputs.resolve_checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
   )
   meaning = reward_spec.resolve_spec(named, path, reference or path)
-  tokenizer = jobs.load_stage_tokenizer(stage, path)
+  tokenizer = load_tokenizer(str(path), s.data.chat_template)
   cutter = make_segmenter(meaning.segmentation, tokenizer)
-  config = models.load_network_configs(stage, {'reward': path})['reward']
+  config = models.load_network_configs({'reward': path}, s.runtime, stage.mesh, stage.log)['reward']
   networks = [config]
   if cutter.needs_entropy:
     if reference is None:
@@ -132,7 +139,7 @@ def load_judge(stage: Stage) -> LoadedRewardModel:
         'config.reference.path is empty, and this reward model cuts where the entropy of its '
         'reference is high; give the SFT model that it was trained with.'
       )
-    networks.append(jobs.load_network_config(stage, reference))
+    networks.append(models.load_network_config(reference, s.runtime, stage.mesh, stage.log))
   return LoadedRewardModel(
     path=path,
     reference=reference if cutter.needs_entropy else None,
@@ -145,11 +152,11 @@ def load_judge(stage: Stage) -> LoadedRewardModel:
 
 def read_pairs(stage: Stage, judge: LoadedRewardModel, path: str) -> tuple[Pairs, Rows]:
   """The pairs of one file, cut as in training, and its rows; says what was cut and dropped."""
-  settings = typed.replace(stage.settings, **{'data.path': path})
-  one = dataclasses.replace(stage, settings=settings)
-  rows = jobs.load_config_rows(one)
-  pairs = jobs.load_pairs(one, judge.tokenizer, judge.shortest, rows)
-  stage.say(f'{path}: {_described(pairs.counts)}, {len(pairs)} pairs judged')
+  s = stage.settings
+  rows = load_rows(path, s.data.split, s.data.max_rows)
+  limits = inputs.length_limits(s.data, judge.shortest, stage.log)
+  pairs = tokenize_pairs(rows, judge.tokenizer, limits, inputs.pair_rules(s.compat))
+  stage.log(f'{path}: {inputs.describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
   return pairs, rows
 
 
@@ -166,7 +173,7 @@ def pair_scores(
   size, found = stage.settings.evaluate_reward.batch_size, []
   total = -(-len(pairs) // size)
   for rows, real in track(stage.name, eval_batches(len(pairs), size), total, 'pairs'):
-    score = evaluate_pairs(params, reference, pairs.gather(rows, stage.place), scorer=scorer)
+    score = evaluate_pairs(params, reference, pairs.gather(rows, stage.to_device), scorer=scorer)
     found.append(processes.to_host(score)[:real])
   lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
   return np.column_stack([np.concatenate(found), *lengths])
@@ -204,10 +211,6 @@ def _figures(scored: np.ndarray) -> dict[str, Any]:
   n = len(scored)
   low, high = wilson(values['accuracy'] * n, n)
   return values | {'accuracy': {'mean': values['accuracy'], 'low': low, 'high': high, 'n': n}}
-
-
-def _described(counts: dict[str, int]) -> str:
-  return ', '.join(f'{v} {k.replace("_", " ")}' for k, v in counts.items() if v)
 
 
 def print_table(figures: dict[str, Any]) -> None:

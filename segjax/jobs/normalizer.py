@@ -13,11 +13,12 @@ import numpy as np
 from segjax import processes
 from segjax.config.conflicts import check_normalizer
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select
+from segjax.data.tokenize import tokenize_pairs
+from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.report.console import track
 from segjax.rl import normalizer
-from segjax.run import models
-from segjax.run import stage as jobs
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
 from segjax.train.reward_step import SegmentScorer, segment_statistics
@@ -36,32 +37,41 @@ class Statistics(NamedTuple):
 def run(stage: Stage) -> dict[str, Any]:
   """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json."""
   s = stage.settings
-  source = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+  source = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   if not os.access(source, os.W_OK):
     raise UserError(
       f'config.reward_model.path: {source} cannot be written to, and the normaliser belongs there; '
       'copy the reward model to a directory of yours.'
     )
-  reference_path = jobs.resolve_checkpoint(s.reference.path, 'reference.path')
+  reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
   stored = reward_spec.read_spec(source)
   named = dataclasses.replace(s.reward_model, normalizer='none')
   meaning = reward_spec.resolve_spec(named, source, reference_path)
   kind = resolve_kind(s.normalizer.kind, meaning.segmentation.granularity)
-  config = models.load_network_configs(stage, {'reward': source})['reward']
-  tokenizer = jobs.load_stage_tokenizer(stage, reference_path)
+  config = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)[
+    'reward'
+  ]
+  tokenizer = load_tokenizer(str(reference_path), s.data.chat_template)
   scorer = SegmentScorer(
     config,
-    jobs.load_network_config(stage, reference_path),
+    models.load_network_config(reference_path, s.runtime, stage.mesh, stage.log),
     make_segmenter(meaning.segmentation, tokenizer),
   )
-  pairs = jobs.load_pairs(stage, tokenizer, config)
+  pairs = tokenize_pairs(
+    inputs.load_config_rows(s.data),
+    tokenizer,
+    inputs.length_limits(s.data, config, stage.log),
+    inputs.pair_rules(s.compat),
+  )
   if len(pairs) > s.normalizer.max_pairs:
     pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))
-  jobs.log_dataset(stage, pairs)
-  params = jobs.load_params(stage, source, config, 'scalar')
+  inputs.log_dataset(pairs, stage.log)
+  params = models.load_params(source, config, 'scalar', s.runtime, stage.mesh)
   reference = None
   if scorer.cutter.needs_entropy:
-    reference = jobs.load_params(stage, reference_path, scorer.reference, 'language')
+    reference = models.load_params(
+      reference_path, scorer.reference, 'language', s.runtime, stage.mesh
+    )
   found = statistics(stage, params, reference, pairs, scorer)
   options = {
     'weighting': s.normalizer.weighting,
@@ -80,7 +90,7 @@ def run(stage: Stage) -> dict[str, Any]:
     reward_spec.write_spec(source, filled)
     write_bins(stage, found, fitted)
   values = {name: float(value) for name, value in vars(fitted).items()}
-  stage.say(
+  stage.log(
     f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
     f'Std(p) = {values["w_std"]:.4f} ln p {values["b_std"]:+.4f}'
   )
@@ -119,7 +129,7 @@ def statistics(
   """Scores of both sides of the pairs; responses without a segment are left out."""
   size, found = stage.settings.normalizer.batch_size, []
   for rows, real in track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size)):
-    batch = pairs.gather(rows, stage.place)
+    batch = pairs.gather(rows, stage.to_device)
     arrays = processes.to_host(segment_statistics(params, reference, batch, scorer=scorer))
     position, score, end, whole = (x[: 2 * real] for x in arrays)
     found.append(Statistics(position[end], score[end], whole[end.any(axis=1)]))
@@ -149,7 +159,7 @@ def fit_quality(
   """How well Mean(p) and Std(p) describe the bins; said, and returned."""
   measure = jax.jit(functools.partial(normalizer.fit_quality, **options))
   values = {k: float(v) for k, v in measure(*_arrays(found), fitted)._asdict().items()}
-  stage.say(
+  stage.log(
     f'{values["num_bins"]:.0f} positions: R² {values["r2_mean"]:.3f} and {values["r2_std"]:.3f}, '
     f'residuals {values["rms_mean"]:.2g} and {values["rms_std"]:.2g} (mean and std)'
   )

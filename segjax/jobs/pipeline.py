@@ -33,7 +33,8 @@ from segjax.report.console import log
 from segjax.report.html_report import Page
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
-from segjax.run.stage import Command, Stage, checkpoint_dir
+from segjax.run.stage import Command, Stage
+from segjax.run.training_loop import checkpoint_dir
 from segjax.train.custom_reward import load_function
 from segjax.train.reward_spec import REWARD_SPEC_FILE as SEGMENT_REWARD
 
@@ -186,8 +187,8 @@ def prepare(
     )
     check_batches(name, stage.settings, mesh)
     for key in (*JOBS[name].needs, *JOBS[name].optional):
-      for label, path in inputs.named(key, _get(settings, key)).items():
-        inputs.check(label, path, stage.directory)
+      for label, path in inputs.named_paths(key, _get(settings, key)).items():
+        inputs.check_path(label, path, stage.directory)
     stages.append(stage)
   if {'ppo', 'evaluate'} & set(settings.stages):
     evaluate.load_eval_functions(settings.evaluate)
@@ -272,7 +273,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   processes.barrier(f'{stage.name} done')
   if processes.is_first():
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
-    stage.say(f'done in {results["seconds"]:.1f} s{figures}')
+    stage.log(f'done in {results["seconds"]:.1f} s{figures}')
     results = stage_record.record_results(stage.directory, key, results, _outputs(stage, job))
   stage.mirror.publish()
   if processes.is_first():
@@ -291,13 +292,13 @@ def _begin(stage: Stage, job: Job, key: stage_record.Key) -> dict[str, Any] | No
   stage_record.restore_old(stage.directory, key)
   results = stage_record.load_results_if_valid(stage.directory, key, _outputs(stage, job))
   if results is not None and job.is_reusable:
-    stage.say(f'reused from {stage.directory}: settings and inputs are the same')
+    stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
   log('')
   reason = stage_record.prepare_directory(stage.directory, key)
   if reason and job.is_reusable:
-    stage.say(f'runs again: {reason} (what was there is in {stage.directory}.old)')
+    stage.log(f'runs again: {reason} (what was there is in {stage.directory}.old)')
   return None
 
 
@@ -325,7 +326,7 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
   """Content of the local files and directories that the stage reads."""
   found = {}
   for key in (*job.needs, *job.optional):
-    found |= inputs.named(key, _get(stage.settings, key))
+    found |= inputs.named_paths(key, _get(stage.settings, key))
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
     found['data.chat_template'] = stage.settings.data.chat_template
   # The normalizer job writes segment_reward.json into its own input.

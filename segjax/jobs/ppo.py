@@ -10,14 +10,14 @@ import numpy as np
 from segjax.config.settings import PPO
 from segjax.data.batches import endless_batch_indices, split_holdout
 from segjax.data.tokenize import tokenize_prompts
+from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
 from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
-from segjax.run import models, preemption, provenance
-from segjax.run import stage as jobs
+from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.experience import PPORecipe, sequence_lengths, within_bounds
@@ -31,44 +31,67 @@ FIGURES = {  # of the last step: names in results, names of metrics
   'segments': 'segments/per_response',
 }
 SHOW = list(FIGURES.values())  # on the console, the first two beside the bar; in the card's curves
-CRITICS = ('policy', 'reward_model')  # what config.critic.init may name, but for a path
 
 
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`."""
   s = stage.settings
-  paths, meaning, networks = models.resolve_models(stage)
-  critic_path = critic_directory(stage, paths)
-  tokenizer = jobs.load_stage_tokenizer(stage, paths['policy'])
-  recipe = models.make_recipe(
-    stage,
-    networks | {'policy': jobs.load_network_config(stage, paths['policy'], trained=True)},
-    jobs.load_network_config(stage, critic_path, trained=True),
-    meaning,
-    tokenizer,
+  resolved = models.resolve_models(s, stage.mesh, stage.log)
+  paths, meaning, networks = resolved
+  critic_path = critic_directory(s.critic.init, paths)
+  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
+  policy_config, critic_config = (
+    models.load_network_config(path, s.runtime, stage.mesh, stage.log, trained=True)
+    for path in (paths['policy'], critic_path)
   )
-  limits = jobs.prompt_limits(stage, networks | {'critic': recipe.critic})
-  prompts = tokenize_prompts(jobs.load_config_rows(stage), tokenizer, limits)
-  jobs.log_dataset(stage, prompts)
-  stage.say(describe_rewards(recipe, meaning.normalizer_kind))
-  frozen = models.load_frozen(stage, paths, networks, ('reference', 'reward'))
+  recipe = models.make_recipe(
+    s, networks | {'policy': policy_config}, critic_config, meaning, tokenizer
+  )
+  limits = inputs.prompt_limits(
+    s.data,
+    networks | {'critic': recipe.critic},
+    s.rollout.max_new_tokens,
+    'rollout.max_new_tokens',
+    stage.log,
+  )
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
+  inputs.log_dataset(prompts, stage.log)
+  stage.log(describe_rewards(recipe, meaning.normalizer_kind))
+  frozen = models.load_models(
+    resolved,
+    ('reference', 'reward'),
+    s.runtime,
+    stage.mesh,
+    on_host=s.runtime.frozen_params_memory == 'host',
+  )
   warmup = s.critic.warmup_rollouts * updates_per_step(s.ppo)
   total = s.ppo.max_steps * updates_per_step(s.ppo)
-  policy = jobs.load_params(stage, paths['policy'], recipe.policy, 'language', trained=True)
-  critic = jobs.load_params(stage, critic_path, recipe.critic, 'scalar', trained=True)
+  policy = models.load_params(
+    paths['policy'], recipe.policy, 'language', s.runtime, stage.mesh, trained=True
+  )
+  critic = models.load_params(
+    critic_path,
+    recipe.critic,
+    'scalar',
+    s.runtime,
+    stage.mesh,
+    key=stage.key('head'),
+    trained=True,
+  )
   states = {
     'policy': init_state(policy, s.ppo.policy_optimizer, total - warmup),
     'critic': init_state(critic, s.ppo.critic_optimizer, total),
     'kl': {'coef': jnp.float32(s.ppo.kl_coef)},
   }
-  jobs.log_memory(stage, {'policy': states['policy'], 'critic': states['critic']} | frozen)
+  trees = {'policy': states['policy'], 'critic': states['critic']} | frozen
+  models.log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
   kept, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
   sampler, looker = (
     Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
   )
   gold, _ = evaluate.load_eval_functions(s.evaluate)
-  shown = models.make_response_log(stage, recipe, tokenizer, kept)
+  shown = models.make_response_log(stage.directory, s.report, recipe, tokenizer, kept)
   timing = StepTimer()
 
   def step_fn(states, step):
@@ -96,7 +119,7 @@ def run(stage: Stage) -> dict[str, Any]:
     shown.take(step, s.ppo.max_steps, experience, np.repeat(rows, s.rollout.samples_per_prompt))
     return states, metrics | timing.seconds
 
-  states, last = jobs.train(stage, states, step_fn, s.ppo.max_steps, SHOW)
+  states, last = training_loop.train(stage, states, step_fn, s.ppo.max_steps, SHOW)
   figures = {name: last.get(metric) for name, metric in FIGURES.items()}
   card = provenance.card(stage, figures, prompts, SHOW)
   for directory, name, head, source in (
@@ -108,18 +131,17 @@ def run(stage: Stage) -> dict[str, Any]:
   return {'steps': s.ppo.max_steps} | figures
 
 
-def parameters(states: jobs.States) -> dict[str, Any]:
+def parameters(states: training_loop.TrainStates) -> dict[str, Any]:
   """Of policy and critic."""
   return {name: states[name].params for name in ('policy', 'critic')}
 
 
-def critic_directory(stage: Stage, paths: dict[str, Any]) -> Any:
+def critic_directory(init: str, paths: dict[str, Any]) -> Any:
   """Where the critic's first weights are."""
-  init = stage.settings.critic.init
   if init == 'reward_model' and 'reward' not in paths:
     raise UserError('config.critic.init=reward_model, but there is none; use policy.')
   known = {'policy': paths['policy'], 'reward_model': paths.get('reward')}
-  return known.get(init) or jobs.resolve_checkpoint(init, 'critic.init')
+  return known.get(init) or inputs.resolve_checkpoint(init, 'critic.init')
 
 
 def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
@@ -141,14 +163,14 @@ def updates_per_step(ppo: PPO) -> int:
 
 
 def update(
-  states: jobs.States,
+  states: training_loop.TrainStates,
   experience: Any,
   recipe: PPORecipe,
   seed: tuple[int, int],
   total_updates: int,
   policy_from: int | None = 0,
   allowed: Any = True,
-) -> tuple[jobs.States, dict[str, Any]]:
+) -> tuple[training_loop.TrainStates, dict[str, Any]]:
   """`ppo.num_ppo_epochs` passes over the rollout in shuffled minibatches; metrics are means over
   them.
 
@@ -159,7 +181,7 @@ def update(
   for epoch in range(ppo.num_ppo_epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(ppo.rollout_batch_size)
     for rows in order.reshape(-1, ppo.minibatch_size):
-      packing, fill = jobs.plan_packing_for(ppo, lengths[rows])
+      packing, fill = training_loop.plan_packing_for(ppo, lengths[rows])
       policy, critic, metrics = ppo_step(
         policy,
         critic,

@@ -11,14 +11,14 @@ import numpy as np
 from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
-from segjax.data.tokenizer import tokenizer_fingerprint
+from segjax.data.tokenize import tokenize_pairs
+from segjax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
-from segjax.run import provenance
-from segjax.run import stage as jobs
+from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
@@ -39,18 +39,23 @@ def run(stage: Stage) -> dict[str, Any]:
   `held_out.json`: the rows of the data, 0-based, that were never trained on.
   """
   s = stage.settings
-  source = jobs.resolve_checkpoint(s.policy.path, 'policy.path')
-  reference_path = jobs.resolve_checkpoint(s.reference.path, 'reference.path')
-  config = jobs.load_network_config(stage, source, trained=True)
+  source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
+  reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
+  config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
   reward_spec.check_tokenizer(source, reference_path)
-  tokenizer = jobs.load_stage_tokenizer(stage, source)
+  tokenizer = load_tokenizer(str(source), s.data.chat_template)
   scorer = SegmentScorer(
     config,
-    jobs.load_network_config(stage, reference_path),
+    models.load_network_config(reference_path, s.runtime, stage.mesh, stage.log),
     make_segmenter(s.reward.segmentation, tokenizer),
   )
-  pairs = jobs.load_pairs(stage, tokenizer, config)
-  jobs.log_dataset(stage, pairs)
+  pairs = tokenize_pairs(
+    inputs.load_config_rows(s.data),
+    tokenizer,
+    inputs.length_limits(s.data, config, stage.log),
+    inputs.pair_rules(s.compat, ratings=s.reward.rating_margin_coef > 0),
+  )
+  inputs.log_dataset(pairs, stage.log)
   if s.reward.rating_margin_coef and np.isnan(pairs.rating_gap).all():
     raise UserError(
       f'config.reward.rating_margin_coef={s.reward.rating_margin_coef}, but no '
@@ -59,48 +64,53 @@ def run(stage: Stage) -> dict[str, Any]:
     )
   reference = None
   if scorer.cutter.needs_entropy:
-    reference = jobs.load_params(stage, reference_path, scorer.reference, 'language')
+    reference = models.load_params(
+      reference_path, scorer.reference, 'language', s.runtime, stage.mesh
+    )
     scorer = with_calibrated_threshold(stage, scorer, reference, tokenizer)
     if s.reward.entropy_cache_dir:
       pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
       reference = None  # its memory is free for what follows
   kept, held_out = split_holdout(pairs, s.reward.holdout_fraction, s.seed)
-  stage.say(f'{len(held_out)} pairs held out by prompt')
+  stage.log(f'{len(held_out)} pairs held out by prompt')
   looked_at = select(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
-  total = jobs.num_steps(
+  total = training_loop.count_steps(
     s.reward.max_steps,
     s.reward.num_epochs,
     len(kept),
     s.reward.batch_size,
-    'reward',
+    'reward.batch_size',
   )
-  params = jobs.load_params(stage, source, config, 'scalar', trained=True)
+  params = models.load_params(
+    source, config, 'scalar', s.runtime, stage.mesh, key=stage.key('head'), trained=True
+  )
 
   def step_fn(states, step):
     rows = batch_indices(len(kept), s.reward.batch_size, s.seed, step)
     sides = [side.lengths(rows) for side in (kept.chosen, kept.rejected)]
     lengths = np.stack(sides, axis=1).reshape(-1)
-    packing, fill = jobs.plan_packing_for(s.reward, lengths, group=2)
+    packing, fill = training_loop.plan_packing_for(s.reward, lengths, group=2)
     state, metrics = reward_step(
       states['reward'],
       reference,
-      kept.gather(rows, stage.place),
+      kept.gather(rows, stage.to_device),
       packing,
       scorer=scorer,
       settings=s.reward,
       total_steps=total,
     )
     work = throughput.update(lengths, config, 'scalar', scorer.reference if reference else None)
-    metrics = jobs.prefix_metrics('train', metrics) | fill | work
+    metrics = training_loop.prefix_metrics('train', metrics) | fill | work
     if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
-      metrics |= jobs.prefix_metrics(
+      metrics |= training_loop.prefix_metrics(
         'eval', evaluate_held_out(stage, state.params, reference, looked_at, scorer)
       )
     return {'reward': state}, metrics
 
   states = {'reward': init_state(params, s.reward.optimizer, total)}
-  jobs.log_memory(stage, states | ({'reference': reference} if reference else {}))
-  states, last = jobs.train(stage, states, step_fn, total, SHOW)
+  trees = states | ({'reference': reference} if reference else {})
+  models.log_memory(trees, stage.mesh, stage.log)
+  states, last = training_loop.train(stage, states, step_fn, total, SHOW)
   params = states['reward'].params
   if processes.is_first():
     (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
@@ -163,7 +173,7 @@ def evaluate_held_out(
   if note:
     parts = track(stage.name, parts, -(-len(held_out) // size), note)
   for rows, real in parts:
-    score = evaluate_pairs(params, reference, held_out.gather(rows, stage.place), scorer=scorer)
+    score = evaluate_pairs(params, reference, held_out.gather(rows, stage.to_device), scorer=scorer)
     found.append(processes.to_host(score)[:real])
   chosen, rejected = np.concatenate(found).T
   lengths = (

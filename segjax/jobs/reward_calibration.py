@@ -17,7 +17,7 @@ from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
-from segjax.run import stage as jobs
+from segjax.run import inputs
 from segjax.run.stage import Stage
 from segjax.train.experience import concat_prompt_response, gather_response
 from segjax.train.reward_step import SegmentScorer
@@ -61,7 +61,7 @@ def run(stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatToke
       json.dumps({'entropy_threshold': threshold, 'curve': points}, indent=2) + '\n'
     )
   show(points, threshold, len(mask))
-  stage.say(f'entropy threshold {threshold:.4f} nats: {why}')
+  stage.log(f'entropy threshold {threshold:.4f} nats: {why}')
   return threshold
 
 
@@ -70,8 +70,14 @@ def sample(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(entropy [N, T], response_mask [N, T], finished [N]) of the reference's own responses."""
   s = stage.settings
-  limits = jobs.prompt_limits(stage, {'reference': scorer.reference}, 'reward.threshold_search')
-  prompts = tokenize_prompts(jobs.load_config_rows(stage), tokenizer, limits)
+  limits = inputs.prompt_limits(
+    s.data,
+    {'reference': scorer.reference},
+    s.reward.threshold_search.max_new_tokens,
+    'reward.threshold_search.max_new_tokens',
+    stage.log,
+  )
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
   rows = np.random.default_rng(s.seed).permutation(len(prompts))[
     : s.reward.threshold_search.num_samples
   ]
@@ -89,7 +95,7 @@ def sample(
       stop_ids=tokenizer.stop_ids,
       mesh=stage.mesh,
       index=number * size + np.arange(size),
-      say=stage.say,
+      say=stage.log,
     )
     entropy = _entropy(reference, made, config=scorer.reference)
     found.append(

@@ -35,7 +35,7 @@ def with_entropies(
   folder = Path(stage.settings.reward.entropy_cache_dir).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
   if processes.broadcast_from_first(path.exists()):
-    stage.say(f'entropies of the reference from {path}')
+    stage.log(f'entropies of the reference from {path}')
   else:
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f'.{processes.process_index()}-{os.getpid()}.partial')
@@ -45,7 +45,7 @@ def with_entropies(
     else:
       partial.unlink()
     processes.barrier('entropies')
-    stage.say(f'entropies of the reference kept in {path}')
+    stage.log(f'entropies of the reference kept in {path}')
   values = np.load(path, mmap_mode='r')
   middle = pairs.chosen.offsets[-1]
   return dataclasses.replace(
@@ -63,7 +63,7 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   size = stage.settings.reward.batch_size
   batches = track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size), 'entropies')
   for rows, real in batches:
-    batch = pairs.gather(rows, stage.place)
+    batch = pairs.gather(rows, stage.to_device)
     both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
     for start, side, found in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
       for row, entropy in zip(rows[:real], found, strict=False):

@@ -61,7 +61,7 @@ class Sampler:
       stop_ids=self.tokenizer.stop_ids,
       mesh=self.stage.mesh,
       samples=s.rollout.samples_per_prompt,
-      say=self.stage.say,
+      say=self.stage.log,
       watch=lambda found: (
         preemption.raise_if_stop_requested()
       ),  # a machine that goes away does not wait
@@ -81,7 +81,12 @@ class Sampler:
   @functools.cached_property
   def _rule(self) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
     """The user's reward; loaded once, not at every step."""
-    return models.make_reward_fn(self.stage, self.prompts, self.tokenizer)
+    return models.make_reward_fn(
+      self.stage.settings.reward_shaping.reward_fn,
+      self.prompts,
+      self.tokenizer,
+      self.stage.to_device,
+    )
 
   def texts(self, experience: Experience) -> list[str]:
     """The responses as text; every process takes part."""

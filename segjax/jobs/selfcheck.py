@@ -89,7 +89,7 @@ def run(stage: Stage) -> dict[str, Any]:
     bench = make_fixture(stage.mesh)
     for name, check in checks(stage, bench):
       found[name] = check()
-      stage.say(f'{found[name].status:<8} {name}')
+      stage.log(f'{found[name].status:<8} {name}')
   rows = [
     (name, _short(outcome.measured), _short(outcome.bound), outcome.status, outcome.note)
     for name, outcome in found.items()

@@ -4,9 +4,9 @@ from typing import Any
 
 from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
+from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
-from segjax.run import provenance
-from segjax.run import stage as jobs
+from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.optimizer import init_state
@@ -17,33 +17,33 @@ SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar and in 
 
 def run(stage: Stage) -> dict[str, Any]:
   """Trains config.policy.path on config.data.path; writes `model/`, returns the last metrics."""
-  settings = stage.settings.sft
-  source = jobs.resolve_checkpoint(stage.settings.policy.path, 'policy.path')
-  config = jobs.load_network_config(stage, source, trained=True)
-  tokenizer = jobs.load_stage_tokenizer(stage, source)
+  s, settings = stage.settings, stage.settings.sft
+  source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
+  config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
+  tokenizer = load_tokenizer(str(source), s.data.chat_template)
   dataset = tokenize_conversations(
-    jobs.load_config_rows(stage), tokenizer, jobs.length_limits(stage, config)
+    inputs.load_config_rows(s.data), tokenizer, inputs.length_limits(s.data, config, stage.log)
   )
-  jobs.log_dataset(stage, dataset)
-  total = jobs.num_steps(
-    settings.max_steps, settings.num_epochs, len(dataset), settings.batch_size, 'sft'
+  inputs.log_dataset(dataset, stage.log)
+  total = training_loop.count_steps(
+    settings.max_steps, settings.num_epochs, len(dataset), settings.batch_size, 'sft.batch_size'
   )
-  params = jobs.load_params(stage, source, config, 'language', trained=True)
+  params = models.load_params(source, config, 'language', s.runtime, stage.mesh, trained=True)
 
   def step_fn(states, step):
     rows = batch_indices(len(dataset), settings.batch_size, stage.settings.seed, step)
-    batch = dataset.gather(rows, stage.place)
+    batch = dataset.gather(rows, stage.to_device)
     lengths = dataset.tokens.lengths(rows)
-    packing, fill = jobs.plan_packing_for(settings, lengths)
+    packing, fill = training_loop.plan_packing_for(settings, lengths)
     state, metrics = sft_step(
       states['policy'], batch, packing, config=config, settings=settings, total_steps=total
     )
     work = throughput.update(lengths, config, 'language')
-    return {'policy': state}, jobs.prefix_metrics('train', metrics) | fill | work
+    return {'policy': state}, training_loop.prefix_metrics('train', metrics) | fill | work
 
   states = {'policy': init_state(params, settings.optimizer, total)}
-  jobs.log_memory(stage, states)
-  states, last = jobs.train(stage, states, step_fn, total, SHOW)
+  models.log_memory(states, stage.mesh, stage.log)
+  states, last = training_loop.train(stage, states, step_fn, total, SHOW)
   save_checkpoint(
     stage.model_directory,
     states['policy'].params,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import PPO, SFT, Optimizer, RewardTraining, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
-from segjax.run.stage import plan_packing_for
+from segjax.run.training_loop import plan_packing_for
 from segjax.train.experience import ModelOutputs
 from segjax.train.optimizer import init_state
 from segjax.types import Experience, PackingPlan, PreferenceBatch, Rollout, Segments, Sequences

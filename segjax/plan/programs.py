@@ -18,7 +18,7 @@ from segjax.data.batches import TokenBatch
 from segjax.model import decode, generate, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
-from segjax.run.stage import apply_runtime
+from segjax.run.models import apply_runtime
 from segjax.train import rollout as rollouts
 from segjax.train.experience import PPORecipe, make_experience, score_chunk
 from segjax.train.ppo_step import critic_step, policy_step

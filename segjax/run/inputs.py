@@ -1,50 +1,148 @@
-"""Paths that settings name, checked before anything starts."""
+"""What a job reads: checkpoints, rows, limits on lengths. Checks paths before anything starts."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
-from segjax.data.sources import is_hub_id
+from segjax.config.settings import Compat, Data
+from segjax.data.sources import Rows, is_hub_id, load_rows
+from segjax.data.tokenize import Limits, PairRules
 from segjax.errors import UserError
-from segjax.jobs import ppo
+from segjax.hf import reader
+from segjax.model.llama import LlamaConfig
 
-LISTS = ('evaluate_reward.pairs',)  # keys whose paths are joined by commas
+LISTS = ('evaluate_reward.pairs',)  # keys that hold several paths, separated by commas
+CRITICS = ('policy', 'reward_model')  # values of config.critic.init that are not paths
 
 
-def named(key: str, value: str) -> dict[str, str]:
-  """The paths of a key, each under its own name: those of a list are numbered from 0."""
+def named_paths(key: str, value: str) -> dict[str, str]:
+  """Returns the paths of a key by name: `key`, or `key[0]`, `key[1]`, ... where it holds a list."""
   if key not in LISTS:
     return {key: value}
-  return {f'{key}[{number}]': path for number, path in enumerate(split(value))}
+  return {f'{key}[{number}]': path for number, path in enumerate(split_paths(value))}
 
 
-def split(value: str) -> list[str]:
-  """The paths of a list."""
+def split_paths(value: str) -> list[str]:
+  """Returns the paths of a list separated by commas."""
   return [path.strip() for path in value.split(',') if path.strip()]
 
 
-def check(key: str, path: str, directory: Path) -> None:
-  """ValueError unless the path is there, or on a bucket or hub, and outside of `directory`."""
-  if not path or '://' in path or (key == 'critic.init' and path in ppo.CRITICS):
+def check_path(key: str, path: str, directory: Path) -> None:
+  """Checks that a path exists or lies on a bucket or hub, and that the run does not write to it.
+
+  Raises:
+    UserError: the path does not exist, or lies in `directory`.
+  """
+  if not path or '://' in path or (key == 'critic.init' and path in CRITICS):
     return
-  place = Path(path).expanduser()
-  if not place.exists() and not is_hub_id(path):
-    raise UserError(f'config.{key}={path!r}: no such file or directory, and no hub id.')
-  if place.absolute().is_relative_to(directory.absolute()):
+  local = Path(path).expanduser()
+  if not local.exists() and not is_hub_id(path):
     raise UserError(
-      f'config.{key}={path!r} lies in {directory}, which this run writes; give another --workdir.'
+      f'config.{key}={path!r} does not exist and is not a hub id; give a path or owner/name.'
+    )
+  if local.absolute().is_relative_to(directory.absolute()):
+    raise UserError(
+      f'config.{key}={path!r} lies in {directory}, which this run writes; use another --workdir.'
     )
 
 
 def check_writable(directory: str) -> None:
-  """ValueError unless config.checkpoint.directory can be made, if there is one."""
+  """Creates config.checkpoint.directory, if it is set.
+
+  Raises:
+    UserError: the directory cannot be created.
+  """
   if not directory:
     return
   try:
     epath.Path(directory).mkdir(parents=True, exist_ok=True)
-  except Exception as error:  # each kind of bucket has its own
+  except Exception as error:  # every kind of bucket has exceptions of its own
     first = str(error).strip().partition('\n')[0]
     raise UserError(
-      f'config.checkpoint.directory={directory!r} cannot be made: {first}. A bucket needs its '
-      'package, gs:// `pip install gcsfs`.'
+      f'config.checkpoint.directory={directory!r} cannot be created: {first}. A bucket needs its '
+      'package; gs:// needs `pip install gcsfs`.'
     ) from error
+
+
+def resolve_checkpoint(path: str, key: str) -> Path:
+  """Returns the directory of the checkpoint that config.`key` names; downloads it if needed."""
+  try:
+    return reader.resolve_checkpoint(path)
+  except ValueError as error:
+    raise UserError(f'config.{key}: {error}') from error
+
+
+def load_config_rows(data: Data) -> Rows:
+  """Loads the rows of config.data."""
+  return load_rows(data.path, data.split, data.max_rows)
+
+
+def length_limits(data: Data, config: LlamaConfig, log: Callable[[str], None]) -> Limits:
+  """Returns the limits on prompt and response together, at most the network's positions.
+
+  If the network has fewer positions than config.data.max_length, prompts keep their share of it.
+  """
+  positions = config.max_position_embeddings
+  if data.max_length <= positions:
+    return Limits(data.max_length, data.max_prompt_length, data.overlong_policy)
+  max_prompt = max(1, data.max_prompt_length * positions // data.max_length)
+  log(
+    f'rows are limited to {positions} tokens, the model’s max_position_embeddings '
+    f'(config.data.max_length={data.max_length})'
+  )
+  return Limits(positions, max_prompt, data.overlong_policy)
+
+
+def prompt_limits(
+  data: Data,
+  configs: dict[str, LlamaConfig],
+  max_new_tokens: int,
+  key: str,
+  log: Callable[[str], None],
+) -> Limits:
+  """Returns the limits on prompts whose responses have up to `max_new_tokens` tokens.
+
+  Args:
+    configs: the networks that read prompt and response, by name.
+    key: the config key of `max_new_tokens`.
+
+  Raises:
+    UserError: no position is left for a prompt.
+  """
+  name, config = min(configs.items(), key=lambda item: item[1].max_position_embeddings)
+  positions = config.max_position_embeddings
+  if positions <= max_new_tokens:
+    raise UserError(
+      f'config.{key}={max_new_tokens} leaves no room for a prompt in the {positions} positions of '
+      f'the {name}; make it smaller.'
+    )
+  max_prompt = min(data.max_prompt_length, positions - max_new_tokens)
+  if max_prompt < data.max_prompt_length:
+    log(
+      f'prompts are limited to {max_prompt} tokens: the {name} has {positions} positions, and '
+      f'responses take up to {max_new_tokens}'
+    )
+  return Limits(max_prompt, max_prompt, data.overlong_policy)
+
+
+def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:
+  """Returns how pairs are tokenised under config.compat; `ratings` are read on demand."""
+  return PairRules(
+    ratings=ratings,
+    force_stop=compat.keep_degenerate_pairs,
+    keep_identical=compat.keep_degenerate_pairs,
+    strip_system_preamble=compat.strip_system_preamble,
+  )
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+  """Returns the counts that are not zero as text: '100 rows, 3 dropped overlong'."""
+  return ', '.join(f'{count} {name.replace("_", " ")}' for name, count in counts.items() if count)
+
+
+def log_dataset(dataset: Any, log: Callable[[str], None]) -> None:
+  """Logs how many rows were read, truncated and dropped, and the length they are padded to."""
+  used = '' if len(dataset) == dataset.counts['rows'] else f'; {len(dataset)} used'
+  log(f'{describe_counts(dataset.counts)}{used}, padded to {dataset.length} tokens')

@@ -1,26 +1,27 @@
-"""What PPO and evaluation share: networks, the reward model's meaning, the user's reward."""
+"""Loads the networks of a run, and what PPO and evaluation build around them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.conflicts import check_redistribution
-from segjax.config.settings import Segmentation
+from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_spread
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader, tensor_names
 from segjax.model import sharding
+from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig
 from segjax.report.response_log import ResponseLog
-from segjax.run import stage as jobs
-from segjax.run.stage import Stage
+from segjax.run.inputs import resolve_checkpoint
 from segjax.train import reward_spec
 from segjax.train.custom_reward import load_function, token_rewards
 from segjax.train.experience import PPORecipe
@@ -30,106 +31,187 @@ from segjax.types import Normalizer, Rollout
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
 
+LogFn = Callable[[str], None]
 
-def resolve_models(stage: Stage) -> tuple[dict[str, Path], RewardSpec, dict[str, LlamaConfig]]:
-  """(directories, what the reward model's scores mean, networks) of config's models, by name.
 
-  Without config.reward_model.path there is no 'reward' among them: rewards come from a function.
+class Models(NamedTuple):
+  """The models that a run names, before their weights are loaded.
+
+  Attributes:
+    paths: their directories, by name: 'policy', 'reference', and 'reward' if there is one.
+    reward_spec: how responses are segmented and scores are normalised.
+    configs: their networks, by name.
   """
-  s = stage.settings
-  paths = {
-    'policy': jobs.resolve_checkpoint(s.policy.path, 'policy.path'),
-    'reference': jobs.resolve_checkpoint(s.reference.path, 'reference.path'),
-  }
-  if s.reward_model.path:
-    paths['reward'] = jobs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
-    meaning = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
-  else:
-    segmentation = reward_spec.override(Segmentation(), s.reward_model.segmentation)
-    meaning = RewardSpec(segmentation, Normalizer(), 'none')
-  granularity = meaning.segmentation.granularity
-  check_redistribution(s, granularity, float(meaning.normalizer.w_mean))
-  reward_spec.check_tokenizer(paths['reference'], paths['policy'])
-  return paths, meaning, load_network_configs(stage, paths)
+
+  paths: dict[str, Path]
+  reward_spec: RewardSpec
+  configs: dict[str, LlamaConfig]
 
 
-def load_network_configs(stage: Stage, paths: dict[str, Path]) -> dict[str, LlamaConfig]:
-  """The network in each directory.
+def load_network_config(
+  directory: Path, runtime: Runtime, mesh: Mesh, log: LogFn, *, trained: bool = False
+) -> LlamaConfig:
+  """Loads the network of `directory`, to be run as config.runtime says.
 
   Raises:
-    ValueError: the reward model has no scalar head: the scores of one that is drawn mean nothing.
+    UserError: its heads cannot be divided over the mesh's tensor axis.
   """
-  found = {name: jobs.load_network_config(stage, path) for name, path in paths.items()}
+  config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=trained)
+  if reason:
+    log(reason)
+  return config
+
+
+def apply_runtime(
+  config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
+) -> tuple[LlamaConfig, str]:
+  """Returns the network with the runtime's fields, and why another attention is used, or ''.
+
+  Raises:
+    UserError: its heads cannot be divided over the mesh's tensor axis.
+  """
+  platform = mesh.devices.flat[0].platform
+  attention, reason = select_implementation(
+    runtime.attention, platform, runtime.compute_dtype, config.head_dim
+  )
+  config = dataclasses.replace(
+    config,
+    dtype=runtime.compute_dtype,
+    remat=runtime.remat if trained else 'none',
+    offload=runtime.offload_activations if trained else '',
+    scan_unroll=runtime.scan_unroll,
+    attention=attention,
+    logprob_chunk=runtime.logprob_chunk_size,
+  )
+  sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
+  return config, reason
+
+
+def load_params(
+  directory: Path,
+  config: LlamaConfig,
+  head: str,
+  runtime: Runtime,
+  mesh: Mesh,
+  *,
+  key: jax.Array | None = None,
+  trained: bool = False,
+) -> Any:
+  """Loads the parameters of `directory`: in config.runtime.param_dtype if they are trained.
+
+  Args:
+    head: 'language' or 'scalar'.
+    key: draws a scalar head where the checkpoint has none.
+  """
+  dtype = runtime.param_dtype if trained else runtime.compute_dtype
+  return reader.load_params(directory, config, head, mesh=mesh, dtype=dtype, key=key)
+
+
+def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
+  """Logs the memory of each tree per device; activations come on top, see `tools/plan.py`."""
+  sizes = {
+    name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    for name, tree in trees.items()
+  }
+  stats = mesh.local_devices[0].memory_stats() or {}
+  limit = f' of {stats["bytes_limit"] / 2**30:.1f}' if 'bytes_limit' in stats else ''
+  parts = ', '.join(f'{name} {size / 2**30:.2f}' for name, size in sizes.items())
+  log(f'GiB per device{limit}: {parts}')
+
+
+def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
+  """Returns policy, reference and reward model as the config names them.
+
+  Without config.reward_model.path there is no 'reward' model: rewards come from a function.
+  """
+  paths = {
+    'policy': resolve_checkpoint(settings.policy.path, 'policy.path'),
+    'reference': resolve_checkpoint(settings.reference.path, 'reference.path'),
+  }
+  reward_model = settings.reward_model
+  if reward_model.path:
+    paths['reward'] = resolve_checkpoint(reward_model.path, 'reward_model.path')
+    spec = reward_spec.resolve_spec(reward_model, paths['reward'], paths['policy'])
+  else:
+    segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
+    spec = RewardSpec(segmentation, Normalizer(), 'none')
+  check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  reward_spec.check_tokenizer(paths['reference'], paths['policy'])
+  return Models(paths, spec, load_network_configs(paths, settings.runtime, mesh, log))
+
+
+def load_network_configs(
+  paths: dict[str, Path], runtime: Runtime, mesh: Mesh, log: LogFn
+) -> dict[str, LlamaConfig]:
+  """Loads the network of each directory, as frozen models.
+
+  Raises:
+    UserError: the reward model has no scalar head; the scores of a random head say nothing.
+  """
+  configs = {name: load_network_config(path, runtime, mesh, log) for name, path in paths.items()}
   if 'reward' in paths:
-    tensors = reader.open_model(paths['reward'], found['reward'], 'scalar')[1]
-    if len(tensors) < len(tensor_names.tensor_mappings(found['reward'], 'scalar')):
+    tensors = reader.open_model(paths['reward'], configs['reward'], 'scalar')[1]
+    if len(tensors) < len(tensor_names.tensor_mappings(configs['reward'], 'scalar')):
       raise UserError(
-        f'{paths["reward"]} has no scalar head, so it is no reward model; train one from it by the '
-        'reward job.'
+        f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '
+        'from it by the reward job.'
       )
-  return found
+  return configs
 
 
 def load_models(
-  stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
+  models: Models, names: Sequence[str], runtime: Runtime, mesh: Mesh, *, on_host: bool = False
 ) -> dict[str, Any]:
-  """The frozen parameters of those models that there are."""
-  return {
-    name: jobs.load_params(stage, paths[name], networks[name], HEADS[name])
-    for name in names
-    if name in paths
-  }
+  """Loads the frozen parameters of the named models that exist.
 
-
-def load_frozen(
-  stage: Stage, paths: dict[str, Path], networks: dict[str, LlamaConfig], names: Sequence[str]
-) -> dict[str, Any]:
-  """As `load`, in the memory where config.runtime.frozen_params_memory lets them wait to be
-  used.
+  Args:
+    on_host: the parameters are kept in host memory until they are used
+      (config.runtime.frozen_params_memory).
   """
-  wait = (
-    sharding.to_host if stage.settings.runtime.frozen_params_memory == 'host' else lambda tree: tree
-  )
-  found = {}
-  for name in names:  # one after the other, so that the devices never hold them all
-    for model, params in load_models(stage, paths, networks, (name,)).items():
-      found[model] = wait(params)
-  return found
+  trees = {}
+  for name in names:
+    if name not in models.paths:
+      continue
+    directory, config = models.paths[name], models.configs[name]
+    params = load_params(directory, config, HEADS[name], runtime, mesh)
+    # One model at a time moves to the host, so that the devices never hold all of them.
+    trees[name] = sharding.to_host(params) if on_host else params
+  return trees
 
 
 def make_recipe(
-  stage: Stage,
-  networks: dict[str, LlamaConfig],
+  settings: Settings,
+  configs: dict[str, LlamaConfig],
   critic: LlamaConfig,
-  meaning: RewardSpec,
+  spec: RewardSpec,
   tokenizer: ChatTokenizer,
 ) -> PPORecipe:
-  """What is fixed over a run of PPO or an evaluation."""
-  s, segmentation = stage.settings, meaning.segmentation
-  if s.reward_shaping.redistribute == 'red':
-    # The score is read at the response's end, so the stop token has to lie in a segment.
+  """Returns what does not change during a run of PPO or an evaluation."""
+  segmentation = spec.segmentation
+  if settings.reward_shaping.redistribute == 'red':
+    # RED reads the score at the response's end, so the stop token has to lie in a segment.
     segmentation = dataclasses.replace(segmentation, stop_token='inside')
   return PPORecipe(
-    policy=networks['policy'],
-    reference=networks['reference'],
-    reward=networks.get('reward'),
+    policy=configs['policy'],
+    reference=configs['reference'],
+    reward=configs.get('reward'),
     critic=critic,
     cutter=make_segmenter(segmentation, tokenizer),
-    spread=resolve_spread(s, segmentation.granularity),
-    shaping=s.reward_shaping,
-    ppo=s.ppo,
-    compat=s.compat,
-    recompute_logprob=s.rollout.recompute_logprob,
+    spread=resolve_spread(settings, segmentation.granularity),
+    shaping=settings.reward_shaping,
+    ppo=settings.ppo,
+    compat=settings.compat,
+    recompute_logprob=settings.rollout.recompute_logprob,
   )
 
 
 def make_response_log(
-  stage: Stage, recipe: PPORecipe, tokenizer: ChatTokenizer, prompts: Prompts
+  directory: Path, report: Report, recipe: PPORecipe, tokenizer: ChatTokenizer, prompts: Prompts
 ) -> ResponseLog:
-  """Keeps responses to the prompts for the report."""
+  """Returns the log that keeps responses to the prompts for report.html."""
   return ResponseLog(
-    stage.directory,
-    stage.settings.report,
+    directory,
+    report,
     tokenizer,
     prompts.messages,
     has_score=recipe.reward is not None,
@@ -138,20 +220,25 @@ def make_response_log(
 
 
 def make_reward_fn(
-  stage: Stage, prompts: Prompts, tokenizer: ChatTokenizer
+  path: str,
+  prompts: Prompts,
+  tokenizer: ChatTokenizer,
+  to_device: Callable[[np.ndarray], jax.Array],
 ) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
-  """(rollout, its rows of `prompts`) -> rewards per token of config.reward_shaping.reward_fn.
+  """Returns the user's reward: (rollout, its rows of `prompts`) -> rewards per token [B, T].
 
-  None where the config names no function. A function needs the text: the rollout is waited for.
+  The rewards are None if `path` is empty. A function reads text, so it waits for the rollout.
+
+  Args:
+    path: config.reward_shaping.reward_fn, 'module:function'.
   """
-  path = stage.settings.reward_shaping.reward_fn
   if not path:
     return lambda rollout, rows: None
   function = load_function(path, 'reward_shaping.reward_fn')
 
-  def rewards(rollout: Rollout, rows: np.ndarray) -> jax.Array:
+  def reward_fn(rollout: Rollout, rows: np.ndarray) -> jax.Array:
     ids, mask = processes.to_host((rollout.response_ids, rollout.response_mask))
-    asked = [prompts.messages(row)[-1]['content'] for row in rows]
-    return stage.place(token_rewards(function, asked, ids, mask, tokenizer.decode))
+    texts = [prompts.messages(row)[-1]['content'] for row in rows]
+    return to_device(token_rewards(function, texts, ids, mask, tokenizer.decode))
 
-  return rewards
+  return reward_fn

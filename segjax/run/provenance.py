@@ -118,5 +118,5 @@ def _curves(stage: Stage, show: Sequence[str]) -> bytes:
   try:
     return picture.png(stage.directory / METRICS, show)
   except Exception as error:  # a picture is not worth the model that waits to be written
-    stage.say(f'no curves for the model card: {error!r}')
+    stage.log(f'no curves for the model card: {error!r}')
     return b''

@@ -198,7 +198,7 @@ def test_checkpoints_that_have_no_place(small, run, language, tmp_path):
   (tmp_path / 'file').write_text('')
   paths = {'policy.path': str(language / 'model'), 'data.path': str(language / 'rows')}
   named = {'checkpoint.directory': f'{tmp_path}/file/x'}
-  with pytest.raises(ValueError, match=r'config.checkpoint.directory=.*file/x. cannot be made: '):
+  with pytest.raises(ValueError, match=r'config.checkpoint.directory=.*file/x. cannot be created'):
     run(small('sft', **paths, **named))
 
 
@@ -216,5 +216,5 @@ def test_a_language_model_is_no_reward_model(small, run, language, model, stage)
     'evaluate_reward.pairs': pairs,
     **{f'reward_model.segmentation.{name}': value for name, value in cutting.items()},
   }
-  with pytest.raises(ValueError, match='has no scalar head, so it is no reward model'):
+  with pytest.raises(ValueError, match='has no scalar head, so it is not a reward model'):
     run(small(stage, **values))

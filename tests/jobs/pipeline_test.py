@@ -49,15 +49,15 @@ def test_one_job_reads_what_the_config_names(small):
 @pytest.mark.parametrize(
   'stages, given, message',
   [
-    (('sft',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere': no such file or dir"),
-    (('sft',), {'policy.path': 'a/b/c'}, "config.policy.path='a/b/c': no such file or directory"),
-    (('ppo',), {'critic.init': 'reference'}, "config.critic.init='reference': no such file"),
+    (('sft',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere' does not exist"),
+    (('sft',), {'policy.path': 'a/b/c'}, "config.policy.path='a/b/c' does not exist"),
+    (('ppo',), {'critic.init': 'reference'}, "config.critic.init='reference' does not exist"),
     (('sft',), {'data.path': 'rows.jsonl'}, "config.data.path='rows.jsonl'"),
-    (('answers',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere': no such file"),
+    (('answers',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere' does not exist"),
     (
       ('evaluate_reward',),
       {'evaluate_reward.pairs': 'a/b, /nowhere'},
-      r"config.evaluate_reward.pairs\[1\]='/nowhere': no such file",
+      r"config.evaluate_reward.pairs\[1\]='/nowhere' does not exist",
     ),
     (('evaluate_reward',), {'evaluate_reward.spans': '/no'}, 'config.evaluate_reward.spans='),
     (
@@ -177,7 +177,7 @@ def test_what_decides_nothing_reruns_nothing(small, run, counted, inputs, tmp_pa
   run(s, tmp_path / 'w')
   same = {
     'checkpoint.every_steps': 1,
-    'max_bad_steps': 9,
+    'max_skipped_steps': 9,
     'reward.max_steps': 7,
     'evaluate.num_printed': 0,
   }

@@ -44,7 +44,7 @@ def test_stopped_stage_ends_as_one_that_was_not(values, run, stop, tmp_path, cap
   stop(values(), tmp_path / 'stopped', after=3)
   capsys.readouterr()
   resumed = run(values(), tmp_path / 'stopped')
-  assert 'going on from step 2 of 5' in capsys.readouterr().out
+  assert 'resuming from step 2 of 5' in capsys.readouterr().out
   weights = [
     (tmp_path / name / 'sft' / 'model' / 'model.safetensors').read_bytes()
     for name in ('whole', 'stopped')
@@ -61,7 +61,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, t
   run(values(seed=1), tmp_path)
   out = capsys.readouterr().out
   assert 'runs again: seed changed' in out
-  assert 'going on from' not in out
+  assert 'resuming from' not in out
   assert (tmp_path / 'sft.old' / 'checkpoints' / '2').exists()
 
 
@@ -73,5 +73,5 @@ def test_checkpoints_may_lie_elsewhere(values, run, stop, tmp_path, capsys):
   assert not (tmp_path / 'run' / 'sft' / 'checkpoints').exists()
   capsys.readouterr()
   run(values(**named), tmp_path / 'run')
-  assert 'going on from step 2 of 5' in capsys.readouterr().out
+  assert 'resuming from step 2 of 5' in capsys.readouterr().out
   assert not (elsewhere / 'sft').exists()

@@ -349,7 +349,7 @@ def test_the_bucket_alone_is_enough_after_a_kill(tmp_path):
   shutil.rmtree(local)
   code, out = _end(_start(buckets, 'killed', tmp_path / 'another'))
   assert code == 0, out[-3000:]
-  assert f'going on from step {step} of 6' in out and 'demo        reused' in out
+  assert f'resuming from step {step} of 6' in out and 'demo        reused' in out
   whole = buckets / 'bucket' / 'whole'
   for name in ('demo/model/model.safetensors', 'sft/model/model.safetensors'):
     assert (run / name).read_bytes() == (whole / name).read_bytes()

@@ -11,8 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from segjax.run import lock, preemption
-from segjax.run import stage as jobs
+from segjax.run import lock, preemption, training_loop
 from segjax.train.state import TrainState
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,7 +31,7 @@ def _train(stage, signal_at=None, number=signal.SIGTERM, in_step=False):
     return {'sum': TrainState(state.step + 1, params, {})}, {'loss': jnp.float32(step)}
 
   start = {'sum': TrainState(jnp.int32(0), {'kernel': jnp.zeros((1, 1))}, {})}
-  states, _ = jobs.train(stage, start, step_fn, _TOTAL, ['loss'])
+  states, _ = training_loop.train(stage, start, step_fn, _TOTAL, ['loss'])
   return int(states['sum'].step)
 
 
@@ -51,13 +50,13 @@ def _steps(stage):
 def test_the_step_is_finished_or_not_begun_then_saved(stage, capsys, number, in_step, saved):
   before = signal.getsignal(number)
   with pytest.raises(
-    preemption.PreemptedError, match=f'sft stopped as asked, step {saved} of 5 is saved; the same'
+    preemption.PreemptedError, match=f'sft stopped by a signal: step {saved} of 5 is saved'
   ):
     _train(stage, 2, number, in_step)
   assert signal.getsignal(number) is before
   assert f'{signal.Signals(number).name}: saving' in capsys.readouterr().out
   assert _train(stage) == _TOTAL
-  assert f'going on from step {saved} of 5' in capsys.readouterr().out
+  assert f'resuming from step {saved} of 5' in capsys.readouterr().out
   assert _steps(stage) == [0, 1, 2, 3, 4]
 
 

@@ -11,7 +11,7 @@ from segjax.config.settings import replace
 from segjax.data.tokenize import Limits
 from segjax.model.llama import make_config
 from segjax.report.metric_log import TooManySkippedStepsError
-from segjax.run import stage as jobs
+from segjax.run import inputs, training_loop
 from segjax.train.state import TrainState
 
 
@@ -35,7 +35,7 @@ def _train(stage, amounts, stop_at=None):
     return {'sum': state}, metrics
 
   start = {'sum': TrainState(jnp.int32(0), {'kernel': jnp.zeros((1, 1))}, {})}
-  states, last = jobs.train(stage, start, step_fn, len(amounts), ['loss'])
+  states, last = training_loop.train(stage, start, step_fn, len(amounts), ['loss'])
   return float(states['sum'].params['kernel'][0, 0]), last
 
 
@@ -67,7 +67,7 @@ def test_interrupted_stage_goes_on_from_its_newest_checkpoint(stage, capsys):
   total, _ = _train(stage, [100, 100, 4, 8, 16])  # the first two are not run again
   assert total == 31
   assert _steps(stage) == [0, 1, 2, 3, 4]
-  assert 'going on from step 2 of 5' in capsys.readouterr().out
+  assert 'resuming from step 2 of 5' in capsys.readouterr().out
 
 
 def test_without_checkpoints_an_interrupted_stage_begins_again(stage_of, small):
@@ -104,21 +104,22 @@ def test_more_bad_steps_may_be_allowed(stage_of, small):
   [(5, 1, 100, 10, 5), (0, 1, 100, 10, 10), (0, 3, 25, 10, 6), (7, 9, 10, 10, 7)],
 )
 def test_num_steps(steps, epochs, rows, batch, expected):
-  assert jobs.num_steps(steps, epochs, rows, batch, 'sft') == expected
+  assert training_loop.count_steps(steps, epochs, rows, batch, 'sft.batch_size') == expected
 
 
 def test_batch_larger_than_the_data():
   with pytest.raises(
     ValueError, match=r'config.sft.batch_size=64 is more than the 10 rows .* at most 10'
   ):
-    jobs.num_steps(0, 1, 10, 64, 'sft')
+    training_loop.count_steps(0, 1, 10, 64, 'sft.batch_size')
 
 
-def test_limits_never_exceed_the_positions(stage, small, capsys):
-  network = small('sft').network
-  assert jobs.length_limits(stage, make_config(network)) == Limits(96, 32, 'truncate_left')
-  short = make_config(replace(small('sft'), **{'network.max_position_embeddings': 48}).network)
-  assert jobs.length_limits(stage, short) == Limits(48, 16, 'truncate_left')
+def test_limits_never_exceed_the_positions(small, capsys):
+  settings = small('sft')
+  config = make_config(settings.network)
+  assert inputs.length_limits(settings.data, config, print) == Limits(96, 32, 'truncate_left')
+  short = make_config(replace(settings, **{'network.max_position_embeddings': 48}).network)
+  assert inputs.length_limits(settings.data, short, print) == Limits(48, 16, 'truncate_left')
   assert '48 tokens' in capsys.readouterr().out
 
 

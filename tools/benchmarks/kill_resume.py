@@ -133,7 +133,7 @@ def _lost(saved: dict[str, int], out: str) -> int:
   """Steps that were saved when a kill came, and yet run again by the run that wrote `out`."""
   lost = 0
   for stage, step in saved.items():
-    found = re.search(rf'{stage} +going on from step (\d+)', out)
+    found = re.search(rf'{stage} +resuming from step (\d+)', out)
     if found:
       lost += max(0, step - int(found.group(1)))
     elif re.search(rf'{stage} +(done in|\d+%)', out):
@@ -160,7 +160,7 @@ def _damaged(home: Path, name: str, count: _Count, want: dict) -> None:
   DAMAGES[name](workdir / 'ppo' / 'checkpoints' / str(saved))
   out = _finish(workdir, home)
   count.tried += 1
-  found = re.search(r'ppo +going on from step (\d+)', out)
+  found = re.search(r'ppo +resuming from step (\d+)', out)
   count.lost += max(0, saved - 1 - int(found.group(1))) if found else saved
   _compare(workdir, want, [count])
 

@@ -1,0 +1,186 @@
+"""The loop over steps that all training jobs share: metrics, checkpoints, resuming, stopping."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from segjax import processes
+from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining
+from segjax.data.packing_plan import packing_efficiency, plan_packing
+from segjax.errors import UserError
+from segjax.model import chips
+from segjax.report.console import ProgressBar
+from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
+from segjax.report.profiling import Profiler
+from segjax.run import preemption, stage_record
+from segjax.run.stage import Stage
+from segjax.train.checkpoint import Checkpointer
+from segjax.types import PackingPlan
+
+TrainStates = dict[str, Any]  # a TrainState by model, and what else a step passes on to the next
+StepFn = Callable[[TrainStates, int], tuple[TrainStates, dict[str, Any]]]
+
+CHECKPOINTS = 'checkpoints'  # a stage's folder of training states
+
+
+def train(
+  stage: Stage, states: TrainStates, step_fn: StepFn, num_steps: int, show: Sequence[str]
+) -> tuple[TrainStates, dict[str, float]]:
+  """Runs `step_fn` for `num_steps` steps, from the newest checkpoint on if there is one.
+
+  Args:
+    states: the states before the first step.
+    step_fn: (states, step from 0) -> (states, metrics).
+    show: the metrics that are printed on the console.
+
+  Returns:
+    The last states and the last step's metrics.
+
+  Raises:
+    TooManySkippedStepsError: config.max_skipped_steps updates in a row were not finite; the last
+      good state is saved in the stage's checkpoints.
+    PreemptedError: a signal asked the run to stop; the states are saved.
+  """
+  settings = stage.settings
+  directory = checkpoint_dir(stage)
+  checkpointer = _make_checkpointer(stage, directory)
+  start, states = checkpointer.restore(states)
+  if start:
+    stage.log(f'resuming from step {start} of {num_steps}, saved in {directory}')
+  metric_log = _make_metric_log(stage, start, num_steps, show)
+  profiler = Profiler(stage.directory, settings.profile_steps if processes.is_first() else '')
+  done, is_due = start, CheckpointTimer(settings.checkpoint)
+  try:
+    with preemption.handle_signals(stage.log), metric_log:
+      for step in range(start, num_steps):
+        profiler.before(step + 1)
+        with contextlib.suppress(preemption.StepAbortedError):
+          states, metrics = step_fn(states, step)
+          done = step + 1
+          profiler.after(done, states)
+          metric_log.log(step, metrics)
+          stage.refresh()
+        must_stop = preemption.stop_requested()
+        # Clocks differ between processes, and all have to save together.
+        must_save = processes.any_process(is_due(done) and processes.is_first())
+        if start < done < num_steps and (must_stop or must_save):
+          metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
+          if stage.mirror.offer():
+            checkpointer.save(done, states, metric_log.evaluated | metric_log.last)
+        if must_stop and done < num_steps:
+          checkpointer.settle()
+          message = _stop_message(stage.name, checkpointer.latest(), done, num_steps)
+          raise preemption.PreemptedError(message)
+  except TooManySkippedStepsError as error:
+    # The jitted step kept the state from before each skipped update, so this state is good.
+    stage.mirror.offer()
+    checkpointer.save(done, states)
+    raise TooManySkippedStepsError(
+      f'{stage.name}, {error} The last good state is saved in {directory}/{done}.'
+    ) from None
+  finally:
+    profiler.close()
+    checkpointer.close()
+  return states, metric_log.last
+
+
+def checkpoint_dir(stage: Stage) -> epath.Path:
+  """Returns the directory of the stage's training states.
+
+  config.checkpoint.directory comes first, then the bucket of the working directory, then the
+  stage's own directory.
+  """
+  directory = stage.settings.checkpoint.directory
+  if directory:
+    return epath.Path(directory) / stage.name
+  return stage.mirror.states(stage.directory) or epath.Path(stage.directory) / CHECKPOINTS
+
+
+class CheckpointTimer:
+  """Decides after each step whether to save a checkpoint: by steps, or by time since the last."""
+
+  def __init__(self, settings: CheckpointSettings):
+    self._settings, self._last = settings, time.monotonic()
+
+  def __call__(self, done: int) -> bool:
+    every_steps, seconds = self._settings.every_steps, self._settings.every_minutes * 60
+    is_time = seconds > 0 and time.monotonic() - self._last >= seconds
+    if not is_time and not (every_steps and done % every_steps == 0):
+      return False
+    self._last = time.monotonic()
+    return True
+
+
+def count_steps(max_steps: int, num_epochs: int, num_rows: int, batch_size: int, key: str) -> int:
+  """Returns `max_steps` if positive, else the number of whole batches in all epochs.
+
+  Raises:
+    UserError: there are fewer rows than a batch holds; it names config.`key`.
+  """
+  if num_rows < batch_size:
+    raise UserError(
+      f'config.{key}={batch_size} is more than the {num_rows} rows available; '
+      f'use at most {num_rows}.'
+    )
+  return max_steps or num_epochs * (num_rows // batch_size)
+
+
+def plan_packing_for(
+  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, group: int = 1
+) -> tuple[PackingPlan | None, dict[str, float]]:
+  """Returns how sequences of these lengths are packed, and the packing efficiency as a metric.
+
+  (None, {}) if config's packing_length is 0.
+
+  Args:
+    lengths: tokens of each sequence, [N].
+    group: sequences that stay in one piece: 2 for pairs.
+  """
+  if not settings.packing_length:
+    return None, {}
+  packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
+  return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
+
+
+def prefix_metrics(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+  """Returns the metrics of a step as `prefix/name`; `skipped_updates` has one name in all jobs."""
+  return {k if k == 'skipped_updates' else f'{prefix}/{k}': value for k, value in metrics.items()}
+
+
+def _make_checkpointer(stage: Stage, directory: epath.Path) -> Checkpointer:
+  settings = stage.settings.checkpoint
+  return Checkpointer(
+    directory,
+    settings.max_to_keep,
+    best=settings.best_metric,
+    max_misses=settings.max_failures,
+    run=stage_record.stored_key(stage.directory),
+    differences=stage_record.changed_keys,
+    say=stage.log,
+  )
+
+
+def _make_metric_log(stage: Stage, start: int, num_steps: int, show: Sequence[str]) -> MetricLog:
+  settings = stage.settings
+  options = Options(
+    settings.max_skipped_steps, settings.wandb_project, settings.log_every, _peak_flops(stage.mesh)
+  )
+  bar = ProgressBar(stage.name, num_steps, start)
+  return MetricLog(stage.directory, bar, show, start=start, options=options)
+
+
+def _peak_flops(mesh: Mesh) -> float:
+  """Returns the bfloat16 FLOP/s of all devices together; 0 for a device of unknown speed."""
+  chip = chips.chip_for_kind(mesh.devices.flat[0].device_kind)
+  return chip.flops * mesh.size if chip else 0.0
+
+
+def _stop_message(name: str, saved: int | None, done: int, num_steps: int) -> str:
+  state = f'step {saved} of {num_steps} is saved' if saved else 'nothing is saved'
+  lost = '' if saved == done else f' ({done} were done)'
+  return f'{name} stopped by a signal: {state}{lost}; repeat the command to resume'
