@@ -52,5 +52,5 @@ setup(
       'torch==2.13.0',  # parity with transformers
     ],
   },
-  entry_points={'console_scripts': ['segjax=segjax.main:console']},
+  entry_points={'console_scripts': ['segjax=segjax.main:cli']},
 )

@@ -1,77 +1,80 @@
-"""The command line: flags, devices, one call. The work is in `segjax.jobs`.
+"""The command line: flags, devices, and the call that runs the stages.
 
 python -m segjax.main --config=configs/ppo.py[:preset] [--workdir=...] [--config.KEY=VALUE ...]
 python -m segjax.main convert import|export|verify|inspect ...
+
+It trains nothing itself: `segjax.jobs.pipeline` does.
 """
 
 import time
 
+_STARTED = time.time()  # before the imports, so that the run's wall time includes them
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from segjax import processes
+from segjax.config import renamed
+from segjax.config.settings import Settings
 from segjax.errors import UserError
 
-_STARTED = time.time()
-
-import os  # noqa: E402
-import re  # noqa: E402
-import shlex  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
-
-from segjax import processes  # noqa: E402
-from segjax.config.settings import Settings  # noqa: E402
-
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A file of configs/, with its preset: configs/ppo.py:local.', lock_config=True
+  'config', None, 'Config file with its preset: configs/ppo.py:local.', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the run writes; default runs/<config>-<preset>-seed<seed>.'
+  'workdir', None, 'Directory or bucket of the run; default runs/<config>-<preset>-seed<seed>.'
 )
-_MIRROR = flags.DEFINE_string(
-  'mirror',
+_LOCAL_COPY = flags.DEFINE_string(
+  'local_copy',
   str(Path.home() / '.cache' / 'segjax' / 'runs'),
-  'Where the local copy of a --workdir on a bucket is kept.',
+  'Directory for the local copy of a --workdir on a bucket.',
 )
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Resolve, check and print the config with its counts; load no weights.'
-)
-_PROFILE = flags.DEFINE_string(
-  'profile_steps', '', 'first:last; these steps of every stage are traced into <stage>/profile.'
+  'dry_run', False, 'Check and print the config and its counts; load no weights.'
 )
 _CACHE = flags.DEFINE_string(
-  'compilation_cache',
+  'compilation_cache_dir',
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
-  'Where compiled programs are kept between runs; empty for nowhere.',
+  'Directory in which compiled programs are kept between runs; empty: none.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', 'host:port of the first process; SLURM and Cloud TPU slices need no flags.'
 )
-_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many there are; with --coordinator.')
-_PROCESS = flags.DEFINE_integer('process', -1, 'Which this one is, from 0; with --coordinator.')
-_JOIN_TIMEOUT = flags.DEFINE_float('join_timeout', 300.0, 'Seconds to wait for the others.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', 0, 'Number of processes; with --coordinator.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', -1, 'Index of this process, from 0; with --coordinator.'
+)
+_JOIN_TIMEOUT = flags.DEFINE_float('join_timeout', 300.0, 'Seconds to wait for all processes.')
 
 
 def default_workdir(config_file: str, seed: int) -> str:
-  """runs/<config>-<preset>-seed<seed> for the value of --config."""
+  """Returns runs/<config>-<preset>-seed<seed> for the value of --config."""
   path, _, preset = config_file.partition(':')
   preset = re.sub(r'[^A-Za-z0-9_.]+', '-', preset or 'demo')
   return f'runs/{Path(path).stem}-{preset}-seed{seed}'
 
 
 def main(_: list[str]) -> None:
-  """Reads the settings, finds the devices, runs the stages."""
+  """Reads the settings, sets up the devices, runs the stages."""
   from segjax.report.console import log
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
-    # transformers would tell that there is no torch, which segjax does not need.
+    # transformers would warn that torch is missing, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = settings_from_flags()
-  named = _WORKDIR.value or default_workdir(name, settings.seed)
-  log(f'segjax {name} -> {named}\nstages {", ".join(settings.stages)}')
+  workdir_flag = _WORKDIR.value or default_workdir(name, settings.seed)
+  log(f'segjax {name} -> {workdir_flag}\nstages {", ".join(settings.stages)}')
 
   import jax
 
@@ -79,7 +82,7 @@ def main(_: list[str]) -> None:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   processes.initialize(
-    _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value, has_tpu()
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
   from segjax.jobs import dry_run, pipeline
@@ -90,38 +93,38 @@ def main(_: list[str]) -> None:
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   log(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
-  workdir, mirrored = _workdir(named, settings)
+  workdir, mirror = _open_workdir(workdir_flag, settings)
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
-  stages = pipeline.prepare(settings, workdir, mesh, mirrored, Command(name, line))
+  stages = pipeline.prepare(settings, workdir, mesh, mirror, Command(name, line))
   if _DRY_RUN.value:
     dry_run.run(settings, stages)
     return
   pipeline.check_complete(stages)
   workdir.mkdir(parents=True, exist_ok=True)
-  if '://' not in named:
+  if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   preemption.interrupt_on_sigterm()
-  with mirrored.held(workdir):
+  with mirror.held(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:
-      mirrored.offer()  # the report, which says that it stopped
+      mirror.offer()  # the report of the interrupted run
       raise
-    mirrored.publish()
+    mirror.publish()
     processes.barrier('end')
 
 
-def _workdir(named: str, settings: Settings) -> tuple[Path, Any]:
-  """(The directory to work in, what keeps a bucket equal to it) for the value of --workdir."""
+def _open_workdir(workdir: str, settings: Settings) -> tuple[Path, Any]:
+  """Returns (the local directory to work in, the mirror that copies it to the bucket)."""
   from segjax.report.console import log
   from segjax.run import bucket_mirror
 
-  if '://' not in named:
-    return Path(named), bucket_mirror.NoMirror()
-  local = bucket_mirror.local_directory(named, _MIRROR.value, processes.process_index())
-  return local, bucket_mirror.BucketMirror(named, local, settings.checkpoint.max_failures, log)
+  if '://' not in workdir:
+    return Path(workdir), bucket_mirror.NoMirror()
+  local = bucket_mirror.local_directory(workdir, _LOCAL_COPY.value, processes.process_index())
+  return local, bucket_mirror.BucketMirror(workdir, local, settings.checkpoint.max_failures, log)
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:
@@ -132,31 +135,35 @@ def has_tpu(devices: Path = Path('/dev')) -> bool:
 def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
   """Keeps jax from loading a libtpu that was installed for `tools/plan.py` alone.
 
-  On a machine without a TPU it would print warnings and look for a metadata server. To be called
-  before jax is imported; a name that is None in sys.modules cannot be imported. Where JAX_PLATFORMS
-  is set, it is the user's choice and nothing is done.
+  On a machine without a TPU it would print warnings and look for a metadata server. Must be called
+  before jax is imported; a name that is None in sys.modules cannot be imported. If JAX_PLATFORMS is
+  set, the user has chosen the platform and nothing is hidden.
   """
   if not has_tpu(devices) and not os.environ.get('JAX_PLATFORMS'):
     sys.modules['libtpu'] = None
 
 
 def settings_from_flags() -> tuple[Settings, str]:
-  """The settings that --config and its overrides make, and the value of --config."""
+  """Returns the settings from --config and its overrides, and the value of --config."""
   from segjax.config import validate
 
   if _CONFIG.value is None:
     raise UserError('--config is missing; start with --config=configs/ppo.py')
   name = config_flags.get_config_filename(flags.FLAGS['config'])
-  if _PROFILE.value:
-    _CONFIG.value.profile_steps = _PROFILE.value
   return validate.from_config(_CONFIG.value), name
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
-  """Flags from the command line; ValueError, in one line, where they are wrong."""
+  """Parses the command line.
+
+  Raises:
+    UserError: a flag, a config file or a config key is unknown or has an old name.
+  """
   from segjax.config import validate
 
   text = '\n'.join(arguments)
+  for name in re.findall(r'^--?(?:no)?(\w+)', text, re.MULTILINE):
+    renamed.check_flag(name)
   for config in re.findall(r'^--?config[=\n](.*)$', text, re.MULTILINE):
     file = config.partition(':')[0]
     if not Path(file).is_file():
@@ -170,14 +177,14 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 
 def root_cause(error: BaseException) -> str:
-  """The message in one line; that of the first cause where it is the text of a traceback."""
+  """Returns the error's message in one line; that of its first cause if it holds a traceback."""
   while '\n' in str(error).strip() and error.__context__:
     error = error.__context__
   return str(error)
 
 
 def cli() -> None:
-  """The console script."""
+  """Runs the console script `segjax`."""
   if sys.argv[1:2] == ['convert']:
     from segjax.hf import cli
 
@@ -192,7 +199,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   try:
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
-    raise SystemExit('segjax: interrupted; the same command goes on from what is saved') from None
+    raise SystemExit('segjax: interrupted; the same command resumes from what is saved') from None
   except Exception as error:
     _exit_if_preempted(error)
     if processes.process_count() > 1 and not is_user_error(error):
@@ -203,7 +210,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _exit_if_preempted(error: Exception) -> None:
-  """Ends with the code that says: start me again."""
+  """Ends with the exit code that asks the scheduler to start the command again."""
   from segjax.run import preemption
 
   if isinstance(error, preemption.PreemptedError):
@@ -212,9 +219,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 
 def is_user_error(error: Exception) -> bool:
-  """Whether the error is the user's to mend; any other is a defect of segjax and keeps its
-  traceback.
-  """
+  """Whether the user can mend the error; any other keeps its traceback."""
   return isinstance(error, UserError | OSError)
 
 

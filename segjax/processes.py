@@ -67,7 +67,7 @@ def initialize(
   if address:
     if not 0 <= index < number:
       raise UserError(
-        f'--coordinator={address} needs --processes=N and --process=0 to N-1; '
+        f'--coordinator={address} needs --num_processes=N and --process_id=0 to N-1; '
         f'found {number} and {index}.'
       )
     rendezvous.meet(address, number, index, timeout)

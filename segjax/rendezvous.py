@@ -40,7 +40,7 @@ def meet(address: str, number: int, index: int, timeout: float | int) -> None:
     names = ', '.join(map(str, missing))
     raise UserError(
       f'process {names} of {number} did not come within {timeout:g} s (--join_timeout); start one '
-      f'with each of --process=0 to {number - 1}.'
+      f'with each of --process_id=0 to {number - 1}.'
     )
 
 

@@ -19,7 +19,7 @@ def _segjax(*arguments):
   """`python -m segjax.main`, on one CPU device, quick to compile, with no hub to be found."""
   quick = '--xla_backend_optimization_level=0'
   environment = os.environ | {'XLA_FLAGS': quick, 'HF_ENDPOINT': 'http://127.0.0.1:9'}
-  command = [sys.executable, '-m', 'segjax.main', '--compilation_cache=', *arguments]
+  command = [sys.executable, '-m', 'segjax.main', '--compilation_cache_dir=', *arguments]
   return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
 
 
@@ -115,9 +115,9 @@ def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
   (tmp_path / 'libtpu.py').write_text('raise SystemExit("libtpu was imported")')
   environment = {key: value for key, value in os.environ.items() if key != 'JAX_PLATFORMS'}
   environment |= {'PYTHONPATH': str(tmp_path), 'XLA_FLAGS': ''}
-  command = ['-m', 'segjax.main', '--config=configs/ppo.py', '--dry_run', '--compilation_cache=']
+  flags = ['--config=configs/ppo.py', '--dry_run', '--compilation_cache_dir=']
   done = subprocess.run(
-    [sys.executable, *command, f'--workdir={tmp_path}/run'],
+    [sys.executable, '-m', 'segjax.main', *flags, f'--workdir={tmp_path}/run'],
     capture_output=True, text=True, cwd=REPOSITORY, env=environment,
   )  # fmt: skip
   assert (done.returncode, done.stderr) == (0, '')
@@ -187,7 +187,7 @@ def test_demo_from_nothing(tmp_path):
   accuracy = results['reward_accuracy']
   assert set(accuracy) == {'held_out', 'best_possible'}
   assert 0.5 < accuracy['best_possible'] <= 1
-  assert json.loads((tmp_path / 'config.json').read_text())['ppo']['steps'] == 2
+  assert json.loads((tmp_path / 'config.json').read_text())['ppo']['max_steps'] == 2
   _check_cards(tmp_path, few)
 
 
@@ -203,9 +203,10 @@ def _check_cards(workdir, few):
     record = json.loads((directory / 'segjax_config.json').read_text())
     stage = model.partition('/')[0]
     assert (record['stage'], record['recipe']) == (stage, 'configs/ppo.py')
-    assert record['command'].startswith('python -m segjax.main --compilation_cache= --config=conf')
+    command = 'python -m segjax.main --compilation_cache_dir= --config=configs/'
+    assert record['command'].startswith(command)
     assert record['command'].endswith(few[-1])
-    assert record['settings'][stage]['steps'] == 2
+    assert record['settings'][stage]['max_steps'] == 2
     assert 0 < record['data']['used'] <= record['data']['rows']
     assert any(curve in name for name in record['metrics'])
     assert (directory / 'curves.png').read_bytes().startswith(b'\x89PNG')

@@ -39,7 +39,8 @@ def _start(workdir, number, *more):
   for index in range(number):
     flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
     if number > 1:
-      flags += [f'--coordinator=localhost:{port}', f'--processes={number}', f'--process={index}']
+      flags += [f'--coordinator=localhost:{port}', f'--num_processes={number}']
+      flags += [f'--process_id={index}']
     command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py']
     with Path(f'{workdir}.{index}').open('w') as out:
       started.append(
@@ -186,7 +187,7 @@ def test_those_that_do_not_come_are_named():
   'address, number, index, message',
   [
     ('here', 2, 0, '--coordinator=here must be host:port'),
-    ('here:1', 2, 2, 'needs --processes=N and --process=0 to N-1; found 2 and 2'),
+    ('here:1', 2, 2, 'needs --num_processes=N and --process_id=0 to N-1; found 2 and 2'),
     ('here:1', 0, -1, 'found 0 and -1'),
   ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from segjax.config import conflicts
+from segjax.config import conflicts, renamed
 from segjax.config.reference_exact import apply_reference_exact
 from segjax.config.settings import ACTIVATIONS, JOBS, Settings
 from segjax.errors import UserError
@@ -38,6 +38,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     if dataclasses.is_dataclass(kind):
       made[key] = _build(kind, value, f'{prefix}{key}.')
     else:
+      renamed.check_value(prefix + key, value)
       made[key] = _typed(f'config.{prefix}{key}', value, kind)
   return cls(**made)
 
@@ -61,6 +62,7 @@ def check_key(key: str) -> None:
   leaves = setting_keys()
   if key in leaves or any(leaf.startswith(key + '.') for leaf in leaves):
     return
+  renamed.check_key(key)
   last = key.rpartition('.')[2]
   near = difflib.get_close_matches(key, leaves, n=2, cutoff=0.6)
   near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rpartition('.')[2]])]
@@ -87,6 +89,7 @@ def validate(settings: Settings) -> None:
   _check_lengths(settings)
   _check_divisibility(settings)
   _check_packing(settings)
+  renamed.check_metric(settings.checkpoint.best_metric, 'checkpoint.best_metric')
   conflicts.check_conflicts(settings)
 
 

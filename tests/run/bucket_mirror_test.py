@@ -300,7 +300,7 @@ def _start(buckets, run, local, *more):
     [
       *command,
       f'--workdir=gs://bucket/{run}',
-      f'--mirror={local}',
+      f'--local_copy={local}',
       '--config.stages=demo,sft',
       *more,
     ],
@@ -368,9 +368,9 @@ def test_two_processes_work_on_one_bucket(tmp_path):
   assert code == 0, out[-3000:]
   with socket.create_server(('localhost', 0)) as server:
     port = server.getsockname()[1]
-  flags = [f'--coordinator=localhost:{port}', '--processes=2']
+  flags = [f'--coordinator=localhost:{port}', '--num_processes=2']
   started = [
-    _start(buckets, 'two', tmp_path / f'two{index}', *flags, f'--process={index}')
+    _start(buckets, 'two', tmp_path / f'two{index}', *flags, f'--process_id={index}')
     for index in range(2)
   ]
   for process in started:
