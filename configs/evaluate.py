@@ -22,5 +22,5 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     demo_run.assign(config, last_job='evaluate')
     config.reward.segmentation.granularity = granularity or 'segment'
   else:
-    config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says
+    config.reward_model.segmentation.granularity = granularity or None
   return config

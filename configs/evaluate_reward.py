@@ -18,5 +18,5 @@ def get_config(preset: str = 'default') -> ConfigDict:
   _, granularity, _ = presets.parse_preset(preset, ('default', 'local'))
   config = presets.default_config()
   config.stages = ('evaluate_reward',)
-  config.reward_model.segmentation.granularity = granularity  # '': as segment_reward.json says
+  config.reward_model.segmentation.granularity = granularity or None
   return config

@@ -28,8 +28,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     published(config, name, granularity or 'segment')
     model_sizes.lay_out(config, 'ppo', name, topology)
   elif name == 'local':
-    # '': as segment_reward.json says
-    config.reward_model.segmentation.granularity = granularity
+    config.reward_model.segmentation.granularity = granularity or None
   else:
     demo_run.assign(config, last_job='evaluate')
     config.reward.segmentation.granularity = granularity or 'segment'

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from segjax import processes
-from segjax.config.settings import AS_STORED, Segmentation, Settings
-from segjax.config.validate import check_key, from_config
+from segjax.config.parse import check_key, from_config
+from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
@@ -94,7 +94,7 @@ def load_reward_model(
   path: str,
   *,
   reference: str,
-  segmentation: Segmentation = AS_STORED,
+  segmentation: Segmentation | SegmentationOverrides | None = None,
   dtype: str = 'float32',
   chat_template: str = '',
   mesh: Mesh | None = None,
@@ -104,7 +104,7 @@ def load_reward_model(
   Args:
     path: HF directory or hub id; its segment_reward.json says how to cut and to normalise.
     reference: the SFT model, likewise.
-    segmentation: fields that are not empty overrule segment_reward.json.
+    segmentation: fields that are not None replace those of segment_reward.json.
     dtype: see `load_policy`, as for the others.
 
   Raises:
@@ -113,7 +113,7 @@ def load_reward_model(
   named = {
     'policy.path': reference,
     'reward_model.path': path,
-    'reward_model.segmentation': dataclasses.asdict(segmentation),
+    'reward_model.segmentation': dataclasses.asdict(segmentation or SegmentationOverrides()),
     'runtime.compute_dtype': dtype,
     'data.chat_template': chat_template,
   }

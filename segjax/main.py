@@ -145,12 +145,12 @@ def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
 
 def settings_from_flags() -> tuple[Settings, str]:
   """Returns the settings from --config and its overrides, and the value of --config."""
-  from segjax.config import validate
+  from segjax.config import parse
 
   if _CONFIG.value is None:
     raise UserError('--config is missing; start with --config=configs/ppo.py')
   name = config_flags.get_config_filename(flags.FLAGS['config'])
-  return validate.from_config(_CONFIG.value), name
+  return parse.from_config(_CONFIG.value), name
 
 
 def parse_flags(arguments: list[str]) -> list[str]:
@@ -159,7 +159,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
   Raises:
     UserError: a flag, a config file or a config key is unknown or has an old name.
   """
-  from segjax.config import validate
+  from segjax.config import parse
 
   text = '\n'.join(arguments)
   for name in re.findall(r'^--?(?:no)?(\w+)', text, re.MULTILINE):
@@ -169,7 +169,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
     if not Path(file).is_file():
       raise UserError(f'--config={config}: there is no file {file!r}.')
   for key in re.findall(r'^--?(?:no)?config\.([\w.]+)', text, re.MULTILINE):
-    validate.check_key(key)
+    parse.check_key(key)
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:

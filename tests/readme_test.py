@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 import segjax.api
 from segjax import main
-from segjax.config import validate
+from segjax.config import parse
 from segjax.config.settings import Segmentation, Settings
 from segjax.data.sources import as_conversation, as_pair, as_prompt
 from segjax.hf import cli as convert
@@ -122,7 +122,7 @@ def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
       values[flag.name] = copy.deepcopy(flag)
   config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=line)
   assert values(line) == ['segjax']
-  settings = validate.from_config(values['config'].value)
+  settings = parse.from_config(values['config'].value)
   workdir = Path(values['workdir'].value or place / 'default')
   stages = pipeline.prepare(settings, workdir, runs.one_device())
   dry_run.run(settings, stages)
@@ -217,11 +217,11 @@ def test_settings_in_backticks_exist():
     match = re.fullmatch(r'(?:--)?(?:config)?(\.?[a-z_]\w*(?:\.[a-z_]\w*)*)(?:=.*)?', text.strip())
     name = match[1] if match else ''
     if name and text.startswith(('--config.', 'config.')):
-      validate.check_key(name.lstrip('.'))
+      parse.check_key(name.lstrip('.'))
     elif name.startswith('.') and name.count('.') == 1:
       assert name[1:] in lasts or name in ('.jsonl', '.json', '.parquet', '.gz'), text
     elif '.' in name and name.partition('.')[0] in leaves:
-      validate.check_key(name)
+      parse.check_key(name)
     elif '.' in name:
       assert _is_no_setting(name), f'{text} is no setting'
       continue

@@ -1,9 +1,11 @@
-"""What config files start from: every default, and how the name of a preset is read."""
+"""The default config that config files start from, and the names of presets."""
 
 import dataclasses
-from typing import NamedTuple
+import types
+import typing
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from segjax.config.settings import Settings
 from segjax.errors import UserError
@@ -11,12 +13,26 @@ from segjax.rl.segmentation import GRANULARITIES
 
 
 def default_config() -> ConfigDict:
-  """Every setting with its default, for a config file to change."""
-  return ConfigDict(dataclasses.asdict(Settings()))
+  """Returns every setting with its default, for a config file to change."""
+  return ConfigDict(_with_placeholders(Settings()))
+
+
+def _with_placeholders(settings: Any) -> dict[str, Any]:
+  """Returns the settings as a dict; None as a placeholder, which the command line can replace."""
+  values = {}
+  for key, kind in typing.get_type_hints(type(settings)).items():
+    value = getattr(settings, key)
+    if dataclasses.is_dataclass(value):
+      value = _with_placeholders(value)
+    elif value is None:
+      kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+      value = config_dict.placeholder(kind)
+    values[key] = value
+  return values
 
 
 class Preset(NamedTuple):
-  """What a config file is asked for; empty where it is not said."""
+  """The parts of a preset's name; '' for a part that is not there."""
 
   name: str
   granularity: str
@@ -24,18 +40,18 @@ class Preset(NamedTuple):
 
 
 def parse_preset(preset: str, names: tuple[str, ...], topologies: tuple[str, ...] = ()) -> Preset:
-  """'NAME[,segment|token|bandit][,TOPOLOGY]', the parts after the name in any order.
+  """Splits 'NAME[,segment|token|bandit][,TOPOLOGY]'; the parts after the name in any order.
 
   Raises:
-    ValueError: one is unknown; it lists the valid ones.
+    UserError: a part is unknown; the message lists the valid ones.
   """
   name, *parts = preset.split(',')
   _check_one_of(name, names, preset)
-  found = {'granularity': '', 'topology': ''}
+  fields = {'granularity': '', 'topology': ''}
   for part in parts:
     _check_one_of(part, (*GRANULARITIES, *topologies), preset)
-    found['granularity' if part in GRANULARITIES else 'topology'] = part
-  return Preset(name, **found)
+    fields['granularity' if part in GRANULARITIES else 'topology'] = part
+  return Preset(name, **fields)
 
 
 def _check_one_of(value: str, names: tuple[str, ...], preset: str) -> None:

@@ -1,40 +1,39 @@
-"""What `reference_exact` switches on: the numbers of the published code, mistakes included.
+"""The settings of `reference_exact`: those that reproduce the published code, mistakes included.
 
-The code is https://github.com/yinyueqin/DenseRewardRLHF-PPO at commit 6cb62e6. What every run of it
-shares is segjax's default anyway; here is what segjax does differently unless asked.
+The code is https://github.com/yinyueqin/DenseRewardRLHF-PPO at commit 6cb62e6. Settings
+that all its runs share are defaults of segjax already; here are those in which segjax differs.
 """
 
 import dataclasses
+from operator import attrgetter
+from typing import Any
 
-from segjax.config.settings import Compat, Segmentation, Settings, replace
+from segjax.config.settings import Compat, Settings, replace
 from segjax.errors import UserError
 
 
 def apply_reference_exact(settings: Settings) -> Settings:
-  """The settings with every compatibility switch on and the fixes of `rl` off.
+  """Returns the settings with every switch of `Compat` on and the fixes of `rl` off.
 
-  `Compat` lists the switches. Besides them: tokens are segments of threshold 0, so that tokens of
-  entropy exactly 0 merge with what follows; Std(p) has no floor; all bins of p weigh alike; old
-  log-probs are recomputed, for the forced stop token was never sampled.
+  In addition, tokens are segments of threshold 0, so that tokens of entropy exactly 0 merge with
+  the next token; Std(p) has no floor; all bins of p have equal weight; old log-probs are
+  recomputed, because the forced stop token was never sampled.
 
   Raises:
-    ValueError: a setting asks for what the published code cannot do.
+    UserError: a setting asks for what the published code cannot do.
   """
   s = settings
-  for key, value, published in (
-    (
-      'reward_shaping.missing_eos_penalty',
-      s.reward_shaping.missing_eos_penalty,
-      ('off', 'per_token'),
-    ),
-    ('reward_shaping.length_penalty', s.reward_shaping.length_penalty, ('off', 'threshold')),
-    ('normalizer.weighting', s.normalizer.weighting, ('bin',)),
-    ('normalizer.min_bin_count', s.normalizer.min_bin_count, (1,)),
+  for key, published in (
+    ('reward_shaping.missing_eos_penalty', ('off', 'per_token')),
+    ('reward_shaping.length_penalty', ('off', 'threshold')),
+    ('normalizer.weighting', ('uniform',)),
+    ('normalizer.min_bin_count', (1,)),
   ):
+    value = attrgetter(key)(s)
     if value not in published:
-      known = ' or '.join(map(str, published))
+      listed = ' or '.join(map(str, published))
       raise UserError(
-        f'config.{key}={value!r} is not what the published code does ({known}); change it, or set '
+        f'config.{key}={value!r} is not what the published code does ({listed}); change it, or set '
         'config.reference_exact=False.'
       )
   switches = {f.name: True for f in dataclasses.fields(Compat) if f.type is bool}
@@ -44,13 +43,13 @@ def apply_reference_exact(settings: Settings) -> Settings:
     **{
       'reward.segmentation': _tokens_by_threshold(s.reward.segmentation),
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
-      'reward_shaping.std_floor_ratio': -1.0,
+      'reward_shaping.std_floor_ratio': 0.0,
       'rollout.recompute_logprob': True,
     },
   )
 
 
-def _tokens_by_threshold(segmentation: Segmentation) -> Segmentation:
+def _tokens_by_threshold(segmentation: Any) -> Any:
   if segmentation.granularity != 'token':
     return segmentation
   return dataclasses.replace(segmentation, granularity='segment', entropy_threshold=0.0)

@@ -27,6 +27,7 @@ _SEGMENTATION = {
   'cut': 'boundary',
   'min_length': 'min_segment_length',
   'fixed_length': 'segment_length',
+  'stop_token': 'include_eos',
   'temperature': 'softmax_temperature',
 }
 _OPTIMIZER = {'min_ratio': 'min_lr_ratio'}
@@ -110,7 +111,7 @@ _KEYS = {
   },
 }
 
-_VALUES: dict[tuple[str, object], object] = {}
+_VALUES: dict[tuple[str, object], object] = {('normalizer.weighting', 'bin'): 'uniform'}
 
 _METRICS = {
   'bad': 'skipped_updates',

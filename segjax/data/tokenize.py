@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from segjax.config.choices import OVERLONG_POLICIES
 from segjax.data.batches import Conversations, Pairs, Prompts, Ragged
 from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pair, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-
-OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 
 _DROPPED = ('dropped_overlong', 'dropped_identical', 'dropped_empty')
 _CHUNK = 1024  # rows tokenised per call

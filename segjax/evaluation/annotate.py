@@ -11,6 +11,7 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.settings import Segmentation
+from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
@@ -179,7 +180,7 @@ def _read_batch(stage: Stage, reader: Annotator, sequences: Sequences) -> list[n
       policy=reader.configs['policy'],
       reward=reader.configs.get('reward'),
       cutter=reader.cutter,
-      std_floor_ratio=stage.settings.reward_shaping.std_floor_ratio,
+      std_floor_ratio=resolve_std_floor_ratio(stage.settings.reward_shaping),
     )
   )
   return [entropy, segments.segment_id, score, reward]

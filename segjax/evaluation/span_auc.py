@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from segjax import processes
+from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.batches import eval_batches
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
@@ -44,7 +45,7 @@ def segment_rewards_by_token(
         sequences,
         normalizer,
         scorer=scorer,
-        std_floor_ratio=stage.settings.reward_shaping.std_floor_ratio,
+        std_floor_ratio=resolve_std_floor_ratio(stage.settings.reward_shaping),
       )
     )
     for i, one in enumerate(batch[:real]):

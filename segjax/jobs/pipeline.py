@@ -1,8 +1,8 @@
 """Runs the jobs of config.stages in turn, each from the last one's output."""
 
 import dataclasses
-import functools
 import importlib.util
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,7 +176,7 @@ def prepare(
     ValueError: a batch does not divide over the mesh, a path or function does not exist, ...
   """
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
-    raise UserError('config.wandb_project needs wandb: pip install segjax[wandb].')
+    raise UserError("config.wandb_project needs wandb: pip install -e '.[wandb]'.")
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
@@ -187,7 +187,7 @@ def prepare(
     )
     check_batches(name, stage.settings, mesh)
     for key in (*JOBS[name].needs, *JOBS[name].optional):
-      for label, path in inputs.named_paths(key, _get(settings, key)).items():
+      for label, path in inputs.named_paths(key, operator.attrgetter(key)(settings)).items():
         inputs.check_path(label, path, stage.directory)
     stages.append(stage)
   if {'ppo', 'evaluate'} & set(settings.stages):
@@ -200,7 +200,7 @@ def prepare(
 def check_batches(job: str, settings: Settings, mesh: Mesh) -> None:
   """ValueError where a batch of the job does not divide over the mesh."""
   for key in JOBS[job].batches:
-    if size := _get(settings, key):
+    if size := operator.attrgetter(key)(settings):
       sharding.check_batch(f'config.{key}={size}', size, mesh)
 
 
@@ -216,7 +216,7 @@ def check_complete(stages: list[Stage]) -> None:
 
 def missing_keys(stage: Stage) -> list[str]:
   """The keys that the stage needs and nobody has given; the reference may follow the policy."""
-  missing = [key for key in JOBS[stage.name].needs if not _get(stage.settings, key)]
+  missing = [key for key in JOBS[stage.name].needs if not operator.attrgetter(key)(stage.settings)]
   scores = stage.name in ('normalizer', 'evaluate_reward')
   if not stage.settings.reward_shaping.reward_model_weight and not scores:
     missing = [key for key in missing if key != 'reward_model.path']
@@ -306,10 +306,6 @@ def _short(value: Any) -> str:
   return f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
 
 
-def _get(settings: Settings, key: str) -> Any:
-  return functools.reduce(getattr, key.split('.'), settings)
-
-
 def _sections(stage: Stage, job: Job) -> dict[str, Any]:
   """The settings that the job reads; paths in the working directory as seen from there."""
   values = dataclasses.asdict(stage.settings)
@@ -326,7 +322,7 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
   """Content of the local files and directories that the stage reads."""
   found = {}
   for key in (*job.needs, *job.optional):
-    found |= inputs.named_paths(key, _get(stage.settings, key))
+    found |= inputs.named_paths(key, operator.attrgetter(key)(stage.settings))
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
     found['data.chat_template'] = stage.settings.data.chat_template
   # The normalizer job writes segment_reward.json into its own input.

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from absl import logging
 from jaxtyping import Array, Float, Int
 
+from segjax.config.choices import ATTENTION
 from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.splash import LANES, splash
-
-IMPLEMENTATIONS = ('xla', 'cudnn', 'splash')
 
 _MASKED = -1e30  # finite, so that a fully masked row gives a mean and not NaN
 _BLOCK = 512  # queries whose logits exist at once
@@ -68,8 +67,8 @@ def attention(
       padded on the right, so that no real token ever sees padding.
     layout: of the heads on the devices, a prefix in the table of `sharding`.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise UserError(f'attention={implementation!r} is not one of {IMPLEMENTATIONS}.')
+  if implementation not in ATTENTION:
+    raise UserError(f'attention={implementation!r} is not one of {ATTENTION}.')
   implementation = _possible(implementation, query.shape[1], segment_ids is not None)
   if implementation == 'cudnn':
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')

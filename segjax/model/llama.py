@@ -42,9 +42,9 @@ class LlamaConfig:
 
   Attributes:
     remat: what the backward pass does about activations: 'none' keeps all, 'full' recomputes each
-      layer from its input, and names of `settings.ACTIVATIONS`, joined by commas, keep those.
+      layer from its input, and names of `choices.ACTIVATIONS`, joined by commas, keep those.
     offload: such names, kept in the host's memory instead, where remat is not 'none'.
-    attention: one of `attention.IMPLEMENTATIONS`.
+    attention: one of `choices.ATTENTION`.
     logprob_chunk: positions whose logits exist at once, per row.
     scan_unroll: layers that an iteration of the scan holds.
   """

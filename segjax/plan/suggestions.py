@@ -6,6 +6,7 @@ with fewer rows at once they are taken to shrink in proportion, but for the grad
 
 import dataclasses
 from collections.abc import Iterator
+from operator import attrgetter
 
 from jax.sharding import Mesh
 
@@ -84,13 +85,13 @@ def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[SettingChange]:
     for share in _shares(slots, devices):
       yield SettingChange('rollout.max_concurrent', int(slots * share), dict.fromkeys(names, share))
   for key, whole, names in _ROWS[job]:
-    rows = _get(s, key) or _get(s, whole)
+    rows = attrgetter(key)(s) or attrgetter(whole)(s)
     for share in _shares(rows, devices):
       yield SettingChange(key, int(rows * share), dict.fromkeys(names, share))
   if job == 'ppo' and s.runtime.frozen_params_memory == 'device':
     yield SettingChange('runtime.frozen_params_memory', 'host')
   for key in _OPTIMIZERS[job]:
-    if _get(s, f'{key}.moments_dtype') == 'float32':
+    if attrgetter(f'{key}.moments_dtype')(s) == 'float32':
       yield SettingChange(f'{key}.moments_dtype', 'bfloat16')
   if s.runtime.param_dtype == 'float32':
     yield SettingChange('runtime.param_dtype', 'bfloat16')
@@ -99,13 +100,6 @@ def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[SettingChange]:
 def _shares(rows: int, devices: int) -> list[float]:
   """1/2 and 1/4, where so many rows divide over the devices."""
   return [1 / n for n in (2, 4) if rows % (n * devices) == 0]
-
-
-def _get(s: Settings, key: str):
-  value = s
-  for name in key.split('.'):
-    value = getattr(value, name)
-  return value
 
 
 # Keys of rows at once, of the rows of which they are a part, and the phases that have them.

@@ -21,7 +21,7 @@ from segjax.types import Normalizer, Segments
 # the last are constant in p (`fit_constant`); the caller selects their scores.
 KINDS = ('none', 'global', 'last', 'scalar', 'regression')
 # What a bin of p counts in the regression: all the same, as published, or by its number of scores.
-WEIGHTINGS = ('bin', 'count')
+WEIGHTINGS = ('uniform', 'count')
 
 # Fitted on 60,000 pairs of preference_700K, in units of the raw scores of the paper's released
 # reward models. '<model>/<granularity>'; the threshold is 2.0 nats unless '@' names another.
@@ -163,16 +163,16 @@ def fit_regression(
   score: Float[Array, 'N'],
   mask: Bool[Array, 'N'],
   *,
-  weighting: str = 'bin',
+  weighting: str = 'uniform',
   min_count: int = 1,
   zero_bin: bool = False,
 ) -> Normalizer:
   """Fits Mean(p) and Std(p) on the moments of the bins, by two Huber regressions on ln p.
 
   minimise Σ_k v_k Huber(y_k − w ln p_k − b) for y the means, then the standard deviations
-  v_k = 1 for weighting 'bin', the number of scores in bin k for 'count'
+  v_k = 1 for weighting 'uniform', the number of scores in bin k for 'count'
 
-  A bin of one score has a standard deviation of 0 and pulls Std(p) down; 'bin' lets it weigh as
+  A bin of one score has a standard deviation of 0 and pulls Std(p) down; 'uniform' lets it weigh as
   much as any other. See `huber.huber_fit` and Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 
   Args:
@@ -211,7 +211,7 @@ def fit_quality(
   mask: Bool[Array, 'N'],
   normalizer: Normalizer,
   *,
-  weighting: str = 'bin',
+  weighting: str = 'uniform',
   min_count: int = 1,
   zero_bin: bool = False,
 ) -> Quality:

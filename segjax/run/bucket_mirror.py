@@ -81,7 +81,7 @@ class BucketMirror(NoMirror):
       raise
     except Exception as error:  # each kind of bucket has its own
       is_missing = isinstance(error, ImportError) and self._url.startswith('gs://')
-      package = ' (pip install segjax[gcs])' if is_missing else ''
+      package = " (pip install -e '.[gcs]')" if is_missing else ''
       raise UserError(
         f'--workdir={self._url} cannot be {verb}: {_first_line(error)}{package}'
       ) from error

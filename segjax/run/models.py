@@ -190,7 +190,7 @@ def make_recipe(
   segmentation = spec.segmentation
   if settings.reward_shaping.redistribute == 'red':
     # RED reads the score at the response's end, so the stop token has to lie in a segment.
-    segmentation = dataclasses.replace(segmentation, stop_token='inside')
+    segmentation = dataclasses.replace(segmentation, include_eos=True)
   return PPORecipe(
     policy=configs['policy'],
     reference=configs['reference'],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from segjax.config.settings import Compat, RewardShaping, Segmentation
+from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.rl.normalizer import normalize
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
 from segjax.train.compat import padded_length
@@ -56,7 +57,7 @@ def dense_rewards(
 
 def _segment_rewards(score, prompt_score, segments, rollout, normalizer, shaping):
   """z, read at the last token of each segment."""
-  floor = None if shaping.std_floor_ratio < 0 else shaping.std_floor_ratio
+  floor = resolve_std_floor_ratio(shaping)
   if shaping.redistribute == 'none':
     return jax.vmap(functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor))(
       score, segments

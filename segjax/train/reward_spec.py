@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from segjax.config.settings import AS_STORED, RewardModelSettings, Segmentation
+from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
 from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.rl.normalizer import PUBLISHED
@@ -65,6 +65,7 @@ def read_spec(directory: Path) -> RewardSpec | None:
       raise UserError(f'version {text["version"]} is not {VERSION}')
     if text['version'] == 2:
       text |= {new: text[old] for new, old in _VERSION_2.items()}
+      text['include_eos'] = {'inside': True, 'outside': False}[text['stop_token']]
     normalizer = text['normalizer']
     kind = normalizer.pop('kind') if normalizer else ''
     names = [field.name for field in dataclasses.fields(Segmentation)]
@@ -100,7 +101,7 @@ def resolve_spec(
     normalizer = PUBLISHED[settings.normalizer.partition(':')[2]]
   elif stored:
     kind, normalizer = stored.normalizer_kind, stored.normalizer
-  missing = missing_fields(segmentation)
+  missing = [] if stored else missing_fields(settings.segmentation)
   if normalizer is None:
     missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
   if missing:
@@ -112,25 +113,22 @@ def resolve_spec(
   return RewardSpec(segmentation, normalizer, kind)
 
 
-def override(stored: Segmentation | None, named: Segmentation) -> Segmentation:
-  """The stored segmentation, with the fields that `named` does not leave empty in their place.
-
-  Where nothing is stored, granularity and threshold stay empty unless named; all else is as usual.
-  """
-  base = stored or dataclasses.replace(Segmentation(), granularity='', entropy_threshold=-1.0)
-  given = {k: v for k, v in vars(named).items() if v != getattr(AS_STORED, k)}
-  return dataclasses.replace(base, **given)
+def override(stored: Segmentation | None, overrides: SegmentationOverrides) -> Segmentation:
+  """Returns the stored (or default) segmentation with the overrides that are not None."""
+  values = {key: value for key, value in vars(overrides).items() if value is not None}
+  return dataclasses.replace(stored or Segmentation(), **values)
 
 
-def missing_fields(segmentation: Segmentation) -> list[str]:
-  """The keys without which nothing can be cut."""
+def missing_fields(segmentation: SegmentationOverrides) -> list[str]:
+  """Returns the keys that must be set where no segmentation is stored."""
   missing, key = [], 'config.reward_model.segmentation'
-  if not segmentation.granularity:
+  if segmentation.granularity is None:
     missing.append(f'{key}.granularity (segment, token or bandit)')
-  needs_threshold = (
-    segmentation.granularity in ('', 'segment') and segmentation.boundary == 'entropy'
+  needs_threshold = segmentation.granularity in (None, 'segment') and segmentation.boundary in (
+    None,
+    'entropy',
   )
-  if needs_threshold and segmentation.entropy_threshold < 0:
+  if needs_threshold and segmentation.entropy_threshold is None:
     missing.append(f'{key}.entropy_threshold (nats)')
   return missing
 

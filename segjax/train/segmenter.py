@@ -72,7 +72,7 @@ def segment_batch(
     segment_at,
     granularity=s.granularity,
     min_length=s.min_segment_length,
-    stop_inside=s.stop_token == 'inside',
+    stop_inside=s.include_eos,
   )
   return jax.vmap(divide)(boundary, response_mask, finished)
 

@@ -5,14 +5,14 @@ import importlib
 
 import pytest
 
-from segjax.config import validate
+from segjax.config import parse
 from segjax.config.settings import Compat
 
 
 def resolved(file='ppo', preset='llama3_8b_sft', **values):
   config = importlib.import_module(f'configs.{file}').get_config(preset)
   config.update_from_flattened_dict({'reference_exact': True} | values)
-  return validate.from_config(config)
+  return parse.from_config(config)
 
 
 def test_every_switch_is_on_and_the_fixes_are_off():
@@ -20,9 +20,9 @@ def test_every_switch_is_on_and_the_fixes_are_off():
   switches = {k: v for k, v in dataclasses.asdict(s.compat).items() if isinstance(v, bool)}
   assert all(switches.values()) and len(switches) == len(dataclasses.fields(Compat)) - 1
   assert s.compat.micro_batch_size == 4
-  assert s.reward_shaping.std_floor_ratio < 0
+  assert s.reward_shaping.std_floor_ratio == 0
   assert s.rollout.recompute_logprob
-  assert (s.normalizer.weighting, s.normalizer.min_bin_count) == ('bin', 1)
+  assert (s.normalizer.weighting, s.normalizer.min_bin_count) == ('uniform', 1)
 
 
 def test_all_is_off_by_default():

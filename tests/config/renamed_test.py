@@ -3,7 +3,7 @@
 import pytest
 
 from segjax import main
-from segjax.config import presets, renamed, validate
+from segjax.config import parse, presets, renamed
 from segjax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def test_old_flags_and_keys(argument, message):
 
 
 def test_every_present_key_exists_and_no_old_one_does():
-  keys = set(validate.setting_keys())
+  keys = set(parse.setting_keys())
   for section, leaves in renamed._KEYS.items():
     prefix = f'{section}.' if section else ''
     for old, new in leaves.items():
@@ -62,7 +62,7 @@ def test_every_present_key_exists_and_no_old_one_does():
 def test_old_metrics(old, message):
   config = presets.default_config()
   config.stages, config.checkpoint.best_metric = ('ppo',), old
-  assert _message(validate.from_config, config) == (
+  assert _message(parse.from_config, config) == (
     f'config.checkpoint.best_metric={old} is now {message}'
   )
 
@@ -71,4 +71,4 @@ def test_old_key_in_a_config_file():
   config = presets.default_config()
   config.ppo.minibatch = 4
   message = 'config.ppo.minibatch is now config.ppo.minibatch_size'
-  assert _message(validate.from_config, config) == message
+  assert _message(parse.from_config, config) == message

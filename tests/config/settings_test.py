@@ -1,9 +1,21 @@
 """Defaults, presets and replacement of keys."""
 
-import pytest
+import dataclasses
+import sys
 
-from segjax.config import presets, settings
-from segjax.config.settings import Optimizer, Settings
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from segjax.config import parse, presets, settings
+from segjax.config.settings import (
+  Optimizer,
+  RewardShaping,
+  Segmentation,
+  SegmentationOverrides,
+  Settings,
+)
+from segjax.config.training_settings import resolve_std_floor_ratio
 
 
 def test_default_config_holds_every_default():
@@ -50,3 +62,36 @@ def test_replace_reaches_into_sections():
   assert deeper.sft == settings.replace(changed.sft, **{'optimizer.beta1': 0.8})
   assert (deeper.sft.optimizer.beta1, deeper.sft.batch_size) == (0.8, 2)
   assert Settings().data.path == ''
+
+
+def test_overrides_have_the_fields_of_a_segmentation():
+  fields = [[f.name for f in dataclasses.fields(c)] for c in (Segmentation, SegmentationOverrides)]
+  assert fields[0] == fields[1]
+
+
+@pytest.mark.parametrize(
+  'key, text, value',
+  [
+    ('min_segment_length', '3', 3),
+    ('entropy_threshold', '1.5', 1.5),
+    ('entropy_threshold', '0', 0.0),
+    ('include_eos', 'True', True),
+    ('include_eos', 'false', False),
+    ('granularity', 'token', 'token'),
+  ],
+)
+def test_optional_settings_are_set_on_the_command_line(monkeypatch, key, text, value):
+  arguments = ['segjax', f'--config.reward_model.segmentation.{key}={text}']
+  monkeypatch.setattr(sys, 'argv', arguments)  # read where the flag is defined
+  flag_values = flags.FlagValues()
+  config_flags.DEFINE_config_dict('config', presets.default_config(), flag_values=flag_values)
+  flag_values(arguments)
+  config = flag_values.config
+  config.stages = ('ppo',)
+  overrides = parse.from_config(config).reward_model.segmentation
+  assert overrides == SegmentationOverrides(**{key: value})
+
+
+@pytest.mark.parametrize('ratio, floor', [(0.01, 0.01), (0.0, None)])
+def test_std_floor_ratio_of_zero_is_no_floor(ratio, floor):
+  assert resolve_std_floor_ratio(RewardShaping(std_floor_ratio=ratio)) == floor

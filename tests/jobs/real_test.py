@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from segjax.config import presets, settings, validate
+from segjax.config import parse, presets, settings
 from segjax.model.sharding import make_mesh
 
 TEMPLATE = (
@@ -48,7 +48,7 @@ def values(material):
       'evaluate.batch_size': 8,  # as in PPO: one program less to compile
     }
   )
-  return validate.from_config(config)
+  return parse.from_config(config)
 
 
 def test_every_stage_on_real_input(values, run, tmp_path, capsys):

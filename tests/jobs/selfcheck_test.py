@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from segjax.config import presets, validate
+from segjax.config import parse, presets
 from segjax.jobs import pipeline, selfcheck, selfcheck_rewards
 from segjax.jobs.selfcheck import CheckResult
 from segjax.model.sharding import make_mesh
@@ -15,7 +15,7 @@ from segjax.model.sharding import make_mesh
 def values():
   config = presets.default_config()
   config.stages = ('selfcheck',)
-  return validate.from_config(config)
+  return parse.from_config(config)
 
 
 @pytest.mark.slow

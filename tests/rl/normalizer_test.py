@@ -335,7 +335,7 @@ def test_worked_options(options, line):
 
 @pytest.mark.parametrize(
   ('weighting', 'min_count', 'zero_bin'),
-  [('bin', 1, False), ('bin', 3, True), ('count', 1, True), ('count', 3, False)],
+  [('uniform', 1, False), ('uniform', 3, True), ('count', 1, True), ('count', 3, False)],
 )
 def test_options_equal_scikit_learn(weighting, min_count, zero_bin):
   """Bins by the oracle, the published code's fit of them, and the usual measures of a fit."""
@@ -371,7 +371,7 @@ def test_options_equal_scikit_learn(weighting, min_count, zero_bin):
 
 def test_unknown_weighting_lists_the_valid_ones():
   for call in (fit_regression, functools.partial(fit_quality, normalizer=Normalizer())):
-    with pytest.raises(ValueError, match=r"'length'.*bin.*count"):
+    with pytest.raises(ValueError, match=r"'length'.*uniform.*count"):
       call(jnp.ones(3), jnp.ones(3), jnp.ones(3, bool), weighting='length')
 
 

@@ -19,9 +19,7 @@ NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 
 def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
-  cutting = Segmentation(
-    boundary='fixed_length', segment_length=2, stop_token='inside' if inside else 'outside'
-  )
+  cutting = Segmentation(boundary='fixed_length', segment_length=2, include_eos=inside)
   zeros = jnp.zeros(MASK.shape)
   ids = zeros.astype(jnp.int32)
   rollout = Rollout(
@@ -42,7 +40,7 @@ def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shapi
       rollout,
       NORMALIZER,
       rule,
-      shaping=RewardShaping(std_floor_ratio=-1.0, **shaping),
+      shaping=RewardShaping(std_floor_ratio=0.0, **shaping),
       spread=spread,
       segmentation=cutting,
       compat=compat,
@@ -80,10 +78,10 @@ def test_a_rule_is_mixed_by_weights():
 
 def test_penalties_come_after_the_mix():
   rule = np.where(MASK, 1.0, 0)
-  found = dense(rule=rule, end_penalty='per_token', end_penalty_value=-0.05)
+  found = dense(rule=rule, missing_eos_penalty='per_token', missing_eos_penalty_value=-0.05)
   assert_allclose(found[1], [-0.05] * 6)  # unfinished: instead of everything
   assert_allclose(found[0], dense(rule=rule)[0])
-  added = dense(end_penalty='at_eos', end_penalty_value=-3.0) - dense()
+  added = dense(missing_eos_penalty='at_eos', missing_eos_penalty_value=-3.0) - dense()
   assert_allclose(added, [[0] * 6, [0] * 5 + [-3]])
   cut_off = dense(length_penalty='threshold', length_penalty_value=-1.0, length_threshold=5)
   assert_allclose(cut_off, [dense()[0], [-1] * 6])
@@ -100,7 +98,7 @@ def test_published_code_takes_the_padded_prompt_off_the_length():
 
 
 def test_published_code_spares_the_bandit():
-  penalty = {'end_penalty': 'per_token', 'end_penalty_value': -0.05}
+  penalty = {'missing_eos_penalty': 'per_token', 'missing_eos_penalty_value': -0.05}
   assert_allclose(dense('bandit', **penalty)[1], [-0.05] * 6)
   spared = Compat(bandit_skips_penalties=True)
   assert_allclose(dense('bandit', compat=spared, **penalty), dense('bandit'))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from segjax.config.settings import AS_STORED, RewardModelSettings, Segmentation
+from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
 from segjax.data import demo_language
 from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.rl.normalizer import PUBLISHED
@@ -18,7 +18,7 @@ FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
 
 def reward_model(normalizer='', **segmentation):
   """What a config says that names these fields."""
-  return RewardModelSettings('', dataclasses.replace(AS_STORED, **segmentation), normalizer)
+  return RewardModelSettings('', SegmentationOverrides(**segmentation), normalizer)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_version_2_is_still_read(model):
   )
   spec = reward_spec.read_spec(model)
   assert spec.segmentation == Segmentation(
-    'segment', 'delimiter', 1.5, 7, ';', 3, 'inside', 'softmax', 0.5
+    'segment', 'delimiter', 1.5, 7, ';', 3, True, 'softmax', 0.5
   )
   assert (spec.normalizer_kind, spec.normalizer.b_std) == ('global', 2)
   assert spec.tokenizer_sha256 == 'abc'
@@ -74,7 +74,7 @@ def test_file_has_the_documented_form(model):
     'segment_length': 16,
     'delimiters': '.!?\n',
     'min_segment_length': 3,
-    'stop_token': 'outside',
+    'include_eos': False,
     'aggregation': 'mean',
     'softmax_temperature': 1.0,
     'normalizer': {
@@ -115,7 +115,7 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
     stored, FITTED, 'regression'
   )
   named = RewardModelSettings(
-    segmentation=dataclasses.replace(AS_STORED, granularity='token', entropy_threshold=0.0),
+    segmentation=SegmentationOverrides(granularity='token', entropy_threshold=0.0),
     normalizer='published:llama3_8b_sft/token',
   )
   found = reward_spec.resolve_spec(named, model, model)

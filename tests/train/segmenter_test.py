@@ -24,12 +24,12 @@ def segment_ids(delimiter_ids=(), **values):
   [
     ({}, [[0, 0, 1, 1, 2, 2, 2, -1], [0, 1, 2, -1]]),
     ({'entropy_threshold': 3.0}, [[0] * 7 + [-1], [0, 0, 0, -1]]),
-    ({'min_length': 3}, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1]]),
-    ({'stop_token': 'inside'}, [[0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 2, 2]]),
+    ({'min_segment_length': 3}, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1]]),
+    ({'include_eos': True}, [[0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 2, 2]]),
     ({'granularity': 'token'}, [[0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, -1]]),
     ({'granularity': 'bandit'}, [[0] * 8, [0] * 4]),
-    ({'cut': 'fixed_length', 'fixed_length': 3}, [[0, 0, 0, 1, 1, 1, 2, -1], [0, 0, 0, -1]]),
-    ({'cut': 'delimiter'}, [[0, 0, 1, 1, 1, 1, 2, -1], [0, 1, 1, -1]]),
+    ({'boundary': 'fixed_length', 'segment_length': 3}, [[0, 0, 0, 1, 1, 1, 2, -1], [0, 0, 0, -1]]),
+    ({'boundary': 'delimiter'}, [[0, 0, 1, 1, 1, 1, 2, -1], [0, 1, 1, -1]]),
   ],
   ids=lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else '',
 )
@@ -41,7 +41,7 @@ def test_segments(values, expected):
 
 def test_only_entropy_needs_the_reference():
   assert Segmenter(Segmentation()).needs_entropy
-  for values in ({'granularity': 'token'}, {'granularity': 'bandit'}, {'cut': 'delimiter'}):
+  for values in ({'granularity': 'token'}, {'granularity': 'bandit'}, {'boundary': 'delimiter'}):
     assert not Segmenter(Segmentation(**values)).needs_entropy
 
 

@@ -1,0 +1,96 @@
+"""The values that a setting may have: choices by key, and minimums by key.
+
+Choices come from the table of the code that implements them; those of the network and of the data,
+which import this module, are defined here.
+"""
+
+from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
+
+DTYPES = ('float32', 'bfloat16')
+ATTENTION = ('xla', 'cudnn', 'splash')
+OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
+# What a layer computes, in this order, and can be kept for the backward pass: its input, the
+# projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
+ACTIVATIONS = ('hidden', 'query', 'key', 'value', 'attention', 'residual', 'gate', 'up')
+OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
+
+_SEGMENTATION = {
+  'granularity': segmentation.GRANULARITIES,
+  'boundary': segmentation.CUTS,
+  'aggregation': tuple(aggregation.AGGREGATIONS),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+  'runtime.compute_dtype': DTYPES,
+  'runtime.param_dtype': DTYPES,
+  'runtime.frozen_params_memory': ('device', 'host'),
+  'runtime.attention': ('auto', *ATTENTION),
+  'data.overlong_policy': OVERLONG_POLICIES,
+  'reward_model.normalizer': (
+    '',
+    'none',
+    *(f'published:{name}' for name in normalizer.PUBLISHED),
+  ),
+  'normalizer.kind': ('auto', *normalizer.KINDS),
+  'normalizer.weighting': normalizer.WEIGHTINGS,
+  'reward_shaping.spread': ('auto', *rewards.SPREADS),
+  'reward_shaping.redistribute': ('none', 'red'),
+  'reward_shaping.red_baseline': rewards.BASELINES,
+  'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
+  'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
+  'ppo.kl_estimator': tuple(kl.ESTIMATORS),
+  'ppo.kl_placement': ('reward', 'loss'),
+  'ppo.gae_level': ('token', 'segment'),
+  'ppo.loss_aggregation': losses.MEANS,
+  **{
+    f'{section}.segmentation.{name}': names
+    for section in ('reward', 'reward_model')
+    for name, names in _SEGMENTATION.items()
+  },
+  **{f'{optimizer}.moments_dtype': DTYPES for optimizer in OPTIMIZERS},
+}
+
+
+def _keys(section: str, names: str) -> list[str]:
+  return [f'{section}.{name}' for name in names.split()]
+
+
+_AT_LEAST_0 = (
+  'log_every',
+  *_keys('data', 'max_rows'),
+  *_keys('sft', 'max_steps micro_batch_size packing_length'),
+  *_keys('reward', 'max_steps micro_batch_size packing_length eval_every'),
+  *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
+  *_keys('critic', 'warmup_rollouts'),
+  *_keys('rollout', 'temperature top_k max_concurrent min_new_tokens'),
+  *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
+  *_keys('ppo', 'micro_batch_size scoring_batch_size packing_length eval_every'),
+  *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
+  *_keys('ppo', 'value_clip_eps entropy_coef skip_if_kl_above skip_if_reward_above'),
+  *_keys('evaluate', 'num_printed'),
+  *_keys('checkpoint', 'every_steps every_minutes max_failures'),
+  *_keys('report', 'every_steps eval_responses'),
+  # A learning rate of 0 is a way to see what does not learn.
+  *(f'{optimizer}.learning_rate' for optimizer in OPTIMIZERS),
+)
+_AT_LEAST_1 = (
+  'max_skipped_steps',
+  *_keys('data', 'max_length max_prompt_length'),
+  *_keys('runtime', 'logprob_chunk_size scan_unroll'),
+  *_keys('sft', 'batch_size num_epochs'),
+  *_keys('reward', 'batch_size num_epochs'),
+  *_keys('reward.segmentation', 'segment_length min_segment_length'),
+  *_keys('reward_model.segmentation', 'segment_length min_segment_length'),
+  *_keys('reward.threshold_search', 'num_samples batch_size max_new_tokens'),
+  *_keys('normalizer', 'batch_size max_pairs min_bin_count'),
+  *_keys('rollout', 'samples_per_prompt max_new_tokens'),
+  *_keys('reward_shaping', 'length_threshold'),
+  *_keys('ppo', 'max_steps rollout_batch_size minibatch_size num_ppo_epochs kl_horizon'),
+  *_keys('compat', 'micro_batch_size'),
+  *_keys('evaluate', 'batch_size samples_per_prompt'),
+  *_keys('evaluate_reward', 'batch_size'),
+  *_keys('answers', 'batch_size'),
+  *_keys('checkpoint', 'max_to_keep'),
+  *_keys('report', 'responses_per_rollout'),
+  *_keys('demo', 'sft_rows pairs'),
+)
+MINIMUMS: dict[str, int] = dict.fromkeys(_AT_LEAST_0, 0) | dict.fromkeys(_AT_LEAST_1, 1)

@@ -1,0 +1,87 @@
+"""From a config to typed settings: the names of its keys and the types of its values.
+
+The values themselves are checked by `validate`. Nothing here needs a file or a device.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from segjax.config import renamed
+from segjax.config.reference_exact import apply_reference_exact
+from segjax.config.settings import Settings
+from segjax.config.validate import validate
+from segjax.errors import UserError
+
+
+def from_config(config: ConfigDict) -> Settings:
+  """Returns the checked settings of a config.
+
+  Raises:
+    UserError: a key is unknown, a value has the wrong type or range, or two values conflict.
+  """
+  settings = _build(Settings, config.copy_and_resolve_references().to_dict(), '')
+  validate(settings)
+  return apply_reference_exact(settings) if settings.reference_exact else settings
+
+
+def check_key(key: str) -> None:
+  """Raises UserError, with the nearest existing keys, unless `key` is a setting or a section."""
+  leaves = setting_keys()
+  if key in leaves or any(leaf.startswith(key + '.') for leaf in leaves):
+    return
+  renamed.check_key(key)
+  last = key.rpartition('.')[2]
+  near = difflib.get_close_matches(key, leaves, n=2, cutoff=0.6)
+  near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rpartition('.')[2]])]
+  near = list(dict.fromkeys(near))[:3]
+  hint = f'; did you mean {" or ".join("config." + name for name in near)}?' if near else '.'
+  raise UserError(f'config.{key} does not exist{hint}')
+
+
+def setting_keys(cls: type = Settings, prefix: str = '') -> list[str]:
+  """Returns the dotted keys of all settings, sections left out."""
+  names = []
+  for key, kind in typing.get_type_hints(cls).items():
+    names += (
+      setting_keys(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
+    )
+  return names
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, dict):
+    raise UserError(f'config.{prefix[:-1]}={values!r} must be a section with keys of its own.')
+  kinds = typing.get_type_hints(cls)
+  fields = {}
+  for key, value in values.items():
+    check_key(prefix + key)
+    if dataclasses.is_dataclass(kinds[key]):
+      fields[key] = _build(kinds[key], value, f'{prefix}{key}.')
+    else:
+      renamed.check_value(prefix + key, value)
+      fields[key] = _typed(f'config.{prefix}{key}', value, kinds[key])
+  return cls(**fields)
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+  """Returns the value as `kind`; the names of a tuple may also come joined by commas."""
+  if isinstance(kind, types.UnionType):  # `X | None`
+    if value is None:
+      return None
+    kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
+  if typing.get_origin(kind) is tuple:
+    parts = [value] if isinstance(value, str) else value
+    return tuple(name.strip() for part in parts for name in part.split(',') if name.strip())
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise UserError(f'{key}={value!r} must be of type {kind.__name__}.')
+  if kind is float and not math.isfinite(value):
+    raise UserError(f'{key}={value!r} must be finite.')
+  return value

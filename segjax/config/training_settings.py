@@ -1,0 +1,211 @@
+"""Sections of the settings that shape training: models, segments, rewards, losses, optimizers.
+
+`segjax.config.settings` puts them together with the sections of everything else.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """Boundaries of segments in a response, and the aggregation of their scores."""
+
+  granularity: str = 'segment'  # token: each token is a segment; bandit: the response is one
+  boundary: str = 'entropy'  # where segments begin, with granularity=segment
+  entropy_threshold: float = 2.0  # nats, of the reference's next-token distribution
+  segment_length: int = 16  # tokens, for boundary=fixed_length
+  delimiters: str = '.!?\n'  # characters that end a segment, for boundary=delimiter
+  min_segment_length: int = 1  # tokens; a boundary that would close a shorter segment is ignored
+  include_eos: bool = False  # whether the stop token belongs to the last segment, or to none
+  aggregation: str = 'mean'  # of segment scores to the response's score
+  softmax_temperature: float = 1.0  # of aggregation=softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationOverrides:
+  """Fields of `Segmentation` that replace those stored with a reward model; None keeps them."""
+
+  granularity: str | None = None
+  boundary: str | None = None
+  entropy_threshold: float | None = None
+  segment_length: int | None = None
+  delimiters: str | None = None
+  min_segment_length: int | None = None
+  include_eos: bool | None = None
+  aggregation: str | None = None
+  softmax_temperature: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelSettings:
+  """The reward model that PPO reads; its segment_reward.json holds what is not set here."""
+
+  path: str = ''
+  segmentation: SegmentationOverrides = SegmentationOverrides()
+  normalizer: str = ''  # 'none', or 'published:NAME' such as published:llama3_8b_sft/segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+  """Initial weights of the critic, and its warm-up."""
+
+  init: str = 'policy'  # or reward_model, or a path of its own
+  warmup_rollouts: int = 0  # rollouts before the policy is trained too
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with linear warm-up and a cosine to min_lr_ratio of the peak."""
+
+  learning_rate: float = 1e-6
+  warmup_ratio: float = 0.03
+  min_lr_ratio: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.0
+  max_grad_norm: float = 1.0
+  moments_dtype: str = 'float32'  # in which both moments are stored
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT:
+  """Supervised fine-tuning on the assistant's turns."""
+
+  batch_size: int = 64  # rows per step
+  micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole batch
+  packing_length: int = 0  # tokens of a row that several conversations share; 0: one per row
+  num_epochs: int = 1
+  max_steps: int = 0  # if positive, replaces num_epochs
+  optimizer: Optimizer = Optimizer(learning_rate=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdSearch:
+  """Search for the entropy threshold on responses of the SFT model, before reward training.
+
+  At most one of the two targets is set; without either, segmentation.entropy_threshold is used.
+  """
+
+  target_segment_length: float = 0.0  # tokens, mean over the samples; 0: off
+  entropy_quantile: float = 0.0  # share of the tokens at or below the threshold; 0: off
+  num_samples: int = 512
+  max_new_tokens: int = 1024
+  batch_size: int = 64  # sequences at once
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTraining:
+  """Training of the segment reward model on pairs."""
+
+  segmentation: Segmentation = Segmentation()
+  threshold_search: ThresholdSearch = ThresholdSearch()
+  entropy_cache_dir: str = ''  # directory; the reference runs once over the data, then is freed
+  batch_size: int = 128  # pairs per step
+  micro_batch_size: int = 0  # pairs, or packed rows, at once; 0: the whole batch
+  packing_length: int = 0  # tokens of a row that several responses share; 0: one per row
+  num_epochs: int = 1
+  max_steps: int = 0  # if positive, replaces num_epochs
+  holdout_fraction: float = 0.03  # share of the prompts never trained on
+  eval_every: int = 0  # steps between evaluations on at most 512 held-out pairs; 0: none
+  margin: float = 0.0  # in the Bradley-Terry loss
+  rating_margin_coef: float = 0.0  # times the difference of the pair's ratings, added to margin
+  optimizer: Optimizer = Optimizer(learning_rate=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizerFit:
+  """Fit of the segment scores' mean and standard deviation by relative position."""
+
+  kind: str = 'auto'  # auto: regression for segment and token, scalar for bandit
+  weighting: str = 'uniform'  # of the bins of p in the regression; count: by their scores
+  min_bin_count: int = 1  # scores that a bin must have
+  max_pairs: int = 60_000  # pairs to score, both responses of each
+  batch_size: int = 64  # pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+  """Sampling of responses."""
+
+  temperature: float = 1.0
+  top_k: int = 0  # 0: all tokens
+  top_p: float = 1.0
+  min_new_tokens: int = 1
+  max_new_tokens: int = 1024
+  samples_per_prompt: int = 1  # responses per prompt
+  max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
+  recompute_logprob: bool = False  # old log-probs by a full forward instead of the decode loop
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardShaping:
+  """From scores to one reward per token: normalise, spread, mix, penalise, clamp."""
+
+  spread: str = 'auto'  # auto: even_split for segment and token, bandit for bandit
+  length_norm: bool = False  # divide the dense rewards by the response's length
+  std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
+  redistribute: str = 'none'  # red: a segment earns the difference of the score over it
+  red_baseline: str = 'prompt'  # the score before the first segment
+  reward_model_weight: float = 1.0
+  reward_fn: str = ''  # 'module:function' of (prompt, response); see train/custom_reward.py
+  reward_fn_weight: float = 1.0
+  missing_eos_penalty: str = 'off'  # of unfinished responses; per_token replaces rewards
+  missing_eos_penalty_value: float = -0.05
+  length_penalty: str = 'off'  # past length_threshold; threshold replaces rewards
+  length_penalty_value: float = -0.05
+  length_threshold: int = 800  # tokens
+  reward_clip: float = 10.0  # largest size of a token's reward before the KL penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+  """Rollouts, advantages and updates; sizes are counted in sequences."""
+
+  max_steps: int = 59  # rollouts
+  rollout_batch_size: int = 1024
+  minibatch_size: int = 128
+  micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole minibatch
+  packing_length: int = 0  # tokens of a row that several sequences share; 0: one per row
+  num_ppo_epochs: int = 1  # passes over each rollout
+  eval_every: int = 0  # steps between two samplings of held-out prompts; 0: none
+  holdout_fraction: float = 0.0  # share of the prompts never trained on, for eval_every
+  scoring_batch_size: int = 0  # sequences scored at once; 0: the whole rollout
+  kl_coef: float = 0.01
+  kl_estimator: str = 'k1'
+  kl_placement: str = 'reward'  # a penalty in the reward, or a term of the loss
+  kl_target: float = 0.0  # nats per response that kl_coef is adapted to; 0: kl_coef is fixed
+  kl_horizon: int = 10_000  # sequences over which kl_coef is adapted
+  skip_if_kl_above: float = 0.0  # nats per response; no update on such a rollout; 0: off
+  skip_if_reward_above: float = 0.0  # the same for a token's largest reward before clipping
+  gae_level: str = 'token'  # segment: one action is a segment
+  gamma: float = 1.0
+  gae_lambda: float = 0.95
+  whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
+  clip_eps: float = 0.2
+  clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
+  dual_clip_ratio: float = 0.0  # above 1: bounds the loss of bad actions; 0: off
+  value_clip_eps: float = 0.2  # 0: no clipping
+  loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
+  entropy_coef: float = 0.0  # nats of entropy bonus in the loss
+  policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)
+  critic_optimizer: Optimizer = Optimizer(learning_rate=9e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compat:
+  """Mistakes of the published code; `reference_exact` turns all of them on."""
+
+  first_row_attention_mask: bool = False  # a micro-batch attends as far as its first row is long
+  micro_batch_size: int = 4  # rows that are padded together there
+  padded_length: bool = False  # length_threshold is compared after taking off the padded prompt
+  bandit_skips_penalties: bool = False  # spread=bandit escapes the EOS and length penalties
+  force_eos: bool = False  # an unfinished response's last token becomes the stop token
+  keep_degenerate_pairs: bool = False  # truncated pairs end in the stop token; equal pairs stay
+  strip_system_preamble: bool = False  # reward data lack the template's own system block
+  keep_zero_bin: bool = False  # p below 0.0005 is fitted as ln 1e-10
+
+
+def resolve_std_floor_ratio(shaping: RewardShaping) -> float | None:
+  """Returns the floor of Std(p) as a fraction of b_std; None: no floor."""
+  return shaping.std_floor_ratio or None
