@@ -1,18 +1,39 @@
 """Packaging. Lower bounds only: pip picks the newest jax that the Python version allows."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithConfigs(build_py):
+  """Copies configs/ to segjax/_shipped/configs, from where `--config=configs/ppo.py` finds it."""
+
+  def run(self):
+    super().run()
+    if not self.editable_mode:  # an editable install reads configs/ of the checkout
+      target = Path(self.build_lib) / 'segjax' / '_shipped' / 'configs'
+      ignore = shutil.ignore_patterns('__pycache__')
+      shutil.copytree(ROOT / 'configs', target, ignore=ignore, dirs_exist_ok=True)
+
 
 setup(
   name='segjax',
   version='0.1.0',
   description='Segment-level RLHF for Llama-3 in JAX/Flax',
-  long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='MIT',
   python_requires='>=3.11',
+  cmdclass={'build_py': BuildWithConfigs},
   packages=find_packages(include=['segjax', 'segjax.*']),
+  # With '.' an editable install puts the checkout on sys.path. Otherwise it uses an import hook,
+  # which comes after the path: in the directory that holds a checkout named segjax, that directory
+  # would be imported as an empty namespace package.
+  package_dir={'': '.'},
   package_data={'segjax.report': ['template/*']},
   install_requires=[
     'absl-py',  # command line flags

@@ -1,11 +1,11 @@
-"""Answers to the questions of a public judge, in the form that the judge's tool reads.
+"""Answers to the questions of a public judge, in the format of the judge's tool.
 
   python -m segjax.main --config=configs/answers.py --config.policy.path=CHECKPOINT \\
     --config.data.path=QUESTIONS
 
 QUESTIONS is a file or hub id of AlpacaEval, MT-Bench or Arena-Hard v0.1 in its published form.
-Answers are greedy unless config.rollout says otherwise; MT-Bench's own temperatures by category are
-`--config.answers.category_temperatures=True`.
+Answers are greedy unless config.rollout.temperature is set; with
+`--config.answers.category_temperatures=True` MT-Bench's temperatures by category are used.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from segjax.config import presets
 
 
-def get_config(preset: str = 'default') -> ConfigDict:
-  """The settings; there are no presets."""
-  presets.parse_preset(preset, ('default',))
+def get_config() -> ConfigDict:
+  """Returns the settings of the job."""
   config = presets.default_config()
   config.stages = ('answers',)
   config.rollout.temperature = 0.0

@@ -1,4 +1,4 @@
-"""Held-out prompts: the reference against the policy.
+"""Comparison of policy and reference on held-out prompts.
 
   python -m segjax.main --config=configs/evaluate.py:local \\
     --config.policy.path=PPO_MODEL --config.reference.path=SFT_MODEL \\
@@ -14,7 +14,7 @@ from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
+  """Returns the settings of a preset, 'NAME[,segment|token|bandit]'."""
   name, granularity, _ = presets.parse_preset(preset, ('demo', 'local'))
   config = presets.default_config()
   config.stages = ('evaluate',)

@@ -1,11 +1,11 @@
-"""A reward model against human judgements of pairs and of spans.
+"""Agreement of a reward model with human judgements of pairs and of spans.
 
   python -m segjax.main --config=configs/evaluate_reward.py \\
     --config.reward_model.path=REWARD_MODEL --config.reference.path=SFT_MODEL \\
     --config.evaluate_reward.pairs=PAIRS,MORE_PAIRS --config.evaluate_reward.spans=SPANS
 
-`,token` or `,bandit` after the preset names the granularity of a reward model that has no
-segment_reward.json. The reference is only needed where segments are cut by its entropy.
+A reward model without segment_reward.json needs its granularity and normalizer in
+config.reward_model. The reference is only needed if its entropy sets the segment boundaries.
 """
 
 from ml_collections import ConfigDict
@@ -13,10 +13,8 @@ from ml_collections import ConfigDict
 from segjax.config import presets
 
 
-def get_config(preset: str = 'default') -> ConfigDict:
-  """The settings of a preset, 'default[,segment|token|bandit]'."""
-  _, granularity, _ = presets.parse_preset(preset, ('default', 'local'))
+def get_config() -> ConfigDict:
+  """Returns the settings of the job."""
   config = presets.default_config()
   config.stages = ('evaluate_reward',)
-  config.reward_model.segmentation.granularity = granularity or None
   return config

@@ -1,11 +1,11 @@
-"""The location-aware normaliser of a reward model, fitted and stored beside its weights.
+"""Fit of a reward model's normalizer by relative position, stored next to its weights.
 
   python -m segjax.main --config=configs/normalizer.py:local \\
     --config.reward_model.path=REWARD_MODEL --config.reference.path=SFT_MODEL \\
     --config.data.path=PAIRS
 
-Presets: demo (the demo up to this job), local; `,token` or `,bandit` after local names the
-granularity of a reward model that has no segment_reward.json.
+Presets: demo (the demo up to this job), local; `,token` or `,bandit` after local is the
+granularity of a reward model without segment_reward.json.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit]'."""
+  """Returns the settings of a preset, 'NAME[,segment|token|bandit]'."""
   name, granularity, _ = presets.parse_preset(preset, ('demo', 'local'))
   config = presets.default_config()
   config.stages = ('normalizer',)

@@ -6,27 +6,27 @@
   python -m segjax.main --config=configs/ppo.py:llama3_8b_sft,v5p:2x2x2        the published run
 
 Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b; `,token` or
-`,bandit` after one changes how text is cut, and the name of a topology (models.TOPOLOGIES) lays the
-run out for it. `--config.reference_exact=True` reproduces the published code, mistakes
+`,bandit` after one sets the granularity, and the name of a topology (shared/topologies.py) the
+batch sizes that fit it. `--config.reference_exact=True` reproduces the published code, mistakes
 included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run, model_sizes
+from configs.shared import demo_run, model_sizes, topologies
 from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
+  """Returns the settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
   names = ('demo', 'demo_long', 'local', *model_sizes.SIZES)
-  known = model_sizes.topologies('ppo', preset.partition(',')[0])
-  name, granularity, topology = presets.parse_preset(preset, names, known)
+  names_of_topologies = topologies.names('ppo', preset.partition(',')[0])
+  name, granularity, topology = presets.parse_preset(preset, names, names_of_topologies)
   config = presets.default_config()
   config.stages = ('ppo',)
   if name in model_sizes.SIZES:
     published(config, name, granularity or 'segment')
-    model_sizes.lay_out(config, 'ppo', name, topology)
+    topologies.assign(config, 'ppo', name, topology)
   elif name == 'local':
     config.reward_model.segmentation.granularity = granularity or None
   else:
@@ -38,14 +38,14 @@ def get_config(preset: str = 'demo') -> ConfigDict:
 
 
 def published(config: ConfigDict, name: str, granularity: str) -> None:
-  """The paper's runs on UltraFeedback: 59 rollouts of 1,024 prompts, one epoch."""
+  """Assigns the settings of the paper's runs on UltraFeedback: 59 rollouts of 1,024 prompts."""
   config.seed = 42
   config.runtime.compute_dtype = 'bfloat16'
   config.network.update(model_sizes.SIZES[name]())
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
 
-  if name in model_sizes.HUB:  # no 70B models were published: their paths are to be given
+  if name in model_sizes.HUB:  # no 70B models were published; their paths must be set
     config.policy.path = model_sizes.HUB[name]['policy']
     config.reference.path = model_sizes.HUB[name]['policy']
     config.reward_model.path = model_sizes.HUB[name]['reward_model'].format(granularity)

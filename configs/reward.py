@@ -1,26 +1,26 @@
-"""The segment reward model, trained from preference pairs.
+"""Training of the segment reward model on preference pairs.
 
   python -m segjax.main --config=configs/reward.py:local \\
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/reward.py:llama3_8b_sft
 
 Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct, llama3_70b;
-`,token` or `,bandit` after one changes how text is cut, and the name of a topology
-(models.TOPOLOGIES) lays the run out for it. `--config.reference_exact=True` reproduces the
+`,token` or `,bandit` after one sets the granularity, and the name of a topology
+(shared/topologies.py) the batch sizes that fit it. `--config.reference_exact=True` reproduces the
 published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run, model_sizes
+from configs.shared import demo_run, model_sizes, topologies
 from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
-  known = model_sizes.topologies('reward', preset.partition(',')[0])
+  """Returns the settings of a preset, 'NAME[,segment|token|bandit][,TOPOLOGY]'."""
+  names_of_topologies = topologies.names('reward', preset.partition(',')[0])
   names = ('demo', 'local', *model_sizes.SIZES)
-  name, granularity, topology = presets.parse_preset(preset, names, known)
+  name, granularity, topology = presets.parse_preset(preset, names, names_of_topologies)
   config = presets.default_config()
   config.stages = ('reward',)
   if name == 'demo':
@@ -38,6 +38,6 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward.num_epochs = 1
     config.reward.optimizer.learning_rate = 1e-6
     config.checkpoint.every_steps = 256
-    model_sizes.lay_out(config, 'reward', name, topology)
+    topologies.assign(config, 'reward', name, topology)
   config.reward.segmentation.granularity = granularity or 'segment'
   return config

@@ -1,10 +1,9 @@
-"""The invariants that matter, checked on the devices at hand in a minute or two.
+"""Checks of the main invariants on the available devices, in a minute or two.
 
   python -m segjax.main --config=configs/selfcheck.py
 
-Nothing is downloaded or trained on data. Exit code 1 and the names of what failed if one does.
-`--config.mesh.data=2 --config.mesh.fsdp=2` and the like choose the mesh that is held against one
-device.
+Nothing is downloaded and no data are needed. The exit code is 1 if a check fails, and its name is
+printed. `--config.mesh.data=2 --config.mesh.fsdp=2` sets the mesh that is compared with one device.
 """
 
 from ml_collections import ConfigDict
@@ -12,9 +11,8 @@ from ml_collections import ConfigDict
 from segjax.config import presets
 
 
-def get_config(preset: str = 'default') -> ConfigDict:
-  """The settings; there are no presets."""
-  presets.parse_preset(preset, ('default',))
+def get_config() -> ConfigDict:
+  """Returns the settings of the job."""
   config = presets.default_config()
   config.stages = ('selfcheck',)
   return config

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on chat rows, loss on the assistant's turns.
+"""Supervised fine-tuning on chat rows, with the loss on the assistant's turns.
 
   python -m segjax.main --config=configs/sft.py:local \\
     --config.policy.path=MODEL --config.data.path=CHATS
@@ -13,7 +13,7 @@ from segjax.config import presets
 
 
 def get_config(preset: str = 'demo') -> ConfigDict:
-  """The settings of a preset."""
+  """Returns the settings of a preset."""
   name = presets.parse_preset(preset, ('demo', 'local')).name
   config = presets.default_config()
   config.stages = ('sft',)

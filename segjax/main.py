@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import processes
-from segjax.config import renamed
+from segjax.config import config_files, renamed
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
@@ -149,7 +149,7 @@ def settings_from_flags() -> tuple[Settings, str]:
 
   if _CONFIG.value is None:
     raise UserError('--config is missing; start with --config=configs/ppo.py')
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  name = config_files.short_name(config_flags.get_config_filename(flags.FLAGS['config']))
   return parse.from_config(_CONFIG.value), name
 
 
@@ -161,19 +161,28 @@ def parse_flags(arguments: list[str]) -> list[str]:
   """
   from segjax.config import parse
 
-  text = '\n'.join(arguments)
-  for name in re.findall(r'^--?(?:no)?(\w+)', text, re.MULTILINE):
-    renamed.check_flag(name)
-  for config in re.findall(r'^--?config[=\n](.*)$', text, re.MULTILINE):
-    file = config.partition(':')[0]
-    if not Path(file).is_file():
-      raise UserError(f'--config={config}: there is no file {file!r}.')
-  for key in re.findall(r'^--?(?:no)?config\.([\w.]+)', text, re.MULTILINE):
-    parse.check_key(key)
+  for argument in arguments[1:]:
+    if match := re.match(r'--?(?:no)?([\w.]+)', argument):
+      renamed.check_flag(match[1])
+      if match[1].startswith('config.'):
+        parse.check_key(match[1].removeprefix('config.'))
+  arguments = _with_config_paths(arguments)
   try:
     return flags.FLAGS(arguments)
   except flags.Error as error:
     raise UserError(root_cause(error)) from error
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+  """Replaces the value of --config, in both of its forms, by a path that exists."""
+  resolved = list(arguments)
+  for index, argument in enumerate(arguments):
+    name, equals, value = argument.partition('=')
+    if name in ('-config', '--config') and equals:
+      resolved[index] = f'{name}={config_files.resolve(value)}'
+    elif name in ('-config', '--config') and index + 1 < len(arguments):
+      resolved[index + 1] = config_files.resolve(arguments[index + 1])
+  return resolved
 
 
 def root_cause(error: BaseException) -> str:
@@ -195,7 +204,10 @@ def cli() -> None:
 
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main` on the flags; wrong settings and inputs end in one line, not in a traceback."""
-  sys.path.insert(0, os.getcwd())  # config files import their neighbours in configs/
+  # Config files import configs.shared, and reward functions are modules of the working directory.
+  # `configs` is a namespace package: a user's own configs/ and the shipped one are both found.
+  sys.path.insert(0, os.getcwd())
+  sys.path.append(str(config_files.shipped_root()))
   try:
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:

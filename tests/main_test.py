@@ -40,6 +40,9 @@ def test_default_workdir(config, expected):
   [
     (['--config=configs/ppoo.py'], 'there is no file .configs/ppoo.py'),
     (['--config', 'ppo.py:demo'], '--config=ppo.py:demo: there is no file .ppo.py'),
+    (['--config=configs/chat.py:local'], 'has no presets; use --config=configs/chat.py'),
+    (['--config=configs/shared/demo_run.py'], r'has no get_config\(\)'),
+    (['--config', 'README.md'], 'README.md is not a Python file: '),
     (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
     (
       ['--config.seed=1', '--config.sft.batchs=1'],

@@ -53,11 +53,11 @@ def main(_: list[str]) -> None:
 
 def print_table() -> None:
   """A line for each preset; each in a process of its own, for jax has one set of devices."""
-  from configs.shared import model_sizes
+  from configs.shared import topologies as layouts_of
 
   print('| preset | GiB of a device | generation | scoring | updates | slowest compile | a step |')
   print('|---|---|---|---|---|---|---|', flush=True)
-  for (job, size), layouts in model_sizes.TOPOLOGIES.items():
+  for (job, size), layouts in layouts_of.TOPOLOGIES.items():
     name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
     for topology in layouts:
       preset = f'{job}.py:{name},{topology}'

@@ -1,4 +1,4 @@
-"""The demo's settings, stage by stage: two cores of a laptop, nothing to download.
+"""Settings of the demo, stage by stage, for two cores of a laptop without downloads.
 
 The language has 16 clause templates over 8 animals and 6 places (segjax/data/demo_language.py).
 """
@@ -10,7 +10,7 @@ from segjax.config.settings import JOBS
 
 
 def assign(config: ConfigDict, last_job: str) -> None:
-  """The demo up to and including `last_job`."""
+  """Assigns the settings of the demo up to and including `last_job`."""
   config.stages = JOBS[: JOBS.index(last_job) + 1]
   config.network.update(model_sizes.tiny())
   config.runtime.remat = 'none'
@@ -26,9 +26,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
-  config.reward.segmentation.entropy_threshold = (
-    1.0  # nats; a fork has at most ln 2, a clause start over 1.5
-  )
+  config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
   config.reward.batch_size = 64
   config.reward.max_steps = 900
   config.reward.holdout_fraction = 0.06
@@ -58,7 +56,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
 
 
 def longer(config: ConfigDict) -> None:
-  """The harder variant: responses of 8 to 12 clauses."""
+  """Assigns the harder variant, with responses of 8 to 12 clauses."""
   config.demo.min_clauses = 8
   config.demo.max_clauses = 12
   config.rollout.max_new_tokens = 72

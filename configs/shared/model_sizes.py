@@ -1,6 +1,6 @@
 """Sizes of the Llama family, and the published models by hub id.
 
-The sizes are what the demo builds, and what is counted where a checkpoint is not at hand.
+The demo builds a network of these sizes; --dry_run and plan use them if there is no checkpoint.
 """
 
 # SFT model and segment reward models ({} is the granularity) of Yin et al. 2025.
@@ -16,50 +16,8 @@ HUB = {
 }
 
 
-# How a job of 8B or 70B models is laid out on a slice: settings by job and topology, over those of
-# the recipe, which they change in nothing but rounding. `tools/plan.py` shows that they fit.
-_PPO_8B = {'ppo.micro_batch_size': 16, 'ppo.scoring_batch_size': 64, 'rollout.max_concurrent': 512}
-TOPOLOGIES = {
-  ('ppo', '8b'): {
-    'v5p:2x2x2': _PPO_8B,
-    'v6e:4x4': _PPO_8B | {'rollout.max_concurrent': 256},
-    'v5e:8x8': _PPO_8B | {'ppo.micro_batch_size': 64, 'rollout.max_concurrent': 256},
-    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch_size': 8, 'rollout.max_concurrent': 256},
-  },
-  ('ppo', '70b'): {
-    'v5p:4x4x8': {
-      'ppo.micro_batch_size': 128,
-      'ppo.scoring_batch_size': 128,
-      'rollout.max_concurrent': 512,
-    },
-  },
-  ('reward', '8b'): {
-    'v5p:2x2x2': {'reward.micro_batch_size': 16},
-    'v6e:4x4': {'reward.micro_batch_size': 16},
-    'v5e:8x8': {'reward.micro_batch_size': 64},
-    'cuda:8xH100-80GB': {'reward.micro_batch_size': 8},
-  },
-  ('reward', '70b'): {'v5p:4x4x8': {'reward.micro_batch_size': 128}},
-}
-
-
-def lay_out(config, job: str, name: str, topology: str) -> None:
-  """Assigns what that job of a model of HUB or SIZES needs on the topology."""
-  if topology:
-    config.update_from_flattened_dict(TOPOLOGIES[job, _size(name)][topology])
-
-
-def topologies(job: str, name: str) -> tuple[str, ...]:
-  """Those that the job has a layout for, with a model of that name."""
-  return tuple(TOPOLOGIES.get((job, _size(name)), ()))
-
-
-def _size(name: str) -> str:
-  return '70b' if '70b' in name else '8b'
-
-
 def tiny() -> dict:
-  """The demo's network; its vocabulary is that of the demo's tokenizer."""
+  """Returns the sizes of the demo's network; its vocabulary is that of the demo's tokenizer."""
   return {
     'vocab_size': 0,
     'hidden_size': 64,
@@ -73,7 +31,7 @@ def tiny() -> dict:
 
 
 def llama3_8b() -> dict:
-  """Llama-3 8B, and RLHFlow/LLaMA3-SFT-v2, which has its sizes."""
+  """Returns the sizes of Llama-3 8B, and RLHFlow/LLaMA3-SFT-v2."""
   return {
     'vocab_size': 128_256,
     'hidden_size': 4096,
@@ -86,12 +44,12 @@ def llama3_8b() -> dict:
 
 
 def llama31_8b() -> dict:
-  """Llama-3.1 8B: as Llama-3, with a longer context."""
+  """Returns the sizes of Llama-3.1 8B: as Llama-3, with a longer context."""
   return llama3_8b() | {'max_position_embeddings': 131_072}
 
 
 def llama32_1b() -> dict:
-  """Llama-3.2 1B, embeddings tied."""
+  """Returns the sizes of Llama-3.2 1B, embeddings tied."""
   return llama31_8b() | {
     'hidden_size': 2048,
     'intermediate_size': 8192,
@@ -101,7 +59,7 @@ def llama32_1b() -> dict:
 
 
 def llama3_70b() -> dict:
-  """Llama-3 70B."""
+  """Returns the sizes of Llama-3 70B."""
   return llama3_8b() | {
     'hidden_size': 8192,
     'intermediate_size': 28_672,

@@ -25,14 +25,14 @@ PRESETS = [
   ('reward', 'llama3_8b_sft,token'),
   ('reward', 'llama31_8b_instruct'),
   ('reward', 'llama31_8b_instruct,bandit'),
-  ('selfcheck', 'default'),
+  ('selfcheck', ''),
   ('normalizer', 'demo'),
   ('normalizer', 'local'),
   ('evaluate', 'demo'),
   ('evaluate', 'local'),
-  ('evaluate_reward', 'local'),
-  ('evaluate_reward', 'default,bandit'),
-  ('answers', 'default'),
+  ('evaluate_reward', ''),
+  ('answers', ''),
+  ('chat', ''),
 ]
 
 
@@ -45,7 +45,9 @@ def _config(**values):
 
 @pytest.mark.parametrize('file, preset', PRESETS, ids=['-'.join(pair) for pair in PRESETS])
 def test_presets_are_consistent(file, preset):
-  resolved = parse.from_config(importlib.import_module(f'configs.{file}').get_config(preset))
+  arguments = [preset] if preset else []
+  module = importlib.import_module(f'configs.{file}')
+  resolved = parse.from_config(module.get_config(*arguments))
   granularity = preset.partition(',')[2]
   if granularity:
     named = resolved.reward.segmentation, resolved.reward_model.segmentation
