@@ -51,9 +51,12 @@ setup(
     'numpy',
     'optax>=0.2.8',  # optimizers
     'orbax-checkpoint>=0.12',  # training checkpoints
+    'pyarrow',  # parquet files
+    'pyyaml',  # the header of model cards
     'rich',  # tables on the console
     'safetensors',  # HF weights
     'tensorboardX',  # metric curves
+    'tensorstore',  # arrays of training checkpoints, streamed
     'tokenizers',  # the tokenizer of the built-in demo
     'tqdm',  # progress bars
     'transformers>=5',  # tokenizers and chat templates; no torch needed
@@ -68,6 +71,7 @@ setup(
       'beartype',  # checks the shape annotations while testing
       'hypothesis',
       'pytest',
+      'pytest-xdist',  # tests in several processes
       'ruff',
       'scikit-learn',  # parity of the Huber fit
       'torch==2.13.0',  # parity with transformers
