@@ -1,9 +1,10 @@
 """The command line: flags, devices, and the call that runs the stages.
 
-python -m segjax.main --config=configs/ppo.py[:preset] [--workdir=...] [--config.KEY=VALUE ...]
-python -m segjax.main convert import|export|verify|inspect ...
+segjax JOB[:PRESET] [--workdir=...] [--config.KEY=VALUE ...]
+python -m segjax.main --config=configs/JOB.py[:PRESET] ...     the same
+segjax --help | --version | settings | metrics | help | convert
 
-It trains nothing itself: `segjax.jobs.pipeline` does.
+It trains nothing itself: `segjax.jobs.pipeline` does. jax is imported only where a run starts.
 """
 
 import time
@@ -21,8 +22,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from segjax import processes
-from segjax.config import config_files, renamed
+import segjax
+from segjax.config import config_files, renamed, usage
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
@@ -66,6 +67,7 @@ def default_workdir(config_file: str, seed: int) -> str:
 
 def main(_: list[str]) -> None:
   """Reads the settings, sets up the devices, runs the stages."""
+  from segjax import processes
   from segjax.report.console import log
 
   if not flags.FLAGS['verbosity'].present:
@@ -118,6 +120,7 @@ def main(_: list[str]) -> None:
 
 def _open_workdir(workdir: str, settings: Settings) -> tuple[Path, Any]:
   """Returns (the local directory to work in, the mirror that copies it to the bucket)."""
+  from segjax import processes
   from segjax.report.console import log
   from segjax.run import bucket_mirror
 
@@ -168,9 +171,12 @@ def parse_flags(arguments: list[str]) -> list[str]:
         parse.check_key(match[1].removeprefix('config.'))
   arguments = _with_config_paths(arguments)
   try:
-    return flags.FLAGS(arguments)
+    remaining = flags.FLAGS(arguments)
   except flags.Error as error:
     raise UserError(root_cause(error)) from error
+  if len(remaining) > 1:
+    raise UserError(f'{remaining[1]!r} is not a flag; a preset is written JOB:PRESET.')
+  return remaining
 
 
 def _with_config_paths(arguments: list[str]) -> list[str]:
@@ -194,12 +200,51 @@ def root_cause(error: BaseException) -> str:
 
 def cli() -> None:
   """Runs the console script `segjax`."""
-  if sys.argv[1:2] == ['convert']:
+  arguments = sys.argv[1:]
+  if arguments[:1] == ['convert']:
     from segjax.hf import cli
 
-    raise SystemExit(cli.main(sys.argv[2:]))
+    raise SystemExit(cli.main(arguments[1:]))
+  try:
+    text = answer(arguments)
+    if text is None and arguments and not arguments[0].startswith('-'):
+      # ml_collections reads the overrides --config.KEY=VALUE from sys.argv.
+      sys.argv[1] = usage.config_argument(arguments[0])
+  except UserError as error:
+    raise SystemExit(f'segjax: {error}') from None
+  if text is not None:
+    try:
+      print(text.rstrip(), flush=True)
+    except BrokenPipeError:  # as in `segjax settings | head`; nothing is left to flush at exit
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return
   hide_unused_libtpu()
   run(main)
+
+
+def answer(arguments: list[str]) -> str | None:
+  """Returns the text that the arguments ask for; None if they start a run.
+
+  Raises:
+    UserError: a section, topic, metric or job does not exist.
+  """
+  command, name = (*arguments, '', '')[:2]
+  if command == 'settings':
+    from segjax.config import settings_table
+
+    return settings_table.describe(name.removeprefix('config.'))
+  if command == 'metrics':
+    from segjax.report import metric_docs
+
+    return metric_docs.plain_text(name)
+  if command == 'help':
+    return usage.topic(name) if name else usage.list_topics()
+  if {'--help', '-h', '-help'} & set(arguments):
+    job = command.partition(':')[0]
+    return usage.overview() if job.startswith('-') else usage.topic(job)
+  if '--version' in arguments:
+    return f'segjax {segjax.__version__}'
+  return None
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -213,6 +258,8 @@ def run(main: Callable[[list[str]], None]) -> None:
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command resumes from what is saved') from None
   except Exception as error:
+    from segjax import processes
+
     _exit_if_preempted(error)
     if processes.process_count() > 1 and not is_user_error(error):
       processes.fail(error)

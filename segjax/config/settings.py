@@ -57,9 +57,9 @@ JOBS = (
 class MeshSettings:
   """Devices per axis; one may be -1 and takes the remaining devices."""
 
-  data: int = 1
-  fsdp: int = -1
-  tensor: int = 1
+  data: int = 1  # devices over which the batch alone is split
+  fsdp: int = -1  # devices over which batch and weights are split
+  tensor: int = 1  # devices over which heads and hidden units are split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Runtime:
 class Model:
   """A checkpoint: an HF directory or a hub id."""
 
-  path: str = ''
+  path: str = ''  # HF directory or hub id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +88,23 @@ class Network:
   """Sizes of the demo's network; for other runs, sizes that --dry_run and plan assume."""
 
   vocab_size: int = 0  # 0: the tokenizer's
-  hidden_size: int = 64
-  intermediate_size: int = 192
-  num_hidden_layers: int = 2
-  num_attention_heads: int = 4
-  num_key_value_heads: int = 2
-  max_position_embeddings: int = 256
-  rope_theta: float = 500_000.0
-  tie_word_embeddings: bool = False
-  initializer_range: float = 0.02
+  hidden_size: int = 64  # width of the residual stream
+  intermediate_size: int = 192  # width of the MLP
+  num_hidden_layers: int = 2  # layers
+  num_attention_heads: int = 4  # query heads
+  num_key_value_heads: int = 2  # key and value heads
+  max_position_embeddings: int = 256  # positions
+  rope_theta: float = 500_000.0  # base of the rotary frequencies
+  tie_word_embeddings: bool = False  # input and output embeddings share weights
+  initializer_range: float = 0.02  # standard deviation of random weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   """Rows of a local file, a directory or a hub id, and their lengths in tokens."""
 
-  path: str = ''
-  split: str = 'train'
+  path: str = ''  # local file, directory or hub id
+  split: str = 'train'  # of a hub dataset
   max_rows: int = 0  # rows to read; 0: all
   max_length: int = 2048  # of prompt and response, at most the model's positions
   max_prompt_length: int = 1728  # of an overlong prompt after truncation
@@ -166,18 +166,18 @@ class Report:
 class Demo:
   """The built-in language (segjax/data/demo_language.py) of the demo."""
 
-  min_clauses: int = 2
-  max_clauses: int = 5
-  sft_rows: int = 4096
-  pairs: int = 8192
+  min_clauses: int = 2  # of a response
+  max_clauses: int = 5  # of a response
+  sft_rows: int = 4096  # conversations for SFT
+  pairs: int = 8192  # preference pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """All settings of a run; each job reads the sections it needs."""
 
-  seed: int = 0
-  stages: tuple[str, ...] = ()
+  seed: int = 0  # of all random numbers
+  stages: tuple[str, ...] = ()  # jobs to run, in order
   log_every: int = 50  # steps between two lines of metrics on the console; 0: none
   profile_steps: str = ''  # first:last, steps from 1, traced into <stage>/profile
   max_skipped_steps: int = 1  # stop after this many non-finite steps in a row

@@ -40,7 +40,7 @@ class SegmentationOverrides:
 class RewardModelSettings:
   """The reward model that PPO reads; its segment_reward.json holds what is not set here."""
 
-  path: str = ''
+  path: str = ''  # HF directory or hub id
   segmentation: SegmentationOverrides = SegmentationOverrides()
   normalizer: str = ''  # 'none', or 'published:NAME' such as published:llama3_8b_sft/segment
 
@@ -57,14 +57,14 @@ class Critic:
 class Optimizer:
   """AdamW with linear warm-up and a cosine to min_lr_ratio of the peak."""
 
-  learning_rate: float = 1e-6
-  warmup_ratio: float = 0.03
-  min_lr_ratio: float = 0.1
-  beta1: float = 0.9
-  beta2: float = 0.95
-  epsilon: float = 1e-8
-  weight_decay: float = 0.0
-  max_grad_norm: float = 1.0
+  learning_rate: float = 1e-6  # peak
+  warmup_ratio: float = 0.03  # share of all steps in which the rate rises from 0
+  min_lr_ratio: float = 0.1  # last learning rate, as a share of the peak
+  beta1: float = 0.9  # decay of the first moment
+  beta2: float = 0.95  # decay of the second moment
+  epsilon: float = 1e-8  # added to the root of the second moment
+  weight_decay: float = 0.0  # decoupled from the gradient
+  max_grad_norm: float = 1.0  # larger gradients are scaled to this norm
   moments_dtype: str = 'float32'  # in which both moments are stored
 
 
@@ -75,7 +75,7 @@ class SFT:
   batch_size: int = 64  # rows per step
   micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole batch
   packing_length: int = 0  # tokens of a row that several conversations share; 0: one per row
-  num_epochs: int = 1
+  num_epochs: int = 1  # passes over the rows
   max_steps: int = 0  # if positive, replaces num_epochs
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
 
@@ -89,8 +89,8 @@ class ThresholdSearch:
 
   target_segment_length: float = 0.0  # tokens, mean over the samples; 0: off
   entropy_quantile: float = 0.0  # share of the tokens at or below the threshold; 0: off
-  num_samples: int = 512
-  max_new_tokens: int = 1024
+  num_samples: int = 512  # responses
+  max_new_tokens: int = 1024  # of a response
   batch_size: int = 64  # sequences at once
 
 
@@ -104,7 +104,7 @@ class RewardTraining:
   batch_size: int = 128  # pairs per step
   micro_batch_size: int = 0  # pairs, or packed rows, at once; 0: the whole batch
   packing_length: int = 0  # tokens of a row that several responses share; 0: one per row
-  num_epochs: int = 1
+  num_epochs: int = 1  # passes over the pairs
   max_steps: int = 0  # if positive, replaces num_epochs
   holdout_fraction: float = 0.03  # share of the prompts never trained on
   eval_every: int = 0  # steps between evaluations on at most 512 held-out pairs; 0: none
@@ -128,11 +128,11 @@ class NormalizerFit:
 class RolloutSettings:
   """Sampling of responses."""
 
-  temperature: float = 1.0
+  temperature: float = 1.0  # 0: greedy
   top_k: int = 0  # 0: all tokens
-  top_p: float = 1.0
-  min_new_tokens: int = 1
-  max_new_tokens: int = 1024
+  top_p: float = 1.0  # share of the probability that is sampled from
+  min_new_tokens: int = 1  # the stop token is not sampled before
+  max_new_tokens: int = 1024  # length limit of a response
   samples_per_prompt: int = 1  # responses per prompt
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
   recompute_logprob: bool = False  # old log-probs by a full forward instead of the decode loop
@@ -147,13 +147,13 @@ class RewardShaping:
   std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
   redistribute: str = 'none'  # red: a segment earns the difference of the score over it
   red_baseline: str = 'prompt'  # the score before the first segment
-  reward_model_weight: float = 1.0
+  reward_model_weight: float = 1.0  # factor of the reward model in the sum with reward_fn
   reward_fn: str = ''  # 'module:function' of (prompt, response); see train/custom_reward.py
-  reward_fn_weight: float = 1.0
+  reward_fn_weight: float = 1.0  # factor of reward_fn
   missing_eos_penalty: str = 'off'  # of unfinished responses; per_token replaces rewards
-  missing_eos_penalty_value: float = -0.05
+  missing_eos_penalty_value: float = -0.05  # reward of each token, or added at the end
   length_penalty: str = 'off'  # past length_threshold; threshold replaces rewards
-  length_penalty_value: float = -0.05
+  length_penalty_value: float = -0.05  # reward of each token, or added past the threshold
   length_threshold: int = 800  # tokens
   reward_clip: float = 10.0  # largest size of a token's reward before the KL penalty
 
@@ -163,26 +163,26 @@ class PPO:
   """Rollouts, advantages and updates; sizes are counted in sequences."""
 
   max_steps: int = 59  # rollouts
-  rollout_batch_size: int = 1024
-  minibatch_size: int = 128
+  rollout_batch_size: int = 1024  # responses per rollout
+  minibatch_size: int = 128  # responses per update
   micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole minibatch
   packing_length: int = 0  # tokens of a row that several sequences share; 0: one per row
   num_ppo_epochs: int = 1  # passes over each rollout
   eval_every: int = 0  # steps between two samplings of held-out prompts; 0: none
   holdout_fraction: float = 0.0  # share of the prompts never trained on, for eval_every
   scoring_batch_size: int = 0  # sequences scored at once; 0: the whole rollout
-  kl_coef: float = 0.01
-  kl_estimator: str = 'k1'
+  kl_coef: float = 0.01  # factor of the KL penalty to the reference
+  kl_estimator: str = 'k1'  # of KL from the log-probs of sampled tokens
   kl_placement: str = 'reward'  # a penalty in the reward, or a term of the loss
   kl_target: float = 0.0  # nats per response that kl_coef is adapted to; 0: kl_coef is fixed
   kl_horizon: int = 10_000  # sequences over which kl_coef is adapted
   skip_if_kl_above: float = 0.0  # nats per response; no update on such a rollout; 0: off
   skip_if_reward_above: float = 0.0  # the same for a token's largest reward before clipping
   gae_level: str = 'token'  # segment: one action is a segment
-  gamma: float = 1.0
-  gae_lambda: float = 0.95
+  gamma: float = 1.0  # discount of advantages per action
+  gae_lambda: float = 0.95  # weight of longer returns in GAE
   whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
-  clip_eps: float = 0.2
+  clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps
   clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
   dual_clip_ratio: float = 0.0  # above 1: bounds the loss of bad actions; 0: off
   value_clip_eps: float = 0.2  # 0: no clipping

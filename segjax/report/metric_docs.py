@@ -5,6 +5,9 @@ Names that end in * stand for all that begin so.
 
 import dataclasses
 import fnmatch
+import textwrap
+
+from segjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Entry:
   remedy: str = ''
 
 
+_INDENT = {'initial_indent': '    ', 'subsequent_indent': '    '}
 _UPDATE_SIZE = 'lower the learning rate'
 
 ENTRIES = (
@@ -188,6 +192,23 @@ def find_entry(name: str) -> Entry | None:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in entry.names):
       return entry
   return None
+
+
+def plain_text(name: str = '') -> str:
+  """Returns all entries, or those of one metric, as text for the console.
+
+  Raises:
+    UserError: no entry has that name.
+  """
+  entries = ENTRIES if not name else [entry for entry in ENTRIES if entry == find_entry(name)]
+  if not entries:
+    raise UserError(f'metrics {name}: there is no such metric; `segjax metrics` lists all.')
+  lines = []
+  for entry in entries:
+    lines.append(', '.join(entry.names))
+    parts = (entry.meaning, entry.healthy and f'healthy: {entry.healthy}', entry.remedy)
+    lines += [textwrap.fill(part, 96, **_INDENT) for part in parts if part]
+  return '\n'.join(lines)
 
 
 def markdown() -> str:

@@ -1,0 +1,125 @@
+"""Reference texts of `segjax help TOPIC`."""
+
+MEMORY = """\
+Memory of a device in training, and the settings that reduce it. `python tools/plan.py --config=...`
+computes what a run needs without the devices.
+
+  ppo.micro_batch_size, reward.micro_batch_size, sft.micro_batch_size
+      split a batch into parts whose accumulated gradients equal those of the whole batch.
+  ppo.scoring_batch_size
+      limits the sequences that are scored at once.
+  runtime.remat
+      full recomputes each layer in the backward pass from its input, none keeps all activations,
+      and names (hidden, query, key, value, attention, residual, gate, up) keep those.
+  runtime.offload_activations
+      moves the named activations to the host's memory.
+  runtime.param_dtype=bfloat16 and moments_dtype=bfloat16 of the optimizers
+      halve weights and moments. Weights are rounded stochastically, so that updates below the gap
+      between two bfloat16 numbers still add up.
+  runtime.frozen_params_memory=host
+      keeps reference and reward model in the host's memory while they are not used.
+  rollout.max_concurrent
+      limits the responses that are decoded at once, and with them the key-value cache.
+"""
+
+PACKING = """\
+With ppo.packing_length, reward.packing_length or sft.packing_length set, several sequences share a
+row of that many tokens, and micro_batch_size counts packed rows. An update then costs its real
+tokens instead of the longest sequence times the batch size. Losses and gradients equal those of
+padded rows, and other lengths need no new compilation. perf/packing_efficiency is the share of real
+tokens. `python tools/bench.py train` measures the gain.
+"""
+
+ROLLOUTS = """\
+rollout.max_concurrent responses are decoded at once (continuous batching): when a response ends,
+the next prompt takes its slot. A decoding step costs what the longest response in a slot needs.
+The rollout.samples_per_prompt responses of a prompt share one prefill.
+
+The random numbers of a response depend on the seed, the step, the index of the prompt and the index
+of the sample alone; the number of slots or devices does not change the responses.
+
+old_logprob, which the ratio and the KL penalty use, is unfiltered and at temperature 1. Its
+distance from the log-prob that the token was sampled with is rollout/logprob_mismatch.
+rollout.recompute_logprob=True takes it from a full forward pass instead of the decode loop.
+
+`python tools/bench.py decode` measures the speed against transformers.
+"""
+
+BUCKETS = """\
+--workdir=gs://bucket/run keeps a run on a bucket (pip install -e '.[gcs]'). The run works in a
+local copy (--local_copy, by default under ~/.cache/segjax/runs), which is made equal to the bucket
+at the start. Metrics are copied to the bucket before each checkpoint, models at the end of a stage,
+and training states are written from the devices to the bucket directly.
+
+The bucket alone is enough to resume: the same command on a new machine continues from the last
+checkpoint, with the same bits. A second run is refused while the first one writes its lock.json; a
+lock that has not changed for 35 s is taken over. Buckets have no real locks: this protects against
+mistakes only.
+
+config.checkpoint.directory puts the training states alone on a bucket.
+"""
+
+HOSTS = """\
+Start the same command on every host. All hosts must see the same --workdir (NFS, Filestore), and
+the first process writes. On a Cloud TPU slice and under SLURM the processes find each other:
+
+  gcloud compute tpus tpu-vm ssh NAME --worker=all --command='cd segjax && segjax ppo:local ...'
+  srun --ntasks-per-node=1 segjax ppo:local ...
+
+Elsewhere give the address of the first process, the number of processes and the index of each:
+
+  segjax ppo:local --coordinator=HOST:PORT --num_processes=4 --process_id=0 ...
+
+A process that does not join within --join_timeout seconds is named. If one is lost later, the
+others stop within a minute; the same command resumes from the last checkpoint. A signal to one
+process saves and stops all of them.
+"""
+
+PUBLISHED_RUNS = """\
+  segjax reward:llama3_8b_sft         or llama3_8b_sft,token and llama3_8b_sft,bandit
+  segjax ppo:llama3_8b_sft            or llama31_8b_instruct
+
+These presets hold the published hyper-parameters, models and data by hub id (Yin et al. 2025,
+https://arxiv.org/abs/2501.02790). They have not been run at 8B with segjax. The name of a topology
+after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets batch sizes that fit it.
+
+--config.reference_exact=True computes as the paper's code does, mistakes included: attention masked
+by the first row of a micro-batch, a forced stop token, no floor of Std(p), and more.
+`segjax settings compat` lists the switches; all are off by default.
+"""
+
+ERRORS = """\
+A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. What to do:
+
+  config.KEY is empty, and the JOB job needs it
+      Set that path; a stage of the same command may write it.
+  config.KEY=PATH lies in DIRECTORY, which this run writes
+      Use another --workdir, or move the input out of it.
+  DIRECTORY: no tokenizer.json there
+      AutoTokenizer.from_pretrained(OLD).save_pretrained(DIRECTORY)
+  the tokenizer has no chat template
+      --config.data.chat_template=FILE
+  the tokenizers of A and B differ
+      Use models that were trained from one base model.
+  DIRECTORY has no segment_reward.json
+      Run `segjax normalizer:local` on the reward model.
+  DIRECTORY has no scalar head
+      It is a language model; train a reward model with `segjax reward:local`.
+  out of memory
+      See `segjax help memory`.
+  non-finite steps
+      The last finite state is saved. Lower the learning rate or inspect the rows of the step, and
+      resume; config.max_skipped_steps allows more such steps in a row.
+  exit code 75
+      The run was interrupted and saved; the same command resumes it.
+"""
+
+TOPICS = {
+  'memory': MEMORY,
+  'packing': PACKING,
+  'rollouts': ROLLOUTS,
+  'buckets': BUCKETS,
+  'hosts': HOSTS,
+  'published-runs': PUBLISHED_RUNS,
+  'errors': ERRORS,
+}
