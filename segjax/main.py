@@ -2,7 +2,7 @@
 
 segjax JOB[:PRESET] [--workdir=...] [--config.KEY=VALUE ...]
 python -m segjax.main --config=configs/JOB.py[:PRESET] ...     the same
-segjax --help | --version | settings | metrics | help | convert
+segjax --help | --version | settings | metrics | help | plan | convert
 
 It trains nothing itself: `segjax.jobs.pipeline` does. jax is imported only where a run starts.
 """
@@ -20,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 import segjax
-from segjax.config import config_files, renamed, usage
+from segjax.config import command_line, config_files, usage
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file with its preset: configs/ppo.py:local.', lock_config=True
-)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory or bucket of the run; default runs/<config>-<preset>-seed<seed>.'
 )
@@ -74,7 +70,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     # transformers would warn that torch is missing, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-  settings, name = settings_from_flags()
+  settings, name = command_line.settings_from_flags()
   workdir_flag = _WORKDIR.value or default_workdir(name, settings.seed)
   log(f'segjax {name} -> {workdir_flag}\nstages {", ".join(settings.stages)}')
 
@@ -108,7 +104,9 @@ def main(_: list[str]) -> None:
   preemption.interrupt_on_sigterm()
   with mirror.held(workdir):
     if processes.is_first():
-      (workdir / 'config.json').write_text(_CONFIG.value.to_json_best_effort(indent=2) + '\n')
+      (workdir / 'config.json').write_text(
+        command_line.CONFIG.value.to_json_best_effort(indent=2) + '\n'
+      )
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:
@@ -136,7 +134,7 @@ def has_tpu(devices: Path = Path('/dev')) -> bool:
 
 
 def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
-  """Keeps jax from loading a libtpu that was installed for `tools/plan.py` alone.
+  """Keeps jax from loading a libtpu that was installed for `segjax plan` alone.
 
   On a machine without a TPU it would print warnings and look for a metadata server. Must be called
   before jax is imported; a name that is None in sys.modules cannot be imported. If JAX_PLATFORMS is
@@ -146,58 +144,6 @@ def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
     sys.modules['libtpu'] = None
 
 
-def settings_from_flags() -> tuple[Settings, str]:
-  """Returns the settings from --config and its overrides, and the value of --config."""
-  from segjax.config import parse
-
-  if _CONFIG.value is None:
-    raise UserError('--config is missing; start with --config=configs/ppo.py')
-  name = config_files.short_name(config_flags.get_config_filename(flags.FLAGS['config']))
-  return parse.from_config(_CONFIG.value), name
-
-
-def parse_flags(arguments: list[str]) -> list[str]:
-  """Parses the command line.
-
-  Raises:
-    UserError: a flag, a config file or a config key is unknown or has an old name.
-  """
-  from segjax.config import parse
-
-  for argument in arguments[1:]:
-    if match := re.match(r'--?(?:no)?([\w.]+)', argument):
-      renamed.check_flag(match[1])
-      if match[1].startswith('config.'):
-        parse.check_key(match[1].removeprefix('config.'))
-  arguments = _with_config_paths(arguments)
-  try:
-    remaining = flags.FLAGS(arguments)
-  except flags.Error as error:
-    raise UserError(root_cause(error)) from error
-  if len(remaining) > 1:
-    raise UserError(f'{remaining[1]!r} is not a flag; a preset is written JOB:PRESET.')
-  return remaining
-
-
-def _with_config_paths(arguments: list[str]) -> list[str]:
-  """Replaces the value of --config, in both of its forms, by a path that exists."""
-  resolved = list(arguments)
-  for index, argument in enumerate(arguments):
-    name, equals, value = argument.partition('=')
-    if name in ('-config', '--config') and equals:
-      resolved[index] = f'{name}={config_files.resolve(value)}'
-    elif name in ('-config', '--config') and index + 1 < len(arguments):
-      resolved[index + 1] = config_files.resolve(arguments[index + 1])
-  return resolved
-
-
-def root_cause(error: BaseException) -> str:
-  """Returns the error's message in one line; that of its first cause if it holds a traceback."""
-  while '\n' in str(error).strip() and error.__context__:
-    error = error.__context__
-  return str(error)
-
-
 def cli() -> None:
   """Runs the console script `segjax`."""
   arguments = sys.argv[1:]
@@ -205,6 +151,12 @@ def cli() -> None:
     from segjax.hf import cli
 
     raise SystemExit(cli.main(arguments[1:]))
+  run_main = main
+  if arguments[:1] == ['plan']:
+    from segjax.plan import cli
+
+    del sys.argv[1], arguments[0]
+    run_main = cli.main
   try:
     text = answer(arguments)
     if text is None and arguments and not arguments[0].startswith('-'):
@@ -218,8 +170,9 @@ def cli() -> None:
     except BrokenPipeError:  # as in `segjax settings | head`; nothing is left to flush at exit
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return
-  hide_unused_libtpu()
-  run(main)
+  if run_main is main:  # a plan for TPUs is compiled by libtpu
+    hide_unused_libtpu()
+  run(run_main)
 
 
 def answer(arguments: list[str]) -> str | None:
@@ -254,7 +207,7 @@ def run(main: Callable[[list[str]], None]) -> None:
   sys.path.insert(0, os.getcwd())
   sys.path.append(str(config_files.shipped_root()))
   try:
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command resumes from what is saved') from None
   except Exception as error:

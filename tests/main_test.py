@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from segjax import main
+from segjax.config import command_line
 from segjax.report.metric_log import TooManySkippedStepsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def test_default_workdir(config, expected):
 )
 def test_wrong_flags_are_named(arguments, message):
   with pytest.raises(ValueError, match=message):
-    main.parse_flags(['segjax', *arguments])
+    command_line.parse_flags(['segjax', *arguments])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
 
 
 def test_only_errors_for_users_lose_their_traceback():
-  assert main.is_user_error(_raised(lambda: main.parse_flags(['segjax', '--config.zzz=1'])))
+  assert main.is_user_error(_raised(lambda: command_line.parse_flags(['segjax', '--config.zzz=1'])))
   assert main.is_user_error(_raised(lambda: Path('/nowhere/at/all').read_text()))
   assert not main.is_user_error(_raised(lambda: int('x')))
 

@@ -174,7 +174,8 @@ def test_plans_take_their_arguments():
   plans = [words for words in TOOLS if words[0] == 'tools/plan.py']
   assert plans
   script = (
-    'import runpy, sys\nfrom segjax import main\nmain.run = lambda f: print(main.parse(sys.argv))'
+    'import runpy, sys\nfrom segjax import main\nfrom segjax.config import command_line\n'
+    'main.run = lambda f: print(command_line.parse_flags(sys.argv))'
   )
   for words in plans:
     more = f'\nsys.argv = {words!r}\nrunpy.run_path(sys.argv[0], run_name="__main__")'

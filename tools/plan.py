@@ -1,91 +1,15 @@
-"""Does a run fit, and how long does a step take? Answered without the devices.
+"""Plans a run without its devices: memory and time of each phase.
 
-  python tools/plan.py --config=configs/ppo.py:llama3_8b_sft,v5p:2x2x2
-  python tools/plan.py --config=configs/ppo.py:llama3_8b_sft --topology=cuda:8xH100-80GB --json
-
-Compiles every phase of the job for the topology, from shapes alone. Exit code 1 if it does not fit.
-
-  python tools/plan.py --table      README's table: every preset on every topology it knows
+The same as `segjax plan ...`; the work is in `segjax.plan`.
 """
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
-
-from segjax import main as segjax  # --config and its overrides
-from segjax.plan import topologies
-
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', '', "v5p:2x2x2, v5e:8x8, cuda:8xH100-80GB, cpu:8; empty: the preset's."
-)
-_PHASES = flags.DEFINE_list('phases', [], 'Compile these alone.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
-_TABLE = flags.DEFINE_bool('table', False, 'Print a table of all presets, in Markdown.')
-_PLANS = flags.DEFINE_string(
-  'plans', str(Path.home() / '.cache' / 'segjax' / 'plans'), 'Where results are kept.'
-)
-
-
-def main(_: list[str]) -> None:
-  """Plans the last of config.stages, or every preset."""
-  if _TABLE.value:
-    print_table()
-    return
-  settings, preset = segjax.settings_from_flags()
-  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
-  topologies.prepare(topology)
-  from segjax.plan import planner
-
-  job = settings.stages[-1]
-  cache = Path(_PLANS.value) if _PLANS.value else None
-  plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache)
-  planner.show(plan)
-  if _JSON.value:
-    print(planner.as_json(plan))
-  if not plan.fits:
-    sys.exit(1)
-
-
-def print_table() -> None:
-  """A line for each preset; each in a process of its own, for jax has one set of devices."""
-  from configs.shared import topologies as layouts_of
-
-  print('| preset | GiB of a device | generation | scoring | updates | slowest compile | a step |')
-  print('|---|---|---|---|---|---|---|', flush=True)
-  for (job, size), layouts in layouts_of.TOPOLOGIES.items():
-    name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
-    for topology in layouts:
-      preset = f'{job}.py:{name},{topology}'
-      flags = (f'--config=configs/{preset}', f'--plans={_PLANS.value}', '--json')
-      done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
-      last = done.stdout.splitlines()[-1:] or ['']
-      if not last[0].startswith('{'):
-        raise ValueError(f'{preset} could not be planned.')
-      print(_line(preset, json.loads(last[0])), flush=True)
-
-
-def _line(preset: str, plan: dict) -> str:
-  def peak(*words):
-    sizes = [p['peak'] for p in plan['phases'] if any(word in p['name'] for word in words)]
-    return f'{max(sizes) / 2**30:.1f}' if sizes else ''
-
-  about = ' (estimate)' if plan['is_estimate'] else ''
-  cells = (
-    f'`{preset}`{about}',
-    f'{plan["memory"] / 2**30:.1f}' + ('' if plan['fits'] else ', does NOT fit'),
-    peak('prefill', 'cache', 'decode'),
-    peak('scoring'),
-    peak('update'),
-    f'{max(p["seconds"] for p in plan["phases"]):.0f} s',
-    f'{plan["seconds_per_step"]:.0f} s',
-  )
-  return f'| {" | ".join(cells)} |'
-
+from segjax import main
+from segjax.plan import cli
 
 if __name__ == '__main__':
-  segjax.run(main)
+  main.run(cli.main)

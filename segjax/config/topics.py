@@ -1,8 +1,8 @@
 """Reference texts of `segjax help TOPIC`."""
 
 MEMORY = """\
-Memory of a device in training, and the settings that reduce it. `python tools/plan.py --config=...`
-computes what a run needs without the devices.
+Memory of a device in training, and the settings that reduce it. `segjax plan JOB:PRESET`
+computes what a run needs, without the devices.
 
   ppo.micro_batch_size, reward.micro_batch_size, sft.micro_batch_size
       split a batch into parts whose accumulated gradients equal those of the whole batch.

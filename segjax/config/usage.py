@@ -10,6 +10,7 @@ COMMANDS = {
   'settings [SECTION]': 'every config key with its default, meaning and choices',
   'metrics [NAME]': 'what each metric is, its healthy range, and remedies',
   'help TOPIC': ', '.join(topics.TOPICS),
+  'plan JOB[:PRESET]': 'memory and time of each phase, without the devices',
   'convert ...': 'checkpoints: import, export, verify, inspect',
 }
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from segjax import main
-from segjax.config import parse, presets, renamed
+from segjax.config import command_line, parse, presets, renamed
 from segjax.errors import UserError
 
 
@@ -35,7 +34,7 @@ def _message(function, *arguments):
   ],
 )
 def test_old_flags_and_keys(argument, message):
-  assert _message(main.parse_flags, ['segjax', argument]) == message
+  assert _message(command_line.parse_flags, ['segjax', argument]) == message
 
 
 def test_every_present_key_exists_and_no_old_one_does():

@@ -114,6 +114,17 @@ def test_a_job_is_its_config_file(monkeypatch, job, argument):
   assert runs == [main.main]
 
 
+def test_plan_of_a_job(monkeypatch):
+  from segjax.plan import cli
+
+  runs = []
+  monkeypatch.setattr('sys.argv', ['segjax', 'plan', 'ppo:local', '--topology=cpu:2'])
+  monkeypatch.setattr(main, 'run', lambda main: runs.append(main))
+  main.cli()
+  assert sys.argv == ['segjax', '--config=configs/ppo.py:local', '--topology=cpu:2']
+  assert runs == [cli.main]
+
+
 def test_unknown_job_ends_in_one_line(monkeypatch):
   monkeypatch.setattr('sys.argv', ['segjax', 'ppoo'])
   with pytest.raises(SystemExit, match='segjax: ppoo: there is no such job or command; did you'):

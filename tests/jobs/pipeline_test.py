@@ -134,7 +134,7 @@ def test_input_inside_of_the_output_is_refused(small, one_device, tmp_path):
 
 def test_missing_wandb_is_said_at_once(small, one_device, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ValueError, match=r'pip install segjax\[wandb\]'):
+  with pytest.raises(ValueError, match=r"pip install -e '.\[wandb\]'"):
     pipeline.prepare(small('demo', wandb_project='x'), WORKDIR, one_device)
 
 

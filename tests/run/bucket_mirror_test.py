@@ -197,7 +197,7 @@ def test_a_bucket_out_of_reach_is_tried_again(files, copy, tmp_path, monkeypatch
   'url, message',
   [
     ('nosuch://b/run', '--workdir=nosuch://b/run cannot be read: Protocol not known: nosuch'),
-    ('gs://b/run', r'--workdir=gs://b/run cannot be read: .*gcsfs.*\(pip install segjax\[gcs\]\)'),
+    ('gs://b/run', r"--workdir=gs://b/run cannot be read: .*gcsfs.*\(pip install -e '.\[gcs\]'\)"),
   ],
 )
 def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, message):
