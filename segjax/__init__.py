@@ -4,7 +4,7 @@
   segjax.load_policy(path)                    sample, log-probs, segments: see `segjax.api`
   segjax.load_reward_model(path, reference)   scores of segments
 
-Importing segjax imports nothing else; each of these comes when it is first asked for.
+Importing segjax imports nothing else; each of these is imported on first use.
 """
 
 from typing import Any

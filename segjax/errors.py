@@ -1,7 +1,5 @@
-"""The class of every error that a user can mend: its message names the key or file, and the fix."""
+"""The class of errors that a user can fix; the message gives the key or file, and the fix."""
 
 
 class UserError(ValueError):
-  """Wrong input. The command line prints the message alone; any other error is a defect of
-  segjax.
-  """
+  """Wrong input. The command line prints its message alone; other errors are defects of segjax."""

@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import segjax
-from segjax.config import command_line, config_files, usage
+from segjax.config import command_line, config_files, renamed, usage
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
@@ -189,6 +189,7 @@ def answer(arguments: list[str]) -> str | None:
   if command == 'metrics':
     from segjax.report import metric_docs
 
+    renamed.check_metric(name, 'metrics ')
     return metric_docs.plain_text(name)
   if command == 'help':
     return usage.topic(name) if name else usage.list_topics()
@@ -231,7 +232,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 
 def is_user_error(error: Exception) -> bool:
-  """Whether the user can mend the error; any other keeps its traceback."""
+  """Whether the user can fix the error; any other keeps its traceback."""
   return isinstance(error, UserError | OSError)
 
 

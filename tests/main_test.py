@@ -44,6 +44,7 @@ def test_default_workdir(config, expected):
     (['--config=configs/chat.py:local'], 'has no presets; use --config=configs/chat.py'),
     (['--config=configs/shared/demo_run.py'], r'has no get_config\(\)'),
     (['--config', 'README.md'], 'README.md is not a Python file: '),
+    (['--workdir=x', 'local'], "'local' is not a flag; a preset is written JOB:PRESET"),
     (['--config.ppo.kl_coeff=1'], 'did you mean config.ppo.kl_coef'),
     (
       ['--config.seed=1', '--config.sft.batchs=1'],

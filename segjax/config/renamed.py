@@ -147,8 +147,13 @@ def check_value(key: str, value: object) -> None:
     raise UserError(f'config.{key}={value} is now config.{key}={present}')
 
 
-def check_metric(name: str, key: str) -> None:
-  """Raises UserError, with the present name, if the key's value `name` is an old metric."""
+def check_metric(name: str, given_as: str) -> None:
+  """Raises UserError, with the present name, if `name` is an old metric.
+
+  Args:
+    name: of a metric.
+    given_as: what the message puts before the name, such as `config.checkpoint.best_metric=`.
+  """
   section, _, leaf = name.partition('/')
   if section == 'val':
     present = f'critic/{leaf}'
@@ -159,7 +164,7 @@ def check_metric(name: str, key: str) -> None:
   else:
     present = _METRICS.get(name, name)
   if present != name:
-    raise UserError(f'config.{key}={name} is now {present}')
+    raise UserError(f'{given_as}{name} is now {present}')
 
 
 def _present_key(key: str) -> str:

@@ -22,7 +22,7 @@ def validate(settings: Settings) -> None:
   _check_lengths(settings)
   _check_divisibility(settings)
   _check_packing(settings)
-  renamed.check_metric(settings.checkpoint.best_metric, 'checkpoint.best_metric')
+  renamed.check_metric(settings.checkpoint.best_metric, 'config.checkpoint.best_metric=')
   conflicts.check_conflicts(settings)
 
 

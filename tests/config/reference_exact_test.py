@@ -1,4 +1,4 @@
-"""What `reference_exact` switches on, and what it refuses."""
+"""Settings that `reference_exact` switches on, and settings that it refuses."""
 
 import dataclasses
 import importlib
@@ -39,8 +39,8 @@ def test_tokens_are_segments_of_threshold_zero(file):
 
 @pytest.mark.parametrize('granularity, threshold', [('segment', 2.0), ('bandit', 2.0)])
 def test_segments_and_bandit_stay(granularity, threshold):
-  found = resolved(preset=f'llama3_8b_sft,{granularity}').reward_model.segmentation
-  assert (found.granularity, found.entropy_threshold) == (granularity, threshold)
+  segmentation = resolved(preset=f'llama3_8b_sft,{granularity}').reward_model.segmentation
+  assert (segmentation.granularity, segmentation.entropy_threshold) == (granularity, threshold)
 
 
 @pytest.mark.parametrize(

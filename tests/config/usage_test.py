@@ -90,6 +90,7 @@ def test_metrics():
     (['settings', 'ppo.kl_coeff'], 'did you mean config.ppo.kl_coef'),
     (['settings', 'shaping'], 'config.shaping is now config.reward_shaping'),
     (['metrics', 'objective/none'], 'there is no such metric'),
+    (['metrics', 'val/loss'], 'metrics val/loss is now critic/loss'),
     (['help', 'packin'], 'there is no such topic; did you mean packing'),
   ],
 )

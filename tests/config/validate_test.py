@@ -1,4 +1,4 @@
-"""Every preset is consistent, and every wrong value is answered by a line that names its key."""
+"""Presets are consistent, and a wrong value ends in one line with its key."""
 
 import importlib
 
