@@ -1,5 +1,16 @@
-"""The class of errors that a user can fix; the message gives the key or file, and the fix."""
+"""The class of errors that a user can fix, and errors as text."""
 
 
 class UserError(ValueError):
-  """Wrong input. The command line prints its message alone; other errors are defects of segjax."""
+  """Wrong input. The command line prints its message alone; other errors are defects of segjax.
+
+  The message gives the key or file, and the fix.
+  """
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of an error's message, at most 300 characters; its class if empty.
+
+  Messages of XLA, Orbax and cloud clients have many lines, of which the first names the cause.
+  """
+  return (str(error).strip() or type(error).__name__).partition('\n')[0][:300]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from segjax import rendezvous
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 
 _BEAT = 5.0  # seconds between two signs of life
 _PATIENCE = 30.0  # seconds without one, after which a process is missing
@@ -91,7 +91,7 @@ def initialize(
   except RuntimeError as error:
     raise UserError(
       f'not all processes of the run came together within {timeout:.0f} s '
-      f'(--join_timeout): {_first_line(error)}'
+      f'(--join_timeout): {first_line(error)}'
     ) from error
   _index, _count = jax.process_index(), jax.process_count()
   if _count > 1:
@@ -135,7 +135,7 @@ def _watch() -> None:
     except Exception as error:
       if sys.is_finalizing():
         return
-      _end(f'process 0, which the others meet at, is gone ({_first_line(error)})')
+      _end(f'process 0, which the others meet at, is gone ({first_line(error)})')
     now = time.monotonic()
     for index, sign in signs.items():
       if heard.get(index, (-1, now))[0] != sign['beat']:
@@ -193,7 +193,7 @@ def _end(reason: str) -> None:
 
 def fail(error: BaseException) -> None:
   """Waits, after an error, for the watch to name the process that caused it, if it was another."""
-  print(f'segjax: {_first_line(error)}', file=sys.stderr, flush=True)
+  print(f'segjax: {first_line(error)}', file=sys.stderr, flush=True)
   time.sleep(_PATIENCE + 3 * _BEAT)
 
 
@@ -262,7 +262,3 @@ def check_shared_filesystem(directory: Path) -> None:
       f'{directory} is not the same directory for all processes; give a --workdir on a file system '
       'that they share.'
     )
-
-
-def _first_line(error: BaseException) -> str:
-  return str(error).strip().partition('\n')[0][:300]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 
 _ADDRESS = 'https://huggingface.co'
 
@@ -56,8 +56,8 @@ def download(
     )
   except Exception as error:
     raise UserError(
-      f'{name} could not be downloaded ({_reason(error)}); run it again, and what is here already '
-      'is kept.'
+      f'{name} could not be downloaded ({type(error).__name__}: {first_line(error)}); run it '
+      'again, and what is here already is kept.'
     ) from error
 
 
@@ -73,10 +73,5 @@ def _cached(name: str, patterns: Sequence[str], error: Exception) -> Path:
   except Exception:
     raise UserError(
       f'{name} is neither a local directory nor in the cache, and the Hugging Face hub did not '
-      f'answer ({_reason(error)}). Check the name and the network.'
+      f'answer ({type(error).__name__}: {first_line(error)}). Check the name and the network.'
     ) from error
-
-
-def _reason(error: Exception) -> str:
-  lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__

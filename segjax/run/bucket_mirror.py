@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from segjax import processes
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 from segjax.run import lock, stage_record
 
 INDEX = 'mirror.json'  # SHA-256 of every file; not there where a push was cut off
@@ -83,7 +83,7 @@ class BucketMirror(NoMirror):
       is_missing = isinstance(error, ImportError) and self._url.startswith('gs://')
       package = " (pip install -e '.[gcs]')" if is_missing else ''
       raise UserError(
-        f'--workdir={self._url} cannot be {verb}: {_first_line(error)}{package}'
+        f'--workdir={self._url} cannot be {verb}: {first_line(error)}{package}'
       ) from error
 
   @contextlib.contextmanager
@@ -179,7 +179,7 @@ class BucketMirror(NoMirror):
       self.push()
     except Exception as error:
       self._misses += 1
-      text = f'{self._url} could not be written: {_first_line(error)}'
+      text = f'{self._url} could not be written: {first_line(error)}'
       if self._misses > self._max_misses:
         raise OSError(f'{text}. Start the same command again once it can be.') from error
       self._say(f'warning: {text}; tried again')
@@ -258,7 +258,3 @@ def _is_mirrored(name: str) -> bool:
 def _fingerprint(stage: Path) -> str:
   text = json.dumps(stage_record.stored_key(stage), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).partition('\n')[0][:200]

@@ -9,7 +9,7 @@ from etils import epath
 from segjax.config.settings import Compat, Data
 from segjax.data.sources import Rows, is_hub_id, load_rows
 from segjax.data.tokenize import Limits, PairRules
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
 
@@ -59,10 +59,9 @@ def check_writable(directory: str) -> None:
   try:
     epath.Path(directory).mkdir(parents=True, exist_ok=True)
   except Exception as error:  # every kind of bucket has exceptions of its own
-    first = str(error).strip().partition('\n')[0]
     raise UserError(
-      f'config.checkpoint.directory={directory!r} cannot be created: {first}. A bucket needs its '
-      'package; gs:// needs `pip install gcsfs`.'
+      f'config.checkpoint.directory={directory!r} cannot be created: {first_line(error)}. '
+      'A bucket needs its package; gs:// needs `pip install gcsfs`.'
     ) from error
 
 

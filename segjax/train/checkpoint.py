@@ -17,7 +17,7 @@ from etils import epath
 from jaxtyping import Array, UInt
 
 from segjax import processes
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 from segjax.train.state import TrainState
 
 TrainStates = dict[str, Any]  # TrainStates by name, and what else a step carries on
@@ -126,11 +126,10 @@ class Checkpointer:
   def _missed(self, error: Exception) -> None:
     """Tells of a save that failed; OSError after too many."""
     self._misses += 1
-    first = str(error).strip().partition('\n')[0][:200]
     before = [step for step in self._manager.all_steps() if step != self._saving]
     kept = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
     text = f'the checkpoint of step {self._saving} could not be written to {self._directory}: '
-    text += f'{first}; {kept}'
+    text += f'{first_line(error)}; {kept}'
     if self._misses > self._max_misses:
       raise OSError(f'{text}. Make room there, and start the same command again.') from error
     self._say(f'warning: {text}; tried again at the next save')
@@ -185,14 +184,14 @@ class Checkpointer:
       )
 
   def _set_aside(self, step: int, error: Exception) -> None:
-    first = str(error).strip().partition('\n')[0][:200]
     aside = self._directory / f'{_DAMAGED}{step}'
     if aside.exists():
       aside.rmtree()
     (self._directory / str(step)).rename(aside)
     self._manager.reload()
     self._say(
-      f'warning: the checkpoint of step {step} is damaged ({first}); it is set aside as {aside}'
+      f'warning: the checkpoint of step {step} is damaged ({first_line(error)}); it is '
+      f'set aside as {aside}'
     )
 
   def close(self) -> None:
