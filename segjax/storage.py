@@ -1,12 +1,17 @@
-"""A directory that appears whole or not at all. What is in it is the caller's business."""
+"""Files and directories that appear complete or not at all, and JSON lines that survive a kill.
+
+What they contain is decided by the caller.
+"""
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from segjax.errors import UserError
 
@@ -47,6 +52,79 @@ def check_space(directory: Path, num_bytes: int) -> None:
       f'{directory} needs {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk; '
       'make room, or write elsewhere.'
     )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, tag: str = '') -> Iterator[Path]:
+  """Yields a partial file that replaces `path` if the block ends without an error.
+
+  A reader sees the old content or the new one, never a part. After an error the partial file is
+  removed; one left by a killed process is overwritten by the next write.
+
+  Args:
+    tag: part of the partial file's name; must be unique where several processes write `path`.
+  """
+  partial = path.with_name(f'{path.name}{tag}.partial')
+  try:
+    yield partial
+    _sync_file(partial)  # without it a power failure could leave an empty file under the new name
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+  """Writes UTF-8 text to `path`, replacing what was there; see `atomic_file`."""
+  with atomic_file(path) as partial:
+    partial.write_text(text, encoding='utf-8')
+
+
+class JsonLine(NamedTuple):
+  """A line of a JSON lines file: its position and length in bytes, and its value."""
+
+  offset: int
+  size: int
+  value: dict[str, Any]
+
+
+def scan_json_lines(path: Path) -> Iterator[JsonLine]:
+  """Yields the valid lines of a file; none if there is no file.
+
+  Skips torn lines: a process may have been killed while it wrote one, or may still be writing it.
+  """
+  if not path.exists():
+    return
+  offset = 0
+  with path.open('rb') as file:
+    for line in file:
+      try:
+        value = json.loads(line)
+      except ValueError:
+        pass
+      else:
+        yield JsonLine(offset, len(line), value)
+      offset += len(line)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+  """Yields the values of a file's valid lines; see `scan_json_lines`."""
+  return (line.value for line in scan_json_lines(path))
+
+
+def truncate_json_lines(path: Path, step: int) -> None:
+  """Drops the lines whose 'step' is `step` or later, and torn lines.
+
+  A run that resumes from a checkpoint repeats these steps. The file is replaced atomically, so a
+  kill loses no line.
+  """
+  if not path.exists():
+    return
+  with atomic_file(path) as partial, path.open('rb') as old, partial.open('wb') as new:
+    for line in scan_json_lines(path):
+      if line.value['step'] < step:
+        old.seek(line.offset)
+        new.write(old.read(line.size).rstrip(b'\n') + b'\n')
 
 
 @contextlib.contextmanager
@@ -94,11 +172,16 @@ def _sync(directory: Path) -> None:
   """Waits until a directory and all in it are on the disk."""
   for place, _, files in os.walk(directory, topdown=False):
     for name in (*(os.path.join(place, file) for file in files), place):
-      descriptor = os.open(name, os.O_RDONLY)
-      try:
-        os.fsync(descriptor)
-      finally:
-        os.close(descriptor)
+      _sync_file(name)
+
+
+def _sync_file(path: Path | str) -> None:
+  """Waits until a file's or a directory's own content is on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def _rename(partial: Path, directory: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -97,3 +98,45 @@ def test_check_space(tmp_path):
   storage.check_space(tmp_path / 'a' / 'b', 1)
   with pytest.raises(ValueError, match=r'needs 1000000000\.00 GB, and [\d.]+ GB are free'):
     storage.check_space(tmp_path / 'a' / 'b', 10**18)
+
+
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
+  path = tmp_path / 'file'
+  storage.write_text_atomically(path, 'one')
+  with pytest.raises(KeyboardInterrupt), storage.atomic_file(path) as partial:
+    partial.write_text('tw')
+    raise KeyboardInterrupt
+  assert _tree(tmp_path) == {'file': 'one'}
+  storage.write_text_atomically(path, 'naïve')
+  assert path.read_text(encoding='utf-8') == 'naïve' and _tree(tmp_path).keys() == {'file'}
+
+
+def _torn_json_lines(path):
+  """Steps 0 and 5, a line torn within a character, and step 10 without its line break."""
+  lines = (
+    b'{"step": 0, "x": "\xc3\xa9"}',
+    b'{"step": 5}',
+    b'{"step": 1, "x": "\xc3',
+    b'{"step": 10}',
+  )
+  path.write_bytes(b'\n'.join(lines))
+  return path
+
+
+def test_torn_json_lines_are_skipped(tmp_path):
+  path = _torn_json_lines(tmp_path / 'lines')
+  assert [value['step'] for value in storage.read_json_lines(path)] == [0, 5, 10]
+  content = path.read_bytes()
+  for line in storage.scan_json_lines(path):
+    assert json.loads(content[line.offset :][: line.size]) == line.value
+  assert list(storage.read_json_lines(tmp_path / 'missing')) == []
+
+
+def test_truncation_keeps_the_steps_before(tmp_path):
+  path = _torn_json_lines(tmp_path / 'lines')
+  storage.truncate_json_lines(path, 11)
+  assert path.read_bytes() == b'{"step": 0, "x": "\xc3\xa9"}\n{"step": 5}\n{"step": 10}\n'
+  storage.truncate_json_lines(path, 5)
+  assert [value['step'] for value in storage.read_json_lines(path)] == [0]
+  storage.truncate_json_lines(tmp_path / 'missing', 5)
+  assert _tree(tmp_path).keys() == {'lines'}

@@ -19,6 +19,7 @@ from segjax.data.batches import Pairs, Ragged, eval_batches
 from segjax.report.console import track
 from segjax.run import stage_record
 from segjax.run.stage import Stage
+from segjax.storage import atomic_file
 from segjax.train.reward_step import SegmentScorer, entropies
 from segjax.types import PreferenceBatch
 
@@ -38,12 +39,10 @@ def with_entropies(
     stage.log(f'entropies of the reference from {path}')
   else:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f'.{processes.process_index()}-{os.getpid()}.partial')
-    _compute(stage, pairs, reference, scorer, partial)
-    if processes.is_first():
-      partial.rename(path)
-    else:
-      partial.unlink()
+    # Each process writes all of it: the computation needs every host's devices, and another run may
+    # fill the same cache.
+    with atomic_file(path, tag=f'.{processes.process_index()}-{os.getpid()}') as partial:
+      _compute(stage, pairs, reference, scorer, partial)
     processes.barrier('entropies')
     stage.log(f'entropies of the reference kept in {path}')
   values = np.load(path, mmap_mode='r')

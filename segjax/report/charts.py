@@ -8,10 +8,10 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from segjax.report import metric_docs, plots, response_log
 from segjax.report.metric_log import FILE
+from segjax.storage import read_json_lines
 
 # Title, and the metrics of a chart that stands on top; those of one chart share its axes.
 MAIN = (
@@ -65,12 +65,7 @@ def of_stage(directory: Path) -> Charts:
 
 def read(path: Path) -> tuple[list[int], dict[str, list[float]]]:
   """(steps, values by name) of a metrics.jsonl; NaN where a step has no such value."""
-  rows = []
-  for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-    try:
-      rows.append(json.loads(line))
-    except ValueError:  # it is being written
-      break
+  rows = list(read_json_lines(path))
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
   values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
   return [row['step'] for row in rows], values
@@ -133,21 +128,13 @@ def _fits(directory: Path) -> Iterator[Chart]:
 def _histograms(directory: Path) -> Iterator[Chart]:
   """Entropies and lengths of the segments of the samples."""
   entropy, lengths, threshold = [], [], None
-  path = directory / response_log.FILE
-  if not path.exists():
-    return
-  with path.open(encoding='utf-8') as lines:
-    for line in lines:
-      try:
-        sample: dict[str, Any] = json.loads(line)
-      except ValueError:
-        break
-      threshold = sample['threshold']
-      for segment in sample['segments']:
-        lengths.append(len(segment['tokens']))
-        entropy += [x for x in segment['entropy'] if x is not None]
-      if len(entropy) > _TOKENS:
-        break
+  for record in read_json_lines(directory / response_log.FILE):
+    threshold = record['threshold']
+    for segment in record['segments']:
+      lengths.append(len(segment['tokens']))
+      entropy += [x for x in segment['entropy'] if x is not None]
+    if len(entropy) > _TOKENS:
+      break
   if not entropy:
     return
   name = directory.name

@@ -17,6 +17,7 @@ from segjax import processes
 from segjax.report import charts, response_data, response_log, summary
 from segjax.report.console import log
 from segjax.report.metric_log import FILE as METRICS
+from segjax.storage import write_text_atomically
 
 FILE = 'report.html'
 
@@ -68,7 +69,7 @@ class Page:
       return
     begun = self._clock()
     try:
-      _replace(self._workdir / FILE, self._html(state))
+      write_text_atomically(self._workdir / FILE, self._html(state))
     except Exception as error:  # the run is worth more than its report
       log(f'warning: {self._workdir / FILE} was not written: {type(error).__name__}: {error}')
     now = self._clock()
@@ -114,7 +115,7 @@ def write_responses(
     for one in annotated
   ]
   responses = response_data.EncodedResponses(response_data.packed(data), len(data), len(data))
-  _replace(path, rendered(title=title, responses=responses))
+  write_text_atomically(path, rendered(title=title, responses=responses))
   return len(data)
 
 
@@ -151,10 +152,3 @@ def _template() -> dict[str, str]:
   """The files of the template, read once: a run does not see them change."""
   folder = importlib.resources.files('segjax.report') / 'template'
   return {file.name: file.read_text(encoding='utf-8').strip() for file in folder.iterdir()}
-
-
-def _replace(path: Path, text: str) -> None:
-  """Puts the text in place of the file at once; who reads it never sees half."""
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(text, encoding='utf-8')
-  partial.replace(path)

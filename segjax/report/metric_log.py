@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.timing import compiles
+from segjax.storage import read_json_lines, truncate_json_lines
 
 FILE = 'metrics.jsonl'
 TOKENS, FLOPS = 'perf/tokens', 'perf/flops'  # of a step; what rates are made of, not logged
@@ -79,14 +80,16 @@ class MetricLog:
     self.last: dict[str, float] = {}
     self.evaluated: dict[str, float] = {}
     self._bad_steps, self._watch = 0, AlertMonitor()
-    for values in _lines(directory / FILE, start):
+    for values in read_json_lines(directory / FILE):
+      if values['step'] >= start:
+        continue
       self._keep({k: float(v) for k, v in values.items()})
       self._count_bad(self.last)
       self._watch.look(self.last)
     processes.barrier('metrics')
     first = processes.is_first()
     if first:
-      _cut(directory / FILE, start)
+      truncate_json_lines(directory / FILE, start)
     self._file = (directory / FILE if first else Path(os.devnull)).open('a', encoding='utf-8')
     self._curves = SummaryWriter(
       str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
@@ -213,28 +216,6 @@ def _short(name: str) -> str:
 
 def _in_thousands(number: float) -> str:
   return f'{number / 1000:.1f}k' if number >= 1000 else f'{number:.0f}'
-
-
-def _lines(path: Path, before: int) -> Iterator[dict[str, Any]]:
-  """The lines of steps before `before`: a step that is run again must not stand there twice."""
-  if not path.exists():
-    return
-  with path.open(encoding='utf-8') as file:
-    for line in file:
-      try:
-        values = json.loads(line)
-      except ValueError:  # the process was stopped while it wrote this line
-        continue
-      if values['step'] < before:
-        yield values
-
-
-def _cut(path: Path, before: int) -> None:
-  """Puts those lines in place of the file at once: a process that is killed here loses none."""
-  partial = path.with_name(f'{path.name}.partial')
-  with partial.open('w', encoding='utf-8') as file:
-    file.writelines(json.dumps(values) + '\n' for values in _lines(path, before))
-  partial.replace(path)
 
 
 def _wandb_run(project: str, directory: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segjax.report.response_log import FILE
+from segjax.storage import scan_json_lines
 
 BUDGET = 24 << 20  # bytes of lines read; gzip and base64 make about a quarter of them
 
@@ -89,18 +90,11 @@ def _short(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[SampleLocation]:
-  offset = 0
-  with path.open('rb') as file:
-    for line in file:
-      try:
-        sample = json.loads(line)
-      except ValueError:  # it is being written
-        break
-      # Responses to compare stay together; those of a step do.
-      pair = sample.get('pair')
-      group = ('step', sample['step']) if pair is None else ('pair', pair)
-      yield SampleLocation(path, offset, len(line), group)
-      offset += len(line)
+  for line in scan_json_lines(path):
+    # Responses to compare stay together, and so do those of a step.
+    pair = line.value.get('pair')
+    group = ('step', line.value['step']) if pair is None else ('pair', pair)
+    yield SampleLocation(path, line.offset, line.size, group)
 
 
 def _group(line: SampleLocation) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from segjax import processes
 from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.storage import truncate_json_lines
 from segjax.train.experience import take_rows
 from segjax.types import Experience
 
@@ -146,7 +147,7 @@ class ResponseLog:
   def _open(self, step: int) -> None:
     if not self._is_open and processes.is_first():
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      keep_before(self._path, step)
+      truncate_json_lines(self._path, step)
     self._is_open = True
 
 
@@ -224,21 +225,6 @@ def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
     found.append(text[len(decode(ids[begin:read])) :])
     begin, read = read, end
   return found
-
-
-def keep_before(path: Path, step: int) -> None:
-  """Drops the samples of `step` and after, and a line that was never finished; at once, or not."""
-  if not path.exists():
-    return
-  partial = path.with_name(f'{path.name}.partial')
-  with path.open(encoding='utf-8') as lines, partial.open('w', encoding='utf-8') as out:
-    for line in lines:
-      try:
-        if json.loads(line)['step'] < step:
-          out.write(line)
-      except ValueError:  # the process was stopped while it wrote this line
-        continue
-  partial.replace(path)
 
 
 def _number(x: Any) -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.hf.model_card import DOC_FILES
+from segjax.storage import write_text_atomically
 
 FILE = 'stage.json'
 
@@ -135,6 +136,4 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:
-  partial = directory / f'{FILE}.partial'
-  partial.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
-  partial.replace(directory / FILE)
+  write_text_atomically(directory / FILE, json.dumps(record, indent=2) + '\n')

@@ -12,6 +12,7 @@ from segjax.config.settings import RewardModelSettings, Segmentation, Segmentati
 from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.rl.normalizer import PUBLISHED
+from segjax.storage import write_text_atomically
 from segjax.types import Normalizer
 
 REWARD_SPEC_FILE = 'segment_reward.json'
@@ -47,11 +48,8 @@ def write_spec(directory: Path, reward: RewardSpec) -> None:
     'normalizer': normalizer,
     'tokenizer_sha256': reward.tokenizer_sha256,
   }
-  partial = directory / f'{REWARD_SPEC_FILE}.partial'
-  partial.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
-  partial.replace(
-    directory / REWARD_SPEC_FILE
-  )  # at once, for it takes the place of one that is in use
+  # Atomic: the file may replace one that a run is reading.
+  write_text_atomically(directory / REWARD_SPEC_FILE, json.dumps(text, indent=2) + '\n')
 
 
 def read_spec(directory: Path) -> RewardSpec | None:

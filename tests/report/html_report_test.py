@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from segjax.report import charts, html_report, plots, response_data, response_log, summary
+from segjax.report import charts, html_report, plots, response_data, summary
 
 HOSTILE = '</script><script>document.title = "owned"</script><img src=x onerror=alert(1)>'
 
@@ -181,15 +181,6 @@ def test_stages_say_where_they_are(workdir):
 )
 def test_numbers_are_short(value, text):
   assert charts.formatted(value) == text
-
-
-def test_a_step_that_is_run_again_stands_there_once(tmp_path):
-  path = tmp_path / response_log.FILE
-  write(path, [sample(0), sample(5), sample(10)])
-  with path.open('a') as out:
-    out.write('{"step": 1')  # it was killed here
-  response_log.keep_before(path, 10)
-  assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [0, 5]
 
 
 def test_warnings_are_those_of_the_console(tmp_path):

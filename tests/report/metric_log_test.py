@@ -1,6 +1,7 @@
 """Metrics on file: a step late, valid JSON, each step once, and the stop at bad steps."""
 
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_a_kill_while_old_lines_are_kept_loses_none(tmp_path, monkeypatch):
   def killed(*_, **__):
     raise KeyboardInterrupt
 
-  for where, what in ((json, 'dumps'), (Path, 'replace')):
+  for where, what in ((os, 'fsync'), (Path, 'replace')):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
       patch.setattr(where, what, killed)
       _log(tmp_path, start=1)
