@@ -53,7 +53,6 @@ setup(
     'orbax-checkpoint>=0.12',  # training checkpoints
     'pyarrow',  # parquet files
     'pyyaml',  # the header of model cards
-    'rich',  # tables on the console
     'safetensors',  # HF weights
     'tensorboardX',  # metric curves
     'tensorstore',  # arrays of training checkpoints, streamed

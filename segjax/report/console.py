@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines, progress bars and tables."""
+"""Console output of a run: lines, progress bars and tables."""
 
 import shutil
 import sys
@@ -7,51 +7,53 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
+from tqdm.utils import disp_len, disp_trim
 
 from segjax import processes
 
 Item = TypeVar('Item')
 
-_COLUMN = 12  # the stage's name stands before each of its lines
+_STAGE_WIDTH = 12  # columns of the stage's name, which begins each of its lines
 _BAR = '{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
-_NARROW = '{desc}|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'  # in 80 columns
+_NARROW_BAR = '{desc}|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'  # for 80 columns
 _SECONDS = 15  # between two lines of a bar in a log file
-_WIDTH = 100  # of tables and bars in a log file
+_LOG_WIDTH = 100  # columns of tables and bars in a log file
+_BOLD, _NORMAL = '\033[1m', '\033[0m'
 
 
 def log(text: str, stage: str = '') -> None:
-  """One line, at once, clear of any progress bar; a stage's lines begin with its name.
+  """Prints a line immediately and clear of any progress bar; a stage's name begins its lines.
 
-  Of several processes the first speaks, for all do the same.
+  Only the first of several processes prints, because all of them do the same.
   """
   if not processes.is_first():
     return
-  tqdm.write(f'{stage:<{_COLUMN - 1}} {text}' if stage else text, file=sys.stdout)
+  tqdm.write(f'{stage:<{_STAGE_WIDTH - 1}} {text}' if stage else text, file=sys.stdout)
   sys.stdout.flush()
 
 
 class ProgressBar:
-  """A bar for one stage: smooth on a terminal, now and then a whole line in a log file."""
+  """A stage's progress: a bar on a terminal, a full line every 15 seconds in a log file."""
 
   def __init__(self, stage: str, total: int, start: int = 0):
     self.stage = stage
     self._on_terminal = sys.stdout.isatty() and processes.is_first()
-    self._meter = {'total': total, 'prefix': f'{stage:<{_COLUMN - 1}} ', 'bar_format': _BAR}
+    self._meter = {'total': total, 'prefix': f'{stage:<{_STAGE_WIDTH - 1}} ', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
-    is_narrow = shutil.get_terminal_size().columns < _WIDTH
+    is_narrow = shutil.get_terminal_size().columns < _LOG_WIDTH
     self._bar = tqdm(
       total=total,
       initial=start,
       desc=self._meter['prefix'],
-      bar_format=_NARROW if is_narrow else _BAR,
+      bar_format=_NARROW_BAR if is_narrow else _BAR,
       file=sys.stdout,
       dynamic_ncols=True,
       disable=not self._on_terminal,
     )
 
   def update(self, done: int, note: str = '') -> None:
-    """Moves the bar to `done` of the total, with a note beside it."""
+    """Moves the bar to `done` of the total and shows a note after it."""
     self._bar.set_postfix_str(note, refresh=False)
     self._bar.update(done - self._done)
     self._done, self._note = done, note
@@ -60,7 +62,7 @@ class ProgressBar:
       self._print()
 
   def close(self) -> None:
-    """Leaves the bar as it stands."""
+    """Ends the bar in its present state."""
     self._bar.close()
     if not self._on_terminal and self._done > self._start:
       self._print()
@@ -73,14 +75,14 @@ class ProgressBar:
       elapsed=elapsed,
       initial=self._start,
       postfix=self._note,
-      ncols=_WIDTH,
+      ncols=_LOG_WIDTH,
       **self._meter,
     )
     log(line.rstrip())
 
 
 def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iterator[Item]:
-  """The items, with a bar that moves as each is done with."""
+  """Yields the items and moves a bar after each."""
   bar = ProgressBar(stage, total)
   for done, item in enumerate(items, 1):
     yield item
@@ -89,18 +91,31 @@ def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iter
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-  """Prints a table, first column to the left, the others to the right."""
-  from rich import box
-  from rich.console import Console
-  from rich.table import Table
-  from rich.text import Text
+  """Prints a table, the first column aligned to the left, the others to the right.
 
+  Where the table is wider than the terminal (100 columns in a log file), the first column's cells
+  are shortened.
+  """
   if not processes.is_first():
     return
-  made = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD)
-  made.show_edge = False
-  for i, column in enumerate(columns):
-    made.add_column(column, justify='left' if i == 0 else 'right', no_wrap=True)
-  for row in rows:
-    made.add_row(*map(Text, row))  # as Text, for cells may hold what rich takes for markup
-  Console(width=None if sys.stdout.isatty() else _WIDTH, file=sys.stdout).print(made, '')
+  on_terminal = sys.stdout.isatty()
+  total = shutil.get_terminal_size().columns if on_terminal else _LOG_WIDTH
+  widths = [max(map(disp_len, cells)) for cells in zip(columns, *rows, strict=True)]
+  others = sum(width + 2 for width in widths[1:])
+  widths[0] = min(widths[0], max(total - others, 8))
+  lines = [_row(cells, widths) for cells in (columns, *rows)]
+  lines.insert(1, '─' * (widths[0] + others))
+  if title:
+    lines.insert(0, f'{_BOLD}{title}{_NORMAL}' if on_terminal else title)
+  log('\n'.join([*lines, '']))
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+  first = cells[0]
+  if disp_len(first) > widths[0]:
+    first = disp_trim(first, widths[0] - 1) + '…'
+  # Spaces are counted here, because str.ljust takes a wide character for one column.
+  row = first + ' ' * (widths[0] - disp_len(first))
+  for cell, width in zip(cells[1:], widths[1:], strict=True):
+    row += ' ' * (2 + width - disp_len(cell)) + cell
+  return row.rstrip()

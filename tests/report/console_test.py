@@ -1,4 +1,4 @@
-"""Lines, bars and tables as a log file gets them."""
+"""Lines, bars and tables in a log file, and a bar on a narrow terminal."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ def test_lines_of_a_stage_begin_with_its_name(capsys):
   assert capsys.readouterr().out == 'hello\nsft         300 rows\n'
 
 
-def test_bar_in_a_log_is_one_whole_line(capsys):
+def test_bar_in_a_log_is_one_line(capsys):
   bar = console.ProgressBar('sft', 4)
   for done in range(1, 5):
     bar.update(done, f'loss={done}')
@@ -35,7 +35,7 @@ def test_bar_in_a_log_is_one_whole_line(capsys):
     ('reward', 9000, '12.2k tok/s, loss 0.693, accuracy 0.512'),
   ],
 )
-def test_bar_on_a_narrow_terminal_cuts_nothing_off(monkeypatch, stage, total, note):
+def test_bar_on_a_narrow_terminal_is_not_truncated(monkeypatch, stage, total, note):
   screen = io.StringIO()
   screen.isatty = lambda: True
   monkeypatch.setattr(sys, 'stdout', screen)
@@ -43,7 +43,7 @@ def test_bar_on_a_narrow_terminal_cuts_nothing_off(monkeypatch, stage, total, no
   monkeypatch.setenv('LINES', '24')
   bar = console.ProgressBar(stage, total)
   bar._bar.ncols, bar._bar.dynamic_ncols = 80, None
-  bar._bar.start_t -= 5 * 3600  # hours have gone by, and as many are left
+  bar._bar.start_t -= 5 * 3600  # after five hours, with five left
   bar.update(total // 2, note)
   bar._bar.refresh()
   bar.close()
@@ -54,7 +54,7 @@ def test_bar_on_a_narrow_terminal_cuts_nothing_off(monkeypatch, stage, total, no
   assert len(line) <= 80
 
 
-def test_long_stage_is_heard_of_now_and_then(capsys, monkeypatch):
+def test_long_stage_prints_now_and_then(capsys, monkeypatch):
   monkeypatch.setattr(console, '_SECONDS', -1)
   bar = console.ProgressBar('ppo', 3, start=1)
   bar.update(2)
@@ -64,19 +64,36 @@ def test_long_stage_is_heard_of_now_and_then(capsys, monkeypatch):
   assert [line.partition('%')[0].split()[-1] for line in lines] == ['67', '100']
 
 
-def test_bar_that_did_nothing_is_silent(capsys):
+def test_bar_without_progress_prints_nothing(capsys):
   console.ProgressBar('ppo', 3, start=3).close()
   assert capsys.readouterr().out == ''
 
 
-def test_track_gives_the_items(capsys):
+def test_track_yields_the_items(capsys):
   assert list(console.track('evaluate', iter('abc'), 3, 'policy')) == ['a', 'b', 'c']
   assert 'policy' in capsys.readouterr().out
 
 
-def test_table_fits_a_page(capsys):
-  console.table('Title', ('', 'before'), [('gold reward', '0.5'), ('KL', '1.0')])
+def test_table_aligns_its_columns(capsys):
+  console.table('Title', ('', 'before'), [('gold reward', '0.5'), ('KL', '12.0')])
+  assert capsys.readouterr().out.splitlines() == [
+    'Title',
+    '             before',
+    '───────────────────',
+    'gold reward     0.5',
+    'KL             12.0',
+    '',
+  ]
+
+
+def test_table_in_a_log_shortens_its_first_column_to_100(capsys):
+  console.table('', ('segment', 'reward'), [('a word ' * 20, '-0.5'), ('日本', '+0.25'), ('', '')])
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].strip() == 'Title'
-  assert max(map(len, lines)) <= 100
-  assert any('gold reward' in line and line.rstrip().endswith('0.5') for line in lines)
+  assert [len(line) for line in lines[:3]] == [100, 100, 100]
+  assert '…' in lines[2] and lines[2].endswith(' -0.5')
+  assert len(lines[3]) == 98 and lines[3].endswith(' +0.25')  # both characters are two columns wide
+
+
+def test_table_without_rows_has_its_head(capsys):
+  console.table('T', ('a', 'b'), [])
+  assert capsys.readouterr().out == 'T\na  b\n────\n\n'
