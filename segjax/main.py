@@ -22,7 +22,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import segjax
-from segjax.config import command_line, config_files, renamed, usage
+from segjax.config import command_line, config_files, usage
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
@@ -189,7 +189,6 @@ def answer(arguments: list[str]) -> str | None:
   if command == 'metrics':
     from segjax.report import metric_docs
 
-    renamed.check_metric(name, 'metrics ')
     return metric_docs.plain_text(name)
   if command == 'help':
     return usage.topic(name) if name else usage.list_topics()

@@ -117,7 +117,8 @@ def test_scores_are_raw_and_normalised(judge):
     np.testing.assert_allclose(segment.score, raw[end - 1], atol=2e-4)
     log_p = np.log((k + 1) / count)  # Mean(p) = w ln p + b, and Std(p) likewise
     mean, std = 0.1 * log_p - 0.2, max(0.3 * log_p + 0.8, 0.01 * 0.8)
-    np.testing.assert_allclose(segment.reward, (segment.score - mean) / std, rtol=1e-3, atol=1e-3)
+    z = (segment.score - mean) / std
+    np.testing.assert_allclose(segment.normalized_score, z, rtol=1e-3, atol=1e-3)
 
 
 def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
@@ -129,7 +130,7 @@ def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
     mesh=runs.one_device(),
   )
   (segment,) = judge.score(['experts call its hearing dull.'])[0].segments
-  assert segment.score is not None and segment.reward is None
+  assert segment.score is not None and segment.normalized_score is None
 
 
 @pytest.mark.parametrize(

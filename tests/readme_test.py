@@ -268,7 +268,7 @@ def test_python_example_runs(place, monkeypatch, capsys):
   scored = names['judge'].score([names['chat']])[0].segments
   assert scored and len(segments) > len(scored)
   last = scored[-1]  # at p = 1: Mean -0.2, Std 0.8
-  assert last.reward == pytest.approx((last.score + 0.2) / 0.8, abs=1e-4)
+  assert last.normalized_score == pytest.approx((last.score + 0.2) / 0.8, abs=1e-4)
 
 
 def test_named_functions_of_rl_exist():

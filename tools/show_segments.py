@@ -77,7 +77,7 @@ def main() -> None:
       return
   if not flags.out:
     for one in found:
-      segment_table.show(one)
+      segment_table.print_segments(one)
     return
   with flags.out.open('w', encoding='utf-8') as out:
     for one in found:

@@ -17,7 +17,7 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.report.response_log import AnnotatedResponse, segments_of, token_texts
+from segjax.report.response_log import AnnotatedResponse, make_segments, token_texts
 from segjax.rl.normalizer import normalize
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
@@ -215,12 +215,12 @@ def _annotated(
   entropy, segment_id, score, reward = found
   has_reward = 'reward' in reader.configs
   ends = [np.flatnonzero(segment_id == k)[-1] for k in range(int(segment_id.max(initial=-1)) + 1)]
-  segments = segments_of(
+  segments = make_segments(
     token_texts(ids, reader.tokenizer),
     segment_id,
     entropy,
     score if has_reward else None,
-    reward[ends] if has_reward and reader.normalizer else None,
+    normalized_score=reward[ends] if has_reward and reader.normalizer else None,
   )
   return AnnotatedResponse(prompt, text, segments)
 

@@ -69,7 +69,7 @@ def _lines() -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-  sys.stdout.write(segment_table.plain(text, keep='\n\t'))
+  sys.stdout.write(segment_table.escape_control(text, keep='\n\t'))
   sys.stdout.flush()
 
 
@@ -149,4 +149,4 @@ def _show(stage: Stage, reader: Annotator, messages: list[Message]) -> None:
     return
   text = (messages[:-1], messages[-1]['content'])
   for one in annotate.annotate(stage, reader, [text], batch=stage.mesh.size):
-    segment_table.show(one)
+    segment_table.print_segments(one)

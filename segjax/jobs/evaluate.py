@@ -20,7 +20,7 @@ from segjax.evaluation.intervals import clustered_interval, format_interval
 from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
 from segjax.report.console import log, table, track
 from segjax.report.response_log import ResponseLog
-from segjax.report.segment_table import render
+from segjax.report.segment_table import format_segments
 from segjax.rl.segmentation import content_mask
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
@@ -231,7 +231,7 @@ def _show_responses(
       log(f'  {name}{gold}')
       e = one.experience
       mask = e.rollout.response_mask[index]
-      lines = render(
+      lines = format_segments(
         e.rollout.response_ids[index][mask],
         e.segments.segment_id[index][mask],
         e.reward[index][mask],

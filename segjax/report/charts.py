@@ -1,78 +1,89 @@
-"""Which charts a stage has: the main ones, the rest by the prefix of their names.
+"""Decides which charts a stage has: the main ones, and the others by the prefix of their names.
 
-How they are drawn is in `plots`.
+They are drawn by `plots`.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from segjax.report import metric_docs, plots, response_log
-from segjax.report.metric_log import FILE
+from segjax.report.metric_log import METRICS_FILE
 from segjax.storage import read_json_lines
 
-# Title, and the metrics of a chart that stands on top; those of one chart share its axes.
+# Title and metrics of the charts that are shown first; the metrics of a chart share its axes.
 MAIN = (
   ('Reward per response', ('objective/reward', 'objective/rlhf_reward')),
   ('Gold reward on held-out prompts', ('eval/gold',)),
   ('Reward on held-out prompts', ('eval/reward',)),
   ('KL to the reference, nats per response', ('objective/kl',)),
   ('Response length, tokens', ('response/length_mean',)),
-  ('Responses that end by themselves', ('response/eos_rate',)),
+  ('Share of responses that end with a stop token', ('response/eos_rate',)),
   ('Policy loss', ('policy/loss',)),
   ('Critic loss', ('critic/loss',)),
-  ('Loss', ('train/loss', 'eval/loss')),
-  ('Accuracy', ('train/accuracy', 'eval/accuracy')),
+  ('Loss', ('sft/loss', 'reward_model/loss', 'eval/loss')),
+  ('Accuracy', ('reward_model/accuracy', 'eval/accuracy')),
 )
-TIMING = ('generate', 'score', 'update', 'evaluate', 'wait')  # of a step, in its order
+TIMING = ('generate', 'score', 'update', 'evaluate', 'between_steps')  # parts of a step, in order
 _TIMING = 'timing/'
-_NOISE = 1e-7  # what is smaller is shown as 0
-_TOKENS = 200_000  # whose entropies a histogram is made of, at most
+_ZERO_BELOW = 1e-7  # rounding errors of float32 are shown as 0
+_MAX_ENTROPIES = 200_000  # in a histogram
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A title, what its last value is, the picture, and what the metric means."""
+  """A chart: its title, its metric's last value, the SVG, and the description of the metric."""
 
   title: str
   last: str
   svg: str
-  about: str = ''
+  description: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Charts:
-  """Of a stage: the main ones, and groups of the others, (prefix, charts)."""
+  """The charts of a stage: the main ones, and the others in groups (prefix, charts)."""
 
   main: list[Chart]
   groups: list[tuple[str, list[Chart]]]
 
 
-def of_stage(directory: Path) -> Charts:
-  """The charts of a stage's metrics, normaliser and samples, as far as there are any."""
-  steps, series = read(directory / FILE)
-  main = [*_mains(directory.name, steps, series), *_fits(directory), *_histograms(directory)]
-  shown = {name for _, names in MAIN for name in names if name in series}
-  rest = sorted((name for name in series if name not in shown), key=lambda n: (_prefix(n), n))
+def stage_charts(directory: Path) -> Charts:
+  """Draws the charts of a stage's metrics, normaliser and responses, as far as it has any."""
+  steps, series = read_metrics(directory / METRICS_FILE)
+  main = [
+    *_main_charts(directory.name, steps, series),
+    *_normalizer_charts(directory),
+    *_segment_charts(directory),
+  ]
+  in_main = {name for _, names in MAIN for name in names if name in series}
+  others = sorted((name for name in series if name not in in_main), key=lambda n: (_prefix(n), n))
   groups = []
-  for prefix, names in itertools.groupby(rest, key=_prefix):
-    charts = [_curve(directory.name, name, steps, {name: series[name]}) for name in names]
+  for prefix, names in itertools.groupby(others, key=_prefix):
+    charts = [_curve_chart(directory.name, name, steps, {name: series[name]}) for name in names]
     groups.append((prefix, charts))
   return Charts(main, groups)
 
 
-def read(path: Path) -> tuple[list[int], dict[str, list[float]]]:
-  """(steps, values by name) of a metrics.jsonl; NaN where a step has no such value."""
+def card_png(path: Path, names: Sequence[str]) -> bytes:
+  """Draws the metrics `names` of a metrics.jsonl for a model card; b'' if it has none of them."""
+  steps, series = read_metrics(path)
+  selected = {name: series[name] for name in names if name in series}
+  return plots.render_png(steps, selected) if selected else b''
+
+
+def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
+  """Reads (steps, values by name) of a metrics.jsonl; NaN where a step lacks a metric."""
   rows = list(read_json_lines(path))
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
   values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
   return [row['step'] for row in rows], values
 
 
-def formatted(value: float | int | None) -> str:
-  """A number as a person reads it: four digits that count, thousands apart, no -0."""
+def format_number(value: float | int | None) -> str:
+  """Formats a number for the page: four significant digits, thousands separated, no -0."""
   if value is None:
     return '–'
   if isinstance(value, int):
@@ -80,7 +91,7 @@ def formatted(value: float | int | None) -> str:
   if value != value or abs(value) == float('inf'):
     return str(value)
   size = abs(value)
-  if size < _NOISE:
+  if size < _ZERO_BELOW:
     return '0'
   if size < 1e-3 or size >= 1e7:
     return f'{value:.2e}'
@@ -92,48 +103,47 @@ def _prefix(name: str) -> str:
   return name.partition('/')[0] if '/' in name else 'other'
 
 
-def _mains(stage: str, steps: list[int], series: dict[str, list[float]]) -> Iterator[Chart]:
+def _main_charts(stage: str, steps: list[int], series: dict[str, list[float]]) -> Iterator[Chart]:
   for title, names in MAIN:
-    if found := {name: series[name] for name in names if name in series}:
-      yield _curve(stage, title, steps, found)
+    if selected := {name: series[name] for name in names if name in series}:
+      yield _curve_chart(stage, title, steps, selected)
   parts = {part: series[_TIMING + part] for part in TIMING if _TIMING + part in series}
   if parts:
     seconds = sum(next((x for x in reversed(y) if x == x), 0.0) for y in parts.values())
-    picture = plots.stacked(steps, parts, f'{stage}: seconds of a step')
-    yield Chart('Where a step’s seconds go', f'{formatted(seconds)} s', picture)
+    svg = plots.stacked(steps, parts, f'{stage}: seconds per step by part')
+    yield Chart('Seconds per step by part', f'{format_number(seconds)} s', svg)
 
 
-def _curve(stage: str, title: str, steps: list[int], found: dict[str, list[float]]) -> Chart:
-  finite = [x for x in next(iter(found.values())) if x == x]
-  last = formatted(finite[-1]) if finite else '–'
-  known = metric_docs.find_entry(next(iter(found)))
-  picture = plots.curve(steps, found, f'{stage}: {title}')
-  return Chart(title, last, picture, known.meaning if known else '')
+def _curve_chart(stage: str, title: str, steps: list[int], series: dict[str, list[float]]) -> Chart:
+  finite = [x for x in next(iter(series.values())) if x == x]
+  last = format_number(finite[-1]) if finite else '–'
+  entry = metric_docs.find_entry(next(iter(series)))
+  svg = plots.curve(steps, series, f'{stage}: {title}')
+  return Chart(title, last, svg, entry.description if entry else '')
 
 
-def _fits(directory: Path) -> Iterator[Chart]:
-  """The normaliser and what it was fitted on."""
+def _normalizer_charts(directory: Path) -> Iterator[Chart]:
+  """Yields charts of the normaliser and of the bins that it was fitted on."""
   path = directory / 'normalizer.json'
   if not path.exists():
     return
-  found = json.loads(path.read_text(encoding='utf-8'))
-  bins, c = found['bins'], found['coefficients']
+  record = json.loads(path.read_text(encoding='utf-8'))
+  bins, coefficients = record['bins'], record['coefficients']
   for title, key in (('Mean(p) of segment scores', 'mean'), ('Std(p) of segment scores', 'std')):
-    w, b = c[f'w_{key}'], c[f'b_{key}']
-    last = f'{formatted(w)} ln p {b:+.3f}' if w else formatted(b)
-    picture = plots.fit(bins['p'], bins['count'], bins[key], w, b, title)
-    yield Chart(title, last, picture)
+    w, b = coefficients[f'w_{key}'], coefficients[f'b_{key}']
+    last = f'{format_number(w)} ln p {b:+.3f}' if w else format_number(b)
+    yield Chart(title, last, plots.fit(bins, key, w, b, title))
 
 
-def _histograms(directory: Path) -> Iterator[Chart]:
-  """Entropies and lengths of the segments of the samples."""
+def _segment_charts(directory: Path) -> Iterator[Chart]:
+  """Yields histograms of the entropies and lengths of the logged responses' segments."""
   entropy, lengths, threshold = [], [], None
-  for record in read_json_lines(directory / response_log.FILE):
+  for record in read_json_lines(directory / response_log.RESPONSES_FILE):
     threshold = record['threshold']
     for segment in record['segments']:
       lengths.append(len(segment['tokens']))
       entropy += [x for x in segment['entropy'] if x is not None]
-    if len(entropy) > _TOKENS:
+    if len(entropy) > _MAX_ENTROPIES:
       break
   if not entropy:
     return
@@ -141,8 +151,8 @@ def _histograms(directory: Path) -> Iterator[Chart]:
   above = ''
   if threshold is not None:
     above = f'{100 * sum(x > threshold for x in entropy) / len(entropy):.1f} % above {threshold:g}'
-  label = 'Entropy of the reference on responses'
-  picture = plots.histogram(entropy, f'{name}: {label}', 'nats', mark=threshold)
-  yield Chart(label, above, picture)
-  picture = plots.histogram(lengths, f'{name}: segment lengths', 'tokens of a segment', whole=True)
-  yield Chart('Length of segments', f'mean {formatted(sum(lengths) / len(lengths))}', picture)
+  title = 'Entropy of the reference on responses'
+  yield Chart(title, above, plots.histogram(entropy, f'{name}: {title}', 'nats', mark=threshold))
+  label = f'{name}: segment lengths'
+  svg = plots.histogram(lengths, label, 'tokens per segment', integers=True)
+  yield Chart('Segment length', f'mean {format_number(sum(lengths) / len(lengths))}', svg)

@@ -1,6 +1,6 @@
-"""report.html: all of a run on one page, which opens from disk and needs no network.
+"""Writes report.html: a run on one page, which opens from disk and needs no network.
 
-What is on it comes from what the run writes anyway: `curves`, `digest` and `table` read that.
+It shows what the run writes anyway, read by `charts`, `summary` and `response_data`.
 """
 
 import base64
@@ -16,23 +16,23 @@ from typing import Any
 from segjax import processes
 from segjax.report import charts, response_data, response_log, summary
 from segjax.report.console import log
-from segjax.report.metric_log import FILE as METRICS
+from segjax.report.metric_log import METRICS_FILE
 from segjax.storage import write_text_atomically
 
-FILE = 'report.html'
+REPORT_FILE = 'report.html'
 
-_SHARE = 0.01  # of the run's time that rewriting may take
-_FIRST = 30.0  # seconds before it is written the first time within a stage
+_MAX_SHARE = 0.01  # of the run's time that may be spent on writing the page
+_FIRST_AFTER = 30.0  # seconds before the page is first written within a stage
 
 
 class Page:
-  """Writes report.html of a run as it goes on; of several processes the first does.
+  """Writes report.html of a run, repeatedly; only the first of several processes does.
 
   Args:
-    workdir: where it goes, and where the stages' directories are.
-    name: of the config.
-    stages: their names.
-    clock: seconds, for tests.
+    workdir: directory of the page and of the stages' directories.
+    name: the config's file name.
+    stages: names of the stages, in order.
+    clock: returns seconds; replaced in tests.
   """
 
   def __init__(
@@ -43,7 +43,7 @@ class Page:
     clock: Callable[[], float] = time.monotonic,
   ):
     self._workdir, self._name, self._stages, self._clock = workdir, name, list(stages), clock
-    self._due, self._most = clock() + _FIRST, 0.0
+    self._due, self._max_seconds = clock() + _FIRST_AFTER, 0.0
     _template()
     self._charts: dict[str, tuple[Any, charts.Charts]] = {}
 
@@ -55,100 +55,94 @@ class Page:
       self.write('stopped')
 
   def refresh(self) -> None:
-    """Writes the page, if that takes no more than a hundredth of the time since it was written."""
+    """Writes the page if that takes at most 1 % of the time since it was last written."""
     if processes.is_first() and self._clock() >= self._due:
       self.write()
 
   def write(self, state: str = 'running') -> None:
-    """Writes the page now. Where that fails the run goes on, and says why.
+    """Writes the page now. A failure is logged, and does not stop the run.
 
     Args:
-      state: of the stage that is begun and not done: running or stopped.
+      state: 'running' or 'stopped', of the stage that has begun and is not finished.
     """
     if not processes.is_first():
       return
     begun = self._clock()
     try:
-      write_text_atomically(self._workdir / FILE, self._html(state))
-    except Exception as error:  # the run is worth more than its report
-      log(f'warning: {self._workdir / FILE} was not written: {type(error).__name__}: {error}')
+      write_text_atomically(self._workdir / REPORT_FILE, self._html(state))
+    except Exception as error:  # the run matters more than its report
+      path = self._workdir / REPORT_FILE
+      log(f'warning: {path} was not written: {type(error).__name__}: {error}')
     now = self._clock()
-    self._most = max(
-      self._most, now - begun
-    )  # one without a new chart costs little, and says little
-    self._due = now + self._most / _SHARE
+    # The longest time so far: a page whose charts are all unchanged takes less than the next one.
+    self._max_seconds = max(self._max_seconds, now - begun)
+    self._due = now + self._max_seconds / _MAX_SHARE
 
   def _html(self, state: str) -> str:
-    there = [name for name in self._stages if (self._workdir / name).is_dir()]
+    names = [name for name in self._stages if (self._workdir / name).is_dir()]
     config = self._workdir / 'config.json'
-    charts = [(name, self._charts_of(name)) for name in there]
-    drawn = [name for name, found in charts if found.main]
-    return rendered(
+    stage_charts = [(name, self._stage_charts(name)) for name in names]
+    with_charts = [name for name, stage in stage_charts if stage.main]
+    return render(
       title=self._workdir.absolute().name,
       config_name=self._name,
       stages=summary.stages(self._workdir, self._stages, state),
       figures=summary.figures(self._workdir, self._stages),
-      warnings=summary.warnings(self._workdir, there),
-      charts=charts,
-      featured='ppo' if 'ppo' in drawn else drawn[-1] if drawn else '',
-      responses=response_data.of_run([self._workdir / name for name in there]),
+      warnings=summary.warnings(self._workdir, names),
+      charts=stage_charts,
+      featured='ppo' if 'ppo' in with_charts else with_charts[-1] if with_charts else '',
+      responses=response_data.collect_responses([self._workdir / name for name in names]),
       config=config.read_text(encoding='utf-8') if config.exists() else '',
     )
 
-  def _charts_of(self, name: str) -> charts.Charts:
-    """The stage's charts, drawn again only if what they show was written to."""
+  def _stage_charts(self, name: str) -> charts.Charts:
+    """Returns the stage's charts, drawn again only if the files they show have changed."""
     directory = self._workdir / name
-    paths = [directory / file for file in (METRICS, response_log.FILE, 'normalizer.json')]
-    stats = [path.stat() for path in paths if path.exists()]
-    seen = [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
-    if self._charts.get(name, (None,))[0] != seen:
-      self._charts[name] = (seen, charts.of_stage(directory))
+    files = (METRICS_FILE, response_log.RESPONSES_FILE, 'normalizer.json')
+    stats = [path.stat() for file in files if (path := directory / file).exists()]
+    version = [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
+    if self._charts.get(name, (None,))[0] != version:
+      self._charts[name] = (version, charts.stage_charts(directory))
     return self._charts[name][1]
 
 
 def write_responses(
   path: Path, title: str, annotated: Iterable[response_log.AnnotatedResponse]
 ) -> int:
-  """Writes a page of the responses alone; returns how many there are."""
-  data = [
-    one.as_json() | {'totals': {'length': sum(len(s.tokens) for s in one.segments)}}
-    for one in annotated
+  """Writes a page that shows responses only; returns their number."""
+  records = [
+    response.as_json() | {'totals': {'length': sum(len(s.tokens) for s in response.segments)}}
+    for response in annotated
   ]
-  responses = response_data.EncodedResponses(response_data.packed(data), len(data), len(data))
-  write_text_atomically(path, rendered(title=title, responses=responses))
-  return len(data)
+  data = response_data.encode(records)
+  responses = response_data.EncodedResponses(data, len(records), len(records))
+  write_text_atomically(path, render(title=title, responses=responses))
+  return len(records)
 
 
-def rendered(**content: Any) -> str:
-  """The page of what the template asks for; all text is escaped."""
+def render(**content: Any) -> str:
+  """Renders the template with `content`, which replaces empty defaults; all text is escaped."""
   import jinja2
 
-  text = _template()
-  style, script = text['page.css'], f'{text["page.js"]}\n\n{text["tokens.js"]}'
+  template = _template()
+  script = f'{template["page.js"]}\n\n{template["tokens.js"]}'
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
   )
-  template = environment.from_string(text['page.html.j2'])
   now = datetime.datetime.now().astimezone()
-  nothing = {
-    'config_name': '',
-    'stages': (),
-    'figures': (),
-    'warnings': (),
-    'charts': (),
-    'featured': '',
+  defaults = {
+    **{'config_name': '', 'stages': (), 'figures': (), 'warnings': (), 'charts': ()},
+    **{'featured': '', 'config': '', 'style': template['page.css'], 'script': script},
+    # The page's content security policy admits the script of this hash alone.
+    'script_hash': base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    'written': now.strftime('%Y-%m-%d %H:%M'),
+    'isotime': now.isoformat(timespec='seconds'),
   }
-  return template.render(
-    nothing
-    | {'config': '', 'style': style, 'script': script}
-    | {'digest': base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}
-    | {'written': now.strftime('%Y-%m-%d %H:%M'), 'isotime': now.isoformat(timespec='seconds')}
-    | content
-  )
+  return environment.from_string(template['page.html.j2']).render(defaults | content)
 
 
 @functools.cache
 def _template() -> dict[str, str]:
-  """The files of the template, read once: a run does not see them change."""
+  """Reads the files of the template, once: a run must not see them change."""
   folder = importlib.resources.files('segjax.report') / 'template'
   return {file.name: file.read_text(encoding='utf-8').strip() for file in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""The responses that a page can show: chosen evenly over the steps, packed for the browser."""
+"""Selects the responses that report.html shows, and encodes them for the browser."""
 
 import base64
 import gzip
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from segjax.report.response_log import FILE
+from segjax.report.response_log import RESPONSES_FILE
 from segjax.storage import scan_json_lines
 
-BUDGET = 24 << 20  # bytes of lines read; gzip and base64 make about a quarter of them
+MAX_BYTES = 24 << 20  # of lines read; gzip and base64 reduce them to about a quarter
 
 
 class SampleLocation(NamedTuple):
-  """Where a sample lies in a file; lines of one group are shown together or not at all."""
+  """The location of a response in a file; the lines of a group are shown together or not at all."""
 
   path: Path
   offset: int
@@ -26,70 +26,70 @@ class SampleLocation(NamedTuple):
 
 
 class EncodedResponses(NamedTuple):
-  """base64(gzip(JSON)) of the responses shown, how many these are, and how many there were."""
+  """base64(gzip(JSON)) of the responses shown, their number, and the number logged."""
 
   data: str
   shown: int
   total: int
 
 
-def of_run(directories: Sequence[Path], budget: int = BUDGET) -> EncodedResponses:
-  """The samples of the stages in these directories, thinned to `budget` bytes of lines."""
-  files = [d / FILE for d in directories if (d / FILE).exists()]
-  found = [list(_lines(path)) for path in files]
-  chosen = [thinned(lines, budget // len(files)) for lines in found]
-  data = packed(_read(itertools.chain(*chosen)))
-  return EncodedResponses(data, sum(map(len, chosen)), sum(map(len, found)))
+def collect_responses(directories: Sequence[Path], max_bytes: int = MAX_BYTES) -> EncodedResponses:
+  """Encodes the responses of the stages in these directories, downsampled to `max_bytes`."""
+  paths = [d / RESPONSES_FILE for d in directories if (d / RESPONSES_FILE).exists()]
+  locations = [list(_locations(path)) for path in paths]
+  selected = [downsample(lines, max_bytes // len(paths)) for lines in locations]
+  data = encode(_load(itertools.chain(*selected)))
+  return EncodedResponses(data, sum(map(len, selected)), sum(map(len, locations)))
 
 
-def thinned(lines: Sequence[SampleLocation], budget: int) -> list[SampleLocation]:
-  """Lines of at most `budget` bytes: whole groups, evenly over all; the first and last stay.
+def downsample(lines: Sequence[SampleLocation], max_bytes: int) -> list[SampleLocation]:
+  """Selects lines of at most `max_bytes`: complete groups, evenly spaced, with the first and last.
 
-  A group that is too large by itself is cut short.
+  A single group that is too large is truncated.
   """
   groups = [list(group) for _, group in itertools.groupby(sorted(lines, key=_group), key=_group)]
-  chosen, count = groups, len(groups)
-  while count > 1 and sum(line.size for group in chosen for line in group) > budget:
+  selected, count = groups, len(groups)
+  while count > 1 and sum(line.size for group in selected for line in group) > max_bytes:
     count = max(1, min(count - 1, int(0.9 * count)))
-    chosen = [groups[i] for i in np.linspace(0, len(groups) - 1, count).astype(int)]
-  kept, left = [], budget
-  for line in itertools.chain(*chosen):
-    if line.size <= left:
-      kept.append(line)
-      left -= line.size
-  return kept
+    selected = [groups[i] for i in np.linspace(0, len(groups) - 1, count).astype(int)]
+  result, remaining = [], max_bytes
+  for line in itertools.chain(*selected):
+    if line.size <= remaining:
+      result.append(line)
+      remaining -= line.size
+  return result
 
 
-def packed(samples: Iterable[dict[str, Any]]) -> str:
-  """base64(gzip(JSON)) of a list of samples in short form."""
-  rows = [_short(sample) for sample in samples]
-  text = json.dumps(rows, separators=(',', ':'))
+def encode(records: Iterable[dict[str, Any]]) -> str:
+  """Returns base64(gzip(JSON)) of response records, in the compact form that page.js reads."""
+  text = json.dumps([_compact(record) for record in records], separators=(',', ':'))
   return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
-def _short(sample: dict[str, Any]) -> dict[str, Any]:
-  """A sample with the names that page.js reads; its text is the sum of its tokens."""
+def _compact(record: dict[str, Any]) -> dict[str, Any]:
+  """Returns a record without its segments' texts, which are the concatenation of their tokens."""
   return {
-    'stage': sample.get('stage', ''),
-    'step': sample.get('step'),
-    'model': sample.get('model', ''),
-    'pair': sample.get('pair'),
-    'threshold': sample.get('threshold'),
-    'prompt': [[message['role'], message['content']] for message in sample['prompt']],
-    'totals': sample.get('totals', {}),
+    'stage': record.get('stage', ''),
+    'step': record.get('step'),
+    'model': record.get('model', ''),
+    'pair': record.get('pair'),
+    'threshold': record.get('threshold'),
+    'prompt': [[message['role'], message['content']] for message in record['prompt']],
+    'totals': record.get('totals', {}),
     'segments': [
       [
         segment['tokens'],
         [None if x is None else round(x, 2) for x in segment['entropy']],
         segment['score'],
         segment['reward'],
+        segment.get('normalized_score'),
       ]
-      for segment in sample['segments']
+      for segment in record['segments']
     ],
   }
 
 
-def _lines(path: Path) -> Iterator[SampleLocation]:
+def _locations(path: Path) -> Iterator[SampleLocation]:
   for line in scan_json_lines(path):
     # Responses to compare stay together, and so do those of a step.
     pair = line.value.get('pair')
@@ -101,7 +101,7 @@ def _group(line: SampleLocation) -> tuple[str, int]:
   return line.group
 
 
-def _read(lines: Iterable[SampleLocation]) -> Iterator[dict[str, Any]]:
+def _load(lines: Iterable[SampleLocation]) -> Iterator[dict[str, Any]]:
   for path, group in itertools.groupby(lines, key=lambda line: line.path):
     with path.open('rb') as file:
       for line in group:

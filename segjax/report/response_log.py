@@ -1,7 +1,6 @@
-"""Responses as a run keeps them: cut into segments, with what each token and segment was given.
+"""Logs responses of a run, cut into segments, with the numbers of each token and segment.
 
-A stage's `samples.jsonl` is read by `report.response_data`. Which responses are shown is not
-decided here.
+A stage's `samples.jsonl` is read by `report.response_data`, which decides what is shown.
 """
 
 import dataclasses
@@ -22,9 +21,9 @@ from segjax.storage import truncate_json_lines
 from segjax.train.experience import take_rows
 from segjax.types import Experience
 
-FILE = 'samples.jsonl'
+RESPONSES_FILE = 'samples.jsonl'
 
-_CHARACTER = 4  # bytes, and so tokens, that a character has at most
+_MAX_TOKENS_PER_CHARACTER = 4  # a character has at most 4 bytes in UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,31 +31,32 @@ class Segment:
   """One segment of a response.
 
   Attributes:
-    tokens: the text that each token adds; their sum is `text`.
-    entropy: of the distribution that each token was drawn from, under the model that cuts, nats;
+    tokens: the text that each token adds; their concatenation is `text`.
+    entropy: entropy of the distribution that each token was drawn from, under the reference, nats;
       None where it is not finite.
-    score: the reward model's, raw, at the last token; None without a reward model.
-    reward: in training what its tokens earned in all, KL penalty included; of a text that is only
-      read the score, normalised. None where it is not known.
+    score: raw score of the reward model at the last token; None without a reward model.
+    reward: in training, the sum of its tokens' rewards, KL penalty included; None elsewhere.
+    normalized_score: the score after the normaliser, z; None in training and without a normaliser.
   """
 
   text: str
   tokens: list[str]
   entropy: list[float | None]
   score: float | None
-  reward: float | None
+  reward: float | None = None
+  normalized_score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotatedResponse:
-  """A response, its segments in order; `prompt` is what it answers, empty for plain text."""
+  """A response with its segments in order; the prompt is empty for plain text."""
 
   prompt: list[Message]
   response: str
   segments: list[Segment]
 
   def as_json(self) -> dict[str, Any]:
-    """All of it, for a line of JSON."""
+    """Returns all fields, for a line of JSON."""
     return dataclasses.asdict(self)
 
 
@@ -65,11 +65,11 @@ class ResponseRecord:
   """A response of a run.
 
   Attributes:
-    step: of training, after which the model spoke.
-    model: who spoke.
-    totals: of the response: reward, kl (nats), length (tokens), finished; gold where it is known.
-    threshold: nats above which a segment begins; None where entropy does not cut.
-    pair: a number that responses to be compared have in common; None for none.
+    step: the training step whose policy wrote the response.
+    model: name of the model that wrote it.
+    totals: of the response: reward, kl (nats), length (tokens), finished, and gold if available.
+    threshold: nats above which a segment begins; None where entropy does not decide it.
+    pair: a number shared by the responses to compare with each other; None without any.
   """
 
   step: int
@@ -82,10 +82,10 @@ class ResponseRecord:
 
 
 class ResponseLog:
-  """Keeps some responses of a stage in its directory, each with what it earned.
+  """Writes some responses of a stage to its samples.jsonl, with their rewards.
 
-  Every process must call `take` alike; the first writes. A step that is run again after a restart
-  takes the place of what it left before.
+  Every process must call `take` with the same arguments; the first writes. A step that is repeated
+  after a restart replaces the records that it wrote before.
   """
 
   def __init__(
@@ -98,17 +98,17 @@ class ResponseLog:
     has_score: bool = True,
     threshold: float | None = None,
   ):
-    self._path = directory / FILE
+    self._path = directory / RESPONSES_FILE
     self._settings, self._tokenizer, self._messages = settings, tokenizer, messages
     self._has_score, self._threshold = has_score, threshold
     self._is_open = False
 
   def take(self, step: int, total: int, experience: Experience, rows: ArrayLike) -> None:
-    """Every report.every_steps steps, and at the last: report.responses_per_rollout of a rollout,
-    evenly chosen.
+    """Logs responses of a rollout, evenly spaced, every report.every_steps steps and at the last.
 
     Args:
-      rows: which prompt each response answers, [B].
+      total: number of steps.
+      rows: the index of each response's prompt, [B].
     """
     every = self._settings.every_steps
     self._open(step)
@@ -116,33 +116,42 @@ class ResponseLog:
       return
     count = min(self._settings.responses_per_rollout, len(rows))
     chosen = np.linspace(0, len(rows) - 1, count).astype(np.int32)
-    # Rows are split over the devices, so as many are taken as these divide.
+    # Rows are sharded over the devices, so their number must be a multiple of the devices'.
     padded = np.resize(chosen, -(-count // jax.device_count()) * jax.device_count())
-    found = processes.to_host(take_rows(experience, padded))
-    self.write(step, 'policy', found, np.asarray(rows)[chosen])
+    on_host = processes.to_host(take_rows(experience, padded))
+    self.write(step, 'policy', on_host, np.asarray(rows)[chosen])
 
   def write(
     self,
     step: int,
     model: str,
-    found: Experience,
+    experience: Experience,
     rows: ArrayLike,
     pairs: ArrayLike | None = None,
     gold: ArrayLike | None = None,
   ) -> None:
-    """Appends responses whose arrays are on the host; `pairs` and `gold` are those of `Sample`."""
+    """Appends responses.
+
+    Args:
+      experience: arrays on the host; their first len(rows) rows are written.
+      rows: the index of each response's prompt.
+      pairs: see `ResponseRecord.pair`.
+      gold: the gold reward of each response.
+    """
     self._open(step)
     if not processes.is_first():
       return
     with self._path.open('a', encoding='utf-8') as out:
       for i, row in enumerate(rows):
-        segments, totals = of_experience(found, i, self._tokenizer, has_score=self._has_score)
+        segments, totals = segments_from_experience(
+          experience, i, self._tokenizer, has_score=self._has_score
+        )
         if gold is not None:
           totals['gold'] = float(gold[i])
         pair = None if pairs is None else int(pairs[i])
         prompt = self._messages(row)
-        sample = ResponseRecord(step, model, prompt, segments, totals, self._threshold, pair)
-        out.write(json.dumps(dataclasses.asdict(sample)) + '\n')
+        record = ResponseRecord(step, model, prompt, segments, totals, self._threshold, pair)
+        out.write(json.dumps(dataclasses.asdict(record)) + '\n')
 
   def _open(self, step: int) -> None:
     if not self._is_open and processes.is_first():
@@ -151,16 +160,17 @@ class ResponseLog:
     self._is_open = True
 
 
-def of_experience(
-  found: Experience, row: int, tokenizer: ChatTokenizer, *, has_score: bool
+def segments_from_experience(
+  experience: Experience, row: int, tokenizer: ChatTokenizer, *, has_score: bool
 ) -> tuple[list[Segment], dict[str, Any]]:
-  """(segments, totals) of a response, [T] in `row` of arrays on the host."""
-  rollout = found.rollout
+  """Returns (segments, totals) of the response in `row` of arrays on the host."""
+  rollout = experience.rollout
   mask = np.asarray(rollout.response_mask[row], bool)
   ids = np.asarray(rollout.response_ids[row])[mask].tolist()
-  arrays = (found.entropy, found.score, found.reward, found.segments.segment_id)
+  segment_ids = experience.segments.segment_id
+  arrays = (experience.entropy, experience.score, experience.reward, segment_ids)
   entropy, score, reward, segment_id = (np.asarray(x[row])[mask] for x in arrays)
-  difference = np.asarray(rollout.old_logprob[row] - found.ref_logprob[row])[mask]
+  difference = np.asarray(rollout.old_logprob[row] - experience.ref_logprob[row])[mask]
   totals = {
     'reward': _number(reward.sum()),
     'kl': _number(difference.sum()),
@@ -168,65 +178,70 @@ def of_experience(
     'finished': bool(rollout.finished[row]),
   }
   count = int(segment_id.max(initial=-1)) + 1
-  earned = [float(reward[segment_id == index].sum()) for index in range(count)]
+  rewards = [float(reward[segment_id == index].sum()) for index in range(count)]
   texts = token_texts(ids, tokenizer)
-  return segments_of(texts, segment_id, entropy, score if has_score else None, earned), totals
+  scores = score if has_score else None
+  return make_segments(texts, segment_id, entropy, scores, reward=rewards), totals
 
 
-def segments_of(
+def make_segments(
   texts: Sequence[str],
   segment_id: np.ndarray,
   entropy: np.ndarray,
   score: np.ndarray | None,
-  reward: ArrayLike | None,
+  *,
+  reward: ArrayLike | None = None,
+  normalized_score: ArrayLike | None = None,
 ) -> list[Segment]:
-  """The segments of a response of T tokens.
+  """Returns the S segments of a response of T tokens.
 
   Args:
-    texts: what each token adds to the text, [T].
+    texts: the text that each token adds, [T].
     segment_id: the segment of each token, -1 outside, [T].
     entropy: nats, [T].
-    score: raw, [T]; that of a segment stands at its last token.
-    reward: of each segment, in their order.
+    score: raw scores, [T]; the score of a segment is that of its last token.
+    reward: reward of each segment, [S].
+    normalized_score: normalised score of each segment, [S].
   """
-  found = []
+  segments = []
   for index in range(int(segment_id.max(initial=-1)) + 1):
-    at = np.flatnonzero(segment_id == index)
-    tokens = [texts[i] for i in at]
-    found.append(
+    positions = np.flatnonzero(segment_id == index)
+    tokens = [texts[i] for i in positions]
+    segments.append(
       Segment(
         text=''.join(tokens),
         tokens=tokens,
-        entropy=[_number(x) for x in entropy[at]],
-        score=None if score is None else _number(score[at[-1]]),
+        entropy=[_number(x) for x in entropy[positions]],
+        score=None if score is None else _number(score[positions[-1]]),
         reward=None if reward is None else _number(reward[index]),
+        normalized_score=None if normalized_score is None else _number(normalized_score[index]),
       )
     )
-  return found
+  return segments
 
 
 def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
-  """What each token adds to the text; special tokens are written out.
+  """Returns the text that each token adds; special tokens are written out.
 
-  A token that is a part of a character adds nothing, and the last of them the character. Each is
-  read after the one before it, for by itself it may lose the space it begins with.
+  Where several tokens form a character, the last adds the character and the others nothing.
   """
 
-  def decode(some: Sequence[int]) -> str:
-    return tokenizer.decode(some, skip_special=False)
+  def decode(ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special=False)
 
-  found, begin, read = [], 0, 0
+  texts, begin, decoded = [], 0, 0
   for end in range(1, len(ids) + 1):
+    # Decoded with the tokens before it: a token alone may lose the space that it begins with.
     text = decode(ids[begin:end])
     is_part = text.endswith('\N{REPLACEMENT CHARACTER}')
-    if is_part and end < len(ids) and end - read < _CHARACTER:
-      found.append('')
+    if is_part and end < len(ids) and end - decoded < _MAX_TOKENS_PER_CHARACTER:
+      texts.append('')
       continue
-    found.append(text[len(decode(ids[begin:read])) :])
-    begin, read = read, end
-  return found
+    texts.append(text[len(decode(ids[begin:decoded])) :])
+    begin, decoded = decoded, end
+  return texts
 
 
 def _number(x: Any) -> float | None:
-  """Four decimals; None where it is not finite, for which JSON has no word."""
+  """Rounds to four decimals; None where it is not finite, which JSON cannot express."""
   return round(float(x), 4) if np.isfinite(x) else None

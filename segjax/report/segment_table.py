@@ -1,26 +1,26 @@
-"""A response as a person reads it: its segments, one a line, each with its reward."""
+"""Prints a response on the console as its segments, one a line, each with its numbers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from segjax.report.console import log, table
+from segjax.report.response_log import AnnotatedResponse
 
 
-def render(
+def format_segments(
   ids: np.ndarray,
   segment_id: np.ndarray,
   reward: np.ndarray,
   decode: Callable[[Sequence[int]], str],
 ) -> list[str]:
-  """One line per segment, 'reward  text'.
+  """Returns one line per segment, 'reward  text'.
 
   Args:
     ids: the response's tokens, [T].
     segment_id: the segment of each token, -1 outside, [T].
-    reward: per token, [T]; a line shows the sum over its segment.
-    decode: token ids to text.
+    reward: reward of each token, [T]; a line shows the sum over its segment.
+    decode: converts token ids to text.
   """
   lines = []
   for index in range(int(segment_id.max(initial=-1)) + 1):
@@ -29,27 +29,40 @@ def render(
   return lines
 
 
-def show(annotated: Any) -> None:
-  """A `report.response_log.Annotated` as a table: a line per segment, line breaks and the like
-  escaped.
+def print_segments(annotated: AnnotatedResponse) -> None:
+  """Prints the last message of the prompt, and a table with a line per segment.
 
-  The entropy is that of the segment's first token, which is why it begins there.
+  The entropy shown is that of the segment's first token, which is the one that began the segment.
+  Control characters are escaped.
   """
   if annotated.prompt:
-    log(f'\n{plain(annotated.prompt[-1]["content"])}')
-  has_score = any(segment.score is not None for segment in annotated.segments)
-  has_reward = any(segment.reward is not None for segment in annotated.segments)
-  columns = ['segment', 'tokens', 'entropy', *['score'] * has_score, *['reward'] * has_reward]
+    log(f'\n{escape_control(annotated.prompt[-1]["content"])}')
+  columns = {'score': 'score', 'normalized_score': 'normalised score', 'reward': 'reward'}
+  names = [
+    name
+    for name in columns
+    if any(getattr(segment, name) is not None for segment in annotated.segments)
+  ]
   rows = []
   for segment in annotated.segments:
-    numbers = [segment.score] * has_score + [segment.reward] * has_reward
-    cells = [str(len(segment.tokens)), f'{segment.entropy[0]:.2f}']
-    rows.append([plain(segment.text.strip(' ')), *cells, *(f'{x:+.3f}' for x in numbers)])
-  table('', columns, rows)
+    entropy, *_ = segment.entropy
+    numbers = [getattr(segment, name) for name in names]
+    rows.append(
+      [
+        escape_control(segment.text.strip(' ')),
+        str(len(segment.tokens)),
+        '–' if entropy is None else f'{entropy:.2f}',
+        *('–' if number is None else f'{number:+.3f}' for number in numbers),
+      ]
+    )
+  table('', ['segment', 'tokens', 'entropy', *(columns[name] for name in names)], rows)
 
 
-def plain(text: str, keep: str = '') -> str:
-  """The text with control characters but those of `keep` written out, so that it is only shown."""
+def escape_control(text: str, keep: str = '') -> str:
+  """Returns the text with control characters escaped, except those in `keep`.
+
+  A terminal would act on them: text of a model must not move its cursor or set its title.
+  """
   return ''.join(
     c if c.isprintable() or c in keep else c.encode('unicode_escape').decode() for c in text
   )

@@ -1,4 +1,4 @@
-"""What a run comes to in a few words: the state of its stages, key figures, warnings."""
+"""Summarises a run for the top of report.html: the state of its stages, key figures, warnings."""
 
 import dataclasses
 import json
@@ -8,15 +8,15 @@ from typing import Any
 
 from segjax.report import charts
 from segjax.report.alerts import AlertMonitor
-from segjax.report.metric_log import FILE
+from segjax.report.metric_log import METRICS_FILE
 
-_STAGE = 'stage.json'
-_WARNINGS = 5  # of a stage that are shown, the newest
+_STAGE_FILE = 'stage.json'
+_MAX_WARNINGS = 5  # per stage; the newest are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class StageState:
-  """A stage: done, running, stopped or waiting; what it is at, and its results by name."""
+  """A stage: its state (done, running, stopped, waiting), a note, and its results by name."""
 
   name: str
   state: str
@@ -26,7 +26,7 @@ class StageState:
 
 @dataclasses.dataclass(frozen=True)
 class KeyFigure:
-  """A key figure: its value, and beside it what it was before or how sure it is."""
+  """A key figure: its value, and a note such as its value before or its interval."""
 
   label: str
   value: str
@@ -34,82 +34,84 @@ class KeyFigure:
 
 
 def stages(workdir: Path, names: Sequence[str], state: str) -> list[StageState]:
-  """The stages as they stand on disk; the one that is begun and not done is in `state`."""
-  found = []
+  """Reads the state of the stages from disk; the one that has begun and is not done is `state`."""
+  states = []
   for name in names:
-    record = _json(workdir / name / _STAGE)
+    record = _load_json(workdir / name / _STAGE_FILE)
     results = record.get('results')
     if results is not None:
-      shown = [(k, v) for k, v in _flat(results) if k != 'seconds']
-      found.append(StageState(name, 'done', _duration(results.get('seconds')), shown))
+      shown = [(k, v) for k, v in _flatten(results) if k != 'seconds']
+      states.append(StageState(name, 'done', _duration(results.get('seconds')), shown))
       continue
-    is_next = not found or found[-1].state == 'done'
+    is_next = not states or states[-1].state == 'done'
     note = ''
-    if is_next and (steps := charts.read(workdir / name / FILE)[0]):
-      note = f'step {steps[-1] + 1:,}{_of(record, name)}'
-    found.append(StageState(name, state if is_next else 'waiting', note, []))
-  return found
+    if is_next and (steps := charts.read_metrics(workdir / name / METRICS_FILE)[0]):
+      note = f'step {steps[-1] + 1:,}{_of_total(record, name)}'
+    states.append(StageState(name, state if is_next else 'waiting', note, []))
+  return states
 
 
 def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
-  """What one looks at first: of PPO first and last, of evaluate before and after."""
-  found = []
+  """Returns the key figures: PPO at the start and now, evaluation before and after."""
+  result = []
   if 'evaluate' in names:
-    found += _evaluated(_json(workdir / 'evaluate' / 'results.json'))
+    result += _evaluation_figures(_load_json(workdir / 'evaluate' / 'results.json'))
   if 'ppo' in names:
-    _, series = charts.read(workdir / 'ppo' / FILE)
+    _, series = charts.read_metrics(workdir / 'ppo' / METRICS_FILE)
     for label, name in (
       ('Reward in training', 'objective/reward'),
       ('KL, nats', 'objective/kl'),
       ('Length, tokens', 'response/length_mean'),
     ):
       if y := [x for x in series.get(name, []) if x == x]:
-        few = max(1, len(y) // 20)
-        first, last = sum(y[:few]) / few, sum(y[-few:]) / few
-        found.append(KeyFigure(label, f'{last:z,.2f}', f'at first {first:z,.2f}'))
+        count = max(1, len(y) // 20)
+        first, last = sum(y[:count]) / count, sum(y[-count:]) / count
+        result.append(KeyFigure(label, f'{last:z,.2f}', f'{first:z,.2f} at the start'))
   if 'reward' in names:
-    results = _json(workdir / 'reward' / _STAGE).get('results', {})
+    results = _load_json(workdir / 'reward' / _STAGE_FILE).get('results', {})
     if (accuracy := results.get('held_out_accuracy')) is not None:
-      pairs = results.get('held_out_pairs', 0)
-      found.append(
-        KeyFigure('Reward model', f'{100 * accuracy:.1f} %', f'right on {pairs:,} pairs')
-      )
-  return found
+      note = f'accuracy on {results.get("held_out_pairs", 0):,} held-out pairs'
+      result.append(KeyFigure('Reward model', f'{100 * accuracy:.1f} %', note))
+  return result
 
 
 def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
-  """What a person should look at before believing the figures: what `watch` said, bad steps."""
-  found = []
+  """Returns the reasons to doubt the figures: skipped updates and the alerts of `alerts`."""
+  result = []
   for name in names:
-    steps, series = charts.read(workdir / name / FILE)
-    bad = [step for step, x in zip(steps, series.get('skipped_updates', []), strict=False) if x > 0]
-    if bad:
-      found.append(f'{name}: {len(bad)} step(s) were left out as bad, the last was {bad[-1] + 1}')
-    watch, said = AlertMonitor(), []
-    watched = {metric: series[metric] for metric in watch.names if metric in series}
-    for at, step in enumerate(steps):
-      values = {metric: values[at] for metric, values in watched.items()}
-      said += [f'{name}, step {step + 1}: {warning}' for warning in watch.look(values)]
-    found += said[-_WARNINGS:]
-  return found
+    steps, series = charts.read_metrics(workdir / name / METRICS_FILE)
+    skipped = [
+      step for step, x in zip(steps, series.get('skipped_updates', []), strict=False) if x > 0
+    ]
+    if skipped:
+      last = skipped[-1] + 1
+      result.append(f'{name}: updates were skipped in {len(skipped)} step(s), last in step {last}')
+    monitor, alerts = AlertMonitor(), []
+    monitored = {metric: series[metric] for metric in monitor.metrics if metric in series}
+    for index, step in enumerate(steps):
+      values = {metric: y[index] for metric, y in monitored.items()}
+      alerts += [f'{name}, step {step + 1}: {alert}' for alert in monitor.update(values)]
+    result += alerts[-_MAX_WARNINGS:]
+  return result
 
 
-def _evaluated(results: dict[str, Any]) -> Iterator[KeyFigure]:
+def _evaluation_figures(results: dict[str, Any]) -> Iterator[KeyFigure]:
   before, after = results.get('before', {}), results.get('after', {})
   for label, name in (('Gold reward, held out', 'gold'), ('Reward score, held out', 'score')):
     if name in before and name in after:
       low, high = after[name].get('low'), after[name].get('high')
-      sure = f', 95 % [{low:.2f}, {high:.2f}]' if low is not None else ''
-      note = f'before PPO {before[name]["mean"]:z,.2f}{sure}'
+      interval = f'; 95 % interval now [{low:.2f}, {high:.2f}]' if low is not None else ''
+      note = f'{before[name]["mean"]:z,.2f} before PPO{interval}'
       yield KeyFigure(label, f'{after[name]["mean"]:z,.2f}', note)
 
 
-def _of(record: dict[str, Any], name: str) -> str:
+def _of_total(record: dict[str, Any], name: str) -> str:
   total = record.get('key', {}).get('settings', {}).get(name, {}).get('max_steps')
   return f' of {total:,}' if total else ''
 
 
-def _flat(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
+def _flatten(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
+  """Yields (label, value) of nested results; what exists before and after as one line."""
   before, after = results.get('before'), results.get('after')
   if isinstance(before, dict) and isinstance(after, dict):
     results = {k: v for k, v in results.items() if k not in ('before', 'after')}
@@ -119,16 +121,16 @@ def _flat(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]
   for name, value in results.items():
     label = f'{prefix}{name.replace("_", " ")}'
     if isinstance(value, dict):
-      yield from _flat(value, f'{label}, ')
+      yield from _flatten(value, f'{label}, ')
     elif isinstance(value, float | int | None):
-      yield label, charts.formatted(value)
+      yield label, charts.format_number(value)
     else:
       yield label, str(value)
 
 
 def _mean(value: Any) -> str:
-  """A number, or the middle of an interval."""
-  return charts.formatted(value['mean'] if isinstance(value, dict) else value)
+  """Formats a number, or the mean of an interval."""
+  return charts.format_number(value['mean'] if isinstance(value, dict) else value)
 
 
 def _duration(seconds: float | None) -> str:
@@ -141,7 +143,7 @@ def _duration(seconds: float | None) -> str:
   return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError):

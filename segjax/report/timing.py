@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how often XLA compiled."""
+"""Measures the parts of a step in seconds, and counts the programs that XLA compiled."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ _compiled = 0
 
 
 def compiles() -> int:
-  """Programs compiled, or read from the cache of compiled programs, since this was imported."""
+  """Returns the number of programs compiled or read from the compilation cache since the import."""
   return _compiled
 
 
@@ -22,10 +22,10 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class StepTimer:
-  """Seconds of each part of a step; a part ends when its arrays are ready.
+  """Measures the seconds of each part of a step; a part ends when its arrays are ready.
 
   Attributes:
-    seconds: by 'timing/PART'; 'timing/between_steps' is what passed between two steps.
+    seconds: by 'timing/PART'; 'timing/between_steps' is the time between two steps.
   """
 
   def __init__(self):
@@ -33,12 +33,12 @@ class StepTimer:
     self._last = time.monotonic()
 
   def begin(self) -> None:
-    """A step begins."""
+    """Begins a step."""
     self.seconds = {}
     self.end('between_steps')
 
   def end(self, part: str, arrays: Any = None) -> None:
-    """The part that has gone on since the last one ended is done once the arrays are ready."""
+    """Waits for the arrays and ends the part that began when the last one ended."""
     jax.block_until_ready(arrays)
     now = time.monotonic()
     self.seconds[f'timing/{part}'], self._last = now - self._last, now

@@ -18,8 +18,8 @@ import segjax
 from segjax import processes
 from segjax.data.sources import is_hub_id
 from segjax.hf.model_card import Card
-from segjax.report import picture
-from segjax.report.metric_log import FILE as METRICS
+from segjax.report import charts
+from segjax.report.metric_log import METRICS_FILE
 from segjax.run.stage import Stage
 
 PACKAGES = ('jax', 'flax', 'transformers', 'optax', 'orbax-checkpoint')
@@ -116,7 +116,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 def _curves(stage: Stage, show: Sequence[str]) -> bytes:
   try:
-    return picture.png(stage.directory / METRICS, show)
+    return charts.card_png(stage.directory / METRICS_FILE, show)
   except Exception as error:  # a picture is not worth the model that waits to be written
     stage.log(f'no curves for the model card: {error!r}')
     return b''

@@ -61,7 +61,7 @@ def test_segments_are_those_of_the_loops(reader, texts):
     for segment, (begin, end) in zip(one.segments, spans, strict=True):
       np.testing.assert_allclose(segment.entropy, entropy[begin : end + 1], atol=2e-4)
       assert len(segment.tokens) == len(segment.entropy)
-      assert segment.score is None and segment.reward is None
+      assert segment.score is None and segment.normalized_score is None
     assert one.response == response and one.prompt == prompt
 
 

@@ -54,8 +54,8 @@ def test_annotate(stage, ratio, tmp_path):
   networks = {'policy': NETWORK, 'reward': NETWORK}
   annotator = annotate.Annotator(tokenizer, networks, dict.fromkeys(networks), TOKENS, NORMALIZER)
   (response,) = annotate.annotate(stage, annotator, [([], 'dull dull')], 8)
-  rewards = [segment.reward for segment in response.segments]
-  np.testing.assert_allclose(rewards, expected(ratio, len(rewards)), rtol=1e-4)
+  scores = [segment.normalized_score for segment in response.segments]
+  np.testing.assert_allclose(scores, expected(ratio, len(scores)), rtol=1e-4)
 
 
 def test_span_auc(stage, ratio):

@@ -1,4 +1,4 @@
-"""Rules speak when something goes wrong, once, and not on curves of healthy runs."""
+"""Rules alert once when something goes wrong, and not on the curves of healthy runs."""
 
 import numpy as np
 import pytest
@@ -17,61 +17,64 @@ HEALTHY = {
   'objective/reward': lambda x: 2 * x,
   'eval/reward': lambda x: 1.5 * x,
   'eval/gold': lambda x: x,
-  'train/loss': lambda x: 0.69 - 0.3 * x,
-  'train/accuracy': lambda x: 0.5 + 0.2 * x,
+  'sft/loss': lambda x: 1.9 - 0.3 * x,
+  'reward_model/loss': lambda x: 0.69 - 0.3 * x,
+  'reward_model/accuracy': lambda x: 0.5 + 0.2 * x,
 }
-WRONG = {
+# A part of the alert, and the curve that causes it.
+UNHEALTHY = {
   'KL is high': {'objective/kl': lambda x: 400 * x},
   'entropy is collapsing': {'policy/entropy': lambda x: 1.4 * (1 - x) ** 2},
   'fewer responses end': {'response/eos_rate': lambda x: 0.9 - 0.7 * x},
   'tokens long, twice': {'response/length_mean': lambda x: 250 * (1 + 2 * x)},
   'critic predicts worse': {'critic/explained_variance': lambda x: -0.4},
-  'the clip holds': {'policy/clipfrac': lambda x: 0.5},
-  'away from ratio 1': {'policy/initial_ratio_deviation': lambda x: 3.0},
-  'drawn from another distribution': {'rollout/logprob_mismatch': lambda x: 0.5},
+  'tokens are clipped': {'policy/clipfrac': lambda x: 0.5},
+  'deviates from 1': {'policy/initial_ratio_deviation': lambda x: 3.0},
+  'sampled from another distribution': {'rollout/logprob_mismatch': lambda x: 0.5},
   'while eval/reward falls': {'eval/reward': lambda x: x - 1.5 * x**2},
   'while eval/gold falls': {'eval/gold': lambda x: x - 1.5 * x**2},
-  'the loss has risen': {'train/loss': lambda x: 0.69 + 2 * x},
-  'as by chance': {'train/accuracy': lambda x: 0.5},
+  'the loss has risen to 1': {'reward_model/loss': lambda x: 0.69 + 2 * x},
+  'the loss has risen to 3.': {'sft/loss': lambda x: 1.9 + 2 * x},
+  'that of chance': {'reward_model/accuracy': lambda x: 0.5},
 }
 
 
-def warnings(curves, steps=300, noise=0.05):
-  watch, rng, said = AlertMonitor(), np.random.default_rng(0), []
+def alerts(curves, steps=300, noise=0.05):
+  monitor, rng, result = AlertMonitor(), np.random.default_rng(0), []
   for step in range(steps):
     values = {k: f(step / steps) * (1 + noise * rng.normal()) for k, f in curves.items()}
     if step % 10:
       values = {k: v for k, v in values.items() if not k.startswith('eval/')}
-    said += watch.look(values)
-  return said
+    result += monitor.update(values)
+  return result
 
 
 def test_silent_on_a_healthy_run():
-  assert warnings(HEALTHY) == []
+  assert alerts(HEALTHY) == []
 
 
-@pytest.mark.parametrize('words', WRONG)
-def test_says_what_is_wrong_once(words):
-  (said,) = warnings(HEALTHY | WRONG[words], noise=0.01)
-  assert words in said
+@pytest.mark.parametrize('words', UNHEALTHY)
+def test_alerts_once(words):
+  (alert,) = alerts(HEALTHY | UNHEALTHY[words], noise=0.01)
+  assert words in alert
 
 
-def test_every_rule_is_tried():
-  assert len(WRONG) == len(RULES)
+def test_every_rule_is_tested():
+  assert len(UNHEALTHY) == len(RULES)
 
 
-def test_speaks_again_after_it_was_well():
+def test_alerts_again_after_a_healthy_time():
   curve = [0.0] * 5 + [0.6] * 10 + [0.0] * 40 + [0.6] * 10
-  watch = AlertMonitor()
-  said = [step for step, value in enumerate(curve) if watch.look({'policy/clipfrac': value})]
-  assert len(said) == 2 and said[0] < 15 and said[1] >= 55
+  monitor = AlertMonitor()
+  steps = [i for i, value in enumerate(curve) if monitor.update({'policy/clipfrac': value})]
+  assert len(steps) == 2 and steps[0] < 15 and steps[1] >= 55
 
 
 def test_neither_nan_nor_absent_metrics_count():
-  watch = AlertMonitor()
+  monitor = AlertMonitor()
   for value in (np.nan, np.inf, 0.9):
-    assert watch.look({'policy/clipfrac': value}) == []
-  assert watch.look({}) == []
+    assert monitor.update({'policy/clipfrac': value}) == []
+  assert monitor.update({}) == []
 
 
 def test_trend_is_plain_means_at_first():

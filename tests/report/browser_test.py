@@ -1,4 +1,4 @@
-"""report.html in a real browser: what it shows, keys and mouse, and hostile text."""
+"""report.html in Chromium: what it shows, keyboard and mouse, and hostile text."""
 
 import json
 import sys
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from report.html_report_test import HOSTILE, sample, write
+from report.html_report_test import HOSTILE, response_record, write_lines
 from segjax.report import html_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks import browser
 
-# What each is shown as.
+pytestmark = pytest.mark.browser
+
+# Text, and how it is shown.
 STRANGE = {
   HOSTILE: HOSTILE,
   'a\u202egnp.exe': 'a\\u202egnp.exe',
@@ -29,27 +31,28 @@ def tab():
   program = browser.found()
   if program is None:
     pytest.skip(f'no browser on PATH: one of {", ".join(browser.NAMES)}')
-  with browser.Browser(program) as found:
-    yield found
+  with browser.Browser(program) as tab:
+    yield tab
 
 
 @pytest.fixture(scope='module')
 def report(tmp_path_factory):
-  """A run with strange texts, a response of 4,096 tokens, and a pair of before and after."""
+  """Writes the page of a run with strange texts, a response of 4,096 tokens, and a pair."""
   workdir = tmp_path_factory.mktemp('run')
-  rows = [sample(step, text) for step, text in enumerate(STRANGE)]
-  long = sample(90, ' '.join(f'w{i}' for i in range(4096)))
-  loud = sample(91, 'one two three needle')
-  loud['segments'].append(loud['segments'][0] | {'reward': 2.0})
-  loud['segments'][0] |= {'entropy': [0.25, 2.5, 0.5, 1.0]}
-  write(workdir / 'ppo' / 'samples.jsonl', [*rows, long, loud])
-  pair = [sample(0, text, model, pair=3) for text, model in (('was', 'before'), ('is', 'after'))]
-  write(workdir / 'evaluate' / 'samples.jsonl', pair)
+  rows = [response_record(step, text) for step, text in enumerate(STRANGE)]
+  long = response_record(90, ' '.join(f'w{i}' for i in range(4096)))
+  two_segments = response_record(91, 'one two three needle')
+  two_segments['segments'].append(two_segments['segments'][0] | {'reward': 2.0})
+  two_segments['segments'][0] |= {'entropy': [0.25, 2.5, 0.5, 1.0]}
+  write_lines(workdir / 'ppo' / 'samples.jsonl', [*rows, long, two_segments])
+  texts = {'before': 'was', 'after': 'is'}
+  pair = [response_record(0, text, model, pair=3) for model, text in texts.items()]
+  write_lines(workdir / 'evaluate' / 'samples.jsonl', pair)
   lines = [{'step': k, 'objective/a_rather_long_name_of_a_metric/of_it': k} for k in range(30)]
-  write(workdir / 'ppo' / 'metrics.jsonl', lines)
+  write_lines(workdir / 'ppo' / 'metrics.jsonl', lines)
   (workdir / 'config.json').write_text(json.dumps({'path': '/long' * 60, 'hostile': HOSTILE}))
   html_report.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
-  return workdir / html_report.FILE
+  return workdir / html_report.REPORT_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +77,7 @@ def choose(tab, control, value):
   tab.run('new Promise((done) => setTimeout(done, 250))')
 
 
-def test_strange_text_is_only_shown(tab, report):
+def test_strange_text_is_shown_as_text(tab, report):
   tab.open(report)
   title = tab.run('document.title')
   for step, (_, shown) in enumerate(STRANGE.items()):
@@ -119,7 +122,7 @@ def test_hover_and_keys_show_the_numbers(tab, report):
   assert tab.run(tip) == ''
 
 
-def test_each_segment_says_its_number(tab, report):
+def test_each_segment_shows_its_number(tab, report):
   tab.open(report)
   choose(tab, 'step', 'ppo, step 91')
   values = "[...document.querySelectorAll('#list .value')].map((value) => value.textContent)"
@@ -137,7 +140,7 @@ def test_search_filter_and_sort(tab, report):
   tab.type('NEEDLE')
   tab.run('new Promise((done) => setTimeout(done, 250))')
   assert tab.run(count) == '1–1 of 1'
-  assert tab.run("[...CSS.highlights.get('found')].map(String)") == ['needle', 'needle']
+  assert tab.run("[...CSS.highlights.get('search')].map(String)") == ['needle', 'needle']
   choose(tab, 'search', 'nowhere at all')
   assert tab.run(count) == '0' and texts(tab) == []
   choose(tab, 'search', '')
@@ -148,7 +151,7 @@ def test_search_filter_and_sort(tab, report):
   assert texts(tab)[0].startswith('w0 w1')
 
 
-def test_before_and_after_stand_side_by_side(tab, report):
+def test_before_and_after_are_side_by_side(tab, report):
   tab.open(report)
   choose(tab, 'step', 'evaluate')
   assert texts(tab) == ['was', 'is']
@@ -159,7 +162,7 @@ def test_before_and_after_stand_side_by_side(tab, report):
   assert tab.run("document.querySelectorAll('#list .prompt').length") == 1
 
 
-def test_a_long_response_is_shown_when_asked_for(tab, report):
+def test_a_long_response_is_shown_completely_on_request(tab, report):
   tab.open(report)
   choose(tab, 'step', 'ppo, step 90')
   assert texts(tab)[0].endswith('w799')
@@ -172,5 +175,5 @@ def test_a_phone_needs_no_horizontal_scroll(tab, report, dark):
   tab.open(report, width=375, height=700, dark=dark)
   for control, value in (('step', ''), ('step', 'ppo, step 90'), ('step', 'evaluate')):
     choose(tab, control, value)
-    tab.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    tab.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     assert tab.run('document.documentElement.scrollWidth') <= 375

@@ -1,4 +1,4 @@
-"""Metrics on file: a step late, valid JSON, each step once, and the stop at bad steps."""
+"""Metrics on file: a step late, valid JSON, each step once; the stop after skipped updates."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def _log(directory, total=4, start=0, **options):
 
 def _lines(directory):
   def refuse(name):
-    raise AssertionError(f'{name} is no JSON')
+    raise AssertionError(f'{name} is not JSON')
 
   text = (directory / 'metrics.jsonl').read_text()
   return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
@@ -53,8 +53,8 @@ def test_restart_keeps_the_steps_before_and_drops_those_after(tmp_path):
   assert _lines(tmp_path) == []
 
 
-def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
-  bad = {
+def test_skipped_update_stops_the_run_and_names_step_and_metric(tmp_path):
+  skipped = {
     'loss': jnp.float32(jnp.nan),
     'grad_norm': jnp.float32(jnp.inf),
     'skipped_updates': jnp.int32(1),
@@ -66,27 +66,30 @@ def test_bad_step_stops_the_run_and_names_step_and_metric(tmp_path):
     log.log(
       0, {'loss': jnp.float32(1), 'grad_norm': jnp.float32(1), 'skipped_updates': jnp.int32(0)}
     )
-    log.log(1, bad)
+    log.log(1, skipped)
   last = _lines(tmp_path)[-1]
   assert (last['step'], last['loss'], last['grad_norm']) == (1, 'nan', 'inf')
 
 
-def test_bad_steps_count_only_in_a_row(tmp_path):
+def test_only_consecutive_skipped_updates_count(tmp_path):
   with (
     pytest.raises(TooManySkippedStepsError, match=r'step 5: .*2 step'),
     _log(tmp_path, max_skipped_steps=2) as log,
   ):
-    for step, bad in enumerate([1, 0, 1, 0, 1, 1]):
-      log.log(step, {'loss': jnp.float32(jnp.nan if bad else 1), 'skipped_updates': jnp.int32(bad)})
+    for step, skipped in enumerate([1, 0, 1, 0, 1, 1]):
+      log.log(
+        step,
+        {'loss': jnp.float32(jnp.nan if skipped else 1), 'skipped_updates': jnp.int32(skipped)},
+      )
   assert [line['step'] for line in _lines(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
-def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
-  bad = {'objective/kl': jnp.float32(300), 'skipped_updates': jnp.int32(4)}
+def test_skipped_updates_are_logged_and_counted_over_a_restart(tmp_path, capsys):
+  skipped = {'objective/kl': jnp.float32(300), 'skipped_updates': jnp.int32(4)}
   with _log(tmp_path, max_skipped_steps=3) as log:
     log.log(0, {'objective/kl': jnp.float32(1), 'skipped_updates': jnp.int32(0)})
-    log.log(1, bad)
-    log.log(2, bad)
+    log.log(1, skipped)
+    log.log(2, skipped)
   assert (
     'warning: step 2: objective/kl 300 beyond bounds, 2 step(s) in a row' in capsys.readouterr().out
   )
@@ -94,23 +97,23 @@ def test_steps_left_out_are_told_and_counted_over_a_restart(tmp_path, capsys):
     TooManySkippedStepsError, match=r'step 3: objective/kl 300 beyond bounds, 3 step\(s\)'
   )
   with stopped, _log(tmp_path, start=3, max_skipped_steps=3) as log:
-    log.log(3, bad)
+    log.log(3, skipped)
     log.flush()
 
 
-def test_a_kill_while_old_lines_are_kept_loses_none(tmp_path, monkeypatch):
+def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
   with _log(tmp_path) as log:
     log.log(0, {'loss': jnp.float32(1)})
-  kept = _lines(tmp_path)
+  before = _lines(tmp_path)
 
   def killed(*_, **__):
     raise KeyboardInterrupt
 
-  for where, what in ((os, 'fsync'), (Path, 'replace')):
+  for owner, name in ((os, 'fsync'), (Path, 'replace')):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(where, what, killed)
+      patch.setattr(owner, name, killed)
       _log(tmp_path, start=1)
-    assert _lines(tmp_path) == kept
+    assert _lines(tmp_path) == before
 
 
 def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
@@ -138,7 +141,7 @@ def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
   assert line['perf/tokens_per_second'] == pytest.approx(500 / line['timing/step'])
   assert line['perf/mfu'] == pytest.approx(1e6 / 1e9 / line['timing/step'])
   assert line['perf/num_compiles'] >= 0
-  # Neither what rates are made of, nor a tenth without segments.
+  # Neither the inputs of the rates nor a tenth without segments is logged.
   assert not {'perf/tokens', 'perf/flops', 'reward/by_position/1'} & set(line)
 
 
@@ -151,10 +154,10 @@ def test_lines_and_warnings_on_the_console(tmp_path, capsys):
     *('10:', '20:', '30:')
   ]
   (warning,) = [line for line in out if 'warning' in line]
-  assert 'the clip holds' in warning and 'ppo.policy_optimizer.learning_rate' in warning
+  assert 'tokens are clipped' in warning and 'ppo.policy_optimizer.learning_rate' in warning
 
 
-def test_newest_evaluation_is_kept_beside_the_last_step(tmp_path):
+def test_newest_evaluation_is_available_next_to_the_last_step(tmp_path):
   with _log(tmp_path) as log:
     log.log(0, {'loss': 2.0, 'eval/reward': 0.25})
     log.log(1, {'loss': 1.0})

@@ -1,4 +1,4 @@
-"""Which steps are traced, and that a trace can be opened."""
+"""Which steps are traced, and the files of a trace."""
 
 import gzip
 import json
@@ -21,19 +21,19 @@ def test_wrong_steps(steps):
     parse(steps)
 
 
-def test_traces_of_the_steps_asked_for(tmp_path):
+def test_selected_steps_are_traced(tmp_path):
   profiler = Profiler(tmp_path, '2:3')
   for step in range(1, 6):
     profiler.before(step)
-    found = list(tmp_path.rglob('*.xplane.pb'))
-    assert bool(found) == (step > 3)
+    traces = list(tmp_path.rglob('*.xplane.pb'))
+    assert bool(traces) == (step > 3)
     profiler.after(step, jnp.ones(8) * step)
   profiler.close()
   (perfetto,) = tmp_path.rglob('perfetto_trace.json.gz')
   assert json.loads(gzip.decompress(perfetto.read_bytes()))['traceEvents']
 
 
-def test_a_run_that_ends_early_leaves_a_trace(tmp_path):
+def test_a_run_that_ends_early_has_a_trace(tmp_path):
   profiler = Profiler(tmp_path, '1:100')
   profiler.before(1)
   profiler.close()

@@ -1,3 +1,5 @@
+"""The parts of a step in seconds, and the count of compiled programs."""
+
 import types
 
 import jax

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import segjax
-from segjax.report import picture
+from segjax.report import charts
 from segjax.run import provenance
 from segjax.run.stage import Command
 
@@ -63,7 +63,7 @@ def test_a_failing_picture_does_not_cost_the_model(stage, monkeypatch, capsys):
   def fail(*_):
     raise RuntimeError('no fonts')
 
-  monkeypatch.setattr(picture, 'png', fail)
+  monkeypatch.setattr(charts, 'card_png', fail)
   assert provenance.card(stage, {}, _Rows(), ['loss']).curves == b''
   assert "no curves for the model card: RuntimeError('no fonts')" in capsys.readouterr().out
 

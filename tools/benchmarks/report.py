@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import browser
 
 from segjax.report.console import table
-from segjax.report.html_report import FILE, Page
+from segjax.report.html_report import REPORT_FILE, Page
 
 _METRICS = (
   *('objective/reward', 'objective/rlhf_reward', 'objective/kl', 'objective/scores'),
@@ -45,13 +45,13 @@ def run(steps: int, responses: int, tokens: int, long: int, keep: Path | None) -
       begun = time.monotonic()
       page.write()
       seconds.append(time.monotonic() - begun)
-    size = (workdir / FILE).stat().st_size
+    size = (workdir / REPORT_FILE).stat().st_size
     values = {
       'write_seconds': round(seconds[1], 2),
       'first_write_seconds': round(seconds[0], 2),
       'megabytes': round(size / 1e6, 2),
       'peak_rss_gib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-      'open_seconds': opened(workdir / FILE),
+      'open_seconds': opened(workdir / REPORT_FILE),
     }
   table(
     f'{steps:,} steps, {responses:,} responses', ('', ''), [(k, f'{v}') for k, v in values.items()]

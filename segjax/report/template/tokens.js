@@ -1,8 +1,8 @@
-// What stands beside a token when one points at it or walks there, and the marks of a search.
+// The tip with the numbers of a token under the pointer or the keyboard focus, and search highlights.
 
 function highlight(words) {
   if (!CSS.highlights) return;
-  CSS.highlights.delete('found');
+  CSS.highlights.delete('search');
   if (!words) return;
   const ranges = [];
   for (const block of document.querySelectorAll('#list .text, #list .prompt bdi')) {
@@ -14,42 +14,43 @@ function highlight(words) {
       at += node.length;
     }
     const text = nodes.map(([, node]) => node.data).join('').toLowerCase();
-    const place = (at) => {
-      const [from, node] = nodes.findLast(([start]) => start <= at);
-      return [node, Math.min(at - from, node.length)];
+    const position = (offset) => {
+      const [begin, node] = nodes.findLast(([start]) => start <= offset);
+      return [node, Math.min(offset - begin, node.length)];
     };
     for (let at = text.indexOf(words.toLowerCase()); at >= 0; at = text.indexOf(words.toLowerCase(), at + 1)) {
       const range = new Range();
-      range.setStart(...place(at));
-      const [node, offset] = place(at + words.length - 1); // the end is that of its last letter
+      range.setStart(...position(at));
+      const [node, offset] = position(at + words.length - 1); // of the last letter
       range.setEnd(node, Math.min(offset + 1, node.length));
       ranges.push(range);
     }
   }
-  CSS.highlights.set('found', new Highlight(...ranges));
+  CSS.highlights.set('search', new Highlight(...ranges));
 }
 
 function showTip(token) {
-  const { row, segment, index, i } = token.about;
+  const { row, segment, index, i } = token.info;
   const tip = $('tip');
   const list = make('dl');
-  const say = (name, text) => list.append(make('dt', '', name), make('dd', '', text));
-  const above = known(row.threshold) && segment[1][i] > row.threshold;
-  if (known(segment[1][i])) say('entropy, nats', plain(segment[1][i]) + (above ? ` > ${row.threshold}` : ''));
-  say('segment', `${index + 1} of ${row.segments.length}`);
-  say('token of the segment', `${i + 1} of ${segment[0].length}`);
-  if (known(segment[2])) say('score of the segment', signed(segment[2], 3));
-  if (known(segment[3])) {
-    say('reward of the segment', signed(segment[3], 3));
-    say('reward of a token of it', signed(segment[3] / segment[0].length, 3));
+  const add = (name, text) => list.append(make('dt', '', name), make('dd', '', text));
+  const above = isKnown(row.threshold) && segment[1][i] > row.threshold;
+  if (isKnown(segment[1][i])) add('entropy, nats', unsigned(segment[1][i]) + (above ? ` > ${row.threshold}` : ''));
+  add('segment', `${index + 1} of ${row.segments.length}`);
+  add('token', `${i + 1} of ${segment[0].length} in the segment`);
+  if (isKnown(segment[2])) add('segment score', signed(segment[2], 3));
+  if (isKnown(segment[4])) add('normalised segment score', signed(segment[4], 3));
+  if (isKnown(segment[3])) {
+    add('segment reward', signed(segment[3], 3));
+    add('reward per token', signed(segment[3] / segment[0].length, 3));
   }
-  tip.replaceChildren(make('div', 'what', escaped(JSON.stringify(segment[0][i]))), list);
+  tip.replaceChildren(make('div', 'what', escapeHidden(JSON.stringify(segment[0][i]))), list);
   tip.hidden = false;
   const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
-  const own = tip.getBoundingClientRect();
-  const below = at.bottom + own.height + 10 < innerHeight;
-  tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - own.width - 8))}px`;
-  tip.style.top = `${below ? at.bottom + 6 : Math.max(4, at.top - own.height - 6)}px`;
+  const size = tip.getBoundingClientRect();
+  const below = at.bottom + size.height + 10 < innerHeight;
+  tip.style.left = `${Math.max(8, Math.min(at.left, innerWidth - size.width - 8))}px`;
+  tip.style.top = `${below ? at.bottom + 6 : Math.max(4, at.top - size.height - 6)}px`;
   token.setAttribute('aria-describedby', 'tip');
 }
 
@@ -57,7 +58,7 @@ function hideTip() {
   $('tip').hidden = true;
 }
 
-function moved(token, key) {
+function neighbour(token, key) {
   const text = token.closest('.text');
   const tokens = [...text.querySelectorAll('.token')];
   const at = tokens.indexOf(token);
@@ -74,11 +75,11 @@ function moved(token, key) {
 
 function listenToTokens() {
   const list = $('list');
-  const of = (event) => event.target.closest?.('.token');
-  list.addEventListener('pointerover', (event) => { const token = of(event); if (token) showTip(token); });
-  list.addEventListener('pointerout', (event) => { if (of(event) && event.pointerType === 'mouse') hideTip(); });
+  const target = (event) => event.target.closest?.('.token');
+  list.addEventListener('pointerover', (event) => { const token = target(event); if (token) showTip(token); });
+  list.addEventListener('pointerout', (event) => { if (target(event) && event.pointerType === 'mouse') hideTip(); });
   list.addEventListener('focusin', (event) => {
-    const token = of(event);
+    const token = target(event);
     if (!token) return;
     for (const other of token.closest('.text').querySelectorAll('[tabindex="0"]')) other.tabIndex = -1;
     token.tabIndex = 0;
@@ -86,10 +87,10 @@ function listenToTokens() {
   });
   list.addEventListener('focusout', hideTip);
   list.addEventListener('keydown', (event) => {
-    const token = of(event);
+    const token = target(event);
     if (!token) return;
     if (event.key === 'Escape') hideTip();
-    const next = moved(token, event.key);
+    const next = neighbour(token, event.key);
     if (next) { event.preventDefault(); next.focus(); }
   });
   addEventListener('scroll', hideTip, { passive: true });
