@@ -1,6 +1,6 @@
-"""Intervals of what is measured (Wilson, clusters, bootstrap) and the area under the ROC curve.
+"""Confidence intervals (Wilson, clustered, bootstrap) and the area under the ROC curve.
 
-Not here: what a win is, which is `segjax.evaluation.win_rates`'. Plain numpy, in float64.
+Plain numpy in float64. Wins are defined in `segjax.evaluation.win_rates`.
 """
 
 from collections.abc import Iterator
@@ -10,31 +10,38 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 Z = 1.96  # half the width of a 95 % interval, in standard errors
-DRAWS = 1000  # of a bootstrap
-_AT_ONCE = 100  # draws whose weights exist together
+NUM_DRAWS = 1000  # of a bootstrap
+_BATCH = 100  # draws whose weights are in memory at the same time
 
 
 def clustered_interval(
   values: Num[np.ndarray, 'N'], prompt: Int[np.ndarray, 'N']
 ) -> dict[str, float | int | None]:
-  """Mean and 95 % interval over responses, in clusters by prompt; one prompt gives no interval.
+  """Returns the mean over N responses and its 95 % interval, clustered by prompt.
 
-  Responses to one prompt are not independent: the standard error is that of the prompts' means.
+  mean ± 1.96 · standard deviation of the prompts' means / √P
+
+  Responses to the same prompt are not independent, so the prompts' means are the sample.
 
   Args:
-    values: one per response.
+    values: a value per response.
     prompt: the index of each response's prompt, 0 to P - 1.
+
+  Returns:
+    mean, low, high and n = N; low and high are None for a single prompt.
   """
   means = np.bincount(prompt, values) / np.bincount(prompt)
-  found = {'mean': float(np.mean(values)), 'low': None, 'high': None, 'n': len(values)}
+  estimate = {'mean': float(np.mean(values)), 'low': None, 'high': None, 'n': len(values)}
   if len(means) > 1:
     half = Z * float(np.std(means, ddof=1)) / len(means) ** 0.5
-    found |= {'low': found['mean'] - half, 'high': found['mean'] + half}
-  return found
+    estimate |= {'low': estimate['mean'] - half, 'high': estimate['mean'] + half}
+  return estimate
 
 
 def wilson(wins: float, total: int) -> tuple[float, float]:
-  """95 % interval of a share, wins / total; it stays in [0, 1] and is not empty at its ends.
+  """Returns the 95 % interval of a share, wins / total, after Wilson.
+
+  Unlike mean ± 1.96 standard errors it stays in [0, 1] and has a width at shares of 0 and 1.
 
   (p + z²/2n ± z √(p(1 - p)/n + z²/4n²)) / (1 + z²/n)    with p = wins / n, n = total, z = 1.96
 
@@ -48,33 +55,34 @@ def wilson(wins: float, total: int) -> tuple[float, float]:
   return max(0.0, low), min(1.0, high)
 
 
-def resamples(clusters: int, seed: int, draws: int = DRAWS) -> Iterator[Int[np.ndarray, 'D C']]:
-  """How often each cluster is in each draw of a bootstrap, some draws at a time.
+def resamples(clusters: int, seed: int, draws: int = NUM_DRAWS) -> Iterator[Int[np.ndarray, 'D C']]:
+  """Yields the number of times that each of C clusters is in each draw of a bootstrap, in batches.
 
-  Each draw takes as many clusters as there are, with replacement; equal seeds give equal draws.
+  Each draw takes C clusters with replacement; equal seeds give equal draws.
   """
   rng = np.random.default_rng(seed)
-  for begin in range(0, draws, _AT_ONCE):
-    size = min(_AT_ONCE, draws - begin)
+  for begin in range(0, draws, _BATCH):
+    size = min(_BATCH, draws - begin)
     yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size)
 
 
-def percentiles(
+def percentile_interval(
   mean: float | np.floating, draws: Float[np.ndarray, 'D'], n: int
 ) -> dict[str, float | int | None]:
-  """An estimate with the 2.5th and 97.5th percentile of its bootstrap; NaN among these is left out.
+  """Returns an estimate with the 2.5th and 97.5th percentile of its bootstrap draws.
 
-  None for both where fewer than two draws are numbers, and for an estimate that is none.
+  Draws that are NaN are left out. Percentiles of fewer than two draws are None, and so is an
+  estimate that is not finite.
   """
   draws = draws[np.isfinite(draws)]
   low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) > 1 else (None, None)
-  as_float = [None if x is None else float(x) for x in (low, high)]
+  low, high = (None if x is None else float(x) for x in (low, high))
   mean = float(mean) if np.isfinite(mean) else None
-  return {'mean': mean, 'low': as_float[0], 'high': as_float[1], 'n': n}
+  return {'mean': mean, 'low': low, 'high': high, 'n': n}
 
 
 def format_interval(estimate: dict[str, Any], digits: int = 3) -> str:
-  """'mean [low, high]' for a table; the mean alone without an interval, '' where there is none."""
+  """Formats 'mean [low, high]' for a table; 'mean' without an interval, '' without a mean."""
   if estimate['mean'] is None:
     return ''
   if estimate['low'] is None:
@@ -86,28 +94,28 @@ def format_interval(estimate: dict[str, Any], digits: int = 3) -> str:
 def bootstrap_mean(
   values: Num[np.ndarray, 'N'], cluster: Int[np.ndarray, 'N'], seed: int
 ) -> dict[str, float | int | None]:
-  """Mean over all values and its 95 % interval, by resampling whole clusters.
+  """Returns the mean of N values and its 95 % bootstrap interval, by resampling clusters.
 
   Args:
-    values: what is averaged.
-    cluster: which cluster each is of, 0 to C - 1. A single cluster gives no interval.
-    seed: of the draws.
+    values: the values to average.
+    cluster: the cluster of each value, 0 to C - 1; a single cluster gives no interval.
+    seed: seed of the draws.
   """
   total, count = np.bincount(cluster, values), np.bincount(cluster)
   if len(count) < 2:
-    return percentiles(np.mean(values), np.zeros(0), len(values))
+    return percentile_interval(np.mean(values), np.zeros(0), len(values))
   draws = [(weight @ total) / (weight @ count) for weight in resamples(len(count), seed)]
-  return percentiles(np.mean(values), np.concatenate(draws), len(values))
+  return percentile_interval(np.mean(values), np.concatenate(draws), len(values))
 
 
 class RankedTokens(NamedTuple):
-  """Rows with a score, each standing for units in and outside of what is to be found.
+  """N rows to rank by score, each with a number of positive and of negative units.
 
   Attributes:
-    score: the larger, the surer that the row's units are inside, [N].
-    inside: how many of its units are, [N].
-    outside: how many are not, [N].
-    cluster: the response that the row is of, 0 to C - 1, [N].
+    score: larger where the row's units are more likely to be positive, [N].
+    inside: number of positive units, those inside the spans sought, [N].
+    outside: number of negative units, [N].
+    cluster: the index of the row's response, 0 to C - 1, [N].
   """
 
   score: np.ndarray
@@ -117,53 +125,55 @@ class RankedTokens(NamedTuple):
 
 
 def auc(rows: RankedTokens) -> float:
-  """P(score of a unit inside > score of one outside) + P(they are equal) / 2; NaN without either.
+  """Returns the area under the ROC curve; NaN unless there are units of both kinds.
 
-  The area under the ROC curve. 0.5 for scores that know nothing.
+  P(score of a positive unit > score of a negative one) + P(both are equal) / 2
+
+  0.5 for scores that are independent of the kind.
   """
   return float(_aucs(rows, np.ones((1, int(rows.cluster.max(initial=0)) + 1)))[0])
 
 
 def auc_interval(rows: RankedTokens, seed: int) -> dict[str, float | int | None]:
-  """`auc` with its 95 % interval, by resampling whole responses; n is that of responses."""
+  """Returns `auc` with its 95 % interval, by resampling responses; n is the number of responses."""
   _, cluster = np.unique(rows.cluster, return_inverse=True)
   rows = rows._replace(cluster=cluster)
   count = int(cluster.max(initial=-1)) + 1
   if count < 2:
-    return percentiles(auc(rows), np.zeros(0), count)
+    return percentile_interval(auc(rows), np.zeros(0), count)
   draws = [_aucs(rows, weight) for weight in resamples(count, seed)]
-  return percentiles(auc(rows), np.concatenate(draws), count)
+  return percentile_interval(auc(rows), np.concatenate(draws), count)
 
 
 def auc_within(rows: RankedTokens, seed: int) -> dict[str, float | int | None]:
-  """Mean of the `auc` within each response that has units of both kinds, with its interval.
+  """Returns the mean of `auc` within each response with units of both kinds, and its interval.
 
-  Unlike `auc` it asks nothing of the scores across responses, whose level may differ.
+  Unlike `auc` it does not compare scores of different responses, whose level may differ.
   """
-  found = []
+  aucs = []
   for cluster in np.unique(rows.cluster):
-    at = rows.cluster == cluster
-    one = RankedTokens(*(x[at] for x in rows))._replace(cluster=np.zeros(at.sum(), int))
-    if one.inside.any() and one.outside.any():
-      found.append(auc(one))
-  if not found:
-    return percentiles(np.nan, np.zeros(0), 0)
-  return bootstrap_mean(np.array(found), np.arange(len(found)), seed)
+    is_member = rows.cluster == cluster
+    members = RankedTokens(*(x[is_member] for x in rows))
+    if members.inside.any() and members.outside.any():
+      aucs.append(auc(members._replace(cluster=np.zeros(len(members.score), int))))
+  if not aucs:
+    return percentile_interval(np.nan, np.zeros(0), 0)
+  return bootstrap_mean(np.array(aucs), np.arange(len(aucs)), seed)
 
 
 def _aucs(rows: RankedTokens, weight: np.ndarray) -> np.ndarray:
-  """The AUC where cluster c counts weight[d, c] times, for each d."""
+  """Returns the AUC in which cluster c counts weight[d, c] times, for each draw d."""
   order = np.argsort(rows.score, kind='stable')
   score, inside, outside, cluster = (x[order] for x in rows)
   if not len(score):
     return np.full(len(weight), np.nan)
-  first = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # of each run of equal scores
-  found = np.full(len(weight), np.nan)
+  first = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # of each group of equal scores
+  aucs = np.full(len(weight), np.nan)
   for draw, by_cluster in enumerate(weight):
     by_row = by_cluster[cluster]
-    hit = np.add.reduceat(inside * by_row, first)
-    miss = np.add.reduceat(outside * by_row, first)
-    pairs = float(hit.sum()) * float(miss.sum())
+    positive = np.add.reduceat(inside * by_row, first)
+    negative = np.add.reduceat(outside * by_row, first)
+    pairs = float(positive.sum()) * float(negative.sum())
     if pairs:
-      found[draw] = (hit * (np.cumsum(miss) - miss / 2)).sum() / pairs
-  return found
+      aucs[draw] = (positive * (np.cumsum(negative) - negative / 2)).sum() / pairs
+  return aucs

@@ -1,33 +1,36 @@
-"""How much responses repeat themselves and one another, in n-grams of tokens."""
+"""Measures how much responses repeat themselves and each other, in n-grams of tokens."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-Tokens = Sequence[int] | np.ndarray  # of one response
+Tokens = Sequence[int] | np.ndarray  # of a response
 
 
 def repeated_share(tokens: Tokens, n: int = 4) -> float | None:
-  """1 - distinct n-grams / n-grams of one response; None if it is too short to have any.
+  """Returns 1 - distinct n-grams / n-grams of a response; None if it has fewer than n tokens.
 
-  As seq-rep-n of Welleck et al. 2019, https://arxiv.org/abs/1908.04319: 0 where none comes twice.
+  seq-rep-n of Welleck et al. 2019, https://arxiv.org/abs/1908.04319. 0 if no n-gram is repeated.
   """
   grams = _ngrams(tokens, n)
   return 1 - len(set(grams)) / len(grams) if grams else None
 
 
 def distinct(responses: Sequence[Tokens], n: int) -> float:
-  """Distinct n-grams / n-grams over all responses; 0 without any.
+  """Returns distinct n-grams / n-grams over all responses; 0 without any.
 
-  Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls as there is more text: compare models
-  on the same prompts and at a like length.
+  distinct-n of Li et al. 2016, https://arxiv.org/abs/1510.03055. It falls with the amount of text:
+  compare models on the same prompts and at a similar length.
   """
   grams = [gram for tokens in responses for gram in _ngrams(tokens, n)]
   return len(set(grams)) / max(len(grams), 1)
 
 
-def figures(responses: Sequence[Tokens]) -> dict[str, float]:
-  """Mean `repeated_share` of 4-grams where a response has any, and `distinct` of 1- and 2-grams."""
+def repetition_metrics(responses: Sequence[Tokens]) -> dict[str, float]:
+  """Returns `distinct` of 1- and 2-grams, and the mean `repeated_share` of 4-grams.
+
+  Responses without 4-grams do not count in the latter.
+  """
   shares = [share for share in map(repeated_share, responses) if share is not None]
   return {
     'repeated_4grams': float(np.mean(shares)) if shares else 0.0,

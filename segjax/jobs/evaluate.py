@@ -185,7 +185,7 @@ def _figures(sampled: EvaluatedResponses) -> dict[str, Any]:
     'length': float(mask.sum(1).mean()),
     'segments': float(e.segments.num_segments.mean()),
     'eos_rate': float(e.rollout.finished.mean()),
-    **repetition.figures(_content(e)),
+    **repetition.repetition_metrics(_content(e)),
   }
   if sampled.score is not None:
     figures['score'] = clustered_interval(sampled.score, sampled.prompt)

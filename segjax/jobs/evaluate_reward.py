@@ -189,7 +189,7 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
 
   Returns:
     `all`, `untruncated` (None if none is), `subsets` by name: `rl.pair_metrics.pair_metrics`,
-    where the accuracy has its Wilson interval; `reward_bench`: see `reward_bench.scores`.
+    where the accuracy has its Wilson interval; `reward_bench`: see `reward_bench.section_scores`.
   """
   names = np.array(subsets)
   by_name = {name: _figures(scored[names == name]) for name in sorted(set(subsets))}
@@ -199,7 +199,7 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
     'untruncated': _figures(scored[~truncated]) if not truncated.all() else None,
     'truncated': int(truncated.sum()),
     'subsets': by_name,
-    'reward_bench': reward_bench.scores(accuracies),
+    'reward_bench': reward_bench.section_scores(accuracies),
   }
 
 

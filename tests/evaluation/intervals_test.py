@@ -1,4 +1,4 @@
-"""Intervals and the area under the ROC curve, by hand and against scikit-learn."""
+"""Intervals and the area under the ROC curve, worked by hand and against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -8,14 +8,15 @@ from segjax.evaluation import intervals
 from segjax.evaluation.intervals import RankedTokens
 
 
-def test_interval_is_that_of_the_prompts_means():
+def test_interval_comes_from_the_means_of_prompts():
   # Two prompts have the means 1 and 4, whose standard error is (3 / sqrt 2) / sqrt 2 = 1.5.
-  found = intervals.clustered_interval(np.array([0.0, 2, 4, 4]), np.array([0, 0, 1, 1]))
-  assert found['mean'] == 2.5 and found['n'] == 4
-  np.testing.assert_allclose([found['low'], found['high']], [2.5 - 2.94, 2.5 + 2.94], rtol=1e-12)
+  estimate = intervals.clustered_interval(np.array([0.0, 2, 4, 4]), np.array([0, 0, 1, 1]))
+  assert estimate['mean'] == 2.5 and estimate['n'] == 4
+  interval = [estimate['low'], estimate['high']]
+  np.testing.assert_allclose(interval, [2.5 - 2.94, 2.5 + 2.94], rtol=1e-12)
 
 
-def test_interval_of_one_prompt_says_nothing():
+def test_one_prompt_has_no_interval():
   assert intervals.clustered_interval(np.array([1.0, 2]), np.array([0, 0]))['low'] is None
 
 
@@ -33,29 +34,34 @@ def test_wilson(wins, total, expected):
   np.testing.assert_allclose(intervals.wilson(wins, total), expected, atol=1e-6)
 
 
-def test_bootstrap_draws_whole_clusters():
-  # Every value of a cluster is the same: what is between clusters is all there is.
+def test_bootstrap_draws_clusters():
+  # The values of a cluster are equal, so all variance is between the clusters.
   values, cluster = np.repeat([0.0, 1.0], [50, 50]), np.repeat([0, 1], [50, 50])
-  found = intervals.bootstrap_mean(values, cluster, 0)
-  assert (found['mean'], found['low'], found['high'], found['n']) == (0.5, 0.0, 1.0, 100)
-  assert found == intervals.bootstrap_mean(values, cluster, 0)
+  estimate = intervals.bootstrap_mean(values, cluster, 0)
+  assert (estimate['mean'], estimate['low'], estimate['high'], estimate['n']) == (
+    0.5,
+    0.0,
+    1.0,
+    100,
+  )
+  assert estimate == intervals.bootstrap_mean(values, cluster, 0)
 
 
-def test_bootstrap_interval_is_that_of_the_normal_formula_for_many():
+def test_bootstrap_interval_approaches_the_normal_formula():
   rng = np.random.default_rng(0)
   values, cluster = rng.normal(size=400), np.arange(400)
-  found, formula = (
+  estimate, formula = (
     intervals.bootstrap_mean(values, cluster, 1),
     intervals.clustered_interval(values, cluster),
   )
   np.testing.assert_allclose(
-    [found['low'], found['high']], [formula['low'], formula['high']], atol=0.02
+    [estimate['low'], estimate['high']], [formula['low'], formula['high']], atol=0.02
   )
 
 
 def test_bootstrap_of_one_cluster_has_no_interval():
-  found = intervals.bootstrap_mean(np.array([1.0, 3]), np.array([0, 0]), 0)
-  assert (found['mean'], found['low']) == (2.0, None)
+  estimate = intervals.bootstrap_mean(np.array([1.0, 3]), np.array([0, 0]), 0)
+  assert (estimate['mean'], estimate['low']) == (2.0, None)
 
 
 def _rows(score, inside, outside, cluster=None):
@@ -69,7 +75,7 @@ def _rows(score, inside, outside, cluster=None):
     ([2, 1], [1, 0], [0, 1], 1.0),
     ([1, 2], [1, 0], [0, 1], 0.0),
     ([1, 1], [1, 0], [0, 1], 0.5),
-    # 2 inside at 3; 1 inside and 1 outside tie at 2; 3 outside at 1: of 3 x 4 pairs 11.5 are right.
+    # 2 positive at 3; 1 positive and 1 negative tie at 2; 3 negative at 1: 11.5 of 3 x 4 pairs.
     ([3, 2, 1], [2, 1, 0], [0, 1, 3], 11.5 / 12),
   ],
 )
@@ -77,7 +83,7 @@ def test_auc_by_hand(score, inside, outside, expected):
   assert intervals.auc(_rows(score, inside, outside)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_auc_is_that_of_scikit_learn_with_ties():
+def test_auc_equals_scikit_learn_with_ties():
   rng = np.random.default_rng(3)
   score = rng.integers(0, 6, 40)
   inside, outside = rng.integers(0, 4, 40), rng.integers(0, 4, 40)
@@ -86,32 +92,32 @@ def test_auc_is_that_of_scikit_learn_with_ties():
   assert intervals.auc(_rows(score, inside, outside)) == pytest.approx(expected, abs=1e-12)
 
 
-def test_auc_without_one_kind_is_nothing():
-  found = intervals.auc_interval(_rows([1, 2], [0, 0], [1, 1], [0, 1]), 0)
-  assert found == {'mean': None, 'low': None, 'high': None, 'n': 2}
+def test_auc_needs_units_of_both_kinds():
+  estimate = intervals.auc_interval(_rows([1, 2], [0, 0], [1, 1], [0, 1]), 0)
+  assert estimate == {'mean': None, 'low': None, 'high': None, 'n': 2}
   assert intervals.auc_within(_rows([1, 2], [0, 0], [1, 1], [0, 1]), 0)['mean'] is None
   assert intervals.auc_interval(_rows([], [], []), 0)['mean'] is None
 
 
-def test_auc_of_chance_is_a_half_within_its_interval():
+def test_interval_of_random_scores_contains_a_half():
   rng = np.random.default_rng(5)
   cluster = np.repeat(np.arange(100), 20)
   inside = rng.integers(0, 2, len(cluster))
   rows = _rows(rng.normal(size=len(cluster)), inside, 1 - inside, cluster)
-  for found in (intervals.auc_interval(rows, 0), intervals.auc_within(rows, 0)):
-    assert found['low'] < 0.5 < found['high'] and found['high'] - found['low'] < 0.08
-    assert found['n'] == 100
+  for estimate in (intervals.auc_interval(rows, 0), intervals.auc_within(rows, 0)):
+    assert estimate['low'] < 0.5 < estimate['high'] and estimate['high'] - estimate['low'] < 0.08
+    assert estimate['n'] == 100
 
 
 def test_auc_within_does_not_compare_responses():
-  # In each response the marked one is higher, but the second response lies lower as a whole.
+  # The positive row is higher in each response, but the second response is lower overall.
   rows = _rows([11, 10, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 4, 4])
   assert intervals.auc_within(rows, 0)['mean'] == 1.0
   assert intervals.auc(rows) == 0.75
 
 
-def test_resampling_is_of_responses():
-  # All rows of a response fall or stay together; AUC of either alone is 1 or 0, of both 0.5.
+def test_responses_are_resampled_completely():
+  # A draw has all rows of a response or none: the AUC of one response is 1 or 0, of both 0.5.
   rows = _rows([2, 1, 1, 2], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1])
-  found = intervals.auc_interval(rows, 0)
-  assert (found['mean'], found['low'], found['high']) == (0.5, 0.0, 1.0)
+  estimate = intervals.auc_interval(rows, 0)
+  assert (estimate['mean'], estimate['low'], estimate['high']) == (0.5, 0.0, 1.0)

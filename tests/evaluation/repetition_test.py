@@ -1,4 +1,4 @@
-"""Repetition, worked by hand."""
+"""Repetition in n-grams, worked by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from segjax.evaluation import repetition
     ([1, 2, 3, 4], 4, 0.0),
     ([1, 2, 3], 4, None),
     ([], 4, None),
-    ([1, 2, 1, 2, 1, 2], 4, 1 / 3),  # 1212 2121 1212: three, two of them distinct
+    ([1, 2, 1, 2, 1, 2], 4, 1 / 3),  # 1212 2121 1212: two distinct of three
     ([7] * 10, 4, 6 / 7),
     ([1, 1, 2], 1, 1 / 3),
   ],
@@ -30,17 +30,17 @@ def test_distinct_is_over_all_responses():
   assert repetition.distinct([[], [1]], 2) == 0
 
 
-def test_figures_leave_out_responses_too_short_to_repeat():
-  found = repetition.figures([[7] * 10, [1, 2]])
-  assert found['repeated_4grams'] == pytest.approx(6 / 7)
-  assert repetition.figures([[], []]) == {
+def test_short_responses_have_no_repeated_share():
+  metrics = repetition.repetition_metrics([[7] * 10, [1, 2]])
+  assert metrics['repeated_4grams'] == pytest.approx(6 / 7)
+  assert repetition.repetition_metrics([[], []]) == {
     'repeated_4grams': 0.0,
     'distinct_1': 0.0,
     'distinct_2': 0.0,
   }
 
 
-def test_arrays_are_as_lists():
+def test_arrays_equal_lists():
   lists = [[7] * 10, [1, 2]]
   arrays = [np.array(tokens, np.int32) for tokens in lists]
-  assert repetition.figures(arrays) == repetition.figures(lists)
+  assert repetition.repetition_metrics(arrays) == repetition.repetition_metrics(lists)
