@@ -20,7 +20,7 @@ MAIN = (
   ('Reward on held-out prompts', ('eval/reward',)),
   ('KL to the reference, nats per response', ('objective/kl',)),
   ('Response length, tokens', ('response/length_mean',)),
-  ('Share of responses that end with a stop token', ('response/eos_rate',)),
+  ('Share of finished responses', ('response/eos_rate',)),
   ('Policy loss', ('policy/loss',)),
   ('Critic loss', ('critic/loss',)),
   ('Loss', ('sft/loss', 'reward_model/loss', 'eval/loss')),
@@ -151,7 +151,7 @@ def _segment_charts(directory: Path) -> Iterator[Chart]:
   above = ''
   if threshold is not None:
     above = f'{100 * sum(x > threshold for x in entropy) / len(entropy):.1f} % above {threshold:g}'
-  title = 'Entropy of the reference on responses'
+  title = 'Entropy of the reference'
   yield Chart(title, above, plots.histogram(entropy, f'{name}: {title}', 'nats', mark=threshold))
   label = f'{name}: segment lengths'
   svg = plots.histogram(lengths, label, 'tokens per segment', integers=True)

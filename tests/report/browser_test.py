@@ -8,6 +8,7 @@ import pytest
 
 from report.html_report_test import HOSTILE, response_record, write_lines
 from segjax.report import html_report
+from segjax.report.response_log import AnnotatedResponse, Segment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks import browser
@@ -177,3 +178,12 @@ def test_a_phone_needs_no_horizontal_scroll(tab, report, dark):
     choose(tab, control, value)
     tab.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     assert tab.run('document.documentElement.scrollWidth') <= 375
+
+
+def test_texts_outside_training_show_the_normalised_score(tab, tmp_path):
+  segment = Segment('a b', ['a', ' b'], [0.5, 0.25], score=3.0, normalized_score=-1.25)
+  html_report.write_responses(tmp_path / 'r.html', 'r', [AnnotatedResponse([], 'a b', [segment])])
+  tab.open(tmp_path / 'r.html')
+  assert tab.run("document.querySelector('#list .value').textContent") == '−1.25'
+  assert tab.run("document.getElementById('colour').value") == 'normalised score'
+  assert tab.run("document.getElementById('shown-number').textContent") == 'normalised score'

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from segjax.report.segment_table import format_segments
+from segjax.report.response_log import AnnotatedResponse, Segment
+from segjax.report.segment_table import format_segments, print_segments
 
 WORDS = ('the', 'cat', 'sat', 'down')
 
@@ -21,3 +22,16 @@ def test_one_line_per_segment_with_the_sum_of_its_rewards():
 
 def test_empty_response_has_no_line():
   assert format_segments(np.zeros(0, int), np.zeros(0, int), np.zeros(0), _decode) == []
+
+
+def test_table_shows_the_numbers_there_are_and_no_control_characters(capsys):
+  first = Segment('a\x1b[31m', ['a\x1b[31m'], [0.5], score=1.0, normalized_score=-0.25)
+  second = Segment(' b', [' b'], [None], score=None, normalized_score=None)
+  print_segments(AnnotatedResponse([], 'a b', [first, second]))
+  assert capsys.readouterr().out.splitlines() == [
+    'segment    tokens  entropy   score  normalised score',
+    '────────────────────────────────────────────────────',
+    'a\\x1b[31m       1     0.50  +1.000            -0.250',
+    'b               1        –       –                 –',
+    '',
+  ]
