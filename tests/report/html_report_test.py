@@ -155,3 +155,11 @@ def test_warnings_are_those_of_the_console(tmp_path):
   skipped, clipped = summary.warnings(tmp_path, ['ppo'])
   assert skipped == 'ppo: updates were skipped in 1 step(s), last in step 4'
   assert clipped.startswith('ppo, step 3: 60% of the tokens are clipped')
+
+
+def test_seconds_by_part_include_the_time_between_steps(tmp_path):
+  parts = {f'timing/{part}': 0.5 for part in charts.TIMING}
+  assert 'timing/between_steps' in parts
+  write_lines(tmp_path / 'ppo' / 'metrics.jsonl', [{'step': 0, 'timing/step': 2.5} | parts])
+  (chart,) = charts.stage_charts(tmp_path / 'ppo').main
+  assert (chart.title, chart.last) == ('Seconds per step by part', '2.500 s')
