@@ -25,11 +25,12 @@ from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.evaluation import annotate
-from segjax.evaluation.annotate import Annotated, Annotator
+from segjax.evaluation.annotate import Annotator
 from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import make_mesh
+from segjax.report.response_log import AnnotatedResponse
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 from segjax.train.segmenter import make_segmenter
@@ -148,7 +149,7 @@ class _Model:
       )
     return messages
 
-  def _annotated(self, reader: Annotator, texts: Sequence[Text]) -> list[Annotated]:
+  def _annotated(self, reader: Annotator, texts: Sequence[Text]) -> list[AnnotatedResponse]:
     found = self._texts(texts)
     return list(annotate.annotate(self.stage, reader, found, _batch(self.stage.mesh, len(found))))
 
@@ -218,7 +219,7 @@ class Policy(_Model):
         found.append(Read(tokens, *([float(v) for v in x[row, span]] for x in arrays)))
     return found
 
-  def segment(self, texts: Sequence[Text], **how: Any) -> list[Annotated]:
+  def segment(self, texts: Sequence[Text], **how: Any) -> list[AnnotatedResponse]:
     """Each text cut where this model is unsure what comes next, with its tokens' entropies.
 
     Args:
@@ -257,7 +258,7 @@ class Policy(_Model):
 class RewardModel(_Model):
   """A segment reward model with the model that cuts for it. Made by `load_reward_model`."""
 
-  def score(self, texts: Sequence[Text]) -> list[Annotated]:
+  def score(self, texts: Sequence[Text]) -> list[AnnotatedResponse]:
     """The segments of each text: `score` as it comes from the network, `reward` normalised.
 
     `reward` is None where segment_reward.json has no normaliser.

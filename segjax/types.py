@@ -7,9 +7,9 @@ Shape letters, the same everywhere:
   where a docstring says so)   V vocabulary   D model width   H query heads   K key/value heads
   L layers
 
-Alignment, the same everywhere: `logprob[t]` and `entropy[t]` belong to the distribution that token
-t was drawn FROM (the hidden state of token t-1); `value[t]` is read at that same state; `score[t]`
-is the reward model read AT token t.
+Alignment, the same everywhere: `logprob[t]` and `ref_entropy[t]` belong to the distribution that
+token t was drawn FROM (the hidden state of token t-1); `value[t]` is read at that same state;
+`score[t]` is the reward model read AT token t.
 """
 
 import dataclasses
@@ -117,14 +117,14 @@ class Sequences:
     ids: token ids; the padding may be any valid id.
     response_mask: True on the response tokens, stop token included.
     finished: True where the response's last token is a stop token.
-    entropy: of the distribution each token was drawn from under the reference, in nats, where it
-      is known beforehand.
+    ref_entropy: entropy of the reference's distribution that each token was drawn from, in nats,
+      where it was computed beforehand.
   """
 
   ids: Int[Array, 'B S']
   response_mask: Bool[Array, 'B S']
   finished: Bool[Array, 'B']
-  entropy: Float[Array, 'B S'] | None = None
+  ref_entropy: Float[Array, 'B S'] | None = None
 
 
 @_pytree
@@ -174,7 +174,7 @@ class Experience:
 
   rollout: Rollout
   ref_logprob: Float[Array, 'B T']
-  entropy: Float[Array, 'B T']
+  ref_entropy: Float[Array, 'B T']
   score: Float[Array, 'B T']
   value: Float[Array, 'B T']
   segments: Segments

@@ -29,7 +29,6 @@ WINGS = (
 STILL_BELOW = {
   'segjax.evaluation.annotate',
   'segjax.evaluation.span_auc',
-  'segjax.train.throughput',
 }
 MODULES = {
   '.'.join(('segjax', *path.relative_to(PACKAGE).with_suffix('').parts)): path

@@ -13,7 +13,7 @@ from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.report.console import track
 from segjax.run.stage import Stage
-from segjax.train.reward_step import SegmentScorer, segment_rewards
+from segjax.train.reward_scoring import SegmentScorer, segment_rewards
 from segjax.types import Normalizer, Sequences
 
 _ROUND = 8  # the rows' length is rounded up to a multiple of this

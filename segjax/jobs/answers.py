@@ -20,7 +20,7 @@ from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
-from segjax.train.rollout import rollout
+from segjax.train.rollout import RolloutSampler, rollout
 
 DIRECTORY = 'answers'  # in the stage's own
 
@@ -139,19 +139,11 @@ def _sample(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(ids, mask, whether finished) of one batch, on the host."""
   stage, batch = speaker.stage, prompts.gather(rows, np.asarray)
-  made = rollout(
-    speaker.params,
-    batch.prompt_ids,
-    batch.prompt_length,
-    stage.key(f'turn {turn}'),
-    config=speaker.network,
-    settings=settings,
-    stop_ids=speaker.tokenizer.stop_ids,
-    mesh=stage.mesh,
-    index=prompts.row[rows],
-    say=stage.log,
+  sampler = RolloutSampler(
+    speaker.network, settings, speaker.tokenizer.stop_ids, stage.mesh, log=stage.log
   )
-  return processes.to_host((made.response_ids, made.response_mask, made.finished))
+  responses = rollout(speaker.params, batch, stage.key(f'turn {turn}'), sampler, prompts.row[rows])
+  return responses.response_ids, responses.response_mask, responses.finished
 
 
 def _written(directory: Path) -> float:

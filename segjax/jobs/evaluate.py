@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.settings import Evaluate
-from segjax.data.batches import Prompts, eval_batches
+from segjax.data.batches import eval_batches
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation import repetition
@@ -24,10 +24,9 @@ from segjax.report.segment_table import format_segments
 from segjax.rl.segmentation import content_mask
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
-from segjax.train.compat import apply_rollout_compat
-from segjax.train.custom_reward import load_function
-from segjax.train.experience import make_experience, score
-from segjax.train.rollout import rollout
+from segjax.train.collect import Collector
+from segjax.train.custom_reward import load_custom_reward, load_function
+from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
 from segjax.types import Experience
 
@@ -66,11 +65,28 @@ def run(stage: Stage) -> dict[str, Any]:
   prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
-  normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
+  collector = Collector(
+    prompts,
+    RolloutSampler(recipe.policy, s.rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
+    recipe,
+    jax.tree.map(jnp.float32, meaning.normalizer),
+    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+  )
 
   def sample(name: str) -> EvaluatedResponses:
-    trees = params | {'policy': params[name]}
-    return _judge(_sample(stage, trees, recipe, prompts, tokenizer, normalizer, name), gold)
+    def batches(count):
+      size = s.evaluate.batch_size
+      return track(stage.name, eval_batches(count, size), -(-count // size), name)
+
+    responses = sample_responses(
+      collector,
+      params | {'policy': params[name]},
+      stage.key('samples'),
+      s.evaluate,
+      batches,
+      tokenizer.decode,
+    )
+    return _with_gold(responses, gold)
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: _figures(one) for name, one in sampled.items()}
@@ -104,50 +120,54 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
   return tuple(load_function(path, key) if path else None for key, path in named.items())
 
 
-def _sample(stage, params, recipe, prompts: Prompts, tokenizer: ChatTokenizer, normalizer, name):
-  """Responses of params['policy'] to every prompt, scored; on the host, padding rows removed."""
-  s = stage.settings
-  repeated = np.repeat(np.arange(len(prompts)), s.evaluate.samples_per_prompt)
-  size, parts = s.evaluate.batch_size, []
-  rule = models.make_reward_fn(s.reward_shaping.reward_fn, prompts, tokenizer, stage.to_device)
-  whole = jax.jit(functools.partial(sequence_scores, segmentation=recipe.cutter.segmentation))
-  batches = track(stage.name, eval_batches(len(repeated), size), -(-len(repeated) // size), name)
-  for number, (rows, real) in enumerate(batches):
-    batch = prompts.gather(repeated[rows], np.asarray)
-    found = rollout(
-      params['policy'],
-      batch.prompt_ids,
-      batch.prompt_length,
-      stage.key('samples'),
-      config=recipe.policy,
-      settings=s.rollout,
-      stop_ids=tokenizer.stop_ids,
-      mesh=stage.mesh,
-      index=number * size + np.arange(len(rows)),
-      say=stage.log,
+def sample_responses(
+  collector: Collector,
+  params: dict[str, Any],
+  key: jax.Array,
+  settings: Evaluate,
+  batches: Callable[[int], Iterable[tuple[np.ndarray, int]]],
+  decode: Callable[[Any], str],
+) -> EvaluatedResponses:
+  """Samples `settings.samples_per_prompt` responses of params['policy'] to every prompt.
+
+  Args:
+    collector: prompts, sampling and scoring; its KL coefficient is that of its recipe.
+    params: parameters by name.
+    key: the same for each model, so that equal models give equal responses.
+    settings: config.evaluate.
+    batches: (number of rows) -> `eval_batches`.
+    decode: maps token ids to text, without special tokens.
+
+  Returns:
+    The responses, on the host, in the order of the prompts.
+  """
+  prompts, recipe = collector.prompts, collector.recipe
+  repeated = np.repeat(np.arange(len(prompts)), settings.samples_per_prompt)
+  sequence_score = jax.jit(
+    functools.partial(sequence_scores, segmentation=recipe.cutter.segmentation)
+  )
+  parts = []
+  for number, (rows, real) in enumerate(batches(len(repeated))):
+    index = number * settings.batch_size + np.arange(len(rows))
+    experience, *_ = collector.collect(
+      params, repeated[rows], key, jnp.float32(recipe.ppo.kl_coef), index
     )
-    found = apply_rollout_compat(found, tokenizer.stop_ids[0], s.compat)
-    scored = score(params, found, recipe=recipe)
-    coef = jnp.float32(s.ppo.kl_coef)
-    ruled = rule(found, repeated[rows])
-    experience, _ = make_experience(found, scored, normalizer, coef, ruled, recipe=recipe)
-    arrays = processes.to_host((experience, whole(experience.score, experience.segments)))
-    parts.append(jax.tree.map(lambda x, real=real: x[:real], arrays))
+    arrays = experience, sequence_score(experience.score, experience.segments)
+    parts.append(jax.tree.map(lambda x, real=real: x[:real], processes.to_host(arrays)))
   experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
-  texts = [
-    tokenizer.decode(ids[mask])
-    for ids, mask in zip(
-      experience.rollout.response_ids, experience.rollout.response_mask, strict=True
-    )
-  ]
-  asked = [prompts.messages(i)[-1]['content'] for i in repeated]
-  has_scores = recipe.reward is not None
+  rollout = experience.rollout
+  responses = zip(rollout.response_ids, rollout.response_mask, strict=True)
   return EvaluatedResponses(
-    experience, scores if has_scores else None, repeated, asked, texts, None
+    experience=experience,
+    score=scores if recipe.reward is not None else None,
+    prompt=repeated,
+    prompts=collector.prompt_texts(repeated),
+    texts=[decode(ids[mask]) for ids, mask in responses],
+    gold=None,
   )
 
 
-def _judge(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedResponses:
+def _with_gold(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedResponses:
   if gold is None:
     return sampled
   pairs = zip(sampled.prompts, sampled.texts, strict=True)

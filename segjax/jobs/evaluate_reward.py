@@ -24,8 +24,8 @@ from segjax.rl.pair_metrics import pair_metrics
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
+from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
 from segjax.train.reward_spec import RewardSpec
-from segjax.train.reward_step import SegmentScorer, evaluate_pairs
 from segjax.train.segmenter import make_segmenter
 
 

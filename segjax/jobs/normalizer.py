@@ -21,7 +21,7 @@ from segjax.rl import normalizer
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.reward_step import SegmentScorer, segment_statistics
+from segjax.train.reward_scoring import SegmentScorer, segment_statistics
 from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 

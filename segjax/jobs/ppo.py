@@ -1,6 +1,7 @@
 """PPO on dense segment rewards: rollout, scoring, advantages, clipped updates, HF export."""
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,15 +15,19 @@ from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
-from segjax.jobs.sampling import Sampler, held_out_metrics
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
-from segjax.train.experience import PPORecipe, sequence_lengths, within_bounds
+from segjax.train.collect import Collected, Collector, held_out_metrics
+from segjax.train.custom_reward import load_custom_reward
+from segjax.train.metrics import Metrics, combine_updates
 from segjax.train.optimizer import init_state
-from segjax.train.ppo_step import ppo_step
+from segjax.train.ppo_step import Minibatch, ppo_step
+from segjax.train.recipe import PPORecipe
+from segjax.train.rollout import RolloutSampler
+from segjax.train.rollout_metrics import within_bounds
 
 FIGURES = {  # of the last step: names in results, names of metrics
   'reward': 'objective/reward',
@@ -86,37 +91,68 @@ def run(stage: Stage) -> dict[str, Any]:
   trees = {'policy': states['policy'], 'critic': states['critic']} | frozen
   models.log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, meaning.normalizer)
-  kept, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
-  sampler, looker = (
-    Sampler(stage, recipe, tokenizer, some, frozen, normalizer) for some in (kept, held_out)
+  train_set, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
+  timing = StepTimer()
+  collector = Collector(
+    train_set,
+    RolloutSampler(
+      recipe.policy,
+      s.rollout,
+      tokenizer.stop_ids,
+      stage.mesh,
+      s.rollout.samples_per_prompt,
+      stage.log,
+    ),
+    recipe,
+    normalizer,
+    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+    preemption.raise_if_stop_requested,
+    timing.end,
+  )
+  eval_collector = dataclasses.replace(
+    collector, prompts=held_out, on_part=lambda name, arrays: None
   )
   gold, _ = evaluate.load_eval_functions(s.evaluate)
-  shown = models.make_response_log(stage.directory, s.report, recipe, tokenizer, kept)
-  timing = StepTimer()
+  responses = models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set)
 
   def step_fn(states, step):
     timing.begin()
     key = jax.random.fold_in(stage.key('rollout'), step)
     rows = endless_batch_indices(
-      len(kept), s.ppo.rollout_batch_size // s.rollout.samples_per_prompt, s.seed, step
+      len(train_set), s.ppo.rollout_batch_size // s.rollout.samples_per_prompt, s.seed, step
     )
     coef = states['kl']['coef']
-    experience, metrics = sampler.sample(parameters(states), rows, key, coef, timing)
-    work = throughput.ppo_step(recipe, sequence_lengths(experience.rollout))
+    collected = collector.collect(frozen | parameters(states), rows, key, coef)
+    metrics = collected.metrics
+    work = throughput.ppo_step(recipe, collected.rollout.length)
     policy_from = warmup if step >= s.critic.warmup_rollouts else None
-    sound = within_bounds(metrics, ppo=s.ppo)
-    states, updates = update(states, experience, recipe, (s.seed, step), total, policy_from, sound)
+    is_within = within_bounds(metrics, ppo=s.ppo)
+    states, updates = update(
+      states, collected, recipe, (s.seed, step), total, policy_from, is_within
+    )
     if s.ppo.kl_target:
       moved = _next_coef(coef, metrics['objective/kl'], s.ppo)
-      states['kl'] = {'coef': jnp.where(sound, moved, coef)}
+      states['kl'] = {'coef': jnp.where(is_within, moved, coef)}
     timing.end('update', states)
     metrics |= {'objective/kl_coef': coef} | updates | work
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       # The step is done: asked to stop while it is looked at, it goes without these figures.
       with contextlib.suppress(preemption.StepAbortedError):
-        metrics |= held_out_metrics(looker, parameters(states), states['kl']['coef'], gold)
+        metrics |= held_out_metrics(
+          eval_collector,
+          frozen | parameters(states),
+          stage.key('held out'),
+          states['kl']['coef'],
+          gold,
+          tokenizer.decode,
+        )
       timing.end('evaluate')
-    shown.take(step, s.ppo.max_steps, experience, np.repeat(rows, s.rollout.samples_per_prompt))
+    responses.take(
+      step,
+      s.ppo.max_steps,
+      collected.experience,
+      np.repeat(rows, s.rollout.samples_per_prompt),
+    )
     return states, metrics | timing.seconds
 
   states, last = training_loop.train(stage, states, step_fn, s.ppo.max_steps, SHOW)
@@ -164,45 +200,39 @@ def updates_per_step(ppo: PPO) -> int:
 
 def update(
   states: training_loop.TrainStates,
-  experience: Any,
+  collected: Collected,
   recipe: PPORecipe,
   seed: tuple[int, int],
   total_updates: int,
   policy_from: int | None = 0,
-  allowed: Any = True,
+  enabled: Any = True,
 ) -> tuple[training_loop.TrainStates, dict[str, Any]]:
-  """`ppo.num_ppo_epochs` passes over the rollout in shuffled minibatches; metrics are means over
-  them.
+  """Runs `ppo.num_ppo_epochs` passes over the rollout in shuffled minibatches.
 
-  `policy_from`, `total_updates` and `allowed` are those of `ppo_step`.
+  Metrics are combined over the updates: means, the largest `policy/ratio_max_deviation`, the sum
+  of `skipped_updates`. `total_updates` and `policy_from` are those of `ppo_step`, `enabled` that
+  of its minibatch.
   """
-  policy, critic, found = states['policy'], states['critic'], []
-  ppo, lengths = recipe.ppo, sequence_lengths(experience.rollout)
+  policy, critic, updates = states['policy'], states['critic'], []
+  ppo, lengths = recipe.ppo, collected.rollout.length
   for epoch in range(ppo.num_ppo_epochs):
     order = np.random.default_rng([*seed, epoch]).permutation(ppo.rollout_batch_size)
     for rows in order.reshape(-1, ppo.minibatch_size):
-      packing, fill = training_loop.plan_packing_for(ppo, lengths[rows])
+      packing, efficiency = training_loop.plan_packing_for(ppo, lengths[rows])
       policy, critic, metrics = ppo_step(
         policy,
         critic,
-        experience,
-        rows,
+        Minibatch(collected.experience, rows, packing, enabled),
         states['kl']['coef'],
-        packing,
-        allowed,
         recipe=recipe,
         total_steps=total_updates,
         policy_from=policy_from,
       )
-      found.append(metrics | fill)
-  name = 'policy/ratio_max_deviation'
-  first = {'policy/initial_ratio_deviation': found[0][name]} if name in found[0] else {}
-  return states | {'policy': policy, 'critic': critic}, _mean(found) | first
-
-
-@jax.jit
-def _mean(found: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-  return jax.tree.map(lambda *values: jnp.mean(jnp.stack(values).astype(jnp.float32)), *found)
+      updates.append(metrics.merge(Metrics(mean=efficiency)))
+  metrics = combine_updates(updates)
+  if 'policy/ratio_max_deviation' in updates[0].max:
+    metrics['policy/initial_ratio_deviation'] = updates[0].max['policy/ratio_max_deviation']
+  return states | {'policy': policy, 'critic': critic}, metrics
 
 
 def _next_coef(coef: jax.Array, measured: jax.Array, ppo: PPO) -> jax.Array:

@@ -22,8 +22,9 @@ from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
+from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
 from segjax.train.reward_spec import RewardSpec
-from segjax.train.reward_step import SegmentScorer, evaluate_pairs, reward_step
+from segjax.train.reward_step import reward_step
 from segjax.train.segmenter import make_segmenter
 
 # Of the metrics; two beside the bar, all in the card's curves.

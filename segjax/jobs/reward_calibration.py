@@ -19,9 +19,9 @@ from segjax.report.console import table, track
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 from segjax.run import inputs
 from segjax.run.stage import Stage
-from segjax.train.experience import concat_prompt_response, gather_response
-from segjax.train.reward_step import SegmentScorer
-from segjax.train.rollout import rollout
+from segjax.train.reward_scoring import SegmentScorer
+from segjax.train.rollout import RolloutSampler, rollout
+from segjax.train.scoring import concat_prompt_response, gather_response
 from segjax.types import Rollout as Responses
 
 FILE = 'calibration.json'
@@ -81,27 +81,23 @@ def sample(
   rows = np.random.default_rng(s.seed).permutation(len(prompts))[
     : s.reward.threshold_search.num_samples
   ]
-  size, found = s.reward.threshold_search.batch_size, []
+  size, parts = s.reward.threshold_search.batch_size, []
+  sampler = RolloutSampler(
+    scorer.reference,
+    RolloutSettings(max_new_tokens=s.reward.threshold_search.max_new_tokens),
+    tokenizer.stop_ids,
+    stage.mesh,
+    log=stage.log,
+  )
   batches = track(stage.name, eval_batches(len(rows), size), -(-len(rows) // size), 'calibration')
   for number, (index, real) in enumerate(batches):
     batch = prompts.gather(rows[index], np.asarray)
-    made = rollout(
-      reference,
-      batch.prompt_ids,
-      batch.prompt_length,
-      stage.key('calibration'),
-      config=scorer.reference,
-      settings=RolloutSettings(max_new_tokens=s.reward.threshold_search.max_new_tokens),
-      stop_ids=tokenizer.stop_ids,
-      mesh=stage.mesh,
-      index=number * size + np.arange(size),
-      say=stage.log,
-    )
-    entropy = _entropy(reference, made, config=scorer.reference)
-    found.append(
-      [x[:real] for x in processes.to_host((entropy, made.response_mask, made.finished))]
-    )
-  return tuple(jnp.asarray(np.concatenate(parts)) for parts in zip(*found, strict=True))
+    index = number * size + np.arange(size)
+    responses = rollout(reference, batch, stage.key('calibration'), sampler, index)
+    entropy = processes.to_host(_entropy(reference, responses.arrays, config=scorer.reference))
+    arrays = entropy, responses.response_mask, responses.finished
+    parts.append([x[:real] for x in arrays])
+  return tuple(jnp.asarray(np.concatenate(column)) for column in zip(*parts, strict=True))
 
 
 def show(points: list[dict[str, float]], threshold: float, samples: int) -> None:

@@ -20,7 +20,7 @@ from segjax.report.console import track
 from segjax.run import stage_record
 from segjax.run.stage import Stage
 from segjax.storage import atomic_file
-from segjax.train.reward_step import SegmentScorer, entropies
+from segjax.train.reward_scoring import SegmentScorer, reference_entropy
 from segjax.types import PreferenceBatch
 
 
@@ -75,7 +75,9 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
 def _both_sides(
   reference: Any, batch: PreferenceBatch, *, scorer: SegmentScorer
 ) -> tuple[Any, Any]:
-  return tuple(entropies(reference, side, scorer) for side in (batch.chosen, batch.rejected))
+  return tuple(
+    reference_entropy(reference, side, scorer) for side in (batch.chosen, batch.rejected)
+  )
 
 
 def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:

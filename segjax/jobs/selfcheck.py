@@ -23,6 +23,7 @@ from segjax.config.settings import (
   RolloutSettings,
   Segmentation,
 )
+from segjax.data.batches import PromptBatch
 from segjax.errors import UserError
 from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
@@ -31,16 +32,12 @@ from segjax.model.llama import LlamaConfig, make_config
 from segjax.report.console import table
 from segjax.rl.segmentation import GRANULARITIES
 from segjax.run.stage import Stage
-from segjax.train.experience import (
-  PPORecipe,
-  concat_prompt_response,
-  gather_response,
-  make_experience,
-  score,
-)
+from segjax.train.experience import make_experience
 from segjax.train.optimizer import init_state
-from segjax.train.ppo_step import ppo_step
-from segjax.train.rollout import rollout
+from segjax.train.ppo_step import Minibatch, ppo_step
+from segjax.train.recipe import PPORecipe
+from segjax.train.rollout import RolloutSampler, rollout
+from segjax.train.scoring import concat_prompt_response, gather_response, score
 from segjax.train.segmenter import Segmenter
 from segjax.types import Experience, Rollout
 
@@ -141,21 +138,22 @@ def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
       for seed, (name, head) in zip((0, 0, 1, 2), _HEADS.items(), strict=True)
     }
     rng = np.random.default_rng(0)
-    found = rollout(
-      params['policy'],
+    prompts = PromptBatch(
       rng.integers(8, _VOCABULARY, (_ROWS, _PROMPT)).astype(np.int32),
       rng.integers(1, _PROMPT + 1, _ROWS).astype(np.int32),
-      jax.random.key(3),
-      config=config,
-      settings=RolloutSettings(max_new_tokens=_RESPONSE),
-      stop_ids=_STOP_IDS,
-      mesh=mesh,
     )
-    scored = score(params, found, recipe=recipe)
+    settings = RolloutSettings(max_new_tokens=_RESPONSE)
+    sampler = RolloutSampler(config, settings, _STOP_IDS, mesh)
+    sampled = rollout(params['policy'], prompts, jax.random.key(3), sampler)
+    outputs = score(params, sampled.arrays, sampled.length, recipe=recipe)
     experience, metrics = make_experience(
-      found, scored, selfcheck_rewards.normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe
+      sampled.arrays,
+      outputs,
+      selfcheck_rewards.normalizer_error(),
+      jnp.float32(_PPO.kl_coef),
+      recipe=recipe,
     )
-  return Fixture(recipe, params, found, experience, jax.device_get(metrics))
+  return Fixture(recipe, params, sampled.arrays, experience, jax.device_get(metrics))
 
 
 def decoding(bench: Fixture) -> CheckResult:
@@ -244,13 +242,12 @@ def update(bench: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, An
   )
   policy, critic, metrics = ppo_step(
     *states,
-    bench.experience,
-    np.arange(_ROWS),
+    Minibatch(bench.experience, np.arange(_ROWS)),
     jnp.float32(ppo.kl_coef),
     recipe=dataclasses.replace(bench.recipe, ppo=ppo),
     total_steps=10,
   )
-  return policy.params, critic.params, jax.device_get(metrics)
+  return policy.params, critic.params, jax.device_get(metrics.flat())
 
 
 @functools.partial(jax.jit, static_argnames='config')

@@ -14,7 +14,9 @@ from segjax.model.llama import make_config
 from segjax.rl import oracle
 from segjax.rl.rewards import SPREADS
 from segjax.train.custom_reward import token_rewards
-from segjax.train.experience import ModelOutputs, PPORecipe, make_experience
+from segjax.train.experience import make_experience
+from segjax.train.recipe import PPORecipe
+from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter
 from segjax.types import Normalizer, Rollout
 
@@ -91,7 +93,7 @@ def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
   logprob, ref_logprob, _, score_, values, _ = (np.asarray(x).tolist() for x in scored)
   # The oracle reads the entropy of the NEXT token at each one.
-  after = np.pad(np.asarray(scored.entropy)[:, 1:], ((0, 0), (0, 1))).tolist()
+  after = np.pad(np.asarray(scored.ref_entropy)[:, 1:], ((0, 0), (0, 1))).tolist()
   floor = shaping.std_floor_ratio * fitted[3]
   rows, advantages = [], []
   for b in range(_ROWS):

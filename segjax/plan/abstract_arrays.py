@@ -16,8 +16,8 @@ from segjax.config.settings import PPO, SFT, Optimizer, RewardTraining, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.run.training_loop import plan_packing_for
-from segjax.train.experience import ModelOutputs
 from segjax.train.optimizer import init_state
+from segjax.train.scoring import ModelOutputs
 from segjax.types import Experience, PackingPlan, PreferenceBatch, Rollout, Segments, Sequences
 
 
@@ -97,7 +97,7 @@ def experience(size: int, prompt: int, response: int) -> Experience:
   """What PPO learns from, of so many responses."""
   sampled = rollout(size, prompt, response)
   mask, tokens = sampled.response_mask, sampled.response_ids
-  names = ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_')
+  names = ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_')
   return Experience(
     rollout=sampled,
     **dict.fromkeys(names, sampled.old_logprob),

@@ -20,10 +20,13 @@ from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
 from segjax.run.models import apply_runtime
 from segjax.train import rollout as rollouts
-from segjax.train.experience import PPORecipe, make_experience, score_chunk
-from segjax.train.ppo_step import critic_step, policy_step
+from segjax.train.experience import make_experience
+from segjax.train.ppo_step import Minibatch, critic_step, policy_step
+from segjax.train.recipe import PPORecipe
+from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
 from segjax.train.reward_spec import override
-from segjax.train.reward_step import SegmentScorer, evaluate_pairs, reward_step
+from segjax.train.reward_step import reward_step
+from segjax.train.scoring import score_chunk
 from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
@@ -174,11 +177,12 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
   )
   rows = jax.ShapeDtypeStruct((ppo.minibatch_size,), jnp.int32, sharding=sharding.replicated(mesh))
   packing = abstract_arrays.packing(ppo, ppo.minibatch_size, mesh)
+  enabled = jax.ShapeDtypeStruct((), jnp.bool, sharding=sharding.replicated(mesh))
   static = {'recipe': recipe, 'total_steps': 100}
   alive = (*states, *waiting, 'experience')
   for name, step, more in (('policy', policy_step, (coef,)), ('critic', critic_step, ())):
     state = f'{name} state'
-    arguments = (held[state], experience, rows, *more, packing)
+    arguments = (held[state], Minibatch(experience, rows, packing, enabled), *more)
     phases.append(Phase(f'{name} update', step, arguments, static, alive, (state, 'experience')))
   held['critic parameters'] = held['critic state'].params
   return JobPrograms(held, phases, networks)

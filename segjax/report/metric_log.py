@@ -20,9 +20,9 @@ from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.timing import compiles
 from segjax.storage import read_json_lines, truncate_json_lines
+from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
-TOKENS, FLOPS = 'perf/tokens', 'perf/flops'  # of a step; inputs of the rates, not logged
 
 _MAY_BE_EMPTY = 'reward/by_position/'  # NaN where no segment is in that tenth: not logged
 _Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds

@@ -18,7 +18,7 @@ from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.storage import truncate_json_lines
-from segjax.train.experience import take_rows
+from segjax.train.scoring import take_rows
 from segjax.types import Experience
 
 RESPONSES_FILE = 'samples.jsonl'
@@ -168,7 +168,7 @@ def segments_from_experience(
   mask = np.asarray(rollout.response_mask[row], bool)
   ids = np.asarray(rollout.response_ids[row])[mask].tolist()
   segment_ids = experience.segments.segment_id
-  arrays = (experience.entropy, experience.score, experience.reward, segment_ids)
+  arrays = (experience.ref_entropy, experience.score, experience.reward, segment_ids)
   entropy, score, reward, segment_id = (np.asarray(x[row])[mask] for x in arrays)
   difference = np.asarray(rollout.old_logprob[row] - experience.ref_logprob[row])[mask]
   totals = {

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from segjax import processes
 from segjax.config.conflicts import check_redistribution
 from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_spread
@@ -23,11 +21,10 @@ from segjax.model.llama import LlamaConfig
 from segjax.report.response_log import ResponseLog
 from segjax.run.inputs import resolve_checkpoint
 from segjax.train import reward_spec
-from segjax.train.custom_reward import load_function, token_rewards
-from segjax.train.experience import PPORecipe
+from segjax.train.recipe import PPORecipe
 from segjax.train.reward_spec import RewardSpec
 from segjax.train.segmenter import make_segmenter
-from segjax.types import Normalizer, Rollout
+from segjax.types import Normalizer
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
 
@@ -217,28 +214,3 @@ def make_response_log(
     has_score=recipe.reward is not None,
     threshold=recipe.cutter.threshold,
   )
-
-
-def make_reward_fn(
-  path: str,
-  prompts: Prompts,
-  tokenizer: ChatTokenizer,
-  to_device: Callable[[np.ndarray], jax.Array],
-) -> Callable[[Rollout, np.ndarray], jax.Array | None]:
-  """Returns the user's reward: (rollout, its rows of `prompts`) -> rewards per token [B, T].
-
-  The rewards are None if `path` is empty. A function reads text, so it waits for the rollout.
-
-  Args:
-    path: config.reward_shaping.reward_fn, 'module:function'.
-  """
-  if not path:
-    return lambda rollout, rows: None
-  function = load_function(path, 'reward_shaping.reward_fn')
-
-  def reward_fn(rollout: Rollout, rows: np.ndarray) -> jax.Array:
-    ids, mask = processes.to_host((rollout.response_ids, rollout.response_mask))
-    texts = [prompts.messages(row)[-1]['content'] for row in rows]
-    return to_device(token_rewards(function, texts, ids, mask, tokenizer.decode))
-
-  return reward_fn

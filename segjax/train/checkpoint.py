@@ -18,7 +18,7 @@ from jaxtyping import Array, UInt
 
 from segjax import processes
 from segjax.errors import UserError, first_line
-from segjax.train.state import TrainState
+from segjax.train.optimizer import TrainState
 
 TrainStates = dict[str, Any]  # TrainStates by name, and what else a step carries on
 

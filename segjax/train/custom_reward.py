@@ -1,6 +1,6 @@
-"""A user's rule or process reward: loaded by name, called per response, placed on its tokens.
+"""A custom reward: a user's function, called per response, its result assigned to tokens.
 
-Not here: the mixing with the reward model.
+Mixing with the reward model is not here.
 """
 
 import bisect
@@ -21,16 +21,19 @@ from segjax.errors import UserError
 
 _LARGEST = float(np.finfo(np.float32).max)
 
+# (prompts, response_ids [B, T], response_mask [B, T]) -> reward of each token [B, T].
+CustomReward = Callable[[Sequence[str], np.ndarray, np.ndarray], np.ndarray]
+
 
 def load_function(path: str, key: str) -> Callable[..., Any]:
-  """The function that 'module:function' names.
+  """Imports the function named by 'module:function'.
 
   Args:
-    path: what config.`key` says.
-    key: for the error.
+    path: value of config.`key`.
+    key: the config key, for the error.
 
   Raises:
-    ValueError: it cannot be imported, or is no function.
+    UserError: it cannot be imported, or is not callable.
   """
   module, _, name = path.partition(':')
   try:
@@ -46,6 +49,22 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
   return function
 
 
+def load_custom_reward(path: str, decode: Callable[[Any], str]) -> CustomReward | None:
+  """Loads config.reward_shaping.reward_fn; None where `path` is empty.
+
+  Args:
+    path: 'module:function'.
+    decode: maps token ids to text, without special tokens.
+
+  Raises:
+    UserError: the function cannot be loaded.
+  """
+  if not path:
+    return None
+  function = load_function(path, 'reward_shaping.reward_fn')
+  return functools.partial(token_rewards, function, decode=decode)
+
+
 def token_rewards(
   function: Callable[..., Any],
   prompts: Sequence[str],
@@ -53,45 +72,46 @@ def token_rewards(
   response_mask: Bool[np.ndarray, 'B T'],
   decode: Callable[[Any], str],
 ) -> Float32[np.ndarray, 'B T']:
-  """What `function` gives each response, token by token, and 0 outside the responses.
+  """Calls `function` for each response; returns its rewards token by token, 0 elsewhere.
 
-  It is called with (prompt, response), the response's text without special tokens, and with
-  `tokens=[text of each token]` too if it has a parameter of that name. It may return
+  It is called with (prompt, response), the response's text without special tokens, and also with
+  `tokens=[text of each token]` if it has a parameter of that name. It may return
 
-    a number               the reward of the whole: at the response's last token;
+    a number               reward of the response, assigned to its last token;
     [number, ...]          one per token, the stop token included;
-    [(end, number), ...]   earned by the text up to the character `end`, from 1 to len(response): at
-                           the token that completes response[:end]; several at one token add up.
+    [(end, number), ...]   earned by the text up to character `end`, from 1 to len(response), and
+                           assigned to the token that completes response[:end]; rewards at the
+                           same token add up.
 
-  An empty list is no reward. An empty response has none either, and is not asked about.
+  An empty list is no reward. The function is not called for an empty response, whose reward is 0.
 
   Args:
-    function: the user's.
-    prompts: one text for each row, handed through.
+    function: the user's function.
+    prompts: text of each row's prompt, passed through.
     response_ids: tokens of the responses.
     response_mask: True on the response, stop token included.
-    decode: token ids to text, special tokens left out.
+    decode: maps token ids to text, without special tokens.
 
   Raises:
-    ValueError: something else was returned, or a number that float32 cannot hold; names the
-      function and the prompt. What the function itself raises goes through, with a note of both.
+    UserError: the function returned something else, or a number that float32 cannot hold; names
+      the function and the prompt. Errors of the function itself pass through, with a note of both.
   """
   rewards = np.zeros(response_ids.shape, np.float32)
-  is_shown_tokens = _has_parameter(function, 'tokens')
+  takes_tokens = _has_parameter(function, 'tokens')
   text_of = functools.cache(lambda token: decode([token]))
   for row, (prompt, ids, mask) in enumerate(zip(prompts, response_ids, response_mask, strict=True)):
-    at = np.flatnonzero(mask)
-    if not at.size:
+    positions = np.flatnonzero(mask)
+    if not positions.size:
       continue
-    where = f'{_name(function)} on the prompt {excerpt(prompt)}'
-    text = decode(ids[at])
-    more = {'tokens': [text_of(int(i)) for i in ids[at]]} if is_shown_tokens else {}
+    call = f'{_name(function)} on the prompt {excerpt(prompt)}'
+    text = decode(ids[positions])
+    extra = {'tokens': [text_of(int(i)) for i in ids[positions]]} if takes_tokens else {}
     try:
-      found = function(prompt, text, **more)
+      returned = function(prompt, text, **extra)
     except Exception as error:
-      error.add_note(f'raised by {where}')
+      error.add_note(f'raised by {call}')
       raise
-    rewards[row, at] = _placed(found, text, ids[at], decode, where)
+    rewards[row, positions] = _assign(returned, text, ids[positions], decode, call)
   return rewards
 
 
@@ -102,30 +122,32 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
     return False
 
 
-def _placed(found: Any, text: str, ids: np.ndarray, decode, where: str) -> np.ndarray:
-  """What a function returned, as a reward for each of the tokens `ids`."""
+def _assign(
+  returned: Any, text: str, ids: np.ndarray, decode: Callable[[Any], str], call: str
+) -> np.ndarray:
+  """Returns the value of the user's function as a reward for each of the tokens `ids`."""
   rewards = np.zeros(len(ids))
-  if isinstance(found, np.ndarray):
-    found = found.tolist()
-  if not isinstance(found, list | tuple):
-    rewards[-1] = _number(found, where)
-  elif any(isinstance(item, list | tuple) for item in found):
+  if isinstance(returned, np.ndarray):
+    returned = returned.tolist()
+  if not isinstance(returned, list | tuple):
+    rewards[-1] = _number(returned, call)
+  elif any(isinstance(item, list | tuple) for item in returned):
     prefix = functools.cache(lambda count: decode(ids[:count]))
-    for item in found:
-      end, value = _pair(item, text, where)
+    for item in returned:
+      end, value = _pair(item, text, call)
       rewards[_completing(end, text, len(ids), prefix)] += value
-  elif len(found) == len(ids):
-    rewards[:] = [_number(value, where) for value in found]
-  elif found:
+  elif len(returned) == len(ids):
+    rewards[:] = [_number(value, call) for value in returned]
+  elif returned:
     raise UserError(
-      f'{where} returned {len(found)} numbers for {len(ids)} tokens; return one for each (the stop '
-      'token counts), or pairs of (end, number).'
+      f'{call} returned {len(returned)} numbers for {len(ids)} tokens; return one for each (the '
+      'stop token counts), or pairs of (end, number).'
     )
   return rewards
 
 
 def _completing(end: int, text: str, count: int, prefix: Callable[[int], str]) -> int:
-  """The first token after which text[:end] is complete; half a character does not count."""
+  """Returns the first token after which text[:end] is complete, to its last character."""
   # decode writes the bytes of an unfinished character as a character of its own, so that texts are
   # compared, not their lengths.
   return bisect.bisect_left(
@@ -133,27 +155,27 @@ def _completing(end: int, text: str, count: int, prefix: Callable[[int], str]) -
   )
 
 
-def _pair(item: Any, text: str, where: str) -> tuple[int, float]:
+def _pair(item: Any, text: str, call: str) -> tuple[int, float]:
   if not isinstance(item, list | tuple) or len(item) != 2:
-    raise UserError(f'{where} returned {excerpt(item)} among pairs of (end, number).')
+    raise UserError(f'{call} returned {excerpt(item)} among pairs of (end, number).')
   end, value = item
-  is_whole = isinstance(end, numbers.Integral) and not isinstance(end, bool)
-  if not is_whole or not 1 <= end <= len(text):
+  is_integer = isinstance(end, numbers.Integral) and not isinstance(end, bool)
+  if not is_integer or not 1 <= end <= len(text):
     raise UserError(
-      f'{where} returned the pair {excerpt(item)}; its first must be a whole number from 1 to '
-      f'{len(text)}, as many characters as the response has.'
+      f'{call} returned the pair {excerpt(item)}; its first must be an integer from 1 to '
+      f'{len(text)}, the number of characters of the response.'
     )
-  return int(end), _number(value, where)
+  return int(end), _number(value, call)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, call: str) -> float:
   try:
     number = float(value) if isinstance(value, numbers.Real | np.bool_) else math.nan
   except OverflowError:
     number = math.inf
   if not abs(number) <= _LARGEST:
     raise UserError(
-      f'{where} returned {excerpt(value)}; return a finite number, a list of one per token, or a '
+      f'{call} returned {excerpt(value)}; return a finite number, a list of one per token, or a '
       'list of (end, number).'
     )
   return number

@@ -1,5 +1,9 @@
-"""AdamW under the recipe's schedule, and one guarded update. Knows nothing of losses."""
+"""AdamW with warm-up and cosine decay, training states, and one guarded update.
 
+The losses are not here.
+"""
+
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,11 +14,30 @@ from jaxtyping import Array, Float
 from segjax.config.settings import Optimizer
 from segjax.model import sharding
 from segjax.rl.schedules import warmup_cosine
-from segjax.train.state import TrainState
+from segjax.train.metrics import Metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """The state that a training step updates.
+
+  The fields are untyped because jax rebuilds the tree with shapes, shardings and host arrays in
+  place of the arrays.
+
+  Attributes:
+    step: updates done, an integer scalar.
+    params: the parameters.
+    opt_state: the optimizer's state.
+  """
+
+  step: Any
+  params: Any
+  opt_state: Any
 
 
 def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTransformation:
-  """Clip by global norm, then AdamW; the learning rate is `warmup_cosine` of the update count."""
+  """Returns clipping by global norm, then AdamW with the learning rate of `warmup_cosine`."""
 
   def schedule(count):
     return warmup_cosine(
@@ -41,7 +64,7 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
 def _with_moments_dtype(
   dtype: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """`inner`, computed in float32, its state kept in `dtype`."""
+  """Returns `inner`, computed in float32, with its state stored in `dtype`."""
   if dtype == 'float32':
     return inner
 
@@ -53,21 +76,21 @@ def _with_moments_dtype(
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-  """The floating-point arrays of the tree in `dtype`."""
+  """Returns the tree with its floating-point arrays in `dtype`."""
   return jax.tree.map(
     lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
   )
 
 
-def _widened(tree: Any) -> Any:
-  """In at least float32."""
+def _widen(tree: Any) -> Any:
+  """Returns the tree in at least float32."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _rounded(tree: Any, like: Any, step: Array) -> Any:
-  """The tree in the dtypes of `like`; bfloat16 at random, up with the share of a gap that is left.
+def _round_like(tree: Any, like: Any, step: Array) -> Any:
+  """Rounds the tree to the dtypes of `like`; to bfloat16 stochastically.
 
-  E[rounded] = x: steps far below a gap between bfloat16 numbers (2^-8 of the weight) still add up.
+  E[rounded] = x, so updates below one bfloat16 ulp (2^-8 of the weight) still accumulate.
   """
   leaves, treedef = jax.tree.flatten(tree)
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
@@ -79,10 +102,10 @@ def _rounded(tree: Any, like: Any, step: Array) -> Any:
 
 
 def stochastic_round(key: Array, x: Float[Array, '*n']) -> Float[Array, '*n']:
-  """x in bfloat16: one of its two neighbours there, with probabilities that make the mean x.
+  """Rounds x to one of its two bfloat16 neighbours, with probabilities that make the mean x.
 
   bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, which is then
-  cut off. Not finite stays so.
+  truncated. Infinities and NaN are kept.
   """
   x = x.astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -92,15 +115,15 @@ def stochastic_round(key: Array, x: Float[Array, '*n']) -> Float[Array, '*n']:
 
 
 def warmup_steps(settings: Optimizer, total_steps: int) -> int:
-  """ceil(warmup_ratio · total_steps)."""
+  """Returns ceil(warmup_ratio · total_steps)."""
   return -int(-settings.warmup_ratio * total_steps // 1)
 
 
 def init_state(params: Any, settings: Optimizer, total_steps: int) -> TrainState:
-  """Step 0 with fresh moments, laid out like the parameters they belong to."""
+  """Returns the state at step 0, with fresh moments laid out like their parameters."""
 
   def init(params):
-    return sharding.constrain_tree(make_optimizer(settings, total_steps).init(_widened(params)))
+    return sharding.constrain_tree(make_optimizer(settings, total_steps).init(_widen(params)))
 
   return TrainState(jnp.int32(0), params, jax.jit(init)(params))
 
@@ -111,24 +134,34 @@ def apply_update(
   loss: Array,
   settings: Optimizer,
   total_steps: int,
-  allowed: Any = True,
-) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step; the old state is kept where it is not allowed, or would do harm.
+  enabled: Any = True,
+) -> tuple[TrainState, Metrics]:
+  """Applies one optimizer step, or keeps the old state where the step would corrupt it.
 
-  It does harm where the loss, or the norm of gradient or updated weights, is not finite. The metric
-  `bad` is 1 for a step left out: weights, moments, step count and with it the schedule are as
-  before it. The state is donated and metrics are read a step late, so a bad update must never leave
-  the jitted step.
+  A step is skipped where it is not enabled, or where the loss or the norm of the gradient or of
+  the updated weights is not finite. Then `skipped_updates` is 1, and weights, moments, step count
+  and with it the schedule stay as they were.
+
+  Args:
+    state: the state to update.
+    grads: gradient of the loss by `state.params`.
+    loss: the loss.
+    settings: the optimizer's hyperparameters.
+    total_steps: updates in the whole run, for the schedule.
+    enabled: whether to learn from this batch; may be an array.
   """
   optimizer = make_optimizer(settings, total_steps)
-  grads, params = _widened(grads), _widened(state.params)
+  grads, params = _widen(grads), _widen(state.params)
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, params)
   params = optax.apply_updates(params, updates)
   weight_norm = optax.tree.norm(params)
-  good = allowed & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
-  params = _rounded(params, state.params, state.step)
+  # The state is donated and metrics are read a step late: the decision must be made in the step.
+  good = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
+  params = _round_like(params, state.params, state.step)
   updated = TrainState(state.step + 1, params, opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
-  metrics = {'grad_norm': grad_norm, 'weight_norm': weight_norm}
-  return sharding.constrain_tree(state), metrics | {'skipped_updates': 1 - good.astype(jnp.int32)}
+  return sharding.constrain_tree(state), Metrics(
+    mean={'grad_norm': grad_norm, 'weight_norm': weight_norm},
+    sum={'skipped_updates': 1 - good.astype(jnp.int32)},
+  )

@@ -1,12 +1,12 @@
 """The PPO update: clipped policy and value losses on one minibatch of a rollout."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, ScalarLike
+from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.model.heads import token_logprobs, values
 from segjax.model.llama import LlamaConfig
@@ -14,18 +14,33 @@ from segjax.model.packed import run_packed
 from segjax.rl import kl
 from segjax.rl.losses import batch_mean, num_terms, policy_loss, value_loss
 from segjax.train import gradient_accumulation
-from segjax.train.experience import (
-  PPORecipe,
+from segjax.train.gradient_accumulation import LossAndMetrics
+from segjax.train.metrics import Metrics
+from segjax.train.optimizer import TrainState, apply_update
+from segjax.train.recipe import PPORecipe
+from segjax.train.scoring import (
   attention_segment_ids,
   concat_prompt_response,
   gather_response,
   take_rows,
 )
-from segjax.train.optimizer import apply_update
-from segjax.train.state import TrainState
 from segjax.types import Experience, PackingPlan, PackingSlots, Rollout
 
-LossAndMetrics = tuple[Array, dict[str, Array]]  # a loss and its metrics
+
+class Minibatch(NamedTuple):
+  """The part of an experience that one update learns from.
+
+  Attributes:
+    experience: of the whole rollout.
+    rows: the rows of the minibatch, in axis 0 of `experience`.
+    packing: how the minibatch is packed; None for one row per sequence.
+    enabled: whether the rollout may be learned from; else the states stay as they are.
+  """
+
+  experience: Experience
+  rows: Any  # int[N], on the host or on the devices
+  packing: PackingPlan | None = None
+  enabled: Bool[Array, ''] | bool = True
 
 
 def policy_objective(
@@ -37,16 +52,19 @@ def policy_objective(
   recipe: PPORecipe,
   places: PackingSlots | None = None,
 ) -> LossAndMetrics:
-  """The clipped surrogate, less the entropy bonus, plus the KL penalty where it is in the loss.
+  """Computes the clipped surrogate, less the entropy bonus, plus the KL penalty if in the loss.
 
   Args:
-    count: `num_terms` of the whole minibatch of which `batch` may be a part.
-    kl_coef: the coefficient of the KL, for ppo.kl_placement=loss.
-    places: of the sequences in packed rows.
+    params: parameters of the policy.
+    batch: rows of the minibatch.
+    count: `num_terms` of the whole minibatch, of which `batch` may be a part.
+    kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
+    recipe: network and loss.
+    places: where the sequences lie in packed rows.
   """
   ppo, rollout = recipe.ppo, batch.rollout
-  mask = _real(rollout.response_mask, places)
-  logprob, entropy = _run_model(token_logprobs, params, rollout, recipe.policy, places)
+  mask = _without_empty_slots(rollout.response_mask, places)
+  logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, places)
   mean = functools.partial(batch_mean, mask=mask, mean=ppo.loss_aggregation, count=count)
   loss, metrics = policy_loss(
     logprob,
@@ -59,27 +77,34 @@ def policy_objective(
     mean=ppo.loss_aggregation,
     count=count,
   )
-  metrics['entropy'] = mean(entropy)
+  maxima = {'ratio_max_deviation': metrics.pop('ratio_max_deviation')}
+  metrics['entropy'] = mean(policy_entropy)
   if ppo.entropy_coef:
     loss = loss - ppo.entropy_coef * metrics['entropy']
   if ppo.kl_placement == 'loss':
-    # Masked first: garbage under the mask could overflow.
-    difference = jnp.where(mask, logprob, 0), jnp.where(mask, batch.ref_logprob, 0)
-    metrics['kl'] = mean(kl.ESTIMATORS[ppo.kl_estimator](*difference))
+    # Masked before the exponential of the estimator, where values under the mask could overflow.
+    logprobs = jnp.where(mask, logprob, 0), jnp.where(mask, batch.ref_logprob, 0)
+    metrics['kl'] = mean(kl.ESTIMATORS[ppo.kl_estimator](*logprobs))
     loss = loss + kl_coef * metrics['kl']
-  return loss, {'loss': loss} | metrics
+  return loss, Metrics(mean={'loss': loss} | metrics, max=maxima)
 
 
-def _real(mask: Bool[Array, 'B T'], places: PackingSlots | None) -> Bool[Array, 'B T']:
-  """The mask without the rows that stand for none."""
+def _without_empty_slots(
+  mask: Bool[Array, 'B T'], places: PackingSlots | None
+) -> Bool[Array, 'B T']:
+  """Returns the mask, False in rows that only fill an empty slot."""
   return mask if places is None else mask & (places.length > 0)[:, None]
 
 
 def _run_model(
-  function, params, rollout: Rollout, config: LlamaConfig, places: PackingSlots | None
-):
-  """What a function of `heads` finds at each token of the responses, [B, T] each."""
-  found = run_packed(
+  function: Callable[..., Any],
+  params: Any,
+  rollout: Rollout,
+  config: LlamaConfig,
+  places: PackingSlots | None,
+) -> Any:
+  """Returns the outputs of a function of `heads` at each response token, [B, T] each."""
+  outputs = run_packed(
     function,
     params,
     concat_prompt_response(rollout),
@@ -88,7 +113,7 @@ def _run_model(
     attention_segment_ids(rollout),
   )
   size = rollout.response_ids.shape[1]
-  return jax.tree.map(lambda x: gather_response(x, rollout.prompt_length, size), found)
+  return jax.tree.map(lambda x: gather_response(x, rollout.prompt_length, size), outputs)
 
 
 def value_objective(
@@ -99,111 +124,105 @@ def value_objective(
   recipe: PPORecipe,
   places: PackingSlots | None = None,
 ) -> LossAndMetrics:
-  """The clipped value loss of `rl.losses.value_loss` for these parameters."""
+  """Computes the clipped value loss, `rl.losses.value_loss`; see `policy_objective`."""
   value = _run_model(values, params, batch.rollout, recipe.critic, places)
   loss, metrics = value_loss(
     value,
     batch.value,
     batch.return_,
-    _real(batch.value_mask, places),
+    _without_empty_slots(batch.value_mask, places),
     value_clip_eps=recipe.ppo.value_clip_eps or None,
     mean=recipe.ppo.loss_aggregation,
     count=count,
   )
-  return loss, {'loss': loss} | metrics
+  return loss, Metrics(mean={'loss': loss} | metrics)
 
 
 @functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
 def policy_step(
   state: TrainState,
-  experience: Experience,
-  rows: Int[Array, 'N'],
+  minibatch: Minibatch,
   kl_coef: ScalarLike,
-  packing: PackingPlan | None = None,
-  allowed: Bool[Array, ''] | bool = True,
   *,
   recipe: PPORecipe,
   total_steps: int,
-) -> tuple[TrainState, dict[str, Array]]:
-  """One update of the policy on the minibatch `rows` of the experience.
+) -> tuple[TrainState, Metrics]:
+  """Updates the policy on a minibatch.
 
   Args:
-    kl_coef: the coefficient of the KL, read where ppo.kl_placement=loss.
-    packing: of the minibatch, where ppo.packing_length says so.
-    allowed: whether the rollout may be learned from.
+    state: state of the policy; donated.
+    minibatch: what to learn from.
+    kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
+    recipe: network, loss and optimizer.
     total_steps: updates of the policy in the whole run.
   """
-  batch = take_rows(experience, rows)
+  batch = take_rows(minibatch.experience, minibatch.rows)
   count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(policy_objective, recipe=recipe),
-    *(state.params, batch, recipe.ppo.micro_batch_size, packing, count, kl_coef),
+    state.params,
+    batch,
+    recipe.ppo.micro_batch_size,
+    minibatch.packing,
+    count,
+    kl_coef,
   )
   optimizer = recipe.ppo.policy_optimizer
-  state, update = apply_update(state, grads, loss, optimizer, total_steps, allowed)
-  return state, metrics | update
+  state, update = apply_update(state, grads, loss, optimizer, total_steps, minibatch.enabled)
+  return state, metrics.merge(update)
 
 
 @functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
 def critic_step(
-  state: TrainState,
-  experience: Experience,
-  rows: Int[Array, 'N'],
-  packing: PackingPlan | None = None,
-  allowed: Bool[Array, ''] | bool = True,
-  *,
-  recipe: PPORecipe,
-  total_steps: int,
-) -> tuple[TrainState, dict[str, Array]]:
-  """One update of the critic on the minibatch `rows` of the experience."""
-  batch = take_rows(experience, rows)
+  state: TrainState, minibatch: Minibatch, *, recipe: PPORecipe, total_steps: int
+) -> tuple[TrainState, Metrics]:
+  """Updates the critic on a minibatch; see `policy_step`."""
+  batch = take_rows(minibatch.experience, minibatch.rows)
   count = num_terms(batch.value_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(value_objective, recipe=recipe),
-    *(state.params, batch, recipe.ppo.micro_batch_size, packing, count),
+    state.params,
+    batch,
+    recipe.ppo.micro_batch_size,
+    minibatch.packing,
+    count,
   )
   optimizer = recipe.ppo.critic_optimizer
-  state, update = apply_update(state, grads, loss, optimizer, total_steps, allowed)
-  return state, metrics | update
+  state, update = apply_update(state, grads, loss, optimizer, total_steps, minibatch.enabled)
+  return state, metrics.merge(update)
 
 
 def ppo_step(
   policy: TrainState,
   critic: TrainState,
-  experience: Experience,
-  rows: Int[np.ndarray, 'N'],
+  minibatch: Minibatch,
   kl_coef: ScalarLike,
-  packing: PackingPlan | None = None,
-  allowed: Bool[Array, ''] | bool = True,
   *,
   recipe: PPORecipe,
   total_steps: int,
   policy_from: int | None = 0,
-) -> tuple[TrainState, TrainState, dict[str, Array]]:
-  """One update of policy and critic on the minibatch `rows` of the experience; donates both.
+) -> tuple[TrainState, TrainState, Metrics]:
+  """Updates policy and critic on a minibatch; donates both states.
 
-  Metrics carry the prefixes policy/ and val/; `bad` counts updates that were left out, for they
-  were not finite or not allowed.
+  Metrics have the prefixes policy/ and critic/; `skipped_updates` counts the updates that were
+  skipped because they were not finite or not enabled.
 
   Args:
-    kl_coef: the coefficient of the KL, read where ppo.kl_placement=loss.
-    packing: of the minibatch, where ppo.packing_length says so.
-    allowed: whether the rollout may be learned from.
+    policy: state of the policy.
+    critic: state of the critic.
+    minibatch: what to learn from.
+    kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
+    recipe: networks, losses and optimizers.
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
-  metrics, bad = {}, 0
+  policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
-    policy, found = policy_step(
-      *(policy, experience, rows, kl_coef, packing, allowed),
-      recipe=recipe,
-      total_steps=total_steps - policy_from,
+    policy, policy_metrics = policy_step(
+      policy, minibatch, kl_coef, recipe=recipe, total_steps=total_steps - policy_from
     )
-    bad += found.pop('skipped_updates')
-    metrics |= {f'policy/{key}': value for key, value in found.items()}
-  critic, found = critic_step(
-    *(critic, experience, rows, packing, allowed), recipe=recipe, total_steps=total_steps
-  )
-  bad += found.pop('skipped_updates')
-  metrics |= {f'critic/{key}': value for key, value in found.items()}
-  return policy, critic, metrics | {'skipped_updates': bad}
+    skipped += policy_metrics.sum.pop('skipped_updates')
+  critic, critic_metrics = critic_step(critic, minibatch, recipe=recipe, total_steps=total_steps)
+  skipped += critic_metrics.sum.pop('skipped_updates')
+  metrics = policy_metrics.prefix('policy').merge(critic_metrics.prefix('critic'))
+  return policy, critic, metrics.merge(Metrics(sum={'skipped_updates': skipped}))

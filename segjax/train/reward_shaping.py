@@ -1,7 +1,7 @@
-"""From the scores of a rollout to one reward per token, before the KL penalty.
+"""From the scores of a rollout to one reward per token, before the clip and the KL penalty.
 
-Normalise or redistribute, spread, mix with a user's reward, penalise: each step is `rl`'s, their
-order is here. The clamp and the KL penalty follow in `rl.rewards.shaped_reward`.
+The steps are functions of `rl`; their order is here: normalise or redistribute, spread, mix with a
+custom reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools
@@ -10,68 +10,84 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from segjax.config.settings import Compat, RewardShaping, Segmentation
+from segjax.config.settings import RewardShaping
 from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.rl.normalizer import normalize
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
 from segjax.train.compat import padded_length
+from segjax.train.recipe import PPORecipe
+from segjax.train.scoring import ModelOutputs
 from segjax.types import Normalizer, Rollout, Segments
 
 
-def dense_rewards(
-  score: Float[Array, 'B T'],
-  prompt_score: Float[Array, 'B'],
+def segment_z(
+  outputs: ModelOutputs,
   segments: Segments,
   rollout: Rollout,
   normalizer: Normalizer,
-  rule: Float[Array, 'B T'] | None,
-  *,
   shaping: RewardShaping,
-  spread: str,
-  segmentation: Segmentation,
-  compat: Compat,
 ) -> Float[Array, 'B T']:
-  """The reward of each token, not yet clamped.
+  """Returns z, the normalised score of each segment, read at its last token.
+
+  z = (score - Mean(p)) / Std(p). With redistribute=red, z is what a segment adds to the normalised
+  score of its response.
+  """
+  if shaping.redistribute == 'none':
+    floor = resolve_std_floor_ratio(shaping)
+    return jax.vmap(functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor))(
+      outputs.score, segments
+    )
+  # Mean and Std of p = 1 at every position: only then do the differences add up to the score.
+  mean, std = normalizer.b_mean, jnp.maximum(normalizer.b_std, 1e-6)
+  difference = functools.partial(red, baseline=shaping.red_baseline)
+  return jax.vmap(difference)(
+    (outputs.score - mean) / std,
+    (outputs.prompt_score - mean) / std,
+    segments,
+    rollout.response_mask,
+  )
+
+
+def dense_rewards(
+  z: Float[Array, 'B T'],
+  segments: Segments,
+  rollout: Rollout,
+  custom_reward: Float[Array, 'B T'] | None,
+  *,
+  recipe: PPORecipe,
+) -> Float[Array, 'B T']:
+  """Returns the reward of each token, before the clip and the KL penalty.
+
+  dense = reward_model_weight · spread(z) + reward_fn_weight · custom_reward, then the penalties
+  for missing EOS and for length.
 
   Args:
-    score: the reward model at each response token.
-    prompt_score: the reward model at the last token of each prompt.
-    rule: a user's reward per token, if there is one.
-    spread: the name in `rl.rewards.SPREADS`.
+    z: `segment_z`.
+    segments: the segments.
+    rollout: the responses.
+    custom_reward: the user's reward of each token, if there is one.
+    recipe: weights, spread and penalties.
   """
-  z = _segment_rewards(score, prompt_score, segments, rollout, normalizer, shaping)
+  shaping, segmentation = recipe.shaping, recipe.cutter.segmentation
   spread_out = functools.partial(
     dense_reward,
-    spread=spread,
+    spread=recipe.spread,
     length_norm=shaping.length_norm,
     aggregation=segmentation.aggregation,
     temperature=segmentation.softmax_temperature,
   )
   dense = shaping.reward_model_weight * jax.vmap(spread_out)(z, segments, rollout.response_mask)
-  if rule is not None:
-    dense = dense + shaping.reward_fn_weight * rule
-  if compat.bandit_skips_penalties and spread == 'bandit':
+  if custom_reward is not None:
+    dense = dense + shaping.reward_fn_weight * custom_reward
+  if recipe.compat.bandit_skips_penalties and recipe.spread == 'bandit':
     return dense
-  return _penalised(dense, rollout, shaping, compat)
+  return _penalize(dense, rollout, recipe)
 
 
-def _segment_rewards(score, prompt_score, segments, rollout, normalizer, shaping):
-  """z, read at the last token of each segment."""
-  floor = resolve_std_floor_ratio(shaping)
-  if shaping.redistribute == 'none':
-    return jax.vmap(functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor))(
-      score, segments
-    )
-  # The same at every position, so that differences of it add up.
-  mean, std = normalizer.b_mean, jnp.maximum(normalizer.b_std, 1e-6)
-  difference = functools.partial(red, baseline=shaping.red_baseline)
-  return jax.vmap(difference)(
-    (score - mean) / std, (prompt_score - mean) / std, segments, rollout.response_mask
-  )
-
-
-def _penalised(dense, rollout, shaping, compat):
-  mask = rollout.response_mask
+def _penalize(
+  dense: Float[Array, 'B T'], rollout: Rollout, recipe: PPORecipe
+) -> Float[Array, 'B T']:
+  shaping, compat, mask = recipe.shaping, recipe.compat, rollout.response_mask
   at_end = functools.partial(
     end_penalty, kind=shaping.missing_eos_penalty, value=shaping.missing_eos_penalty_value
   )
@@ -80,7 +96,7 @@ def _penalised(dense, rollout, shaping, compat):
   if compat.padded_length:
     length = padded_length(mask, rollout.prompt_length, compat.micro_batch_size)
 
-  def too_long(dense, mask, length):
+  def penalize_length(dense, mask, length):
     return length_penalty(
       dense,
       mask,
@@ -90,4 +106,4 @@ def _penalised(dense, rollout, shaping, compat):
       length=length,
     )
 
-  return jax.vmap(too_long)(dense, mask, length)
+  return jax.vmap(penalize_length)(dense, mask, length)

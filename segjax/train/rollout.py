@@ -1,13 +1,15 @@
-"""Responses to a batch of prompts, as arrays on the mesh. Scores nothing: that is `experience`."""
+"""Responses of a policy to a batch of prompts, on the host and on the mesh. Scores nothing."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from segjax.config.settings import RolloutSettings
+from segjax.data.batches import PromptBatch
 from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
@@ -16,8 +18,59 @@ from segjax.model.sampling import Sampling
 from segjax.types import Rollout
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutSampler:
+  """How responses are sampled, the same for every batch of prompts.
+
+  Attributes:
+    config: network of the policy.
+    settings: sampling and `max_concurrent`.
+    stop_ids: token ids that end a response.
+    mesh: the devices.
+    samples_per_prompt: responses to each prompt.
+    log: is called with a warning for each response whose logits were not finite.
+    on_chunk: is called with all that was generated before every chunk of tokens; what it raises
+      ends the generation.
+  """
+
+  config: LlamaConfig
+  settings: RolloutSettings
+  stop_ids: tuple[int, ...]
+  mesh: Mesh
+  samples_per_prompt: int = 1
+  log: Callable[[str], None] = print
+  on_chunk: Callable[[GenerationResult], object] = lambda _: None
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectedRollout:
+  """A rollout on the devices, and the part of it that the host reads.
+
+  Decoding ends with these arrays on the host. Kept there, they need not be fetched from the
+  devices, which would wait for all that was dispatched before.
+
+  Attributes:
+    arrays: the rollout, split over the mesh.
+    response_ids: token ids of the responses, padded on the right.
+    response_mask: True on response tokens, stop token included.
+    finished: whether a response ended in a stop token.
+    length: tokens of prompt and response together.
+  """
+
+  arrays: Rollout
+  response_ids: Int[np.ndarray, 'B T']
+  response_mask: Bool[np.ndarray, 'B T']
+  finished: Bool[np.ndarray, 'B']
+  length: Int[np.ndarray, 'B']
+
+  def texts(self, decode: Callable[[Any], str]) -> list[str]:
+    """Returns the responses as text; `decode` maps token ids to text."""
+    rows = zip(self.response_ids, self.response_mask, strict=True)
+    return [decode(ids[mask]) for ids, mask in rows]
+
+
 def sampling(settings: RolloutSettings) -> Sampling:
-  """The part of the settings that says how a token is drawn."""
+  """Returns the settings that decide how a token is drawn."""
   return Sampling(
     temperature=settings.temperature,
     top_k=settings.top_k,
@@ -29,56 +82,63 @@ def sampling(settings: RolloutSettings) -> Sampling:
 
 def rollout(
   params: Any,
-  prompt_ids: np.ndarray,
-  prompt_length: np.ndarray,
+  prompts: PromptBatch,
   key: Array,
-  *,
-  config: LlamaConfig,
-  settings: RolloutSettings,
-  stop_ids: tuple[int, ...],
-  mesh: Mesh,
-  samples: int = 1,
+  sampler: RolloutSampler,
   index: np.ndarray | None = None,
-  say: Callable[[str], None] = print,
-  watch: Callable[[GenerationResult], object] = lambda found: None,
-) -> Rollout:
-  """Samples responses, `settings.slots` at once; those to one prompt stand next to each other.
+) -> CollectedRollout:
+  """Samples responses, `sampler.settings.max_concurrent` at once.
+
+  The responses to one prompt are next to each other.
 
   Args:
-    samples: responses per prompt.
-    index: of each prompt, for its random numbers; see `generate`.
-    say: is told of responses that ended because their logits were not finite.
-    watch: of `generate`.
+    params: parameters of the policy.
+    prompts: token ids and lengths, on the host.
+    key: random key of this rollout.
+    sampler: how to sample.
+    index: number of each prompt, for its random numbers; see `generate`.
 
   Raises:
-    ValueError: no response has finite logits: the policy's weights are spoilt.
+    UserError: no response has finite logits.
   """
-  found = generate(
+  samples = sampler.samples_per_prompt
+  output = generate(
     params,
-    PromptArrays(prompt_ids, prompt_length),
+    PromptArrays(prompts.prompt_ids, prompts.prompt_length),
     key,
-    decoder=make_decode_config(config, sampling(settings), stop_ids, mesh),
-    mesh=mesh,
-    slots=settings.max_concurrent,
+    decoder=make_decode_config(
+      sampler.config, sampling(sampler.settings), sampler.stop_ids, sampler.mesh
+    ),
+    mesh=sampler.mesh,
+    slots=sampler.settings.max_concurrent,
     samples=samples,
     index=index,
-    watch=watch,
+    watch=sampler.on_chunk,
   )
-  if found.broken.all():
+  if output.broken.all():
     raise UserError(
-      'the logits of every response are not finite: the weights of the policy are spoilt; go on '
-      'from an earlier checkpoint, or lower the learning rate.'
+      'the logits of every response are not finite: the weights of the policy are corrupted; '
+      'resume from an earlier checkpoint, or lower the learning rate.'
     )
-  for row in np.flatnonzero(found.broken):
-    length = int(found.response_mask[row].sum())
-    say(f'prompt {row // samples}: the logits after {length} tokens of a response are not finite')
+  for row in np.flatnonzero(output.broken):
+    length = int(output.response_mask[row].sum())
+    sampler.log(
+      f'prompt {row // samples}: the logits after {length} tokens of a response are not finite'
+    )
+  prompt_length = np.repeat(prompts.prompt_length, samples).astype(np.int32)
   arrays = {
-    'prompt_ids': np.repeat(prompt_ids, samples, axis=0),
-    'prompt_length': np.repeat(prompt_length, samples).astype(np.int32),
-    'response_ids': found.response_ids,
-    'response_mask': found.response_mask,
-    'finished': found.finished,
-    'old_logprob': found.logprob,
-    'sample_logprob': found.sample_logprob,
+    'prompt_ids': np.repeat(prompts.prompt_ids, samples, axis=0),
+    'prompt_length': prompt_length,
+    'response_ids': output.response_ids,
+    'response_mask': output.response_mask,
+    'finished': output.finished,
+    'old_logprob': output.logprob,
+    'sample_logprob': output.sample_logprob,
   }
-  return Rollout(**sharding.place_batch(arrays, mesh))
+  return CollectedRollout(
+    Rollout(**sharding.place_batch(arrays, sampler.mesh)),
+    output.response_ids,
+    output.response_mask,
+    output.finished,
+    prompt_length + output.response_mask.sum(axis=1),
+  )

@@ -13,8 +13,9 @@ from segjax.model.llama import LlamaConfig
 from segjax.model.packed import run_packed
 from segjax.rl.losses import batch_mean, cross_entropy, num_terms
 from segjax.train import gradient_accumulation
-from segjax.train.optimizer import apply_update
-from segjax.train.state import TrainState
+from segjax.train.gradient_accumulation import LossAndMetrics
+from segjax.train.metrics import Metrics
+from segjax.train.optimizer import TrainState, apply_update
 from segjax.types import PackingPlan, PackingSlots
 
 
@@ -25,17 +26,20 @@ def sft_loss(
   *,
   config: LlamaConfig,
   places: PackingSlots | None = None,
-) -> tuple[Float[Array, ''], dict[str, Array]]:
-  """-mean log π(ids_t | ids_<t) over the masked tokens, nats per token.
+) -> LossAndMetrics:
+  """Computes -mean log π(ids_t | ids_<t) over the masked tokens, nats per token.
 
   Args:
+    params: parameters of the network.
+    batch: rows of the batch.
     count: masked tokens of the whole batch, of which this one may be a part.
-    places: of the conversations in packed rows.
+    config: the network.
+    places: where the conversations lie in packed rows.
   """
   mask = batch.mask if places is None else batch.mask & (places.length > 0)[:, None]
   logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, places)
   loss = cross_entropy(logprob, mask, count=count)
-  return loss, {'loss': loss, 'entropy': batch_mean(entropy, mask, 'token', count=count)}
+  return loss, Metrics({'loss': loss, 'entropy': batch_mean(entropy, mask, 'token', count=count)})
 
 
 @functools.partial(
@@ -50,10 +54,14 @@ def sft_step(
   settings: SFT,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update on a batch of conversations, packed where sft.packing_length says so."""
+  """Updates the network on a batch of conversations, packed where `packing` is not None."""
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(sft_loss, config=config),
-    *(state.params, batch, settings.micro_batch_size, packing, num_terms(batch.mask, 'token')),
+    state.params,
+    batch,
+    settings.micro_batch_size,
+    packing,
+    num_terms(batch.mask, 'token'),
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
-  return state, metrics | update
+  return state, metrics.merge(update).flat()

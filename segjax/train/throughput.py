@@ -1,21 +1,30 @@
 """Tokens and model FLOPs of a step, from the lengths of its sequences.
 
-What share of the devices' peak that is, `report.metric_log` knows.
+`report.metric_log` turns them into tokens per second and a share of the devices' peak.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig
-from segjax.report.metric_log import FLOPS, TOKENS
-from segjax.train.experience import PPORecipe
+from segjax.train.recipe import PPORecipe
 
-_TRAINED = 3  # forward passes that a forward and a backward pass are worth
+# Names of the two metrics, which `report.metric_log` replaces by rates.
+TOKENS, FLOPS = 'perf/tokens', 'perf/flops'
+
+_FORWARD_AND_BACKWARD = 3  # cost in forward passes
 
 
 def ppo_step(recipe: PPORecipe, lengths: np.ndarray) -> dict[str, float]:
-  """Of a rollout [B] of prompts with responses: sampled, scored by all networks, trained on."""
-  updates = _TRAINED * recipe.ppo.num_ppo_epochs
+  """Returns the work of a PPO step: sampling, scoring by all networks, updates.
+
+  Args:
+    recipe: networks and number of epochs.
+    lengths: tokens of prompt and response, [B].
+  """
+  updates = _FORWARD_AND_BACKWARD * recipe.ppo.num_ppo_epochs
   passes = [
     (recipe.policy, 'language', 1 + updates),
     (recipe.reference, 'language', 1),
@@ -29,14 +38,14 @@ def ppo_step(recipe: PPORecipe, lengths: np.ndarray) -> dict[str, float]:
 def update(
   lengths: np.ndarray, trained: LlamaConfig, head: str, frozen: LlamaConfig | None = None
 ) -> dict[str, float]:
-  """Of an update on sequences of these lengths, with a forward pass of a frozen policy, if any."""
-  passes = [(trained, head, _TRAINED)]
+  """Returns the work of one update, and of a forward pass of a frozen language model, if any."""
+  passes = [(trained, head, _FORWARD_AND_BACKWARD)]
   if frozen is not None:
     passes.append((frozen, 'language', 1))
   return _work(lengths, passes)
 
 
-def _work(lengths: np.ndarray, passes: list[tuple[LlamaConfig, str, int]]) -> dict[str, float]:
+def _work(lengths: np.ndarray, passes: Sequence[tuple[LlamaConfig, str, int]]) -> dict[str, float]:
   tokens = float(np.sum(lengths))
   pairs = sum(attended_pairs(int(length)) for length in lengths)
   flops = sum(times * forward_flops(config, tokens, pairs, head) for config, head, times in passes)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from segjax.run import lock, preemption, training_loop
-from segjax.train.state import TrainState
+from segjax.train.optimizer import TrainState
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _TOTAL = 5

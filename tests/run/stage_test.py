@@ -12,7 +12,7 @@ from segjax.data.tokenize import Limits
 from segjax.model.llama import make_config
 from segjax.report.metric_log import TooManySkippedStepsError
 from segjax.run import inputs, training_loop
-from segjax.train.state import TrainState
+from segjax.train.optimizer import TrainState
 
 
 @jax.jit

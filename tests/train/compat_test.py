@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 
 from segjax.config.settings import Compat
 from segjax.train.compat import (
@@ -11,6 +12,7 @@ from segjax.train.compat import (
   force_eos,
   padded_length,
 )
+from segjax.train.rollout import CollectedRollout
 from segjax.types import Rollout
 
 STOP, PAD = 128009, 128009
@@ -23,53 +25,58 @@ PROMPT_LENGTHS = np.array([4, 6, 5])
 
 @pytest.fixture(scope='module')
 def rollout():
-  mask = jnp.asarray(np.arange(5) < LENGTHS[:, None])
-  return Rollout(
+  ids = np.array(RESPONSES, np.int32)
+  mask = np.arange(5) < LENGTHS[:, None]
+  finished = np.array([True, False, True])
+  arrays = Rollout(
     prompt_ids=jnp.ones((3, 6), jnp.int32),
     prompt_length=jnp.asarray(PROMPT_LENGTHS),
-    response_ids=jnp.array(RESPONSES),
-    response_mask=mask,
-    finished=jnp.array([True, False, True]),
+    response_ids=jnp.asarray(ids),
+    response_mask=jnp.asarray(mask),
+    finished=jnp.asarray(finished),
     old_logprob=jnp.zeros((3, 5)),
   )
+  return CollectedRollout(arrays, ids, mask, finished, PROMPT_LENGTHS + LENGTHS)
 
 
 def test_last_token_is_overwritten(rollout):
-  found = force_eos(rollout.response_ids, rollout.response_mask, STOP)
-  assert found.tolist() == [RESPONSES[0], [31, 32, 33, 34, STOP], RESPONSES[2]]
-  other_stop = force_eos(jnp.array([[5, 128001, 0]]), jnp.array([[True, True, False]]), STOP)
+  ids = force_eos(rollout.response_ids, rollout.response_mask, STOP)
+  assert ids.tolist() == [RESPONSES[0], [31, 32, 33, 34, STOP], RESPONSES[2]]
+  other_stop = force_eos(np.array([[5, 128001, 0]]), np.array([[True, True, False]]), STOP)
   assert other_stop.tolist() == [[5, STOP, 0]]
 
 
 def test_attention_ends_where_the_first_row_does(rollout):
   # Padded columns 6 to 10 of the published masks 00111111100, 11111111100, 01111111100.
-  found = first_row_attention_mask(rollout.response_mask, micro_batch=4)
-  assert found.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
+  attended = first_row_attention_mask(rollout.response_mask, micro_batch=4)
+  assert attended.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
 
 
 def test_each_micro_batch_has_a_first_row_of_its_own(rollout):
-  found = first_row_attention_mask(rollout.response_mask, micro_batch=2)
-  assert found.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+  attended = first_row_attention_mask(rollout.response_mask, micro_batch=2)
+  assert attended.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
   own = first_row_attention_mask(rollout.response_mask, micro_batch=1)
-  assert jnp.array_equal(own, rollout.response_mask)
+  assert np.array_equal(own, rollout.response_mask)
 
 
 def test_length_is_compared_without_the_padded_prompt(rollout):
   # e + 1 - P, with e the index of the stop token in the response and P = 6.
-  mask, lengths = rollout.response_mask, rollout.prompt_length
+  mask, lengths = rollout.arrays.response_mask, rollout.arrays.prompt_length
   assert padded_length(mask, lengths, 4).tolist() == [-3, -1, -4]
   assert padded_length(mask, lengths, 2).tolist() == [-3, -1, -3]  # P = 6, 6 and 5
 
 
 def test_a_length_of_1024_passes_800_only_with_short_prompts():
   mask = jnp.ones((2, 1024), bool)
-  found = padded_length(mask, jnp.array([223, 224]), micro_batch=1)
-  assert (found > 800).tolist() == [True, False]
+  length = padded_length(mask, jnp.array([223, 224]), micro_batch=1)
+  assert (length > 800).tolist() == [True, False]
 
 
 def test_off_by_default_and_finished_stays_as_sampled(rollout):
-  assert apply_rollout_compat(rollout, STOP, Compat()) is rollout
-  found = apply_rollout_compat(rollout, STOP, Compat(force_eos=True, first_row_attention_mask=True))
-  assert found.finished.tolist() == [True, False, True]
-  assert found.response_ids[1, 4] == STOP
-  assert found.attended.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3
+  mesh = models.mesh(1)
+  assert apply_rollout_compat(rollout, STOP, Compat(), mesh) is rollout
+  compat = Compat(force_eos=True, first_row_attention_mask=True)
+  changed = apply_rollout_compat(rollout, STOP, compat, mesh)
+  assert changed.arrays.finished.tolist() == [True, False, True]
+  assert changed.arrays.response_ids[1, 4] == changed.response_ids[1, 4] == STOP
+  assert changed.arrays.attended.astype(int).tolist() == [[1, 1, 1, 0, 0]] * 3

@@ -199,36 +199,36 @@ def test_token_texts_are_given_where_they_are_asked_for(chat):
     ([1, 2, float('nan')], 'returned nan'),
     ([(1, 2), 3], 'returned 3 among pairs'),
     ([(1, 2, 3)], r'returned \(1, 2, 3\) among pairs'),
-    ([(0, 2)], r'returned the pair \(0, 2\); its first must be a whole number from 1 to 7'),
-    ([(8, 2)], r'returned the pair \(8, 2\).*from 1 to 7, as many characters'),
-    ([(1.0, 2)], r'returned the pair \(1\.0, 2\).*whole number'),
-    ([(True, 2)], r'returned the pair \(True, 2\).*whole number'),
+    ([(0, 2)], r'returned the pair \(0, 2\); its first must be an integer from 1 to 7'),
+    ([(8, 2)], r'returned the pair \(8, 2\).*from 1 to 7, the number of characters'),
+    ([(1.0, 2)], r'returned the pair \(1\.0, 2\).*integer'),
+    ([(True, 2)], r'returned the pair \(True, 2\).*integer'),
     ([(1, float('inf'))], 'returned inf'),
     ([(1, '2')], "returned '2'"),
   ],
 )
 def test_bad_returns_name_the_function_and_the_prompt(chat, value, message):
-  def rule(prompt, response):
+  def reward_fn(prompt, response):
     return value
 
   text = 'one two'
   assert chat.encode([text])[0] == chat.encode(['one'])[0] + chat.encode([' two'])[0]
   ids, mask = padded(chat, [text])
   with pytest.raises(
-    ValueError, match=rf"reward_function_test:.*rule on .*'why{{40,}}\.\.\. {message}"
+    ValueError, match=rf"custom_reward_test:.*reward_fn on .*'why{{40,}}\.\.\. {message}"
   ):
-    token_rewards(rule, ['wh' + 'y' * 200], ids, mask, chat.decode)
+    token_rewards(reward_fn, ['wh' + 'y' * 200], ids, mask, chat.decode)
 
 
 def test_what_the_function_raises_goes_through_with_a_note(chat):
-  def rule(prompt, response):
+  def reward_fn(prompt, response):
     return {}[response]
 
   ids, mask = padded(chat, ['one'])
   with pytest.raises(KeyError) as caught:
-    token_rewards(rule, ['hello'], ids, mask, chat.decode)
+    token_rewards(reward_fn, ['hello'], ids, mask, chat.decode)
   (note,) = caught.value.__notes__
-  assert 'rule' in note and "'hello'" in note
+  assert 'reward_fn' in note and "'hello'" in note
 
 
 def test_functions_without_signature_or_name(chat):
@@ -258,7 +258,7 @@ def test_load_function():
   ],
 )
 def test_load_function_names_the_key(path, message):
-  with pytest.raises(ValueError, match=rf'^config\.shaping\.reward_fn=.*{message}'):
+  with pytest.raises(ValueError, match=rf'^config\.reward_shaping\.reward_fn=.*{message}'):
     load_function(path, 'reward_shaping.reward_fn')
 
 

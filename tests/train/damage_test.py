@@ -11,7 +11,7 @@ import pytest
 
 from segjax.run.stage_record import changed_keys
 from segjax.train.checkpoint import Checkpointer, CheckpointMismatchError
-from segjax.train.state import TrainState
+from segjax.train.optimizer import TrainState
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks.checkpoint_damage import DAMAGES

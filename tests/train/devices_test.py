@@ -16,10 +16,12 @@ from numpy.testing import assert_allclose
 
 from segjax.model import decode
 from segjax.model.generate import make_decode_config
-from segjax.train.experience import make_experience, score, score_chunk
-from segjax.train.ppo_step import critic_step, policy_step, ppo_step
+from segjax.train.experience import make_experience
+from segjax.train.metrics import Metrics
+from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
 from segjax.train.reward_step import reward_step
 from segjax.train.rollout import sampling
+from segjax.train.scoring import score, score_chunk
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
 
@@ -54,17 +56,24 @@ def train(mesh, function, states, *arguments, jitted=None, **static):
       given = [x(step) if callable(x) else x for x in arguments]
       *new, found = function(*states.values(), *given, **static)
       states = dict(zip(states, new, strict=True))
-      metrics.append(jax.device_get(found))
+      metrics.append(jax.device_get(found.flat() if isinstance(found, Metrics) else found))
   if mesh.size > 1:
     # So that a warning would have been captured.
     assert all(each._cache_size() > size for each, size in zip(jitted, compiled, strict=True))
   text, updated = '', []
   for each, names in jitted.items():
-    wanted = list(inspect.signature(each).parameters).index('packing') - len(names)
+    wanted = num_required(each) - len(names)
     compiled = program(each, *(states[name] for name in names), *given[:wanted], **static)
     text += compiled.as_text()
     updated.append(compiled.memory_analysis().alias_size_in_bytes)
   return Training(metrics, before, states, text, models.rematerialisations(lines), updated)
+
+
+def num_required(function):
+  """How many positional arguments have no default."""
+  parameters = inspect.signature(function).parameters.values()
+  kinds = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+  return sum(p.default is p.empty for p in kinds)
 
 
 @functools.cache
@@ -119,8 +128,11 @@ def scored(devices):
     params = {name: training.network(name, mesh) for name in training.SEEDS}
     functions = decode.decode_chunk, score_chunk, make_experience
     compiled = [function._cache_size() for function in functions]
-    rollout = captured(warnings, 'generate', lambda: training.sample(params['policy'], mesh))
-    found = captured(warnings, 'score', lambda: score(params, rollout, recipe=recipe))
+    with models.captured_stderr() as lines:
+      sampled = training.sample(params['policy'], mesh)
+      length, rollout = sampled.length, jax.block_until_ready(sampled.arrays)
+    warnings['generate'] = models.rematerialisations(lines)
+    found = captured(warnings, 'score', lambda: score(params, rollout, length, recipe=recipe))
     experience, metrics = captured(
       warnings,
       'experience',
@@ -150,7 +162,7 @@ def ppo(devices):
   with jax.set_mesh(mesh):
     states = {name: training.state(name, mesh) for name in ('policy', 'critic')}
     static = {'recipe': training.recipe(), 'total_steps': training.TOTAL}
-    given = experience, lambda step: rows[step], KL_COEF
+    given = (lambda step: Minibatch(experience, rows[step])), KL_COEF
     jitted = {policy_step: ('policy',), critic_step: ('critic',)}
     return train(mesh, ppo_step, states, *given, jitted=jitted, **static)
 

@@ -12,17 +12,17 @@ from numpy.testing import assert_allclose
 
 from segjax.config.settings import PPO, RewardShaping
 from segjax.model import sharding
-from segjax.train import experience
-from segjax.train.experience import (
+from segjax.train import scoring
+from segjax.train.experience import make_experience
+from segjax.train.rollout_metrics import within_bounds, z_by_position
+from segjax.train.scoring import (
   ModelOutputs,
   concat_prompt_response,
   gather_response,
-  make_experience,
   score,
   take_rows,
-  within_bounds,
 )
-from segjax.types import Normalizer, Rollout
+from segjax.types import Normalizer, Rollout, Segments
 
 NORMALIZER = (0.2, -0.1, 0.3, 0.8)  # w_mean, w_std, b_mean, b_std
 
@@ -34,8 +34,18 @@ def params():
 
 
 @pytest.fixture(scope='module')
-def rollout(params):
+def sampled(params):
   return training.sample(params['policy'])
+
+
+@pytest.fixture(scope='module')
+def rollout(sampled):
+  return sampled.arrays
+
+
+@pytest.fixture(scope='module')
+def length(sampled):
+  return sampled.length
 
 
 def test_join_and_window_equal_a_loop(rollout):
@@ -51,49 +61,48 @@ def test_join_and_window_equal_a_loop(rollout):
     np.testing.assert_array_equal(window[row], x[row, length : length + training.RESPONSE])
 
 
-def test_scores_are_read_where_they_should(params, rollout):
-  found = score(params, rollout, recipe=training.recipe())
+def test_scores_are_read_where_they_should(params, rollout, length):
+  outputs = score(params, rollout, length, recipe=training.recipe())
   ids = jax.jit(concat_prompt_response)(rollout)
   logprob, entropy = models.token_logprobs(params['reference'], ids, models.CONFIG)
   expected = {
     'ref_logprob': logprob,
-    'entropy': entropy,
+    'ref_entropy': entropy,
     'score': models.scores(params['reward'], ids, models.CONFIG),
     'value': models.values(params['critic'], ids, models.CONFIG),
   }
   for name, whole in expected.items():
     for row, length in enumerate(training.LENGTHS):
-      got = getattr(found, name)[row]
+      got = getattr(outputs, name)[row]
       assert_allclose(got, whole[row, length : length + training.RESPONSE], atol=3e-5, err_msg=name)
-  np.testing.assert_array_equal(found.old_logprob, rollout.old_logprob)
+  np.testing.assert_array_equal(outputs.old_logprob, rollout.old_logprob)
 
 
-def test_pieces_equal_the_whole(params, rollout, caplog):
+def test_pieces_equal_the_whole(params, rollout, length, caplog):
   with compiled(caplog) as names:
-    pieces = score(params, rollout, recipe=training.recipe())
-  assert names.count('score_piece') <= 1
+    pieces = score(params, rollout, length, recipe=training.recipe())
+  assert names.count('score_chunk') <= 1
   whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, recipe=whole)
+  expected = score(params, rollout, length, recipe=whole)
   for name in ModelOutputs._fields:
     # float32, matrix products of another height.
     assert_allclose(getattr(pieces, name), getattr(expected, name), atol=3e-5, err_msg=name)
 
 
-def test_frozen_models_may_wait_on_the_host(params, rollout):
-  expected = score(params, rollout, recipe=training.recipe())
+def test_frozen_models_may_wait_on_the_host(params, rollout, length):
+  expected = score(params, rollout, length, recipe=training.recipe())
   waiting = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(waiting)}
   assert kinds == {'pinned_host'}
-  found = score(params | waiting, rollout, recipe=training.recipe())
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  moved = score(params | waiting, rollout, length, recipe=training.recipe())
+  jax.tree.map(np.testing.assert_array_equal, moved, expected)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == kinds  # they still do
 
 
-def test_evaluation_has_no_critic(params, rollout):
-  found = score(
-    {name: params[name] for name in ('reference', 'reward')}, rollout, recipe=training.recipe()
-  )
-  assert not np.any(found.value)
+def test_evaluation_has_no_critic(params, rollout, length):
+  frozen = {name: params[name] for name in ('reference', 'reward')}
+  outputs = score(frozen, rollout, length, recipe=training.recipe())
+  assert not np.any(outputs.value)
 
 
 def test_take_rows(rollout):
@@ -103,12 +112,12 @@ def test_take_rows(rollout):
   np.testing.assert_array_equal(taken.prompt_length, expected.prompt_length[rows])
 
 
-def by_loops(batch, scored, recipe):
+def by_loops(batch, outputs, recipe):
   """Rewards, advantages, returns of each response: the method as loops over lists."""
   ppo, cutting = recipe.ppo, recipe.cutter.segmentation
-  found = {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
+  rows = {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
   floor = max(recipe.shaping.std_floor_ratio * NORMALIZER[3], 1e-6)
-  lists = {name: np.asarray(x, np.float64).tolist() for name, x in scored._asdict().items()}
+  lists = {name: np.asarray(x, np.float64).tolist() for name, x in outputs._asdict().items()}
   for row, (after, mask, finished) in enumerate(batch.rows('entropy_after', 'mask', 'finished')):
     ends = oracle.segment_ends(after, mask, finished, cutting.granularity, 2.0)
     z = oracle.segment_z(lists['score'][row], ends, NORMALIZER, floor)
@@ -118,8 +127,39 @@ def by_loops(batch, scored, recipe):
     reward = np.where(mask, clipped - ppo.kl_coef * kl, 0.0).tolist()
     advantage = oracle.gae(reward, lists['value'][row], mask, ppo.gamma, ppo.gae_lambda)
     for name, x in (('ends', ends), ('dense', dense), ('reward', reward), ('advantage', advantage)):
-      found[name].append(x)
-  return found
+      rows[name].append(x)
+  return rows
+
+
+def z_of(batch, outputs, ends_of_rows):
+  """(p, z) of every segment: its relative position and normalised score."""
+  floor = max(RewardShaping().std_floor_ratio * NORMALIZER[3], 1e-6)
+  pairs = []
+  for row, ends in zip(np.asarray(outputs.score, float).tolist(), ends_of_rows, strict=True):
+    z = oracle.segment_z(row, ends, NORMALIZER, floor)
+    pairs += [((k + 1) / len(ends), x) for k, x in enumerate(z)]
+  return pairs
+
+
+def check_by_position(metrics, pairs):
+  """reward/by_position/k is the mean of z, not of a dense reward, over the k-th tenth."""
+  for k in range(1, 11):
+    values = [z for p, z in pairs if (k - 1) / 10 < p - 1e-9 and p <= k / 10 + 1e-9]
+    mean = np.mean(values) if values else np.nan
+    assert_allclose(metrics[f'reward/by_position/{k}'], mean, rtol=1e-4, atol=1e-4)
+
+
+def test_z_by_position_of_three_segments():
+  """Ends at tokens 0, 2, 3; p = 1/3, 2/3, 1, in the 4th, 7th and 10th tenth."""
+  segments = Segments(
+    start=jnp.array([[True, True, False, True]]),
+    end=jnp.array([[True, False, True, True]]),
+    segment_id=jnp.array([[0, 1, 1, 2]]),
+    num_segments=jnp.array([3]),
+  )
+  means = z_by_position(jnp.array([[0.5, 9.0, -1.0, 2.0]]), segments)
+  values = {k: float(means[f'reward/by_position/{k}']) for k in range(1, 11)}
+  assert {k: x for k, x in values.items() if not np.isnan(x)} == {4: 0.5, 7: -1.0, 10: 2.0}
 
 
 @pytest.mark.parametrize(
@@ -131,10 +171,10 @@ def test_experience_equals_oracle(granularity, spread):
   rng = np.random.default_rng(4)
   rows = len(batch.mask)
   logprob = -np.abs(rng.normal(size=(2, rows, LENGTH))).astype(np.float32)
-  scored = ModelOutputs(
+  outputs = ModelOutputs(
     old_logprob=jnp.asarray(np.where(batch.mask, logprob[0], 0)),
     ref_logprob=jnp.asarray(logprob[1]),
-    entropy=jnp.asarray(batch.entropy),
+    ref_entropy=jnp.asarray(batch.entropy),
     score=jnp.asarray(batch.score * 5),
     value=jnp.asarray(batch.value),
     prompt_score=jnp.zeros(rows),
@@ -145,16 +185,16 @@ def test_experience_equals_oracle(granularity, spread):
     response_ids=jnp.zeros((rows, LENGTH), jnp.int32),
     response_mask=jnp.asarray(batch.mask),
     finished=jnp.asarray(batch.finished),
-    old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `scored` says counts
+    old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `outputs` says counts
   )
   recipe = training.recipe(
     spread=spread, cutter=training.cutter(granularity, 2.0), shaping=RewardShaping(reward_clip=4.0)
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
   experience, metrics = jax.device_get(
-    make_experience(rollout, scored, normalizer, jnp.float32(recipe.ppo.kl_coef), recipe=recipe)
+    make_experience(rollout, outputs, normalizer, jnp.float32(recipe.ppo.kl_coef), recipe=recipe)
   )
-  expected = by_loops(batch, scored, recipe)
+  expected = by_loops(batch, outputs, recipe)
   masks = batch.mask.tolist()
   lengths = [len(ends) for ends in expected['ends']]
   assert [np.flatnonzero(row).tolist() for row in experience.segments.end] == expected['ends']
@@ -166,9 +206,13 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(experience.advantage, oracle.whiten(advantage.tolist(), masks), atol=1e-4)
   return_ = np.where(batch.mask, advantage + batch.value, 0)
   assert_allclose(experience.return_, return_, atol=2e-4)
-  np.testing.assert_array_equal(experience.rollout.old_logprob, scored.old_logprob)
+  np.testing.assert_array_equal(experience.rollout.old_logprob, outputs.old_logprob)
 
-  kl = np.where(batch.mask, np.asarray(scored.old_logprob) - np.asarray(scored.ref_logprob), 0)
+  expected_z = z_of(batch, outputs, expected['ends'])
+  check_by_position(metrics, expected_z)
+  entropy = -np.where(batch.mask, outputs.old_logprob, 0).sum(axis=1)
+  assert_allclose(metrics['objective/entropy'], entropy.mean(), rtol=1e-5)  # as TRL, per response
+  kl = np.where(batch.mask, np.asarray(outputs.old_logprob) - np.asarray(outputs.ref_logprob), 0)
   assert_allclose(metrics['objective/kl'], kl.sum(axis=1).mean(), rtol=1e-5)
   assert_allclose(metrics['objective/kl_token_max'], np.abs(kl).max(), rtol=1e-5)
   assert_allclose(metrics['response/length_mean'], batch.mask.sum(axis=1).mean(), rtol=1e-6)
@@ -180,23 +224,23 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(metrics['critic/explained_variance'], explained, atol=1e-4)
 
 
-def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
-  """Rows come back in their order, whatever the width they were scored at."""
-  monkeypatch.setattr(experience, '_WIDTHS', 4)
-  widths, real = [], experience.score_chunk
+def test_pieces_of_like_length_are_narrower(params, rollout, length, monkeypatch):
+  """Rows come back in their order, whatever the width they were outputs at."""
+  monkeypatch.setattr(scoring, '_WIDTH_MULTIPLE', 4)
+  widths, real = [], scoring.score_chunk
 
   def seen(params, ids, *rest, **static):
     widths.append(ids.shape[1])
     return real(params, ids, *rest, **static)
 
-  monkeypatch.setattr(experience, 'score_chunk', seen)
-  narrow = score(params, rollout, recipe=training.recipe())
+  monkeypatch.setattr(scoring, 'score_chunk', seen)
+  narrow = score(params, rollout, length, recipe=training.recipe())
   monkeypatch.undo()
   assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE
   whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, recipe=whole)
+  expected = score(params, rollout, length, recipe=whole)
   mask = np.asarray(rollout.response_mask)
-  for name in ('ref_logprob', 'entropy', 'score', 'value'):
+  for name in ('ref_logprob', 'ref_entropy', 'score', 'value'):
     got, wanted = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))
     assert_allclose(got[mask], wanted[mask], atol=3e-5, err_msg=name)
 
@@ -205,14 +249,14 @@ def test_pieces_of_like_length_are_narrower(params, rollout, monkeypatch):
   'kl, reward, bounds, expected',
   [
     (9.0, 9.0, {}, True),
-    (2.0, 9.0, {'max_kl': 2.0}, True),
-    (2.1, 0.0, {'max_kl': 2.0}, False),
-    (-2.1, 0.0, {'max_kl': 2.0}, False),  # an estimate may be below zero
-    (0.0, 2.1, {'max_reward': 2.0}, False),
+    (2.0, 9.0, {'skip_if_kl_above': 2.0}, True),
+    (2.1, 0.0, {'skip_if_kl_above': 2.0}, False),
+    (-2.1, 0.0, {'skip_if_kl_above': 2.0}, False),  # an estimate may be below zero
+    (0.0, 2.1, {'skip_if_reward_above': 2.0}, False),
     (np.nan, 0.0, {}, False),
     (0.0, np.inf, {}, False),
   ],
 )
-def test_rollouts_within_bounds_are_sound(kl, reward, bounds, expected):
+def test_rollouts_within_bounds(kl, reward, bounds, expected):
   metrics = {'objective/kl': jnp.float32(kl), 'reward/token_abs_max': jnp.float32(reward)}
   assert bool(within_bounds(metrics, PPO(**bounds))) == expected

@@ -15,6 +15,7 @@ from segjax.model import sharding
 from segjax.model.heads import token_logprobs
 from segjax.rl.masked import masked_mean, masked_sum
 from segjax.train import gradient_accumulation
+from segjax.train.metrics import Metrics
 
 
 def objective(params, batch, counts, config, *, places=None):
@@ -26,14 +27,14 @@ def objective(params, batch, counts, config, *, places=None):
   surrogate = jnp.minimum(ratio * batch['advantage'], jnp.clip(ratio, 0.8, 1.2))
   loss = -jnp.sum(masked_mean(surrogate, mask, axis=1)) / counts['sequences']
   loss -= masked_sum(logprob, mask) / counts['tokens']
-  metrics = {
-    'loss': loss,
-    'entropy': masked_sum(entropy, mask) / counts['tokens'],
-    'clipped': jnp.sum(jnp.where(mask, jnp.abs(ratio - 1) > 0.2, False)),
-    'ratio_max': jnp.max(jnp.where(mask, ratio, -jnp.inf)),
-    'max_entropy': jnp.max(jnp.where(mask, entropy, 0.0)),
-  }
-  return loss, metrics
+  return loss, Metrics(
+    mean={'loss': loss, 'entropy': masked_sum(entropy, mask) / counts['tokens']},
+    max={
+      'ratio': jnp.max(jnp.where(mask, ratio, -jnp.inf)),
+      'entropy': jnp.max(jnp.where(mask, entropy, 0.0)),
+    },
+    sum={'clipped': jnp.sum(jnp.where(mask, jnp.abs(ratio - 1) > 0.2, False))},
+  )
 
 
 def data(rows=models.BATCH, dtype=np.float32):
@@ -82,10 +83,10 @@ def assert_same(got, expected, rtol, grad_rtol):
   (loss, metrics), grads = jax.device_get(got)
   (expected_loss, expected_metrics), expected_grads = jax.device_get(expected)
   assert_allclose(loss, expected_loss, rtol=rtol)
-  assert metrics.keys() == expected_metrics.keys()
-  for name in metrics:
-    assert_allclose(metrics[name], expected_metrics[name], rtol=rtol, err_msg=name)
-    assert metrics[name].dtype == expected_metrics[name].dtype
+  for path, value in jax.tree_util.tree_leaves_with_path(expected_metrics):
+    got_value = dict(jax.tree_util.tree_leaves_with_path(metrics))[path]
+    assert_allclose(got_value, value, rtol=rtol, err_msg=str(path))
+    assert got_value.dtype == value.dtype
   difference = jax.tree.leaves(jax.tree.map(np.subtract, grads, expected_grads))
   norm = [np.sqrt(sum(np.sum(x**2) for x in v)) for v in (difference, jax.tree.leaves(grads))]
   assert norm[0] <= grad_rtol * norm[1]
@@ -125,7 +126,7 @@ def test_bfloat16_is_added_up_in_float32():
 
   def linear(params, batch, *, places):
     loss = jnp.sum(batch @ params['scalar_head']['kernel'].astype(jnp.float32))
-    return loss, {}
+    return loss, Metrics()
 
   (loss, _), grads = gradient_accumulation.value_and_grad(
     linear, params, jnp.asarray(batch), 1, None

@@ -45,7 +45,7 @@ def test_adamw_by_hand(free_names):
   for count, grad in enumerate(grads):
     state, metrics = update(state, {'weight': jnp.asarray(grad, jnp.float32)}, jnp.float32(1))
     norm = np.linalg.norm(grad)
-    assert_allclose(metrics['grad_norm'], norm, rtol=1e-6)  # before clipping
+    assert_allclose(metrics.mean['grad_norm'], norm, rtol=1e-6)  # before clipping
     clipped = grad * min(1, 2.0 / norm)
     first = 0.9 * first + 0.1 * clipped
     second = 0.95 * second + 0.05 * clipped**2
@@ -59,29 +59,29 @@ def test_adamw_by_hand(free_names):
 @pytest.mark.parametrize(
   ('loss', 'grad'), [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, -np.inf)]
 )
-def test_update_that_is_not_finite_is_left_out(free_names, loss, grad):
+def test_update_that_is_not_finite_is_skipped(free_names, loss, grad):
   state = init_state({'weight': jnp.ones(3)}, SETTINGS, TOTAL)
   update = jax.jit(functools.partial(apply_update, settings=SETTINGS, total_steps=TOTAL))
   good = {'weight': jnp.ones(3)}
   state, metrics = update(state, good, jnp.float32(1))
-  assert int(metrics['skipped_updates']) == 0
+  assert int(metrics.sum['skipped_updates']) == 0
   kept, metrics = update(state, {'weight': good['weight'].at[1].set(grad)}, jnp.float32(loss))
-  assert int(metrics['skipped_updates']) == 1
+  assert int(metrics.sum['skipped_updates']) == 1
   jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 
 @pytest.mark.parametrize(
   'more, learning_rate',
-  [({'allowed': jnp.bool(False)}, 1e-3), ({}, 1e30)],
-  ids=['not allowed', 'weights overflow'],
+  [({'enabled': jnp.bool(False)}, 1e-3), ({}, 1e30)],
+  ids=['not enabled', 'weights overflow'],
 )
-def test_a_step_left_out_changes_nothing(more, learning_rate, free_names):
-  """Moments, count and schedule neither: a later step is what it would have been."""
+def test_a_skipped_step_changes_nothing(more, learning_rate, free_names):
+  """Neither moments nor count nor schedule: a later step is what it would have been."""
   settings = dataclasses.replace(SETTINGS, learning_rate=learning_rate, warmup_ratio=0.0)
   update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=TOTAL))
   state = init_state({'weight': jnp.ones(3)}, settings, TOTAL)
   kept, metrics = update(state, {'weight': jnp.ones(3)}, jnp.float32(1), **more)
-  assert int(metrics['skipped_updates']) == 1
+  assert int(metrics.sum['skipped_updates']) == 1
   jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 

@@ -13,9 +13,10 @@ from numpy.testing import assert_allclose
 
 from segjax.data.packing_plan import plan_packing
 from segjax.model import heads, packed, sharding
-from segjax.train.experience import make_experience, score, sequence_lengths
-from segjax.train.ppo_step import critic_step, policy_step
+from segjax.train.experience import make_experience
+from segjax.train.ppo_step import Minibatch, critic_step, policy_step
 from segjax.train.reward_step import reward_step
+from segjax.train.scoring import score
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
 
@@ -43,14 +44,15 @@ def test_what_is_read_off_the_network(function):
 
 @functools.cache
 def experience():
+  """(experience, tokens of each prompt with its response)."""
   mesh = models.mesh(1)
   with jax.set_mesh(mesh):
     recipe = training.recipe()
     params = {name: training.network(name, mesh) for name in training.SEEDS}
     rollout = training.sample(params['policy'], mesh)
-    scored = score(params, rollout, recipe=recipe)
-    made, _ = make_experience(rollout, scored, NORMALIZER, np.float32(0.1), recipe=recipe)
-  return made
+    outputs = score(params, rollout.arrays, rollout.length, recipe=recipe)
+    made, _ = make_experience(rollout.arrays, outputs, NORMALIZER, np.float32(0.1), recipe=recipe)
+  return made, rollout.length
 
 
 def run(step, name, packed, mean='sequence', devices=1):
@@ -88,18 +90,22 @@ def run(step, name, packed, mean='sequence', devices=1):
         total_steps=training.TOTAL,
       )
     else:
-      made = sharding.place_batch(jax.device_get(experience()), mesh)
+      made, lengths = experience()
+      made = sharding.place_batch(jax.device_get(made), mesh)
       order = np.array([6, 0, 5, 3, 1, 2, 4, 7])
       ppo = dataclasses.replace(
         training.PPO_SETTINGS, loss_aggregation=mean, micro_batch_size=rows if packed else 0
       )
-      lengths = sequence_lengths(made.rollout)[order]
-      more = (np.float32(0.1),) if name == 'policy' else ()
+      minibatch = Minibatch(made, order, plan(lengths[order]) if packed else None)
+      kl_coef = (np.float32(0.1),) if name == 'policy' else ()
       state, metrics = step(
-        *(training.state(name, mesh), made, order, *more, plan(lengths) if packed else None),
+        training.state(name, mesh),
+        minibatch,
+        *kl_coef,
         recipe=training.recipe(ppo=ppo),
         total_steps=training.TOTAL,
       )
+      metrics = metrics.flat()
   return training.copied(state.params), jax.device_get(metrics)
 
 
@@ -133,16 +139,16 @@ def test_packed_step_equals_padded(step, name, mean):
 
 def test_raggedness_compiles_nothing(caplog):
   run(critic_step, 'critic', True)
-  made = experience()
+  made, lengths = experience()
   static = {
     'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch_size=2)),
     'total_steps': training.TOTAL,
   }
-  lengths, counts = sequence_lengths(made.rollout), []
+  counts = []
   with jax.set_mesh(models.mesh(1)), compiled(caplog) as names:
     for rows in (np.full(8, int(lengths.argmin())), np.full(8, int(lengths.argmax()))):
       plan = plan_packing(lengths[rows], 2, WIDTH)
       counts.append(int(plan.count))
-      critic_step(training.state('critic'), made, rows, plan, **static)
+      critic_step(training.state('critic'), Minibatch(made, rows, plan), **static)
   assert counts[0] < counts[1]
   assert names.count('critic_step') <= 1

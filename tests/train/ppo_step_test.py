@@ -11,8 +11,11 @@ from fixtures.compiles import compiled
 from segjax.config.settings import Compat
 from segjax.rl.losses import num_terms
 from segjax.train.compat import apply_rollout_compat
-from segjax.train.experience import make_experience, score, take_rows
-from segjax.train.ppo_step import policy_objective, ppo_step
+from segjax.train.experience import make_experience
+from segjax.train.metrics import Metrics, combine_updates
+from segjax.train.ppo_step import Minibatch, policy_objective, ppo_step
+from segjax.train.rollout import CollectedRollout
+from segjax.train.scoring import score, take_rows
 from segjax.types import Normalizer
 
 ROWS = np.array([[6, 0, 5, 3], [7, 1, 2, 4], [0, 1, 2, 3]])
@@ -26,14 +29,14 @@ def scored(recompute_logprob):
   mesh, recipe = models.mesh(1), training.recipe(recompute_logprob=recompute_logprob)
   params = {name: training.network(name, mesh) for name in training.SEEDS}
   rollout = training.sample(params['policy'])
-  found, metrics = make_experience(
-    rollout,
-    score(params, rollout, recipe=recipe),
+  experience, metrics = make_experience(
+    rollout.arrays,
+    score(params, rollout.arrays, rollout.length, recipe=recipe),
     jax.tree.map(jnp.float32, Normalizer()),
     KL_COEF,
     recipe=recipe,
   )
-  return recipe, found, jax.device_get(metrics)
+  return recipe, experience, jax.device_get(metrics)
 
 
 @pytest.fixture(params=[False, True], ids=['decode_logprob', 'recomputed'])
@@ -48,10 +51,22 @@ def decoded():
 
 
 def step(states, experience, rows, recipe=RECIPE, **values):
-  *states, metrics = ppo_step(
-    *states, experience, rows, KL_COEF, recipe=recipe, total_steps=training.TOTAL, **values
+  policy, critic, metrics = ppo_step(
+    *states,
+    Minibatch(experience, rows),
+    KL_COEF,
+    recipe=recipe,
+    total_steps=training.TOTAL,
+    **values,
   )
-  return states, jax.device_get(metrics)
+  return [policy, critic], jax.device_get(metrics.flat())
+
+
+def host_part(rollout):
+  """The rollout with the arrays that the host keeps of it."""
+  host = training.copied(rollout)
+  length = host.prompt_length + host.response_mask.sum(axis=1)
+  return CollectedRollout(rollout, host.response_ids, host.response_mask, host.finished, length)
 
 
 def fresh():
@@ -181,10 +196,12 @@ def test_attention_mask_is_that_of_the_rollout():
   shortest_first = np.argsort(np.asarray(found.rollout.response_mask).sum(axis=1))
   found = take_rows(found, shortest_first)
   published = Compat(first_row_attention_mask=True, force_eos=True, micro_batch_size=8)
-  rollout = apply_rollout_compat(found.rollout, models.STOP_IDS[0], published)
+  collected = host_part(found.rollout)
+  collected = apply_rollout_compat(collected, models.STOP_IDS[0], published, mesh)
+  rollout = collected.arrays
   longer = np.asarray(rollout.response_mask & ~rollout.attended)
   assert longer.any()
-  seen = score(params, rollout, recipe=recipe)
+  seen = score(params, rollout, collected.length, recipe=recipe)
   assert np.abs(np.asarray(seen.score - found.score))[longer].max() > 1e-3
   masked, metrics = make_experience(
     rollout, seen, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
@@ -201,7 +218,7 @@ def test_macro_actions_train_the_critic_where_they_begin(decoded):
   params = {name: training.network(name, mesh) for name in training.SEEDS}
   macro, _ = make_experience(
     found.rollout,
-    score(params, found.rollout, recipe=recipe),
+    score(params, found.rollout, host_part(found.rollout).length, recipe=recipe),
     jax.tree.map(jnp.float32, Normalizer()),
     KL_COEF,
     recipe=recipe,
@@ -216,3 +233,18 @@ def test_macro_actions_train_the_critic_where_they_begin(decoded):
   assert not macro.return_[~starts].any()
   _, metrics = step(fresh(), macro, ROWS[0])
   assert metrics['skipped_updates'] == 0
+
+
+def test_metrics_of_several_updates_are_combined_by_kind():
+  """Means of losses, the largest deviation, the sum of skipped updates."""
+  updates = [
+    Metrics({'policy/loss': 0.75}, {'policy/ratio_max_deviation': 0.125}, {'skipped_updates': 2}),
+    Metrics({'policy/loss': 0.25}, {'policy/ratio_max_deviation': 0.5}, {'skipped_updates': 1}),
+    Metrics({'policy/loss': 0.5}, {'policy/ratio_max_deviation': 0.25}, {'skipped_updates': 0}),
+  ]
+  combined = combine_updates(jax.tree.map(jnp.asarray, updates))
+  assert jax.device_get(combined) == {
+    'policy/loss': 0.5,
+    'policy/ratio_max_deviation': 0.5,
+    'skipped_updates': 3,
+  }

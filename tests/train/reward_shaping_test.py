@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import training
 from numpy.testing import assert_allclose
 
 from segjax.config.settings import Compat, RewardShaping, Segmentation
-from segjax.train.reward_shaping import dense_rewards
+from segjax.train.reward_shaping import dense_rewards, segment_z
+from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Rollout
 
@@ -18,34 +20,32 @@ PROMPT_SCORE = np.array([0.5, -1.0], np.float32)
 NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 
-def dense(spread='even_split', rule=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
-  cutting = Segmentation(boundary='fixed_length', segment_length=2, include_eos=inside)
+def dense(spread='even_split', custom=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
+  segmentation = Segmentation(
+    boundary='fixed_length', segment_length=2, include_eos=inside
+  )
+  recipe = training.recipe(
+    spread=spread,
+    cutter=Segmenter(segmentation),
+    shaping=RewardShaping(std_floor_ratio=0.0, **shaping),
+    compat=compat,
+  )
   zeros = jnp.zeros(MASK.shape)
-  ids = zeros.astype(jnp.int32)
   rollout = Rollout(
     prompt_ids=jnp.zeros((2, 4), jnp.int32),
     prompt_length=jnp.array([4, 2]),
-    response_ids=ids,
+    response_ids=zeros.astype(jnp.int32),
     response_mask=jnp.asarray(MASK),
     finished=jnp.asarray(FINISHED),
     old_logprob=zeros,
   )
-  segments = segment_batch(ids, rollout.response_mask, rollout.finished, zeros, Segmenter(cutting))
-  rule = None if rule is None else jnp.asarray(rule, jnp.float32)
-  return np.asarray(
-    dense_rewards(
-      jnp.asarray(SCORE),
-      jnp.asarray(PROMPT_SCORE),
-      segments,
-      rollout,
-      NORMALIZER,
-      rule,
-      shaping=RewardShaping(std_floor_ratio=0.0, **shaping),
-      spread=spread,
-      segmentation=cutting,
-      compat=compat,
-    )
+  segments = segment_batch(
+    rollout.response_ids, rollout.response_mask, rollout.finished, zeros, recipe.cutter
   )
+  outputs = ModelOutputs(*[zeros] * 3, jnp.asarray(SCORE), zeros, jnp.asarray(PROMPT_SCORE))
+  z = segment_z(outputs, segments, rollout, NORMALIZER, recipe.shaping)
+  custom = None if custom is None else jnp.asarray(custom, jnp.float32)
+  return np.asarray(dense_rewards(z, segments, rollout, custom, recipe=recipe))
 
 
 def test_plain():
@@ -58,29 +58,29 @@ def test_plain():
 @pytest.mark.parametrize('baseline', ['prompt', 'zero'])
 def test_red_adds_up_to_the_score_of_the_whole(baseline):
   """The stop token lies in the last segment, so the score is that at the response's end."""
-  found = dense('end_only', inside=True, redistribute='red', red_baseline=baseline)
+  at_ends = dense('end_only', inside=True, redistribute='red', red_baseline=baseline)
   whole = (np.array([6, 4]) - 1) / 2
   before = (PROMPT_SCORE - 1) / 2 if baseline == 'prompt' else 0
-  assert_allclose(found.sum(axis=1), whole - before, rtol=1e-6)
+  assert_allclose(at_ends.sum(axis=1), whole - before, rtol=1e-6)
   spread_out = dense(inside=True, redistribute='red', red_baseline=baseline)
   assert_allclose(spread_out.sum(axis=1), whole - before, rtol=1e-6)
   # First segment of the first response: (1 - 1) / 2 less the baseline.
-  assert_allclose(found[0, 1], 0 - (before[0] if baseline == 'prompt' else 0))
-  assert_allclose(found[0, 4], (6 - 1) / 2)  # the second: from score 1 at token 1 to 6
+  assert_allclose(at_ends[0, 1], 0 - (before[0] if baseline == 'prompt' else 0))
+  assert_allclose(at_ends[0, 4], (6 - 1) / 2)  # the second: from score 1 at token 1 to 6
 
 
-def test_a_rule_is_mixed_by_weights():
-  rule = np.where(MASK, [[1.0] * 6, [2.0] * 6], 0)
-  found = dense(rule=rule, reward_fn_weight=0.5, reward_model_weight=2.0)
-  assert_allclose(found, 2 * dense() + 0.5 * rule, rtol=1e-6)
-  assert_allclose(dense(rule=rule, reward_model_weight=0.0), rule)
+def test_custom_rewards_are_mixed_by_weights():
+  custom = np.where(MASK, [[1.0] * 6, [2.0] * 6], 0)
+  mixed = dense(custom=custom, reward_fn_weight=0.5, reward_model_weight=2.0)
+  assert_allclose(mixed, 2 * dense() + 0.5 * custom, rtol=1e-6)
+  assert_allclose(dense(custom=custom, reward_model_weight=0.0), custom)
 
 
 def test_penalties_come_after_the_mix():
-  rule = np.where(MASK, 1.0, 0)
-  found = dense(rule=rule, missing_eos_penalty='per_token', missing_eos_penalty_value=-0.05)
-  assert_allclose(found[1], [-0.05] * 6)  # unfinished: instead of everything
-  assert_allclose(found[0], dense(rule=rule)[0])
+  custom = np.where(MASK, 1.0, 0)
+  penalized = dense(custom=custom, missing_eos_penalty='per_token', missing_eos_penalty_value=-0.05)
+  assert_allclose(penalized[1], [-0.05] * 6)  # unfinished: instead of everything
+  assert_allclose(penalized[0], dense(custom=custom)[0])
   added = dense(missing_eos_penalty='at_eos', missing_eos_penalty_value=-3.0) - dense()
   assert_allclose(added, [[0] * 6, [0] * 5 + [-3]])
   cut_off = dense(length_penalty='threshold', length_penalty_value=-1.0, length_threshold=5)
@@ -93,8 +93,8 @@ def test_published_code_takes_the_padded_prompt_off_the_length():
   penalty = {'length_penalty': 'threshold', 'length_threshold': 1, 'length_penalty_value': -1.0}
   assert (dense(**penalty)[MASK] == -1).all()
   # Prompts of 4 and 2 padded to 4: lengths 1 and 2, of which only the second passes 1.
-  found = dense(compat=Compat(padded_length=True), **penalty)
-  assert_allclose(found, [dense()[0], [-1] * 6])
+  penalized = dense(compat=Compat(padded_length=True), **penalty)
+  assert_allclose(penalized, [dense()[0], [-1] * 6])
 
 
 def test_published_code_spares_the_bandit():

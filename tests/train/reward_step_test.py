@@ -10,12 +10,8 @@ from fixtures import models, training
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.train.reward_step import (
-  evaluate_pairs,
-  pair_scores,
-  reward_step,
-  segment_statistics,
-)
+from segjax.train.reward_scoring import evaluate_pairs, pair_scores, segment_statistics
+from segjax.train.reward_step import reward_step
 
 
 @pytest.fixture(scope='module')

@@ -11,41 +11,41 @@ from segjax.train.rollout import sampling
 def test_rows_are_prompts_with_their_samples_next_to_each_other():
   params = training.network('policy', models.mesh(1))
   prompts = models.ids(seed=31, shape=(models.BATCH, training.PROMPT))
-  found = training.sample(params)
-  np.testing.assert_array_equal(found.prompt_ids, prompts)
-  np.testing.assert_array_equal(found.prompt_length, training.LENGTHS)
-  twice = training.sample(params, samples=2)
+  rollout = training.sample(params).arrays
+  np.testing.assert_array_equal(rollout.prompt_ids, prompts)
+  np.testing.assert_array_equal(rollout.prompt_length, training.LENGTHS)
+  twice = training.sample(params, samples_per_prompt=2).arrays
   np.testing.assert_array_equal(twice.prompt_ids, np.repeat(prompts, 2, axis=0))
   # The first sample of each prompt is the one that it had alone; the second is another.
   for name in ('response_ids', 'response_mask', 'finished'):
-    np.testing.assert_array_equal(getattr(twice, name)[::2], getattr(found, name))
+    np.testing.assert_array_equal(getattr(twice, name)[::2], getattr(rollout, name))
   assert (twice.response_ids[::2] != twice.response_ids[1::2]).any(axis=1).all()
 
 
-def test_a_spoilt_policy_is_an_error():
+def test_a_corrupted_policy_is_an_error():
   params = training.network('policy', models.mesh(1))
   params['backbone']['norm']['scale'] = params['backbone']['norm']['scale'].at[0].set(np.nan)
-  with pytest.raises(ValueError, match='the weights of the policy are spoilt'):
+  with pytest.raises(ValueError, match='the weights of the policy are corrupted'):
     training.sample(params)
 
 
-def test_a_broken_row_is_named_and_the_others_go_on():
-  """Token 5 has a spoilt embedding: prompts with it end at once, the others are as they were."""
+def test_a_row_that_is_not_finite_is_named_and_the_others_continue():
+  """Token 5 has a corrupted embedding: prompts with it end at once, the others are as they were."""
   params = training.network('policy', models.mesh(1))
-  whole = training.sample(params)
-  spoilt = training.network('policy', models.mesh(1))
-  spoilt['backbone']['embedding'] = spoilt['backbone']['embedding'].at[5].set(np.nan)
-  heard = []
-  found = training.sample(spoilt, say=heard.append)
-  prompts = models.ids(seed=31, shape=(models.BATCH, training.PROMPT))
-  said_five = (np.asarray(whole.response_ids) == 5) & np.asarray(whole.response_mask)
-  is_spoilt = (prompts == 5).any(axis=1)  # padding included, which is the row's own
-  is_clean = ~is_spoilt & ~said_five[:, :-1].any(axis=1)
-  assert is_spoilt.any() and is_clean.any()
-  np.testing.assert_array_equal(found.response_ids[is_clean], whole.response_ids[is_clean])
-  assert not np.asarray(found.response_mask)[is_spoilt].any()
-  for row in np.flatnonzero(is_spoilt):
-    assert f'prompt {row}: the logits after 0 tokens of a response are not finite' in heard
+  clean = training.sample(params)
+  corrupted = training.network('policy', models.mesh(1))
+  corrupted['backbone']['embedding'] = corrupted['backbone']['embedding'].at[5].set(np.nan)
+  lines = []
+  rollout = training.sample(corrupted, log=lines.append)
+  has_five = (clean.response_ids == 5) & clean.response_mask
+  # Padding included, which is the row's own.
+  is_corrupted = (training.PROMPTS.prompt_ids == 5).any(axis=1)
+  is_clean = ~is_corrupted & ~has_five[:, :-1].any(axis=1)
+  assert is_corrupted.any() and is_clean.any()
+  np.testing.assert_array_equal(rollout.response_ids[is_clean], clean.response_ids[is_clean])
+  assert not rollout.response_mask[is_corrupted].any()
+  for row in np.flatnonzero(is_corrupted):
+    assert f'prompt {row}: the logits after 0 tokens of a response are not finite' in lines
 
 
 def test_sampling_reads_the_settings():
@@ -57,7 +57,17 @@ def test_sampling_reads_the_settings():
   assert len(read) == 5
 
 
-def test_any_number_of_slots_will_do():
+def test_concurrency_does_not_change_responses():
   params = training.network('policy', models.mesh(1))
   odd = training.sample(params, settings=dataclasses.replace(training.ROLLOUT, max_concurrent=3))
   np.testing.assert_array_equal(odd.response_ids, training.sample(params).response_ids)
+
+
+def test_the_host_keeps_what_the_devices_hold():
+  rollout = training.sample(training.network('policy', models.mesh(1)))
+  for name in ('response_ids', 'response_mask', 'finished'):
+    host = getattr(rollout, name)
+    assert isinstance(host, np.ndarray)
+    np.testing.assert_array_equal(host, getattr(rollout.arrays, name))
+  length = training.LENGTHS + np.asarray(rollout.arrays.response_mask).sum(axis=1)
+  np.testing.assert_array_equal(rollout.length, length)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from segjax.config.settings import CheckpointSettings
 from segjax.train.checkpoint import Checkpointer
-from segjax.train.state import TrainState
+from segjax.train.optimizer import TrainState
 
 _LEAVES = 8
 

@@ -21,9 +21,9 @@ from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
 from segjax.report.console import log, table
-from segjax.train.experience import PPORecipe
 from segjax.train.optimizer import init_state
-from segjax.train.ppo_step import policy_step
+from segjax.train.ppo_step import Minibatch, policy_step
+from segjax.train.recipe import PPORecipe
 from segjax.train.segmenter import Segmenter
 from segjax.types import Experience, Rollout, Segments
 
@@ -82,8 +82,9 @@ def run(
     for _ in range(repeats + 1):  # the first of each compiles
       for name, (experience, plan) in given.items():
         begun = time.perf_counter()
-        state, metrics = policy_step(state, experience, rows, np.float32(0), plan, **static)
-        losses[name] = float(metrics['loss'])
+        minibatch = Minibatch(experience, rows, plan)
+        state, metrics = policy_step(state, minibatch, np.float32(0), **static)
+        losses[name] = float(metrics.mean['loss'])
         seconds[name].append(time.perf_counter() - begun)
     compiles = policy_step._cache_size() - compiled
   peak = _matmul_peak(dtype) * mesh.size
@@ -144,7 +145,7 @@ def _experience(lengths: np.ndarray, longest: int, mesh) -> Experience:
       old_logprob=floats,
     ),
     **dict.fromkeys(
-      ('ref_logprob', 'entropy', 'score', 'value', 'reward', 'advantage', 'return_'), floats
+      ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_'), floats
     ),
     segments=Segments(mask, mask, tokens(longest - width), put(np.ones(rows, np.int32))),
     value_mask=mask,

@@ -1,0 +1,140 @@
+"""From prompts to experience: rollout, scores, custom reward, rewards and advantages.
+
+One path for the steps of PPO and for evaluation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import ScalarLike
+
+from segjax.data.batches import Prompts
+from segjax.model import sharding
+from segjax.train.compat import apply_rollout_compat
+from segjax.train.custom_reward import CustomReward
+from segjax.train.experience import make_experience
+from segjax.train.recipe import PPORecipe
+from segjax.train.rollout import CollectedRollout, RolloutSampler, rollout
+from segjax.train.scoring import score
+from segjax.types import Experience, Normalizer
+
+
+class Collected(NamedTuple):
+  """Experience on the devices, its metrics, and the rollout with its part on the host."""
+
+  experience: Experience
+  metrics: dict[str, jax.Array]
+  rollout: CollectedRollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+  """Samples responses to prompts and turns them into experience.
+
+  Attributes:
+    prompts: the prompts, of which `collect` is given rows.
+    sampler: how responses are sampled.
+    recipe: how they are scored and rewarded.
+    normalizer: of segment scores.
+    custom_reward: the user's reward, if there is one.
+    check_stop: is called between the parts and while responses are sampled; what it raises
+      abandons the collection, which has changed nothing.
+    on_part: is called with the name of a part ('generate', 'score') and its arrays once the part
+      was dispatched.
+  """
+
+  prompts: Prompts
+  sampler: RolloutSampler
+  recipe: PPORecipe
+  normalizer: Normalizer
+  custom_reward: CustomReward | None = None
+  check_stop: Callable[[], None] = lambda: None
+  on_part: Callable[[str, Any], None] = lambda name, arrays: None
+
+  def collect(
+    self,
+    params: dict[str, Any],
+    rows: np.ndarray,
+    key: jax.Array,
+    kl_coef: ScalarLike,
+    index: np.ndarray | None = None,
+  ) -> Collected:
+    """Samples `sampler.samples_per_prompt` responses to each prompt and scores them.
+
+    Args:
+      params: parameters by name: 'policy', 'reference' and, where present, 'reward' and 'critic'.
+      rows: rows of `prompts`.
+      key: random key of this rollout.
+      kl_coef: coefficient of the KL penalty.
+      index: number of each prompt, for its random numbers; 0, 1, ... by default.
+    """
+    # A machine that is about to be taken away does not wait for the longest response.
+    sampler = dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
+    batch = self.prompts.gather(rows, np.asarray)
+    collected = rollout(params['policy'], batch, key, sampler, index)
+    self.on_part('generate', collected.arrays)
+    self.check_stop()
+    collected = apply_rollout_compat(
+      collected, sampler.stop_ids[0], self.recipe.compat, sampler.mesh
+    )
+    outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
+    # Dispatched before the user's function runs on the host, so that the two overlap.
+    custom_reward = self._custom_reward(collected, rows)
+    experience, metrics = make_experience(
+      collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, recipe=self.recipe
+    )
+    self.on_part('score', experience)
+    self.check_stop()
+    return Collected(experience, metrics, collected)
+
+  def prompt_texts(self, rows: np.ndarray) -> list[str]:
+    """Returns the last message of each response's prompt."""
+    repeated = np.repeat(rows, self.sampler.samples_per_prompt)
+    return [self.prompts.messages(row)[-1]['content'] for row in repeated]
+
+  def _custom_reward(self, collected: CollectedRollout, rows: np.ndarray) -> jax.Array | None:
+    if self.custom_reward is None:
+      return None
+    reward = self.custom_reward(
+      self.prompt_texts(rows), collected.response_ids, collected.response_mask
+    )
+    return sharding.place_batch(reward, self.sampler.mesh)
+
+
+def held_out_metrics(
+  collector: Collector,
+  params: dict[str, Any],
+  key: jax.Array,
+  kl_coef: ScalarLike,
+  gold: Callable[[str, str], float] | None,
+  decode: Callable[[Any], str],
+) -> dict[str, Any]:
+  """Returns eval/reward, eval/kl, eval/length_mean and, with `gold`, eval/gold.
+
+  All are means over the responses of one rollout, whose prompts are repeated to fill it. With the
+  same key its prompts and random numbers are the same at every step, so that steps compare; its
+  size is that of training, so that nothing new is compiled.
+
+  Args:
+    collector: of the held-out prompts.
+    params: see `Collector.collect`.
+    key: the same at every step.
+    kl_coef: coefficient of the KL penalty.
+    gold: (prompt, response) -> true reward; None where it is not known.
+    decode: maps token ids to text, without special tokens.
+  """
+  count = collector.recipe.ppo.rollout_batch_size // collector.sampler.samples_per_prompt
+  rows = np.arange(count) % len(collector.prompts)
+  collected = collector.collect(params, rows, key, kl_coef)
+  metrics = {
+    'eval/reward': collected.metrics['objective/reward'],
+    'eval/kl': collected.metrics['objective/kl'],
+    'eval/length_mean': collected.metrics['response/length_mean'],
+  }
+  if gold is not None:
+    pairs = zip(collector.prompt_texts(rows), collected.rollout.texts(decode), strict=True)
+    metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
+  return metrics

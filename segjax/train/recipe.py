@@ -1,0 +1,30 @@
+"""What is fixed over a PPO run or an evaluation, as one static argument of the jitted steps."""
+
+import dataclasses
+
+from segjax.config.settings import PPO, Compat, RewardShaping
+from segjax.model.llama import LlamaConfig
+from segjax.train.segmenter import Segmenter
+
+
+@dataclasses.dataclass(frozen=True)
+class PPORecipe:
+  """The networks, how responses are segmented, how scores become rewards, how PPO learns.
+
+  Attributes:
+    reward: None where rewards come from a custom reward alone.
+    critic: not read where no values are computed, as in an evaluation.
+    spread: a name in `rl.rewards.SPREADS`.
+    recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
+  """
+
+  policy: LlamaConfig
+  reference: LlamaConfig
+  reward: LlamaConfig | None
+  critic: LlamaConfig
+  cutter: Segmenter
+  spread: str
+  shaping: RewardShaping
+  ppo: PPO
+  compat: Compat = dataclasses.field(default_factory=Compat)
+  recompute_logprob: bool = False

@@ -1,0 +1,126 @@
+"""Segment scores of a reward model: of sequences, of pairs, and normalised.
+
+Serves the reward step, the fit of the normaliser and every evaluation of a reward model.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from segjax.model.heads import scores, token_logprobs
+from segjax.model.llama import LlamaConfig
+from segjax.model.packed import run_packed
+from segjax.rl.normalizer import normalize, relative_position
+from segjax.train.segmenter import Segmenter, segment_batch, sequence_scores
+from segjax.types import Normalizer, PackingSlots, PreferenceBatch, Segments, Sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentScorer:
+  """How sequences are segmented and scored.
+
+  Attributes:
+    reward: the reward model.
+    reference: the model whose entropies segment; not run where they are not needed.
+  """
+
+  reward: LlamaConfig
+  reference: LlamaConfig
+  cutter: Segmenter
+
+
+def reference_entropy(
+  reference: Any, sequences: Sequences, scorer: SegmentScorer, places: PackingSlots | None = None
+) -> Float[Array, 'B S']:
+  """Returns the reference's entropy at every token, in nats; zeros where it is not needed.
+
+  `sequences.ref_entropy` is returned where it was computed beforehand.
+  """
+  if sequences.ref_entropy is not None:
+    return sequences.ref_entropy
+  if not scorer.cutter.needs_entropy:
+    return jnp.zeros(sequences.ids.shape, jnp.float32)
+  _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, places)
+  return jax.lax.stop_gradient(entropy)
+
+
+def score_sequences(
+  params: Any,
+  reference: Any,
+  sequences: Sequences,
+  scorer: SegmentScorer,
+  places: PackingSlots | None = None,
+) -> tuple[Float[Array, 'B S'], Segments]:
+  """Returns (the reward model's score at every token, the segments)."""
+  segments = segment_batch(
+    sequences.ids,
+    sequences.response_mask,
+    sequences.finished,
+    reference_entropy(reference, sequences, scorer, places),
+    scorer.cutter,
+  )
+  return run_packed(scores, params, sequences.ids, scorer.reward, places), segments
+
+
+def pair_scores(
+  params: Any,
+  reference: Any,
+  pairs: PreferenceBatch,
+  scorer: SegmentScorer,
+  places: PackingSlots | None = None,
+) -> tuple[Float[Array, 'B 2'], Segments]:
+  """Returns the aggregated scores of chosen and rejected, from one forward pass of 2B sequences."""
+  score, segments = score_sequences(params, reference, _interleave(pairs), scorer, places)
+  return sequence_scores(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
+
+
+def _interleave(pairs: PreferenceBatch) -> Sequences:
+  """Returns 2B rows, chosen and rejected in turn, so that no row leaves its device."""
+  return jax.tree.map(
+    lambda chosen, rejected: jnp.stack([chosen, rejected], 1).reshape(-1, *chosen.shape[1:]),
+    pairs.chosen,
+    pairs.rejected,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='scorer')
+def evaluate_pairs(
+  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
+) -> Float[Array, 'B 2']:
+  """Returns the scores of chosen and rejected, in one compiled program."""
+  return pair_scores(params, reference, pairs, scorer)[0]
+
+
+@functools.partial(jax.jit, static_argnames='scorer')
+def segment_statistics(
+  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
+) -> tuple[Float[Array, 'N S'], Float[Array, 'N S'], Bool[Array, 'N S'], Float[Array, 'N']]:
+  """Returns what a normaliser is fitted to, of both sides: N = 2B.
+
+  Returns:
+    (relative position of each token's segment, score, whether a segment ends there, aggregated
+    score of the response).
+  """
+  score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
+  response_score = sequence_scores(score, segments, scorer.cutter.segmentation)
+  return jax.vmap(relative_position)(segments), score, segments.end, response_score
+
+
+@functools.partial(jax.jit, static_argnames=('scorer', 'std_floor_ratio'))
+def segment_rewards(
+  params: Any,
+  reference: Any,
+  sequences: Sequences,
+  normalizer: Normalizer,
+  *,
+  scorer: SegmentScorer,
+  std_floor_ratio: float | None = None,
+) -> tuple[Float[Array, 'B S'], Segments]:
+  """Returns (z at every token, the segments); z counts at the last token of each segment."""
+  score, segments = score_sequences(params, reference, sequences, scorer)
+  z = functools.partial(normalize, std_floor_ratio=std_floor_ratio)
+  return jax.vmap(z, (0, 0, None))(score, segments, normalizer), segments

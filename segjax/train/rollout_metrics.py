@@ -1,0 +1,125 @@
+"""Metrics of a rollout and its rewards, and the bounds within which PPO learns from it.
+
+`report.metric_docs` explains each metric.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from segjax.config.settings import PPO
+from segjax.rl.masked import masked_mean, masked_sum
+from segjax.types import Experience, Rollout, Segments
+
+_NUM_POSITIONS = 10  # relative positions are grouped into tenths of a response
+
+
+def rollout_metrics(
+  experience: Experience, dense: Float[Array, 'B T'], penalty: Float[Array, 'B T']
+) -> dict[str, Array]:
+  """Returns the metrics of a rollout; those of a response are means over responses.
+
+  objective/kl = Σ_t (log π_old - log π_ref) and objective/entropy = Σ_t -log π_old over a
+  response, in nats, as in TRL.
+
+  Args:
+    experience: the scored rollout.
+    dense: reward of each token before the clip and the KL penalty.
+    penalty: KL penalty that was subtracted from each token's reward.
+  """
+  rollout, mask = experience.rollout, experience.rollout.response_mask
+  segments = experience.segments
+  log_ratio = rollout.old_logprob - experience.ref_logprob
+
+  def sum_per_response(x):
+    return jnp.mean(masked_sum(x, mask, axis=1))
+
+  length = jnp.sum(mask, axis=1).astype(jnp.float32)
+  return {
+    'objective/reward': sum_per_response(dense),
+    'objective/rlhf_reward': sum_per_response(experience.reward),
+    'objective/non_score_reward': -sum_per_response(penalty),
+    'objective/scores': masked_mean(experience.score, segments.end),
+    'objective/kl': sum_per_response(log_ratio),
+    'objective/kl_token_max': jnp.max(jnp.where(mask, jnp.abs(log_ratio), 0.0)),
+    'objective/entropy': -sum_per_response(rollout.old_logprob),
+    'objective/ref_entropy': masked_mean(experience.ref_entropy, mask),
+    'reward/token_abs_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
+    'reward/segment_mean': masked_sum(dense, mask) / jnp.maximum(jnp.sum(segments.end), 1),
+    'response/length_mean': jnp.mean(length),
+    'response/length_max': jnp.max(length),
+    'response/eos_rate': jnp.mean(rollout.finished.astype(jnp.float32)),
+    'segments/per_response': jnp.mean(segments.num_segments.astype(jnp.float32)),
+    'segments/length_mean': _segment_length(segments),
+    **_logprob_mismatch(rollout),
+    'critic/explained_variance': _explained_variance(
+      experience.value, experience.return_, experience.value_mask
+    ),
+  }
+
+
+def z_by_position(z: Float[Array, 'B T'], segments: Segments) -> dict[str, Array]:
+  """Returns the mean normalised score of segments in each tenth of a response.
+
+  reward/by_position/k is the mean of z over segments whose relative position
+  p = (segment_id + 1) / num_segments lies in ((k - 1) / 10, k / 10], NaN where there are none.
+
+  Args:
+    z: normalised scores, read at the last token of each segment.
+    segments: the segments.
+  """
+  last = jnp.maximum(segments.num_segments, 1)[:, None]
+  # In integers, ceil(10 p) exactly: as floats 3 / 10 and 0.3 may differ.
+  tenth = -(-_NUM_POSITIONS * (segments.segment_id + 1) // last)
+  means = {}
+  for k in range(1, _NUM_POSITIONS + 1):
+    selected = segments.end & (tenth == k)
+    mean = masked_mean(z, selected)
+    means[f'reward/by_position/{k}'] = jnp.where(jnp.any(selected), mean, jnp.nan)
+  return means
+
+
+@functools.partial(jax.jit, static_argnames='ppo')
+def within_bounds(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
+  """Returns whether PPO may learn from a rollout with these metrics.
+
+  KL and the largest reward must be finite and within `ppo.skip_if_kl_above` and
+  `ppo.skip_if_reward_above`, where 0 sets no bound.
+  """
+  is_within = jnp.bool(True)
+  for name, bound in (
+    ('objective/kl', ppo.skip_if_kl_above),
+    ('reward/token_abs_max', ppo.skip_if_reward_above),
+  ):
+    is_within &= jnp.isfinite(metrics[name]) & (jnp.abs(metrics[name]) <= (bound or jnp.inf))
+  return is_within
+
+
+def _logprob_mismatch(rollout: Rollout) -> dict[str, Array]:
+  """|log-prob as drawn - log-prob at temperature 1, unfiltered| per token; 0 if unfiltered."""
+  if rollout.sample_logprob is None:
+    return {}
+  mask = rollout.response_mask
+  gap = jnp.where(mask, jnp.abs(rollout.sample_logprob - rollout.old_logprob), 0.0)
+  return {
+    'rollout/logprob_mismatch': masked_mean(gap, mask),
+    'rollout/logprob_mismatch_max': jnp.max(gap),
+  }
+
+
+def _segment_length(segments: Segments) -> Float[Array, '']:
+  """Tokens per segment, over all responses."""
+  return jnp.sum(segments.segment_id >= 0) / jnp.maximum(jnp.sum(segments.num_segments), 1)
+
+
+def _explained_variance(
+  value: Float[Array, 'B T'], return_: Float[Array, 'B T'], mask: Bool[Array, 'B T']
+) -> Float[Array, '']:
+  """1 - Var(return - value) / Var(return) over the states whose value the critic learns."""
+
+  def variance(x):
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+  return 1 - variance(return_ - value) / jnp.maximum(variance(return_), 1e-8)

@@ -1,0 +1,169 @@
+"""Forward passes of the frozen networks and the critic over a rollout.
+
+Rewards and advantages are computed from their outputs by `train.experience`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from segjax.model import sharding
+from segjax.model.heads import scores, token_logprobs, values
+from segjax.train.recipe import PPORecipe
+from segjax.types import Rollout
+
+_WIDTH_MULTIPLE = 256  # tokens; chunks are padded to a multiple of it
+
+
+class ModelOutputs(NamedTuple):
+  """Outputs of all networks at each response token; `segjax.types` defines the alignment.
+
+  Attributes:
+    ref_entropy: entropy of the reference, nats.
+    score: the reward model's raw output.
+    prompt_score: the reward model's output at the last token of the prompt.
+  """
+
+  old_logprob: Float[Array, 'B T']
+  ref_logprob: Float[Array, 'B T']
+  ref_entropy: Float[Array, 'B T']
+  score: Float[Array, 'B T']
+  value: Float[Array, 'B T']
+  prompt_score: Float[Array, 'B']
+
+
+def concat_prompt_response(rollout: Rollout) -> Int[Array, 'B S']:
+  """Returns prompt and response as one sequence padded on the right, S = P + T."""
+  return _concat(rollout.prompt_ids, rollout.response_ids, rollout.prompt_length)
+
+
+def attention_segment_ids(rollout: Rollout) -> Int[Array, 'B S'] | None:
+  """Returns 1 for the tokens of `concat_prompt_response` that attention sees, else 0.
+
+  None where attention sees all tokens.
+  """
+  if rollout.attended is None:
+    return None
+  prompt = jnp.ones(rollout.prompt_ids.shape, jnp.int32)
+  return _concat(prompt, rollout.attended.astype(jnp.int32), rollout.prompt_length)
+
+
+def _concat(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> Array:
+  size = prompt.shape[1]
+  both = jnp.concatenate([prompt, response], axis=1)
+  position = jnp.arange(both.shape[1])[None]
+  length = prompt_length[:, None]
+  # The response follows the prompt's last real token, so the prompt's padding moves to the end.
+  source = jnp.where(position < length, position, position - length + size)
+  return jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
+
+
+def gather_response(
+  x: Float[Array, 'B S'], prompt_length: Int[Array, 'B'], size: int
+) -> Float[Array, 'B T']:
+  """Returns the `size` entries of each row from its response's first on.
+
+  Indices past the end of a row read its last entry.
+  """
+  index = prompt_length[:, None] + jnp.arange(size)[None]
+  return jnp.take_along_axis(x, jnp.minimum(index, x.shape[1] - 1), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames='recipe')
+def score_chunk(
+  params: dict[str, Any],
+  ids: Int[Array, 'B S'],
+  segment_ids: Int[Array, 'B S'] | None,
+  rollout: Rollout,
+  *,
+  recipe: PPORecipe,
+) -> ModelOutputs:
+  """Runs one forward pass of each network over prompts and responses.
+
+  Args:
+    params: parameters of 'policy', 'reference' and, where present, 'reward' and 'critic'. The
+      policy is run only with `recipe.recompute_logprob`.
+    ids: `concat_prompt_response` of the rollout.
+    segment_ids: `attention_segment_ids` of the rollout.
+    rollout: the rows to score.
+    recipe: the networks.
+  """
+
+  def logprobs(name, config):
+    return token_logprobs(params[name], ids, config, segment_ids=segment_ids)
+
+  def window(x):
+    return gather_response(x, rollout.prompt_length, rollout.response_ids.shape[1])
+
+  ref_logprob, ref_entropy = logprobs('reference', recipe.reference)
+  old_logprob = rollout.old_logprob
+  if recipe.recompute_logprob:
+    old_logprob = window(logprobs('policy', recipe.policy)[0])
+  # An evaluation has no critic, and a run on a custom reward alone no reward model.
+  value = score = jnp.zeros(ids.shape, jnp.float32)
+  if 'critic' in params:
+    value = values(params['critic'], ids, recipe.critic, segment_ids=segment_ids)
+  if recipe.reward is not None:
+    score = scores(params['reward'], ids, recipe.reward, segment_ids=segment_ids)
+  return ModelOutputs(
+    old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
+    ref_logprob=window(ref_logprob),
+    ref_entropy=window(ref_entropy),
+    score=window(score),
+    value=window(value),
+    prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
+  )
+
+
+def score(
+  params: dict[str, Any], rollout: Rollout, length: Int[np.ndarray, 'B'], *, recipe: PPORecipe
+) -> ModelOutputs:
+  """Runs `score_chunk` over the rollout, `ppo.scoring_batch_size` sequences at a time.
+
+  Sequences of similar length share a chunk, which is as wide as its longest one needs, rounded up
+  so that few programs are compiled.
+
+  Args:
+    params: parameters by name; those that wait in host memory are moved for the time of the call.
+    rollout: the responses.
+    length: tokens of prompt and response together.
+    recipe: the networks.
+  """
+  params = sharding.to_device(params)
+  ids, segment_ids = _concat_both(rollout)
+  total, width = ids.shape
+  size = recipe.ppo.scoring_batch_size or total
+  order = np.arange(total) if size == total else np.argsort(length, kind='stable')
+  chunks = []
+  for rows in order.reshape(-1, size):
+    needed = min(-(-int(length[rows].max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
+    chunk_ids, seen, chunk = take_rows((ids, segment_ids, rollout), rows)
+    seen = None if seen is None else seen[:, :needed]
+    chunks.append(score_chunk(params, chunk_ids[:, :needed], seen, chunk, recipe=recipe))
+  if len(chunks) == 1:
+    return chunks[0]
+  # The inverse of a permutation is its argsort: rows return to their original order.
+  return take_rows(concatenate(chunks), np.argsort(order))
+
+
+@jax.jit
+def _concat_both(rollout: Rollout) -> tuple[Array, Array | None]:
+  return concat_prompt_response(rollout), attention_segment_ids(rollout)
+
+
+@jax.jit
+def concatenate(chunks: list[Any]) -> Any:
+  """Joins chunks of a batch along B; the result stays split over the devices."""
+  return jax.tree.map(
+    lambda *parts: sharding.constrain_batch(jnp.concatenate(parts, axis=0)), *chunks
+  )
+
+
+@jax.jit
+def take_rows(tree: Any, rows: Int[Array, 'N']) -> Any:
+  """Returns the given rows of every array in the tree, split over the devices."""
+  return jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), tree)
