@@ -12,6 +12,7 @@ from fixtures import runs
 import segjax
 from segjax import rl
 from segjax.config.settings import Segmentation
+from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.model.heads import scores, token_logprobs
 from segjax.types import Normalizer
@@ -79,13 +80,15 @@ def test_sampling_depends_on_the_seed_and_the_place_alone(policy):
 
 def test_logprobs_are_those_of_the_network(policy):
   read, plain, empty = policy.logprobs([ANSWERED, 'experts call its hearing dull.', ''])
-  tokenizer = policy.reader.tokenizer
+  tokenizer = policy.annotator.tokenizer
   before, ids = (
     tokenizer.prompt_ids(ASKED),
     tokenizer.response_ids(ASKED, 'experts call its hearing dull.'),
   )
   expected = token_logprobs(
-    policy.reader.params['policy'], jnp.asarray([before + ids]), policy.reader.configs['policy']
+    policy.annotator.params['reference'],
+    jnp.asarray([before + ids]),
+    policy.annotator.reference,
   )
   for name, values in zip(('logprob', 'entropy'), expected, strict=True):
     values = np.asarray(values)[0, len(before) :]
@@ -106,10 +109,10 @@ def test_segments_follow_the_threshold(policy):
 
 def test_scores_are_raw_and_normalised(judge):
   (one,) = judge.score([ANSWERED])
-  reader = judge.reader
-  before = reader.tokenizer.prompt_ids(ASKED)
-  ids = before + reader.tokenizer.response_ids(ASKED, 'experts call its hearing dull.')
-  raw = np.asarray(scores(reader.params['reward'], jnp.asarray([ids]), reader.configs['reward']))[0]
+  annotator = judge.annotator
+  before = annotator.tokenizer.prompt_ids(ASKED)
+  ids = before + annotator.tokenizer.response_ids(ASKED, 'experts call its hearing dull.')
+  raw = np.asarray(scores(annotator.params['reward'], jnp.asarray([ids]), annotator.reward))[0]
   end, count = len(before), len(one.segments)
   assert count > 1
   for k, segment in enumerate(one.segments):
@@ -121,7 +124,7 @@ def test_scores_are_raw_and_normalised(judge):
     np.testing.assert_allclose(segment.normalized_score, z, rtol=1e-3, atol=1e-3)
 
 
-def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
+def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
   path = runs.reward_model(model, tmp_path / 'r', None, EVERY)
   judge = segjax.load_reward_model(
     str(path),
@@ -136,31 +139,42 @@ def test_without_a_normaliser_only_the_score_is_known(model, tmp_path):
 @pytest.mark.parametrize(
   'call, message',
   [
-    (lambda p: p.sample('its hearing'), 'give a list of texts; this is a single one'),
-    (lambda p: p.segment(ANSWERED), 'give a list of texts; this is a single one'),
-    (lambda p: p.sample(['x'], temprature=1), 'temprature does not exist; did you mean .*temperat'),
-    (lambda p: p.sample(['x'], top_p=0.0), 'config.rollout.top_p=0.0 must be above 0'),
+    (lambda p: p.sample('its hearing'), 'expected a list of texts, got a single text'),
+    (lambda p: p.segment(ANSWERED), 'expected a list of texts, got a single text'),
+    (lambda p: p.sample(['x'], temprature=1), '^temprature is not an option; did you mean temper'),
+    (lambda p: p.sample(['x'], top_p=0.0), '^top_p=0.0 must be above 0'),
+    (lambda p: p.sample(['x'], max_new_tokens=0), '^max_new_tokens=0 must be at least 1'),
+    (lambda p: p.sample(['x'], max_concurrent='4'), "^max_concurrent='4' must be of type int"),
     (lambda p: p.sample(['x'], samples=0), 'samples=0 must be at least 1'),
     (lambda p: p.sample(['its ' * 200]), 'room for'),
-    (lambda p: p.segment(['x'], granularity='word'), "'word' is not one of segment, token, bandit"),
+    (
+      lambda p: p.segment(['x'], granularity='word'),
+      "^granularity='word' is not one of segment, token, bandit",
+    ),
     (lambda p: p.segment([ASKED]), 'text 1: the last message is not the assistant’s'),
     (lambda p: p.logprobs(['x', [{'role': 'user'}]]), 'text 2: message 1 of `messages` must be'),
     (
       lambda p: p.logprobs(['x', 'its ' * 200]),
-      r'text 2 has \d+ tokens, the networks 128 position',
+      r'text 2 has \d+ tokens, but the networks have 128 position',
     ),
   ],
 )
 def test_wrong_calls_are_answered_by_what_to_do(policy, call, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message) as caught:
     call(policy)
+  assert 'config.' not in str(caught.value)
 
 
 def test_wrong_models_are_refused(model):
   mesh = runs.one_device()
-  with pytest.raises(ValueError, match=r'policy.path: no directory /nowhere'):
+  with pytest.raises(ValueError, match=r"^path='/nowhere': no directory /nowhere"):
     segjax.load_policy('/nowhere', mesh=mesh)
-  with pytest.raises(ValueError, match="dtype='f32' is not one of float32, bfloat16"):
+  with pytest.raises(UserError, match=r"^reference='/nowhere': no directory /nowhere"):
+    segjax.load_reward_model(str(model), reference='/nowhere', mesh=mesh)
+  with pytest.raises(UserError, match=r"^segmentation.granularity='word' is not one of"):
+    wrong = Segmentation(granularity='word')
+    segjax.load_reward_model(str(model), reference=str(model), segmentation=wrong, mesh=mesh)
+  with pytest.raises(ValueError, match=r"^dtype='f32' is not one of float32, bfloat16"):
     segjax.load_policy(str(model), dtype='f32', mesh=mesh)
   with pytest.raises(ValueError, match='has no scalar head, so it is not a reward model'):
     segjax.load_reward_model(str(model), reference=str(model), mesh=mesh)
@@ -168,7 +182,7 @@ def test_wrong_models_are_refused(model):
 
 def test_all_devices_say_what_one_says(policy, model):
   wide = segjax.load_policy(str(model))
-  assert wide.stage.mesh.size == len(jax.devices()) == 8
+  assert wide.annotator.mesh.size == len(jax.devices()) == 8
   texts = [ANSWERED, 'experts call its hearing dull.', 'a']
   for one, other in zip(policy.logprobs(texts), wide.logprobs(texts), strict=True):
     assert one.tokens == other.tokens
@@ -185,8 +199,7 @@ def test_a_tokenizer_without_template_reads_strings_alone(material):
 
 
 def test_api_and_tool_read_alike(policy):
-  """Segments are those of jobs.annotate, which tools/show_segments.py prints."""
-  direct = annotate.annotate(
-    policy.stage, policy.reader, [(ASKED, 'experts call its hearing dull.')], 1
-  )
+  """Segments are those of evaluation.annotate, which tools/show_segments.py prints."""
+  text = (ASKED, 'experts call its hearing dull.')
+  direct = annotate.annotate(policy.annotator, [text], 1)
   assert policy.segment([ANSWERED]) == list(direct)

@@ -25,11 +25,6 @@ WINGS = (
   ),
   *('evaluation', 'report', 'run', 'jobs', 'plan', 'api', 'main'),
 )
-# Modules that still import from a wing below; to become empty.
-STILL_BELOW = {
-  'segjax.evaluation.annotate',
-  'segjax.evaluation.span_auc',
-}
 MODULES = {
   '.'.join(('segjax', *path.relative_to(PACKAGE).with_suffix('').parts)): path
   for path in sorted(PACKAGE.rglob('*.py'))
@@ -64,7 +59,7 @@ def test_there_is_something_to_read():
 
 @pytest.mark.parametrize('module', MODULES)
 def test_imports_come_from_above(module):
-  own = WINGS.index('api' if module in STILL_BELOW else wing(module))
+  own = WINGS.index(wing(module))
   for name in imports(module):
     if name.split('.')[0] == 'segjax' and name != 'segjax':
       assert name in MODULES, f'{module} imports {name}, which is no module'

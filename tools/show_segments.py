@@ -1,11 +1,12 @@
-"""Where a policy's entropy cuts texts, and what a reward model gives each segment.
+"""Segments texts by the entropy of a reference, and scores the segments by a reward model.
 
-  python tools/show_segments.py POLICY --text='Once upon a time, there was a dog.'
-  python tools/show_segments.py POLICY rows.jsonl --reward_model=REWARD --out=scores.jsonl
-  python tools/show_segments.py POLICY rows.jsonl --reward_model=REWARD --html=segments.html
+  python tools/show_segments.py REFERENCE --text='Once upon a time, there was a dog.'
+  python tools/show_segments.py REFERENCE rows.jsonl --reward_model=REWARD --out=scores.jsonl
+  python tools/show_segments.py REFERENCE rows.jsonl --reward_model=REWARD --html=segments.html
 
-POLICY and REWARD are HF directories or hub ids; rows are conversations (`messages`), or preferences
-(`chosen`), as .jsonl, .jsonl.gz, .parquet or a hub id. The policy alone shows entropies and cuts.
+REFERENCE and REWARD are HF directories or hub ids; rows are conversations (`messages`), or
+preferences (`chosen`), as .jsonl, .jsonl.gz, .parquet or a hub id. Without a reward model the
+segments have entropies, but no scores.
 """
 
 import argparse
@@ -25,18 +26,18 @@ def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('policy')
+  parser.add_argument('reference')
   parser.add_argument('rows', nargs='?', default='')
   parser.add_argument('--text', help='plain text, without a chat template')
   parser.add_argument('--reward_model', default='')
   parser.add_argument('--threshold', type=float, help='nats; default: as stored, or 2')
   parser.add_argument('--granularity', choices=['segment', 'token', 'bandit'])
-  parser.add_argument('--chat_template', default='', help="in place of the tokenizer's own")
+  parser.add_argument('--chat_template', default='', help="replaces the tokenizer's own")
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
-  parser.add_argument('--batch', type=int, default=8, help='texts at once')
-  parser.add_argument('--limit', type=int, default=0, help='texts at most; 0 for all')
-  parser.add_argument('--html', type=Path, help='writes a page there that shows them in colour')
-  parser.add_argument('--out', type=Path, help='writes JSON lines there in place of the table')
+  parser.add_argument('--batch', type=int, default=8, help='texts per batch')
+  parser.add_argument('--limit', type=int, default=0, help='maximum number of texts; 0 for all')
+  parser.add_argument('--html', type=Path, help='write a page that shows the segments in colour')
+  parser.add_argument('--out', type=Path, help='write JSON lines instead of the table')
   flags = parser.parse_args()
   if bool(flags.rows) == (flags.text is not None):
     parser.error('give either a file of rows or --text')
@@ -44,44 +45,47 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-  """Shows or writes the segments of all texts."""
+  """Prints or writes the segments of all texts."""
   flags = parse()
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   from segjax.data.sources import load_rows
   from segjax.evaluation import annotate
+  from segjax.hf.reader import resolve_checkpoint
   from segjax.model.sharding import make_mesh
   from segjax.report import html_report, segment_table
+  from segjax.report.console import log
+  from segjax.run.scorers import load_annotator
 
-  named = {
-    'policy.path': flags.policy,
-    'reward_model.path': flags.reward_model,
+  plain = '' if flags.text is None else annotate.PLAIN_TEMPLATE
+  overrides = {
     'runtime.compute_dtype': flags.dtype,
-    'data.chat_template': flags.chat_template or (annotate.PLAIN if flags.text is not None else ''),
+    'data.chat_template': flags.chat_template or plain,
   }
   if flags.threshold is not None:
-    named['reward_model.segmentation.entropy_threshold'] = flags.threshold
+    overrides['reward_model.segmentation.entropy_threshold'] = flags.threshold
   if flags.granularity:
-    named['reward_model.segmentation.granularity'] = flags.granularity
+    overrides['reward_model.segmentation.granularity'] = flags.granularity
   mesh = make_mesh()
-  stage = annotate.stage_of('segments', typed.replace(Settings(), **named), mesh)
+  settings = typed.replace(Settings(), **overrides)
   texts = [([], flags.text)]
   if flags.rows:
-    texts = list(annotate.of_rows(load_rows(flags.rows, 'train', flags.limit)))
-  reader = annotate.load(stage)
-  found = annotate.annotate(stage, reader, texts, flags.batch)
+    texts = list(annotate.read_texts(load_rows(flags.rows, 'train', flags.limit)))
+  reward = resolve_checkpoint(flags.reward_model) if flags.reward_model else None
+  annotator = load_annotator(resolve_checkpoint(flags.reference), reward, settings, mesh, log)
+  responses = annotate.annotate(annotator, texts, flags.batch)
   if flags.html:
-    found = list(found)
-    html_report.write_responses(flags.html, flags.html.stem, found)
+    responses = list(responses)
+    html_report.write_responses(flags.html, flags.html.stem, responses)
     print(f'{len(texts)} texts in {flags.html}')
     if not flags.out:
       return
   if not flags.out:
-    for one in found:
-      segment_table.print_segments(one)
+    for response in responses:
+      segment_table.print_segments(response)
     return
   with flags.out.open('w', encoding='utf-8') as out:
-    for one in found:
-      out.write(json.dumps(one.as_json(), ensure_ascii=False) + '\n')
+    for response in responses:
+      out.write(json.dumps(response.as_json(), ensure_ascii=False) + '\n')
   print(f'{len(texts)} texts in {flags.out}')
 
 

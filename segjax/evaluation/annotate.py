@@ -1,87 +1,87 @@
-"""Texts cut into segments as the models see them: entropies, cuts, and what each segment earns."""
+"""Annotates texts with segments: the reference's entropies, boundaries, scores and rewards."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from segjax import processes
-from segjax.config.settings import Segmentation
-from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.sources import Message, Rows, as_conversation
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
+from segjax.evaluation.segment_records import AnnotatedResponse, make_segments, token_texts
+from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.report.response_log import AnnotatedResponse, make_segments, token_texts
 from segjax.rl.normalizer import normalize
-from segjax.run import inputs, models
-from segjax.run.stage import Stage
-from segjax.train import reward_spec
-from segjax.train.segmenter import Segmenter, make_segmenter, segment_batch
-from segjax.types import Normalizer, Segments, Sequences
+from segjax.train.segmenter import Segmenter, segment_batch
+from segjax.types import Normalizer, Sequences
 
-# Plain text is read without a template, but a tokenizer is only read with one.
-PLAIN = '{% for message in messages %}{{ message.content }}{% endfor %}'
-_LEAST = 64  # tokens that rows are padded to, or twice, four times, ... as many
+# A tokenizer is loaded with a chat template; plain text passes through this one.
+PLAIN_TEMPLATE = '{% for message in messages %}{{ message.content }}{% endfor %}'
+_MAX_ROWS = 8  # texts per batch, unless there are more devices
+_MIN_WIDTH = 64  # tokens; rows are padded to this or to a power of 2 times it
+
+Text = tuple[list[Message], str]  # prompt, empty for plain text, and response
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotator:
-  """The models that read, and how they cut.
+  """The models that annotate texts, and how texts are segmented.
 
   Attributes:
-    configs: by name: 'policy', and 'reward' if there is one.
-    params: the same.
-    normalizer: of the scores; None where it is not known.
+    tokenizer: shared by the models.
+    reference: the model whose entropies segment.
+    reward: the reward model; None for segments without scores.
+    params: parameters of 'reference' and, where present, 'reward'.
+    segmenter: how texts are segmented.
+    normalizer: of the scores; None where it is not known, so that rewards are None.
+    std_floor_ratio: floor of Std(p), see `rl.normalizer.normalize`.
+    mesh: the devices.
   """
 
   tokenizer: ChatTokenizer
-  configs: dict[str, LlamaConfig]
+  reference: LlamaConfig
+  reward: LlamaConfig | None
   params: dict[str, Any]
-  cutter: Segmenter
+  segmenter: Segmenter
   normalizer: Normalizer | None
+  std_floor_ratio: float | None
+  mesh: Mesh
+
+  @property
+  def max_length(self) -> int:
+    """The longest text in tokens that all networks can read."""
+    networks = [network for network in (self.reference, self.reward) if network is not None]
+    return min(network.max_position_embeddings for network in networks)
 
 
-def load(stage: Stage) -> Annotator:
-  """config.policy.path cuts; config.reward_model.path, where given, scores.
+class TextBatch(NamedTuple):
+  """Texts as token ids.
 
-  The segmentation is that of the reward model's segment_reward.json, if it has one, overruled field
-  by field by config.reward_model.segmentation.
+  Attributes:
+    texts: (prompt, response) of each.
+    responses: token ids of each response.
+    spans: position of each response in its row.
+    sequences: the rows on the mesh, padded to one of few widths; there may be more rows than texts.
   """
-  s = stage.settings
-  paths = {'policy': inputs.resolve_checkpoint(s.policy.path, 'policy.path')}
-  stored = None
-  if s.reward_model.path:
-    paths['reward'] = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
-    stored = reward_spec.read_spec(paths['reward'])
-    reward_spec.check_tokenizer(paths['policy'], paths['reward'])
-  base = stored.segmentation if stored else Segmentation()
-  segmentation = reward_spec.override(base, s.reward_model.segmentation)
-  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
-  configs = models.load_network_configs(paths, s.runtime, stage.mesh, stage.log)
-  heads = {'policy': 'language', 'reward': 'scalar'}
-  return Annotator(
-    tokenizer=tokenizer,
-    configs=configs,
-    params={
-      name: models.load_params(path, configs[name], heads[name], s.runtime, stage.mesh)
-      for name, path in paths.items()
-    },
-    cutter=make_segmenter(segmentation, tokenizer),
-    normalizer=stored.normalizer if stored else None,
-  )
+
+  texts: Sequence[Text]
+  responses: list[list[int]]
+  spans: list[slice]
+  sequences: Sequences
 
 
-def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
-  """(prompt, response) of conversations or of the chosen side of preferences.
+def read_texts(rows: Rows) -> Iterator[Text]:
+  """Yields (prompt, response) of conversations, or of the chosen side of preferences.
 
   Raises:
-    ValueError: a row whose last message is not the assistant's.
+    UserError: the last message of a row is not the assistant's.
   """
   for index, row in enumerate(rows):
     messages = as_conversation(row, rows.where(index))
@@ -91,140 +91,123 @@ def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
 
 
 def annotate(
-  stage: Stage, reader: Annotator, texts: Sequence[tuple[list[Message], str]], batch: int = 8
+  annotator: Annotator, texts: Sequence[Text], batch_size: int = 8
 ) -> Iterator[AnnotatedResponse]:
-  """The texts in their order, so many at a time.
-
-  Args:
-    texts: (prompt, response); an empty prompt stands for plain text, without a chat template.
+  """Annotates the texts in their order, `batch_size` at a time.
 
   Raises:
-    ValueError: a text longer than the networks' positions.
+    UserError: a text is longer than the networks' positions.
   """
-  for group in batches(stage, reader, texts, batch):
-    found = _read_batch(stage, reader, group.sequences)
+  for batch in text_batches(annotator, texts, batch_size):
+    arrays = _run_models(annotator, batch.sequences)
     for row, (text, ids, span) in enumerate(
-      zip(group.texts, group.responses, group.spans, strict=True)
+      zip(batch.texts, batch.responses, batch.spans, strict=True)
     ):
-      yield _annotated(reader, *text, ids, [x[row, span] for x in found])
+      outputs = TokenOutputs(*(x[row, span] for x in arrays))
+      yield _annotated_response(annotator, text, ids, outputs)
 
 
-class Batch(NamedTuple):
-  """Texts as token ids.
-
-  Attributes:
-    texts: (prompt, response) of each.
-    responses: token ids of each response.
-    spans: where in its row each response stands.
-    sequences: the rows on the mesh, padded to one of few sizes; there may be more than texts.
-  """
-
-  texts: Sequence[tuple[list[Message], str]]
-  responses: list[list[int]]
-  spans: list[slice]
-  sequences: Sequences
-
-
-def batches(
-  stage: Stage, reader: Annotator, texts: Sequence[tuple[list[Message], str]], batch: int
-) -> Iterator[Batch]:
-  """The texts as `annotate` takes them, `batch` rows at a time.
+def text_batches(
+  annotator: Annotator, texts: Sequence[Text], batch_size: int
+) -> Iterator[TextBatch]:
+  """Yields the texts as token ids on the mesh, `batch_size` rows at a time.
 
   Raises:
-    ValueError: a text longer than the networks' positions.
+    UserError: a text is longer than the networks' positions.
   """
-  most = min(config.max_position_embeddings for config in reader.configs.values())
-  for begin in range(0, len(texts), batch):
-    chunk = texts[begin : begin + batch]
-    encoded = [_encode(reader.tokenizer, *text) for text in chunk]
-    for number, (prompt, response) in enumerate(encoded, begin + 1):
-      if len(prompt) + len(response) > most:
+  tokenizer, max_length = annotator.tokenizer, annotator.max_length
+  for start in range(0, len(texts), batch_size):
+    chunk = texts[start : start + batch_size]
+    tokenized = [_tokenize(tokenizer, *text) for text in chunk]
+    lengths = [len(prompt) + len(response) for prompt, response in tokenized]
+    for number, length in enumerate(lengths, start + 1):
+      if length > max_length:
         raise UserError(
-          f'text {number} has {len(prompt) + len(response)} tokens, the networks {most} positions.'
+          f'text {number} has {length} tokens, but the networks have {max_length} positions; '
+          'shorten it.'
         )
-    spans = [slice(len(prompt), len(prompt) + len(response)) for prompt, response in encoded]
-    responses = [response for _, response in encoded]
-    yield Batch(chunk, responses, spans, _sequences(stage, reader, encoded, batch, most))
+    # Few widths, so that few programs are compiled.
+    width = min(max_length, max(_MIN_WIDTH, 1 << (max(lengths) - 1).bit_length()))
+    ids = np.full((batch_size, width), tokenizer.pad_id, np.int32)
+    mask, finished = np.zeros((batch_size, width), bool), np.zeros(batch_size, bool)
+    spans = []
+    for row, (prompt, response) in enumerate(tokenized):
+      spans.append(slice(len(prompt), lengths[row]))
+      ids[row, : lengths[row]] = prompt + response
+      mask[row, spans[row]] = True
+      finished[row] = bool(response) and response[-1] in tokenizer.stop_ids
+    arrays = sharding.place_batch((ids, mask, finished), annotator.mesh)
+    yield TextBatch(chunk, [response for _, response in tokenized], spans, Sequences(*arrays))
 
 
-def _encode(tokenizer: ChatTokenizer, prompt: list[Message], response: str) -> list[list[int]]:
-  """Token ids of (prompt, response); plain text follows the token that begins texts."""
+def _tokenize(
+  tokenizer: ChatTokenizer, prompt: list[Message], response: str
+) -> tuple[list[int], list[int]]:
+  """Returns the token ids of (prompt, response); plain text follows the BOS token."""
   if not prompt:
-    begin = tokenizer.tokenizer.bos_token_id
-    return [[] if begin is None else [begin], tokenizer.encode([response])[0]]
-  return [tokenizer.prompt_ids(prompt), tokenizer.response_ids(prompt, response)]
+    bos = tokenizer.tokenizer.bos_token_id
+    return ([] if bos is None else [bos]), tokenizer.encode([response])[0]
+  return tokenizer.prompt_ids(prompt), tokenizer.response_ids(prompt, response)
 
 
-def _sequences(
-  stage: Stage, reader: Annotator, encoded: list[list[list[int]]], batch: int, most: int
-) -> Sequences:
-  longest = max(len(prompt) + len(response) for prompt, response in encoded)
-  size = min(most, max(_LEAST, 1 << (longest - 1).bit_length()))
-  ids = np.full((batch, size), reader.tokenizer.pad_id, np.int32)
-  mask, finished = np.zeros((batch, size), bool), np.zeros(batch, bool)
-  for row, (prompt, response) in enumerate(encoded):
-    end = len(prompt) + len(response)
-    ids[row, :end] = prompt + response
-    mask[row, len(prompt) : end] = True
-    finished[row] = response[-1:] != [] and response[-1] in reader.tokenizer.stop_ids
-  return Sequences(*map(stage.to_device, (ids, mask, finished)))
+def choose_batch_size(mesh: Mesh, num_texts: int) -> int:
+  """Returns the rows per batch: few for few texts, divisible over the devices."""
+  rows = min(_MAX_ROWS, 1 << max(num_texts - 1, 0).bit_length())
+  return -(-rows // mesh.size) * mesh.size
 
 
-def _read_batch(stage: Stage, reader: Annotator, sequences: Sequences) -> list[np.ndarray]:
-  """(entropy, segment id, score, reward) at every token, [batch, S] each, on the host."""
-  entropy, segments, score, reward = processes.to_host(
-    _read(
-      reader.params,
-      sequences,
-      reader.normalizer or Normalizer(),
-      policy=reader.configs['policy'],
-      reward=reader.configs.get('reward'),
-      cutter=reader.cutter,
-      std_floor_ratio=resolve_std_floor_ratio(stage.settings.reward_shaping),
-    )
+class TokenOutputs(NamedTuple):
+  """What is known of each token, [B, S] or [T]; `z` counts where a segment ends."""
+
+  entropy: Any
+  segment_id: Any
+  score: Any
+  z: Any
+
+
+def _run_models(annotator: Annotator, sequences: Sequences) -> TokenOutputs:
+  outputs = _token_outputs(
+    annotator.params,
+    sequences,
+    annotator.normalizer or Normalizer(),
+    reference=annotator.reference,
+    reward=annotator.reward,
+    segmenter=annotator.segmenter,
+    std_floor_ratio=annotator.std_floor_ratio,
   )
-  return [entropy, segments.segment_id, score, reward]
+  return TokenOutputs(*processes.to_host(tuple(outputs)))
 
 
-@functools.partial(jax.jit, static_argnames=('policy', 'reward', 'cutter', 'std_floor_ratio'))
-def _read(
+@functools.partial(jax.jit, static_argnames=('reference', 'reward', 'segmenter', 'std_floor_ratio'))
+def _token_outputs(
   params: dict[str, Any],
   sequences: Sequences,
   normalizer: Normalizer,
   *,
-  policy: LlamaConfig,
+  reference: LlamaConfig,
   reward: LlamaConfig | None,
-  cutter: Segmenter,
+  segmenter: Segmenter,
   std_floor_ratio: float | None,
-) -> tuple[jax.Array, Segments, jax.Array, jax.Array]:
+) -> tuple[Float[Array, 'B S'], Int[Array, 'B S'], Float[Array, 'B S'], Float[Array, 'B S']]:
   ids, mask = sequences.ids, sequences.response_mask
-  _, entropy = token_logprobs(params['policy'], ids, policy)
-  segments = segment_batch(ids, mask, sequences.finished, entropy, cutter)
+  _, entropy = token_logprobs(params['reference'], ids, reference)
+  segments = segment_batch(ids, mask, sequences.finished, entropy, segmenter)
   score = entropy * 0 if reward is None else scores(params['reward'], ids, reward)
   z = jax.vmap(functools.partial(normalize, std_floor_ratio=std_floor_ratio), (0, 0, None))
-  return entropy, segments, score, z(score, segments, normalizer)
+  return entropy, segments.segment_id, score, z(score, segments, normalizer)
 
 
-def _annotated(
-  reader: Annotator,
-  prompt: list[Message],
-  text: str,
-  ids: list[int],
-  found: list[np.ndarray],
+def _annotated_response(
+  annotator: Annotator, text: Text, ids: list[int], outputs: TokenOutputs
 ) -> AnnotatedResponse:
-  entropy, segment_id, score, reward = found
-  has_reward = 'reward' in reader.configs
-  ends = [np.flatnonzero(segment_id == k)[-1] for k in range(int(segment_id.max(initial=-1)) + 1)]
+  segment_id, has_score = outputs.segment_id, annotator.reward is not None
+  num_segments = int(segment_id.max(initial=-1)) + 1
+  ends = [np.flatnonzero(segment_id == k)[-1] for k in range(num_segments)]
   segments = make_segments(
-    token_texts(ids, reader.tokenizer),
+    token_texts(ids, annotator.tokenizer),
     segment_id,
-    entropy,
-    score if has_reward else None,
-    normalized_score=reward[ends] if has_reward and reader.normalizer else None,
+    outputs.entropy,
+    outputs.score if has_score else None,
+    normalized_score=outputs.z[ends] if has_score and annotator.normalizer else None,
   )
-  return AnnotatedResponse(prompt, text, segments)
-
-
-def stage_of(stage_name: str, settings: Any, mesh: Any) -> Stage:
-  """A stage that writes nothing, for reading alone."""
-  return Stage(stage_name, settings, Path('.'), mesh)
+  return AnnotatedResponse(*text, segments)

@@ -1,139 +1,136 @@
-"""Whether low segment rewards lie where people marked errors."""
+"""Measures whether segments with low rewards are those where people annotated errors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from segjax import processes
-from segjax.config.training_settings import resolve_std_floor_ratio
-from segjax.data.batches import eval_batches
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
-from segjax.report.console import track
-from segjax.run.stage import Stage
-from segjax.train.reward_scoring import SegmentScorer, segment_rewards
-from segjax.types import Normalizer, Sequences
+from segjax.types import Segments, Sequences
 
-_ROUND = 8  # the rows' length is rounded up to a multiple of this
+_WIDTH_MULTIPLE = 8  # tokens; rows are padded to a multiple of it
 
-# The reward of the segment that each token of a response lies in, and that segment's index or -1.
+# Reward and index of the segment that each token of a response lies in; 0 and -1 outside.
 TokenRewards = tuple[np.ndarray, np.ndarray]
 
 
 def segment_rewards_by_token(
-  stage: Stage,
-  params: Any,
-  reference: Any,
-  marked: Sequence[TokenizedSpans],
-  scorer: SegmentScorer,
-  normalizer: Normalizer,
+  responses: Sequence[TokenizedSpans],
+  score: Callable[[Sequences], tuple[Any, Segments]],
+  max_width: int,
+  batches: Iterable[tuple[np.ndarray, int]],
+  to_device: Callable[[Any], Any],
 ) -> list[TokenRewards]:
-  """Normalised rewards of the responses, token by token; each token has its whole segment's."""
-  size, found = stage.settings.evaluate_reward.batch_size, []
-  width = -(-max(len(one.ids) for one in marked) // _ROUND) * _ROUND
-  width = min(width, scorer.reward.max_position_embeddings)
-  batches = eval_batches(len(marked), size)
-  for rows, real in track(stage.name, batches, -(-len(marked) // size), 'marked responses'):
-    batch = [marked[row] for row in rows]
-    sequences = Sequences(*map(stage.to_device, _padded(batch, width)))
-    reward, segments = processes.to_host(
-      segment_rewards(
-        params,
-        reference,
-        sequences,
-        normalizer,
-        scorer=scorer,
-        std_floor_ratio=resolve_std_floor_ratio(stage.settings.reward_shaping),
-      )
-    )
-    for i, one in enumerate(batch[:real]):
-      span = slice(one.prompt_length, len(one.ids))
-      found.append(_by_token(reward[i, span], segments.end[i, span], segments.segment_id[i, span]))
-  return found
+  """Returns the normalised reward of each token's segment, for every response.
+
+  Args:
+    responses: tokenised responses with annotated spans.
+    score: sequences -> (z at every token, segments), as `reward_scoring.segment_rewards`.
+    max_width: positions of the network.
+    batches: `eval_batches` of the responses.
+    to_device: places a batch of the host on the devices.
+  """
+  rewards = []
+  longest = max(len(response.ids) for response in responses)
+  width = min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, max_width)
+  for rows, num_real in batches:
+    batch = [responses[row] for row in rows]
+    z, segments = processes.to_host(score(Sequences(*map(to_device, _padded(batch, width)))))
+    for i, response in enumerate(batch[:num_real]):
+      span = slice(response.prompt_length, len(response.ids))
+      rewards.append(_by_token(z[i, span], segments.end[i, span], segments.segment_id[i, span]))
+  return rewards
 
 
 def figures(
-  marked: Sequence[TokenizedSpans], rewards: Sequence[TokenRewards], seed: int
+  responses: Sequence[TokenizedSpans], rewards: Sequence[TokenRewards], seed: int
 ) -> dict[str, Any]:
-  """How well -reward ranks characters inside of marked spans above those outside.
+  """Measures how well -reward ranks characters inside annotated spans above those outside.
 
-  The unit is the character, as people marked them: so models of different tokenizers compare. A
-  character has the reward of the segment in which its token lies. Characters without one, cut off
-  or trimmed by the template, count nowhere.
+  The unit is the character, as people annotate them, so that models of different tokenizers
+  compare. A character has the reward of the segment of its token. Characters without a segment
+  (truncated, or trimmed by the template) are left out.
 
   Returns:
     auc: P(a character inside has the lower reward), a tie counting half, over all responses.
     auc_within: the same within each response that has both kinds, averaged.
     types: both for each type of error: its characters against those in no span of any type.
-    responses, spans, spans_cut (no character of which was scored), characters, marked (share).
+    responses, spans, spans_cut (spans without a scored character), characters, marked (share).
     Intervals are 95 % by bootstrap over responses.
   """
-  every = rank_segments(marked, rewards, lambda span: True)
-  kinds = sorted({span.kind for one in marked for span in one.spans})
-  spans = [(one, span) for one in marked for span in one.spans]
-  inside, outside = int(every.inside.sum()), int(every.outside.sum())
+  ranked = rank_segments(responses, rewards, lambda span: True)
+  kinds = sorted({span.kind for response in responses for span in response.spans})
+  spans = [(response, span) for response in responses for span in response.spans]
+  inside, outside = int(ranked.inside.sum()), int(ranked.outside.sum())
+
+  def of_kind(kind):
+    rows = rank_segments(responses, rewards, lambda span: span.kind == kind)
+    return {**_intervals(rows, seed), 'spans': sum(span.kind == kind for _, span in spans)}
+
   return {
-    **_both(every, seed),
-    'types': {
-      kind: {
-        **_both(rank_segments(marked, rewards, lambda span, kind=kind: span.kind == kind), seed),
-        'spans': sum(span.kind == kind for _, span in spans),
-      }
-      for kind in kinds
-    },
-    'responses': len(marked),
+    **_intervals(ranked, seed),
+    'types': {kind: of_kind(kind) for kind in kinds},
+    'responses': len(responses),
     'spans': len(spans),
-    'spans_cut': sum(bool((one.owner[s.start : s.end] < 0).all()) for one, s in spans),
+    'spans_cut': sum(
+      bool((response.owner[span.start : span.end] < 0).all()) for response, span in spans
+    ),
     'characters': inside + outside,
     'marked': inside / max(inside + outside, 1),
   }
 
 
 def rank_segments(
-  marked: Sequence[TokenizedSpans],
+  responses: Sequence[TokenizedSpans],
   rewards: Sequence[TokenRewards],
-  is_sought: Callable[[Span], bool],
+  is_selected: Callable[[Span], bool],
 ) -> RankedTokens:
-  """A row for each segment: -reward, its characters in a sought span, and those in none at all."""
+  """Returns a row per segment: -reward, its characters in selected spans, its characters in none.
+
+  Args:
+    responses: tokenised responses with annotated spans.
+    rewards: of each response.
+    is_selected: whether a span counts as inside; characters of other spans count nowhere.
+  """
   rows = []
-  for number, (one, (reward, segment)) in enumerate(zip(marked, rewards, strict=True)):
-    sought, any_span = (np.zeros(len(one.owner), bool) for _ in range(2))
-    for span in one.spans:
-      any_span[span.start : span.end] = True
-      sought[span.start : span.end] |= is_sought(span)
-    token = one.owner[one.owner >= 0]
-    is_in_segment = segment[token] >= 0
-    token, (sought, any_span) = (
-      token[is_in_segment],
-      (x[one.owner >= 0][is_in_segment] for x in (sought, any_span)),
-    )
+  for number, (response, (reward, segment)) in enumerate(zip(responses, rewards, strict=True)):
+    in_selected, in_any = (np.zeros(len(response.owner), bool) for _ in range(2))
+    for span in response.spans:
+      in_any[span.start : span.end] = True
+      in_selected[span.start : span.end] |= is_selected(span)
+    has_token = response.owner >= 0
+    token = response.owner[has_token]
+    in_segment = segment[token] >= 0
+    token = token[in_segment]
+    in_selected, in_any = (x[has_token][in_segment] for x in (in_selected, in_any))
     score = np.zeros(int(segment.max(initial=-1)) + 1)
     score[segment[token]] = -reward[token]
-    count = [np.bincount(segment[token], x, len(score)) for x in (sought, ~any_span)]
+    count = [np.bincount(segment[token], x, len(score)) for x in (in_selected, ~in_any)]
     rows.append(RankedTokens(score, *count, np.full(len(score), number)))
   return RankedTokens(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 
 
-def _both(rows: RankedTokens, seed: int) -> dict[str, Any]:
+def _intervals(rows: RankedTokens, seed: int) -> dict[str, Any]:
   return {'auc': auc_interval(rows, seed), 'auc_within': auc_within(rows, seed)}
 
 
 def _padded(
   batch: Sequence[TokenizedSpans], width: int
-) -> tuple[Int[np.ndarray, 'B S'], np.ndarray, np.ndarray]:
-  """(ids, mask of the response, whether it is finished)."""
+) -> tuple[Int[np.ndarray, 'B S'], Bool[np.ndarray, 'B S'], Bool[np.ndarray, 'B']]:
+  """Returns (ids, mask of the response, whether it is finished)."""
   ids, mask = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), bool)
-  for row, one in enumerate(batch):
-    ids[row, : len(one.ids)] = one.ids
-    mask[row, one.prompt_length : len(one.ids)] = True
-  return ids, mask, np.array([one.finished for one in batch])
+  for row, response in enumerate(batch):
+    ids[row, : len(response.ids)] = response.ids
+    mask[row, response.prompt_length : len(response.ids)] = True
+  return ids, mask, np.array([response.finished for response in batch])
 
 
 def _by_token(
   reward: Float[np.ndarray, 'T'], end: np.ndarray, segment: Int[np.ndarray, 'T']
 ) -> TokenRewards:
-  """The reward at a segment's end, at each of its tokens."""
+  """Returns the reward at a segment's end for each of its tokens."""
   at_end = reward[end]
   return np.where(segment >= 0, at_end[segment] if len(at_end) else 0.0, 0.0), segment

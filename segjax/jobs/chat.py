@@ -1,4 +1,4 @@
-"""A conversation with a policy in the terminal, streamed; its segments and rewards on request."""
+"""Chat with a policy in the terminal: streamed answers, their segments and rewards on request."""
 
 import dataclasses
 import sys
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from segjax import processes
+from segjax.config.settings import RolloutSettings
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -17,46 +18,56 @@ from segjax.evaluation.annotate import Annotator
 from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.report import segment_table
 from segjax.report.console import log
+from segjax.run import inputs
+from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 
-_CHUNK = 4  # tokens between two pieces of streamed text
-HELP = '/segments shows the last answer cut and scored, /new begins anew, /quit or Ctrl-D ends'
+_CHUNK = 4  # tokens that are generated between two pieces of streamed text
+HELP = '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends'
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Talks until the input ends; config.rollout says how answers are sampled.
+  """Chats until the input ends; config.rollout sets how answers are sampled.
 
   Raises:
-    ValueError: config.policy.path is empty or no checkpoint.
+    UserError: config.policy.path is empty or not a checkpoint.
   """
-  if not stage.settings.policy.path:
-    raise UserError('config.policy.path is empty: give a checkpoint to talk to.')
+  s = stage.settings
+  if not s.policy.path:
+    raise UserError('config.policy.path is empty; give a checkpoint to chat with.')
   if processes.process_count() > 1:
-    raise UserError('chat runs in one process, for it reads from its terminal.')
-  reader = annotate.load(stage)
-  log(f'{stage.settings.policy.path}: {HELP}')
+    raise UserError('chat reads from its terminal, so it runs in one process only.')
+  policy = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
+  reward = None
+  if s.reward_model.path:
+    reward = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
+  # In chat the policy is the reference: its own entropies segment its answers.
+  annotator = load_annotator(policy, reward, s, stage.mesh, stage.log)
+  log(f'{s.policy.path}: {HELP}')
   messages: list[Message] = []
-  answers = 0
+  num_answers = 0
   for line in _lines():
     if line == '/new':
       messages = []
     elif line == '/segments':
-      _show(stage, reader, messages)
+      _print_segments(annotator, messages)
     elif line.startswith('/'):
       log(HELP)
     else:
-      messages = [*messages, {'role': 'user', 'content': line}]
-      messages = _that_fit(stage, reader, messages)
-      answer = reply(stage, reader, messages, answers, _write)
+      messages = _truncate(
+        annotator, [*messages, {'role': 'user', 'content': line}], s.rollout.max_new_tokens
+      )
+      key = jax.random.fold_in(stage.key('chat'), num_answers)
+      answer = reply(annotator, messages, s.rollout, key, _write)
       sys.stdout.write('\n')
       messages = [*messages, {'role': 'assistant', 'content': answer}]
-      answers += 1
-  return {'answers': answers}
+      num_answers += 1
+  return {'answers': num_answers}
 
 
 def _lines() -> Iterator[str]:
-  """What the user types, until the end of the input or /quit."""
+  """Yields what the user types, until the end of the input or /quit."""
   while True:
     try:
       line = input('> ').strip()
@@ -73,80 +84,69 @@ def _write(text: str) -> None:
   sys.stdout.flush()
 
 
-def _room(stage: Stage, reader: Annotator) -> int:
-  """Tokens that a prompt may have."""
-  config = reader.configs['policy']
-  return config.max_position_embeddings - stage.settings.rollout.max_new_tokens
-
-
-def _that_fit(stage: Stage, reader: Annotator, messages: list[Message]) -> list[Message]:
-  """The messages, without the oldest turns where all of them are too long."""
-  kept = messages
-  while len(reader.tokenizer.prompt_ids(kept)) > _room(stage, reader) and len(kept) > 2:
-    kept = kept[2:]
-  if len(kept) < len(messages):
-    log(
-      f'(the first {len(messages) - len(kept)} messages are forgotten: there is no room for them)'
-    )
-  return kept
+def _truncate(annotator: Annotator, messages: list[Message], max_new_tokens: int) -> list[Message]:
+  """Drops the oldest turns of a conversation that leaves no room for an answer."""
+  max_prompt = annotator.reference.max_position_embeddings - max_new_tokens
+  recent = messages
+  while len(annotator.tokenizer.prompt_ids(recent)) > max_prompt and len(recent) > 2:
+    recent = recent[2:]
+  if len(recent) < len(messages):
+    log(f'(dropped the {len(messages) - len(recent)} oldest messages: the context is full)')
+  return recent
 
 
 def reply(
-  stage: Stage,
-  reader: Annotator,
+  annotator: Annotator,
   messages: list[Message],
-  number: int,
+  settings: RolloutSettings,
+  key: jax.Array,
   write: Callable[[str], None],
 ) -> str:
-  """The answer to a conversation; `write` is given its text piece by piece.
-
-  Args:
-    number: of the answer, for its random numbers.
+  """Samples the answer to a conversation; `write` receives its text as it is generated.
 
   Raises:
-    ValueError: the conversation leaves no room for an answer.
+    UserError: the conversation leaves no room for an answer.
   """
-  tokenizer = reader.tokenizer
+  tokenizer, mesh = annotator.tokenizer, annotator.mesh
   ids = np.array([tokenizer.prompt_ids(messages)], np.int32)
   stream = _Stream(tokenizer, write)
-  config = reader.configs['policy']
-  decoder = make_decode_config(
-    config, sampling(stage.settings.rollout), tokenizer.stop_ids, stage.mesh, _CHUNK
-  )
-  found = generate(
-    reader.params['policy'],
+  output = generate(
+    annotator.params['reference'],
     PromptArrays(ids, np.array([ids.shape[1]], np.int32)),
-    jax.random.fold_in(stage.key('chat'), number),
-    decoder=decoder,
-    mesh=stage.mesh,
-    watch=stream.take,
+    key,
+    decoder=make_decode_config(
+      annotator.reference, sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
+    ),
+    mesh=mesh,
+    watch=stream.write_new,
   )
-  return stream.take(found, is_last=True)
+  return stream.write_new(output, is_last=True)
 
 
 @dataclasses.dataclass
 class _Stream:
-  """Writes what is new of a growing answer; holds back characters that are not whole yet."""
+  """Writes the new part of a growing answer, holding back incomplete characters."""
 
   tokenizer: ChatTokenizer
   write: Callable[[str], None]
   written: str = ''
 
-  def take(self, found: GenerationResult, is_last: bool = False) -> str:
-    """The text so far."""
-    text = self.tokenizer.decode(found.response_ids[0][found.response_mask[0]])
-    whole = text if is_last else text.rstrip('\ufffd')
-    if whole.startswith(self.written):
-      self.write(whole[len(self.written) :])
-      self.written = whole
+  def write_new(self, output: GenerationResult, is_last: bool = False) -> str:
+    """Writes what was added since the last call; returns the text so far."""
+    text = self.tokenizer.decode(output.response_ids[0][output.response_mask[0]])
+    # An incomplete character decodes to the replacement character at the end.
+    complete = text if is_last else text.rstrip('\ufffd')
+    if complete.startswith(self.written):
+      self.write(complete[len(self.written) :])
+      self.written = complete
     return text
 
 
-def _show(stage: Stage, reader: Annotator, messages: list[Message]) -> None:
-  """The last answer, cut into segments."""
+def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
+  """Prints the last answer in segments."""
   if not messages:
     log('there is no answer yet')
     return
   text = (messages[:-1], messages[-1]['content'])
-  for one in annotate.annotate(stage, reader, [text], batch=stage.mesh.size):
-    segment_table.print_segments(one)
+  for response in annotate.annotate(annotator, [text], batch_size=annotator.mesh.size):
+    segment_table.print_segments(response)

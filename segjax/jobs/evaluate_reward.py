@@ -1,191 +1,217 @@
-"""A reward model against human judgements: which of two responses, and where in one the errors."""
+"""Evaluates a reward model against human judgements: preferences, and annotated errors."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.config.settings import Settings
+from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.batches import Pairs, eval_batches
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.errors import UserError
 from segjax.evaluation import reward_bench, span_auc
 from segjax.evaluation.intervals import format_interval, wilson
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
 from segjax.run import inputs, models
+from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
+from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs, segment_rewards
 from segjax.train.reward_spec import RewardSpec
 from segjax.train.segmenter import make_segmenter
+from segjax.types import PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRewardModel:
-  """The reward model: where it is, what its scores mean, how it scores.
+  """A reward model without its weights: where it is, what its scores mean, how it scores.
 
   Attributes:
-    reference: the directory of the model whose entropies cut; None where none is needed.
-    shortest: of the networks that read, the one of the fewest positions.
+    path: its directory.
+    reference: directory of the model whose entropies segment; None where none is needed.
+    spec: segmentation and normaliser.
+    scorer: networks and segmentation.
+    tokenizer: its tokenizer.
   """
 
   path: Path
   reference: Path | None
-  meaning: RewardSpec
+  spec: RewardSpec
   scorer: SegmentScorer
   tokenizer: ChatTokenizer
-  shortest: LlamaConfig
+
+  @property
+  def smallest(self) -> LlamaConfig:
+    """The network with the fewest positions."""
+    networks = self.scorer.reward, self.scorer.reference
+    return min(networks, key=lambda network: network.max_position_embeddings)
+
+
+class EvaluationData(NamedTuple):
+  """Pairs of each file with the subset of each pair, responses with spans, counts by file."""
+
+  pairs: list[tuple[Pairs, list[str]]]
+  spans: list[TokenizedSpans]
+  counts: dict[str, dict[str, int]]
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Judges config.evaluate_reward.pairs, or config.data.path, and config.evaluate_reward.spans.
+  """Evaluates config.reward_model on config.evaluate_reward.pairs and .spans, or config.data.path.
 
-  Everything is cut and scored as in training, by segment_reward.json beside the weights.
+  Text is segmented and scored as in training, by segment_reward.json next to the weights.
 
   Returns:
     The figures, also written to `results.json`: `pairs` (`pair_figures`), `counts` by file,
-    `spans` (`span_evaluation.figures`), and whether the spans' rewards are `normalized`.
+    `spans` (`span_auc.figures`), and whether the spans' rewards are `normalized`.
 
   Raises:
-    ValueError: segments are cut by entropy and config.reference.path is empty; a file cannot be
-      read. Both before a network is loaded.
+    UserError: text is segmented by entropy and config.reference.path is empty, or a file cannot be
+      read; both before weights are loaded.
   """
-  judge = load_judge(stage)
-  sets, marked, counts = load_inputs(stage, judge)
-  params = models.load_params(
-    judge.path, judge.scorer.reward, 'scalar', stage.settings.runtime, stage.mesh
-  )
+  s = stage.settings
+  model = load_reward_model(s, stage.mesh, stage.log)
+  data = load_data(s, model, stage.log)
+  params = models.load_params(model.path, model.scorer.reward, 'scalar', s.runtime, stage.mesh)
   reference = None
-  if judge.reference is not None:
-    reference = models.load_params(
-      judge.reference,
-      judge.scorer.reference,
-      'language',
-      stage.settings.runtime,
-      stage.mesh,
-    )
+  if model.reference is not None:
+    network = model.scorer.reference
+    reference = models.load_params(model.reference, network, 'language', s.runtime, stage.mesh)
   figures = {
-    'pairs_read': sum(len(pairs) for pairs, _ in sets),
-    'responses_read': len(marked),
-    'counts': counts,
+    'pairs_read': sum(len(pairs) for pairs, _ in data.pairs),
+    'responses_read': len(data.spans),
+    'counts': data.counts,
   }
-  if sets:
-    scored = [pair_scores(stage, params, reference, pairs, judge.scorer) for pairs, _ in sets]
+
+  def batches(count, note):
+    size = s.evaluate_reward.batch_size
+    return track(stage.name, eval_batches(count, size), -(-count // size), note)
+
+  if data.pairs:
+    score = functools.partial(evaluate_pairs, params, reference, scorer=model.scorer)
+    scored = [
+      pair_scores(pairs, score, batches(len(pairs), 'pairs'), stage.to_device)
+      for pairs, _ in data.pairs
+    ]
     figures['pairs'] = pair_figures(
       np.concatenate(scored),
-      [name for _, names in sets for name in names],
-      np.concatenate([pairs.truncated for pairs, _ in sets]),
+      [name for _, names in data.pairs for name in names],
+      np.concatenate([pairs.truncated for pairs, _ in data.pairs]),
     )
-  if marked:
-    normalizer = jax.tree.map(jnp.float32, judge.meaning.normalizer)
+  if data.spans:
+    score = functools.partial(
+      segment_rewards,
+      params,
+      reference,
+      normalizer=jax.tree.map(jnp.float32, model.spec.normalizer),
+      scorer=model.scorer,
+      std_floor_ratio=resolve_std_floor_ratio(s.reward_shaping),
+    )
     rewards = span_auc.segment_rewards_by_token(
-      stage, params, reference, marked, judge.scorer, normalizer
+      data.spans,
+      score,
+      model.scorer.reward.max_position_embeddings,
+      batches(len(data.spans), 'responses with spans'),
+      stage.to_device,
     )
-    figures['spans'] = span_auc.figures(marked, rewards, stage.settings.seed)
-    figures['spans']['normalized'] = judge.meaning.normalizer_kind != 'none'
+    figures['spans'] = span_auc.figures(data.spans, rewards, s.seed)
+    figures['spans']['normalized'] = model.spec.normalizer_kind != 'none'
   if processes.is_first():
-    text = json.dumps(figures, indent=2) + '\n'
-    (stage.directory / 'results.json').write_text(text, encoding='utf-8')
+    record = json.dumps(figures, indent=2) + '\n'
+    (stage.directory / 'results.json').write_text(record, encoding='utf-8')
   return figures
 
 
-def load_inputs(
-  stage: Stage, judge: LoadedRewardModel
-) -> tuple[list[tuple[Pairs, list[str]]], list[TokenizedSpans], dict[str, dict[str, int]]]:
-  """(pairs of each file with their subsets, marked responses, counts of rows by file)."""
-  s = stage.settings
-  sets, marked, counts = [], [], {}
+def load_data(
+  settings: Settings, model: LoadedRewardModel, log: Callable[[str], None]
+) -> EvaluationData:
+  """Reads and tokenises the files to evaluate on, and logs what was truncated and dropped."""
+  s = settings
+  sets, spans, counts = [], [], {}
   for path in inputs.split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
-    pairs, rows = read_pairs(stage, judge, path)
+    rows = load_rows(path, s.data.split, s.data.max_rows)
+    limits = inputs.length_limits(s.data, model.smallest, log)
+    pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
+    log(f'{path}: {inputs.describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
     sets.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
     rows = load_rows(path, s.data.split, s.data.max_rows)
-    limits = inputs.length_limits(s.data, judge.shortest, stage.log)
-    marked, counts[path] = tokenize_spans(rows, judge.tokenizer, limits)
-    stage.log(f'{path}: {inputs.describe_counts(counts[path])}, {len(marked)} responses judged')
-  return sets, marked, counts
+    limits = inputs.length_limits(s.data, model.smallest, log)
+    spans, counts[path] = tokenize_spans(rows, model.tokenizer, limits)
+    log(f'{path}: {inputs.describe_counts(counts[path])}, {len(spans)} responses judged')
+  return EvaluationData(sets, spans, counts)
 
 
-def load_judge(stage: Stage) -> LoadedRewardModel:
-  """config.reward_model, and config.reference where it is needed. Loads no weights."""
-  s = stage.settings
-  path = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
-  stored, named = reward_spec.read_spec(path), s.reward_model
-  if not named.normalizer and (stored is None or stored.normalizer is None):
-    named = dataclasses.replace(named, normalizer='none')  # pairs need none
+def load_reward_model(
+  settings: Settings, mesh: Mesh, log: Callable[[str], None]
+) -> LoadedRewardModel:
+  """Resolves config.reward_model, and config.reference where it is needed; loads no weights."""
+  s, overrides = settings, settings.reward_model
+  path = inputs.resolve_checkpoint(overrides.path, 'reward_model.path')
+  stored = reward_spec.read_spec(path)
+  if not overrides.normalizer and (stored is None or stored.normalizer is None):
+    overrides = dataclasses.replace(overrides, normalizer='none')  # pairs need none
     if s.evaluate_reward.spans:
-      stage.log('no normaliser has been fitted: spans are ranked by raw scores')
-  reference = (
-    inputs.resolve_checkpoint(s.reference.path, 'reference.path') if s.reference.path else None
-  )
-  meaning = reward_spec.resolve_spec(named, path, reference or path)
+      log('no normaliser has been fitted: spans are ranked by raw scores')
+  reference = None
+  if s.reference.path:
+    reference = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
+  spec = reward_spec.resolve_spec(overrides, path, reference or path)
   tokenizer = load_tokenizer(str(path), s.data.chat_template)
-  cutter = make_segmenter(meaning.segmentation, tokenizer)
-  config = models.load_network_configs({'reward': path}, s.runtime, stage.mesh, stage.log)['reward']
-  networks = [config]
-  if cutter.needs_entropy:
-    if reference is None:
-      raise UserError(
-        'config.reference.path is empty, and this reward model cuts where the entropy of its '
-        'reference is high; give the SFT model that it was trained with.'
-      )
-    networks.append(models.load_network_config(reference, s.runtime, stage.mesh, stage.log))
-  return LoadedRewardModel(
-    path=path,
-    reference=reference if cutter.needs_entropy else None,
-    meaning=meaning,
-    scorer=SegmentScorer(config, networks[-1], cutter),
-    tokenizer=tokenizer,
-    shortest=min(networks, key=lambda network: network.max_position_embeddings),
-  )
-
-
-def read_pairs(stage: Stage, judge: LoadedRewardModel, path: str) -> tuple[Pairs, Rows]:
-  """The pairs of one file, cut as in training, and its rows; says what was cut and dropped."""
-  s = stage.settings
-  rows = load_rows(path, s.data.split, s.data.max_rows)
-  limits = inputs.length_limits(s.data, judge.shortest, stage.log)
-  pairs = tokenize_pairs(rows, judge.tokenizer, limits, inputs.pair_rules(s.compat))
-  stage.log(f'{path}: {inputs.describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
-  return pairs, rows
+  if not make_segmenter(spec.segmentation, tokenizer).needs_entropy:
+    reference = None
+  config = models.load_network_configs({'reward': path}, s.runtime, mesh, log)['reward']
+  scorer = make_scorer(config, reference, spec.segmentation, tokenizer, s.runtime, mesh, log)
+  return LoadedRewardModel(path, reference, spec, scorer, tokenizer)
 
 
 def subset_name(rows: Rows, index: int) -> str:
-  """What a pair is counted under: its `subset` as RewardBench has it, its `source`, or its file."""
+  """Returns the subset of a pair: its `subset`, as in RewardBench, its `source`, or its file."""
   row = rows[index]
   return str(row.get('subset') or row.get('source') or rows.name)
 
 
 def pair_scores(
-  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: SegmentScorer
+  pairs: Pairs,
+  score: Callable[[PreferenceBatch], Any],
+  batches: Iterable[tuple[np.ndarray, int]],
+  to_device: Callable[[Any], Any],
 ) -> np.ndarray:
-  """(score of chosen, of rejected, length of each in tokens), [N, 4], on the host."""
-  size, found = stage.settings.evaluate_reward.batch_size, []
-  total = -(-len(pairs) // size)
-  for rows, real in track(stage.name, eval_batches(len(pairs), size), total, 'pairs'):
-    score = evaluate_pairs(params, reference, pairs.gather(rows, stage.to_device), scorer=scorer)
-    found.append(processes.to_host(score)[:real])
+  """Returns (score of chosen, of rejected, length of each in tokens), [N, 4], on the host.
+
+  Args:
+    pairs: the pairs.
+    score: a batch of pairs -> scores of chosen and rejected, [B, 2].
+    batches: `eval_batches` of the pairs.
+    to_device: places a batch of the host on the devices.
+  """
+  scores = [
+    processes.to_host(score(pairs.gather(rows, to_device)))[:num_real] for rows, num_real in batches
+  ]
   lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
-  return np.column_stack([np.concatenate(found), *lengths])
+  return np.column_stack([np.concatenate(scores), *lengths])
 
 
 def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) -> dict[str, Any]:
-  """Figures of all pairs, of those that were not cut, of each subset; RewardBench's sections.
+  """Returns figures of all pairs, of those not truncated, of each subset and RewardBench section.
 
   Args:
-    scored: as `pair_scores` gives it.
-    subsets: what each pair is counted under.
-    truncated: whether it was cut to length.
+    scored: result of `pair_scores`.
+    subsets: subset of each pair.
+    truncated: whether a pair was truncated.
 
   Returns:
     `all`, `untruncated` (None if none is), `subsets` by name: `rl.pair_metrics.pair_metrics`,
@@ -193,7 +219,7 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
   """
   names = np.array(subsets)
   by_name = {name: _figures(scored[names == name]) for name in sorted(set(subsets))}
-  accuracies = {name: found['accuracy']['mean'] for name, found in by_name.items()}
+  accuracies = {name: values['accuracy']['mean'] for name, values in by_name.items()}
   return {
     'all': _figures(scored),
     'untruncated': _figures(scored[~truncated]) if not truncated.all() else None,
@@ -206,8 +232,8 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
 def _figures(scored: np.ndarray) -> dict[str, Any]:
   chosen, rejected = scored[:, :2].T.astype(np.float32)
   lengths = (x.astype(np.int32) for x in scored[:, 2:].T)
-  found = pair_metrics(*map(jnp.asarray, (chosen, rejected, *lengths)))
-  values = {name: float(value) for name, value in found.items()}
+  metrics = pair_metrics(*map(jnp.asarray, (chosen, rejected, *lengths)))
+  values = {name: float(value) for name, value in metrics.items()}
   n = len(scored)
   low, high = wilson(values['accuracy'] * n, n)
   return values | {'accuracy': {'mean': values['accuracy'], 'low': low, 'high': high, 'n': n}}
@@ -216,36 +242,41 @@ def _figures(scored: np.ndarray) -> dict[str, Any]:
 def print_table(figures: dict[str, Any]) -> None:
   """Prints the figures of `run` as tables."""
   if 'pairs' in figures:
-    _show_pairs(figures['pairs'])
+    _print_pairs(figures['pairs'])
   if 'spans' in figures:
-    _show_spans(figures['spans'])
+    _print_spans(figures['spans'])
 
 
-def _show_pairs(found: dict[str, Any]) -> None:
-  groups = {**found['subsets'], 'all': found['all']}
-  if found['untruncated'] and found['truncated']:
-    groups['all that were not cut'] = found['untruncated']
+def _print_pairs(figures: dict[str, Any]) -> None:
+  groups = {**figures['subsets'], 'all': figures['all']}
+  if figures['untruncated'] and figures['truncated']:
+    groups['not truncated'] = figures['untruncated']
   rows = [
     (
       name[:27],
-      str(one['accuracy']['n']),
-      format_interval(one['accuracy']),
-      *(f'{one[key]:.3f}' for key in ('length_baseline_accuracy', 'margin', 'ece')),
+      str(values['accuracy']['n']),
+      format_interval(values['accuracy']),
+      *(f'{values[key]:.3f}' for key in ('length_baseline_accuracy', 'margin', 'ece')),
     )
-    for name, one in groups.items()
+    for name, values in groups.items()
   ]
   columns = ('', 'pairs', 'accuracy [95 %]', 'longer wins', 'margin', 'ECE')
   table('Pairs: how often the preferred response scores higher', columns, rows)
-  if sections := found['reward_bench']:
+  if sections := figures['reward_bench']:
     rows = [(name, f'{value:.3f}') for name, value in sections.items()]
     table('RewardBench', ('section', 'accuracy'), rows)
 
 
-def _show_spans(found: dict[str, Any]) -> None:
-  groups = {'all types': found, **found['types']}
+def _print_spans(figures: dict[str, Any]) -> None:
+  groups = {'all types': figures, **figures['types']}
   rows = [
-    (name[:30], str(one['spans']), format_interval(one['auc']), format_interval(one['auc_within']))
-    for name, one in groups.items()
+    (
+      name[:30],
+      str(values['spans']),
+      format_interval(values['auc']),
+      format_interval(values['auc_within']),
+    )
+    for name, values in groups.items()
   ]
   columns = ('', 'spans', 'AUC [95 %]', 'within a response')
   table('Marked errors: do low segment rewards find their characters?', columns, rows)

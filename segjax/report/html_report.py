@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax import processes
+from segjax.evaluation.segment_records import AnnotatedResponse
 from segjax.report import charts, response_data, response_log, summary
 from segjax.report.console import log
 from segjax.report.metric_log import METRICS_FILE
@@ -106,9 +107,7 @@ class Page:
     return self._charts[name][1]
 
 
-def write_responses(
-  path: Path, title: str, annotated: Iterable[response_log.AnnotatedResponse]
-) -> int:
+def write_responses(path: Path, title: str, annotated: Iterable[AnnotatedResponse]) -> int:
   """Writes a page that shows responses only; returns their number."""
   records = [
     response.as_json() | {'totals': {'length': sum(len(s.tokens) for s in response.segments)}}

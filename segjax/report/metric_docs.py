@@ -59,10 +59,15 @@ ENTRIES = (
     'a token diverges: lower `reward_shaping.reward_clip`',
   ),
   Entry(
-    ('objective/entropy', 'objective/ref_entropy'),
-    '−log π of the sampled tokens; entropy of the reference at them, which cuts segments; nats',
+    ('objective/entropy',),
+    'Σ −log π over a response, nats, as in TRL',
     'falls slowly',
     'near 0: raise `ppo.kl_coef` or `ppo.entropy_coef`',
+  ),
+  Entry(
+    ('objective/ref_entropy',),
+    'entropy of the reference, whose peaks segment; mean over tokens, nats',
+    'steady',
   ),
   Entry(
     ('reward/segment_mean', 'reward/token_abs_max'),
@@ -72,7 +77,7 @@ ENTRIES = (
   ),
   Entry(
     ('reward/by_position/*',),
-    'mean reward of the segments in the k-th tenth of a response',
+    'mean normalised score z of the segments in the k-th tenth of a response',
     'the same for all k at the start',
     'differs: the normaliser does not fit; run `configs/normalizer.py`',
   ),
@@ -108,7 +113,7 @@ ENTRIES = (
   ),
   Entry(
     ('policy/ratio_mean', 'policy/ratio_max_deviation', 'policy/initial_ratio_deviation'),
-    'π / π_old: mean; largest deviation from 1; the same before the first update',
+    'π / π_old: mean; largest deviation from 1 over all updates; that before the first update',
     'the last below 1e-5 in float32, 0.3 in bfloat16',
     'larger: sampling and training disagree; run `configs/selfcheck.py`',
   ),
@@ -192,7 +197,7 @@ ENTRIES = (
   ),
   Entry(
     ('skipped_updates',),
-    'updates skipped: not finite, or beyond `ppo.skip_if_kl_above` or `ppo.skip_if_reward_above`',
+    'skipped updates: not finite, or beyond `ppo.skip_if_kl_above` or `ppo.skip_if_reward_above`',
     '0',
     'lower the learning rate',
   ),

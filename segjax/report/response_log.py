@@ -5,7 +5,7 @@ A stage's `samples.jsonl` is read by `report.response_data`, which decides what 
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,12 @@ from segjax import processes
 from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.evaluation.segment_records import Segment, make_segments, to_number, token_texts
 from segjax.storage import truncate_json_lines
 from segjax.train.scoring import take_rows
 from segjax.types import Experience
 
 RESPONSES_FILE = 'samples.jsonl'
-
-_MAX_TOKENS_PER_CHARACTER = 4  # a character has at most 4 bytes in UTF-8
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-  """One segment of a response.
-
-  Attributes:
-    tokens: the text that each token adds; their concatenation is `text`.
-    entropy: entropy of the distribution that each token was drawn from, under the reference, nats;
-      None where it is not finite.
-    score: raw score of the reward model at the last token; None without a reward model.
-    reward: in training, the sum of its tokens' rewards, KL penalty included; None elsewhere.
-    normalized_score: the score after the normaliser, z; None in training and without a normaliser.
-  """
-
-  text: str
-  tokens: list[str]
-  entropy: list[float | None]
-  score: float | None
-  reward: float | None = None
-  normalized_score: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class AnnotatedResponse:
-  """A response with its segments in order; the prompt is empty for plain text."""
-
-  prompt: list[Message]
-  response: str
-  segments: list[Segment]
-
-  def as_json(self) -> dict[str, Any]:
-    """Returns all fields, for a line of JSON."""
-    return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +137,8 @@ def segments_from_experience(
   entropy, score, reward, segment_id = (np.asarray(x[row])[mask] for x in arrays)
   difference = np.asarray(rollout.old_logprob[row] - experience.ref_logprob[row])[mask]
   totals = {
-    'reward': _number(reward.sum()),
-    'kl': _number(difference.sum()),
+    'reward': to_number(reward.sum()),
+    'kl': to_number(difference.sum()),
     'length': len(ids),
     'finished': bool(rollout.finished[row]),
   }
@@ -182,66 +147,3 @@ def segments_from_experience(
   texts = token_texts(ids, tokenizer)
   scores = score if has_score else None
   return make_segments(texts, segment_id, entropy, scores, reward=rewards), totals
-
-
-def make_segments(
-  texts: Sequence[str],
-  segment_id: np.ndarray,
-  entropy: np.ndarray,
-  score: np.ndarray | None,
-  *,
-  reward: ArrayLike | None = None,
-  normalized_score: ArrayLike | None = None,
-) -> list[Segment]:
-  """Returns the S segments of a response of T tokens.
-
-  Args:
-    texts: the text that each token adds, [T].
-    segment_id: the segment of each token, -1 outside, [T].
-    entropy: nats, [T].
-    score: raw scores, [T]; the score of a segment is that of its last token.
-    reward: reward of each segment, [S].
-    normalized_score: normalised score of each segment, [S].
-  """
-  segments = []
-  for index in range(int(segment_id.max(initial=-1)) + 1):
-    positions = np.flatnonzero(segment_id == index)
-    tokens = [texts[i] for i in positions]
-    segments.append(
-      Segment(
-        text=''.join(tokens),
-        tokens=tokens,
-        entropy=[_number(x) for x in entropy[positions]],
-        score=None if score is None else _number(score[positions[-1]]),
-        reward=None if reward is None else _number(reward[index]),
-        normalized_score=None if normalized_score is None else _number(normalized_score[index]),
-      )
-    )
-  return segments
-
-
-def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
-  """Returns the text that each token adds; special tokens are written out.
-
-  Where several tokens form a character, the last adds the character and the others nothing.
-  """
-
-  def decode(ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special=False)
-
-  texts, begin, decoded = [], 0, 0
-  for end in range(1, len(ids) + 1):
-    # Decoded with the tokens before it: a token alone may lose the space that it begins with.
-    text = decode(ids[begin:end])
-    is_part = text.endswith('\N{REPLACEMENT CHARACTER}')
-    if is_part and end < len(ids) and end - decoded < _MAX_TOKENS_PER_CHARACTER:
-      texts.append('')
-      continue
-    texts.append(text[len(decode(ids[begin:decoded])) :])
-    begin, decoded = decoded, end
-  return texts
-
-
-def _number(x: Any) -> float | None:
-  """Rounds to four decimals; None where it is not finite, which JSON cannot express."""
-  return round(float(x), 4) if np.isfinite(x) else None

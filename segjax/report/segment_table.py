@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from segjax.evaluation.segment_records import AnnotatedResponse
 from segjax.report.console import log, table
-from segjax.report.response_log import AnnotatedResponse
 
 
 def format_segments(

@@ -14,41 +14,37 @@ import numpy as np
 import pytest
 
 from segjax.data.sources import load_rows
+from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.model.heads import token_logprobs
 from segjax.rl import oracle
-from segjax.run.stage import Stage
+from segjax.run.scorers import load_annotator
 
 TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'show_segments.py'
 
 
 @pytest.fixture
-def reader(language, small, one_device, tmp_path):
-  """(stage, reader) of the untrained network, which is unsure of everything."""
-  named = {
-    'policy.path': str(language / 'model'),
-    'reward_model.segmentation.entropy_threshold': 4.5,
-  }
-  stage = Stage('segments', small('sft', **named), tmp_path, one_device)
+def annotator(language, small, one_device):
+  """The untrained network, which is unsure of everything, as reference."""
+  settings = small('sft', **{'reward_model.segmentation.entropy_threshold': 4.5})
   with jax.set_mesh(one_device):
-    return stage, annotate.load(stage)
+    return load_annotator(language / 'model', None, settings, one_device, print)
 
 
 @pytest.fixture
 def texts(language):
-  return list(annotate.of_rows(load_rows(str(language / 'rows' / 'pairs.jsonl.gz'), limit=5)))
+  return list(annotate.read_texts(load_rows(str(language / 'rows' / 'pairs.jsonl.gz'), limit=5)))
 
 
-def test_segments_are_those_of_the_loops(reader, texts):
-  stage, models = reader
-  tokenizer, texts = models.tokenizer, texts[:2]
+def test_segments_are_those_of_the_loops(annotator, texts):
+  tokenizer, texts = annotator.tokenizer, texts[:2]
   for (prompt, response), one in zip(
-    texts, annotate.annotate(stage, models, texts, batch=2), strict=True
+    texts, annotate.annotate(annotator, texts, batch_size=2), strict=True
   ):
     before = tokenizer.prompt_ids(prompt)
     ids = tokenizer.response_ids(prompt, response)
     _, entropy = token_logprobs(
-      models.params['policy'], jnp.asarray([before + ids]), models.configs['policy']
+      annotator.params['reference'], jnp.asarray([before + ids]), annotator.reference
     )
     entropy = np.asarray(entropy)[0, len(before) :]
     after = [*entropy[1:].tolist(), 0.0]  # the oracle reads the entropy of the next token
@@ -65,24 +61,26 @@ def test_segments_are_those_of_the_loops(reader, texts):
     assert one.response == response and one.prompt == prompt
 
 
-def test_neighbours_and_padding_do_not_matter(reader, texts):
-  found = [list(annotate.annotate(*reader, texts, batch)) for batch in (1, 8)]
-  for alone, together in zip(*found, strict=True):
+def test_neighbours_and_padding_do_not_matter(annotator, texts):
+  annotated = [list(annotate.annotate(annotator, texts, batch_size)) for batch_size in (1, 8)]
+  for alone, together in zip(*annotated, strict=True):
     assert [s.text for s in alone.segments] == [s.text for s in together.segments]
     for a, b in zip(alone.segments, together.segments, strict=True):
       np.testing.assert_allclose(a.entropy, b.entropy, atol=2e-4)
 
 
-def test_too_long_a_text_is_named(reader):
-  with pytest.raises(ValueError, match=r'text 2 has \d+ tokens, the networks 128 positions'):
-    list(annotate.annotate(*reader, [([], 'dull.'), ([], 'dull. ' * 200)]))
+def test_too_long_a_text_is_named(annotator):
+  with pytest.raises(
+    UserError, match=r'text 2 has \d+ tokens, but the networks have 128 positions'
+  ):
+    list(annotate.annotate(annotator, [([], 'dull.'), ([], 'dull. ' * 200)]))
 
 
 def test_rows_without_an_answer_are_named(tmp_path):
   path = tmp_path / 'rows.jsonl'
   path.write_text(json.dumps({'messages': [{'role': 'user', 'content': 'hi'}]}))
   with pytest.raises(ValueError, match=r'rows.jsonl, row 1: the last message is not the assistant'):
-    list(annotate.of_rows(load_rows(str(path))))
+    list(annotate.read_texts(load_rows(str(path))))
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """A conversation, its lines given beforehand: what is streamed, kept, forgotten and shown."""
 
 import builtins
+from pathlib import Path
 
 import jax
 import pytest
 
-from segjax.evaluation import annotate
 from segjax.jobs import chat
-from segjax.run.stage import Stage
+from segjax.run.scorers import load_annotator
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_answers_segments_and_a_new_beginning(talk):
 
 def test_the_oldest_turns_are_forgotten(talk):
   out = talk(*['describe the badger of the island'] * 8)
-  assert '(the first 2 messages are forgotten' in out
+  assert '(dropped the 2 oldest messages' in out
 
 
 def test_no_policy(run, values):
@@ -56,15 +56,17 @@ def test_no_policy(run, values):
     run(values(**{'policy.path': ''}))
 
 
-def test_what_streams_is_the_answer(values, one_device, tmp_path):
-  stage = Stage('chat', values(), tmp_path, one_device)
+def test_what_streams_is_the_answer(values, one_device):
+  settings = values()
   messages = [{'role': 'user', 'content': 'describe the badger'}]
   with jax.set_mesh(one_device):
-    reader = annotate.load(stage)
+    path = Path(settings.policy.path)
+    annotator = load_annotator(path, None, settings, one_device, print)
     pieces, answers = [], []
-    for number in (0, 0, 1):
+    for seed in (0, 0, 1):
       pieces.append([])
-      answers.append(chat.reply(stage, reader, messages, number, pieces[-1].append))
+      key = jax.random.key(seed)
+      answers.append(chat.reply(annotator, messages, settings.rollout, key, pieces[-1].append))
   assert [''.join(some) for some in pieces] == answers
   assert sum(map(bool, pieces[0])) > 1  # it came in parts
   assert answers[0] == answers[1] != answers[2]

@@ -162,7 +162,7 @@ def _parent(paths):
 def test_reference_is_asked_for_before_anything_is_loaded(small, run, inputs):
   paths, pairs = inputs
   named = {'reward_model.path': paths['reward_model.path'], 'data.path': pairs}
-  with pytest.raises(ValueError, match=r'config.reference.path is empty, and this reward model'):
+  with pytest.raises(ValueError, match=r'config.reference.path is empty, but this reward model'):
     run(small('evaluate_reward', **named))
 
 

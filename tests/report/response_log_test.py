@@ -5,7 +5,7 @@ import pytest
 from fixtures.tokenizers import write_tokenizer
 
 from segjax.data.tokenizer import load_tokenizer
-from segjax.report.response_log import make_segments, token_texts
+from segjax.evaluation.segment_records import make_segments, token_texts
 
 
 @pytest.fixture(scope='module')

@@ -21,9 +21,7 @@ NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 
 def dense(spread='even_split', custom=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
-  segmentation = Segmentation(
-    boundary='fixed_length', segment_length=2, include_eos=inside
-  )
+  segmentation = Segmentation(boundary='fixed_length', segment_length=2, include_eos=inside)
   recipe = training.recipe(
     spread=spread,
     cutter=Segmenter(segmentation),

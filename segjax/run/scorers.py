@@ -1,0 +1,100 @@
+"""Loads the models that score and annotate text: reward model, reference and segmentation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from segjax.config.settings import Runtime, Segmentation, Settings
+from segjax.config.training_settings import resolve_std_floor_ratio
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.errors import UserError
+from segjax.evaluation.annotate import Annotator
+from segjax.model.llama import LlamaConfig
+from segjax.run import models
+from segjax.train import reward_spec
+from segjax.train.reward_scoring import SegmentScorer
+from segjax.train.segmenter import make_segmenter
+
+LogFn = Callable[[str], None]
+
+
+def make_scorer(
+  reward: LlamaConfig,
+  reference: Path | None,
+  segmentation: Segmentation,
+  tokenizer: ChatTokenizer,
+  runtime: Runtime,
+  mesh: Mesh,
+  log: LogFn,
+) -> SegmentScorer:
+  """Returns how a reward model scores segments; loads no weights.
+
+  Args:
+    reward: network of the reward model.
+    reference: directory of the model whose entropies segment; None where none is needed.
+    segmentation: how text is segmented.
+    tokenizer: of the reward model.
+    runtime: config.runtime.
+    mesh: the devices.
+    log: is called with a line of text.
+
+  Raises:
+    UserError: text is segmented by entropy and there is no reference.
+  """
+  segmenter = make_segmenter(segmentation, tokenizer)
+  if reference is not None:
+    network = models.load_network_config(reference, runtime, mesh, log)
+  elif segmenter.needs_entropy:
+    raise UserError(
+      'config.reference.path is empty, but this reward model segments by the entropy of its '
+      'reference; give the SFT model that it was trained with.'
+    )
+  else:
+    network = reward  # not run
+  return SegmentScorer(reward, network, segmenter)
+
+
+def load_annotator(
+  reference: Path, reward: Path | None, settings: Settings, mesh: Mesh, log: LogFn
+) -> Annotator:
+  """Loads a reference and, where `reward` is not None, a reward model to annotate texts with.
+
+  Text is segmented as segment_reward.json of the reward model says, if there is one, each field
+  replaced where config.reward_model.segmentation sets it.
+
+  Args:
+    reference: directory of the model whose entropies segment.
+    reward: directory of the reward model.
+    settings: of which `reward_model.segmentation`, `data.chat_template`, `reward_shaping` and
+      `runtime` are read.
+    mesh: the devices.
+    log: is called with a line of text.
+
+  Raises:
+    UserError: the tokenizers differ, or the reward model has no scalar head.
+  """
+  stored, paths = None, {'reference': reference}
+  if reward is not None:
+    paths['reward'] = reward
+    stored = reward_spec.read_spec(reward)
+    reward_spec.check_tokenizer(reference, reward)
+  segmentation = reward_spec.override(
+    stored.segmentation if stored else Segmentation(), settings.reward_model.segmentation
+  )
+  tokenizer = load_tokenizer(str(reference), settings.data.chat_template)
+  configs = models.load_network_configs(paths, settings.runtime, mesh, log)
+  params = {
+    name: models.load_params(path, configs[name], models.HEADS[name], settings.runtime, mesh)
+    for name, path in paths.items()
+  }
+  return Annotator(
+    tokenizer=tokenizer,
+    reference=configs['reference'],
+    reward=configs.get('reward'),
+    params=params,
+    segmenter=make_segmenter(segmentation, tokenizer),
+    normalizer=stored.normalizer if stored else None,
+    std_floor_ratio=resolve_std_floor_ratio(settings.reward_shaping),
+    mesh=mesh,
+  )
