@@ -1,4 +1,4 @@
-"""Answers of a checkpoint to the questions of a public judge, in the form its tool reads."""
+"""Answers the questions of a public judge by a checkpoint, in the format that the judge reads."""
 
 import collections
 import dataclasses
@@ -22,12 +22,14 @@ from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.rollout import RolloutSampler, rollout
 
-DIRECTORY = 'answers'  # in the stage's own
+DIRECTORY = 'answers'  # in the stage's directory
+
+Answers = dict[int, list[tuple[str, int]]]  # (text, tokens) of each turn, by question
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerModel:
-  """The model that is asked."""
+  """The model that answers."""
 
   stage: Stage
   network: LlamaConfig
@@ -36,14 +38,14 @@ class AnswerModel:
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Asks config.policy.path the questions of config.data, turn by turn; one answer to each.
+  """Samples one answer of config.policy.path to each question of config.data, turn by turn.
 
   Writes `answers/model_outputs.json` for AlpacaEval, `answers/NAME.jsonl` for MT-Bench and
-  Arena-Hard. config.rollout says how answers are sampled; too long a conversation is treated as
-  config.data.overlong_policy says, and a question that is left out at one turn has no answer.
+  Arena-Hard. config.rollout sets how answers are sampled. Conversations that are too long follow
+  config.data.overlong_policy; a question that is dropped at one turn has no answer.
 
   Raises:
-    ValueError: config.data is no judge's file.
+    UserError: config.data is not a file of a known judge.
   """
   s = stage.settings
   path = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
@@ -60,63 +62,66 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   stage.log(f'{len(questions)} questions of {judge.name}')
   counts = collections.Counter()
-  said: dict[int, list[tuple[str, int]]] = {number: [] for number in range(len(questions))}
-  speaker = None
+  answers: Answers = {number: [] for number in range(len(questions))}
+  model = None
   for turn in range(max(len(question.turns) for question in questions)):
-    asked = [number for number in said if len(questions[number].turns) > turn]
-    prompts = tokenize_prompts(_rows(rows.name, questions, said, asked), tokenizer, limits)
+    open_questions = [number for number in answers if len(questions[number].turns) > turn]
+    prompts = tokenize_prompts(
+      _rows(rows.name, questions, answers, open_questions), tokenizer, limits
+    )
     counts.update(prompts.counts)
     inputs.log_dataset(prompts, stage.log)
-    if speaker is None:  # after the first prompts, so that what is wrong with them is told before
+    if model is None:  # weights are loaded only after the first prompts were validated
       params = models.load_params(path, network, 'language', s.runtime, stage.mesh)
-      speaker = AnswerModel(stage, network, tokenizer, params)
-    found = _answer(speaker, prompts, [questions[i] for i in asked], turn)
-    for at, number in enumerate(asked):
-      if at in found:
-        said[number].append(found[at])
+      model = AnswerModel(stage, network, tokenizer, params)
+    new = _answer(model, prompts, [questions[i] for i in open_questions], turn)
+    for row, number in enumerate(open_questions):
+      if row in new:
+        answers[number].append(new[row])
       else:
-        del said[number]
+        del answers[number]
   name = model_name(s.answers.model_name, s.policy.path)
   file = stage.directory / DIRECTORY / judge.file_name(name)
   if processes.is_first():
-    answers = [(questions[i], Answer(*zip(*said[i], strict=True))) for i in said]
-    write(file, judge, answers, name, _written(path))
+    pairs = [(questions[i], Answer(*zip(*answers[i], strict=True))) for i in answers]
+    write(file, judge, pairs, name, _time_written(path))
   stage.log(f'answers for {judge.name} in {file}')
-  return _figures(judge, questions, said, counts)
+  return _figures(judge, questions, answers, counts)
 
 
-def model_name(given: str, path: str) -> str:
-  """What the judge calls the model: the given name, or its path with - between its parts."""
-  return given or re.sub(r'[^\w.]+', '-', path).strip('-.')
+def model_name(name: str, path: str) -> str:
+  """Returns the model's name for the judge: `name`, or its path with - between its parts."""
+  return name or re.sub(r'[^\w.]+', '-', path).strip('-.')
 
 
 def write(
   file: Path, judge: JudgeFormat, answers: list[tuple[Question, Answer]], name: str, time: float
 ) -> None:
-  """The judge's file; the same answers give the same bytes."""
+  """Writes the judge's file; the same answers give the same bytes."""
   file.parent.mkdir(parents=True, exist_ok=True)
-  found = [judge.write(question, answer, name, time) for question, answer in answers]
+  records = [judge.write(question, answer, name, time) for question, answer in answers]
   if judge.is_list:
-    text = json.dumps(found, indent=2, ensure_ascii=False) + '\n'
+    text = json.dumps(records, indent=2, ensure_ascii=False) + '\n'
   else:
-    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in found)
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in records)
   file.write_text(text, encoding='utf-8')
 
 
-def _rows(
-  name: str, questions: list[Question], said: dict[int, list[tuple[str, int]]], asked: list[int]
-) -> Rows:
-  """The conversations so far, each with the next turn's question."""
-  texts = [[text for text, _ in said[number]] for number in asked]
-  both = zip(asked, texts, strict=True)
-  return Rows([{'messages': conversation(questions[i], answers)} for i, answers in both], name)
+def _rows(name: str, questions: list[Question], answers: Answers, numbers: list[int]) -> Rows:
+  """Returns the conversations so far, each with the next turn's question."""
+  texts = [[text for text, _ in answers[number]] for number in numbers]
+  pairs = zip(numbers, texts, strict=True)
+  return Rows([{'messages': conversation(questions[i], texts)} for i, texts in pairs], name)
 
 
 def _answer(
-  speaker: AnswerModel, prompts: Prompts, questions: list[Question], turn: int
+  model: AnswerModel, prompts: Prompts, questions: list[Question], turn: int
 ) -> dict[int, tuple[str, int]]:
-  """(text, tokens) of the answers, by the prompt's row; random numbers are by row and turn."""
-  s, found = speaker.stage.settings, {}
+  """Returns (text, tokens) of the answers by the prompt's row.
+
+  Random numbers depend on row and turn alone.
+  """
+  s, answers = model.stage.settings, {}
   temperatures = np.full(len(prompts), s.rollout.temperature)
   if s.answers.category_temperatures:
     temperatures = np.array([questions[row].temperature for row in prompts.row])
@@ -125,31 +130,31 @@ def _answer(
     members = np.flatnonzero(temperatures == temperature)
     total = -(-len(members) // s.answers.batch_size)
     batches = eval_batches(len(members), s.answers.batch_size)
-    for at, real in track(speaker.stage.name, batches, total, f'turn {turn + 1}'):
-      rows = members[at]
-      ids, mask, finished = _sample(speaker, prompts, rows, settings, turn)
-      for i, row in enumerate(prompts.row[rows[:real]]):
+    for indices, num_real in track(model.stage.name, batches, total, f'turn {turn + 1}'):
+      rows = members[indices]
+      ids, mask, finished = _sample(model, prompts, rows, settings, turn)
+      for i, row in enumerate(prompts.row[rows[:num_real]]):
         content = ids[i][mask[i]][: int(mask[i].sum()) - int(finished[i])]
-        found[int(row)] = speaker.tokenizer.decode(content).strip(), len(content)
-  return found
+        answers[int(row)] = model.tokenizer.decode(content).strip(), len(content)
+  return answers
 
 
 def _sample(
-  speaker: AnswerModel, prompts: Prompts, rows: np.ndarray, settings: RolloutSettings, turn: int
+  model: AnswerModel, prompts: Prompts, rows: np.ndarray, settings: RolloutSettings, turn: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(ids, mask, whether finished) of one batch, on the host."""
-  stage, batch = speaker.stage, prompts.gather(rows, np.asarray)
+  """Returns (ids, mask, whether finished) of one batch, on the host."""
+  stage, batch = model.stage, prompts.gather(rows, np.asarray)
   sampler = RolloutSampler(
-    speaker.network, settings, speaker.tokenizer.stop_ids, stage.mesh, log=stage.log
+    model.network, settings, model.tokenizer.stop_ids, stage.mesh, log=stage.log
   )
-  responses = rollout(speaker.params, batch, stage.key(f'turn {turn}'), sampler, prompts.row[rows])
+  responses = rollout(model.params, batch, stage.key(f'turn {turn}'), sampler, prompts.row[rows])
   return responses.response_ids, responses.response_mask, responses.finished
 
 
-def _written(directory: Path) -> float:
-  """When the checkpoint's weights were written, seconds since 1970: the answers' time stamp.
+def _time_written(directory: Path) -> float:
+  """Returns when the checkpoint's weights were written, in seconds since 1970.
 
-  The time at which they are sampled would make each run's file another.
+  The judge's time stamp: the time of sampling would make the files of equal runs differ.
   """
   return max((file.stat().st_mtime for file in directory.glob('*.safetensors')), default=0.0)
 
@@ -157,14 +162,14 @@ def _written(directory: Path) -> float:
 def _figures(
   judge: JudgeFormat,
   questions: list[Question],
-  said: dict[int, list[tuple[str, int]]],
+  answers: Answers,
   counts: collections.Counter,
 ) -> dict[str, Any]:
-  tokens = [count for answers in said.values() for _, count in answers]
+  tokens = [count for turns in answers.values() for _, count in turns]
   return {
     'judge': judge.name,
     'questions': len(questions),
-    'answered': len(said),
+    'answered': len(answers),
     'truncated_prompts': counts['truncated'],
     'dropped_prompts': counts['dropped_overlong'] + counts['dropped_empty'],
     'tokens_per_answer': float(np.mean(tokens)) if tokens else 0.0,

@@ -1,4 +1,4 @@
-"""Before against after: the reference and the policy on held-out prompts."""
+"""Compares the policy with the reference on held-out prompts."""
 
 import dataclasses
 import functools
@@ -32,7 +32,16 @@ from segjax.types import Experience
 
 
 class EvaluatedResponses(NamedTuple):
-  """The responses of one model: experience on the host, scores, prompts, texts, gold if known."""
+  """The responses of one model, N of them.
+
+  Attributes:
+    experience: arrays on the host.
+    score: aggregated score of each response; None without a reward model.
+    prompt: number of each response's prompt.
+    prompts: last message of each prompt.
+    texts: the responses.
+    gold: reward by config.evaluate.gold_reward_fn; None without one.
+  """
 
   experience: Experience
   score: np.ndarray | None
@@ -43,20 +52,19 @@ class EvaluatedResponses(NamedTuple):
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Samples config.evaluate.samples_per_prompt responses per prompt from the reference and from
-  the policy.
+  """Samples responses of the reference ('before') and of the policy ('after') and compares them.
 
-  Returns the figures of both, also written to `results.json`: score of the reward model, gold where
-  config.evaluate.gold_reward_fn names a function, KL, length, segments, EOS rate, repetition;
-  and, as figures
-  of the policy, its win rates over the reference by each of the two judges (`compare`).
+  Returns:
+    The figures of both, also written to `results.json`: score of the reward model, gold reward
+    where config.evaluate.gold_reward_fn is set, KL, length, segments, EOS rate, repetition; and of
+    the policy its win rates over the reference (`win_rates`).
   """
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved = models.resolve_models(s, stage.mesh, stage.log)
   paths, meaning, networks = resolved
   tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
-  # A batch is scored as one: config.evaluate.batch_size says how much fits. There is no critic.
+  # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
   recipe = models.make_recipe(s, networks, networks['policy'], meaning, tokenizer)
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
   limits = inputs.prompt_limits(
@@ -89,7 +97,7 @@ def run(stage: Stage) -> dict[str, Any]:
     return _with_gold(responses, gold)
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
-  figures = {name: _figures(one) for name, one in sampled.items()}
+  figures = {name: _figures(responses) for name, responses in sampled.items()}
   figures['after'] |= win_rates(sampled['after'], sampled['before'], s.seed)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
@@ -108,16 +116,16 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
-  """The gold and boundary functions of config.evaluate; None where it names none.
+  """Loads the gold and boundary functions of config.evaluate; None for those that are not set.
 
   Raises:
-    ValueError: one cannot be loaded; it names the config key.
+    UserError: a function cannot be loaded.
   """
-  named = {
+  paths = {
     'evaluate.gold_reward_fn': settings.gold_reward_fn,
     'evaluate.boundary_fn': settings.boundary_fn,
   }
-  return tuple(load_function(path, key) if path else None for key, path in named.items())
+  return tuple(load_function(path, key) if path else None for key, path in paths.items())
 
 
 def sample_responses(
@@ -175,28 +183,29 @@ def _with_gold(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedR
 
 
 def win_rates(after: EvaluatedResponses, before: EvaluatedResponses, seed: int) -> dict[str, Any]:
-  """Win rates of one model's responses over another's, as is and at equal length, by judge.
+  """Returns win rates of `after` over `before`, by score and by gold reward.
 
-  The i-th response to a prompt meets the i-th of the other model, which had the same random
-  numbers: equal models tie. `win_rate_score` is by the reward model's score, `win_rate_gold` by
-  config.evaluate.gold_reward_fn, `lc_win_rate_*` the same length-controlled; see
-  `evaluation.win_rates`.
+  The i-th response to a prompt is compared with the i-th of the other model, which had the same
+  random numbers: equal models tie. `win_rate_score` compares scores of the reward model,
+  `win_rate_gold` gold rewards; `lc_win_rate_*` are length-controlled, see `evaluation.win_rates`.
   """
-  found = {}
-  lengths = [[len(text) for text in one.texts] for one in (after, before)]
+  rates = {}
+  after_length, before_length = (
+    np.array([len(text) for text in responses.texts]) for responses in (after, before)
+  )
   for judge in ('score', 'gold'):
-    one, other = getattr(after, judge), getattr(before, judge)
-    if one is not None:
-      outcome = outcomes(one, other)
-      found[f'win_rate_{judge}'] = win_rate(outcome, after.prompt, seed)
-      found[f'lc_win_rate_{judge}'] = length_controlled(
-        outcome, *map(np.array, lengths), after.prompt, seed
+    values = getattr(after, judge)
+    if values is not None:
+      outcome = outcomes(values, getattr(before, judge))
+      rates[f'win_rate_{judge}'] = win_rate(outcome, after.prompt, seed)
+      rates[f'lc_win_rate_{judge}'] = length_controlled(
+        outcome, after_length, before_length, after.prompt, seed
       )
-  return found
+  return rates
 
 
 def _figures(sampled: EvaluatedResponses) -> dict[str, Any]:
-  """What is reported of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
+  """Returns the figures of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
   e = sampled.experience
   mask = e.rollout.response_mask
   difference = np.where(mask, e.rollout.old_logprob - e.ref_logprob, 0)
@@ -215,7 +224,7 @@ def _figures(sampled: EvaluatedResponses) -> dict[str, Any]:
 
 
 def _content(e: Experience) -> list[np.ndarray]:
-  """The tokens of each response, without the stop token."""
+  """Returns the tokens of each response, without the stop token."""
   rows = zip(e.rollout.response_ids, e.rollout.response_mask, e.rollout.finished, strict=True)
   return [ids[mask][: int(mask.sum()) - int(finished)] for ids, mask, finished in rows]
 
@@ -223,9 +232,9 @@ def _content(e: Experience) -> list[np.ndarray]:
 def boundary_f1(
   experience: Experience, tokenizer: ChatTokenizer, is_boundary: Callable[[str], bool]
 ) -> float:
-  """F1 of segment ends against true ends, over content tokens.
+  """Returns F1 of segment ends against true ends, over content tokens.
 
-  The last content token of a response is left out on both sides: it ends a segment by definition.
+  The last content token of a response is excluded: it ends a segment by definition.
   """
   rollout = experience.rollout
   content = np.asarray(
@@ -233,16 +242,16 @@ def boundary_f1(
   )
   position = np.arange(content.shape[1])
   inner = content & (position < (content * position).max(1, keepdims=True))
-  known = {i: bool(is_boundary(tokenizer.decode([i]))) for i in np.unique(rollout.response_ids)}
-  true = np.vectorize(known.get)(rollout.response_ids).astype(bool) & inner
-  found = experience.segments.end & inner
-  return float(2 * (true & found).sum() / max(true.sum() + found.sum(), 1))
+  by_id = {i: bool(is_boundary(tokenizer.decode([i]))) for i in np.unique(rollout.response_ids)}
+  true = np.vectorize(by_id.get)(rollout.response_ids).astype(bool) & inner
+  predicted = experience.segments.end & inner
+  return float(2 * (true & predicted).sum() / max(true.sum() + predicted.sum(), 1))
 
 
 def _show_responses(
   stage: Stage, sampled: dict[str, EvaluatedResponses], tokenizer: ChatTokenizer
 ) -> None:
-  """A few responses to the same prompts, cut into segments, each with its reward."""
+  """Prints a few responses to the same prompts in segments, each with its reward."""
   total, show = len(sampled['after'].texts), stage.settings.evaluate.num_printed
   for index in np.linspace(0, total - 1, min(show, total)).astype(int):
     log(f'\n{sampled["after"].prompts[index]}')

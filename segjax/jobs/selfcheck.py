@@ -1,8 +1,8 @@
-"""The invariants that matter, on the accelerator at hand: a table, and an error if one is broken.
+"""Checks the invariants of training on the available devices: a table, and an error on failure.
 
 Everything runs on a small random network and random responses; nothing is read or downloaded.
-Float32 is computed at full precision here (`jax.default_matmul_precision('highest')`): accelerators
-multiply float32 matrices in fewer bits unless told otherwise, and rounding would hide mistakes.
+Float32 is computed at full precision here (`jax.default_matmul_precision('highest')`): by default
+accelerators multiply float32 matrices in fewer bits, and rounding would hide mistakes.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from segjax.config.settings import (
   PPO,
@@ -50,7 +51,7 @@ _HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'cr
 
 
 class CheckResult(NamedTuple):
-  """What was measured, the bound it has to keep; NaN where the check cannot be made here."""
+  """A measured value and its bound; NaN where the check cannot be made on these devices."""
 
   measured: float
   bound: float
@@ -66,7 +67,7 @@ class CheckResult(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-  """The networks, a rollout of the policy and its experience, all on one mesh."""
+  """Networks, a rollout of the policy and its experience, all on one mesh."""
 
   recipe: PPORecipe
   params: dict[str, Any]
@@ -79,17 +80,17 @@ def run(stage: Stage) -> dict[str, Any]:
   """Runs every check and prints the table.
 
   Raises:
-    ValueError: a check failed; it names them.
+    UserError: checks failed; names them.
   """
-  found = {}
+  results = {}
   with jax.default_matmul_precision('highest'):
-    bench = make_fixture(stage.mesh)
-    for name, check in checks(stage, bench):
-      found[name] = check()
-      stage.log(f'{found[name].status:<8} {name}')
+    fixture = make_fixture(stage.mesh)
+    for name, check in checks(stage.mesh, fixture):
+      results[name] = check()
+      stage.log(f'{results[name].status:<8} {name}')
   rows = [
-    (name, _short(outcome.measured), _short(outcome.bound), outcome.status, outcome.note)
-    for name, outcome in found.items()
+    (name, _short(result.measured), _short(result.bound), result.status, result.note)
+    for name, result in results.items()
   ]
   device = jax.devices()[0]
   table(
@@ -97,23 +98,23 @@ def run(stage: Stage) -> dict[str, Any]:
     ('', 'difference', 'at most', '', ''),
     rows,
   )
-  failed = [name for name, outcome in found.items() if outcome.status == 'FAILED']
+  failed = [name for name, result in results.items() if result.status == 'FAILED']
   if failed:
     raise UserError(
-      f'{len(failed)} of {len(found)} checks failed: {"; ".join(failed)}. Do not train here: the '
+      f'{len(failed)} of {len(results)} checks failed: {"; ".join(failed)}. Do not train here: the '
       'numbers above are wrong on this machine or with this version of jax.'
     )
-  return {name: outcome._asdict() for name, outcome in found.items()}
+  return {name: result._asdict() for name, result in results.items()}
 
 
-def checks(stage: Stage, bench: Fixture) -> Iterator[tuple[str, Callable[[], CheckResult]]]:
-  """(what must hold, the check) of each invariant."""
-  yield 'cached decoding equals a full forward, log-prob', lambda: decoding(bench)
-  yield 'KL is 0 before the first update', lambda: initial_kl(bench)
-  yield 'ratio is 1 at the first minibatch', lambda: initial_ratio(bench)
-  yield 'padding does not change a sequence', lambda: padding(bench)
-  yield 'other rows do not change a sequence', lambda: batch_independence(bench)
-  yield 'accumulated gradients equal the whole batch', lambda: accumulation(bench)
+def checks(mesh: Mesh, fixture: Fixture) -> Iterator[tuple[str, Callable[[], CheckResult]]]:
+  """Yields (what must hold, the check) of each invariant."""
+  yield 'cached decoding equals a full forward, log-prob', lambda: decoding(fixture)
+  yield 'KL is 0 before the first update', lambda: initial_kl(fixture)
+  yield 'ratio is 1 at the first minibatch', lambda: initial_ratio(fixture)
+  yield 'padding does not change a sequence', lambda: padding(fixture)
+  yield 'other rows do not change a sequence', lambda: batch_independence(fixture)
+  yield 'accumulated gradients equal the whole batch', lambda: accumulation(fixture)
   for granularity in GRANULARITIES:
     yield (
       f'{granularity} rewards and advantages equal slow loops',
@@ -123,12 +124,12 @@ def checks(stage: Stage, bench: Fixture) -> Iterator[tuple[str, Callable[[], Che
     'a reward of 0.7 stays 0.7',
     lambda: CheckResult(selfcheck_rewards.reward_roundtrip_error(), 1e-7),
   )
-  yield 'all devices equal one', lambda: sharded(stage, bench)
-  yield 'bfloat16 log-probs, mean over tokens', lambda: bfloat16(bench)
+  yield 'all devices equal one', lambda: sharded(mesh, fixture)
+  yield 'bfloat16 log-probs, mean over tokens', lambda: bfloat16(fixture)
 
 
 def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
-  """Fresh networks; the reference is the policy, as before the first update."""
+  """Returns fresh networks; the reference equals the policy, as before the first update."""
   config = config or make_config(_NETWORK)
   cutter = Segmenter(Segmentation(entropy_threshold=4.5))  # about ln V - 1: some tokens lie above
   recipe = PPORecipe(*[config] * 4, cutter, 'even_split', RewardShaping(), _PPO)
@@ -156,76 +157,77 @@ def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
   return Fixture(recipe, params, sampled.arrays, experience, jax.device_get(metrics))
 
 
-def decoding(bench: Fixture) -> CheckResult:
+def decoding(fixture: Fixture) -> CheckResult:
   """Log-probs of the decode loop against those of a forward over the whole sequence."""
   full, _ = _forward(
-    bench.params['policy'], concat_prompt_response(bench.rollout), config=bench.recipe.policy
+    fixture.params['policy'], concat_prompt_response(fixture.rollout), config=fixture.recipe.policy
   )
-  full = gather_response(full, bench.rollout.prompt_length, _RESPONSE)
-  mask = bench.rollout.response_mask
-  return CheckResult(_largest(jnp.where(mask, full - bench.rollout.old_logprob, 0)), 1e-4)
+  full = gather_response(full, fixture.rollout.prompt_length, _RESPONSE)
+  mask = fixture.rollout.response_mask
+  return CheckResult(_largest(jnp.where(mask, full - fixture.rollout.old_logprob, 0)), 1e-4)
 
 
-def initial_kl(bench: Fixture) -> CheckResult:
+def initial_kl(fixture: Fixture) -> CheckResult:
   """|log π - log π_ref| of any token, where policy and reference are the same network."""
-  return CheckResult(float(bench.metrics['objective/kl_token_max']), 1e-4)
+  return CheckResult(float(fixture.metrics['objective/kl_token_max']), 1e-4)
 
 
-def initial_ratio(bench: Fixture) -> CheckResult:
+def initial_ratio(fixture: Fixture) -> CheckResult:
   """|π / π_old - 1| of any token, before anything was learned."""
-  *_, metrics = update(bench)
+  *_, metrics = update(fixture)
   return CheckResult(float(metrics['policy/ratio_max_deviation']), 1e-4)
 
 
-def padding(bench: Fixture) -> CheckResult:
+def padding(fixture: Fixture) -> CheckResult:
   """Scores of sequences against those of the same with more padding behind."""
-  ids = np.asarray(concat_prompt_response(bench.rollout))
+  ids = np.asarray(concat_prompt_response(fixture.rollout))
   longer = np.pad(ids, ((0, 0), (0, 8)))
-  config, params = bench.recipe.reward, bench.params['reward']
+  config, params = fixture.recipe.reward, fixture.params['reward']
   difference = _scores(params, longer, config=config)[:, : ids.shape[1]] - _scores(
     params, ids, config=config
   )
   return CheckResult(_largest(difference), 1e-5)
 
 
-def batch_independence(bench: Fixture) -> CheckResult:
+def batch_independence(fixture: Fixture) -> CheckResult:
   """Scores of each sequence against those of the same among others."""
-  ids = np.asarray(concat_prompt_response(bench.rollout))
+  ids = np.asarray(concat_prompt_response(fixture.rollout))
   others = np.where(np.arange(_ROWS)[:, None] % 2 == 0, ids, ids[::-1] ^ 1)
-  config, params = bench.recipe.reward, bench.params['reward']
+  config, params = fixture.recipe.reward, fixture.params['reward']
   difference = _scores(params, others, config=config) - _scores(params, ids, config=config)
   return CheckResult(_largest(difference[::2]), 1e-5)
 
 
-def accumulation(bench: Fixture) -> CheckResult:
+def accumulation(fixture: Fixture) -> CheckResult:
   """Parameters after an update in four pieces against those after one in a single piece."""
-  whole, parts = update(bench)[0], update(bench, micro_batch=2)[0]
-  moved = _distance(whole, bench.params['policy'])
-  return CheckResult(_distance(parts, whole) / moved, 1e-3, 'of the update')
+  expected, accumulated = update(fixture)[0], update(fixture, micro_batch=2)[0]
+  size = _distance(expected, fixture.params['policy'])
+  return CheckResult(_distance(accumulated, expected) / size, 1e-3, 'of the update')
 
 
-def sharded(stage: Stage, bench: Fixture) -> CheckResult:
+def sharded(mesh: Mesh, fixture: Fixture) -> CheckResult:
   """Losses on one device against those on config.mesh."""
-  devices = stage.mesh.devices.ravel()
+  devices = mesh.devices.ravel()
   if len(devices) == 1:
     return CheckResult(math.nan, math.nan, '1 device')
-  batch = sharding.batch_devices(stage.mesh)
+  batch = sharding.batch_devices(mesh)
   if _ROWS % batch:
     return CheckResult(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
-  mesh = sharding.make_mesh(devices=devices[:1])
-  one = make_fixture(mesh, bench.recipe.policy)
+  single = sharding.make_mesh(devices=devices[:1])
+  expected = make_fixture(single, fixture.recipe.policy)
   names = ('policy/loss', 'critic/loss', 'policy/grad_norm', 'critic/grad_norm')
-  here = update(bench)[2]
-  with jax.set_mesh(mesh):
-    there = update(one)[2]
-  return CheckResult(max(abs(float(here[n] / there[n]) - 1) for n in names), 1e-4, 'relative')
+  metrics = update(fixture)[2]
+  with jax.set_mesh(single):
+    expected = update(expected)[2]
+  errors = [abs(float(metrics[name] / expected[name]) - 1) for name in names]
+  return CheckResult(max(errors), 1e-4, 'relative')
 
 
-def bfloat16(bench: Fixture) -> CheckResult:
+def bfloat16(fixture: Fixture) -> CheckResult:
   """Mean over tokens of |difference| between log-probs in bfloat16 and in float32, nats."""
-  ids, config = concat_prompt_response(bench.rollout), bench.recipe.policy
+  ids, config = concat_prompt_response(fixture.rollout), fixture.recipe.policy
   narrow = dataclasses.replace(config, dtype='bfloat16')
-  difference = [_forward(bench.params['policy'], ids, config=c)[0] for c in (narrow, config)]
+  difference = [_forward(fixture.params['policy'], ids, config=c)[0] for c in (narrow, config)]
   return CheckResult(float(jnp.mean(jnp.abs(difference[0] - difference[1]))), 0.05, 'nats')
 
 
@@ -233,18 +235,18 @@ def _rewards(granularity: str) -> CheckResult:
   return CheckResult(selfcheck_rewards.max_abs_error_vs_oracle(granularity), 1e-3)
 
 
-def update(bench: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
+def update(fixture: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
   """The policy's and the critic's parameters, and the metrics, after one update on all rows."""
   ppo = dataclasses.replace(_PPO, micro_batch_size=micro_batch)
   states = (
-    init_state(jax.tree.map(jnp.copy, bench.params[name]), _OPTIMIZER, 10)  # the step donates it
+    init_state(jax.tree.map(jnp.copy, fixture.params[name]), _OPTIMIZER, 10)  # the step donates it
     for name in ('policy', 'critic')
   )
   policy, critic, metrics = ppo_step(
     *states,
-    Minibatch(bench.experience, np.arange(_ROWS)),
+    Minibatch(fixture.experience, np.arange(_ROWS)),
     jnp.float32(ppo.kl_coef),
-    recipe=dataclasses.replace(bench.recipe, ppo=ppo),
+    recipe=dataclasses.replace(fixture.recipe, ppo=ppo),
     total_steps=10,
   )
   return policy.params, critic.params, jax.device_get(metrics.flat())
@@ -269,9 +271,9 @@ def _largest(x: jax.Array) -> float:
   return float(jnp.max(jnp.abs(x)))
 
 
-def _distance(one: Any, other: Any) -> float:
-  """Norm of the difference of all parameters: in one alone Adam may make much of rounding."""
-  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+def _distance(a: Any, b: Any) -> float:
+  """Returns the norm of the difference of all parameters; Adam may amplify rounding in a few."""
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return math.sqrt(sum(float(jnp.sum((x - y) ** 2)) for x, y in pairs))
 
 

@@ -1,6 +1,6 @@
-"""The rewards of random ragged responses, held against the slow loops of `segjax.rl.oracle`.
+"""Compares the rewards of random ragged responses with the slow loops of `segjax.rl.oracle`.
 
-Arrays only: what networks must keep to is `selfcheck`'s.
+Arrays only; the invariants of networks are checked by `selfcheck`.
 """
 
 import dataclasses
@@ -25,47 +25,49 @@ _PPO = PPO(kl_coef=0.1)
 
 
 def max_abs_error_vs_oracle(granularity: str) -> float:
-  """Largest difference of rewards and whitened advantages to those of `segjax.rl.oracle`."""
-  found = _random_scores(np.random.default_rng(5))
+  """Returns the largest error of rewards and whitened advantages against `segjax.rl.oracle`."""
+  rollout, outputs = _random_scores(np.random.default_rng(5))
   worst = 0.0
   for spread in SPREADS:
     recipe = _plain_recipe(Segmentation(granularity=granularity), spread)
     experience, _ = jax.device_get(
-      make_experience(*found, normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe)
+      make_experience(
+        rollout, outputs, normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe
+      )
     )
-    expected = _by_loops(*found, granularity, spread)
+    expected = _by_loops(rollout, outputs, granularity, spread)
     for name, rows in expected.items():
       worst = max(worst, float(np.max(np.abs(getattr(experience, name) - np.array(rows)))))
   return worst
 
 
 def reward_roundtrip_error() -> float:
-  """How far a rule's reward of 0.7 is from 0.7 where it arrives."""
+  """Returns how far a custom reward of 0.7 is from 0.7 in the experience."""
   responses, scored = _random_scores(np.random.default_rng(6))
   ids, mask = jax.device_get((responses.response_ids, responses.response_mask))
-  rule = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
+  custom_reward = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
   shaping = RewardShaping(reward_model_weight=0.0)
   recipe = dataclasses.replace(_plain_recipe(Segmentation(), 'even_split'), shaping=shaping)
   experience, _ = make_experience(
-    responses, scored, normalizer_error(), jnp.float32(0), jnp.asarray(rule), recipe=recipe
+    responses, scored, normalizer_error(), jnp.float32(0), jnp.asarray(custom_reward), recipe=recipe
   )
   total = np.asarray(experience.reward).sum(axis=1)
   return float(np.max(np.abs(total - np.where(mask.any(axis=1), np.float32(0.7), 0))))
 
 
 def normalizer_error() -> Normalizer:
-  """Mean and Std that change with the position."""
+  """Returns a normaliser whose Mean and Std change with the position."""
   return Normalizer(*map(jnp.float32, (0.2, -0.1, 0.3, 0.8)))  # in the order of its fields
 
 
 def _plain_recipe(segmentation: Segmentation, spread: str) -> PPORecipe:
-  """For arrays that no network made."""
+  """Returns a recipe for random arrays; its networks are not run."""
   config = make_config(Network(vocab_size=_VOCABULARY))
   return PPORecipe(*[config] * 4, Segmenter(segmentation), spread, RewardShaping(), _PPO)
 
 
 def _random_scores(rng: np.random.Generator) -> tuple[Rollout, ModelOutputs]:
-  """Responses of every length, with an empty one and a stop token alone among them."""
+  """Returns responses of all lengths, among them an empty one and a single stop token."""
   length = rng.integers(0, _RESPONSE + 1, _ROWS)
   length[:3] = 0, 1, _RESPONSE
   mask = np.arange(_RESPONSE) < length[:, None]
@@ -87,7 +89,7 @@ def _random_scores(rng: np.random.Generator) -> tuple[Rollout, ModelOutputs]:
 
 
 def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread: str):
-  """Rewards and whitened advantages, by loops over lists."""
+  """Returns rewards and whitened advantages, by loops over lists."""
   shaping = RewardShaping()
   fitted = tuple(float(x) for x in jax.tree.leaves(normalizer_error()))
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))

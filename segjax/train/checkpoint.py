@@ -1,9 +1,8 @@
-"""Training states on disk, through Orbax: saved by step, restored onto the mesh at hand.
+"""Training states on disk, through Orbax: saved by step, restored onto the present mesh.
 
-A step is one directory, there whole or not at all, of separate items: the parameters of each model,
-its optimizer, what else is carried on, and `manifest`, which names them, their checksums and the
-run they are of. Finished models are HF directories (`hf.writer`); this is for going on from the
-middle.
+A step is a directory, written completely or not at all, of separate items: parameters of each
+model, its optimizer, other state, and `manifest` with the checksum of each item and the run that
+wrote them. Checkpoints serve to resume; finished models are HF directories (`hf.writer`).
 """
 
 import dataclasses
@@ -20,28 +19,30 @@ from segjax import processes
 from segjax.errors import UserError, first_line
 from segjax.train.optimizer import TrainState
 
-TrainStates = dict[str, Any]  # TrainStates by name, and what else a step carries on
+TrainStates = dict[str, Any]  # a TrainState per model, and other state of the run, by name
 
 _MANIFEST = 'manifest'
-_DAMAGED = 'damaged-'  # before the step, of a directory that could not be read
+_DAMAGED = 'damaged-'  # prefix of the directory of a step that could not be read
 
 
 class CheckpointMismatchError(UserError):
-  """The checkpoint is of another run than the one that would go on from it."""
+  """The checkpoint was written by another run than the one that resumes."""
 
 
 class Checkpointer:
   """Keeps the last `keep` steps, and the best one, of named states in a directory or bucket.
 
-  Saving copies the states off the devices and writes behind the caller's back. A save that fails,
-  as where the disk is full, is told and made good by the next; what was saved before stays.
+  Saving copies the states off the devices and writes asynchronously. A failed save, for example on
+  a full disk, is logged and retried at the next one; earlier checkpoints stay.
 
   Args:
-    best: the metric whose largest value marks a step that is kept as well; '' for none.
-    max_misses: saves in a row that may fail.
-    run: what the states are of, as JSON; the keys that differ are named when it is not the same.
-    differences: names what differs between two such descriptions.
-    say: is told what went wrong and was survived.
+    directory: local directory or bucket.
+    keep: number of latest steps to keep.
+    best: metric whose largest value marks a step that is also kept; '' for none.
+    max_misses: consecutive saves that may fail.
+    run: JSON description of the run; a checkpoint with another description is refused.
+    differences: returns the keys in which two such descriptions differ.
+    say: is called with warnings.
   """
 
   def __init__(
@@ -82,17 +83,19 @@ class Checkpointer:
     )
 
   def latest(self) -> int | None:
-    """The newest step saved, None if there is none."""
+    """Returns the newest step saved, None if there is none."""
     return self._manager.latest_step()
 
   def save(self, step: int, states: TrainStates, metrics: dict[str, float] | None = None) -> None:
     """Saves the states after `step` steps; returns once they are copied off the devices.
 
     Args:
-      metrics: of the step; `best` is looked up in them.
+      step: number of steps done.
+      states: states by name.
+      metrics: metrics of the step, from which `best` is read.
 
     Raises:
-      OSError: more than `max_misses` saves in a row have failed.
+      OSError: more than `max_misses` consecutive saves have failed.
     """
     self.settle()
     if step in self._manager.all_steps():
@@ -114,7 +117,7 @@ class Checkpointer:
       self._missed(error)
 
   def settle(self) -> None:
-    """Waits for what is being written, and sees whether it was."""
+    """Waits for the pending save, and handles its failure."""
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
@@ -124,7 +127,7 @@ class Checkpointer:
       self._misses = 0
 
   def _missed(self, error: Exception) -> None:
-    """Tells of a save that failed; OSError after too many."""
+    """Logs a failed save; raises OSError after too many."""
     self._misses += 1
     before = [step for step in self._manager.all_steps() if step != self._saving]
     kept = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
@@ -136,13 +139,13 @@ class Checkpointer:
     self._open()  # the old manager waits for the write that failed; a new one clears what it left
 
   def restore(self, like: TrainStates) -> tuple[int, TrainStates]:
-    """(The newest step that is whole, its states, shaped and placed as those in `like`).
+    """Returns (newest readable step, its states with the shapes and shardings of `like`).
 
-    Steps that cannot be read are told and set aside as `damaged-<step>`; (0, like) if there are no
-    others.
+    Steps that cannot be read are renamed to `damaged-<step>`, with a warning. Returns (0, like)
+    where no step is left.
 
     Raises:
-      ForeignCheckpointError: a step is of another run.
+      CheckpointMismatchError: a step was written by another run.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
@@ -151,7 +154,7 @@ class Checkpointer:
         raise
       except Exception as error:
         if 'RESOURCE_EXHAUSTED' in str(error):
-          raise  # no room for it: the checkpoint is not to blame
+          raise  # out of memory: the checkpoint is not damaged
         self._set_aside(step, error)
     return 0, like
 
@@ -161,16 +164,16 @@ class Checkpointer:
       step, args=self._ocp.args.Composite(**{_MANIFEST: self._ocp.args.JsonRestore()})
     )[_MANIFEST]
     self._check_run(step, manifest)
-    asked = {
+    targets = {
       name: self._ocp.args.StandardRestore(jax.tree.map(_abstract, item))
       for name, item in _items(like).items()
     }
-    found = self._manager.restore(step, args=self._ocp.args.Composite(**asked))
-    items = {name: found[name] for name in names if name != _MANIFEST}
+    restored = self._manager.restore(step, args=self._ocp.args.Composite(**targets))
+    items = {name: restored[name] for name in names if name != _MANIFEST}
     sums = processes.to_host(jax.jit(_checksums)(items))
-    spoilt = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
-    if spoilt:
-      raise OSError(f'{", ".join(spoilt)}: not what was written')
+    damaged = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
+    if damaged:
+      raise OSError(f'{", ".join(damaged)}: wrong checksum')
     return _states(items, like)
 
   def _check_run(self, step: int, manifest: dict[str, Any]) -> None:
@@ -179,8 +182,9 @@ class Checkpointer:
     names = self._differences(manifest['run'], self._run)
     if names:
       raise CheckpointMismatchError(
-        f'the checkpoint {self._directory / str(step)} is of another run: {", ".join(names)} '
-        'differ. Give another --workdir or config.checkpoint.directory, or move it away.'
+        f'the checkpoint {self._directory / str(step)} was written by another run: '
+        f'{", ".join(names)} differ. Give another --workdir or config.checkpoint.directory, or '
+        'move it away.'
       )
 
   def _set_aside(self, step: int, error: Exception) -> None:
@@ -191,17 +195,17 @@ class Checkpointer:
     self._manager.reload()
     self._say(
       f'warning: the checkpoint of step {step} is damaged ({first_line(error)}); it is '
-      f'set aside as {aside}'
+      f'renamed to {aside}'
     )
 
   def close(self) -> None:
-    """Waits for what is being written."""
+    """Waits for the pending save and closes the manager."""
     self.settle()
     self._manager.close()
 
 
 def _items(states: TrainStates) -> dict[str, Any]:
-  """The states as items that can be restored each alone: parameters apart from optimizers."""
+  """Returns the states as items that can be restored alone: parameters apart from optimizers."""
   items = {}
   for name, state in states.items():
     if isinstance(state, TrainState):
@@ -213,7 +217,7 @@ def _items(states: TrainStates) -> dict[str, Any]:
 
 
 def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
-  """The states that `_items` took apart."""
+  """Returns the states whose `_items` these are."""
   states = {}
   for name, state in like.items():
     states[name] = items[name]
@@ -224,7 +228,7 @@ def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
 
 
 def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
-  """Of every item Σ_leaf 31^leaf · Σ bits modulo 2³²; the same however the arrays are laid out."""
+  """Returns Σ_leaf 31^leaf · Σ bits modulo 2³² of each item, which does not depend on sharding."""
 
   def checksum(item):
     total = jnp.uint32(0)
@@ -236,7 +240,7 @@ def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
 
 
 def _bits(x: Array) -> Array:
-  """The bits of every number, as unsigned integers of its size."""
+  """Returns the bits of every number, as unsigned integers of the same size."""
   if x.dtype == bool:
     return x.astype(jnp.uint32)
   size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)

@@ -1,7 +1,6 @@
-"""segment_reward.json: what a reward model's scores mean, kept beside its weights.
+"""segment_reward.json, stored next to the weights of a reward model: how to read its scores.
 
-Without it a score is a bare number: how text was cut, how scores are aggregated, the normaliser,
-and which tokenizer all this belongs to.
+It holds the segmentation, the aggregation of scores, the normaliser, and a hash of the tokenizer.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ _VERSION_2 = {
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-  """How to read a reward model; `normalizer` is None until it has been fitted."""
+  """How to read the scores of a reward model; `normalizer` is None until it is fitted."""
 
   segmentation: Segmentation
   normalizer: Normalizer | None
@@ -53,7 +52,7 @@ def write_spec(directory: Path, reward: RewardSpec) -> None:
 
 
 def read_spec(directory: Path) -> RewardSpec | None:
-  """What segment_reward.json says; None where there is no such file."""
+  """Reads segment_reward.json; None where there is no such file."""
   path = directory / REWARD_SPEC_FILE
   if not path.exists():
     return None
@@ -83,10 +82,10 @@ def read_spec(directory: Path) -> RewardSpec | None:
 def resolve_spec(
   settings: RewardModelSettings, directory: Path, policy_directory: Path
 ) -> RewardSpec:
-  """What PPO uses: the stored file, each field overruled by the config where the config names it.
+  """Returns the stored spec, each field replaced where the config sets it.
 
   Raises:
-    ValueError: something is named by neither, or the tokenizers of reward model and policy differ.
+    UserError: a field is set by neither, or the tokenizers of reward model and policy differ.
   """
   stored = read_spec(directory)
   check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
@@ -132,10 +131,12 @@ def missing_fields(segmentation: SegmentationOverrides) -> list[str]:
 
 
 def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
-  """ValueError unless two models read the same tokens: segments and scores are per token.
+  """Raises UserError unless two models share a tokenizer: segments and scores are per token.
 
   Args:
-    sha256: what is known of the first one's tokenizer; '' reads its files.
+    directory: of the first model.
+    other: directory of the second model.
+    sha256: hash of the first model's tokenizer, if known; '' reads its files.
   """
   if (sha256 or tokenizer_fingerprint(str(directory))) != tokenizer_fingerprint(str(other)):
     raise UserError(

@@ -1,6 +1,6 @@
-"""Cuts batches of responses as a `Segmentation` says.
+"""Segments batches of responses as a `Segmentation` says.
 
-The rules of cutting are `rl.segmentation`'s; here they meet token ids and settings.
+The rules are in `rl.segmentation`; here they are applied to token ids and settings.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from segjax.types import Segments
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-  """A segmentation, with the token ids that end a segment where its cut is by delimiter."""
+  """A segmentation, with the token ids that end a segment if its boundary is delimiter."""
 
   segmentation: Segmentation
   delimiter_ids: tuple[int, ...] = ()
 
   @property
   def needs_entropy(self) -> bool:
-    """Whether the reference has to be run over the text."""
+    """Whether the entropies of the reference are needed."""
     return self.segmentation.granularity == 'segment' and self.segmentation.boundary == 'entropy'
 
   @property
   def threshold(self) -> float | None:
-    """Nats above which a segment begins; None where entropy does not cut."""
+    """Entropy in nats above which a segment begins; None for other boundaries."""
     return self.segmentation.entropy_threshold if self.needs_entropy else None
 
 
 def make_segmenter(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Segmenter:
-  """The cutter of that segmentation for texts in that tokenizer's ids."""
+  """Returns the segmenter for texts in the ids of `tokenizer`."""
   is_delimited = segmentation.granularity == 'segment' and segmentation.boundary == 'delimiter'
   ids = tokenizer.ids_ending_in(segmentation.delimiters) if is_delimited else ()
   return Segmenter(segmentation, ids)
@@ -50,14 +50,15 @@ def segment_batch(
   entropy: Float[Array, 'B T'],
   cutter: Segmenter,
 ) -> Segments:
-  """The segments of each row.
+  """Returns the segments of each row.
 
   Args:
-    ids: tokens, read where the cut is by delimiter.
+    ids: tokens, read if the boundary is delimiter.
     response_mask: True on the response, stop token included.
     finished: whether the response's last token is a stop token.
-    entropy: of the distribution each token was drawn from, in nats; read where the cut is by it.
-    cutter: how.
+    entropy: entropy of the distribution each token was drawn from, in nats, read if the boundary
+      is entropy.
+    cutter: how to segment.
   """
   s = cutter.segmentation
   if s.boundary == 'fixed_length':
@@ -80,13 +81,13 @@ def segment_batch(
 def sequence_scores(
   score: Float[Array, 'B T'], segments: Segments, segmentation: Segmentation
 ) -> Float[Array, 'B']:
-  """One score for each response out of those of its segments."""
-  one = functools.partial(
+  """Returns one score per response, aggregated over its segments."""
+  aggregate = functools.partial(
     sequence_score,
     aggregation=segmentation.aggregation,
     temperature=segmentation.softmax_temperature,
   )
-  return jax.vmap(one)(score, segments)
+  return jax.vmap(aggregate)(score, segments)
 
 
 def _is_one_of(ids: Int[Array, 'B T'], members: tuple[int, ...]) -> Bool[Array, 'B T']:

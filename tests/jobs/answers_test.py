@@ -83,5 +83,5 @@ def test_model_name(given, path, expected):
 
 
 def test_time_stamp_is_that_of_the_weights(language):
-  assert answers._written(language / 'model') > 1e9
-  assert np.isfinite(answers._written(language))
+  assert answers._time_written(language / 'model') > 1e9
+  assert np.isfinite(answers._time_written(language))

@@ -73,7 +73,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
   checkpoints.save(1, _states(1))
   checkpoints.close()
   other = {'settings': {'seed': 0, 'ppo': {'gamma': 0.9}}}
-  with pytest.raises(CheckpointMismatchError, match=r'of another run: ppo.gamma differ'):
+  with pytest.raises(CheckpointMismatchError, match=r'by another run: ppo.gamma differ'):
     Checkpointer(tmp_path, keep=1, run=other, differences=changed_keys).restore(_states(0))
   assert (tmp_path / '1').is_dir()
 
