@@ -152,7 +152,7 @@ def sample_responses(
   prompts, recipe = collector.prompts, collector.recipe
   repeated = np.repeat(np.arange(len(prompts)), settings.samples_per_prompt)
   sequence_score = jax.jit(
-    functools.partial(sequence_scores, segmentation=recipe.cutter.segmentation)
+    functools.partial(sequence_scores, segmentation=recipe.segmenter.segmentation)
   )
   parts = []
   for number, (rows, real) in enumerate(batches(len(repeated))):

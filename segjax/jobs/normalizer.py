@@ -68,7 +68,7 @@ def run(stage: Stage) -> dict[str, Any]:
   inputs.log_dataset(pairs, stage.log)
   params = models.load_params(source, config, 'scalar', s.runtime, stage.mesh)
   reference = None
-  if scorer.cutter.needs_entropy:
+  if scorer.segmenter.needs_entropy:
     reference = models.load_params(
       reference_path, scorer.reference, 'language', s.runtime, stage.mesh
     )

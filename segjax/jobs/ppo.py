@@ -182,7 +182,7 @@ def critic_directory(init: str, paths: dict[str, Any]) -> Any:
 
 def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   """What the rewards are, in a line."""
-  cutting = recipe.cutter.segmentation
+  cutting = recipe.segmenter.segmentation
   how = ''
   if cutting.granularity == 'segment':
     size = {'entropy': f' above {cutting.entropy_threshold:g} nats', 'delimiter': ''}

@@ -64,7 +64,7 @@ def run(stage: Stage) -> dict[str, Any]:
       'set it to 0, or give `chosen_rating` and `rejected_rating`.'
     )
   reference = None
-  if scorer.cutter.needs_entropy:
+  if scorer.segmenter.needs_entropy:
     reference = models.load_params(
       reference_path, scorer.reference, 'language', s.runtime, stage.mesh
     )
@@ -120,7 +120,7 @@ def run(stage: Stage) -> dict[str, Any]:
   card = provenance.card(stage, {'loss': last.get('train/loss')} | held, pairs, SHOW)
   save_checkpoint(stage.model_directory, params, config, 'scalar', source=source, card=card)
   if processes.is_first():
-    write_reward_spec(stage, source, scorer.cutter.segmentation)
+    write_reward_spec(stage, source, scorer.segmenter.segmentation)
   return {'steps': total, 'loss': last.get('train/loss'), 'held_out_pairs': len(held_out)} | held
 
 
@@ -132,9 +132,9 @@ def with_calibrated_threshold(
   if not wanted.target_segment_length and not wanted.entropy_quantile:
     return scorer
   threshold = reward_calibration.run(stage, scorer, reference, tokenizer)
-  segmentation = dataclasses.replace(scorer.cutter.segmentation, entropy_threshold=threshold)
+  segmentation = dataclasses.replace(scorer.segmenter.segmentation, entropy_threshold=threshold)
   return dataclasses.replace(
-    scorer, cutter=dataclasses.replace(scorer.cutter, segmentation=segmentation)
+    scorer, segmenter=dataclasses.replace(scorer.segmenter, segmentation=segmentation)
   )
 
 

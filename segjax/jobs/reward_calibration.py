@@ -37,7 +37,7 @@ def run(stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatToke
   """
   wanted = stage.settings.reward.threshold_search
   entropy, mask, finished = sample(stage, scorer, reference, tokenizer)
-  min_length = scorer.cutter.segmentation.min_segment_length
+  min_length = scorer.segmenter.segmentation.min_segment_length
   if wanted.entropy_quantile:
     why = f'{wanted.entropy_quantile:.0%} of the tokens lie at or below it'
     find = jax.jit(threshold_for_quantile)

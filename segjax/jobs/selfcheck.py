@@ -131,8 +131,10 @@ def checks(mesh: Mesh, fixture: Fixture) -> Iterator[tuple[str, Callable[[], Che
 def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
   """Returns fresh networks; the reference equals the policy, as before the first update."""
   config = config or make_config(_NETWORK)
-  cutter = Segmenter(Segmentation(entropy_threshold=4.5))  # about ln V - 1: some tokens lie above
-  recipe = PPORecipe(*[config] * 4, cutter, 'even_split', RewardShaping(), _PPO)
+  segmenter = Segmenter(
+    Segmentation(entropy_threshold=4.5)
+  )  # about ln V - 1: some tokens lie above
+  recipe = PPORecipe(*[config] * 4, segmenter, 'even_split', RewardShaping(), _PPO)
   with jax.set_mesh(mesh):
     params = {
       name: _init(jax.random.key(seed), config, head, mesh)

@@ -102,7 +102,7 @@ def _ppo(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
     reference=frozen,
     reward=networks.get('reward'),
     critic=trained,
-    cutter=Segmenter(segmentation),
+    segmenter=Segmenter(segmentation),
     spread='even_split',
     shaping=s.reward_shaping,
     ppo=ppo,
@@ -230,7 +230,7 @@ def _reward(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
   held = {
     'reward model state': abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
   }
-  if scorer.cutter.needs_entropy and not s.reward.entropy_cache_dir:
+  if scorer.segmenter.needs_entropy and not s.reward.entropy_cache_dir:
     held['reference'] = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
   held['pairs'] = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.pairs(s.reward.batch_size, s.data.max_length), mesh

@@ -193,7 +193,7 @@ def make_recipe(
     reference=configs['reference'],
     reward=configs.get('reward'),
     critic=critic,
-    cutter=make_segmenter(segmentation, tokenizer),
+    segmenter=make_segmenter(segmentation, tokenizer),
     spread=resolve_spread(settings, segmentation.granularity),
     shaping=settings.reward_shaping,
     ppo=settings.ppo,
@@ -212,5 +212,5 @@ def make_response_log(
     tokenizer,
     prompts.messages,
     has_score=recipe.reward is not None,
-    threshold=recipe.cutter.threshold,
+    threshold=recipe.segmenter.threshold,
   )

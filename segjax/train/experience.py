@@ -46,7 +46,9 @@ def make_experience(
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
   has_eos = rollout.finished | recipe.compat.force_eos
-  segments = segment_batch(rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.cutter)
+  segments = segment_batch(
+    rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
+  )
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
   dense = dense_rewards(z, segments, rollout, custom_reward, recipe=recipe)
   shape = functools.partial(

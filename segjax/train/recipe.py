@@ -22,7 +22,7 @@ class PPORecipe:
   reference: LlamaConfig
   reward: LlamaConfig | None
   critic: LlamaConfig
-  cutter: Segmenter
+  segmenter: Segmenter
   spread: str
   shaping: RewardShaping
   ppo: PPO

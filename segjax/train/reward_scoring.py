@@ -30,7 +30,7 @@ class SegmentScorer:
 
   reward: LlamaConfig
   reference: LlamaConfig
-  cutter: Segmenter
+  segmenter: Segmenter
 
 
 def reference_entropy(
@@ -42,7 +42,7 @@ def reference_entropy(
   """
   if sequences.ref_entropy is not None:
     return sequences.ref_entropy
-  if not scorer.cutter.needs_entropy:
+  if not scorer.segmenter.needs_entropy:
     return jnp.zeros(sequences.ids.shape, jnp.float32)
   _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, places)
   return jax.lax.stop_gradient(entropy)
@@ -61,7 +61,7 @@ def score_sequences(
     sequences.response_mask,
     sequences.finished,
     reference_entropy(reference, sequences, scorer, places),
-    scorer.cutter,
+    scorer.segmenter,
   )
   return run_packed(scores, params, sequences.ids, scorer.reward, places), segments
 
@@ -75,7 +75,7 @@ def pair_scores(
 ) -> tuple[Float[Array, 'B 2'], Segments]:
   """Returns the aggregated scores of chosen and rejected, from one forward pass of 2B sequences."""
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer, places)
-  return sequence_scores(score, segments, scorer.cutter.segmentation).reshape(-1, 2), segments
+  return sequence_scores(score, segments, scorer.segmenter.segmentation).reshape(-1, 2), segments
 
 
 def _interleave(pairs: PreferenceBatch) -> Sequences:
@@ -106,7 +106,7 @@ def segment_statistics(
     score of the response).
   """
   score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
-  response_score = sequence_scores(score, segments, scorer.cutter.segmentation)
+  response_score = sequence_scores(score, segments, scorer.segmenter.segmentation)
   return jax.vmap(relative_position)(segments), score, segments.end, response_score
 
 

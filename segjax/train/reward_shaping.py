@@ -68,7 +68,7 @@ def dense_rewards(
     custom_reward: the user's reward of each token, if there is one.
     recipe: weights, spread and penalties.
   """
-  shaping, segmentation = recipe.shaping, recipe.cutter.segmentation
+  shaping, segmentation = recipe.shaping, recipe.segmenter.segmentation
   spread_out = functools.partial(
     dense_reward,
     spread=recipe.spread,

@@ -48,7 +48,7 @@ def segment_batch(
   response_mask: Bool[Array, 'B T'],
   finished: Bool[Array, 'B'],
   entropy: Float[Array, 'B T'],
-  cutter: Segmenter,
+  segmenter: Segmenter,
 ) -> Segments:
   """Returns the segments of each row.
 
@@ -58,15 +58,15 @@ def segment_batch(
     finished: whether the response's last token is a stop token.
     entropy: entropy of the distribution each token was drawn from, in nats, read if the boundary
       is entropy.
-    cutter: how to segment.
+    segmenter: how to segment.
   """
-  s = cutter.segmentation
+  s = segmenter.segmentation
   if s.boundary == 'fixed_length':
     boundary = jax.vmap(functools.partial(fixed_length_boundary, length=s.segment_length))(
       response_mask
     )
   elif s.boundary == 'delimiter':
-    boundary = jax.vmap(delimiter_boundary)(_is_one_of(ids, cutter.delimiter_ids))
+    boundary = jax.vmap(delimiter_boundary)(_is_one_of(ids, segmenter.delimiter_ids))
   else:
     boundary = entropy > s.entropy_threshold
   divide = functools.partial(

@@ -114,7 +114,7 @@ def test_take_rows(rollout):
 
 def by_loops(batch, outputs, recipe):
   """Rewards, advantages, returns of each response: the method as loops over lists."""
-  ppo, cutting = recipe.ppo, recipe.cutter.segmentation
+  ppo, cutting = recipe.ppo, recipe.segmenter.segmentation
   rows = {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
   floor = max(recipe.shaping.std_floor_ratio * NORMALIZER[3], 1e-6)
   lists = {name: np.asarray(x, np.float64).tolist() for name, x in outputs._asdict().items()}
@@ -188,7 +188,9 @@ def test_experience_equals_oracle(granularity, spread):
     old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `outputs` says counts
   )
   recipe = training.recipe(
-    spread=spread, cutter=training.cutter(granularity, 2.0), shaping=RewardShaping(reward_clip=4.0)
+    spread=spread,
+    segmenter=training.segmenter(granularity, 2.0),
+    shaping=RewardShaping(reward_clip=4.0),
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
   experience, metrics = jax.device_get(

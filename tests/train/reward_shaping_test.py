@@ -24,7 +24,7 @@ def dense(spread='even_split', custom=None, compat=Compat(), inside=False, **sha
   segmentation = Segmentation(boundary='fixed_length', segment_length=2, include_eos=inside)
   recipe = training.recipe(
     spread=spread,
-    cutter=Segmenter(segmentation),
+    segmenter=Segmenter(segmentation),
     shaping=RewardShaping(std_floor_ratio=0.0, **shaping),
     compat=compat,
   )
@@ -38,7 +38,7 @@ def dense(spread='even_split', custom=None, compat=Compat(), inside=False, **sha
     old_logprob=zeros,
   )
   segments = segment_batch(
-    rollout.response_ids, rollout.response_mask, rollout.finished, zeros, recipe.cutter
+    rollout.response_ids, rollout.response_mask, rollout.finished, zeros, recipe.segmenter
   )
   outputs = ModelOutputs(*[zeros] * 3, jnp.asarray(SCORE), zeros, jnp.asarray(PROMPT_SCORE))
   z = segment_z(outputs, segments, rollout, NORMALIZER, recipe.shaping)

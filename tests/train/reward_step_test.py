@@ -45,7 +45,7 @@ def expected_scores(networks, granularity):
 
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
 def test_scores_equal_oracle(networks, granularity):
-  scorer = dataclasses.replace(training.SCORER, cutter=training.cutter(granularity))
+  scorer = dataclasses.replace(training.SCORER, segmenter=training.segmenter(granularity))
   # Token and bandit granularity must do without the reference.
   reference = networks['reference'] if granularity == 'segment' else None
   got = evaluate_pairs(networks['reward'], reference, training.pairs(), scorer=scorer)

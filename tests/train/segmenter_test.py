@@ -14,9 +14,9 @@ ENTROPY = np.array([[9, 0, 3, 0, 3, 0, 0, 9], [0, 3, 3, 9, 9, 9, 9, 9]], np.floa
 
 
 def segment_ids(delimiter_ids=(), **values):
-  cutter = Segmenter(Segmentation(**values), delimiter_ids)
+  segmenter = Segmenter(Segmentation(**values), delimiter_ids)
   arrays = map(jnp.asarray, (IDS, MASK, np.array([True, True]), ENTROPY))
-  return jax.jit(segment_batch, static_argnums=4)(*arrays, cutter)
+  return jax.jit(segment_batch, static_argnums=4)(*arrays, segmenter)
 
 
 @pytest.mark.parametrize(
