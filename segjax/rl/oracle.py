@@ -143,13 +143,12 @@ def end_penalty(dense, mask, finished, kind, value):
   return penalised
 
 
-def length_penalty(dense, mask, kind, value, threshold, length=None):
+def length_penalty(dense, mask, kind, value, threshold):
   """Long responses are penalised at every token, or at those beyond the threshold."""
   begin, stop = run_of(mask)
-  length = stop - begin if length is None else length
   penalised = list(dense)
   for t in range(begin, stop):
-    if kind == 'threshold' and length > threshold:
+    if kind == 'threshold' and stop - begin > threshold:
       penalised[t] = value
     if kind == 'linear' and t - begin >= threshold:
       penalised[t] += value

@@ -1,14 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from fixtures.strategies import responses, spoiled
+from fixtures.strategies import corrupted, responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
 ROWS = 4
@@ -23,7 +23,7 @@ def batches(draw):
   rows = [draw(responses()) for _ in range(ROWS)]
   after, entropy, mask, finished = (np.stack(arrays) for arrays in zip(*rows, strict=True))
   first = mask & ~np.pad(mask[:, :-1], ((0, 0), (1, 0)))
-  return after, spoiled(entropy, mask & ~first), mask, finished
+  return after, corrupted(entropy, mask & ~first), mask, finished
 
 
 def statistics(batch, threshold, min_length):
@@ -49,7 +49,7 @@ def candidates(batch):
   return np.sort(np.concatenate(found))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(batch=batches(), quantile=st.floats(0, 1))
 def test_quantile_is_that_of_numpy(batch, quantile):
   found = candidates(batch)
@@ -58,7 +58,7 @@ def test_quantile_is_that_of_numpy(batch, quantile):
 
 
 @pytest.mark.parametrize('min_length', [1, 3])
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(batch=batches(), target=st.sampled_from([0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 100.0]))
 def test_length_is_the_nearest_of_all(min_length, batch, target):
   threshold = float(by_length(*batch[1:], target, min_length=min_length))
