@@ -45,7 +45,6 @@ from segjax.rl.rewards import (
   repeat,
   shaped_reward,
 )
-from segjax.rl.schedules import warmup_cosine
 from segjax.rl.segmentation import (
   content_mask,
   delimiter_boundary,
@@ -105,6 +104,5 @@ __all__ = [
   'threshold_for_length',
   'threshold_for_quantile',
   'value_loss',
-  'warmup_cosine',
   'whiten',
 ]
