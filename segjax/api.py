@@ -29,7 +29,7 @@ from segjax.evaluation.annotate import Annotated, Annotator
 from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.sharding import make_mesh
+from segjax.model.mesh import make_mesh
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 from segjax.train.segmenter import make_segmenter

@@ -84,7 +84,7 @@ def main(_: list[str]) -> None:
   )
 
   from segjax.jobs import dry_run, pipeline
-  from segjax.model.sharding import make_mesh
+  from segjax.model.mesh import make_mesh
   from segjax.run import preemption
   from segjax.run.stage import Command
 

@@ -49,7 +49,7 @@ def main() -> None:
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   from segjax.data.sources import load_rows
   from segjax.evaluation import annotate
-  from segjax.model.sharding import make_mesh
+  from segjax.model.mesh import make_mesh
   from segjax.report import html_report, segment_table
 
   named = {

@@ -27,7 +27,7 @@ from segjax.jobs import (
   selfcheck,
   sft,
 )
-from segjax.model import sharding
+from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
 from segjax.report.html_report import Page
@@ -201,7 +201,7 @@ def check_batches(job: str, settings: Settings, mesh: Mesh) -> None:
   """ValueError where a batch of the job does not divide over the mesh."""
   for key in JOBS[job].batches:
     if size := operator.attrgetter(key)(settings):
-      sharding.check_batch(f'config.{key}={size}', size, mesh)
+      check_batch(f'config.{key}={size}', size, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:

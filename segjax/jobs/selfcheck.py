@@ -28,6 +28,7 @@ from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
 from segjax.model.llama import LlamaConfig, make_config
+from segjax.model.mesh import batch_devices, make_mesh
 from segjax.report.console import table
 from segjax.rl.segmentation import GRANULARITIES
 from segjax.run.stage import Stage
@@ -211,10 +212,10 @@ def sharded(stage: Stage, bench: Fixture) -> CheckResult:
   devices = stage.mesh.devices.ravel()
   if len(devices) == 1:
     return CheckResult(math.nan, math.nan, '1 device')
-  batch = sharding.batch_devices(stage.mesh)
+  batch = batch_devices(stage.mesh)
   if _ROWS % batch:
     return CheckResult(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
-  mesh = sharding.make_mesh(devices=devices[:1])
+  mesh = make_mesh(devices=devices[:1])
   one = make_fixture(mesh, bench.recipe.policy)
   names = ('policy/loss', 'critic/loss', 'policy/grad_norm', 'critic/grad_norm')
   here = update(bench)[2]

@@ -73,5 +73,5 @@ def pack(ids: Int[Array, 'M S'], places: PackingSlots) -> PackedRows:
 def unpack(x: Shaped[Array, 'R W'], places: PackingSlots, size: int) -> Shaped[Array, 'M S']:
   """The first `size` entries of each sequence's place."""
   index = (places.row * places.width + places.offset)[:, None] + jnp.arange(size)[None]
-  flat = sharding.constrain(x.reshape(-1), 'whole')
+  flat = sharding.constrain(x.reshape(-1), 'replicated')
   return sharding.constrain_batch(flat[jnp.minimum(index, len(flat) - 1)])

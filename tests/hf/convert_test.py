@@ -15,7 +15,8 @@ from fixtures import hf_models
 
 from segjax import storage
 from segjax.hf import convert, orbax_stream, reader, shards
-from segjax.model import heads, sharding
+from segjax.model import heads
+from segjax.model.mesh import make_mesh
 from segjax.train.checkpoint import Checkpointer
 
 # What a chat model's template looks like: the beginning of the text is in it.
@@ -114,7 +115,7 @@ def test_shards_on_export(llama3, tmp_path):
 def test_plain_orbax_restores_it_onto_another_mesh(piece_bytes, tmp_path):
   source = hf_models.write(tmp_path / 'a', 'biases', dtype='bfloat16')
   stored_at = convert.import_checkpoint(source, tmp_path / 'b', piece_bytes=piece_bytes)
-  mesh = sharding.make_mesh(2, 2, 2)
+  mesh = make_mesh(2, 2, 2)
   config = reader.load_config(source)
   expected = reader.load_params(source, config, 'language', mesh, dtype='')
   target = jax.tree.map(
@@ -132,7 +133,7 @@ def test_exports_what_plain_orbax_saved(tmp_path):
   """Compressed, in chunks of eight devices: the params of a training state."""
   source = hf_models.write(tmp_path / 'a')
   config = reader.load_config(source)
-  params = reader.load_params(source, config, 'language', sharding.make_mesh(1, 4, 2))
+  params = reader.load_params(source, config, 'language', make_mesh(1, 4, 2))
   state = {'params': params, 'step': jnp.zeros((), jnp.int32), 'opt_state': [params]}
   saved = Checkpointer(tmp_path / 'checkpoints', keep=1)
   saved.save(7, {'policy': state, 'critic': state})

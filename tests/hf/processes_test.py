@@ -19,8 +19,8 @@ import jax
 address, rank, source, out = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(rank))
 from segjax.hf import reader, writer
-from segjax.model import sharding
-mesh = sharding.make_mesh(2, 2, 2)
+from segjax.model.mesh import make_mesh
+mesh = make_mesh(2, 2, 2)
 config = reader.load_config(source)
 params = reader.load_params(source, config, 'language', mesh)
 assert not params['lm_head']['kernel'].is_fully_addressable

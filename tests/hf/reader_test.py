@@ -10,6 +10,7 @@ from fixtures import hf_models
 
 from segjax.hf import placement, reader, tensor_slices
 from segjax.model import heads, sharding
+from segjax.model.mesh import make_mesh
 
 # Float32 on both sides; only the order of sums differs.
 TOLERANCE = 1e-4
@@ -75,7 +76,7 @@ def test_bfloat16_is_cast_or_kept(tmp_path):
 def test_eight_devices_equal_one(kind, tmp_path):
   directory = hf_models.write(tmp_path, kind, max_shard_size='20KB')
   config = reader.load_config(directory)
-  mesh = sharding.make_mesh(2, 2, 2)
+  mesh = make_mesh(2, 2, 2)
   spread = reader.load_params(directory, config, 'language', mesh)
   hf_models.assert_same_params(spread, reader.load_params(directory, config, 'language'))
   for leaf, place in zip(
@@ -96,7 +97,7 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
 
   monkeypatch.setattr(reader, 'Slices', Counted)
   config = reader.load_config(llama3)
-  reader.load_params(llama3, config, 'language', sharding.make_mesh(*sizes))
+  reader.load_params(llama3, config, 'language', make_mesh(*sizes))
   assert made[0].requested == 4 * reader.open_checkpoint(llama3).num_parameters()
 
 
@@ -106,7 +107,7 @@ def test_piece_by_piece_is_the_same(own_memory, spread, tmp_path, monkeypatch):
   # On accelerators pieces are written into the device's buffer; here a CPU device plays one.
   directory = hf_models.write(tmp_path)
   config = reader.load_config(directory)
-  mesh = sharding.make_mesh(1, 2, 4) if spread else None
+  mesh = make_mesh(1, 2, 4) if spread else None
   expected = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
   monkeypatch.setattr(placement, 'PIECE_BYTES', 1000)
   monkeypatch.setattr(placement, '_has_own_memory', lambda device: own_memory)
@@ -142,7 +143,7 @@ def test_fresh_scalar_head(llama3):
   config = reader.load_config(llama3)
   key = jax.random.key(3)
   params = reader.load_params(llama3, config, 'scalar', key=key)
-  spread = reader.load_params(llama3, config, 'scalar', sharding.make_mesh(2, 2, 2), key=key)
+  spread = reader.load_params(llama3, config, 'scalar', make_mesh(2, 2, 2), key=key)
   hf_models.assert_same_params(params, spread)
   assert 'lm_head' not in params
   kernel = params['scalar_head']['kernel']

@@ -10,7 +10,8 @@ from fixtures import hf_models
 
 from segjax.hf import reader, writer
 from segjax.hf.model_card import Card
-from segjax.model import heads, sharding
+from segjax.model import heads
+from segjax.model.mesh import make_mesh
 
 
 def _load(directory, head='language', **how):
@@ -94,7 +95,7 @@ def test_shards(llama3, tmp_path):
 
 
 def test_from_eight_devices_and_from_numpy(llama3, tmp_path):
-  config, params = _load(llama3, mesh=sharding.make_mesh(2, 2, 2))
+  config, params = _load(llama3, mesh=make_mesh(2, 2, 2))
   spread = writer.save_checkpoint(tmp_path / 'a', params, config, 'language')
   hf_models.assert_same_tensors(llama3, spread)
   host = jax.tree.map(np.asarray, params)

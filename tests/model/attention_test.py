@@ -7,8 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from segjax.model import attention as module
-from segjax.model import sharding
 from segjax.model.attention import attention
+from segjax.model.mesh import make_mesh
 from segjax.model.splash import splash
 
 
@@ -158,7 +158,7 @@ def test_splash_on_each_device(monkeypatch):
   monkeypatch.setattr(module, 'splash', functools.partial(splash, interpret=True))
   expected = long_results('xla')[0]
   run = jax.jit(lambda *given: attention(*given, 'splash', segment_ids=jnp.asarray(PACKED)))
-  with jax.set_mesh(sharding.make_mesh(1, 2, 2, jax.devices()[:4])):
+  with jax.set_mesh(make_mesh(1, 2, 2, jax.devices()[:4])):
     assert_allclose(run(*long_arrays()), expected, atol=2e-5)  # float32
 
 

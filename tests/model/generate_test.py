@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from segjax.model import sharding
 from segjax.model.generate import PromptArrays, generate, make_decode_config
 from segjax.model.llama import num_parameters
+from segjax.model.mesh import make_mesh
 from segjax.model.sampling import Sampling
 
 from .sampling_test import oracle_filter
@@ -214,7 +215,7 @@ def test_devices_do_not_matter(shape):
   """Rows over all devices, and heads over fsdp: the two ways that a decode loop is laid out."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   out = run(params, prompts, LENGTHS)
-  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+  mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
   layout = sharding.decode_layout(models.CONFIG.num_key_value_heads, mesh)
   assert layout == ('rows_' if shape == (2, 2, 2) else 'decode_')
   with jax.set_mesh(mesh):

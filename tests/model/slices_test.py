@@ -13,6 +13,7 @@ from segjax.model import decode, heads, sharding
 from segjax.model.attention import attention
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import BATCH, WEIGHT_AXES, make_mesh
 from segjax.model.sampling import Sampling
 
 pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
@@ -45,7 +46,7 @@ def mesh(monkeypatch):
     monkeypatch.setenv(name, value)
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2').devices
   jax.config.update('jax_disable_most_optimizations', False)  # what runs is to be looked at
-  yield sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
+  yield make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
   jax.config.update('jax_disable_most_optimizations', True)  # as all tests have it
 
 
@@ -109,7 +110,7 @@ def test_no_step_gathers_a_weight(mesh):
 def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
   """Eight key heads over sixteen chips: the cache is split by rows, and the weights still stay."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x4').devices
-  mesh = sharding.make_mesh(devices=chips)
+  mesh = make_mesh(devices=chips)
   config = dataclasses.replace(LLAMA_8B, num_hidden_layers=3)
   compiled, weights = _advance(config, mesh)
   assert _moved_weights(compiled, weights) == []
@@ -117,7 +118,7 @@ def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
 
 def test_gathers_are_found(mesh):
   """Weights gathered in a program are seen by the tests above."""
-  where = jax.NamedSharding(mesh, jax.P(None, sharding.WEIGHT_AXES))
+  where = jax.NamedSharding(mesh, jax.P(None, WEIGHT_AXES))
   weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
   everywhere = jax.NamedSharding(mesh, jax.P())
   compiled = _compile(jax.jit(lambda w: w * 2, out_shardings=everywhere), weights)
@@ -127,7 +128,7 @@ def test_gathers_are_found(mesh):
 @pytest.mark.parametrize(('tensor', 'size'), [(1, 128), (2, 128), (2, 64)])
 def test_splash_attention(mesh, tensor, size):
   """Forward and backward of packed rows compile, and no device sees another's rows or heads."""
-  mesh = sharding.make_mesh(fsdp=-1, tensor=tensor, devices=mesh.devices.flatten().tolist())
+  mesh = make_mesh(fsdp=-1, tensor=tensor, devices=mesh.devices.flatten().tolist())
   given = {name: (8, 2048, heads, size) for name, heads in (('q', 8), ('k', 2), ('v', 2))}
 
   def loss(arrays, ids):
@@ -135,12 +136,12 @@ def test_splash_attention(mesh, tensor, size):
     return jnp.sum(found.astype(jnp.float32) ** 2)
 
   with jax.set_mesh(mesh):
-    where = jax.NamedSharding(mesh, jax.P(sharding.BATCH, None, 'tensor', None))
+    where = jax.NamedSharding(mesh, jax.P(BATCH, None, 'tensor', None))
     arrays = {
       name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
       for name, shape in given.items()
     }
-    ids = jax.NamedSharding(mesh, jax.P(sharding.BATCH, None))
+    ids = jax.NamedSharding(mesh, jax.P(BATCH, None))
     ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=ids)
     compiled = _compile(jax.jit(jax.grad(loss)), arrays, ids)
   text = compiled.as_text()

@@ -13,6 +13,7 @@ import numpy as np
 from segjax.model import heads, sharding
 from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import make_mesh
 from segjax.model.sampling import Sampling
 
 STOP = 0  # its column of the head is 0, so that it is never the likeliest
@@ -68,7 +69,7 @@ class Ours:
     self.is_accelerated = devices[0].platform != 'cpu'
     self.device = devices[0].device_kind if self.is_accelerated else 'CPU'
     self.config = config
-    self.mesh = sharding.make_mesh(devices=devices if self.is_accelerated else devices[:1])
+    self.mesh = make_mesh(devices=devices if self.is_accelerated else devices[:1])
     where = sharding.tree_shardings(heads.param_shapes(config, 'language'), self.mesh)
     self.params = jax.jit(_params, static_argnums=0, out_shardings=where)(config)
 

@@ -49,9 +49,9 @@ def _child(source: str, dtype: str) -> None:
   import jax.numpy as jnp
 
   from segjax.hf import reader
-  from segjax.model import sharding
+  from segjax.model.mesh import make_mesh
 
-  mesh = sharding.make_mesh(1, 2, 4)
+  mesh = make_mesh(1, 2, 4)
   jnp.zeros(1).block_until_ready()
   made, slices = [], reader.Slices
   reader.Slices = lambda checkpoint: made.append(slices(checkpoint)) or made[-1]

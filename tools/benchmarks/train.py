@@ -20,6 +20,7 @@ from segjax.model import sharding
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
+from segjax.model.mesh import make_mesh
 from segjax.report.console import log, table
 from segjax.train.experience import PPORecipe
 from segjax.train.optimizer import init_state
@@ -62,7 +63,7 @@ def run(
   """Prints the table; returns what the JSON line holds."""
   device = jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
-  config, mesh = _network(shape, dtype, remat, attention), sharding.make_mesh()
+  config, mesh = _network(shape, dtype, remat, attention), make_mesh()
   ppo = PPO(minibatch_size=batch, micro_batch_size=micro_batch)
   static = {
     'recipe': PPORecipe(
