@@ -11,7 +11,8 @@ from typing import Any
 from segjax.errors import UserError
 from segjax.hf import checkpoint
 from segjax.hf.tensor_names import HEADS, SCORE
-from segjax.model.llama import LlamaConfig, RopeScaling
+from segjax.model.llama import LlamaConfig
+from segjax.model.rope import RopeScaling
 
 _ROPE_TYPES = ('default', 'linear', 'llama3')
 _REQUIRED = (

@@ -17,7 +17,7 @@ from segjax import processes
 from segjax.config.settings import PPO, Compat, RewardShaping
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
-from segjax.model.llama import LlamaConfig
+from segjax.model.llama import LlamaConfig, RowLayout
 from segjax.rl import kl
 from segjax.rl.advantages import action_starts, gae, macro_gae, returns
 from segjax.rl.masked import masked_mean, masked_sum, whiten
@@ -104,8 +104,10 @@ def score_chunk(
     params: the trees 'policy', 'reference' and, where there are any, 'reward' and 'critic'.
   """
 
+  rows = RowLayout(segment_ids=segment_ids)
+
   def logprobs(name, config):
-    return token_logprobs(params[name], ids, config, segment_ids=segment_ids)
+    return token_logprobs(params[name], ids, config, rows)
 
   def window(x):
     return gather_response(x, rollout.prompt_length, rollout.response_ids.shape[1])
@@ -117,9 +119,9 @@ def score_chunk(
   # Evaluation has no critic, and a run on rules alone no reward model.
   value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in params:
-    value = values(params['critic'], ids, recipe.critic, segment_ids=segment_ids)
+    value = values(params['critic'], ids, recipe.critic, rows)
   if recipe.reward is not None:
-    score = scores(params['reward'], ids, recipe.reward, segment_ids=segment_ids)
+    score = scores(params['reward'], ids, recipe.reward, rows)
   return ModelOutputs(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
     ref_logprob=window(ref_logprob),
