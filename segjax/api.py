@@ -26,13 +26,14 @@ from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotated, Annotator
-from segjax.model.generate import PromptArrays, generate, make_decode_config
+from segjax.model.generate import GenerationOptions, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import make_mesh
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 from segjax.train.segmenter import make_segmenter
+from segjax.types import PromptBatch
 
 # Or messages; `Any`, so that something else is answered by the checks here.
 Text = str | Any
@@ -189,15 +190,14 @@ class Policy(_Model):
     config = self.reader.configs['policy']
     found = generate(
       self.reader.params['policy'],
-      PromptArrays(padded, length),
+      PromptBatch(padded, length),
       jax.random.key(seed),
       decoder=make_decode_config(config, sampling(rollout), tokenizer.stop_ids, mesh),
       mesh=mesh,
-      slots=rollout.max_concurrent,
-      samples=samples,
+      options=GenerationOptions(rollout.max_concurrent, samples),
     )
-    if found.broken.any():
-      row = int(np.argmax(found.broken)) // samples + 1
+    if found.non_finite.any():
+      row = int(np.argmax(found.non_finite)) // samples + 1
       raise UserError(f'prompt {row}: logits are not finite; the weights of the policy are spoilt.')
     return [self._response(found, row) for row in range(len(found.response_ids))]
 

@@ -14,9 +14,10 @@ is the reward model read AT token t.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -139,6 +140,18 @@ class PreferenceBatch:
   chosen: Sequences
   rejected: Sequences
   rating_gap: Float[Array, 'B'] | None = None
+
+
+class PromptBatch(NamedTuple):
+  """Prompts, padded on the right, on the host or on the devices.
+
+  Attributes:
+    prompt_ids: token ids; the padding may be any valid id.
+    prompt_length: how many of the P tokens are real.
+  """
+
+  prompt_ids: Int[ArrayLike, 'B P']
+  prompt_length: Int[ArrayLike, 'B']
 
 
 @_pytree

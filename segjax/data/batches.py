@@ -31,13 +31,6 @@ class TokenBatch(NamedTuple):
   mask: jax.Array
 
 
-class PromptBatch(NamedTuple):
-  """Prompts: prompt_ids int32 [B, P], padded on the right; prompt_length int32 [B]."""
-
-  prompt_ids: jax.Array
-  prompt_length: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Ragged:
   """Rows of unequal length in one flat array; row i is values[offsets[i]:offsets[i + 1]]."""
@@ -157,10 +150,10 @@ class Prompts:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> PromptBatch:
+  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> types.PromptBatch:
     """The prompts at `indices` [B], each array handed to `place`."""
     ids, lengths = self.tokens.pad(indices, self.length, self.pad_id)
-    return PromptBatch(place(ids), place(lengths.astype(np.int32)))
+    return types.PromptBatch(place(ids), place(lengths.astype(np.int32)))
 
   def messages(self, index: SupportsIndex) -> list[Message]:
     """The prompt as it was written, uncut, for display."""

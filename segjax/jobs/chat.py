@@ -14,11 +14,12 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import GenerationResult, generate, make_decode_config
 from segjax.report import segment_table
 from segjax.report.console import log
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
+from segjax.types import PromptBatch
 
 _CHUNK = 4  # tokens between two pieces of streamed text
 HELP = '/segments shows the last answer cut and scored, /new begins anew, /quit or Ctrl-D ends'
@@ -115,11 +116,11 @@ def reply(
   )
   found = generate(
     reader.params['policy'],
-    PromptArrays(ids, np.array([ids.shape[1]], np.int32)),
+    PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
     jax.random.fold_in(stage.key('chat'), number),
     decoder=decoder,
     mesh=stage.mesh,
-    watch=stream.take,
+    on_chunk=stream.take,
   )
   return stream.take(found, is_last=True)
 

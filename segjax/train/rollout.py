@@ -10,10 +10,15 @@ from jaxtyping import Array
 from segjax.config.settings import RolloutSettings
 from segjax.errors import UserError
 from segjax.model import sharding
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import (
+  GenerationOptions,
+  GenerationResult,
+  generate,
+  make_decode_config,
+)
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
-from segjax.types import Rollout
+from segjax.types import PromptBatch, Rollout
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
@@ -55,21 +60,19 @@ def rollout(
   """
   found = generate(
     params,
-    PromptArrays(prompt_ids, prompt_length),
+    PromptBatch(prompt_ids, prompt_length),
     key,
     decoder=make_decode_config(config, sampling(settings), stop_ids, mesh),
     mesh=mesh,
-    slots=settings.max_concurrent,
-    samples=samples,
-    index=index,
-    watch=watch,
+    options=GenerationOptions(settings.max_concurrent, samples, index),
+    on_chunk=watch,
   )
-  if found.broken.all():
+  if found.non_finite.all():
     raise UserError(
       'the logits of every response are not finite: the weights of the policy are spoilt; go on '
       'from an earlier checkpoint, or lower the learning rate.'
     )
-  for row in np.flatnonzero(found.broken):
+  for row in np.flatnonzero(found.non_finite):
     length = int(found.response_mask[row].sum())
     say(f'prompt {row // samples}: the logits after {length} tokens of a response are not finite')
   arrays = {

@@ -11,10 +11,16 @@ import jax
 import numpy as np
 
 from segjax.model import heads, sharding
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import (
+  GenerationOptions,
+  GenerationResult,
+  generate,
+  make_decode_config,
+)
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import make_mesh
 from segjax.model.sampling import Sampling
+from segjax.types import PromptBatch
 
 STOP = 0  # its column of the head is 0, so that it is never the likeliest
 QUEUE = 8  # batches that wait, where responses are ragged
@@ -85,12 +91,11 @@ class Ours:
     )
     return generate(
       self.params,
-      PromptArrays(task.prompts, np.full(len(task.prompts), task.prompts.shape[1])),
+      PromptBatch(task.prompts, np.full(len(task.prompts), task.prompts.shape[1])),
       jax.random.key(0),
       decoder=make_decode_config(self.config, sampling, (STOP,), self.mesh),
       mesh=self.mesh,
-      slots=task.batch,
-      limits=task.limits if limits is None else limits,
+      options=GenerationOptions(task.batch, limits=task.limits if limits is None else limits),
     )
 
   def forget_peak(self) -> None:
