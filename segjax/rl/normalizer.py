@@ -41,7 +41,7 @@ PUBLISHED = {
 _LOG_OFFSET = 1e-10  # the published fits read ln(p + 1e-10)
 _NUM_BINS = 1001  # p to three decimals: 0.000, 0.001, ..., 1.000
 # A bin boundary is an exact tie between two of those decimals. Which way Python's '.3f' prints it
-# depends on the binary fraction nearest to it, so the direction is asked of Python.
+# depends on the binary fraction nearest to it, so the direction is computed by Python itself.
 _TIES = [(2 * k + 1) / 2000 for k in range(_NUM_BINS - 1)]
 _TIE_ROUNDS_UP = [round(1000 * float(f'{tie:.3f}')) > k for k, tie in enumerate(_TIES)]
 

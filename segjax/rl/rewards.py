@@ -174,7 +174,7 @@ def end_penalty(
     response_mask: True on the response, stop token included.
     finished: whether the last token of the response is a stop token.
     kind: one of END_PENALTIES.
-    value: what unfinished responses get, in the unit of the rewards; a penalty is negative.
+    value: the penalty, in the unit of the rewards; negative.
 
   Returns:
     The reward of each token; 0 outside the response.
@@ -210,7 +210,7 @@ def length_penalty(
     dense: reward of each token.
     response_mask: True on the response, stop token included.
     kind: one of LENGTH_PENALTIES.
-    value: what is given, in the unit of the rewards; a penalty is negative.
+    value: the penalty, in the unit of the rewards; negative.
     threshold: how many tokens are free, stop token included.
 
   Returns:
