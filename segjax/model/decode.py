@@ -88,8 +88,7 @@ class PrefilledPrompts(NamedTuple):
 class ChunkOutput(NamedTuple):
   """The tokens of a chunk: the first `count` of each row are real.
 
-  `finished` rows ended in a stop token; `non_finite` rows ended because a distribution had no
-  finite logit.
+  `finished` rows ended in a stop token, `non_finite` rows in logits without a finite value.
   """
 
   ids: Int[Array, 'B C']
@@ -108,6 +107,7 @@ def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWe
   backbone = params['backbone']
   layers = backbone['layers']
   if decoder.unrolled:
+    # Sliced here once instead of in every step.
     layers = tuple(
       jax.tree.map(lambda leaf, i=i: leaf[i], layers)
       for i in range(decoder.config.num_hidden_layers)
@@ -148,7 +148,7 @@ def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeS
     logits=jnp.zeros((slots, c.vocab_size), wide),
     count=zeros,
     limit=zeros,
-    key=jax.random.split(jax.random.key(0), slots),
+    key=jax.random.split(jax.random.key(0), slots),  # replaced by insert_slots
     active=zeros > 0,
   )
 
@@ -243,15 +243,10 @@ def decode_chunk(
 
 
 def _empty_output(slots: DecodeState, decoder: DecodeConfig) -> ChunkOutput:
-  batch, size = slots.length.shape[0], decoder.chunk
-  return ChunkOutput(
-    ids=jnp.full((batch, size), jnp.int32(decoder.stop_ids[0])),
-    logprob=jnp.zeros((batch, size), slots.logits.dtype),
-    sample_logprob=jnp.zeros((batch, size), slots.logits.dtype),
-    count=jnp.zeros(batch, jnp.int32),
-    finished=jnp.zeros(batch, bool),
-    non_finite=jnp.zeros(batch, bool),
-  )
+  shape = (slots.length.shape[0], decoder.chunk)
+  ids = jnp.full(shape, jnp.int32(decoder.stop_ids[0]))
+  zeros, no_row = jnp.zeros(shape, slots.logits.dtype), jnp.zeros(shape[0], bool)
+  return ChunkOutput(ids, zeros, zeros, jnp.zeros(shape[0], jnp.int32), no_row, no_row)
 
 
 def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: DecodeConfig):
@@ -265,7 +260,7 @@ def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: D
     slots.key, count
   )
   drawn = sample_token(logits, uniform, count, stop, decoder.sampling)
-  token = jnp.where(drawing, drawn.token, stop[0])
+  token = jnp.where(drawing, drawn.token, stop[0])  # padding is a valid id
   finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)
   output = ChunkOutput(
     output.ids.at[:, j].set(token),
@@ -279,12 +274,7 @@ def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: D
 
 
 def _through_layers(step, x, arguments, decoder: DecodeConfig):
-  """Runs x through all layers; returns x and the layers' outputs.
-
-  Args:
-    step: called with x and the arguments of one layer; returns x and an output.
-    arguments: a tuple of pytrees, each with one entry per layer, or stacked.
-  """
+  """Runs `x, output = step(x, *arguments of a layer)` for all layers: (x, outputs)."""
   if not decoder.unrolled:
     return jax.lax.scan(lambda x, layer: step(x, *layer), x, arguments)
   outputs = []

@@ -1,4 +1,4 @@
-"""Sizes of the decode programs, and whether they fit the devices.
+"""Sizes of the decode programs, and whether prompts and cache fit.
 
 Sizes are rounded up to few values, so that few programs are compiled.
 """
@@ -7,6 +7,7 @@ import math
 import os
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.errors import UserError
@@ -53,6 +54,24 @@ def cache_positions(longest: int, decoder: DecodeConfig) -> tuple[int, int]:
   last = cache_bucket(longest + decoder.sampling.max_new_tokens + decoder.chunk)
   before = last - _STEP if last > _STEP else last // 2
   return (max(first, before) if first < last else 0), last
+
+
+def check_prompts(length: np.ndarray, decoder: DecodeConfig) -> None:
+  """Raises UserError unless every prompt has a token and leaves room for a response.
+
+  Args:
+    length: tokens of each prompt, [N].
+  """
+  if not (length > 0).all():
+    raise UserError(f'prompt {int(np.argmin(length))} is empty; leave it out.')
+  max_new_tokens = decoder.sampling.max_new_tokens
+  room = decoder.config.max_position_embeddings - max_new_tokens
+  if length.max() > room:
+    row = int(np.argmax(length))
+    raise UserError(
+      f'prompt {row} has {length[row]} tokens; with max_new_tokens={max_new_tokens} the network '
+      f'has positions for {room}; shorten the prompt or lower max_new_tokens.'
+    )
 
 
 def check_memory(slots: int, longest: int, decoder: DecodeConfig, mesh: Mesh) -> None:

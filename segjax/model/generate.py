@@ -122,7 +122,7 @@ def generate(
   Raises:
     UserError: a prompt is empty or leaves no room for a response, or the cache does not fit.
   """
-  _check_prompts(prompts, decoder)
+  decode_sizes.check_prompts(prompts.prompt_length, decoder)
   num_prompts, samples = len(prompts.prompt_ids), options.samples_per_prompt
   slots = options.max_concurrent or num_prompts * samples
   decode_sizes.check_memory(slots, int(prompts.prompt_length.max()), decoder, mesh)
@@ -288,17 +288,3 @@ def _response_keys(key: jax.Array, index: jax.Array, samples: int) -> jax.Array:
   fold = jax.vmap(jax.random.fold_in, (None, 0))
   prompt_keys = fold(key, index)
   return jax.vmap(fold, (0, None))(prompt_keys, jnp.arange(samples)).reshape(-1)
-
-
-def _check_prompts(prompts: PromptBatch, decoder: DecodeConfig) -> None:
-  length = prompts.prompt_length
-  if not (length > 0).all():
-    raise UserError(f'prompt {int(np.argmin(length))} is empty; leave it out.')
-  max_new_tokens = decoder.sampling.max_new_tokens
-  room = decoder.config.max_position_embeddings - max_new_tokens
-  if length.max() > room:
-    row = int(np.argmax(length))
-    raise UserError(
-      f'prompt {row} has {length[row]} tokens; with max_new_tokens={max_new_tokens} the network '
-      f'has positions for {room}; shorten the prompt or lower max_new_tokens.'
-    )

@@ -9,9 +9,8 @@ from fixtures import models
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.model import decode_sizes, sharding
+from segjax.model import sharding
 from segjax.model.generate import GenerationOptions, generate, make_decode_config
-from segjax.model.llama import num_parameters
 from segjax.model.mesh import make_mesh
 from segjax.model.sampling import Sampling
 from segjax.types import PromptBatch
@@ -275,45 +274,6 @@ def test_nothing_compiles_after_the_first_call(caplog):
   assert names == []
 
 
-@pytest.mark.parametrize(
-  ('length', 'message'),
-  [
-    (0, 'prompt 3 is empty'),
-    (60, 'prompt 3 has 60 tokens; .*max_new_tokens=16 .* positions for 48'),
-  ],
-)
-def test_prompts_that_cannot_be_answered(length, message):
-  prompts, lengths = models.ids(shape=(models.BATCH, 60)), LENGTHS.copy()
-  lengths[3] = length
-  with pytest.raises(ValueError, match=message):
-    run(None, prompts, lengths)
-
-
 def test_stop_ids_are_tokens():
   with pytest.raises(ValueError, match='stop id 80 is outside the vocabulary of 80'):
     make_decode_config(models.CONFIG, SAMPLING, (3, 80), models.mesh(1))
-
-
-def test_a_cache_that_does_not_fit_names_what_does(monkeypatch):
-  """Two layers, two heads of 8, float32: 256 bytes a position, 64 positions, 16 KiB a slot."""
-  weights = 4 * num_parameters(models.CONFIG)
-  monkeypatch.setattr(
-    'segjax.model.decode_sizes._free_bytes', lambda mesh: weights + 5 * 2**14 + 1.0
-  )
-  prompts = models.ids(shape=(models.BATCH, PROMPT))
-  with pytest.raises(ValueError, match=r'8 responses .*64 positions.*max_concurrent to at most 5'):
-    run(None, prompts, LENGTHS)
-  monkeypatch.setattr(decode_sizes, '_free_bytes', lambda mesh: weights - 1.0)
-  with pytest.raises(ValueError, match='use more devices'):
-    run(None, prompts, LENGTHS)
-
-
-def test_a_cache_that_grows_is_counted_with_the_one_before(monkeypatch):
-  """From 64 to 128 positions: 192 at once, 48 KiB a slot."""
-  free = 4 * num_parameters(models.CONFIG) + 3 * 48 * 2**10 + 1.0
-  monkeypatch.setattr(decode_sizes, '_free_bytes', lambda mesh: free)
-  long = dataclasses.replace(SAMPLING, max_new_tokens=60)
-  config = dataclasses.replace(models.CONFIG, max_position_embeddings=256)
-  prompts = models.ids(shape=(models.BATCH, PROMPT))
-  with pytest.raises(ValueError, match=r'8 responses .*128 positions.*max_concurrent to at most 3'):
-    run(None, prompts, LENGTHS, config=config, sampling=long)

@@ -48,10 +48,10 @@ def test_filter_equals_sorting(top_k, top_p):
 def test_filter_keeps_ties():
   """Equal logits at the edge are all kept."""
   logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-  kept = jnp.isfinite(filter_logits(logits, Sampling(top_k=2)))
-  assert kept.tolist() == [[True, True, True, False, False]]
-  kept = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.5)))
-  assert kept.tolist() == [[True, True, True, False, False]]
+  passes = jnp.isfinite(filter_logits(logits, Sampling(top_k=2)))
+  assert passes.tolist() == [[True, True, True, False, False]]
+  passes = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.5)))
+  assert passes.tolist() == [[True, True, True, False, False]]
 
 
 @pytest.mark.parametrize('size', [1, 5, 128, 129, 300])
@@ -77,17 +77,17 @@ def test_both_logprobs_are_of_their_own_distribution():
   sampling = Sampling(temperature=0.7, top_k=9, min_new_tokens=4)
   stop = jnp.array(models.STOP_IDS)
   count = jnp.asarray(np.arange(32) % 8)
-  drawn = jax.jit(sample_token, static_argnums=4)(
+  sampled = jax.jit(sample_token, static_argnums=4)(
     logits, rng.random(32).astype(np.float32), count, stop, sampling
   )
-  for row, token in enumerate(np.asarray(drawn.token)):
+  for row, token in enumerate(np.asarray(sampled.token)):
     plain = logits[row] - np.logaddexp.reduce(logits[row])
     banned = logits[row].copy()
     if count[row] < 4:
       banned[list(models.STOP_IDS)] = -np.inf
     expected = np.log(oracle_filter(banned, 0.7, 9, 1.0)[token])
-    assert_allclose(drawn.logprob[row], plain[token], atol=1e-5)
-    assert_allclose(drawn.sample_logprob[row], expected, atol=1e-5)
+    assert_allclose(sampled.logprob[row], plain[token], atol=1e-5)
+    assert_allclose(sampled.sample_logprob[row], expected, atol=1e-5)
 
 
 def test_rows_without_a_finite_logit():

@@ -68,8 +68,8 @@ def test_equals_oracle(response, score, temperature):
   ends = oracle.segment_ends(entropy_after.tolist(), mask.tolist(), bool(finished), 'segment', 2.0)
   corrupted = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan).astype(np.float32)
   got = scores_and_slopes(entropy, mask, finished, corrupted, temperature)
-  end, found = jax.device_get(got)
-  for name, (value, slope) in found.items():
+  end, scores = jax.device_get(got)
+  for name, (value, slope) in scores.items():
     expected = oracle.sequence_score(score[ends].tolist(), name, temperature)
     assert_allclose(value, expected, atol=1e-5)
     # Nothing leaks in from under the mask, and equal shifts of all scores shift the result.

@@ -120,11 +120,11 @@ def run_value_loss(value, old_value, return_, mask, value_clip_eps, mean):
 @given(**BATCHES)
 def test_micro_batches_add_up(mean, mask, arrays):
   """However uneven they are, and even if one has no token at all."""
-  whole, parts = jax.device_get(run_in_parts(*corrupted(arrays, mask), mask, mean=mean))
-  for name, expected in whole.items():
+  full, parts = jax.device_get(run_in_parts(*corrupted(arrays, mask), mask, mean=mean))
+  for name, expected in full.items():
     assert_allclose(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-6)
   assert_allclose(
-    whole['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), rtol=1e-5, atol=1e-6
+    full['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), rtol=1e-5, atol=1e-6
   )
 
 

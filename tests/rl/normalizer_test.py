@@ -146,12 +146,12 @@ def test_floor_changes_nothing_above_it():
 
 @jax.jit
 def normalize_every_way(entropy, mask, finished, score, normalizer):
-  found = {}
+  normalized = {}
   for granularity in GRANULARITIES:
     segments = segment(entropy, mask, finished, granularity=granularity)
     z = [normalize(score, segments, normalizer, ratio) for ratio in (None, 0.01)]
-    found[granularity] = relative_position(segments), z
-  return found
+    normalized[granularity] = relative_position(segments), z
+  return normalized
 
 
 @settings(deadline=None)
@@ -160,8 +160,8 @@ def test_normalize_equals_oracle(response, score, name):
   entropy_after, entropy, mask, finished = response
   normalizer = fields(PUBLISHED[name])
   arguments = (entropy, mask, finished, corrupted(score, mask), PUBLISHED[name])
-  found = jax.device_get(normalize_every_way(*arguments))
-  for granularity, (position, every_z) in found.items():
+  normalized = jax.device_get(normalize_every_way(*arguments))
+  for granularity, (position, every_z) in normalized.items():
     row = entropy_after.tolist(), mask.tolist(), bool(finished)
     ends = oracle.segment_ends(*row, granularity, 2.0)
     for z, floor in zip(every_z, (None, 0.01 * normalizer[3]), strict=True):
@@ -359,8 +359,8 @@ def test_options_equal_scikit_learn(weighting, min_count, first_bin):
   x = np.log(np.array(used) + 1e-10)
   count, *moments_ = np.array([bins[p] for p in used]).T
   weight = count if weighting == 'count' else np.ones(len(x))
-  found = (normalizer.w_mean, normalizer.b_mean), (normalizer.w_std, normalizer.b_std)
-  for y, line, r2, rms in zip(moments_, found, got[:2], got[2:4], strict=True):
+  lines = (normalizer.w_mean, normalizer.b_mean), (normalizer.w_std, normalizer.b_std)
+  for y, line, r2, rms in zip(moments_, lines, got[:2], got[2:4], strict=True):
     fit = linear_model.HuberRegressor(max_iter=20_000, tol=1e-10)
     fit.fit(x[:, None], y, sample_weight=weight)
     assert_allclose(line, [fit.coef_[0], fit.intercept_], atol=1e-4)
@@ -396,8 +396,8 @@ def test_regression_recovers_a_known_normalizer():
   segments = filled(position, score)
   normalizer = fit_by_regression(*segments)
   assert_allclose(fields(normalizer), fields(truth), atol=0.12)  # 1000 samples a bin
-  found = quality(*segments, normalizer)
-  assert found.r2_mean > 0.98 and found.r2_std > 0.95 and found.num_bins == 20
+  got = quality(*segments, normalizer)
+  assert got.r2_mean > 0.98 and got.r2_std > 0.95 and got.num_bins == 20
 
 
 def test_fit_constant():
