@@ -211,11 +211,13 @@ def run(main: Callable[[list[str]], None]) -> None:
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command resumes from what is saved') from None
   except Exception as error:
-    from segjax import processes
+    from segjax import lost_peers, processes
 
     _exit_if_preempted(error)
-    if processes.process_count() > 1 and not is_user_error(error):
-      processes.fail(error)
+    if processes.process_count() > 1:
+      if not is_user_error(error):
+        processes.wait_for_culprit(error)
+      lost_peers.mute()
     if os.environ.get('SEGJAX_TRACEBACK') or not is_user_error(error):
       raise
     raise SystemExit(f'segjax: {error}') from None

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 WINGS = (
   *(
     'errors',
+    'lost_peers',
     'types',
-    'rendezvous',
     'processes',
     'storage',
     'rl',
