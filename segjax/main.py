@@ -102,7 +102,7 @@ def main(_: list[str]) -> None:
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   preemption.interrupt_on_sigterm()
-  with mirror.held(workdir):
+  with mirror.hold_lock(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(
         command_line.CONFIG.value.to_json_best_effort(indent=2) + '\n'
@@ -110,9 +110,9 @@ def main(_: list[str]) -> None:
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:
-      mirror.offer()  # the report of the interrupted run
+      mirror.try_push()  # the report of the interrupted run
       raise
-    mirror.publish()
+    mirror.push_and_wait()
     processes.barrier('end')
 
 

@@ -242,7 +242,8 @@ import json, sys
 import jax, numpy as np
 from segjax import processes
 from segjax.data.batches import batch_indices
-from segjax.model.sharding import make_mesh, place_batch
+from segjax.model.mesh import make_mesh
+from segjax.model.sharding import place_batch
 processes.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 60)
 mesh, steps = make_mesh(data=jax.device_count()), []
 for step in range(4):

@@ -33,7 +33,7 @@ def run(stage: Stage) -> dict[str, Any]:
     if processes.is_first():
       demo_language.write(rows, language, stage.settings.seed)
     processes.barrier('rows')
-    stage.mirror.publish()  # all read what the first has written
+    stage.mirror.push_and_wait()  # all read what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = make_config(network)

@@ -263,7 +263,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     key = {'settings': _sections(stage, job), 'inputs': _inputs(stage, job)}
     results = _begin(stage, job, key)
-  stage.mirror.publish(stage.directory)
+  stage.mirror.push_and_wait(stage.directory)
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
@@ -275,7 +275,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
     stage.log(f'done in {results["seconds"]:.1f} s{figures}')
     results = stage_record.record_results(stage.directory, key, results, _outputs(stage, job))
-  stage.mirror.publish()
+  stage.mirror.push_and_wait()
   if processes.is_first():
     _drop_states(stage)
   return processes.broadcast_from_first(results)
