@@ -100,7 +100,7 @@ def test_two_processes_equal_one_and_a_signal_to_one_stops_both(tmp_path):
   step = max(_saved_steps(tmp_path / 'two'))
   assert f'step {step} of 6 is saved' in output
   assert _wait(_start(tmp_path / 'two', 2)) == [0, 0]
-  assert f'from step {step} of 6' in _output(tmp_path / 'two', 0)
+  assert f'resuming from step {step} of 6' in _output(tmp_path / 'two', 0)
   assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
 
 

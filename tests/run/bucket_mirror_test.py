@@ -348,7 +348,7 @@ def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
   shutil.rmtree(local)
   code, out = _wait(_start(buckets, 'killed', tmp_path / 'another'))
   assert code == 0, out[-3000:]
-  assert f'from step {step} of 6' in out and 'demo        reused' in out
+  assert f'resuming from step {step} of 6' in out and 'demo        reused' in out
   uninterrupted = buckets / 'bucket' / 'uninterrupted'
   for name in ('demo/model/model.safetensors', 'sft/model/model.safetensors'):
     assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
