@@ -12,7 +12,7 @@ import safetensors.numpy
 from segjax.hf import tensor_names
 from segjax.hf.config import config_from_hf
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmarks' / 'sharded.py'
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmarks' / 'load_sharded.py'
 RAW = {
   'model_type': 'llama',
   'vocab_size': 32000,
