@@ -65,7 +65,7 @@ def explain(log: str, timeout: str) -> str:
     timeout: the time limit for joining, in words.
   """
   matches = re.findall(r'(?:task names|heartbeats\)):\n((?:\d+\n)+)', log)
-  names = matches[-1].split() if matches else ['0']
+  names = sorted(matches[-1].split(), key=int) if matches else ['0']
   peers = ('process ' if len(names) == 1 else 'processes ') + ', '.join(names)
   if first := re.search(r'Id: Shutdown.*\n#.*\nThe first task at the barrier: (\d+)', log):
     return f'process {first[1]} failed; see its output, then {_RESTART}'

@@ -130,6 +130,7 @@ _JOIN = """
 import sys
 from absl import flags
 from segjax import main, processes
+from segjax.config import command_line
 from segjax.errors import UserError
 address, number, index, failing = sys.argv[1], *map(int, sys.argv[2:])
 def run(_):
@@ -137,7 +138,7 @@ def run(_):
   if index == failing:
     raise UserError('not a directory.')
   processes.barrier('end')
-main.parse_flags = lambda arguments: flags.FLAGS(arguments[:1])
+command_line.parse_flags = lambda arguments: flags.FLAGS(arguments[:1])
 main.run(run)
 """
 
@@ -208,7 +209,7 @@ The first task at the barrier: 1. Some timed out task names:
       'process 0 did not answer',
     ),
     (
-      'Barrier timed out. Some timed out task names:\n1\n3\n\nRPC: /x/RegisterTask\n',
+      'Barrier timed out. Some timed out task names:\n3\n1\n\nRPC: /x/RegisterTask\n',
       'processes 1, 3 did not join within 5 s',
     ),
     ('UNAVAILABLE: tasks (stopped sending heartbeats):\n2\nThe tasks have', 'lost process 2; re'),
