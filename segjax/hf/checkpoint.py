@@ -9,10 +9,11 @@ import functools
 import json
 import math
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import safetensors
 
 from segjax.errors import UserError
 from segjax.hf import hub
@@ -27,7 +28,6 @@ _HUB_FILES = (
   *('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt'),
   *('README.md', 'LICENSE*'),  # for the card of what is made from it
 )
-_HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,80 +152,39 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-  """The tensors of one safetensors file by name, from its header.
+  """Returns the tensors of one safetensors file by name, in the order of their bytes.
 
-  The format: 8 bytes little-endian length, that much JSON, then the data; see
-  https://huggingface.co/docs/safetensors.
+  The safetensors library validates the file. It does not return offsets, but it accepts only files
+  whose tensors cover everything after the header without gaps or overlaps, so that the order and
+  the sizes of the tensors determine them. Format: https://huggingface.co/docs/safetensors.
 
   Raises:
-    ValueError: where it is no safetensors file, is truncated, says what cannot be of its tensors,
-      or holds a dtype we do not read.
+    ValueError: for a file that the library refuses, or a tensor whose dtype is not read here.
   """
-  total = file.stat().st_size
-  with file.open('rb') as stream:
-    start = stream.read(8)
-    length = struct.unpack('<Q', start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
-    if length > min(_HEADER_LIMIT, total - 8):
-      hint = ' but a git-lfs pointer' if start == b'version ' else ''
-      raise UserError(f'{file} ({total} bytes) is no safetensors file{hint}; fetch it again.')
-    try:
-      header = json.loads(stream.read(length), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-      raise UserError(f'{file} has a broken header ({error}); fetch it again.') from error
-  if not isinstance(header, dict):
-    raise UserError(f'{file} has a broken header (no JSON object); fetch it again.')
-  header.pop('__metadata__', None)
-  start = 8 + length
-  found = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
-  tensors, end = {}, start
-  for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-    if tensor.offset != end:
-      kind = 'a gap' if tensor.offset > end else 'an overlap'
-      raise UserError(
-        f'{file}: the header lies about tensor {name}: {kind} of {abs(tensor.offset - end)} bytes '
-        'before its data. Fetch the file again.'
-      )
-    end += tensor.num_bytes
-    if end > total:
-      raise UserError(
-        f'{file} ({total} bytes) is truncated or damaged at tensor {name}, which ends at byte '
-        f'{end}; fetch it again.'
-      )
-    tensors[name] = tensor
-  if end != total:
-    raise UserError(
-      f'{file} holds {total - end} bytes after its last tensor, {next(reversed(tensors), "none")}, '
-      'which its header does not name; fetch it again.'
-    )
-  return tensors
-
-
-def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorHeader:
-  """One entry of a header, `start` being the first byte of the data."""
+  tensors = {}
   try:
-    dtype, shape, (begin, end) = entry['dtype'], tuple(entry['shape']), entry['data_offsets']
-    whole = isinstance(dtype, str) and all(
-      isinstance(number, int) and number >= 0 for number in (*shape, begin, end)
-    )
-  except (KeyError, TypeError, ValueError):
-    whole = False
-  if not whole:
+    with safetensors.safe_open(file, framework='numpy') as opened:
+      for name in opened.offset_keys():
+        tensor = opened.get_slice(name)
+        tensors[name] = TensorHeader(file, tensor.get_dtype(), tuple(tensor.get_shape()), 0)
+  except safetensors.SafetensorError as error:
+    with file.open('rb') as stream:
+      hint = ' but a git-lfs pointer' if stream.read(8) == b'version ' else ''
     raise UserError(
-      f'{file}: the header lies about tensor {name}: {str(entry)[:80]!r} is no dtype, shape and '
-      'data_offsets. Fetch the file again.'
-    )
-  if dtype not in ITEM_SIZE:
-    raise UserError(
-      f'{file}: tensor {name} has dtype {dtype}, not one of {", ".join(ITEM_SIZE)}; quantized '
-      'checkpoints are not read, use the unquantized one.'
-    )
-  tensor = TensorHeader(file, dtype, shape, start + begin)
-  if end - begin != tensor.num_bytes:
-    raise UserError(
-      f'{file}: the header lies about tensor {name}: {end - begin} bytes for {dtype} '
-      f'{list(shape)}, which takes {tensor.num_bytes}. Fetch the file again.'
-    )
-  return tensor
+      f'{file} ({file.stat().st_size} bytes) is not a valid safetensors file{hint} ({error}); '
+      'fetch it again.'
+    ) from error
+  for name, tensor in tensors.items():
+    if tensor.dtype not in ITEM_SIZE:
+      raise UserError(
+        f'{file}: tensor {name} has dtype {tensor.dtype}, not one of {", ".join(ITEM_SIZE)}; '
+        'quantized checkpoints are not read, use the unquantized one.'
+      )
+  offset = file.stat().st_size - sum(tensor.num_bytes for tensor in tensors.values())
+  for name, tensor in tensors.items():
+    tensors[name] = dataclasses.replace(tensor, offset=offset)
+    offset += tensor.num_bytes
+  return tensors
 
 
 def _shard_files(index: Path) -> dict[str, list[str]]:
