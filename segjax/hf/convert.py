@@ -23,8 +23,7 @@ from segjax.errors import UserError
 from segjax.hf import model_card as cards
 from segjax.hf import orbax_stream, reader, shards, tensor_names, writer
 from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
-from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
-from segjax.hf.transpose import transpose_into
+from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite, transpose_into
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
 Progress = Callable[[int, int], None]  # bytes that are done just now, of how many; from any thread

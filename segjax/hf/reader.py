@@ -199,7 +199,7 @@ def _check_tied(checkpoint: Checkpoint) -> None:
   transformers 4 drops such a head, transformers 5 uses it.
   """
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  if head in checkpoint.tensors and not SliceReader(checkpoint).same(head, embedding):
+  if head in checkpoint.tensors and not SliceReader(checkpoint).bits_equal(head, embedding):
     raise UserError(
       f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
       'them (tie_word_embeddings); say false there if the head counts, or take it away.'

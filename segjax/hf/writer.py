@@ -20,8 +20,7 @@ from segjax.hf import model_card as cards
 from segjax.hf import shards, tensor_names
 from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
 from segjax.hf.config import config_to_hf
-from segjax.hf.tensor_slices import DTYPES
-from segjax.hf.transpose import transpose_into
+from segjax.hf.tensor_slices import DTYPES, transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
 

@@ -68,3 +68,17 @@ def test_describes_the_first_five():
   text = tensor_slices.describe_not_finite(found)
   assert text.startswith('/x: NaN or infinity in tensors t0 (model.safetensors), t1')
   assert text.endswith('t4 (model.safetensors) and 2 more')
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (256, 256), (257, 3), (3, 600), (511, 513), (0, 4)])
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_transpose_equals_numpy(shape, dtype):
+  source = np.random.default_rng(0).normal(size=shape).astype(dtype)
+  out = np.empty(shape[::-1], np.float32)
+  tensor_slices.transpose_into(source, out)
+  np.testing.assert_array_equal(out, source.T.astype(np.float32))
+
+
+def test_transpose_refuses_other_shapes():
+  with pytest.raises(ValueError, match=r'\(2, 3\) is not the transpose of source \(2, 3\)'):
+    tensor_slices.transpose_into(np.zeros((2, 3)), np.zeros((2, 3)))
