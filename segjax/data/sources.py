@@ -25,7 +25,7 @@ _RATINGS = (
   ('chosen_score', 'rejected_score'),
 )
 _LARGEST_RATING = 1e38  # the difference of two is finite in float32
-_HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+_HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,13 @@ def load_rows(path: str, split: str = 'train', limit: int = 0) -> Rows:
 
 
 def is_hub_id(path: str) -> bool:
-  """True for 'owner/name', unless it looks like a local path; keeps a typo off the network."""
-  is_local = path.endswith(files.SUFFIXES) or epath.Path(path).parent.exists()
-  return not is_local and _HUB_ID.fullmatch(path) is not None
+  """Returns whether a path has the form 'owner/name' and does not look like a local one.
+
+  It looks like one if it ends as a data file does or the directory `owner` exists here, so that a
+  misspelled local path is not looked up on the network.
+  """
+  has_form = _HUB_ID.fullmatch(path) is not None and not path.endswith(files.SUFFIXES)
+  return has_form and not epath.Path(path).parent.exists()
 
 
 def as_pair(row: Row, where: str = 'row', ratings: bool = True) -> Pair:

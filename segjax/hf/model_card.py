@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segjax.data.sources import is_hub_id
+
 FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
 DOC_FILES = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
 
-_HUB_ID = r'[\w.-]+/[\w.-]+'
 _PAPER = 'https://arxiv.org/abs/2501.02790'
 _INHERITED = ('license', 'license_name', 'license_link')
 
@@ -55,7 +56,7 @@ def from_source(source: str | Path, directory: Path) -> Card:
     directory: where it is. Its README.md is read where there is one.
   """
   found = _metadata(directory)
-  base = str(source) if _is_hub_id(source) else found.get('base_model')
+  base = source if isinstance(source, str) and is_hub_id(source) else found.get('base_model')
   base = base[0] if isinstance(base, list) and base else base
   texts = {key: found.get(key) for key in _INHERITED} | {'base_model': base}
   return Card(**{key: value for key, value in texts.items() if isinstance(value, str)})
@@ -217,11 +218,6 @@ def _metadata(directory: Path) -> dict[str, Any]:
   except (OSError, ValueError, yaml.YAMLError):
     return {}
   return found if isinstance(found, dict) else {}
-
-
-def _is_hub_id(source: str | Path) -> bool:
-  is_id = isinstance(source, str) and re.fullmatch(_HUB_ID, source)
-  return bool(is_id) and not Path(source).is_dir() and not source.startswith('.')
 
 
 def _is_finite(value: Any) -> bool:

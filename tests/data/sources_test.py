@@ -10,6 +10,7 @@ from segjax.data.sources import (
   as_conversation,
   as_pair,
   as_prompt,
+  is_hub_id,
   load_rows,
 )
 
@@ -128,6 +129,29 @@ def test_missing_path_needs_no_network(tmp_path, monkeypatch, path):
   (tmp_path / 'here').mkdir()
   with pytest.raises(ValueError, match='no such file or directory'):
     load_rows(path)
+
+
+@pytest.mark.parametrize(
+  ('path', 'expected'),
+  [
+    ('a/b', True),
+    ('meta-llama/Llama-3.1-8B', True),
+    ('a/b.json', False),  # a data file
+    ('a/b/c', False),
+    ('b', False),
+    ('a/b/', False),
+    ('./a', False),
+    ('../a', False),
+    ('.hidden/a', False),
+    ('~/a', False),
+    ('gs://x', False),
+    ('here/b', False),  # a misspelled file of a directory that exists
+  ],
+)
+def test_is_hub_id(path, expected, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'here').mkdir()
+  assert is_hub_id(path) is expected
 
 
 def test_hub_id(monkeypatch):
