@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from segjax import processes
 from segjax.config.parse import check_key, from_config
 from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
+from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
@@ -183,9 +184,7 @@ class Policy(_Model):
       return []
     ids = [self._prompt_ids(prompt, number) for number, prompt in enumerate(prompts, 1)]
     length = np.array([len(row) for row in ids], np.int32)
-    padded = np.full((len(ids), length.max()), self.reader.tokenizer.pad_id, np.int32)
-    for row, prompt in enumerate(ids):
-      padded[row, : len(prompt)] = prompt
+    padded, _ = pad_rows(ids, int(length.max()), self.reader.tokenizer.pad_id)
     tokenizer, mesh = self.reader.tokenizer, self.stage.mesh
     config = self.reader.configs['policy']
     found = generate(

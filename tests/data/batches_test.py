@@ -6,9 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segjax import types
-from segjax.data.batches import Ragged, batch_indices, eval_batches, select, split_holdout
+from segjax.data.batches import (
+  Ragged,
+  batch_indices,
+  eval_batches,
+  pad_rows,
+  select,
+  split_holdout,
+)
+from segjax.data.limits import Limits
 from segjax.data.sources import Rows
-from segjax.data.tokenize import Limits, tokenize_conversations, tokenize_pairs, tokenize_prompts
+from segjax.data.tokenize import tokenize_conversations, tokenize_pairs, tokenize_prompts
 
 LIMITS = Limits(max_length=128, max_prompt_length=64)
 # Seven prompts, three pairs to each.
@@ -28,24 +36,36 @@ def test_ragged_is_its_rows(rows):
 
 def test_ragged_pad_and_take():
   ragged = Ragged.from_rows([[1, 2, 3], [], [4]], np.int32)
-  padded, lengths = ragged.pad(np.array([2, 0, 1, 2]), 4, 9)
+  indices = np.array([2, 0, 1, 2])
+  padded, mask = ragged.pad(indices, 4, 9)
   assert padded.tolist() == [[4, 9, 9, 9], [1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]]
-  assert lengths.tolist() == [1, 3, 0, 1]
+  assert mask.sum(axis=1).tolist() == ragged.lengths(indices).tolist() == [1, 3, 0, 1]
   assert ragged[-1].tolist() == [4]
   assert ragged.pad(np.array([-3]), 3, 9)[0].tolist() == [[1, 2, 3]]
-  taken = ragged.take(np.array([2, 0]))
-  assert (taken.values.tolist(), taken.offsets.tolist()) == ([4, 1, 2, 3], [0, 1, 4])
+  selected = ragged.take(np.array([2, 0]))
+  assert (selected.values.tolist(), selected.offsets.tolist()) == ([4, 1, 2, 3], [0, 1, 4])
 
 
-def test_place_is_given_every_array(llama3):
+def test_pad_rows():
+  padded, mask = pad_rows([[1, 2], [], np.array([3])], 3, 7)
+  assert padded.tolist() == [[1, 2, 7], [7, 7, 7], [3, 7, 7]]
+  assert mask.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
+  assert (padded.dtype, mask.dtype) == (np.int32, bool)
+  assert pad_rows([], 3, 0)[0].shape == (0, 3)
+  assert pad_rows([[0.5]], 2, 0, np.float32)[0].dtype == np.float32
+  with pytest.raises(ValueError):
+    pad_rows([[1, 2, 3]], 2, 0)
+
+
+def test_to_device_is_called_with_every_array(llama3):
   seen = []
 
-  def place(array):
+  def to_device(array):
     seen.append((array.dtype, array.shape))
     return jnp.asarray(array)
 
   data = tokenize_pairs(ROWS, llama3, LIMITS)
-  batch = data.gather(np.arange(4), place)
+  batch = data.gather(np.arange(4), to_device)
   assert isinstance(batch, types.PreferenceBatch)
   side = [(np.int32, (4, data.length)), (bool, (4, data.length)), (bool, (4,))]
   assert seen == side * 2
@@ -145,7 +165,7 @@ def test_holdout_edges(llama3):
   one = select(data, np.flatnonzero(data.group == data.group[0]))
   with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
     split_holdout(one, 0.5, seed=0)
-  with pytest.raises(ValueError, match=r'holdout=1\.0 must be'):
+  with pytest.raises(ValueError, match=r'holdout_fraction=1\.0 must be'):
     split_holdout(data, 1.0, seed=0)
 
 
@@ -173,7 +193,7 @@ def test_order_has_no_state():
 
 @pytest.mark.parametrize('batch', [0, 11])
 def test_batch_must_fit(batch):
-  with pytest.raises(ValueError, match=rf'batch of {batch} rows cannot be drawn from 10 rows; use'):
+  with pytest.raises(ValueError, match=rf'batch_size={batch} rows .* from 10 rows; use'):
     batch_indices(10, batch, 0, 0)
 
 

@@ -87,13 +87,13 @@ def test_second_turn_holds_the_first_answer():
   [
     (
       [{'messages': []}],
-      r'q.jsonl, row 1: no question .*AlpacaEval: instruction.* keys',
+      r'q.jsonl, row 1: not a question .*AlpacaEval: instruction.* keys',
     ),
-    ([{'instruction': ' '}], 'no question of a judge'),
-    ([{'question_id': 1, 'turns': []}], 'no question of a judge'),
-    ([{'question_id': 1, 'turns': ['a', 3]}], 'no question of a judge'),
-    ([MT, ARENA], r'q.jsonl, row 2: not a question of MT-Bench'),
-    ([MT, MT], r'q.jsonl, row 2: the id 81 is that of row 1 too'),
+    ([{'instruction': ' '}], 'not a question of a known judge'),
+    ([{'question_id': 1, 'turns': []}], 'not a question of a known judge'),
+    ([{'question_id': 1, 'turns': ['a', 3]}], 'not a question of a known judge'),
+    ([MT, ARENA], r'q.jsonl, row 2: .* is not a question of MT-Bench'),
+    ([MT, MT], r'q.jsonl, row 2: id 81 is already that of row 1'),
   ],
 )
 def test_other_forms_are_named(rows, message):

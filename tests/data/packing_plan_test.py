@@ -50,7 +50,7 @@ def test_ragged_rows_are_well_filled():
 
 
 def test_too_long_and_too_few_rows():
-  with pytest.raises(ValueError, match='sequence 1 has 33 tokens, and packed rows have 32'):
+  with pytest.raises(ValueError, match='sequence 1 has 33 tokens, but packed rows have 32'):
     plan_packing(np.array([3, 33]), 2, 32)
-  with pytest.raises(ValueError, match='2 sequences that stay together need micro_batch=2'):
+  with pytest.raises(ValueError, match='micro_batch_size=1 is less than the 2 sequences'):
     plan_packing(np.array([3, 3]), 1, 32, group=2)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fixtures import tokenizers
 
+from segjax.data.limits import Limits
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import Span, as_span_annotation, character_tokens, tokenize_spans
-from segjax.data.tokenize import Limits
 from segjax.data.tokenizer import load_tokenizer
 
 WIDE = Limits(1000, 900)
@@ -44,7 +44,7 @@ def _check_alignment(tokenizer, text):
   one, _ = _encode(tokenizer, _row(text))
   ids = one.ids[one.prompt_length :]
   assert ids == tokenizer.response_ids([{'role': 'user', 'content': 'one'}], text)
-  for at, token in enumerate(one.owner):
+  for at, token in enumerate(one.token_of_char):
     if text[at].isspace():
       continue
     before, upto = (tokenizer.decode(ids[:count]) for count in (token, token + 1))
@@ -66,8 +66,8 @@ def test_alignment_of_a_real_tokenizer_with_byte_fallback(material, text):
 
 def test_white_space_that_the_template_trims_is_no_tokens(llama3):
   one, _ = _encode(llama3, _row('  hello '))
-  words = one.owner[2:7]
-  assert one.owner[0] == -1
+  words = one.token_of_char[2:7]
+  assert one.token_of_char[0] == -1
   assert (words >= 0).all()
   ids = one.ids[one.prompt_length :]
   assert llama3.decode(ids[words[0] : words[-1] + 1]) == 'hello'
@@ -79,8 +79,8 @@ def test_what_is_cut_has_no_token(llama3):
   one, counts = _encode(llama3, _row('hello there ' * 9), Limits(size - 6, whole.prompt_length))
   assert counts['truncated'] == 1 and not one.finished and whole.finished
   kept = len(one.ids) - one.prompt_length
-  expected = np.where(whole.owner < kept, whole.owner, -1)
-  assert one.owner.tolist() == expected.tolist() and (one.owner < 0).any()
+  expected = np.where(whole.token_of_char < kept, whole.token_of_char, -1)
+  assert one.token_of_char.tolist() == expected.tolist() and (one.token_of_char < 0).any()
 
 
 def test_overlong_rows_are_dropped_or_an_error(llama3):
@@ -114,8 +114,8 @@ def test_fine_grained_rlhf_rows():
 @pytest.mark.parametrize(
   'row, message',
   [
-    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response; .* keys chosen, rejected'),
-    (_row('ab', (1, 3, 'x')), r'the span .* from 0 to 2, as many characters'),
+    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response, .* keys chosen, rejected'),
+    (_row('ab', (1, 3, 'x')), r'the span .* from 0 to 2, the number of characters'),
     (_row('ab', (1, 1, 'x')), r'must have `start` < `end`'),
     (_row('ab', (None, 1, 'x')), r'must have `start` < `end`'),
     ({**_row('ab'), 'spans': [3]}, r'the span 3 must have'),

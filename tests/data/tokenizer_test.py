@@ -181,7 +181,7 @@ def test_turn_texts_refuse_a_rewritten_history(tmp_path):
     "{{ m['content'] }}", "{{ m['content'] if loop.index > messages | length - 2 }}"
   )
   chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template))
-  with pytest.raises(ValueError, match='rewrites what came before'):
+  with pytest.raises(ValueError, match='rewrites earlier turns'):
     chat.turn_texts([user('a'), assistant('b'), user('c'), assistant('d')])
 
 
@@ -255,13 +255,13 @@ def test_ids_ending_in_a_delimiter(tmp_path):
     ends = text.rstrip(' ').endswith(delimiters)
     assert (i in found) == (ends and not text.startswith('<|') and i not in special)
   assert any(text.endswith('|>.') for text in texts.values())
-  # A newline is no space: what ends in one does not end in what stands before it.
+  # A newline is not a space: a text that ends in one does not end in the character before it.
   assert chat.encode(['.\n  '])[0][0] not in chat.ids_ending_in(['.'])
 
 
 def test_no_token_ends_in_the_delimiter(llama3):
   # Three bytes, none of them the character.
-  message = r"config\.reward\.segmentation\.delimiters: .*\['。'\].*boundary to 'entropy'"
+  message = r"segmentation\.delimiters=\['。'\]: .*boundary to 'entropy'"
   with pytest.raises(ValueError, match=message):
     llama3.ids_ending_in(['。'])
   with pytest.raises(ValueError, match='no token ends in one of'):
