@@ -97,14 +97,16 @@ def test_order_within_a_batch_moves_rows_only(llama3, encode):
 @pytest.mark.parametrize('encode', ENCODERS)
 def test_holdout_parts_the_prompts(llama3, encode):
   data = encode(ROWS, llama3, LIMITS)
-  kept, held = split_holdout(data, 0.2, seed=0)
-  assert not set(kept.group) & set(held.group)
-  assert len(kept) + len(held) == len(data)
+  train_set, held_out = split_holdout(data, 0.2, seed=0)
+  assert not set(train_set.group) & set(held_out.group)
+  assert len(train_set) + len(held_out) == len(data)
   # 0.2 of 21 rows is 4.2; three rows a prompt, so two prompts.
-  assert len(held) == 6
-  assert kept.length == held.length == data.length
-  row = data.gather(np.flatnonzero(data.group == held.group[0])[:1])
-  for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(held.gather(np.array([0]))), strict=True):
+  assert len(held_out) == 6
+  assert train_set.length == held_out.length == data.length
+  row = data.gather(np.flatnonzero(data.group == held_out.group[0])[:1])
+  for a, b in zip(
+    jax.tree.leaves(row), jax.tree.leaves(held_out.gather(np.array([0]))), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -147,24 +149,24 @@ def test_ratings_spread_over_devices(llama3):
 def test_holdout_depends_on_prompts_and_seed_only(llama3):
   data = tokenize_prompts(ROWS, llama3, LIMITS)
   reversed_data = select(data, np.arange(len(data))[::-1])
-  held = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
-  assert held[0] == held[1]
+  held_out = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
+  assert held_out[0] == held_out[1]
   others = [set(split_holdout(data, 0.3, seed=seed)[1].group) for seed in range(5)]
-  assert any(other != held[0] for other in others)
+  assert any(other != held_out[0] for other in others)
   # Messages follow their rows.
-  kept, _ = split_holdout(data, 0.3, seed=1)
-  for index in range(len(kept)):
-    ids = llama3.prompt_ids(kept.messages(index))
-    assert kept.tokens[index].tolist() == ids
+  train_set, _ = split_holdout(data, 0.3, seed=1)
+  for index in range(len(train_set)):
+    ids = llama3.prompt_ids(train_set.messages(index))
+    assert train_set.tokens[index].tolist() == ids
 
 
 def test_holdout_edges(llama3):
   data = tokenize_prompts(ROWS, llama3, LIMITS)
-  kept, held = split_holdout(data, 0.0, seed=0)
-  assert (len(kept), len(held)) == (21, 0)
-  one = select(data, np.flatnonzero(data.group == data.group[0]))
+  train_set, held_out = split_holdout(data, 0.0, seed=0)
+  assert (len(train_set), len(held_out)) == (21, 0)
+  single_prompt = select(data, np.flatnonzero(data.group == data.group[0]))
   with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
-    split_holdout(one, 0.5, seed=0)
+    split_holdout(single_prompt, 0.5, seed=0)
   with pytest.raises(ValueError, match=r'holdout_fraction=1\.0 must be'):
     split_holdout(data, 1.0, seed=0)
 

@@ -256,9 +256,9 @@ def test_ratings(ratings, gap):
   ],
 )
 def test_bad_ratings(ratings, message):
-  where = Rows([], 'pairs.jsonl').location(6)
+  location = Rows([], 'pairs.jsonl').location(6)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 7: ' + f'.*{message}'):
-    as_pair(FORMS['messages'] | ratings, where)
+    as_pair(FORMS['messages'] | ratings, location)
 
 
 BAD = {
@@ -308,9 +308,9 @@ BAD = {
 @pytest.mark.parametrize('case', BAD)
 def test_bad_rows(case):
   read, row, message = BAD[case]
-  where = Rows([row], 'pairs.jsonl').location(0)
+  location = Rows([row], 'pairs.jsonl').location(0)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 1: .*' + message):
-    read(row, where)
+    read(row, location)
 
 
 def test_real_rows(material):

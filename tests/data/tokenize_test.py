@@ -76,11 +76,11 @@ def test_pairs_dropped_and_counted(llama3):
   long = 'one two three ' * 9
   rows = _rows(
     _pair('a', 'one', 'one'),  # identical
-    _pair('a', long + 'x', long + 'y'),  # identical once cut
+    _pair('a', long + 'x', long + 'y'),  # identical once truncated
     _pair('a', '  ', 'one'),  # no words
     _pair('a', 'one', ''),  # no words
     _pair('a', 'one', 'two'),
-    _pair('a', long, 'two'),  # cut
+    _pair('a', long, 'two'),  # truncated
   )
   data = tokenize_pairs(rows, llama3, Limits(32, 24))
   assert data.counts == {
@@ -161,8 +161,8 @@ def test_conversation_keeps_its_end(llama3):
   messages = [user('one ' * 40), assistant('two three')]
   data = tokenize_conversations(_rows({'messages': messages}), llama3, Limits(16, 16))
   batch = data.gather(np.array([0]))
-  whole = llama3.prompt_ids(messages[:1]) + llama3.response_ids(messages[:1], 'two three')
-  assert batch.ids[0].tolist() == whole[-16:]
+  complete = llama3.prompt_ids(messages[:1]) + llama3.response_ids(messages[:1], 'two three')
+  assert batch.ids[0].tolist() == complete[-16:]
   assert bool(batch.mask[0, -1])
   assert data.counts == {'rows': 1, **NONE, 'truncated': 1}
 
@@ -201,11 +201,11 @@ def test_a_prompt_of_special_tokens_alone_is_dropped(llama3, monkeypatch):
 
 def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   rows = _rows(*[_pair(f'hello {i}', f'one {i}', f'two {i}') for i in range(10)])
-  whole = tokenize_pairs(rows, llama3, WIDE)
+  complete = tokenize_pairs(rows, llama3, WIDE)
   monkeypatch.setattr('segjax.data.tokenize._CHUNK', 3)
   parts = tokenize_pairs(rows, llama3, WIDE)
-  np.testing.assert_array_equal(whole.chosen.values, parts.chosen.values)
-  np.testing.assert_array_equal(whole.rejected.offsets, parts.rejected.offsets)
+  np.testing.assert_array_equal(complete.chosen.values, parts.chosen.values)
+  np.testing.assert_array_equal(complete.rejected.offsets, parts.rejected.offsets)
 
 
 def test_real_pairs(material):
@@ -221,11 +221,11 @@ def test_real_pairs(material):
   for side in (batch.chosen, batch.rejected):
     last = data.length - 1 - np.argmax(np.asarray(side.response_mask)[:, ::-1], axis=1)
     ends = np.asarray(side.ids)[np.arange(len(data)), last]
-    # A response ends in the stop token exactly where it was not cut.
+    # A response ends in the stop token exactly if it was not truncated.
     np.testing.assert_array_equal(ends == 2, np.asarray(side.finished))
-  # Every uncut prompt keeps its BOS, and there is only one.
-  uncut = data.prompt_length < 384
-  assert (np.asarray(batch.chosen.ids)[uncut, 0] == 1).all()
+  # Every complete prompt keeps its BOS, and there is only one.
+  is_complete = data.prompt_length < 384
+  assert (np.asarray(batch.chosen.ids)[is_complete, 0] == 1).all()
   assert ((np.asarray(batch.chosen.ids) == 1).sum(axis=1) <= 1).all()
   assert len(tokenize_prompts(rows, chat, Limits(512, 384))) == 200
   assert len(tokenize_conversations(rows, chat, Limits(512, 384))) > 190

@@ -163,8 +163,8 @@ def test_turn_texts_join_to_the_template(chatml):
   messages = [user('a'), assistant('b'), user('c'), assistant('d'), user('e')]
   pieces = chatml.turn_texts(messages)
   assert [text for text, is_trained in pieces if is_trained] == ['b<|im_end|>', 'd<|im_end|>']
-  whole = chatml.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-  assert ''.join(text for text, _ in pieces) == whole.removesuffix('\n')
+  rendered = chatml.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+  assert ''.join(text for text, _ in pieces) == rendered.removesuffix('\n')
 
 
 def test_turn_texts_of_phi3_and_of_an_opening_assistant(tmp_path):
