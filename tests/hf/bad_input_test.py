@@ -1,4 +1,4 @@
-"""Broken checkpoints: one message that names the file and the tensor, and nothing is written."""
+"""Damaged checkpoints: one line that names file and tensor, and nothing is written."""
 
 import json
 import re
@@ -13,17 +13,12 @@ from segjax.hf import checkpoint, convert, reader
 NAME = 'model.layers.1.mlp.up_proj.weight'
 
 
-@pytest.fixture(scope='module')
-def good(tmp_path_factory):
-  return hf_models.write(tmp_path_factory.mktemp('good'), 'llama31', max_shard_size='20KB')
-
-
 @pytest.fixture
-def source(good, tmp_path):
-  """A copy to be broken, in shards."""
+def source(sharded_llama31, tmp_path):
+  """A copy to be damaged, in shards."""
   target = tmp_path / 'source'
   target.mkdir()
-  for file in good.iterdir():
+  for file in sharded_llama31.iterdir():
     (target / file.name).write_bytes(file.read_bytes())
   return target
 
@@ -98,8 +93,8 @@ def _pickles(source):
   (source / 'pytorch_model.bin').write_bytes(b'')
 
 
-# What is done to the checkpoint, and what the message must say; SHARD is NAME's file.
-BAD = {
+# The damage, and parts of the message; SHARD is NAME's file.
+DAMAGES = {
   'missing shard': (_missing_shard, ['SHARD is missing']),
   'truncated': (_truncated, ['SHARD', 'file not fully covered']),
   'empty file': (_empty, ['SHARD (0 bytes) is not a valid safetensors file']),
@@ -148,8 +143,8 @@ BAD = {
   ),
   'fewer layers': (_config(num_hidden_layers=1), ['.safetensors holds tensors model.layers.1.']),
   'parent directory': (
-    _index(lambda names: names.update({NAME: '../good/x.safetensors'})),
-    [checkpoint.INDEX, f'tensor {NAME}', "'../good/x.safetensors'"],
+    _index(lambda names: names.update({NAME: '../intact/x.safetensors'})),
+    [checkpoint.INDEX, f'tensor {NAME}', "'../intact/x.safetensors'"],
   ),
   'absolute path': (
     _index(lambda names: names.update({NAME: '/etc/passwd'})),
@@ -159,9 +154,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('kind', BAD)
+@pytest.mark.parametrize('kind', DAMAGES)
 def test_refuses_before_anything_is_written(kind, source, tmp_path):
-  change, parts = BAD[kind]
+  change, parts = DAMAGES[kind]
   shard = str(_shard(source))
   change(source)
   with pytest.raises(ValueError) as error:
@@ -189,6 +184,6 @@ def test_reward_model_without_a_head(source, tmp_path):
   config = reader.load_config(source)
   _, entries = reader.open_model(source, config, 'scalar')
   assert 'scalar_head/kernel' not in {entry.path for entry in entries}
-  with pytest.raises(ValueError, match='no scalar head, so it is no reward model'):
+  with pytest.raises(ValueError, match='no scalar head, so it is not a reward model'):
     convert.import_checkpoint(source, tmp_path / 'out', role='reward')
   assert [file.name for file in tmp_path.iterdir()] == ['source']

@@ -51,19 +51,19 @@ def test_two_processes_write_one_checkpoint(tmp_path):
 
 KILLED = """
 import sys, time
-from segjax.hf import convert, shards, slices
+from segjax.hf import convert, shards, tensor_slices
 what, source, out = sys.argv[1:]
 
 def slow(function, done=[]):
   def wrapper(*args, **kwargs):
     done.append(1)
     if len(done) > 10:
-      print('in the midst', flush=True)
+      print('writing', flush=True)
       time.sleep(600)
     return function(*args, **kwargs)
   return wrapper
 
-slices.Slices.read = slow(slices.Slices.read)
+tensor_slices.SliceReader.read = slow(tensor_slices.SliceReader.read)
 shards.ShardWriter.write = slow(shards.ShardWriter.write)
 if what == 'import':
   convert.import_checkpoint(source, out, piece_bytes=2000)
@@ -72,7 +72,7 @@ else:
 """
 
 
-def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
+def test_a_killed_conversion_leaves_no_checkpoint(tmp_path):
   source = hf_models.write(tmp_path / 'a', max_shard_size='20KB')
   stored = convert.import_checkpoint(source, tmp_path / 'b')
   outs = {'import': tmp_path / 'i' / 'out', 'export': tmp_path / 'e' / 'out'}
@@ -84,8 +84,8 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
     for what, out in outs.items()
   ]
   try:
-    # Several threads may say it at once, on one line.
-    assert all(worker.stdout.readline().startswith('in the midst') for worker in workers)
+    # Several threads may print at once, on one line.
+    assert all(worker.stdout.readline().startswith('writing') for worker in workers)
   finally:
     for worker in workers:
       worker.kill()
@@ -96,7 +96,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
     assert not (left / 'config.json').exists() and not (left / 'segjax.json').exists()
     with pytest.raises(ValueError, match=r'no segjax\.json'):
       convert.export_checkpoint(left, tmp_path / 'c')
-    # The next run to the same place tidies up.
+    # The next run to the same path removes the leftovers.
     if what == 'import':
       convert.import_checkpoint(source, out)
     else:

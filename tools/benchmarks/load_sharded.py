@@ -53,8 +53,8 @@ def _child(source: str, dtype: str) -> None:
 
   mesh = make_mesh(1, 2, 4)
   jnp.zeros(1).block_until_ready()
-  made, slices = [], reader.Slices
-  reader.Slices = lambda checkpoint: made.append(slices(checkpoint)) or made[-1]
+  readers, original = [], reader.SliceReader
+  reader.SliceReader = lambda checkpoint: readers.append(original(checkpoint)) or readers[-1]
   base = peak = _anonymous()
   done = threading.Event()
 
@@ -78,7 +78,7 @@ def _child(source: str, dtype: str) -> None:
   found = {
     'seconds': round(seconds, 2),
     'bytes': num_bytes,
-    'requested': made[0].requested / num_bytes,
+    'requested': readers[0].requested / num_bytes,
     'arrays': arrays,
     'beyond': peak - base - arrays,
   }
