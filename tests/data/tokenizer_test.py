@@ -245,15 +245,15 @@ def test_ids_ending_in_a_delimiter(tmp_path):
   chat.tokenizer.add_tokens(['. ', '.\n  ', 'e.g', ' .. '])
   chat.tokenizer.add_special_tokens({'additional_special_tokens': ['<|odd|>.']})
   delimiters = ('.', '!', '?', '\n')
-  found = chat.ids_ending_in(delimiters)
+  ids = chat.ids_ending_in(delimiters)
   # The string of all four is the same as the four.
-  assert chat.ids_ending_in('.!?\n') == found == tuple(sorted(found))
+  assert chat.ids_ending_in('.!?\n') == ids == tuple(sorted(ids))
   texts = {i: chat.decode([i], skip_special=False) for i in range(len(chat.tokenizer))}
-  assert {texts[i] for i in found} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
+  assert {texts[i] for i in ids} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
   special = set(chat.tokenizer.all_special_ids) | set(chat.encode(list(tokenizers.SPECIAL))[0])
   for i, text in texts.items():
     ends = text.rstrip(' ').endswith(delimiters)
-    assert (i in found) == (ends and not text.startswith('<|') and i not in special)
+    assert (i in ids) == (ends and not text.startswith('<|') and i not in special)
   assert any(text.endswith('|>.') for text in texts.values())
   # A newline is not a space: a text that ends in one does not end in the character before it.
   assert chat.encode(['.\n  '])[0][0] not in chat.ids_ending_in(['.'])
