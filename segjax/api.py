@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from segjax import processes
 from segjax.config.parse import check_key, from_config
 from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
+from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.evaluation import annotate
-from segjax.evaluation.annotate import Annotated, Annotator
+from segjax.evaluation.annotate import AnnotatedResponse, Annotator
 from segjax.model.generate import GenerationOptions, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
@@ -149,7 +150,7 @@ class _Model:
       )
     return messages
 
-  def _annotated(self, reader: Annotator, texts: Sequence[Text]) -> list[Annotated]:
+  def _annotated(self, reader: Annotator, texts: Sequence[Text]) -> list[AnnotatedResponse]:
     found = self._texts(texts)
     return list(annotate.annotate(self.stage, reader, found, _batch(self.stage.mesh, len(found))))
 
@@ -183,9 +184,7 @@ class Policy(_Model):
       return []
     ids = [self._prompt_ids(prompt, number) for number, prompt in enumerate(prompts, 1)]
     length = np.array([len(row) for row in ids], np.int32)
-    padded = np.full((len(ids), length.max()), self.reader.tokenizer.pad_id, np.int32)
-    for row, prompt in enumerate(ids):
-      padded[row, : len(prompt)] = prompt
+    padded, _ = pad_rows(ids, int(length.max()), self.reader.tokenizer.pad_id)
     tokenizer, mesh = self.reader.tokenizer, self.stage.mesh
     config = self.reader.configs['policy']
     found = generate(
@@ -218,7 +217,7 @@ class Policy(_Model):
         found.append(Read(tokens, *([float(v) for v in x[row, span]] for x in arrays)))
     return found
 
-  def segment(self, texts: Sequence[Text], **how: Any) -> list[Annotated]:
+  def segment(self, texts: Sequence[Text], **how: Any) -> list[AnnotatedResponse]:
     """Each text cut where this model is unsure what comes next, with its tokens' entropies.
 
     Args:
@@ -257,7 +256,7 @@ class Policy(_Model):
 class RewardModel(_Model):
   """A segment reward model with the model that cuts for it. Made by `load_reward_model`."""
 
-  def score(self, texts: Sequence[Text]) -> list[Annotated]:
+  def score(self, texts: Sequence[Text]) -> list[AnnotatedResponse]:
     """The segments of each text: `score` as it comes from the network, `reward` normalised.
 
     `reward` is None where segment_reward.json has no normaliser.

@@ -12,6 +12,7 @@ import numpy as np
 from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.config.training_settings import resolve_std_floor_ratio
+from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
@@ -84,9 +85,9 @@ def of_rows(rows: Rows) -> Iterator[tuple[list[Message], str]]:
     ValueError: a row whose last message is not the assistant's.
   """
   for index, row in enumerate(rows):
-    messages = as_conversation(row, rows.where(index))
+    messages = as_conversation(row, rows.location(index))
     if messages[-1]['role'] != 'assistant':
-      raise UserError(f'{rows.where(index)}: the last message is not the assistant’s.')
+      raise UserError(f'{rows.location(index)}: the last message is not the assistant’s.')
     yield messages[:-1], messages[-1]['content']
 
 
@@ -160,13 +161,13 @@ def _sequences(
 ) -> Sequences:
   longest = max(len(prompt) + len(response) for prompt, response in encoded)
   size = min(most, max(_LEAST, 1 << (longest - 1).bit_length()))
-  ids = np.full((batch, size), reader.tokenizer.pad_id, np.int32)
-  mask, finished = np.zeros((batch, size), bool), np.zeros(batch, bool)
-  for row, (prompt, response) in enumerate(encoded):
-    end = len(prompt) + len(response)
-    ids[row, :end] = prompt + response
-    mask[row, len(prompt) : end] = True
-    finished[row] = response[-1:] != [] and response[-1] in reader.tokenizer.stop_ids
+  pairs = [*encoded, *[([], [])] * (batch - len(encoded))]
+  rows = [prompt + response for prompt, response in pairs]
+  ids, is_real = pad_rows(rows, size, reader.tokenizer.pad_id)
+  prompt_length = np.array([len(prompt) for prompt, _ in pairs])
+  mask = is_real & (np.arange(size) >= prompt_length[:, None])
+  stop_ids = reader.tokenizer.stop_ids
+  finished = np.array([bool(r) and r[-1] in stop_ids for _, r in pairs])
   return Sequences(*map(stage.to_device, (ids, mask, finished)))
 
 

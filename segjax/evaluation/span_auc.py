@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from segjax import processes
 from segjax.config.training_settings import resolve_std_floor_ratio
-from segjax.data.batches import eval_batches
+from segjax.data.batches import eval_batches, pad_rows
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.report.console import track
@@ -85,7 +85,7 @@ def figures(
     },
     'responses': len(marked),
     'spans': len(spans),
-    'spans_cut': sum(bool((one.owner[s.start : s.end] < 0).all()) for one, s in spans),
+    'spans_cut': sum(bool((one.token_of_char[s.start : s.end] < 0).all()) for one, s in spans),
     'characters': inside + outside,
     'marked': inside / max(inside + outside, 1),
   }
@@ -99,15 +99,15 @@ def rank_segments(
   """A row for each segment: -reward, its characters in a sought span, and those in none at all."""
   rows = []
   for number, (one, (reward, segment)) in enumerate(zip(marked, rewards, strict=True)):
-    sought, any_span = (np.zeros(len(one.owner), bool) for _ in range(2))
+    sought, any_span = (np.zeros(len(one.token_of_char), bool) for _ in range(2))
     for span in one.spans:
       any_span[span.start : span.end] = True
       sought[span.start : span.end] |= is_sought(span)
-    token = one.owner[one.owner >= 0]
+    token = one.token_of_char[one.token_of_char >= 0]
     is_in_segment = segment[token] >= 0
     token, (sought, any_span) = (
       token[is_in_segment],
-      (x[one.owner >= 0][is_in_segment] for x in (sought, any_span)),
+      (x[one.token_of_char >= 0][is_in_segment] for x in (sought, any_span)),
     )
     score = np.zeros(int(segment.max(initial=-1)) + 1)
     score[segment[token]] = -reward[token]
@@ -124,11 +124,10 @@ def _padded(
   batch: Sequence[TokenizedSpans], width: int
 ) -> tuple[Int[np.ndarray, 'B S'], np.ndarray, np.ndarray]:
   """(ids, mask of the response, whether it is finished)."""
-  ids, mask = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), bool)
-  for row, one in enumerate(batch):
-    ids[row, : len(one.ids)] = one.ids
-    mask[row, one.prompt_length : len(one.ids)] = True
-  return ids, mask, np.array([one.finished for one in batch])
+  ids, is_real = pad_rows([response.ids for response in batch], width, 0)
+  prompt_length = np.array([response.prompt_length for response in batch])
+  mask = is_real & (np.arange(width) >= prompt_length[:, None])
+  return ids, mask, np.array([response.finished for response in batch])
 
 
 def _by_token(

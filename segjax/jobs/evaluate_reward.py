@@ -11,6 +11,7 @@ import numpy as np
 
 from segjax import processes
 from segjax.data.batches import Pairs, eval_batches
+from segjax.data.limits import describe_counts
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
@@ -112,7 +113,7 @@ def load_inputs(
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, judge.shortest, stage.log)
     marked, counts[path] = tokenize_spans(rows, judge.tokenizer, limits)
-    stage.log(f'{path}: {inputs.describe_counts(counts[path])}, {len(marked)} responses judged')
+    stage.log(f'{path}: {describe_counts(counts[path])}, {len(marked)} responses judged')
   return sets, marked, counts
 
 
@@ -156,7 +157,7 @@ def read_pairs(stage: Stage, judge: LoadedRewardModel, path: str) -> tuple[Pairs
   rows = load_rows(path, s.data.split, s.data.max_rows)
   limits = inputs.length_limits(s.data, judge.shortest, stage.log)
   pairs = tokenize_pairs(rows, judge.tokenizer, limits, inputs.pair_rules(s.compat))
-  stage.log(f'{path}: {inputs.describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
+  stage.log(f'{path}: {describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
   return pairs, rows
 
 

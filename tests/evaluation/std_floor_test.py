@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from segjax.config.settings import Network, Segmentation
-from segjax.data import demo_language
+from segjax.data import demo_rows
 from segjax.data.span_annotations import TokenizedSpans
 from segjax.data.tokenizer import load_tokenizer
 from segjax.evaluation import annotate, span_auc
@@ -49,7 +49,7 @@ def expected(ratio, num_tokens):
 
 
 def test_annotate(stage, ratio, tmp_path):
-  demo_language.write_tokenizer(tmp_path / 'model')
+  demo_rows.write_tokenizer(tmp_path / 'model')
   tokenizer = load_tokenizer(str(tmp_path / 'model'), annotate.PLAIN)
   networks = {'policy': NETWORK, 'reward': NETWORK}
   annotator = annotate.Annotator(tokenizer, networks, dict.fromkeys(networks), TOKENS, NORMALIZER)
