@@ -53,7 +53,7 @@ setup(
     'orbax-checkpoint>=0.12',  # training checkpoints
     'pyarrow',  # parquet files
     'pyyaml',  # the header of model cards
-    'safetensors',  # HF weights
+    'safetensors>=0.6',  # HF weights; older ones do not list tensors by offset
     'tensorboardX',  # metric curves
     'tensorstore',  # arrays of training checkpoints, streamed
     'tokenizers',  # the tokenizer of the built-in demo

@@ -19,21 +19,28 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.settings import RolloutSettings, Segmentation, SegmentationOverrides, Settings
+from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
 from segjax.evaluation.segment_records import AnnotatedResponse
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import (
+  GenerationOptions,
+  GenerationResult,
+  generate,
+  make_decode_config,
+)
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
-from segjax.model.sharding import make_mesh
+from segjax.model.mesh import make_mesh
 from segjax.report.console import log
 from segjax.run import arguments
 from segjax.run.scorers import load_annotator
 from segjax.train.rollout import sampling
 from segjax.train.segmenter import make_segmenter
+from segjax.types import PromptBatch
 
 # A string or messages; `Any`, so that other types reach the checks here.
 Text = str | Any
@@ -156,9 +163,8 @@ class _Model:
 
   def _annotate(self, annotator: Annotator, texts: Sequence[Text]) -> list[AnnotatedResponse]:
     pairs = self._split_texts(texts)
-    return list(
-      annotate.annotate(annotator, pairs, annotate.choose_batch_size(annotator.mesh, len(pairs)))
-    )
+    size = annotate.choose_batch_size(annotator.mesh, len(pairs))
+    return list(annotate.annotate(annotator, pairs, size))
 
 
 class Policy(_Model):
@@ -189,24 +195,21 @@ class Policy(_Model):
       raise UserError(f'samples={samples} must be at least 1.')
     if not prompts:
       return []
+    annotator = self.annotator
     ids = [self._prompt_ids(prompt, number) for number, prompt in enumerate(prompts, 1)]
     length = np.array([len(row) for row in ids], np.int32)
-    padded = np.full((len(ids), length.max()), self.annotator.tokenizer.pad_id, np.int32)
-    for row, prompt in enumerate(ids):
-      padded[row, : len(prompt)] = prompt
-    tokenizer, mesh = self.annotator.tokenizer, self.annotator.mesh
-    config = self.annotator.reference
+    padded, _ = pad_rows(ids, int(length.max()), annotator.tokenizer.pad_id)
+    mesh, stop_ids = annotator.mesh, annotator.tokenizer.stop_ids
     output = generate(
-      self.annotator.params['reference'],
-      PromptArrays(padded, length),
+      annotator.params['reference'],
+      PromptBatch(padded, length),
       jax.random.key(seed),
-      decoder=make_decode_config(config, sampling(rollout), tokenizer.stop_ids, mesh),
+      decoder=make_decode_config(annotator.reference, sampling(rollout), stop_ids, mesh),
       mesh=mesh,
-      slots=rollout.max_concurrent,
-      samples=samples,
+      options=GenerationOptions(rollout.max_concurrent, samples),
     )
-    if output.broken.any():
-      row = int(np.argmax(output.broken)) // samples + 1
+    if output.non_finite.any():
+      row = int(np.argmax(output.non_finite)) // samples + 1
       raise UserError(f'prompt {row}: logits are not finite; the weights are corrupted.')
     return [self._response(output, row) for row in range(len(output.response_ids))]
 
@@ -216,8 +219,7 @@ class Policy(_Model):
     Raises:
       UserError: a text that is too long, or a conversation that does not end in an answer.
     """
-    pairs, results = self._split_texts(texts), []
-    annotator = self.annotator
+    annotator, pairs, results = self.annotator, self._split_texts(texts), []
     size = annotate.choose_batch_size(annotator.mesh, len(pairs))
     for batch in annotate.text_batches(annotator, pairs, size):
       arrays = processes.to_host(

@@ -84,7 +84,7 @@ def main(_: list[str]) -> None:
   )
 
   from segjax.jobs import dry_run, pipeline
-  from segjax.model.sharding import make_mesh
+  from segjax.model.mesh import make_mesh
   from segjax.run import preemption
   from segjax.run.stage import Command
 
@@ -102,7 +102,7 @@ def main(_: list[str]) -> None:
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   preemption.interrupt_on_sigterm()
-  with mirror.held(workdir):
+  with mirror.hold_lock(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(
         command_line.CONFIG.value.to_json_best_effort(indent=2) + '\n'
@@ -110,9 +110,9 @@ def main(_: list[str]) -> None:
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:
-      mirror.offer()  # the report of the interrupted run
+      mirror.try_push()  # the report of the interrupted run
       raise
-    mirror.publish()
+    mirror.push_and_wait()
     processes.barrier('end')
 
 
@@ -211,11 +211,13 @@ def run(main: Callable[[list[str]], None]) -> None:
   except KeyboardInterrupt:
     raise SystemExit('segjax: interrupted; the same command resumes from what is saved') from None
   except Exception as error:
-    from segjax import processes
+    from segjax import lost_peers, processes
 
     _exit_if_preempted(error)
-    if processes.process_count() > 1 and not is_user_error(error):
-      processes.fail(error)
+    if processes.process_count() > 1:
+      if not is_user_error(error):
+        processes.wait_for_culprit(error)
+      lost_peers.mute()
     if os.environ.get('SEGJAX_TRACEBACK') or not is_user_error(error):
       raise
     raise SystemExit(f'segjax: {error}') from None

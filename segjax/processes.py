@@ -1,47 +1,43 @@
-"""Several processes of one run, one per host: how they meet, what all agree on, who is missing.
+"""Several processes of one run, one per host, on jax.distributed: start, exchange of values, loss.
 
-Every process runs the same program on the same settings and sees the same working directory; the
-first writes to it. Everything here is at hand, and does nothing, where there is one process.
+Every process runs the same program with the same settings and sees the same working directory; the
+first one writes to it. All functions work, and communicate nothing, in a run of one process.
 """
 
-import atexit
 import contextlib
+import functools
 import json
 import os
-import socket
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segjax import rendezvous
-from segjax.errors import UserError, first_line
+from segjax import lost_peers
+from segjax.errors import UserError
 
-_BEAT = 5.0  # seconds between two signs of life
-_PATIENCE = 30.0  # seconds without one, after which a process is missing
-_PREFIX = 'segjax/alive/'
-_LINE = 'segjax/line'  # where the first process holds a line to each of the others
+_HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat, after which jax declares a process lost
+_SHUTDOWN_TIMEOUT = 10  # seconds that a process which exits waits for the others
 
-_index, _count = 0, 1
-_lines: list[socket.socket] = []  # of the first process to the others
+_process_index, _process_count = 0, 1
 
 
 def process_count() -> int:
-  """Of the run."""
-  return _count
+  """Returns the number of processes of the run."""
+  return _process_count
 
 
 def process_index() -> int:
-  """Which of them this one is, from 0."""
-  return _index
+  """Returns the index of this process, from 0."""
+  return _process_index
 
 
 def is_first() -> bool:
-  """Whether this process writes files and speaks."""
-  return _index == 0
+  """Returns whether this process writes files and prints."""
+  return _process_index == 0
 
 
 def initialize(
@@ -51,154 +47,91 @@ def initialize(
   timeout: float | int = 300,
   has_tpu: bool = False,
 ) -> None:
-  """Meets the other processes: those of the flags, of SLURM, or of a Cloud TPU slice, if any.
+  """Joins the other processes: those of the flags, of SLURM, or of a Cloud TPU slice, if any.
+
+  From then on jax ends every process that has lost a peer. It does so by a stack trace and
+  abort(), which `lost_peers` turns into one line.
 
   Args:
-    address: host:port of the first; '' to find out.
-    number: of processes; read with `address`.
-    index: of this one.
+    address: host:port of the first process; '' to detect it.
+    number: number of processes; read with `address`.
+    index: index of this process; read with `address`.
     timeout: seconds to wait for the others.
-    has_tpu: whether to ask the Cloud TPU slice who belongs to it.
+    has_tpu: whether to ask the Cloud TPU slice for its members.
 
   Raises:
-    ValueError: the flags do not fit, or a process did not come; it names which.
+    UserError: the flags do not fit together.
   """
-  known: dict[str, Any] = {}
+  provided: dict[str, Any] = {}
   if address:
-    if not 0 <= index < number:
-      raise UserError(
-        f'--coordinator={address} needs --num_processes=N and --process_id=0 to N-1; '
-        f'found {number} and {index}.'
-      )
-    rendezvous.meet(address, number, index, timeout)
-    known = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
+    _check_flags(address, number, index)
+    provided = {'coordinator_address': address, 'num_processes': number, 'process_id': index}
   elif not _is_slurm_step() and not has_tpu:
     return
-  global _index, _count
+  global _process_index, _process_count
   import jax
 
+  stderr = lost_peers.explain_aborts(f'{timeout:g} s (--join_timeout)')
   try:
-    jax.distributed.initialize(
-      **known,
-      initialization_timeout=int(timeout),
-      heartbeat_timeout_seconds=int(2 * _PATIENCE),
-      shutdown_timeout_seconds=int(_PATIENCE),
-    )
+    with _registration_timeout(int(timeout)):
+      jax.distributed.initialize(
+        **provided,
+        initialization_timeout=int(timeout) + 5,  # later than the coordinator, which has the names
+        heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+      )
   except ValueError:
+    os.dup2(stderr, 2)
     if not has_tpu or address:
       raise
-    return  # a TPU that belongs to no slice that jax knows
-  except RuntimeError as error:
+    return  # a TPU that belongs to no slice that jax detects
+  _process_index, _process_count = jax.process_index(), jax.process_count()
+
+
+def _check_flags(address: str, number: int, index: int) -> None:
+  host, _, port = address.rpartition(':')
+  if not 0 <= index < number:
     raise UserError(
-      f'not all processes of the run came together within {timeout:.0f} s '
-      f'(--join_timeout): {first_line(error)}'
-    ) from error
-  _index, _count = jax.process_index(), jax.process_count()
-  if _count > 1:
-    follow = _hold_lines if is_first() else _watch_line
-    for target in (_watch, follow):
-      threading.Thread(target=target, daemon=True).start()
+      f'--coordinator={address} needs --num_processes=N and --process_id=0 to N-1; '
+      f'found {number} and {index}.'
+    )
+  if not host or not port.isdecimal():
+    raise UserError(f'--coordinator={address} must be host:port, as in 10.0.0.2:1234.')
 
 
 def _is_slurm_step() -> bool:
-  """Whether srun started this as one of several; a batch script itself is alone."""
+  """Returns whether srun started this as one of several processes; a batch script is alone."""
   return 'SLURM_STEP_NODELIST' in os.environ and int(os.environ.get('SLURM_NTASKS', '1')) > 1
 
 
-def _client() -> Any:
-  from jax._src import distributed  # there is no public way to the key-value store
+@contextlib.contextmanager
+def _registration_timeout(seconds: int) -> Iterator[None]:
+  """Makes jax's coordinator give up after `seconds`, with the names of the missing processes.
 
-  return distributed.global_state.client
+  jax.distributed.initialize has no argument for it: without, each process runs into its own
+  initialization_timeout, which names nobody.
+  """
+  from jax._src.lib import _jax
 
-
-def _beat(client: Any, beat: int) -> None:
-  sign = json.dumps({'beat': beat, 'host': socket.gethostname(), 'pid': os.getpid()})
-  client.key_value_set(f'{_PREFIX}{_index}', sign, allow_overwrite=True)
-
-
-def _alive(client: Any) -> dict[int, dict[str, Any]]:
-  """The last sign of life of each process."""
-  found = client.key_value_dir_get(_PREFIX)
-  return {int(key.rpartition('/')[2]): json.loads(value) for key, value in found}
-
-
-def _watch() -> None:
-  """Ends this process where another has given no sign of life for too long, and names it."""
-  client, beat = _client(), 0
-  heard: dict[int, tuple[int, float]] = {}
-  while True:
-    time.sleep(_BEAT)
-    beat += 1
-    try:
-      _beat(client, beat)
-      signs = _alive(client)
-    except Exception as error:
-      if sys.is_finalizing():
-        return
-      _end(f'process 0, which the others meet at, is gone ({first_line(error)})')
-    now = time.monotonic()
-    for index, sign in signs.items():
-      if heard.get(index, (-1, now))[0] != sign['beat']:
-        heard[index] = (sign['beat'], now)
-      elif now - heard[index][1] > _PATIENCE:
-        silent = now - heard[index][1]
-        _end(f'process {index} (pid {sign["pid"]} on {sign["host"]}) is silent for {silent:.0f} s')
+  make_service = _jax.get_distributed_runtime_service
+  _jax.get_distributed_runtime_service = functools.partial(
+    make_service, cluster_register_timeout=seconds
+  )
+  try:
+    yield
+  finally:
+    _jax.get_distributed_runtime_service = make_service
 
 
-def _hold_lines() -> None:
-  """Of the first process: a connection to each of the others; it breaks when this one is lost."""
-  atexit.register(_part, '')  # an end in order
-  with socket.create_server(('', 0)) as server:
-    sign = {'port': server.getsockname()[1], 'host': socket.gethostname(), 'pid': os.getpid()}
-    _client().key_value_set(_LINE, json.dumps(sign))
-    while len(_lines) < _count - 1:
-      _lines.append(server.accept()[0])
-  threading.Event().wait()
-
-
-def _part(reason: str) -> None:
-  """Tells the others why this process ends, '' for an end in order; only the first has lines."""
-  for line in _lines:
-    with contextlib.suppress(OSError):
-      line.sendall(f'{reason}\n'.encode())
-
-
-def _watch_line() -> None:
-  """Ends this process when the first is lost, before jax does, which would not say why."""
-  from jax._src import distributed
-
-  with contextlib.suppress(Exception):  # no line: jax ends it
-    sign = json.loads(_client().blocking_key_value_get(_LINE, int(1000 * _PATIENCE)))
-    host = distributed.global_state.coordinator_address.rpartition(':')[0].strip('[]')
-    line = socket.create_connection((host, sign['port']), timeout=_PATIENCE)
-    line.settimeout(None)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in {'TCP_KEEPIDLE': _BEAT, 'TCP_KEEPINTVL': _BEAT, 'TCP_KEEPCNT': 4}.items():
-      if hasattr(socket, option):  # a host that is lost says nothing; this asks
-        line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), int(value))
-    said = ''
-    with contextlib.suppress(OSError), line.makefile(encoding='utf-8') as text:
-      said = text.readline()
-    if said != '\n' and not sys.is_finalizing():
-      gone = f'process 0 (pid {sign["pid"]} on {sign["host"]}), where the others meet, is gone'
-      _end(said.strip() or gone)
-
-
-def _end(reason: str) -> None:
-  text = f'segjax: {reason}; this one stops. Start all again: they go on from what is saved.'
-  print(text, file=sys.stderr, flush=True)
-  _part(reason)
-  os._exit(1)
-
-
-def fail(error: BaseException) -> None:
-  """Waits, after an error, for the watch to name the process that caused it, if it was another."""
-  print(f'segjax: {first_line(error)}', file=sys.stderr, flush=True)
-  time.sleep(_PATIENCE + 3 * _BEAT)
+def wait_for_culprit(error: BaseException) -> None:
+  """Waits, after an error, long enough for jax to end this process if it lost another one."""
+  line = str(error).strip().partition('\n')[0][:300]
+  print(f'segjax: {line}', file=sys.stderr, flush=True)
+  time.sleep(_HEARTBEAT_TIMEOUT + 10)
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes have called it."""
   if process_count() > 1:
     from jax.experimental import multihost_utils
 
@@ -206,20 +139,20 @@ def barrier(name: str) -> None:
 
 
 def broadcast_from_first(value: Any) -> Any:
-  """The first process's value, which JSON can hold, in all of them."""
+  """Returns the first process's value, which JSON can hold, in all processes."""
   if process_count() == 1:
     return value
   from jax.experimental import multihost_utils
 
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  mine = np.zeros(size, np.uint8)
-  mine[: min(size, len(data))] = data[:size]
-  return json.loads(bytes(multihost_utils.broadcast_one_to_all(mine)))
+  buffer = np.zeros(size, np.uint8)
+  buffer[: min(size, len(data))] = data[:size]
+  return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)))
 
 
 def any_process(flag: bool) -> bool:
-  """Whether it is true in one of them."""
+  """Returns whether `flag` is true in any process."""
   if process_count() == 1:
     return flag
   from jax.experimental import multihost_utils
@@ -228,23 +161,23 @@ def any_process(flag: bool) -> bool:
 
 
 def to_host(tree: Any) -> Any:
-  """The arrays whole, on every host."""
+  """Returns the complete arrays of `tree` as numpy arrays, on every host."""
   import jax
 
   if process_count() == 1:
     return jax.device_get(tree)
   from jax.experimental import multihost_utils
 
-  def whole(x):
+  def gather(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return jax.device_get(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
-  return jax.tree.map(whole, tree)
+  return jax.tree.map(gather, tree)
 
 
 def check_shared_filesystem(directory: Path) -> None:
-  """ValueError unless all processes see what the first writes there."""
+  """Raises UserError unless all processes see the file that the first one writes there."""
   if process_count() == 1:
     return
   mark = directory / '.shared'
@@ -259,6 +192,6 @@ def check_shared_filesystem(directory: Path) -> None:
     mark.unlink()
   if is_missed:
     raise UserError(
-      f'{directory} is not the same directory for all processes; give a --workdir on a file system '
-      'that they share.'
+      f'--workdir={directory} is not the same directory for all processes; give one on a file '
+      'system that they share.'
     )

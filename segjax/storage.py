@@ -19,19 +19,20 @@ from segjax.errors import UserError
 def check_target(
   directory: Path, own: Collection[str], *, overwrite: bool, source: Path | None = None
 ) -> None:
-  """ValueError unless a checkpoint may be written to `directory`.
+  """Raises ValueError unless a checkpoint may be written to `directory`.
 
   Args:
-    own: names of what may be replaced; model*.safetensors are, too.
-    overwrite: replace a checkpoint that is there already.
-    source: what is read meanwhile, and is not replaced.
+    directory: directory to write.
+    own: names of files that may be replaced, in addition to model*.safetensors.
+    overwrite: replace an existing checkpoint.
+    source: directory that is read meanwhile and must not be replaced.
   """
   if not directory.exists():
     return
   if not directory.is_dir():
     raise UserError(f'{directory} is a file; name a directory to write to.')
   if source is not None and source.resolve() == directory.resolve():
-    raise UserError(f'{directory} is also the source; write to another one.')
+    raise UserError(f'{directory} is also the source; write to another directory.')
   files = sorted(file.name for file in directory.iterdir())
   for name in files:
     if name not in own and not re.fullmatch(r'model.*\.safetensors', name):
@@ -40,13 +41,13 @@ def check_target(
         'write to a new directory.'
       )
   if files and not overwrite:
-    raise UserError(f'{directory} is not empty; name a new directory, or give --overwrite.')
+    raise UserError(f'{directory} is not empty; name a new directory, or use --overwrite.')
 
 
 def check_space(directory: Path, num_bytes: int) -> None:
-  """ValueError unless the disk of `directory` has `num_bytes` to spare."""
-  place = next(parent for parent in directory.parents if parent.is_dir())
-  free = shutil.disk_usage(place).free
+  """Raises ValueError unless the disk of `directory` has `num_bytes` free."""
+  existing = next(parent for parent in directory.parents if parent.is_dir())
+  free = shutil.disk_usage(existing).free
   if free < num_bytes:
     raise UserError(
       f'{directory} needs {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on its disk; '
@@ -129,11 +130,12 @@ def truncate_json_lines(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
-  """A new directory beside `directory`, which takes its place when the block ends without error.
+  """Yields a new directory that replaces `directory` when the block ends without error.
 
-  By then all of it is on the disk. After an error it is removed; what a killed process left is
-  removed by the next one that writes to the same place. An earlier `directory` is there until the
-  end, and its remains after that are `.NAME.partial-*.old`, should the machine fail just then.
+  All files are synced to disk before the replacement. After an error the new directory is removed;
+  one left by a killed process is removed by the next process that writes to the same path. The
+  earlier `directory` stays until the end; if the machine fails during the replacement itself, it is
+  kept as `.NAME.partial-*.old`.
   """
   stem = f'.{directory.name}.partial-{socket.gethostname()}-'
   _sweep(directory.parent, stem)
@@ -149,7 +151,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, stem: str) -> None:
-  """Removes what processes of this machine began and were killed over."""
+  """Removes directories that killed processes of this machine left."""
   if not parent.is_dir():
     return
   for file in parent.iterdir():
@@ -169,9 +171,9 @@ def _is_running(pid: int) -> bool:
 
 
 def _sync(directory: Path) -> None:
-  """Waits until a directory and all in it are on the disk."""
-  for place, _, files in os.walk(directory, topdown=False):
-    for name in (*(os.path.join(place, file) for file in files), place):
+  """Waits until a directory and everything in it are on the disk."""
+  for parent, _, files in os.walk(directory, topdown=False):
+    for name in (*(os.path.join(parent, file) for file in files), parent):
       _sync_file(name)
 
 
@@ -185,7 +187,7 @@ def _sync_file(path: Path | str) -> None:
 
 
 def _rename(partial: Path, directory: Path) -> None:
-  """Puts `partial` in the place of `directory`."""
+  """Replaces `directory` by `partial`; restores it if that fails."""
   old = None
   if directory.exists():
     old = partial.with_name(partial.name + '.old')

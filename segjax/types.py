@@ -1,4 +1,4 @@
-"""The arrays that travel between the stages, as frozen dataclasses, and the shape letters.
+"""The arrays that travel between the stages, as frozen trees, and the shape letters.
 
 No mathematics here: that is `segjax.rl`.
 
@@ -14,17 +14,18 @@ token t was drawn FROM (the hidden state of token t-1); `value[t]` is read at th
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 
 def _pytree(cls):
-  """A frozen dataclass whose fields are arrays, known to jax as a pytree.
+  """Makes a frozen dataclass of arrays and registers it as a pytree.
 
   jax rebuilds trees with shapes, shardings and host arrays in place of the arrays, so unflattening
-  goes past `__init__` and the checks of shape that tests put there.
+  bypasses `__init__` and the checks of shape that tests install there.
   """
   cls = dataclasses.dataclass(frozen=True)(cls)
   names = [field.name for field in dataclasses.fields(cls)]
@@ -81,14 +82,14 @@ class Normalizer:
 )
 @dataclasses.dataclass(frozen=True)
 class PackingSlots:
-  """Where sequences lie in `rows` rows of `width` tokens; arrays of integers, [M].
+  """Slots of M sequences in `rows` rows of `width` tokens; integer arrays, [M].
 
   Attributes:
-    sequence: which of the batch; -1 for none.
-    row: the row it is in.
-    offset: where it begins there.
-    length: its tokens; 0 for none.
-    group: so many sequences that follow each other belong together, as those of a pair.
+    sequence: its index in the batch; -1 for an unused slot.
+    row: the packed row that holds it.
+    offset: position of its first token in that row.
+    length: number of its tokens; 0 for an unused slot.
+    group: number of consecutive sequences that belong together, as 2 for pairs.
   """
 
   sequence: Any
@@ -103,7 +104,7 @@ class PackingSlots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-  """A batch in packed pieces: places with arrays [P, M], of which the first `count` are in use."""
+  """A batch in packed pieces: slots with arrays [P, M], of which the first `count` are used."""
 
   pieces: PackingSlots
   count: Any
@@ -132,13 +133,25 @@ class PreferenceBatch:
   """Pairs of responses to the same prompt, the first preferred to the second.
 
   Attributes:
-    rating_gap: the rating of the chosen response less that of the rejected one, NaN for a pair
-      without ratings; None if no pair of the data has any.
+    rating_gap: rating of the chosen response minus that of the rejected one; NaN for a pair without
+      ratings, None if no pair of the dataset has ratings.
   """
 
   chosen: Sequences
   rejected: Sequences
   rating_gap: Float[Array, 'B'] | None = None
+
+
+class PromptBatch(NamedTuple):
+  """Prompts, padded on the right, on the host or on the devices.
+
+  Attributes:
+    prompt_ids: token ids; the padding may be any valid id.
+    prompt_length: how many of the P tokens are real.
+  """
+
+  prompt_ids: Int[ArrayLike, 'B P']
+  prompt_length: Int[ArrayLike, 'B']
 
 
 @_pytree
@@ -150,7 +163,7 @@ class Rollout:
     response_mask: True on response tokens, stop token included.
     finished: True where the response ended in a stop token.
     old_logprob: log-prob under the sampling policy, unfiltered, at temperature 1.
-    attended: the response tokens that attention sees; None for all.
+    attended: True on response tokens that attention sees; None for all.
     sample_logprob: log-prob under the distribution drawn from: temperature, filters, bans.
   """
 
@@ -166,9 +179,9 @@ class Rollout:
 
 @_pytree
 class Experience:
-  """A rollout, scored: what the PPO update reads.
+  """A rollout with scores, rewards and advantages: the input of the PPO update.
 
-  `value_mask` marks the states whose value the critic learns: all of the response, or the first of
+  `value_mask` marks the states whose value the critic learns: the response, or the first token of
   each action where actions are segments.
   """
 

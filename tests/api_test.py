@@ -146,7 +146,7 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
     (lambda p: p.sample(['x'], max_new_tokens=0), '^max_new_tokens=0 must be at least 1'),
     (lambda p: p.sample(['x'], max_concurrent='4'), "^max_concurrent='4' must be of type int"),
     (lambda p: p.sample(['x'], samples=0), 'samples=0 must be at least 1'),
-    (lambda p: p.sample(['its ' * 200]), 'room for'),
+    (lambda p: p.sample(['its ' * 200]), r'prompt \d has \d+ tokens; with max_new_tokens=128'),
     (
       lambda p: p.segment(['x'], granularity='word'),
       "^granularity='word' is not one of segment, token, bandit",

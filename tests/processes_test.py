@@ -1,4 +1,4 @@
-"""Several processes on one machine: they meet, agree, and end as one process does."""
+"""Several processes on one machine join, agree on values, and give the results of one process."""
 
 import json
 import os
@@ -7,16 +7,16 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from segjax import processes, rendezvous
+from segjax import lost_peers, processes
 from segjax.data.batches import batch_indices
+from segjax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_QUICK = '--xla_backend_optimization_level=0'  # compiling is most of the time
+_NO_OPTIMIZATION = '--xla_backend_optimization_level=0'  # compiling is most of the time
 _SMALL = {
   'demo.sft_rows': 64,
   'demo.pairs': 64,
@@ -27,40 +27,46 @@ _SMALL = {
 }
 
 
-def _port():
+def _free_port():
   with socket.create_server(('localhost', 0)) as server:
     return server.getsockname()[1]
 
 
-def _start(workdir, number, *more):
-  """So many processes of one run, their output in files beside the working directory."""
-  port, environment = _port(), os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _QUICK}
-  started = []
+def _start(workdir, number, *flags):
+  """Starts all processes of one run; their output goes to files next to the working directory."""
+  port = _free_port()
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _NO_OPTIMIZATION}
+  flags = [*(f'--config.{key}={value}' for key, value in _SMALL.items()), *flags]
+  command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py']
+  command += [f'--workdir={workdir}', '--config.stages=demo,sft', *flags]
+  if number > 1:
+    command += [f'--coordinator=localhost:{port}', f'--num_processes={number}']
+  workers = []
   for index in range(number):
-    flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
-    if number > 1:
-      flags += [f'--coordinator=localhost:{port}', f'--num_processes={number}']
-      flags += [f'--process_id={index}']
-    command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py']
     with Path(f'{workdir}.{index}').open('w') as out:
-      started.append(
+      workers.append(
         subprocess.Popen(
-          [*command, f'--workdir={workdir}', '--config.stages=demo,sft', *flags, *more],
+          [*command, *([f'--process_id={index}'] if number > 1 else [])],
           stdout=out,
           stderr=subprocess.STDOUT,
           cwd=REPOSITORY,
           env=environment,
         )
       )
-  return started
+  return workers
 
 
-def _end(started, timeout=240):
+def _wait(workers, timeout=240):
+  """Returns the exit codes."""
   try:
-    return [process.wait(timeout) for process in started]
+    return [worker.wait(timeout) for worker in workers]
   finally:
-    for process in started:
-      process.kill()
+    for worker in workers:
+      worker.kill()
+
+
+def _output(workdir, index):
+  return Path(f'{workdir}.{index}').read_text()
 
 
 def _losses(workdir):
@@ -68,50 +74,168 @@ def _losses(workdir):
   return [json.loads(line)['train/loss'] for line in lines]
 
 
-def _saved(workdir):
-  place = workdir / 'sft' / 'checkpoints'
-  return [int(p.name) for p in place.iterdir() if p.name.isdecimal()] if place.is_dir() else []
+def _saved_steps(workdir):
+  directory = workdir / 'sft' / 'checkpoints'
+  names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+  return [int(name) for name in names if name.isdecimal()]
 
 
 def _wait_for_a_save(workdir):
   end = time.monotonic() + 200
-  while not _saved(workdir):
-    assert time.monotonic() < end, Path(f'{workdir}.0').read_text()[-2000:]
+  while not _saved_steps(workdir):
+    assert time.monotonic() < end, _output(workdir, 0)[-2000:]
     time.sleep(0.05)
 
 
-def test_two_end_as_one_and_a_signal_to_one_stops_both(tmp_path):
-  assert _end(_start(tmp_path / 'one', 1)) == [0]
-  started = _start(tmp_path / 'two', 2)
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_equal_one_and_a_signal_to_one_stops_both(tmp_path):
+  assert _wait(_start(tmp_path / 'one', 1)) == [0]
+  workers = _start(tmp_path / 'two', 2)
   _wait_for_a_save(tmp_path / 'two')
-  started[1].send_signal(signal.SIGTERM)
-  codes = _end(started)
-  out = Path(f'{tmp_path}/two.0').read_text()
-  assert codes == [75, 75], out[-3000:]
-  step = max(_saved(tmp_path / 'two'))
-  assert f'step {step} of 6 is saved' in out
-  assert _end(_start(tmp_path / 'two', 2)) == [0, 0]
-  assert f'resuming from step {step} of 6' in Path(f'{tmp_path}/two.0').read_text()
+  workers[1].send_signal(signal.SIGTERM)
+  codes = _wait(workers)
+  output = _output(tmp_path / 'two', 0)
+  assert codes == [75, 75], output[-3000:]
+  step = max(_saved_steps(tmp_path / 'two'))
+  assert f'step {step} of 6 is saved' in output
+  assert _wait(_start(tmp_path / 'two', 2)) == [0, 0]
+  assert f'resuming from step {step} of 6' in _output(tmp_path / 'two', 0)
   assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize('number, lost', [(2, 1), (4, 3), (2, 0)])
-def test_all_stop_where_one_is_killed_and_go_on_bit_for_bit(tmp_path, number, lost):
-  assert _end(_start(tmp_path / 'whole', number)) == [0] * number
-  started = _start(tmp_path / 'killed', number)
-  _wait_for_a_save(tmp_path / 'killed')
-  started[lost].kill()
-  begun = time.monotonic()
-  assert all(_end(started))
-  assert time.monotonic() - begun < 60
+def test_all_exit_when_one_is_killed_and_resume_bit_for_bit(tmp_path, number, lost):
+  uninterrupted, killed = tmp_path / 'uninterrupted', tmp_path / 'killed'
+  assert _wait(_start(uninterrupted, number)) == [0] * number
+  workers = _start(killed, number)
+  _wait_for_a_save(killed)
+  workers[lost].kill()
+  begin = time.monotonic()
+  assert all(_wait(workers))
+  assert time.monotonic() - begin < 60
   for index in set(range(number)) - {lost}:
-    out = Path(f'{tmp_path}/killed.{index}').read_text()
-    assert f'process {lost} (pid {started[lost].pid} on' in out, out[-3000:]
-  assert _end(_start(tmp_path / 'killed', number)) == [0] * number
-  assert _losses(tmp_path / 'killed') == _losses(tmp_path / 'whole')
-  weights = [tmp_path / name / 'sft/model/model.safetensors' for name in ('killed', 'whole')]
-  assert weights[0].read_bytes() == weights[1].read_bytes()
+    output = _output(killed, index)
+    assert f'segjax: lost process {lost}; restart all' in output, output[-3000:]
+    assert 'stack trace' not in output
+  assert _wait(_start(killed, number)) == [0] * number
+  assert _losses(killed) == _losses(uninterrupted)
+  first, second = (run / 'sft/model/model.safetensors' for run in (killed, uninterrupted))
+  assert first.read_bytes() == second.read_bytes()
+
+
+_JOIN = """
+import sys
+from absl import flags
+from segjax import main, processes
+from segjax.config import command_line
+from segjax.errors import UserError
+address, number, index, failing = sys.argv[1], *map(int, sys.argv[2:])
+def run(_):
+  processes.initialize(address, number, index, 10)
+  if index == failing:
+    raise UserError('not a directory.')
+  processes.barrier('end')
+command_line.parse_flags = lambda arguments: flags.FLAGS(arguments[:1])
+main.run(run)
+"""
+
+
+def _join(number, indices, failing=-1):
+  """Starts the processes `indices` of `number`; returns the lines of segjax in their output."""
+  address = f'localhost:{_free_port()}'
+  workers = [
+    subprocess.Popen(
+      [sys.executable, '-c', _JOIN, address, str(number), str(index), str(failing)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      cwd=REPOSITORY,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _NO_OPTIMIZATION},
+    )
+    for index in indices
+  ]
+  outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+  assert all(worker.returncode for worker in workers)
+  assert not any('stack trace' in output for output in outputs)
+  lines = [output.splitlines() for output in outputs]
+  return [[line for line in of_one if line.startswith('segjax: ')] for of_one in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_processes_that_do_not_join_are_named():
+  line = (
+    'segjax: processes 1, 3 did not join within 10 s (--join_timeout); start one process for '
+    'each index from 0.'
+  )
+  assert _join(4, [0, 2]) == [[line], [line]]
+  ((line,),) = _join(2, [1])
+  assert line.startswith('segjax: process 0 did not answer within 10 s (--join_timeout); check')
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize('failing', [0, 1])
+def test_a_user_error_of_one_process_is_one_line_in_each(failing):
+  lines = _join(2, [0, 1], failing)
+  assert lines[failing] == ['segjax: not a directory.']
+  assert lines[1 - failing] == [
+    f'segjax: process {failing} failed; see its output, then restart all processes to resume from '
+    'the last checkpoint.'
+  ]
+
+
+_FATAL = (
+  'F1125 23:16:04.633624 5149 client.h:80] Terminating process because the JAX distributed service '
+  'detected fatal errors. absl::Status: '
+)
+_SHUTDOWN = """INTERNAL: Shutdown barrier has failed.
+Barrier result: 'DEADLINE_EXCEEDED: Barrier timed out. Id: Shutdown::14355::0. This usually happens
+# of tasks that reached the barrier: 1/3.
+The first task at the barrier: 1. Some timed out task names:
+0
+2
+"""
+
+
+@pytest.mark.parametrize(
+  'status, sentence',
+  [
+    (
+      'DEADLINE_EXCEEDED\nRPC: /x.CoordinationService/RegisterTask\n',
+      'process 0 did not answer',
+    ),
+    (
+      'Barrier timed out. Some timed out task names:\n3\n1\n\nRPC: /x/RegisterTask\n',
+      'processes 1, 3 did not join within 5 s',
+    ),
+    ('UNAVAILABLE: tasks (stopped sending heartbeats):\n2\nThe tasks have', 'lost process 2; re'),
+    ('UNAVAILABLE: Failed to send RPC to coordination service.', 'lost process 0; restart all'),
+    (_SHUTDOWN, 'process 1 failed; see its output, then restart all processes'),
+  ],
+  ids=['no coordinator', 'missing', 'lost', 'coordinator lost', 'failed'],
+)
+def test_why_jax_aborted(status, sentence):
+  assert sentence in lost_peers.explain(_FATAL + status, '5 s')
+
+
+def test_stderr_is_copied_and_an_abort_is_one_line():
+  log = 'a warning\nE1125 23:16:04.6 5 coordination_service_agent.cc:289] Polled an error\n'
+  outputs = [
+    subprocess.run(
+      [sys.executable, '-m', 'segjax.lost_peers', '5 s'],
+      input=text,
+      capture_output=True,
+      text=True,
+      cwd=REPOSITORY,
+    ).stderr
+    for text in (log, f'{log}{_FATAL}UNAVAILABLE\n*** Check failure stack trace: ***\n')
+  ]
+  line = 'segjax: lost process 0; restart all processes to resume from the last checkpoint.\n'
+  assert outputs == [log, f'a warning\n{line}']
 
 
 _ROWS = """
@@ -119,68 +243,48 @@ import json, sys
 import jax, numpy as np
 from segjax import processes
 from segjax.data.batches import batch_indices
-from segjax.model.sharding import make_mesh, place_batch
-processes.join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 60)
-mesh, found = make_mesh(data=jax.device_count()), []
+from segjax.model.mesh import make_mesh
+from segjax.model.sharding import place_batch
+processes.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 60)
+mesh, steps = make_mesh(data=jax.device_count()), []
 for step in range(4):
-  placed = place_batch(batch_indices(16, 8, 0, step), mesh)
-  found.append([[s.index[0].start or 0, s.data.tolist()] for s in placed.addressable_shards])
-print(json.dumps(found))
+  batch = place_batch(batch_indices(16, 8, 0, step), mesh)
+  steps.append([[s.index[0].start or 0, s.data.tolist()] for s in batch.addressable_shards])
+print(json.dumps(steps))
 """
 
 
 def _rows(number):
-  """Of every step, what each process holds: (where in the batch it begins, rows)."""
-  address, environment = f'localhost:{_port()}', os.environ | {'XLA_FLAGS': _QUICK}
-  started = [
+  """Returns for every step the shards of all processes: (first row in the batch, row indices)."""
+  address = f'localhost:{_free_port()}' if number > 1 else ''
+  workers = [
     subprocess.Popen(
-      [sys.executable, '-c', _ROWS, address if number > 1 else '', str(number), str(index)],
+      [sys.executable, '-c', _ROWS, address, str(number), str(index)],
       stdout=subprocess.PIPE,
       text=True,
       cwd=REPOSITORY,
-      env=environment,
+      env=os.environ | {'XLA_FLAGS': _NO_OPTIMIZATION},
     )
     for index in range(number)
   ]
-  outs = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
-  return [[shard for out in outs for shard in out[step]] for step in range(4)]
+  outputs = [worker.communicate(timeout=120)[0].splitlines()[-1] for worker in workers]
+  steps = zip(*map(json.loads, outputs), strict=True)
+  return [[shard for shards in step for shard in shards] for step in steps]
 
 
-@pytest.mark.parametrize('number', [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize('number', [1, 2, 4])
 def test_processes_hold_disjoint_rows_in_one_order(number):
-  """However many there are, a step is the same rows, each held once; an epoch is each row once."""
-  held = _rows(number)
-  for step, shards in enumerate(held):
+  """The rows of a step do not depend on the number of processes; an epoch is each row once."""
+  steps = _rows(number)
+  for step, shards in enumerate(steps):
     assert len(shards) == number and {len(rows) for _, rows in shards} == {8 // number}
-    joined = [row for _, rows in sorted(shards) for row in rows]
-    assert joined == batch_indices(16, 8, 0, step).tolist()
+    batch = [row for _, rows in sorted(shards) for row in rows]
+    assert batch == batch_indices(16, 8, 0, step).tolist()
   for first in (0, 2):
-    epoch = [row for shards in held[first : first + 2] for _, rows in shards for row in rows]
+    epoch = [row for shards in steps[first : first + 2] for _, rows in shards for row in rows]
     assert sorted(epoch) == list(range(16))
-
-
-def _meet(indices, number, timeout=1.0):
-  """What each of the processes is told: None where all came."""
-  address = f'localhost:{_port()}'
-
-  def one(index):
-    try:
-      return rendezvous.meet(address, number, index, timeout)
-    except ValueError as error:
-      return str(error)
-
-  with ThreadPoolExecutor(len(indices)) as pool:
-    return list(pool.map(one, indices))
-
-
-def test_all_come():
-  assert _meet([0, 1, 2], 3, timeout=20) == [None] * 3
-
-
-def test_those_that_do_not_come_are_named():
-  for text in _meet([0, 2], 4):
-    assert text.startswith('process 1, 3 of 4 did not come within 1 s')
-  assert 'process 0 did not answer at localhost:' in _meet([1], 2)[0]
 
 
 @pytest.mark.parametrize(
@@ -192,19 +296,19 @@ def test_those_that_do_not_come_are_named():
   ],
 )
 def test_wrong_flags(address, number, index, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     processes.initialize(address, number, index)
 
 
-def test_the_script_of_a_slurm_job_is_alone(monkeypatch):
-  """Only what srun starts has a step; anything else would wait for processes that never come."""
+def test_a_slurm_batch_script_is_one_process(monkeypatch):
+  """Only srun sets the step; a batch script would wait for processes that never start."""
   monkeypatch.setenv('SLURM_NTASKS', '4')
   monkeypatch.delenv('SLURM_STEP_NODELIST', raising=False)
   processes.initialize()
   assert processes.process_count() == 1
 
 
-def test_one_process_needs_nobody(tmp_path):
+def test_one_process_communicates_nothing(tmp_path):
   processes.initialize()
   processes.barrier('alone')
   processes.check_shared_filesystem(tmp_path)

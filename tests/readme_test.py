@@ -1,7 +1,6 @@
 """README.md says what is so: commands parse, examples run, settings and messages exist."""
 
 import argparse
-import ast
 import copy
 import dataclasses
 import importlib.util
@@ -23,10 +22,9 @@ from ml_collections import config_flags
 
 import segjax.api
 from segjax import main
-from segjax.config import parse
+from segjax.config import parse, usage
 from segjax.config.settings import Segmentation, Settings
 from segjax.data.sources import as_conversation, as_pair, as_prompt
-from segjax.hf import cli as convert
 from segjax.jobs import dry_run, pipeline
 from segjax.train.custom_reward import load_function, token_rewards
 from segjax.types import Normalizer
@@ -59,18 +57,35 @@ def _commands():
 
 
 COMMANDS = _commands()
-RUNS = [words[3:] for words in COMMANDS if words[:3] == ['python', '-m', 'segjax.main']]
+RUNS = [
+  words[3:]
+  for words in COMMANDS
+  if words[:3] == ['python', '-m', 'segjax.main'] and words[-1] != '...'
+]
 TOOLS = [words[1:] for words in COMMANDS if words[0] == 'python' and words[1].startswith('tools/')]
-CONVERSIONS = [words[2:] for words in COMMANDS if words[:2] == ['segjax', 'convert']]
+ANSWERS = [
+  words[1:] for words in COMMANDS if words[0] == 'segjax' and words[1] not in ('convert', 'plan')
+]
 
 
 def test_there_is_something_to_read():
-  assert len(RUNS) >= 12 and len(TOOLS) >= 8 and len(CONVERSIONS) == 4
+  assert len(RUNS) >= 6 and len(TOOLS) >= 2 and len(ANSWERS) >= 5
   known = (['python', '-m', 'segjax.main'], ['python', '-m', 'pytest'])
   for words in COMMANDS:
     is_tool = words[0] == 'python' and words[1].startswith('tools/')
-    is_known = words[:3] in known or words[:2] in (['pip', 'install'], ['segjax', 'convert'])
-    assert is_tool or is_known, words
+    assert is_tool or words[:3] in known or words[0] == 'segjax' or words[:2] == ['pip', 'install']
+
+
+def test_readme_is_short():
+  assert len(README.split()) <= 2000
+
+
+@pytest.mark.parametrize('arguments', ANSWERS, ids=' '.join)
+def test_commands_that_print(arguments):
+  if '...' in arguments:  # `segjax ppo:local ...` starts a run
+    assert usage.config_argument(arguments[0])
+  else:
+    assert len(main.answer(arguments)) > 200
 
 
 @pytest.fixture(scope='module')
@@ -161,14 +176,6 @@ def test_tools_take_their_arguments(words, only_parse, monkeypatch):
     runpy.run_path(str(REPOSITORY / words[0]), run_name='__main__')
 
 
-@pytest.mark.parametrize('words', CONVERSIONS, ids=' '.join)
-def test_conversions_take_their_arguments(words, only_parse):
-  optional = [word.strip('[]') for word in words]
-  given = [re.sub(r'\|\w+', '', word) for word in optional]
-  with pytest.raises(_ParsedError):
-    convert.main(given)
-
-
 def test_plans_take_their_arguments():
   """In a process of their own, for absl knows each flag once."""
   plans = [words for words in TOOLS if words[0] == 'tools/plan.py']
@@ -221,6 +228,8 @@ def test_settings_in_backticks_exist():
       parse.check_key(name.lstrip('.'))
     elif name.startswith('.') and name.count('.') == 1:
       assert name[1:] in lasts or name in ('.jsonl', '.json', '.parquet', '.gz'), text
+    elif name.endswith('.html'):
+      continue
     elif '.' in name and name.partition('.')[0] in leaves:
       parse.check_key(name)
     elif '.' in name:
@@ -229,7 +238,7 @@ def test_settings_in_backticks_exist():
     else:
       continue
     seen += 1
-  assert seen > 60
+  assert seen > 25
 
 
 def test_rows_are_read_as_said():
@@ -264,7 +273,7 @@ def test_python_example_runs(place, monkeypatch, capsys):
   exec(compile(text, 'README.md', 'exec'), names)
   first, *segments = capsys.readouterr().out.splitlines()
   assert float(first.split()[0]) < 0
-  assert names['answer'].text and names['answer'] != names['other']
+  assert names['answer'].text and names['answer'] != names['second']
   scored = names['judge'].score([names['chat']])[0].segments
   assert scored and len(segments) > len(scored)
   last = scored[-1]  # at p = 1: Mean -0.2, Std 0.8
@@ -276,40 +285,3 @@ def test_named_functions_of_rl_exist():
 
   names = [name for text in INLINE for name in re.findall(r'^rl\.(\w+)$', text)]
   assert len(names) >= 5 and set(names) <= set(rl.__all__)
-
-
-def _messages():
-  """The texts in segjax/ as their source has them: … for what is put in; constants resolved."""
-  found = []
-  for path in (REPOSITORY / 'segjax').rglob('*.py'):
-    tree = ast.parse(path.read_text(encoding='utf-8'))
-    constants = {
-      node.targets[0].id: node.value.value
-      for node in tree.body
-      if isinstance(node, ast.Assign)
-      and isinstance(node.targets[0], ast.Name)
-      and isinstance(node.value, ast.Constant)
-      and isinstance(node.value.value, str)
-    }
-    for node in ast.walk(tree):
-      if isinstance(node, ast.JoinedStr):
-        found.append(''.join(_part(part, constants) for part in node.values))
-      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        found.append(node.value)
-  return found
-
-
-def _part(part, constants):
-  if isinstance(part, ast.Constant):
-    return part.value
-  return constants.get(getattr(part.value, 'id', None), '…')
-
-
-def test_messages_of_the_table_are_those_of_the_code():
-  _, _, table = README.partition('## Common errors\n')
-  table, _, _ = table.partition('\n## ')
-  quoted = re.findall(r'^\| `([^`]+)` \|', table, re.MULTILINE)
-  assert len(quoted) > 12
-  messages = _messages()
-  for text in quoted:
-    assert any(message.startswith(text) for message in messages), text

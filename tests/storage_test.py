@@ -23,29 +23,29 @@ def _write(directory, text):
     assert partial.parent == directory.parent and partial.name.startswith('.')
 
 
-def test_appears_whole_and_replaces(tmp_path):
+def test_creates_and_replaces(tmp_path):
   out = tmp_path / 'deep' / 'out'
-  _write(out, 'one')
-  _write(out, 'two')
-  assert _tree(tmp_path) == {'deep/out/sub/file': 'two'}
+  _write(out, 'old')
+  _write(out, 'new')
+  assert _tree(tmp_path) == {'deep/out/sub/file': 'new'}
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
-  _write(tmp_path / 'out', 'one')
+  _write(tmp_path / 'out', 'old')
 
   def fail():
     with storage.atomic_directory(tmp_path / 'out') as partial:
-      (partial / 'file').write_text('two')
+      (partial / 'file').write_text('new')
       raise RuntimeError('no')
 
   with pytest.raises(RuntimeError):
     fail()
-  assert _tree(tmp_path) == {'out/sub/file': 'one'}
+  assert _tree(tmp_path) == {'out/sub/file': 'old'}
 
 
 def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
   out = tmp_path / 'out'
-  _write(out, 'one')
+  _write(out, 'old')
   rename = storage.Path.rename
 
   def refuse(path, target):
@@ -55,35 +55,35 @@ def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
 
   monkeypatch.setattr(storage.Path, 'rename', refuse)
   with pytest.raises(OSError):
-    _write(out, 'two')
+    _write(out, 'new')
   monkeypatch.undo()
-  assert _tree(tmp_path) == {'out/sub/file': 'one'}
+  assert _tree(tmp_path) == {'out/sub/file': 'old'}
 
 
-def test_sweeps_what_killed_processes_left(tmp_path):
+def test_removes_directories_of_killed_processes(tmp_path):
   ended = subprocess.Popen(['true'])
   ended.wait()
   stem = f'.out.partial-{socket.gethostname()}-'
-  kept = [
+  others = [
     f'{stem}{os.getppid()}',  # still running
     f'{stem}{ended.pid}.old',  # an earlier checkpoint
     f'.out.partial-elsewhere-{ended.pid}',
     f'.other.partial-{socket.gethostname()}-{ended.pid}',
   ]
-  for name in (f'{stem}{ended.pid}', *kept):
+  for name in (f'{stem}{ended.pid}', *others):
     (tmp_path / name).mkdir()
-  _write(tmp_path / 'out', 'one')
-  assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*kept, 'out'])
+  _write(tmp_path / 'out', 'old')
+  assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, 'out'])
 
 
-def test_check(tmp_path):
+def test_check_target(tmp_path):
   own = ('config.json',)
   storage.check_target(tmp_path / 'new', own, overwrite=False)
   storage.check_target(tmp_path, own, overwrite=False)
   (tmp_path / 'model-00001-of-00002.safetensors').write_text('')
   (tmp_path / 'config.json').write_text('')
   storage.check_target(tmp_path, own, overwrite=True)
-  with pytest.raises(ValueError, match='not empty; name a new directory, or give --overwrite'):
+  with pytest.raises(ValueError, match='not empty; name a new directory, or use --overwrite'):
     storage.check_target(tmp_path, own, overwrite=False)
   with pytest.raises(ValueError, match='is also the source'):
     storage.check_target(tmp_path, own, overwrite=True, source=tmp_path / '.')

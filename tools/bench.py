@@ -1,9 +1,11 @@
-"""Times what must be fast; BENCHMARKS says what. The last line of output is one JSON object.
+"""Runs one benchmark of BENCHMARKS: prints a table and, as the last line, one JSON object.
 
-Not a test: timings depend on the machine. What is timed is checked for equality all the same.
+python tools/bench.py NAME [--FLAG=VALUE ...]
 
-To add a benchmark: write a module in `benchmarks/` with `add_flags` and a `run` that takes these
-flags, prints a table and returns what the JSON line holds, and name it in BENCHMARKS.
+Timings depend on the machine and are not tests, but the results of what is timed are checked.
+
+To add a benchmark, write a module in `benchmarks/` with `add_flags` and a `run` that takes these
+flags, prints a table and returns the fields of the JSON object, and add it to BENCHMARKS.
 """
 
 import argparse
@@ -13,19 +15,19 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = {
-  'rewards': 'from scores to advantages, against Python lists',
-  'convert': 'HF checkpoints to Orbax and back, against cp: memory and throughput',
-  'train': 'the policy update: tokens per second, share of the peak, packing against padding',
-  'metric_log': 'what writing metrics costs a step, and whether memory grows',
-  'checkpoint_save': 'how long a checkpoint keeps the training loop waiting',
-  'kill_resume': 'kills and damaged checkpoints: what is lost, and whether a bit differs',
+  'rewards': 'from scores to advantages, compared with loops over Python lists',
+  'convert': 'HF checkpoints to Orbax and back, compared with cp: throughput and memory',
+  'train': 'the policy update: tokens per second, model FLOPs utilisation, packing and padding',
+  'metric_log': 'time that metrics take per step, and whether memory grows',
+  'checkpoint_save': 'time for which saving a checkpoint blocks the training loop',
+  'kill_resume': 'kills and damaged checkpoints: steps lost, and whether any bit differs',
   'report': 'report.html of a long run: time to write, size, time to open in Chromium',
-  'decode': 'tokens per second against transformers, and the share of the roofline',
+  'decode': 'tokens per second, compared with transformers and with the memory roofline',
 }
 
 
 def main() -> None:
-  """Runs one benchmark."""
+  """Runs the benchmark that the command line names."""
   sys.path.insert(0, str(Path(__file__).parent))
   modules = {name: importlib.import_module(f'benchmarks.{name}') for name in BENCHMARKS}
   parser = argparse.ArgumentParser(description='Benchmarks; the last line is JSON.')

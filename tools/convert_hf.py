@@ -1,6 +1,6 @@
 """Converts checkpoints: import HF OUT, export CHECKPOINT OUT, verify HF [CHECKPOINT], inspect HF.
 
-The same as `segjax convert ...`; the work is in `segjax.hf`.
+Equals `segjax convert ...`; implemented in `segjax.hf`.
 """
 
 import sys

@@ -51,7 +51,7 @@ def main() -> None:
   from segjax.data.sources import load_rows
   from segjax.evaluation import annotate
   from segjax.hf.reader import resolve_checkpoint
-  from segjax.model.sharding import make_mesh
+  from segjax.model.mesh import make_mesh
   from segjax.report import html_report, segment_table
   from segjax.report.console import log
   from segjax.run.scorers import load_annotator

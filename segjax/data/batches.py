@@ -1,10 +1,10 @@
-"""Datasets of token ids, the batches gathered from them, and the order in which they come.
+"""Datasets of token ids, the batches gathered from them, and the order of the batches.
 
-Nothing is tokenised or cut here: that is `segjax.data.tokenize`. Order has no state:
-`batch_indices` finds the rows of any step from (seed, step) alone, so a run resumes by one integer.
+Text is tokenized and truncated by `segjax.data.tokenize`. The order has no state: `batch_indices`
+computes the rows of any step from (seed, step) alone, so a run resumes by one integer.
 
 Every dataset pads on the right to ONE length, so that each step compiles once. `gather` makes
-numpy arrays and hands each to `place`; a multi-host caller gives its own `place`.
+numpy arrays and passes each to `to_device`, which a multi-host caller provides.
 """
 
 import dataclasses
@@ -31,11 +31,29 @@ class TokenBatch(NamedTuple):
   mask: jax.Array
 
 
-class PromptBatch(NamedTuple):
-  """Prompts: prompt_ids int32 [B, P], padded on the right; prompt_length int32 [B]."""
+def pad_rows(
+  rows: Sequence[Any], width: int, fill: int | float, dtype: Any = np.int32
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pads rows of unequal length on the right to a rectangle.
 
-  prompt_ids: jax.Array
-  prompt_length: jax.Array
+  Args:
+    rows: B lists or arrays of at most `width` elements.
+    width: columns of the rectangle, W.
+    fill: value of the padding.
+    dtype: of the rectangle.
+
+  Returns:
+    (the padded rows [B, W], mask bool [B, W] that is True on elements of the rows).
+
+  Raises:
+    ValueError: a row is longer than `width`.
+  """
+  padded = np.full((len(rows), width), fill, dtype)
+  mask = np.zeros(padded.shape, bool)
+  for index, row in enumerate(rows):
+    padded[index, : len(row)] = row
+    mask[index, : len(row)] = True
+  return padded, mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Ragged:
 
   @classmethod
   def from_rows(cls, rows: Sequence[Any], dtype: Any) -> 'Ragged':
-    """Joins rows end to end."""
+    """Concatenates rows."""
     arrays = [np.asarray(row, dtype) for row in rows]
     lengths = [len(row) for row in arrays]
     return cls(np.concatenate([np.zeros(0, dtype), *arrays]), np.cumsum([0, *lengths]))
@@ -56,25 +74,21 @@ class Ragged:
     return self.values[self.offsets[:-1][index] : self.offsets[1:][index]]
 
   def take(self, indices: np.ndarray) -> 'Ragged':
-    """The rows at `indices`, in that order."""
+    """Returns the rows at `indices`, in that order."""
     return Ragged.from_rows([self[i] for i in indices], self.values.dtype)
 
   def lengths(self, indices: np.ndarray) -> np.ndarray:
-    """How long each of the rows is, [B]."""
+    """Returns the lengths of the rows at `indices`, [B]."""
     return (self.offsets[1:] - self.offsets[:-1])[indices]
 
   def pad(self, indices: np.ndarray, length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows padded on the right [B, length], how long each is [B])."""
-    lengths = self.lengths(indices)
-    position = np.arange(length)
-    is_real = position < lengths[:, None]
-    at = np.where(is_real, self.offsets[:-1][indices][:, None] + position, 0)
-    return np.where(is_real, self.values[at], fill).astype(self.values.dtype), lengths
+    """Returns the rows at `indices` padded by `pad_rows`, and their mask, [B, length] each."""
+    return pad_rows([self[i] for i in indices], length, fill, self.values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-  """Tokenised conversations; `trained` marks the assistant's tokens."""
+  """Tokenized conversations; `trained` marks the assistant's tokens."""
 
   tokens: Ragged
   trained: Ragged
@@ -86,20 +100,24 @@ class Conversations:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> TokenBatch:
-    """The rows at `indices` [B], each array handed to `place`."""
+  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> TokenBatch:
+    """Returns the rows at `indices` [B], each array passed to `to_device`."""
     ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
     mask, _ = self.trained.pad(indices, self.length, False)
-    return TokenBatch(place(ids), place(mask))
+    return TokenBatch(to_device(ids), to_device(mask))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Tokenised preferences, each side prompt and response together; `row` is the source's.
+  """Tokenized preferences, each side prompt and response together.
 
-  `rating_gap` is float32 [N], chosen less rejected, NaN where a row has no ratings. `truncated` is
-  bool [N]: which pairs were cut. The entropies, if there are any, are those of the tokens under the
-  reference, in nats.
+  Attributes:
+    row: index of each pair in its source, int64 [N].
+    rating_gap: rating of the chosen response minus that of the rejected one, float32 [N], NaN
+      for rows without ratings.
+    truncated: which pairs were truncated, bool [N].
+    chosen_entropy: entropies of the tokens under the reference, in nats, if they are cached.
+    rejected_entropy: the same for the rejected side.
   """
 
   chosen: Ragged
@@ -120,31 +138,30 @@ class Pairs:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> types.PreferenceBatch:
-    """The pairs at `indices` [B], both sides [B, S], each array handed to `place`.
+  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> types.PreferenceBatch:
+    """Returns the pairs at `indices` [B], both sides [B, S], each array passed to `to_device`.
 
-    `rating_gap` is None, and nothing is placed for it, where no row of the dataset has ratings.
+    `rating_gap` is None if no row of the dataset has ratings.
     """
 
     def side(tokens: Ragged, finished: np.ndarray, entropy: Ragged | None) -> types.Sequences:
-      ids, lengths = tokens.pad(indices, self.length, self.pad_id)
-      position = np.arange(self.length)
-      is_response = position >= self.prompt_length[indices][:, None]
-      mask = is_response & (position < lengths[:, None])
-      known = None if entropy is None else place(entropy.pad(indices, self.length, 0)[0])
-      return types.Sequences(place(ids), place(mask), place(finished[indices]), known)
+      ids, is_real = tokens.pad(indices, self.length, self.pad_id)
+      is_response = np.arange(self.length) >= self.prompt_length[indices][:, None]
+      cached = None if entropy is None else to_device(entropy.pad(indices, self.length, 0)[0])
+      mask = is_real & is_response
+      return types.Sequences(to_device(ids), to_device(mask), to_device(finished[indices]), cached)
 
     chosen = side(self.chosen, self.chosen_finished, self.chosen_entropy)
     rejected = side(self.rejected, self.rejected_finished, self.rejected_entropy)
     has_ratings = not np.isnan(self.rating_gap).all()
     return types.PreferenceBatch(
-      chosen, rejected, place(self.rating_gap[indices]) if has_ratings else None
+      chosen, rejected, to_device(self.rating_gap[indices]) if has_ratings else None
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Tokenised prompts; `row` is where each stands in `source`."""
+  """Tokenized prompts; `row` is the index of each in `source`."""
 
   tokens: Ragged
   row: np.ndarray
@@ -157,37 +174,37 @@ class Prompts:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, place: ToDevice = jnp.asarray) -> PromptBatch:
-    """The prompts at `indices` [B], each array handed to `place`."""
-    ids, lengths = self.tokens.pad(indices, self.length, self.pad_id)
-    return PromptBatch(place(ids), place(lengths.astype(np.int32)))
+  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> types.PromptBatch:
+    """Returns the prompts at `indices` [B], each array passed to `to_device`."""
+    ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
+    lengths = self.tokens.lengths(indices).astype(np.int32)
+    return types.PromptBatch(to_device(ids), to_device(lengths))
 
   def messages(self, index: SupportsIndex) -> list[Message]:
-    """The prompt as it was written, uncut, for display."""
+    """Returns the prompt as written, not truncated, for display."""
     row = int(self.row[index])
-    return as_prompt(self.source[row], self.source.where(row))
+    return as_prompt(self.source[row], self.source.location(row))
 
 
 def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-  """Splits by prompt: rows of one prompt never stand on both sides.
+  """Splits by prompt: all rows of one prompt are on the same side.
 
   Which prompts are held out depends on the prompts and the seed, not on the order of the rows.
   Both sides keep the dataset's length (one compile) and its counts.
 
   Args:
-    dataset: what an `encode_` function gave.
-    fraction: the held-out share of the rows, met or passed by less than one prompt; 0 holds out
-      none.
-    seed: of the choice.
+    dataset: dataset to split.
+    fraction: held-out fraction of the rows, rounded up to whole prompts; 0 holds out none.
+    seed: seed of the choice.
 
   Returns:
-    (kept, held out), each in the order of the dataset.
+    (training set, held-out set), each in the order of the dataset.
 
   Raises:
-    ValueError: the fraction is not in [0, 1), or leaves one side without a prompt.
+    ValueError: the fraction is not in [0, 1), or leaves no prompt to train on.
   """
   if not 0 <= fraction < 1:
-    raise UserError(f'holdout={fraction} must be at least 0 and below 1.')
+    raise UserError(f'holdout_fraction={fraction} must be at least 0 and below 1.')
   prompts, prompt_of_row, num_rows = np.unique(
     dataset.group, return_inverse=True, return_counts=True
   )
@@ -196,49 +213,49 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   held = order[before < fraction * len(dataset)]
   if len(held) == len(prompts):
     raise UserError(
-      f'holdout={fraction} of {len(prompts)} distinct prompts leaves none to train on; give '
-      'more data or a smaller share.'
+      f'holdout_fraction={fraction} of {len(prompts)} distinct prompts leaves none to train on; '
+      'provide more data or lower it.'
     )
   is_held = np.isin(prompt_of_row, held)
   return select(dataset, np.flatnonzero(~is_held)), select(dataset, np.flatnonzero(is_held))
 
 
 def select(dataset: Dataset, indices: np.ndarray) -> Dataset:
-  """The dataset of the rows at `indices`, in that order."""
+  """Returns the dataset of the rows at `indices`, in that order."""
   fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
-  taken = {k: v.take(indices) for k, v in fields.items() if isinstance(v, Ragged | np.ndarray)}
-  return dataclasses.replace(dataset, **taken)
+  arrays = {k: v.take(indices) for k, v in fields.items() if isinstance(v, Ragged | np.ndarray)}
+  return dataclasses.replace(dataset, **arrays)
 
 
 def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
-  """The rows of one training step: int64 [batch].
+  """Returns the rows of one training step, int64 [batch].
 
-  Each epoch is a permutation by (seed, epoch) cut into whole batches; only its tail, less than a
-  batch, is left out. Nothing is remembered between steps.
+  Each epoch is a permutation determined by (seed, epoch), split into full batches; its tail, less
+  than a batch, is left out.
 
   Args:
-    num_rows: of the dataset.
-    batch: rows a step.
-    seed: of the order.
-    step: 0-based, over all epochs.
+    num_rows: number of rows of the dataset.
+    batch: rows per step.
+    seed: seed of the order.
+    step: step over all epochs, from 0.
 
   Raises:
     ValueError: a batch is larger than the dataset.
   """
   if not 0 < batch <= num_rows:
     raise UserError(
-      f'a batch of {batch} rows cannot be drawn from {num_rows} rows; use a batch of 1 to '
-      f'{num_rows}, or more data.'
+      f'batch_size={batch} rows cannot be drawn from {num_rows} rows; use 1 to {num_rows}, or '
+      'provide more data.'
     )
   epoch, position = divmod(step, num_rows // batch)
   return _permutation(num_rows, seed, epoch)[position * batch : (position + 1) * batch].copy()
 
 
 def endless_batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
-  """The rows of one step out of an endless stream of epochs: int64 [batch].
+  """Returns the rows of one step in an endless stream of epochs, int64 [batch].
 
-  As `batch_indices`, but an epoch's tail goes into the next batch, and a batch may be larger than
-  the dataset: prompts are few and sampled from again.
+  Unlike in `batch_indices`, an epoch's tail is part of the next batch, and a batch may be larger
+  than the dataset: a few prompts can be sampled from repeatedly.
   """
   position = np.arange(step * batch, (step + 1) * batch)
   epoch, row = np.divmod(position, num_rows)
@@ -247,10 +264,10 @@ def endless_batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np
 
 
 def eval_batches(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
-  """Every row once, in order, for evaluation.
+  """Yields every row once, in order, for evaluation.
 
   Yields:
-    (indices [batch], how many of them are real); the last chunk repeats its last row to be full.
+    (indices [batch], number of real ones among them); the last batch repeats its last row.
   """
   for start in range(0, num_rows, batch):
     indices = np.arange(start, start + batch)

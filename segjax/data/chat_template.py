@@ -1,6 +1,6 @@
-"""What a chat template writes around the words of a conversation.
+"""Renders conversations by a chat template, and separates its text from the messages' own.
 
-No token ids here: those are `segjax.data.tokenizer`'s.
+Text only; token ids come from `segjax.data.tokenizer`.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,19 @@ from etils import epath
 from segjax.data.sources import Message
 from segjax.errors import UserError
 
-PROBE = 'Quokka'  # a word that no chat template writes by itself
+PROBE = 'Quokka'  # a word that chat templates do not contain
 
 
 def render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
-  """A conversation as the template writes it, perhaps with the header of the next answer.
+  """Returns a conversation rendered by the template.
+
+  Args:
+    tokenizer: tokenizer with the chat template.
+    messages: the conversation.
+    has_header: append the header of the assistant's next answer.
 
   Raises:
-    ValueError: the template refuses it.
+    ValueError: the template refuses the conversation.
   """
   import jinja2
 
@@ -31,7 +36,11 @@ def render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
 def answer_text(
   tokenizer: Any, messages: Sequence[Message], prompt: str, text: str, turn_end: str
 ) -> str:
-  """What the template adds to the prompt for one answer, without `turn_end`."""
+  """Returns what the template appends to the prompt for one answer, without `turn_end`.
+
+  Raises:
+    ValueError: the template changes the prompt, or ends this turn in another way.
+  """
   full = render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
   if not full.startswith(prompt):
     raise UserError(template_rewrites_error(prompt, full))
@@ -44,30 +53,30 @@ def answer_text(
 
 
 def implicit_system_turn(tokenizer: Any, turn_end: str, turn_close: str) -> str:
-  """What the template writes by itself before the first turn of a prompt without system message.
+  """Returns the turn that the template inserts before a prompt without system message.
 
-  As Llama-3.1's system block: BOS and all up to the end of that first turn, which is known by the
-  stop token. '' where the template writes no turn by itself; BOS alone is none.
+  Llama-3.1's system block is one: BOS and everything up to the end of that turn, which is
+  recognized by the stop token. '' if the template inserts no turn; BOS alone is not a turn.
 
   Args:
-    tokenizer: with the chat template.
-    turn_end: what the template writes after a turn.
-    turn_close: what of it reaches to the stop token.
+    tokenizer: tokenizer with the chat template.
+    turn_end: text that the template writes after a turn.
+    turn_close: beginning of `turn_end`, up to and including the stop token.
   """
-  before, found, _ = render(tokenizer, [{'role': 'user', 'content': PROBE}], True).partition(PROBE)
-  if not found or not turn_end.startswith(turn_close):
+  before, probe, _ = render(tokenizer, [{'role': 'user', 'content': PROBE}], True).partition(PROBE)
+  if not probe or not turn_end.startswith(turn_close):
     return ''
-  bos = tokenizer.bos_token or ''  # may be the stop token too, and is no turn
+  bos = tokenizer.bos_token or ''  # may also be the stop token
   start = len(bos) if before.startswith(bos) else 0
   for end in (turn_end, turn_close):
-    at = before.find(end, start)
-    if at >= 0:
-      return before[: at + len(end)]
+    position = before.find(end, start)
+    if position >= 0:
+      return before[: position + len(end)]
   return ''
 
 
 def load_template(chat_template: str) -> str:
-  """Jinja text as it is, or out of the file of that name."""
+  """Returns `chat_template` itself if it is Jinja text, else the content of the file it names."""
   if '{' in chat_template:
     return chat_template
   file = epath.Path(chat_template).expanduser()
@@ -77,11 +86,11 @@ def load_template(chat_template: str) -> str:
 
 
 def template_rewrites_error(before: str, after: str) -> str:
-  """The error for a template in which a longer conversation does not begin with the shorter."""
+  """Returns the error for a template that changes earlier turns when a turn is added."""
   pairs = zip(before, after, strict=False)
-  at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+  split = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+  part = slice(max(split - 10, 0), split + 20)
   return (
-    'the chat template rewrites what came before as the conversation goes on: it had '
-    f'{before[max(at - 10, 0) : at + 20]!r} and has {after[max(at - 10, 0) : at + 20]!r}; set '
-    'data.chat_template to one that only adds.'
+    'the chat template rewrites earlier turns when a turn is added: '
+    f'{before[part]!r} became {after[part]!r}; set data.chat_template to one that only appends.'
   )

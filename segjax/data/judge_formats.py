@@ -1,12 +1,12 @@
-"""Questions of the public judges, and their answers in the form that the judges' tools read.
+"""Reads questions of public judges and writes answers in the form that the judges' tools read.
 
-No model here: `segjax.jobs.answers` asks one. What was checked where:
+Answers are sampled by `segjax.jobs.answers`. Sources of the formats:
 
   AlpacaEval   https://github.com/tatsu-lab/alpaca_eval (README, "model_outputs"): a JSON list of
-               {instruction, output, generator}, with the question's `dataset` handed on
+               {instruction, output, generator}, with the question's `dataset` copied
   MT-Bench     https://github.com/lm-sys/FastChat/blob/main/fastchat/llm_judge/gen_model_answer.py
                and common.py: JSON lines of {question_id, answer_id, model_id, choices: [{index,
-               turns: [text]}], tstamp}, in a file named by the model
+               turns: [text]}], tstamp}, in a file named after the model
   Arena-Hard   https://github.com/lmarena/arena-hard-auto, v0.1 (gen_answer.py, gen_judgment.py):
                the same with turns: [{content, token_len}]
 """
@@ -32,7 +32,7 @@ OTHER_TEMPERATURE = 0.7
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What is asked, turn by turn; `id` is the judge's, `row` as it was published."""
+  """The turns of a question; `id` is the judge's, `row` the published row."""
 
   id: Any
   turns: tuple[str, ...]
@@ -40,13 +40,13 @@ class Question:
 
   @property
   def temperature(self) -> float:
-    """FastChat's for the question's category."""
+    """FastChat's temperature for the question's category."""
     return TEMPERATURES.get(self.row.get('category'), OTHER_TEMPERATURE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """The answers to a question's turns, and how many tokens each has."""
+  """The answers to a question's turns, and the number of tokens of each."""
 
   texts: tuple[str, ...]
   tokens: tuple[int, ...]
@@ -54,14 +54,14 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFormat:
-  """A public judge: how its questions are known and read, how answers are written.
+  """The file formats of a public judge.
 
   Attributes:
-    name: of the judge.
-    keys: that its questions have.
-    read: a row -> (id, turns); None where the row is not of its form.
+    name: name of the judge.
+    keys: keys of its questions, for errors.
+    read: row -> (id, turns), or None if the row is not in this format.
     write: (question, answer, model's name, time) -> the answer as a row.
-    is_list: the answers are one JSON list in `model_outputs.json`, else JSON lines in NAME.jsonl.
+    is_list: answers are one JSON list in `model_outputs.json`, else JSON lines in NAME.jsonl.
   """
 
   name: str
@@ -71,7 +71,7 @@ class JudgeFormat:
   is_list: bool = False
 
   def file_name(self, model: str) -> str:
-    """The name under which the judge's tool looks for the answers."""
+    """Returns the file name that the judge's tool expects."""
     return 'model_outputs.json' if self.is_list else f'{model}.jsonl'
 
 
@@ -82,8 +82,10 @@ def _read_alpaca_eval(row: Row) -> tuple[Any, list[str]] | None:
 
 def _read_mt_bench(row: Row) -> tuple[Any, list[str]] | None:
   turns, number = row.get('turns'), row.get('question_id')
-  is_read = number is not None and isinstance(turns, list) and turns and all(map(_is_text, turns))
-  return (number, turns) if is_read else None
+  is_complete = (
+    number is not None and isinstance(turns, list) and turns and all(map(_is_text, turns))
+  )
+  return (number, turns) if is_complete else None
 
 
 def _read_arena_hard(row: Row) -> tuple[Any, list[str]] | None:
@@ -101,9 +103,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _write_alpaca_eval(question: Question, answer: Answer, model: str, time: float):
-  handed_on = {key: question.row[key] for key in ('dataset', 'datasplit') if question.row.get(key)}
+  copied = {key: question.row[key] for key in ('dataset', 'datasplit') if question.row.get(key)}
   text = answer.texts[0]
-  return handed_on | {'instruction': question.turns[0], 'output': text, 'generator': model}
+  return copied | {'instruction': question.turns[0], 'output': text, 'generator': model}
 
 
 def _write_mt_bench(question: Question, answer: Answer, model: str, time: float):
@@ -134,42 +136,45 @@ JUDGE_FORMATS = (
 
 
 def answer_id(question: Question, answer: Answer, model: str) -> str:
-  """An id that is the same whenever the same model gives the same answer."""
+  """Returns an id that is the same whenever the same model gives the same answer."""
   parts = [model, str(question.id), *question.turns, *answer.texts]
   return uuid.uuid5(_NAMESPACE, '\x1f'.join(parts)).hex
 
 
 def read_questions(rows: Rows) -> tuple[JudgeFormat, list[Question]]:
-  """(whose questions these are, the questions), known by the fields of the first row.
+  """Returns (the judge's format, its questions); the first row's fields determine the judge.
 
   Raises:
-    ValueError: the rows are of no judge's form, one differs from the first, or two share an id.
+    ValueError: the first row is not in a judge's format, another row differs from it, or two rows
+      share an id.
   """
   judge = next((judge for judge in JUDGE_FORMATS if judge.read(rows[0]) is not None), None)
   if judge is None:
-    forms = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGE_FORMATS)
+    formats = '; '.join(f'{judge.name}: {judge.keys}' for judge in JUDGE_FORMATS)
     raise UserError(
-      f'{rows.where(0)}: no question of a judge that is known ({forms}); found the keys '
+      f'{rows.location(0)}: not a question of a known judge ({formats}); its keys are '
       f'{", ".join(rows[0]) or "(none)"}.'
     )
-  questions, seen = [], {}
+  questions, row_of_id = [], {}
   for index, row in enumerate(rows):
-    found = judge.read(row)
-    if found is None:
+    content = judge.read(row)
+    location = rows.location(index)
+    if content is None:
       raise UserError(
-        f'{rows.where(index)}: not a question of {judge.name} ({judge.keys}) as the first row is; '
-        f'found {excerpt(row)}.'
+        f'{location}: {excerpt(row)} is not a question of {judge.name} ({judge.keys}), as the '
+        'first row is; remove it, or give each judge a file of its own.'
       )
-    number, turns = found
-    if number in seen and not judge.is_list:
-      raise UserError(f'{rows.where(index)}: the id {number!r} is that of row {seen[number]} too.')
-    seen[number] = index + 1
-    questions.append(Question(number, tuple(turns), dict(row)))
+    question_id, turns = content
+    if question_id in row_of_id and not judge.is_list:
+      first = row_of_id[question_id]
+      raise UserError(f'{location}: id {question_id!r} is already that of row {first}; change it.')
+    row_of_id[question_id] = index + 1
+    questions.append(Question(question_id, tuple(turns), dict(row)))
   return judge, questions
 
 
 def conversation(question: Question, answers: Sequence[str]) -> list[dict[str, str]]:
-  """The prompt of the turn after those answers: all that was said, and that turn's question."""
+  """Returns the prompt of the turn that follows `answers`: all earlier turns, then its question."""
   messages = []
   for asked, answered in zip(question.turns, answers, strict=False):
     messages.append({'role': 'user', 'content': asked})

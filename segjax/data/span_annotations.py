@@ -1,6 +1,6 @@
-"""Responses in which people marked what is wrong, and which token each character belongs to.
+"""Reads responses in which people marked errors, and maps their characters to tokens.
 
-No scores here: `segjax.evaluation.span_auc` asks a reward model.
+A reward model is compared with the marks in `segjax.evaluation.span_auc`.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ import numpy as np
 from jaxtyping import Int
 
 from segjax.data.files import Row, excerpt
+from segjax.data.limits import Limits, describe_counts, pair_lengths
 from segjax.data.sources import Message, Rows, as_prompt
-from segjax.data.tokenize import Limits, pair_lengths
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Characters start to end - 1 of a response, and what is wrong with them."""
+  """Characters start to end - 1 of a response, and the kind of error in them."""
 
   start: int
   end: int
@@ -37,24 +37,25 @@ class SpanAnnotation:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedSpans:
-  """A marked response as the model sees it.
+  """A marked response as token ids.
 
   Attributes:
-    ids: prompt and response, cut to length.
-    prompt_length: how many of them are the prompt's.
+    ids: prompt and response, truncated.
+    prompt_length: number of the prompt's tokens.
     finished: whether the response kept its stop token.
-    owner: of each character, the token of the response that completes it; -1 where that was cut.
-    spans: all of them, cut or not.
+    token_of_char: for each character of the response, the index of the response token that
+      completes it; -1 if that token was truncated.
+    spans: all marked spans, including truncated ones.
   """
 
   ids: list[int]
   prompt_length: int
   finished: bool
-  owner: np.ndarray
+  token_of_char: np.ndarray
   spans: tuple[Span, ...]
 
 
-def as_span_annotation(row: Row, where: str = 'row') -> SpanAnnotation:
+def as_span_annotation(row: Row, location: str = 'row') -> SpanAnnotation:
   """Reads a marked response, in either of two forms:
 
     `messages` or `prompt`, `response`, and `spans`, a list of {start, end, type};
@@ -62,79 +63,89 @@ def as_span_annotation(row: Row, where: str = 'row') -> SpanAnnotation:
     `feedback.errors`, a list of {start, end, `error type`} in `prediction 1`.
 
   Raises:
-    ValueError: any other form, or a span that is not inside of its response; names `where`.
+    ValueError: the row has another form, or a span is not inside its response; the message names
+      `location`.
   """
   if isinstance(row.get('prediction 1'), str) and isinstance(row.get('feedback'), dict):
-    prompt = [{'role': 'user', 'content': _question(row, where)}]
-    return SpanAnnotation(prompt, row['prediction 1'], _spans(row, 'feedback', 'error type', where))
+    prompt = [{'role': 'user', 'content': _question(row, location)}]
+    return SpanAnnotation(
+      prompt, row['prediction 1'], _spans(row, 'feedback', 'error type', location)
+    )
   if isinstance(row.get('response'), str) and isinstance(row.get('spans'), list):
-    prompt = as_prompt({key: row.get(key) for key in ('messages', 'prompt')}, where)
-    return SpanAnnotation(prompt, row['response'], _spans(row, 'spans', 'type', where))
+    prompt = as_prompt({key: row.get(key) for key in ('messages', 'prompt')}, location)
+    return SpanAnnotation(prompt, row['response'], _spans(row, 'spans', 'type', location))
   raise UserError(
-    f'{where}: no marked response; it has `response` and `spans`, or `prediction 1` and '
-    f'`feedback`. Found the keys {", ".join(row) or "(none)"}.'
+    f'{location}: no marked response, which has `response` and `spans`, or `prediction 1` and '
+    f'`feedback`; found the keys {", ".join(row) or "(none)"}.'
   )
 
 
 def tokenize_spans(
   rows: Rows, tokenizer: ChatTokenizer, limits: Limits
 ) -> tuple[list[TokenizedSpans], dict[str, int]]:
-  """Marked responses cut as a pair's are (`pair_lengths`), and how many rows were cut or left out.
+  """Tokenizes marked responses, truncated as a pair's are (`pair_lengths`).
 
   Empty responses are left out (`dropped_empty`).
 
+  Returns:
+    (the tokenized responses, counts of rows read, truncated and dropped).
+
   Raises:
-    ValueError: a row that cannot be read, is too long under 'error', or none is left.
+    ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
   """
-  found = []
+  tokenized = []
   counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
   for index, row in enumerate(rows):
-    where = rows.where(index)
-    marked = as_span_annotation(row, where)
+    location = rows.location(index)
+    marked = as_span_annotation(row, location)
     if not marked.response.strip():
       counts['dropped_empty'] += 1
       continue
     try:
-      one, is_cut = _encode(marked, tokenizer, limits)
+      response, is_truncated = _tokenize(marked, tokenizer, limits)
     except ValueError as error:
-      raise UserError(f'{where}: {error}') from error
-    if is_cut and limits.overlong_policy == 'error':
+      raise UserError(f'{location}: {error}') from error
+    if is_truncated and limits.overlong_policy == 'error':
       raise UserError(
-        f'{where}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
+        f'{location}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
         'set data.overlong_policy to truncate_left or drop.'
       )
-    if is_cut and limits.overlong_policy == 'drop':
+    if is_truncated and limits.overlong_policy == 'drop':
       counts['dropped_overlong'] += 1
       continue
-    counts['truncated'] += is_cut
-    found.append(one)
-  if not found:
-    raise UserError(f'{rows.name}: none of its {len(rows)} rows is left ({counts}).')
-  return found, counts
+    counts['truncated'] += is_truncated
+    tokenized.append(response)
+  if not tokenized:
+    raise UserError(
+      f'{rows.name}: none of its {len(rows)} rows is left ({describe_counts(counts)}); raise '
+      'data.max_length or check the rows.'
+    )
+  return tokenized, counts
 
 
 def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.ndarray, 'length']:
-  """The token that completes each character of a text.
+  """Returns the index of the token that completes each character of a text.
 
-  Of the tokens that hold bytes of one character it is the last. White space that no token claims,
-  as tokenizers leave it before a word, is the following token's, at the end the last one's.
+  If several tokens hold bytes of one character, it is the last of them. White space outside of all
+  tokens, as tokenizers leave it before a word, belongs to the following token, at the end of the
+  text to the last one.
 
   Args:
-    offsets: (first character, last one + 1) of each token, in order.
-    length: characters of the text.
+    offsets: (first character, last character + 1) of each token, in order.
+    length: number of characters of the text.
   """
-  owner = np.full(length, -1)
+  token_of_char = np.full(length, -1)
   for token, (start, end) in enumerate(offsets):
-    owner[start:end] = token
+    token_of_char[start:end] = token
   following = len(offsets) - 1
-  for at in range(length - 1, -1, -1):
-    if owner[at] < 0:
-      owner[at] = following
-    following = owner[at]
-  return owner
+  for position in range(length - 1, -1, -1):
+    if token_of_char[position] < 0:
+      token_of_char[position] = following
+    following = token_of_char[position]
+  return token_of_char
 
 
-def _encode(
+def _tokenize(
   marked: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
 ) -> tuple[TokenizedSpans, bool]:
   prompt_text = tokenizer.prompt_text(marked.prompt)
@@ -142,41 +153,43 @@ def _encode(
   begin = _find(marked.response, text)
   (prompt,) = tokenizer.encode([prompt_text])
   response, offsets = tokenizer.encode_with_offsets(text)
-  length, kept, _ = pair_lengths(len(prompt), len(response), 0, limits)
-  of_text = character_tokens(offsets, len(text))
-  # The template may have taken white space off the response's ends: that is no token's.
-  at = begin + np.arange(len(marked.response))
-  is_there = (at >= 0) & (at < len(text))
-  owner = np.where(is_there, of_text[np.clip(at, 0, len(text) - 1)], -1)
-  is_cut = (length, kept) != (len(prompt), len(response))
-  one = TokenizedSpans(
-    ids=prompt[len(prompt) - length :] + response[:kept],
-    prompt_length=length,
-    finished=kept == len(response),
-    owner=np.where(owner < kept, owner, -1),
+  prompt_length, length, _ = pair_lengths(len(prompt), len(response), 0, limits)
+  token_of_text = character_tokens(offsets, len(text))
+  # Characters of white space that the template stripped from the response belong to no token.
+  position = begin + np.arange(len(marked.response))
+  is_in_text = (position >= 0) & (position < len(text))
+  token = np.where(is_in_text, token_of_text[np.clip(position, 0, len(text) - 1)], -1)
+  tokenized = TokenizedSpans(
+    ids=prompt[len(prompt) - prompt_length :] + response[:length],
+    prompt_length=prompt_length,
+    finished=length == len(response),
+    token_of_char=np.where(token < length, token, -1),
     spans=marked.spans,
   )
-  return one, is_cut
+  return tokenized, (prompt_length, length) != (len(prompt), len(response))
 
 
 def _find(response: str, text: str) -> int:
-  """Where the response begins in what the template made of it; the template may trim it."""
+  """Returns the position of the response in the rendered text; the template may strip it."""
+  position = text.find(response)
+  if position >= 0:
+    return position
   words = response.strip()
-  at = text.find(response)
-  if at >= 0:
-    return at
-  at = text.find(words)
-  if at < 0:
-    raise UserError('the chat template changes the words of the response; spans have no place.')
-  return at - response.index(words)
+  position = text.find(words)
+  if position < 0:
+    raise UserError(
+      'the chat template changes the words of the response, so that spans cannot be located; set '
+      'data.chat_template to one that keeps them.'
+    )
+  return position - response.index(words)
 
 
-def _question(row: Row, where: str) -> str:
-  """The passages, then the question, as the pairs made of this data have it."""
+def _question(row: Row, location: str) -> str:
+  """Returns the passages, then the question, as in the pairs built from this data."""
   question, passages = row.get('question'), row.get('passages')
   is_text = isinstance(question, str) and isinstance(passages, list)
   if not is_text or not all(isinstance(p, list) and all(map(_is_text, p)) for p in passages):
-    raise UserError(f'{where}: `question` must be a string and `passages` lists of strings.')
+    raise UserError(f'{location}: `question` must be a string and `passages` lists of strings.')
   joined = '\n'.join(' '.join(passage) for passage in passages)
   return f'Passages:\n{joined}\n\nQuestion: {question}'
 
@@ -185,18 +198,18 @@ def _is_text(value: Any) -> bool:
   return isinstance(value, str)
 
 
-def _spans(row: Row, key: str, kind: str, where: str) -> tuple[Span, ...]:
+def _spans(row: Row, key: str, kind: str, location: str) -> tuple[Span, ...]:
   response = row['response'] if key == 'spans' else row['prediction 1']
   listed = row[key] if key == 'spans' else row[key].get('errors')
   if not isinstance(listed, list):
-    raise UserError(f'{where}: `feedback.errors` must be a list, not {excerpt(listed)}.')
+    raise UserError(f'{location}: `feedback.errors` must be a list, not {excerpt(listed)}.')
   spans = []
   for item in listed:
     ends = [item.get(name) for name in ('start', 'end')] if isinstance(item, dict) else [None]
     if not all(isinstance(end, int) for end in ends) or not 0 <= ends[0] < ends[1] <= len(response):
       raise UserError(
-        f'{where}: the span {excerpt(item)} must have `start` < `end`, from 0 to {len(response)}, '
-        'as many characters as the response has.'
+        f'{location}: the span {excerpt(item)} must have `start` < `end`, both from 0 to '
+        f'{len(response)}, the number of characters of the response.'
       )
     spans.append(Span(*ends, str(item.get(kind) or 'unnamed')))
   return tuple(spans)

@@ -1,10 +1,9 @@
-"""A tokenizer that speaks chat: template, stop and pad ids, and which tokenizer it is.
+"""Tokenizers with a chat template: rendering, stop and pad ids, fingerprints.
 
-What the template writes is read by `segjax.data.chat_template`; no batches and no truncation
-here: those are `segjax.data.batches` and `segjax.data.tokenize`.
+Templates are rendered by `segjax.data.chat_template`; datasets are made by `segjax.data.tokenize`.
 
-Prompt and response are rendered together and tokenised APART, so no token ever spans the boundary
-between what the model is given and what it says.
+Prompt and response are rendered together and tokenized SEPARATELY, so that no token spans the
+boundary between the model's input and its output.
 """
 
 import dataclasses
@@ -22,21 +21,21 @@ from segjax.errors import UserError
 
 
 class MissingChatTemplateError(UserError):
-  """The tokenizer has no chat template, and none was given."""
+  """The tokenizer has no chat template, and none was provided."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTokenizer:
-  """A tokenizer with a chat template, and how that template ends a turn.
+  """A tokenizer with a chat template.
 
   Attributes:
     tokenizer: the fast `transformers` tokenizer.
     stop_ids: tokens that end a response; the first is the one that closes a turn.
-    pad_id: fills up rows; may equal a stop id, so masks never come from ids.
-    turn_end: what the template writes after an assistant's words.
-    turn_close: what of it a response keeps: up to and with the stop token.
-    preamble: the turn that the template writes by itself in front of a conversation without system
-      message, BOS included, as Llama-3.1's does; '' if it writes none.
+    pad_id: token of the padding; may equal a stop id, so masks never come from ids.
+    turn_end: text that the template writes after an assistant's words.
+    turn_close: beginning of `turn_end` that a response keeps, up to and including the stop token.
+    preamble: turn that the template inserts before a conversation without system message, with
+      BOS, as Llama-3.1's does; '' if it inserts none.
   """
 
   tokenizer: Any
@@ -47,21 +46,21 @@ class ChatTokenizer:
   preamble: str = ''
 
   def prompt_text(self, messages: Sequence[Message]) -> str:
-    """The conversation so far and the header that opens the assistant's turn."""
+    """Returns the conversation followed by the header that opens the assistant's turn."""
     return templates.render(self.tokenizer, list(messages), True)
 
   def response_texts(
     self, messages: Sequence[Message], prompt: str, responses: Sequence[str]
   ) -> list[str]:
-    """What the template adds to the prompt for each response, stop token last.
+    """Returns what the template appends to the prompt for each response, stop token last.
 
     Args:
       messages: the prompt.
       prompt: `prompt_text(messages)`.
-      responses: what the assistant might say.
+      responses: alternative answers of the assistant.
 
     Raises:
-      ValueError: the template writes the prompt differently once it is answered.
+      ValueError: the template changes the prompt once it is answered.
     """
     return [
       templates.answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
@@ -69,14 +68,14 @@ class ChatTokenizer:
     ]
 
   def turn_texts(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """A conversation as pieces of text, True for an assistant's turn, stop token included.
+    """Returns a conversation as pieces of text, True for assistant turns with their stop token.
 
-    Messages after the last assistant turn are left out, and what the template writes after a stop
-    token belongs to the piece that follows. A turn without words, or one that opens the
-    conversation, is not taken for an assistant's.
+    Messages after the last assistant turn are left out, and text of the template after a stop
+    token belongs to the following piece. A turn without words, or one that opens the conversation,
+    does not count as an assistant's.
 
     Raises:
-      ValueError: the template writes earlier turns differently as the conversation goes on.
+      ValueError: the template changes earlier turns when a turn is added.
     """
     pieces, done = [], ''
     for number, message in enumerate(messages):
@@ -94,7 +93,7 @@ class ChatTokenizer:
     return pieces
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, as they stand: no special token is added. One fast batch call."""
+    """Returns the token ids of each text, without added special tokens, by one batch call."""
     if not texts:
       return []
     encoded = self.tokenizer(
@@ -107,41 +106,41 @@ class ChatTokenizer:
     return encoded['input_ids']
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids as `encode` gives them, and (first character, last one + 1) of each token."""
+    """Returns token ids as `encode` and (first character, last character + 1) of each token."""
     encoded = self.tokenizer(
       text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     return encoded['input_ids'], [tuple(pair) for pair in encoded['offset_mapping']]
 
   def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-    """Token ids of `prompt_text`."""
+    """Returns the token ids of `prompt_text`."""
     return self.encode([self.prompt_text(messages)])[0]
 
   def response_ids(self, prompt_messages: Sequence[Message], text: str) -> list[int]:
-    """Token ids of one response, stop token last."""
+    """Returns the token ids of one response, stop token last."""
     prompt = self.prompt_text(prompt_messages)
     return self.encode(self.response_texts(prompt_messages, prompt, [text]))[0]
 
   def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
-    """The text of token ids, by default without special tokens."""
+    """Returns the text of token ids, by default without special tokens."""
     return self.tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
     )
 
   @property
   def special_ids(self) -> set[int]:
-    """Tokens that are no text: those that open, close and pad."""
+    """Ids of tokens that are not text: those that open, close and pad."""
     added = self.tokenizer.added_tokens_decoder
     return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
   def ids_ending_in(self, delimiters: Sequence[str]) -> tuple[int, ...]:
-    """The tokens whose own text ends in a delimiter, trailing spaces aside, in ascending order.
+    """Returns the ids of tokens whose text ends in a delimiter, ignoring trailing spaces, sorted.
 
-    Special tokens are never among them. A delimiter that the vocabulary splits over tokens is in
+    Special tokens are excluded. A delimiter that the vocabulary splits over several tokens matches
     none of them.
 
     Args:
-      delimiters: texts that end a sentence; '.', '!', '?' and a newline, say.
+      delimiters: texts that end a sentence, for example '.', '!', '?' and a newline.
 
     Raises:
       ValueError: no token ends in any of them.
@@ -149,38 +148,40 @@ class ChatTokenizer:
     ids = sorted({*self.tokenizer.get_vocab().values()} - self.special_ids)
     texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     ends = tuple(delimiters)
-    found = tuple(i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends))
-    if not found:
+    matches = tuple(
+      i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends)
+    )
+    if not matches:
       raise UserError(
-        f'config.reward.segmentation.delimiters: no token ends in one of {list(ends)}; '
-        'name '
-        "others, or set config.reward.segmentation.boundary to 'entropy'."
+        f'segmentation.delimiters={list(ends)}: no token ends in one of them; choose others, or '
+        "set segmentation.boundary to 'entropy'."
       )
-    return found
+    return matches
 
 
 def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
-  """Loads tokenizer.json and its companions and learns from the template how a turn ends.
+  """Loads a tokenizer in HF form and determines from its chat template how a turn ends.
 
   Args:
-    directory: local or on a bucket (gs://).
-    chat_template: Jinja text, or the path of a file with it; '' takes the tokenizer's own.
+    directory: local, or on a bucket (gs://).
+    chat_template: Jinja text, or the path of a file with it; '' uses the tokenizer's own.
 
   Raises:
-    ValueError: no tokenizer, no chat template, no way to stop, or a template that does not suit.
+    ValueError: there is no tokenizer, no chat template or no token that ends a turn, or the
+      template changes earlier turns.
   """
   from transformers import PreTrainedTokenizerFast
 
-  place = epath.Path(directory).expanduser()
-  _read_tokenizer_json(place)  # says so clearly when it is not there
+  path = epath.Path(directory).expanduser()
+  _read_tokenizer_json(path)  # raises a clear error if it is missing
   with tempfile.TemporaryDirectory() as folder:
     if '://' in str(directory):
-      for entry in place.iterdir():
+      for entry in path.iterdir():
         if entry.suffix in ('.json', '.jinja') and 'index' not in entry.name:
           entry.copy(epath.Path(folder) / entry.name)
       local = folder
     else:
-      local = str(place)
+      local = str(path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
   if chat_template:
     tokenizer.chat_template = templates.load_template(chat_template)
@@ -190,19 +191,19 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
       'or a file with it).'
     )
   try:
-    return _with_turn_end(tokenizer, _generation_stops(place))
+    return _with_turn_end(tokenizer, _generation_stops(path))
   except ValueError as error:
     raise UserError(f'{directory}: {error}') from error
 
 
 def tokenizer_fingerprint(directory: str) -> str:
-  """Says which tokenizer it is: equal for two that give every text the same ids.
+  """Returns a hash that is equal for tokenizers that give every text the same ids.
 
-  sha256 over the vocabulary, merges, added tokens, normaliser and pre-tokenizer of tokenizer.json.
-  Chat template, padding, pad token, truncation and post-processor do not count.
+  The hash is sha256 of the vocabulary, merges, added tokens, normalizer and pre-tokenizer of
+  tokenizer.json. Chat template, padding, pad token, truncation and post-processor do not count.
 
   Raises:
-    ValueError: no tokenizer.json there.
+    ValueError: `directory` has no tokenizer.json.
   """
   content = _read_tokenizer_json(epath.Path(directory).expanduser())
   model = content['model']
@@ -214,25 +215,25 @@ def tokenizer_fingerprint(directory: str) -> str:
   return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _read_tokenizer_json(place: epath.Path) -> dict[str, Any]:
-  file = place / 'tokenizer.json'
+def _read_tokenizer_json(path: epath.Path) -> dict[str, Any]:
+  file = path / 'tokenizer.json'
   if not file.exists():
     raise UserError(
-      f'{place}: no tokenizer.json there; write one with '
+      f'{path} has no tokenizer.json; write one with '
       'AutoTokenizer.from_pretrained(...).save_pretrained(...).'
     )
   return json.loads(file.read_text())
 
 
-def _generation_stops(place: epath.Path) -> list[int]:
-  """The eos_token_id of generation_config.json: an int, a list or nothing."""
-  file = place / 'generation_config.json'
+def _generation_stops(path: epath.Path) -> list[int]:
+  """Returns the ids in eos_token_id of generation_config.json, which is an int, a list or null."""
+  file = path / 'generation_config.json'
   stops = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
   return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
-  """Renders a short conversation and reads from it how an assistant's turn ends."""
+  """Renders a short conversation and determines from it how an assistant's turn ends."""
   messages = [{'role': 'user', 'content': 'Hello'}]
   prompt = templates.render(tokenizer, messages, True)
   _check_bos(tokenizer, prompt)
@@ -241,13 +242,13 @@ def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer
   )
   if not answered.startswith(prompt):
     raise UserError(templates.template_rewrites_error(prompt, answered))
-  _, found, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
-  if not found:
+  _, probe, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
+  if not probe:
     raise UserError("the chat template leaves out the assistant's words; check data.chat_template.")
   eos = tokenizer.eos_token_id
-  known = {*tokenizer.added_tokens_decoder, *generation_stops, eos}
+  candidates = {*tokenizer.added_tokens_decoder, *generation_stops, eos}
   ids = tokenizer(turn_end, add_special_tokens=False)['input_ids'] if turn_end else []
-  stop = next((i for i in ids if i in known), None)
+  stop = next((i for i in ids if i in candidates), None)
   if stop is not None:
     token = tokenizer.convert_ids_to_tokens(stop)
     turn_close = turn_end[: turn_end.index(token) + len(token)]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from segjax import processes
+from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -84,9 +85,9 @@ def read_texts(rows: Rows) -> Iterator[Text]:
     UserError: the last message of a row is not the assistant's.
   """
   for index, row in enumerate(rows):
-    messages = as_conversation(row, rows.where(index))
+    messages = as_conversation(row, rows.location(index))
     if messages[-1]['role'] != 'assistant':
-      raise UserError(f'{rows.where(index)}: the last message is not the assistant’s.')
+      raise UserError(f'{rows.location(index)}: the last message is not the assistant’s.')
     yield messages[:-1], messages[-1]['content']
 
 
@@ -128,13 +129,14 @@ def text_batches(
         )
     # Few widths, so that few programs are compiled.
     width = min(max_length, max(_MIN_WIDTH, 1 << (max(lengths) - 1).bit_length()))
-    ids = np.full((batch_size, width), tokenizer.pad_id, np.int32)
-    mask, finished = np.zeros((batch_size, width), bool), np.zeros(batch_size, bool)
+    rows = [prompt + response for prompt, response in tokenized]
+    rows += [[]] * (batch_size - len(rows))
+    ids, mask = pad_rows(rows, width, tokenizer.pad_id)
+    finished = np.zeros(batch_size, bool)
     spans = []
     for row, (prompt, response) in enumerate(tokenized):
       spans.append(slice(len(prompt), lengths[row]))
-      ids[row, : lengths[row]] = prompt + response
-      mask[row, spans[row]] = True
+      mask[row, : len(prompt)] = False
       finished[row] = bool(response) and response[-1] in tokenizer.stop_ids
     arrays = sharding.place_batch((ids, mask, finished), annotator.mesh)
     yield TextBatch(chunk, [response for _, response in tokenized], spans, Sequences(*arrays))

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from segjax import processes
+from segjax.data.batches import pad_rows
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.types import Segments, Sequences
@@ -76,7 +77,7 @@ def figures(
     'responses': len(responses),
     'spans': len(spans),
     'spans_cut': sum(
-      bool((response.owner[span.start : span.end] < 0).all()) for response, span in spans
+      bool((response.token_of_char[span.start : span.end] < 0).all()) for response, span in spans
     ),
     'characters': inside + outside,
     'marked': inside / max(inside + outside, 1),
@@ -97,12 +98,12 @@ def rank_segments(
   """
   rows = []
   for number, (response, (reward, segment)) in enumerate(zip(responses, rewards, strict=True)):
-    in_selected, in_any = (np.zeros(len(response.owner), bool) for _ in range(2))
+    in_selected, in_any = (np.zeros(len(response.token_of_char), bool) for _ in range(2))
     for span in response.spans:
       in_any[span.start : span.end] = True
       in_selected[span.start : span.end] |= is_selected(span)
-    has_token = response.owner >= 0
-    token = response.owner[has_token]
+    has_token = response.token_of_char >= 0
+    token = response.token_of_char[has_token]
     in_segment = segment[token] >= 0
     token = token[in_segment]
     in_selected, in_any = (x[has_token][in_segment] for x in (in_selected, in_any))
@@ -121,10 +122,9 @@ def _padded(
   batch: Sequence[TokenizedSpans], width: int
 ) -> tuple[Int[np.ndarray, 'B S'], Bool[np.ndarray, 'B S'], Bool[np.ndarray, 'B']]:
   """Returns (ids, mask of the response, whether it is finished)."""
-  ids, mask = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), bool)
-  for row, response in enumerate(batch):
-    ids[row, : len(response.ids)] = response.ids
-    mask[row, response.prompt_length : len(response.ids)] = True
+  ids, mask = pad_rows([response.ids for response in batch], width, 0)
+  prompt_length = np.array([response.prompt_length for response in batch])
+  mask &= np.arange(width) >= prompt_length[:, None]
   return ids, mask, np.array([response.finished for response in batch])
 
 

@@ -1,6 +1,6 @@
-"""The command line of the conversions: `segjax convert ...` and `tools/convert_hf.py ...`.
+"""Command line of the conversions: `segjax convert ...` and `tools/convert_hf.py ...`.
 
-Flags and messages only. Nothing heavy is imported before it is needed: `inspect` needs no jax.
+Flags and messages only. Heavy packages are imported where they are used: `inspect` needs no jax.
 """
 
 import argparse
@@ -23,17 +23,16 @@ _UNITS = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9, 'KIB': 2**10, 'MIB': 2**
 
 
 def main(arguments: Sequence[str], prog: str = 'segjax convert') -> int:
-  """Runs one command; returns the exit code, 0 only where all went well.
+  """Runs one command and returns the exit code, 0 on success.
 
-  What is wrong with the input is said in one line on standard error; SEGJAX_TRACEBACK=1 shows
-  where it came from.
+  Errors are one line on standard error; SEGJAX_TRACEBACK=1 shows the traceback.
   """
   flags = _parser(prog).parse_args(arguments)
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   try:
     return flags.run(flags)
   except KeyboardInterrupt:
-    print(f'{prog}: interrupted; nothing was left', file=sys.stderr)
+    print(f'{prog}: interrupted; no partial output was kept', file=sys.stderr)
   except (ValueError, OSError, ImportError) as error:
     if os.environ.get('SEGJAX_TRACEBACK'):
       raise
@@ -41,11 +40,11 @@ def main(arguments: Sequence[str], prog: str = 'segjax convert') -> int:
   return 1
 
 
-def size(text: str) -> int:
-  """Bytes of '5GB', '500 MiB' or '1000000'.
+def parse_size(text: str) -> int:
+  """Returns the number of bytes of '5GB', '500 MiB' or '1000000'.
 
   Raises:
-    ValueError: where it is none of these, or not positive.
+    ValueError: the text is not a size, or not positive.
   """
   match = re.fullmatch(r'([\d.]+)\s*([KMG]I?B)?', text.strip().upper())
   try:
@@ -53,24 +52,24 @@ def size(text: str) -> int:
   except ValueError:
     count = 0
   if count <= 0:
-    raise UserError(f'{text!r} is no size; write 5GB, 500MB or 2GiB.')
+    raise UserError(f'{text!r} is not a size; use 5GB, 500MB or 2GiB.')
   return count
 
 
-def metrics(items: Sequence[str]) -> dict[str, float]:
-  """Numbers by name, of NAME=VALUE and of JSON files; names in nested objects are joined by '/'.
+def parse_metrics(items: Sequence[str]) -> dict[str, float]:
+  """Returns numbers by name from NAME=VALUE and JSON files; nested names are joined by '/'.
 
   Raises:
-    ValueError: where one is neither.
+    ValueError: an item is neither.
   """
-  found: dict[str, float] = {}
+  metrics: dict[str, float] = {}
   for item in items:
     name, equals, value = item.partition('=')
     if equals:
-      found[name] = float(value)
+      metrics[name] = float(value)
     else:
-      found |= _numbers(json.loads(Path(item).read_text(encoding='utf-8')))
-  return found
+      metrics |= _numbers(json.loads(Path(item).read_text(encoding='utf-8')))
+  return metrics
 
 
 def _numbers(value: Any, name: str = '') -> dict[str, float]:
@@ -83,46 +82,46 @@ def _numbers(value: Any, name: str = '') -> dict[str, float]:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog=prog, description='HF checkpoints to segjax checkpoints (Orbax) and back.'
+    prog=prog, description='Converts HF checkpoints to segjax checkpoints (Orbax) and back.'
   )
   commands = parser.add_subparsers(required=True, metavar='import|export|verify|inspect')
 
-  add = _command(commands, 'import', _import, 'HF checkpoint to a segjax checkpoint')
+  add = _command(commands, 'import', _import, 'import an HF checkpoint as a segjax checkpoint')
   add('hf', metavar='HF', help='directory or hub id')
-  add('out', metavar='OUT', help='directory to be written')
-  add('--role', choices=ROLES, default='policy', help='what it is to be (default policy)')
-  add('--dtype', default='', help="of the parameters (default the file's)")
-  add('--seed', type=int, default=0, help="for a critic's scalar head that HF does not have")
+  add('out', metavar='OUT', help='directory to write')
+  add('--role', choices=ROLES, default='policy', help='role of the imported model (default policy)')
+  add('--dtype', default='', help="dtype of the parameters (default the file's)")
+  add('--seed', type=int, default=0, help="seed of a critic's scalar head if HF has none")
   add('--strict', action='store_true', help='refuse NaN and infinity among the weights')
   add('--overwrite', action='store_true', help='replace a segjax checkpoint at OUT')
 
-  add = _command(commands, 'export', _export, 'segjax checkpoint to an HF directory')
+  add = _command(commands, 'export', _export, 'export a segjax checkpoint as an HF directory')
   add('checkpoint', metavar='CHECKPOINT', help="imported, or a training run's .../STEP/policy")
-  add('out', metavar='OUT', help='directory to be written')
-  add('--dtype', default='', help="of the files (default the parameters')")
-  add('--max_shard_size', default='5GB', help='of each safetensors file (default 5GB)')
+  add('out', metavar='OUT', help='directory to write')
+  add('--dtype', default='', help="dtype of the files (default the parameters')")
+  add('--max_shard_size', default='5GB', help='maximum size of a safetensors file (default 5GB)')
   add('--overwrite', action='store_true', help='replace a checkpoint at OUT')
   add('--source', default='', help="for a training run's item: the HF model it started from")
-  add('--role', choices=ROLES, default='', help="for a training run's item: what it is")
+  add('--role', choices=ROLES, default='', help="for a training run's item: its role")
   card = commands.choices['export'].add_argument_group('model card').add_argument
-  card('--base_model', default='', help='hub id (default what the source says)')
-  card('--stage', default='', help='what made it: sft, reward, ppo')
+  card('--base_model', default='', help="hub id (default the source's)")
+  card('--stage', default='', help='job that made the model: sft, reward, ppo')
   card('--recipe', default='', help='such as configs/ppo.py:llama3_8b_sft')
   card('--metrics', nargs='+', default=[], help='NAME=VALUE, or JSON files of numbers')
-  card('--dataset', default='', help='what the metrics were measured on')
-  card('--license', default='', help="the hub's identifier (default what the source says)")
+  card('--dataset', default='', help='dataset of the metrics')
+  card('--license', default='', help="the hub's identifier (default the source's)")
   card('--license_name', default='')
   card('--license_link', default='')
 
-  add = _command(commands, 'verify', _verify, 'logits here against transformers (needs torch)')
+  add = _command(commands, 'verify', _verify, "compare logits with transformers' (needs torch)")
   add('hf', metavar='HF', help='directory or hub id')
   add('checkpoint', metavar='CHECKPOINT', nargs='?', help='compare this one instead of HF itself')
   add('--ids', nargs='+', metavar='ID,ID,...', help='token sequences (default built-in ones)')
-  add('--length', type=int, default=0, help='of one random sequence instead')
-  add('--dtype', default='float32', help='to compute in (default float32)')
-  add('--tolerance', type=float, help='of the largest difference (default what fits the dtype)')
+  add('--length', type=int, default=0, help='length of one random sequence instead')
+  add('--dtype', default='float32', help='dtype of the computation (default float32)')
+  add('--tolerance', type=float, help='maximum difference (default by dtype)')
 
-  add = _command(commands, 'inspect', _inspect, 'names, shapes, dtypes, from headers only')
+  add = _command(commands, 'inspect', _inspect, 'print names, shapes, dtypes, from headers only')
   add('hf', metavar='HF', help='directory or hub id')
   return parser
 
@@ -136,7 +135,7 @@ def _command(commands: Any, name: str, function: Any, text: str) -> Any:
 def _import(flags: argparse.Namespace) -> int:
   from segjax.hf import convert
 
-  begun = time.perf_counter()
+  start = time.perf_counter()
   with _progress() as progress:
     out = convert.import_checkpoint(
       flags.hf,
@@ -148,19 +147,19 @@ def _import(flags: argparse.Namespace) -> int:
       overwrite=flags.overwrite,
       progress=progress,
     )
-  _say_done(out, begun)
+  _print_done('imported', out, start)
   return 0
 
 
 def _export(flags: argparse.Namespace) -> int:
   from segjax.hf import convert, model_card
 
-  begun = time.perf_counter()
-  described = model_card.Card(
+  start = time.perf_counter()
+  card = model_card.Card(
     base_model=flags.base_model,
     stage=flags.stage,
     recipe=flags.recipe,
-    metrics=metrics(flags.metrics),
+    metrics=parse_metrics(flags.metrics),
     dataset=flags.dataset,
     license=flags.license,
     license_name=flags.license_name,
@@ -171,20 +170,20 @@ def _export(flags: argparse.Namespace) -> int:
       flags.checkpoint,
       flags.out,
       dtype=flags.dtype,
-      max_shard_bytes=size(flags.max_shard_size),
+      max_shard_bytes=parse_size(flags.max_shard_size),
       overwrite=flags.overwrite,
-      card=described,
+      card=card,
       source=flags.source,
       role=flags.role,
       progress=progress,
     )
-  _say_done(out, begun)
+  _print_done('exported', out, start)
   return 0
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-  """A bar on a terminal, nothing elsewhere."""
+  """Shows a progress bar on a terminal, nothing elsewhere."""
   import tqdm
 
   lock = threading.Lock()
@@ -198,10 +197,10 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     yield update
 
 
-def _say_done(out: Path, begun: float) -> None:
+def _print_done(verb: str, out: Path, start: float) -> None:
   total = sum(file.stat().st_size for file in out.rglob('*') if file.is_file())
-  seconds = time.perf_counter() - begun
-  print(f'{out}: {total / 1e9:.2f} GB in {seconds:.1f} s')
+  seconds = time.perf_counter() - start
+  print(f'{verb} {out}: {total / 1e9:.2f} GB in {seconds:.1f} s')
 
 
 def _verify(flags: argparse.Namespace) -> int:

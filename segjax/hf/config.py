@@ -1,6 +1,6 @@
-"""config.json of an HF Llama against LlamaConfig, both ways.
+"""Converts config.json of an HF Llama to LlamaConfig and back.
 
-The names and shapes of tensors are `layout`'s.
+Names and shapes of tensors are mapped by `tensor_names`.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from typing import Any
 from segjax.errors import UserError
 from segjax.hf import checkpoint
 from segjax.hf.tensor_names import HEADS, SCORE
-from segjax.model.llama import LlamaConfig, RopeScaling
+from segjax.model.llama import LlamaConfig
+from segjax.model.rope import RopeScaling
 
 _ROPE_TYPES = ('default', 'linear', 'llama3')
 _REQUIRED = (
@@ -21,70 +22,70 @@ _REQUIRED = (
   'num_hidden_layers',
   'num_attention_heads',
 )
-# What models of experts call their number, in Mixtral's, Qwen's and DeepSeek's configs.
+# The key of the number of experts in Mixtral's, Qwen's and DeepSeek's configs.
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts')
 
 
 def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> LlamaConfig:
-  """The network that a config.json describes; what the file leaves out is HF Llama's default.
+  """Returns the network that a config.json describes; missing keys have HF Llama's defaults.
 
   Args:
     source: the parsed JSON, a config.json, or the directory that holds it.
-    runtime: fields of LlamaConfig that the file does not decide: dtype, remat, attention.
+    runtime: fields of LlamaConfig that are not in the file: dtype, remat, attention.
 
   Raises:
-    ValueError: where the model is no Llama, or one that this network does not compute exactly.
+    ValueError: the model is not a Llama, or not one that this network computes exactly.
   """
-  where, raw = 'config', source
+  location, raw = 'config', source
   if not isinstance(source, dict):
     file = Path(source)
     file = file / checkpoint.CONFIG if file.is_dir() else file
-    where, raw = str(file), checkpoint.read_json(file)
-  _check_supported(where, raw)
+    location, raw = str(file), checkpoint.read_json(file)
+  _check_supported(location, raw)
   heads = raw['num_attention_heads']
-  head_dim = _size(where, raw, 'head_dim', raw['hidden_size'] // heads)
-  kv_heads = _size(where, raw, 'num_key_value_heads', heads)
+  head_dim = _size(location, raw, 'head_dim', raw['hidden_size'] // heads)
+  kv_heads = _size(location, raw, 'num_key_value_heads', heads)
   if heads % kv_heads or head_dim % 2 or (not raw.get('head_dim') and raw['hidden_size'] % heads):
     raise UserError(
-      f'{where}: hidden_size={raw["hidden_size"]}, num_attention_heads={heads}, '
+      f'{location}: hidden_size={raw["hidden_size"]}, num_attention_heads={heads}, '
       f'num_key_value_heads={kv_heads}, head_dim={head_dim} do not fit: heads are a multiple of '
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
     )
-  longest = _size(where, raw, 'max_position_embeddings', 2048)
+  longest = _size(location, raw, 'max_position_embeddings', 2048)
   rope = checkpoint.rope_parameters(raw)
   fields = {key: raw[key] for key in _REQUIRED} | {
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,
     'max_position_embeddings': longest,
-    'rms_norm_eps': _number(where, raw, 'rms_norm_eps', 1e-6),
-    'rope_theta': _number(where, rope, 'rope_theta'),
-    'rope_scaling': _rope_scaling(where, rope, longest),
+    'rms_norm_eps': _number(location, raw, 'rms_norm_eps', 1e-6),
+    'rope_theta': _number(location, rope, 'rope_theta'),
+    'rope_scaling': _rope_scaling(location, rope, longest),
     'tie_word_embeddings': bool(raw.get('tie_word_embeddings')),
     'attention_bias': bool(raw.get('attention_bias')),
     'mlp_bias': bool(raw.get('mlp_bias')),
-    'initializer_range': _number(where, raw, 'initializer_range', 0.02),
+    'initializer_range': _number(location, raw, 'initializer_range', 0.02),
   }
   return LlamaConfig(**(fields | runtime))
 
 
 def head_name(raw: dict[str, Any]) -> str:
-  """What a raw config.json calls the scalar head's module; 'score' unless it says otherwise."""
+  """Returns the name of the scalar head's module by a raw config.json; 'score' by default."""
   return str(raw.get('value_head_prefix') or SCORE)
 
 
-def _size(where: str, raw: dict[str, Any], key: str, default: int) -> int:
-  """The positive integer raw[key]; `default` where it is absent, null or 0."""
+def _size(location: str, raw: dict[str, Any], key: str, default: int) -> int:
+  """Returns the positive integer raw[key]; `default` if it is absent, null or 0."""
   value = raw.get(key) or default
   if not _is_number(value) or value != int(value) or value <= 0:
-    raise UserError(f'{where}: {key} is {value!r}; it must be a positive integer.')
+    raise UserError(f'{location}: {key} is {value!r}; it must be a positive integer.')
   return int(value)
 
 
-def _number(where: str, raw: dict[str, Any], key: str, default: float | None = None) -> float:
-  """The positive number raw[key]; `default`, where there is one, for absent and null."""
+def _number(location: str, raw: dict[str, Any], key: str, default: float | None = None) -> float:
+  """Returns the positive number raw[key]; `default`, if provided, if it is absent or null."""
   value = default if raw.get(key) is None else raw[key]
   if not _is_number(value) or not 0 < value < math.inf:
-    raise UserError(f'{where}: {key} is {value!r}; it must be a positive number.')
+    raise UserError(f'{location}: {key} is {value!r}; it must be a positive number.')
   return float(value)
 
 
@@ -92,51 +93,53 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_supported(where: str, raw: dict[str, Any]) -> None:
-  """ValueError for a model that is no Llama, or has what this network does not compute."""
+def _check_supported(location: str, raw: dict[str, Any]) -> None:
+  """Raises ValueError unless the model is a Llama that this network computes."""
   kind = raw.get('model_type')
   if kind != 'llama':
-    raise UserError(f'{where}: model_type is {kind!r}; only llama models are read.')
+    raise UserError(f'{location}: model_type is {kind!r}; only llama models are read.')
   quantization = raw.get('quantization_config')
   if quantization:
     method = quantization.get('quant_method') if isinstance(quantization, dict) else None
     raise UserError(
-      f'{where}: quantization_config ({method or "unknown"}): quantized weights are not read; use '
-      'the unquantized checkpoint.'
+      f'{location}: quantization_config ({method or "unknown"}): quantized weights are not read; '
+      'use the unquantized checkpoint.'
     )
   activation = raw.get('hidden_act') or 'silu'
   if activation not in ('silu', 'swish'):
-    raise UserError(f'{where}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
+    raise UserError(f'{location}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
   window = raw.get('sliding_window')
   if window is not None and raw.get('use_sliding_window', True):
     raise UserError(
-      f'{where}: sliding_window is {window!r}; only attention to all earlier tokens is computed.'
+      f'{location}: sliding_window is {window!r}; only attention to all earlier tokens is computed.'
     )
   for key in _EXPERTS:
     if (raw.get(key) or 1) != 1:
       raise UserError(
-        f'{where}: {key} is {raw[key]!r}; mixtures of experts are not computed, only one MLP is.'
+        f'{location}: {key} is {raw[key]!r}; mixtures of experts are not computed, only one MLP is.'
       )
   for key in _REQUIRED:
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-      found = f'is {value!r}' if key in raw else 'is missing'
-      raise UserError(f'{where}: {key} {found}; it must be a positive integer.')
+      problem = f'is {value!r}' if key in raw else 'is missing'
+      raise UserError(f'{location}: {key} {problem}; it must be a positive integer.')
 
 
-def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling | None:
-  """The scaling of normalised RoPE parameters; None for plain RoPE."""
+def _rope_scaling(location: str, rope: dict[str, Any], longest: int) -> RopeScaling | None:
+  """Returns the scaling of normalized RoPE parameters; None for plain RoPE."""
   kind = rope['rope_type']
   if kind not in _ROPE_TYPES:
-    raise UserError(f'{where}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.')
+    raise UserError(
+      f'{location}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.'
+    )
   nested = [key for key, value in rope.items() if isinstance(value, dict)]
   if nested:
     raise UserError(
-      f'{where}: RoPE of its own for {nested[0]!r} layers is not computed; only one for all is.'
+      f'{location}: RoPE of its own for {nested[0]!r} layers is not computed; only one for all is.'
     )
   if rope['partial_rotary_factor'] != 1:
     raise UserError(
-      f'{where}: partial_rotary_factor={rope["partial_rotary_factor"]} is not computed; only 1, '
+      f'{location}: partial_rotary_factor={rope["partial_rotary_factor"]} is not computed; only 1, '
       'the rotation of the whole head, is.'
     )
   if kind == 'default':
@@ -145,21 +148,21 @@ def _rope_scaling(where: str, rope: dict[str, Any], longest: int) -> RopeScaling
   for key in needed:
     if not _is_number(rope.get(key)) or not 0 < rope[key] < math.inf:
       raise UserError(
-        f'{where}: rope type {kind!r} needs {key}, a positive number; found {rope.get(key)!r}.'
+        f'{location}: rope type {kind!r} needs {key}, a positive number; found {rope.get(key)!r}.'
       )
   if kind == 'linear':
     return RopeScaling('linear', float(rope['factor']))
   low, high = float(rope['low_freq_factor']), float(rope['high_freq_factor'])
   if low >= high:
     raise UserError(
-      f"{where}: rope type 'llama3' needs low_freq_factor below high_freq_factor; found {low:g} "
+      f"{location}: rope type 'llama3' needs low_freq_factor below high_freq_factor; found {low:g} "
       f'and {high:g}.'
     )
-  original = _size(where, rope, 'original_max_position_embeddings', longest)
+  original = _size(location, rope, 'original_max_position_embeddings', longest)
   return RopeScaling('llama3', float(rope['factor']), low, high, original)
 
 
-# What config_to_hf writes: these keys of a base config.json are replaced, all others are kept.
+# Keys of a base config.json that config_to_hf replaces; others are copied.
 _OWNED = (
   *_REQUIRED,
   'architectures',
@@ -176,7 +179,7 @@ _OWNED = (
   'rope_theta',
   'tie_word_embeddings',
 )
-# Left out of a base: a second spelling of what is written, code that is not copied, another head.
+# Keys of a base that are dropped: other spellings of replaced ones, code that is not copied, heads.
 _DROPPED = (
   'rope_parameters',
   'dtype',
@@ -199,24 +202,28 @@ def config_to_hf(
   base_config: dict[str, Any] | None = None,
   extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """The config.json of a model, which transformers 4 and 5 both read.
+  """Returns the config.json of a model, in a form that transformers 4 and 5 both read.
 
-  RoPE is written as rope_theta and rope_scaling, the one form that both know; a scalar head as
+  RoPE is written as rope_theta and rope_scaling, the only form that both read; a scalar head as
   LlamaForSequenceClassification with one label.
 
   Args:
-    dtype: of the weights; '' says nothing about it (torch_dtype of the base is kept).
-    base_config: the raw config.json that the model came from; keys unknown here are kept.
+    config: the network.
+    head: 'language' or 'scalar'.
+    dtype: dtype of the weights; '' keeps the base's torch_dtype.
+    base_config: raw config.json of the model's source, whose other keys are copied.
     extra: further keys, such as the ids of special tokens, which are null without base and extra.
 
   Raises:
-    ValueError: where `extra` contradicts what the config decides.
+    ValueError: `extra` has a key that the network determines.
   """
   if head not in HEADS:
     raise UserError(f'head={head!r} is not one of {HEADS}.')
-  wrong = sorted(set(extra or ()) & {*_OWNED, *_DROPPED})
-  if wrong:
-    raise UserError(f'extra config key {wrong[0]!r} is decided by the model; leave it out.')
+  conflicting = sorted(set(extra or ()) & {*_OWNED, *_DROPPED})
+  if conflicting:
+    raise UserError(
+      f'extra config key {conflicting[0]!r} is determined by the model; leave it out.'
+    )
   base = {k: v for k, v in (base_config or {}).items() if k not in _DROPPED}
   fields = {
     key: getattr(config, key)
@@ -237,9 +244,9 @@ def config_to_hf(
       'label2id': {'LABEL_0': 0},
       'value_head_prefix': SCORE,
     }
-  kept_dtype = (base_config or {}).get('dtype') or base.get('torch_dtype')
-  if dtype or kept_dtype:
-    written['torch_dtype'] = dtype or kept_dtype
+  base_dtype = (base_config or {}).get('dtype') or base.get('torch_dtype')
+  if dtype or base_dtype:
+    written['torch_dtype'] = dtype or base_dtype
   return dict.fromkeys(_SPECIAL_IDS) | base | written | (extra or {})
 
 

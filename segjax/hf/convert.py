@@ -1,13 +1,10 @@
-"""HF checkpoints to Orbax and back, piece by piece: memory holds a few pieces, not the model.
+"""Converts HF checkpoints to Orbax and back in pieces: memory holds a few pieces, not the model.
 
-An imported checkpoint is a directory with params/ (what an Orbax CheckpointManager restores, step
-0), hf/ (config.json, tokenizer files and the like of the source, byte for byte) and segjax.json
-(what the model is). Arrays that are on devices already are `writer`'s business.
+The layout of an imported checkpoint is defined in `imported`. Arrays that are already on devices
+are saved by `writer`.
 """
 
-import dataclasses
 import math
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +17,15 @@ from absl import logging
 
 from segjax import storage
 from segjax.errors import UserError
+from segjax.hf import imported, orbax_stream, reader, shards, tensor_names, writer
 from segjax.hf import model_card as cards
-from segjax.hf import orbax_stream, reader, shards, tensor_names, writer
-from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
-from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
-from segjax.hf.transpose import transpose_into
+from segjax.hf.checkpoint import resolve_checkpoint
+from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite, transpose_into
 
-DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
-Progress = Callable[[int, int], None]  # bytes that are done just now, of how many; from any thread
-HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
+Progress = Callable[[int, int], None]  # (bytes of a finished piece, total bytes); from any thread
 PIECE_BYTES = 1 << 24
 
-_VERSION = 1
-_STRIP_BYTES = 1 << 20  # transposed and written while it is in a core's cache
+_STRIP_BYTES = 1 << 20  # small enough to stay in a core's cache between transpose and write
 
 
 def import_checkpoint(
@@ -47,46 +40,50 @@ def import_checkpoint(
   piece_bytes: int = PIECE_BYTES,
   progress: Progress = lambda done, total: None,
 ) -> Path:
-  """Converts an HF checkpoint (directory or hub id) to Orbax.
+  """Converts an HF checkpoint to Orbax.
+
+  Takes nine parameters because most of them are flags of `segjax convert import`.
 
   Args:
-    role: policy, reward or critic. A critic may be made from a language model.
-    dtype: of the parameters; '' keeps the file's, so that an export gives the same bits.
-    seed: for the scalar head of a critic, where the source has none.
-    strict: refuse NaN and infinity among the weights, of which a warning is logged otherwise.
-    overwrite: replace an imported checkpoint that is at `out`.
-    piece_bytes: of a tensor, converted at once; also the size of the chunks that are stored.
+    source: directory or hub id.
+    out: directory to write.
+    role: policy, reward or critic. A critic may be imported from a language model.
+    dtype: dtype of the parameters; '' keeps the file's, so that an export gives the same bits.
+    seed: seed of the scalar head of a critic, if the source has none.
+    strict: refuse NaN and infinity among the weights, instead of logging a warning.
+    overwrite: replace an imported checkpoint at `out`.
+    piece_bytes: bytes of a tensor that are converted at once; also the size of the stored chunks.
     progress: called with each piece.
 
   Returns:
     The directory.
 
   Raises:
-    ValueError: where `out` is no place to write to, or the checkpoint is not one we read.
+    ValueError: `out` must not be written to, or the checkpoint cannot be read.
   """
   head = _head(role)
-  _check_dtype(dtype)
+  writer.check_dtype(dtype)
   out = Path(out).expanduser().absolute()
   origin = resolve_checkpoint(source)
-  storage.check_target(out, (DESCRIPTION, PARAMS, SOURCE), overwrite=overwrite, source=origin)
+  own = (imported.DESCRIPTION, imported.PARAMS, imported.SOURCE)
+  storage.check_target(out, own, overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
   checkpoint, entries = reader.open_model(origin, config, head)
   files = SliceReader(checkpoint)
   leaves = {
-    entry.path: _leaf(files, entry, reader.dtype_of(checkpoint, entry, dtype), piece_bytes)
+    entry.path: _leaf(files, entry, reader.resolve_dtype(checkpoint, entry, dtype), piece_bytes)
     for entry in entries
   }
-  for entry in tensor_names.tensor_mappings(config, head)[
-    len(entries) :
-  ]:  # the scalar head, or nothing
-    leaves[entry.path] = _drawn_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
+  # Of all tensors the checkpoint may lack the scalar head alone, which comes last.
+  for entry in tensor_names.tensor_mappings(config, head)[len(entries) :]:
+    leaves[entry.path] = _random_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
   total = sum(leaf.num_bytes for leaf in leaves.values())
   storage.check_space(out, total)
-  if strict and (found := reader.find_not_finite(checkpoint, entries)):
-    raise UserError(f'{found}; without --strict they are converted all the same.')
+  if strict and (message := reader.find_not_finite(checkpoint, entries)):
+    raise UserError(f'{message}; without --strict they are converted with a warning.')
   with storage.atomic_directory(out) as partial:
-    orbax_stream.write(partial / PARAMS, leaves, lambda done: progress(done, total))
-    _describe(partial, source, origin, role)
+    orbax_stream.write(partial / imported.PARAMS, leaves, lambda done: progress(done, total))
+    imported.write_description(partial, source, origin, role)
   if files.not_finite:
     logging.warning('%s', describe_not_finite(files.not_finite))
   return out
@@ -106,112 +103,88 @@ def export_checkpoint(
 ) -> Path:
   """Converts a checkpoint of ours to an HF checkpoint.
 
+  Takes nine parameters because most of them are flags of `segjax convert export`.
+
   Args:
-    checkpoint: what `import_checkpoint` wrote, or an item of a training run's checkpoints
-      (checkpoints/STEP/policy), whose parameters alone are taken.
-    dtype: of the files; '' keeps the parameters'.
-    overwrite: replace a checkpoint that is at `out`.
-    card: for README.md; what it does not say of base model and licence, the source does.
-    source: of a training run's item, the HF checkpoint that it was trained from.
-    role: likewise, what it is.
+    checkpoint: output of `import_checkpoint`, or an item of a training run's checkpoints
+      (checkpoints/STEP/policy), of which only the parameters are exported.
+    out: directory to write.
+    dtype: dtype of the files; '' keeps the parameters'.
+    max_shard_bytes: maximum size of a safetensors file.
+    overwrite: replace a checkpoint at `out`.
+    card: fields of README.md; missing base model and licence are those of the source.
+    source: for a training run's item, the HF checkpoint that it was trained from.
+    role: for a training run's item, its role.
     progress: called with each piece.
 
   Returns:
     The directory.
 
   Raises:
-    ValueError: where `out` is no place to write to, or `checkpoint` is none of ours.
+    ValueError: `out` must not be written to, or `checkpoint` cannot be read.
   """
-  _check_dtype(dtype)
+  writer.check_dtype(dtype)
   checkpoint, out = (Path(path).expanduser().absolute() for path in (checkpoint, out))
-  place, origin, role, known = _described(checkpoint, source, role)
-  head = _head(role)
+  exported = imported.read_description(checkpoint, source, role)
+  origin, head = exported.origin, _head(exported.role)
   storage.check_target(out, writer.REPLACEABLE, overwrite=overwrite, source=origin)
   config = reader.load_config(origin)
   entries = tensor_names.tensor_mappings(config, head)
-  arrays = _parameters(place, entries, head)
-  words = [writer.NUMPY_TO_SAFETENSORS[dtype or arrays[entry.path].dtype.name] for entry in entries]
-  planned = shards.plan_shards(list(zip(entries, words, strict=True)), max_shard_bytes)
+  arrays = _open_params(exported.params, entries, head)
+  names = [dtype or arrays[entry.path].dtype.name for entry in entries]
+  dtypes = [writer.NUMPY_TO_SAFETENSORS[name] for name in names]
+  planned = shards.plan_shards(list(zip(entries, dtypes, strict=True)), max_shard_bytes)
   total = shards.num_bytes(planned)
   storage.check_space(out, total)
-  described = writer.Description(
-    config, head, writer.one_dtype(words), origin, card=cards.merge(known, card or cards.Card())
-  )
+  card = cards.merge(exported.card, card or cards.Card())
+  metadata = writer.Metadata(config, head, writer.common_dtype(dtypes), origin, card=card)
   with storage.atomic_directory(out) as partial:
     with shards.ShardWriter(partial, planned) as files:
-      jobs = [
-        (_export_piece(files, entry, word), arrays[entry.path], index)
-        for entry, word in zip(entries, words, strict=True)
-        for index in _boxes(entry, arrays[entry.path].chunk_layout.read_chunk.shape)
-      ]
+      jobs = []
+      for entry, name in zip(entries, dtypes, strict=True):
+        array = arrays[entry.path]
+        slices = _chunk_slices(entry, array.chunk_layout.read_chunk.shape)
+        jobs += [(_make_sink(files, entry, name), array, index) for index in slices]
       orbax_stream.read(jobs, lambda done: progress(done, total))
-    if role == 'reward' and (origin / writer.REWARD_SPEC_FILE).is_file():
-      shutil.copyfile(origin / writer.REWARD_SPEC_FILE, partial / writer.REWARD_SPEC_FILE)
-    if origin == checkpoint / SOURCE:  # else it is what this was trained from, of another record
-      _copy_provenance(origin, partial)
-    writer.write_metadata(partial, described, out.name)
+    imported.copy_own_files(exported, partial)
+    writer.write_metadata(partial, metadata, out.name)
   return out
 
 
 def _head(role: str) -> str:
-  if role not in HEADS:
-    raise UserError(f'role={role!r} is not one of {", ".join(HEADS)}.')
-  return HEADS[role]
+  if role not in imported.HEADS:
+    raise UserError(f'role={role!r} is not one of {", ".join(imported.HEADS)}.')
+  return imported.HEADS[role]
 
 
-def _check_dtype(dtype: str) -> None:
-  if dtype and dtype not in writer.NUMPY_TO_SAFETENSORS:
-    raise UserError(
-      f"dtype={dtype!r} is not one of {', '.join(writer.NUMPY_TO_SAFETENSORS)} or ''."
-    )
-
-
-def _drawn_head(
+def _random_head(
   origin: Path, entry: tensor_names.TensorMapping, dtype: np.dtype, role: str, seed: int
 ) -> orbax_stream.StreamedArray:
-  """The scalar head that `origin` lacks; ValueError where a random one would mean nothing."""
+  """Returns the scalar head that `origin` lacks; ValueError for a reward model."""
   if role == 'reward':
     raise UserError(
-      f'{origin} has no scalar head, so it is no reward model; train one from it, or import it '
-      'as a critic, whose head may be drawn.'
+      f'{origin} has no scalar head, so it is not a reward model; train one from it, or import it '
+      'as a critic, whose head may be random.'
     )
-  logging.warning('%s has no scalar head; it is drawn from seed %d', origin, seed)
+  logging.warning('%s has no scalar head; a random one is drawn from seed %d', origin, seed)
   kernel = np.asarray(reader.init_scalar_head(jax.random.key(seed), entry.shape[0], dtype))
-  return orbax_stream.StreamedArray(entry.shape, dtype, [_whole(entry)], lambda _: kernel)
+  return orbax_stream.StreamedArray(entry.shape, dtype, [_full_index(entry)], lambda _: kernel)
 
 
-def _describe(directory: Path, source: str | Path, origin: Path, role: str) -> None:
-  """Writes all but the weights of an imported checkpoint."""
-  (directory / SOURCE).mkdir()
-  for name in (CONFIG, writer.REWARD_SPEC_FILE) if role == 'reward' else (CONFIG,):
-    if (origin / name).exists():
-      shutil.copyfile(origin / name, directory / SOURCE / name)
-  writer.copy_tokenizer(origin, directory / SOURCE)
-  _copy_provenance(origin, directory / SOURCE)
-  known = {k: v for k, v in vars(cards.from_source(source, origin)).items() if v}
-  shards.write_json(directory / DESCRIPTION, {'version': _VERSION, 'role': role} | known)
-
-
-def _copy_provenance(source: Path, target: Path) -> None:
-  """Copies what tells how a model was made, byte for byte; the card itself is written anew."""
-  for name in (cards.RECORD, cards.CURVES):
-    if (source / name).is_file():
-      shutil.copyfile(source / name, target / name)
-
-
-def _whole(entry: tensor_names.TensorMapping) -> orbax_stream.Index:
+def _full_index(entry: tensor_names.TensorMapping) -> orbax_stream.Index:
   return tuple(slice(0, size) for size in entry.shape)
 
 
 def _leaf(
   files: SliceReader, entry: tensor_names.TensorMapping, dtype: np.dtype, piece_bytes: int
 ) -> orbax_stream.StreamedArray:
-  """A tensor of ours, to be read from the HF tensors that it is made of."""
-  pieces = entry.pieces(_whole(entry), dtype.itemsize, piece_bytes)
+  """Returns a tensor of ours that is read from its HF tensors piece by piece."""
+  pieces = entry.pieces(_full_index(entry), dtype.itemsize, piece_bytes)
 
   def read(index: orbax_stream.Index) -> np.ndarray:
     shape = tuple(part.stop - part.start for part in index)
     host = files.read(entry, index, dtype, out=_buffer(shape, dtype))
+    # Or mapped pages of the whole model would stay resident.
     if index is pieces[-1]:
       files.release()
     return host
@@ -223,34 +196,36 @@ _buffers = threading.local()
 
 
 def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An array of this thread's, the same memory at every call: new pages are dear to touch."""
+  """Returns a per-thread scratch array, reused to avoid page faults."""
   size = math.prod(shape) * dtype.itemsize
   if not hasattr(_buffers, 'bytes') or _buffers.bytes.size < size:
     _buffers.bytes = np.empty(size, np.uint8)
   return _buffers.bytes[:size].view(dtype).reshape(shape)
 
 
-def _parameters(
-  place: Path, entries: tuple[tensor_names.TensorMapping, ...], head: str
+def _open_params(
+  directory: Path, entries: tuple[tensor_names.TensorMapping, ...], head: str
 ) -> dict[str, Any]:
-  """The arrays of a model by path, opened and checked: all there are, or those in params/."""
-  arrays = orbax_stream.open_arrays(place)
-  inner = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
-  found = inner or arrays
+  """Opens and checks the arrays of a model by path; of a training state those in params/."""
+  arrays = orbax_stream.open_arrays(directory)
+  params = {k.removeprefix('params/'): v for k, v in arrays.items() if k.startswith('params/')}
+  params = params or arrays
   shaped = {
     path: jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
-    for path, array in found.items()
+    for path, array in params.items()
   }
-  writer.check_tensors(shaped, entries, head, str(place))
-  return found
+  writer.check_tensors(shaped, entries, head, str(directory))
+  return params
 
 
-def _export_piece(
-  files: shards.ShardWriter, entry: tensor_names.TensorMapping, word: str
+def _make_sink(
+  files: shards.ShardWriter, entry: tensor_names.TensorMapping, safetensors_dtype: str
 ) -> Callable[[orbax_stream.Index, np.ndarray], int]:
-  """Writes slices of a tensor of ours into the HF tensors that it is made of; returns bytes."""
-  dtype = jnp.dtype(DTYPES[word])
+  """Returns a function that writes a slice of a tensor of ours into its HF tensors.
 
+  The function returns the number of bytes written.
+  """
+  dtype = jnp.dtype(DTYPES[safetensors_dtype])
   row_bytes = dtype.itemsize * math.prod(entry.hf_shape[1:])
   strip = max(1, _STRIP_BYTES // row_bytes)
 
@@ -272,42 +247,18 @@ def _export_piece(
   return write
 
 
-def _boxes(entry: tensor_names.TensorMapping, chunk: tuple[int, ...]) -> list[orbax_stream.Index]:
-  """Slices that partition a tensor of ours: whole chunks, and whole rows of the HF tensors."""
+def _chunk_slices(
+  entry: tensor_names.TensorMapping, chunk: tuple[int, ...]
+) -> list[orbax_stream.Index]:
+  """Returns slices that partition a tensor of ours into full chunks and full HF rows.
+
+  A slice that cut through a chunk would have the chunk read once per slice.
+  """
   sizes = list(chunk)
   if entry.transposed:
     sizes[-2] = entry.shape[-2]
-  found: list[orbax_stream.Index] = [()]
+  slices: list[orbax_stream.Index] = [()]
   for size, step in zip(entry.shape, sizes, strict=True):
     parts = [slice(start, min(start + step, size)) for start in range(0, size, step)]
-    found = [(*index, part) for index in found for part in parts]
-  return found
-
-
-def _described(
-  checkpoint: Path, source: str | Path, role: str
-) -> tuple[Path, Path, str, cards.Card]:
-  """Of a checkpoint of ours: where its arrays are, its HF description, its role, its card."""
-  file = checkpoint / DESCRIPTION
-  if not file.is_file():
-    if not checkpoint.is_dir():
-      raise UserError(f'no directory {checkpoint}.')
-    if not source or not role:
-      raise UserError(
-        f'{checkpoint} has no {DESCRIPTION}, so it is no imported checkpoint. For one of a '
-        'training run name an item of a step (checkpoints/STEP/policy), and with --source and '
-        '--role the HF checkpoint it was trained from and what it is.'
-      )
-    origin = resolve_checkpoint(source)
-    return checkpoint, origin, role, cards.from_source(source, origin)
-  text = read_json(file)
-  if text.get('version') != _VERSION or text.get('role') not in HEADS:
-    raise UserError(
-      f'{file}: version {text.get("version")!r} with role {text.get("role")!r} is not one that is '
-      f'read here (version {_VERSION}; {", ".join(HEADS)}); import the HF checkpoint again.'
-    )
-  if role and role != text['role']:
-    raise UserError(f'{checkpoint} is a {text["role"]}, not a {role}.')
-  names = {field.name for field in dataclasses.fields(cards.Card)}
-  card = cards.Card(**{k: v for k, v in text.items() if k in names and isinstance(v, str)})
-  return checkpoint / PARAMS, checkpoint / SOURCE, text['role'], card
+    slices = [(*index, part) for index in slices for part in parts]
+  return slices

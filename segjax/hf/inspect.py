@@ -1,6 +1,6 @@
-"""What an HF checkpoint holds, in a few lines of text, from config.json and tensor headers only.
+"""Summarizes an HF checkpoint as text, from config.json and tensor headers only.
 
-Whether it can be loaded is `reader`'s business. jax is not imported.
+Whether it can be loaded is checked by `reader`. jax is not imported.
 """
 
 import collections
@@ -32,10 +32,10 @@ _SCORES = ('value_head_prefix', 'normalize_reward', 'mean', 'std')  # of reward 
 
 
 def inspect(path: str | Path) -> str:
-  """Names, dtypes and shapes of the tensors of a directory or hub id, then a summary.
+  """Returns names, dtypes and shapes of the tensors of a directory or hub id, and a summary.
 
   Raises:
-    ValueError: where the files are missing or broken; see `checkpoint.open_checkpoint`.
+    ValueError: files are missing or invalid; see `checkpoint.open_checkpoint`.
   """
   checkpoint = open_checkpoint(resolve_checkpoint(path))
   raw = read_json(checkpoint.directory / CONFIG)
@@ -45,24 +45,24 @@ def inspect(path: str | Path) -> str:
     for name, tensor in checkpoint.tensors.items()
   ]
   rows = {
-    'model': f'{raw.get("model_type")} ({_joined(raw.get("architectures")) or "no architecture"})',
-    'sizes': _named(raw, _SIZES),
+    'model': f'{raw.get("model_type")} ({_join(raw.get("architectures")) or "no architecture"})',
+    'sizes': _select(raw, _SIZES),
     'rope': _rope(raw),
     'embeddings': 'tied' if raw.get('tie_word_embeddings') else 'untied',
     'special ids': _special_ids(checkpoint.directory, raw),
-    'scores': _named(raw, _SCORES),
+    'scores': _select(raw, _SCORES),
     'quantization': _quantization(raw),
-    'beside it': _beside(checkpoint.directory),
+    'other files': _other_files(checkpoint.directory),
     'weights': _weights(checkpoint),
   }
   return '\n'.join([*lines, '', *(f'{name:12}  {row}' for name, row in rows.items() if row)])
 
 
-def _joined(values: Any) -> str:
+def _join(values: Any) -> str:
   return ', '.join(map(str, values)) if isinstance(values, list) else str(values or '')
 
 
-def _named(raw: dict[str, Any], keys: tuple[str, ...]) -> str:
+def _select(raw: dict[str, Any], keys: tuple[str, ...]) -> str:
   return ', '.join(f'{key} {raw[key]}' for key in keys if raw.get(key) is not None)
 
 
@@ -76,33 +76,33 @@ def _rope(raw: dict[str, Any]) -> str:
 
 
 def _special_ids(directory: Path, raw: dict[str, Any]) -> str:
-  """As in config.json; what generation_config.json says differently is added."""
+  """Returns the special ids of config.json, and those of generation_config.json that differ."""
   generation = {}
   if (directory / _GENERATION).is_file():
     generation = read_json(directory / _GENERATION)
-  found = []
+  parts = []
   for key in _SPECIAL_IDS:
     own, other = raw.get(key), generation.get(key)
-    text = f'{key.removesuffix("_token_id")} {"none" if own is None else _joined_ids(own)}'
+    text = f'{key.removesuffix("_token_id")} {"none" if own is None else _join_ids(own)}'
     if other is not None and other != own:
-      text += f' ({_GENERATION}: {_joined_ids(other)})'
-    found.append(text)
-  return ', '.join(found)
+      text += f' ({_GENERATION}: {_join_ids(other)})'
+    parts.append(text)
+  return ', '.join(parts)
 
 
-def _joined_ids(ids: Any) -> str:
+def _join_ids(ids: Any) -> str:
   return ' '.join(map(str, ids)) if isinstance(ids, list) else str(ids)
 
 
 def _quantization(raw: dict[str, Any]) -> str:
-  found = raw.get('quantization_config')
-  return str(found.get('quant_method', found) if isinstance(found, dict) else found or '')
+  config = raw.get('quantization_config')
+  return str(config.get('quant_method', config) if isinstance(config, dict) else config or '')
 
 
-def _beside(directory: Path) -> str:
-  """The files that say what the tokens and the scores mean, those that are there."""
-  known = ('tokenizer.json', 'tokenizer.model', 'chat_template.jinja', 'segment_reward.json')
-  return ', '.join(name for name in known if (directory / name).is_file())
+def _other_files(directory: Path) -> str:
+  """Returns the names of the files that define tokens, chat template and scores."""
+  names = ('tokenizer.json', 'tokenizer.model', 'chat_template.jinja', 'segment_reward.json')
+  return ', '.join(name for name in names if (directory / name).is_file())
 
 
 def _weights(checkpoint: Checkpoint) -> str:

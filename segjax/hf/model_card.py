@@ -1,6 +1,6 @@
-"""README.md of an exported model: the hub's metadata block, figures, a usage snippet.
+"""Writes README.md of an exported model: the hub's metadata block, metrics, a usage snippet.
 
-It knows nothing of weights. What the hub reads is at https://huggingface.co/docs/hub/model-cards.
+The format is at https://huggingface.co/docs/hub/model-cards. No weights are read.
 """
 
 import dataclasses
@@ -11,28 +11,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
-DOC_FILES = (FILE, RECORD, CURVES)  # what tells of a model; nothing that reads the model reads them
+from segjax.data.sources import is_hub_id
 
-_HUB_ID = r'[\w.-]+/[\w.-]+'
+FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
+DOC_FILES = (FILE, RECORD, CURVES)  # documentation; loading a model reads none of them
+
 _PAPER = 'https://arxiv.org/abs/2501.02790'
 _INHERITED = ('license', 'license_name', 'license_link')
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """What is known of a model; '' where it is not.
+  """Fields of a model card; '' if unknown.
 
   Attributes:
-    base_model: hub id of the model that this one was made from.
-    stage: what made it: import, sft, reward, normalizer, ppo.
-    recipe: config and preset, or whatever else tells how to make it again.
+    base_model: hub id of the model that this one was trained from.
+    stage: job that made it: import, sft, reward, normalizer, ppo.
+    recipe: config and preset, or another description of how to reproduce it.
     metrics: finite numbers by name; others are left out.
-    dataset: what the metrics were measured on.
+    dataset: dataset of the metrics.
     license: the hub's identifier, such as llama3; 'other' with a name and a link.
-    record: how the model was made, for segjax_config.json; see `run.provenance`. The card shows
-      its `command`, `data`, `versions`, `commit`, `seed`, `devices` and `settings`.
-    curves: a PNG of its metrics.
+    license_name: name of another licence.
+    license_link: link to another licence.
+    record: provenance for segjax_config.json; see `run.provenance`. The card shows its `command`,
+      `data`, `versions`, `commit`, `seed`, `devices` and `settings`.
+    curves: a PNG of the metrics by step.
   """
 
   base_model: str = ''
@@ -48,43 +51,45 @@ class Card:
 
 
 def from_source(source: str | Path, directory: Path) -> Card:
-  """What a model made from `source` takes over: its base model and licence.
+  """Returns the fields that a model trained from `source` inherits: base model and licence.
 
   Args:
-    source: as the user named it, a hub id or a path.
-    directory: where it is. Its README.md is read where there is one.
+    source: the source as the user named it, a hub id or a path.
+    directory: its directory, whose README.md is read if there is one.
   """
-  found = _metadata(directory)
-  base = str(source) if _is_hub_id(source) else found.get('base_model')
+  metadata = _metadata(directory)
+  base = source if isinstance(source, str) and is_hub_id(source) else metadata.get('base_model')
   base = base[0] if isinstance(base, list) and base else base
-  texts = {key: found.get(key) for key in _INHERITED} | {'base_model': base}
+  texts = {key: metadata.get(key) for key in _INHERITED} | {'base_model': base}
   return Card(**{key: value for key, value in texts.items() if isinstance(value, str)})
 
 
 def merge(base: Card, over: Card) -> Card:
-  """`over`, and where it says nothing, `base`."""
+  """Returns the fields of `over`, and those of `base` that `over` leaves empty."""
   return dataclasses.replace(base, **{k: v for k, v in vars(over).items() if v})
 
 
 def write_card(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
-  """Writes README.md, and segjax_config.json and curves.png where the card has them.
+  """Writes README.md, and segjax_config.json and curves.png if the card has them.
 
-  Those that lie in the directory already, as after an import, are shown as the card's own.
+  Existing ones in the directory, as after an import, are shown as if they were the card's.
 
   Args:
-    name: of the model, in title and snippet.
+    directory: directory of the model.
+    card: fields of the card.
+    name: name of the model, in title and snippet.
     head: 'language' or 'scalar'.
-    with_template: whether a chat template comes with the tokenizer.
+    with_template: whether the tokenizer has a chat template.
   """
   _write_files(directory, card)
   card = _with_record(card, _record(directory))
   task = 'text-generation' if head == 'language' else 'text-classification'
   metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
   lines = ['---', *_front_matter(card, name, task, metrics), '---', '', f'# {name}', '']
-  what = 'language model' if head == 'language' else 'model with a scalar head'
-  origin = f', made from {_code(card.base_model)}' if card.base_model else ''
+  kind = 'language model' if head == 'language' else 'model with a scalar head'
+  origin = f', trained from {_code(card.base_model)}' if card.base_model else ''
   lines += [
-    f'A Llama {what}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
+    f'A Llama {kind}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
     '',
     *([f'Stage: {card.stage}', ''] if card.stage else []),
     *([f'Recipe: {_code(card.recipe)}', ''] if card.recipe else []),
@@ -94,7 +99,7 @@ def write_card(directory: Path, card: Card, *, name: str, head: str, with_templa
     lines += [f'![metrics of the training, by step]({CURVES})', '']
   if metrics:
     on = f' ({_cell(card.dataset)})' if card.dataset else ''
-    lines += ['## Figures', '', f'| metric{on} | value |', '|---|---|']
+    lines += ['## Metrics', '', f'| metric{on} | value |', '|---|---|']
     lines += [f'| {_cell(key)} | {value:.6g} |' for key, value in metrics.items()] + ['']
   snippet = _SCORE if head == 'scalar' else _CHAT if with_template else _COMPLETE
   lines += ['## Usage', '', '```python', snippet.replace('NAME', json.dumps(name)), '```', '']
@@ -111,23 +116,23 @@ def _write_files(directory: Path, card: Card) -> None:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-  """What segjax_config.json says, nothing where there is none or it is none of ours."""
+  """Returns the content of segjax_config.json, empty if it is missing or not written by segjax."""
   try:
-    found = json.loads((directory / RECORD).read_text(encoding='utf-8'))
+    record = json.loads((directory / RECORD).read_text(encoding='utf-8'))
   except (OSError, ValueError):
     return {}
-  return found if isinstance(found, dict) else {}
+  return record if isinstance(record, dict) else {}
 
 
 def _with_record(card: Card, record: dict[str, Any]) -> Card:
-  """The card, what it does not say filled in from the record."""
+  """Returns the card, with empty fields filled in from the record."""
   data = record.get('data')
-  known = {
+  fields = {
     'stage': record.get('stage'),
     'recipe': record.get('recipe'),
     'dataset': data.get('path') if isinstance(data, dict) else None,
   }
-  texts = {key: value for key, value in known.items() if isinstance(value, str)}
+  texts = {key: value for key, value in fields.items() if isinstance(value, str)}
   metrics = record.get('metrics')
   metrics = (
     {k: float(v) for k, v in metrics.items() if _is_finite(v)} if isinstance(metrics, dict) else {}
@@ -136,7 +141,7 @@ def _with_record(card: Card, record: dict[str, Any]) -> Card:
 
 
 def _provenance(record: Mapping[str, Any]) -> list[str]:
-  """What the model was made from and with, and all settings, folded."""
+  """Returns a table of data, models and versions, and all settings, folded."""
   rows = []
   for key in ('data', 'models', 'seed', 'devices', 'versions', 'commit'):
     value = record.get(key)
@@ -144,7 +149,7 @@ def _provenance(record: Mapping[str, Any]) -> list[str]:
       value = ', '.join(f'{k} {v}' for k, v in value.items() if v not in ('', None))
     if value not in ('', None):
       rows.append(f'| {key} | {_cell(str(value))} |')
-  lines = ['## Made with', '', '| | |', '|---|---|', *rows, ''] if rows else []
+  lines = ['## Provenance', '', '| | |', '|---|---|', *rows, ''] if rows else []
   if record.get('settings'):
     settings = _fenced(json.dumps(record['settings'], indent=2), 'json')
     summary = f'<summary>All settings, as in {RECORD}</summary>'
@@ -153,18 +158,18 @@ def _provenance(record: Mapping[str, Any]) -> list[str]:
 
 
 def _code(text: str) -> str:
-  """A line of code in a sentence, whatever the text has of newlines and backticks."""
+  """Returns text as inline code, without newlines; backticks in it are allowed."""
   text = ' '.join(text.split())
   return f'`` {text} ``' if '`' in text else f'`{text}`'
 
 
 def _cell(text: str) -> str:
-  """Text in a table, where | ends a cell and < would begin a tag."""
+  """Returns text for a table cell, where | would end the cell and < begin a tag."""
   return ' '.join(text.split()).replace('|', '\\|').replace('<', '&lt;')
 
 
 def _fenced(text: Any, language: str) -> list[str]:
-  """A block of code, in a fence that the text does not have."""
+  """Returns a block of code in a fence that does not occur in the text."""
   if not isinstance(text, str) or not text:
     return []
   fence = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
@@ -172,7 +177,7 @@ def _fenced(text: Any, language: str) -> list[str]:
 
 
 def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]) -> list[str]:
-  """The metadata block. JSON strings, numbers and lists are YAML."""
+  """Returns the metadata block; JSON strings, numbers and lists are valid YAML."""
   license_ = card.license or ('other' if card.license_name else 'unknown')
   fields: dict[str, Any] = {
     'library_name': 'transformers',
@@ -199,13 +204,13 @@ def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]
 
 
 def _hub_datasets(record: Mapping[str, Any]) -> list[str]:
-  """The hub id of the rows, if that is where they came from."""
+  """Returns the hub id of the dataset, if it is from the hub."""
   data = record.get('data')
   return [data['hub']] if isinstance(data, dict) and isinstance(data.get('hub'), str) else []
 
 
 def _metadata(directory: Path) -> dict[str, Any]:
-  """The metadata block of a README.md, nothing where there is none or it is broken."""
+  """Returns the metadata block of a README.md, empty if it is missing or invalid."""
   file = directory / FILE
   if not file.is_file():
     return {}
@@ -213,15 +218,10 @@ def _metadata(directory: Path) -> dict[str, Any]:
   import yaml
 
   try:
-    found = huggingface_hub.metadata_load(file)
+    metadata = huggingface_hub.metadata_load(file)
   except (OSError, ValueError, yaml.YAMLError):
     return {}
-  return found if isinstance(found, dict) else {}
-
-
-def _is_hub_id(source: str | Path) -> bool:
-  is_id = isinstance(source, str) and re.fullmatch(_HUB_ID, source)
-  return bool(is_id) and not Path(source).is_dir() and not source.startswith('.')
+  return metadata if isinstance(metadata, dict) else {}
 
 
 def _is_finite(value: Any) -> bool:

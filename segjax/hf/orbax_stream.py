@@ -1,8 +1,8 @@
-"""Parameters in an Orbax checkpoint, written and read piece by piece.
+"""Writes and reads the parameters of an Orbax checkpoint piece by piece.
 
-Orbax itself takes whole arrays only, so that a save holds the model in host memory. Here a leaf is
-a promise of pieces. What lies on disk is an ordinary Orbax checkpoint, uncompressed: anybody's
-CheckpointManager restores it. What the arrays mean is the caller's business.
+Orbax itself saves complete arrays only, so that a save holds the model in host memory. Here a leaf
+is read in pieces when it is written. The result is an ordinary Orbax checkpoint, uncompressed, that
+any CheckpointManager restores.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from orbax.checkpoint import future, type_handlers
 
 from segjax.errors import UserError
 
-STEP = 0  # of the CheckpointManager's directory
-ITEM = 'default'  # CheckpointManager's name for an only item
+STEP = 0  # the only step of the CheckpointManager's directory
+ITEM = 'default'  # CheckpointManager's name of a single item
 THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of them wait for the disk
-_MOST_ELEMENTS = 1 << 28  # read at once, unless a single chunk is larger
+_MAX_ELEMENTS = 1 << 28  # elements read at once, unless a single chunk is larger
 
-_WRITING = {'file_io_sync': False}  # the caller syncs all files in the end
+# The caller syncs all files at the end; a sync per chunk would stall the writing threads.
+_WRITING = {'file_io_sync': False}
 
 Index = tuple[slice, ...]
 Done = Callable[[int], None]
@@ -34,12 +35,13 @@ Done = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-  """An array to be written.
+  """An array that is read in pieces when it is written.
 
   Attributes:
-    pieces: slices that partition it, each as large as the first but at the upper edges.
-    read: gives one of the pieces; called from several threads. What it gives may be overwritten by
-      the thread's next call.
+    shape: shape of the array.
+    dtype: dtype of the array.
+    pieces: slices that partition it, each as large as the first except at the upper edges.
+    read: returns a piece; called from several threads. The thread's next call may overwrite it.
   """
 
   shape: tuple[int, ...]
@@ -49,7 +51,7 @@ class StreamedArray:
 
   @property
   def num_bytes(self) -> int:
-    """Of the array."""
+    """Number of bytes of the array."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -59,30 +61,32 @@ def write(
   """Writes leaves by path ('a/b/c') as step 0 of a CheckpointManager's directory.
 
   Args:
-    done: called with the bytes of each piece that is written.
+    directory: directory to write.
+    leaves: arrays by path.
+    done: called with the bytes of each written piece.
   """
   tree: dict[str, Any] = {}
   for path, leaf in leaves.items():
     *parents, name = path.split('/')
-    place = tree
+    subtree = tree
     for parent in parents:
-      place = place.setdefault(parent, {})
-    place[name] = leaf
+      subtree = subtree.setdefault(parent, {})
+    subtree[name] = leaf
   options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
   with ocp.CheckpointManager(directory, options=options, item_handlers=_handler(done)) as manager:
     manager.save(STEP, args=ocp.args.PyTreeSave(tree))
 
 
 def open_arrays(directory: Path) -> dict[str, tensorstore.TensorStore]:
-  """The arrays of an Orbax checkpoint by path; nothing of them is read yet.
+  """Opens the arrays of an Orbax checkpoint by path, without reading them.
 
   Args:
-    directory: a CheckpointManager's, of one of its steps, or of an item.
+    directory: directory of a CheckpointManager, of one of its steps, or of an item.
 
   Raises:
-    ValueError: where it is none of these.
+    ValueError: the directory is none of these.
   """
-  item = _item(directory)
+  item = _find_item(directory)
   with ocp.Checkpointer(_handler()) as checkpointer:
     tree = checkpointer.restore(item, args=ocp.args.PyTreeRestore())
   return dict(_flat(tree))
@@ -95,16 +99,16 @@ def read(
   """Reads slices of open arrays, several at once, and calls sink(index, array) with each.
 
   Args:
-    jobs: (sink, array, index); a sink returns the bytes it has made of the slice.
-    done: called with these.
+    jobs: (sink, array, index); a sink returns the number of bytes it wrote.
+    done: called with that number.
   """
   largest = max((math.prod(array.chunk_layout.read_chunk.shape) for _, array, _ in jobs), default=1)
-  threads = max(1, min(THREADS, _MOST_ELEMENTS // largest))
-  _for_each(lambda sink, array, index: done(sink(index, _take(array, index))), jobs, threads)
+  threads = max(1, min(THREADS, _MAX_ELEMENTS // largest))
+  _for_each(lambda sink, array, index: done(sink(index, _read_slice(array, index))), jobs, threads)
 
 
 def _for_each(function: Callable[..., None], jobs: Sequence[tuple], threads: int) -> None:
-  """Calls function(*job) for all jobs; the first error ends it."""
+  """Calls function(*job) for all jobs; the first error cancels the rest."""
   with ThreadPoolExecutor(threads) as pool:
     try:
       for done in [pool.submit(function, *job) for job in jobs]:
@@ -114,18 +118,18 @@ def _for_each(function: Callable[..., None], jobs: Sequence[tuple], threads: int
       raise
 
 
-def _item(directory: Path) -> Path:
-  """The directory of the item: of its newest step, where there are steps."""
+def _find_item(directory: Path) -> Path:
+  """Returns the directory of the item, of the newest step if there are steps."""
   if not directory.is_dir():
     raise UserError(f'no directory {directory}.')
   steps = sorted((int(p.name), p) for p in directory.iterdir() if p.name.isdecimal())
   step = steps[-1][1] if steps else directory
-  for found in (step, step / ITEM):
-    if (found / '_METADATA').is_file():
-      return found
+  for item in (step, step / ITEM):
+    if (item / '_METADATA').is_file():
+      return item
   items = ', '.join(sorted(p.parent.name for p in step.glob('*/_METADATA')))
   raise UserError(
-    f'{step} is no complete Orbax checkpoint of one tree'
+    f'{step} is not a complete Orbax checkpoint of one tree'
     + (f'; name one of the items in it: {items}.' if items else ': it has no _METADATA.')
   )
 
@@ -159,10 +163,8 @@ class _PieceHandler(type_handlers.ArrayHandler):
 
   async def serialize(self, values, infos, args=None):
     del args
-    stores, context = (
-      [],
-      tensorstore.Context(tensorstore.Context.Spec(_WRITING), infos[0].ts_context),
-    )
+    stores = []
+    context = tensorstore.Context(tensorstore.Context.Spec(_WRITING), infos[0].ts_context)
     for leaf, info in zip(values, infos, strict=True):
       await info.await_path_creation()
       first = tuple(part.stop - part.start for part in leaf.pieces[0])
@@ -183,22 +185,22 @@ class _PieceHandler(type_handlers.ArrayHandler):
 
   async def deserialize(self, infos, args=None):
     del args
-    found = []
+    arrays = []
     for info in infos:
       spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
-      found.append(
+      arrays.append(
         await tensorstore.open(tensorstore.Spec(spec), open=True, context=info.ts_context)
       )
-    return found
+    return arrays
 
 
-def _take(array: tensorstore.TensorStore, index: Index) -> np.ndarray:
+def _read_slice(array: tensorstore.TensorStore, index: Index) -> np.ndarray:
   return array[index].read().result()
 
 
 def _write(store: tensorstore.TensorStore, leaf: StreamedArray, index: Index) -> int:
   """Writes one piece; returns its bytes."""
   host = leaf.read(index)
-  # No copy is made: once the result is there all is written, and nothing is read back from here.
+  # Writes without a copy: `host` is not needed once the write has finished.
   store[index].write(host, can_reference_source_data_indefinitely=True).result()
   return host.nbytes

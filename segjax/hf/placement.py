@@ -1,6 +1,6 @@
-"""Our tensors onto their devices, slice by slice as the devices hold them.
+"""Loads our tensors onto their devices, slice by slice as the devices hold them.
 
-What a checkpoint must hold, and which tensors there are, is `reader`'s business.
+Checkpoints are opened and checked by `reader`.
 """
 
 import collections
@@ -19,31 +19,31 @@ from segjax.hf.tensor_names import TensorMapping
 from segjax.hf.tensor_slices import Index, SliceReader
 from segjax.model import sharding
 
-PIECE_BYTES = 1 << 24  # of a tensor, read and placed at once
+PIECE_BYTES = 1 << 24  # bytes of a tensor that are read and transferred at once
 THREADS = min(4, os.cpu_count() or 1)
 
 _ALIGNMENT = 64  # bytes
 
 
-def place(
+def load_tensor(
   files: SliceReader, entry: TensorMapping, mesh: Mesh | None, dtype: np.dtype, pool: Executor
 ) -> jax.Array:
-  """One of our tensors on its devices; devices that hold the same slice share one reading."""
-  whole = (slice(None),) * len(entry.shape)
+  """Returns one of our tensors on its devices; a slice that several devices hold is read once."""
   if mesh is None:
-    return _shards(files, entry, whole, [None], dtype, pool)[0]
-  place = sharding.parameter_sharding(entry.path, entry.shape, mesh)
+    full = (slice(None),) * len(entry.shape)
+    return _load_shards(files, entry, full, [None], dtype, pool)[0]
+  target = sharding.parameter_sharding(entry.path, entry.shape, mesh)
   holders: dict[tuple, list[jax.Device]] = {}
-  for device, index in place.addressable_devices_indices_map(entry.shape).items():
+  for device, index in target.addressable_devices_indices_map(entry.shape).items():
     holders.setdefault(tuple((part.start, part.stop) for part in index), []).append(device)
   shards = []
   for bounds, devices in holders.items():
     index = tuple(slice(*bound) for bound in bounds)
-    shards += _shards(files, entry, index, devices, dtype, pool)
-  return jax.make_array_from_single_device_arrays(entry.shape, place, shards)
+    shards += _load_shards(files, entry, index, devices, dtype, pool)
+  return jax.make_array_from_single_device_arrays(entry.shape, target, shards)
 
 
-def _shards(
+def _load_shards(
   files: SliceReader,
   entry: TensorMapping,
   index: Index,
@@ -51,14 +51,15 @@ def _shards(
   dtype: np.dtype,
   pool: Executor,
 ) -> list[jax.Array]:
-  """The slice `index` on each of `devices`; None is the default device, without a commitment.
+  """Loads the slice `index` onto each of `devices`; None is the default device, uncommitted.
 
-  Devices of their own memory get it piece by piece, so that the host holds a few pieces only. The
-  host's own devices share one buffer, which is filled in place.
+  Devices with their own memory receive it piece by piece, so that the host holds only a few
+  pieces. CPU devices share one host buffer, which is filled in place.
   """
   pieces = entry.pieces(index, dtype.itemsize, PIECE_BYTES)
   origin, shape = _origin_and_shape(index, entry.shape)
   if len(pieces) == 1 or not _has_own_memory(devices[0]):
+    # device_put takes over an aligned host buffer on CPU: no second copy.
     out = _aligned(shape, dtype)
 
     def fill(piece: Index) -> None:
@@ -73,7 +74,7 @@ def _shards(
       _write(shard, jax.device_put(host, device), start)
       for shard, device in zip(shards, devices, strict=True)
     ]
-    jax.block_until_ready(shards)  # or the pieces queue up in host memory
+    jax.block_until_ready(shards)  # or pieces would queue up in host memory
   return shards
 
 
@@ -89,12 +90,12 @@ def _origin_and_shape(
 
 
 def _relative(piece: Index, origin: tuple[int, ...]) -> Index:
-  """`piece` as an index into the slice that begins at `origin`."""
+  """Returns `piece` as an index into the slice that begins at `origin`."""
   return tuple(slice(p.start - o, p.stop - o) for p, o in zip(piece, origin, strict=True))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An empty array at an address that XLA on CPU takes over without a copy."""
+  """Returns an empty array at an address that XLA on CPU takes over without a copy."""
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + _ALIGNMENT, np.uint8)
   begin = -raw.ctypes.data % _ALIGNMENT
@@ -102,8 +103,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
-  place = None if device is None else jax.sharding.SingleDeviceSharding(device)
-  return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=place)()
+  target = None if device is None else jax.sharding.SingleDeviceSharding(device)
+  return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=target)()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -112,7 +113,7 @@ def _write(shard: jax.Array, piece: jax.Array, start: tuple) -> jax.Array:
 
 
 def _prefetch(pool: Executor, read: Callable, pieces: Sequence[Index]) -> Iterator[tuple]:
-  """(piece, read(piece)) in order, the next ones being read meanwhile."""
+  """Yields (piece, read(piece)) in order while the next pieces are read."""
   waiting = collections.deque()
   for piece in pieces:
     waiting.append((piece, pool.submit(read, piece)))

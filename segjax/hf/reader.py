@@ -1,7 +1,7 @@
-"""HF safetensors into our parameter tree, each device reading only the slices it holds.
+"""Loads HF safetensors into our parameter tree; each device reads only the slices it holds.
 
-What the tensors are called is `layout`'s business, where they live `model.sharding`'s, how they get
-there `placement`'s.
+Names are mapped by `tensor_names`, shardings are defined in `model.sharding`, slices are put onto
+devices by `placement`.
 """
 
 import re
@@ -35,13 +35,13 @@ __all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve_c
 
 Params = dict[str, Any]
 
-_IGNORED = r'(^|\.)rotary_emb\.inv_freq$'  # a buffer that old checkpoints carry
+_IGNORED = r'(^|\.)rotary_emb\.inv_freq$'  # a buffer in old checkpoints
 _SHOWN = 5  # names in an error message
 _SCALAR_HEAD = 'scalar_head/kernel'
 
 
 def load_config(path: str | Path, **runtime: Any) -> LlamaConfig:
-  """The network of a local checkpoint or hub id; `runtime` sets dtype, remat, attention."""
+  """Returns the network of a checkpoint or hub id; `runtime` sets dtype, remat, attention."""
   return config_from_hf(resolve_checkpoint(path), **runtime)
 
 
@@ -54,21 +54,22 @@ def load_params(
   key: jax.Array | None = None,
   strict: bool = False,
 ) -> Params:
-  """The parameters of a checkpoint, cast on the way and placed by `sharding`'s table.
+  """Loads the parameters of a checkpoint, cast on the way and sharded by `sharding`'s table.
 
-  A scalar head that the checkpoint lacks is drawn from N(0, 1 / (D + 1)); a language model's head
+  A scalar head that the checkpoint lacks is drawn from N(0, 1 / (D + 1)²); a language model's head
   is left out of a scalar model.
 
   Args:
     path: local directory or hub id.
+    config: the network.
     head: 'language' or 'scalar'.
     mesh: None puts everything on the default device.
-    dtype: of the parameters; '' keeps each tensor's own.
-    key: for a fresh scalar head.
-    strict: refuse NaN and infinity among the weights, of which a warning is logged otherwise.
+    dtype: dtype of the parameters; '' keeps each tensor's own.
+    key: random key of a fresh scalar head.
+    strict: refuse NaN and infinity among the weights, instead of logging a warning.
 
   Raises:
-    ValueError: for missing, unexpected or misshapen tensors, and for a scalar head that has to be
+    ValueError: tensors are missing, unexpected or have a wrong shape, or a scalar head has to be
       drawn without a key.
   """
   if dtype and dtype not in DTYPES.values():
@@ -77,20 +78,21 @@ def load_params(
   fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD
   if fresh and key is None:
     raise UserError(
-      f'{checkpoint.directory} has no scalar head, so it has to be drawn: give a random key, or a '
-      'reward model.'
+      f'{checkpoint.directory} has no scalar head; provide a random key to draw one, or a reward '
+      'model.'
     )
-  kinds = [dtype_of(checkpoint, entry, dtype) for entry in entries]  # all before one is read
+  dtypes = [resolve_dtype(checkpoint, entry, dtype) for entry in entries]  # before any is read
   params: Params = {}
   files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
-    for entry, kind in zip(entries, kinds, strict=True):
-      _insert(params, entry.path, placement.place(files, entry, mesh, kind, pool))
+    for entry, entry_dtype in zip(entries, dtypes, strict=True):
+      leaf = placement.load_tensor(files, entry, mesh, entry_dtype, pool)
+      _insert(params, entry.path, leaf)
       files.release()
   if files.not_finite:
     message = describe_not_finite(files.not_finite)
     if strict:
-      raise UserError(f'{message}; strict=False loads them all the same.')
+      raise UserError(f'{message}; strict=False loads them with a warning.')
     logging.warning('%s', message)
   if fresh:
     own = params['backbone']['embedding'].dtype
@@ -101,17 +103,19 @@ def load_params(
 def open_model(
   path: str | Path, config: LlamaConfig, head: str
 ) -> tuple[Checkpoint, tuple[tensor_names.TensorMapping, ...]]:
-  """A checkpoint and the tensors of ours that it holds, all names and shapes checked.
+  """Opens a checkpoint and returns it with the tensors of ours that it holds.
 
-  These are all tensors of the model, but for a scalar head where the checkpoint has none. Reads
-  headers only, unless a tied model has a head all the same, which must then be the embedding; a
-  language model's head is no part of a scalar model.
+  These are all tensors of the model, except a scalar head if the checkpoint has none. Names and
+  shapes are checked by the headers alone; only if a tied model has a head in its file, that is
+  compared with the embedding. A language model's head is not part of a scalar model.
 
   Args:
     path: local directory or hub id.
+    config: the network.
+    head: 'language' or 'scalar'.
 
   Raises:
-    ValueError: for missing, unexpected or misshapen tensors.
+    ValueError: tensors are missing, unexpected or have a wrong shape.
   """
   checkpoint = open_checkpoint(resolve_checkpoint(path))
   score = head_name(read_json(checkpoint.directory / CONFIG))
@@ -124,35 +128,37 @@ def open_model(
   return checkpoint, entries
 
 
-def dtype_of(checkpoint: Checkpoint, entry: tensor_names.TensorMapping, dtype: str) -> np.dtype:
-  """`dtype`, or where that is empty the one of the HF tensors of `entry`.
+def resolve_dtype(
+  checkpoint: Checkpoint, entry: tensor_names.TensorMapping, dtype: str
+) -> np.dtype:
+  """Returns `dtype`, or if that is empty the dtype of the HF tensors of `entry`.
 
   Raises:
-    ValueError: where these have several.
+    ValueError: `dtype` is empty and they have several.
   """
   own = {checkpoint.tensors[name].dtype: name for name in entry.hf_names()}
   if not dtype and len(own) > 1:
     name = next(iter(own.values()))
     raise UserError(
       f'{checkpoint.tensors[name].file}: tensor {name} is {checkpoint.tensors[name].dtype}, but '
-      f'the layers of {entry.template} have dtypes {", ".join(sorted(own))}, and one stack has '
-      'one; name the dtype to load them in.'
+      f'the layers of {entry.template} have dtypes {", ".join(sorted(own))}, and stacked layers '
+      'need a single one; set the dtype to load them in.'
     )
   return jnp.dtype(dtype or DTYPES[next(iter(own))])
 
 
 def init_scalar_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
-  """A scalar head [D, 1] from N(0, 1 / (D + 1)), drawn in float32."""
+  """Returns a scalar head [D, 1] from N(0, 1 / (D + 1)²), drawn in float32."""
   kernel = (jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)).astype(dtype)
   if mesh is None:
     return kernel
   host = np.asarray(kernel)
-  place = sharding.parameter_sharding(_SCALAR_HEAD, host.shape, mesh)
-  return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+  target = sharding.parameter_sharding(_SCALAR_HEAD, host.shape, mesh)
+  return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
 
 
 def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...]) -> str:
-  """Reads every weight once; says which tensors hold NaN or infinity, '' where none does."""
+  """Reads every weight once; returns a message about NaN and infinity, '' if there are none."""
   files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
     list(pool.map(files.check, [name for entry in entries for name in entry.hf_names()]))
@@ -162,7 +168,7 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMa
 def _check(
   checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...], head: str
 ) -> None:
-  """ValueError unless the checkpoint holds exactly the tensors of the table."""
+  """Raises ValueError unless the checkpoint holds exactly the tensors of the table."""
   tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
   missing = [name for name in expected if name not in tensors]
@@ -170,8 +176,8 @@ def _check(
     single = checkpoint.directory / WEIGHTS
     file = single if single.is_file() else checkpoint.directory / INDEX
     raise UserError(
-      f'{file} lacks {_some(missing)} of a {head} model; check {CONFIG} against the files '
-      '(number of layers, tie_word_embeddings) and the head that you ask for.'
+      f'{file} lacks {_list_tensors(missing)} of a {head} model; check {CONFIG} against the files '
+      '(number of layers, tie_word_embeddings) and the requested head.'
     )
   extra = [
     name
@@ -180,8 +186,9 @@ def _check(
   ]
   if extra:
     raise UserError(
-      f'{tensors[extra[0]].file} holds {_some(extra)} that a {head} model with its {CONFIG} does '
-      'not have; check the number of layers, attention_bias, mlp_bias and the head you ask for.'
+      f'{tensors[extra[0]].file} holds {_list_tensors(extra)} that a {head} model with its '
+      f'{CONFIG} does not have; check the number of layers, attention_bias, mlp_bias and the '
+      'requested head.'
     )
   for name, shape in expected.items():
     if tensors[name].shape != shape:
@@ -194,19 +201,19 @@ def _check(
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:
-  """ValueError where a tied model's head is another one than its embedding.
+  """Raises ValueError if a tied model's file has a head that differs from its embedding.
 
   transformers 4 drops such a head, transformers 5 uses it.
   """
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  if head in checkpoint.tensors and not SliceReader(checkpoint).same(head, embedding):
+  if head in checkpoint.tensors and not SliceReader(checkpoint).bits_equal(head, embedding):
     raise UserError(
       f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
-      'them (tie_word_embeddings); say false there if the head counts, or take it away.'
+      'them (tie_word_embeddings); set it to false to use the head, or remove the head.'
     )
 
 
-def _some(names: list[str]) -> str:
+def _list_tensors(names: list[str]) -> str:
   more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
   return f'tensor{"s" if len(names) > 1 else ""} {", ".join(names[:_SHOWN])}{more}'
 

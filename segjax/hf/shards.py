@@ -1,7 +1,7 @@
-"""Which safetensors file an HF tensor goes into, at which byte, and writing it there.
+"""Plans the safetensors files of a checkpoint and writes tensors into them.
 
-Every place is known before a byte of data is, so that tensors come in any order and from several
-threads. Names and shapes are `layout`'s business; jax is not imported.
+Every tensor's position is known before its data, so that tensors are written in any order and from
+several threads; safetensors' own writer needs complete tensors. jax is not imported.
 """
 
 import dataclasses
@@ -24,20 +24,20 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-  """One HF tensor to be written: layer `layer` of our tensor `entry`, or all of it."""
+  """An HF tensor to write: layer `layer` of our tensor `entry`, or all of it."""
 
   entry: tensor_names.TensorMapping
   layer: int
-  dtype: str  # safetensors' word
+  dtype: str  # safetensors' name
 
   @property
   def name(self) -> str:
-    """HF's name."""
+    """HF's name of the tensor."""
     return self.entry.hf_name(self.layer)
 
   @property
   def num_bytes(self) -> int:
-    """Of its data."""
+    """Number of bytes of its data."""
     return math.prod(self.entry.hf_shape) * ITEM_SIZE[self.dtype]
 
 
@@ -47,13 +47,14 @@ ShardPlan = list[HFTensor]
 def plan_shards(
   tensors: Sequence[tuple[tensor_names.TensorMapping, str]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[ShardPlan]:
-  """Which HF tensors go into which file, in the order of their bytes.
+  """Returns the HF tensors of each file, in the order of their bytes.
 
-  Files are filled from the embedding through the layers to the head; inside one, wider dtypes come
-  first, which keeps every tensor aligned, then names in order, as the safetensors library does.
+  Files are filled from the embedding through the layers to the head. Within a file, wider dtypes
+  come first, which keeps every tensor aligned, then names are sorted, as safetensors does.
 
   Args:
-    tensors: the model's entries with safetensors' word for their dtypes.
+    tensors: the model's entries with safetensors' names of their dtypes.
+    max_shard_bytes: maximum bytes of a file, unless a single tensor is larger.
   """
   before, layers, after = [], [], []
   for entry, dtype in tensors:
@@ -71,17 +72,17 @@ def plan_shards(
 
 
 def num_bytes(shards: list[ShardPlan]) -> int:
-  """Of all tensors together."""
+  """Returns the number of bytes of all tensors."""
   return sum(piece.num_bytes for shard in shards for piece in shard)
 
 
 class ShardWriter:
-  """The files of a plan, open for writing; several threads may write different parts at once."""
+  """Opens the files of a plan for writing; several threads may write different parts at once."""
 
   def __init__(self, directory: Path, shards: list[ShardPlan]) -> None:
     self._directory, self._shards = directory, shards
     self._open: list[int] = []
-    self._places: dict[str, tuple[int, int]] = {}  # file descriptor, first byte
+    self._offsets: dict[str, tuple[int, int]] = {}  # file descriptor, first byte
     self._weight_map: dict[str, str] = {}
 
   def __enter__(self) -> 'ShardWriter':
@@ -94,14 +95,14 @@ class ShardWriter:
       _write_at(file, header, 0)
       offset = len(header)
       for piece in shard:
-        self._places[piece.name] = file, offset
+        self._offsets[piece.name] = file, offset
         self._weight_map[piece.name] = name
         offset += piece.num_bytes
     return self
 
   def write(self, name: str, first_byte: int, data: np.ndarray) -> None:
-    """Writes a contiguous array into tensor `name`, from its byte `first_byte` on."""
-    file, offset = self._places[name]
+    """Writes a contiguous array into tensor `name`, starting at its byte `first_byte`."""
+    file, offset = self._offsets[name]
     _write_at(file, data.reshape(-1).view(np.uint8), offset + first_byte)
 
   def __exit__(
@@ -116,12 +117,12 @@ class ShardWriter:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-  """A JSON object, keys in order."""
+  """Writes a JSON object with sorted keys."""
   path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def _header(shard: ShardPlan) -> bytes:
-  """A safetensors header: its length, JSON, and spaces up to a multiple of 8 bytes."""
+  """Returns a safetensors header: its length, JSON, and spaces up to a multiple of 8 bytes."""
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0
   for piece in shard:

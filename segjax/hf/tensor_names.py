@@ -1,6 +1,6 @@
-"""One table of names and shapes, ours against HF's.
+"""Maps our tensors to HF's by one table of names and shapes.
 
-Read in both directions: by `reader` to load and by `writer` to save. It touches no weights.
+The table is used in both directions: by `reader` to load and by `writer` to save.
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 
 HEADS = ('language', 'scalar')
-SCORE = 'score'  # what HF calls the module of the scalar head
+SCORE = 'score'  # HF's name of the scalar head's module
 
-# Our path, HF's name, our shape, and when it exists. Kernels are [in, out] here and [out, in] in
-# HF files. L layers, stacked on axis 0 here and separate tensors there; V vocabulary, D width,
-# Q query heads x head size, K key/value heads x head size, M MLP width.
+# Our path, HF's name, our shape, and the condition of its existence. Kernels are [in, out] here
+# and [out, in] in HF files. L layers, stacked on axis 0 here and separate tensors there; V
+# vocabulary, D width, Q query heads x head size, K key/value heads x head size, M MLP width.
 _LAYER = 'model.layers.{layer}.'
 _TABLE: tuple[tuple[str, str, str, str], ...] = (
   ('backbone/embedding', 'model.embed_tokens.weight', 'V D', ''),
@@ -42,13 +42,13 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
-  """One of our tensors and the HF tensors that it is made of.
+  """One of our tensors and the HF tensors that it consists of.
 
   Attributes:
-    path: of our tensor in the parameter tree, 'a/b/c'.
-    template: HF's name, {layer} for the layer.
-    shape: of our tensor.
-    stacked: axis 0 is the layer, and each layer is a tensor of its own in HF files.
+    path: path of our tensor in the parameter tree, 'a/b/c'.
+    template: HF's name, with {layer} for the layer.
+    shape: shape of our tensor.
+    stacked: axis 0 is the layer, and each layer is a separate tensor in HF files.
     transposed: HF's matrices are [out, in].
   """
 
@@ -60,58 +60,64 @@ class TensorMapping:
 
   @property
   def hf_shape(self) -> tuple[int, ...]:
-    """The shape of each of the HF tensors."""
+    """Shape of each of the HF tensors."""
     shape = self.shape[1:] if self.stacked else self.shape
     return shape[::-1] if self.transposed else shape
 
   def hf_name(self, layer: int = 0) -> str:
-    """The name of layer `layer`, or of the only one."""
+    """Returns HF's name of layer `layer`, or of the only tensor."""
     return self.template.format(layer=layer)
 
   def hf_names(self) -> tuple[str, ...]:
-    """The names of all layers, or the only one."""
+    """Returns HF's names of all layers, or of the only tensor."""
     return tuple(self.hf_name(layer) for layer in range(self.shape[0] if self.stacked else 1))
 
   def pieces(
     self, index: tuple[slice, ...], item_size: int, max_bytes: int
   ) -> list[tuple[slice, ...]]:
-    """The slice `index` of our tensor cut into even pieces of at most about `max_bytes` bytes.
+    """Splits the slice `index` of our tensor into even pieces of about `max_bytes` bytes or less.
 
-    Each is of one layer and a range of the HF tensor's rows, so that it is read in one go; a slice
-    that is small enough stays whole.
+    Each piece is of one layer and a range of the HF tensor's rows, so that it is contiguous in the
+    file; a slice that is small enough is not split.
 
     Args:
       index: slices of step 1; their bounds may be None.
       item_size: bytes per element.
+      max_bytes: approximate limit of a piece.
     """
     bounds = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
-    whole = tuple(slice(part.start, part.stop) for part in bounds)
+    full = tuple(slice(part.start, part.stop) for part in bounds)
     total = math.prod(map(len, bounds)) * item_size
     if total <= max_bytes:
-      return [whole]
+      return [full]
     layers = bounds[0] if self.stacked else [None]
     row_axis = len(bounds) - 1 if self.transposed else int(self.stacked)
     rows = bounds[row_axis]
-    most = max(1, max_bytes * len(rows) * len(layers) // total)
-    step = math.ceil(len(rows) / math.ceil(len(rows) / most))
-    found = []
+    max_rows = max(1, max_bytes * len(rows) * len(layers) // total)
+    step = math.ceil(len(rows) / math.ceil(len(rows) / max_rows))
+    pieces = []
     for layer in layers:
       for row in rows[::step]:
-        piece = list(whole)
+        piece = list(full)
         if layer is not None:
           piece[0] = slice(layer, layer + 1)
         piece[row_axis] = slice(row, min(row + step, rows.stop))
-        found.append(tuple(piece))
-    return found
+        pieces.append(tuple(piece))
+    return pieces
 
 
 def tensor_mappings(
   config: LlamaConfig, head: str, score: str = SCORE
 ) -> tuple[TensorMapping, ...]:
-  """The tensors of a model, in the order of the table; `score` names HF's scalar head.
+  """Returns the tensors of a model in the order of the table.
+
+  Args:
+    config: the network.
+    head: 'language' or 'scalar'.
+    score: HF's name of the scalar head's module.
 
   Raises:
-    ValueError: for a head that is not 'language' or 'scalar'.
+    ValueError: `head` is neither.
   """
   if head not in HEADS:
     raise UserError(f'head={head!r} is not one of {HEADS}.')
@@ -139,20 +145,22 @@ def tensor_mappings(
       stacked=letters.startswith('L'),
       transposed=path.endswith('kernel'),
     )
-    for path, template, letters, when in _TABLE
-    if present[when]
+    for path, template, letters, condition in _TABLE
+    if present[condition]
   )
 
 
 def hf_name(path: str, layer: int | None = None, score: str = SCORE) -> str:
-  """HF's name of our tensor `path`, of layer `layer` where layers are stacked.
+  """Returns HF's name of our tensor `path`, of layer `layer` if layers are stacked.
 
   Raises:
-    ValueError: for a path that is not in the table, or a layer too many or too few.
+    ValueError: the path is not in the table, or `layer` does not fit it.
   """
-  found = [template for ours, template, _, _ in _TABLE if ours == path]
-  if len(found) != 1:
+  templates = [template for ours, template, _, _ in _TABLE if ours == path]
+  if len(templates) != 1:
     raise UserError(f'tensor {path!r} is not in the table of HF names (hf/tensor_names.py).')
-  if ('{layer}' in found[0]) != (layer is not None):
-    raise UserError(f'tensor {path!r} with layer={layer}: give a layer for stacked ones only.')
-  return found[0].format(layer=layer, score=score)
+  if ('{layer}' in templates[0]) != (layer is not None):
+    raise UserError(
+      f'layer={layer} does not fit tensor {path!r}; only stacked tensors have layers.'
+    )
+  return templates[0].format(layer=layer, score=score)

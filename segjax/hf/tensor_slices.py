@@ -1,6 +1,7 @@
-"""Slices of our tensors, read from the safetensors files that hold them, cast and transposed.
+"""Reads slices of our tensors from safetensors files, cast and transposed on the way.
 
-One slice at a time: where it goes, onto devices or into another file, is the caller's business.
+Files are mapped, not read through safetensors' get_slice, which copies each slice and cannot give
+pages back. Where a slice goes, onto devices or into another file, is up to the caller.
 """
 
 import mmap
@@ -10,33 +11,36 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from segjax.errors import UserError
 from segjax.hf.checkpoint import Checkpoint, TensorHeader
 from segjax.hf.tensor_names import TensorMapping
-from segjax.hf.transpose import transpose_into
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 
 Index = tuple[slice, ...]
 
 _NUMPY = {word: np.dtype(getattr(ml_dtypes, name, name)) for word, name in DTYPES.items()}
-# Unsigned type of each dtype's width, and the bits of infinity: more, without sign, is NaN.
+# Unsigned type of each dtype's width, and the bits of infinity; larger magnitudes are NaN.
 _INFINITY = {
   'F64': (np.uint64, 0x7FF0000000000000),
   'F32': (np.uint32, 0x7F800000),
   'BF16': (np.uint16, 0x7F80),
   'F16': (np.uint16, 0x7C00),
 }
-_BLOCK = 1 << 18  # bytes looked at together: they stay in a core's cache
+_BLOCK = 1 << 18  # bytes checked at once, so that they stay in a core's cache
+_TILE = 256  # rows and columns transposed at once
+_PAD = 16  # keeps a tile's columns from falling into the same cache sets
 
 
 class SliceReader:
-  """A checkpoint's files, mapped for reading; may be used from several threads.
+  """Reads slices of a checkpoint through mapped files; may be used from several threads.
 
-  Mapped pages are the kernel's to take back, so that only what `read` returns is memory held.
+  The kernel can drop mapped pages at any time, so the memory held is what `read` returns.
 
   Attributes:
-    requested: bytes of tensors that `read` was asked for so far.
-    not_finite: names of tensors in which `read` met NaN or infinity, in the order it met them.
+    requested: bytes of tensors requested from `read` so far.
+    not_finite: tensors in which `read` met NaN or infinity, by name with their file, in the order
+      in which it met them.
   """
 
   def __init__(self, checkpoint: Checkpoint) -> None:
@@ -49,7 +53,7 @@ class SliceReader:
   def read(
     self, entry: TensorMapping, index: Index, dtype: np.dtype, out: np.ndarray | None = None
   ) -> np.ndarray:
-    """The slice `index` of our tensor `entry` as `dtype`; into `out`, of its shape, where given."""
+    """Returns the slice `index` of our tensor `entry` as `dtype`, in `out` if that is provided."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, entry.shape, strict=True)]
     if out is None:
       out = np.empty([len(part) for part in ranges], dtype)
@@ -66,29 +70,30 @@ class SliceReader:
     return out
 
   def check(self, name: str) -> None:
-    """Looks through one HF tensor for NaN and infinity, which then are in `not_finite`."""
+    """Checks one HF tensor for NaN and infinity; adds it to `not_finite` if it has any."""
     self._piece(name, (slice(None),))
 
-  def same(self, one: str, two: str) -> bool:
-    """Whether two HF tensors have the same dtype, shape and bits."""
-    first, second = self._tensors[one], self._tensors[two]
+  def bits_equal(self, name: str, other_name: str) -> bool:
+    """Returns whether two HF tensors have the same dtype, shape and bits."""
+    first, second = self._tensors[name], self._tensors[other_name]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
       return False
     kind = _INFINITY[first.dtype][0]
     a, b = (self._mapped(tensor).reshape(-1).view(kind) for tensor in (first, second))
     step = _BLOCK // kind().itemsize
     return all(
-      np.array_equal(a[at : at + step], b[at : at + step]) for at in range(0, len(a), step)
+      np.array_equal(a[start : start + step], b[start : start + step])
+      for start in range(0, len(a), step)
     )
 
   def release(self) -> None:
-    """Gives mapped pages back; they stay in the kernel's cache as far as it likes."""
+    """Drops the mapped pages; the kernel may keep them in its page cache."""
     with self._lock:
       for mapped in self._maps.values():
         mapped.madvise(mmap.MADV_DONTNEED)
 
   def _piece(self, name: str, window: Index) -> np.ndarray:
-    """tensor[window] of an HF tensor, a view of the mapped file."""
+    """Returns tensor[window] of an HF tensor, a view of the mapped file."""
     tensor = self._tensors[name]
     piece = self._mapped(tensor)[window]
     infinite = _has_infinite(piece, tensor.dtype)
@@ -108,18 +113,39 @@ class SliceReader:
     return np.frombuffer(mapped, kind, tensor.size, tensor.offset).reshape(tensor.shape)
 
 
-def describe_not_finite(found: dict[str, Path]) -> str:
-  """One message about the tensors of `Slices.not_finite`."""
-  names = [f'{name} ({file.name})' for name, file in found.items()]
+def transpose_into(source: np.ndarray, out: np.ndarray) -> None:
+  """Writes the transpose of a matrix into `out`, cast to its dtype: out[j, i] = source[i, j].
+
+  Goes tile by tile through a padded scratch array. A plain `out[:] = source.T` strides through one
+  of the two by a power of two for most layer widths, which is 5 to 10 times slower.
+
+  Raises:
+    ValueError: the shape of `out` is not the transposed shape of `source`.
+  """
+  if source.ndim != 2 or out.shape != source.shape[::-1]:
+    raise UserError(f'out {out.shape} is not the transpose of source {source.shape}.')
+  scratch = np.empty((_TILE, _TILE + _PAD), out.dtype)
+  rows, columns = source.shape
+  for row in range(0, rows, _TILE):
+    for column in range(0, columns, _TILE):
+      piece = source[row : row + _TILE, column : column + _TILE]
+      tile = scratch[: piece.shape[0], : piece.shape[1]]
+      tile[...] = piece
+      out[column : column + _TILE, row : row + _TILE] = tile.T
+
+
+def describe_not_finite(tensors: dict[str, Path]) -> str:
+  """Returns one message about the tensors of `SliceReader.not_finite`."""
+  names = [f'{name} ({file.name})' for name, file in tensors.items()]
   more = f' and {len(names) - 5} more' if len(names) > 5 else ''
   return (
-    f'{next(iter(found.values())).parent}: NaN or infinity in tensor'
+    f'{next(iter(tensors.values())).parent}: NaN or infinity in tensor'
     f'{"s" if len(names) > 1 else ""} {", ".join(names[:5])}{more}'
   )
 
 
 def _has_infinite(piece: np.ndarray, dtype: str) -> bool:
-  """Whether an array holds NaN or infinity, block by block, as unsigned integers."""
+  """Returns whether an array holds NaN or infinity, compared as unsigned integers in blocks."""
   kind, infinity = _INFINITY[dtype]
   magnitude = kind(np.iinfo(kind).max >> 1)  # all but the sign
   if not piece.size:

@@ -1,6 +1,6 @@
-"""The same weights in transformers and here: by how much do their outputs differ?
+"""Compares the outputs of transformers and of segjax for the same weights.
 
-Needs torch, which nothing else of segjax does. Converting is `convert`'s business.
+The only module of segjax that needs torch. Checkpoints are converted by `convert`.
 """
 
 import dataclasses
@@ -14,28 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.errors import UserError
-from segjax.hf import convert, orbax_stream, reader
+from segjax.hf import imported, orbax_stream, reader
 from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve_checkpoint
 from segjax.hf.config import config_from_hf, head_name
 from segjax.model import heads
 from segjax.model.llama import Llama, LlamaConfig
 
-# Largest difference of outputs whose mean square is 1 or less; larger outputs may differ more.
+# Maximum difference of outputs whose mean square is at most 1; it scales with larger outputs.
 _TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1.5e-1}
 Tokens = np.ndarray  # [S]
 Outputs = Callable[[Tokens, Tokens], Iterator[np.ndarray]]  # ids, positions -> chunks [s, outputs]
 
 _CHUNK = 256  # positions whose logits exist at once
-_TOKENS = 64  # of a built-in sequence
-_SPREAD_TOKENS = 512  # of one whose positions are spread over a long context
-_WALKED = 1024  # the longest context that is exceeded token by token without being asked to
+_TOKENS = 64  # tokens of a built-in sequence
+_SPREAD_TOKENS = 512  # tokens of one whose positions are spread over a long context
+_MAX_CONSECUTIVE = 1024  # the longest context that a built-in sequence exceeds token by token
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Of one sequence of `length` tokens, the last at position `last`.
+  """Difference of the outputs for one sequence.
 
-  `mean_square` is of transformers' outputs.
+  `last` is the position of its last token, `mean_square` that of transformers' outputs.
   """
 
   length: int
@@ -47,12 +47,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-  """How far outputs are apart; `str` is a table to print.
+  """Differences of the outputs; `str` is a table to print.
 
   Attributes:
-    compared: 'logits', 'scores' (at every token), or 'hidden states' where the heads differ.
+    compared: 'logits', 'scores' (at every token), or 'hidden states' if the heads differ.
+    sequences: differences by sequence.
     max_abs: largest difference over all sequences, positions and outputs.
     mean_abs: mean difference.
+    tolerance: limit of `max_abs`.
   """
 
   compared: str
@@ -63,7 +65,7 @@ class Verification:
 
   @property
   def passed(self) -> bool:
-    """No output differs by more than the tolerance, nor is NaN."""
+    """Whether no output is NaN or differs by more than the tolerance."""
     return self.max_abs <= self.tolerance
 
   def __str__(self) -> str:
@@ -71,14 +73,11 @@ class Verification:
     lines += [
       f'{d.length:8} {d.last:14} {d.max_abs:10.2e} {d.mean_abs:10.2e}' for d in self.sequences
     ]
-    verdict = 'passed' if self.passed else 'FAILED'
-    return '\n'.join(
-      [
-        *lines,
-        f'{verdict}: {self.compared} differ by max abs {self.max_abs:.2e}, mean abs '
-        f'{self.mean_abs:.2e}; tolerance {self.tolerance:.2e}',
-      ]
+    verdict = (
+      f'{"passed" if self.passed else "FAILED"}: {self.compared} differ by max abs '
+      f'{self.max_abs:.2e}, mean abs {self.mean_abs:.2e}; tolerance {self.tolerance:.2e}'
     )
+    return '\n'.join([*lines, verdict])
 
 
 def verify(
@@ -93,53 +92,53 @@ def verify(
   """Compares transformers' outputs for an HF checkpoint with ours.
 
   Built-in sequences are random tokens: a short one and, for scaled RoPE, one that exceeds the
-  original context. Where that is long, 512 tokens have positions spread over twice the context:
-  RoPE sees nothing but the differences of positions, and all of them occur, without a pass over
-  tens of thousands of tokens.
+  original context. If that is long, 512 tokens have positions spread over twice the context: RoPE
+  depends on differences of positions alone, so this covers them without a pass over tens of
+  thousands of tokens.
 
   Args:
     hf: directory or hub id.
-    checkpoint: ours, imported from `hf` or that `hf` was exported from; None loads `hf` here too.
+    checkpoint: ours, imported from `hf` or exported to `hf`; None loads `hf` here too.
     ids: token sequences instead of the built-in ones.
-    length: of one consecutive random sequence instead of the built-in ones.
-    dtype: to compute in, on both sides.
-    tolerance: None is one that fits the dtype, or that of the checkpoint's weights where it is a
-      narrower one, times the root mean square of transformers' outputs where that is above 1.
+    length: length of one consecutive random sequence instead of the built-in ones.
+    dtype: dtype of the computation, on both sides.
+    tolerance: limit of the difference; None uses that of the narrowest dtype of computation and
+      weights, times the root mean square of transformers' outputs if that is above 1.
 
   Raises:
-    ValueError: without torch, for unreadable checkpoints, and for tokens outside the vocabulary.
+    ValueError: torch is missing, a checkpoint cannot be read, or a token is outside the vocabulary.
   """
   if dtype not in _TOLERANCES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(_TOLERANCES)}.')
   origin = resolve_checkpoint(hf)
   config = reader.load_config(origin)
-  theirs_head = _head_of(origin)
-  held, checked = reader.open_model(origin, config, theirs_head)
+  theirs_head = _find_head(origin)
+  opened, entries = reader.open_model(origin, config, theirs_head)
   if checkpoint is None:
     ours_head, params = theirs_head, reader.load_params(origin, config, theirs_head, dtype='')
   else:
     config, ours_head, params = _restore(Path(checkpoint).expanduser(), config, theirs_head)
   config = dataclasses.replace(config, dtype=dtype, remat='none')
-  narrowest = max(_narrowed(params, held, checked), dtype, key=_TOLERANCES.__getitem__)
+  narrowest = max(_narrowed_dtype(params, opened, entries), dtype, key=_TOLERANCES.__getitem__)
   headless = ours_head != theirs_head
   sequences = _sequences(config, ids, length)
   theirs = _transformers(origin, theirs_head, headless, dtype)
   ours = _ours(params, config, ours_head, headless)
-  found = [_difference(ours, theirs, *sequence) for sequence in sequences]
-  sizes = [difference.length for difference in found]
+  differences = [_difference(ours, theirs, *sequence) for sequence in sequences]
+  sizes = [difference.length for difference in differences]
   if tolerance is None:
-    squares = [difference.mean_square for difference in found]
+    squares = [difference.mean_square for difference in differences]
     tolerance = _TOLERANCES[narrowest] * max(1.0, float(np.average(squares, weights=sizes)) ** 0.5)
   return Verification(
     compared='hidden states' if headless else 'logits' if ours_head == 'language' else 'scores',
-    sequences=tuple(found),
-    max_abs=float(np.max([difference.max_abs for difference in found])),
-    mean_abs=float(np.average([difference.mean_abs for difference in found], weights=sizes)),
+    sequences=tuple(differences),
+    max_abs=float(np.max([d.max_abs for d in differences])),
+    mean_abs=float(np.average([d.mean_abs for d in differences], weights=sizes)),
     tolerance=tolerance,
   )
 
 
-def _head_of(origin: Path) -> str:
+def _find_head(origin: Path) -> str:
   score = head_name(read_json(origin / CONFIG))
   return 'scalar' if f'{score}.weight' in open_checkpoint(origin).tensors else 'language'
 
@@ -147,15 +146,15 @@ def _head_of(origin: Path) -> str:
 def _restore(
   checkpoint: Path, config: LlamaConfig, head: str
 ) -> tuple[LlamaConfig, str, dict[str, Any]]:
-  """Network, head and parameters of a checkpoint of ours.
+  """Returns network, head and parameters of a checkpoint of ours.
 
-  A training run's item does not say the first two: they are those of the HF checkpoint.
+  A training run's item does not store the first two, so they are those of the HF checkpoint.
   """
-  described = checkpoint / convert.DESCRIPTION
-  if described.is_file():
-    head = convert.HEADS[read_json(described)['role']]
-    config = config_from_hf(checkpoint / convert.SOURCE)
-    checkpoint = checkpoint / convert.PARAMS
+  description = checkpoint / imported.DESCRIPTION
+  if description.is_file():
+    head = imported.HEADS[read_json(description)['role']]
+    config = config_from_hf(checkpoint / imported.SOURCE)
+    checkpoint = checkpoint / imported.PARAMS
   arrays = orbax_stream.open_arrays(checkpoint.absolute())
   prefix = 'params/' if any(path.startswith('params/') for path in arrays) else ''
   expected = heads.param_shapes(config, head)
@@ -163,27 +162,27 @@ def _restore(
   def restore(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
     name = prefix + jax.tree_util.keystr(path, simple=True, separator='/')
     if name not in arrays or arrays[name].shape != shape.shape:
-      found = f'shape {list(arrays[name].shape)}' if name in arrays else 'none'
-      raise UserError(f'{checkpoint}: {name} should be {list(shape.shape)}; found {found}.')
+      stored = f'shape {list(arrays[name].shape)}' if name in arrays else 'none'
+      raise UserError(f'{checkpoint}: {name} should be {list(shape.shape)}; found {stored}.')
     return jnp.asarray(arrays[name].read().result())
 
   return config, head, jax.tree_util.tree_map_with_path(restore, expected)
 
 
-def _narrowed(params: dict[str, Any], held: Checkpoint, entries: Sequence) -> str:
-  """The dtype of our weights where it is narrower than the files'; 'float32' otherwise."""
-  files = {reader.DTYPES[held.tensors[name].dtype] for e in entries for name in e.hf_names()}
+def _narrowed_dtype(params: dict[str, Any], opened: Checkpoint, entries: Sequence) -> str:
+  """Returns the dtype of our weights if it is not one of the files', else 'float32'."""
+  files = {reader.DTYPES[opened.tensors[name].dtype] for e in entries for name in e.hf_names()}
   own = {leaf.dtype.name for leaf in jax.tree.leaves(params)} - files
   return max(own & set(_TOLERANCES), default='float32', key=_TOLERANCES.__getitem__)
 
 
 def _difference(ours: Outputs, theirs: Outputs, ids: Tokens, positions: Tokens) -> Difference:
   largest, total, squares, size = 0.0, 0.0, 0.0, 0
-  for one, two in zip(ours(ids, positions), theirs(ids, positions), strict=True):
-    gap = np.abs(one - two)
-    largest = np.maximum(largest, gap.max())  # keeps NaN
+  for our, their in zip(ours(ids, positions), theirs(ids, positions), strict=True):
+    gap = np.abs(our - their)
+    largest = np.maximum(largest, gap.max())  # unlike max(), keeps NaN
     total += gap.sum(dtype=np.float64)
-    squares += np.square(two, dtype=np.float64).sum()
+    squares += np.square(their, dtype=np.float64).sum()
     size += gap.size
   return Difference(
     len(ids), int(positions[-1]), float(largest), float(total / size), float(squares / size)
@@ -193,35 +192,33 @@ def _difference(ours: Outputs, theirs: Outputs, ids: Tokens, positions: Tokens) 
 def _sequences(
   config: LlamaConfig, ids: Sequence[Sequence[int]] | None, length: int
 ) -> list[tuple[Tokens, Tokens]]:
-  """Token ids and positions of what is compared."""
+  """Returns token ids and positions of the sequences to compare."""
   draw = np.random.default_rng(0)
 
   def random(size: int) -> Tokens:
     return draw.integers(0, config.vocab_size, size, dtype=np.int32)
 
   if ids is not None:
-    given = [np.asarray(row) for row in ids]
-    for row in given or [np.zeros(0)]:
+    rows = [np.asarray(row) for row in ids]
+    for row in rows or [np.zeros(0)]:
       if row.ndim != 1 or not row.size or row.dtype.kind not in 'iu':
-        raise UserError('ids must be sequences of one token id or more.')
+        raise UserError('ids must be sequences of at least one token id.')
       if row.min() < 0 or row.max() >= config.vocab_size:
-        raise UserError(
-          f'ids from {row.min()} to {row.max()} are not all in the vocabulary of '
-          f'{config.vocab_size}.'
-        )
-    return [(row.astype(np.int32), np.arange(len(row), dtype=np.int32)) for row in given]
+        bounds = f'{row.min()} to {row.max()}'
+        raise UserError(f'ids from {bounds} are not all in the vocabulary of {config.vocab_size}.')
+    return [(row.astype(np.int32), np.arange(len(row), dtype=np.int32)) for row in rows]
   if length:
     return [(random(length), np.arange(length, dtype=np.int32))]
-  found = [(random(_TOKENS), np.arange(_TOKENS, dtype=np.int32))]
+  sequences = [(random(_TOKENS), np.arange(_TOKENS, dtype=np.int32))]
   scaling = config.rope_scaling
   if scaling is not None:
     original = config.max_position_embeddings
     if scaling.kind == 'llama3':
       original = scaling.original_max_position_embeddings
-    size = original + _TOKENS if original <= _WALKED else _SPREAD_TOKENS
-    last = size - 1 if original <= _WALKED else 2 * original
-    found.append((random(size), np.linspace(0, last, size).astype(np.int32)))
-  return found
+    size = original + _TOKENS if original <= _MAX_CONSECUTIVE else _SPREAD_TOKENS
+    last = size - 1 if original <= _MAX_CONSECUTIVE else 2 * original
+    sequences.append((random(size), np.linspace(0, last, size).astype(np.int32)))
+  return sequences
 
 
 def _ours(params: dict[str, Any], config: LlamaConfig, head: str, headless: bool) -> Outputs:
@@ -248,7 +245,7 @@ def _ours(params: dict[str, Any], config: LlamaConfig, head: str, headless: bool
 
 
 def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Outputs:
-  """The same of transformers; classes by name, so that no code of the checkpoint's is run."""
+  """Returns the outputs of transformers' own classes: no code of the checkpoint is run."""
   try:
     import torch
   except ImportError as error:
@@ -287,14 +284,14 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
   return outputs
 
 
-def _load(kind: Any, origin: Path, dtype: Any, **how: Any) -> Any:
-  """A model of transformers, without its progress bar."""
+def _load(model_class: Any, origin: Path, dtype: Any, **kwargs: Any) -> Any:
+  """Loads a model of transformers without its progress bar."""
   from transformers.utils import logging
 
   shown = logging.is_progress_bar_enabled()
   logging.disable_progress_bar()
   try:
-    return kind.from_pretrained(origin, dtype=dtype, use_safetensors=True, **how).eval()
+    return model_class.from_pretrained(origin, dtype=dtype, use_safetensors=True, **kwargs).eval()
   finally:
     if shown:
       logging.enable_progress_bar()

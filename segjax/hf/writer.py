@@ -1,7 +1,7 @@
-"""Our parameter tree as an HF checkpoint: sharded safetensors, config.json, tokenizer files.
+"""Saves our parameter tree as an HF checkpoint: safetensors, config.json, tokenizer files.
 
-One HF tensor at a time is gathered and written, so that host memory stays small however large the
-model is. What the tensors are called is `layout`'s business, what is on disk already `convert`'s.
+One HF tensor at a time is gathered and written, so that host memory does not grow with the model.
+Tensor names are mapped by `tensor_names`; checkpoints on disk are converted by `convert`.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ from segjax.hf import model_card as cards
 from segjax.hf import shards, tensor_names
 from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
 from segjax.hf.config import config_to_hf
-from segjax.hf.tensor_slices import DTYPES
-from segjax.hf.transpose import transpose_into
+from segjax.hf.tensor_slices import DTYPES, transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
 
@@ -43,11 +42,9 @@ TOKENIZER_FILES = (
   'tokenizer_config.json',
   'vocab.json',
 )
-REWARD_SPEC_FILE = 'segment_reward.json'  # how a reward model's scores are read; written by `train`
-NUMPY_TO_SAFETENSORS = {
-  name: word for word, name in DTYPES.items()
-}  # numpy's dtype to safetensors'
-# What a directory may hold for us to replace it: what we write, and what stands beside it.
+REWARD_SPEC_FILE = 'segment_reward.json'  # see `train.reward_spec`
+NUMPY_TO_SAFETENSORS = {numpy: safetensors for safetensors, numpy in DTYPES.items()}
+# A directory that holds other files is more than a checkpoint and is not replaced.
 REPLACEABLE = (*TOKENIZER_FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES)
 
 _GENERATION = 'generation_config.json'
@@ -55,15 +52,17 @@ _TEMPLATES = ('chat_template.jinja', 'chat_template.json', 'additional_chat_temp
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-  """What a checkpoint holds beside its weights.
+class Metadata:
+  """Content of a checkpoint apart from its weights.
 
   Attributes:
-    dtype: of the weights; '' where they have several.
+    config: the network.
+    head: 'language' or 'scalar'.
+    dtype: dtype of the weights; '' if they have several.
     origin: directory whose tokenizer files, chat template and generation config are copied byte
       for byte, and whose unknown config.json keys are kept.
     extra: further keys for config.json, such as pad_token_id.
-    card: for README.md; None for no such file.
+    card: fields of README.md; None writes no such file.
   """
 
   config: LlamaConfig
@@ -86,79 +85,94 @@ def save_checkpoint(
   extra_config: dict[str, Any] | None = None,
   card: cards.Card | None = None,
 ) -> Path:
-  """Writes a checkpoint that transformers loads; all of it appears at once, or nothing does.
+  """Writes a checkpoint that transformers loads, atomically.
 
   With several processes all must call it: each takes part in gathering, the first writes. An
-  earlier checkpoint in `directory` is replaced, a directory with anything else in it is not.
+  earlier checkpoint in `directory` is replaced, a directory with any other file in it is not.
+  Takes nine parameters: four that define the model and five that most callers leave out.
 
   Args:
-    params: possibly sharded, of the shapes of `layout.entries(config, head)`.
+    directory: directory to write.
+    params: possibly sharded, with the shapes of `tensor_names.tensor_mappings(config, head)`.
+    config: the network.
     head: 'language' or 'scalar'.
-    dtype: to cast to; '' keeps what the parameters have.
-    source: checkpoint (local or hub id) that the description comes from, see `Description`.
+    dtype: dtype to cast to; '' keeps the parameters'.
+    source: checkpoint (local or hub id) that the metadata comes from, see `Metadata.origin`.
+    max_shard_bytes: maximum size of a safetensors file.
     extra_config: further keys for config.json, such as pad_token_id.
-    card: for README.md; what it does not say of base model and licence, that of `source` does.
+    card: fields of README.md; missing base model and licence are those of `source`.
 
   Returns:
     The directory.
 
   Raises:
-    ValueError: where params and config do not agree, or `directory` is not ours to replace.
+    ValueError: params and config do not agree, or `directory` must not be replaced.
   """
-  if dtype and dtype not in NUMPY_TO_SAFETENSORS:
-    raise UserError(f"dtype={dtype!r} is not one of {', '.join(NUMPY_TO_SAFETENSORS)} or ''.")
+  check_dtype(dtype)
   directory = Path(directory).expanduser().absolute()
   origin = None if source is None else resolve_checkpoint(source)
   storage.check_target(directory, REPLACEABLE, overwrite=True, source=origin)
   leaves = _leaves(params, config, head)
-  words = [NUMPY_TO_SAFETENSORS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
-  planned = shards.plan_shards(
-    [(entry, word) for (entry, _), word in zip(leaves, words, strict=True)], max_shard_bytes
-  )
+  dtypes = [NUMPY_TO_SAFETENSORS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
+  entries = [entry for entry, _ in leaves]
+  planned = shards.plan_shards(list(zip(entries, dtypes, strict=True)), max_shard_bytes)
   by_path = {entry.path: leaf for entry, leaf in leaves}
   if card is not None and origin is not None:
     card = cards.merge(cards.from_source(source, origin), card)
-  described = Description(config, head, one_dtype(words), origin, extra_config, card)
+  metadata = Metadata(config, head, common_dtype(dtypes), origin, extra_config, card)
+  tensors = [tensor for shard in planned for tensor in shard]
   if jax.process_index():
-    for piece in _pieces(planned):
-      _gathered(piece, by_path[piece.entry.path])
+    for tensor in tensors:
+      _gather(tensor, by_path[tensor.entry.path])  # a collective: the first process waits for it
   else:
     with storage.atomic_directory(directory) as partial:
       with shards.ShardWriter(partial, planned) as files:
-        for piece in _pieces(planned):
-          files.write(piece.name, 0, _gathered(piece, by_path[piece.entry.path]))
-      write_metadata(partial, described, directory.name)
+        for tensor in tensors:
+          files.write(tensor.name, 0, _gather(tensor, by_path[tensor.entry.path]))
+      write_metadata(partial, metadata, directory.name)
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('saved')  # the directory may have other names elsewhere
+    multihost_utils.sync_global_devices('saved')  # not the path, which may differ between hosts
   return directory
 
 
-def write_metadata(directory: Path, what: Description, name: str) -> None:
-  """Writes all but the weights; config.json, without which nothing loads, comes last."""
+def check_dtype(dtype: str) -> None:
+  """Raises ValueError unless weights can be written in `dtype`; '' keeps their own."""
+  if dtype and dtype not in NUMPY_TO_SAFETENSORS:
+    raise UserError(f"dtype={dtype!r} is not one of {', '.join(NUMPY_TO_SAFETENSORS)} or ''.")
+
+
+def write_metadata(directory: Path, metadata: Metadata, name: str) -> None:
+  """Writes everything but the weights; config.json, without which nothing loads, comes last."""
   written = config_to_hf(
-    what.config,
-    what.head,
-    dtype=what.dtype,
-    base_config=None if what.origin is None else read_json(what.origin / CONFIG),
-    extra=what.extra,
+    metadata.config,
+    metadata.head,
+    dtype=metadata.dtype,
+    base_config=None if metadata.origin is None else read_json(metadata.origin / CONFIG),
+    extra=metadata.extra,
   )
-  if what.origin is not None:
-    copy_tokenizer(what.origin, directory)
-  if what.head == 'language' and not (directory / _GENERATION).exists():
+  if metadata.origin is not None:
+    copy_tokenizer(metadata.origin, directory)
+  if metadata.head == 'language' and not (directory / _GENERATION).exists():
     ids = {key: written[key] for key in written if key.endswith('token_id')}
     shards.write_json(directory / _GENERATION, {'_from_model_config': True} | ids)
-  if what.card is not None:
-    with_template = any((directory / file).exists() for file in _TEMPLATES) or (
-      (directory / 'tokenizer_config.json').exists()
-      and bool(read_json(directory / 'tokenizer_config.json').get('chat_template'))
+  if metadata.card is not None:
+    has_template = _has_template(directory)
+    cards.write_card(
+      directory, metadata.card, name=name, head=metadata.head, with_template=has_template
     )
-    cards.write_card(directory, what.card, name=name, head=what.head, with_template=with_template)
   shards.write_json(directory / CONFIG, written)
 
 
-def one_dtype(words: list[str]) -> str:
-  """The dtype that all of these (safetensors' words) are; '' where there are several."""
-  return DTYPES[words[0]] if len(set(words)) == 1 else ''
+def _has_template(directory: Path) -> bool:
+  """Returns whether a chat template is in a file of its own or in tokenizer_config.json."""
+  file = directory / 'tokenizer_config.json'
+  in_config = file.exists() and bool(read_json(file).get('chat_template'))
+  return in_config or any((directory / name).exists() for name in _TEMPLATES)
+
+
+def common_dtype(names: list[str]) -> str:
+  """Returns the only dtype of these (safetensors' names); '' if there are several."""
+  return DTYPES[names[0]] if len(set(names)) == 1 else ''
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -170,56 +184,61 @@ def copy_tokenizer(source: Path, target: Path) -> None:
       shutil.copyfile(source / name, target / name)
 
 
-def _pieces(planned: list[shards.ShardPlan]) -> list[shards.HFTensor]:
-  return [piece for shard in planned for piece in shard]
-
-
 def _leaves(
   params: dict[str, Any], config: LlamaConfig, head: str
 ) -> list[tuple[tensor_names.TensorMapping, Any]]:
-  """The table's entries with our tensors; ValueError unless they agree."""
+  """Returns the table's entries with our tensors; ValueError unless they agree."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
-  given = {path_name(path): leaf for path, leaf in flat}
-  check_tensors(given, tensor_names.tensor_mappings(config, head), head)
-  return [(entry, given[entry.path]) for entry in tensor_names.tensor_mappings(config, head)]
+  by_path = {path_name(path): leaf for path, leaf in flat}
+  entries = tensor_names.tensor_mappings(config, head)
+  check_tensors(by_path, entries, head)
+  return [(entry, by_path[entry.path]) for entry in entries]
 
 
 def check_tensors(
-  given: dict[str, Any],
+  tensors: dict[str, Any],
   entries: tuple[tensor_names.TensorMapping, ...],
   head: str,
-  where: str = 'params',
+  name: str = 'params',
 ) -> None:
-  """ValueError unless `given`, by path, are the tensors of the table: anything with a shape."""
-  odd = sorted({entry.path for entry in entries} ^ set(given))
-  if odd:
-    what = 'is not one of them' if odd[0] in given else 'is missing'
-    raise UserError(f'{where} are not those of this {head} model: {odd[0]} {what}.')
+  """Raises ValueError unless `tensors`, by path, have the paths, shapes and dtypes of the table.
+
+  Args:
+    tensors: anything with shape and dtype.
+    entries: the table.
+    head: 'language' or 'scalar', for the error.
+    name: name of `tensors` in the error.
+  """
+  differing = sorted({entry.path for entry in entries} ^ set(tensors))
+  if differing:
+    path = differing[0]
+    problem = 'is not one of them' if path in tensors else 'is missing'
+    raise UserError(f'{name} are not those of this {head} model: {path} {problem}.')
   for entry in entries:
-    leaf = given[entry.path]
-    name = jnp.dtype(leaf.dtype).name
-    if tuple(leaf.shape) != entry.shape or name not in NUMPY_TO_SAFETENSORS:
+    tensor = tensors[entry.path]
+    dtype = jnp.dtype(tensor.dtype).name
+    if tuple(tensor.shape) != entry.shape or dtype not in NUMPY_TO_SAFETENSORS:
       raise UserError(
-        f'{where}: {entry.path} is {name}{list(leaf.shape)}, but by the config it is a float '
-        f'tensor of shape {list(entry.shape)}; save with the config that the model was made with.'
+        f'{name}: {entry.path} is {dtype}{list(tensor.shape)}, but by the config it is a float '
+        f'tensor of shape {list(entry.shape)}; save with the config of the model.'
       )
 
 
 @jax.jit
 def _layer(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
-  """leaf[layer], compiled once per shape and not once per layer."""
+  """Returns leaf[layer]; compiled once per shape, where indexing would compile per layer."""
   return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _gathered(piece: shards.HFTensor, leaf: Any) -> np.ndarray:
-  """One HF tensor on the host, whole, in the file's dtype and orientation."""
-  entry = piece.entry
+def _gather(tensor: shards.HFTensor, leaf: Any) -> np.ndarray:
+  """Returns one complete HF tensor on the host, in the file's dtype and orientation."""
+  entry = tensor.entry
   if entry.stacked:
-    leaf = _layer(leaf, piece.layer) if isinstance(leaf, jax.Array) else leaf[piece.layer]
+    leaf = _layer(leaf, tensor.layer) if isinstance(leaf, jax.Array) else leaf[tensor.layer]
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     leaf = multihost_utils.process_allgather(leaf, tiled=True)
   host = np.asarray(jax.device_get(leaf))
-  out = np.empty(entry.hf_shape, jnp.dtype(DTYPES[piece.dtype]))
+  out = np.empty(entry.hf_shape, jnp.dtype(DTYPES[tensor.dtype]))
   if entry.transposed:
     transpose_into(host, out)
   else:

@@ -15,13 +15,14 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import GenerationResult, generate, make_decode_config
 from segjax.report import segment_table
 from segjax.report.console import log
 from segjax.run import inputs
 from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
+from segjax.types import PromptBatch
 
 _CHUNK = 4  # tokens that are generated between two pieces of streamed text
 HELP = '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends'
@@ -112,13 +113,13 @@ def reply(
   stream = _Stream(tokenizer, write)
   output = generate(
     annotator.params['reference'],
-    PromptArrays(ids, np.array([ids.shape[1]], np.int32)),
+    PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
     key,
     decoder=make_decode_config(
       annotator.reference, sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
     ),
     mesh=mesh,
-    watch=stream.write_new,
+    on_chunk=stream.write_new,
   )
   return stream.write_new(output, is_last=True)
 

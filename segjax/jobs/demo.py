@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from segjax import processes
-from segjax.data import demo_language
+from segjax.data import demo_language, demo_rows
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import copy_tokenizer, save_checkpoint
@@ -23,17 +23,17 @@ from segjax.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Writes `rows/` (see `data.demo_language.write`), and `model/` with random weights."""
+  """Writes `rows/` (see `data.demo_rows.write`), and `model/` with random weights."""
   s = stage.settings.demo
-  language = demo_language.DemoLanguage(
+  language = demo_rows.DemoLanguage(
     min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
   )
   rows = stage.directory / 'rows'
   for _ in track(stage.name, ('rows',), 1, 'rows'):
     if processes.is_first():
-      demo_language.write(rows, language, stage.settings.seed)
+      demo_rows.write(rows, language, stage.settings.seed)
     processes.barrier('rows')
-    stage.mirror.publish()  # all read what the first has written
+    stage.mirror.push_and_wait()  # all read what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = make_config(network)

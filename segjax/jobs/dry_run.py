@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from segjax.config.settings import Settings
-from segjax.data import demo_language
+from segjax.data import demo_rows
 from segjax.data.sources import load_rows
 from segjax.hf import reader
 from segjax.jobs import pipeline
@@ -59,7 +59,7 @@ def _network(stage: Stage) -> LlamaConfig | None:
 
 def _demo_vocabulary() -> int:
   with tempfile.TemporaryDirectory() as folder:
-    demo_language.write_tokenizer(Path(folder))
+    demo_rows.write_tokenizer(Path(folder))
     tokenizer = json.loads((Path(folder) / 'tokenizer.json').read_text(encoding='utf-8'))
   return len(tokenizer['model']['vocab'])
 

@@ -16,6 +16,7 @@ from segjax import processes
 from segjax.config.settings import Settings
 from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.batches import Pairs, eval_batches
+from segjax.data.limits import describe_counts
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
@@ -144,14 +145,14 @@ def load_data(
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
-    log(f'{path}: {inputs.describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
+    log(f'{path}: {describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
     sets.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     spans, counts[path] = tokenize_spans(rows, model.tokenizer, limits)
-    log(f'{path}: {inputs.describe_counts(counts[path])}, {len(spans)} responses judged')
+    log(f'{path}: {describe_counts(counts[path])}, {len(spans)} responses judged')
   return EvaluationData(sets, spans, counts)
 
 

@@ -76,7 +76,7 @@ def run(stage: Stage) -> dict[str, Any]:
   options = {
     'weighting': s.normalizer.weighting,
     'min_count': s.normalizer.min_bin_count,
-    'zero_bin': s.compat.keep_zero_bin,
+    'first_bin': 0 if s.compat.keep_zero_bin else 1,
   }
   fitted = fit(kind, found, **options)
   filled = dataclasses.replace(

@@ -27,7 +27,7 @@ from segjax.jobs import (
   selfcheck,
   sft,
 )
-from segjax.model import sharding
+from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
 from segjax.report.html_report import Page
@@ -201,7 +201,7 @@ def check_batches(job: str, settings: Settings, mesh: Mesh) -> None:
   """ValueError where a batch of the job does not divide over the mesh."""
   for key in JOBS[job].batches:
     if size := operator.attrgetter(key)(settings):
-      sharding.check_batch(f'config.{key}={size}', size, mesh)
+      check_batch(f'config.{key}={size}', size, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:
@@ -263,7 +263,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
   if processes.is_first():
     key = {'settings': _sections(stage, job), 'inputs': _inputs(stage, job)}
     results = _begin(stage, job, key)
-  stage.mirror.publish(stage.directory)
+  stage.mirror.push_and_wait(stage.directory)
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
@@ -275,7 +275,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
     stage.log(f'done in {results["seconds"]:.1f} s{figures}')
     results = stage_record.record_results(stage.directory, key, results, _outputs(stage, job))
-  stage.mirror.publish()
+  stage.mirror.push_and_wait()
   if processes.is_first():
     _drop_states(stage)
   return processes.broadcast_from_first(results)

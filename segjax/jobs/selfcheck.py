@@ -24,12 +24,12 @@ from segjax.config.settings import (
   RolloutSettings,
   Segmentation,
 )
-from segjax.data.batches import PromptBatch
 from segjax.errors import UserError
 from segjax.jobs import selfcheck_rewards
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
 from segjax.model.llama import LlamaConfig, make_config
+from segjax.model.mesh import batch_devices, make_mesh
 from segjax.report.console import table
 from segjax.rl.segmentation import GRANULARITIES
 from segjax.run.stage import Stage
@@ -40,7 +40,7 @@ from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import RolloutSampler, rollout
 from segjax.train.scoring import concat_prompt_response, gather_response, score
 from segjax.train.segmenter import Segmenter
-from segjax.types import Experience, Rollout
+from segjax.types import Experience, PromptBatch, Rollout
 
 _ROWS, _PROMPT, _RESPONSE, _VOCABULARY = 8, 8, 24, 256
 _STOP_IDS = (7, 3)
@@ -212,10 +212,10 @@ def sharded(mesh: Mesh, fixture: Fixture) -> CheckResult:
   devices = mesh.devices.ravel()
   if len(devices) == 1:
     return CheckResult(math.nan, math.nan, '1 device')
-  batch = sharding.batch_devices(mesh)
+  batch = batch_devices(mesh)
   if _ROWS % batch:
     return CheckResult(math.nan, math.nan, f'{_ROWS} rows, {batch} devices')
-  single = sharding.make_mesh(devices=devices[:1])
+  single = make_mesh(devices=devices[:1])
   expected = make_fixture(single, fixture.recipe.policy)
   names = ('policy/loss', 'critic/loss', 'policy/grad_norm', 'critic/grad_norm')
   metrics = update(fixture)[2]

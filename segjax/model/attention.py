@@ -1,6 +1,6 @@
-"""Attention with grouped queries; the implementation is chosen by name, the numbers are the same.
+"""Causal attention with grouped queries, by several implementations that compute the same.
 
-It knows nothing of projections, RoPE or caches: those are `llama` and `decode`.
+Not here: projections (`llama`), rotary embeddings (`rope`) and the cache (`kv_cache`).
 """
 
 import functools
@@ -16,15 +16,15 @@ from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.splash import LANES, splash
 
-_MASKED = -1e30  # finite, so that a fully masked row gives a mean and not NaN
-_BLOCK = 512  # queries whose logits exist at once
+_MASKED = -1e30  # finite: a fully masked row then gives a mean instead of NaN
+_BLOCK = 512  # queries whose logits exist at once, see `_in_blocks`
 
 
 def select_implementation(wanted: str, platform: str, dtype: str, head_dim: int) -> tuple[str, str]:
-  """(implementation, why it is not the one wanted), for networks on devices of that platform.
+  """Chooses an implementation for a platform: (name, why it is not the one wanted).
 
-  'auto' is splash on TPU, cudnn on CUDA in half precision, and xla elsewhere; the reason is '' for
-  it, and wherever the wanted one can be had.
+  'auto' is splash on TPU, cudnn on CUDA in half precision, and xla elsewhere. The reason is '' for
+  'auto' and for a wanted implementation that is supported.
   """
   refused = {
     'xla': '',
@@ -42,9 +42,9 @@ def _refused_by_cudnn(platform: str, dtype: str, head_dim: int) -> str:
   if platform not in ('gpu', 'cuda'):
     return f'it is for CUDA, and the devices are {platform}'
   if dtype not in ('bfloat16', 'float16'):
-    return f'it computes in bfloat16 or float16, and config.runtime.compute_dtype={dtype}'
+    return f'it computes in bfloat16 or float16, and compute_dtype={dtype}'
   if head_dim % 8 or head_dim > 128:
-    return f'heads of {head_dim} are not a multiple of 8 up to 128'
+    return f'head_dim={head_dim} is not a multiple of 8 up to 128'
   return ''
 
 
@@ -61,60 +61,67 @@ def attention(
 
   Args:
     implementation: 'xla' anywhere; 'cudnn' (flash attention) on CUDA; 'splash' (a flash attention
-      too) on TPU. Shapes that one of these cannot do are computed by xla, and a line says so.
-    segment_ids: a token sees those before it, and itself, that have its own id. Tokens of id 0 see
-      nothing and nobody sees them; what they find is 0. None is one segment per row: rows are
-      padded on the right, so that no real token ever sees padding.
+      too) on TPU. Unsupported shapes are computed by xla, which is logged once.
+    segment_ids: a token attends to itself and to earlier tokens with its own id. Tokens of id 0
+      attend to nothing and are attended by none; their output is 0. None is one segment per row:
+      rows are padded on the right, so that no real token ever sees padding.
     layout: of the heads on the devices, a prefix in the table of `sharding`.
+
+  Raises:
+    UserError: on an unknown implementation.
   """
   if implementation not in ATTENTION:
-    raise UserError(f'attention={implementation!r} is not one of {ATTENTION}.')
-  implementation = _possible(implementation, query.shape[1], segment_ids is not None)
+    raise UserError(f'attention={implementation!r} is unknown; use one of {ATTENTION}.')
+  implementation = _supported(implementation, query.shape[1], segment_ids is not None)
   if implementation == 'cudnn':
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')
   if implementation == 'splash':
     heads, tokens = f'{layout}heads', f'{layout}tokens'
-    found = sharding.shard_map_activations(splash, (heads, heads, heads, tokens), heads)(
+    output = sharding.shard_map_activations(splash, (heads, heads, heads, tokens), heads)(
       query, key, value, segment_ids
     )
   else:
-    found = _in_blocks(query, key, value, segment_ids)
-  return found if segment_ids is None else jnp.where(segment_ids[:, :, None, None] > 0, found, 0)
+    output = _in_blocks(query, key, value, segment_ids)
+  if segment_ids is None:
+    return output
+  # Implementations differ in what they give tokens of id 0.
+  return jnp.where(segment_ids[:, :, None, None] > 0, output, 0)
 
 
-def _possible(implementation: str, length: int, has_segments: bool) -> str:
-  """The implementation, or xla where it cannot do rows of that length, or with segments."""
+def _supported(implementation: str, length: int, has_segments: bool) -> str:
+  """Returns the implementation, or xla if it does not support that length, or segments."""
   if implementation == 'splash' and length % LANES:
-    if length > LANES:
-      _warn_once(f'splash attention wants rows of a multiple of {LANES} tokens; {length} go to xla')
+    if length > LANES:  # short prompts are common and cheap: not worth a warning
+      _warn_once(f'splash attention needs a multiple of {LANES} tokens; rows of {length} use xla')
     return 'xla'
   if implementation == 'cudnn' and has_segments:
-    _warn_once('cudnn attention does not see where packed sequences end; packed rows go to xla')
+    _warn_once('cudnn attention does not support packed sequences; packed rows use xla')
     return 'xla'
   return implementation
 
 
 @functools.cache
-def _warn_once(what: str) -> None:
-  """Says it once."""
-  logging.warning(what)
+def _warn_once(message: str) -> None:
+  """Logs each message once per process: tracing would repeat it for every program."""
+  logging.warning(message)
 
 
 def _in_blocks(query, key, value, segment_ids):
-  """By XLA, block after block of queries, each against the keys up to its end.
+  """Attention by XLA, block after block of queries, each against the keys up to its end.
 
-  Half of the work of a square of logits, of which the backward pass makes a block at a time anew.
+  This does half of the work of a square of logits.
   """
   length = query.shape[1]
   if length <= _BLOCK:
     return _block(query, key, value, segment_ids)
+  # Recomputed in the backward pass, so that the logits of one block exist at a time there too.
   block = jax.checkpoint(_block)
-  found = []
+  outputs = []
   for begin in range(0, length, _BLOCK):
     end = min(begin + _BLOCK, length)
     ids = None if segment_ids is None else segment_ids[:, :end]
-    found.append(block(query[:, begin:end], key[:, :end], value[:, :end], ids))
-  return jnp.concatenate(found, axis=1)
+    outputs.append(block(query[:, begin:end], key[:, :end], value[:, :end], ids))
+  return jnp.concatenate(outputs, axis=1)
 
 
 def _block(
@@ -123,7 +130,7 @@ def _block(
   value: Float[Array, 'B S K h'],
   segment_ids: Int[Array, 'B S'] | None,
 ) -> Float[Array, 'B Q H h']:
-  """The last Q of S queries."""
+  """Attention of the last Q of S tokens to all S."""
   batch, length, heads, size = query.shape
   kv_heads, begin = key.shape[2], key.shape[1] - length
   query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
@@ -132,7 +139,7 @@ def _block(
   position = jnp.arange(key.shape[1])
   mask = (position[begin:, None] >= position[None])[None]
   if segment_ids is not None:
-    # Those of id 0 see each other, so that no row of the softmax is empty.
+    # Tokens of id 0 see each other here, so that no row of the softmax is empty.
     mask = mask & (segment_ids[:, begin:, None] == segment_ids[:, None])
   logits = jnp.where(mask[:, None, None], logits, _MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
@@ -140,7 +147,7 @@ def _block(
 
 
 class KeyValue(NamedTuple):
-  """Keys [B, K, h, S] and values [B, K, S, h]: each as the product that reads it likes it."""
+  """Keys [B, K, h, S] and values [B, K, S, h], each laid out for the einsum that consumes it."""
 
   key: Float[Array, 'B K h S']
   value: Float[Array, 'B K S h']
@@ -157,8 +164,10 @@ def cached_attention(
 
   Args:
     query: one token per row.
-    main: what the row had when the chunk of steps began; of it the first `length` positions.
-    recent: what was added since then, one position per step; of it positions 0 to `step`.
+    main: keys and values from before the chunk of steps; the first `length` positions count.
+    recent: keys and values of the chunk, one position per step; positions 0 to `step` count.
+    length: filled positions of `main`.
+    step: of the chunk, from 0.
   """
   batch, heads, size = query.shape
   kv_heads, filled = main.key.shape[1], main.key.shape[-1]
@@ -166,11 +175,12 @@ def cached_attention(
   query = (query * size**-0.5).reshape(batch, kv_heads, heads // kv_heads, size)
 
   def logits(cache, mask):
-    found = jnp.einsum('bkgh,bkhs->bkgs', query, cache.key, preferred_element_type=wide)
-    return jnp.where(mask[:, None, None], found, _MASKED)
+    scores = jnp.einsum('bkgh,bkhs->bkgs', query, cache.key, preferred_element_type=wide)
+    return jnp.where(mask[:, None, None], scores, _MASKED)
 
   old = logits(main, jnp.arange(filled)[None] < length[:, None])
   new = logits(recent, jnp.arange(recent.key.shape[-1])[None] <= step)
+  # The two parts are never concatenated: that would copy the main one in every step.
   peak = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)
   total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
@@ -179,5 +189,5 @@ def cached_attention(
     weights = (weights / total).astype(cache.value.dtype)
     return jnp.einsum('bkgs,bksh->bkgh', weights, cache.value)
 
-  found = weighted(old, main) + weighted(new, recent)
-  return found.reshape(batch, heads, size)
+  output = weighted(old, main) + weighted(new, recent)
+  return output.reshape(batch, heads, size)

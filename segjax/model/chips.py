@@ -1,4 +1,4 @@
-"""What devices can do, by the vendors' figures."""
+"""Memory, FLOP/s and bandwidths of devices, by the vendors' figures."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One device.
+  """Specification of one device.
 
   Attributes:
     memory: bytes that programs may use.
     flops: dense bfloat16 FLOP/s.
     bandwidth: of its memory, bytes/s.
-    link: to the other devices, bytes/s that it can send.
+    link: bytes/s that it can send to other devices.
   """
 
   name: str
@@ -24,9 +24,9 @@ class Chip:
   link: float
 
 
-# TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; of the memory what the compiler says that it has.
-# GPU: the vendor's data sheets (SXM, dense); of the memory 92 %, as XLA_PYTHON_CLIENT_MEM_FRACTION
-# may say.
+# TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; memory as the compiler reports it.
+# GPU: the vendor's data sheets (SXM, dense); 92 % of the memory, a usual value of
+# XLA_PYTHON_CLIENT_MEM_FRACTION.
 CHIPS = {
   chip.name: chip
   for chip in (
@@ -40,7 +40,7 @@ CHIPS = {
   )
 }
 
-# How jax names them (`device_kind`), the most particular first.
+# Prefixes of jax's `device_kind`, longer ones first: 'TPU v5' matches 'TPU v5 lite' too.
 _KINDS = (
   ('TPU v5 lite', 'v5e'),
   ('TPU v5e', 'v5e'),
@@ -54,5 +54,5 @@ _KINDS = (
 
 
 def chip_for_kind(device_kind: str) -> Chip | None:
-  """The chip that jax calls so; None where it is not known."""
+  """Returns the chip of a jax `device_kind`; None for kinds that are not listed."""
   return next((CHIPS[name] for kind, name in _KINDS if device_kind.startswith(kind)), None)

@@ -1,13 +1,13 @@
-"""Decoding with a key/value cache: the jitted pieces that a host loop (`generate`) puts together.
+"""Decoding with a key/value cache: the jitted functions that the host loop in `generate` calls.
 
-A batch of slots, each with a response of its own age. `prefill` reads prompts, `insert` puts them
-into free slots, `advance` draws a chunk of tokens for every slot, `resize` changes how many slots
-there are and how many positions the cache has. Rows begin at position 0; nothing is padded on the
-left.
+A batch of slots, each with a response of its own age. `prefill` reads prompts, `insert_slots` puts
+them into free slots, `decode_chunk` samples a chunk of tokens for every slot, `resize_slots`
+changes the number of slots and of cache positions. Rows begin at position 0; nothing is padded on
+the left.
 
-The cache is in two parts. During a chunk the main part is only read, and what is new goes to a
-small buffer, at the same place for all rows; at the end of the chunk it is moved over, to each
-row's own place. So no step scatters, and none rewrites the cache.
+The cache is in two parts. During a chunk the main part is only read, and new keys and values go to
+a small buffer, at the same position for all rows; at the end of the chunk the buffer is moved to
+each row's own position. So no step scatters, and none rewrites the cache.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from segjax.model import sharding
-from segjax.model.attention import KeyValue
+from segjax.model import kv_cache, sharding
+from segjax.model.kv_cache import Cache
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
 from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-  """What is fixed over a generation.
+  """Static configuration of a generation; hashable, for jit.
 
   Attributes:
-    chunk: steps between two looks of the host.
-    unrolled: layers one by one, each with a cache of its own, which CPUs like; else scanned, which
-      compiles in a time that does not grow with their number.
+    chunk: steps between two returns to the host.
+    unrolled: whether each layer is traced with a cache of its own, which runs faster on CPUs; else
+      layers are scanned, and compile time does not grow with their number.
     layout: a prefix in the table of `sharding`; see `decode_layout` there.
   """
 
@@ -44,7 +44,10 @@ class DecodeConfig:
 
 
 class DecodeWeights(NamedTuple):
-  """The policy's weights in the compute dtype, laid out for decoding; layers apart or stacked."""
+  """The policy's weights in the compute dtype, laid out for decoding.
+
+  `layers` is a tuple of layers where they are unrolled, or the stacked layers.
+  """
 
   embedding: Float[Array, 'V D']
   layers: Any
@@ -53,54 +56,58 @@ class DecodeWeights(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-  """Responses under way, one per slot.
+  """Unfinished responses, one per slot.
 
   Attributes:
-    cache: keys and values of the tokens so far, per layer.
-    length: how many of its positions are filled.
+    cache: keys and values of prompt and response so far.
+    length: number of filled cache positions.
     logits: of the next token.
     count: tokens of the response so far.
-    limit: how many it may have.
+    limit: maximum of `count`.
     key: the response's own random key.
-    live: whether the slot holds a response that goes on.
+    active: whether the slot holds an unfinished response.
   """
 
-  cache: Any
+  cache: Cache
   length: Int[Array, 'B']
   logits: Float[Array, 'B V']
   count: Int[Array, 'B']
   limit: Int[Array, 'B']
   key: Array
-  live: Bool[Array, 'B']
+  active: Bool[Array, 'B']
 
 
 class PrefilledPrompts(NamedTuple):
-  """Prompts that were read: their keys and values, their lengths, the logits after each."""
+  """Keys and values of prompts, their lengths, and the logits after each."""
 
-  cache: Any
+  cache: Cache
   length: Int[Array, 'R']
   logits: Float[Array, 'R V']
 
 
 class ChunkOutput(NamedTuple):
-  """What a chunk drew: the first `count` of each row; `broken` rows had no finite logits."""
+  """The tokens of a chunk: the first `count` of each row are real.
+
+  `finished` rows ended in a stop token, `non_finite` rows in logits without a finite value.
+  """
 
   ids: Int[Array, 'B C']
   logprob: Float[Array, 'B C']
   sample_logprob: Float[Array, 'B C']
   count: Int[Array, 'B']
   finished: Bool[Array, 'B']
-  broken: Bool[Array, 'B']
+  non_finite: Bool[Array, 'B']
 
 
 @functools.partial(jax.jit, static_argnames='decoder')
 def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
-  """The parameters as `advance` reads them: cast and laid out once, not in every step."""
+  """Casts and lays out the parameters for `decode_chunk`, once instead of in every step."""
   params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
   params = sharding.decode_sharding(params)
   backbone = params['backbone']
   layers = backbone['layers']
   if decoder.unrolled:
+    # Sliced here once instead of in every step.
     layers = tuple(
       jax.tree.map(lambda leaf, i=i: leaf[i], layers)
       for i in range(decoder.config.num_hidden_layers)
@@ -114,232 +121,167 @@ def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWe
 def prefill(
   weights: DecodeWeights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: DecodeConfig
 ) -> PrefilledPrompts:
-  """Reads prompts, padded on the right."""
+  """Runs the network over prompts that are padded on the right."""
   positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
   block = Block(decoder.config, decoder.layout)
 
-  def read(x, layer):
+  def run_layer(x, layer):
     return block.apply({'params': layer}, x, positions, method='prefill')
 
-  x, cache = _through_layers(read, _embed(weights, ids, decoder), (weights.layers,), decoder)
+  x, cache = _through_layers(run_layer, _embed(weights, ids, decoder), (weights.layers,), decoder)
+  # Logits of the last prompt token alone: those of all positions would be [R, P, V].
   last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-  return PrefilledPrompts(
-    _constrained(_finite(cache), decoder), length, _logits(weights, last, decoder)
-  )
+  cache = kv_cache.constrain_cache(kv_cache.zero_non_finite(cache), decoder.layout)
+  return PrefilledPrompts(cache, length, _logits(weights, last, decoder))
 
 
 @functools.partial(jax.jit, static_argnames=('slots', 'positions', 'decoder'))
 def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeState:
-  """So many slots, all free, with room for so many positions."""
+  """Returns `slots` free slots, each with a cache of `positions` positions."""
   c = decoder.config
-  shape = (slots, c.num_key_value_heads, c.head_dim, positions)
-  one = KeyValue(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype).swapaxes(2, 3))
-  if decoder.unrolled:
-    cache = (one,) * c.num_hidden_layers
-  else:
-    cache = jax.tree.map(lambda x: jnp.stack([x] * c.num_hidden_layers), one)
+  cache = kv_cache.empty_cache(c, slots, positions, stacked=not decoder.unrolled)
   zeros = jnp.zeros(slots, jnp.int32)
   wide = jnp.promote_types(c.dtype, jnp.float32)
   return DecodeState(
-    cache=_constrained(cache, decoder),
+    cache=kv_cache.constrain_cache(cache, decoder.layout),
     length=zeros,
     logits=jnp.zeros((slots, c.vocab_size), wide),
     count=zeros,
     limit=zeros,
-    key=jax.random.split(jax.random.key(0), slots),
-    live=zeros > 0,
+    key=jax.random.split(jax.random.key(0), slots),  # replaced by insert_slots
+    active=zeros > 0,
   )
 
 
 @functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
 def insert_slots(
   slots: DecodeState,
-  prefix: PrefilledPrompts,
+  prompts: PrefilledPrompts,
   source: Int[Array, 'B'],
   limit: Int[Array, 'B'],
   key: Array,
   *,
   decoder: DecodeConfig,
 ) -> DecodeState:
-  """Puts prompts into slots.
+  """Starts responses to prefilled prompts in some of the slots.
 
   Args:
-    source: for each slot the row of `prefix` that it takes; -1 leaves it alone.
-    limit: tokens that the new responses may have.
-    key: the new responses' random keys, [B].
+    source: for each slot the row of `prompts` that it takes; -1 leaves the slot as it is.
+    limit: maximum number of tokens of the new responses.
+    key: random keys of the new responses, [B].
   """
-  is_new = source >= 0
-  row = jnp.maximum(source, 0)
-
-  def put(old, prefixes, axis):
-    """`axis` is that of the slots; positions are last in keys and last but one in values."""
-    new = jnp.take(prefixes, row, axis=axis)
-    begin = old[tuple(slice(size) for size in new.shape)]
-    mask = is_new.reshape((1,) * axis + (-1,) + (1,) * (new.ndim - axis - 1))
-    merged = jnp.where(jnp.broadcast_to(mask, new.shape), new.astype(old.dtype), begin)
-    return jax.lax.dynamic_update_slice(old, merged, (0,) * old.ndim)
-
-  axis = 0 if decoder.unrolled else 1
-  cache = jax.tree.map(functools.partial(put, axis=axis), slots.cache, prefix.cache)
+  is_new, row = source >= 0, jnp.maximum(source, 0)
+  cache = kv_cache.insert_rows(slots.cache, prompts.cache, source)
 
   def choose(new, old):
     return jnp.where(is_new, new, old)
 
   return DecodeState(
-    cache=_constrained(cache, decoder),
-    length=choose(prefix.length[row], slots.length),
-    logits=jnp.where(is_new[:, None], prefix.logits[row], slots.logits),
+    cache=kv_cache.constrain_cache(cache, decoder.layout),
+    length=choose(prompts.length[row], slots.length),
+    logits=jnp.where(is_new[:, None], prompts.logits[row], slots.logits),
     count=choose(0, slots.count),
     limit=choose(limit, slots.limit),
     key=choose(key, slots.key),
-    live=is_new | slots.live,
+    active=is_new | slots.active,
   )
 
 
+# Not donated: the new cache has another shape, so the old buffers could not be reused.
 @functools.partial(jax.jit, static_argnames=('positions', 'decoder'))
 def resize_slots(
   slots: DecodeState, rows: Int[Array, 'N'] | None, positions: int, *, decoder: DecodeConfig
 ) -> DecodeState:
-  """The slots at `rows`, or all, with room for `positions`; whatever lies beyond is dropped.
-
-  Layer after layer: rows that change their device are gathered, and no device has room for all.
-  """
-
-  def refit(x, position_axis):
-    if rows is not None:
-      x = jnp.take(x, rows, axis=0)
-    x = jax.lax.slice_in_dim(x, 0, min(positions, x.shape[position_axis]), axis=position_axis)
-    widths = [(0, 0)] * x.ndim
-    widths[position_axis] = (0, positions - x.shape[position_axis])
-    return jnp.pad(x, widths)
-
-  def refit_layer(layer):
-    refitted = KeyValue(refit(layer.key, 3), refit(layer.value, 2))
-    return _laid_out(refitted, decoder, ())
-
-  cache = slots.cache
-  cache = tuple(map(refit_layer, cache)) if decoder.unrolled else jax.lax.map(refit_layer, cache)
+  """Selects the slots at `rows` (all, if None) and gives their cache `positions` positions."""
   others = slots._replace(cache=None)
   if rows is not None:
     others = jax.tree.map(lambda x: x[rows], others)
-  return others._replace(cache=_constrained(cache, decoder))
+  return others._replace(cache=kv_cache.resize_cache(slots.cache, rows, positions, decoder.layout))
 
 
 @functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
 def decode_chunk(
   weights: DecodeWeights, slots: DecodeState, *, decoder: DecodeConfig
 ) -> tuple[DecodeState, ChunkOutput]:
-  """Draws up to `decoder.chunk` tokens for every live slot."""
+  """Samples up to `decoder.chunk` tokens for every active slot.
+
+  A step first draws a token from the logits of the step before, then runs the network on it: the
+  state between chunks has the logits of the next token, and its cache includes the last one.
+  """
   block = Block(decoder.config, decoder.layout)
-  stop = jnp.asarray(decoder.stop_ids, jnp.int32)
-  size = decoder.chunk
-  batch = slots.length.shape[0]
-  none = jnp.zeros(batch, bool)
 
   def step(carry):
-    j, logits, recent, live, tokens = carry
-    broken = live & has_no_finite_logit(logits)
-    drawing = live & ~broken
-    uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
-      slots.key, slots.count + j
-    )
-    drawn = sample_token(logits, uniform, slots.count + j, stop, decoder.sampling)
-    token = jnp.where(drawing, drawn.token, stop[0])
-    finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)
-    tokens = ChunkOutput(
-      tokens.ids.at[:, j].set(token),
-      tokens.logprob.at[:, j].set(jnp.where(drawing, drawn.logprob, 0)),
-      tokens.sample_logprob.at[:, j].set(jnp.where(drawing, drawn.sample_logprob, 0)),
-      tokens.count + drawing,
-      tokens.finished | finished,
-      tokens.broken | broken,
-    )
-    live = drawing & ~finished & (slots.count + j + 1 < slots.limit)
+    j, logits, recent, active, output = carry
+    token, active, output = _draw(j, logits, active, output, slots, decoder)
 
     def layer(x, weights, main, recent):
-      return block.apply(
-        {'params': weights},
-        x,
-        (slots.length + j)[:, None],
-        main,
-        recent,
-        slots.length,
-        j,
-        method='decode',
-      )
+      position = (slots.length + j)[:, None]
+      inputs = (x, position, main, recent, slots.length, j)
+      return block.apply({'params': weights}, *inputs, method='decode')
 
+    # Finished slots run along, since shapes are fixed: their tokens are not recorded, and
+    # `length` does not count what they write.
     x = _embed(weights, token[:, None], decoder)
     x, recent = _through_layers(layer, x, (weights.layers, slots.cache, recent), decoder)
-    return j + 1, _logits(weights, x, decoder), recent, live, tokens
+    return j + 1, _logits(weights, x, decoder), recent, active, output
 
-  recent = _per_layer(functools.partial(_room, size=size), slots.cache)
-  tokens = ChunkOutput(
-    ids=jnp.full((batch, size), stop[0]),
-    logprob=jnp.zeros((batch, size), slots.logits.dtype),
-    sample_logprob=jnp.zeros((batch, size), slots.logits.dtype),
-    count=jnp.zeros(batch, jnp.int32),
-    finished=none,
-    broken=none,
-  )
-  _, logits, recent, live, tokens = jax.lax.while_loop(
-    lambda carry: (carry[0] < size) & jnp.any(carry[3]),
+  recent = kv_cache.empty_buffer(slots.cache, decoder.chunk)
+  _, logits, recent, active, output = jax.lax.while_loop(
+    lambda carry: (carry[0] < decoder.chunk) & jnp.any(carry[3]),
     step,
-    (jnp.int32(0), slots.logits, recent, slots.live, tokens),
+    (jnp.int32(0), slots.logits, recent, slots.active, _empty_output(slots, decoder)),
   )
-  moved = slots._replace(
-    cache=_constrained(_merged(slots.cache, recent, slots.length, decoder), decoder),
-    length=slots.length + tokens.count,
+  cache = kv_cache.append(slots.cache, recent, slots.length)
+  state = slots._replace(
+    cache=kv_cache.constrain_cache(cache, decoder.layout),
+    length=slots.length + output.count,
     logits=logits,
-    count=slots.count + tokens.count,
-    live=live,
+    count=slots.count + output.count,
+    active=active,
   )
-  return moved, tokens
+  return state, output
 
 
-def _per_layer(function, cache):
-  """The function of the keys and values of each layer, or of the stack of them."""
-  return jax.tree.map(function, cache, is_leaf=lambda x: isinstance(x, KeyValue))
+def _empty_output(slots: DecodeState, decoder: DecodeConfig) -> ChunkOutput:
+  shape = (slots.length.shape[0], decoder.chunk)
+  ids = jnp.full(shape, jnp.int32(decoder.stop_ids[0]))
+  zeros, no_row = jnp.zeros(shape, slots.logits.dtype), jnp.zeros(shape[0], bool)
+  return ChunkOutput(ids, zeros, zeros, jnp.zeros(shape[0], jnp.int32), no_row, no_row)
 
 
-def _room(cache, size):
-  """An empty cache of `size` positions beside another."""
-  key, value = cache
-  return KeyValue(
-    jnp.zeros((*key.shape[:-1], size), key.dtype),
-    jnp.zeros((*value.shape[:-2], size, value.shape[-1]), value.dtype),
+def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: DecodeConfig):
+  """Draws token j of the chunk: (token, slots still active, output with the token recorded)."""
+  stop = jnp.asarray(decoder.stop_ids, jnp.int32)
+  count = slots.count + j
+  non_finite = active & has_no_finite_logit(logits)
+  drawing = active & ~non_finite
+  # Keyed by the response and its token, never by the slot: neither batch mates nor slots matter.
+  uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
+    slots.key, count
   )
+  drawn = sample_token(logits, uniform, count, stop, decoder.sampling)
+  token = jnp.where(drawing, drawn.token, stop[0])  # padding is a valid id
+  finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)
+  output = ChunkOutput(
+    output.ids.at[:, j].set(token),
+    output.logprob.at[:, j].set(jnp.where(drawing, drawn.logprob, 0)),
+    output.sample_logprob.at[:, j].set(jnp.where(drawing, drawn.sample_logprob, 0)),
+    output.count + drawing,
+    output.finished | finished,
+    output.non_finite | non_finite,
+  )
+  return token, drawing & ~finished & (count + 1 < slots.limit), output
 
 
-def _merged(cache, recent, length, decoder):
-  """The cache with each row's recent part written behind its length."""
-  update = jax.lax.dynamic_update_slice_in_dim
-  recent = _finite(recent)
-
-  def row(main, recent, at):
-    return KeyValue(update(main.key, recent.key, at, 2), update(main.value, recent.value, at, 1))
-
-  def layer(main, recent):
-    return jax.vmap(row)(main, recent, length)
-
-  if decoder.unrolled:
-    return tuple(layer(*pair) for pair in zip(cache, recent, strict=True))
-  return jax.vmap(layer)(cache, recent)
-
-
-def _finite(cache):
-  """0 in place of what is not finite: 0 times NaN would reach the row that has the slot next."""
-  return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), cache)
-
-
-def _through_layers(step, x, parts, decoder: DecodeConfig):
-  """x through all layers, and what each returns; `parts` are the layers' arguments after x."""
+def _through_layers(step, x, arguments, decoder: DecodeConfig):
+  """Runs `x, output = step(x, *arguments of a layer)` for all layers: (x, outputs)."""
   if not decoder.unrolled:
-    return jax.lax.scan(lambda x, part: step(x, *part), x, parts)
-  found = []
-  for part in zip(*parts, strict=True):
-    x, one = step(x, *part)
-    found.append(one)
-  return x, tuple(found)
+    return jax.lax.scan(lambda x, layer: step(x, *layer), x, arguments)
+  outputs = []
+  for layer in zip(*arguments, strict=True):
+    x, output = step(x, *layer)
+    outputs.append(output)
+  return x, tuple(outputs)
 
 
 def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
@@ -347,20 +289,11 @@ def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
 
 
 def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
-  """[B, V], float32. Drawing looks at whole rows: the logits are gathered, never the head."""
+  """Returns float32 logits [B, V].
+
+  Sampling needs whole rows: the logits are gathered along V, never the head.
+  """
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]
   wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   return sharding.constrain(wide, f'{decoder.layout}tokens')
-
-
-def _constrained(cache, decoder: DecodeConfig):
-  stack = () if decoder.unrolled else (None,)
-  return _per_layer(lambda layer: _laid_out(layer, decoder, stack), cache)
-
-
-def _laid_out(layer: KeyValue, decoder: DecodeConfig, stack: tuple[None, ...]) -> KeyValue:
-  return KeyValue(
-    sharding.constrain(layer.key, f'{decoder.layout}key', stack),
-    sharding.constrain(layer.value, f'{decoder.layout}value', stack),
-  )

@@ -1,8 +1,8 @@
-"""Arithmetic of the network, counted from its sizes; a multiplication with an addition is 2 FLOPs.
+"""FLOPs of the network, counted from its sizes; a multiplication with an addition is 2 FLOPs.
 
-XLA's own count takes the body of a scan once, so that it is of no use for scanned layers. What is
-not a matrix product (norms, rotations, softmax) is left out, as model FLOP utilisation has it
-(Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
+XLA's own count has the body of a scan once, so it is wrong for scanned layers. Only matrix products
+count (no norms, rotations, softmax), as in the definition of model FLOP utilisation (Chowdhery et
+al. 2022, https://arxiv.org/abs/2204.02311, appendix B).
 """
 
 from segjax.model.llama import LlamaConfig
@@ -11,7 +11,7 @@ from segjax.model.llama import LlamaConfig
 def forward_flops(
   config: LlamaConfig, tokens: float | int, attended_pairs: float | int, head: str = 'language'
 ) -> float:
-  """FLOPs of one forward pass. A backward pass takes twice that; remat, one forward pass more.
+  """FLOPs of one forward pass. A backward pass takes twice as many; remat adds a forward pass.
 
   2 · tokens · (weights in matrix products) + 4 · pairs · L · H · h, the latter for q kᵀ and the
   weighted values.
@@ -29,5 +29,5 @@ def forward_flops(
 
 
 def attended_pairs(length: float | int, first: float | int = 0) -> float:
-  """Pairs (a, b) with b no later than a, of which a is at least at `first`."""
+  """Number of pairs (a, b) of positions with b ≤ a and a ≥ first."""
   return length * (length + 1) / 2 - first * (first + 1) / 2

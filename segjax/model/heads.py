@@ -1,12 +1,11 @@
-"""What is read off the backbone: log-prob and entropy of tokens, or a scalar at every token.
+"""Heads of the network: log-prob and entropy of tokens, or a scalar at every token.
 
 The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
 inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
 
-Rows are one sequence each, padded on the right, unless `positions` and `segment_ids` (see
-`llama.Llama`) say otherwise: then a row may hold several sequences, each with positions from 0, or
-tokens of id 0, which no other token sees (the attention masks of published runs; Yin et al. 2025,
-https://arxiv.org/abs/2501.02790).
+Rows are one sequence each, padded on the right, unless a `llama.RowLayout` says otherwise: then a
+row may hold several sequences, each with positions from 0, or tokens of id 0, which no other token
+sees (the attention masks of published runs; Yin et al. 2025, https://arxiv.org/abs/2501.02790).
 """
 
 import functools
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from segjax.errors import UserError
 from segjax.model import sharding
-from segjax.model.llama import Llama, LlamaConfig
+from segjax.model.llama import UNPACKED, Llama, LlamaConfig, RowLayout
 from segjax.rl.logprobs import logprob_and_entropy
 
 HEADS = ('language', 'scalar')
@@ -28,20 +27,15 @@ Params = dict[str, Any]
 
 
 class LanguageModel(nn.Module):
-  """Backbone and the projection to the vocabulary, which may be the embedding itself."""
+  """Backbone and the projection to the vocabulary, which is the embedding if weights are tied."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(
-    self,
-    ids: Int[Array, 'B S'],
-    positions: Int[Array, 'B S'] | None = None,
-    segment_ids: Int[Array, 'B S'] | None = None,
-  ) -> tuple[Array, Array]:
+  def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> tuple[Array, Array]:
     """Hidden states [B, S, D] and the head's kernel [D, V]."""
     backbone = Llama(self.config, name='backbone')
-    hidden = backbone(ids, positions, segment_ids)
+    hidden = backbone(ids, rows)
     if self.config.tie_word_embeddings:
       return hidden, backbone.embedding.T
     return hidden, _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(
@@ -50,18 +44,13 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-  """Backbone and a bias-free scalar head, as reward model and critic."""
+  """Backbone and a bias-free scalar head: reward model or critic."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(
-    self,
-    ids: Int[Array, 'B S'],
-    positions: Int[Array, 'B S'] | None = None,
-    segment_ids: Int[Array, 'B S'] | None = None,
-  ) -> Float[Array, 'B S']:
-    hidden = Llama(self.config, name='backbone')(ids, positions, segment_ids)
+  def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> Float[Array, 'B S']:
+    hidden = Llama(self.config, name='backbone')(ids, rows)
     width = hidden.shape[-1]
     kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -84,61 +73,41 @@ def _module(config: LlamaConfig, head: str) -> nn.Module:
 
 
 def init_params(key: Array, config: LlamaConfig, head: str) -> Params:
-  """Random parameters: N(0, initializer_range), the scalar head N(0, 1 / (D + 1))."""
+  """Draws parameters: N(0, initializer_range), the scalar head N(0, 1 / (D + 1))."""
   return nn.unbox(_module(config, head).init(key, jnp.zeros((1, 2), jnp.int32)))['params']
 
 
 def param_shapes(config: LlamaConfig, head: str) -> Params:
-  """The tree of parameter shapes, without making any parameter."""
+  """Returns the tree of parameter shapes; no parameter is allocated."""
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
   return jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
 
 
 def scores(
-  params: Params,
-  ids: Int[Array, 'B S'],
-  config: LlamaConfig,
-  *,
-  positions: Int[Array, 'B S'] | None = None,
-  segment_ids: Int[Array, 'B S'] | None = None,
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S']:
   """The scalar head read AT each token, float32: a reward model's score of the text so far."""
-  return ScalarModel(config).apply({'params': params}, ids, positions, segment_ids)
+  return ScalarModel(config).apply({'params': params}, ids, rows)
 
 
 def values(
-  params: Params,
-  ids: Int[Array, 'B S'],
-  config: LlamaConfig,
-  *,
-  positions: Int[Array, 'B S'] | None = None,
-  segment_ids: Int[Array, 'B S'] | None = None,
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S']:
   """The scalar head read at the state BEFORE each token, float32; 0 for a sequence's first."""
-  score = scores(params, ids, config, positions=positions, segment_ids=segment_ids)
-  return _after_first(score[:, :-1], positions)
+  score = scores(params, ids, config, rows)
+  return _after_first(score[:, :-1], rows.positions)
 
 
 def logits(
-  params: Params,
-  ids: Int[Array, 'B S'],
-  config: LlamaConfig,
-  *,
-  positions: Int[Array, 'B S'] | None = None,
-  segment_ids: Int[Array, 'B S'] | None = None,
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, positions, segment_ids)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
   return project(hidden, kernel)
 
 
 def token_logprobs(
-  params: Params,
-  ids: Int[Array, 'B S'],
-  config: LlamaConfig,
-  *,
-  positions: Int[Array, 'B S'] | None = None,
-  segment_ids: Int[Array, 'B S'] | None = None,
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """log π(ids_t | ids_<t) and the entropy H_t of that distribution, nats, in one pass.
 
@@ -146,15 +115,15 @@ def token_logprobs(
   to the vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward
   pass, so that one [B, chunk, V] array is the largest that ever exists.
   """
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, positions, segment_ids)
+  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
   logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
-  return _after_first(logprob, positions), _after_first(entropy, positions)
+  return _after_first(logprob, rows.positions), _after_first(entropy, rows.positions)
 
 
 def _after_first(
   x: Float[Array, 'B _'], positions: Int[Array, 'B S'] | None
 ) -> Float[Array, 'B S']:
-  """What is read at the state before each token; 0 where a sequence begins."""
+  """Shifts x, read at the state before each token, to that token; 0 where a sequence begins."""
   x = jnp.pad(x, ((0, 0), (1, 0)))
   return x if positions is None else jnp.where(positions == 0, 0, x)
 
@@ -163,28 +132,29 @@ def chunked_logprobs(
   hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], target: Int[Array, 'B S'], chunk: int
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """Log-prob of `target` and entropy under softmax(hidden kernel), in chunks along S."""
-  # Gathered along fsdp once and not for every chunk, in the compute dtype; then widened again, so
+  # Gathered along fsdp once, in the compute dtype, instead of once per chunk; then widened again so
   # that the gradients of the chunks add up in float32.
   kernel = sharding.constrain(kernel.astype(hidden.dtype), 'head').astype(kernel.dtype)
 
+  # Without the checkpoint the scan would stack the logits of all chunks for the backward pass.
   @jax.checkpoint
-  def one(hidden, target):
+  def chunk_logprobs(hidden, target):
     return logprob_and_entropy(project(hidden, kernel), target)
 
   batch, length, width = hidden.shape
   if length <= chunk:
-    return one(hidden, target)
+    return chunk_logprobs(hidden, target)
   extra = -length % chunk
   hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, -1, chunk, width)
   target = jnp.pad(target, ((0, 0), (0, extra))).reshape(batch, -1, chunk)
   hidden = sharding.constrain(jnp.moveaxis(hidden, 1, 0), 'chunked_hidden')
   target = sharding.constrain(jnp.moveaxis(target, 1, 0), 'chunked_tokens')
-  _, results = jax.lax.scan(lambda carry, xs: (carry, one(*xs)), None, (hidden, target))
+  _, results = jax.lax.scan(lambda carry, xs: (carry, chunk_logprobs(*xs)), None, (hidden, target))
   return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in results)
 
 
 def project(hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V']) -> Float[Array, 'B S V']:
-  """Float32 logits of hidden states in whatever dtype, each device its share of the vocabulary."""
+  """Returns float32 logits of hidden states of any dtype, split over the vocabulary."""
   logits = hidden.reshape(-1, hidden.shape[-1]) @ kernel.astype(hidden.dtype)
   logits = logits.reshape(*hidden.shape[:-1], -1)
   return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'logits')

@@ -1,39 +1,22 @@
 """Llama-3 in Flax Linen: RMSNorm, RoPE with Llama-3.1 scaling, grouped queries, SwiGLU.
 
 The backbone only, tokens to hidden states: `heads` turns those into log-probs or scores, `decode`
-samples. Weight layout in HF files is `hf.tensor_names`'s business.
+samples. The layout of the weights in HF files is in `hf.tensor_names`.
 """
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from segjax.config.settings import Network
-from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.attention import KeyValue, attention, cached_attention
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How RoPE frequencies are stretched for contexts longer than those trained on.
-
-  kind 'linear' divides every frequency by `factor`; 'llama3' divides the low ones, keeps the high
-  ones and blends between (Llama-3.1). The other fields belong to 'llama3'.
-  """
-
-  kind: str
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_position_embeddings: int = 8192
+from segjax.model.rope import RopeScaling, rope_frequencies, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +24,10 @@ class LlamaConfig:
   """Sizes of the network (HF's names) and how it is run.
 
   Attributes:
-    remat: what the backward pass does about activations: 'none' keeps all, 'full' recomputes each
-      layer from its input, and names of `choices.ACTIVATIONS`, joined by commas, keep those.
-    offload: such names, kept in the host's memory instead, where remat is not 'none'.
+    remat: activations saved for the backward pass: 'none' recomputes nothing and saves all, 'full'
+      recomputes each layer from its input, and names of `choices.ACTIVATIONS`, joined by commas,
+      save those.
+    offload: such names, saved in the host's memory instead; needs a remat other than 'none'.
     attention: one of `choices.ATTENTION`.
     logprob_chunk: positions whose logits exist at once, per row.
     scan_unroll: layers that an iteration of the scan holds.
@@ -72,8 +56,24 @@ class LlamaConfig:
   scan_unroll: int = 1
 
 
-def _kept(config: LlamaConfig) -> Any:
-  """The policy of `jax.checkpoint` for config.remat and config.offload; None keeps nothing."""
+class RowLayout(NamedTuple):
+  """How the tokens of each row form sequences; the default is one sequence per row.
+
+  Attributes:
+    positions: of each token in its sequence; None counts along the row.
+    segment_ids: which tokens see each other, as in `attention`. A token of id 0 is seen by no other
+      and sees none: its hidden state is a function of itself alone.
+  """
+
+  positions: Int[Array, 'B S'] | None = None
+  segment_ids: Int[Array, 'B S'] | None = None
+
+
+UNPACKED = RowLayout()
+
+
+def _checkpoint_policy(config: LlamaConfig) -> Any:
+  """Returns the policy of `jax.checkpoint` for remat and offload; None saves nothing."""
   save = [] if config.remat == 'full' else config.remat.split(',')
   offload = config.offload.split(',') if config.offload else []
   if not offload:
@@ -87,13 +87,13 @@ def _kept(config: LlamaConfig) -> Any:
 
 
 def make_config(network: Network) -> LlamaConfig:
-  """The network of those sizes, untrained."""
+  """Returns the config of a network of these sizes, to be trained from random weights."""
   sizes = dataclasses.asdict(network)
   return LlamaConfig(head_dim=network.hidden_size // network.num_attention_heads, **sizes)
 
 
 def num_parameters(config: LlamaConfig) -> int:
-  """Weights of the backbone with its language-model head."""
+  """Number of weights of the backbone with its language-model head."""
   width, heads = config.hidden_size, config.head_dim
   per_layer = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
   per_layer += 3 * width * config.intermediate_size + 2 * width
@@ -103,39 +103,6 @@ def num_parameters(config: LlamaConfig) -> int:
     per_layer += 2 * config.intermediate_size + width
   embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
   return embeddings + config.num_hidden_layers * per_layer + width
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-  """Angle per position of each pair of channels, [head_dim / 2], radians.
-
-  f_i = θ^(-2i / head_dim). With 'llama3' scaling by s, original length N, wavelength λ = 2π / f:
-  f / s where λ > N / low, f where λ < N / high, and between them the blend
-  (1 - b) f / s + b f with b = (N / λ - low) / (high - low).
-  """
-  exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-  frequency = config.rope_theta**-exponent
-  scaling = config.rope_scaling
-  if scaling is None:
-    return frequency.astype(np.float32)
-  if scaling.kind == 'linear':
-    return (frequency / scaling.factor).astype(np.float32)
-  if scaling.kind != 'llama3':
-    raise UserError(f'rope type {scaling.kind!r} is not one of default, linear, llama3.')
-  periods = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-  blend = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-  blend = np.clip(blend, 0.0, 1.0)
-  return ((1 - blend) * frequency / scaling.factor + blend * frequency).astype(np.float32)
-
-
-def rotate(
-  x: Float[Array, 'B S H h'], positions: Int[Array, 'B S'], config: LlamaConfig
-) -> Float[Array, 'B S H h']:
-  """Rotary position embedding; channel i is paired with channel i + h / 2, as in HF's Llama."""
-  angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config)[None, None]
-  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # [B, S, 1, h / 2]
-  first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -171,7 +138,7 @@ class Linear(nn.Module):
 class Block(nn.Module):
   """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-  `layout` stands before the names of activations in the table of `sharding`.
+  `layout` is a prefix of the names in the table of activations in `sharding`.
   """
 
   config: LlamaConfig
@@ -194,7 +161,10 @@ class Block(nn.Module):
     self.down = linear(c.hidden_size, c.mlp_bias)
 
   def _laid_out(self, x: Array, *names: str) -> Array:
-    """x laid out by one name after the other: how a product leaves it, how the next wants it."""
+    """Constrains x to one layout after the other: that of the last product, that of the next.
+
+    Without the first, the partitioner may choose to gather the product's weight instead.
+    """
     for name in names:
       x = sharding.constrain(x, f'{self.layout}{name}')
     return x
@@ -205,9 +175,11 @@ class Block(nn.Module):
     return self._laid_out(heads, 'heads')
 
   def _project(self, x, positions):
+    c = self.config
+    frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
     y = self._laid_out(self.attention_norm(x), 'gathered')
-    query = rotate(self._heads(self.query(y)), positions, self.config)
-    key = rotate(self._heads(self.key(y)), positions, self.config)
+    query = rotate(self._heads(self.query(y)), positions, frequency)
+    key = rotate(self._heads(self.key(y)), positions, frequency)
     value = self._heads(self.value(y))
     return (
       checkpoint_name(query, 'query'),
@@ -215,10 +187,10 @@ class Block(nn.Module):
       checkpoint_name(value, 'value'),
     )
 
-  def _finish(self, x, found):
-    found = checkpoint_name(found, 'attention').reshape(*x.shape[:2], -1)
-    found = self._laid_out(found, 'flat_heads', 'product')
-    x = checkpoint_name(self._laid_out(x + self.output(found), 'hidden'), 'residual')
+  def _finish(self, x, attended):
+    attended = checkpoint_name(attended, 'attention').reshape(*x.shape[:2], -1)
+    attended = self._laid_out(attended, 'flat_heads', 'product')
+    x = checkpoint_name(self._laid_out(x + self.output(attended), 'hidden'), 'residual')
     y = self._laid_out(self.mlp_norm(x), 'gathered')
     gate, up = checkpoint_name(self.gate(y), 'gate'), checkpoint_name(self.up(y), 'up')
     y = self._laid_out(nn.silu(gate) * up, 'product')
@@ -230,20 +202,20 @@ class Block(nn.Module):
     positions: Int[Array, 'B S'],
     segment_ids: Int[Array, 'B S'] | None = None,
   ) -> tuple[Float[Array, 'B S D'], None]:
-    """Causal, over whole sequences padded on the right; the None is what a scan collects."""
+    """Runs the layer over rows padded on the right; the None is what a scan collects."""
     x = checkpoint_name(x, 'hidden')
     query, key, value = self._project(x, positions)
-    found = attention(query, key, value, self.config.attention, segment_ids=segment_ids)
-    return self._finish(x, found), None
+    attended = attention(query, key, value, self.config.attention, segment_ids=segment_ids)
+    return self._finish(x, attended), None
 
   def prefill(
     self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S']
   ) -> tuple[Float[Array, 'B S D'], KeyValue]:
-    """As a call, but it also returns what decoding will attend to."""
+    """Runs the layer over prompts and returns the keys and values that decoding attends to."""
     query, key, value = self._project(x, positions)
     cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
-    found = attention(query, key, value, self.config.attention, layout=self.layout)
-    return self._finish(x, found), cache
+    attended = attention(query, key, value, self.config.attention, layout=self.layout)
+    return self._finish(x, attended), cache
 
   def decode(
     self,
@@ -254,15 +226,15 @@ class Block(nn.Module):
     length: Int[Array, 'B'],
     step: Int[Array, ''],
   ) -> tuple[Float[Array, 'B 1 D'], KeyValue]:
-    """One token per row; returns `recent` with its key and value at position `step`."""
+    """Runs one token per row; returns `recent` with its key and value at position `step`."""
     query, key, value = self._project(x, positions)
     update = jax.lax.dynamic_update_slice_in_dim
     recent = KeyValue(
       update(recent.key, key[:, 0, :, :, None].astype(recent.key.dtype), step, axis=3),
       update(recent.value, value[:, 0, :, None].astype(recent.value.dtype), step, axis=2),
     )
-    found = cached_attention(query[:, 0], main, recent, length, step)
-    return self._finish(x, found[:, None]), recent
+    attended = cached_attention(query[:, 0], main, recent, length, step)
+    return self._finish(x, attended[:, None]), recent
 
 
 class Llama(nn.Module):
@@ -277,7 +249,7 @@ class Llama(nn.Module):
     )
     block = Block
     if c.remat != 'none':
-      block = nn.remat(Block, prevent_cse=False, policy=_kept(c))
+      block = nn.remat(Block, prevent_cse=False, policy=_checkpoint_policy(c))
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0},
@@ -291,27 +263,18 @@ class Llama(nn.Module):
   def embed(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S D']:
     """Token embeddings in the compute dtype."""
     table = sharding.constrain(self.embedding.astype(self.config.dtype), 'embedding')
-    # Looked up by every device in its part of the vocabulary and added up, the table stays split.
+    # Each device looks ids up in its part of the vocabulary and the results are added: the table is
+    # never gathered.
     return sharding.constrain(sharding.constrain(table[ids], 'gathered'), 'hidden')
 
   def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
     """The norm after the last layer."""
     return sharding.constrain(self.norm(x), 'gathered')
 
-  def __call__(
-    self,
-    ids: Int[Array, 'B S'],
-    positions: Int[Array, 'B S'] | None = None,
-    segment_ids: Int[Array, 'B S'] | None = None,
-  ) -> Float[Array, 'B S D']:
-    """Hidden state after each token; rows are padded on the right, so no mask is needed.
-
-    Args:
-      positions: of each token in its sequence; counted along the row if not given.
-      segment_ids: which tokens see each other, as in `attention`. A token of id 0 is seen by no
-        other and sees none: its hidden state is a function of itself alone.
-    """
+  def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> Float[Array, 'B S D']:
+    """Hidden state after each token; rows are padded on the right, so no mask is needed."""
     ids = sharding.constrain(ids, 'tokens')
+    positions, segment_ids = rows
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     if segment_ids is not None:
@@ -321,5 +284,5 @@ class Llama(nn.Module):
 
 
 def layer_params(params: dict[str, Any], index: int) -> dict[str, Any]:
-  """The parameters of layer `index` out of the stacked ones."""
+  """Returns the parameters of layer `index` out of the stacked ones."""
   return jax.tree.map(lambda leaf: leaf[index], params['layers'])

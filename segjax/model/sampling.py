@@ -1,6 +1,6 @@
-"""How a token is drawn from logits, and the two log-probs that it has.
+"""Samples a token from logits, with its log-probs before and after filtering.
 
-No network and no loop here: that is `decode`.
+Not here: the network and the loop over tokens (`decode`).
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ _HALVINGS = 24
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn from the logits.
+  """Parameters of sampling.
 
-  temperature 0 takes the likeliest token; top_k 0 and top_p 1 filter nothing; stop tokens are
+  temperature 0 is greedy; top_k 0 and top_p 1 filter nothing; stop tokens are
   banned before min_new_tokens tokens.
   """
 
@@ -44,14 +44,14 @@ def sample_token(
   stop: Int[Array, 'N'],
   sampling: Sampling,
 ) -> SampledToken:
-  """One token per row, exact: the probability of each is that of the filtered softmax.
+  """Draws one token per row, exactly with the probabilities of the filtered softmax.
 
   Args:
     logits: of the next token, float32.
-    uniform: one number in [0, 1) per row, all the randomness there is.
-    count: tokens that the response already has.
+    uniform: one number in [0, 1) per row, the only source of randomness.
+    count: tokens of the response so far.
     stop: the stop tokens.
-    sampling: how.
+    sampling: temperature and filters.
   """
   is_stop = jnp.zeros(logits.shape[-1], bool).at[stop].set(True)
   banned = is_stop[None] & (count < sampling.min_new_tokens)[:, None]
@@ -59,21 +59,21 @@ def sample_token(
   if sampling.temperature == 0:
     token = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
     return SampledToken(token, _picked(jax.nn.log_softmax(logits), token), jnp.zeros_like(uniform))
-  kept = filter_logits(allowed / sampling.temperature, sampling)
-  weights = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+  filtered = filter_logits(allowed / sampling.temperature, sampling)
+  weights = jnp.exp(filtered - jnp.max(filtered, axis=-1, keepdims=True))
   token = inverse_cdf(weights, uniform)
   return SampledToken(
     token,
     _picked(logits, token) - jax.nn.logsumexp(logits, axis=-1),
-    _picked(kept, token) - jax.nn.logsumexp(kept, axis=-1),
+    _picked(filtered, token) - jax.nn.logsumexp(filtered, axis=-1),
   )
 
 
 def inverse_cdf(weights: Float[Array, 'B V'], uniform: Float[Array, 'B']) -> Int[Array, 'B']:
-  """The index at which the running sum of the weights passes uniform · Σ weights.
+  """Index at which the running sum of the weights passes uniform · Σ weights.
 
-  First over blocks of the vocabulary, then inside the block found: one pass over V and two short
-  sums instead of a running sum over V. An index of weight 0 is never returned.
+  First over blocks of the vocabulary, then inside one block: one pass over V and two short sums
+  instead of a running sum over V. An index of weight 0 is never returned.
   """
   batch, size = weights.shape
   blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(batch, -1, _BLOCK)
@@ -83,16 +83,16 @@ def inverse_cdf(weights: Float[Array, 'B V'], uniform: Float[Array, 'B']) -> Int
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   before = jnp.where(block > 0, _picked(above, jnp.maximum(block - 1, 0)), 0)
   running = jnp.cumsum(inside, axis=-1)
-  # Rounding may leave the target at the block's end or past it: then it takes the last with weight.
+  # Rounding may put the target at the block's end or past it: then the last index with a weight.
   rest = jnp.minimum(target - before, running[:, -1] * (1 - 1e-6))
   index = jnp.argmax(running > rest[:, None], axis=-1)
   return (block * _BLOCK + index).astype(jnp.int32)
 
 
 def filter_logits(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:
-  """Logits with -inf outside the top k and outside the nucleus of mass top_p.
+  """Sets logits outside the top k and outside the nucleus of mass top_p to -inf.
 
-  The nucleus is found by bisection on the probability threshold, without sorting the vocabulary.
+  The nucleus comes from bisection on the probability threshold: no sort of the vocabulary.
   """
   if 0 < sampling.top_k < logits.shape[-1]:
     floor = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -113,7 +113,7 @@ def filter_logits(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Arra
 
 
 def has_no_finite_logit(logits: Float[Array, 'B V']) -> Bool[Array, 'B']:
-  """Whether a row has no distribution to draw from: a NaN, or nothing finite."""
+  """True for rows that define no distribution: they have a NaN, or no finite logit."""
   return ~jnp.isfinite(jnp.max(logits, axis=-1))
 
 

@@ -1,33 +1,29 @@
-"""Where arrays live on the devices: the mesh, and one table of parameter and activation layouts.
+"""Where arrays live on the devices of a mesh: one table of parameter and activation layouts.
 
-The only module that names mesh axes. It does not create or move weights: `hf.reader` and `train`
-ask it where a tensor belongs.
-
-Axes: `data` replicates the weights, `fsdp` splits weights and batch, `tensor` splits heads, MLP
-width and vocabulary. The batch is split over data and fsdp together.
+Only this module and `mesh` name mesh axes. Neither creates nor loads weights: `hf.reader` and
+`train` ask here where a tensor belongs.
 """
 
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from segjax.errors import UserError
+from segjax.model.mesh import AXES, BATCH, WEIGHT_AXES, check_batch
 
-AXES = ('data', 'fsdp', 'tensor')
-BATCH = ('data', 'fsdp')
-WEIGHT_AXES = ('fsdp', 'tensor')
 _HOST = 'pinned_host'
 
-# One match per tensor: none or two is an error. Optimizer moments carry their parameter's path as
-# a suffix, so the same line places them. Stacked layers have L in front. The embedding is split on
-# its vocabulary only: splitting the width too makes the partitioner rematerialise it.
+# Exactly one rule matches each tensor; none or two is an error. Optimizer moments carry their
+# parameter's path as a suffix, so the same rule applies to them. Stacked layers have L in front.
+# The embedding is split on its vocabulary only: splitting the width too makes the partitioner
+# rematerialise it.
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'backbone/embedding$', P(('tensor', 'fsdp'), None)),
   (r'layers/(query|key|value|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
@@ -43,11 +39,12 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
 
 ACTIVATION_RULES: dict[str, P] = {
   'tokens': P(BATCH, None),
-  # Between the matrix products each device of the tensor axis has a part of the positions, so that
-  # what is kept for the backward pass is split too; for the products the parts are gathered.
+  # Sequence parallelism: between the matrix products each device of the tensor axis holds a part of
+  # the positions, so that the activations saved for the backward pass are split too. For the
+  # products the parts are gathered.
   'hidden': P(BATCH, 'tensor', None),
   'gathered': P(BATCH, None, None),
-  'whole': P(None),
+  'replicated': P(None),
   'product': P(BATCH, None, 'tensor'),
   'flat_heads': P(BATCH, None, 'tensor'),
   'heads': P(BATCH, None, 'tensor', None),
@@ -56,7 +53,7 @@ ACTIVATION_RULES: dict[str, P] = {
   'chunked_tokens': P(None, BATCH, None),
   'embedding': P('tensor', None),
   'head': P(None, 'tensor'),
-  # Of the decode loop, where the weights stay put, split over fsdp and tensor together.
+  # The decode loop never gathers a weight: weights are split over fsdp and tensor together.
   'decode_tokens': P('data', None),
   'decode_hidden': P('data', None, None),
   'decode_gathered': P('data', None, None),
@@ -66,7 +63,7 @@ ACTIVATION_RULES: dict[str, P] = {
   'decode_heads': P('data', None, WEIGHT_AXES, None),
   'decode_key': P('data', WEIGHT_AXES, None, None),
   'decode_value': P('data', WEIGHT_AXES, None, None),
-  # And where the heads do not divide that far: for attention and sampling, rows are split instead.
+  # Where the key heads do not divide that far, attention and sampling split rows instead.
   'rows_tokens': P(AXES, None),
   'rows_hidden': P('data', None, None),
   'rows_gathered': P('data', None, None),
@@ -79,85 +76,31 @@ ACTIVATION_RULES: dict[str, P] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
-  """The device mesh; one axis may be -1 and takes the devices that the others leave.
-
-  Raises:
-    ValueError: where the axes' product is not the number of devices.
-  """
-  devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
-  if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-    raise UserError(f'mesh={sizes}: axes are positive, and at most one is -1 (the rest).')
-  known = math.prod(size for size in sizes if size > 0)
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  if math.prod(sizes) != len(devices):
-    raise UserError(
-      f'mesh data x fsdp x tensor = {" x ".join(map(str, sizes))} does not use the {len(devices)} '
-      'devices exactly; set one axis to -1 to take what the others leave.'
-    )
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-class Sizes(NamedTuple):
-  """Devices along each axis."""
-
-  data: int
-  fsdp: int
-  tensor: int
-
-
-def sizes(mesh: Mesh) -> Sizes:
-  """How many devices each axis of the mesh has."""
-  return Sizes(*(mesh.shape[axis] for axis in AXES))
-
-
-def batch_devices(mesh: Mesh) -> int:
-  """Over how many devices the batch is split: every global batch must be a multiple of it."""
-  return math.prod(mesh.shape[axis] for axis in BATCH)
-
-
-def check_batch(what: str, size: int, mesh: Mesh) -> None:
-  """ValueError, naming the sizes that would do, unless `size` rows divide over the mesh."""
-  parts = batch_devices(mesh)
-  if size % parts:
-    below = size // parts * parts
-    fits = f'{below} or {below + parts}' if below else str(parts)
-    raise UserError(
-      f'{what} does not divide over the {parts} devices of the mesh axes data and fsdp; use {fits}.'
-    )
-
-
-def check_heads(heads: int, kv_heads: int, mesh: Mesh) -> None:
-  """ValueError unless query and key heads divide over the tensor axis."""
-  parts = mesh.shape['tensor']
-  if heads % parts or kv_heads % parts:
-    raise UserError(
-      f'config.mesh.tensor={parts} does not divide the {heads} query and {kv_heads} key heads of '
-      f'the network; use a divisor of {math.gcd(heads, kv_heads)}.'
-    )
-
-
 def path_name(path: tuple[Any, ...]) -> str:
-  """A pytree path as 'a/b/c'."""
+  """Returns a pytree path as 'a/b/c'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def parameter_spec(name: str) -> P:
-  """The layout of the tensor at path `name`; ValueError unless exactly one rule matches."""
-  found = [spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name)]
-  if len(found) != 1:
+  """Returns the layout of the tensor at path `name`.
+
+  Raises:
+    UserError: no rule matches, or more than one.
+  """
+  matches = [spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name)]
+  if len(matches) != 1:
     raise UserError(
-      f'{len(found)} rules of PARAMETER_RULES match tensor {name!r}; exactly one must.'
+      f'{len(matches)} rules of PARAMETER_RULES match tensor {name!r}; exactly one must.'
     )
-  return found[0]
+  return matches[0]
 
 
 def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-  """`spec` without the axes that do not divide their dimension (an odd vocabulary, say)."""
+  """Drops from `spec` the axes that do not divide their dimension (an odd vocabulary, say)."""
   entries = []
   for dim, entry in zip(shape, tuple(spec), strict=True):
-    axes = [entry] if isinstance(entry, str) else list(entry or ())
+    axes = list(_axes(entry))
+    # The last axis is dropped first: an embedding keeps its split over tensor the longest.
     while axes and dim % math.prod(mesh.shape[axis] for axis in axes):
       axes.pop()
     entries.append(tuple(axes) or None)
@@ -165,12 +108,12 @@ def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def parameter_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """Where the tensor `name` of `shape` lives on `mesh`."""
+  """Returns the sharding of the tensor `name` of `shape` on `mesh`."""
   return NamedSharding(mesh, _fitted(parameter_spec(name), shape, mesh))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-  """The sharding of every leaf of a tree of arrays or shapes: parameters or optimizer state."""
+  """Returns the sharding of every leaf of parameters or optimizer state, arrays or shapes."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: parameter_sharding(path_name(path), leaf.shape, mesh), tree
   )
@@ -182,9 +125,9 @@ def _active_mesh() -> AbstractMesh | None:
 
 
 def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Array:
-  """Lays activation `x` out as ACTIVATION_RULES[name]; no mesh set, no change.
+  """Constrains activation `x` to ACTIVATION_RULES[name]; without a mesh it returns x unchanged.
 
-  `stack` has a None for each axis that stands before those of the rule.
+  `stack` has a None for each axis that x has before those of the rule.
   """
   mesh = _active_mesh()
   if mesh is None:
@@ -196,9 +139,10 @@ def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Arra
 def shard_map_activations(
   function: Callable[..., jax.Array], names: tuple[str, ...], result: str
 ) -> Callable[..., jax.Array]:
-  """`function` on every device's own part of arrays laid out as ACTIVATION_RULES[names].
+  """Returns `function` mapped over the shards of arrays laid out as ACTIVATION_RULES[names].
 
-  It must need nothing of the other parts. Arrays may be None; without a mesh it is `function`.
+  The shards must not depend on each other. Arrays may be None; without a mesh the result is
+  `function` itself.
   """
 
   def run(*arrays):
@@ -210,6 +154,7 @@ def shard_map_activations(
       for name, x in zip(names, arrays, strict=True)
     )
     out = _fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
+    # check_vma=False: a Pallas kernel does not say how its outputs vary over the mesh.
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
       *arrays
     )
@@ -218,7 +163,7 @@ def shard_map_activations(
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-  """Splits x, of any rank, along its first axis; no mesh set, no change."""
+  """Splits x, of any rank, along its first axis; without a mesh it returns x unchanged."""
   mesh = _active_mesh()
   if mesh is None:
     return x
@@ -230,42 +175,42 @@ def _batch_spec(rank: int) -> P:
 
 
 def constrain_tree(tree: Any) -> Any:
-  """Lays parameters or optimizer state out by the table, at the end of a jitted step."""
+  """Constrains parameters or optimizer state to the table, at the end of a jitted step."""
   return _constrain_tree(tree, lambda entry: entry)
 
 
 def decode_layout(kv_heads: int, mesh: Mesh) -> str:
-  """The layout of a decode loop, a prefix of names in ACTIVATION_RULES.
+  """Returns the layout of a decode loop, a prefix of names in ACTIVATION_RULES.
 
-  Both split the weights over fsdp and tensor together, so that no step gathers one. 'decode_'
-  splits the cache by heads; 'rows_', where the key heads do not divide that far, by rows over all
-  devices, for which queries, keys and values of a step change places.
+  Both layouts split the weights over fsdp and tensor together, so that no step gathers a weight.
+  'decode_' splits the cache by heads. 'rows_', for key heads that do not divide that far, splits it
+  by rows over all devices: each step then exchanges its queries, keys and values.
   """
   return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WEIGHT_AXES) else 'decode_'
 
 
 def decode_rows(layout: str, mesh: Mesh) -> int:
-  """Over how many devices that layout splits rows."""
+  """Returns over how many devices the layout splits rows."""
   return mesh.size if layout == 'rows_' else mesh.shape['data']
 
 
 def decode_sharding(tree: Any) -> Any:
-  """Parameters laid out for a decode loop, in which none of them is gathered."""
+  """Constrains parameters to the layout of a decode loop, which gathers none of them."""
   return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in _axes(entry) else None)
 
 
 def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
-  """Lays the tree out by the table, each entry of a layout changed first."""
+  """Constrains the tree to the table, with `change` applied to each entry of a layout."""
   mesh = _active_mesh()
   if mesh is None:
     return tree
 
-  def place(path, x):
+  def constrain_leaf(path, x):
     spec = parameter_spec(path_name(path))
     spec = P(*(change(entry) for entry in tuple(spec)))
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return jax.tree_util.tree_map_with_path(constrain_leaf, tree)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
@@ -273,50 +218,49 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def batch_sharding(rank: int, mesh: Mesh) -> NamedSharding:
-  """Split along the first axis."""
+  """Returns the sharding that splits an array along its first axis."""
   return NamedSharding(mesh, _batch_spec(rank))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Every device has the whole."""
+  """Returns the sharding that gives every device a full copy."""
   return NamedSharding(mesh, P())
 
 
 def place_batch(tree: Any, mesh: Mesh) -> Any:
-  """Host arrays [B, ...] onto the mesh, split along B.
+  """Puts host arrays [B, ...] on the mesh, split along B.
 
   Raises:
-    ValueError: where B does not divide; it names the nearest sizes that do.
+    UserError: B does not divide over the devices; the message names sizes that do.
   """
 
-  def place(x):
+  def put(x):
     x = np.asarray(x)
     check_batch(f'a batch of {x.shape[0]} rows', x.shape[0], mesh)
     return jax.make_array_from_callback(
       x.shape, batch_sharding(x.ndim, mesh), lambda index: x[index]
     )
 
-  return jax.tree.map(place, tree)
+  return jax.tree.map(put, tree)
 
 
 def to_host(tree: Any) -> Any:
-  """The arrays in the memory of the host they are at, laid out as before.
+  """Moves arrays to pinned memory of the host, with the same sharding.
 
   Raises:
-    ValueError: the devices cannot read from there.
+    UserError: the devices cannot read the host's memory.
   """
   device = next(iter(jax.tree.leaves(tree)[0].devices()))
   if _HOST not in {memory.kind for memory in device.addressable_memories()}:
     raise UserError(
-      f'config.runtime.frozen_params_memory=host: {device.device_kind} devices cannot read the '
-      'memory of '
-      'the host; use device.'
+      f'frozen_params_memory=host: {device.device_kind} devices cannot read memory of the host; '
+      'use device.'
     )
   return _in_memory(tree, _HOST)
 
 
 def to_device(tree: Any) -> Any:
-  """What `to_host` put away, back on the devices; arrays that are there stay."""
+  """Moves arrays from `to_host` back to the devices; arrays already there are not copied."""
   return _in_memory(tree, 'device')
 
 
@@ -325,5 +269,5 @@ def _in_memory(tree: Any, kind: str) -> Any:
 
 
 def replicate(x: Any, mesh: Mesh) -> jax.Array:
-  """A host value as an array that every device holds whole."""
+  """Returns a host value as an array with a full copy on every device."""
   return jax.device_put(jnp.asarray(x), replicated(mesh))

@@ -1,7 +1,7 @@
 """Splash attention: flash attention for TPU, a Pallas kernel that comes with jax.
 
-What a device computes on its own rows and heads. It never writes the [S, S] logits, and skips the
-blocks above the diagonal. https://github.com/jax-ml/jax, pallas/ops/tpu/splash_attention
+It runs on the rows and heads of one device, never writes the [S, S] logits, and skips the blocks
+above the diagonal. https://github.com/jax-ml/jax, pallas/ops/tpu/splash_attention
 """
 
 import jax
@@ -20,11 +20,11 @@ def splash(
   *,
   interpret: bool = False,
 ) -> Float[Array, 'B S H h']:
-  """Causal softmax(q kᵀ / √h) v; see `attention.attention`. What tokens of id 0 find is arbitrary.
+  """Causal softmax(q kᵀ / √h) v; see `attention.attention`. Outputs of id 0 are arbitrary.
 
   Args:
     query: S a multiple of 128.
-    interpret: run the kernel step by step on any platform, for tests.
+    interpret: whether to interpret the kernel, on any platform, for tests.
   """
   batch, length, heads, size = query.shape
   kv_heads = key.shape[2]
@@ -33,15 +33,15 @@ def splash(
   query = (query * size**-0.5).reshape(batch, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
   key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
   if segment_ids is None:
-    found = jax.vmap(jax.vmap(kernel))(query, key, value)
+    output = jax.vmap(jax.vmap(kernel))(query, key, value)
   else:
     ids = _segment_ids(segment_ids)
-    found = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(query, key, value, ids)
-  return found.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+    output = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(query, key, value, ids)
+  return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
 def _kernel(heads: int, length: int, interpret: bool):
-  # Imported here: Pallas takes half a second, and only TPUs want it.
+  # Imported here: Pallas takes half a second to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as library
 
   mask = library.MultiHeadMask([library.CausalMask((length, length)) for _ in range(heads)])

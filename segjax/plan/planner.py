@@ -12,8 +12,8 @@ from segjax.config.settings import Settings
 from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.jobs import pipeline
-from segjax.model import sharding
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
+from segjax.model.mesh import make_mesh
 from segjax.plan import memory, programs, roofline, suggestions, topologies
 from segjax.plan.memory import PhaseMemory, in_gib
 from segjax.plan.programs import JobPrograms
@@ -58,7 +58,7 @@ def make_plan(
     raise UserError(f'there is no plan for the job {job!r}, only for {", ".join(programs.JOBS)}.')
   network = _network(s)
   devices = topologies.devices(topology)
-  mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
+  mesh = make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
   pipeline.check_batches(job, s, mesh)
   program = programs.program(job, s, network, mesh)
   known = [phase.name for phase in program.phases]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
 from segjax.data.batches import TokenBatch
-from segjax.model import decode, generate, sharding
+from segjax.model import decode, decode_sizes, generate, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
 from segjax.run.models import apply_runtime
@@ -193,7 +193,7 @@ def _generation(
 ) -> Iterator[Phase]:
   """The phases of a rollout; adds what they hold."""
   decoder = generate.make_decode_config(config, rollouts.sampling(s.rollout), STOP_IDS, mesh)
-  before, positions = generate.cache_positions(prompt, decoder)
+  before, positions = decode_sizes.cache_positions(prompt, decoder)
   slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
   static = {'decoder': decoder}
   params = held['policy state'].params
@@ -206,7 +206,7 @@ def _generation(
   held['cache'] = full = cache(slots, positions)
   held['cache before'] = cache(slots, before) if before else ()
   prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
-  rows, size = generate.prefill_rows(min(prompts, slots), prompt, decoder, mesh)
+  rows, size = decode_sizes.prefill_shape(min(prompts, slots), prompt, decoder, mesh)
   ids = jax.ShapeDtypeStruct((rows, size), jnp.int32, sharding=sharding.replicated(mesh))
   length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding.replicated(mesh))
   with_cache = ('decode weights', 'cache')

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from segjax.config.settings import Optimizer, Settings
-from segjax.model import sharding
 from segjax.model.chips import Chip
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig, num_parameters
+from segjax.model.mesh import mesh_sizes
 
 PROMPTS = 60_000  # of UltraFeedback, an epoch
 
@@ -97,7 +97,7 @@ def _weights(config: LlamaConfig) -> int:
 
 def _gathered(config: LlamaConfig, mesh: Mesh) -> float:
   """Bytes that a device passes on while the weights are gathered along fsdp once."""
-  at = sharding.sizes(mesh)
+  at = mesh_sizes(mesh)
   return _weights(config) / at.tensor * (at.fsdp - 1) / at.fsdp
 
 
@@ -105,7 +105,7 @@ def _forward(
   config: LlamaConfig, head: str, mesh: Mesh, rows: int, length: int, pieces: int
 ) -> PhaseCost:
   flops = forward_flops(config, rows * length, rows * attended_pairs(length), head)
-  read = _weights(config) / sharding.sizes(mesh).tensor * pieces
+  read = _weights(config) / mesh_sizes(mesh).tensor * pieces
   return PhaseCost(flops / mesh.size, read, _gathered(config, mesh) * pieces)
 
 
@@ -149,7 +149,7 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
   itemsize = 2 if config.dtype == 'bfloat16' else 4
   position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
   filled = slots * (prompt + response / 2) * position
-  rows = sharding.sizes(mesh).data
+  rows = mesh_sizes(mesh).data
   split = mesh.size // rows
   # Two sums of activations per layer over all devices that share the weights.
   passed = 2 * 2 * (split - 1) / split * slots / rows * config.hidden_size * itemsize

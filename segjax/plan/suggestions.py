@@ -11,8 +11,8 @@ from operator import attrgetter
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings, replace
-from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import batch_devices
 from segjax.plan import abstract_arrays, programs
 from segjax.plan.memory import PhaseMemory, held_bytes, in_gib
 
@@ -78,7 +78,7 @@ def estimate_peak(
 
 def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[SettingChange]:
   """From what costs nothing but time to what changes numbers."""
-  devices = sharding.batch_devices(mesh)
+  devices = batch_devices(mesh)
   if job == 'ppo':
     slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
     names = ('prefill', 'cache growth', 'decode chunk')

@@ -1,6 +1,7 @@
 """Array mathematics of the method: pure functions that jit, one sequence [T] at a time.
 
-This list is the public one; what a module has beside it may change. vmap where a name says [T].
+This list is the public interface; other names of the modules may change. vmap where a shape says
+[T].
 Values in `segjax.types`: `Segments`, `Normalizer`.
 """
 
@@ -44,15 +45,12 @@ from segjax.rl.rewards import (
   repeat,
   shaped_reward,
 )
-from segjax.rl.schedules import warmup_cosine
 from segjax.rl.segmentation import (
   content_mask,
   delimiter_boundary,
-  end_index,
   fixed_length_boundary,
   segment,
   segment_at,
-  segment_length,
 )
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
@@ -71,7 +69,6 @@ __all__ = [
   'cross_entropy',
   'delimiter_boundary',
   'dense_reward',
-  'end_index',
   'end_only',
   'end_penalty',
   'even_split',
@@ -101,13 +98,11 @@ __all__ = [
   'repeat',
   'segment',
   'segment_at',
-  'segment_length',
   'sequence_score',
   'shaped_reward',
   'threshold_curve',
   'threshold_for_length',
   'threshold_for_quantile',
   'value_loss',
-  'warmup_cosine',
   'whiten',
 ]

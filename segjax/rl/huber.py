@@ -45,34 +45,23 @@ def huber_fit(
     (w, b, s); all 0 if no point counts, and w = 0 if only one does.
   """
   x, y = at_least_float32(x), at_least_float32(y)
-  given = jnp.ones_like(y) if weight is None else at_least_float32(weight)
-  mask = mask & (given > 0)
-  x, y, given = (jnp.where(mask, array, 0) for array in (x, y, given))
-  info = jnp.finfo(y.dtype)
-  smallest_scale = 10 * info.eps * jnp.maximum(1, jnp.max(jnp.abs(y)))
-
-  def line(share, scale):
-    weight = given * share
-    total = jnp.maximum(jnp.sum(weight), info.tiny)
-    x_mean = jnp.sum(weight * x) / total
-    y_mean = jnp.sum(weight * y) / total
-    product = jnp.sum(weight * (x - x_mean) * (y - y_mean))
-    square = jnp.sum(weight * jnp.square(x - x_mean))
-    w = product / jnp.maximum(square + alpha * scale, info.tiny)
-    return w, y_mean - w * x_mean
+  weight = jnp.ones_like(y) if weight is None else at_least_float32(weight)
+  mask = mask & (weight > 0)
+  x, y, weight = (jnp.where(mask, array, 0) for array in (x, y, weight))
+  smallest_scale = 10 * jnp.finfo(y.dtype).eps * jnp.maximum(1, jnp.max(jnp.abs(y)))
 
   def best_scale(w, b):
-    return _best_scale(jnp.abs(y - w * x - b), given, epsilon, smallest_scale)
+    return _best_scale(jnp.abs(y - w * x - b), weight, epsilon, smallest_scale)
 
   def step(_, state):
     w, b, scale = state
     residual = jnp.abs(y - w * x - b)
     # The quadratic that touches the objective here: weight 1 for an inlier, less for an outlier.
     bound = epsilon * scale
-    w, b = line(bound / jnp.maximum(residual, bound), scale)
+    w, b = _line(x, y, weight * (bound / jnp.maximum(residual, bound)), alpha * scale)
     return w, b, best_scale(w, b)
 
-  w, b = line(jnp.ones_like(y), jnp.zeros((), y.dtype))
+  w, b = _line(x, y, weight, jnp.zeros((), y.dtype))
   w, b, scale = jax.lax.fori_loop(0, _ITERATIONS, step, (w, b, best_scale(w, b)))
   return w, b, jnp.where(jnp.any(mask), scale, 0)
 
@@ -91,6 +80,18 @@ def r_squared(
   residual = masked_sum(weight * jnp.square(y - fitted), mask)
   variation = masked_sum(weight * jnp.square(y - y_mean), mask)
   return jnp.where(variation > 0, 1 - residual / jnp.where(variation > 0, variation, 1), 0)
+
+
+def _line(x, y, weight, ridge):
+  """(w, b) that minimise Σ weight (y − w x − b)² + ridge w²."""
+  tiny = jnp.finfo(y.dtype).tiny
+  total = jnp.maximum(jnp.sum(weight), tiny)
+  x_mean = jnp.sum(weight * x) / total
+  y_mean = jnp.sum(weight * y) / total
+  product = jnp.sum(weight * (x - x_mean) * (y - y_mean))
+  square = jnp.sum(weight * jnp.square(x - x_mean))
+  w = product / jnp.maximum(square + ridge, tiny)
+  return w, y_mean - w * x_mean
 
 
 def _best_scale(residual, weight, epsilon, smallest):

@@ -90,7 +90,8 @@ def policy_loss(
 
   A dual clip c holds the term of a token of A < 0 at c A or more, however large ρ. See Schulman et
   al. 2017, https://arxiv.org/abs/1707.06347; for ε_high DAPO, https://arxiv.org/abs/2503.14476; for
-  c Ye et al. 2020, https://arxiv.org/abs/1912.09729.
+  c Ye et al. 2020, https://arxiv.org/abs/1912.09729. It has more than seven parameters: each is a
+  symbol of the equation or an option of the mean.
 
   Args:
     logprob: ln π of the sampled tokens, under the policy being trained.

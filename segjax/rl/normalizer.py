@@ -41,7 +41,7 @@ PUBLISHED = {
 _LOG_OFFSET = 1e-10  # the published fits read ln(p + 1e-10)
 _NUM_BINS = 1001  # p to three decimals: 0.000, 0.001, ..., 1.000
 # A bin boundary is an exact tie between two of those decimals. Which way Python's '.3f' prints it
-# depends on the binary fraction nearest to it, so the direction is asked of Python.
+# depends on the binary fraction nearest to it, so the direction is computed by Python itself.
 _TIES = [(2 * k + 1) / 2000 for k in range(_NUM_BINS - 1)]
 _TIE_ROUNDS_UP = [round(1000 * float(f'{tie:.3f}')) > k for k, tie in enumerate(_TIES)]
 
@@ -165,7 +165,7 @@ def fit_regression(
   *,
   weighting: str = 'uniform',
   min_count: int = 1,
-  zero_bin: bool = False,
+  first_bin: int = 1,
 ) -> Normalizer:
   """Fits Mean(p) and Std(p) on the moments of the bins, by two Huber regressions on ln p.
 
@@ -181,8 +181,8 @@ def fit_regression(
     mask: True on the segments that count.
     weighting: one of WEIGHTINGS.
     min_count: bins of fewer scores are left out.
-    zero_bin: whether bin 0, which a response of more than 2,000 segments fills, counts as the
-      point p = 0. The published fit has it so; at ln 1e-10 = −23 it can outweigh all others.
+    first_bin: bins below it are left out. Bin 0, which only responses of more than 2,000 segments
+      fill, counts as the point p = 0; at ln 1e-10 = −23 it can outweigh all others.
 
   Returns:
     The fit, in the unit of the score; all fields are 0 if no bin is used.
@@ -190,7 +190,7 @@ def fit_regression(
   Raises:
     ValueError: on an unknown weighting.
   """
-  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, zero_bin)
+  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, first_bin)
   log_position = jnp.log(at + _LOG_OFFSET)
   w_mean, b_mean, _ = huber_fit(log_position, mean, used, weight=weight)
   w_std, b_std, _ = huber_fit(log_position, std, used, weight=weight)
@@ -213,7 +213,7 @@ def fit_quality(
   *,
   weighting: str = 'uniform',
   min_count: int = 1,
-  zero_bin: bool = False,
+  first_bin: int = 1,
 ) -> Quality:
   """How well Mean(p) and Std(p) describe the bins that `fit_regression` reads with these options.
 
@@ -222,7 +222,7 @@ def fit_quality(
   Raises:
     ValueError: on an unknown weighting.
   """
-  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, zero_bin)
+  at, used, weight, mean, std = _bins(position, score, mask, weighting, min_count, first_bin)
   fitted_mean, fitted_std = mean_std(at, normalizer)
   total = masked_sum(weight, used)
 
@@ -239,14 +239,12 @@ def fit_quality(
   )
 
 
-def _bins(position, score, mask, weighting, min_count, zero_bin):
+def _bins(position, score, mask, weighting, min_count, first_bin):
   """(p, used, weight, mean, std) of each bin."""
   if weighting not in WEIGHTINGS:
     raise ValueError(f'weighting={weighting!r} is unknown; use one of {WEIGHTINGS}.')
   count, mean, std = bin_moments(position, score, mask)
   bin_index = jnp.arange(_NUM_BINS)
-  used = count >= max(min_count, 1)
-  if not zero_bin:
-    used &= bin_index > 0
+  used = (count >= max(min_count, 1)) & (bin_index >= first_bin)
   weight = count.astype(mean.dtype) if weighting == 'count' else jnp.ones_like(mean)
   return bin_index.astype(mean.dtype) / (_NUM_BINS - 1), used, weight, mean, std

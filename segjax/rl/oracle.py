@@ -1,4 +1,4 @@
-"""The method once more, as slow loops over Python lists, to hold the shipped arrays against.
+"""The method as slow loops over Python lists, the reference for tests of the array functions.
 
 Positions are list indices; a response is `range(begin, stop)`, stop token included. No jax here.
 """
@@ -55,11 +55,11 @@ def spans(ends, begin):
   return [(ends[i - 1] + 1 if i else begin, end) for i, end in enumerate(ends)]
 
 
-def sequence_score(scores, how, temperature=1.0):
+def sequence_score(scores, aggregation, temperature=1.0):
   """One score out of those of the segments."""
   if not scores:
     return 0.0
-  if how == 'softmax':
+  if aggregation == 'softmax':
     weights = [math.exp((x - max(scores)) / temperature) for x in scores]
     return sum(w * x for w, x in zip(weights, scores, strict=True)) / sum(weights)
   total = sum(scores)
@@ -69,7 +69,7 @@ def sequence_score(scores, how, temperature=1.0):
     'min': min(scores),
     'max': max(scores),
     'last': scores[-1],
-  }[how]
+  }[aggregation]
 
 
 def mean_std(p, normalizer, std_floor=None):
@@ -91,19 +91,19 @@ def segment_z(score, ends, normalizer, std_floor=None):
   return z
 
 
-def spread(z, ends, mask, how, aggregation='mean', temperature=1.0):
+def spread(z, ends, mask, kind, aggregation='mean', temperature=1.0):
   """One reward per token from one z per segment."""
   begin, stop = run_of(mask)
   reward = [0.0] * len(mask)
-  if how == 'bandit':
+  if kind == 'bandit':
     if z:
       reward[stop - 1] = sequence_score(z, aggregation, temperature)
     return reward
   for z_t, (first, last) in zip(z, spans(ends, begin), strict=True):
     for t in range(first, last + 1):
-      if how == 'even_split':
+      if kind == 'even_split':
         reward[t] = z_t / (last - first + 1)
-      elif how == 'repeat' or t == last:
+      elif kind == 'repeat' or t == last:
         reward[t] = z_t
   return reward
 
@@ -143,13 +143,12 @@ def end_penalty(dense, mask, finished, kind, value):
   return penalised
 
 
-def length_penalty(dense, mask, kind, value, threshold, length=None):
+def length_penalty(dense, mask, kind, value, threshold):
   """Long responses are penalised at every token, or at those beyond the threshold."""
   begin, stop = run_of(mask)
-  length = stop - begin if length is None else length
   penalised = list(dense)
   for t in range(begin, stop):
-    if kind == 'threshold' and length > threshold:
+    if kind == 'threshold' and stop - begin > threshold:
       penalised[t] = value
     if kind == 'linear' and t - begin >= threshold:
       penalised[t] += value
@@ -224,7 +223,10 @@ def batch_mean(rows, masks, mean='sequence'):
 def policy_loss(
   logprob, old_logprob, advantage, mask, low, high=None, dual_clip=None, mean='sequence'
 ):
-  """(loss, mean ratio, share of tokens beyond the clip) of PPO's clipped surrogate."""
+  """(loss, mean ratio, share of tokens beyond the clip) of PPO's clipped surrogate.
+
+  Its parameters, more than seven, are those of `losses.policy_loss`.
+  """
   high = low if high is None else high
   ratios, surrogates, beyond = [], [], []
   for new_row, old_row, advantage_row in zip(logprob, old_logprob, advantage, strict=True):

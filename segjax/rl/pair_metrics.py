@@ -1,4 +1,4 @@
-"""What is known of a reward model from its scores of held-out pairs.
+"""Quality of a reward model, from its scores of held-out pairs.
 
 Not here: the scores of the responses (`aggregation`) and the loss that trained them (`losses`),
 nor reading the pairs.

@@ -174,7 +174,7 @@ def end_penalty(
     response_mask: True on the response, stop token included.
     finished: whether the last token of the response is a stop token.
     kind: one of END_PENALTIES.
-    value: what unfinished responses get, in the unit of the rewards; a penalty is negative.
+    value: the penalty, in the unit of the rewards; negative.
 
   Returns:
     The reward of each token; 0 outside the response.
@@ -198,7 +198,6 @@ def length_penalty(
   kind: str,
   value: ScalarLike,
   threshold: ScalarLike,
-  length: Int[Array, ''] | None = None,
 ) -> Float[Array, 'T']:
   """Penalises a response for its length.
 
@@ -211,10 +210,8 @@ def length_penalty(
     dense: reward of each token.
     response_mask: True on the response, stop token included.
     kind: one of LENGTH_PENALTIES.
-    value: what is given, in the unit of the rewards; a penalty is negative.
+    value: the penalty, in the unit of the rewards; negative.
     threshold: how many tokens are free, stop token included.
-    length: what 'threshold' compares, if it is not the number of response tokens. The published
-      code compares the index of the stop token + 1 − the padded length of the prompts.
 
   Returns:
     The reward of each token; 0 outside the response.
@@ -225,8 +222,7 @@ def length_penalty(
   _check('length_penalty', kind, LENGTH_PENALTIES)
   dense = jnp.where(response_mask, at_least_float32(dense), 0)
   if kind == 'threshold':
-    length = jnp.sum(response_mask) if length is None else length
-    return jnp.where(response_mask & (length > threshold), value, dense)
+    return jnp.where(response_mask & (jnp.sum(response_mask) > threshold), value, dense)
   if kind == 'linear':
     is_past = response_mask & (jnp.cumsum(response_mask) > threshold)
     return dense + jnp.where(is_past, value, 0)

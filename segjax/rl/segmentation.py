@@ -1,7 +1,7 @@
 """Cuts one response into segments: by the entropy of the reference model, by length, by delimiters.
 
 Not here: what a segment is worth (`normalizer`, `rewards`), nor how a threshold is chosen
-(`calibration`). Entropy is the cut of Yin et al. 2025, https://arxiv.org/abs/2501.02790; fixed
+(`threshold`). Entropy is the cut of Yin et al. 2025, https://arxiv.org/abs/2501.02790; fixed
 length and sentences, which delimiters end, are the baselines it is compared with.
 """
 
@@ -16,33 +16,21 @@ CUTS = ('entropy', 'fixed_length', 'delimiter')
 
 
 def content_mask(
-  response_mask: Bool[Array, 'T'],
-  finished: Bool[Array, ''],
-  granularity: str = 'segment',
-  *,
-  stop_inside: bool = False,
+  response_mask: Bool[Array, 'T'], finished: Bool[Array, ''], *, stop_inside: bool = False
 ) -> Bool[Array, 'T']:
   """Marks the tokens that lie in some segment.
 
-  For 'segment' and 'token' that is the response without the stop token that ends it, if it is
-  finished. For 'bandit' it is the response itself, since the one reward is read at its last token.
-  A response of nothing but a stop token has no content at any granularity.
+  That is the response without the stop token that ends it, if it is finished. A response of nothing
+  but a stop token has no content, whether or not the stop token lies in segments.
 
   Args:
     response_mask: True on the response, one contiguous run that may begin anywhere.
     finished: whether the last token of the response is a stop token.
-    granularity: one of GRANULARITIES.
-    stop_inside: whether the stop token is content too; for 'bandit' it always is.
-
-  Raises:
-    ValueError: on an unknown granularity.
+    stop_inside: whether the stop token is content too.
   """
-  _check_granularity(granularity)
   last = response_mask & ~_next(response_mask)
   content = response_mask & ~(last & finished)
-  if stop_inside or granularity == 'bandit':
-    return response_mask & jnp.any(content)
-  return content
+  return response_mask & jnp.any(content) if stop_inside else content
 
 
 def segment(
@@ -115,7 +103,8 @@ def segment_at(
     granularity: one of GRANULARITIES.
     min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a scan.
     stop_inside: whether the stop token belongs to the last segment, which then ends at it and is
-      scored there; else it lies in none. For 'bandit' it always belongs.
+      scored there; else it lies in none. For 'bandit' it always belongs, since the one reward is
+      read at the last token of the response.
 
   Returns:
     The segments; none for a response that is empty or only a stop token.
@@ -125,7 +114,9 @@ def segment_at(
   """
   if min_length < 1:
     raise ValueError(f'min_length={min_length} is below 1; every segment has a token.')
-  content = content_mask(response_mask, finished, granularity, stop_inside=stop_inside)
+  _check_granularity(granularity)
+  stop_inside = stop_inside or granularity == 'bandit'
+  content = content_mask(response_mask, finished, stop_inside=stop_inside)
   first = content & ~_previous(content)
   before_stop = content_mask(response_mask, finished)
   if granularity == 'bandit':
@@ -165,30 +156,6 @@ def delimiter_boundary(is_delimiter: Bool[Array, 'T']) -> Bool[Array, 'T']:
   return _previous(is_delimiter) & ~is_delimiter
 
 
-def end_index(segments: Segments) -> Int[Array, 'T']:
-  """Position of the last token of the segment that a token lies in; T − 1 outside every segment."""
-  last = segments.end.shape[0] - 1
-  return jnp.where(segments.segment_id >= 0, _position_of(segments.end, segments), last)
-
-
-def segment_length(segments: Segments) -> Int[Array, 'T']:
-  """Number of tokens in the segment that a token lies in; 0 outside every segment."""
-  start_index = _position_of(segments.start, segments)
-  return jnp.where(segments.segment_id >= 0, end_index(segments) - start_index + 1, 0)
-
-
-def _position_of(mark: Bool[Array, 'T'], segments: Segments) -> Int[Array, 'T']:
-  """Position of the one token marked in each segment, at all tokens of the segment.
-
-  By a table over segment ids: XLA on CPU is slower at the running maximum that would do as well.
-  """
-  length = mark.shape[0]
-  row = jnp.where(mark, segments.segment_id, length)  # past the table: dropped
-  position = jnp.arange(length, dtype=jnp.int32)
-  table = jnp.zeros(length, jnp.int32).at[row].set(position, mode='drop')
-  return table[segments.segment_id]
-
-
 def _running_count(mark: Bool[Array, 'T']) -> Int[Array, 'T']:
   """How many marks there are up to and including each token.
 
@@ -209,10 +176,10 @@ def _far_enough(
 
   def step(since, token):
     starts, is_first = token
-    kept = is_first | (starts & (since >= min_length))
-    return jnp.where(kept, 1, since + 1), kept
+    opens = is_first | (starts & (since >= min_length))
+    return jnp.where(opens, 1, since + 1), opens
 
-  # Before the first token the count means nothing: no start is there, and the first sets it.
+  # Before the first token the count is arbitrary: no start is there, and the first resets it.
   return jax.lax.scan(step, jnp.zeros((), jnp.int32), (start, first))[1]
 
 

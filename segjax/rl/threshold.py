@@ -21,7 +21,7 @@ def threshold_for_quantile(
   finished: Bool[Array, 'B'],
   quantile: ScalarLike,
 ) -> Float[Array, '']:
-  """The threshold that a given share of the tokens that could start a segment stay at or below.
+  """The quantile of the entropies of tokens that could start a segment, as a threshold.
 
   Those are the content tokens but for the first of each response, which starts one anyway. Between
   two entropies the quantile is linear, as in numpy.
@@ -36,10 +36,10 @@ def threshold_for_quantile(
     The threshold in nats; 0 if no token could start a segment.
   """
   ordered, count = _candidates(entropy, response_mask, finished)
-  place = quantile * jnp.maximum(count - 1, 0).astype(ordered.dtype)
-  below = jnp.floor(place).astype(jnp.int32)
+  position = quantile * jnp.maximum(count - 1, 0).astype(ordered.dtype)
+  below = jnp.floor(position).astype(jnp.int32)
   above = jnp.minimum(below + 1, jnp.maximum(count - 1, 0))
-  share = place - below.astype(place.dtype)
+  share = position - below.astype(position.dtype)
   low, high = ordered[below], ordered[above]
   return jnp.where(count > 0, low + share * (high - low), 0)
 
@@ -80,12 +80,7 @@ def threshold_for_length(
   ordered, count = _candidates(entropy, response_mask, finished)
   target = jnp.log(jnp.asarray(target_length, entropy.dtype))
 
-  def threshold(level):
-    """Above the `level` smallest entropies and, where that is possible, below the next."""
-    low = jnp.where(level > 0, ordered[level - 1], 0)
-    high = jnp.where(level < count, ordered[jnp.minimum(level, count - 1)], low + 2)
-    middle = (low + high) / 2
-    return jnp.where(middle < high, middle, low)  # neighbours in floating point have no middle
+  threshold = functools.partial(_threshold_at, ordered, count)
 
   def log_length(level):
     length, _ = _statistics(entropy, response_mask, finished, threshold(level), min_length)
@@ -117,7 +112,9 @@ def threshold_curve(
   *,
   min_length: int = 1,
 ) -> tuple[Float[Array, 'N'], Float[Array, 'N']]:
-  """What each threshold would give; one at a time, so that memory does not grow with their number.
+  """Mean segment length and number of segments at each threshold.
+
+  Thresholds are evaluated one at a time, so that memory does not grow with their number.
 
   Args:
     entropy: of the distribution each token was drawn from, in nats.
@@ -133,8 +130,18 @@ def threshold_curve(
   Raises:
     ValueError: on a min_length below 1.
   """
-  one = functools.partial(_statistics, entropy, response_mask, finished, min_length=min_length)
-  return jax.lax.map(one, thresholds)
+  statistics = functools.partial(
+    _statistics, entropy, response_mask, finished, min_length=min_length
+  )
+  return jax.lax.map(statistics, thresholds)
+
+
+def _threshold_at(ordered, count, level):
+  """Threshold above the `level` smallest entropies and, where possible, below the next."""
+  low = jnp.where(level > 0, ordered[level - 1], 0)
+  high = jnp.where(level < count, ordered[jnp.minimum(level, count - 1)], low + 2)
+  middle = (low + high) / 2
+  return jnp.where(middle < high, middle, low)  # neighbours in floating point have no middle
 
 
 def _candidates(

@@ -1,14 +1,14 @@
-"""A run whose working directory is on a bucket works in a local copy, which this keeps equal to it.
+"""Copies between a working directory on a bucket and the local directory that a run works in.
 
-Buckets know no appends and no renames of directories, and weights and curves are written to local
-files. Training states do not pass through here: they go straight to the bucket (`states`).
+Buckets have no appends and no renames of directories, and models and metrics are written to local
+files. Training states do not pass through here: they go to the bucket directly (`checkpoint_dir`).
 """
 
 import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,158 +18,153 @@ from segjax import processes
 from segjax.errors import UserError, first_line
 from segjax.run import lock, stage_record
 
-INDEX = 'mirror.json'  # SHA-256 of every file; not there where a push was cut off
 STATES = 'checkpoints'  # training states: <stage>/<fingerprint of its key>
 
-_PAUSE = 2.0  # seconds before a push that must succeed is tried again, twice as many each time
+_RETRY_PAUSE = 2.0  # seconds before the first retry of a push that must succeed; then doubled
 
 
 class NoMirror:
-  """What there is to keep equal where the working directory is no bucket: nothing."""
+  """Does nothing: the mirror of a run whose working directory is local."""
 
-  def states(self, stage: Path) -> epath.Path | None:
-    """Where the training states of a stage go; None: its own directory."""
+  def checkpoint_dir(self, stage: Path) -> epath.Path | None:
+    """Returns where the training states of a stage go; None: to its own directory."""
     del stage
 
-  def offer(self) -> bool:
-    """Whether the bucket has all files; where it could not be written, they are kept for later."""
+  def try_push(self) -> bool:
+    """Returns whether the bucket has all files; if it cannot be written, a later push does it."""
     return True
 
-  def publish(self, *_: Path) -> None:
-    """Returns once the bucket has all files, and all processes have them from there."""
+  def push_and_wait(self, *_: Path) -> None:
+    """Returns once the bucket has all files and all processes have copied them from there."""
 
   @contextlib.contextmanager
-  def held(self, workdir: Path) -> Iterator[None]:
+  def hold_lock(self, workdir: Path) -> Iterator[None]:
     """Holds the working directory for this run."""
     with lock.lock_workdir(workdir):
       yield
 
 
 class BucketMirror(NoMirror):
-  """Keeps a bucket and a local directory equal; the bucket is right where they differ at the start.
+  """Keeps a bucket and a local directory equal; where they differ at the start, the bucket wins.
 
-  Files go there before the `stage.json` that vouches for them, and one whose key changes is taken
-  away first: so a run that is killed at any moment leaves a bucket that its command goes on from.
+  Files are uploaded before the `stage.json` that declares them valid, and a `stage.json` whose key
+  changes is removed first: a run can resume from the bucket whenever it was killed.
 
   Args:
-    url: as gs://bucket/run.
-    local: the directory of this process.
-    max_misses: pushes in a row that may fail.
-    say: is told what went wrong and was survived.
+    url: the working directory, as gs://bucket/run.
+    local: the local directory of this process.
+    max_failures: number of consecutive pushes that may fail.
+    log_fn: called with each failure that the run survives.
 
   Raises:
-    ValueError: the bucket cannot be read.
+    UserError: the bucket cannot be read.
   """
 
-  def __init__(self, url: str, local: Path, max_misses: int, say: Callable[[str], None] = print):
+  def __init__(
+    self, url: str, local: Path, max_failures: int, log_fn: Callable[[str], None] = print
+  ):
     from fsspec.core import url_to_fs
+    from fsspec.implementations.dirfs import DirFileSystem
 
     self._url, self._local = url.rstrip('/'), local
-    self._max_misses, self._misses, self._say = max_misses, 0, say
-    self._known: dict[str, str] = {}  # of the bucket's files the SHA-256
-    self._hashed: dict[str, tuple[Any, str]] = {}  # of local files size and time, and SHA-256
-    self._is_whole = False  # whether the index on the bucket is that of its files
-    with self._reached('read'):
-      self._files, self._root = url_to_fs(self._url, use_listings_cache=False)
-      self._theirs()
+    self._max_failures, self._failures, self._log = max_failures, 0, log_fn
+    # Of files that are equal: (size and time of the local one, what the bucket knows of its own).
+    self._equal: dict[str, tuple[Any, str]] = {}
+    with self._user_errors('read'):
+      files, root = url_to_fs(self._url, use_listings_cache=False)
+      self._bucket = DirFileSystem(path=root, fs=files)
+      self._bucket.find('')
 
   @contextlib.contextmanager
-  def _reached(self, verb: str) -> Iterator[None]:
+  def _user_errors(self, verb: str) -> Iterator[None]:
     try:
       yield
     except lock.LockedError:
       raise
-    except Exception as error:  # each kind of bucket has its own
+    except Exception as error:  # every file system has its own classes
       is_missing = isinstance(error, ImportError) and self._url.startswith('gs://')
-      package = " (pip install -e '.[gcs]')" if is_missing else ''
+      fix = '; pip install gcsfs' if is_missing else ''
       raise UserError(
-        f'--workdir={self._url} cannot be {verb}: {first_line(error)}{package}'
+        f'--workdir={self._url} cannot be {verb}: {first_line(error)}{fix}.'
       ) from error
 
   @contextlib.contextmanager
-  def held(self, workdir: Path) -> Iterator[None]:
+  def hold_lock(self, workdir: Path) -> Iterator[None]:
     """Holds the bucket's directory, and makes the local one equal to it."""
-    self._check_states()
-    with contextlib.ExitStack() as stack:
-      with self._reached('written'):
-        stack.enter_context(lock.lock_bucket(self._files, self._at(lock.FILE), self._url))
-      processes.barrier('locked')
-      with self._reached('read'):
-        self.pull()
-      yield
-
-  def states(self, stage: Path) -> epath.Path:
-    """By stage and key: what was made with other settings is never in the way."""
-    return epath.Path(self._url) / STATES / stage.name / _fingerprint(stage)
-
-  def _check_states(self) -> None:
     try:
       epath.Path(self._url)
     except KeyError:
       raise UserError(
-        f'--workdir={self._url}: training states cannot go there; give gs:// or a directory.'
+        f'--workdir={self._url} cannot hold training states; give gs:// or a local directory.'
       ) from None
+    with contextlib.ExitStack() as stack:
+      with self._user_errors('written'):
+        stack.enter_context(lock.lock_bucket(self._bucket, self._url))
+      processes.barrier('locked')
+      with self._user_errors('read'):
+        self.pull()
+      yield
+
+  def checkpoint_dir(self, stage: Path) -> epath.Path:
+    """Returns a directory per stage and key, so that other settings never find these states."""
+    return epath.Path(self._url) / STATES / stage.name / key_fingerprint(stage)
 
   def pull(self) -> None:
     """Makes the local directory equal to the bucket."""
-    index = self._index()
-    self._known, self._is_whole = {}, bool(index)
-    theirs = self._theirs()
-    for name in theirs:
-      path = self._local / name
-      if name not in index or not path.is_file() or self._hash(name) != index[name]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._files.get_file(self._at(name), str(path))
-      self._known[name] = self._hash(name)
-    for name in set(self._mine()) - set(theirs):
+    listing = self._bucket.find('', detail=True).items()
+    infos = {name: str(info) for name, info in listing if _is_copied(name)}
+    changed = [n for n, info in infos.items() if self._equal.get(n) != (self._stamp(n), info)]
+    for name in changed:
+      (self._local / name).parent.mkdir(parents=True, exist_ok=True)
+    if changed:
+      self._bucket.get(changed, [str(self._local / name) for name in changed])
+    for name in self._local_names() - infos.keys():
       (self._local / name).unlink()
+    self._equal = {name: (self._stamp(name), info) for name, info in infos.items()}
 
   def push(self) -> None:
-    """Makes the bucket equal to the local directory: what changed, and what is gone."""
-    mine = {name: self._hash(name) for name in self._mine()}
-    changed = {name for name, digest in mine.items() if self._known.get(name) != digest}
-    gone = self._known.keys() - mine.keys()
-    if not changed and not gone and self._is_whole:
-      return
-    self._is_whole = False
-    self._remove(INDEX)
-    # What a run needs to go on is there before what it was moved away from changes.
-    tops = {_top(name) for name in changed | gone}
-    for top in sorted(tops, key=lambda top: (not top, top.endswith('.old'), top)):
-      new, lost = ([n for n in sorted(names) if _top(n) == top] for names in (changed, gone))
-      self._push_stage(top, new, lost, mine)
-    self._files.pipe_file(self._at(INDEX), json.dumps(self._known, indent=1).encode())
-    self._is_whole = True
+    """Makes the bucket equal to the local directory; uploads the files that have changed."""
+    stamps = {name: self._stamp(name) for name in self._local_names()}
+    changed = {n for n, stamp in stamps.items() if self._equal.get(n, (None,))[0] != stamp}
+    removed = self._equal.keys() - stamps.keys()
+    # A stage is uploaded before its <stage>.old changes: until then the bucket can resume the old.
+    stages = {_stage_name(name) for name in changed | removed}
+    for stage in sorted(stages, key=lambda name: (not name, name.endswith('.old'), name)):
+      uploads, removals = (
+        [name for name in sorted(names) if _stage_name(name) == stage]
+        for names in (changed, removed)
+      )
+      self._push_stage(stage, uploads, removals)
+      self._equal |= {name: (stamps[name], '') for name in uploads}
 
-  def _push_stage(
-    self, top: str, changed: list[str], gone: list[str], digests: dict[str, str]
-  ) -> None:
-    record = f'{top}/{stage_record.FILE}'
-    if record in gone or (record in changed and self._key(record) != self._own_key(top)):
-      self._remove(record)
-    for name in sorted(changed, key=lambda name: (name == record, name)):
-      self._files.put_file(str(self._local / name), self._at(name))
-      self._known[name] = digests[name]
-    for name in gone:
-      self._remove(name)
+  def _push_stage(self, stage: str, uploads: list[str], removals: list[str]) -> None:
+    record = f'{stage}/{stage_record.FILE}'
+    new_key = stage_record.stored_key(self._local / stage)
+    if record in removals or (record in uploads and self._key_on_bucket(record) != new_key):
+      self._remove([record])
+    # The record comes last, by a call of its own: within a call files have no order.
+    for names in ([name for name in uploads if name != record], [record] * (record in uploads)):
+      if names:
+        self._bucket.put([str(self._local / name) for name in names], names)
+    self._remove(removals)
 
-  def offer(self) -> bool:
-    """Pushes; a failure is told, and raises OSError after more than `max_misses` in a row."""
+  def try_push(self) -> bool:
+    """Pushes; a failure is logged, and is an OSError after `max_failures` in succession."""
     return processes.broadcast_from_first(self._try() if processes.is_first() else True)
 
-  def publish(self, *stages: Path) -> None:
-    """Pushes until it succeeds, at most `max_misses` times more; the other processes pull.
+  def push_and_wait(self, *stages: Path) -> None:
+    """Pushes, with at most `max_failures` retries; then the other processes pull.
 
     Args:
-      stages: whose training states of keys long replaced are removed.
+      stages: stages whose training states of replaced settings are removed.
     """
     if processes.is_first():
-      pause = _PAUSE
+      pause = _RETRY_PAUSE
       while not self._try():
         time.sleep(pause)
         pause *= 2
       for stage in stages:
-        self._forget(stage)
+        self._remove_replaced_states(stage)
     processes.barrier('published')
     if not processes.is_first():
       self.pull()
@@ -178,83 +173,64 @@ class BucketMirror(NoMirror):
     try:
       self.push()
     except Exception as error:
-      self._misses += 1
-      text = f'{self._url} could not be written: {first_line(error)}'
-      if self._misses > self._max_misses:
-        raise OSError(f'{text}. Start the same command again once it can be.') from error
-      self._say(f'warning: {text}; tried again')
+      self._failures += 1
+      message = f'--workdir={self._url} cannot be written: {first_line(error)}'
+      if self._failures > self._max_failures:
+        raise OSError(f'{message}; run the same command again once it can be.') from error
+      self._log(f'warning: {message}; trying again later')
       return False
-    self._misses = 0
+    self._failures = 0
     return True
 
-  def _forget(self, stage: Path) -> None:
-    known = {_fingerprint(path) for path in (stage, stage.with_name(f'{stage.name}.old'))}
-    place = self._at(f'{STATES}/{stage.name}')
-    for path in self._files.ls(place, detail=False) if self._files.exists(place) else ():
-      if path.rstrip('/').rpartition('/')[2] not in known:
-        self._files.rm(path, recursive=True)
+  def _remove_replaced_states(self, stage: Path) -> None:
+    current = {key_fingerprint(path) for path in (stage, stage.with_name(f'{stage.name}.old'))}
+    directory = f'{STATES}/{stage.name}'
+    for path in self._bucket.ls(directory, detail=False) if self._bucket.exists(directory) else ():
+      if path.rstrip('/').rpartition('/')[2] not in current:
+        self._bucket.rm(path, recursive=True)
 
-  def _at(self, name: str) -> str:
-    return f'{self._root.rstrip("/")}/{name}'
+  def _remove(self, names: Iterable[str]) -> None:
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        self._bucket.rm_file(name)
+      self._equal.pop(name, None)
 
-  def _theirs(self) -> list[str]:
-    names = [path[len(self._at('')) :] for path in self._files.find(self._root)]
-    return sorted(name for name in names if _is_mirrored(name))
-
-  def _mine(self) -> list[str]:
+  def _local_names(self) -> set[str]:
     paths = [path for path in self._local.rglob('*') if path.is_file()]
-    names = [path.relative_to(self._local).as_posix() for path in paths]
-    return sorted(name for name in names if _is_mirrored(name))
+    return set(filter(_is_copied, (path.relative_to(self._local).as_posix() for path in paths)))
 
-  def _hash(self, name: str) -> str:
-    path = self._local / name
-    stat = path.stat()
-    stamp = (stat.st_size, stat.st_mtime_ns)
-    if self._hashed.get(name, (None,))[0] != stamp:
-      with path.open('rb') as file:
-        self._hashed[name] = (stamp, hashlib.file_digest(file, 'sha256').hexdigest())
-    return self._hashed[name][1]
-
-  def _index(self) -> dict[str, str]:
-    try:
-      return json.loads(self._files.cat_file(self._at(INDEX)))
-    except FileNotFoundError:
-      return {}
-
-  def _key(self, record: str) -> Any:
-    """The key on the bucket, None where there is none."""
-    try:
-      return json.loads(self._files.cat_file(self._at(record))).get('key')
-    except (FileNotFoundError, ValueError):
-      return None
-
-  def _own_key(self, top: str) -> Any:
-    return stage_record.stored_key(self._local / top)
-
-  def _remove(self, name: str) -> None:
+  def _stamp(self, name: str) -> Any:
+    """Returns size and time of a local file, None if there is none."""
     with contextlib.suppress(FileNotFoundError):
-      self._files.rm_file(self._at(name))
-    self._known.pop(name, None)
+      stat = (self._local / name).stat()
+      return stat.st_size, stat.st_mtime_ns
+
+  def _key_on_bucket(self, record: str) -> Any:
+    """Returns the key that a stage has on the bucket, None if it has none."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+      return json.loads(self._bucket.cat_file(record)).get('key')
 
 
 def local_directory(url: str, root: str, index: int) -> Path:
-  """Where a process keeps its copy of a bucket's directory: of its own, under `root`."""
+  """Returns the directory under `root` in which process `index` keeps its copy of a bucket's."""
   name = url.rstrip('/').rpartition('/')[2]
   digest = hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]
   return Path(root).expanduser() / (f'{name}-{digest}' + (f'-{index}' if index else ''))
 
 
-def _top(name: str) -> str:
-  """The stage whose file it is; '' for those of the run."""
+def key_fingerprint(stage: Path) -> str:
+  """Returns 16 hexadecimal digits that stand for the key of a stage."""
+  text = json.dumps(stage_record.stored_key(stage), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stage_name(name: str) -> str:
+  """Returns the stage that a file belongs to; '' for files of the run."""
   return name.partition('/')[0] if '/' in name else ''
 
 
-def _is_mirrored(name: str) -> bool:
+def _is_copied(name: str) -> bool:
+  """Returns whether a file is copied: training states, locks and partial files are not."""
   parts = name.split('/')
-  is_ours = parts[0] not in (STATES, INDEX, lock.FILE) and STATES not in parts
-  return bool(name) and is_ours and not any(part.endswith('.partial') for part in parts)
-
-
-def _fingerprint(stage: Path) -> str:
-  text = json.dumps(stage_record.stored_key(stage), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+  is_partial = any(part.endswith('.partial') for part in parts)
+  return name not in ('', lock.FILE) and STATES not in parts and not is_partial

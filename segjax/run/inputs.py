@@ -7,8 +7,9 @@ from typing import Any
 from etils import epath
 
 from segjax.config.settings import Compat, Data
+from segjax.data.limits import Limits, describe_counts
 from segjax.data.sources import Rows, is_hub_id, load_rows
-from segjax.data.tokenize import Limits, PairRules
+from segjax.data.tokenize import PairRules
 from segjax.errors import UserError, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
@@ -134,11 +135,6 @@ def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:
     keep_identical=compat.keep_degenerate_pairs,
     strip_system_preamble=compat.strip_system_preamble,
   )
-
-
-def describe_counts(counts: dict[str, int]) -> str:
-  """Returns the counts that are not zero as text: '100 rows, 3 dropped overlong'."""
-  return ', '.join(f'{count} {name.replace("_", " ")}' for name, count in counts.items() if count)
 
 
 def log_dataset(dataset: Any, log: Callable[[str], None]) -> None:

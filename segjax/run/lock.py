@@ -1,4 +1,4 @@
-"""One run per working directory, on a file system or a bucket."""
+"""Locks the working directory of a run, on a file system or a bucket, against a second run."""
 
 import contextlib
 import fcntl
@@ -18,25 +18,30 @@ from segjax.errors import UserError
 
 FILE = 'lock.json'
 
-_BEAT = 10.0  # seconds between two signs of life on a bucket
-_PATIENCE = 35.0  # seconds without one, after which the holder is gone
-_SETTLE = 1.0  # seconds in which another that began at the same time is seen
+_HEARTBEAT = 10.0  # seconds between two writes of a lock on a bucket
+_STALE_AFTER = 35.0  # seconds without a write, after which its holder is considered dead
+_RACE_WINDOW = 1.0  # seconds in which a run that started at the same time becomes visible
 
 
 class LockedError(UserError):
   """Another run holds the directory."""
 
+  def __init__(self, directory: Path | str, holder: dict[str, Any]):
+    name = f'process {holder.get("pid")} on {holder.get("host")}' if holder else 'another process'
+    super().__init__(
+      f'--workdir={directory} is in use by {name}; give another one, or wait for it to end.'
+    )
+
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-  """Holds the directory for this process.
+  """Holds the directory for this process; of several processes the first one holds it for all.
 
-  The system lets the lock go with the process that holds it, however that ends: the file that a
-  killed run leaves is stale, and taken over.
+  The kernel releases the lock when its holder ends, however that ends: the file that a killed run
+  leaves does not lock.
 
   Raises:
-    LockedError: another run holds it; names its pid and host. With several processes, the first
-      holds it for all.
+    LockedError: another run holds the directory; names its pid and host.
   """
   if not processes.is_first():
     yield
@@ -45,7 +50,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise LockedError(f'{workdir} is in use by {_holder(workdir)}; {_ADVICE}') from None
+      file.seek(0)
+      raise LockedError(workdir, _parse(file.read())) from None
     file.truncate(0)
     json.dump({'pid': os.getpid(), 'host': socket.gethostname()}, file)
     file.flush()
@@ -55,117 +61,89 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
       file.truncate(0)
 
 
-_ADVICE = 'give another --workdir, or wait for it to end.'
-
-
-def _holder(workdir: Path) -> str:
-  try:
-    holder = json.loads((workdir / FILE).read_text(encoding='utf-8'))
-    return f'process {holder["pid"]} on {holder["host"]}'
-  except (ValueError, KeyError):
-    return 'another process, which has just begun'
-
-
 @contextlib.contextmanager
-def lock_bucket(files: Any, path: str, url: str) -> Iterator[None]:
-  """Holds a directory of a bucket for this process by a file that it writes anew every ten seconds.
+def lock_bucket(files: Any, url: str) -> Iterator[None]:
+  """Holds a directory of a bucket for this process by a file that it rewrites every ten seconds.
 
-  A file that stands still for 35 s, or whose process is gone from this machine, is stale and taken
-  over; no clocks are compared. Buckets have no locks that go with their process, so this guards
-  against mistakes, not against all: a holder that cannot reach the bucket for so long may lose it,
-  and ends itself when it sees that it did.
+  A lock that has not changed for 35 s is taken over; no clocks are compared. Buckets have no lock
+  that ends with its process, so this guards against mistakes only: a holder that cannot reach the
+  bucket for that long may lose the lock, and exits when it notices. Of several processes the first
+  one holds the lock for all.
 
   Args:
-    files: the file system, of fsspec.
-    path: of the lock there.
+    files: the directory, as a file system of fsspec.
     url: the directory, as the user names it.
 
   Raises:
-    LockedError: another run holds it; names its pid and host. With several processes, the first
-      holds it for all.
+    LockedError: another run holds the directory; names its pid and host.
   """
   if not processes.is_first():
     yield
     return
-  _wait_until_free(files, path, url)
-  sign = {'pid': os.getpid(), 'host': socket.gethostname(), 'machine': _machine()}
-  sign['run'] = uuid.uuid4().hex
-  _write(files, path, sign, 0)
-  time.sleep(_SETTLE)
-  _check_own(files, path, url, sign)
-  ended = threading.Event()
-  beating = threading.Thread(target=_beat, args=(files, path, url, sign, ended), daemon=True)
-  beating.start()
+  lock, ended = _BucketLock(files, url), threading.Event()
+  lock.acquire()
+  heartbeat = threading.Thread(target=lock.keep, args=(ended,), daemon=True)
+  heartbeat.start()
   try:
     yield
   finally:
     ended.set()
-    beating.join()
-    with contextlib.suppress(Exception):  # left behind, it is stale
-      _check_own(files, path, url, sign)
-      files.rm_file(path)
+    heartbeat.join()
+    with contextlib.suppress(Exception):  # a lock that stays is taken over as stale
+      lock.check_not_taken()
+      files.rm_file(FILE)
 
 
-def _wait_until_free(files: Any, path: str, url: str) -> None:
-  seen, end = _read(files, path), time.monotonic() + _PATIENCE
-  while seen and not _is_dead(seen) and time.monotonic() < end:
-    time.sleep(_BEAT / 10)
-    now = _read(files, path)
-    if now and now != seen:
-      raise LockedError(f'{url} is in use by {_named(now)}; {_ADVICE}')
-    seen = now
+class _BucketLock:
+  """The lock file of this process on a bucket."""
 
+  def __init__(self, files: Any, url: str):
+    self._files, self._url = files, url
+    self._holder = {'pid': os.getpid(), 'host': socket.gethostname(), 'run': uuid.uuid4().hex}
 
-def _beat(files: Any, path: str, url: str, sign: dict[str, Any], ended: threading.Event) -> None:
-  beat = 0
-  while not ended.wait(_BEAT):
-    beat += 1
-    try:
-      _check_own(files, path, url, sign)
-      _write(files, path, sign, beat)
-    except LockedError as error:
-      print(f'segjax: {error} This one stops.', file=sys.stderr, flush=True)
-      os._exit(1)
-    except Exception:  # the bucket is out of reach for now
-      continue
-
-
-def _check_own(files: Any, path: str, url: str, sign: dict[str, Any]) -> None:
-  """LockedError where the lock is another's by now."""
-  now = _read(files, path)
-  if now and now.get('run') != sign['run']:
-    raise LockedError(f'{url} is in use by {_named(now)}; {_ADVICE}')
-
-
-def _read(files: Any, path: str) -> dict[str, Any]:
-  """What stands in the lock; {} where there is none."""
-  try:
-    return json.loads(files.cat_file(path))
-  except (FileNotFoundError, ValueError):
+  def _read(self) -> dict[str, Any]:
+    with contextlib.suppress(FileNotFoundError):
+      return _parse(self._files.cat_file(FILE))
     return {}
 
+  def _write(self) -> None:
+    self._holder['heartbeat'] = uuid.uuid4().hex
+    self._files.pipe_file(FILE, json.dumps(self._holder).encode())
 
-def _write(files: Any, path: str, sign: dict[str, Any], beat: int) -> None:
-  files.pipe_file(path, json.dumps(sign | {'beat': beat}).encode())
+  def acquire(self) -> None:
+    """Waits until there is no lock, or one that does not change, and writes its own."""
+    previous, end = self._read(), time.monotonic() + _STALE_AFTER
+    while previous and time.monotonic() < end:
+      time.sleep(_HEARTBEAT / 10)
+      holder = self._read()
+      if holder and holder != previous:
+        raise LockedError(self._url, holder)
+      previous = holder
+    self._write()
+    time.sleep(_RACE_WINDOW)  # of two runs that wrote at once, the first reads the second's lock
+    self.check_not_taken()
+
+  def check_not_taken(self) -> None:
+    """Raises LockedError if another run has taken the lock over."""
+    holder = self._read()
+    if holder and holder.get('run') != self._holder['run']:
+      raise LockedError(self._url, holder)
+
+  def keep(self, ended: threading.Event) -> None:
+    """Rewrites the lock until `ended`; ends this process if another run has taken it over."""
+    while not ended.wait(_HEARTBEAT):
+      try:
+        self.check_not_taken()
+        self._write()
+      except LockedError as error:
+        print(f'segjax: lost the lock: {error}', file=sys.stderr, flush=True)
+        os._exit(1)
+      except Exception:  # the bucket cannot be reached at the moment
+        continue
 
 
-def _machine() -> str:
-  """Differs from start to start of a machine, '' where it is not known."""
-  try:
-    return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
-  except OSError:
-    return ''
-
-
-def _is_dead(sign: dict[str, Any]) -> bool:
-  """Whether the holder was a process of this machine that is no more."""
-  if not _machine() or (sign.get('machine'), sign.get('host')) != (
-    _machine(),
-    socket.gethostname(),
-  ):
-    return False
-  return not Path(f'/proc/{sign["pid"]}').exists()
-
-
-def _named(sign: dict[str, Any]) -> str:
-  return f'process {sign.get("pid")} on {sign.get("host")}'
+def _parse(text: str | bytes) -> dict[str, Any]:
+  """Returns the holder that a lock file names, {} where the file is empty or damaged."""
+  with contextlib.suppress(ValueError):
+    return json.loads(text)
+  return {}

@@ -18,6 +18,7 @@ from segjax.hf import reader, tensor_names
 from segjax.model import sharding
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
 from segjax.run.inputs import resolve_checkpoint
 from segjax.train import reward_spec
@@ -80,7 +81,7 @@ def apply_runtime(
     attention=attention,
     logprob_chunk=runtime.logprob_chunk_size,
   )
-  sharding.check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
+  check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
   return config, reason
 
 

@@ -1,6 +1,7 @@
-"""Stopping when asked: SIGTERM, as preempted machines get it, and SIGINT.
+"""Stops a run on SIGTERM, which preempted machines receive, and on SIGINT.
 
-The first signal lets the loop save and stop; the second ends the process at once.
+After the first signal the training loop saves a checkpoint and stops; the second one ends the
+process immediately.
 """
 
 import contextlib
@@ -11,50 +12,57 @@ from typing import Any
 
 from segjax import processes
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
 
 
 class PreemptedError(Exception):
-  """The run was asked to stop, has saved, and can go on."""
+  """The run has received a signal and has saved a checkpoint from which it can resume."""
 
 
 class StepAbortedError(Exception):
-  """A step was asked to stop before it changed anything."""
+  """A signal came in a step that had not changed any state yet."""
 
 
 @contextlib.contextmanager
-def handle_signals(say: Callable[[str], None]) -> Iterator[None]:
-  """Within it signals are kept for `requested`; outside of it they end the process."""
+def handle_signals(log_fn: Callable[[str], None]) -> Iterator[None]:
+  """Records signals for `stop_requested` while the context is active.
 
-  def note(number: int, _: Any) -> None:
+  Args:
+    log_fn: called with one line when the first signal comes.
+  """
+
+  def record(number: int, _: Any) -> None:
     if _received:
       os._exit(128 + number)
     _received.append(number)
-    say(f'{signal.Signals(number).name}: saving, then stopping; once more stops at once')
+    log_fn(
+      f'{signal.Signals(number).name}: saving a checkpoint and exiting; send the signal again to '
+      'exit immediately'
+    )
 
-  before = {number: signal.signal(number, note) for number in _SIGNALS}
+  previous = {number: signal.signal(number, record) for number in _SIGNALS}
   try:
     yield
   finally:
-    for number, handler in before.items():
+    for number, handler in previous.items():
       signal.signal(number, handler)
     _received.clear()
 
 
 def stop_requested() -> bool:
-  """Whether a signal has come, to this process or another."""
+  """Returns whether this process or another one has received a signal."""
   return processes.any_process(bool(_received))
 
 
 def raise_if_stop_requested() -> None:
-  """AbandonedStepError if a signal has come; for the parts of a step that change no state."""
+  """Raises StepAbortedError after a signal; for the parts of a step that change no state."""
   if stop_requested():
     raise StepAbortedError
 
 
 def interrupt_on_sigterm() -> None:
-  """Makes SIGTERM, where nothing watches, end the process as Ctrl-C does: in one line."""
+  """Makes SIGTERM outside of `handle_signals` end the process in one line, as Ctrl-C does."""
   signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -70,7 +70,7 @@ def train(
         must_save = processes.any_process(is_due(done) and processes.is_first())
         if start < done < num_steps and (must_stop or must_save):
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
-          if stage.mirror.offer():
+          if stage.mirror.try_push():
             checkpointer.save(done, states, metric_log.evaluated | metric_log.last)
         if must_stop and done < num_steps:
           checkpointer.settle()
@@ -78,7 +78,7 @@ def train(
           raise preemption.PreemptedError(message)
   except TooManySkippedStepsError as error:
     # The jitted step kept the state from before each skipped update, so this state is good.
-    stage.mirror.offer()
+    stage.mirror.try_push()
     checkpointer.save(done, states)
     raise TooManySkippedStepsError(
       f'{stage.name}, {error} The last good state is saved in {directory}/{done}.'
@@ -98,7 +98,7 @@ def checkpoint_dir(stage: Stage) -> epath.Path:
   directory = stage.settings.checkpoint.directory
   if directory:
     return epath.Path(directory) / stage.name
-  return stage.mirror.states(stage.directory) or epath.Path(stage.directory) / CHECKPOINTS
+  return stage.mirror.checkpoint_dir(stage.directory) or epath.Path(stage.directory) / CHECKPOINTS
 
 
 class CheckpointTimer:

@@ -56,13 +56,15 @@ def first_row_attention_mask(
   return response_mask[row // micro_batch * micro_batch]
 
 
-def padded_length(
-  response_mask: Bool[Array, 'B T'], prompt_length: Int[Array, 'B'], micro_batch: int
+def padded_length_threshold(
+  threshold: int, prompt_length: Int[Array, 'B'], micro_batch: int
 ) -> Int[Array, 'B']:
-  """Returns the tokens of each response less the longest prompt of its micro-batch.
+  """Returns the length threshold of each response plus the longest prompt of its micro-batch.
 
-  The published code subtracts the padded prompt's length a second time.
+  The published code subtracts the padded prompt from the index of the stop token, which already
+  counts from the start of the response: n − P > threshold, here n > threshold + P.
   """
-  group = jnp.arange(len(response_mask)) // micro_batch
-  longest = jax.ops.segment_max(prompt_length, group, -(-len(response_mask) // micro_batch))
-  return jnp.sum(response_mask, axis=1) - longest[group]
+  rows = len(prompt_length)
+  group = jnp.arange(rows) // micro_batch
+  longest = jax.ops.segment_max(prompt_length, group, -(-rows // micro_batch))
+  return threshold + longest[group]

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from segjax.config.settings import Optimizer
 from segjax.model import sharding
-from segjax.rl.schedules import warmup_cosine
 from segjax.train.metrics import Metrics
 
 
@@ -37,19 +36,9 @@ class TrainState:
 
 
 def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTransformation:
-  """Returns clipping by global norm, then AdamW with the learning rate of `warmup_cosine`."""
-
-  def schedule(count):
-    return warmup_cosine(
-      count,
-      peak=settings.learning_rate,
-      total_steps=total_steps,
-      warmup_steps=warmup_steps(settings, total_steps),
-      min_ratio=settings.min_lr_ratio,
-    )
-
+  """Returns clipping by global norm, then AdamW under `make_schedule`."""
   adamw = optax.adamw(
-    schedule,
+    make_schedule(settings, total_steps),
     b1=settings.beta1,
     b2=settings.beta2,
     eps=settings.epsilon,
@@ -58,6 +47,23 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
   return optax.chain(
     optax.clip_by_global_norm(settings.max_grad_norm),
     _with_moments_dtype(settings.moments_dtype, adamw),
+  )
+
+
+def make_schedule(settings: Optimizer, total_steps: int) -> optax.Schedule:
+  """Returns linear warm-up from 0 to the learning rate, then half a cosine to min_lr_ratio of it.
+
+  The curve of transformers' 'cosine_with_min_lr' up to the last update; after it the rate stays at
+  its minimum.
+  """
+  warmup = warmup_steps(settings, total_steps)
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=settings.learning_rate,
+    warmup_steps=warmup,
+    # optax wants at least one step of decay, and a short run may be nothing but warm-up.
+    decay_steps=max(total_steps, warmup + 1),
+    end_value=settings.min_lr_ratio * settings.learning_rate,
   )
 
 

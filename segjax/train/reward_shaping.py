@@ -14,7 +14,7 @@ from segjax.config.settings import RewardShaping
 from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.rl.normalizer import normalize
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
-from segjax.train.compat import padded_length
+from segjax.train.compat import padded_length_threshold
 from segjax.train.recipe import PPORecipe
 from segjax.train.scoring import ModelOutputs
 from segjax.types import Normalizer, Rollout, Segments
@@ -92,18 +92,19 @@ def _penalize(
     end_penalty, kind=shaping.missing_eos_penalty, value=shaping.missing_eos_penalty_value
   )
   dense = jax.vmap(at_end)(dense, mask, rollout.finished)
-  length = jnp.sum(mask, axis=1)
-  if compat.padded_length:
-    length = padded_length(mask, rollout.prompt_length, compat.micro_batch_size)
+  threshold = jnp.full(len(mask), shaping.length_threshold)
+  if compat.padded_length and shaping.length_penalty == 'threshold':
+    threshold = padded_length_threshold(
+      shaping.length_threshold, rollout.prompt_length, compat.micro_batch_size
+    )
 
-  def penalize_length(dense, mask, length):
+  def penalize_length(dense, mask, threshold):
     return length_penalty(
       dense,
       mask,
       kind=shaping.length_penalty,
       value=shaping.length_penalty_value,
-      threshold=shaping.length_threshold,
-      length=length,
+      threshold=threshold,
     )
 
-  return jax.vmap(penalize_length)(dense, mask, length)
+  return jax.vmap(penalize_length)(dense, mask, threshold)

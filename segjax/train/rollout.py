@@ -9,13 +9,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from segjax.config.settings import RolloutSettings
-from segjax.data.batches import PromptBatch
 from segjax.errors import UserError
 from segjax.model import sharding
-from segjax.model.generate import GenerationResult, PromptArrays, generate, make_decode_config
+from segjax.model.generate import (
+  GenerationOptions,
+  GenerationResult,
+  generate,
+  make_decode_config,
+)
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
-from segjax.types import Rollout
+from segjax.types import PromptBatch, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,23 +108,21 @@ def rollout(
   samples = sampler.samples_per_prompt
   output = generate(
     params,
-    PromptArrays(prompts.prompt_ids, prompts.prompt_length),
+    prompts,
     key,
     decoder=make_decode_config(
       sampler.config, sampling(sampler.settings), sampler.stop_ids, sampler.mesh
     ),
     mesh=sampler.mesh,
-    slots=sampler.settings.max_concurrent,
-    samples=samples,
-    index=index,
-    watch=sampler.on_chunk,
+    options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
+    on_chunk=sampler.on_chunk,
   )
-  if output.broken.all():
+  if output.non_finite.all():
     raise UserError(
       'the logits of every response are not finite: the weights of the policy are corrupted; '
       'resume from an earlier checkpoint, or lower the learning rate.'
     )
-  for row in np.flatnonzero(output.broken):
+  for row in np.flatnonzero(output.non_finite):
     length = int(output.response_mask[row].sum())
     sampler.log(
       f'prompt {row // samples}: the logits after {length} tokens of a response are not finite'

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs, values
+from segjax.model.llama import RowLayout
 from segjax.train.recipe import PPORecipe
 from segjax.types import Rollout
 
@@ -93,8 +94,10 @@ def score_chunk(
     recipe: the networks.
   """
 
+  layout = RowLayout(segment_ids=segment_ids)
+
   def logprobs(name, config):
-    return token_logprobs(params[name], ids, config, segment_ids=segment_ids)
+    return token_logprobs(params[name], ids, config, layout)
 
   def window(x):
     return gather_response(x, rollout.prompt_length, rollout.response_ids.shape[1])
@@ -106,9 +109,9 @@ def score_chunk(
   # An evaluation has no critic, and a run on a custom reward alone no reward model.
   value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in params:
-    value = values(params['critic'], ids, recipe.critic, segment_ids=segment_ids)
+    value = values(params['critic'], ids, recipe.critic, layout)
   if recipe.reward is not None:
-    score = scores(params['reward'], ids, recipe.reward, segment_ids=segment_ids)
+    score = scores(params['reward'], ids, recipe.reward, layout)
   return ModelOutputs(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
     ref_logprob=window(ref_logprob),

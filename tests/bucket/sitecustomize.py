@@ -1,9 +1,8 @@
-"""Buckets in a directory: with this one on PYTHONPATH, `gs://` is what FAKE_BUCKETS names.
+"""Fake buckets: with this folder on PYTHONPATH, `gs://` is the directory that FAKE_BUCKETS names.
 
-Files go there through fsspec, as etils.epath and `segjax.run.bucket_mirror` use it, and through
-the JSON
-interface of Cloud Storage over HTTP, as TensorStore, and so Orbax, speaks it. An object is there
-whole or not at all, as on a bucket.
+Files are accessed through fsspec, which etils.epath and `segjax.run.bucket_mirror` use, and through
+the JSON interface of Cloud Storage over HTTP, which TensorStore, and thus Orbax, uses. As on a
+bucket, an object appears completely or not at all.
 """
 
 import io
@@ -25,15 +24,15 @@ ROOT = Path(os.environ['FAKE_BUCKETS'])
 
 
 def put(path, data):
-  """Writes an object at once."""
+  """Writes an object atomically."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = ROOT / f'.partial-{uuid.uuid4().hex}'
   partial.write_bytes(data)
   partial.replace(path)
 
 
-class Whole(io.BytesIO):
-  """A file that is there once it is closed."""
+class AtomicFile(io.BytesIO):
+  """A file that appears when it is closed."""
 
   def __init__(self, path):
     super().__init__()
@@ -46,17 +45,17 @@ class Whole(io.BytesIO):
 
 
 class Files(LocalFileSystem):
-  """The directory, where a file is there whole or not at all."""
+  """The local file system with atomic writes."""
 
   def _open(self, path, mode='rb', **_):
-    return Whole(path) if 'w' in mode else super()._open(path, mode)
+    return AtomicFile(path) if 'w' in mode else super()._open(path, mode)
 
   def put_file(self, lpath, rpath, **_):
     put(Path(self._strip_protocol(rpath)), Path(lpath).read_bytes())
 
 
 class Buckets(DirFileSystem):
-  """gs://bucket/... in the directory."""
+  """The file system of gs:// in the directory."""
 
   protocol = ('gs', 'gcs')
   cachable = False
@@ -78,11 +77,11 @@ class Buckets(DirFileSystem):
 
 
 class Handler(BaseHTTPRequestHandler):
-  """The objects that TensorStore reads, writes, lists and deletes."""
+  """Reads, writes, lists and deletes objects for TensorStore."""
 
   protocol_version = 'HTTP/1.1'
 
-  def _answer(self, code, data=b'', headers=()):
+  def _reply(self, code, data=b'', headers=()):
     self.send_response(code)
     for name, value in headers:
       self.send_header(name, value)
@@ -90,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
     self.end_headers()
     self.wfile.write(data)
 
-  def _at(self):
+  def _parse_path(self):
     parts = urlsplit(self.path)
     _, _, rest = parts.path.partition('/storage/v1/b/')
     bucket, _, name = rest.partition('/o')
@@ -98,17 +97,17 @@ class Handler(BaseHTTPRequestHandler):
     return ROOT / bucket, unquote(name.lstrip('/')), query
 
   def do_GET(self):
-    bucket, name, query = self._at()
+    bucket, name, query = self._parse_path()
     if not name:
       prefix = query.get('prefix', '')
       files = sorted(str(p.relative_to(bucket)) for p in bucket.rglob('*') if p.is_file())
-      items = [_described(bucket / file, file) for file in files if file.startswith(prefix)]
-      return self._answer(200, json.dumps({'items': items}).encode())
+      items = [_metadata(bucket / file, file) for file in files if file.startswith(prefix)]
+      return self._reply(200, json.dumps({'items': items}).encode())
     path = bucket / name
     if not path.is_file():
-      return self._answer(404)
+      return self._reply(404)
     if query.get('alt') != 'media':
-      return self._answer(200, json.dumps(_described(path, name)).encode())
+      return self._reply(200, json.dumps(_metadata(path, name)).encode())
     data, code, headers = path.read_bytes(), 200, [('x-goog-generation', _generation(path))]
     if span := self.headers.get('Range'):
       first, _, last = span.removeprefix('bytes=').partition('-')
@@ -116,19 +115,19 @@ class Handler(BaseHTTPRequestHandler):
       end = min(int(last), size - 1) if last and first else size - 1
       data, code = data[start : end + 1], 206
       headers.append(('Content-Range', f'bytes {start}-{end}/{size}'))
-    return self._answer(code, data, headers)
+    return self._reply(code, data, headers)
 
   def do_POST(self):
-    bucket, _, query = self._at()
+    bucket, _, query = self._parse_path()
     data = self.rfile.read(int(self.headers.get('Content-Length', 0)))
     path = bucket / query['name']
     put(path, data)
-    self._answer(200, json.dumps(_described(path, query['name'])).encode())
+    self._reply(200, json.dumps(_metadata(path, query['name'])).encode())
 
   def do_DELETE(self):
-    bucket, name, _ = self._at()
+    bucket, name, _ = self._parse_path()
     (bucket / name).unlink(missing_ok=True)
-    self._answer(204)
+    self._reply(204)
 
   def log_message(self, *_):
     pass
@@ -138,12 +137,12 @@ def _generation(path):
   return str(path.stat().st_mtime_ns)
 
 
-def _described(path, name):
+def _metadata(path, name):
   return {'name': name, 'generation': _generation(path), 'size': str(path.stat().st_size)}
 
 
-def _google_cloud():
-  """The one question that Orbax asks google-cloud-storage: whether folders are real."""
+def _fake_google_cloud():
+  """Replaces google-cloud-storage, which Orbax asks only whether folders are hierarchical."""
   bucket = types.SimpleNamespace(hierarchical_namespace_enabled=False)
   storage = types.ModuleType('google.cloud.storage')
   storage.Client = lambda: types.SimpleNamespace(get_bucket=lambda name: bucket)
@@ -152,7 +151,7 @@ def _google_cloud():
   sys.modules |= {'google.cloud': cloud, 'google.cloud.storage': storage}
 
 
-_google_cloud()
+_fake_google_cloud()
 for _name in ('gs', 'gcs'):
   fsspec.register_implementation(_name, Buckets, clobber=True)
 _server = ThreadingHTTPServer(('localhost', 0), Handler)

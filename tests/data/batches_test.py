@@ -6,9 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segjax import types
-from segjax.data.batches import Ragged, batch_indices, eval_batches, select, split_holdout
+from segjax.data.batches import (
+  Ragged,
+  batch_indices,
+  eval_batches,
+  pad_rows,
+  select,
+  split_holdout,
+)
+from segjax.data.limits import Limits
 from segjax.data.sources import Rows
-from segjax.data.tokenize import Limits, tokenize_conversations, tokenize_pairs, tokenize_prompts
+from segjax.data.tokenize import tokenize_conversations, tokenize_pairs, tokenize_prompts
 
 LIMITS = Limits(max_length=128, max_prompt_length=64)
 # Seven prompts, three pairs to each.
@@ -28,24 +36,36 @@ def test_ragged_is_its_rows(rows):
 
 def test_ragged_pad_and_take():
   ragged = Ragged.from_rows([[1, 2, 3], [], [4]], np.int32)
-  padded, lengths = ragged.pad(np.array([2, 0, 1, 2]), 4, 9)
+  indices = np.array([2, 0, 1, 2])
+  padded, mask = ragged.pad(indices, 4, 9)
   assert padded.tolist() == [[4, 9, 9, 9], [1, 2, 3, 9], [9, 9, 9, 9], [4, 9, 9, 9]]
-  assert lengths.tolist() == [1, 3, 0, 1]
+  assert mask.sum(axis=1).tolist() == ragged.lengths(indices).tolist() == [1, 3, 0, 1]
   assert ragged[-1].tolist() == [4]
   assert ragged.pad(np.array([-3]), 3, 9)[0].tolist() == [[1, 2, 3]]
-  taken = ragged.take(np.array([2, 0]))
-  assert (taken.values.tolist(), taken.offsets.tolist()) == ([4, 1, 2, 3], [0, 1, 4])
+  selected = ragged.take(np.array([2, 0]))
+  assert (selected.values.tolist(), selected.offsets.tolist()) == ([4, 1, 2, 3], [0, 1, 4])
 
 
-def test_place_is_given_every_array(llama3):
+def test_pad_rows():
+  padded, mask = pad_rows([[1, 2], [], np.array([3])], 3, 7)
+  assert padded.tolist() == [[1, 2, 7], [7, 7, 7], [3, 7, 7]]
+  assert mask.tolist() == [[True, True, False], [False] * 3, [True, False, False]]
+  assert (padded.dtype, mask.dtype) == (np.int32, bool)
+  assert pad_rows([], 3, 0)[0].shape == (0, 3)
+  assert pad_rows([[0.5]], 2, 0, np.float32)[0].dtype == np.float32
+  with pytest.raises(ValueError):
+    pad_rows([[1, 2, 3]], 2, 0)
+
+
+def test_to_device_is_called_with_every_array(llama3):
   seen = []
 
-  def place(array):
+  def to_device(array):
     seen.append((array.dtype, array.shape))
     return jnp.asarray(array)
 
   data = tokenize_pairs(ROWS, llama3, LIMITS)
-  batch = data.gather(np.arange(4), place)
+  batch = data.gather(np.arange(4), to_device)
   assert isinstance(batch, types.PreferenceBatch)
   side = [(np.int32, (4, data.length)), (bool, (4, data.length)), (bool, (4,))]
   assert seen == side * 2
@@ -77,14 +97,16 @@ def test_order_within_a_batch_moves_rows_only(llama3, encode):
 @pytest.mark.parametrize('encode', ENCODERS)
 def test_holdout_parts_the_prompts(llama3, encode):
   data = encode(ROWS, llama3, LIMITS)
-  kept, held = split_holdout(data, 0.2, seed=0)
-  assert not set(kept.group) & set(held.group)
-  assert len(kept) + len(held) == len(data)
+  train_set, held_out = split_holdout(data, 0.2, seed=0)
+  assert not set(train_set.group) & set(held_out.group)
+  assert len(train_set) + len(held_out) == len(data)
   # 0.2 of 21 rows is 4.2; three rows a prompt, so two prompts.
-  assert len(held) == 6
-  assert kept.length == held.length == data.length
-  row = data.gather(np.flatnonzero(data.group == held.group[0])[:1])
-  for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(held.gather(np.array([0]))), strict=True):
+  assert len(held_out) == 6
+  assert train_set.length == held_out.length == data.length
+  row = data.gather(np.flatnonzero(data.group == held_out.group[0])[:1])
+  for a, b in zip(
+    jax.tree.leaves(row), jax.tree.leaves(held_out.gather(np.array([0]))), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
 
 
@@ -127,25 +149,25 @@ def test_ratings_spread_over_devices(llama3):
 def test_holdout_depends_on_prompts_and_seed_only(llama3):
   data = tokenize_prompts(ROWS, llama3, LIMITS)
   reversed_data = select(data, np.arange(len(data))[::-1])
-  held = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
-  assert held[0] == held[1]
+  held_out = [set(split_holdout(d, 0.3, seed=1)[1].group) for d in (data, reversed_data)]
+  assert held_out[0] == held_out[1]
   others = [set(split_holdout(data, 0.3, seed=seed)[1].group) for seed in range(5)]
-  assert any(other != held[0] for other in others)
+  assert any(other != held_out[0] for other in others)
   # Messages follow their rows.
-  kept, _ = split_holdout(data, 0.3, seed=1)
-  for index in range(len(kept)):
-    ids = llama3.prompt_ids(kept.messages(index))
-    assert kept.tokens[index].tolist() == ids
+  train_set, _ = split_holdout(data, 0.3, seed=1)
+  for index in range(len(train_set)):
+    ids = llama3.prompt_ids(train_set.messages(index))
+    assert train_set.tokens[index].tolist() == ids
 
 
 def test_holdout_edges(llama3):
   data = tokenize_prompts(ROWS, llama3, LIMITS)
-  kept, held = split_holdout(data, 0.0, seed=0)
-  assert (len(kept), len(held)) == (21, 0)
-  one = select(data, np.flatnonzero(data.group == data.group[0]))
+  train_set, held_out = split_holdout(data, 0.0, seed=0)
+  assert (len(train_set), len(held_out)) == (21, 0)
+  single_prompt = select(data, np.flatnonzero(data.group == data.group[0]))
   with pytest.raises(ValueError, match='1 distinct prompts leaves none'):
-    split_holdout(one, 0.5, seed=0)
-  with pytest.raises(ValueError, match=r'holdout=1\.0 must be'):
+    split_holdout(single_prompt, 0.5, seed=0)
+  with pytest.raises(ValueError, match=r'holdout_fraction=1\.0 must be'):
     split_holdout(data, 1.0, seed=0)
 
 
@@ -173,7 +195,7 @@ def test_order_has_no_state():
 
 @pytest.mark.parametrize('batch', [0, 11])
 def test_batch_must_fit(batch):
-  with pytest.raises(ValueError, match=rf'batch of {batch} rows cannot be drawn from 10 rows; use'):
+  with pytest.raises(ValueError, match=rf'batch_size={batch} rows .* from 10 rows; use'):
     batch_indices(10, batch, 0, 0)
 
 

@@ -14,7 +14,7 @@ def llama3(tmp_path_factory) -> ChatTokenizer:
 
 @pytest.fixture(scope='session')
 def llama31(tmp_path_factory) -> ChatTokenizer:
-  """A tiny tokenizer with a template that writes a system turn by itself, as Llama-3.1's."""
+  """A tiny tokenizer whose template inserts a system turn, as Llama-3.1's does."""
   return load_tokenizer(
     tokenizers.write_tokenizer(tmp_path_factory.mktemp('llama31'), tokenizers.LLAMA31)
   )

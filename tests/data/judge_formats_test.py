@@ -34,9 +34,9 @@ def test_questions_are_known_by_their_fields(row, name, number, turns):
 
 def test_alpaca_eval_answer():
   judge, (question,) = _read(ALPACA)
-  found = judge.write(question, Answer(('Trout.',), (3,)), 'mine', 5.0)
-  # Neither the question's own `output` nor its generator is taken over.
-  assert found == {
+  answer = judge.write(question, Answer(('Trout.',), (3,)), 'mine', 5.0)
+  # Neither the question's own `output` nor its generator is copied.
+  assert answer == {
     'dataset': 'koala',
     'instruction': 'Name a fish.',
     'output': 'Trout.',
@@ -47,29 +47,29 @@ def test_alpaca_eval_answer():
 
 def test_mt_bench_answer():
   judge, (question,) = _read(MT)
-  found = judge.write(question, Answer(('2', '3'), (1, 1)), 'mine', 5.0)
-  assert list(found) == ['question_id', 'answer_id', 'model_id', 'choices', 'tstamp']
-  assert found['choices'] == [{'index': 0, 'turns': ['2', '3']}]
-  assert (found['question_id'], found['model_id'], found['tstamp']) == (81, 'mine', 5.0)
+  answer = judge.write(question, Answer(('2', '3'), (1, 1)), 'mine', 5.0)
+  assert list(answer) == ['question_id', 'answer_id', 'model_id', 'choices', 'tstamp']
+  assert answer['choices'] == [{'index': 0, 'turns': ['2', '3']}]
+  assert (answer['question_id'], answer['model_id'], answer['tstamp']) == (81, 'mine', 5.0)
   assert judge.file_name('mine') == 'mine.jsonl'
   assert question.temperature == 0.0
 
 
 def test_arena_hard_answer():
   judge, (question,) = _read(ARENA)
-  found = judge.write(question, Answer(('So.',), (2,)), 'mine', 5.0)
-  assert found['choices'] == [{'index': 0, 'turns': [{'content': 'So.', 'token_len': 2}]}]
-  assert found['question_id'] == 'ab'
+  answer = judge.write(question, Answer(('So.',), (2,)), 'mine', 5.0)
+  assert answer['choices'] == [{'index': 0, 'turns': [{'content': 'So.', 'token_len': 2}]}]
+  assert answer['question_id'] == 'ab'
   assert question.temperature == 0.7  # no category of MT-Bench
 
 
 def test_answer_ids_follow_the_content():
   judge, (question,) = _read(MT)
-  one, again, other = (
+  first, same, different = (
     judge.write(question, Answer(texts, (1, 1)), 'm', time)['answer_id']
     for texts, time in ((('2', '3'), 1.0), (('2', '3'), 9.0), (('23', ''), 1.0))
   )
-  assert one == again != other
+  assert first == same != different
 
 
 def test_second_turn_holds_the_first_answer():
@@ -87,13 +87,13 @@ def test_second_turn_holds_the_first_answer():
   [
     (
       [{'messages': []}],
-      r'q.jsonl, row 1: no question .*AlpacaEval: instruction.* keys',
+      r'q.jsonl, row 1: not a question .*AlpacaEval: instruction.* keys',
     ),
-    ([{'instruction': ' '}], 'no question of a judge'),
-    ([{'question_id': 1, 'turns': []}], 'no question of a judge'),
-    ([{'question_id': 1, 'turns': ['a', 3]}], 'no question of a judge'),
-    ([MT, ARENA], r'q.jsonl, row 2: not a question of MT-Bench'),
-    ([MT, MT], r'q.jsonl, row 2: the id 81 is that of row 1 too'),
+    ([{'instruction': ' '}], 'not a question of a known judge'),
+    ([{'question_id': 1, 'turns': []}], 'not a question of a known judge'),
+    ([{'question_id': 1, 'turns': ['a', 3]}], 'not a question of a known judge'),
+    ([MT, ARENA], r'q.jsonl, row 2: .* is not a question of MT-Bench'),
+    ([MT, MT], r'q.jsonl, row 2: id 81 is already that of row 1'),
   ],
 )
 def test_other_forms_are_named(rows, message):

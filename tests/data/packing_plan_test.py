@@ -14,24 +14,24 @@ LENGTHS = st.lists(st.integers(0, WIDTH), min_size=2, max_size=40)
 def test_every_sequence_lies_somewhere_alone(lengths, rows, group):
   lengths = np.array(lengths[: len(lengths) // group * group])
   packing = plan_packing(lengths, rows, WIDTH, group)
-  places, taken, seen = packing.pieces, {}, []
-  for piece, slot in np.argwhere(places.sequence >= 0):
-    sequence = places.sequence[piece, slot]
+  slots, token_owner, seen = packing.pieces, {}, []
+  for piece, slot in np.argwhere(slots.sequence >= 0):
+    sequence = slots.sequence[piece, slot]
     seen.append(sequence)
-    assert places.length[piece, slot] == lengths[sequence]
-    begin = places.offset[piece, slot]
-    assert 0 <= places.row[piece, slot] < rows
+    assert slots.length[piece, slot] == lengths[sequence]
+    begin = slots.offset[piece, slot]
+    assert 0 <= slots.row[piece, slot] < rows
     assert begin + lengths[sequence] <= WIDTH
     for token in range(begin, begin + lengths[sequence]):
-      assert taken.setdefault((piece, places.row[piece, slot], token), sequence) == sequence
+      assert token_owner.setdefault((piece, slots.row[piece, slot], token), sequence) == sequence
   assert sorted(seen) == list(range(len(lengths)))
-  assert len(taken) == lengths.sum()  # no two at one place
-  assert np.all(places.length[places.sequence < 0] == 0)
-  assert np.all(places.sequence[packing.count :] == -1)
+  assert len(token_owner) == lengths.sum()  # no two tokens share a position
+  assert np.all(slots.length[slots.sequence < 0] == 0)
+  assert np.all(slots.sequence[packing.count :] == -1)
   # Those of a group follow each other.
-  first = places.sequence[:, ::group]
+  first = slots.sequence[:, ::group]
   for k in range(1, group):
-    np.testing.assert_array_equal(places.sequence[:, k::group], np.where(first < 0, -1, first + k))
+    np.testing.assert_array_equal(slots.sequence[:, k::group], np.where(first < 0, -1, first + k))
 
 
 def test_shapes_do_not_depend_on_lengths():
@@ -50,7 +50,7 @@ def test_ragged_rows_are_well_filled():
 
 
 def test_too_long_and_too_few_rows():
-  with pytest.raises(ValueError, match='sequence 1 has 33 tokens, and packed rows have 32'):
+  with pytest.raises(ValueError, match='sequence 1 has 33 tokens, but packed rows have 32'):
     plan_packing(np.array([3, 33]), 2, 32)
-  with pytest.raises(ValueError, match='2 sequences that stay together need micro_batch=2'):
+  with pytest.raises(ValueError, match='micro_batch_size=1 is less than the 2 sequences'):
     plan_packing(np.array([3, 3]), 1, 32, group=2)

@@ -5,10 +5,11 @@ import pytest
 from fixtures.tokenizers import system, user
 
 from data.tokenize_test import NONE, WIDE, _pair, _rows
-from segjax.data.tokenize import Limits, PairRules, tokenize_pairs, tokenize_prompts
+from segjax.data.limits import Limits
+from segjax.data.tokenize import PairRules, tokenize_pairs, tokenize_prompts
 
 
-def test_forced_stop_ends_what_was_cut(llama3):
+def test_forced_stop_ends_truncated_responses(llama3):
   long = 'one two three ' * 9
   rows = _rows(_pair('a', long + 'x', 'two'), _pair('a', 'one', long + 'y'))
   plain = tokenize_pairs(rows, llama3, Limits(32, 24))
@@ -20,17 +21,17 @@ def test_forced_stop_ends_what_was_cut(llama3):
     [True, False],
   )
   stop = llama3.stop_ids[0]
-  # Of what was cut the last token alone differs, of the rest nothing.
-  for index, cut, whole in ((0, 'chosen', 'rejected'), (1, 'rejected', 'chosen')):
-    now, before = getattr(forced, cut)[index], getattr(plain, cut)[index]
+  # The truncated response differs in its last token alone, the complete one in nothing.
+  for index, truncated, complete in ((0, 'chosen', 'rejected'), (1, 'rejected', 'chosen')):
+    now, before = getattr(forced, truncated)[index], getattr(plain, truncated)[index]
     assert now.tolist() == [*before[:-1].tolist(), stop] != before.tolist()
-    assert getattr(forced, whole)[index].tolist() == getattr(plain, whole)[index].tolist()
+    assert getattr(forced, complete)[index].tolist() == getattr(plain, complete)[index].tolist()
   assert forced.gather(np.arange(2)).chosen.finished.tolist() == [True, True]
 
 
 @pytest.mark.parametrize('force_stop', [False, True])
 def test_forced_stop_by_worked_numbers(llama3, force_stop):
-  """A prompt of 20 after the cut leaves 10: 30 tokens, the stop token the last of them."""
+  """A prompt truncated to 20 tokens leaves 10: 30 tokens in all, the last one the stop token."""
   row = _pair('hello there ' * 9, 'one two three ' * 9, 'two')
   prompt = llama3.prompt_ids([user(row['prompt'])])
   chosen = llama3.response_ids([user(row['prompt'])], row['chosen'])
@@ -40,12 +41,12 @@ def test_forced_stop_by_worked_numbers(llama3, force_stop):
   assert data.chosen_finished.tolist() == [force_stop]
 
 
-def test_a_forced_stop_alone_is_no_content(llama3):
+def test_a_forced_stop_alone_is_not_content(llama3):
   prompt = len(llama3.prompt_ids([user('a')]))
   rows = _rows(_pair('a', 'one two', 'two one'), _pair('a', 'one', 'two'))
   limits = Limits(prompt + 1, prompt)  # room for one token
   assert len(tokenize_pairs(rows, llama3, limits)) == 2
-  with pytest.raises(ValueError, match="'dropped_empty': 2"):
+  with pytest.raises(ValueError, match='2 dropped empty'):
     tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
 
 
@@ -57,22 +58,22 @@ def test_identical_pairs_are_kept_on_request(llama3):
     _pair('a', ' ', ''),  # no words: dropped all the same
     _pair('a', 'one', 'two'),
   )
-  kept = tokenize_pairs(rows, llama3, Limits(32, 24), PairRules(keep_identical=True))
-  assert kept.counts == {'rows': 4, **NONE, 'truncated': 1, 'dropped_empty': 1}
-  assert kept.row.tolist() == [0, 1, 3]
+  data = tokenize_pairs(rows, llama3, Limits(32, 24), PairRules(keep_identical=True))
+  assert data.counts == {'rows': 4, **NONE, 'truncated': 1, 'dropped_empty': 1}
+  assert data.row.tolist() == [0, 1, 3]
   for index in (0, 1):
-    assert kept.chosen[index].tolist() == kept.rejected[index].tolist()
+    assert data.chosen[index].tolist() == data.rejected[index].tolist()
 
 
 def test_identity_is_judged_after_the_forced_stop(llama3):
-  whole = llama3.response_ids([user('a')], 'one two')
+  short = llama3.response_ids([user('a')], 'one two')
   longer = llama3.response_ids([user('a')], 'one two three three')
-  assert whole[:-1] == longer[: len(whole) - 1] and len(longer) > len(whole)
+  assert short[:-1] == longer[: len(short) - 1] and len(longer) > len(short)
   prompt = len(llama3.prompt_ids([user('a')]))
-  limits = Limits(prompt + len(whole), prompt)
+  limits = Limits(prompt + len(short), prompt)
   rows = _rows(_pair('a', 'one two', 'one two three three'))
   assert len(tokenize_pairs(rows, llama3, limits)) == 1
-  with pytest.raises(ValueError, match="'dropped_identical': 1"):
+  with pytest.raises(ValueError, match='1 dropped identical'):
     tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True))
   both = tokenize_pairs(rows, llama3, limits, PairRules(force_stop=True, keep_identical=True))
   assert both.chosen[0].tolist() == both.rejected[0].tolist()
@@ -87,18 +88,18 @@ def test_prompt_without_preamble(llama31, llama3):
   data = tokenize_pairs(rows, llama31, WIDE, rules)
   texts = [llama31.decode(data.chosen[i], skip_special=False) for i in range(2)]
   assert texts[0] == turn + header + 'one<|eot_id|>'
-  # As many characters are lost where the conversation has a system message, ten of them its own.
+  # With a system message the same number of characters is lost, ten of them its own.
   assert len('<|eot_id|>') == 10
   assert texts[1] == ' a pirate.<|eot_id|>' + turn + header + 'one<|eot_id|>'
   for index, messages in enumerate(([user('hello')], own)):
     prompt = llama31.prompt_text(messages)[len(llama31.preamble) :]
     assert data.prompt_length[index] == len(llama31.encode([prompt])[0])
   # Prompts to answer keep it, and so do pairs by default.
-  whole = tokenize_pairs(rows, llama31, WIDE)
+  short = tokenize_pairs(rows, llama31, WIDE)
   prompts = tokenize_prompts(rows, llama31, WIDE)
   for index in range(2):
     prompt = prompts.tokens[index].tolist()
-    assert whole.chosen[index][: len(prompt)].tolist() == prompt
+    assert short.chosen[index][: len(prompt)].tolist() == prompt
   # A template that writes no such turn has nothing to lose, BOS included.
   same = [tokenize_pairs(rows, llama3, WIDE, r) for r in (rules, PairRules())]
   np.testing.assert_array_equal(same[0].chosen.values, same[1].chosen.values)

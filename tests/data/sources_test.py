@@ -10,6 +10,7 @@ from segjax.data.sources import (
   as_conversation,
   as_pair,
   as_prompt,
+  is_hub_id,
   load_rows,
 )
 
@@ -43,7 +44,7 @@ def test_files(tmp_path, name, limit):
   rows = load_rows(_write(tmp_path, name), limit=limit)
   assert list(rows) == ROWS[: limit or None]
   assert rows[1] == ROWS[1]
-  assert rows.where(1) == f'{name}, row 2'
+  assert rows.location(1) == f'{name}, row 2'
 
 
 def test_saved_dataset(tmp_path):
@@ -102,7 +103,7 @@ def test_bad_json(tmp_path, content, message):
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('a.jsonl.gz', 'broken gzip'),
+    ('a.jsonl.gz', 'invalid gzip'),
     ('a.parquet', 'not a parquet file'),
     ('a.csv', 'unknown kind of file'),
   ],
@@ -130,6 +131,29 @@ def test_missing_path_needs_no_network(tmp_path, monkeypatch, path):
     load_rows(path)
 
 
+@pytest.mark.parametrize(
+  ('path', 'expected'),
+  [
+    ('a/b', True),
+    ('meta-llama/Llama-3.1-8B', True),
+    ('a/b.json', False),  # a data file
+    ('a/b/c', False),
+    ('b', False),
+    ('a/b/', False),
+    ('./a', False),
+    ('../a', False),
+    ('.hidden/a', False),
+    ('~/a', False),
+    ('gs://x', False),
+    ('here/b', False),  # a misspelled file of a directory that exists
+  ],
+)
+def test_is_hub_id(path, expected, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'here').mkdir()
+  assert is_hub_id(path) is expected
+
+
 def test_hub_id(monkeypatch):
   import datasets
 
@@ -141,7 +165,7 @@ def test_hub_id(monkeypatch):
   monkeypatch.setattr(datasets, 'load_dataset', load)
   rows = load_rows('owner/name', limit=3)
   assert list(rows) == ROWS[:3]
-  assert rows.where(0) == 'owner/name, row 1'
+  assert rows.location(0) == 'owner/name, row 1'
   with pytest.raises(ValueError, match=r"owner/name: datasets cannot load split 'x'.*train"):
     load_rows('owner/name', 'x')
 
@@ -219,8 +243,11 @@ def test_ratings(ratings, gap):
 @pytest.mark.parametrize(
   'ratings, message',
   [
-    ({'chosen_rating': 1}, 'give both `chosen_rating` and `rejected_rating`.*no `rejected_rating`'),
-    ({'rejected-rating': 1, 'chosen_score': 1, 'rejected_score': 1}, 'no `chosen-rating`'),
+    (
+      {'chosen_rating': 1},
+      '`rejected_rating` is missing; provide both `chosen_rating` and',
+    ),
+    ({'rejected-rating': 1, 'chosen_score': 1, 'rejected_score': 1}, '`chosen-rating` is missing'),
     ({'chosen_score': 1, 'rejected_score': float('nan')}, '`rejected_score`.*finite.*nan'),
     ({'chosen_score': float('-inf'), 'rejected_score': 1}, '`chosen_score`.*finite.*-inf'),
     ({'chosen_score': '9', 'rejected_score': 1}, "`chosen_score`.*finite number, not '9'"),
@@ -229,9 +256,9 @@ def test_ratings(ratings, gap):
   ],
 )
 def test_bad_ratings(ratings, message):
-  where = Rows([], 'pairs.jsonl').where(6)
+  location = Rows([], 'pairs.jsonl').location(6)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 7: ' + f'.*{message}'):
-    as_pair(FORMS['messages'] | ratings, where)
+    as_pair(FORMS['messages'] | ratings, location)
 
 
 BAD = {
@@ -281,15 +308,15 @@ BAD = {
 @pytest.mark.parametrize('case', BAD)
 def test_bad_rows(case):
   read, row, message = BAD[case]
-  where = Rows([row], 'pairs.jsonl').where(0)
+  location = Rows([row], 'pairs.jsonl').location(0)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 1: .*' + message):
-    read(row, where)
+    read(row, location)
 
 
 def test_real_rows(material):
   rows = load_rows(str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'))
   assert len(rows) == 2303
   for index, row in enumerate(rows):
-    pair = as_pair(row, rows.where(index))
+    pair = as_pair(row, rows.location(index))
     assert pair.chosen != pair.rejected
     assert as_prompt(row) == pair.prompt

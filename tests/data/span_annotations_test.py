@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from fixtures import tokenizers
 
+from segjax.data.limits import Limits
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import Span, as_span_annotation, character_tokens, tokenize_spans
-from segjax.data.tokenize import Limits
 from segjax.data.tokenizer import load_tokenizer
 
 WIDE = Limits(1000, 900)
@@ -21,8 +21,8 @@ def _row(response, *spans, prompt='one'):
 
 
 def _encode(tokenizer, row, limits=WIDE):
-  (one,), counts = tokenize_spans(Rows([row], 'r.jsonl'), tokenizer, limits)
-  return one, counts
+  (tokenized,), counts = tokenize_spans(Rows([row], 'r.jsonl'), tokenizer, limits)
+  return tokenized, counts
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def _encode(tokenizer, row, limits=WIDE):
   [
     ([(0, 2), (2, 3)], 3, [0, 0, 1]),
     ([(0, 1), (0, 1), (0, 1), (1, 2)], 2, [2, 3]),  # three tokens of one character
-    ([(0, 1), (2, 3)], 3, [0, 1, 1]),  # a space that no token claims is the next one's
+    ([(0, 1), (2, 3)], 3, [0, 1, 1]),  # a space outside of all tokens belongs to the next one
     ([(0, 1)], 3, [0, 0, 0]),
     ([], 0, []),
   ],
@@ -41,16 +41,16 @@ def test_character_tokens(offsets, length, expected):
 
 def _check_alignment(tokenizer, text):
   """A character's token is the first after which decoding gives the text up to that character."""
-  one, _ = _encode(tokenizer, _row(text))
-  ids = one.ids[one.prompt_length :]
+  tokenized, _ = _encode(tokenizer, _row(text))
+  ids = tokenized.ids[tokenized.prompt_length :]
   assert ids == tokenizer.response_ids([{'role': 'user', 'content': 'one'}], text)
-  for at, token in enumerate(one.owner):
-    if text[at].isspace():
+  for position, token in enumerate(tokenized.token_of_char):
+    if text[position].isspace():
       continue
     before, upto = (tokenizer.decode(ids[:count]) for count in (token, token + 1))
-    whole = text[: at + 1].lstrip()
-    assert upto.lstrip().startswith(whole), (at, upto)
-    assert not before.lstrip().startswith(whole), (at, before)
+    prefix = text[: position + 1].lstrip()
+    assert upto.lstrip().startswith(prefix), (position, upto)
+    assert not before.lstrip().startswith(prefix), (position, before)
 
 
 @pytest.mark.parametrize('text', [TEXT, 'é', '日本日本', 'a\u0301b 👩‍👩‍👧 c'])
@@ -64,30 +64,33 @@ def test_alignment_of_a_real_tokenizer_with_byte_fallback(material, text):
   _check_alignment(load_tokenizer(model, tokenizers.PLAIN), text)
 
 
-def test_white_space_that_the_template_trims_is_no_tokens(llama3):
-  one, _ = _encode(llama3, _row('  hello '))
-  words = one.owner[2:7]
-  assert one.owner[0] == -1
+def test_white_space_that_the_template_strips_has_no_token(llama3):
+  tokenized, _ = _encode(llama3, _row('  hello '))
+  words = tokenized.token_of_char[2:7]
+  assert tokenized.token_of_char[0] == -1
   assert (words >= 0).all()
-  ids = one.ids[one.prompt_length :]
+  ids = tokenized.ids[tokenized.prompt_length :]
   assert llama3.decode(ids[words[0] : words[-1] + 1]) == 'hello'
 
 
-def test_what_is_cut_has_no_token(llama3):
-  whole, _ = _encode(llama3, _row('hello there ' * 9, (0, 5, 'x')))
-  size = len(whole.ids)
-  one, counts = _encode(llama3, _row('hello there ' * 9), Limits(size - 6, whole.prompt_length))
-  assert counts['truncated'] == 1 and not one.finished and whole.finished
-  kept = len(one.ids) - one.prompt_length
-  expected = np.where(whole.owner < kept, whole.owner, -1)
-  assert one.owner.tolist() == expected.tolist() and (one.owner < 0).any()
+def test_truncated_characters_have_no_token(llama3):
+  complete, _ = _encode(llama3, _row('hello there ' * 9, (0, 5, 'x')))
+  size = len(complete.ids)
+  tokenized, counts = _encode(
+    llama3, _row('hello there ' * 9), Limits(size - 6, complete.prompt_length)
+  )
+  assert counts['truncated'] == 1 and not tokenized.finished and complete.finished
+  kept = len(tokenized.ids) - tokenized.prompt_length
+  expected = np.where(complete.token_of_char < kept, complete.token_of_char, -1)
+  assert tokenized.token_of_char.tolist() == expected.tolist()
+  assert (expected < 0).any()
 
 
 def test_overlong_rows_are_dropped_or_an_error(llama3):
   rows = Rows([_row('hello there ' * 9), _row('one')], 'r.jsonl')
   size = len(_encode(llama3, _row('one'))[0].ids)
-  found, counts = tokenize_spans(rows, llama3, Limits(size, size - 2, 'drop'))
-  assert len(found) == 1 and counts['dropped_overlong'] == 1
+  tokenized, counts = tokenize_spans(rows, llama3, Limits(size, size - 2, 'drop'))
+  assert len(tokenized) == 1 and counts['dropped_overlong'] == 1
   with pytest.raises(ValueError, match=r'r.jsonl, row 1: prompt and response exceed'):
     tokenize_spans(rows, llama3, Limits(size, size - 2, 'error'))
 
@@ -106,16 +109,16 @@ FINE = {
 
 
 def test_fine_grained_rlhf_rows():
-  found = as_span_annotation(FINE)
-  assert found.response == 'He did.' and found.spans == (Span(0, 2, 'Irrelevant'),)
-  assert found.prompt[0]['content'] == 'Passages:\nTitle One. Two.\nB\n\nQuestion: Who?'
+  annotation = as_span_annotation(FINE)
+  assert annotation.response == 'He did.' and annotation.spans == (Span(0, 2, 'Irrelevant'),)
+  assert annotation.prompt[0]['content'] == 'Passages:\nTitle One. Two.\nB\n\nQuestion: Who?'
 
 
 @pytest.mark.parametrize(
   'row, message',
   [
-    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response; .* keys chosen, rejected'),
-    (_row('ab', (1, 3, 'x')), r'the span .* from 0 to 2, as many characters'),
+    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response, .* keys chosen, rejected'),
+    (_row('ab', (1, 3, 'x')), r'the span .* from 0 to 2, the number of characters'),
     (_row('ab', (1, 1, 'x')), r'must have `start` < `end`'),
     (_row('ab', (None, 1, 'x')), r'must have `start` < `end`'),
     ({**_row('ab'), 'spans': [3]}, r'the span 3 must have'),
@@ -132,8 +135,8 @@ def test_other_forms_are_named(row, message):
 def test_published_file(material):
   folder = material / 'data' / 'finegrained'
   marked = [as_span_annotation(row) for row in load_rows(str(folder / 'dev_feedback.json'))]
-  assert len(marked) == 500 and sum(len(one.spans) for one in marked) == 1373
+  assert len(marked) == 500 and sum(len(row.spans) for row in marked) == 1373
   # The prompts are those of the pairs that were made of the same data.
   pairs = load_rows(str(folder / 'pairs.jsonl.gz'))
   prompts = {json.dumps(row['messages']) for row in pairs}
-  assert sum(json.dumps(one.prompt) in prompts for one in marked) > 450
+  assert sum(json.dumps(row.prompt) in prompts for row in marked) > 450

@@ -3,10 +3,9 @@ import pytest
 from fixtures import tokenizers
 from fixtures.tokenizers import assistant, user
 
+from segjax.data.limits import Limits, describe_counts, pair_lengths
 from segjax.data.sources import Rows, load_rows
 from segjax.data.tokenize import (
-  Limits,
-  pair_lengths,
   tokenize_conversations,
   tokenize_pairs,
   tokenize_prompts,
@@ -77,11 +76,11 @@ def test_pairs_dropped_and_counted(llama3):
   long = 'one two three ' * 9
   rows = _rows(
     _pair('a', 'one', 'one'),  # identical
-    _pair('a', long + 'x', long + 'y'),  # identical once cut
+    _pair('a', long + 'x', long + 'y'),  # identical once truncated
     _pair('a', '  ', 'one'),  # no words
     _pair('a', 'one', ''),  # no words
     _pair('a', 'one', 'two'),
-    _pair('a', long, 'two'),  # cut
+    _pair('a', long, 'two'),  # truncated
   )
   data = tokenize_pairs(rows, llama3, Limits(32, 24))
   assert data.counts == {
@@ -116,16 +115,16 @@ def test_overlong_drop_and_error(llama3):
 
 
 def test_nothing_left(llama3):
-  with pytest.raises(ValueError, match=r"rows\.jsonl: none of its 1 rows.*'dropped_identical': 1"):
+  with pytest.raises(ValueError, match=r'rows\.jsonl: none of its 1 rows.*1 dropped identical'):
     tokenize_pairs(_rows(_pair('a', 'one', 'one')), llama3, WIDE)
-  with pytest.raises(ValueError, match="'dropped_empty': 1"):
+  with pytest.raises(ValueError, match='1 dropped empty'):
     tokenize_conversations(_rows({'messages': [user('a')]}), llama3, WIDE)
 
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ((32, 24, 'cut'), r"data\.overlong_policy='cut'; choose one of truncate_left"),
+    ((32, 24, 'cut'), r"data\.overlong_policy='cut' is unknown; choose one of truncate_left"),
     ((32, 33), r'data\.max_prompt_length=33 must be'),
     ((32, 0), r'data\.max_prompt_length=0 must be'),
   ],
@@ -162,8 +161,8 @@ def test_conversation_keeps_its_end(llama3):
   messages = [user('one ' * 40), assistant('two three')]
   data = tokenize_conversations(_rows({'messages': messages}), llama3, Limits(16, 16))
   batch = data.gather(np.array([0]))
-  whole = llama3.prompt_ids(messages[:1]) + llama3.response_ids(messages[:1], 'two three')
-  assert batch.ids[0].tolist() == whole[-16:]
+  complete = llama3.prompt_ids(messages[:1]) + llama3.response_ids(messages[:1], 'two three')
+  assert batch.ids[0].tolist() == complete[-16:]
   assert bool(batch.mask[0, -1])
   assert data.counts == {'rows': 1, **NONE, 'truncated': 1}
 
@@ -202,11 +201,11 @@ def test_a_prompt_of_special_tokens_alone_is_dropped(llama3, monkeypatch):
 
 def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   rows = _rows(*[_pair(f'hello {i}', f'one {i}', f'two {i}') for i in range(10)])
-  whole = tokenize_pairs(rows, llama3, WIDE)
+  complete = tokenize_pairs(rows, llama3, WIDE)
   monkeypatch.setattr('segjax.data.tokenize._CHUNK', 3)
   parts = tokenize_pairs(rows, llama3, WIDE)
-  np.testing.assert_array_equal(whole.chosen.values, parts.chosen.values)
-  np.testing.assert_array_equal(whole.rejected.offsets, parts.rejected.offsets)
+  np.testing.assert_array_equal(complete.chosen.values, parts.chosen.values)
+  np.testing.assert_array_equal(complete.rejected.offsets, parts.rejected.offsets)
 
 
 def test_real_pairs(material):
@@ -222,11 +221,16 @@ def test_real_pairs(material):
   for side in (batch.chosen, batch.rejected):
     last = data.length - 1 - np.argmax(np.asarray(side.response_mask)[:, ::-1], axis=1)
     ends = np.asarray(side.ids)[np.arange(len(data)), last]
-    # A response ends in the stop token exactly where it was not cut.
+    # A response ends in the stop token exactly if it was not truncated.
     np.testing.assert_array_equal(ends == 2, np.asarray(side.finished))
-  # Every uncut prompt keeps its BOS, and there is only one.
-  uncut = data.prompt_length < 384
-  assert (np.asarray(batch.chosen.ids)[uncut, 0] == 1).all()
+  # Every complete prompt keeps its BOS, and there is only one.
+  is_complete = data.prompt_length < 384
+  assert (np.asarray(batch.chosen.ids)[is_complete, 0] == 1).all()
   assert ((np.asarray(batch.chosen.ids) == 1).sum(axis=1) <= 1).all()
   assert len(tokenize_prompts(rows, chat, Limits(512, 384))) == 200
   assert len(tokenize_conversations(rows, chat, Limits(512, 384))) > 190
+
+
+def test_describe_counts():
+  counts = {'rows': 12, 'truncated': 0, 'dropped_overlong': 3}
+  assert describe_counts(counts) == '12 rows, 3 dropped overlong'

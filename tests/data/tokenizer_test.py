@@ -163,8 +163,8 @@ def test_turn_texts_join_to_the_template(chatml):
   messages = [user('a'), assistant('b'), user('c'), assistant('d'), user('e')]
   pieces = chatml.turn_texts(messages)
   assert [text for text, is_trained in pieces if is_trained] == ['b<|im_end|>', 'd<|im_end|>']
-  whole = chatml.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
-  assert ''.join(text for text, _ in pieces) == whole.removesuffix('\n')
+  rendered = chatml.tokenizer.apply_chat_template(messages[:-1], tokenize=False)
+  assert ''.join(text for text, _ in pieces) == rendered.removesuffix('\n')
 
 
 def test_turn_texts_of_phi3_and_of_an_opening_assistant(tmp_path):
@@ -181,7 +181,7 @@ def test_turn_texts_refuse_a_rewritten_history(tmp_path):
     "{{ m['content'] }}", "{{ m['content'] if loop.index > messages | length - 2 }}"
   )
   chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template))
-  with pytest.raises(ValueError, match='rewrites what came before'):
+  with pytest.raises(ValueError, match='rewrites earlier turns'):
     chat.turn_texts([user('a'), assistant('b'), user('c'), assistant('d')])
 
 
@@ -245,23 +245,23 @@ def test_ids_ending_in_a_delimiter(tmp_path):
   chat.tokenizer.add_tokens(['. ', '.\n  ', 'e.g', ' .. '])
   chat.tokenizer.add_special_tokens({'additional_special_tokens': ['<|odd|>.']})
   delimiters = ('.', '!', '?', '\n')
-  found = chat.ids_ending_in(delimiters)
+  ids = chat.ids_ending_in(delimiters)
   # The string of all four is the same as the four.
-  assert chat.ids_ending_in('.!?\n') == found == tuple(sorted(found))
+  assert chat.ids_ending_in('.!?\n') == ids == tuple(sorted(ids))
   texts = {i: chat.decode([i], skip_special=False) for i in range(len(chat.tokenizer))}
-  assert {texts[i] for i in found} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
+  assert {texts[i] for i in ids} >= {'.', '!', '?', '\n', '. ', '.\n  ', ' .. '}
   special = set(chat.tokenizer.all_special_ids) | set(chat.encode(list(tokenizers.SPECIAL))[0])
   for i, text in texts.items():
     ends = text.rstrip(' ').endswith(delimiters)
-    assert (i in found) == (ends and not text.startswith('<|') and i not in special)
+    assert (i in ids) == (ends and not text.startswith('<|') and i not in special)
   assert any(text.endswith('|>.') for text in texts.values())
-  # A newline is no space: what ends in one does not end in what stands before it.
+  # A newline is not a space: a text that ends in one does not end in the character before it.
   assert chat.encode(['.\n  '])[0][0] not in chat.ids_ending_in(['.'])
 
 
 def test_no_token_ends_in_the_delimiter(llama3):
   # Three bytes, none of them the character.
-  message = r"config\.reward\.segmentation\.delimiters: .*\['。'\].*boundary to 'entropy'"
+  message = r"segmentation\.delimiters=\['。'\]: .*boundary to 'entropy'"
   with pytest.raises(ValueError, match=message):
     llama3.ids_ending_in(['。'])
   with pytest.raises(ValueError, match='no token ends in one of'):

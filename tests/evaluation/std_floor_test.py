@@ -9,7 +9,7 @@ import pytest
 
 from segjax.config.settings import Network, RewardShaping, Segmentation
 from segjax.config.training_settings import resolve_std_floor_ratio
-from segjax.data import demo_language
+from segjax.data import demo_rows
 from segjax.data.batches import eval_batches
 from segjax.data.span_annotations import TokenizedSpans
 from segjax.data.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def expected(ratio, num_tokens):
 
 
 def test_annotate(one_device, ratio, floor, tmp_path):
-  demo_language.write_tokenizer(tmp_path / 'model')
+  demo_rows.write_tokenizer(tmp_path / 'model')
   tokenizer = load_tokenizer(str(tmp_path / 'model'), annotate.PLAIN_TEMPLATE)
   params = {'reference': None, 'reward': None}
   annotator = annotate.Annotator(

@@ -36,8 +36,24 @@ def test_reads_names_shapes_dtypes_and_offsets(tmp_path):
   }
   assert opened.num_parameters() == 10
   tensor = opened.tensors['a']
-  found = np.fromfile(tensor.file, np.float32, tensor.size, offset=tensor.offset)
-  np.testing.assert_array_equal(found.reshape(tensor.shape), values)
+  stored = np.fromfile(tensor.file, np.float32, tensor.size, offset=tensor.offset)
+  np.testing.assert_array_equal(stored.reshape(tensor.shape), values)
+
+
+@pytest.mark.parametrize('padding', ['', '   '])
+def test_offsets_are_those_of_the_header(padding, tmp_path):
+  # Not in the order of names, one tensor empty, one of another width.
+  header = {
+    'z': _entry(0, 16, (2, 4), 'BF16'),
+    'empty': _entry(16, 16, (0, 3)),
+    'a': _entry(16, 24, (2,)),
+  }
+  text = json.dumps(header).encode() + padding.encode()
+  file = tmp_path / 'model.safetensors'
+  file.write_bytes(struct.pack('<Q', len(text)) + text + bytes(24))
+  for name, tensor in checkpoint.read_header(file).items():
+    assert tensor.offset == 8 + len(text) + header[name]['data_offsets'][0]
+    assert (tensor.dtype, list(tensor.shape)) == (header[name]['dtype'], header[name]['shape'])
 
 
 def test_reads_shards(tmp_path):
@@ -80,29 +96,29 @@ def test_refuses_directory_without_weights(tmp_path):
     checkpoint.open_checkpoint(tmp_path)
 
 
-def test_refuses_what_is_no_safetensors_file(tmp_path):
+def test_refuses_a_file_that_is_not_safetensors(tmp_path):
   file = tmp_path / 'model.safetensors'
   file.write_bytes(b'version https://git-lfs.github.com/spec/v1\n')
   with pytest.raises(ValueError, match='but a git-lfs pointer'):
     checkpoint.open_checkpoint(tmp_path)
   file.write_bytes(b'')
-  with pytest.raises(ValueError, match=r'\(0 bytes\) is no safetensors file'):
+  with pytest.raises(ValueError, match=r'\(0 bytes\) is not a valid safetensors file'):
     checkpoint.open_checkpoint(tmp_path)
   file.write_bytes(b'\x04' + b'\0' * 7 + b'nope')
-  with pytest.raises(ValueError, match='broken header'):
+  with pytest.raises(ValueError, match='invalid JSON in header'):
     checkpoint.open_checkpoint(tmp_path)
 
 
 def test_refuses_truncated_file(tmp_path):
   file = _save(tmp_path) / 'model.safetensors'
   file.write_bytes(file.read_bytes()[:-1])
-  with pytest.raises(ValueError, match='truncated or damaged at tensor'):
+  with pytest.raises(ValueError, match='file not fully covered'):
     checkpoint.open_checkpoint(tmp_path)
 
 
-def _raw(file, header, data=b''):
-  """A safetensors file of any header, true or not."""
-  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+def _write_raw(file, header, data=b''):
+  """Writes a safetensors file with any header, valid or not."""
+  text = json.dumps(header).encode()
   file.write_bytes(struct.pack('<Q', len(text)) + text + data)
 
 
@@ -113,32 +129,22 @@ def _entry(begin, end, shape=(2,), dtype='F32'):
 @pytest.mark.parametrize(
   ('header', 'message'),
   [
-    (
-      {'a': _entry(0, 8), 'b': _entry(8, 20)},
-      'about tensor b: 12 bytes for F32 .2., which takes 8',
-    ),
-    ({'a': _entry(0, 8), 'b': _entry(12, 20)}, 'about tensor b: a gap of 4 bytes'),
-    ({'a': _entry(0, 8), 'b': _entry(4, 12)}, 'about tensor b: an overlap of 4 bytes'),
-    ({'a': _entry(0, 8), 'b': _entry(0, 8)}, 'about tensor b: an overlap of 8 bytes'),
-    ({'a': _entry(8, 0)}, 'about tensor a: -8 bytes'),
-    ({'a': _entry(-8, 0)}, 'lies about tensor a'),
-    ({'a': _entry(0, 8), 'b': _entry(8, 24, (4,))}, 'damaged at tensor b, which ends at byte'),
-    ({'a': _entry(0, 8)}, 'holds 8 bytes after its last tensor, a,'),
-    ({'a': _entry(0, 1 << 62, (1 << 60,))}, 'damaged at tensor a'),
-    ({'a': _entry(0, 8, (-2,))}, 'lies about tensor a'),
-    ({'a': _entry(0, 8, ('2',))}, 'lies about tensor a'),
-    ({'a': _entry(0, 8, dtype=['F32'])}, 'lies about tensor a'),
+    ({'a': _entry(0, 8), 'b': _entry(12, 20)}, 'invalid offset for tensor `b`'),  # a gap
+    ({'a': _entry(0, 8), 'b': _entry(4, 12)}, 'invalid offset for tensor `b`'),  # an overlap
+    ({'a': _entry(0, 8), 'b': _entry(8, 24, (4,))}, 'file not fully covered'),  # too short
+    ({'a': _entry(0, 8)}, 'file not fully covered'),  # bytes that no tensor holds
+    ({'a': _entry(0, 16)}, 'invalid shape'),
+    ({'a': None}, 'invalid JSON in header'),
     ({'a': _entry(0, 2, dtype='F8_E4M3')}, 'tensor a has dtype F8_E4M3.*quantized'),
-    ({'a': {'dtype': 'F32', 'shape': [2]}}, 'lies about tensor a'),
-    ({'a': None}, 'lies about tensor a'),
-    ([1], 'broken header .no JSON object'),
-    (b'{"a": 1, "a": 2}', 'broken header .a is there twice'),
   ],
 )
-def test_refuses_a_header_that_lies(header, message, tmp_path):
-  _raw(tmp_path / 'model.safetensors', header, bytes(16))
-  with pytest.raises(ValueError, match=rf'model\.safetensors.*{message}'):
+def test_refuses_a_wrong_header(header, message, tmp_path):
+  # The dtype is checked once the library has accepted the file, so there its size is right.
+  size = 2 if 'F8' in str(header) else 16
+  _write_raw(tmp_path / 'model.safetensors', header, bytes(size))
+  with pytest.raises(ValueError, match=rf'model\.safetensors.*{message}') as error:
     checkpoint.open_checkpoint(tmp_path)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +167,9 @@ def test_follows_the_links_of_the_hub_cache(tmp_path):
   assert checkpoint.open_checkpoint(snapshot).num_parameters() == 2
 
 
-def test_refuses_an_index_with_a_tensor_twice(tmp_path):
+def test_refuses_an_index_with_a_repeated_tensor(tmp_path):
   (tmp_path / checkpoint.INDEX).write_text('{"weight_map": {"a": "x", "b": "y", "a": "z"}}')
-  with pytest.raises(ValueError, match=r'index\.json is not valid JSON \(a is there twice\)'):
+  with pytest.raises(ValueError, match=r'index\.json is not valid JSON \(a occurs twice\)'):
     checkpoint.open_checkpoint(tmp_path)
 
 

@@ -7,7 +7,8 @@ import transformers
 from fixtures import hf_models
 
 from segjax.hf.config import config_from_hf, config_to_hf
-from segjax.model.llama import LlamaConfig, RopeScaling, rope_frequencies
+from segjax.model.llama import LlamaConfig
+from segjax.model.rope import RopeScaling, rope_frequencies
 
 RAW = {
   'model_type': 'llama',
@@ -53,7 +54,11 @@ def test_every_form_of_rope(rope, theta, scaling, tmp_path):
   config = config_from_hf(RAW | rope)
   assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
   (tmp_path / 'config.json').write_text(json.dumps(RAW | rope))
-  np.testing.assert_allclose(rope_frequencies(config), _frequencies(tmp_path), rtol=1e-6)
+  np.testing.assert_allclose(
+    rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
+    _frequencies(tmp_path),
+    rtol=1e-6,
+  )
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
@@ -134,7 +139,11 @@ def test_transformers_reads_what_is_written(kind, head, tmp_path):
   assert str(read.dtype) == 'torch.bfloat16'
   assert (read.bos_token_id, read.eos_token_id) == (None, [2, 3])
   assert head == 'language' or read.num_labels == 1
-  np.testing.assert_allclose(rope_frequencies(config), _frequencies(tmp_path / 'b'), rtol=1e-6)
+  np.testing.assert_allclose(
+    rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
+    _frequencies(tmp_path / 'b'),
+    rtol=1e-6,
+  )
 
 
 def test_keeps_unknown_keys_of_the_base():

@@ -1,4 +1,4 @@
-"""A hub of our own on localhost, asked through huggingface_hub in processes of their own."""
+"""Downloads from a hub of our own on localhost, through huggingface_hub itself."""
 
 import ast
 import collections
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 from fixtures import hf_models
+from huggingface_hub import constants
+
+from segjax.hf import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESOLVE = """
 import sys
 from segjax.hf import checkpoint
-try:
-  print(checkpoint.resolve(sys.argv[1]))
-except ValueError as error:
-  sys.exit(f'error: {error}')
+print(checkpoint.resolve_checkpoint(sys.argv[1]))
 """
 REVISION = '1' * 40
 
@@ -85,83 +85,94 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
   server = Hub()
-  threading.Thread(target=server.serve_forever, daemon=True).start()
+  # The default interval of 0.5 s is what shutdown() waits.
+  threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
   yield server
   server.shutdown()
   server.server_close()
 
 
 @pytest.fixture
-def resolve(hub, tmp_path):
-  """Starts a process that resolves a hub id, with a cache of its own."""
+def cache(hub, tmp_path, monkeypatch):
+  """Points huggingface_hub of this process to `hub` and to an empty cache."""
+  settings = {
+    'ENDPOINT': f'http://localhost:{hub.server_address[1]}',
+    'HF_HUB_CACHE': str(tmp_path / 'home' / 'hub'),
+    'HF_HUB_DISABLE_XET': True,
+    'HF_HUB_OFFLINE': False,
+  }
+  for name, value in settings.items():
+    monkeypatch.setattr(constants, name, value)
+  monkeypatch.setenv('no_proxy', 'localhost')
+  return tmp_path / 'home'
+
+
+def _start(hub, name, cache):
+  """Starts a process that resolves a hub id."""
   env = os.environ | {
     'HF_ENDPOINT': f'http://localhost:{hub.server_address[1]}',
-    'HF_HOME': str(tmp_path / 'home'),
+    'HF_HOME': str(cache),
     'HF_HUB_DISABLE_XET': '1',
     'HF_HUB_OFFLINE': '0',
-    'no_proxy': 'localhost',
   }
-
-  def start(name, **more):
-    return subprocess.Popen(
-      [sys.executable, '-c', RESOLVE, name],
-      cwd=REPOSITORY,
-      env=env | more,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-
-  return start
+  command = [sys.executable, '-c', RESOLVE, name]
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
 def _files(directory):
   return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def _error(process):
-  """The only line of its error, which must end it."""
-  out, err = process.communicate(timeout=60)
-  lines = [line for line in err.splitlines() if line.strip()]
-  assert process.returncode == 1
-  assert not out
-  assert len(lines) == 1, err
-  return lines[0]
+def _error(name):
+  """Returns the message, one line, with which a hub id is refused."""
+  with pytest.raises(ValueError) as caught:
+    checkpoint.resolve_checkpoint(name)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
 
 
-def test_processes_of_a_host_download_once(hub, resolve, tmp_path):
+def test_processes_of_a_host_download_once(hub, cache, monkeypatch, tmp_path):
   source = hf_models.write(tmp_path / 'source')
-  more = {'pytorch_model.bin': b'x', 'code.py': b'x', 'original/consolidated.safetensors': b'x'}
-  hub.repositories['owner/tiny'] = {'files': _files(source) | more}
-  started = [resolve('owner/tiny') for _ in range(2)]
-  found = set()
-  for process in started:
+  ignored = {'pytorch_model.bin': b'x', 'code.py': b'x', 'original/consolidated.safetensors': b'x'}
+  hub.repositories['owner/tiny'] = {'files': _files(source) | ignored}
+  processes = [_start(hub, 'owner/tiny', cache) for _ in range(2)]
+  directories = set()
+  for process in processes:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    found.add(out.strip())
-  assert len(found) == 1
-  hf_models.assert_same_tensors(source, Path(*found))
+    directories.add(out.strip())
+  (directory,) = directories
+  hf_models.assert_same_tensors(source, Path(directory))
   assert hub.fetched == dict.fromkeys(_files(source), 1)
-  offline = resolve('owner/tiny', HF_HUB_OFFLINE='1')
-  assert offline.communicate(timeout=60)[0].strip() in found
+  # The cache serves it without the network, with and without huggingface_hub's offline mode.
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://localhost:9')
+  assert checkpoint.resolve_checkpoint('owner/tiny') == Path(directory)
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  assert checkpoint.resolve_checkpoint('owner/tiny') == Path(directory)
 
 
-def test_gated_model(hub, resolve):
+@pytest.mark.usefixtures('cache')
+def test_gated_model(hub):
   hub.repositories['meta-llama/Llama-3.1-8B'] = {'gated': True, 'files': {'config.json': b'{}'}}
-  message = _error(resolve('meta-llama/Llama-3.1-8B'))
+  message = _error('meta-llama/Llama-3.1-8B')
   assert 'https://huggingface.co/meta-llama/Llama-3.1-8B' in message
   assert 'hf auth login' in message
   assert not hub.fetched
 
 
-def test_missing_model(hub, resolve):
-  message = _error(resolve('owner/nothing'))
-  assert message.startswith('error: owner/nothing is neither a local directory nor a model')
+@pytest.mark.usefixtures('cache')
+def test_missing_model():
+  message = _error('owner/nothing')
+  assert message.startswith('owner/nothing is neither a local directory nor a model')
   assert 'hf auth login' in message
 
 
-def test_unreachable_hub(resolve):
-  message = _error(resolve('owner/nothing', HF_ENDPOINT='http://localhost:9'))
+@pytest.mark.usefixtures('cache')
+def test_unreachable_hub(monkeypatch):
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://localhost:9')
+  message = _error('owner/nothing')
   assert 'nor in the cache' in message
   assert 'network' in message
 
@@ -177,14 +188,15 @@ def test_unreachable_hub(resolve):
     ),
   ],
 )
-def test_refuses_before_downloading(repository, message, hub, resolve):
+@pytest.mark.usefixtures('cache')
+def test_refuses_before_downloading(repository, message, hub):
   hub.repositories['owner/a'] = repository
-  found = _error(resolve('owner/a'))
-  assert all(part in found for part in message.split('.*'))
+  error = _error('owner/a')
+  assert all(part in error for part in message.split('.*'))
   assert not hub.fetched
 
 
-def test_nowhere_is_remote_code_trusted():
+def test_remote_code_is_never_trusted():
   for file in (*REPOSITORY.glob('segjax/**/*.py'), *REPOSITORY.glob('tools/**/*.py')):
     for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
       assert not (isinstance(node, ast.keyword) and node.arg == 'trust_remote_code'), file

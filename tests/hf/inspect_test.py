@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,8 +46,8 @@ def test_reward_model(tmp_path):
   assert 'F32   [1, 32]' in text
 
 
-def test_reads_headers_of_any_size_in_no_time(tmp_path):
-  # 126 layers of 405B, 0.8 TB of holes: only the headers are there.
+def test_reads_headers_alone(tmp_path):
+  # 126 layers of 405B in sparse files of 0.5 TB: reading the data would take minutes.
   raw = {'model_type': 'llama', 'rope_theta': 5e5}
   (tmp_path / 'config.json').write_text(json.dumps(raw))
   weight_map, shapes = {}, {'q': [16384, 16384], 'up': [53248, 16384], 'down': [16384, 53248]}
@@ -63,21 +62,17 @@ def test_reads_headers_of_any_size_in_no_time(tmp_path):
       stream.write(len(text).to_bytes(8, 'little') + text)
       stream.truncate(8 + len(text) + end)
   (tmp_path / checkpoint.INDEX).write_text(json.dumps({'weight_map': weight_map}))
-  begin = time.perf_counter()
   text = inspect(tmp_path)
-  assert time.perf_counter() - begin < 1
   assert '378 tensors, 126 files, 507' in text
 
 
-def test_does_not_import_jax(tmp_path):
-  source = hf_models.write(tmp_path)
+def test_does_not_import_jax(llama3):
   code = (
     'import sys; from segjax.hf.inspect import inspect; inspect(sys.argv[1]);'
     'print(sorted({"jax", "torch", "transformers", "orbax", "flax"} & set(sys.modules)))'
   )
-  begin = time.perf_counter()
   ran = subprocess.run(
-    [sys.executable, '-c', code, source],
+    [sys.executable, '-c', code, llama3],
     cwd=REPOSITORY,
     env=os.environ,
     capture_output=True,
@@ -85,9 +80,8 @@ def test_does_not_import_jax(tmp_path):
     check=True,
   )
   assert ran.stdout.strip() == '[]'
-  assert time.perf_counter() - begin < 2
 
 
-def test_refuses_what_is_no_checkpoint(tmp_path):
+def test_refuses_a_directory_without_checkpoint(tmp_path):
   with pytest.raises(ValueError, match=r'has neither model\.safetensors'):
     inspect(tmp_path)

@@ -1,3 +1,5 @@
+"""Two processes write one checkpoint; a killed one leaves nothing that looks complete."""
+
 import os
 import shutil
 import signal
@@ -15,12 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 WORKER = """
 import sys
-import jax
-address, rank, source, out = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(rank))
+from segjax import processes
+address, index, source, out = sys.argv[1:]
+processes.initialize(address, 2, int(index))
 from segjax.hf import reader, writer
-from segjax.model import sharding
-mesh = sharding.make_mesh(2, 2, 2)
+from segjax.model.mesh import make_mesh
+mesh = make_mesh(2, 2, 2)
 config = reader.load_config(source)
 params = reader.load_params(source, config, 'language', mesh)
 assert not params['lm_head']['kernel'].is_fully_addressable
@@ -29,16 +31,19 @@ writer.save_checkpoint(out, params, config, 'language', source=source, max_shard
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_write_one_checkpoint(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'biases')
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
   command = [sys.executable, '-c', WORKER, address]
   workers = [
-    subprocess.Popen([*command, str(rank), source, tmp_path / 'b'], cwd=REPOSITORY, env=env)
-    for rank in range(2)
+    subprocess.Popen(
+      [*command, str(index), source, tmp_path / 'b'], cwd=REPOSITORY, env=environment
+    )
+    for index in range(2)
   ]
   try:
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
@@ -49,58 +54,58 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b']
 
 
-KILLED = """
+HANGING = """
 import sys, time
-from segjax.hf import convert, shards, slices
-what, source, out = sys.argv[1:]
+from segjax.hf import convert, shards, tensor_slices
+direction, source, out = sys.argv[1:]
 
-def slow(function, done=[]):
+def hang_at_tenth(function, calls=[]):
   def wrapper(*args, **kwargs):
-    done.append(1)
-    if len(done) > 10:
-      print('in the midst', flush=True)
+    calls.append(1)
+    if len(calls) > 10:
+      print('hangs', flush=True)
       time.sleep(600)
     return function(*args, **kwargs)
   return wrapper
 
-slices.Slices.read = slow(slices.Slices.read)
-shards.ShardWriter.write = slow(shards.ShardWriter.write)
-if what == 'import':
+tensor_slices.SliceReader.read = hang_at_tenth(tensor_slices.SliceReader.read)
+shards.ShardWriter.write = hang_at_tenth(shards.ShardWriter.write)
+if direction == 'import':
   convert.import_checkpoint(source, out, piece_bytes=2000)
 else:
   convert.export_checkpoint(source, out)
 """
 
 
-def test_a_kill_leaves_nothing_that_looks_finished(tmp_path):
+def test_a_kill_leaves_nothing_that_looks_complete(tmp_path):
   source = hf_models.write(tmp_path / 'a', max_shard_size='20KB')
-  stored = convert.import_checkpoint(source, tmp_path / 'b')
+  orbax = convert.import_checkpoint(source, tmp_path / 'b')
   outs = {'import': tmp_path / 'i' / 'out', 'export': tmp_path / 'e' / 'out'}
   workers = [
     subprocess.Popen(
-      [sys.executable, '-c', KILLED, what, source if what == 'import' else stored, out],
+      [sys.executable, '-c', HANGING, direction, source if direction == 'import' else orbax, out],
       **{'cwd': REPOSITORY, 'stdout': subprocess.PIPE, 'text': True},
     )
-    for what, out in outs.items()
+    for direction, out in outs.items()
   ]
   try:
-    # Several threads may say it at once, on one line.
-    assert all(worker.stdout.readline().startswith('in the midst') for worker in workers)
+    # Several threads may print at once, on one line.
+    assert all(worker.stdout.readline().startswith('hangs') for worker in workers)
   finally:
     for worker in workers:
       worker.kill()
   assert [worker.wait(60) for worker in workers] == [-signal.SIGKILL] * 2
-  for what, out in outs.items():
-    (left,) = out.parent.iterdir()
-    assert left.name.startswith('.out.partial-')
-    assert not (left / 'config.json').exists() and not (left / 'segjax.json').exists()
+  for direction, out in outs.items():
+    (partial,) = out.parent.iterdir()
+    assert partial.name.startswith('.out.partial-')
+    assert not (partial / 'config.json').exists() and not (partial / 'segjax.json').exists()
     with pytest.raises(ValueError, match=r'no segjax\.json'):
-      convert.export_checkpoint(left, tmp_path / 'c')
-    # The next run to the same place tidies up.
-    if what == 'import':
+      convert.export_checkpoint(partial, tmp_path / 'c')
+    # The next run that writes to this directory removes what is left.
+    if direction == 'import':
       convert.import_checkpoint(source, out)
     else:
-      convert.export_checkpoint(stored, out)
+      convert.export_checkpoint(orbax, out)
       hf_models.assert_same_tensors(source, out)
     assert list(out.parent.iterdir()) == [out]
     shutil.rmtree(out)

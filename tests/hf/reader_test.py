@@ -10,28 +10,25 @@ from fixtures import hf_models
 
 from segjax.hf import placement, reader, tensor_slices
 from segjax.model import heads, sharding
+from segjax.model.mesh import make_mesh
 
 # Float32 on both sides; only the order of sums differs.
 TOLERANCE = 1e-4
+_LOGITS = jax.jit(heads.logits, static_argnums=2)
 
 
 def _logits(directory, ids):
   config = reader.load_config(directory)
   params = reader.load_params(directory, config, 'language')
-  return np.asarray(heads.logits(params, jnp.asarray(ids), config))
+  return np.asarray(_LOGITS(params, jnp.asarray(ids), config))
 
 
 def _rewrite(source, target, change):
-  """`source` copied to `target`, its one weight file passed through `change`."""
+  """Copies `source` to `target` and passes its weights through `change`."""
   shutil.copytree(source, target)
   tensors = change(hf_models.tensors(source))
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
   return target
-
-
-@pytest.fixture(scope='module')
-def llama3(tmp_path_factory):
-  return hf_models.write(tmp_path_factory.mktemp('llama3'))
 
 
 def test_logits_of_a_trained_llama_equal_transformers(material):
@@ -63,10 +60,10 @@ def test_shards_equal_one_file(llama3, tmp_path):
 def test_bfloat16_is_cast_or_kept(tmp_path):
   directory = hf_models.write(tmp_path, dtype='bfloat16')
   config = reader.load_config(directory)
-  kept = reader.load_params(directory, config, 'language', dtype='')
+  narrow = reader.load_params(directory, config, 'language', dtype='')
   wide = reader.load_params(directory, config, 'language')
-  assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype('bfloat16')}
-  hf_models.assert_same_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kept), wide)
+  assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype('bfloat16')}
+  hf_models.assert_same_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow), wide)
   expected = hf_models.torch_logits(directory, hf_models.IDS)
   np.testing.assert_allclose(_logits(directory, hf_models.IDS), expected, rtol=0, atol=TOLERANCE)
 
@@ -75,45 +72,45 @@ def test_bfloat16_is_cast_or_kept(tmp_path):
 def test_eight_devices_equal_one(kind, tmp_path):
   directory = hf_models.write(tmp_path, kind, max_shard_size='20KB')
   config = reader.load_config(directory)
-  mesh = sharding.make_mesh(2, 2, 2)
+  mesh = make_mesh(2, 2, 2)
   spread = reader.load_params(directory, config, 'language', mesh)
   hf_models.assert_same_params(spread, reader.load_params(directory, config, 'language'))
-  for leaf, place in zip(
+  for leaf, expected in zip(
     jax.tree.leaves(spread), jax.tree.leaves(sharding.tree_shardings(spread, mesh)), strict=True
   ):
-    assert leaf.sharding == place
+    assert leaf.sharding == expected
 
 
 @pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 2, 4)])
 def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
-  # Copies along `data`, and of what is not split, share what was read.
-  made = []
+  # Devices that hold the same slice share one reading of it.
+  readers = []
 
-  class Counted(tensor_slices.SliceReader):
+  class CountingReader(tensor_slices.SliceReader):
     def __init__(self, checkpoint):
       super().__init__(checkpoint)
-      made.append(self)
+      readers.append(self)
 
-  monkeypatch.setattr(reader, 'Slices', Counted)
+  monkeypatch.setattr(reader, 'SliceReader', CountingReader)
   config = reader.load_config(llama3)
-  reader.load_params(llama3, config, 'language', sharding.make_mesh(*sizes))
-  assert made[0].requested == 4 * reader.open_checkpoint(llama3).num_parameters()
+  reader.load_params(llama3, config, 'language', make_mesh(*sizes))
+  assert readers[0].requested == 4 * reader.open_checkpoint(llama3).num_parameters()
 
 
 @pytest.mark.parametrize('own_memory', [False, True], ids=['host', 'accelerator'])
 @pytest.mark.parametrize('spread', [False, True], ids=['one', 'eight'])
-def test_piece_by_piece_is_the_same(own_memory, spread, tmp_path, monkeypatch):
-  # On accelerators pieces are written into the device's buffer; here a CPU device plays one.
+def test_loading_in_pieces_is_the_same(own_memory, spread, tmp_path, monkeypatch):
+  # On accelerators pieces are written into the device's buffer; a CPU device stands in for one.
   directory = hf_models.write(tmp_path)
   config = reader.load_config(directory)
-  mesh = sharding.make_mesh(1, 2, 4) if spread else None
+  mesh = make_mesh(1, 2, 4) if spread else None
   expected = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
   monkeypatch.setattr(placement, 'PIECE_BYTES', 1000)
   monkeypatch.setattr(placement, '_has_own_memory', lambda device: own_memory)
-  found = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
-  hf_models.assert_same_params(found, expected)
-  for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-    assert one.sharding == two.sharding
+  params = reader.load_params(directory, config, 'language', mesh, dtype='bfloat16')
+  hf_models.assert_same_params(params, expected)
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+    assert a.sharding == b.sharding
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
@@ -142,12 +139,12 @@ def test_fresh_scalar_head(llama3):
   config = reader.load_config(llama3)
   key = jax.random.key(3)
   params = reader.load_params(llama3, config, 'scalar', key=key)
-  spread = reader.load_params(llama3, config, 'scalar', sharding.make_mesh(2, 2, 2), key=key)
+  spread = reader.load_params(llama3, config, 'scalar', make_mesh(2, 2, 2), key=key)
   hf_models.assert_same_params(params, spread)
   assert 'lm_head' not in params
   kernel = params['scalar_head']['kernel']
   np.testing.assert_array_equal(kernel, jax.random.normal(key, (32, 1)) / 33)
-  with pytest.raises(ValueError, match=r'no scalar head.*give a random key'):
+  with pytest.raises(ValueError, match=r'no scalar head.*provide a random key'):
     reader.load_params(llama3, config, 'scalar')
 
 
@@ -178,7 +175,7 @@ def test_reward_model_of_another_project(tmp_path):
   )
 
 
-def test_what_is_not_needed_is_ignored(tmp_path):
+def test_tied_heads_and_old_buffers_are_ignored(tmp_path):
   tied = hf_models.write(tmp_path / 'a', 'llama32')
 
   def add(tensors):
@@ -243,7 +240,7 @@ def test_refuses_mixed_layers_only_when_their_dtype_is_kept(llama3, tmp_path):
   mixed = _rewrite(llama3, tmp_path / 'mixed', mix)
   config = reader.load_config(mixed)
   reader.load_params(mixed, config, 'language')
-  with pytest.raises(ValueError, match=r'up_proj\.weight have dtypes F16, F32.*name the dtype'):
+  with pytest.raises(ValueError, match=r'up_proj\.weight have dtypes F16, F32.*set the dtype'):
     reader.load_params(mixed, config, 'language', dtype='')
 
 

@@ -1,4 +1,4 @@
-"""Loading onto eight devices, in a process of its own whose memory is watched."""
+"""Loading onto eight devices, in a separate process whose memory is measured."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import safetensors.numpy
 from segjax.hf import tensor_names
 from segjax.hf.config import config_from_hf
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmarks' / 'sharded.py'
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmarks' / 'load_sharded.py'
 RAW = {
   'model_type': 'llama',
   'vocab_size': 32000,
@@ -35,10 +35,10 @@ def test_memory_holds_little_beyond_the_arrays(dtype, tmp_path):
   shapes = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
   tensors = {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
   safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
-  found = sharded.measure(tmp_path, dtype)
-  assert found['requested'] == 1
-  assert found['bytes'] == sum(tensor.nbytes for tensor in tensors.values()) > 2e8
-  # Replicated norms may or may not share memory; nothing else is there twice.
-  assert found['arrays'] == pytest.approx(found['bytes'] * (2 if dtype else 1), rel=1e-3)
-  # A copy of the largest stack, 50 MB as it is and 100 MB in float32, would show.
-  assert found['beyond'] < 3e7
+  measured = sharded.measure(tmp_path, dtype)
+  assert measured['requested'] == 1
+  assert measured['bytes'] == sum(tensor.nbytes for tensor in tensors.values()) > 2e8
+  # Replicated norms may or may not share memory; nothing else is held twice.
+  assert measured['arrays'] == pytest.approx(measured['bytes'] * (2 if dtype else 1), rel=1e-3)
+  # A copy of the largest stack has 50 MB in bfloat16 and 100 MB in float32.
+  assert measured['beyond'] < 3e7

@@ -47,7 +47,7 @@ def test_hf_name():
 def test_hf_name_refuses():
   with pytest.raises(ValueError, match=r"'backbone/gate' is not in the table"):
     tensor_names.hf_name('backbone/gate')
-  with pytest.raises(ValueError, match='stacked ones only'):
+  with pytest.raises(ValueError, match='only stacked tensors have layers'):
     tensor_names.hf_name('backbone/norm/scale', 0)
   with pytest.raises(ValueError, match='layer=None'):
     tensor_names.hf_name('backbone/layers/query/kernel')

@@ -1,10 +1,11 @@
 """Every kind of Llama checkpoint that transformers writes, against transformers' own logits.
 
-The sequence is longer than every scaled variant's original context, and than its whole one.
+The sequence is longer than every scaled variant's original and extended context.
 """
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from segjax.model import heads
 
 TOLERANCE = 1e-4
 LENGTH = 48
+_LOGITS = jax.jit(heads.logits, static_argnums=2)
 
 BASE = {
   'vocab_size': 64,
@@ -28,6 +30,7 @@ BASE = {
   'num_key_value_heads': 2,
   'max_position_embeddings': 32,
   'initializer_range': 0.2,
+  'rms_norm_eps': 1e-5,
   'pad_token_id': 0,
   'tie_word_embeddings': False,
 }
@@ -46,10 +49,11 @@ def _plain(theta):
   return {'rope_parameters': {'rope_type': 'default', 'rope_theta': theta}}
 
 
-# Of the config; then how it is saved; then how config.json spells RoPE ('' as transformers does).
+# Changes of the config; options of saving; spelling of RoPE in config.json ('': transformers').
+# Variants of one network share one program: they differ in their files only.
 VARIANTS = {
-  'llama-2': ({'num_key_value_heads': 4, 'rms_norm_eps': 1e-5, **_plain(1e4)}, {}, ''),
-  'llama-3': ({**_plain(5e5), 'rms_norm_eps': 1e-5}, {}, ''),
+  'llama-2': ({'num_key_value_heads': 4, **_plain(1e4)}, {}, ''),
+  'llama-3': (_plain(5e5), {}, ''),
   'llama-3, old config': (_plain(5e5), {}, 'old'),
   'llama-3, eos list': ({**_plain(5e5), 'eos_token_id': [2, 3, 4]}, {}, ''),
   'llama-3.1': ({'rope_parameters': LLAMA3}, {}, ''),
@@ -112,7 +116,7 @@ def _write(directory, variant):
 def _logits(directory, ids):
   config = reader.load_config(directory, remat='none')
   params = reader.load_params(directory, config, 'language')
-  return np.asarray(heads.logits(params, jnp.asarray(ids), config))
+  return np.asarray(_LOGITS(params, jnp.asarray(ids), config))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -126,7 +130,7 @@ def test_logits_equal_transformers(variant, tmp_path):
 
 @pytest.mark.parametrize('scaled', [True, False])
 def test_scaling_matters_at_that_length(scaled, tmp_path):
-  # What the test above would not see if the sequence were too short.
+  # If the sequence were too short, the test above would pass without scaling.
   directory = _write(tmp_path, 'llama-3.1')
   ids = np.random.default_rng(0).integers(0, 64, (1, LENGTH), dtype=np.int32)
   expected = hf_models.torch_logits(directory, ids)

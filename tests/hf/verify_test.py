@@ -14,29 +14,29 @@ from segjax.hf.verify import Difference, Verification
 @pytest.mark.parametrize('kind', ['llama3', 'llama31', 'llama32', 'linear'])
 def test_language_models(kind, tmp_path):
   source = hf_models.write(tmp_path, kind)
-  found = verify.verify(source)
-  assert found.passed, found
-  assert found.compared == 'logits'
-  assert found.max_abs <= found.tolerance < 1e-3
-  assert 0 < found.mean_abs <= found.max_abs
-  lengths = [difference.length for difference in found.sequences]
+  result = verify.verify(source)
+  assert result.passed, result
+  assert result.compared == 'logits'
+  assert result.max_abs <= result.tolerance < 1e-3
+  assert 0 < result.mean_abs <= result.max_abs
+  lengths = [difference.length for difference in result.sequences]
   assert lengths == {'llama3': [64], 'linear': [64, 128]}.get(kind, [64, 80])
-  assert [difference.last + 1 for difference in found.sequences] == lengths
+  assert [difference.last + 1 for difference in result.sequences] == lengths
 
 
 def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
-  monkeypatch.setattr(verify, '_WALKED', 8)
+  monkeypatch.setattr(verify, '_MAX_CONSECUTIVE', 8)
   source = hf_models.write(tmp_path, 'llama31')
-  found = verify.verify(source)
-  assert found.passed, found
-  assert (found.sequences[1].length, found.sequences[1].last) == (512, 32)
-  found = verify.verify(source, length=70)
-  assert [(d.length, d.last) for d in found.sequences] == [(70, 69)]
-  # A wrong original context, which differs in long distances only, is found that way too.
-  right = verify.config_from_hf
+  result = verify.verify(source)
+  assert result.passed, result
+  assert (result.sequences[1].length, result.sequences[1].last) == (512, 32)
+  result = verify.verify(source, length=70)
+  assert [(d.length, d.last) for d in result.sequences] == [(70, 69)]
+  # A wrong original context, which matters at long distances only, is detected too.
+  original = verify.config_from_hf
 
   def wrong(*args, **runtime):
-    config = right(*args, **runtime)
+    config = original(*args, **runtime)
     scaling = dataclasses.replace(config.rope_scaling, original_max_position_embeddings=32)
     return dataclasses.replace(config, rope_scaling=scaling)
 
@@ -44,51 +44,51 @@ def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
   assert not verify.verify(source).passed
 
 
-def test_narrow_dtypes_and_given_tokens(tmp_path):
+def test_narrow_dtypes_and_provided_tokens(tmp_path):
   source = hf_models.write(tmp_path, dtype='bfloat16')
   ids = [[1, 2, 3], [63, 0]]
-  found = verify.verify(source, ids=ids)
-  assert found.passed
-  assert found.tolerance < 1e-3
-  assert [difference.length for difference in found.sequences] == [3, 2]
+  result = verify.verify(source, ids=ids)
+  assert result.passed
+  assert result.tolerance < 1e-3
+  assert [difference.length for difference in result.sequences] == [3, 2]
   narrow = verify.verify(source, ids=ids, dtype='bfloat16')
   assert narrow.passed, narrow
-  assert narrow.max_abs > 10 * found.max_abs
+  assert narrow.max_abs > 10 * result.max_abs
   assert not verify.verify(source, ids=ids, tolerance=0.0).passed
 
 
 def test_imported_checkpoints(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'llama31')
-  kept = convert.import_checkpoint(source, tmp_path / 'b')
-  found = verify.verify(source, kept)
-  assert found.passed, found
-  assert found.tolerance < 1e-3
+  stored = convert.import_checkpoint(source, tmp_path / 'b')
+  result = verify.verify(source, stored)
+  assert result.passed, result
+  assert result.tolerance < 1e-3
   rounded = verify.verify(
     source, convert.import_checkpoint(source, tmp_path / 'c', dtype='float16')
   )
   assert rounded.passed, rounded
-  assert rounded.max_abs > 1e-4  # more than of the same weights
+  assert rounded.max_abs > 1e-4  # more than with equal weights
   critic = verify.verify(source, convert.import_checkpoint(source, tmp_path / 'd', role='critic'))
   assert critic.passed, critic
   assert critic.compared == 'hidden states'
 
 
-def test_finds_other_weights(tmp_path):
+def test_different_weights_fail(tmp_path):
   source = hf_models.write(tmp_path / 'a')
   stored = convert.import_checkpoint(source, tmp_path / 'b')
   tensors = hf_models.tensors(source)
   tensors['model.layers.1.self_attn.k_proj.weight'][0, 0] += 0.5
   safetensors.numpy.save_file(tensors, source / 'model.safetensors', metadata={'format': 'pt'})
-  found = verify.verify(source, stored)
-  assert not found.passed
-  assert 'FAILED: logits differ' in str(found)
+  result = verify.verify(source, stored)
+  assert not result.passed
+  assert 'FAILED: logits differ' in str(result)
 
 
 def test_reward_models(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'llama32', 'scalar')
-  found = verify.verify(source, convert.import_checkpoint(source, tmp_path / 'b', role='reward'))
-  assert found.passed, found
-  assert found.compared == 'scores'
+  result = verify.verify(source, convert.import_checkpoint(source, tmp_path / 'b', role='reward'))
+  assert result.passed, result
+  assert result.compared == 'scores'
   tensors = hf_models.tensors(source)
   tensors['value_head.weight'] = tensors.pop('score.weight')
   safetensors.numpy.save_file(tensors, source / 'model.safetensors', metadata={'format': 'pt'})
@@ -106,15 +106,15 @@ def test_nan_does_not_pass():
   assert dataclasses.replace(nan, max_abs=1e-4).passed
 
 
-def test_refuses(tmp_path, monkeypatch):
-  source = hf_models.write(tmp_path / 'a')
+def test_refuses(llama3, tmp_path, monkeypatch):
+  source = llama3
   with pytest.raises(ValueError, match=r"dtype='int8' is not one of float32"):
     verify.verify(source, dtype='int8')
   for ids in ([[64]], [[-1]]):
     with pytest.raises(ValueError, match='not all in the vocabulary of 64'):
       verify.verify(source, ids=ids)
   for ids in ([], [[]]):
-    with pytest.raises(ValueError, match='one token id or more'):
+    with pytest.raises(ValueError, match='at least one token id'):
       verify.verify(source, ids=ids)
   with pytest.raises(ValueError, match='no directory'):
     verify.verify(source, tmp_path / 'none')

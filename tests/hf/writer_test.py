@@ -10,17 +10,13 @@ from fixtures import hf_models
 
 from segjax.hf import reader, writer
 from segjax.hf.model_card import Card
-from segjax.model import heads, sharding
+from segjax.model import heads
+from segjax.model.mesh import make_mesh
 
 
-def _load(directory, head='language', **how):
+def _load(directory, head='language', **kwargs):
   config = reader.load_config(directory)
-  return config, reader.load_params(directory, config, head, **how)
-
-
-@pytest.fixture(scope='module')
-def llama3(tmp_path_factory):
-  return hf_models.write(tmp_path_factory.mktemp('llama3'))
+  return config, reader.load_params(directory, config, head, **kwargs)
 
 
 @pytest.mark.parametrize('kind', hf_models.KINDS)
@@ -51,15 +47,15 @@ def test_round_trip_of_a_trained_llama(material, tmp_path):
 def test_round_trip_of_narrow_files(dtype, tmp_path):
   source = hf_models.write(tmp_path / 'a', dtype=dtype)
   config, params = _load(source, dtype='')
-  kept = writer.save_checkpoint(tmp_path / 'b', params, config, 'language')
-  hf_models.assert_same_tensors(source, kept)
-  assert json.loads((kept / 'config.json').read_text())['torch_dtype'] == dtype
+  narrow = writer.save_checkpoint(tmp_path / 'b', params, config, 'language')
+  hf_models.assert_same_tensors(source, narrow)
+  assert json.loads((narrow / 'config.json').read_text())['torch_dtype'] == dtype
   config, params = _load(source)
   cast = writer.save_checkpoint(tmp_path / 'c', params, config, 'language', dtype=dtype)
   hf_models.assert_same_tensors(source, cast)
 
 
-def test_file_is_that_of_the_safetensors_library(llama3, tmp_path):
+def test_file_equals_that_of_the_safetensors_library(llama3, tmp_path):
   config, params = _load(llama3)
   out = writer.save_checkpoint(tmp_path / 'out', params, config, 'language')
   name = 'model.safetensors'
@@ -70,9 +66,9 @@ def test_mixed_dtypes_stay_aligned(llama3, tmp_path):
   config, params = _load(llama3, dtype='bfloat16')
   params['backbone']['norm']['scale'] = params['backbone']['norm']['scale'].astype(jnp.float32)
   out = writer.save_checkpoint(tmp_path / 'out', params, config, 'language')
-  found = reader.open_checkpoint(out).tensors
-  assert {tensor.dtype for tensor in found.values()} == {'F32', 'BF16'}
-  assert all(t.offset % (4 if t.dtype == 'F32' else 2) == 0 for t in found.values())
+  tensors = reader.open_checkpoint(out).tensors
+  assert {tensor.dtype for tensor in tensors.values()} == {'F32', 'BF16'}
+  assert all(t.offset % (4 if t.dtype == 'F32' else 2) == 0 for t in tensors.values())
   hf_models.assert_same_params(_load(out, dtype='')[1], params)
   hf_models.torch_logits(out, hf_models.IDS)
 
@@ -94,7 +90,7 @@ def test_shards(llama3, tmp_path):
 
 
 def test_from_eight_devices_and_from_numpy(llama3, tmp_path):
-  config, params = _load(llama3, mesh=sharding.make_mesh(2, 2, 2))
+  config, params = _load(llama3, mesh=make_mesh(2, 2, 2))
   spread = writer.save_checkpoint(tmp_path / 'a', params, config, 'language')
   hf_models.assert_same_tensors(llama3, spread)
   host = jax.tree.map(np.asarray, params)

@@ -65,7 +65,7 @@ def test_alpaca_eval_list_and_long_prompts_as_the_config_says(ask):
 
 def test_other_files_are_refused_before_the_model_is_loaded(ask, monkeypatch):
   monkeypatch.setattr(answers.models, 'load_params', lambda *_: pytest.fail('loaded'))
-  with pytest.raises(ValueError, match=r'questions.jsonl, row 1: no question of a judge'):
+  with pytest.raises(ValueError, match=r'questions.jsonl, row 1: not a question of a known judge'):
     ask([{'text': 'a'}])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from segjax.config.settings import JOBS, replace
 from segjax.jobs import pipeline
-from segjax.model.sharding import make_mesh
+from segjax.model.mesh import make_mesh
 
 WORKDIR = Path('/w')
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from segjax.config import parse, presets, settings
-from segjax.model.sharding import make_mesh
+from segjax.model.mesh import make_mesh
 
 TEMPLATE = (
   "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

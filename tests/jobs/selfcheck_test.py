@@ -8,7 +8,7 @@ import pytest
 from segjax.config import parse, presets
 from segjax.jobs import pipeline, selfcheck, selfcheck_rewards
 from segjax.jobs.selfcheck import CheckResult
-from segjax.model.sharding import make_mesh
+from segjax.model.mesh import make_mesh
 
 
 @pytest.fixture(scope='module')

@@ -7,8 +7,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from segjax.model import attention as module
-from segjax.model import sharding
 from segjax.model.attention import attention
+from segjax.model.mesh import make_mesh
 from segjax.model.splash import splash
 
 
@@ -41,27 +41,27 @@ def test_causal_grouped_queries(kv_heads):
 ATTENDED = jnp.array([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 0]])
 
 
-def test_unattended_tokens_are_not_seen_and_find_nothing():
+def test_unattended_tokens_are_not_seen_and_give_0():
   query, key, value = arrays()
   mask = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
   seen = mask & (np.asarray(ATTENDED) > 0)[:, None]
   expected = by_loops(*map(np.asarray, (query, key, value)), seen | np.eye(6, dtype=bool))
   expected[np.asarray(ATTENDED) == 0] = 0
-  found = attention(query, key, value, segment_ids=ATTENDED)
-  assert_allclose(found, expected, atol=1e-5)  # float32
-  assert np.all(np.asarray(found)[np.asarray(ATTENDED) == 0] == 0)
+  output = attention(query, key, value, segment_ids=ATTENDED)
+  assert_allclose(output, expected, atol=1e-5)  # float32
+  assert np.all(np.asarray(output)[np.asarray(ATTENDED) == 0] == 0)
 
 
-def test_all_attended_is_none_given():
+def test_all_attended_equals_no_segment_ids():
   query, key, value = arrays()
-  found = attention(query, key, value, segment_ids=jnp.ones((2, 6), int))
-  np.testing.assert_array_equal(found, attention(query, key, value))
+  output = attention(query, key, value, segment_ids=jnp.ones((2, 6), int))
+  np.testing.assert_array_equal(output, attention(query, key, value))
 
 
 @pytest.mark.parametrize('attended', [ATTENDED, jnp.zeros((2, 6), int)])
 def test_unattended_tokens_have_no_gradient(attended):
-  def loss(*given):
-    return jnp.sum(attention(*given, segment_ids=attended) ** 2)
+  def loss(*tensors):
+    return jnp.sum(attention(*tensors, segment_ids=attended) ** 2)
 
   out, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays())
   assert jnp.isfinite(out)
@@ -70,26 +70,26 @@ def test_unattended_tokens_have_no_gradient(attended):
     assert np.all(grad[np.asarray(attended) == 0] == 0)
 
 
-def test_what_cudnn_is_asked_for(monkeypatch, caplog):
-  """The call as it is made on CUDA, answered by the implementation that runs anywhere."""
-  answer, asked = jax.nn.dot_product_attention, []
+def test_call_of_cudnn(monkeypatch, caplog):
+  """The call that is made on CUDA, computed by the implementation that runs anywhere."""
+  original, calls = jax.nn.dot_product_attention, []
 
-  def elsewhere(*given, implementation, **named):
-    asked.append(implementation)
-    return answer(*given, implementation='xla', **named)
+  def by_xla(*tensors, implementation, **options):
+    calls.append(implementation)
+    return original(*tensors, implementation='xla', **options)
 
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', elsewhere)
-  found = attention(*arrays(), implementation='cudnn')
-  assert_allclose(found, attention(*arrays()), atol=1e-5)  # float32
-  assert asked == ['cudnn']
-  # Packed rows are none of its business: it would ignore where sequences end.
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', by_xla)
+  output = attention(*arrays(), implementation='cudnn')
+  assert_allclose(output, attention(*arrays()), atol=1e-5)  # float32
+  assert calls == ['cudnn']
+  # Packed rows never go to cudnn, which would ignore where sequences end.
   module._warn_once.cache_clear()
   for _ in range(2):
-    found = attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
-    assert_allclose(found, attention(*arrays(), segment_ids=ATTENDED), atol=0)
-  assert asked == ['cudnn']
+    output = attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
+    assert_allclose(output, attention(*arrays(), segment_ids=ATTENDED), atol=0)
+  assert calls == ['cudnn']
   assert [record.message for record in caplog.records] == [
-    'cudnn attention does not see where packed sequences end; packed rows go to xla'
+    'cudnn attention does not support packed sequences; packed rows use xla'
   ]
 
 
@@ -105,37 +105,37 @@ def long_arrays():
 
 @functools.cache
 def long_results(name):
-  """What is found in packed rows, and the gradient of a function of it."""
+  """Attention in packed rows, and the gradients of a function of it."""
   weight = jnp.asarray(np.random.default_rng(3).normal(size=(2, LONG, 4, 128)), jnp.float32)
 
-  def run(*given):
+  def run(*tensors):
     if name == 'splash':
-      found = splash(*given, jnp.asarray(PACKED), interpret=True)
-      found = jnp.where(PACKED[:, :, None, None] > 0, found, 0)
+      output = splash(*tensors, jnp.asarray(PACKED), interpret=True)
+      output = jnp.where(PACKED[:, :, None, None] > 0, output, 0)
     else:
-      found = attention(*given, segment_ids=jnp.asarray(PACKED))
-    return jnp.sum(found * weight), found
+      output = attention(*tensors, segment_ids=jnp.asarray(PACKED))
+    return jnp.sum(output * weight), output
 
   grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
-  (_, found), grads = jax.jit(grad)(*long_arrays())
-  return found, *grads
+  (_, output), grads = jax.jit(grad)(*long_arrays())
+  return output, *grads
 
 
 @pytest.mark.parametrize('sequence', [1, 2, 3])
 def test_packed_equals_apart(sequence):
   """Forward and backward, each sequence in a row of its own."""
-  at = np.flatnonzero(PACKED[0] == sequence)
-  weight = np.random.default_rng(3).normal(size=(2, LONG, 4, 128))[:1, at]
+  columns = np.flatnonzero(PACKED[0] == sequence)
+  weight = np.random.default_rng(3).normal(size=(2, LONG, 4, 128))[:1, columns]
 
-  def run(*given):
-    found = attention(*given)
-    return jnp.sum(found * weight), found
+  def run(*tensors):
+    output = attention(*tensors)
+    return jnp.sum(output * weight), output
 
-  apart = [x[:1, at] for x in long_arrays()]
+  apart = [x[:1, columns] for x in long_arrays()]
   grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
-  (_, found), grads = jax.jit(grad)(*apart)
-  for got, expected in zip(long_results('xla'), (found, *grads), strict=True):
-    assert_allclose(got[:1, at], expected, atol=1e-5)  # float32
+  (_, output), grads = jax.jit(grad)(*apart)
+  for got, expected in zip(long_results('xla'), (output, *grads), strict=True):
+    assert_allclose(got[:1, columns], expected, atol=1e-5)  # float32
 
 
 def test_splash_equals_xla():
@@ -145,10 +145,10 @@ def test_splash_equals_xla():
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
-  whole = long_results('xla')
+  unblocked = long_results('xla')
   monkeypatch.setattr(module, '_BLOCK', 96)  # the last one is shorter
   long_results.cache_clear()
-  for got, expected in zip(long_results('xla'), whole, strict=True):
+  for got, expected in zip(long_results('xla'), unblocked, strict=True):
     assert_allclose(got, expected, atol=1e-5)  # float32
   long_results.cache_clear()
 
@@ -157,19 +157,19 @@ def test_splash_on_each_device(monkeypatch):
   """Rows and heads are split; every device runs the kernel on its own."""
   monkeypatch.setattr(module, 'splash', functools.partial(splash, interpret=True))
   expected = long_results('xla')[0]
-  run = jax.jit(lambda *given: attention(*given, 'splash', segment_ids=jnp.asarray(PACKED)))
-  with jax.set_mesh(sharding.make_mesh(1, 2, 2, jax.devices()[:4])):
+  run = jax.jit(lambda *tensors: attention(*tensors, 'splash', segment_ids=jnp.asarray(PACKED)))
+  with jax.set_mesh(make_mesh(1, 2, 2, jax.devices()[:4])):
     assert_allclose(run(*long_arrays()), expected, atol=2e-5)  # float32
 
 
-def test_rows_that_splash_cannot_do_go_to_xla(caplog):
+def test_rows_that_splash_does_not_support_use_xla(caplog):
   module._warn_once.cache_clear()
   short = attention(*arrays(), implementation='splash')
   assert_allclose(short, attention(*arrays()), atol=0)
-  assert not caplog.records  # a short prompt is no news
+  assert not caplog.records  # no warning for a short prompt
   odd = [x[:, :200] for x in long_arrays()]
   assert_allclose(attention(*odd, 'splash'), attention(*odd), atol=0)
-  assert 'a multiple of 128 tokens; 200 go to xla' in caplog.text
+  assert 'a multiple of 128 tokens; rows of 200 use xla' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -183,11 +183,11 @@ def test_rows_that_splash_cannot_do_go_to_xla(caplog):
     ('xla', 'tpu', 'bfloat16', 128, 'xla', ''),
     ('splash', 'cpu', 'bfloat16', 128, 'xla', 'it is for TPU, and the devices are cpu'),
     ('cudnn', 'tpu', 'bfloat16', 128, 'xla', 'it is for CUDA, and the devices are tpu'),
-    ('cudnn', 'gpu', 'float32', 128, 'xla', 'config.runtime.compute_dtype=float32'),
-    ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'heads of 20'),
+    ('cudnn', 'gpu', 'float32', 128, 'xla', 'compute_dtype=float32'),
+    ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'head_dim=20'),
   ],
 )
-def test_choice(wanted, platform, dtype, size, expected, reason):
+def test_select_implementation(wanted, platform, dtype, size, expected, reason):
   name, why = module.select_implementation(wanted, platform, dtype, size)
   assert name == expected
   assert reason in why
@@ -195,7 +195,7 @@ def test_choice(wanted, platform, dtype, size, expected, reason):
 
 
 def test_softmax_is_in_float32():
-  """1 + 2⁻⁹ cannot be told from 1 in bfloat16, yet many such keys move the mean."""
+  """1 + 2⁻⁹ rounds to 1 in bfloat16, yet many such keys move the mean."""
   query, key, value = arrays(dtype=jnp.bfloat16)
   out = attention(query, key, value)
   assert out.dtype == jnp.bfloat16
@@ -206,6 +206,6 @@ def test_softmax_is_in_float32():
 
 def test_unknown_implementation():
   with pytest.raises(
-    ValueError, match=r"attention='flash' is not one of \('xla', 'cudnn', 'splash'\)"
+    ValueError, match=r"attention='flash' is unknown; use one of \('xla', 'cudnn', 'splash'\)"
   ):
     attention(*arrays(), implementation='flash')

@@ -1,4 +1,4 @@
-"""What a step costs follows from what it reads; no timing here, which `tools/bench.py` is for."""
+"""The cost of a step is that of the cache it reads; timings are in `tools/bench.py`."""
 
 import dataclasses
 
@@ -8,25 +8,26 @@ import pytest
 from fixtures import models
 
 from segjax.model import decode
-from segjax.model.generate import PromptArrays, generate, make_decode_config
+from segjax.model.generate import GenerationOptions, generate, make_decode_config
 from segjax.model.sampling import Sampling
+from segjax.types import PromptBatch
 
 LENGTHS = np.array([8, 5, 8, 3, 150, 7], np.int32)
 CHUNK = 16
 
 
 @pytest.fixture
-def seen(monkeypatch):
-  """Of each call of `advance`: positions of the cache, and of the longest live row."""
-  calls, advance = [], decode.decode_chunk
+def chunks(monkeypatch):
+  """(positions of the cache, of the longest active row) at each call of `decode_chunk`."""
+  calls, decode_chunk = [], decode.decode_chunk
 
-  def look(weights, slots, *, decoder):
-    longest = int(np.max(slots.length, where=np.asarray(slots.live), initial=0))
+  def record(weights, slots, *, decoder):
+    longest = int(np.max(slots.length, where=np.asarray(slots.active), initial=0))
     (positions,) = {layer.key.shape[-1] for layer in slots.cache}
     calls.append((positions, longest))
-    return advance(weights, slots, decoder=decoder)
+    return decode_chunk(weights, slots, decoder=decoder)
 
-  monkeypatch.setattr(decode, 'decode_chunk', look)
+  monkeypatch.setattr(decode, 'decode_chunk', record)
   return calls
 
 
@@ -36,24 +37,23 @@ def _run(limits, max_new_tokens):
   sampling = Sampling(min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)
   generate(
     models.params(config),
-    PromptArrays(models.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
+    PromptBatch(models.ids(shape=(len(LENGTHS), LENGTHS.max())), LENGTHS),
     jax.random.key(0),
     decoder=make_decode_config(config, sampling, models.STOP_IDS, mesh, chunk=CHUNK),
     mesh=mesh,
-    slots=2,
-    limits=limits,
+    options=GenerationOptions(max_concurrent=2, limits=limits),
   )
 
 
-def test_positions_follow_the_longest_row(seen):
-  """The cache grows with a long prompt and a long response, and is small again behind them."""
+def test_positions_follow_the_longest_row(chunks):
+  """The cache grows with a long prompt and a long response, and shrinks after them."""
   limits = np.array([20, 64, 10, 30, 20, 33])
   _run(limits, 64)
-  short = list(seen)
+  short = list(chunks)
   for positions, longest in short:
     assert longest + CHUNK <= positions <= max(2 * (longest + CHUNK), 64)
   assert {64, 128, 256} == {positions for positions, _ in short}
   assert short[0][0] == short[-1][0] == 64
-  seen.clear()
-  _run(limits, 512)  # room for more, which no response takes
-  assert seen == short
+  chunks.clear()
+  _run(limits, 512)  # room for more, which no response needs
+  assert chunks == short

@@ -8,6 +8,7 @@ from fixtures import models
 from numpy.testing import assert_allclose
 
 from segjax.model import heads, sharding
+from segjax.model.llama import RowLayout
 from segjax.rl.logprobs import logprob_and_entropy
 
 
@@ -25,22 +26,23 @@ def test_chunked_head_equals_dense(config):
   @functools.partial(jax.jit, static_argnums=1)
   def run(params, read):
     def loss(params):
-      found = read(params, ids, config)
-      return jnp.sum(weight[0] * found[0] + weight[1] * found[1]), found
+      outputs = read(params, ids, config)
+      return jnp.sum(weight[0] * outputs[0] + weight[1] * outputs[1]), outputs
 
     return jax.grad(loss, has_aux=True)(params)
 
-  # 23 predictions are no multiple of config.logprob_chunk = 8.
-  grads, found = run(params, heads.token_logprobs)
+  # 23 predictions are not a multiple of config.logprob_chunk = 8.
+  grads, outputs = run(params, heads.token_logprobs)
   expected_grads, expected = run(params, dense)
   # float32; gradients are sums of 184 terms of size 1 to 100.
-  jax.tree.map(functools.partial(assert_allclose, atol=2e-5), found, expected)
+  jax.tree.map(functools.partial(assert_allclose, atol=2e-5), outputs, expected)
   jax.tree.map(functools.partial(assert_allclose, rtol=1e-3, atol=1e-3), grads, expected_grads)
   smallest = min(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(grads))
-  assert smallest > 1e-2  # every parameter takes part
+  assert smallest > 1e-2  # every parameter has a gradient
 
 
-@pytest.mark.parametrize('chunk', [1, 5, 8, 23, 100])
+# One token, a rest, more than there are; 8 is test_chunked_head_equals_dense's.
+@pytest.mark.parametrize('chunk', [1, 5, 100])
 def test_any_chunk_gives_the_same(chunk):
   rng = np.random.default_rng(2)
   hidden = jnp.asarray(rng.normal(size=(2, 23, 16)), jnp.float32)
@@ -51,10 +53,10 @@ def test_any_chunk_gives_the_same(chunk):
   def run(hidden, kernel, chunk):
     def loss(hidden, kernel):
       if chunk is None:
-        found = logprob_and_entropy(hidden @ kernel, target)
+        outputs = logprob_and_entropy(hidden @ kernel, target)
       else:
-        found = heads.chunked_logprobs(hidden, kernel, target, chunk)
-      return jnp.sum(found[0] * (1 + found[1])), found
+        outputs = heads.chunked_logprobs(hidden, kernel, target, chunk)
+      return jnp.sum(outputs[0] * (1 + outputs[1])), outputs
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, kernel)
 
@@ -95,7 +97,7 @@ def test_logits_of_all_positions_never_exist(config):
     return [x for x in shapes if models.VOCAB in x and np.prod(x) > allowed]
 
   assert huge(heads.token_logprobs) == []
-  assert huge(dense)  # the search does find them
+  assert huge(dense)  # the search works
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
@@ -106,16 +108,17 @@ def test_init_params(config, head):
     lambda leaf: leaf.shape, heads.param_shapes(config, head)
   )
   tied = config.tie_word_embeddings
-  heads_found = set(params) - {'backbone'}
-  assert heads_found == ({'scalar_head'} if head == 'scalar' else set() if tied else {'lm_head'})
+  assert set(params) - {'backbone'} == (
+    {'scalar_head'} if head == 'scalar' else set() if tied else {'lm_head'}
+  )
   backbone = params['backbone']
   assert_allclose(backbone['norm']['scale'], 1)
-  # 2560 draws: the standard deviation is known to 1.4 per cent.
+  # 2560 draws: the standard deviation has an error of 1.4 per cent.
   assert_allclose(jnp.std(backbone['embedding']), config.initializer_range, rtol=0.06)
   for name in ('query', 'gate', 'down'):
     kernel = backbone['layers'][name]['kernel']
     assert_allclose(jnp.std(kernel), config.initializer_range, rtol=0.1)
-    assert np.any(kernel[0] != kernel[1])  # layers are drawn apart
+    assert np.any(kernel[0] != kernel[1])  # layers are drawn independently
 
 
 def test_scalar_head_is_small_and_has_no_bias():
@@ -139,23 +142,23 @@ def test_scores_are_the_hidden_states_times_the_head():
   )  # nothing is added
 
 
-# Of each row, how many tokens are attended; the last row's none.
+# Number of attended tokens per row; none in the last.
 ATTENDED = np.arange(models.LENGTH) < np.array([24, 1, 5, 8, 13, 23, 17, 0])[:, None]
 
 
 @pytest.mark.parametrize('name', ['token_logprobs', 'scores', 'values', 'logits'])
 def test_unattended_tails(name):
-  """What is read at attended tokens is that of the whole row; the rest has no context."""
+  """Attended tokens give what they do in the full row; the others have no context."""
   head = 'language' if name in ('token_logprobs', 'logits') else 'scalar'
   read, params = getattr(models, name), models.params(models.CONFIG, head)
   ids = models.ids()
-  whole = read(params, ids, models.CONFIG)
-  found = read(params, ids, models.CONFIG, segment_ids=ATTENDED.astype(int))
+  full = read(params, ids, models.CONFIG)
+  tailless = read(params, ids, models.CONFIG, RowLayout(segment_ids=ATTENDED.astype(int)))
   # Log-probs, entropies and values are read at the hidden state before their token.
   attended = ATTENDED
   if name in ('token_logprobs', 'values'):
     attended = np.pad(ATTENDED[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+  for got, expected in zip(jax.tree.leaves(tailless), jax.tree.leaves(full), strict=True):
     got, expected = np.asarray(got), np.asarray(expected)
     assert_allclose(got[attended], expected[attended], atol=1e-5)  # float32
     assert np.abs(got - expected)[~attended].max() > 0.1
@@ -163,15 +166,15 @@ def test_unattended_tails(name):
 
 
 def test_gradient_with_unattended_tokens():
-  """Finite; tokens that are nowhere attended learn nothing from what is read at the others."""
+  """Finite; a loss on attended tokens gives no gradient to tokens that are never attended."""
   params, half = models.params(models.CONFIG), models.VOCAB // 2
   ids, attended = models.ids() % half, jnp.asarray(ATTENDED)
-  ids, segment_ids = jnp.where(attended, ids, half + ids), attended.astype(int)
+  ids, rows = jnp.where(attended, ids, half + ids), RowLayout(segment_ids=attended.astype(int))
 
   @jax.jit
   def grads(params, weight):
     def loss(params):
-      logprob, entropy = heads.token_logprobs(params, ids, models.CONFIG, segment_ids=segment_ids)
+      logprob, entropy = heads.token_logprobs(params, ids, models.CONFIG, rows)
       return jnp.sum(weight * (logprob + entropy))
 
     return jax.grad(loss)(params)
@@ -187,16 +190,17 @@ def test_gradient_with_unattended_tokens():
 
 
 def test_unattended_tokens_on_eight_devices():
-  ids, found = models.ids(), {}
+  ids, outputs = models.ids(), {}
   read = jax.jit(heads.token_logprobs, static_argnames='config')
   for devices in (1, 8):
     mesh = models.mesh(devices)
     with jax.set_mesh(mesh), models.captured_stderr() as lines:
       params = models.place(models.params(models.CONFIG), mesh)
-      given = sharding.place_batch((ids, ATTENDED.astype(int)), mesh)
-      found[devices] = jax.device_get(read(params, given[0], models.CONFIG, segment_ids=given[1]))
+      placed_ids, segment_ids = sharding.place_batch((ids, ATTENDED.astype(int)), mesh)
+      rows = RowLayout(segment_ids=segment_ids)
+      outputs[devices] = jax.device_get(read(params, placed_ids, models.CONFIG, rows))
     assert models.rematerialisations(lines) == []
-  jax.tree.map(functools.partial(assert_allclose, atol=1e-5), found[8], found[1])  # float32
+  jax.tree.map(functools.partial(assert_allclose, atol=1e-5), outputs[8], outputs[1])  # float32
 
 
 def test_unknown_head():

@@ -13,13 +13,10 @@ from segjax.model import heads
 from segjax.model.llama import (
   Block,
   Llama,
-  LlamaConfig,
-  RopeScaling,
+  RowLayout,
   layer_params,
   make_config,
   num_parameters,
-  rope_frequencies,
-  rotate,
 )
 
 
@@ -33,8 +30,8 @@ def scalar():
   return models.params(models.CONFIG, 'scalar', seed=1)
 
 
-def read(language, scalar, ids):
-  """Everything read off the networks, numpy [B, S] each."""
+def outputs_of(language, scalar, ids):
+  """All outputs of the networks by name, numpy [B, S] each."""
   logprob, entropy = models.token_logprobs(language, ids, models.CONFIG)
   score = models.scores(scalar, ids, models.CONFIG)
   value = models.values(scalar, ids, models.CONFIG)
@@ -47,7 +44,7 @@ def test_a_token_changes_nothing_before_it(language, scalar, t):
   ids = models.ids()
   other = ids.copy()
   other[:, t] = (other[:, t] + 1) % models.VOCAB
-  before, after = read(language, scalar, ids), read(language, scalar, other)
+  before, after = outputs_of(language, scalar, ids), outputs_of(language, scalar, other)
   for name in before:
     # Equal to the bit: the same sums over the same numbers.
     np.testing.assert_array_equal(before[name][:, :t], after[name][:, :t], err_msg=name)
@@ -60,26 +57,26 @@ def test_a_token_changes_nothing_before_it(language, scalar, t):
 
 
 def test_first_token_has_no_prediction(language, scalar):
-  found = read(language, scalar, models.ids())
+  outputs = outputs_of(language, scalar, models.ids())
   for name in ('logprob', 'entropy', 'value'):
-    assert_allclose(found[name][:, 0], 0)
-    assert np.all(found[name][:, 1:] != 0)
-  assert_allclose(found['value'][:, 1:], found['score'][:, :-1], rtol=1e-6)  # one program each
+    assert_allclose(outputs[name][:, 0], 0)
+    assert np.all(outputs[name][:, 1:] != 0)
+  assert_allclose(outputs['value'][:, 1:], outputs['score'][:, :-1], rtol=1e-6)  # two programs
 
 
 def test_padding_and_batch_mates_change_nothing(language, scalar):
   ids = models.ids()
   length = np.arange(3, 3 + 2 * models.BATCH, 2)
   real = np.arange(models.LENGTH)[None] < length[:, None]
-  whole = read(language, scalar, ids)
-  padded = read(language, scalar, np.where(real, ids, 0))
-  mates = read(language, scalar, np.concatenate([ids[:1], models.ids(seed=9)[1:]]))
-  shorter = read(language, scalar, ids[:, :16])
-  for name in whole:
-    # float32 sums of another order: another program, another row of a matrix product.
-    assert_allclose(padded[name][real], whole[name][real], atol=1e-5, err_msg=name)
-    assert_allclose(mates[name][0], whole[name][0], atol=1e-5, err_msg=name)
-    assert_allclose(shorter[name], whole[name][:, :16], atol=1e-5, err_msg=name)
+  full = outputs_of(language, scalar, ids)
+  padded = outputs_of(language, scalar, np.where(real, ids, 0))
+  mates = outputs_of(language, scalar, np.concatenate([ids[:1], models.ids(seed=9)[1:]]))
+  shorter = outputs_of(language, scalar, ids[:, :16])
+  for name in full:
+    # float32 sums in another order: another program, another row of a matrix product.
+    assert_allclose(padded[name][real], full[name][real], atol=1e-5, err_msg=name)
+    assert_allclose(mates[name][0], full[name][0], atol=1e-5, err_msg=name)
+    assert_allclose(shorter[name], full[name][:, :16], atol=1e-5, err_msg=name)
 
 
 REMAT = {
@@ -100,30 +97,30 @@ def test_remat_changes_nothing(language):
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   expected, expected_grads = grad(language, models.CONFIG)
-  for name, how in REMAT.items():
-    found, grads = grad(language, dataclasses.replace(models.CONFIG, **how))
-    # The same sums, fused otherwise.
-    assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+  for name, options in REMAT.items():
+    value, grads = grad(language, dataclasses.replace(models.CONFIG, **options))
+    # The same sums, fused in another way.
+    assert_allclose(value, expected, rtol=1e-6, err_msg=name)
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), grads, expected_grads)
 
 
-def test_what_is_kept_takes_memory():
-  """Per layer: the input alone; two more of its size; everything."""
+def test_saved_activations_take_memory():
+  """Per layer: the input alone; two more arrays of its size; everything."""
   config = dataclasses.replace(models.CONFIG, num_hidden_layers=8)
   shapes = heads.param_shapes(config, 'scalar')
   ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
 
-  def temporaries(how):
+  def temporaries(options):
     def loss(params, ids):
-      return jnp.sum(heads.scores(params, ids, dataclasses.replace(config, **how)))
+      return jnp.sum(heads.scores(params, ids, dataclasses.replace(config, **options)))
 
     compiled = jax.jit(jax.grad(loss)).lower(shapes, ids).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   full, names, none = (temporaries(REMAT[name]) for name in ('full', 'names', 'none'))
-  one = 4 * 8 * 8 * 64 * config.hidden_size  # float32, of all layers and tokens
-  assert names - full == pytest.approx(2 * one, rel=0.3)
-  assert none > full + 4 * one
+  hidden = 4 * 8 * 8 * 64 * config.hidden_size  # bytes, float32, all layers and tokens
+  assert names - full == pytest.approx(2 * hidden, rel=0.3)
+  assert none > full + 4 * hidden
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
@@ -141,7 +138,7 @@ def test_scan_equals_blocks_by_hand(config):
     return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * scale
 
   scanned = jax.jit(lambda params: Llama(config).apply({'params': params}, ids))(params)
-  assert_allclose(scanned, by_hand(params), atol=1e-5)  # float32, fused otherwise
+  assert_allclose(scanned, by_hand(params), atol=1e-5)  # float32, fused in another way
 
 
 def silu(x):
@@ -149,7 +146,7 @@ def silu(x):
 
 
 def without_context(params, config):
-  """Hidden state of every token of the vocabulary by itself, with attention that finds 0."""
+  """Hidden state of every token of the vocabulary alone, where attention returns 0."""
   params = jax.tree.map(np.asarray, params)
 
   def norm(x, scale):
@@ -170,46 +167,49 @@ def without_context(params, config):
 @functools.partial(jax.jit, static_argnames='config')
 def hidden_states(params, ids, positions, attended, config):
   segment_ids = None if attended is None else attended.astype(int)
-  return Llama(config).apply({'params': params}, ids, positions, segment_ids)
+  return Llama(config).apply({'params': params}, ids, RowLayout(positions, segment_ids))
 
 
-@pytest.mark.parametrize('remat', ['full', 'none'])
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
-def test_unattended_tokens(config, remat):
-  """Those attended find what they would with the others cut out; the others have no context."""
-  config = dataclasses.replace(config, remat=remat)
+def test_unattended_tokens(config):
+  """Attended tokens give what they would without the others; the others have no context."""
   params, ids = models.params(config)['backbone'], models.ids()
   attended = np.random.default_rng(1).random(ids.shape) < 0.6
   attended[0], attended[1], attended[2] = True, False, np.arange(models.LENGTH) < 13
   run = functools.partial(hidden_states, params, config=config)
   positions = np.broadcast_to(np.arange(models.LENGTH), ids.shape)
-  found = np.asarray(run(ids, positions, attended))
+  hidden = np.asarray(run(ids, positions, attended))
 
   order = np.argsort(~attended, axis=1, kind='stable')  # the attended first
-  cut = run(np.take_along_axis(ids, order, 1), np.take_along_axis(positions, order, 1), None)
+  alone = run(np.take_along_axis(ids, order, 1), np.take_along_axis(positions, order, 1), None)
   expected = np.where(attended[..., None], 0.0, without_context(params, config)[ids])
   for row, (real, source) in enumerate(zip(attended, order, strict=True)):
     count = real.sum()
-    expected[row, source[:count]] = cut[row, :count]
-  assert_allclose(found, expected, atol=2e-5)  # float32, sums of other lengths
+    expected[row, source[:count]] = alone[row, :count]
+  assert_allclose(hidden, expected, atol=2e-5)  # float32, sums of other lengths
 
   other = np.where(attended, (ids + 1) % models.VOCAB, ids)
   again = np.asarray(run(other, positions, attended))
-  np.testing.assert_array_equal(again[~attended], found[~attended])
+  np.testing.assert_array_equal(again[~attended], hidden[~attended])
   other = np.where(attended, ids, (ids + 1) % models.VOCAB)
   again = np.asarray(run(other, positions, attended))
-  np.testing.assert_array_equal(again[attended], found[attended])
+  np.testing.assert_array_equal(again[attended], hidden[attended])
   assert_allclose(run(ids, positions, np.ones_like(attended)), run(ids, positions, None), atol=1e-6)
 
 
-def test_positions_may_be_given(language):
+def test_positions_can_be_passed(language):
   """RoPE is relative: all positions shifted alike change nothing."""
   ids = jnp.asarray(models.ids())
   positions = jnp.broadcast_to(jnp.arange(models.LENGTH)[None], ids.shape)
-  run = jax.jit(lambda *given: Llama(models.CONFIG).apply({'params': language['backbone']}, *given))
+
+  @jax.jit
+  def run(positions):
+    params = {'params': language['backbone']}
+    return Llama(models.CONFIG).apply(params, ids, RowLayout(positions))
+
   # Angles up to 47 radians, in float32.
-  assert_allclose(run(ids, positions + 17), run(ids, positions), atol=1e-4)
-  assert np.abs(run(ids, positions * 2) - run(ids, positions)).max() > 1e-2
+  assert_allclose(run(positions + 17), run(positions), atol=1e-4)
+  assert np.abs(run(positions * 2) - run(positions)).max() > 1e-2
 
 
 def test_bfloat16_stays_near_float32(language, scalar):
@@ -218,86 +218,12 @@ def test_bfloat16_stays_near_float32(language, scalar):
   logprob, entropy = models.token_logprobs(language, ids, config)
   score = models.scores(scalar, ids, config)
   assert {logprob.dtype, entropy.dtype, score.dtype} == {jnp.dtype('float32')}
-  expected = read(language, scalar, ids)
+  expected = outputs_of(language, scalar, ids)
   # bfloat16 keeps 8 bits, and a layer adds numbers of size 10.
   assert_allclose(logprob, expected['logprob'], atol=0.4)
   assert_allclose(entropy, expected['entropy'], atol=0.2)
   assert_allclose(score, expected['score'], atol=0.4)
   assert np.abs(logprob - expected['logprob']).mean() < 0.03
-
-
-def test_norm_and_rope_in_float32():
-  """Their sums and angles are in float32 though what goes in and out is bfloat16."""
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.bfloat16)
-  positions = jnp.arange(4)[None] + 50
-  rotated = rotate(x, positions, models.CONFIG)
-  assert rotated.dtype == jnp.bfloat16
-  expected = rotate(x.astype(jnp.float32), positions, models.CONFIG)
-  # Half a unit in the last of 8 bits, of numbers below 4.
-  assert_allclose(rotated.astype(jnp.float32), expected, atol=2**-7)
-
-
-SCALINGS = {
-  'default': None,
-  'linear': RopeScaling('linear', 3.0),
-  'llama31': RopeScaling('llama3', 8.0, 1.0, 4.0, 8192),
-  'llama32': RopeScaling('llama3', 32.0, 1.0, 4.0, 8192),
-  'short': RopeScaling('llama3', 4.0, 1.0, 4.0, 16),
-}
-
-
-@pytest.mark.parametrize('name', SCALINGS)
-@pytest.mark.parametrize('head_dim', [64, 128])
-def test_rope_frequencies_equal_transformers(name, head_dim):
-  pytest.importorskip('torch')
-  import transformers
-  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-  scaling = SCALINGS[name]
-  config = LlamaConfig(
-    **{'vocab_size': 80, 'hidden_size': 4 * head_dim, 'intermediate_size': 48},
-    **{'num_hidden_layers': 1, 'num_attention_heads': 4, 'num_key_value_heads': 2},
-    head_dim=head_dim,
-    rope_scaling=scaling,
-  )
-  parameters = {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  if scaling is not None:
-    parameters |= dataclasses.asdict(scaling)
-    parameters['rope_type'] = parameters.pop('kind')
-  theirs = transformers.LlamaConfig(
-    hidden_size=config.hidden_size,
-    num_attention_heads=4,
-    head_dim=head_dim,
-    max_position_embeddings=131072,
-    rope_parameters=parameters,
-  )
-  if scaling is None:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
-  else:
-    expected, _ = ROPE_INIT_FUNCTIONS[scaling.kind](theirs, 'cpu')
-  assert_allclose(rope_frequencies(config), expected.numpy(), rtol=1e-5)  # theirs is float32
-
-
-def test_unknown_rope_type_is_refused():
-  config = dataclasses.replace(models.CONFIG, rope_scaling=RopeScaling('yarn', 2.0))
-  with pytest.raises(ValueError, match=r"'yarn' is not one of default, linear, llama3"):
-    rope_frequencies(config)
-
-
-def test_rotation_is_relative_and_keeps_length():
-  rng = np.random.default_rng(0)
-  query, key = (jnp.asarray(rng.normal(size=(1, 1, 2, 8)), jnp.float32) for _ in range(2))
-
-  def product(i, j):
-    at = [rotate(x, jnp.array([[p]]), models.TIED) for x, p in ((query, i), (key, j))]
-    return jnp.sum(at[0] * at[1], axis=-1)
-
-  # float32 angles below 40 radians.
-  assert_allclose(product(5, 3), product(39, 37), atol=1e-4)
-  assert_allclose(product(4, 4), jnp.sum(query * key, axis=-1), atol=1e-5)
-  assert np.abs(product(5, 3) - product(3, 5)).max() > 1e-2
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
@@ -306,6 +232,6 @@ def test_num_parameters(config):
   assert num_parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def test_config_of_settings():
+def test_config_from_settings():
   config = make_config(Network(vocab_size=80, hidden_size=64, num_attention_heads=4))
   assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (80, 16, 2)

@@ -8,11 +8,12 @@ import transformers
 from fixtures import models
 
 from segjax.hf import reader
-from segjax.model.generate import PromptArrays, generate, make_decode_config
+from segjax.model.generate import GenerationOptions, generate, make_decode_config
 from segjax.model.sampling import Sampling
+from segjax.types import PromptBatch
 
 PROMPTS, NEW, PAD = 64, 32, 0
-TIE = 1e-5  # logits nearer than this may be taken either way
+TIE = 1e-5  # logits nearer than this may be ranked either way
 STOP_IDS = (2, 426)  # the ends of a text and of a sentence
 
 
@@ -30,25 +31,25 @@ def model(material):
 
 @pytest.fixture(scope='module')
 def prompts(model):
-  """64 prompts, each of another length, 1 to 64: stories of their own, begun by one token each."""
+  """64 stories, cut to lengths 1 to 64, each begun from another token."""
   _, config, peer = model
   rng = np.random.default_rng(0)
   first = rng.choice(np.arange(3, config.vocab_size), PROMPTS, replace=False)
-  begun = torch.tensor(np.stack([np.ones_like(first), first], axis=1))
-  told = _peer_generate(peer, begun, torch.ones_like(begun), PROMPTS - 2, None).sequences
+  start = torch.tensor(np.stack([np.ones_like(first), first], axis=1))
+  stories = _peer_generate(peer, start, torch.ones_like(start), PROMPTS - 2, None).sequences
   length = 1 + rng.permutation(PROMPTS).astype(np.int32)
-  ids = np.where(np.arange(PROMPTS) < length[:, None], told.numpy(), PAD).astype(np.int32)
-  return PromptArrays(ids, length)
+  ids = np.where(np.arange(PROMPTS) < length[:, None], stories.numpy(), PAD).astype(np.int32)
+  return PromptBatch(ids, length)
 
 
 @pytest.fixture(scope='module')
 def expected(model, prompts):
   """Tokens and logits of transformers, all prompts in one batch, padded on the left."""
-  where = np.arange(PROMPTS) - (PROMPTS - prompts.length[:, None])
-  ids = np.take_along_axis(prompts.ids, np.maximum(where, 0), axis=1)
-  ids, mask = torch.tensor(np.where(where >= 0, ids, PAD)), torch.tensor(where >= 0).long()
-  found = _peer_generate(model[2], ids, mask, NEW, list(STOP_IDS))
-  return found.sequences[:, PROMPTS:].numpy(), torch.stack(found.logits, dim=1).numpy()
+  position = np.arange(PROMPTS) - (PROMPTS - prompts.prompt_length[:, None])
+  ids = np.take_along_axis(prompts.prompt_ids, np.maximum(position, 0), axis=1)
+  ids, mask = torch.tensor(np.where(position >= 0, ids, PAD)), torch.tensor(position >= 0).long()
+  output = _peer_generate(model[2], ids, mask, NEW, list(STOP_IDS))
+  return output.sequences[:, PROMPTS:].numpy(), torch.stack(output.logits, dim=1).numpy()
 
 
 def _peer_generate(peer, ids, mask, new, stop_ids):
@@ -66,11 +67,12 @@ def _peer_generate(peer, ids, mask, new, stop_ids):
 
 
 def _generate(model, prompts, **values):
+  options = GenerationOptions(**values)
   params, config, _ = model
   mesh = models.mesh(1)
   sampling = Sampling(temperature=0.0, min_new_tokens=0, max_new_tokens=NEW)
   decoder = make_decode_config(config, sampling, STOP_IDS, mesh)
-  return generate(params, prompts, jax.random.key(0), decoder=decoder, mesh=mesh, **values)
+  return generate(params, prompts, jax.random.key(0), decoder=decoder, mesh=mesh, options=options)
 
 
 def _same(ids, mask, peer_ids, peer_logits):
@@ -89,12 +91,14 @@ def _same(ids, mask, peer_ids, peer_logits):
 
 def test_alone(model, prompts):
   """Prompts one by one, and the peer's without padding."""
-  rows = [int(row) for row in np.argsort(prompts.length)[[0, 20, 63]]]
+  rows = [int(row) for row in np.argsort(prompts.prompt_length)[[0, 20, 63]]]
   for row in rows:
-    length = prompts.length[row]
-    one = PromptArrays(prompts.ids[row : row + 1, :length], prompts.length[row : row + 1])
-    out = _generate(model, one)
-    ids = torch.tensor(one.ids).long()
+    length = prompts.prompt_length[row]
+    alone = PromptBatch(
+      prompts.prompt_ids[row : row + 1, :length], prompts.prompt_length[row : row + 1]
+    )
+    out = _generate(model, alone)
+    ids = torch.tensor(alone.prompt_ids).long()
     peer = _peer_generate(model[2], ids, torch.ones_like(ids), NEW, list(STOP_IDS))
     logits = torch.stack(peer.logits, dim=1).numpy()[0]
     assert _same(out.response_ids[0], out.response_mask[0], peer.sequences[0, length:], logits)
@@ -103,8 +107,8 @@ def test_alone(model, prompts):
 def test_refilled_in_any_order(model, prompts, expected):
   """64 prompts through 5 slots, shuffled."""
   order = np.random.default_rng(1).permutation(PROMPTS)
-  shuffled = PromptArrays(prompts.ids[order], prompts.length[order])
-  out = _generate(model, shuffled, slots=5, index=order)
+  shuffled = PromptBatch(prompts.prompt_ids[order], prompts.prompt_length[order])
+  out = _generate(model, shuffled, max_concurrent=5, prompt_index=order)
   count = out.response_mask.sum(axis=1)
   assert len(np.unique(count)) > 15  # so that slots were refilled at all times
   assert (count == NEW).any() and 10 < out.finished.sum() < PROMPTS

@@ -1,4 +1,4 @@
-"""Filters against sorting, and draws against the distribution."""
+"""Filters against sorting, and samples against the distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ def oracle_filter(logits, temperature, top_k, top_p):
   """Probabilities after temperature, top-k and nucleus, by sorting."""
   logits = np.asarray(logits, np.float64) / temperature
   order = np.argsort(-logits, kind='stable')
-  kept = order[: top_k or len(order)]
-  probs = np.exp(logits[kept] - logits.max())
+  top = order[: top_k or len(order)]
+  probs = np.exp(logits[top] - logits.max())
   probs /= probs.sum()
   enough = np.searchsorted(np.cumsum(probs), top_p - 1e-9) + 1 if top_p < 1 else len(probs)
   result = np.zeros(len(logits))
-  result[kept[:enough]] = probs[:enough] / probs[:enough].sum()
+  result[top[:enough]] = probs[:enough] / probs[:enough].sum()
   return result
 
 
@@ -46,12 +46,12 @@ def test_filter_equals_sorting(top_k, top_p):
 
 
 def test_filter_keeps_ties():
-  """Equal logits at the edge are all kept: nothing says which should go."""
+  """Equal logits at the edge are all kept."""
   logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-  kept = jnp.isfinite(filter_logits(logits, Sampling(top_k=2)))
-  assert kept.tolist() == [[True, True, True, False, False]]
-  kept = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.5)))
-  assert kept.tolist() == [[True, True, True, False, False]]
+  passes = jnp.isfinite(filter_logits(logits, Sampling(top_k=2)))
+  assert passes.tolist() == [[True, True, True, False, False]]
+  passes = jnp.isfinite(filter_logits(logits, Sampling(top_p=0.5)))
+  assert passes.tolist() == [[True, True, True, False, False]]
 
 
 @pytest.mark.parametrize('size', [1, 5, 128, 129, 300])
@@ -65,7 +65,7 @@ def test_inverse_cdf_equals_a_running_sum(size):
   got = np.asarray(jax.jit(inverse_cdf)(weights, uniform))
   running = np.cumsum(weights.astype(np.float64), axis=1)
   expected = np.argmax(running > (uniform * running[:, -1])[:, None], axis=1)
-  # Sums in float32: a neighbour is right where the target lies within rounding of the edge.
+  # Sums in float32: a neighbour is right if the target is within rounding of the edge.
   near = np.abs(running - (uniform * running[:, -1])[:, None]).min(axis=1) < 1e-5 * running[:, -1]
   assert (got == expected)[~near].all()
   assert (weights[np.arange(64), got] > 0).all()
@@ -77,20 +77,20 @@ def test_both_logprobs_are_of_their_own_distribution():
   sampling = Sampling(temperature=0.7, top_k=9, min_new_tokens=4)
   stop = jnp.array(models.STOP_IDS)
   count = jnp.asarray(np.arange(32) % 8)
-  drawn = jax.jit(sample_token, static_argnums=4)(
+  sampled = jax.jit(sample_token, static_argnums=4)(
     logits, rng.random(32).astype(np.float32), count, stop, sampling
   )
-  for row, token in enumerate(np.asarray(drawn.token)):
+  for row, token in enumerate(np.asarray(sampled.token)):
     plain = logits[row] - np.logaddexp.reduce(logits[row])
     banned = logits[row].copy()
     if count[row] < 4:
       banned[list(models.STOP_IDS)] = -np.inf
     expected = np.log(oracle_filter(banned, 0.7, 9, 1.0)[token])
-    assert_allclose(drawn.logprob[row], plain[token], atol=1e-5)
-    assert_allclose(drawn.sample_logprob[row], expected, atol=1e-5)
+    assert_allclose(sampled.logprob[row], plain[token], atol=1e-5)
+    assert_allclose(sampled.sample_logprob[row], expected, atol=1e-5)
 
 
-def test_broken_rows_are_seen():
+def test_rows_without_a_finite_logit():
   logits = np.zeros((4, 5), np.float32)
   logits[0, 2], logits[1], logits[2, :4] = np.nan, -np.inf, -np.inf
   assert has_no_finite_logit(jnp.asarray(logits)).tolist() == [True, True, False, False]

@@ -25,8 +25,8 @@ def test_every_tensor_matches_one_rule(config, head):
   names = names_of(params) + names_of(state) + names_of({'step': 0, 'params': params})
   assert len(names) > 4 * len(jax.tree.leaves(params))  # parameter, two moments, train state
   for name in names:
-    found = [pattern for pattern, _ in sharding.PARAMETER_RULES if re.search(pattern, name)]
-    assert len(found) == 1, (name, found)
+    matches = [pattern for pattern, _ in sharding.PARAMETER_RULES if re.search(pattern, name)]
+    assert len(matches) == 1, (name, matches)
 
 
 def test_every_rule_matches_some_tensor():
@@ -50,37 +50,6 @@ def test_no_rule_or_two_rules_raise(monkeypatch):
     sharding.parameter_spec('backbone/embedding')
 
 
-@pytest.mark.parametrize(
-  ('sizes', 'expected'),
-  [
-    ((1, -1, 1), (1, 8, 1)),
-    ((2, -1, 2), (2, 2, 2)),
-    ((-1, 2, 4), (1, 2, 4)),
-    ((8, 1, 1), (8, 1, 1)),
-  ],
-)
-def test_make_mesh(sizes, expected):
-  mesh = sharding.make_mesh(*sizes)
-  assert tuple(mesh.shape.values()) == expected
-  assert sharding.batch_devices(mesh) == expected[0] * expected[1]
-
-
-@pytest.mark.parametrize(
-  ('sizes', 'message'),
-  [
-    ((2, 2, 1), 'data x fsdp x tensor = 2 x 2 x 1 does not use the 8 devices.*set one axis to -1'),
-    ((3, -1, 1), '3 x 2 x 1 does not use the 8 devices'),
-    ((16, -1, 1), 'does not use the 8 devices'),
-    ((-1, -1, 1), 'at most one is -1'),
-    ((0, 8, 1), 'axes are positive'),
-    ((-2, 8, 1), 'axes are positive'),
-  ],
-)
-def test_make_mesh_errors(sizes, message):
-  with pytest.raises(ValueError, match=message):
-    sharding.make_mesh(*sizes)
-
-
 @pytest.mark.parametrize(('rows', 'fix'), [(6, 'use 4 or 8'), (3, 'use 4'), (9, 'use 8 or 12')])
 def test_batch_that_does_not_divide(rows, fix):
   with pytest.raises(ValueError, match=rf'a batch of {rows} rows .* 4 devices.*; {fix}\.$'):
@@ -93,15 +62,8 @@ def test_place_batch():
   for name, x in placed.items():
     np.testing.assert_array_equal(x, batch[name])
     assert x.sharding.shard_shape(x.shape)[0] == 2
-  whole = sharding.replicate(np.float32(3), models.mesh(8))
-  assert whole.sharding.is_fully_replicated and len(whole.sharding.device_set) == 8
-
-
-def test_heads_must_divide_over_tensor():
-  mesh = sharding.make_mesh(1, 2, 4)
-  sharding.check_heads(8, 4, mesh)
-  with pytest.raises(ValueError, match=r'config\.mesh\.tensor=4 .* 4 query and 2 key .* of 2'):
-    sharding.check_heads(4, 2, mesh)
+  scalar = sharding.replicate(np.float32(3), models.mesh(8))
+  assert scalar.sharding.is_fully_replicated and len(scalar.sharding.device_set) == 8
 
 
 def test_axes_that_do_not_divide_are_left_out():
@@ -137,32 +99,32 @@ def test_weights_and_moments_are_split_alike(config):
   for name, shard in (('query', (2, 16, 16)), ('up', (2, 16, 24)), ('down', (2, 24, 16))):
     assert kernels[name]['kernel'].addressable_shards[0].data.shape == shard
   assert params['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
-  # For decoding fsdp and tensor together split what tensor splits, and the width is whole.
+  # For decoding, fsdp and tensor together split what tensor splits; the width is not split.
   down = for_decoding['backbone']['layers']['down']['kernel']
   assert down.addressable_shards[0].data.shape == (2, 12, 32)
   assert for_decoding['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
 
 
 def assert_moments_follow(state):
-  """Each moment lies where its parameter does; all else is on every device."""
-  where = {
+  """Each moment is laid out like its parameter; the other state is on every device."""
+  layouts = {
     sharding.path_name(path): leaf.sharding
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
   }
   moments = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
-    owner = [name for name in where if sharding.path_name(path).endswith(f'/{name}')]
+    owner = [name for name in layouts if sharding.path_name(path).endswith(f'/{name}')]
     if owner:
-      assert leaf.sharding.is_equivalent_to(where[owner[0]], leaf.ndim), path
+      assert leaf.sharding.is_equivalent_to(layouts[owner[0]], leaf.ndim), path
       moments += 1
     else:
       assert leaf.sharding.is_fully_replicated
-  assert moments == 2 * len(where)
-  assert state.step.sharding.device_set == next(iter(where.values())).device_set
+  assert moments == 2 * len(layouts)
+  assert state.step.sharding.device_set == next(iter(layouts.values())).device_set
 
 
 def test_the_warning_can_be_seen():
-  """That the tests for involuntary rematerialisation would notice one."""
+  """The tests for involuntary rematerialisation would notice one."""
   mesh = models.mesh(8)
 
   def transpose_devices(x):

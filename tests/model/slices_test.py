@@ -1,4 +1,4 @@
-"""Programs for a slice of TPUs, compiled ahead of time on a machine without any: what moves."""
+"""What moves between chips, in programs compiled ahead of time for a slice of TPUs."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from segjax.model import decode, heads, sharding
 from segjax.model.attention import attention
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import BATCH, WEIGHT_AXES, make_mesh
 from segjax.model.sampling import Sampling
 
 pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
@@ -36,7 +37,7 @@ LLAMA_8B = LlamaConfig(
 
 @pytest.fixture
 def mesh(monkeypatch):
-  """Eight chips, of which nothing is asked but what programs for them look like."""
+  """Eight TPU chips, described to the compiler only."""
   for name, value in (
     ('TPU_SKIP_MDS_QUERY', '1'),
     ('TPU_ACCELERATOR_TYPE', 'v5p-16'),
@@ -44,9 +45,9 @@ def mesh(monkeypatch):
   ):
     monkeypatch.setenv(name, value)
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2').devices
-  jax.config.update('jax_disable_most_optimizations', False)  # what runs is to be looked at
-  yield sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
-  jax.config.update('jax_disable_most_optimizations', True)  # as all tests have it
+  jax.config.update('jax_disable_most_optimizations', False)  # the optimized program is tested
+  yield make_mesh(data=1, fsdp=8, tensor=1, devices=chips)
+  jax.config.update('jax_disable_most_optimizations', True)  # as in all other tests
 
 
 def _compile(function, *args, **static):
@@ -55,12 +56,12 @@ def _compile(function, *args, **static):
 
 def _placed(tree, shardings):
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree, shardings
   )
 
 
 def _result(function, *args, **static):
-  """The shapes that a jitted function returns, placed as it places them."""
+  """Output shapes of a jitted function, with the shardings that it gives them."""
   shapes = function.eval_shape(*args, **static)
   return _placed(shapes, _compile(function, *args, **static).output_shardings)
 
@@ -77,12 +78,12 @@ def _advance(config, mesh):
 
 
 def _moved_weights(compiled, weights):
-  """Lines of the program that gather or exchange something as large as a matrix of weights."""
+  """Lines of the program that gather or exchange an array as large as a matrix of weights."""
   sizes = set()
   for x in jax.tree.leaves(weights):
     if x.ndim > 1:
       sizes |= {x.size, math.prod(x.shape[1:])} if x.ndim == 3 else {x.size}
-  found = []
+  moved = []
   for line in compiled.as_text().splitlines():
     match = re.match(
       r'\s*(?:ROOT )?%\S+ = (.*?) (all-gather|all-to-all|collective-permute)(-start)?\(', line
@@ -90,35 +91,35 @@ def _moved_weights(compiled, weights):
     if match:
       shapes = re.findall(r'\[([\d,]+)\]', match[1])
       if any(math.prod(map(int, shape.split(','))) in sizes for shape in shapes):
-        found.append(line.strip())
-  return found
+        moved.append(line.strip())
+  return moved
 
 
 def test_no_step_gathers_a_weight(mesh):
   """Llama-3-8B in bfloat16, 128 slots with 1024 positions: weights stay, and it fits."""
   compiled, weights = _advance(LLAMA_8B, mesh)
-  assert 'all-reduce' in compiled.as_text()  # the activations are what moves
+  assert 'all-reduce' in compiled.as_text()  # activations move
   assert _moved_weights(compiled, weights) == []
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert used < 4.5 * GIB, f'{used / GIB:.2f} GiB per chip'
-  # The slots are updated where they are.
+  # The slots are updated in place.
   assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * GIB
 
 
 def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
   """Eight key heads over sixteen chips: the cache is split by rows, and the weights still stay."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x4').devices
-  mesh = sharding.make_mesh(devices=chips)
+  mesh = make_mesh(devices=chips)
   config = dataclasses.replace(LLAMA_8B, num_hidden_layers=3)
   compiled, weights = _advance(config, mesh)
   assert _moved_weights(compiled, weights) == []
 
 
 def test_gathers_are_found(mesh):
-  """Weights gathered in a program are seen by the tests above."""
-  where = jax.NamedSharding(mesh, jax.P(None, sharding.WEIGHT_AXES))
-  weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
+  """The tests above would notice a gathered weight."""
+  layout = jax.NamedSharding(mesh, jax.P(None, WEIGHT_AXES))
+  weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=layout)
   everywhere = jax.NamedSharding(mesh, jax.P())
   compiled = _compile(jax.jit(lambda w: w * 2, out_shardings=everywhere), weights)
   assert _moved_weights(compiled, {'weights': weights})
@@ -127,20 +128,20 @@ def test_gathers_are_found(mesh):
 @pytest.mark.parametrize(('tensor', 'size'), [(1, 128), (2, 128), (2, 64)])
 def test_splash_attention(mesh, tensor, size):
   """Forward and backward of packed rows compile, and no device sees another's rows or heads."""
-  mesh = sharding.make_mesh(fsdp=-1, tensor=tensor, devices=mesh.devices.flatten().tolist())
-  given = {name: (8, 2048, heads, size) for name, heads in (('q', 8), ('k', 2), ('v', 2))}
+  mesh = make_mesh(fsdp=-1, tensor=tensor, devices=mesh.devices.flatten().tolist())
+  shapes = {name: (8, 2048, heads, size) for name, heads in (('q', 8), ('k', 2), ('v', 2))}
 
   def loss(arrays, ids):
-    found = attention(arrays['q'], arrays['k'], arrays['v'], 'splash', segment_ids=ids)
-    return jnp.sum(found.astype(jnp.float32) ** 2)
+    output = attention(arrays['q'], arrays['k'], arrays['v'], 'splash', segment_ids=ids)
+    return jnp.sum(output.astype(jnp.float32) ** 2)
 
   with jax.set_mesh(mesh):
-    where = jax.NamedSharding(mesh, jax.P(sharding.BATCH, None, 'tensor', None))
+    layout = jax.NamedSharding(mesh, jax.P(BATCH, None, 'tensor', None))
     arrays = {
-      name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
-      for name, shape in given.items()
+      name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=layout)
+      for name, shape in shapes.items()
     }
-    ids = jax.NamedSharding(mesh, jax.P(sharding.BATCH, None))
+    ids = jax.NamedSharding(mesh, jax.P(BATCH, None))
     ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=ids)
     compiled = _compile(jax.jit(jax.grad(loss)), arrays, ids)
   text = compiled.as_text()

@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from segjax.config.settings import Network, Settings, replace
-from segjax.model import sharding
 from segjax.model.llama import make_config
+from segjax.model.mesh import make_mesh
 from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
 
 TOPOLOGY = topologies.parse('cpu:8')
@@ -95,7 +95,7 @@ def test_too_little_memory_and_what_helps():
 
 def test_advice_is_what_a_new_plan_says():
   found, network = plan(), make_config(SETTINGS.network)
-  mesh = sharding.make_mesh(devices=jax.devices())
+  mesh = make_mesh(devices=jax.devices())
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
@@ -123,7 +123,7 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   [
     ({'ppo.micro_batch_size': 4, 'ppo.minibatch_size': 4}, 'does not divide over the 8 devices'),
     ({'mesh.data': 3}, 'does not use the 8 devices exactly'),
-    ({'mesh.tensor': 4}, r'config.mesh.tensor=4 does not divide the 4 query and 2 key heads'),
+    ({'mesh.tensor': 4}, r'mesh.tensor=4 does not divide the 4 query and 2 key heads'),
     ({'network.vocab_size': 0}, 'the sizes of the network are not known: take a preset'),
   ],
 )
@@ -154,7 +154,7 @@ def test_other_phases_compile(job, name, changes):
 def compiled(name='policy update', **changes):
   """A phase's program; keys have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
-  mesh = sharding.make_mesh(devices=jax.devices())
+  mesh = make_mesh(devices=jax.devices())
   program = programs.program('ppo', settings, make_config(settings.network), mesh)
   phase = next(p for p in program.phases if p.name == name)
   return programs.lowered(phase, mesh).compile()

@@ -29,7 +29,7 @@ STRANGE = {
 
 @pytest.fixture(scope='module')
 def tab():
-  program = browser.found()
+  program = browser.find_browser()
   if program is None:
     pytest.skip(f'no browser on PATH: one of {", ".join(browser.NAMES)}')
   with browser.Browser(program) as tab:
@@ -59,7 +59,7 @@ def report(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_complaints(tab):
   yield
-  assert tab.complaints == []
+  assert tab.errors == []
 
 
 def texts(tab):

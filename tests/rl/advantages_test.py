@@ -3,15 +3,15 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from fixtures.responses import LENGTH, padded
-from fixtures.strategies import masks, numbers, spoiled
+from fixtures.strategies import corrupted, masks, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.advantages import action_starts, gae, macro_gae, returns
 from segjax.rl.segmentation import segment
 
@@ -60,12 +60,12 @@ def run(reward, value, mask, start, gamma, gae_lambda):
   return advantage, returns(advantage, value, mask), by_token, by_action
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(constants=CONSTANTS, reward=numbers(), value=numbers(), mask=masks(), start=masks())
 def test_equals_oracle(constants, reward, value, mask, start):
   """Any mask, so that between the policy's tokens there are others, and any actions."""
   reward, value = np.where(mask, (reward, value), 0)
-  got = run(spoiled(reward, mask), spoiled(value, mask), mask, start, *constants)
+  got = run(corrupted(reward, mask), corrupted(value, mask), mask, start, *constants)
   advantage, return_, by_token, by_action = jax.device_get(got)
   expected = oracle.gae(reward.tolist(), value.tolist(), mask.tolist(), *constants)
   assert_allclose(advantage, expected, atol=1e-4)
@@ -80,7 +80,7 @@ def test_equals_oracle(constants, reward, value, mask, start):
   assert_allclose(advantage[mask], alone, atol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(deadline=None)
 @given(constants=CONSTANTS, reward=numbers(), value=numbers())
 def test_oracle_is_the_discounted_sum(constants, reward, value):
   gamma, gae_lambda = constants

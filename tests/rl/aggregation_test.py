@@ -3,7 +3,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from fixtures.responses import LENGTH
 from fixtures.strategies import numbers, responses
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
 from segjax.rl.segmentation import segment
 
@@ -61,15 +61,15 @@ def scores_and_slopes(entropy, mask, finished, score, temperature):
   return segments.end, {name: jax.value_and_grad(one)(score, name) for name in AGGREGATIONS}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(response=responses(), score=numbers(), temperature=st.sampled_from([0.01, 0.5, 1.0, 100.0]))
 def test_equals_oracle(response, score, temperature):
   entropy_after, entropy, mask, finished = response
   ends = oracle.segment_ends(entropy_after.tolist(), mask.tolist(), bool(finished), 'segment', 2.0)
-  spoiled = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan).astype(np.float32)
-  got = scores_and_slopes(entropy, mask, finished, spoiled, temperature)
-  end, found = jax.device_get(got)
-  for name, (value, slope) in found.items():
+  corrupted = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan).astype(np.float32)
+  got = scores_and_slopes(entropy, mask, finished, corrupted, temperature)
+  end, scores = jax.device_get(got)
+  for name, (value, slope) in scores.items():
     expected = oracle.sequence_score(score[ends].tolist(), name, temperature)
     assert_allclose(value, expected, atol=1e-5)
     # Nothing leaks in from under the mask, and equal shifts of all scores shift the result.

@@ -1,11 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.logprobs import logprob_and_entropy
 
 

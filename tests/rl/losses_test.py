@@ -3,13 +3,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from fixtures.strategies import masks, numbers, spoiled
+from fixtures.strategies import corrupted, masks, numbers
 from hypothesis import given, settings
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.losses import (
   MEANS,
   batch_mean,
@@ -59,10 +59,10 @@ BATCHES = {'mask': masks((4, 6)), 'arrays': numbers((3, 4, 6), size=1)}
 
 @pytest.mark.parametrize('mean', MEANS)
 @pytest.mark.parametrize('extras', [(None, None), (0.4, 1.5)], ids=['plain', 'high and dual clip'])
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(**BATCHES)
 def test_policy_loss_equals_oracle(mean, extras, mask, arrays):
-  loss, metrics = run_policy_loss(*spoiled(arrays, mask), mask, 0.3, *extras, mean=mean)
+  loss, metrics = run_policy_loss(*corrupted(arrays, mask), mask, 0.3, *extras, mean=mean)
   expected = oracle.policy_loss(*arrays.tolist(), mask.tolist(), 0.3, *extras, mean)
   got = loss, metrics['ratio_mean'], metrics['clipfrac']
   assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
@@ -97,10 +97,10 @@ def test_asymmetric_and_dual_clip_worked():
 
 @pytest.mark.parametrize('mean', MEANS)
 @pytest.mark.parametrize('value_clip_eps', [None, 0.3])
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(**BATCHES)
 def test_value_loss_equals_oracle(mean, value_clip_eps, mask, arrays):
-  loss, metrics = run_value_loss(*spoiled(arrays, mask), mask, value_clip_eps, mean=mean)
+  loss, metrics = run_value_loss(*corrupted(arrays, mask), mask, value_clip_eps, mean=mean)
   expected = oracle.value_loss(*arrays.tolist(), mask.tolist(), value_clip_eps, mean)
   assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
   assert_allclose(
@@ -116,15 +116,15 @@ def run_value_loss(value, old_value, return_, mask, value_clip_eps, mean):
 
 
 @pytest.mark.parametrize('mean', MEANS)
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(**BATCHES)
 def test_micro_batches_add_up(mean, mask, arrays):
   """However uneven they are, and even if one has no token at all."""
-  whole, parts = jax.device_get(run_in_parts(*spoiled(arrays, mask), mask, mean=mean))
-  for name, expected in whole.items():
+  full, parts = jax.device_get(run_in_parts(*corrupted(arrays, mask), mask, mean=mean))
+  for name, expected in full.items():
     assert_allclose(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-6)
   assert_allclose(
-    whole['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), rtol=1e-5, atol=1e-6
+    full['mean'], oracle.batch_mean(arrays[0].tolist(), mask.tolist(), mean), rtol=1e-5, atol=1e-6
   )
 
 
@@ -162,7 +162,7 @@ def test_gradients_ignore_nan_under_the_mask():
   rng = np.random.default_rng(11)
   arrays, mask = rng.normal(size=(3, 4, 6)).astype(np.float32), rng.random((4, 6)) < 0.6
   mask[1] = False
-  garbage, mask = jnp.asarray(spoiled(arrays, mask)), jnp.asarray(mask)
+  garbage, mask = jnp.asarray(corrupted(arrays, mask)), jnp.asarray(mask)
 
   def policy(x, rest):
     return policy_loss(x, *rest, mask, dual_clip=1.5)[0]

@@ -6,15 +6,15 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from fixtures.responses import LENGTH
-from fixtures.strategies import numbers, responses, spoiled
+from fixtures.strategies import corrupted, numbers, responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.normalizer import (
   KINDS,
   PUBLISHED,
@@ -75,7 +75,7 @@ MEAN_STD = {
 
 # One shape for all fits: a loop of its own is compiled for each.
 SIZE = 20_000
-OPTIONS = ('weighting', 'min_count', 'zero_bin')
+OPTIONS = ('weighting', 'min_count', 'first_bin')
 fit_by_regression = jax.jit(fit_regression, static_argnames=OPTIONS)
 quality = jax.jit(fit_quality, static_argnames=OPTIONS)
 moments = jax.jit(bin_moments)
@@ -146,22 +146,22 @@ def test_floor_changes_nothing_above_it():
 
 @jax.jit
 def normalize_every_way(entropy, mask, finished, score, normalizer):
-  found = {}
+  normalized = {}
   for granularity in GRANULARITIES:
     segments = segment(entropy, mask, finished, granularity=granularity)
     z = [normalize(score, segments, normalizer, ratio) for ratio in (None, 0.01)]
-    found[granularity] = relative_position(segments), z
-  return found
+    normalized[granularity] = relative_position(segments), z
+  return normalized
 
 
-@settings(max_examples=80, deadline=None)
+@settings(deadline=None)
 @given(response=responses(), score=numbers(), name=st.sampled_from(sorted(PUBLISHED)))
 def test_normalize_equals_oracle(response, score, name):
   entropy_after, entropy, mask, finished = response
   normalizer = fields(PUBLISHED[name])
-  arguments = (entropy, mask, finished, spoiled(score, mask), PUBLISHED[name])
-  found = jax.device_get(normalize_every_way(*arguments))
-  for granularity, (position, every_z) in found.items():
+  arguments = (entropy, mask, finished, corrupted(score, mask), PUBLISHED[name])
+  normalized = jax.device_get(normalize_every_way(*arguments))
+  for granularity, (position, every_z) in normalized.items():
     row = entropy_after.tolist(), mask.tolist(), bool(finished)
     ends = oracle.segment_ends(*row, granularity, 2.0)
     for z, floor in zip(every_z, (None, 0.01 * normalizer[3]), strict=True):
@@ -320,7 +320,7 @@ def test_moments_of_a_large_bin_are_exact():
   [
     ({}, [1.523962, 1.247126]),
     ({'weighting': 'count'}, [1.412748, 1.171897]),
-    ({'zero_bin': True}, [0.241985, 0.405901]),
+    ({'first_bin': 0}, [0.241985, 0.405901]),
   ],
   ids=['bins alike', 'by count', 'with bin 0'],
 )
@@ -334,10 +334,10 @@ def test_worked_options(options, line):
 
 
 @pytest.mark.parametrize(
-  ('weighting', 'min_count', 'zero_bin'),
-  [('uniform', 1, False), ('uniform', 3, True), ('count', 1, True), ('count', 3, False)],
+  ('weighting', 'min_count', 'first_bin'),
+  [('uniform', 1, 1), ('uniform', 3, 0), ('count', 1, 0), ('count', 3, 1)],
 )
-def test_options_equal_scikit_learn(weighting, min_count, zero_bin):
+def test_options_equal_scikit_learn(weighting, min_count, first_bin):
   """Bins by the oracle, the published code's fit of them, and the usual measures of a fit."""
   linear_model = pytest.importorskip('sklearn.linear_model')
   metrics = pytest.importorskip('sklearn.metrics')
@@ -347,20 +347,20 @@ def test_options_equal_scikit_learn(weighting, min_count, zero_bin):
   position = [(rank + 1) / count for count in counts for rank in range(count)]
   position += 4 * [rank / 2048 for rank in (1, 2, 3)]
   score = [rng.gauss(math.log(p) / 2 + 1, math.log(p) / 10 + 2) for p in position]
-  options = {'weighting': weighting, 'min_count': min_count, 'zero_bin': zero_bin}
+  options = {'weighting': weighting, 'min_count': min_count, 'first_bin': first_bin}
   arrays = filled(position, score)
   normalizer = fit_by_regression(*arrays, **options)
   got = quality(*arrays, normalizer, **options)
 
   bins = {float(key): moment for key, moment in oracle.bin_moments(position, score).items()}
   assert bins[0][0] == 4 and bins[0.001][0] == 8
-  used = [p for p in bins if bins[p][0] >= min_count and (p > 0 or zero_bin)]
+  used = [p for p in bins if bins[p][0] >= min_count and round(1000 * p) >= first_bin]
   assert got.num_bins == len(used)
   x = np.log(np.array(used) + 1e-10)
   count, *moments_ = np.array([bins[p] for p in used]).T
   weight = count if weighting == 'count' else np.ones(len(x))
-  found = (normalizer.w_mean, normalizer.b_mean), (normalizer.w_std, normalizer.b_std)
-  for y, line, r2, rms in zip(moments_, found, got[:2], got[2:4], strict=True):
+  lines = (normalizer.w_mean, normalizer.b_mean), (normalizer.w_std, normalizer.b_std)
+  for y, line, r2, rms in zip(moments_, lines, got[:2], got[2:4], strict=True):
     fit = linear_model.HuberRegressor(max_iter=20_000, tol=1e-10)
     fit.fit(x[:, None], y, sample_weight=weight)
     assert_allclose(line, [fit.coef_[0], fit.intercept_], atol=1e-4)
@@ -396,8 +396,8 @@ def test_regression_recovers_a_known_normalizer():
   segments = filled(position, score)
   normalizer = fit_by_regression(*segments)
   assert_allclose(fields(normalizer), fields(truth), atol=0.12)  # 1000 samples a bin
-  found = quality(*segments, normalizer)
-  assert found.r2_mean > 0.98 and found.r2_std > 0.95 and found.num_bins == 20
+  got = quality(*segments, normalizer)
+  assert got.r2_mean > 0.98 and got.r2_std > 0.95 and got.num_bins == 20
 
 
 def test_fit_constant():

@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.pair_metrics import pair_metrics
 
 # Eighths are exact in float32, ties are frequent, and no confidence falls on a boundary of bins.
@@ -18,7 +18,7 @@ LENGTHS = arrays(np.int32, (2, 12), elements=st.integers(0, 3))
 run = jax.jit(pair_metrics)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(scores=SCORES, lengths=LENGTHS)
 def test_equals_oracle(scores, lengths):
   got = jax.device_get(run(*scores, *lengths))

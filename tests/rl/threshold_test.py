@@ -1,14 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from fixtures.strategies import responses, spoiled
+from fixtures.strategies import corrupted, responses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
 ROWS = 4
@@ -19,11 +19,11 @@ curve = jax.jit(threshold_curve, static_argnames='min_length')
 
 @st.composite
 def batches(draw):
-  """(entropy_after, entropy, mask, finished) of a few responses, NaN wherever nobody may look."""
+  """(entropy_after, entropy, mask, finished) of a few responses; NaN where it must not matter."""
   rows = [draw(responses()) for _ in range(ROWS)]
   after, entropy, mask, finished = (np.stack(arrays) for arrays in zip(*rows, strict=True))
   first = mask & ~np.pad(mask[:, :-1], ((0, 0), (1, 0)))
-  return after, spoiled(entropy, mask & ~first), mask, finished
+  return after, corrupted(entropy, mask & ~first), mask, finished
 
 
 def statistics(batch, threshold, min_length):
@@ -42,23 +42,23 @@ def statistics(batch, threshold, min_length):
 def candidates(batch):
   """Entropies of the tokens that could start a segment, sorted."""
   _, entropy, mask, finished = batch
-  found = []
+  entropies = []
   for row, row_mask, is_finished in zip(entropy, mask.tolist(), finished, strict=True):
     begin, stop = oracle.run_of(row_mask)
-    found.append(row[begin + 1 : max(stop - is_finished, begin + 1)])
-  return np.sort(np.concatenate(found))
+    entropies.append(row[begin + 1 : max(stop - is_finished, begin + 1)])
+  return np.sort(np.concatenate(entropies))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(batch=batches(), quantile=st.floats(0, 1))
 def test_quantile_is_that_of_numpy(batch, quantile):
-  found = candidates(batch)
-  expected = np.quantile(found, quantile) if len(found) else 0
+  entropies = candidates(batch)
+  expected = np.quantile(entropies, quantile) if len(entropies) else 0
   assert_allclose(by_quantile(*batch[1:], quantile), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('min_length', [1, 3])
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(batch=batches(), target=st.sampled_from([0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 100.0]))
 def test_length_is_the_nearest_of_all(min_length, batch, target):
   threshold = float(by_length(*batch[1:], target, min_length=min_length))
@@ -125,8 +125,8 @@ def test_precision():
   for dtype in (jnp.bfloat16, jnp.float64):
     with jax.enable_x64(dtype == jnp.float64):
       for find in (threshold_for_quantile, threshold_for_length):
-        found = jax.eval_shape(find, jnp.ones((1, 4), dtype), *rest, 0.5)
-        assert found.dtype == jnp.promote_types(dtype, jnp.float32)
+        threshold = jax.eval_shape(find, jnp.ones((1, 4), dtype), *rest, 0.5)
+        assert threshold.dtype == jnp.promote_types(dtype, jnp.float32)
 
 
 def test_bad_arguments_raise():

@@ -1,4 +1,4 @@
-"""A working directory on a bucket: the local copy equals it, and the bucket alone is enough."""
+"""A working directory on a bucket: the local copy equals it, and a run resumes from it alone."""
 
 import json
 import os
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 
+from segjax.errors import UserError
 from segjax.run import bucket_mirror, lock, stage_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,26 +22,26 @@ URL = 'memory://bucket/run'
 
 
 class Killed(BaseException):
-  """As kill -9: nothing after it is done."""
+  """Stands for kill -9: no handler of `Exception` runs."""
 
 
 @pytest.fixture
 def files():
-  """The bucket, in memory."""
-  found = fsspec.filesystem('memory')
-  found.store.clear()
-  found.pseudo_dirs[:] = ['']
-  yield found
-  found.store.clear()
+  """A file system in memory, which holds the bucket."""
+  memory = fsspec.filesystem('memory')
+  memory.store.clear()
+  memory.pseudo_dirs[:] = ['']
+  yield memory
+  memory.store.clear()
 
 
 @pytest.fixture
-def copy(tmp_path):
-  """A mirror in a directory of its own, by name."""
+def make_mirror(tmp_path):
+  """Makes mirrors of the bucket in the directory `name`."""
 
-  def make(name='a', **more):
+  def make(name, **arguments):
     (tmp_path / name).mkdir(exist_ok=True)
-    return bucket_mirror.BucketMirror(URL, tmp_path / name, **({'max_misses': 0} | more))
+    return bucket_mirror.BucketMirror(URL, tmp_path / name, **({'max_failures': 0} | arguments))
 
   return make
 
@@ -58,12 +60,12 @@ def _fill(directory, texts):
     (directory / name).write_text(text)
 
 
-def test_another_machine_gets_what_was_pushed(files, copy, tmp_path):
+def test_another_machine_gets_what_was_pushed(files, make_mirror, tmp_path):
   _fill(tmp_path / 'a', {'sft/metrics.jsonl': '{}', 'sft/model/w': 'x' * 9, 'config.json': ''})
   _fill(tmp_path / 'a', {'sft/checkpoints/1/w': 'state', 'lock.json': '', 'sft/w.partial': 'half'})
-  copy('a').push()
+  make_mirror('a').push()
   _fill(tmp_path / 'b', {'sft/metrics.jsonl': 'stale', 'sft/model/gone': 'stale'})
-  copy('b').pull()
+  make_mirror('b').pull()
   assert _tree(tmp_path / 'b') == {
     'sft/metrics.jsonl': '{}',
     'sft/model/w': 'x' * 9,
@@ -71,37 +73,37 @@ def test_another_machine_gets_what_was_pushed(files, copy, tmp_path):
   }
 
 
-def test_only_what_changed_is_written(files, copy, tmp_path, monkeypatch):
+def test_only_what_changed_is_written(files, make_mirror, tmp_path, monkeypatch):
   _fill(tmp_path / 'a', {'sft/metrics.jsonl': '1', 'sft/model/w': 'x'})
-  here = copy('a')
-  here.push()
+  mirror = make_mirror('a')
+  mirror.push()
   written = []
   put = type(files).put_file
   monkeypatch.setattr(
     type(files), 'put_file', lambda self, a, b, **k: written.append(b) or put(self, a, b, **k)
   )
-  here.push()
+  mirror.push()
   assert written == []
   _fill(tmp_path / 'a', {'sft/metrics.jsonl': '12'})
-  here.push()
+  mirror.push()
   assert [path.rpartition('/')[2] for path in written] == ['metrics.jsonl']
-  again = copy('a')
+  again = make_mirror('a')
   again.pull()
   again.push()
   assert len(written) == 1
 
 
 def _writes(files, monkeypatch, limit):
-  """Lets so many writes and deletions through, then the process is gone."""
-  left = [limit]
+  """Kills the process at the write or deletion after `limit`."""
+  remaining = [limit]
 
   def limited(name):
     real = getattr(type(files), name)
 
     def call(self, *args, **kwargs):
-      if not left[0]:
+      if not remaining[0]:
         raise Killed
-      left[0] -= 1
+      remaining[0] -= 1
       return real(self, *args, **kwargs)
 
     monkeypatch.setattr(type(files), name, call)
@@ -113,8 +115,8 @@ def _writes(files, monkeypatch, limit):
 _OUTPUTS = {'model': 'sum of model'}
 
 
-def _runs_on(directory, key):
-  """What the command with this key would find: 'finished', its metrics to go on with, or None."""
+def _resumed(directory, key):
+  """Returns what a run with this key resumes from: 'finished', its metrics, or None."""
   stage = directory / 'sft'
   stage_record.restore_old(stage, key)
   model = stage / 'model' / 'w'
@@ -126,57 +128,57 @@ def _runs_on(directory, key):
   return metrics.read_text() if metrics.exists() else None
 
 
-@pytest.mark.parametrize('limit', range(9))
-def test_killed_while_a_stage_is_declared_finished(files, copy, tmp_path, monkeypatch, limit):
-  """It is finished with all it made, or in its middle with all its metrics."""
-  stage, key, here = tmp_path / 'a' / 'sft', {'seed': 0}, copy('a')
+@pytest.mark.parametrize('limit', range(6))
+def test_killed_while_a_stage_is_finished(files, make_mirror, tmp_path, monkeypatch, limit):
+  """The stage is finished with all its outputs, or unfinished with all its metrics."""
+  stage, key, mirror = tmp_path / 'a' / 'sft', {'seed': 0}, make_mirror('a')
   stage_record.prepare_directory(stage, key)
   _fill(stage, {'metrics.jsonl': '1'})
-  here.push()
+  mirror.push()
   _fill(stage, {'metrics.jsonl': '12', 'model/w': 'model', 'model/v': ''})
   stage_record.record_results(stage, key, {'loss': 1}, _OUTPUTS)
   with monkeypatch.context() as patch:
     _writes(files, patch, limit)
     is_cut = False
     try:
-      here.push()
+      mirror.push()
     except Killed:
       is_cut = True
-  copy('b').pull()
-  assert is_cut == (limit < 6)
-  assert _runs_on(tmp_path / 'b', key) in (('1', '12', 'finished') if is_cut else ('finished',))
+  make_mirror('b').pull()
+  assert is_cut == (limit < 4)
+  assert _resumed(tmp_path / 'b', key) in (('1', '12', 'finished') if is_cut else ('finished',))
 
 
-@pytest.mark.parametrize('limit', range(16))
-def test_killed_while_two_runs_change_places(files, copy, tmp_path, monkeypatch, limit):
-  """The settings of before come back: what they made is there, whenever the push is cut off."""
-  stage, here = tmp_path / 'a' / 'sft', copy('a')
+@pytest.mark.parametrize('limit', range(10))
+def test_killed_while_an_old_stage_is_restored(files, make_mirror, tmp_path, monkeypatch, limit):
+  """The stage of the earlier settings is on the bucket wherever the push is cut off."""
+  stage, mirror = tmp_path / 'a' / 'sft', make_mirror('a')
   first, second = {'seed': 0}, {'seed': 1}
   stage_record.prepare_directory(stage, first)
   _fill(stage, {'metrics.jsonl': 'first'})
-  here.push()
+  mirror.push()
   assert stage_record.prepare_directory(stage, second) == 'seed changed'
   _fill(stage, {'metrics.jsonl': 'second', 'model/w': 'other'})
-  here.push()
+  mirror.push()
   stage_record.restore_old(stage, first)
   stage_record.prepare_directory(stage, first)
   with monkeypatch.context() as patch:
     _writes(files, patch, limit)
     is_cut = False
     try:
-      here.push()
+      mirror.push()
     except Killed:
       is_cut = True
-  assert is_cut == (limit < 10)
-  copy('b').pull()
-  assert _runs_on(tmp_path / 'b', first) == 'first'
+  assert is_cut == (limit < 8)
+  make_mirror('b').pull()
+  assert _resumed(tmp_path / 'b', first) == 'first'
   if not is_cut:
     assert _tree(tmp_path / 'b') == _tree(tmp_path / 'a')
 
 
-def test_a_bucket_out_of_reach_is_tried_again(files, copy, tmp_path, monkeypatch):
-  said = []
-  here = copy('a', max_misses=2, say=said.append)
+def test_a_failed_push_is_retried(files, make_mirror, tmp_path, monkeypatch):
+  messages = []
+  mirror = make_mirror('a', max_failures=2, log_fn=messages.append)
   _fill(tmp_path / 'a', {'sft/metrics.jsonl': '1'})
 
   def refuse(*_, **__):
@@ -184,12 +186,14 @@ def test_a_bucket_out_of_reach_is_tried_again(files, copy, tmp_path, monkeypatch
 
   with monkeypatch.context() as patch:
     patch.setattr(type(files), 'put_file', refuse)
-    assert not here.offer() and not here.offer()
-    assert said == [f'warning: {URL} could not be written: no route; tried again'] * 2
-    with pytest.raises(OSError, match=r'no route\. Start the same command again'):
-      here.offer()
-  assert here.offer()
-  copy('b').pull()
+    assert not mirror.try_push() and not mirror.try_push()
+    assert (
+      messages == [f'warning: --workdir={URL} cannot be written: no route; trying again later'] * 2
+    )
+    with pytest.raises(OSError, match='no route; run the same command again'):
+      mirror.try_push()
+  assert mirror.try_push()
+  make_mirror('b').pull()
   assert _tree(tmp_path / 'b') == {'sft/metrics.jsonl': '1'}
 
 
@@ -197,7 +201,7 @@ def test_a_bucket_out_of_reach_is_tried_again(files, copy, tmp_path, monkeypatch
   'url, message',
   [
     ('nosuch://b/run', '--workdir=nosuch://b/run cannot be read: Protocol not known: nosuch'),
-    ('gs://b/run', r"--workdir=gs://b/run cannot be read: .*gcsfs.*\(pip install -e '.\[gcs\]'\)"),
+    ('gs://b/run', '--workdir=gs://b/run cannot be read: .*gcsfs.*; pip install gcsfs.'),
   ],
 )
 def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, message):
@@ -206,78 +210,72 @@ def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, me
     bucket_mirror.BucketMirror(url, tmp_path, 0)
 
 
-def test_states_of_replaced_settings_are_removed(files, copy, tmp_path):
-  """Those of this key and of the one before stay."""
-  stage, here, seen = tmp_path / 'a' / 'sft', copy('a'), []
+def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
+  """The states of the current key and of the one before it stay."""
+  stage, mirror, fingerprints = tmp_path / 'a' / 'sft', make_mirror('a'), []
   for seed in range(3):
     stage_record.prepare_directory(stage, {'seed': seed})
     _fill(stage, {'metrics.jsonl': f'{seed}'})
-    seen.append(bucket_mirror._fingerprint(stage))
-    files.pipe_file(f'/bucket/run/{bucket_mirror.STATES}/sft/{seen[-1]}/1/state', b'')
-    here.publish(stage)
+    fingerprints.append(bucket_mirror.key_fingerprint(stage))
+    files.pipe_file(f'/bucket/run/{bucket_mirror.STATES}/sft/{fingerprints[-1]}/1/state', b'')
+    mirror.push_and_wait(stage)
   left = files.ls(f'/bucket/run/{bucket_mirror.STATES}/sft', detail=False)
-  assert sorted(path.rpartition('/')[2] for path in left) == sorted(seen[1:])
+  assert sorted(path.rpartition('/')[2] for path in left) == sorted(fingerprints[1:])
 
 
-def test_where_states_cannot_go_is_told_first(files, copy, tmp_path):
-  refused = pytest.raises(ValueError, match='training states cannot go there; give gs://')
-  with refused, copy('a').held(tmp_path):
+def test_a_bucket_that_cannot_hold_states_is_refused(files, make_mirror, tmp_path):
+  refused = pytest.raises(UserError, match='cannot hold training states; give gs://')
+  with refused, make_mirror('a').hold_lock(tmp_path):
     pass
 
 
 @pytest.fixture
-def quick(monkeypatch):
-  """A lock whose heart beats fast."""
-  for name, seconds in {'_BEAT': 0.05, '_PATIENCE': 0.5, '_SETTLE': 0.05}.items():
+def short_intervals(monkeypatch):
+  """Shortens the intervals of the lock."""
+  for name, seconds in {'_HEARTBEAT': 0.05, '_STALE_AFTER': 0.5, '_RACE_WINDOW': 0.05}.items():
     monkeypatch.setattr(lock, name, seconds)
 
 
-PATH = '/bucket/run/lock.json'
+@pytest.fixture
+def directory(files):
+  return DirFileSystem('/bucket/run', files)
 
 
-def test_a_live_lock_is_refused_and_let_go(files, quick):
-  with lock.lock_bucket(files, PATH, URL):
+def test_a_live_lock_is_refused_and_let_go(directory, short_intervals):
+  with lock.lock_bucket(directory, URL):
     refused = pytest.raises(lock.LockedError, match=rf'{URL} is in use by process {os.getpid()} on')
-    with refused, lock.lock_bucket(files, PATH, URL):
+    with refused, lock.lock_bucket(directory, URL):
       pass
-  assert not files.exists(PATH)
-  with lock.lock_bucket(files, PATH, URL):
+  assert not directory.exists(lock.FILE)
+  with lock.lock_bucket(directory, URL):
     pass
 
 
-@pytest.mark.parametrize(
-  'sign, is_waited_for',
-  [
-    ({'pid': 1, 'host': 'elsewhere', 'run': 'x'}, True),
-    ({'pid': 2**30, 'run': 'x'}, False),
-  ],
-)
-def test_a_lock_that_stands_still_is_taken_over(files, quick, sign, is_waited_for):
-  here = {'host': socket.gethostname(), 'machine': lock._machine()}
-  files.pipe_file(PATH, json.dumps(here | sign).encode())
-  begun = time.monotonic()
-  with lock.lock_bucket(files, PATH, URL):
-    assert (time.monotonic() - begun > lock._PATIENCE) == is_waited_for
-    assert json.loads(files.cat_file(PATH))['pid'] == os.getpid()
+def test_a_lock_that_does_not_change_is_taken_over(directory, short_intervals):
+  directory.pipe_file(lock.FILE, json.dumps({'pid': 1, 'host': 'elsewhere', 'run': 'x'}).encode())
+  begin = time.monotonic()
+  with lock.lock_bucket(directory, URL):
+    assert time.monotonic() - begin > lock._STALE_AFTER
+    assert json.loads(directory.cat_file(lock.FILE))['pid'] == os.getpid()
 
 
-def test_of_two_that_begin_at_once_one_goes_on(files, quick):
-  came = []
+def test_of_two_runs_that_start_at_once_one_gets_the_lock(directory, short_intervals):
+  outcomes = []
 
-  def begin():
+  def start():
     try:
-      with lock.lock_bucket(files, PATH, URL):
-        came.append('in')
+      with lock.lock_bucket(directory, URL):
+        outcomes.append('locked')
         time.sleep(0.3)
     except lock.LockedError:
-      came.append('refused')
+      outcomes.append('refused')
 
-  threads = [threading.Thread(target=begin) for _ in range(2)]
+  threads = [threading.Thread(target=start) for _ in range(2)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert sorted(came) == ['in', 'refused']
+  assert sorted(outcomes) == ['locked', 'refused']
 
 
 _SMALL = {
@@ -290,11 +288,11 @@ _SMALL = {
 }
 
 
-def _start(buckets, run, local, *more):
-  """A run on gs://bucket/`run`, which is a directory in `buckets`."""
+def _start(buckets, run, local, *flags):
+  """Starts a run on gs://bucket/`run`, which is a directory in `buckets`."""
   (buckets / 'bucket').mkdir(parents=True, exist_ok=True)
-  flags = [f'--config.{key}={value}' for key, value in _SMALL.items()]
-  command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py', *flags]
+  settings = [f'--config.{key}={value}' for key, value in _SMALL.items()]
+  command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py', *settings]
   path = os.pathsep.join([str(REPOSITORY / 'tests' / 'bucket'), str(REPOSITORY)])
   return subprocess.Popen(
     [
@@ -302,7 +300,7 @@ def _start(buckets, run, local, *more):
       f'--workdir=gs://bucket/{run}',
       f'--local_copy={local}',
       '--config.stages=demo,sft',
-      *more,
+      *flags,
     ],
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -317,16 +315,16 @@ def _start(buckets, run, local, *more):
   )
 
 
-def _end(process):
+def _wait(process):
   out, _ = process.communicate(timeout=240)
   return process.returncode, out
 
 
-def _saved(run):
+def _saved_steps(run):
   return [int(p.parent.name) for p in run.glob('checkpoints/sft/*/[0-9]*/commit_success.txt')]
 
 
-def _timeless(run):
+def _metrics(run):
   lines = map(json.loads, (run / 'sft' / 'metrics.jsonl').read_text().splitlines())
   return [
     {k: v for k, v in line.items() if not k.startswith(('timing/', 'perf/'))} for line in lines
@@ -334,37 +332,39 @@ def _timeless(run):
 
 
 @pytest.mark.slow
-def test_the_bucket_alone_is_enough_after_a_kill(tmp_path):
-  """Kill -9, all local files gone, another machine: the same bits."""
+@pytest.mark.processes
+def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
+  """After kill -9, with no local file left, another machine writes the same bits."""
   buckets, local = tmp_path / 'buckets', tmp_path / 'local'
-  code, out = _end(_start(buckets, 'whole', local))
+  code, out = _wait(_start(buckets, 'uninterrupted', local))
   assert code == 0, out[-3000:]
   process, run = _start(buckets, 'killed', local), buckets / 'bucket' / 'killed'
-  while max(_saved(run), default=0) < 3 and process.poll() is None:
+  while max(_saved_steps(run), default=0) < 3 and process.poll() is None:
     time.sleep(0.02)
   process.kill()
   process.communicate()
-  step = max(_saved(run))
+  step = max(_saved_steps(run))
   assert 3 <= step < 6
   shutil.rmtree(local)
-  code, out = _end(_start(buckets, 'killed', tmp_path / 'another'))
+  code, out = _wait(_start(buckets, 'killed', tmp_path / 'another'))
   assert code == 0, out[-3000:]
   assert f'resuming from step {step} of 6' in out and 'demo        reused' in out
-  whole = buckets / 'bucket' / 'whole'
+  uninterrupted = buckets / 'bucket' / 'uninterrupted'
   for name in ('demo/model/model.safetensors', 'sft/model/model.safetensors'):
-    assert (run / name).read_bytes() == (whole / name).read_bytes()
-  assert _timeless(run) == _timeless(whole)
-  assert [line['step'] for line in _timeless(run)] == [0, 1, 2, 3, 4, 5]
-  assert not _saved(run) and not (run / lock.FILE).exists()
-  code, out = _end(_start(buckets, 'killed', tmp_path / 'third'))
+    assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
+  assert _metrics(run) == _metrics(uninterrupted)
+  assert [line['step'] for line in _metrics(run)] == [0, 1, 2, 3, 4, 5]
+  assert not _saved_steps(run) and not (run / lock.FILE).exists()
+  code, out = _wait(_start(buckets, 'killed', tmp_path / 'a third'))
   assert code == 0 and 'sft         reused' in out
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_work_on_one_bucket(tmp_path):
-  """Each in a copy of its own; what the run leaves there is that of one process."""
+  """Each process has its own local copy; the run gives the losses of one process."""
   buckets = tmp_path / 'buckets'
-  code, out = _end(_start(buckets, 'one', tmp_path / 'one'))
+  code, out = _wait(_start(buckets, 'one', tmp_path / 'one'))
   assert code == 0, out[-3000:]
   with socket.create_server(('localhost', 0)) as server:
     port = server.getsockname()[1]
@@ -374,9 +374,9 @@ def test_two_processes_work_on_one_bucket(tmp_path):
     for index in range(2)
   ]
   for process in started:
-    code, out = _end(process)
+    code, out = _wait(process)
     assert code == 0, out[-3000:]
   one, two = (
-    [line['train/loss'] for line in _timeless(buckets / 'bucket' / run)] for run in ('one', 'two')
+    [line['train/loss'] for line in _metrics(buckets / 'bucket' / run)] for run in ('one', 'two')
   )
   assert two == pytest.approx(one, rel=1e-5)

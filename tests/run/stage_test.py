@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from segjax.config.settings import replace
-from segjax.data.tokenize import Limits
+from segjax.data.limits import Limits
 from segjax.model.llama import make_config
 from segjax.report.metric_log import TooManySkippedStepsError
 from segjax.run import inputs, training_loop

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from fixtures import models, training
 
-from segjax.model import sharding
+from segjax.model.mesh import make_mesh
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.sft_step import sft_step
 
@@ -45,7 +45,7 @@ def test_eight_devices_then_four_then_one(tmp_path):
   expected, losses = [], []
   straight = training.copied(step(training.state('policy'), 3, losses=expected))
   for done, shape in enumerate([(2, 2, 2), (1, 4, 1), (1, 1, 1)]):
-    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     with jax.set_mesh(mesh):
       saved = Checkpointer(tmp_path, keep=1)
       at, states = saved.restore({'policy': training.state('policy', mesh)})

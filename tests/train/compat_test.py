@@ -10,7 +10,7 @@ from segjax.train.compat import (
   apply_rollout_compat,
   first_row_attention_mask,
   force_eos,
-  padded_length,
+  padded_length_threshold,
 )
 from segjax.train.rollout import CollectedRollout
 from segjax.types import Rollout
@@ -60,16 +60,15 @@ def test_each_micro_batch_has_a_first_row_of_its_own(rollout):
 
 
 def test_length_is_compared_without_the_padded_prompt(rollout):
-  # e + 1 - P, with e the index of the stop token in the response and P = 6.
-  mask, lengths = rollout.arrays.response_mask, rollout.arrays.prompt_length
-  assert padded_length(mask, lengths, 4).tolist() == [-3, -1, -4]
-  assert padded_length(mask, lengths, 2).tolist() == [-3, -1, -3]  # P = 6, 6 and 5
+  # Published: e + 1 - P > 2, with e the index of the stop token in the response and P = 6.
+  lengths = rollout.arrays.prompt_length
+  assert padded_length_threshold(2, lengths, 4).tolist() == [8, 8, 8]
+  assert padded_length_threshold(2, lengths, 2).tolist() == [8, 8, 7]  # P = 6, 6 and 5
 
 
 def test_a_length_of_1024_passes_800_only_with_short_prompts():
-  mask = jnp.ones((2, 1024), bool)
-  length = padded_length(mask, jnp.array([223, 224]), micro_batch=1)
-  assert (length > 800).tolist() == [True, False]
+  threshold = padded_length_threshold(800, jnp.array([223, 224]), micro_batch=1)
+  assert (threshold < 1024).tolist() == [True, False]
 
 
 def test_off_by_default_and_finished_stays_as_sampled(rollout):

@@ -60,7 +60,7 @@ def test_damage_costs_one_step_at_most(saved, name):
 
 def test_nothing_whole_is_a_new_beginning(saved):
   for step in (1, 2, 3):
-    DAMAGES['parameters gone'](saved / str(step))
+    DAMAGES['parameters missing'](saved / str(step))
   said = []
   step, found = Checkpointer(saved, keep=3, say=said.append).restore(_states(0))
   assert step == 0 and len(said) == 3

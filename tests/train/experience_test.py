@@ -3,7 +3,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from fixtures import models, training
 from fixtures.compiles import compiled
@@ -12,6 +11,7 @@ from numpy.testing import assert_allclose
 
 from segjax.config.settings import PPO, RewardShaping
 from segjax.model import sharding
+from segjax.rl import oracle
 from segjax.train import scoring
 from segjax.train.experience import make_experience
 from segjax.train.rollout_metrics import within_bounds, z_by_position

@@ -33,7 +33,7 @@ def test_what_is_read_off_the_network(function):
   places = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
   assert plan.count == 1
   read = jax.jit(functools.partial(packed.run_packed, function, config=models.CONFIG))
-  result = read(params, ids=ids[places.sequence], places=places)
+  result = read(params, ids=ids[places.sequence], slots=places)
   for got, expected in zip(
     jax.tree.leaves(result), jax.tree.leaves(read(params, ids=ids)), strict=True
   ):

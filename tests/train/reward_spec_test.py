@@ -6,7 +6,7 @@ import json
 import pytest
 
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
-from segjax.data import demo_language
+from segjax.data import demo_rows
 from segjax.data.tokenizer import tokenizer_fingerprint
 from segjax.rl.normalizer import PUBLISHED
 from segjax.train import reward_spec
@@ -24,7 +24,7 @@ def reward_model(normalizer='', **segmentation):
 @pytest.fixture
 def model(tmp_path):
   """A directory with a tokenizer, all that this module looks at."""
-  demo_language.write_tokenizer(tmp_path / 'model')
+  demo_rows.write_tokenizer(tmp_path / 'model')
   return tmp_path / 'model'
 
 

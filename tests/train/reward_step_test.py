@@ -4,12 +4,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from fixtures import models, training
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
+from segjax.rl import oracle
 from segjax.train.reward_scoring import evaluate_pairs, pair_scores, segment_statistics
 from segjax.train.reward_step import reward_step
 

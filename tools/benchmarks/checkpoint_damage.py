@@ -1,28 +1,29 @@
-"""Ways to spoil the directory of a training checkpoint, as disks, people and killed machines do."""
+"""Damages to the directory of a training checkpoint, as disks, people and killed machines do."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-Damage = Callable[[Path], object]  # takes the directory of a step
+Damage = Callable[[Path], object]  # called with the directory of a step
 
 
 def _arrays(step: Path) -> list[Path]:
-  """The files that hold numbers, the largest first."""
+  """Returns the files that hold arrays, the largest first."""
   files = [path for path in step.rglob('d/*') if path.is_file()]
   return sorted(files, key=lambda path: -path.stat().st_size)
 
 
-def _truncate(path: Path, share: float) -> None:
+def _truncate(path: Path, fraction: float) -> None:
   with path.open('r+b') as file:
-    file.truncate(int(path.stat().st_size * share))
+    file.truncate(int(path.stat().st_size * fraction))
 
 
-def _change(path: Path, new: Callable[[bytes], bytes], size: int = 1) -> None:
+def _change(path: Path, function: Callable[[bytes], bytes], size: int = 1) -> None:
   """Replaces `size` bytes in the middle of a file."""
   data = path.read_bytes()
-  at = len(data) // 2
-  path.write_bytes(data[:at] + new(data[at : at + size]) + data[at + size :])
+  middle = len(data) // 2
+  end = middle + size
+  path.write_bytes(data[:middle] + function(data[middle:end]) + data[end:])
 
 
 def _flip(path: Path) -> None:
@@ -30,38 +31,35 @@ def _flip(path: Path) -> None:
 
 
 def _zero(path: Path) -> None:
-  _change(path, lambda old: bytes(len(old)), 512)
+  _change(path, lambda data: bytes(len(data)), 512)
 
 
-def _each(pattern: str, spoil: Damage) -> Damage:
-  """Spoils all files that match; there is at least one."""
+def _each(pattern: str, damage_file: Damage) -> Damage:
+  """Damages all files that match; there is at least one."""
 
-  def go(step: Path) -> None:
+  def damage(step: Path) -> None:
     paths = [path for path in step.rglob(pattern) if path.is_file()]
     assert paths, pattern
     for path in paths:
-      spoil(path)
+      damage_file(path)
 
-  return go
-
-
-def _before(step: Path) -> Path:
-  """The step before."""
-  return max((p for p in step.parent.iterdir() if p.name.isdecimal() and p != step), key=_number)
+  return damage
 
 
-def _number(path: Path) -> int:
-  return int(path.name)
+def _previous(step: Path) -> Path:
+  """Returns the directory of the step before."""
+  steps = [path for path in step.parent.iterdir() if path.name.isdecimal() and path != step]
+  return max(steps, key=lambda path: int(path.name))
 
 
-def _as_before(item: str) -> Damage:
-  """An item of the step before in place of this one's."""
+def _replace_by_previous(item: str) -> Damage:
+  """Replaces an item by that of the step before."""
 
-  def go(step: Path) -> None:
+  def damage(step: Path) -> None:
     shutil.rmtree(step / item)
-    shutil.copytree(_before(step) / item, step / item)
+    shutil.copytree(_previous(step) / item, step / item)
 
-  return go
+  return damage
 
 
 def _remove(name: str) -> Damage:
@@ -74,32 +72,32 @@ def _empty(step: Path) -> None:
 
 
 def _leftover(step: Path) -> None:
-  """A save that was killed: all of it is there but its name."""
+  """Adds a save that was killed when all its files were written, before its final rename."""
   shutil.copytree(step, step.with_name(f'{int(step.name) + 1}.orbax-checkpoint-tmp'))
 
 
-# Each spoils the newest step of a run that has saved `policy`, its optimizer and a manifest.
+# Each damages the newest step of a run that has saved `policy`, its optimizer and a manifest.
 DAMAGES: dict[str, Damage] = {
-  'parameters gone': _remove('policy'),
-  'optimizer gone': _remove('policy_optimizer'),
-  'manifest gone': _remove('manifest'),
+  'parameters missing': _remove('policy'),
+  'optimizer missing': _remove('policy_optimizer'),
+  'manifest missing': _remove('manifest'),
   'largest file at half its size': lambda step: _truncate(_arrays(step)[0], 0.5),
   'largest file empty': lambda step: _truncate(_arrays(step)[0], 0),
-  'last byte of the largest file gone': lambda step: _truncate(_arrays(step)[0], 0.999),
-  'all files of numbers empty': _each('d/*', lambda path: _truncate(path, 0)),
-  'a bit of the largest file': lambda step: _flip(_arrays(step)[0]),
-  'a bit of every file of numbers': _each('d/*', _flip),
+  'largest file without its end': lambda step: _truncate(_arrays(step)[0], 0.999),
+  'all array files empty': _each('d/*', lambda path: _truncate(path, 0)),
+  'one bit of the largest file': lambda step: _flip(_arrays(step)[0]),
+  'one bit of every array file': _each('d/*', _flip),
   '512 zeros in the largest file': lambda step: _zero(_arrays(step)[0]),
-  'largest file gone': lambda step: _arrays(step)[0].unlink(),
-  'files of numbers gone': _each('d/*', Path.unlink),
-  '_METADATA gone': _each('_METADATA', Path.unlink),
-  '_METADATA of nonsense': _each('_METADATA', lambda path: path.write_text('{')),
-  'manifest.ocdbt gone': _each('manifest.ocdbt', Path.unlink),
+  'largest file missing': lambda step: _arrays(step)[0].unlink(),
+  'array files missing': _each('d/*', Path.unlink),
+  '_METADATA missing': _each('_METADATA', Path.unlink),
+  '_METADATA invalid': _each('_METADATA', lambda path: path.write_text('{')),
+  'manifest.ocdbt missing': _each('manifest.ocdbt', Path.unlink),
   'manifest.ocdbt at half its size': _each('manifest.ocdbt', lambda path: _truncate(path, 0.5)),
-  'manifest of nonsense': lambda step: (step / 'manifest' / 'metadata').write_text('{"step":'),
+  'manifest invalid': lambda step: (step / 'manifest' / 'metadata').write_text('{"step":'),
   'manifest empty': lambda step: (step / 'manifest' / 'metadata').write_text(''),
-  'parameters of the step before': _as_before('policy'),
-  'optimizer of the step before': _as_before('policy_optimizer'),
+  'parameters of the step before': _replace_by_previous('policy'),
+  'optimizer of the step before': _replace_by_previous('policy_optimizer'),
   'empty directory': _empty,
   'leftover of a killed save': _leftover,
 }

@@ -1,4 +1,4 @@
-"""Kills and damage: does a run end as one that nothing happened to?"""
+"""Kills runs and damages their checkpoints; compares what they write with an undisturbed run."""
 
 import argparse
 import contextlib
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from benchmarks.checkpoint_damage import DAMAGES
 
+from segjax.report.console import table
+
 ROOT = Path(__file__).resolve().parents[2]
 _STAGES = ('sft', 'reward', 'normalizer', 'ppo')
-_SMALL = {  # the demo's jobs, each a few steps, a checkpoint after every one
+_SMALL = {  # a few steps of each job of the demo, a checkpoint after every step
   'demo.sft_rows': 256,
   'demo.pairs': 256,
   'sft.max_steps': 8,
@@ -30,46 +32,50 @@ _SMALL = {  # the demo's jobs, each a few steps, a checkpoint after every one
   'evaluate.samples_per_prompt': 1,
   'checkpoint.every_steps': 1,
 }
+_RESUMED = r'resuming from step (\d+)'
 _TIMES = re.compile('seconds|timing/|perf/')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The size of the campaign."""
-  parser.add_argument('--kills', type=int, default=50)
-  parser.add_argument('--damages', type=int, default=len(DAMAGES), help='kinds of damage')
+  """Adds the flags of `run`."""
+  parser.add_argument('--kills', type=int, default=50, help='number of kills')
+  parser.add_argument('--damages', type=int, default=len(DAMAGES), help='number of kinds of damage')
   parser.add_argument('--seed', type=int, default=0)
 
 
 def run(kills: int, damages: int, seed: int) -> dict:
-  """Kills runs of the demo at random moments until they end, spoils checkpoints on the way."""
+  """Kills runs of the demo at random moments until they end; damages checkpoints of others."""
   rng = random.Random(seed)
   with tempfile.TemporaryDirectory() as directory:
     home = Path(directory)
-    _finish(home / 'warm', home)  # fills the cache of compiled programs
-    begun = time.monotonic()
-    _finish(home / 'whole', home)
-    seconds = time.monotonic() - begun
-    want = _outcome(home / 'whole')
+    _finish(home / 'warm-up', home)  # fills the cache of compiled programs
+    begin = time.monotonic()
+    _finish(home / 'undisturbed', home)
+    seconds = time.monotonic() - begin
+    expected = _outcome(home / 'undisturbed')
     print(f'one run takes {seconds:.0f} s\n')
     counts = {'SIGKILL': _Count(), 'SIGTERM': _Count(), 'damage': _Count()}
     while sum(counts[name].tried for name in ('SIGKILL', 'SIGTERM')) < kills:
-      _until_done(home, rng, seconds, counts, kills, want)
+      _kill_until_done(home, rng, seconds, counts, kills, expected)
     for name in list(DAMAGES)[:damages]:
-      _damaged(home, name, counts['damage'], want)
-  _table(counts)
+      _damage_and_resume(home, name, counts['damage'], expected)
+  _print_table(counts)
   return {name: vars(count) for name, count in counts.items()} | {'seconds_of_a_run': seconds}
 
 
 class _Count:
-  """What came of one kind of fault.
+  """Counts of one kind of fault.
 
   Attributes:
-    lost: steps before the newest finished save that were run again.
-    redone: steps after it that were.
+    tried: number of faults.
+    survived: runs that ended after the fault.
+    differ: of these, runs whose results differ from those of the undisturbed run.
+    lost: steps before the newest complete checkpoint that were run again.
+    redone: steps after it that were run again.
   """
 
   def __init__(self):
-    self.tried = self.survived = self.lost = self.redone = self.differ = 0
+    self.tried = self.survived = self.differ = self.lost = self.redone = 0
 
 
 def _command(workdir: Path) -> list[str]:
@@ -94,16 +100,16 @@ def _finish(workdir: Path, home: Path) -> str:
   process = _start(workdir, home)
   out, _ = process.communicate()
   if process.returncode:
-    raise RuntimeError(f'the run ended with {process.returncode}:\n{out[-3000:]}')
+    raise RuntimeError(f'the run exited with {process.returncode}:\n{out[-3000:]}')
   return out
 
 
-def _until_done(home, rng, seconds, counts, kills, want) -> None:
-  """Kills one run again and again at random moments; it gets further each time."""
+def _kill_until_done(home, rng, seconds, counts, kills, expected) -> None:
+  """Kills one run at random moments, each time later in the run, until it ends."""
   workdir = Path(tempfile.mkdtemp(dir=home))
-  felt, total = [], sum(counts[name].tried for name in ('SIGKILL', 'SIGTERM'))
-  saved: dict[str, int] = {}  # by stage, when the last kill came
-  while total + len(felt) < kills:
+  faults, num_before = [], sum(counts[name].tried for name in ('SIGKILL', 'SIGTERM'))
+  saved: dict[str, int] = {}  # newest step by stage at the last kill
+  while num_before + len(faults) < kills:
     name = rng.choice(['SIGKILL', 'SIGKILL', 'SIGTERM'])
     process = _start(workdir, home)
     try:
@@ -111,45 +117,45 @@ def _until_done(home, rng, seconds, counts, kills, want) -> None:
     except subprocess.TimeoutExpired:
       process.send_signal(getattr(signal, name))
       out, _ = process.communicate()
-      if felt:
-        felt[-1].lost += _lost(saved, out)
-      felt.append(counts[name])
+      if faults:
+        faults[-1].lost += _lost(saved, out)
+      faults.append(counts[name])
       counts[name].tried += 1
       saved = {stage: _saved(workdir / stage) for stage in _STAGES}
-      lines = {stage: len(_lines(workdir / stage)) for stage in _STAGES if saved[stage]}
+      lines = {stage: len(_metrics(workdir / stage)) for stage in _STAGES if saved[stage]}
       counts[name].redone += sum(max(0, lines[stage] - saved[stage]) for stage in lines)
       continue
     if process.returncode:
-      raise RuntimeError(f'after kills: ended with {process.returncode}\n{out[-3000:]}')
+      raise RuntimeError(f'after kills, the run exited with {process.returncode}\n{out[-3000:]}')
     break
   else:
     out = _finish(workdir, home)
-  if felt:
-    felt[-1].lost += _lost(saved, out)
-  _compare(workdir, want, felt)
+  if faults:
+    faults[-1].lost += _lost(saved, out)
+  _compare(workdir, expected, faults)
 
 
 def _lost(saved: dict[str, int], out: str) -> int:
-  """Steps that were saved when a kill came, and yet run again by the run that wrote `out`."""
+  """Returns how many steps were saved at a kill and yet run again by the run that wrote `out`."""
   lost = 0
   for stage, step in saved.items():
-    found = re.search(rf'{stage} +resuming from step (\d+)', out)
-    if found:
-      lost += max(0, step - int(found.group(1)))
+    match = re.search(rf'{stage} +{_RESUMED}', out)
+    if match:
+      lost += max(0, step - int(match[1]))
     elif re.search(rf'{stage} +(done in|\d+%)', out):
       lost += step
   return lost
 
 
 def _saved(stage: Path) -> int:
-  """The newest finished save of a stage that is under way."""
-  place = stage / 'checkpoints'
-  steps = [int(p.name) for p in place.iterdir() if p.name.isdecimal()] if place.exists() else []
+  """Returns the newest complete checkpoint of an unfinished stage, 0 if there is none."""
+  names = [path.name for path in stage.glob('checkpoints/*')]
+  steps = [int(name) for name in names if name.isdecimal()]
   return max(steps, default=0)
 
 
-def _damaged(home: Path, name: str, count: _Count, want: dict) -> None:
-  """Kills PPO once it has saved twice, spoils the newer step, goes on."""
+def _damage_and_resume(home: Path, name: str, count: _Count, expected: dict) -> None:
+  """Kills PPO after its third checkpoint, damages the newest one, and resumes."""
   workdir = Path(tempfile.mkdtemp(dir=home))
   process = _start(workdir, home)
   while _saved(workdir / 'ppo') < 3 and process.poll() is None:
@@ -160,14 +166,14 @@ def _damaged(home: Path, name: str, count: _Count, want: dict) -> None:
   DAMAGES[name](workdir / 'ppo' / 'checkpoints' / str(saved))
   out = _finish(workdir, home)
   count.tried += 1
-  found = re.search(r'ppo +resuming from step (\d+)', out)
-  count.lost += max(0, saved - 1 - int(found.group(1))) if found else saved
-  _compare(workdir, want, [count])
+  match = re.search(rf'ppo +{_RESUMED}', out)
+  count.lost += max(0, saved - 1 - int(match[1])) if match else saved
+  _compare(workdir, expected, [count])
 
 
-def _compare(workdir: Path, want: dict, counts: list[_Count]) -> None:
-  got = _outcome(workdir)
-  differing = [name for name in want if got.get(name) != want[name]]
+def _compare(workdir: Path, expected: dict, counts: list[_Count]) -> None:
+  outcome = _outcome(workdir)
+  differing = [name for name in expected if outcome.get(name) != expected[name]]
   if differing:
     print(f'{workdir.name}: {", ".join(differing)} differ')
   for count in counts:
@@ -176,36 +182,38 @@ def _compare(workdir: Path, want: dict, counts: list[_Count]) -> None:
 
 
 def _outcome(workdir: Path) -> dict:
-  """All that a run leaves and that is no time: weights as bytes, metrics and results as numbers."""
-  found = {}
+  """Returns what must be equal: weights as bytes, metrics and results without times."""
+  outcome = {}
   for path in sorted(workdir.glob('*/*/model.safetensors')):
-    found[str(path.relative_to(workdir))] = path.read_bytes()
+    outcome[str(path.relative_to(workdir))] = path.read_bytes()
   for stage in _STAGES:
-    found[f'{stage}/metrics'] = _lines(workdir / stage)
+    outcome[f'{stage}/metrics'] = _metrics(workdir / stage)
   results = json.loads((workdir / 'results.json').read_text())
-  found['results'] = _timeless(results)
-  return found
+  outcome['results'] = _without_times(results)
+  return outcome
 
 
-def _timeless(value):
+def _without_times(value):
   if isinstance(value, dict):
-    return {k: _timeless(v) for k, v in value.items() if not _TIMES.search(k)}
+    return {k: _without_times(v) for k, v in value.items() if not _TIMES.search(k)}
   return value
 
 
-def _lines(stage: Path) -> list[dict]:
-  found = []
+def _metrics(stage: Path) -> list[dict]:
+  rows = []
   with contextlib.suppress(FileNotFoundError):
     for line in (stage / 'metrics.jsonl').read_text().splitlines():
-      with contextlib.suppress(ValueError):  # cut off by a kill
-        found.append(_timeless(json.loads(line)))
-  return found
+      with contextlib.suppress(ValueError):  # a line that a kill cut off
+        rows.append(_without_times(json.loads(line)))
+  return rows
 
 
-def _table(counts: dict[str, _Count]) -> None:
+def _print_table(counts: dict[str, _Count]) -> None:
   columns = ('tried', 'survived', 'differ', 'lost', 'redone')
-  print(f'{"fault":<10}' + ''.join(f'{name:>10}' for name in columns))
-  for name, count in counts.items():
-    print(f'{name:<10}' + ''.join(f'{getattr(count, column):>10}' for column in columns))
-  print('lost: steps before the newest finished save that were run again; redone: after it')
-  print(f'damage: one of {len(DAMAGES)} kinds each; the newest save of two is spoilt')
+  table(
+    'kills and damages; lost, redone: steps run again before, after the newest checkpoint',
+    ('fault', *columns),
+    [
+      (name, *(str(getattr(count, column)) for column in columns)) for name, count in counts.items()
+    ],
+  )

@@ -1,4 +1,4 @@
-"""report.html of a made-up long run: seconds to write, bytes, seconds to open in Chromium."""
+"""Times report.html of a synthetic long run: writing it, and opening it in Chromium."""
 
 import argparse
 import json
@@ -19,60 +19,62 @@ _METRICS = (
   *('response/length_mean', 'response/eos_rate', 'policy/loss', 'policy/entropy', 'critic/loss'),
   *('timing/generate', 'timing/score', 'timing/update', 'timing/between_steps', 'timing/step'),
   *(f'reward/by_position/{k}' for k in range(1, 11)),
-  *(f'policy/more_{k}' for k in range(15)),
+  *(f'policy/extra_{k}' for k in range(15)),
 )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """Flags of `run`."""
+  """Adds the flags of `run`."""
   parser.add_argument('--steps', type=int, default=1000)
   parser.add_argument('--responses', type=int, default=2000)
-  parser.add_argument('--tokens', type=int, default=300, help='of a response, about')
-  parser.add_argument('--long', type=int, default=20, help='responses of 4,096 tokens among them')
-  parser.add_argument('--keep', type=Path, help='a directory to leave the page in')
+  parser.add_argument('--tokens', type=int, default=300, help='mean length of a response')
+  parser.add_argument('--long', type=int, default=20, help='responses of 4,096 tokens')
+  parser.add_argument('--keep', type=Path, help='directory in which the report is kept')
 
 
 def run(steps: int, responses: int, tokens: int, long: int, keep: Path | None) -> dict[str, Any]:
-  """Writes such a run, its page, and opens that."""
-  with tempfile.TemporaryDirectory() as place:
-    workdir = keep or Path(place)
-    made_up(workdir, steps, responses, tokens, long)
+  """Writes a run and its report, and opens the report; returns the fields of the JSON line."""
+  with tempfile.TemporaryDirectory() as directory:
+    workdir = keep or Path(directory)
+    write_run(workdir, steps, responses, tokens, long)
     page = Page(workdir, 'configs/ppo.py', ['ppo'])
     seconds = []
-    for _ in range(2):  # the second time as in the middle of a run, with all imported
+    for _ in range(2):  # the second one as during a run, when all is imported
       with (workdir / 'ppo' / 'metrics.jsonl').open('a') as metrics:
         metrics.write(json.dumps({'step': steps} | dict.fromkeys(_METRICS, 1.0)) + '\n')
-      begun = time.monotonic()
+      begin = time.monotonic()
       page.write()
-      seconds.append(time.monotonic() - begun)
+      seconds.append(time.monotonic() - begin)
     size = (workdir / REPORT_FILE).stat().st_size
     values = {
       'write_seconds': round(seconds[1], 2),
       'first_write_seconds': round(seconds[0], 2),
       'megabytes': round(size / 1e6, 2),
       'peak_rss_gib': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-      'open_seconds': opened(workdir / REPORT_FILE),
+      'open_seconds': opening_seconds(workdir / REPORT_FILE),
     }
   table(
-    f'{steps:,} steps, {responses:,} responses', ('', ''), [(k, f'{v}') for k, v in values.items()]
+    f'{steps:,} steps, {responses:,} responses',
+    ('', ''),
+    [(name, f'{value}') for name, value in values.items()],
   )
   return {'steps': steps, 'responses': responses, 'tokens': tokens, 'long': long} | values
 
 
-def opened(path: Path) -> float | None:
-  """Median seconds of three until the table can be used; None without a browser."""
-  program = browser.found()
+def opening_seconds(path: Path) -> float | None:
+  """Returns the median time of three until the table can be used; None without a browser."""
+  program = browser.find_browser()
   if program is None:
     return None
   with browser.Browser(program) as tab:
     seconds = sorted(tab.open(path) for _ in range(3))
-    if tab.complaints:
-      raise RuntimeError(f'the page complains: {tab.complaints}')
+    if tab.errors:
+      raise RuntimeError(f'errors in the page: {tab.errors}')
   return round(seconds[1], 2)
 
 
-def made_up(workdir: Path, steps: int, responses: int, tokens: int, long: int) -> None:
-  """A PPO stage's metrics.jsonl and samples.jsonl, of random numbers and words."""
+def write_run(workdir: Path, steps: int, responses: int, tokens: int, long: int) -> None:
+  """Writes a PPO stage's metrics.jsonl and samples.jsonl with random numbers and words."""
   rng = np.random.default_rng(0)
   directory = workdir / 'ppo'
   directory.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,8 @@ def made_up(workdir: Path, steps: int, responses: int, tokens: int, long: int) -
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:
   letters = rng.choice(list('eeettaaoinshrdlu'), (400, 9))
-  known = [' ' + ''.join(row[: 1 + i % 9]) for i, row in enumerate(letters)]
-  return [known[i] for i in rng.zipf(1.4, count) % len(known)]
+  vocabulary = [' ' + ''.join(row[: 1 + i % 9]) for i, row in enumerate(letters)]
+  return [vocabulary[i] for i in rng.zipf(1.4, count) % len(vocabulary)]
 
 
 def _sample(rng: np.random.Generator, step: int, length: int) -> dict[str, Any]:
@@ -101,9 +103,9 @@ def _sample(rng: np.random.Generator, step: int, length: int) -> dict[str, Any]:
   starts = [0, *(t for t in range(1, length) if entropy[t] > 2)]
   segments = []
   for begin, end in zip(starts, [*starts[1:], length], strict=True):
-    inside = words[begin:end]
+    tokens = words[begin:end]
     score, reward = (round(float(x), 4) for x in rng.normal(size=2))
-    part = {'text': ''.join(inside), 'tokens': inside, 'entropy': entropy[begin:end]}
+    part = {'text': ''.join(tokens), 'tokens': tokens, 'entropy': entropy[begin:end]}
     segments.append(part | {'score': score, 'reward': reward})
   total = sum(segment['reward'] for segment in segments)
   totals = {'reward': total, 'kl': float(rng.normal()), 'length': length, 'finished': True}

@@ -1,6 +1,6 @@
-"""From the scores of a rollout to its advantages: one jitted call against Python lists.
+"""Times the path from a rollout's scores to its advantages: one jitted call, and Python lists.
 
-What is timed is checked for equality.
+Both give the same advantages, which is checked.
 """
 
 import argparse
@@ -23,24 +23,24 @@ STD_FLOOR_RATIO = 0.01  # of b_std
 THRESHOLD = 2.0  # nats
 KL_COEF = 0.01
 GAMMA, GAE_LAMBDA = 1.0, 0.95
-ORACLE_REPEATS = 3  # it is slow
+ORACLE_REPEATS = 3  # the oracle takes seconds
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-  """The flags of `run`."""
+  """Adds the flags of `run`."""
   command.add_argument('--batch', type=int, default=256, help='responses')
-  command.add_argument('--length', type=int, default=1024, help='tokens of each, with the padding')
+  command.add_argument('--length', type=int, default=1024, help='tokens per response, with padding')
   command.add_argument('--repeats', type=int, default=20)
 
 
 def run(batch: int, length: int, repeats: int) -> dict:
-  """Prints the table; returns what the JSON line holds."""
+  """Prints the table; returns the fields of the JSON line."""
   arrays = _rollout(batch, length)
   advantages = jax.jit(jax.vmap(_advantage))
   on_device = jax.device_put(arrays)
-  begun = time.perf_counter()
+  begin = time.perf_counter()
   advantage = np.asarray(advantages(*on_device))
-  first_call = time.perf_counter() - begun
+  first_call = time.perf_counter() - begin
   jitted = _median(lambda: jax.block_until_ready(advantages(*on_device)), repeats)
 
   rows = list(zip(*(array.tolist() for array in arrays), strict=True))
@@ -50,7 +50,7 @@ def run(batch: int, length: int, repeats: int) -> dict:
 
   table(
     f'rewards: {batch} responses of up to {length} tokens',
-    ('', 'median ms', 'times as fast'),
+    ('', 'median ms', 'speed-up'),
     [
       ('segjax.rl.oracle, Python lists', f'{1e3 * slow:.1f}', '1'),
       (f'one jitted call, {_device()}', f'{1e3 * jitted:.2f}', f'{slow / jitted:.0f}'),
@@ -69,10 +69,10 @@ def run(batch: int, length: int, repeats: int) -> dict:
 
 
 def _rollout(batch, length):
-  """Ragged responses: entropy, mask, finished, score, value, log-prob, reference log-prob."""
+  """Returns random entropy, mask, finished, score, value, log-prob and reference log-prob."""
   rng = np.random.default_rng(0)
   shape = batch, length
-  finished = rng.random(batch) < 0.9  # the others are as long as may be
+  finished = rng.random(batch) < 0.9  # unfinished responses have the full length
   stop = np.where(finished, rng.integers(0, length + 1, batch), length)
   mask = np.arange(length) < stop[:, None]
   entropy = rng.uniform(0, 2.5, shape).astype(np.float32)
@@ -102,13 +102,13 @@ def _oracle_advantage(entropy, mask, finished, score, value, logprob, ref_logpro
   return oracle.gae(reward, value, mask, GAMMA, GAE_LAMBDA)
 
 
-def _median(run, repeats):
-  """Seconds."""
+def _median(function, repeats):
+  """Returns the median time of a call, in seconds."""
   seconds = []
   for _ in range(repeats):
-    begun = time.perf_counter()
-    run()
-    seconds.append(time.perf_counter() - begun)
+    begin = time.perf_counter()
+    function()
+    seconds.append(time.perf_counter() - begin)
   return statistics.median(seconds)
 
 

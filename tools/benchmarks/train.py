@@ -1,8 +1,8 @@
-"""The policy update: tokens per second, use of the arithmetic there is, and what packing saves.
+"""Times the policy update: tokens per second, model FLOPs utilisation, and the gain of packing.
 
-Three ways to do a minibatch, by turns: full rows; ragged rows (a mean of a quarter of the longest),
-each padded; the same ragged rows packed. Only real tokens count. The share of the peak is the
-model's FLOPs (forward and backward, remat not counted) over what matrix products reach here.
+Three minibatches are timed in turn: full rows; ragged rows (their mean length is a quarter of the
+maximum), padded; the same ragged rows, packed. Only real tokens count. Utilisation is the model's
+FLOPs (forward and backward, without remat) over the FLOP/s that matrix products reach here.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from segjax.model import sharding
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
+from segjax.model.mesh import make_mesh
 from segjax.report.console import log, table
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, policy_step
@@ -34,15 +35,15 @@ SIZES = {
   '3b': Network(128_256, 3072, 8192, 28, 24, 8, 4096, tie_word_embeddings=True),
   '8b': Network(128_256, 4096, 14_336, 32, 32, 8, 4096),
 }
-PROMPT_SHARE = 4  # a prompt is one part of so many of a full row
+PROMPT_SHARE = 4  # a prompt takes 1 / PROMPT_SHARE of a full row
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
-  """The flags of `run`."""
-  command.add_argument('--shape', choices=SIZES, default='small', help='of the network')
-  command.add_argument('--batch', type=int, default=32, help='sequences of a minibatch')
-  command.add_argument('--micro-batch', type=int, default=4, help='rows at once')
-  command.add_argument('--length', type=int, default=512, help='of the longest sequence')
+  """Adds the flags of `run`."""
+  command.add_argument('--shape', choices=SIZES, default='small', help='size of the network')
+  command.add_argument('--batch', type=int, default=32, help='sequences per minibatch')
+  command.add_argument('--micro-batch', type=int, default=4, help='rows per forward pass')
+  command.add_argument('--length', type=int, default=512, help='length of the longest sequence')
   command.add_argument('--dtype', choices=('float32', 'bfloat16'), default=None)
   command.add_argument('--remat', default='full')
   command.add_argument('--attention', default='auto')
@@ -59,10 +60,10 @@ def run(
   attention: str,
   repeats: int,
 ) -> dict:
-  """Prints the table; returns what the JSON line holds."""
+  """Prints the table; returns the fields of the JSON line. Its parameters are the flags."""
   device = jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
-  config, mesh = _network(shape, dtype, remat, attention), sharding.make_mesh()
+  config, mesh = _network(shape, dtype, remat, attention), make_mesh()
   ppo = PPO(minibatch_size=batch, micro_batch_size=micro_batch)
   static = {
     'recipe': PPORecipe(
@@ -76,16 +77,16 @@ def run(
   tasks = {'full': (full, None), 'padded': (ragged, None), 'packed': (ragged, packing)}
   with jax.set_mesh(mesh):
     state = _state(config, ppo, mesh)
-    given = {name: (_experience(x, length, mesh), plan) for name, (x, plan) in tasks.items()}
+    experiences = {name: (_experience(x, length, mesh), plan) for name, (x, plan) in tasks.items()}
     seconds, losses = {name: [] for name in tasks}, {}
     rows, compiled = np.arange(batch), policy_step._cache_size()
     for _ in range(repeats + 1):  # the first of each compiles
-      for name, (experience, plan) in given.items():
-        begun = time.perf_counter()
+      for name, (experience, plan) in experiences.items():
+        begin = time.perf_counter()
         minibatch = Minibatch(experience, rows, plan)
         state, metrics = policy_step(state, minibatch, np.float32(0), **static)
         losses[name] = float(metrics.mean['loss'])
-        seconds[name].append(time.perf_counter() - begun)
+        seconds[name].append(time.perf_counter() - begin)
     compiles = policy_step._cache_size() - compiled
   peak = _matmul_peak(dtype) * mesh.size
   return _report(config, device, tasks, seconds, peak, compiles, packing_efficiency(packing))
@@ -109,65 +110,65 @@ def _state(config: LlamaConfig, ppo: PPO, mesh):
 
 
 def _ragged(batch: int, longest: int) -> np.ndarray:
-  """Lengths as an exponential law has them, one the longest, their mean a quarter of it."""
-  least = longest // PROMPT_SHARE // 4 + 2
+  """Returns exponentially distributed lengths up to `longest`, of mean `longest` / 4."""
+  shortest = longest // PROMPT_SHARE // 4 + 2
   drawn = np.random.default_rng(0).exponential(1.0, batch)
 
   def lengths(scale):
-    found = np.clip((drawn * scale).astype(int), least, longest)
-    found[np.argmax(drawn)] = longest
-    return found
+    clipped = np.clip((drawn * scale).astype(int), shortest, longest)
+    clipped[np.argmax(drawn)] = longest
+    return clipped
 
   return min(map(lengths, range(1, longest)), key=lambda x: abs(x.mean() - longest / 4))
 
 
 def _experience(lengths: np.ndarray, longest: int, mesh) -> Experience:
-  """What a rollout of such lengths would have left: all numbers but the lengths are made up."""
+  """Returns the experience of a rollout with these lengths; all other numbers are random."""
   rng, rows = np.random.default_rng(1), len(lengths)
   prompt = np.maximum(lengths // PROMPT_SHARE, 1)
   width = longest // PROMPT_SHARE
 
-  def put(x):
+  def to_devices(x):
     return sharding.place_batch(x, mesh)
 
   def tokens(size):
-    return put(rng.integers(1, 80, (rows, size)).astype(np.int32))
+    return to_devices(rng.integers(1, 80, (rows, size)).astype(np.int32))
 
-  mask = put(np.arange(longest - width) < (lengths - prompt)[:, None])
-  floats = put(rng.normal(size=mask.shape).astype(np.float32))
+  mask = to_devices(np.arange(longest - width) < (lengths - prompt)[:, None])
+  floats = to_devices(rng.normal(size=mask.shape).astype(np.float32))
   return Experience(
     rollout=Rollout(
       prompt_ids=tokens(width),
-      prompt_length=put(prompt.astype(np.int32)),
+      prompt_length=to_devices(prompt.astype(np.int32)),
       response_ids=tokens(longest - width),
       response_mask=mask,
-      finished=put(np.ones(rows, bool)),
+      finished=to_devices(np.ones(rows, bool)),
       old_logprob=floats,
     ),
     **dict.fromkeys(
       ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_'), floats
     ),
-    segments=Segments(mask, mask, tokens(longest - width), put(np.ones(rows, np.int32))),
+    segments=Segments(mask, mask, tokens(longest - width), to_devices(np.ones(rows, np.int32))),
     value_mask=mask,
   )
 
 
 def _matmul_peak(dtype: str) -> float:
-  """FLOP/s of a large square product on one device, the best of ten."""
+  """Returns the FLOP/s of a large square product on one device: the best of ten."""
   size = 2048 if jax.devices()[0].platform == 'cpu' else 8192
   x = jnp.ones((size, size), dtype)
   product = jax.jit(jnp.matmul)
   jax.block_until_ready(product(x, x))
   best = np.inf
   for _ in range(10):
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     jax.block_until_ready(product(x, x))
-    best = min(best, time.perf_counter() - begun)
+    best = min(best, time.perf_counter() - begin)
   return 2 * size**3 / best
 
 
-def _report(config, device, tasks, seconds, peak, compiles, filled) -> dict:
-  record, lines = {}, []
+def _report(config, device, tasks, seconds, peak, compiles, efficiency) -> dict:
+  record, table_rows = {}, []
   for name, (lengths, _) in tasks.items():
     median = statistics.median(seconds[name][1:])
     pairs = sum(attended_pairs(float(n)) for n in lengths)
@@ -179,21 +180,21 @@ def _report(config, device, tasks, seconds, peak, compiles, filled) -> dict:
       'tokens_per_second': round(lengths.sum() / median, 1),
       'percent_of_peak': round(100 * flops / median / peak, 1),
     }
-    lines.append((name, *map(str, record[name].values())))
-  saved = record['padded']['seconds'] / record['packed']['seconds']
+    table_rows.append((name, *map(str, record[name].values())))
+  speedup = record['padded']['seconds'] / record['packed']['seconds']
   title = (
     f'policy update, {num_parameters(config) / 1e6:,.0f} M, {config.dtype}, {device.device_kind}'
   )
-  table(title, ('rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak'), lines)
+  table(title, ('rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak'), table_rows)
   log(f'matrix products reach {peak / 1e12:.3f} TFLOP/s; {config.attention} attention')
-  log(f'packing: {saved:.2f} times as fast as padding, rows {filled:.0%} full; {compiles} compiles')
+  log(f'packing is {speedup:.2f} times as fast as padding; rows are {efficiency:.0%} full')
   return record | {
     'parameters': num_parameters(config),
     'device': device.device_kind,
     'dtype': config.dtype,
     'attention': config.attention,
     'peak_flops': peak,
-    'packing_saves': round(saved, 3),
-    'fill': round(filled, 3),
+    'packing_speedup': round(speedup, 3),
+    'packing_efficiency': round(efficiency, 3),
     'compiles': compiles,
   }
