@@ -144,6 +144,18 @@ def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
     sys.modules['libtpu'] = None
 
 
+def plan_command() -> Callable[[list[str]], None]:
+  """Returns `segjax plan`; defines its flags."""
+  from segjax.plan import cli
+
+  def find_plan(job):
+    from segjax.jobs import registry
+
+    return registry.find_plan(job)
+
+  return functools.partial(cli.main, find_plan=find_plan)
+
+
 def cli() -> None:
   """Runs the console script `segjax`."""
   arguments = sys.argv[1:]
@@ -153,10 +165,8 @@ def cli() -> None:
     raise SystemExit(cli.main(arguments[1:]))
   run_main = main
   if arguments[:1] == ['plan']:
-    from segjax.plan import cli
-
     del sys.argv[1], arguments[0]
-    run_main = cli.main
+    run_main = plan_command()
   try:
     text = answer(arguments)
     if text is None and arguments and not arguments[0].startswith('-'):

@@ -23,7 +23,7 @@ WINGS = (
     'hf',
     'train',
   ),
-  *('evaluation', 'report', 'run', 'jobs', 'plan', 'api', 'main'),
+  *('evaluation', 'report', 'run', 'plan', 'jobs', 'api', 'main'),
 )
 MODULES = {
   '.'.join(('segjax', *path.relative_to(PACKAGE).with_suffix('').parts)): path

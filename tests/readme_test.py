@@ -144,7 +144,7 @@ def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert 'the settings are consistent' in out
   is_open = '--config=...' in arguments or 'llama3' in str(arguments) or 'chat.py' in str(arguments)
-  assert is_open or 'still to be given' not in out
+  assert is_open or 'required but not set' not in out
 
 
 class _ParsedError(Exception):

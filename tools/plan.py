@@ -9,7 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from segjax import main
-from segjax.plan import cli
 
 if __name__ == '__main__':
-  main.run(cli.main)
+  main.run(main.plan_command())

@@ -6,12 +6,13 @@ The language has 16 clause templates over 8 animals and 6 places (segjax/data/de
 from ml_collections import ConfigDict
 
 from configs.shared import model_sizes
-from segjax.config.settings import JOBS
+
+STAGES = ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate')
 
 
 def assign(config: ConfigDict, last_job: str) -> None:
   """Assigns the settings of the demo up to and including `last_job`."""
-  config.stages = JOBS[: JOBS.index(last_job) + 1]
+  config.stages = STAGES[: STAGES.index(last_job) + 1]
   config.network.update(model_sizes.tiny())
   config.runtime.remat = 'none'
   config.runtime.scan_unroll = config.network.num_hidden_layers

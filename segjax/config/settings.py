@@ -39,19 +39,6 @@ __all__ = [
   'ThresholdSearch',
 ]
 
-JOBS = (
-  'demo',
-  'sft',
-  'reward',
-  'normalizer',
-  'ppo',
-  'evaluate',
-  'evaluate_reward',
-  'answers',
-  'selfcheck',
-  'chat',
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:

@@ -9,13 +9,13 @@ from operator import attrgetter
 
 from segjax.config import conflicts, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
-from segjax.config.settings import JOBS, Settings
+from segjax.config.settings import Settings
 from segjax.errors import UserError
 
 
 def validate(settings: Settings) -> None:
   """Checks the values; UserError gives the key and the fix."""
-  _check_stages(settings)
+  _check_reward_model(settings)
   _check_choices(settings)
   _check_activations(settings)
   _check_ranges(settings)
@@ -34,14 +34,7 @@ def resolve_spread(settings: Settings, granularity: str) -> str:
   return name
 
 
-def _check_stages(s: Settings) -> None:
-  if not s.stages:
-    raise UserError(f'config.stages is empty; name jobs out of {", ".join(JOBS)}.')
-  for stage in s.stages:
-    _check_choice('stages', stage, JOBS)
-  in_order = tuple(job for job in JOBS if job in s.stages)
-  if s.stages != in_order:
-    raise UserError(f'config.stages={",".join(s.stages)} must be in order: {",".join(in_order)}.')
+def _check_reward_model(s: Settings) -> None:
   if 'reward' in s.stages and s.reward_model.path:
     raise UserError(
       f'config.reward_model.path={s.reward_model.path!r}, but config.stages trains a reward model; '

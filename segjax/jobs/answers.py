@@ -16,6 +16,7 @@ from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversatio
 from segjax.data.sources import Rows
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.jobs.job import COMMON, TRAINED_POLICY, Job, data
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
 from segjax.run import inputs, models
@@ -174,3 +175,14 @@ def _figures(
     'dropped_prompts': counts['dropped_overlong'] + counts['dropped_empty'],
     'tokens_per_answer': float(np.mean(tokens)) if tokens else 0.0,
   }
+
+
+JOB = Job(
+  name='answers',
+  run=run,
+  sections=(*COMMON, 'policy', 'rollout', 'answers'),
+  inputs=(TRAINED_POLICY, data('pairs')),
+  outputs=(DIRECTORY,),
+  batch_keys=('answers.batch_size',),
+  summary=('answered', 'truncated_prompts'),
+)

@@ -15,6 +15,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
+from segjax.jobs.job import POLICY, REWARD_MODEL, Job, never
 from segjax.model.generate import GenerationResult, generate, make_decode_config
 from segjax.report import segment_table
 from segjax.report.console import log
@@ -151,3 +152,16 @@ def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
   text = (messages[:-1], messages[-1]['content'])
   for response in annotate.annotate(annotator, [text], batch_size=annotator.mesh.size):
     segment_table.print_segments(response)
+
+
+JOB = Job(
+  name='chat',
+  run=run,
+  sections=('seed',),
+  inputs=(
+    dataclasses.replace(POLICY, is_required=never),
+    dataclasses.replace(REWARD_MODEL, is_required=never),
+  ),
+  is_reusable=False,
+  num_networks=2,
+)

@@ -16,6 +16,7 @@ from segjax.data import demo_language, demo_rows
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import copy_tokenizer, save_checkpoint
+from segjax.jobs.job import Job, Results
 from segjax.model.heads import init_params
 from segjax.model.llama import make_config, num_parameters
 from segjax.report.console import log, table, track
@@ -44,13 +45,18 @@ def run(stage: Stage) -> dict[str, Any]:
   return {'parameters': num_parameters(config), 'pairs': s.pairs, 'sft_rows': s.sft_rows}
 
 
-def write_results(seed: int, workdir: Path, results: dict[str, Any], started: float) -> None:
-  """results.json of the whole demo, the figures by which it is judged; shows the last of them.
+def write_results(stage: Stage, results: dict[str, Results], started: float) -> None:
+  """Writes results.json of a whole demo run, with the figures by which it is judged.
+
+  Does nothing unless the run has a reward model and an evaluation.
 
   Args:
-    results: of each stage, by name.
+    results: the results of each stage, by name.
     started: time.time() of the process's start.
   """
+  if not {'reward', 'evaluate'} <= set(results):
+    return
+  workdir = stage.directory.parent
   before, after = results['evaluate']['before'], results['evaluate']['after']
   held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
 
@@ -62,7 +68,7 @@ def write_results(seed: int, workdir: Path, results: dict[str, Any], started: fl
     'best_possible': best_possible_accuracy(workdir / 'demo' / 'rows', held_out),
   }
   text = {
-    'seed': seed,
+    'seed': stage.settings.seed,
     'wall_seconds': time.time() - started,
     'gold': both('gold'),
     'kl_nats': after['kl_nats'],
@@ -94,3 +100,13 @@ def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:
     chosen, rejected = (demo_language.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
     agreed += (chosen > rejected) + 0.5 * (chosen == rejected)
   return agreed / len(held_out)
+
+
+JOB = Job(
+  name='demo',
+  run=run,
+  sections=('seed', 'demo', 'network'),
+  outputs=('model', 'rows'),
+  summary=('parameters', 'sft_rows', 'pairs'),
+  after_run=write_results,
+)

@@ -11,13 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Evaluate
+from segjax.config.settings import Evaluate, Settings
 from segjax.data.batches import eval_batches
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation import repetition
 from segjax.evaluation.intervals import clustered_interval, format_interval
 from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
+from segjax.jobs.job import (
+  COMMON,
+  OPTIONAL_REWARD_MODEL,
+  REFERENCE,
+  TRAINED_POLICY,
+  Job,
+  data,
+)
 from segjax.report.console import log, table, track
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import format_segments
@@ -126,6 +134,13 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
     'evaluate.boundary_fn': settings.boundary_fn,
   }
   return tuple(load_function(path, key) if path else None for key, path in paths.items())
+
+
+def check_functions(settings: Settings) -> None:
+  """Loads the user's functions; UserError names the config key of one that cannot be loaded."""
+  load_eval_functions(settings.evaluate)
+  if settings.reward_shaping.reward_fn:
+    load_function(settings.reward_shaping.reward_fn, 'reward_shaping.reward_fn')
 
 
 def sample_responses(
@@ -311,3 +326,32 @@ def print_table(figures: dict[str, Any]) -> None:
     if values != [None, None]:
       rows.append((label, *(cell(value, digits) for value in values)))
   table('Held-out prompts', ('', 'before PPO', 'after PPO'), rows)
+
+
+JOB = Job(
+  name='evaluate',
+  run=run,
+  sections=(
+    *COMMON,
+    'policy',
+    'reference',
+    'reward_model',
+    'rollout',
+    'reward_shaping',
+    'ppo',
+    'compat',
+    'evaluate',
+  ),
+  inputs=(
+    TRAINED_POLICY,
+    # Without PPO in the same run, the user says what the policy is compared with.
+    dataclasses.replace(REFERENCE, only_after='ppo'),
+    OPTIONAL_REWARD_MODEL,
+    data('held_out'),
+  ),
+  check=check_functions,
+  outputs=('results.json',),
+  batch_keys=('evaluate.batch_size',),
+  print_table=print_table,
+  num_networks=3,
+)

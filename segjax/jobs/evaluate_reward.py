@@ -23,6 +23,7 @@ from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation import reward_bench, span_auc
 from segjax.evaluation.intervals import format_interval, wilson
+from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Input, Job, data, never, split_paths
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
@@ -141,7 +142,7 @@ def load_data(
   """Reads and tokenises the files to evaluate on, and logs what was truncated and dropped."""
   s = settings
   sets, spans, counts = [], [], {}
-  for path in inputs.split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
+  for path in split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
@@ -281,3 +282,26 @@ def _print_spans(figures: dict[str, Any]) -> None:
   ]
   columns = ('', 'spans', 'AUC [95 %]', 'within a response')
   table('Marked errors: do low segment rewards find their characters?', columns, rows)
+
+
+def _needs_data(settings: Settings) -> bool:
+  return not (settings.evaluate_reward.pairs or settings.evaluate_reward.spans)
+
+
+JOB = Job(
+  name='evaluate_reward',
+  run=run,
+  sections=(*COMMON, 'reference', 'reward_model', 'reward_shaping', 'compat', 'evaluate_reward'),
+  inputs=(
+    REWARD_MODEL,
+    data('pairs', is_required=_needs_data),
+    dataclasses.replace(REFERENCE, is_required=never),
+    Input('evaluate_reward.pairs', is_required=never, is_list=True),
+    Input('evaluate_reward.spans', is_required=never),
+  ),
+  outputs=('results.json',),
+  batch_keys=('evaluate_reward.batch_size',),
+  summary=('pairs_read', 'responses_read'),
+  print_table=print_table,
+  num_networks=2,
+)

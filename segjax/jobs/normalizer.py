@@ -12,10 +12,12 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.conflicts import check_normalizer
+from segjax.config.settings import Settings
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
+from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data
 from segjax.report.console import track
 from segjax.rl import normalizer
 from segjax.run import inputs, models
@@ -169,3 +171,22 @@ def fit_quality(
 def _arrays(found: Statistics) -> tuple[jax.Array, jax.Array, jax.Array]:
   mask = jnp.ones(len(found.score), bool)
   return jnp.asarray(found.position), jnp.asarray(found.score), mask
+
+
+def _num_steps(settings: Settings, rows: int) -> int:
+  pairs = min(settings.normalizer.max_pairs, rows or settings.normalizer.max_pairs)
+  return -(-pairs // settings.normalizer.batch_size)
+
+
+JOB = Job(
+  name='normalizer',
+  run=run,
+  sections=(*COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
+  inputs=(REWARD_MODEL, REFERENCE, data('pairs')),
+  rewrites=('reward_model.path', reward_spec.REWARD_SPEC_FILE),
+  batch_keys=('normalizer.batch_size',),
+  summary=('segments',),
+  num_networks=2,
+  tokens_per_step=lambda s: 2 * s.normalizer.batch_size * s.data.max_length,
+  num_steps=_num_steps,
+)

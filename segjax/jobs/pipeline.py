@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import operator
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,10 @@ import jax
 from jax.sharding import Mesh
 
 from segjax import processes
-from segjax.config import settings as typed
-from segjax.config.settings import Settings
+from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
-from segjax.jobs import (
-  answers,
-  chat,
-  demo,
-  evaluate,
-  evaluate_reward,
-  normalizer,
-  ppo,
-  reward,
-  selfcheck,
-  sft,
-)
+from segjax.jobs.job import Input, Job, Results
+from segjax.jobs.registry import JOBS, check_stages
 from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
@@ -35,131 +23,32 @@ from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.training_loop import checkpoint_dir
-from segjax.train.custom_reward import load_function
-from segjax.train.reward_spec import REWARD_SPEC_FILE as SEGMENT_REWARD
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A job, and what the pipeline must know of it.
-
-  Attributes:
-    run: does the work, returns figures.
-    sections: the settings that decide its outcome.
-    needs: keys that must name a checkpoint or rows.
-    optional: keys that may name one.
-    outputs: what it leaves in its directory.
-    batches: keys of batches that are split over the devices.
-    figures: what of its results stands on its last line.
-    is_reusable: whether it need not run again with the same settings and inputs.
-  """
-
-  run: Callable[[Stage], dict[str, Any]]
-  sections: tuple[str, ...]
-  needs: tuple[str, ...] = ()
-  optional: tuple[str, ...] = ()
-  outputs: tuple[str, ...] = ()
-  batches: tuple[str, ...] = ()
-  figures: tuple[str, ...] = ()
-  is_reusable: bool = True
-
-
-_COMMON = ('seed', 'runtime', 'data')
-_MODELS = ('policy', 'reference', 'reward_model')
-_PATHS = ('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path')
-JOBS = {
-  'demo': Job(
-    demo.run,
-    ('seed', 'demo', 'network'),
-    outputs=('model', 'rows'),
-    figures=('parameters', 'sft_rows', 'pairs'),
-  ),
-  'sft': Job(
-    sft.run,
-    (*_COMMON, 'policy', 'sft'),
-    needs=('policy.path', 'data.path'),
-    outputs=('model',),
-    batches=('sft.batch_size', 'sft.micro_batch_size'),
-    figures=('loss',),
-  ),
-  'reward': Job(
-    reward.run,
-    (*_COMMON, 'policy', 'reference', 'reward', 'compat'),
-    needs=('policy.path', 'reference.path', 'data.path'),
-    outputs=('model', 'held_out.json'),
-    batches=('reward.batch_size', 'reward.micro_batch_size'),
-    figures=('held_out_accuracy',),
-  ),
-  'normalizer': Job(
-    normalizer.run,
-    (*_COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
-    needs=('reward_model.path', 'reference.path', 'data.path'),
-    batches=('normalizer.batch_size',),
-    figures=('segments',),
-  ),
-  'ppo': Job(
-    ppo.run,
-    (*_COMMON, *_MODELS, 'critic', 'rollout', 'reward_shaping', 'ppo', 'compat'),
-    needs=('policy.path', 'reference.path', 'reward_model.path', 'critic.init', 'data.path'),
-    outputs=('model', 'critic'),
-    batches=(
-      'ppo.rollout_batch_size',
-      'ppo.minibatch_size',
-      'ppo.micro_batch_size',
-      'ppo.scoring_batch_size',
-    ),
-    figures=('reward', 'kl'),
-  ),
-  'evaluate': Job(
-    evaluate.run,
-    (*_COMMON, *_MODELS, 'rollout', 'reward_shaping', 'ppo', 'compat', 'evaluate'),
-    needs=('policy.path', 'reference.path', 'reward_model.path', 'data.path'),
-    outputs=('results.json',),
-    batches=('evaluate.batch_size',),
-  ),
-  'evaluate_reward': Job(
-    evaluate_reward.run,
-    (*_COMMON, 'reference', 'reward_model', 'reward_shaping', 'compat', 'evaluate_reward'),
-    needs=('reward_model.path', 'data.path'),
-    optional=('reference.path', 'evaluate_reward.pairs', 'evaluate_reward.spans'),
-    outputs=('results.json',),
-    batches=('evaluate_reward.batch_size',),
-    figures=('pairs_read', 'responses_read'),
-  ),
-  'answers': Job(
-    answers.run,
-    (*_COMMON, 'policy', 'rollout', 'answers'),
-    needs=('policy.path', 'data.path'),
-    outputs=(answers.DIRECTORY,),
-    batches=('answers.batch_size',),
-    figures=('answered', 'truncated_prompts'),
-  ),
-  'selfcheck': Job(selfcheck.run, ('seed',), is_reusable=False),
-  'chat': Job(chat.run, ('seed',), is_reusable=False),
-}
-
-
-def run(stages: list[Stage], workdir: Path, started: float, name: str = '') -> dict[str, Any]:
-  """Runs the stages of `prepare`; returns their results by name.
+def run(
+  stages: list[Stage], workdir: Path, started: float, config_name: str = ''
+) -> dict[str, Results]:
+  """Runs the stages of `prepare` and prints their tables; returns their results by name.
 
   Args:
-    started: time.time() of the process's start, for `wall_seconds` of the demo's results.json.
-    name: of the config, for report.html.
+    started: time.time() of the process's start.
+    config_name: the title of report.html.
   """
   results = {}
-  with Page(workdir, name, [stage.name for stage in stages]) as page:
+  with Page(workdir, config_name, [stage.name for stage in stages]) as page:
     for stage in stages:
       with jax.set_mesh(stage.mesh):
         results[stage.name] = run_stage(dataclasses.replace(stage, refresh=page.refresh))
       page.write()
   if not processes.is_first():
     return results
-  for name, job in (('evaluate', evaluate), ('evaluate_reward', evaluate_reward)):
-    if name in results:
+  for name in results:
+    if print_table := JOBS[name].print_table:
       log('')
-      job.show(results[name])
-  if {'demo', 'reward', 'evaluate'} <= set(results):
-    demo.write_results(stages[0].settings.seed, workdir, results, started)
+      print_table(results[name])
+  for stage in stages:
+    if after_run := JOBS[stage.name].after_run:
+      after_run(stage, results, started)
   return results
 
 
@@ -167,114 +56,123 @@ def prepare(
   settings: Settings,
   workdir: Path,
   mesh: Mesh,
-  mirrored: NoMirror | None = None,
+  mirror: NoMirror | None = None,
   command: Command | None = None,
 ) -> list[Stage]:
-  """The stages with their paths; every check that takes no time is made before the first starts.
+  """Returns the stages with their paths, after every check that takes no time.
 
   Raises:
-    ValueError: a batch does not divide over the mesh, a path or function does not exist, ...
+    UserError: a stage does not exist, a batch does not divide over the mesh, a path or function
+      does not exist, ...
   """
+  check_stages(settings.stages)
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise UserError("config.wandb_project needs wandb: pip install -e '.[wandb]'.")
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
   for name in settings.stages:
-    wired = connect_stages(name, settings, workdir)
+    job = JOBS[name]
     stage = Stage(
-      name, wired, workdir / name, mesh, mirrored or NoMirror(), command=command or Command()
+      name,
+      connect_stage(job, settings, workdir),
+      workdir / name,
+      mesh,
+      mirror or NoMirror(),
+      command=command or Command(),
     )
-    check_batches(name, stage.settings, mesh)
-    for key in (*JOBS[name].needs, *JOBS[name].optional):
-      for label, path in inputs.named_paths(key, operator.attrgetter(key)(settings)).items():
-        inputs.check_path(label, path, stage.directory)
+    check_batches(job, settings, mesh)
+    for item in job.inputs:
+      for key, path in item.paths(_get(settings, item.key)).items():
+        if path not in item.keywords:
+          inputs.check_path(key, path, stage.directory)
     stages.append(stage)
-  if {'ppo', 'evaluate'} & set(settings.stages):
-    evaluate.load_eval_functions(settings.evaluate)
-  if settings.reward_shaping.reward_fn and {'ppo', 'evaluate'} & set(settings.stages):
-    load_function(settings.reward_shaping.reward_fn, 'reward_shaping.reward_fn')
+  for name in settings.stages:
+    if check := JOBS[name].check:
+      check(settings)
   return stages
 
 
-def check_batches(job: str, settings: Settings, mesh: Mesh) -> None:
-  """ValueError where a batch of the job does not divide over the mesh."""
-  for key in JOBS[job].batches:
-    if size := operator.attrgetter(key)(settings):
+def check_batches(job: Job, settings: Settings, mesh: Mesh) -> None:
+  """Checks that the batches of the job divide over the mesh; UserError names the key."""
+  for key in job.batch_keys:
+    if size := _get(settings, key):
       check_batch(f'config.{key}={size}', size, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:
-  """ValueError where a path is missing that nobody gives."""
+  """Checks that every path that a stage needs is given; UserError names the key."""
   for stage in stages:
     if missing := missing_keys(stage):
       raise UserError(
-        f'config.{missing[0]} is empty, and the {stage.name} job needs it: give a path or a hub id '
+        f'config.{missing[0]} is empty, and the {stage.name} job needs it; give a path or a hub id '
         f'by --config.{missing[0]}=...'
       )
 
 
 def missing_keys(stage: Stage) -> list[str]:
-  """The keys that the stage needs and nobody has given; the reference may follow the policy."""
-  missing = [key for key in JOBS[stage.name].needs if not operator.attrgetter(key)(stage.settings)]
-  scores = stage.name in ('normalizer', 'evaluate_reward')
-  if not stage.settings.reward_shaping.reward_model_weight and not scores:
-    missing = [key for key in missing if key != 'reward_model.path']
-  given = stage.settings.evaluate_reward
-  if stage.name == 'evaluate_reward' and (given.pairs or given.spans):
-    missing = [key for key in missing if key != 'data.path']
-  follows = 'policy.path' in missing and stage.name != 'evaluate'
-  return [key for key in missing if not (follows and key == 'reference.path')]
+  """Returns the keys of required inputs that neither the user nor an earlier stage provides."""
+  missing = []
+  for item in JOBS[stage.name].inputs:
+    if _get(stage.settings, item.key) or not item.is_required(stage.settings):
+      continue
+    # A key that takes its value from another missing key need not be given as well.
+    sources = _active_sources(item, _earlier_stages(stage.name, stage.settings))
+    if not any(f'config.{key}' in sources for key in missing):
+      missing.append(item.key)
+  return missing
 
 
-def connect_stages(name: str, settings: Settings, workdir: Path) -> Settings:
-  """The settings of a stage of the run: what an earlier stage made takes the place of paths.
-
-  The policy is that of sft or ppo, once they have run; the reference is the policy before PPO,
-  unless the config names one. The built-in language gives each stage its rows and, to begin with,
-  its network, unless the config names others.
-  """
-  before = settings.stages[: settings.stages.index(name)]
-
-  def made(stage: str) -> str:
-    return str(workdir / stage / 'model') if stage in before else ''
-
-  start = made('sft') or settings.policy.path or made('demo')
-  is_alone = name == 'evaluate' and not made('ppo')
-  rows = ''
-  if 'demo' in before:
-    kind = {'sft': 'sft', 'ppo': 'prompts', 'evaluate': 'held_out'}.get(name, 'pairs')
-    rows = str(workdir / 'demo' / 'rows' / f'{kind}.jsonl.gz')
-  return typed.replace(
-    settings,
-    **{
-      'policy.path': (made('ppo') or start) if name in ('evaluate', 'answers') else start,
-      'reference.path': settings.reference.path or ('' if is_alone else start),
-      'reward_model.path': made('reward') or settings.reward_model.path,
-      'data.path': settings.data.path or rows,
-    },
-  )
+def connect_stage(job: Job, settings: Settings, workdir: Path) -> Settings:
+  """Returns the settings of a stage, with the paths of what earlier stages write."""
+  earlier = _earlier_stages(job.name, settings)
+  values = {}
+  for item in job.inputs:
+    for source in _active_sources(item, earlier):
+      value = _source_value(source, settings, workdir, earlier)
+      if value:
+        values[item.key] = value
+        break
+  return replace(settings, **values)
 
 
-def run_stage(stage: Stage) -> dict[str, Any]:
-  """Runs one stage, or reuses what it left before."""
+def _earlier_stages(name: str, settings: Settings) -> tuple[str, ...]:
+  return settings.stages[: settings.stages.index(name)]
+
+
+def _active_sources(item: Input, earlier: tuple[str, ...]) -> tuple[str, ...]:
+  if item.only_after and item.only_after not in earlier:
+    return (f'config.{item.key}',)
+  return item.sources
+
+
+def _source_value(source: str, settings: Settings, workdir: Path, earlier: tuple[str, ...]) -> str:
+  """Returns the value of a source of an `Input`, '' if it does not exist."""
+  if source.startswith('config.'):
+    return _get(settings, source.removeprefix('config.'))
+  job = source.partition('/')[0]
+  return str(workdir / source) if job in earlier else ''
+
+
+def run_stage(stage: Stage) -> Results:
+  """Runs one stage, or reuses the results of a run with the same settings and inputs."""
   job, key = JOBS[stage.name], {}
   results = None
   if processes.is_first():
-    key = {'settings': _sections(stage, job), 'inputs': _inputs(stage, job)}
-    results = _begin(stage, job, key)
+    key = {'settings': _settings_key(stage, job), 'inputs': _hash_inputs(stage, job)}
+    results = _prepare_directory(stage, job, key)
   stage.mirror.push_and_wait(stage.directory)
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
-  begun = time.monotonic()
+  began = time.monotonic()
   results = job.run(stage)
-  results['seconds'] = time.monotonic() - begun
+  results['seconds'] = time.monotonic() - began
   processes.barrier(f'{stage.name} done')
   if processes.is_first():
-    figures = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.figures)
-    stage.log(f'done in {results["seconds"]:.1f} s{figures}')
-    results = stage_record.record_results(stage.directory, key, results, _outputs(stage, job))
+    summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
+    stage.log(f'done in {results["seconds"]:.1f} s{summary}')
+    results = stage_record.record_results(stage.directory, key, results, _hash_outputs(stage, job))
   stage.mirror.push_and_wait()
   if processes.is_first():
     _drop_states(stage)
@@ -282,15 +180,15 @@ def run_stage(stage: Stage) -> dict[str, Any]:
 
 
 def _drop_states(stage: Stage) -> None:
-  """Removes the training states of a finished stage; only once it is known to be finished."""
+  """Removes the training states of a stage, once stage.json says that it is finished."""
   if checkpoint_dir(stage).exists():
     checkpoint_dir(stage).rmtree()
 
 
-def _begin(stage: Stage, job: Job, key: stage_record.Key) -> dict[str, Any] | None:
-  """What the stage left before, if that can be reused; else its directory is ready for it."""
+def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
+  """Returns results that can be reused; without any, makes the stage's directory ready."""
   stage_record.restore_old(stage.directory, key)
-  results = stage_record.load_results_if_valid(stage.directory, key, _outputs(stage, job))
+  results = stage_record.load_results_if_valid(stage.directory, key, _hash_outputs(stage, job))
   if results is not None and job.is_reusable:
     stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
@@ -298,7 +196,7 @@ def _begin(stage: Stage, job: Job, key: stage_record.Key) -> dict[str, Any] | No
   log('')
   reason = stage_record.prepare_directory(stage.directory, key)
   if reason and job.is_reusable:
-    stage.log(f'runs again: {reason} (what was there is in {stage.directory}.old)')
+    stage.log(f'runs again: {reason} (the earlier output is in {stage.directory}.old)')
   return None
 
 
@@ -306,40 +204,48 @@ def _short(value: Any) -> str:
   return f'{value:.3f}' if isinstance(value, float) else f'{value:,}'
 
 
-def _sections(stage: Stage, job: Job) -> dict[str, Any]:
-  """The settings that the job reads; paths in the working directory as seen from there."""
+def _get(settings: Settings, key: str) -> Any:
+  return operator.attrgetter(key)(settings)
+
+
+def _settings_key(stage: Stage, job: Job) -> dict[str, Any]:
+  """Returns the settings that the job reads, with paths relative to the working directory.
+
+  So a run can be moved to another directory and still reuse its stages.
+  """
   values = dataclasses.asdict(stage.settings)
-  return _seen_from(stage.directory.parent, {name: values[name] for name in job.sections})
+  return _relative_to(stage.directory.parent, {name: values[name] for name in job.sections})
 
 
-def _seen_from(workdir: Path, value: Any) -> Any:
+def _relative_to(workdir: Path, value: Any) -> Any:
   if isinstance(value, dict):
-    return {name: _seen_from(workdir, item) for name, item in value.items()}
+    return {name: _relative_to(workdir, item) for name, item in value.items()}
   return value.removeprefix(f'{workdir}/') if isinstance(value, str) else value
 
 
-def _inputs(stage: Stage, job: Job) -> dict[str, str]:
-  """Content of the local files and directories that the stage reads."""
-  found = {}
-  for key in (*job.needs, *job.optional):
-    found |= inputs.named_paths(key, operator.attrgetter(key)(stage.settings))
+def _hash_inputs(stage: Stage, job: Job) -> dict[str, str]:
+  """Returns content hashes of the local files and directories that the stage reads, by key."""
+  paths = {}
+  for item in job.inputs:
+    paths |= item.paths(_get(stage.settings, item.key))
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
-    found['data.chat_template'] = stage.settings.data.chat_template
-  # The normalizer job writes segment_reward.json into its own input.
-  skip = SEGMENT_REWARD if stage.name == 'normalizer' else ''
+    paths['data.chat_template'] = stage.settings.data.chat_template
+  # A file that the job itself writes into an input must not count as a change of that input.
+  skip = job.rewrites[1:] if job.rewrites else ()
   return {
     key: stage_record.content_hash(Path(path).expanduser(), skip)
-    for key, path in found.items()
+    for key, path in paths.items()
     if path and Path(path).expanduser().exists()
   }
 
 
-def _outputs(stage: Stage, job: Job) -> dict[str, str]:
-  found = {name: stage.directory / name for name in job.outputs}
-  skip = SEGMENT_REWARD
-  if stage.name == 'normalizer':
-    found = {SEGMENT_REWARD: Path(stage.settings.reward_model.path).expanduser() / SEGMENT_REWARD}
-    skip = ''
+def _hash_outputs(stage: Stage, job: Job) -> dict[str, str]:
+  """Returns content hashes of what the stage has written."""
+  paths = {name: stage.directory / name for name in job.outputs}
+  skip = [other.rewrites[1] for other in JOBS.values() if other.rewrites and other is not job]
+  if job.rewrites:
+    key, file = job.rewrites
+    paths[file] = Path(_get(stage.settings, key)).expanduser() / file
   return {
-    name: stage_record.content_hash(path, skip) for name, path in found.items() if path.exists()
+    name: stage_record.content_hash(path, skip) for name, path in paths.items() if path.exists()
   }

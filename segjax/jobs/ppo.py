@@ -15,6 +15,16 @@ from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
+from segjax.jobs.job import (
+  COMMON,
+  OPTIONAL_REWARD_MODEL,
+  POLICY,
+  REFERENCE,
+  Input,
+  Job,
+  data,
+)
+from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
 from segjax.run import inputs, models, preemption, provenance, training_loop
@@ -35,6 +45,7 @@ FIGURES = {  # of the last step: names in results, names of metrics
   'length': 'response/length_mean',
   'segments': 'segments/per_response',
 }
+CRITICS = ('policy', 'reward_model')  # values of config.critic.init that are not paths
 SHOW = list(FIGURES.values())  # on the console, the first two beside the bar; in the card's curves
 
 
@@ -237,3 +248,37 @@ def update(
 
 def _next_coef(coef: jax.Array, measured: jax.Array, ppo: PPO) -> jax.Array:
   return adaptive_kl_coef(coef, measured, ppo.kl_target, ppo.rollout_batch_size, ppo.kl_horizon)
+
+
+JOB = Job(
+  name='ppo',
+  run=run,
+  sections=(
+    *COMMON,
+    'policy',
+    'reference',
+    'reward_model',
+    'critic',
+    'rollout',
+    'reward_shaping',
+    'ppo',
+    'compat',
+  ),
+  inputs=(
+    POLICY,
+    REFERENCE,
+    OPTIONAL_REWARD_MODEL,
+    Input('critic.init', keywords=CRITICS),
+    data('prompts'),
+  ),
+  check=evaluate.check_functions,
+  outputs=('model', 'critic'),
+  batch_keys=PLAN.batch_keys,
+  summary=('reward', 'kl'),
+  num_networks=4,
+  tokens_per_step=lambda s: (
+    s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
+  ),
+  num_steps=lambda s, rows: s.ppo.max_steps,
+  plan=PLAN,
+)

@@ -9,13 +9,15 @@ import jax
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Segmentation
+from segjax.config.settings import Segmentation, Settings
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
+from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data
+from segjax.plan import programs
 from segjax.report.console import table, track
 from segjax.rl.pair_metrics import pair_metrics
 from segjax.run import inputs, models, provenance, training_loop
@@ -29,6 +31,7 @@ from segjax.train.segmenter import make_segmenter
 
 # Of the metrics; two beside the bar, all in the card's curves.
 SHOW = ['train/loss', 'train/accuracy', 'train/segments']
+HELD_OUT_FILE = 'held_out.json'  # rows of the data that were never trained on, from 0
 _LOOKED_AT = 512  # held-out pairs, at most, while it trains
 
 
@@ -114,7 +117,7 @@ def run(stage: Stage) -> dict[str, Any]:
   states, last = training_loop.train(stage, states, step_fn, total, SHOW)
   params = states['reward'].params
   if processes.is_first():
-    (stage.directory / 'held_out.json').write_text(json.dumps(held_out.row.tolist()))
+    (stage.directory / HELD_OUT_FILE).write_text(json.dumps(held_out.row.tolist()))
   found = held_out_metrics(stage, params, reference, held_out, scorer)
   held = {f'held_out_{name}': value for name, value in found.items()}
   card = provenance.card(stage, {'loss': last.get('train/loss')} | held, pairs, SHOW)
@@ -182,3 +185,25 @@ def evaluate_held_out(
   )
   metrics = jax.device_get(jax.jit(pair_metrics)(chosen, rejected, *lengths))
   return {name: float(value) for name, value in metrics.items()}
+
+
+def _num_steps(settings: Settings, rows: int) -> int:
+  s = settings.reward
+  if s.max_steps or not rows:
+    return s.max_steps
+  return training_loop.count_steps(0, s.num_epochs, rows, s.batch_size, 'reward.batch_size')
+
+
+JOB = Job(
+  name='reward',
+  run=run,
+  sections=(*COMMON, 'policy', 'reference', 'reward', 'compat'),
+  inputs=(POLICY, REFERENCE, data('pairs')),
+  outputs=('model', HELD_OUT_FILE),
+  batch_keys=programs.REWARD.batch_keys,
+  summary=('held_out_accuracy',),
+  num_networks=2,
+  tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
+  num_steps=_num_steps,
+  plan=programs.REWARD,
+)

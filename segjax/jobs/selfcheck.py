@@ -26,6 +26,7 @@ from segjax.config.settings import (
 )
 from segjax.errors import UserError
 from segjax.jobs import selfcheck_rewards
+from segjax.jobs.job import Job
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
 from segjax.model.llama import LlamaConfig, make_config
@@ -281,3 +282,6 @@ def _distance(a: Any, b: Any) -> float:
 
 def _short(x: float) -> str:
   return '' if math.isnan(x) else f'{x:.1e}'
+
+
+JOB = Job(name='selfcheck', run=run, sections=('seed',), is_reusable=False, num_networks=4)

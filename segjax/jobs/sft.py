@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from segjax.config.settings import Settings
 from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
+from segjax.jobs.job import COMMON, POLICY, Job, data
+from segjax.plan import programs
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
@@ -53,3 +56,24 @@ def run(stage: Stage) -> dict[str, Any]:
     card=provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW),
   )
   return {'steps': total, 'loss': last.get('train/loss'), 'rows': len(dataset)}
+
+
+def _num_steps(settings: Settings, rows: int) -> int:
+  s = settings.sft
+  if s.max_steps or not rows:
+    return s.max_steps
+  return training_loop.count_steps(0, s.num_epochs, rows, s.batch_size, 'sft.batch_size')
+
+
+JOB = Job(
+  name='sft',
+  run=run,
+  sections=(*COMMON, 'policy', 'sft'),
+  inputs=(POLICY, data('sft')),
+  outputs=('model',),
+  batch_keys=programs.SFT.batch_keys,
+  summary=('loss',),
+  tokens_per_step=lambda s: s.sft.batch_size * s.data.max_length,
+  num_steps=_num_steps,
+  plan=programs.SFT,
+)

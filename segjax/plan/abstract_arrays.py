@@ -1,9 +1,9 @@
-"""Shapes and layouts of what a job's programs are given; no array is made.
+"""Shapes and layouts of the arguments of a job's programs; no array is created.
 
-Which program is given what is `phases`' business.
+Which program takes which of them is up to `programs` and `ppo_programs`.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,61 +18,62 @@ from segjax.model.llama import LlamaConfig
 from segjax.run.training_loop import plan_packing_for
 from segjax.train.optimizer import init_state
 from segjax.train.scoring import ModelOutputs
-from segjax.types import Experience, PackingPlan, PreferenceBatch, Rollout, Segments, Sequences
+from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequences
 
 
 def bytes_per_device(tree: Any) -> int:
-  """What the arrays of such shapes take on the device that has most of them."""
+  """Returns the bytes of these arrays on the device that holds the largest part of them."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    size = functools.reduce(lambda a, b: a * b, shape, 1)
-    total += size * (8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    total += math.prod(shape) * (8 if is_key else leaf.dtype.itemsize)
   return total
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-  """The shapes, laid out so."""
+  """Returns the shapes with these shardings."""
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree, shardings
   )
 
 
 def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh) -> Any:
-  """Of a network's weights."""
+  """Returns the shapes of a network's parameters."""
   shapes = heads.param_shapes(config, head)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
 
 def state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settings, mesh: Mesh):
-  """Of what training a network carries on."""
+  """Returns the shapes of a network's TrainState."""
   weights = params(config, head, settings.runtime.param_dtype, mesh)
   shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), weights)
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
 
 def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-  """An array split along its first axis."""
+  """Returns the shape of an array that is split along its first axis."""
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
 
 
 def packing(
   settings: SFT | RewardTraining | PPO, sequences: int, mesh: Mesh, group: int = 1
 ) -> Any:
-  """Where the sequences of an update lie, if they are packed; its shapes know no lengths."""
-  found: PackingPlan | None = plan_packing_for(settings, np.ones(sequences, np.int32), group)[0]
-  everywhere = sharding.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), found)
+  """Returns the shapes of a PackingPlan of this many sequences; None without packing."""
+  # The shapes depend on the number of sequences and not on their lengths, so any lengths do.
+  plan, _ = plan_packing_for(settings, np.ones(sequences, np.int32), group)
+  layout = sharding.replicated(mesh)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
 
 
 def batch_shape_structs(make: Callable[[], Any], mesh: Mesh) -> Any:
-  """The shapes of the arrays that `make` would return, each split along its first axis."""
+  """Returns the shapes of the arrays that `make` would return, each split along its first axis."""
   return jax.tree.map(lambda x: batch(mesh, x.dtype, *x.shape), jax.eval_shape(make))
 
 
 def output_shape_structs(mesh: Mesh, function: Any, *arguments: Any, **static: Any) -> Any:
-  """The shapes that a jitted function returns, laid out as it lays them out."""
+  """Returns the shapes of a jitted function's outputs, with the layouts that it gives them."""
   with jax.set_mesh(mesh):
     shapes = function.eval_shape(*arguments, **static)
   compiled = lower(mesh, function, arguments, static).compile()
@@ -80,7 +81,13 @@ def output_shape_structs(mesh: Mesh, function: Any, *arguments: Any, **static: A
 
 
 def rollout(size: int, prompt: int, response: int) -> Rollout:
-  """So many responses of that length, as zeros; for `split`, like those below."""
+  """Returns a rollout of zeros, for `batch_shape_structs`, as do the functions below.
+
+  Args:
+    size: number of responses.
+    prompt: tokens of a prompt.
+    response: tokens of a response.
+  """
   lengths, tokens = jnp.zeros(size, jnp.int32), jnp.zeros((size, response), jnp.int32)
   return Rollout(
     prompt_ids=jnp.zeros((size, prompt), jnp.int32),
@@ -94,33 +101,33 @@ def rollout(size: int, prompt: int, response: int) -> Rollout:
 
 
 def experience(size: int, prompt: int, response: int) -> Experience:
-  """What PPO learns from, of so many responses."""
-  sampled = rollout(size, prompt, response)
-  mask, tokens = sampled.response_mask, sampled.response_ids
+  """Returns the experience of PPO."""
+  zeros = rollout(size, prompt, response)
+  mask, tokens = zeros.response_mask, zeros.response_ids
   names = ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_')
   return Experience(
-    rollout=sampled,
-    **dict.fromkeys(names, sampled.old_logprob),
-    segments=Segments(mask, mask, tokens, sampled.prompt_length),
+    rollout=zeros,
+    **dict.fromkeys(names, zeros.old_logprob),
+    segments=Segments(mask, mask, tokens, zeros.prompt_length),
     value_mask=mask,
   )
 
 
-def scores(size: int, response: int) -> ModelOutputs:
-  """What the networks say of so many responses."""
+def model_outputs(size: int, response: int) -> ModelOutputs:
+  """Returns log-probs, entropies, values and scores of responses."""
   tokens = jnp.zeros((size, response), jnp.float32)
   return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0])
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:
-  """So many preferences."""
+  """Returns a batch of preference pairs, each side padded to `length`."""
   ids = jnp.zeros((size, length), jnp.int32)
   side = Sequences(ids=ids, response_mask=ids > 0, finished=ids[:, 0] > 0)
   return PreferenceBatch(side, side)
 
 
 def lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[str, Any]) -> Any:
-  """The function, traced for such arguments and lowered for the platform of the mesh."""
+  """Traces a jitted function for these arguments and lowers it for the platform of the mesh."""
   with jax.set_mesh(mesh):
     traced = function.trace(*arguments, **static)
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))

@@ -11,12 +11,17 @@ does not fit. `python tools/plan.py --config=configs/ppo.py...` is the same.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from segjax.config import command_line
 from segjax.plan import topologies
+
+if TYPE_CHECKING:
+  from segjax.plan.programs import JobPlan
 
 _TOPOLOGY = flags.DEFINE_string(
   'topology', '', "v5p:2x2x2, v5e:8x8, cuda:8xH100-80GB, cpu:8; empty: the preset's."
@@ -29,8 +34,12 @@ _PLANS = flags.DEFINE_string(
 )
 
 
-def main(_: list[str]) -> None:
-  """Plans the last of config.stages, or every preset."""
+def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
+  """Plans the last of config.stages, or every preset.
+
+  Args:
+    find_plan: maps the name of a job to its plan.
+  """
   if _TABLE.value:
     print_table()
     return
@@ -39,12 +48,12 @@ def main(_: list[str]) -> None:
   topologies.prepare(topology)
   from segjax.plan import planner
 
-  job = settings.stages[-1]
+  job = find_plan(settings.stages[-1] if settings.stages else '')
   cache = Path(_PLANS.value) if _PLANS.value else None
   plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache)
-  planner.show(plan)
+  planner.print_plan(plan)
   if _JSON.value:
-    print(planner.as_json(plan))
+    print(planner.to_json(plan))
   if not plan.fits:
     sys.exit(1)
 

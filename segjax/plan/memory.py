@@ -1,4 +1,4 @@
-"""What each phase takes of a device's memory, as its compiler says; measured once per program."""
+"""The memory that each phase needs on a device, by its compiler; measured once per program."""
 
 import dataclasses
 import hashlib
@@ -13,20 +13,20 @@ import jaxlib
 from jax.sharding import Mesh
 
 from segjax.model.chips import GIB
-from segjax.plan import abstract_arrays, programs
-from segjax.plan.programs import JobPrograms, Phase
+from segjax.plan import abstract_arrays
+from segjax.plan.programs import JobPrograms, Phase, lower_phase
 from segjax.plan.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseMemory:
-  """One device's memory in one phase, bytes.
+  """The memory of one device in one phase, in bytes.
 
   Attributes:
-    beside: what lives meanwhile and is no argument.
-    aliased: of the outputs, what is written where an argument was.
-    seconds: that the compiler took.
-    refused: its message where it found that the program cannot fit; the other figures are 0 then.
+    aliased: the part of the outputs that is written over arguments.
+    resident: what lives on the device during the phase and is not an argument.
+    seconds: compile time.
+    refused: the compiler's message if the program cannot fit; the other figures are 0 then.
   """
 
   name: str
@@ -34,35 +34,36 @@ class PhaseMemory:
   temporaries: int
   outputs: int
   aliased: int
-  beside: int
+  resident: int
   seconds: float
   refused: str = ''
 
   @property
   def peak(self) -> int:
-    return self.beside + self.arguments + self.temporaries + self.outputs - self.aliased
+    """The largest number of bytes in use at once."""
+    return self.resident + self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 def measure(
   phase: Phase, program: JobPrograms, mesh: Mesh, topology: Topology, cache: Path | None
 ) -> PhaseMemory:
-  """Compiles a phase, or finds in `cache` what compiling the same program said."""
-  lowered = programs.lowered(phase, mesh)
+  """Compiles a phase, or reads from `cache` the result of compiling the same program."""
+  lowered = lower_phase(phase, mesh)
   file = cache / f'{_fingerprint(lowered, topology)}.json' if cache else None
   if file and file.exists():
-    found = json.loads(file.read_text(encoding='utf-8'))
+    sizes = json.loads(file.read_text(encoding='utf-8'))
   else:
-    found = _compile(lowered)
+    sizes = _compile(lowered)
     if file:
       file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps(found), encoding='utf-8')
-  passed = sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.passed)
-  return PhaseMemory(name=phase.name, beside=held_bytes(phase, program) - passed, **found)
+      file.write_text(json.dumps(sizes), encoding='utf-8')
+  passed_in = sum(abstract_arrays.bytes_per_device(program.trees[name]) for name in phase.passed_in)
+  return PhaseMemory(name=phase.name, resident=live_bytes(phase, program) - passed_in, **sizes)
 
 
-def held_bytes(phase: Phase, program: JobPrograms) -> int:
-  """What lives on a device during the phase, its arguments among it."""
-  return sum(abstract_arrays.bytes_per_device(program.held[name]) for name in phase.alive)
+def live_bytes(phase: Phase, program: JobPrograms) -> int:
+  """Returns the bytes that live on a device during the phase, arguments included."""
+  return sum(abstract_arrays.bytes_per_device(program.trees[name]) for name in phase.live)
 
 
 def _compile(lowered: Any) -> dict[str, Any]:
@@ -75,18 +76,18 @@ def _compile(lowered: Any) -> dict[str, Any]:
       raise
     message = re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2]
     return empty | {'seconds': time.time() - began, 'refused': message[:200]}
-  found = compiled.memory_analysis()
+  analysis = compiled.memory_analysis()
   return {
-    'arguments': found.argument_size_in_bytes,
-    'temporaries': found.temp_size_in_bytes,
-    'outputs': found.output_size_in_bytes,
-    'aliased': found.alias_size_in_bytes,
+    'arguments': analysis.argument_size_in_bytes,
+    'temporaries': analysis.temp_size_in_bytes,
+    'outputs': analysis.output_size_in_bytes,
+    'aliased': analysis.alias_size_in_bytes,
     'seconds': time.time() - began,
   }
 
 
 def _fingerprint(lowered: Any, topology: Topology) -> str:
-  """Of the program and of what compiles it."""
+  """Returns a hash of the program and of the compiler's versions."""
   versions = [jax.__version__, jaxlib.__version__]
   if topology.is_tpu:
     from importlib.metadata import PackageNotFoundError, version
@@ -100,5 +101,5 @@ def _fingerprint(lowered: Any, topology: Topology) -> str:
 
 
 def in_gib(size: float | int) -> str:
-  """Bytes as GiB."""
+  """Returns bytes as text in GiB."""
   return f'{size / GIB:.2f}'

@@ -1,171 +1,177 @@
-"""The plan of a job, printed: memory and time of every phase, and what would make it fit."""
+"""Plans a job on a topology and prints the plan: memory and time of every phase, what helps."""
 
 import dataclasses
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from segjax.config.settings import Settings
 from segjax.errors import UserError
-from segjax.hf import reader
-from segjax.jobs import pipeline
-from segjax.model.llama import LlamaConfig, make_config, num_parameters
-from segjax.model.mesh import make_mesh
-from segjax.plan import memory, programs, roofline, suggestions, topologies
+from segjax.model.llama import num_parameters
+from segjax.model.mesh import check_batch, make_mesh
+from segjax.plan import memory, roofline, suggestions, topologies
 from segjax.plan.memory import PhaseMemory, in_gib
-from segjax.plan.programs import JobPrograms
+from segjax.plan.programs import JobPlan, JobPrograms
 from segjax.plan.topologies import Topology
 from segjax.report.console import log, table
+from segjax.run.models import find_network_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What was found out about a job on a topology."""
+  """The plan of a job on a topology.
 
-  job: str
+  Attributes:
+    measured: the memory of the compiled phases.
+    costs: what each phase of a step costs, by name.
+    items_per_step: prompts or rows that a step takes.
+    suggestions: lines on what would make it fit; empty if it fits.
+  """
+
+  job: JobPlan
   topology: Topology
-  program: JobPrograms
+  programs: JobPrograms
   measured: list[PhaseMemory]
-  work: dict[str, roofline.PhaseCost]
+  costs: dict[str, roofline.PhaseCost]
+  items_per_step: int
   suggestions: list[str]
-  prompts: int  # per step
 
   @property
   def fits(self) -> bool:
+    """Whether every phase fits into the memory of a device."""
     return all(not m.refused and m.peak <= self.topology.chip.memory for m in self.measured)
 
   @property
   def peak(self) -> int:
-    return max(found.peak for found in self.measured)
+    """The largest peak of all phases, in bytes."""
+    return max(phase.peak for phase in self.measured)
 
   @property
   def step_seconds(self) -> float:
-    return sum(work.seconds(self.topology.chip) for work in self.work.values())
+    """A lower bound on the seconds of a step."""
+    return sum(cost.seconds(self.topology.chip) for cost in self.costs.values())
 
 
 def make_plan(
-  job: str, s: Settings, topology: Topology, names: tuple[str, ...] = (), cache: Path | None = None
+  job: JobPlan,
+  s: Settings,
+  topology: Topology,
+  names: tuple[str, ...] = (),
+  cache: Path | None = None,
 ) -> Plan:
-  """Compiles the job's phases, or those of `names`, for the topology.
+  """Compiles the job's phases for the topology.
+
+  Args:
+    names: of the phases to compile; empty for all.
+    cache: a directory of earlier results.
 
   Raises:
-    ValueError: no such job or phase; sizes that are not known; batches that do not divide.
+    UserError: a phase does not exist, the sizes of the network are unknown, or a batch does not
+      divide over the devices.
   """
-  if job not in programs.JOBS:
-    raise UserError(f'there is no plan for the job {job!r}, only for {", ".join(programs.JOBS)}.')
-  network = _network(s)
+  network = find_network_config(s)
+  if network is None:
+    raise UserError(
+      'config.network.vocab_size=0 and config.policy.path is not a local directory, so the sizes '
+      'of the network are unknown; use a preset such as llama3_8b_sft, or a local policy.path.'
+    )
   devices = topologies.devices(topology)
   mesh = make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, devices)
-  pipeline.check_batches(job, s, mesh)
-  program = programs.program(job, s, network, mesh)
-  known = [phase.name for phase in program.phases]
+  for key in job.batch_keys:
+    if size := operator.attrgetter(key)(s):
+      check_batch(f'config.{key}={size}', size, mesh)
+  programs = job.programs(s, network, mesh)
+  existing = [phase.name for phase in programs.phases]
   for name in names:
-    if name not in known:
-      raise UserError(f'--phases: {name!r} is not one of {", ".join(known)}.')
+    if name not in existing:
+      raise UserError(f'--phases: {name!r} is not one of {", ".join(existing)}.')
   measured = []
-  for phase in program.phases:
+  for phase in programs.phases:
     if not names or phase.name in names:
-      measured.append(memory.measure(phase, program, mesh, topology, cache))
+      measured.append(memory.measure(phase, programs, mesh, topology, cache))
       log(f'{phase.name}: compiled in {measured[-1].seconds:.0f} s', 'plan')
-  plan = Plan(job, topology, program, measured, _work(job, s, program, mesh), [], _prompts(job, s))
+  costs = job.costs(s, programs.configs, mesh)
+  plan = Plan(job, topology, programs, measured, costs, job.items_per_step(s), [])
   if plan.fits:
     return plan
-  found = suggestions.suggest_changes(job, s, network, mesh, measured, topology.chip.memory)
-  return dataclasses.replace(plan, advice=found)
+  compiled = suggestions.Measured(job, s, network, mesh, measured)
+  lines = suggestions.suggest_changes(compiled, topology.chip.memory)
+  return dataclasses.replace(plan, suggestions=lines)
 
 
-def _network(s: Settings) -> LlamaConfig:
-  """Of the policy: from its directory if that is here, else config.network's sizes."""
-  path = Path(s.policy.path).expanduser()
-  if s.policy.path and path.is_dir():
-    return reader.load_config(path)
-  if not s.network.vocab_size:
-    raise UserError(
-      'the sizes of the network are not known: take a preset such as llama3_8b_sft, or give '
-      '--config.policy.path a directory that is here.'
-    )
-  return make_config(s.network)
+_COLUMNS = ('arguments', 'temporaries', 'outputs', 'aliased', 'resident', 'peak')
 
 
-def _work(job: str, s: Settings, program: JobPrograms, mesh: Mesh) -> dict[str, roofline.PhaseCost]:
-  if job == 'ppo':
-    return roofline.ppo_step(s, program.networks, mesh)
-  return roofline.update(job, s, program.networks, mesh)
-
-
-def _prompts(job: str, s: Settings) -> int:
-  return (
-    s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
-    if job == 'ppo'
-    else getattr(s, job).batch
-  )
-
-
-def show(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
   """Prints the plan."""
-  chip, network = plan.topology.chip, next(iter(plan.program.networks.values()))
+  chip = plan.topology.chip
   log('')
-  rows = [
-    (
-      found.name,
-      f'{found.seconds:.0f}',
-      *(in_gib(getattr(found, name)) for name in _COLUMNS),
-      'refused' if found.refused else 'yes' if found.peak <= chip.memory else 'NO',
-    )
-    for found in plan.measured
-  ]
-  limit = '' if math.isinf(chip.memory) else f' of {in_gib(chip.memory)}'
-  title = (
-    f'{plan.job} on {plan.topology.name}, {plan.topology.count} devices, networks of '
-    f'{num_parameters(network) / 1e9:.2f} B: GiB{limit} per device'
-  )
-  table(title, ('phase', 'compile s', *_COLUMNS, 'fits'), rows)
+  _print_memory(plan)
   if plan.topology.is_estimate:
-    log('an estimate: compiled for CPU devices, which widen bfloat16 and know no flash attention')
-  held = [(name, in_gib(size)) for name, size in plan.program.sizes().items()]
-  table('What lives across phases', ('', 'GiB per device'), held)
+    log('estimate: compiled for CPU, which upcasts bfloat16 and has no flash attention')
+  trees = [(name, in_gib(size)) for name, size in plan.programs.sizes().items()]
+  table('Lives across phases', ('', 'GiB per device'), trees)
   if not math.isnan(chip.flops):
-    rows = [
-      (name, f'{work.seconds(chip):.1f}', work.bound(chip)) for name, work in plan.work.items()
-    ]
-    title = "A step at 100 % of the chip's figures, texts as long as they may be: a lower bound"
-    table(title, ('phase', 'seconds', 'bound by'), rows)
-    rate = plan.prompts / plan.step_seconds * 3600
-    days = roofline.PROMPTS / rate / 24
-    what = 'prompts' if plan.job == 'ppo' else 'rows'
-    log(
-      f'{plan.step_seconds:.0f} s a step, {rate:,.0f} {what} an hour, '
-      f'{days:.2f} days for {roofline.PROMPTS:,}'
-    )
-  for found in plan.measured:
-    if found.refused:
-      log(f'{found.name}: {found.refused}')
-  for line in plan.advice:
+    _print_time(plan)
+  for phase in plan.measured:
+    if phase.refused:
+      log(f'{phase.name}: {phase.refused}')
+  for line in plan.suggestions:
     log(line)
   log('it fits' if plan.fits else 'it does NOT fit')
 
 
-_COLUMNS = ('arguments', 'temporaries', 'outputs', 'aliased', 'beside', 'peak')
+def _print_memory(plan: Plan) -> None:
+  chip, network = plan.topology.chip, next(iter(plan.programs.configs.values()))
+  rows = [
+    (
+      phase.name,
+      f'{phase.seconds:.0f}',
+      *(in_gib(getattr(phase, name)) for name in _COLUMNS),
+      'refused' if phase.refused else 'yes' if phase.peak <= chip.memory else 'NO',
+    )
+    for phase in plan.measured
+  ]
+  limit = '' if math.isinf(chip.memory) else f' of {in_gib(chip.memory)}'
+  title = (
+    f'{plan.job.name} on {plan.topology.name}, {plan.topology.count} devices, networks of '
+    f'{num_parameters(network) / 1e9:.2f} B: GiB{limit} per device'
+  )
+  table(title, ('phase', 'compile s', *_COLUMNS, 'fits'), rows)
 
 
-def as_json(plan: Plan) -> str:
-  """The plan's figures, bytes and seconds."""
+def _print_time(plan: Plan) -> None:
   chip = plan.topology.chip
-  found: dict[str, Any] = {
-    'job': plan.job,
+  rows = [
+    (name, f'{cost.seconds(chip):.1f}', cost.bound(chip)) for name, cost in plan.costs.items()
+  ]
+  title = 'Lower bound on a step: 100 % of the data sheet, texts of the maximum length'
+  table(title, ('phase', 'seconds', 'bound by'), rows)
+  per_hour = plan.items_per_step / plan.step_seconds * 3600
+  days = roofline.EPOCH_ROWS / per_hour / 24
+  log(
+    f'{plan.step_seconds:.0f} s a step, {per_hour:,.0f} {plan.job.items} an hour, '
+    f'{days:.2f} days for {roofline.EPOCH_ROWS:,}'
+  )
+
+
+def to_json(plan: Plan) -> str:
+  """Returns the plan's figures as JSON, in bytes and seconds."""
+  chip = plan.topology.chip
+  record: dict[str, Any] = {
+    'job': plan.job.name,
     'topology': plan.topology.name,
     'devices': plan.topology.count,
     'is_estimate': plan.topology.is_estimate,
     'fits': plan.fits,
     'memory': None if math.isinf(chip.memory) else int(chip.memory),
     'phases': [dataclasses.asdict(m) | {'peak': m.peak} for m in plan.measured],
-    'held': plan.program.sizes(),
-    'advice': plan.advice,
+    'trees': plan.programs.sizes(),
+    'suggestions': plan.suggestions,
   }
   if not math.isnan(chip.flops):
-    found['roofline'] = {name: work.seconds(chip) for name, work in plan.work.items()}
-    found['seconds_per_step'] = plan.step_seconds
-  return json.dumps(found)
+    record['roofline'] = {name: cost.seconds(chip) for name, cost in plan.costs.items()}
+    record['seconds_per_step'] = plan.step_seconds
+  return json.dumps(record)

@@ -1,7 +1,7 @@
-"""How long a phase takes at least: the largest of what arithmetic, memory and links would take.
+"""A lower bound on the time of a phase: the largest of its times for arithmetic, memory and links.
 
-Model FLOPs and bytes are counted from the network, at 100 % of the chip's figures and with every
-prompt and response as long as it may be. Real runs reach 40 to 60 % of them.
+Model FLOPs and bytes are counted from the network, at 100 % of the chip's data sheet and with every
+prompt and response of the maximum length. Real runs reach 40 to 60 % of it.
 """
 
 import dataclasses
@@ -16,22 +16,29 @@ from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.model.mesh import mesh_sizes
 
-PROMPTS = 60_000  # of UltraFeedback, an epoch
+EPOCH_ROWS = 60_000  # prompts of UltraFeedback
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseCost:
-  """Of one device, in one phase of one step: FLOPs, bytes of its memory, bytes to other devices."""
+  """What one phase of a step costs one device.
+
+  Attributes:
+    flops: floating-point operations.
+    memory: bytes read from and written to its memory.
+    link: bytes sent to other devices.
+  """
 
   flops: float | int = 0.0
   memory: float | int = 0.0
   link: float | int = 0.0
 
   def seconds(self, chip: Chip) -> float:
+    """Returns the time of the slowest of the three."""
     return max(self.flops / chip.flops, self.memory / chip.bandwidth, self.link / chip.link)
 
   def bound(self, chip: Chip) -> str:
-    """What it waits for."""
+    """Returns the name of the slowest of the three."""
     parts = {
       'arithmetic': self.flops / chip.flops,
       'memory': self.memory / chip.bandwidth,
@@ -40,50 +47,51 @@ class PhaseCost:
     return max(parts, key=lambda name: parts[name])
 
 
-def ppo_step(s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, PhaseCost]:
-  """What a step of PPO is made of."""
+def ppo_step(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, PhaseCost]:
+  """Returns the costs of a step of PPO by phase."""
   prompt, response, batch = (
     s.data.max_prompt_length,
     s.rollout.max_new_tokens,
     s.ppo.rollout_batch_size,
   )
-  whole = prompt + response
-  work = {'generation': _generation(s, networks['policy'], mesh)}
+  length = prompt + response
+  costs = {'generation': _generation(s, configs['policy'], mesh)}
   pieces = batch // (s.ppo.scoring_batch_size or batch)
   scoring = [
-    _forward(networks[name], head, mesh, batch, whole, pieces)
+    _forward(configs[name], head, mesh, batch, length, pieces)
     for name, head in (('reference', 'language'), ('reward', 'scalar'), ('critic', 'scalar'))
-    if name in networks
+    if name in configs
   ]
-  work['scoring'] = _sum(scoring)
+  costs['scoring'] = _sum(scoring)
   updates = s.ppo.num_ppo_epochs * batch // s.ppo.minibatch_size
   micro = s.ppo.minibatch_size // (s.ppo.micro_batch_size or s.ppo.minibatch_size)
   for name, head, optimizer in (
     ('policy', 'language', s.ppo.policy_optimizer),
     ('critic', 'scalar', s.ppo.critic_optimizer),
   ):
-    trained = _trained(s, optimizer, networks[name], head, mesh)
+    trained = _trained(s, optimizer, configs[name], head, mesh)
     rows = updates * s.ppo.minibatch_size
-    work[f'{name} update'] = trained(rows, whole, updates * micro, updates)
-  return work
+    costs[f'{name} update'] = trained(rows, length, updates * micro, updates)
+  return costs
 
 
-def update(
-  job: str, s: Settings, networks: dict[str, LlamaConfig], mesh: Mesh
-) -> dict[str, PhaseCost]:
-  """What a step of sft or reward training is made of."""
-  settings, length = getattr(s, job), s.data.max_length
-  pieces = settings.batch_size // (settings.micro_batch_size or settings.batch_size)
-  if job == 'sft':
-    trained = _trained(s, settings.optimizer, networks['policy'], 'language', mesh)
-    return {'policy update': trained(settings.batch_size, length, pieces, 1)}
-  trained = _trained(s, settings.optimizer, networks['reward'], 'scalar', mesh)
-  rows = 2 * settings.batch_size
-  work = {'reward model update': trained(rows, length, pieces, 1)}
-  if 'reference' in networks and not settings.entropy_cache_dir:
-    entropies = _forward(networks['reference'], 'language', mesh, rows, length, pieces)
-    work['entropies'] = entropies
-  return work
+def sft_step(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, PhaseCost]:
+  """Returns the cost of a step of SFT."""
+  size = s.sft.batch_size
+  pieces = size // (s.sft.micro_batch_size or size)
+  trained = _trained(s, s.sft.optimizer, configs['policy'], 'language', mesh)
+  return {'policy update': trained(size, s.data.max_length, pieces, 1)}
+
+
+def reward_step(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> dict[str, PhaseCost]:
+  """Returns the costs of a step of reward training by phase."""
+  size, length = s.reward.batch_size, s.data.max_length
+  pieces, rows = size // (s.reward.micro_batch_size or size), 2 * size
+  trained = _trained(s, s.reward.optimizer, configs['reward'], 'scalar', mesh)
+  costs = {'reward model update': trained(rows, length, pieces, 1)}
+  if 'reference' in configs and not s.reward.entropy_cache_dir:
+    costs['entropies'] = _forward(configs['reference'], 'language', mesh, rows, length, pieces)
+  return costs
 
 
 def _sum(parts: list[PhaseCost]) -> PhaseCost:
@@ -91,14 +99,14 @@ def _sum(parts: list[PhaseCost]) -> PhaseCost:
 
 
 def _weights(config: LlamaConfig) -> int:
-  """Bytes in the compute dtype."""
+  """Returns the bytes of a network in the compute dtype."""
   return num_parameters(config) * (2 if config.dtype == 'bfloat16' else 4)
 
 
 def _gathered(config: LlamaConfig, mesh: Mesh) -> float:
-  """Bytes that a device passes on while the weights are gathered along fsdp once."""
-  at = mesh_sizes(mesh)
-  return _weights(config) / at.tensor * (at.fsdp - 1) / at.fsdp
+  """Returns the bytes that a device sends while the weights are gathered along fsdp once."""
+  axes = mesh_sizes(mesh)
+  return _weights(config) / axes.tensor * (axes.fsdp - 1) / axes.fsdp
 
 
 def _forward(
@@ -112,9 +120,10 @@ def _forward(
 def _trained(
   s: Settings, optimizer: Optimizer, config: LlamaConfig, head: str, mesh: Mesh
 ) -> Callable[[int, int, int, int], PhaseCost]:
-  """(rows, length, micro-batches, updates) -> their work.
+  """Returns a function (rows, length, micro-batches, updates) -> cost of the updates.
 
-  Forward, backward and what remat does again; gradients are scattered, states read and written.
+  Counts forward, backward and the recomputation of remat; gradients are scattered, states are read
+  and written.
   """
   passes = 3 if config.remat == 'none' else 4
   itemsize = {'float32': 4, 'bfloat16': 2}
@@ -122,19 +131,19 @@ def _trained(
   state = 2 * state * num_parameters(config) / mesh.size
   reads = passes - 1  # the backward pass needs the weights once for both of its products
 
-  def work(rows: int, length: int, pieces: int, updates: int) -> PhaseCost:
-    one = _forward(config, head, mesh, rows, length, pieces)
+  def cost(rows: int, length: int, pieces: int, updates: int) -> PhaseCost:
+    forward = _forward(config, head, mesh, rows, length, pieces)
     return PhaseCost(
-      flops=one.flops * passes,
-      memory=one.memory * reads + state * updates,
-      link=one.link * reads + 2 * _gathered(config, mesh) * pieces,
+      flops=forward.flops * passes,
+      memory=forward.memory * reads + state * updates,
+      link=forward.link * reads + 2 * _gathered(config, mesh) * pieces,
     )
 
-  return work
+  return cost
 
 
 def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
-  """Prompts are read once; each step reads all weights and the filled cache."""
+  """Returns the cost of generation: each decode step reads all weights and the filled cache."""
   prompt, response, batch = (
     s.data.max_prompt_length,
     s.rollout.max_new_tokens,
@@ -152,9 +161,9 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
   rows = mesh_sizes(mesh).data
   split = mesh.size // rows
   # Two sums of activations per layer over all devices that share the weights.
-  passed = 2 * 2 * (split - 1) / split * slots / rows * config.hidden_size * itemsize
+  sent = 2 * 2 * (split - 1) / split * slots / rows * config.hidden_size * itemsize
   return PhaseCost(
     flops=flops / mesh.size,
     memory=steps * (_weights(config) / split + filled / mesh.size),
-    link=steps * config.num_hidden_layers * passed,
+    link=steps * config.num_hidden_layers * sent,
   )

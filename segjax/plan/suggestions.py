@@ -1,25 +1,31 @@
-"""What would make a plan fit: the cheapest changes first, each with the peak that it leaves.
+"""Changes of settings that would make a plan fit, the cheapest first, each with its peak.
 
-What lives on the devices is counted anew from shapes. Temporaries are those that were measured;
-with fewer rows at once they are taken to shrink in proportion, but for the gradient being added up.
+What lives on the devices is computed from shapes. Temporaries are the measured ones: with fewer
+rows at once they are taken to shrink in proportion, except for the gradient accumulator.
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterator
-from operator import attrgetter
+from typing import Any
 
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings, replace
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import batch_devices
-from segjax.plan import abstract_arrays, programs
-from segjax.plan.memory import PhaseMemory, held_bytes, in_gib
+from segjax.plan import abstract_arrays
+from segjax.plan.memory import PhaseMemory, in_gib, live_bytes
+from segjax.plan.programs import JobPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class SettingChange:
-  """A setting's new value, and the share of the rows that the named phases then have at once."""
+  """A new value of a setting.
+
+  Attributes:
+    rows: the share of rows that phases then have at once, by name of the phase.
+  """
 
   key: str
   value: int | str
@@ -29,90 +35,77 @@ class SettingChange:
     return f'--config.{self.key}={self.value}'
 
 
-def suggest_changes(
-  job: str,
-  s: Settings,
-  network: LlamaConfig,
-  mesh: Mesh,
-  measured: list[PhaseMemory],
-  limit: float | int,
-) -> list[str]:
-  """A line for each change that lowers the peak, and a last one with what is enough together."""
-  if any(found.refused for found in measured):
-    return ['take fewer rows at once or more chips: the compiler refused a phase']
-  peak = max(found.peak for found in measured)
-  lines, taken = [], []
-  for change in _changes(job, s, mesh):
-    alone = estimate_peak([change], job, s, network, mesh, measured)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """A job whose phases were compiled."""
+
+  job: JobPlan
+  settings: Settings
+  network: LlamaConfig
+  mesh: Mesh
+  memory: list[PhaseMemory]
+
+
+def suggest_changes(measured: Measured, limit: float | int) -> list[str]:
+  """Returns a line per change that lowers the peak, and a last one on all that are needed.
+
+  Args:
+    limit: bytes of a device.
+  """
+  if any(phase.refused for phase in measured.memory):
+    return ['use fewer rows at once or more chips: the compiler refused a phase']
+  peak = max(phase.peak for phase in measured.memory)
+  lines, selected = [], []
+  for change in _changes(measured):
+    alone = estimate_peak([change], measured)
     if alone < peak:
       lines.append(f'{change}: peak {in_gib(alone)} GiB')
-    if estimate_peak(taken, job, s, network, mesh, measured) > limit:
-      taken.append(change)
-  left = estimate_peak(taken, job, s, network, mesh, measured)
-  verdict = 'they fit' if left <= limit else 'not enough: take more chips'
-  return [*lines, f'all of {" ".join(map(str, taken))}: peak {in_gib(left)} GiB, {verdict}']
+    if estimate_peak(selected, measured) > limit:
+      selected.append(change)
+  together = estimate_peak(selected, measured)
+  verdict = 'they fit' if together <= limit else 'not enough: use more chips'
+  return [*lines, f'all of {" ".join(map(str, selected))}: peak {in_gib(together)} GiB, {verdict}']
 
 
-def estimate_peak(
-  changes: list[SettingChange],
-  job: str,
-  s: Settings,
-  network: LlamaConfig,
-  mesh: Mesh,
-  measured: list[PhaseMemory],
-) -> int:
-  """The largest peak of all phases with these changes, bytes."""
-  changed = programs.program(job, replace(s, **{c.key: c.value for c in changes}), network, mesh)
+def estimate_peak(changes: list[SettingChange], measured: Measured) -> int:
+  """Returns the largest peak of all phases under these changes, in bytes."""
+  settings = replace(measured.settings, **{change.key: change.value for change in changes})
+  programs = measured.job.programs(settings, measured.network, measured.mesh)
+  memory = {phase.name: phase for phase in measured.memory}
   peaks = []
-  for phase in changed.phases:
-    found = next((m for m in measured if m.name == phase.name), None)
-    if found is None:
+  for phase in programs.phases:
+    if phase.name not in memory:
       continue
-    extra, fixed = found.temporaries + found.outputs - found.aliased, 0
-    share = min((c.rows.get(phase.name, 1.0) for c in changes), default=1.0)
-    if phase.name.endswith('update'):
+    before = memory[phase.name]
+    extra, fixed = before.temporaries + before.outputs - before.aliased, 0
+    share = min((change.rows.get(phase.name, 1.0) for change in changes), default=1.0)
+    if phase.name.endswith('update'):  # the gradient has the parameters' size, whatever the rows
       fixed = min(abstract_arrays.bytes_per_device(phase.arguments[0].params), extra)
-    peaks.append(held_bytes(phase, changed) + fixed + int((extra - fixed) * share))
+    peaks.append(live_bytes(phase, programs) + fixed + int((extra - fixed) * share))
   return max(peaks)
 
 
-def _changes(job: str, s: Settings, mesh: Mesh) -> Iterator[SettingChange]:
-  """From what costs nothing but time to what changes numbers."""
-  devices = batch_devices(mesh)
-  if job == 'ppo':
-    slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
-    names = ('prefill', 'cache growth', 'decode chunk')
-    for share in _shares(slots, devices):
-      yield SettingChange('rollout.max_concurrent', int(slots * share), dict.fromkeys(names, share))
-  for key, whole, names in _ROWS[job]:
-    rows = attrgetter(key)(s) or attrgetter(whole)(s)
+def _changes(measured: Measured) -> Iterator[SettingChange]:
+  """Yields changes in order: those that cost time alone, then those that change numbers."""
+  job, settings = measured.job, measured.settings
+  devices = batch_devices(measured.mesh)
+  for at_once in job.rows_at_once:
+    rows = _get(settings, at_once.key) or _get(settings, at_once.total_key)
     for share in _shares(rows, devices):
-      yield SettingChange(key, int(rows * share), dict.fromkeys(names, share))
-  if job == 'ppo' and s.runtime.frozen_params_memory == 'device':
+      yield SettingChange(at_once.key, int(rows * share), dict.fromkeys(at_once.phases, share))
+  if job.has_frozen and settings.runtime.frozen_params_memory == 'device':
     yield SettingChange('runtime.frozen_params_memory', 'host')
-  for key in _OPTIMIZERS[job]:
-    if attrgetter(f'{key}.moments_dtype')(s) == 'float32':
+  for key in job.optimizers:
+    if _get(settings, f'{key}.moments_dtype') == 'float32':
       yield SettingChange(f'{key}.moments_dtype', 'bfloat16')
-  if s.runtime.param_dtype == 'float32':
+  if settings.runtime.param_dtype == 'float32':
     yield SettingChange('runtime.param_dtype', 'bfloat16')
 
 
 def _shares(rows: int, devices: int) -> list[float]:
-  """1/2 and 1/4, where so many rows divide over the devices."""
+  """Returns those of 1/2 and 1/4 that leave a number of rows divisible by the devices."""
   return [1 / n for n in (2, 4) if rows % (n * devices) == 0]
 
 
-# Keys of rows at once, of the rows of which they are a part, and the phases that have them.
-_ROWS = {
-  'ppo': (
-    ('ppo.micro_batch_size', 'ppo.minibatch_size', ('policy update', 'critic update')),
-    ('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
-  ),
-  'reward': (('reward.micro_batch_size', 'reward.batch_size', ('reward model update',)),),
-  'sft': (('sft.micro_batch_size', 'sft.batch_size', ('policy update',)),),
-}
-_OPTIMIZERS = {
-  'ppo': ('ppo.policy_optimizer', 'ppo.critic_optimizer'),
-  'reward': ('reward.optimizer',),
-  'sft': ('sft.optimizer',),
-}
+def _get(settings: Settings, key: str) -> Any:
+  return operator.attrgetter(key)(settings)

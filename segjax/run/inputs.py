@@ -14,21 +14,6 @@ from segjax.errors import UserError, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
 
-LISTS = ('evaluate_reward.pairs',)  # keys that hold several paths, separated by commas
-CRITICS = ('policy', 'reward_model')  # values of config.critic.init that are not paths
-
-
-def named_paths(key: str, value: str) -> dict[str, str]:
-  """Returns the paths of a key by name: `key`, or `key[0]`, `key[1]`, ... where it holds a list."""
-  if key not in LISTS:
-    return {key: value}
-  return {f'{key}[{number}]': path for number, path in enumerate(split_paths(value))}
-
-
-def split_paths(value: str) -> list[str]:
-  """Returns the paths of a list separated by commas."""
-  return [path.strip() for path in value.split(',') if path.strip()]
-
 
 def check_path(key: str, path: str, directory: Path) -> None:
   """Checks that a path exists or lies on a bucket or hub, and that the run does not write to it.
@@ -36,7 +21,7 @@ def check_path(key: str, path: str, directory: Path) -> None:
   Raises:
     UserError: the path does not exist, or lies in `directory`.
   """
-  if not path or '://' in path or (key == 'critic.init' and path in CRITICS):
+  if not path or '://' in path:
     return
   local = Path(path).expanduser()
   if not local.exists() and not is_hub_id(path):

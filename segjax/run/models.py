@@ -1,6 +1,8 @@
 """Loads the networks of a run, and what PPO and evaluation build around them."""
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +13,14 @@ from jax.sharding import Mesh
 from segjax.config.conflicts import check_redistribution
 from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_spread
+from segjax.data import demo_rows
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader, tensor_names
 from segjax.model import sharding
 from segjax.model.attention import select_implementation
-from segjax.model.llama import LlamaConfig
+from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
 from segjax.run.inputs import resolve_checkpoint
@@ -58,6 +61,28 @@ def load_network_config(
   if reason:
     log(reason)
   return config
+
+
+def find_network_config(settings: Settings) -> LlamaConfig | None:
+  """Returns the network of the policy, or of the reward model where there is no policy.
+
+  Reads it from a local directory, or else takes the sizes of config.network; downloads nothing.
+  None if the sizes are unknown.
+  """
+  path = settings.policy.path or settings.reward_model.path
+  if path and Path(path).expanduser().is_dir():
+    return reader.load_config(Path(path).expanduser())
+  network = settings.network
+  if not network.vocab_size and 'demo' in settings.stages:
+    network = dataclasses.replace(network, vocab_size=_demo_vocab_size())
+  return make_config(network) if network.vocab_size else None
+
+
+def _demo_vocab_size() -> int:
+  with tempfile.TemporaryDirectory() as directory:
+    demo_rows.write_tokenizer(Path(directory))
+    tokenizer = json.loads((Path(directory) / 'tokenizer.json').read_text(encoding='utf-8'))
+  return len(tokenizer['model']['vocab'])
 
 
 def apply_runtime(

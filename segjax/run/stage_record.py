@@ -9,6 +9,7 @@ back from there when its key does.
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def record_results(
   return _json_roundtrip(results)
 
 
-def content_hash(path: Path, skip: str = '') -> str:
+def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
   """SHA-256 over names and bytes of a file or a directory's files.
 
   Those named `skip` are left out, those that a killed process left half-written, and what only
@@ -82,7 +83,7 @@ def content_hash(path: Path, skip: str = '') -> str:
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
   for file in files:
-    is_read = not path.is_dir() or file.name not in (skip, *DOC_FILES)
+    is_read = not path.is_dir() or file.name not in (*skip, *DOC_FILES)
     if not is_read or file.suffix == '.partial':
       continue
     digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())

@@ -136,10 +136,6 @@ def test_whole_numbers_become_floats():
 @pytest.mark.parametrize(
   'values, message',
   [
-    ({'stages': ()}, 'config.stages is empty; name jobs out of demo, sft'),
-    ({'stages': ('ppp',)}, "config.stages='ppp' is not one of .*; did you mean 'ppo'"),
-    ({'stages': ('ppo', 'sft')}, 'must be in order: sft,ppo'),
-    ({'stages': ('sft', 'sft')}, 'must be in order: sft'),
     ({'stages': ('reward',), 'reward_model.path': 'x'}, 'config.stages trains a reward model'),
     (
       {'runtime.compute_dtype': 'bf16'},

@@ -6,15 +6,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from segjax.config.settings import JOBS, replace
+from segjax.config.settings import replace
 from segjax.jobs import pipeline
+from segjax.jobs.registry import JOBS
 from segjax.model.mesh import make_mesh
 
 WORKDIR = Path('/w')
 
 
 def _paths(settings, name):
-  s = pipeline.connect_stages(name, settings, WORKDIR)
+  s = pipeline.connect_stage(JOBS[name], settings, WORKDIR)
   return s.policy.path, s.reference.path, s.reward_model.path, s.data.path.removeprefix('/w/')
 
 
@@ -22,9 +23,10 @@ def test_demo_wires_every_stage_to_the_one_before(small):
   s = small(*JOBS)
   demo, sft, reward = '/w/demo/model', '/w/sft/model', '/w/reward/model'
   rows = 'demo/rows/{}.jsonl.gz'.format
-  assert _paths(s, 'sft') == (demo, demo, '', rows('sft'))
+  # Keys of what a job does not read stay as the config has them: here, empty.
+  assert _paths(s, 'sft') == (demo, '', '', rows('sft'))
   assert _paths(s, 'reward') == (sft, sft, '', rows('pairs'))
-  assert _paths(s, 'normalizer') == (sft, sft, reward, rows('pairs'))
+  assert _paths(s, 'normalizer') == ('', sft, reward, rows('pairs'))
   assert _paths(s, 'ppo') == (sft, sft, reward, rows('prompts'))
   assert _paths(s, 'evaluate') == ('/w/ppo/model', sft, reward, rows('held_out'))
 
@@ -114,7 +116,7 @@ def test_later_stages_are_checked_before_the_first(small):
     (('evaluate',), ['policy.path', 'reference.path', 'reward_model.path', 'data.path']),
     (('evaluate_reward',), ['reward_model.path', 'data.path']),
     (('answers',), ['policy.path', 'data.path']),
-    (JOBS, []),
+    (tuple(JOBS), []),
   ],
 )
 def test_missing_paths_are_named(small, one_device, stages, missing):

@@ -15,6 +15,8 @@ from segjax.config.settings import Network, Settings, replace
 from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
 from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
+from segjax.plan.ppo_programs import PPO
+from segjax.plan.programs import REWARD
 
 TOPOLOGY = topologies.parse('cpu:8')
 SETTINGS = replace(
@@ -42,7 +44,7 @@ def with_memory(size):
 
 @functools.cache
 def plan(settings=SETTINGS, names=SMALL, size=math.inf):
-  return planner.make_plan('ppo', settings, with_memory(size), names)
+  return planner.make_plan(PPO, settings, with_memory(size), names)
 
 
 def test_names_of_topologies():
@@ -66,12 +68,12 @@ def test_peak_is_what_lives_and_what_the_program_takes():
   found = plan()
   assert [m.name for m in found.measured] == list(SMALL)
   for measured in found.measured:
-    phase = next(p for p in found.program.phases if p.name == measured.name)
-    alive = sum(abstract_arrays.bytes_per_device(found.program.held[name]) for name in phase.alive)
+    phase = next(p for p in found.programs.phases if p.name == measured.name)
+    alive = sum(abstract_arrays.bytes_per_device(found.programs.trees[name]) for name in phase.live)
     extra = measured.temporaries + measured.outputs - measured.aliased
     # The programs have a few scalars more among their arguments.
     assert measured.peak == pytest.approx(alive + extra, rel=0.02)
-  state = found.program.held['critic state']
+  state = found.programs.trees['critic state']
   # Three numbers per weight, split over eight devices but for norms and steps.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
@@ -80,41 +82,42 @@ def test_peak_is_what_lives_and_what_the_program_takes():
 def test_too_little_memory_and_what_helps():
   peak = plan().peak
   found = plan(size=peak - 1)
-  assert plan(size=peak).fits and not plan(size=peak).advice
+  assert plan(size=peak).fits and not plan(size=peak).suggestions
   assert not found.fits
-  text = '\n'.join(found.advice)
+  text = '\n'.join(found.suggestions)
   for flag in (
     'rollout.max_concurrent=8',
     'runtime.frozen_params_memory=host',
     'moments_dtype=bfloat16',
   ):
     assert f'--config.{flag}' in text or flag in text, text
-  assert 'they fit' in found.advice[-1]
-  assert 'not enough: take more chips' in plan(size=1).advice[-1]
+  assert 'they fit' in found.suggestions[-1]
+  assert 'not enough: use more chips' in plan(size=1).suggestions[-1]
 
 
 def test_advice_is_what_a_new_plan_says():
   found, network = plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
+  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, found.measured)
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
   ):
     change = suggestions.SettingChange(key, value)
-    said = suggestions.estimate_peak([change], 'ppo', SETTINGS, network, mesh, found.measured)
+    said = suggestions.estimate_peak([change], measured)
     assert said < found.peak
     assert said == pytest.approx(plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   names = ('cache growth',)
-  first = planner.make_plan('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  first = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
   monkeypatch.setattr(memory, '_compile', None)
-  again = planner.make_plan('ppo', SETTINGS, TOPOLOGY, names, tmp_path)
+  again = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
   assert again.measured == first.measured
   with pytest.raises(TypeError):  # another program
     planner.make_plan(
-      'ppo', replace(SETTINGS, **{'rollout.max_concurrent': 8}), TOPOLOGY, names, tmp_path
+      PPO, replace(SETTINGS, **{'rollout.max_concurrent': 8}), TOPOLOGY, names, tmp_path
     )
 
 
@@ -124,22 +127,22 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
     ({'ppo.micro_batch_size': 4, 'ppo.minibatch_size': 4}, 'does not divide over the 8 devices'),
     ({'mesh.data': 3}, 'does not use the 8 devices exactly'),
     ({'mesh.tensor': 4}, r'mesh.tensor=4 does not divide the 4 query and 2 key heads'),
-    ({'network.vocab_size': 0}, 'the sizes of the network are not known: take a preset'),
+    ({'network.vocab_size': 0}, 'sizes of the network are unknown; use a preset'),
   ],
 )
 def test_what_cannot_be_planned(changes, message):
   with pytest.raises(ValueError, match=message):
-    planner.make_plan('ppo', replace(SETTINGS, **changes), TOPOLOGY, SMALL)
+    planner.make_plan(PPO, replace(SETTINGS, **changes), TOPOLOGY, SMALL)
   with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
-    planner.make_plan('ppo', SETTINGS, TOPOLOGY, ('polcy',))
+    planner.make_plan(PPO, SETTINGS, TOPOLOGY, ('polcy',))
 
 
 @pytest.mark.parametrize(
   ('job', 'name', 'changes'),
   [
-    ('ppo', 'rewards', {}),
-    ('ppo', 'critic update', {'ppo.packing_length': 80}),
-    ('reward', 'held-out pairs', {}),
+    (PPO, 'rewards', {}),
+    (PPO, 'critic update', {'ppo.packing_length': 80}),
+    (REWARD, 'held-out pairs', {}),
   ],
 )
 def test_other_phases_compile(job, name, changes):
@@ -155,9 +158,9 @@ def compiled(name='policy update', **changes):
   """A phase's program; keys have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = make_mesh(devices=jax.devices())
-  program = programs.program('ppo', settings, make_config(settings.network), mesh)
+  program = PPO.programs(settings, make_config(settings.network), mesh)
   phase = next(p for p in program.phases if p.name == name)
-  return programs.lowered(phase, mesh).compile()
+  return programs.lower_phase(phase, mesh).compile()
 
 
 @pytest.mark.parametrize('name', ['policy update', 'scoring'])
@@ -181,12 +184,12 @@ def test_temporaries_follow_tokens_and_saved_residuals():
     return compiled(**changes).memory_analysis().temp_size_in_bytes
 
   base, double = (
-    temporaries(ppo__micro_batch=16),
-    temporaries(ppo__micro_batch=32, ppo__minibatch=32, ppo__rollout_batch=32),
+    temporaries(ppo__micro_batch_size=16),
+    temporaries(ppo__micro_batch_size=32, ppo__minibatch_size=32, ppo__rollout_batch_size=32),
   )
   assert 1.2 < double / base <= 2.05
   deep = dataclasses.replace(SETTINGS.network, num_hidden_layers=6)
-  grown = temporaries(network=deep, ppo__micro_batch=16) - base
+  grown = temporaries(network=deep, ppo__micro_batch_size=16) - base
   residual = 2 * 80 * 32 * 4  # bytes: rows of a device, tokens, width, float32
   weights = 4 * 4 * (2 * 32 * 48 + 48 * 32 * 3) // 8  # of four layers, split
   # Gradients of the new layers, and their weights as they are gathered and scattered.

@@ -117,7 +117,7 @@ def test_content_hash_sees_names_and_bytes_but_not_what_is_skipped(tmp_path):
     for file, text in files.items():
       (tmp_path / name).mkdir(exist_ok=True)
       (tmp_path / name / file).write_text(text)
-    return stage_record.content_hash(tmp_path / name, skip='note')
+    return stage_record.content_hash(tmp_path / name, skip=('note',))
 
   first = write('a', x='1', y='2')
   assert write('b', x='1', y='2') == first

@@ -1,0 +1,121 @@
+"""What the pipeline, the dry run and the planner must know of a job. Runs nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from segjax.config.settings import Settings
+from segjax.plan.programs import JobPlan
+from segjax.run.stage import Stage
+
+Results = dict[str, Any]  # what a job returns; goes into stage.json
+
+
+def always(settings: Settings) -> bool:
+  """Returns True, for an `Input` that every run needs."""
+  return True
+
+
+def never(settings: Settings) -> bool:
+  """Returns False, for an `Input` that a run may do without."""
+  return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+  """A config key that names a checkpoint or rows.
+
+  Attributes:
+    key: such as 'policy.path'.
+    sources: where its value comes from; the first source that exists counts. 'config.KEY' is a
+      value that the user gave, 'JOB/PATH' the output of an earlier stage of the same run. Empty:
+      the user's value of `key`.
+    only_after: a job; if it is not among the earlier stages, only the user's value counts.
+    is_required: (settings) -> whether the job cannot run without it.
+    keywords: values that are not paths.
+    is_list: the value holds several paths, separated by commas.
+  """
+
+  key: str
+  sources: tuple[str, ...] = ()
+  only_after: str = ''
+  is_required: Callable[[Settings], bool] = always
+  keywords: tuple[str, ...] = ()
+  is_list: bool = False
+
+  def paths(self, value: str) -> dict[str, str]:
+    """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of a list."""
+    if not self.is_list:
+      return {self.key: value}
+    return {f'{self.key}[{number}]': path for number, path in enumerate(split_paths(value))}
+
+
+def split_paths(value: str) -> list[str]:
+  """Returns the paths of a list separated by commas."""
+  return [path.strip() for path in value.split(',') if path.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A job: what it reads, writes, prints and costs.
+
+  Attributes:
+    name: its name in config.stages; also the stage's directory.
+    run: does the work and returns the results.
+    sections: the sections of the settings that decide its outcome.
+    inputs: the checkpoints and rows that it reads.
+    check: (settings) -> None; fails before the first stage starts rather than in the middle.
+    outputs: files and directories that it writes, relative to the stage's directory.
+    rewrites: (key, file), if it writes a file into the directory of one of its inputs.
+    is_reusable: it need not run again with the same settings and inputs.
+    batch_keys: keys of batch sizes that are divided over the devices.
+    summary: the results on the stage's last line.
+    print_table: (results) -> None, called at the end of the run.
+    after_run: (stage, results of all stages, seconds since 1970 of the start) -> None, called at
+      the end of the run.
+    num_networks: networks that it holds at once, trained and frozen.
+    tokens_per_step: (settings) -> the most tokens of a step, prompts and responses; None for a job
+      without steps.
+    num_steps: (settings, rows, 0 if unknown) -> steps, 0 if unknown.
+    plan: what `tools/plan.py` compiles for it.
+  """
+
+  name: str
+  run: Callable[[Stage], Results]
+  sections: tuple[str, ...]
+  inputs: tuple[Input, ...] = ()
+  check: Callable[[Settings], None] | None = None
+  outputs: tuple[str, ...] = ()
+  rewrites: tuple[str, str] | None = None
+  is_reusable: bool = True
+  batch_keys: tuple[str, ...] = ()
+  summary: tuple[str, ...] = ()
+  print_table: Callable[[Results], None] | None = None
+  after_run: Callable[[Stage, dict[str, Results], float], None] | None = None
+  num_networks: int = 1
+  tokens_per_step: Callable[[Settings], int] | None = None
+  num_steps: Callable[[Settings, int], int] | None = None
+  plan: JobPlan | None = None
+
+
+COMMON = ('seed', 'runtime', 'data')  # sections of every job that runs a network on data
+
+POLICY = Input('policy.path', ('sft/model', 'config.policy.path', 'demo/model'))
+TRAINED_POLICY = Input('policy.path', ('ppo/model', *POLICY.sources))
+# The policy before PPO, unless the user names another.
+REFERENCE = Input('reference.path', ('config.reference.path', *POLICY.sources))
+
+
+def needs_reward_model(settings: Settings) -> bool:
+  """Returns whether the rewards of PPO use a reward model, not a function alone."""
+  return settings.reward_shaping.reward_model_weight != 0
+
+
+REWARD_MODEL = Input('reward_model.path', ('reward/model', 'config.reward_model.path'))
+OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_reward_model)
+
+
+def data(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:
+  """Returns the input of rows: config.data.path, or these rows of the built-in language."""
+  sources = ('config.data.path', f'demo/rows/{rows}.jsonl.gz')
+  return Input('data.path', sources, is_required=is_required)

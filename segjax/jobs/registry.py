@@ -1,0 +1,67 @@
+"""The jobs, in the order in which the stages of a run follow each other; a new job is a line."""
+
+import difflib
+
+from segjax.errors import UserError
+from segjax.jobs import (
+  answers,
+  chat,
+  demo,
+  evaluate,
+  evaluate_reward,
+  normalizer,
+  ppo,
+  reward,
+  selfcheck,
+  sft,
+)
+from segjax.plan.programs import JobPlan
+
+JOBS = {
+  job.name: job
+  for job in (
+    demo.JOB,
+    sft.JOB,
+    reward.JOB,
+    normalizer.JOB,
+    ppo.JOB,
+    evaluate.JOB,
+    evaluate_reward.JOB,
+    answers.JOB,
+    selfcheck.JOB,
+    chat.JOB,
+  )
+}
+
+
+def check_stages(stages: tuple[str, ...]) -> None:
+  """Checks that config.stages names jobs, each at most once and in the order of `JOBS`.
+
+  Raises:
+    UserError: it does not.
+  """
+  names = ', '.join(JOBS)
+  if not stages:
+    raise UserError(f'config.stages is empty; use names out of {names}.')
+  for stage in stages:
+    if stage not in JOBS:
+      near = difflib.get_close_matches(stage, JOBS, n=1)
+      hint = f'; did you mean {near[0]!r}?' if near else '.'
+      raise UserError(f'config.stages={stage!r} is not one of {names}{hint}')
+  in_order = tuple(name for name in JOBS if name in stages)
+  if stages != in_order:
+    raise UserError(
+      f'config.stages={",".join(stages)} is not in the order of the jobs; use {",".join(in_order)}.'
+    )
+
+
+def find_plan(name: str) -> JobPlan:
+  """Returns the plan of the job of that name.
+
+  Raises:
+    UserError: it has none.
+  """
+  if name not in JOBS or JOBS[name].plan is None:
+    names = ', '.join(job.name for job in JOBS.values() if job.plan)
+    raise UserError(f'config.stages={name!r} has no plan; use one of {names}.')
+  return JOBS[name].plan
