@@ -71,7 +71,7 @@ def _output(workdir, index):
 
 def _losses(workdir):
   lines = (workdir / 'sft' / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line)['train/loss'] for line in lines]
+  return [json.loads(line)['sft/loss'] for line in lines]
 
 
 def _saved_steps(workdir):

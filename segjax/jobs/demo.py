@@ -1,6 +1,6 @@
-"""The built-in language: writes its tokenizer, rows and an untrained network, for the other jobs.
+"""Writes the tokenizer, the rows and an untrained network of the built-in language.
 
-What it writes has the form that a user would bring: an HF directory and JSON lines.
+The other jobs read them like a user's own: an HF directory and JSON lines.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from segjax.run.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Writes `rows/` (see `data.demo_rows.write`), and `model/` with random weights."""
+  """Writes `rows/` (see `data.demo_rows.write`) and `model/`, with random weights."""
   s = stage.settings.demo
   language = demo_rows.DemoLanguage(
     min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
@@ -34,7 +34,7 @@ def run(stage: Stage) -> dict[str, Any]:
     if processes.is_first():
       demo_rows.write(rows, language, stage.settings.seed)
     processes.barrier('rows')
-    stage.mirror.push_and_wait()  # all read what the first has written
+    stage.mirror.push_and_wait()  # every process reads what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = make_config(network)
@@ -60,26 +60,26 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   before, after = results['evaluate']['before'], results['evaluate']['after']
   held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
 
-  def both(key):
+  def both_models(key):
     return {'before': before.get(key), 'after': after.get(key)}
 
   accuracy = {
     'held_out': results['reward']['held_out_accuracy'],
     'best_possible': best_possible_accuracy(workdir / 'demo' / 'rows', held_out),
   }
-  text = {
+  record = {
     'seed': stage.settings.seed,
     'wall_seconds': time.time() - started,
-    'gold': both('gold'),
+    'gold': both_models('gold'),
     'kl_nats': after['kl_nats'],
-    'eos_rate': both('eos_rate'),
-    'length': both('length'),
-    'segments': both('segments'),
+    'eos_rate': both_models('eos_rate'),
+    'length': both_models('length'),
+    'segments': both_models('segments'),
     'boundary_f1': before.get('boundary_f1'),
     'reward_accuracy': accuracy,
   }
   path = workdir / 'results.json'
-  path.write_text(json.dumps(text, indent=2) + '\n', encoding='utf-8')
+  path.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
   table(
     'Reward model, held-out pairs',
     ('', 'reached', 'best possible'),
@@ -87,11 +87,16 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   )
   log(f'policy   {workdir / "ppo" / "model"}')
   log(f'figures  {path}')
-  log(f'{text["wall_seconds"]:.0f} s in all')
+  log(f'{record["wall_seconds"]:.0f} s in total')
 
 
 def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:
-  """How often the gold reward agrees with the labels of these pairs; a tie counts half."""
+  """Returns the share of pairs whose label the gold reward agrees with; a tie counts half.
+
+  Args:
+    rows: the directory of the demo's rows.
+    held_out: indices of pairs.
+  """
   pairs = load_rows(str(rows / 'pairs.jsonl.gz'))
   agreed = 0.0
   for index in held_out:

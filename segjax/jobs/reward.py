@@ -30,7 +30,7 @@ from segjax.train.reward_step import reward_step
 from segjax.train.segmenter import make_segmenter
 
 # Of the metrics; two beside the bar, all in the card's curves.
-SHOW = ['train/loss', 'train/accuracy', 'train/segments']
+SHOW = ['reward_model/loss', 'reward_model/accuracy', 'reward_model/segments']
 HELD_OUT_FILE = 'held_out.json'  # rows of the data that were never trained on, from 0
 _LOOKED_AT = 512  # held-out pairs, at most, while it trains
 
@@ -78,13 +78,7 @@ def run(stage: Stage) -> dict[str, Any]:
   kept, held_out = split_holdout(pairs, s.reward.holdout_fraction, s.seed)
   stage.log(f'{len(held_out)} pairs held out by prompt')
   looked_at = select(held_out, np.arange(min(len(held_out), _LOOKED_AT)))
-  total = training_loop.count_steps(
-    s.reward.max_steps,
-    s.reward.num_epochs,
-    len(kept),
-    s.reward.batch_size,
-    'reward.batch_size',
-  )
+  total = training_loop.count_steps(s.reward, len(kept), 'reward')
   params = models.load_params(
     source, config, 'scalar', s.runtime, stage.mesh, key=stage.key('head'), trained=True
   )
@@ -104,7 +98,7 @@ def run(stage: Stage) -> dict[str, Any]:
       total_steps=total,
     )
     work = throughput.update(lengths, config, 'scalar', scorer.reference if reference else None)
-    metrics = training_loop.prefix_metrics('train', metrics) | fill | work
+    metrics = training_loop.prefix_metrics('reward_model', metrics) | fill | work
     if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
       metrics |= training_loop.prefix_metrics(
         'eval', evaluate_held_out(stage, state.params, reference, looked_at, scorer)
@@ -120,11 +114,15 @@ def run(stage: Stage) -> dict[str, Any]:
     (stage.directory / HELD_OUT_FILE).write_text(json.dumps(held_out.row.tolist()))
   found = held_out_metrics(stage, params, reference, held_out, scorer)
   held = {f'held_out_{name}': value for name, value in found.items()}
-  card = provenance.card(stage, {'loss': last.get('train/loss')} | held, pairs, SHOW)
+  card = provenance.card(stage, {'loss': last.get('reward_model/loss')} | held, pairs, SHOW)
   save_checkpoint(stage.model_directory, params, config, 'scalar', source=source, card=card)
   if processes.is_first():
     write_reward_spec(stage, source, scorer.segmenter.segmentation)
-  return {'steps': total, 'loss': last.get('train/loss'), 'held_out_pairs': len(held_out)} | held
+  return {
+    'steps': total,
+    'loss': last.get('reward_model/loss'),
+    'held_out_pairs': len(held_out),
+  } | held
 
 
 def with_calibrated_threshold(
@@ -187,11 +185,11 @@ def evaluate_held_out(
   return {name: float(value) for name, value in metrics.items()}
 
 
-def _num_steps(settings: Settings, rows: int) -> int:
-  s = settings.reward
-  if s.max_steps or not rows:
-    return s.max_steps
-  return training_loop.count_steps(0, s.num_epochs, rows, s.batch_size, 'reward.batch_size')
+def _num_steps(settings: Settings, num_rows: int) -> int:
+  """Returns the number of steps for the dry run: 0 if it depends on rows that are not local."""
+  if not num_rows:
+    return settings.reward.max_steps
+  return training_loop.count_steps(settings.reward, num_rows, 'reward')
 
 
 JOB = Job(

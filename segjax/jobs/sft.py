@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: conversations to a policy that answers as they do."""
+"""Supervised fine-tuning (SFT) of a policy on conversations."""
 
 from typing import Any
 
@@ -15,54 +15,50 @@ from segjax.train import throughput
 from segjax.train.optimizer import init_state
 from segjax.train.sft_step import sft_step
 
-SHOW = ['train/loss', 'train/entropy']  # of the metrics, beside the bar and in the card's curves
+SHOW = ('sft/loss', 'sft/entropy')  # next to the progress bar and in the model card's curves
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Trains config.policy.path on config.data.path; writes `model/`, returns the last metrics."""
-  s, settings = stage.settings, stage.settings.sft
+  """Trains config.policy.path on config.data.path; writes `model/`.
+
+  Returns:
+    steps, loss (nats per token, of the last step), rows.
+  """
+  s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
   tokenizer = load_tokenizer(str(source), s.data.chat_template)
-  dataset = tokenize_conversations(
-    inputs.load_config_rows(s.data), tokenizer, inputs.length_limits(s.data, config, stage.log)
-  )
+  limits = inputs.length_limits(s.data, config, stage.log)
+  dataset = tokenize_conversations(inputs.load_config_rows(s.data), tokenizer, limits)
   inputs.log_dataset(dataset, stage.log)
-  total = training_loop.count_steps(
-    settings.max_steps, settings.num_epochs, len(dataset), settings.batch_size, 'sft.batch_size'
-  )
+  num_steps = training_loop.count_steps(s.sft, len(dataset), 'sft')
   params = models.load_params(source, config, 'language', s.runtime, stage.mesh, trained=True)
 
   def step_fn(states, step):
-    rows = batch_indices(len(dataset), settings.batch_size, stage.settings.seed, step)
-    batch = dataset.gather(rows, stage.to_device)
+    rows = batch_indices(len(dataset), s.sft.batch_size, s.seed, step)
     lengths = dataset.tokens.lengths(rows)
-    packing, fill = training_loop.plan_packing_for(settings, lengths)
+    packing, efficiency = training_loop.plan_packing_for(s.sft, lengths)
+    batch = dataset.gather(rows, stage.to_device)
     state, metrics = sft_step(
-      states['policy'], batch, packing, config=config, settings=settings, total_steps=total
+      states['policy'], batch, packing, config=config, settings=s.sft, total_steps=num_steps
     )
-    work = throughput.update(lengths, config, 'language')
-    return {'policy': state}, training_loop.prefix_metrics('train', metrics) | fill | work
+    metrics = training_loop.prefix_metrics('sft', metrics)
+    return {'policy': state}, metrics | efficiency | throughput.update(lengths, config, 'language')
 
-  states = {'policy': init_state(params, settings.optimizer, total)}
+  states = {'policy': init_state(params, s.sft.optimizer, num_steps)}
   models.log_memory(states, stage.mesh, stage.log)
-  states, last = training_loop.train(stage, states, step_fn, total, SHOW)
-  save_checkpoint(
-    stage.model_directory,
-    states['policy'].params,
-    config,
-    'language',
-    source=source,
-    card=provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW),
-  )
-  return {'steps': total, 'loss': last.get('train/loss'), 'rows': len(dataset)}
+  states, last = training_loop.train(stage, states, step_fn, num_steps, SHOW)
+  card = provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW)
+  params = states['policy'].params
+  save_checkpoint(stage.model_directory, params, config, 'language', source=source, card=card)
+  return {'steps': num_steps, 'loss': last.get('sft/loss'), 'rows': len(dataset)}
 
 
-def _num_steps(settings: Settings, rows: int) -> int:
-  s = settings.sft
-  if s.max_steps or not rows:
-    return s.max_steps
-  return training_loop.count_steps(0, s.num_epochs, rows, s.batch_size, 'sft.batch_size')
+def _num_steps(settings: Settings, num_rows: int) -> int:
+  """Returns the number of steps for the dry run: 0 if it depends on rows that are not local."""
+  if not num_rows:
+    return settings.sft.max_steps
+  return training_loop.count_steps(settings.sft, num_rows, 'sft')
 
 
 JOB = Job(

@@ -1,6 +1,6 @@
-"""How a model came about: the record, the curves and the card that stand beside its weights.
+"""Describes how a model was made: the record, the curves and the card next to its weights.
 
-Nothing here decides what a later run does: `reuse.content_hash` leaves these files out.
+Nothing here decides what a later run does: `stage_record.content_hash` leaves these files out.
 """
 
 import dataclasses
@@ -26,30 +26,30 @@ PACKAGES = ('jax', 'flax', 'transformers', 'optax', 'orbax-checkpoint')
 
 
 def card(stage: Stage, figures: dict[str, Any], dataset: Any, show: Sequence[str]) -> Card:
-  """The card of the model that the stage has made; base model and licence come from its source.
+  """Returns the model card of the stage's model; base model and licence come from its source.
 
   Args:
-    figures: the last metrics by name; None for one that is not known.
-    dataset: what it was trained on, with `counts['rows']` and a length.
+    figures: the last metrics by name; None for one that is unknown.
+    dataset: the training data, with `counts['rows']` and a length.
     show: the metrics whose curves are drawn.
   """
   s = stage.settings
   if not processes.is_first():  # only the first process writes
     return Card()
   recipe = stage.command.config or f'seed {s.seed}, settings in segjax_config.json'
-  known = {name: float(value) for name, value in figures.items() if value is not None}
+  metrics = {name: float(value) for name, value in figures.items() if value is not None}
   return Card(
     stage=stage.name,
     recipe=recipe,
-    metrics=known,
+    metrics=metrics,
     dataset=s.data.path,
-    record=record(stage, recipe, known, dataset),
+    record=record(stage, recipe, metrics, dataset),
     curves=_curves(stage, show),
   )
 
 
-def record(stage: Stage, recipe: str, figures: dict[str, Any], dataset: Any) -> dict[str, Any]:
-  """All that is known of how the stage made its model, as JSON has it."""
+def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -> dict[str, Any]:
+  """Returns how the stage made its model, ready for JSON."""
   s = stage.settings
   paths = {name: getattr(s, name).path for name in ('policy', 'reference', 'reward_model')}
   return {
@@ -66,7 +66,7 @@ def record(stage: Stage, recipe: str, figures: dict[str, Any], dataset: Any) -> 
     | ({'hub': s.data.path} if is_hub_id(s.data.path) else {}),
     'models': {name: path for name, path in paths.items() if path},
     # JSON has no NaN: a value that is not finite is written as its name.
-    'metrics': {k: v if math.isfinite(v) else str(v) for k, v in figures.items()},
+    'metrics': {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()},
     'versions': versions(),
     'commit': commit(),
     'devices': {
@@ -79,21 +79,20 @@ def record(stage: Stage, recipe: str, figures: dict[str, Any], dataset: Any) -> 
 
 
 def versions() -> dict[str, str]:
-  """Of segjax and of the packages that decide its numbers."""
-  found = {'segjax': segjax.__version__}
+  """Returns the versions of segjax and of the packages that decide its numbers."""
+  result = {'segjax': segjax.__version__}
   for name in PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      result[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = 'unknown'
-  return found
+      result[name] = 'unknown'
+  return result
 
 
 def commit(package: Path = Path(segjax.__file__).parent) -> str:
-  """The git commit of the checkout that `package` lies in, '-dirty' added if files were changed.
+  """Returns the git commit of the checkout that holds `package`, with '-dirty' for changed files.
 
-  '' for an installed package, also where that lies within a repository of somebody else, and where
-  there is no git.
+  '' without git and for an installed package, even inside another project's repository.
   """
   top = _git(package.parent, 'rev-parse', '--show-toplevel')
   if not top or not Path(top).samefile(package.parent):
@@ -102,7 +101,7 @@ def commit(package: Path = Path(segjax.__file__).parent) -> str:
 
 
 def _git(directory: Path, *arguments: str) -> str:
-  """What a git command prints, '' where it fails."""
+  """Returns the output of a git command, '' if it fails."""
   environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
   command = ['git', '--no-optional-locks', '-C', str(directory), *arguments]
   try:
@@ -117,6 +116,6 @@ def _git(directory: Path, *arguments: str) -> str:
 def _curves(stage: Stage, show: Sequence[str]) -> bytes:
   try:
     return charts.card_png(stage.directory / METRICS_FILE, show)
-  except Exception as error:  # a picture is not worth the model that waits to be written
+  except Exception as error:  # a missing picture must not lose the trained model
     stage.log(f'no curves for the model card: {error!r}')
     return b''

@@ -1,9 +1,9 @@
-"""What a stage remembers of itself: whether a later run may reuse it, or go on from its middle.
+"""Records a stage in stage.json, so that a later run can reuse its results or resume it.
 
-`stage.json` in the stage's directory holds the key, which is all that decides its outcome: the
-settings it reads and the content of its inputs. A finished stage adds its results and what its
-output looked like. What another key has made is not used: it is moved to `<stage>.old`, and comes
-back from there when its key does.
+`stage.json` holds the stage's key: the settings that it reads and content hashes of its inputs,
+which together decide its outcome. A finished stage adds its results and content hashes of its
+outputs. The directory of another key is never used: it is moved to `<stage>.old`, and back when a
+run has its key again.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Key = dict[str, Any]
 def load_results_if_valid(
   directory: Path, key: Key, outputs: dict[str, str]
 ) -> dict[str, Any] | None:
-  """The results of the stage if it is finished, by this key, and its output untouched."""
+  """Returns the results if the stage is finished, has this key and its outputs are unchanged."""
   record = _read(directory)
   if 'results' in record and record['key'] == _json_roundtrip(key) and record['outputs'] == outputs:
     return record['results']
@@ -32,10 +32,10 @@ def load_results_if_valid(
 
 
 def restore_old(directory: Path, key: Key) -> None:
-  """Brings `<stage>.old` back, if this key made it and did not make what stands in its place."""
+  """Swaps `<stage>.old` with the stage's directory if only the former has this key."""
   old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
-  made = _json_roundtrip(key)
-  if _read(old).get('key') == made and _read(directory).get('key') != made:
+  key = _json_roundtrip(key)
+  if _read(old).get('key') == key and _read(directory).get('key') != key:
     if directory.exists():
       directory.rename(spare)
     old.rename(directory)
@@ -44,18 +44,18 @@ def restore_old(directory: Path, key: Key) -> None:
 
 
 def prepare_directory(directory: Path, key: Key) -> str:
-  """Makes the directory ready for a stage with this key.
+  """Creates the directory for a stage with this key.
 
-  An unfinished stage of the same key stays as it is, to be gone on from; all else that lies there
-  is moved to `<stage>.old`, in place of what was there before.
+  An unfinished stage with the same key is kept so that it can be resumed; anything else is moved to
+  `<stage>.old`, which is replaced.
 
   Returns:
-    Why something was moved, '' if nothing was.
+    Why the directory was moved, '' if it was not.
   """
   record, reason = _read(directory), ''
   if directory.exists() and (record.get('key') != _json_roundtrip(key) or 'results' in record):
     if {path.name for path in directory.iterdir()} <= {FILE}:
-      shutil.rmtree(directory)  # it came to nothing, and is not worth what it would replace
+      shutil.rmtree(directory)  # holds stage.json alone; `.old` may hold a model
     else:
       reason = _difference(record, _json_roundtrip(key))
       old = directory.with_name(directory.name + '.old')
@@ -75,10 +75,10 @@ def record_results(
 
 
 def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
-  """SHA-256 over names and bytes of a file or a directory's files.
+  """Returns the SHA-256 of the names and bytes of a file, or of a directory's files.
 
-  Those named `skip` are left out, those that a killed process left half-written, and what only
-  tells of a model: its card has times and places in it, or may be edited, and decides nothing.
+  Leaves out files named in `skip`, files that a killed process left half-written, and documents on
+  a model: a model card holds times and paths, may be edited, and decides nothing.
   """
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
@@ -94,7 +94,7 @@ def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
 
 
 def _difference(record: dict[str, Any], key: Key) -> str:
-  """What is not as it was, in words."""
+  """Returns what differs between a record and a key, as text."""
   if not record.get('key'):
     return f'it was left without a {FILE}'
   names = changed_keys(record['key'], key)
@@ -105,27 +105,28 @@ def _difference(record: dict[str, Any], key: Key) -> str:
 
 
 def stored_key(directory: Path) -> Key:
-  """The key of the stage that was begun in the directory; {} if none was."""
+  """Returns the key of the stage in the directory; {} if there is none."""
   return _read(directory).get('key', {})
 
 
 def changed_keys(before: Key, now: Key) -> list[str]:
-  """The settings and inputs that two keys do not have in common, as a user names them."""
+  """Returns the settings and inputs in which two keys differ, by the names a user knows."""
   before, now = _flat(before), _flat(now)
   changed = [name for name in before | now if before.get(name) != now.get(name)]
   return [name.removeprefix('settings.').replace('inputs.', 'content of ') for name in changed]
 
 
 def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  found = {}
+  leaves = {}
   for name, value in tree.items():
+    # The names of inputs are config keys, with dots of their own.
     is_tree = isinstance(value, dict) and prefix != 'inputs.'
-    found |= _flat(value, f'{prefix}{name}.') if is_tree else {prefix + name: value}
-  return found
+    leaves |= _flat(value, f'{prefix}{name}.') if is_tree else {prefix + name: value}
+  return leaves
 
 
 def _json_roundtrip(value: Any) -> Any:
-  """As JSON gives it back: tuples are lists."""
+  """Returns the value as JSON reads it back: tuples become lists."""
   return json.loads(json.dumps(value))
 
 

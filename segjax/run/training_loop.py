@@ -116,18 +116,18 @@ class CheckpointTimer:
     return True
 
 
-def count_steps(max_steps: int, num_epochs: int, num_rows: int, batch_size: int, key: str) -> int:
-  """Returns `max_steps` if positive, else the number of whole batches in all epochs.
+def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
+  """Returns max_steps if positive, else the number of whole batches in all epochs.
 
   Raises:
-    UserError: there are fewer rows than a batch holds; it names config.`key`.
+    UserError: there are fewer rows than a batch holds; it names config.`section`.batch_size.
   """
-  if num_rows < batch_size:
+  if num_rows < settings.batch_size:
     raise UserError(
-      f'config.{key}={batch_size} is more than the {num_rows} rows available; '
-      f'use at most {num_rows}.'
+      f'config.{section}.batch_size={settings.batch_size} is more than the {num_rows} rows '
+      f'available; use at most {num_rows}.'
     )
-  return max_steps or num_epochs * (num_rows // batch_size)
+  return settings.max_steps or settings.num_epochs * (num_rows // settings.batch_size)
 
 
 def plan_packing_for(

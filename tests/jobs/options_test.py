@@ -77,7 +77,7 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   assert 'entropies of the reference from' in capsys.readouterr().out
   run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'three')
   losses = [
-    [line['train/loss'] for line in metrics(tmp_path / name, 'reward')]
+    [line['reward_model/loss'] for line in metrics(tmp_path / name, 'reward')]
     for name in ('one', 'two', 'three')
   ]
   assert losses[0] == losses[1]

@@ -377,6 +377,6 @@ def test_two_processes_work_on_one_bucket(tmp_path):
     code, out = _wait(process)
     assert code == 0, out[-3000:]
   one, two = (
-    [line['train/loss'] for line in _metrics(buckets / 'bucket' / run)] for run in ('one', 'two')
+    [line['sft/loss'] for line in _metrics(buckets / 'bucket' / run)] for run in ('one', 'two')
   )
   assert two == pytest.approx(one, rel=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.config.settings import replace
+from segjax.config.settings import SFT, replace
 from segjax.data.limits import Limits
 from segjax.model.llama import make_config
 from segjax.report.metric_log import TooManySkippedStepsError
@@ -104,14 +104,15 @@ def test_more_bad_steps_may_be_allowed(stage_of, small):
   [(5, 1, 100, 10, 5), (0, 1, 100, 10, 10), (0, 3, 25, 10, 6), (7, 9, 10, 10, 7)],
 )
 def test_num_steps(steps, epochs, rows, batch, expected):
-  assert training_loop.count_steps(steps, epochs, rows, batch, 'sft.batch_size') == expected
+  settings = SFT(max_steps=steps, num_epochs=epochs, batch_size=batch)
+  assert training_loop.count_steps(settings, rows, 'sft') == expected
 
 
 def test_batch_larger_than_the_data():
   with pytest.raises(
     ValueError, match=r'config.sft.batch_size=64 is more than the 10 rows .* at most 10'
   ):
-    training_loop.count_steps(0, 1, 10, 64, 'sft.batch_size')
+    training_loop.count_steps(SFT(batch_size=64), 10, 'sft')
 
 
 def test_limits_never_exceed_the_positions(small, capsys):
