@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from segjax.data import demo_language
-from segjax.jobs import ppo
+from segjax.jobs import ppo_trainer
 from segjax.report import metric_docs
 from segjax.run import preemption
 
@@ -128,7 +128,7 @@ def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, mo
   """The step before is done and its old state given away: the new one is saved, and goes on."""
   values = small('ppo', **at('prompts'), **RULE_ALONE, **OPTIONS)
   with monkeypatch.context() as patch, pytest.raises(preemption.PreemptedError, match='step 2 of'):
-    patch.setattr(ppo, 'held_out_metrics', interrupted(ppo.held_out_metrics))
+    patch.setattr(ppo_trainer, 'held_out_metrics', interrupted(ppo_trainer.held_out_metrics))
     run(values)
   assert run(values)['ppo']['steps'] == 3
   first, second, third = metrics(tmp_path, 'ppo')

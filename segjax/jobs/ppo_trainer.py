@@ -1,0 +1,141 @@
+"""The steps of PPO: collect a rollout, update policy and critic on it, evaluate."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.config.settings import PPO
+from segjax.data.batches import endless_batch_indices
+from segjax.report.response_log import ResponseLog
+from segjax.report.timing import StepTimer
+from segjax.rl.kl import adaptive_kl_coef
+from segjax.run import preemption, training_loop
+from segjax.run.stage import Stage
+from segjax.train import throughput
+from segjax.train.collect import Collected, Collector, held_out_metrics
+from segjax.train.metrics import Metrics, combine_updates
+from segjax.train.ppo_step import Minibatch, ppo_step
+from segjax.train.rollout_metrics import within_bounds
+
+
+def updates_per_step(ppo: PPO) -> int:
+  """Returns the number of minibatches of a rollout, over all epochs."""
+  return ppo.num_ppo_epochs * (ppo.rollout_batch_size // ppo.minibatch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """The steps of PPO.
+
+  Attributes:
+    frozen: parameters of reference and reward model.
+    collector: samples and scores training prompts.
+    eval_collector: samples and scores held-out prompts.
+    gold: (prompt, response) -> true reward, for eval/gold.
+    decode: maps token ids to text.
+    responses: keeps responses for report.html.
+    timer: of the parts of a step.
+  """
+
+  stage: Stage
+  frozen: dict[str, Any]
+  collector: Collector
+  eval_collector: Collector
+  gold: Callable[[str, str], float] | None
+  decode: Callable[[Any], str]
+  responses: ResponseLog
+  timer: StepTimer
+
+  def step(
+    self, states: training_loop.TrainStates, step: int
+  ) -> tuple[training_loop.TrainStates, dict[str, Any]]:
+    """Samples a rollout and updates policy and critic on it.
+
+    Raises:
+      StepAbortedError: the run must stop; the states are those from before the step.
+    """
+    s, recipe = self.stage.settings, self.collector.recipe
+    self.timer.begin()
+    samples = s.rollout.samples_per_prompt
+    rows = endless_batch_indices(
+      len(self.collector.prompts), s.ppo.rollout_batch_size // samples, s.seed, step
+    )
+    key = jax.random.fold_in(self.stage.key('rollout'), step)
+    kl_coef = states['kl']['coef']
+    collected = self.collector.collect(self._params(states), rows, key, kl_coef)
+    metrics = collected.metrics
+    enabled = within_bounds(metrics, ppo=s.ppo)
+    states, updates = self._update(states, collected, step, enabled)
+    if s.ppo.kl_target:
+      measured = metrics['objective/kl']
+      new_coef = adaptive_kl_coef(
+        kl_coef, measured, s.ppo.kl_target, s.ppo.rollout_batch_size, s.ppo.kl_horizon
+      )
+      states['kl'] = {'coef': jnp.where(enabled, new_coef, kl_coef)}
+    self.timer.end('update', states)
+    metrics |= {'objective/kl_coef': kl_coef} | updates
+    metrics |= throughput.ppo_step(recipe, collected.rollout.length)
+    if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
+      metrics |= self._evaluate(states)
+    answered = np.repeat(rows, samples)
+    self.responses.take(step, s.ppo.max_steps, collected.experience, answered)
+    return states, metrics | self.timer.seconds
+
+  def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
+    return self.frozen | {name: states[name].params for name in ('policy', 'critic')}
+
+  def _update(
+    self, states: training_loop.TrainStates, collected: Collected, step: int, enabled: jax.Array
+  ) -> tuple[training_loop.TrainStates, dict[str, Any]]:
+    """Runs config.ppo.num_ppo_epochs passes over the rollout in shuffled minibatches.
+
+    Metrics are combined over the updates: means, the largest `policy/ratio_max_deviation`, the sum
+    of `skipped_updates`.
+
+    Args:
+      enabled: False skips the updates; the states stay as they are.
+    """
+    s, recipe = self.stage.settings, self.collector.recipe
+    per_step = updates_per_step(s.ppo)
+    is_warmup = step < s.critic.warmup_rollouts
+    policy, critic, updates = states['policy'], states['critic'], []
+    for epoch in range(s.ppo.num_ppo_epochs):
+      # The order depends on seed, step and epoch alone: a resumed run repeats it.
+      order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
+      for rows in order.reshape(-1, s.ppo.minibatch_size):
+        lengths = collected.rollout.length[rows]
+        packing, efficiency = training_loop.plan_packing_for(s.ppo, lengths)
+        policy, critic, metrics = ppo_step(
+          policy,
+          critic,
+          Minibatch(collected.experience, rows, packing, enabled),
+          states['kl']['coef'],
+          recipe=recipe,
+          total_steps=s.ppo.max_steps * per_step,
+          policy_from=None if is_warmup else s.critic.warmup_rollouts * per_step,
+        )
+        updates.append(metrics.merge(Metrics(mean=efficiency)))
+    metrics = combine_updates(updates)
+    if 'policy/ratio_max_deviation' in updates[0].max:
+      metrics['policy/initial_ratio_deviation'] = updates[0].max['policy/ratio_max_deviation']
+    return states | {'policy': policy, 'critic': critic}, metrics
+
+  def _evaluate(self, states: training_loop.TrainStates) -> dict[str, Any]:
+    metrics = {}
+    # If a stop is requested during the evaluation, the finished step has no eval metrics.
+    with contextlib.suppress(preemption.StepAbortedError):
+      metrics = held_out_metrics(
+        self.eval_collector,
+        self._params(states),
+        self.stage.key('held out'),
+        states['kl']['coef'],
+        self.gold,
+        self.decode,
+      )
+    self.timer.end('evaluate')
+    return metrics
