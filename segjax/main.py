@@ -11,6 +11,7 @@ import time
 
 _STARTED = time.time()  # before the imports, so that the run's wall time includes them
 
+import functools
 import os
 import re
 import shlex

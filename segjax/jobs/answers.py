@@ -16,7 +16,7 @@ from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversatio
 from segjax.data.sources import Rows
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.jobs.job import COMMON, TRAINED_POLICY, Job, data
+from segjax.jobs.job import COMMON, TRAINED_POLICY, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
 from segjax.run import inputs, models
@@ -181,7 +181,7 @@ JOB = Job(
   name='answers',
   run=run,
   sections=(*COMMON, 'policy', 'rollout', 'answers'),
-  inputs=(TRAINED_POLICY, data('pairs')),
+  inputs=(TRAINED_POLICY, data_input('pairs')),
   outputs=(DIRECTORY,),
   batch_keys=('answers.batch_size',),
   summary=('answered', 'truncated_prompts'),

@@ -24,7 +24,7 @@ from segjax.jobs.job import (
   REFERENCE,
   TRAINED_POLICY,
   Job,
-  data,
+  data_input,
 )
 from segjax.report.console import log, table, track
 from segjax.report.response_log import ResponseLog
@@ -347,7 +347,7 @@ JOB = Job(
     # Without PPO in the same run, the user says what the policy is compared with.
     dataclasses.replace(REFERENCE, only_after='ppo'),
     OPTIONAL_REWARD_MODEL,
-    data('held_out'),
+    data_input('held_out'),
   ),
   check=check_functions,
   outputs=('results.json',),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config.settings import Settings
 from segjax.config.training_settings import resolve_std_floor_ratio
-from segjax.data.batches import Pairs, eval_batches
+from segjax.data.batches import Pairs
 from segjax.data.limits import describe_counts
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
@@ -23,18 +23,26 @@ from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation import reward_bench, span_auc
 from segjax.evaluation.intervals import format_interval, wilson
-from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Input, Job, data, never, split_paths
+from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
+from segjax.jobs.job import (
+  COMMON,
+  REFERENCE,
+  REWARD_MODEL,
+  Input,
+  Job,
+  data_input,
+  never,
+  split_paths,
+)
 from segjax.model.llama import LlamaConfig
-from segjax.report.console import table, track
-from segjax.rl.pair_metrics import pair_metrics
+from segjax.report.console import table
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
-from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs, segment_rewards
+from segjax.train.reward_scoring import SegmentScorer, segment_rewards
 from segjax.train.reward_spec import RewardSpec
 from segjax.train.segmenter import make_segmenter
-from segjax.types import PreferenceBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +106,18 @@ def run(stage: Stage) -> dict[str, Any]:
   }
 
   def batches(count, note):
-    size = s.evaluate_reward.batch_size
-    return track(stage.name, eval_batches(count, size), -(-count // size), note)
+    return inputs.tracked_batches(stage.name, count, s.evaluate_reward.batch_size, note)
 
   if data.pairs:
-    score = functools.partial(evaluate_pairs, params, reference, scorer=model.scorer)
     scored = [
-      pair_scores(pairs, score, batches(len(pairs), 'pairs'), stage.to_device)
+      score_pairs(
+        params,
+        reference,
+        pairs,
+        model.scorer,
+        batches(len(pairs), 'pairs'),
+        stage.to_device,
+      )
       for pairs, _ in data.pairs
     ]
     figures['pairs'] = pair_figures(
@@ -186,32 +199,11 @@ def subset_name(rows: Rows, index: int) -> str:
   return str(row.get('subset') or row.get('source') or rows.name)
 
 
-def pair_scores(
-  pairs: Pairs,
-  score: Callable[[PreferenceBatch], Any],
-  batches: Iterable[tuple[np.ndarray, int]],
-  to_device: Callable[[Any], Any],
-) -> np.ndarray:
-  """Returns (score of chosen, of rejected, length of each in tokens), [N, 4], on the host.
-
-  Args:
-    pairs: the pairs.
-    score: a batch of pairs -> scores of chosen and rejected, [B, 2].
-    batches: `eval_batches` of the pairs.
-    to_device: places a batch of the host on the devices.
-  """
-  scores = [
-    processes.to_host(score(pairs.gather(rows, to_device)))[:num_real] for rows, num_real in batches
-  ]
-  lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
-  return np.column_stack([np.concatenate(scores), *lengths])
-
-
 def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) -> dict[str, Any]:
   """Returns figures of all pairs, of those not truncated, of each subset and RewardBench section.
 
   Args:
-    scored: result of `pair_scores`.
+    scored: result of `score_pairs`.
     subsets: subset of each pair.
     truncated: whether a pair was truncated.
 
@@ -232,10 +224,7 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
 
 
 def _figures(scored: np.ndarray) -> dict[str, Any]:
-  chosen, rejected = scored[:, :2].T.astype(np.float32)
-  lengths = (x.astype(np.int32) for x in scored[:, 2:].T)
-  metrics = pair_metrics(*map(jnp.asarray, (chosen, rejected, *lengths)))
-  values = {name: float(value) for name, value in metrics.items()}
+  values = scored_pair_metrics(scored)
   n = len(scored)
   low, high = wilson(values['accuracy'] * n, n)
   return values | {'accuracy': {'mean': values['accuracy'], 'low': low, 'high': high, 'n': n}}
@@ -294,7 +283,7 @@ JOB = Job(
   sections=(*COMMON, 'reference', 'reward_model', 'reward_shaping', 'compat', 'evaluate_reward'),
   inputs=(
     REWARD_MODEL,
-    data('pairs', is_required=_needs_data),
+    data_input('pairs', is_required=_needs_data),
     dataclasses.replace(REFERENCE, is_required=never),
     Input('evaluate_reward.pairs', is_required=never, is_list=True),
     Input('evaluate_reward.spans', is_required=never),

@@ -115,7 +115,7 @@ REWARD_MODEL = Input('reward_model.path', ('reward/model', 'config.reward_model.
 OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_reward_model)
 
 
-def data(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:
+def data_input(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:
   """Returns the input of rows: config.data.path, or these rows of the built-in language."""
   sources = ('config.data.path', f'demo/rows/{rows}.jsonl.gz')
   return Input('data.path', sources, is_required=is_required)

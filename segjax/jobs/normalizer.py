@@ -1,9 +1,11 @@
-"""The normaliser of a reward model's segment scores, by position or constant."""
+"""Fits the normaliser of a reward model's segment scores: by position, or constant."""
 
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +15,12 @@ import numpy as np
 from segjax import processes
 from segjax.config.conflicts import check_normalizer
 from segjax.config.settings import Settings
-from segjax.data.batches import Pairs, batch_indices, eval_batches, select
+from segjax.data.batches import Pairs, batch_indices, select
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
-from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data
-from segjax.report.console import track
+from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data_input
+from segjax.model.llama import LlamaConfig
 from segjax.rl import normalizer
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
@@ -29,81 +31,91 @@ from segjax.types import Normalizer
 
 
 class Statistics(NamedTuple):
-  """Scores of all segments with their relative position, [N], and of the responses, [R]."""
+  """Scores that a normaliser is fitted to.
+
+  Attributes:
+    position: relative position of each segment, [N].
+    score: score of each segment, [N].
+    response_score: aggregated score of each response, [R].
+  """
 
   position: np.ndarray
   score: np.ndarray
-  whole: np.ndarray
+  response_score: np.ndarray
 
 
 def run(stage: Stage) -> dict[str, Any]:
-  """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json."""
+  """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json.
+
+  Returns:
+    kind, segments, the coefficients, and for a regression `rl.normalizer.fit_quality`.
+  """
   s = stage.settings
   source = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   if not os.access(source, os.W_OK):
     raise UserError(
-      f'config.reward_model.path: {source} cannot be written to, and the normaliser belongs there; '
-      'copy the reward model to a directory of yours.'
+      f'config.reward_model.path={str(source)!r} cannot be written to, and the normaliser '
+      'is stored there; copy the reward model to a directory of your own.'
     )
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
   stored = reward_spec.read_spec(source)
-  named = dataclasses.replace(s.reward_model, normalizer='none')
-  meaning = reward_spec.resolve_spec(named, source, reference_path)
-  kind = resolve_kind(s.normalizer.kind, meaning.segmentation.granularity)
-  config = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)[
-    'reward'
-  ]
+  without_normalizer = dataclasses.replace(s.reward_model, normalizer='none')
+  spec = reward_spec.resolve_spec(without_normalizer, source, reference_path)
+  kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
+  configs = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)
   tokenizer = load_tokenizer(str(reference_path), s.data.chat_template)
   scorer = SegmentScorer(
-    config,
+    configs['reward'],
     models.load_network_config(reference_path, s.runtime, stage.mesh, stage.log),
-    make_segmenter(meaning.segmentation, tokenizer),
+    make_segmenter(spec.segmentation, tokenizer),
   )
-  pairs = tokenize_pairs(
-    inputs.load_config_rows(s.data),
-    tokenizer,
-    inputs.length_limits(s.data, config, stage.log),
-    inputs.pair_rules(s.compat),
-  )
-  if len(pairs) > s.normalizer.max_pairs:
-    pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))
-  inputs.log_dataset(pairs, stage.log)
-  params = models.load_params(source, config, 'scalar', s.runtime, stage.mesh)
+  pairs = _load_pairs(stage, tokenizer, configs['reward'])
+  params = models.load_params(source, scorer.reward, 'scalar', s.runtime, stage.mesh)
   reference = None
   if scorer.segmenter.needs_entropy:
     reference = models.load_params(
       reference_path, scorer.reference, 'language', s.runtime, stage.mesh
     )
-  found = statistics(stage, params, reference, pairs, scorer)
+  statistics = collect_statistics(stage, params, reference, pairs, scorer)
   options = {
     'weighting': s.normalizer.weighting,
     'min_count': s.normalizer.min_bin_count,
     'first_bin': 0 if s.compat.keep_zero_bin else 1,
   }
-  fitted = fit(kind, found, **options)
-  filled = dataclasses.replace(
-    stored or meaning,
-    segmentation=meaning.segmentation,
-    normalizer=fitted,
-    normalizer_kind=kind,
-  )
-  processes.barrier('normalizer')  # all have read what the first now replaces
+  fitted = fit(kind, statistics, **options)
+  coefficients = {name: float(value) for name, value in vars(fitted).items()}
+  processes.barrier('normalizer')  # every process has read the file that the first one replaces
   if processes.is_first():
-    reward_spec.write_spec(source, filled)
-    write_bins(stage, found, fitted)
-  values = {name: float(value) for name, value in vars(fitted).items()}
+    new_spec = dataclasses.replace(
+      stored or spec, segmentation=spec.segmentation, normalizer=fitted, normalizer_kind=kind
+    )
+    reward_spec.write_spec(source, new_spec)
+    write_bins(stage.directory, statistics, coefficients)
   stage.log(
-    f'{kind}: Mean(p) = {values["w_mean"]:.4f} ln p {values["b_mean"]:+.4f}, '
-    f'Std(p) = {values["w_std"]:.4f} ln p {values["b_std"]:+.4f}'
+    f'{kind}: Mean(p) = {fitted.w_mean:.4f} ln p {fitted.b_mean:+.4f}, '
+    f'Std(p) = {fitted.w_std:.4f} ln p {fitted.b_std:+.4f}'
   )
+  results = {'kind': kind, 'segments': len(statistics.score)} | coefficients
   if kind == 'regression':
-    values |= fit_quality(stage, found, fitted, **options)
-  return {'kind': kind, 'segments': len(found.score)} | values
+    results |= fit_quality(statistics, fitted, stage.log, **options)
+  return results
 
 
-def write_bins(stage: Stage, found: Statistics, fitted: Normalizer) -> None:
-  """Writes `normalizer.json`: the fit, and the scores' moments in each bin of p that has any."""
-  count, mean, std = map(np.asarray, jax.jit(normalizer.bin_moments)(*_arrays(found)))
+def _load_pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
+  """Loads the pairs of config.data, at most config.normalizer.max_pairs, drawn at random."""
+  s = stage.settings
+  limits = inputs.length_limits(s.data, config, stage.log)
+  rows = inputs.load_config_rows(s.data)
+  pairs = tokenize_pairs(rows, tokenizer, limits, inputs.pair_rules(s.compat))
+  if len(pairs) > s.normalizer.max_pairs:
+    pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))
+  inputs.log_dataset(pairs, stage.log)
+  return pairs
+
+
+def write_bins(directory: Path, statistics: Statistics, coefficients: dict[str, float]) -> None:
+  """Writes `normalizer.json`: the coefficients, and count, mean and std of each non-empty bin."""
+  count, mean, std = map(np.asarray, jax.jit(normalizer.bin_moments)(*_arrays(statistics)))
   used = np.flatnonzero(count)
   bins = {
     'p': (used / (len(count) - 1)).tolist(),
@@ -111,69 +123,86 @@ def write_bins(stage: Stage, found: Statistics, fitted: Normalizer) -> None:
     'mean': mean[used].tolist(),
     'std': std[used].tolist(),
   }
-  coefficients = {name: float(value) for name, value in vars(fitted).items()}
-  stage.directory.mkdir(parents=True, exist_ok=True)
-  text = json.dumps({'coefficients': coefficients, 'bins': bins})
-  (stage.directory / 'normalizer.json').write_text(text + '\n', encoding='utf-8')
+  directory.mkdir(parents=True, exist_ok=True)
+  record = json.dumps({'coefficients': coefficients, 'bins': bins})
+  (directory / 'normalizer.json').write_text(record + '\n', encoding='utf-8')
 
 
 def resolve_kind(kind: str, granularity: str) -> str:
-  """The kind of config.normalizer.kind for that granularity, 'auto' resolved."""
+  """Returns config.normalizer.kind for a granularity, with 'auto' resolved.
+
+  Raises:
+    UserError: the granularity has no normaliser of that kind.
+  """
   check_normalizer(kind, granularity, 'config.normalizer.kind')
   if kind == 'auto':
     return 'scalar' if granularity == 'bandit' else 'regression'
   return kind
 
 
-def statistics(
+def collect_statistics(
   stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: SegmentScorer
 ) -> Statistics:
-  """Scores of both sides of the pairs; responses without a segment are left out."""
-  size, found = stage.settings.normalizer.batch_size, []
-  for rows, real in track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size)):
+  """Scores both sides of the pairs; responses without a segment are left out."""
+  parts = []
+  size = stage.settings.normalizer.batch_size
+  for rows, num_real in inputs.tracked_batches(stage.name, len(pairs), size):
     batch = pairs.gather(rows, stage.to_device)
     arrays = processes.to_host(segment_statistics(params, reference, batch, scorer=scorer))
-    position, score, end, whole = (x[: 2 * real] for x in arrays)
-    found.append(Statistics(position[end], score[end], whole[end.any(axis=1)]))
-  return Statistics(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    # Two sequences per pair; the last batch repeats its last pair to be full.
+    position, score, end, response_score = (x[: 2 * num_real] for x in arrays)
+    parts.append(Statistics(position[end], score[end], response_score[end.any(axis=1)]))
+  return Statistics(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def fit(kind: str, found: Statistics, **options: Any) -> Normalizer:
-  """The normaliser of that kind; `options` are those of `rl.normalizer.fit_regression`."""
+def fit(kind: str, statistics: Statistics, **options: Any) -> Normalizer:
+  """Returns the normaliser of that kind.
+
+  Args:
+    options: of `rl.normalizer.fit_regression`.
+
+  Raises:
+    UserError: there is no segment.
+  """
   if kind == 'none':
     return Normalizer()
-  if not len(found.score):
-    raise UserError('the normaliser has no segment to fit: no response of the data has one.')
+  if not len(statistics.score):
+    raise UserError(
+      'config.data has no response with a segment, so the normaliser cannot be fitted; '
+      'use other pairs or another segmentation.'
+    )
   if kind == 'regression':
     fit_regression = jax.jit(functools.partial(normalizer.fit_regression, **options))
-    return fit_regression(*_arrays(found))
+    return fit_regression(*_arrays(statistics))
   scores = {
-    'global': found.score,
-    'last': found.score[found.position == 1],
-    'scalar': found.whole,
+    'global': statistics.score,
+    'last': statistics.score[statistics.position == 1],
+    'scalar': statistics.response_score,
   }[kind]
   return normalizer.fit_constant(jnp.asarray(scores), jnp.ones(len(scores), bool))
 
 
 def fit_quality(
-  stage: Stage, found: Statistics, fitted: Normalizer, **options: Any
+  statistics: Statistics, fitted: Normalizer, log: Callable[[str], None], **options: Any
 ) -> dict[str, float]:
-  """How well Mean(p) and Std(p) describe the bins; said, and returned."""
+  """Returns and logs how well Mean(p) and Std(p) describe the bins."""
   measure = jax.jit(functools.partial(normalizer.fit_quality, **options))
-  values = {k: float(v) for k, v in measure(*_arrays(found), fitted)._asdict().items()}
-  stage.log(
+  quality = measure(*_arrays(statistics), fitted)._asdict()
+  values = {name: float(value) for name, value in quality.items()}
+  log(
     f'{values["num_bins"]:.0f} positions: R² {values["r2_mean"]:.3f} and {values["r2_std"]:.3f}, '
     f'residuals {values["rms_mean"]:.2g} and {values["rms_std"]:.2g} (mean and std)'
   )
   return values
 
 
-def _arrays(found: Statistics) -> tuple[jax.Array, jax.Array, jax.Array]:
-  mask = jnp.ones(len(found.score), bool)
-  return jnp.asarray(found.position), jnp.asarray(found.score), mask
+def _arrays(statistics: Statistics) -> tuple[jax.Array, jax.Array, jax.Array]:
+  mask = jnp.ones(len(statistics.score), bool)
+  return jnp.asarray(statistics.position), jnp.asarray(statistics.score), mask
 
 
 def _num_steps(settings: Settings, rows: int) -> int:
+  """Returns the number of batches, at most."""
   pairs = min(settings.normalizer.max_pairs, rows or settings.normalizer.max_pairs)
   return -(-pairs // settings.normalizer.batch_size)
 
@@ -182,7 +211,7 @@ JOB = Job(
   name='normalizer',
   run=run,
   sections=(*COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
-  inputs=(REWARD_MODEL, REFERENCE, data('pairs')),
+  inputs=(REWARD_MODEL, REFERENCE, data_input('pairs')),
   rewrites=('reward_model.path', reward_spec.REWARD_SPEC_FILE),
   batch_keys=('normalizer.batch_size',),
   summary=('segments',),

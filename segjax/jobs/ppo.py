@@ -23,7 +23,7 @@ from segjax.jobs.job import (
   REFERENCE,
   Input,
   Job,
-  data,
+  data_input,
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.model.llama import LlamaConfig
@@ -211,7 +211,7 @@ JOB = Job(
     REFERENCE,
     OPTIONAL_REWARD_MODEL,
     Input('critic.init', keywords=CRITICS),
-    data('prompts'),
+    data_input('prompts'),
   ),
   check=evaluate.check_functions,
   outputs=('model', 'critic'),

@@ -7,7 +7,7 @@ from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs.job import COMMON, POLICY, Job, data
+from segjax.jobs.job import COMMON, POLICY, Job, data_input
 from segjax.plan import programs
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
@@ -65,7 +65,7 @@ JOB = Job(
   name='sft',
   run=run,
   sections=(*COMMON, 'policy', 'sft'),
-  inputs=(POLICY, data('sft')),
+  inputs=(POLICY, data_input('sft')),
   outputs=('model',),
   batch_keys=programs.SFT.batch_keys,
   summary=('loss',),

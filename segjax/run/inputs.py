@@ -1,18 +1,21 @@
 """What a job reads: checkpoints, rows, limits on lengths. Checks paths before anything starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from segjax.config.settings import Compat, Data
+from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
 from segjax.data.sources import Rows, is_hub_id, load_rows
 from segjax.data.tokenize import PairRules
 from segjax.errors import UserError, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
+from segjax.report.console import track
 
 
 def check_path(key: str, path: str, directory: Path) -> None:
@@ -126,3 +129,11 @@ def log_dataset(dataset: Any, log: Callable[[str], None]) -> None:
   """Logs how many rows were read, truncated and dropped, and the length they are padded to."""
   used = '' if len(dataset) == dataset.counts['rows'] else f'; {len(dataset)} used'
   log(f'{describe_counts(dataset.counts)}{used}, padded to {dataset.length} tokens')
+
+
+def tracked_batches(
+  stage_name: str, num_rows: int, batch_size: int, note: str = ''
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields `eval_batches` with a progress bar on the console."""
+  num_batches = -(-num_rows // batch_size)
+  return track(stage_name, eval_batches(num_rows, batch_size), num_batches, note)

@@ -1,4 +1,4 @@
-"""The fit over all segments: which kind, and of what."""
+"""The kinds of normaliser, and which scores each is fitted to."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from segjax.types import Normalizer
 
 
 @pytest.fixture(scope='module')
-def found():
+def statistics():
   """200 responses of 10 segments, score = 0.5 ln p + 1 plus noise of deviation 0.2."""
   position = np.tile(np.arange(1, 11) / 10, 200).astype(np.float32)
   noise = np.random.default_rng(0).normal(0, 0.2, position.shape)
@@ -17,8 +17,8 @@ def found():
   return Statistics(position, score, score.reshape(200, 10).sum(axis=1))
 
 
-def test_regression_finds_the_line(found):
-  fitted = normalizer.fit('regression', found)
+def test_regression_finds_the_line(statistics):
+  fitted = normalizer.fit('regression', statistics)
   # 200 scores a bin: the mean is known to 0.2 / sqrt(200) = 0.014, the deviation to 0.01.
   np.testing.assert_allclose(
     [fitted.w_mean, fitted.b_mean, fitted.w_std, fitted.b_std], [0.5, 1, 0, 0.2], atol=0.04
@@ -26,20 +26,24 @@ def test_regression_finds_the_line(found):
 
 
 @pytest.mark.parametrize('kind', ['global', 'last', 'scalar'])
-def test_constants_are_mean_and_deviation_of_their_scores(found, kind):
-  fitted = normalizer.fit(kind, found)
-  of = {'global': found.score, 'last': found.score[9::10], 'scalar': found.whole}[kind]
-  np.testing.assert_allclose(fitted.b_mean, of.mean(), rtol=1e-5)
-  np.testing.assert_allclose(fitted.b_std, of.std(), rtol=1e-5)
+def test_constants_are_mean_and_deviation_of_their_scores(statistics, kind):
+  fitted = normalizer.fit(kind, statistics)
+  scores = {
+    'global': statistics.score,
+    'last': statistics.score[9::10],
+    'scalar': statistics.response_score,
+  }[kind]
+  np.testing.assert_allclose(fitted.b_mean, scores.mean(), rtol=1e-5)
+  np.testing.assert_allclose(fitted.b_std, scores.std(), rtol=1e-5)
   assert (fitted.w_mean, fitted.w_std) == (0, 0)
 
 
-def test_none_changes_nothing(found):
-  assert normalizer.fit('none', found) == Normalizer()
+def test_none_changes_nothing(statistics):
+  assert normalizer.fit('none', statistics) == Normalizer()
 
 
 def test_no_segment_is_an_error():
-  with pytest.raises(ValueError, match='no segment to fit'):
+  with pytest.raises(ValueError, match='no response with a segment'):
     normalizer.fit('regression', Statistics(*np.zeros((3, 0), np.float32)))
 
 

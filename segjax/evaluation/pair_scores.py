@@ -1,0 +1,46 @@
+"""Scores of preference pairs by a reward model, and their metrics; on the host."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from segjax import processes
+from segjax.data.batches import Pairs
+from segjax.rl.pair_metrics import pair_metrics
+from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
+
+
+def score_pairs(
+  params: Any,
+  reference: Any,
+  pairs: Pairs,
+  scorer: SegmentScorer,
+  batches: Iterable[tuple[np.ndarray, int]],
+  to_device: Callable[[np.ndarray], jax.Array],
+) -> Float[np.ndarray, 'N 4']:
+  """Returns (score of chosen, score of rejected, tokens of chosen, tokens of rejected) per pair.
+
+  Args:
+    params: parameters of the reward model.
+    reference: parameters of the reference; None if segments do not need its entropy.
+    batches: `data.batches.eval_batches` over the pairs.
+    to_device: places an array of the host on the devices.
+  """
+  scores = []
+  for rows, num_real in batches:
+    batch = pairs.gather(rows, to_device)
+    score = evaluate_pairs(params, reference, batch, scorer=scorer)
+    scores.append(processes.to_host(score)[:num_real])
+  lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
+  return np.column_stack([np.concatenate(scores), *lengths])
+
+
+def scored_pair_metrics(scored: Float[np.ndarray, 'N 4']) -> dict[str, float]:
+  """Returns `rl.pair_metrics.pair_metrics` of the output of `score_pairs`."""
+  chosen, rejected = scored[:, :2].T.astype(np.float32)
+  lengths = scored[:, 2:].T.astype(np.int32)
+  metrics = jax.device_get(jax.jit(pair_metrics)(chosen, rejected, *lengths))
+  return {name: float(value) for name, value in metrics.items()}
