@@ -1,7 +1,7 @@
-"""The reference's entropies over a dataset of pairs, computed once and kept on disk.
+"""Caches the reference's entropies over a dataset of pairs on disk.
 
-The reference is frozen, so a second epoch, or a second reward model on the same data, needs no
-second pass of it, and while the reward model trains it need not be in memory.
+The reference is frozen: a second epoch, or a second reward model on the same data, reads the cache
+instead of running it, and the reference need not stay in memory during training.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ import jax
 import numpy as np
 
 from segjax import processes
-from segjax.data.batches import Pairs, Ragged, eval_batches
-from segjax.report.console import track
-from segjax.run import stage_record
+from segjax.data.batches import Pairs, Ragged
+from segjax.run import inputs, stage_record
 from segjax.run.stage import Stage
 from segjax.storage import atomic_file
 from segjax.train.reward_scoring import SegmentScorer, reference_entropy
@@ -27,11 +26,10 @@ from segjax.types import PreferenceBatch
 def with_entropies(
   stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: SegmentScorer
 ) -> Pairs:
-  """The pairs with the entropy of every token, read from config.reward.entropy_cache_dir
-  or put there.
+  """Returns the pairs with the entropy of every token, from config.reward.entropy_cache_dir.
 
-  The file's name is a hash of all that decides its content: the reference's files, the tokens, and
-  the compute dtype.
+  Computes and stores the entropies if they are not there. The file's name is a hash of everything
+  that decides its content: the reference's files, the tokens, the compute dtype.
   """
   folder = Path(stage.settings.reward.entropy_cache_dir).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
@@ -44,7 +42,7 @@ def with_entropies(
     with atomic_file(path, tag=f'.{processes.process_index()}-{os.getpid()}') as partial:
       _compute(stage, pairs, reference, scorer, partial)
     processes.barrier('entropies')
-    stage.log(f'entropies of the reference kept in {path}')
+    stage.log(f'entropies of the reference stored in {path}')
   values = np.load(path, mmap_mode='r')
   middle = pairs.chosen.offsets[-1]
   return dataclasses.replace(
@@ -55,17 +53,17 @@ def with_entropies(
 
 
 def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, path: Path) -> None:
-  """Writes float32 entropies, nats: all of the chosen rows end to end, then the rejected ones."""
+  """Writes float32 entropies in nats: the chosen rows end to end, then the rejected rows."""
   starts = (0, pairs.chosen.offsets[-1])
   total = int(starts[1] + pairs.rejected.offsets[-1])
   values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
   size = stage.settings.reward.batch_size
-  batches = track(stage.name, eval_batches(len(pairs), size), -(-len(pairs) // size), 'entropies')
-  for rows, real in batches:
+  batches = inputs.tracked_batches(stage.name, len(pairs), size, 'entropies')
+  for rows, num_real in batches:
     batch = pairs.gather(rows, stage.to_device)
     both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
-    for start, side, found in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
-      for row, entropy in zip(rows[:real], found, strict=False):
+    for start, side, entropies in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
+      for row, entropy in zip(rows[:num_real], entropies, strict=False):
         begin, end = side.offsets[row], side.offsets[row + 1]
         values[start + begin : start + end] = entropy[: end - begin]
   values.flush()

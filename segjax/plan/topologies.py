@@ -1,8 +1,8 @@
 """Topologies of chips to compile for.
 
-A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, or `cpu:8`. Programs for TPUs are
-compiled by libtpu, which needs no TPU for it. For CUDA they are compiled for as many CPU devices,
-which estimates memory and cannot be more than an estimate.
+A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, or `cpu:8`. libtpu compiles programs
+for TPUs without a TPU. Programs for CUDA are compiled for the same number of CPU devices, so their
+memory is an estimate.
 """
 
 import dataclasses
@@ -25,7 +25,12 @@ _SLICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """So many chips; `is_estimate` where the programs are compiled for other devices."""
+  """A number of equal chips.
+
+  Attributes:
+    name: as a user writes it.
+    is_estimate: the programs are compiled for other devices.
+  """
 
   name: str
   chip: Chip
@@ -34,11 +39,12 @@ class Topology:
 
   @property
   def is_tpu(self) -> bool:
+    """Whether the chips are TPUs."""
     return self.chip.name in _SLICES
 
 
 def parse(name: str) -> Topology:
-  """The topology of that name; ValueError lists the known ones."""
+  """Returns the topology of a name; UserError lists the supported names."""
   kind, _, shape = name.partition(':')
   if kind in _SLICES and shape in _SLICES[kind]:
     return Topology(name, CHIPS[kind], math.prod(map(int, shape.split('x'))))
@@ -47,10 +53,10 @@ def parse(name: str) -> Topology:
   match = re.fullmatch(r'([1-9][0-9]*)x(.+)', shape)
   if kind == 'cuda' and match and match[2] in CHIPS and '-' in match[2]:
     return Topology(name, CHIPS[match[2]], int(match[1]), is_estimate=True)
-  raise UserError(f'topology {name!r} is not known; known are\n{_known()}')
+  raise UserError(f'topology {name!r} does not exist; use one of\n{_supported()}')
 
 
-def _known() -> str:
+def _supported() -> str:
   lines = []
   for kind, shapes in _SLICES.items():
     sizes = ', '.join(f'{s} ({math.prod(map(int, s.split("x")))})' for s in shapes)
@@ -62,10 +68,10 @@ def _known() -> str:
 
 
 def prepare(topology: Topology) -> None:
-  """Sets what jax reads when it first looks for devices.
+  """Sets what jax reads when it first looks for devices; call it before that.
 
   Raises:
-    ValueError: there is no libtpu, which compiles for TPUs.
+    UserError: libtpu, which compiles for TPUs, is not installed.
   """
   if topology.is_tpu and importlib.util.find_spec('libtpu') is None:
     raise UserError(
@@ -74,7 +80,7 @@ def prepare(topology: Topology) -> None:
     )
   import jax
 
-  jax.config.update('jax_platforms', 'cpu')  # libtpu is for compiling; it would look for a TPU
+  jax.config.update('jax_platforms', 'cpu')  # libtpu only compiles; jax must not look for a TPU
   if topology.is_tpu:
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
     os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)
@@ -90,16 +96,16 @@ def _accelerator_type(topology: Topology) -> str:
 
 
 def devices(topology: Topology) -> list[Any]:
-  """What programs are compiled for, after `prepare`."""
+  """Returns the devices to compile for, after `prepare`."""
   import jax
   from jax.experimental import topologies
 
   if topology.is_tpu:
-    found = topologies.get_topology_desc(platform='tpu', topology_name=topology.name)
-    return list(found.devices)
+    description = topologies.get_topology_desc(platform='tpu', topology_name=topology.name)
+    return list(description.devices)
   if len(jax.devices()) < topology.count:
     raise UserError(
-      f'{topology.name} wants {topology.count} devices, and jax has {len(jax.devices())}; start a '
-      'process of its own for each topology.'
+      f'{topology.name} needs {topology.count} devices, and jax has {len(jax.devices())}; start '
+      'one process per topology.'
     )
   return jax.devices()[: topology.count]

@@ -123,7 +123,7 @@ def test_plan_of_a_job(monkeypatch):
   monkeypatch.setattr(main, 'run', lambda main: runs.append(main))
   main.cli()
   assert sys.argv == ['segjax', '--config=configs/ppo.py:local', '--topology=cpu:2']
-  assert runs == [cli.main]
+  assert [run_main.func for run_main in runs] == [cli.main]
 
 
 def test_unknown_job_ends_in_one_line(monkeypatch):

@@ -60,7 +60,7 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   values = small('reward', 'normalizer', **at('pairs'), **CALIBRATED, **cache)
   run(values, tmp_path / 'one')
   out = capsys.readouterr().out
-  assert 'segments of 3 tokens were asked for' in out and 'tokens a segment' in out
+  assert 'for a mean segment length of 3 tokens' in out and 'tokens per segment' in out
   found = json.loads((tmp_path / 'one' / 'reward' / 'calibration.json').read_text())
   stored = json.loads((tmp_path / 'one' / 'reward' / 'model' / 'segment_reward.json').read_text())
   assert stored['entropy_threshold'] == found['entropy_threshold'] > 0

@@ -1,4 +1,4 @@
-"""How stages are wired, what is checked before the first starts, and what is reused."""
+"""The wiring of stages, the checks before the first one starts, and the reuse of results."""
 
 import importlib.util
 from pathlib import Path

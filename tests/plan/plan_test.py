@@ -53,7 +53,9 @@ def test_names_of_topologies():
   found = topologies.parse('cuda:8xH100-80GB')
   assert found.count == 8 and found.is_estimate and not found.is_tpu
   for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
-    with pytest.raises(ValueError, match=r'not known; known are\n.*8x8 \(64\).*15.75 GiB') as error:
+    with pytest.raises(
+      ValueError, match=r'does not exist; use one of\n.*8x8 \(64\).*15.75 GiB'
+    ) as error:
       topologies.parse(name)
     assert 'H100-80GB' in str(error.value)
 
@@ -218,4 +220,4 @@ def test_command_line(tmp_path):
   found = json.loads(done.stdout.splitlines()[-1])
   assert found['fits'] and found['devices'] == 2 and found['phases'][0]['peak'] > 0
   wrong = run([*command_line, '--topology=v9:1'])
-  assert wrong.returncode == 1 and "topology 'v9:1' is not known" in wrong.stderr
+  assert wrong.returncode == 1 and "topology 'v9:1' does not exist" in wrong.stderr

@@ -1,4 +1,4 @@
-"""Training loops: checkpoints, going on from them, and the stop at bad steps. Lengths, counts."""
+"""Training loops: checkpoints, resuming, and the stop at skipped steps. Lengths, counts, keys."""
 
 import json
 
