@@ -1,4 +1,4 @@
-"""Whole runs with the options on: calibration, cache, rules, redistribution, published mistakes."""
+"""Runs with options: calibration, cache, custom reward, redistribution, published mistakes."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from segjax.run import preemption
 
 
 def many_words(prompt, response):
-  """A rule that likes long answers; it is named by path below."""
+  """A custom reward for long answers; it is named by its path below."""
   return 0.1 * len(response.split())
 
 
-RULE = f'{__name__}:many_words'
+CUSTOM_REWARD = f'{__name__}:many_words'
 
 
 @pytest.fixture(scope='module')
@@ -37,10 +37,10 @@ def at(language):
 
 def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-  found = [json.loads(line) for line in lines]
-  for name in set().union(*found) - {'step'}:
+  steps = [json.loads(line) for line in lines]
+  for name in set().union(*steps) - {'step'}:
     assert metric_docs.find_entry(name), f'{name} is not in the glossary'
-  return found
+  return steps
 
 
 CALIBRATED = {
@@ -61,11 +61,13 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   run(values, tmp_path / 'one')
   out = capsys.readouterr().out
   assert 'for a mean segment length of 3 tokens' in out and 'tokens per segment' in out
-  found = json.loads((tmp_path / 'one' / 'reward' / 'calibration.json').read_text())
+  calibration = json.loads((tmp_path / 'one' / 'reward' / 'calibration.json').read_text())
   stored = json.loads((tmp_path / 'one' / 'reward' / 'model' / 'segment_reward.json').read_text())
-  assert stored['entropy_threshold'] == found['entropy_threshold'] > 0
+  assert stored['entropy_threshold'] == calibration['entropy_threshold'] > 0
   assert stored['aggregation'] == 'softmax'
-  (chosen,) = [p for p in found['curve'] if p['entropy_threshold'] == found['entropy_threshold']]
+  (chosen,) = [
+    p for p in calibration['curve'] if p['entropy_threshold'] == calibration['entropy_threshold']
+  ]
   assert chosen['segment_length'] == pytest.approx(3, rel=0.2)
   assert (tmp_path / 'one' / 'normalizer' / 'stage.json').exists()
   assert stored['normalizer']['kind'] == 'regression'
@@ -90,7 +92,7 @@ OPTIONS = {
   'ppo.max_steps': 3,
   'ppo.eval_every': 2,
   'ppo.holdout_fraction': 0.2,
-  'evaluate.gold_reward_fn': RULE,
+  'evaluate.gold_reward_fn': CUSTOM_REWARD,
   'ppo.micro_batch_size': 2,
   'ppo.kl_placement': 'loss',
   'ppo.kl_estimator': 'k3',
@@ -105,11 +107,14 @@ OPTIONS = {
 }
 
 
-RULE_ALONE = {'reward_shaping.reward_fn': RULE, 'reward_shaping.reward_model_weight': 0.0}
+CUSTOM_REWARD_ALONE = {
+  'reward_shaping.reward_fn': CUSTOM_REWARD,
+  'reward_shaping.reward_model_weight': 0.0,
+}
 
 
-def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
-  results = run(small('ppo', 'evaluate', **at('prompts'), **RULE_ALONE, **OPTIONS))
+def test_custom_reward_alone_needs_no_reward_model(small, run, at, tmp_path):
+  results = run(small('ppo', 'evaluate', **at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS))
   steps = metrics(tmp_path, 'ppo')
   assert 'policy/loss' not in steps[0] and 'critic/loss' in steps[0]
   assert 'policy/loss' in steps[1] and steps[1]['policy/initial_ratio_deviation'] < 1e-4
@@ -117,16 +122,16 @@ def test_rule_alone_needs_no_reward_model(small, run, at, tmp_path):
   # The KL is far above its target once the policy has moved, so the coefficient rises.
   assert steps[2]['objective/kl_coef'] != steps[0]['objective/kl_coef']
   assert all(step['skipped_updates'] == 0 for step in steps)
-  (looked,) = [step for step in steps if 'eval/reward' in step]
-  assert looked['step'] == 1
-  # The rule is all the reward there is, and the truth as well.
-  assert looked['eval/reward'] == pytest.approx(looked['eval/gold'], abs=1e-4)
+  (evaluated,) = [step for step in steps if 'eval/reward' in step]
+  assert evaluated['step'] == 1
+  # The function is both the only reward and the true one.
+  assert evaluated['eval/reward'] == pytest.approx(evaluated['eval/gold'], abs=1e-4)
   assert 'score' not in results['evaluate']['after']
 
 
 def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, monkeypatch):
-  """The step before is done and its old state given away: the new one is saved, and goes on."""
-  values = small('ppo', **at('prompts'), **RULE_ALONE, **OPTIONS)
+  """The step is done and its old state donated: the new state is saved, and the run resumes."""
+  values = small('ppo', **at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS)
   with monkeypatch.context() as patch, pytest.raises(preemption.PreemptedError, match='step 2 of'):
     patch.setattr(ppo_trainer, 'held_out_metrics', interrupted(ppo_trainer.held_out_metrics))
     run(values)
@@ -146,9 +151,9 @@ def interrupted(function):
   return call
 
 
-def test_wrong_rule_stops_before_anything_starts(small, run, at):
+def test_wrong_custom_reward_stops_before_anything_starts(small, run, at):
   rule = {'reward_shaping.reward_fn': 'no_such_module:rule'}
-  with pytest.raises(ValueError, match=r'config\.shaping\.reward_fn'):
+  with pytest.raises(ValueError, match=r'config\.reward_shaping\.reward_fn'):
     run(small('ppo', **at('prompts'), **rule))
 
 
@@ -206,7 +211,7 @@ def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
 
 
 def test_rollouts_beyond_the_bounds_are_not_learned_from(small, run, at, language, tmp_path):
-  rule = {'reward_shaping.reward_fn': RULE, 'reward_shaping.reward_model_weight': 0.0}
+  rule = {'reward_shaping.reward_fn': CUSTOM_REWARD, 'reward_shaping.reward_model_weight': 0.0}
   bounded = {**at('prompts'), **rule, 'ppo.skip_if_reward_above': 1e-6, 'ppo.kl_target': 1.0}
   run(small('ppo', **bounded, max_skipped_steps=99), tmp_path)
   steps = metrics(tmp_path, 'ppo')

@@ -1,4 +1,4 @@
-"""What programs take of memory is looked at here, so they are compiled as they would run."""
+"""Plans are of optimized programs, so the tests compile with optimizations."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Plans of tiny networks on CPU devices: the arithmetic, the advice, the properties of programs."""
+"""Plans of tiny networks on CPU devices: arithmetic, suggestions, properties of programs."""
 
 import dataclasses
 import functools
@@ -43,15 +43,15 @@ def with_memory(size):
 
 
 @functools.cache
-def plan(settings=SETTINGS, names=SMALL, size=math.inf):
+def make_plan(settings=SETTINGS, names=SMALL, size=math.inf):
   return planner.make_plan(PPO, settings, with_memory(size), names)
 
 
 def test_names_of_topologies():
   assert topologies.parse('v5p:4x4x8').count == 128
   assert topologies.parse('v5e:8x8').chip.memory == 15.75 * 2**30
-  found = topologies.parse('cuda:8xH100-80GB')
-  assert found.count == 8 and found.is_estimate and not found.is_tpu
+  h100 = topologies.parse('cuda:8xH100-80GB')
+  assert h100.count == 8 and h100.is_estimate and not h100.is_tpu
   for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
     with pytest.raises(
       ValueError, match=r'does not exist; use one of\n.*8x8 \(64\).*15.75 GiB'
@@ -67,48 +67,48 @@ def test_missing_compiler_is_named(monkeypatch):
 
 
 def test_peak_is_what_lives_and_what_the_program_takes():
-  found = plan()
-  assert [m.name for m in found.measured] == list(SMALL)
-  for measured in found.measured:
-    phase = next(p for p in found.programs.phases if p.name == measured.name)
-    alive = sum(abstract_arrays.bytes_per_device(found.programs.trees[name]) for name in phase.live)
+  plan = make_plan()
+  assert [m.name for m in plan.measured] == list(SMALL)
+  for measured in plan.measured:
+    phase = next(p for p in plan.programs.phases if p.name == measured.name)
+    live = sum(abstract_arrays.bytes_per_device(plan.programs.trees[name]) for name in phase.live)
     extra = measured.temporaries + measured.outputs - measured.aliased
     # The programs have a few scalars more among their arguments.
-    assert measured.peak == pytest.approx(alive + extra, rel=0.02)
-  state = found.programs.trees['critic state']
+    assert measured.peak == pytest.approx(live + extra, rel=0.02)
+  state = plan.programs.trees['critic state']
   # Three numbers per weight, split over eight devices but for norms and steps.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
 
 
 def test_too_little_memory_and_what_helps():
-  peak = plan().peak
-  found = plan(size=peak - 1)
-  assert plan(size=peak).fits and not plan(size=peak).suggestions
-  assert not found.fits
-  text = '\n'.join(found.suggestions)
+  peak = make_plan().peak
+  plan = make_plan(size=peak - 1)
+  assert make_plan(size=peak).fits and not make_plan(size=peak).suggestions
+  assert not plan.fits
+  text = '\n'.join(plan.suggestions)
   for flag in (
     'rollout.max_concurrent=8',
     'runtime.frozen_params_memory=host',
     'moments_dtype=bfloat16',
   ):
     assert f'--config.{flag}' in text or flag in text, text
-  assert 'they fit' in found.suggestions[-1]
-  assert 'not enough: use more chips' in plan(size=1).suggestions[-1]
+  assert 'they fit' in plan.suggestions[-1]
+  assert 'not enough: use more chips' in make_plan(size=1).suggestions[-1]
 
 
-def test_advice_is_what_a_new_plan_says():
-  found, network = plan(), make_config(SETTINGS.network)
+def test_estimated_peak_is_that_of_a_new_plan():
+  plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
-  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, found.measured)
+  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured)
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
   ):
     change = suggestions.SettingChange(key, value)
-    said = suggestions.estimate_peak([change], measured)
-    assert said < found.peak
-    assert said == pytest.approx(plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
+    estimated = suggestions.estimate_peak([change], measured)
+    assert estimated < plan.peak
+    assert estimated == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_other_phases_compile(job, name, changes):
   (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).measured
   assert measured.arguments > 0 and not measured.refused
   if changes:  # where sequences lie comes in as well
-    assert measured.arguments > plan(names=(name,)).measured[0].arguments
+    assert measured.arguments > make_plan(names=(name,)).measured[0].arguments
 
 
 @functools.cache
@@ -217,7 +217,7 @@ def test_command_line(tmp_path):
   run = functools.partial(subprocess.run, capture_output=True, text=True)
   done = run([*command_line, '--topology=cpu:2'])
   assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert found['fits'] and found['devices'] == 2 and found['phases'][0]['peak'] > 0
+  record = json.loads(done.stdout.splitlines()[-1])
+  assert record['fits'] and record['devices'] == 2 and record['phases'][0]['peak'] > 0
   wrong = run([*command_line, '--topology=v9:1'])
   assert wrong.returncode == 1 and "topology 'v9:1' does not exist" in wrong.stderr

@@ -1,4 +1,4 @@
-"""What a run writes beside a model."""
+"""The record, curves and card that a run writes next to a model."""
 
 import dataclasses
 import json

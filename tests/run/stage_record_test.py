@@ -1,4 +1,4 @@
-"""When a stage is reused, gone on from, or done anew."""
+"""When a stage is reused, resumed or run again."""
 
 import pytest
 

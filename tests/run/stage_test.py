@@ -87,7 +87,7 @@ def test_bad_step_stops_with_the_good_state_saved(stage, at):
   assert f'sft, step {at}: loss not finite' in str(error.value)
   assert '\n' not in str(error.value)
   assert f'checkpoints/{_saved(stage)[-1]}' in str(error.value)
-  # The state has every good step; going on leaves out the bad one and repeats none.
+  # The state has every good step; resuming skips the bad step and repeats none.
   total, last = _train(stage, amounts)
   assert total == 31 - 2**at
   assert np.isnan(last['loss']) == (at == 4)
