@@ -5,6 +5,7 @@ The values themselves are checked by `validate`. Nothing here needs a file or a 
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -44,12 +45,13 @@ def check_key(key: str) -> None:
   raise UserError(f'config.{key} does not exist{hint}')
 
 
-def setting_keys(cls: type = Settings, prefix: str = '') -> list[str]:
+@functools.cache  # each key of a config is compared with all of them
+def setting_keys(cls: type = Settings, prefix: str = '') -> tuple[str, ...]:
   """Returns the dotted keys of all settings, sections left out."""
-  names = []
+  names: tuple[str, ...] = ()
   for key, kind in typing.get_type_hints(cls).items():
     names += (
-      setting_keys(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else [prefix + key]
+      setting_keys(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else (prefix + key,)
     )
   return names
 
