@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+from fixtures import runs
 
+from segjax.config.settings import Segmentation
 from segjax.data import demo_language
 from segjax.jobs import ppo_trainer
 from segjax.report import metric_docs
@@ -87,8 +90,10 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
+# One set for all tests of PPO here: each other value would compile every program again.
 OPTIONS = {
   'critic.warmup_rollouts': 1,
+  'ppo.skip_if_reward_above': 50.0,
   'ppo.max_steps': 3,
   'ppo.eval_every': 2,
   'ppo.holdout_fraction': 0.2,
@@ -127,6 +132,13 @@ def test_custom_reward_alone_needs_no_reward_model(small, run, at, tmp_path):
   # The function is both the only reward and the true one.
   assert evaluated['eval/reward'] == pytest.approx(evaluated['eval/gold'], abs=1e-4)
   assert 'score' not in results['evaluate']['after']
+  assert (tmp_path / 'report.html').read_text().count('<li class="done">') == 2
+  lines = (tmp_path / 'ppo' / 'samples.jsonl').read_text().splitlines()
+  responses = [json.loads(line) for line in lines]
+  assert [response['step'] for response in responses][:6] == [0, 0, 0, 2, 2, 2]
+  for response in responses:
+    earned = sum(segment['reward'] for segment in response['segments'])
+    assert earned == pytest.approx(response['totals']['reward'], abs=0.01)
 
 
 def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, monkeypatch):
@@ -170,6 +182,7 @@ def bandit(small, at, one_device, tmp_path_factory):
   return str(workdir / 'reward' / 'model')
 
 
+@pytest.mark.campaign
 def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path):
   named = {
     'reward_model.path': bandit,
@@ -187,12 +200,15 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
   assert critic == (Path(bandit) / 'model.safetensors').read_bytes()
 
 
-def test_redistribution_of_a_bandit_is_refused(small, run, at, bandit):
-  named = {'reward_model.path': bandit, 'reward_shaping.redistribute': 'red'}
+def test_redistribution_of_a_bandit_is_refused(small, run, at, language, tmp_path):
+  segmentation = Segmentation(granularity='bandit')
+  model = runs.reward_model(language / 'model', tmp_path / 'bandit', None, segmentation)
+  named = {'reward_model.path': str(model), 'reward_shaping.redistribute': 'red'}
   with pytest.raises(ValueError, match='granularity=token or segment'):
     run(small('ppo', **at('prompts'), **named))
 
 
+@pytest.mark.campaign
 def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   published = {
     'reference_exact': True,

@@ -57,6 +57,7 @@ def stopped(run, tmp_path, monkeypatch):
   return go
 
 
+@pytest.mark.campaign
 def test_a_run_keeps_what_was_said(values, run, stopped, tmp_path):
   stopped(values('ppo', 'evaluate'), tmp_path / 'kept')
   html = tmp_path / 'kept' / 'report.html'
