@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from segjax.data.packing_plan import packing_efficiency, plan_packing
@@ -9,7 +9,6 @@ WIDTH = 32
 LENGTHS = st.lists(st.integers(0, WIDTH), min_size=2, max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(2, 6), st.sampled_from([1, 2]))
 def test_every_sequence_lies_somewhere_alone(lengths, rows, group):
   lengths = np.array(lengths[: len(lengths) // group * group])

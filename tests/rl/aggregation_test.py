@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures.responses import LENGTH
 from fixtures.strategies import numbers, responses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
