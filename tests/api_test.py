@@ -180,6 +180,7 @@ def test_wrong_models_are_refused(model):
     segjax.load_reward_model(str(model), reference=str(model), mesh=mesh)
 
 
+@pytest.mark.devices
 def test_all_devices_say_what_one_says(policy, model):
   wide = segjax.load_policy(str(model))
   assert wide.annotator.mesh.size == len(jax.devices()) == 8

@@ -61,13 +61,25 @@ def test_wrong_flags_are_named(arguments, message):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--config=configs/ppo.py:demmo'], "preset 'demmo': 'demmo' is not one of demo, demo_long, "),
+    pytest.param(
+      ['--config=configs/ppo.py:demmo'],
+      "preset 'demmo': 'demmo' is not one of demo, demo_long, ",
+      marks=pytest.mark.processes,
+    ),
     (
       ['--config=configs/ppo.py', '--config.ppo.max_steps=1.5'],
       '--config.ppo.max_steps=1.5: invalid lit',
     ),
-    (['--config=configs/ppo.py', '--workdir=none://b/run'], '--workdir=none://b/run cannot be rea'),
-    ([], '--config is missing; start with --config=configs/ppo.py'),
+    pytest.param(
+      ['--config=configs/ppo.py', '--workdir=none://b/run'],
+      '--workdir=none://b/run cannot be rea',
+      marks=pytest.mark.processes,
+    ),
+    pytest.param(
+      [],
+      '--config is missing; start with --config=configs/ppo.py',
+      marks=pytest.mark.processes,
+    ),
   ],
   ids=['preset', 'type', 'bucket', 'nothing'],
 )
@@ -115,10 +127,16 @@ def _is_missing(module):
   return True
 
 
+@pytest.mark.processes
 def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
   """The whole program with a libtpu that fails when it is imported."""
   (tmp_path / 'libtpu.py').write_text('raise SystemExit("libtpu was imported")')
-  environment = {key: value for key, value in os.environ.items() if key != 'JAX_PLATFORMS'}
+  # Where a libtpu is installed, jax has set its path for this process and those it starts.
+  environment = {
+    key: value
+    for key, value in os.environ.items()
+    if key != 'JAX_PLATFORMS' and not key.startswith('TPU_')
+  }
   environment |= {'PYTHONPATH': str(tmp_path), 'XLA_FLAGS': ''}
   flags = ['--config=configs/ppo.py', '--dry_run', '--compilation_cache_dir=']
   done = subprocess.run(
@@ -139,6 +157,7 @@ def test_only_errors_for_users_lose_their_traceback():
   assert main.is_user_error(_raised(bad))
 
 
+@pytest.mark.processes
 def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
   done = _segjax('--config=configs/ppo.py:llama3_8b_sft', '--dry_run', f'--workdir={tmp_path}/w')
   assert done.returncode == 0, done.stderr
@@ -168,6 +187,7 @@ def _is_interval(value):
   return in_order and list(value) == ['mean', 'low', 'high', 'n']
 
 
+@pytest.mark.campaign
 def test_demo_from_nothing(tmp_path):
   few = [f'--config.{key}={value}' for key, value in FEW.items()]
   done = _segjax('--config=configs/ppo.py', f'--workdir={tmp_path}', *few)

@@ -25,6 +25,7 @@ RAW = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize('dtype', ['', 'float32'])
 def test_memory_holds_little_beyond_the_arrays(dtype, tmp_path):
   spec = importlib.util.spec_from_file_location('sharded', TOOL)

@@ -51,6 +51,7 @@ def values(material):
   return parse.from_config(config)
 
 
+@pytest.mark.campaign
 def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   import torch
   import transformers
@@ -94,6 +95,7 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   assert capsys.readouterr().out.count('reused from') == 5
 
 
+@pytest.mark.campaign
 def test_bandit_on_real_input(values, run):
   changed = settings.replace(
     values,

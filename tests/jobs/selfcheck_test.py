@@ -18,7 +18,7 @@ def values():
   return parse.from_config(config)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_all_checks_pass_on_two_devices(values, tmp_path):
   mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
   (stage,) = pipeline.prepare(values, tmp_path, mesh)

@@ -153,6 +153,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
   long_results.cache_clear()
 
 
+@pytest.mark.devices
 def test_splash_on_each_device(monkeypatch):
   """Rows and heads are split; every device runs the kernel on its own."""
   monkeypatch.setattr(module, 'splash', functools.partial(splash, interpret=True))

@@ -43,7 +43,7 @@ def joined(prompts, lengths, response_ids):
   return ids
 
 
-@pytest.fixture(scope='module', params=models.CONFIGS)
+@pytest.fixture(scope='module', params=['untied', pytest.param('tied', marks=pytest.mark.campaign)])
 def sampled(request):
   """(config, params, prompts, result) of a batch of responses, some of them finished."""
   config = models.CONFIGS[request.param]
@@ -145,7 +145,7 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward():
   'sampling',
   [
     Sampling(max_new_tokens=1, min_new_tokens=0),
-    Sampling(max_new_tokens=1, min_new_tokens=1),
+    pytest.param(Sampling(max_new_tokens=1, min_new_tokens=1), marks=pytest.mark.campaign),
     Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0.7, top_k=40, top_p=0.8),
   ],
   ids=['plain', 'stops_banned', 'filtered'],

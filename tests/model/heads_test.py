@@ -189,6 +189,7 @@ def test_gradient_with_unattended_tokens():
   assert np.all(norm[half:] == 0)
 
 
+@pytest.mark.devices
 def test_unattended_tokens_on_eight_devices():
   ids, outputs = models.ids(), {}
   read = jax.jit(heads.token_logprobs, static_argnames='config')

@@ -88,6 +88,7 @@ REMAT = {
 }
 
 
+@pytest.mark.compiled
 def test_remat_changes_nothing(language):
   ids = jnp.asarray(models.ids())
 

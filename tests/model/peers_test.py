@@ -12,6 +12,8 @@ from segjax.model.generate import GenerationOptions, generate, make_decode_confi
 from segjax.model.sampling import Sampling
 from segjax.types import PromptBatch
 
+pytestmark = pytest.mark.campaign
+
 PROMPTS, NEW, PAD = 64, 32, 0
 TIE = 1e-5  # logits nearer than this may be ranked either way
 STOP_IDS = (2, 426)  # the ends of a text and of a sentence

@@ -17,7 +17,7 @@ from segjax.model.mesh import BATCH, WEIGHT_AXES, make_mesh
 from segjax.model.sampling import Sampling
 
 pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.compiled
 
 GIB = 2**30
 SLOTS, POSITIONS = 128, 1024

@@ -66,6 +66,7 @@ def test_missing_compiler_is_named(monkeypatch):
     topologies.prepare(topologies.parse('v5p:2x2x2'))
 
 
+@pytest.mark.plan
 def test_peak_is_what_lives_and_what_the_program_takes():
   plan = make_plan()
   assert [m.name for m in plan.measured] == list(SMALL)
@@ -81,6 +82,7 @@ def test_peak_is_what_lives_and_what_the_program_takes():
   assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
 
 
+@pytest.mark.plan
 def test_too_little_memory_and_what_helps():
   peak = make_plan().peak
   plan = make_plan(size=peak - 1)
@@ -111,6 +113,7 @@ def test_estimated_peak_is_that_of_a_new_plan():
     assert estimated == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
+@pytest.mark.plan
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   names = ('cache growth',)
   first = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
@@ -139,6 +142,7 @@ def test_what_cannot_be_planned(changes, message):
     planner.make_plan(PPO, SETTINGS, TOPOLOGY, ('polcy',))
 
 
+@pytest.mark.plan
 @pytest.mark.parametrize(
   ('job', 'name', 'changes'),
   [
@@ -165,6 +169,7 @@ def compiled(name='policy update', **changes):
   return programs.lower_phase(phase, mesh).compile()
 
 
+@pytest.mark.plan
 @pytest.mark.parametrize('name', ['policy update', 'scoring'])
 def test_no_logits_of_whole_rows(name):
   """Nothing is as large as one row's logits but the embedding and the head, which know no rows."""
@@ -179,6 +184,7 @@ def test_no_logits_of_whole_rows(name):
       ), shape
 
 
+@pytest.mark.plan
 def test_temporaries_follow_tokens_and_saved_residuals():
   """Twice the rows, about twice the activations; four layers more, four inputs of a layer more."""
 
@@ -198,6 +204,7 @@ def test_temporaries_follow_tokens_and_saved_residuals():
   assert grown < 4 * residual * 1.5 + 4 * weights
 
 
+@pytest.mark.plan
 def test_stacked_weights_are_never_gathered_whole():
   layers = 2
   for line in compiled().as_text().splitlines():
@@ -206,6 +213,7 @@ def test_stacked_weights_are_never_gathered_whole():
       assert not (sizes[0] == layers and sizes[1:] in ([32, 48], [48, 32], [32, 32])), line
 
 
+@pytest.mark.plan
 def test_command_line(tmp_path):
   """Exit code, JSON, and the one line of a wrong topology."""
   command_line = [

@@ -2,6 +2,7 @@ import math
 
 import jax
 import numpy as np
+import pytest
 from fixtures import models, training
 
 from segjax.model.mesh import make_mesh
@@ -40,6 +41,7 @@ def test_going_on_equals_never_having_stopped(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, training.copied(step(state, 1)), straight)
 
 
+@pytest.mark.devices
 def test_eight_devices_then_four_then_one(tmp_path):
   """Each restores what the one before saved, and takes a step: as one device that took them all."""
   expected, losses = [], []

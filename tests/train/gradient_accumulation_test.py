@@ -92,7 +92,9 @@ def assert_same(got, expected, rtol, grad_rtol):
   assert norm[0] <= grad_rtol * norm[1]
 
 
-@pytest.mark.parametrize('pieces', [2, 4, 8])
+@pytest.mark.parametrize(
+  'pieces', [2, *(pytest.param(n, marks=pytest.mark.campaign) for n in (4, 8))]
+)
 def test_equals_the_whole_batch(pieces):
   # float32: the network's own sums are in another order for other numbers of rows.
   assert_same(found(pieces), found(1), 1e-6, 5e-6)
@@ -108,6 +110,7 @@ def test_equals_the_whole_batch_in_float64():
     assert_same(*results, 1e-12, 1e-12)
 
 
+@pytest.mark.compiled
 def test_one_program_for_all_pieces(caplog):
   params, batch = network(), data()
   found(4)
@@ -137,6 +140,7 @@ def test_bfloat16_is_added_up_in_float32():
   assert float(grad[0, 0]) == 1.5  # 1.498, rounded once
 
 
+@pytest.mark.devices
 def test_eight_devices_give_the_numbers_of_one():
   assert_same(found(2, devices=8), found(1), 1e-6, 5e-6)  # float32
   where = jax.tree.map(lambda x: x.sharding, network(models.mesh(8)))
@@ -156,6 +160,7 @@ def moved(rows, pieces):
   return collections.Counter(sent), models.rematerialisations(lines)
 
 
+@pytest.mark.compiled
 def test_no_row_leaves_its_device():
   """Two pieces of 4 rows send what one batch of 4 rows sends: weights."""
   sent, warnings = moved(rows=8, pieces=2)
@@ -165,6 +170,7 @@ def test_no_row_leaves_its_device():
   assert warnings == []
 
 
+@pytest.mark.compiled
 def test_activations_of_one_piece_at_a_time():
   params, batch = network(), data(rows=16)
   memory = {

@@ -29,6 +29,14 @@ VALUE = {
 }
 
 
+def cases(options, default):
+  """Parameters of a test; all but the default ones belong to the campaign."""
+  return [
+    pytest.param(value, id=name, marks=() if name == default else pytest.mark.campaign)
+    for name, value in options.items()
+  ]
+
+
 def tokens_and_mask():
   """Ragged responses, one of them empty."""
   length = np.array([RESPONSE, 0, RESPONSE - 2])
@@ -64,7 +72,7 @@ def settled(options):
   return {k: jnp.array(v) if k == 'count' else v for k, v in options.items()}
 
 
-@pytest.mark.parametrize('options', POLICY.values(), ids=POLICY)
+@pytest.mark.parametrize('options', cases(POLICY, 'asymmetric and dual clip'))
 def test_policy(options):
   with jax.enable_x64(True):
     flat, restore, directions = network('language')
@@ -86,7 +94,7 @@ def test_policy(options):
     assert all(0 < fraction < 1 for fraction in fractions)
 
 
-@pytest.mark.parametrize('options', VALUE.values(), ids=VALUE)
+@pytest.mark.parametrize('options', cases(VALUE, 'plain'))
 def test_value(options):
   with jax.enable_x64(True):
     flat, restore, directions = network('scalar')

@@ -155,6 +155,7 @@ def test_micro_batches_add_up_to_the_minibatch(decoded):
     assert added[key] == pytest.approx(metrics[key], rel=1e-5)
 
 
+@pytest.mark.campaign
 def test_kl_in_the_loss_pulls_towards_the_reference(decoded):
   """With no advantage the penalty alone moves the policy; it starts at the reference, at 0."""
   _, found, _ = decoded
@@ -187,6 +188,7 @@ def test_critic_learns_alone_in_the_warm_up(decoded):
   )
 
 
+@pytest.mark.campaign
 def test_attention_mask_is_that_of_the_rollout():
   """Both log-probs see the same tokens, so the ratio stays 1 under the published mask."""
   recipe, found, _ = scored(True)
@@ -211,6 +213,7 @@ def test_attention_mask_is_that_of_the_rollout():
   assert metrics['policy/ratio_max_deviation'] <= 1e-5
 
 
+@pytest.mark.campaign
 def test_macro_actions_train_the_critic_where_they_begin(decoded):
   recipe, found, _ = decoded
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_level='segment'))
