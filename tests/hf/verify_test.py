@@ -11,7 +11,13 @@ from segjax.hf import convert, verify
 from segjax.hf.verify import Difference, Verification
 
 
-@pytest.mark.parametrize('kind', ['llama3', 'llama31', 'llama32', 'linear'])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'llama31',
+    *(pytest.param(k, marks=pytest.mark.campaign) for k in ('llama3', 'llama32', 'linear')),
+  ],
+)
 def test_language_models(kind, tmp_path):
   source = hf_models.write(tmp_path, kind)
   result = verify.verify(source)
@@ -24,6 +30,7 @@ def test_language_models(kind, tmp_path):
   assert [difference.last + 1 for difference in result.sequences] == lengths
 
 
+@pytest.mark.campaign
 def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
   monkeypatch.setattr(verify, '_MAX_CONSECUTIVE', 8)
   source = hf_models.write(tmp_path, 'llama31')

@@ -75,7 +75,7 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   assert (tmp_path / 'one' / 'normalizer' / 'stage.json').exists()
   assert stored['normalizer']['kind'] == 'regression'
 
-  # The same entropies from the file, from the file again, and without one: the same model.
+  # The same entropies from the file again: the same model.
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 1
   stages = small('reward', **at('pairs'), **CALIBRATED, **cache)
   run(stages, tmp_path / 'two')
@@ -87,7 +87,18 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   ]
   assert losses[0] == losses[1]
   assert all(0 <= line['eval/accuracy'] <= 1 for line in metrics(tmp_path / 'one', 'reward'))
-  assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def losses(workdir):
+  return [line['train/loss'] for line in metrics(workdir, 'reward')]
+
+
+@pytest.mark.campaign
+def test_cached_entropies_are_those_of_the_step(small, run, at, tmp_path):
+  cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
+  run(small('reward', **at('pairs'), **CALIBRATED, **cache), tmp_path / 'cached')
+  run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'computed')
+  assert losses(tmp_path / 'computed') == pytest.approx(losses(tmp_path / 'cached'), rel=1e-5)
 
 
 # One set for all tests of PPO here: each other value would compile every program again.

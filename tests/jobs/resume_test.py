@@ -56,6 +56,7 @@ def test_stopped_stage_ends_as_one_that_was_not(values, run, stop, tmp_path, cap
   assert not (tmp_path / 'stopped' / 'sft' / 'checkpoints').exists()
 
 
+@pytest.mark.campaign
 def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, tmp_path, capsys):
   stop(values(), tmp_path, after=3)
   run(values(seed=1), tmp_path)
@@ -65,6 +66,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, t
   assert (tmp_path / 'sft.old' / 'checkpoints' / '2').exists()
 
 
+@pytest.mark.campaign
 def test_checkpoints_may_lie_elsewhere(values, run, stop, tmp_path, capsys):
   elsewhere = tmp_path / 'bucket'
   named = {'checkpoint.directory': f'{elsewhere}'}
