@@ -214,7 +214,8 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
 def test_redistribution_of_a_bandit_is_refused(small, run, at, language, tmp_path):
   segmentation = Segmentation(granularity='bandit')
   model = runs.reward_model(language / 'model', tmp_path / 'bandit', None, segmentation)
-  named = {'reward_model.path': str(model), 'reward_shaping.redistribute': 'red'}
+  named = {'reward_model.path': str(model), 'reward_model.normalizer': 'none'}
+  named |= {'reward_shaping.redistribute': 'red'}
   with pytest.raises(ValueError, match='granularity=token or segment'):
     run(small('ppo', **at('prompts'), **named))
 
