@@ -1,9 +1,11 @@
 """Eight devices as data 2 x fsdp 2 x tensor 2 give the numbers of one, and move little."""
 
+import contextlib
 import functools
 import inspect
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +37,18 @@ class Training(NamedTuple):
   metrics: list[dict[str, Any]]
   before: dict[str, Any]  # parameters by network, on the host
   states: dict[str, Any]
-  program: str  # what one device runs, as HLO
   warnings: list[str]  # of the partitioner
-  updated: list[int]  # bytes that each program writes where its arguments were, on one device
+  compiled: Callable[[], list[Any]]  # the programs
+
+  @property
+  def program(self):
+    """What one device runs, as HLO."""
+    return ''.join(each.as_text() for each in self.compiled())
+
+  @property
+  def updated(self):
+    """Bytes that each program writes where its arguments were, on one device."""
+    return [each.memory_analysis().alias_size_in_bytes for each in self.compiled()]
 
 
 def program(function, *arguments, **static):
@@ -45,19 +56,30 @@ def program(function, *arguments, **static):
   return function.lower(*arguments, **static).compile()
 
 
-def compile_again(*functions):
-  """Drops the programs that another test left, so that the compiler's warnings are captured."""
+@contextlib.contextmanager
+def captured_warnings(mesh, *functions):
+  """Yields a list that holds the partitioner's warnings, once the block has ended.
+
+  The functions are compiled again, whatever programs another test has left in this process. One
+  device has no partitioner.
+  """
+  warnings = []
+  if mesh.size == 1:
+    yield warnings
+    return
   for function in functions:
     function.clear_cache()
+  with models.captured_stderr() as lines:
+    yield warnings
+  warnings += models.rematerialisations(lines)
 
 
 def train(mesh, function, states, *arguments, jitted=None, **static):
   """Three steps of `function`, which may be a host function that calls the `jitted` ones."""
   jitted = jitted or {function: tuple(states)}
-  compile_again(*jitted)
   before = {name: training.copied(state.params) for name, state in states.items()}
   metrics = []
-  with models.captured_stderr() as lines:
+  with captured_warnings(mesh, *jitted) as warnings:
     for step in range(3):
       given = [x(step) if callable(x) else x for x in arguments]
       *new, found = function(*states.values(), *given, **static)
@@ -107,24 +129,31 @@ class Scored(NamedTuple):
   scored: Any
   experience: Any
   metrics: dict[str, Any]
-  programs: dict[str, str]
+  programs: dict[str, Callable[[], str]]
   warnings: dict[str, list[str]]
 
 
 def decode_program(params, mesh):
   """A chunk of decode steps for four slots."""
   decoder = make_decode_config(models.CONFIG, sampling(training.ROLLOUT), models.STOP_IDS, mesh)
-  weights = decode.decode_weights(params, decoder=decoder)
-  return program(
-    decode.decode_chunk, weights, decode.empty_slots(4, 64, decoder=decoder), decoder=decoder
-  ).as_text()
+  with jax.set_mesh(mesh):
+    weights = decode.decode_weights(params, decoder=decoder)
+    slots = decode.empty_slots(4, 64, decoder=decoder)
+    return program(decode.decode_chunk, weights, slots, decoder=decoder).as_text()
 
 
-def captured(warnings, name, run):
-  with models.captured_stderr() as lines:
-    result = jax.block_until_ready(run())
-  warnings[name] = models.rematerialisations(lines)
-  return result
+def score_program(params, rollout, recipe, mesh):
+  """The scores of four rows."""
+  with jax.set_mesh(mesh):
+    piece = jax.tree.map(lambda x: x[:4], rollout)
+    piece = jax.device_put(piece, jax.tree.map(lambda x: x.sharding, rollout))
+    ids = jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1)
+    return program(score_chunk, params, ids, None, piece, recipe=recipe).as_text()
+
+
+def captured(warnings, name, mesh, function, run):
+  with captured_warnings(mesh, function) as warnings[name]:
+    return jax.block_until_ready(run())
 
 
 @functools.cache
@@ -140,20 +169,13 @@ def scored(devices):
     warnings['generate'] = models.rematerialisations(lines)
     found = captured(warnings, 'score', lambda: score(params, rollout, length, recipe=recipe))
     experience, metrics = captured(
-      warnings,
-      'experience',
+      *(warnings, 'experience', mesh, make_experience),
       lambda: make_experience(rollout, found, NORMALIZER, KL_COEF, recipe=recipe),
     )
-    piece = jax.tree.map(lambda x: x[:4], rollout)
-    piece = jax.device_put(piece, jax.tree.map(lambda x: x.sharding, rollout))
-    programs = {
-      'generate': decode_program(params['policy'], mesh),
-      'score': program(
-        score_chunk,
-        *(params, jnp.concatenate([piece.prompt_ids, piece.response_ids], axis=1), None, piece),
-        recipe=recipe,
-      ).as_text(),
-    }
+  programs = {
+    'generate': functools.partial(decode_program, params['policy'], mesh),
+    'score': functools.partial(score_program, params, rollout, recipe, mesh),
+  }
   return Scored(rollout, found, experience, metrics, programs, warnings)
 
 
@@ -314,7 +336,7 @@ def test_residuals_are_split_over_the_tensor_axis():
 # As one device sees them: 2 rows of the 8, half of the vocabulary of 80, width 32.
 @pytest.mark.parametrize('name', [*TRAININGS, 'score'])
 def test_no_gather_of_logits(name):
-  text = scored(8).programs['score'] if name == 'score' else TRAININGS[name](8).program
+  text = scored(8).programs['score']() if name == 'score' else TRAININGS[name](8).program
   found = gathers(text)
   assert found  # weights are gathered along fsdp
   for shape in found:
@@ -324,7 +346,7 @@ def test_no_gather_of_logits(name):
 
 @pytest.mark.compiled
 def test_decode_loop_gathers_no_weights():
-  found = gathers(scored(8).programs['generate'])
+  found = gathers(scored(8).programs['generate']())
   assert found  # activations of one token of a few rows
   smallest = models.CONFIG.hidden_size * models.CONFIG.num_key_value_heads * models.CONFIG.head_dim
   assert max(map(math.prod, found)) < smallest // 2  # of the weights in a layer
