@@ -130,7 +130,9 @@ CUSTOM_REWARD_ALONE = {
 
 
 def test_custom_reward_alone_needs_no_reward_model(small, run, at, tmp_path):
-  results = run(small('ppo', 'evaluate', **at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS))
+  shown = {'report.every_steps': 2, 'report.responses_per_rollout': 3}
+  values = {**at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS, **shown}
+  results = run(small('ppo', 'evaluate', **values))
   steps = metrics(tmp_path, 'ppo')
   assert 'policy/loss' not in steps[0] and 'critic/loss' in steps[0]
   assert 'policy/loss' in steps[1] and steps[1]['policy/initial_ratio_deviation'] < 1e-4
@@ -238,10 +240,12 @@ def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
 
 
-def test_rollouts_beyond_the_bounds_are_not_learned_from(small, run, at, language, tmp_path):
-  rule = {'reward_shaping.reward_fn': CUSTOM_REWARD, 'reward_shaping.reward_model_weight': 0.0}
-  bounded = {**at('prompts'), **rule, 'ppo.skip_if_reward_above': 1e-6, 'ppo.kl_target': 1.0}
-  run(small('ppo', **bounded, max_skipped_steps=99), tmp_path)
+def test_rollouts_beyond_the_bounds_are_not_learned_from(
+  small, run, at, language, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sys.modules[__name__], 'many_words', lambda prompt, response: 1000.0)
+  values = {**at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS}
+  run(small('ppo', **values, max_skipped_steps=99), tmp_path)
   steps = metrics(tmp_path, 'ppo')
   assert all(step['skipped_updates'] > 0 for step in steps)
   assert len({step['objective/kl_coef'] for step in steps}) == 1

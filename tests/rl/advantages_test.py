@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fixtures.responses import LENGTH, padded
 from fixtures.strategies import corrupted, masks, numbers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
@@ -60,7 +60,6 @@ def run(reward, value, mask, start, gamma, gae_lambda):
   return advantage, returns(advantage, value, mask), by_token, by_action
 
 
-@settings(deadline=None)
 @given(constants=CONSTANTS, reward=numbers(), value=numbers(), mask=masks(), start=masks())
 def test_equals_oracle(constants, reward, value, mask, start):
   """Any mask, so that between the policy's tokens there are others, and any actions."""
@@ -80,7 +79,6 @@ def test_equals_oracle(constants, reward, value, mask, start):
   assert_allclose(advantage[mask], alone, atol=1e-4)
 
 
-@settings(deadline=None)
 @given(constants=CONSTANTS, reward=numbers(), value=numbers())
 def test_oracle_is_the_discounted_sum(constants, reward, value):
   gamma, gae_lambda = constants

@@ -61,7 +61,6 @@ def scores_and_slopes(entropy, mask, finished, score, temperature):
   return segments.end, {name: jax.value_and_grad(one)(score, name) for name in AGGREGATIONS}
 
 
-@settings(deadline=None)
 @given(response=responses(), score=numbers(), temperature=st.sampled_from([0.01, 0.5, 1.0, 100.0]))
 def test_equals_oracle(response, score, temperature):
   entropy_after, entropy, mask, finished = response

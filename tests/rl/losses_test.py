@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.strategies import corrupted, masks, numbers
-from hypothesis import given, settings
+from hypothesis import given
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
@@ -59,7 +59,6 @@ BATCHES = {'mask': masks((4, 6)), 'arrays': numbers((3, 4, 6), size=1)}
 
 @pytest.mark.parametrize('mean', MEANS)
 @pytest.mark.parametrize('extras', [(None, None), (0.4, 1.5)], ids=['plain', 'high and dual clip'])
-@settings(deadline=None)
 @given(**BATCHES)
 def test_policy_loss_equals_oracle(mean, extras, mask, arrays):
   loss, metrics = run_policy_loss(*corrupted(arrays, mask), mask, 0.3, *extras, mean=mean)
@@ -97,7 +96,6 @@ def test_asymmetric_and_dual_clip_worked():
 
 @pytest.mark.parametrize('mean', MEANS)
 @pytest.mark.parametrize('value_clip_eps', [None, 0.3])
-@settings(deadline=None)
 @given(**BATCHES)
 def test_value_loss_equals_oracle(mean, value_clip_eps, mask, arrays):
   loss, metrics = run_value_loss(*corrupted(arrays, mask), mask, value_clip_eps, mean=mean)
@@ -116,7 +114,6 @@ def run_value_loss(value, old_value, return_, mask, value_clip_eps, mean):
 
 
 @pytest.mark.parametrize('mean', MEANS)
-@settings(deadline=None)
 @given(**BATCHES)
 def test_micro_batches_add_up(mean, mask, arrays):
   """However uneven they are, and even if one has no token at all."""

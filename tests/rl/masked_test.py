@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.strategies import corrupted, masks
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jaxtyping import TypeCheckError
@@ -26,7 +26,6 @@ QUARTERS = arrays(np.int8, (3, 8), elements=st.integers(-12, 12)).map(lambda x: 
 jitted = jax.jit(whiten)
 
 
-@settings(deadline=None)
 @given(x=QUARTERS, mask=masks((3, 8)))
 def test_whiten_equals_oracle(x, mask):
   expected = oracle.whiten(x.tolist(), mask.tolist())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fixtures.responses import LENGTH
 from fixtures.strategies import corrupted, numbers, responses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
@@ -154,7 +154,6 @@ def normalize_every_way(entropy, mask, finished, score, normalizer):
   return normalized
 
 
-@settings(deadline=None)
 @given(response=responses(), score=numbers(), name=st.sampled_from(sorted(PUBLISHED)))
 def test_normalize_equals_oracle(response, score, name):
   entropy_after, entropy, mask, finished = response

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures.responses import LENGTH, from_previous, padded
 from fixtures.strategies import corrupted, numbers, responses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
@@ -145,7 +145,6 @@ def run_response(entropy, mask, finished, z, granularity):
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)
-@settings(deadline=None)
 @given(response=responses(), score=numbers())
 def test_spreads_equal_oracle(granularity, response, score):
   entropy_after, entropy, mask, finished = response
@@ -228,7 +227,6 @@ def run_red(entropy, mask, finished, score, prompt_score, granularity):
 
 
 @pytest.mark.parametrize('granularity', GRANULARITIES)
-@settings(deadline=None)
 @given(response=responses(), score=numbers(), prompt_score=numbers(()))
 def test_red_equals_oracle(granularity, response, score, prompt_score):
   _, entropy, mask, finished = response
@@ -269,7 +267,6 @@ def run_penalties(dense, mask, finished, threshold):
   return ended, shortened
 
 
-@settings(deadline=None)
 @given(response=responses(), dense=numbers(), threshold=st.integers(0, LENGTH))
 def test_penalties_equal_oracle(response, dense, threshold):
   _, _, mask, finished = response

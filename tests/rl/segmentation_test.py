@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures.responses import LENGTH, from_previous, padded
 from fixtures.strategies import corrupted, masks, responses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
@@ -118,7 +118,6 @@ def cut_every_way(entropy, mask, finished, threshold):
   return segmented
 
 
-@settings(deadline=None)
 @given(response=responses(), threshold=st.sampled_from([0.0, 1.75, 2.0]))
 def test_equals_oracle(response, threshold):
   entropy_after, entropy, mask, finished = response
@@ -150,7 +149,6 @@ def cut_by_text(is_delimiter, mask, finished):
   return [segment_at(mark, mask, finished).start for mark in marks]
 
 
-@settings(deadline=None)
 @given(response=responses(), is_delimiter=masks())
 def test_fixed_length_and_delimiters(response, is_delimiter):
   _, _, mask, finished = response

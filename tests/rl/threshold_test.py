@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures.strategies import corrupted, responses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
@@ -49,7 +49,6 @@ def candidates(batch):
   return np.sort(np.concatenate(entropies))
 
 
-@settings(deadline=None)
 @given(batch=batches(), quantile=st.floats(0, 1))
 def test_quantile_is_that_of_numpy(batch, quantile):
   entropies = candidates(batch)
@@ -58,7 +57,6 @@ def test_quantile_is_that_of_numpy(batch, quantile):
 
 
 @pytest.mark.parametrize('min_length', [1, 3])
-@settings(deadline=None)
 @given(batch=batches(), target=st.sampled_from([0.5, 1.0, 1.7, 2.5, 4.0, 6.0, 100.0]))
 def test_length_is_the_nearest_of_all(min_length, batch, target):
   threshold = float(by_length(*batch[1:], target, min_length=min_length))

@@ -85,23 +85,18 @@ def train(mesh, function, states, *arguments, jitted=None, **static):
       *new, found = function(*states.values(), *given, **static)
       states = dict(zip(states, new, strict=True))
       metrics.append(jax.device_get(found.flat() if isinstance(found, Metrics) else found))
-  if mesh.size > 1:
-    # So that a warning would have been captured.
-    assert all(each._cache_size() > size for each, size in zip(jitted, compiled, strict=True))
-  text, updated = '', []
-  for each, names in jitted.items():
-    wanted = num_required(each) - len(names)
-    compiled = program(each, *(states[name] for name in names), *given[:wanted], **static)
-    text += compiled.as_text()
-    updated.append(compiled.memory_analysis().alias_size_in_bytes)
-  return Training(metrics, before, states, text, models.rematerialisations(lines), updated)
 
+  @functools.cache
+  def compiled():
+    programs = []
+    for each, names in jitted.items():
+      wanted = num_required(each) - len(names)
+      arguments = *(states[name] for name in names), *given[:wanted]
+      with jax.set_mesh(mesh):
+        programs.append(program(each, *arguments, **static))
+    return programs
 
-def num_required(function):
-  """How many positional arguments have no default."""
-  parameters = inspect.signature(function).parameters.values()
-  kinds = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-  return sum(p.default is p.empty for p in kinds)
+  return Training(metrics, before, states, warnings, compiled)
 
 
 @functools.cache
@@ -122,6 +117,13 @@ def reward(devices):
     static = {'scorer': training.SCORER, 'settings': training.REWARD}
     static |= {'total_steps': training.TOTAL}
     return train(mesh, reward_step, states, *arguments, **static)
+
+
+def num_required(function):
+  """How many positional arguments have no default."""
+  parameters = inspect.signature(function).parameters.values()
+  kinds = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+  return sum(p.default is p.empty for p in kinds)
 
 
 class Scored(NamedTuple):
@@ -161,13 +163,12 @@ def scored(devices):
   mesh, recipe, warnings = models.mesh(devices), training.recipe(recompute_logprob=True), {}
   with jax.set_mesh(mesh):
     params = {name: training.network(name, mesh) for name in training.SEEDS}
-    functions = decode.decode_chunk, score_chunk, make_experience
-    compiled = [function._cache_size() for function in functions]
-    with models.captured_stderr() as lines:
+    with captured_warnings(mesh, decode.decode_chunk) as warnings['generate']:
       sampled = training.sample(params['policy'], mesh)
       length, rollout = sampled.length, jax.block_until_ready(sampled.arrays)
-    warnings['generate'] = models.rematerialisations(lines)
-    found = captured(warnings, 'score', lambda: score(params, rollout, length, recipe=recipe))
+    found = captured(
+      *(warnings, 'score', mesh, score_chunk), lambda: score(params, rollout, length, recipe=recipe)
+    )
     experience, metrics = captured(
       *(warnings, 'experience', mesh, make_experience),
       lambda: make_experience(rollout, found, NORMALIZER, KL_COEF, recipe=recipe),
