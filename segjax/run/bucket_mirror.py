@@ -33,7 +33,7 @@ class NoMirror:
     """Returns where the training states of a stage go; None: to its own directory."""
 
   def try_push(self) -> bool:
-    """Returns whether the bucket has all files; if it cannot be written, a later push does it."""
+    """Returns whether the bucket has all files; if it cannot be written, a later push retries."""
     return True
 
   def push_and_wait(self, *_: Path) -> None:
@@ -88,7 +88,7 @@ class BucketMirror(NoMirror):
       epath.Path(self._url)
     except KeyError:
       raise UserError(
-        f'--workdir={self._url} cannot hold training states; give gs:// or a local directory.'
+        f'--workdir={self._url} cannot hold training states; use gs:// or a local directory.'
       ) from None
     with contextlib.ExitStack() as stack:
       # The local lock ends with its process: it shows whether the bucket's holder was killed here.
@@ -138,7 +138,7 @@ class BucketMirror(NoMirror):
     self._save_index(ours, _versions(self._bucket))
 
   def try_push(self) -> bool:
-    """Pushes; a failure is logged, and is an OSError after `max_failures` in succession."""
+    """Pushes; logs a failure, and raises OSError if more than `max_failures` follow each other."""
     if processes.is_first():
       try:
         self.push()
@@ -183,7 +183,7 @@ class BucketMirror(NoMirror):
 
 
 def local_directory(url: str, root: str, index: int) -> Path:
-  """Returns the directory under `root` in which process `index` keeps its copy of a bucket's."""
+  """Returns the directory under `root` in which process `index` keeps its copy of a bucket."""
   url, suffix = url.rstrip('/'), f'-{index}' if index else ''
   return Path(root).expanduser() / f'{url.rpartition("/")[2]}-{_digest(url)[:12]}{suffix}'
 
@@ -200,7 +200,7 @@ def _digest(text: str) -> str:
 def _versions(files: Any) -> dict[str, str]:
   """Returns, for each file to copy, a digest of what its file system lists: size, time and more.
 
-  Training states, locks and partial files are not copied.
+  Training states, the lock, the index and partial files are not copied.
   """
   versions = {}
   for name, info in files.find('', detail=True).items():

@@ -262,7 +262,7 @@ def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
 
 
 def test_a_bucket_that_cannot_hold_states_is_refused(files, make_mirror, tmp_path):
-  refused = pytest.raises(UserError, match='cannot hold training states; give gs://')
+  refused = pytest.raises(UserError, match='cannot hold training states; use gs://')
   with refused, make_mirror('a').hold_lock(tmp_path):
     pass
 
@@ -332,6 +332,22 @@ def test_a_killed_run_leaves_its_holder_in_the_local_directory(tmp_path):
   (tmp_path / lock.FILE).write_text(left.replace(first['host'], 'elsewhere'))
   with lock.lock_workdir(tmp_path) as (_, killed):
     assert killed == {}
+
+
+def test_a_run_killed_here_does_not_delay_the_next(
+  files, make_mirror, tmp_path, monkeypatch, short_intervals
+):
+  monkeypatch.setattr(bucket_mirror.epath, 'Path', Path)  # accepts memory://
+  local, on_bucket, waits = tmp_path / 'a', f'/bucket/run/{lock.FILE}', []
+  with make_mirror('a').hold_lock(local):
+    left = (local / lock.FILE).read_text(), files.cat_file(on_bucket)
+  (local / lock.FILE).write_text(left[0])
+  files.pipe_file(on_bucket, left[1])
+  sleep = time.sleep
+  monkeypatch.setattr(time, 'sleep', lambda seconds: waits.append(seconds) or sleep(seconds))
+  with make_mirror('a').hold_lock(local):
+    assert bucket_lock._HEARTBEAT / 10 not in waits
+  assert not files.exists(on_bucket) and not (local / lock.FILE).read_text()
 
 
 def test_of_two_runs_that_start_at_once_one_gets_the_lock(directory, short_intervals):
@@ -406,7 +422,6 @@ def _metrics(run):
   ]
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
   """After kill -9, with no local file left, another machine writes the same bits."""
@@ -434,7 +449,6 @@ def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
   assert code == 0 and 'sft         reused' in out
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_work_on_one_bucket(tmp_path):
   """Each process has its own local copy; the run gives the losses of one process."""
