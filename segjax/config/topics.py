@@ -48,13 +48,14 @@ rollout.recompute_logprob=True takes it from a full forward pass instead of the 
 BUCKETS = """\
 --workdir=gs://bucket/run keeps a run on a bucket (pip install -e '.[gcs]'). The run works in a
 local copy (--local_copy, by default under ~/.cache/segjax/runs), which is made equal to the bucket
-at the start. Metrics are copied to the bucket before each checkpoint, models at the end of a stage,
-and training states are written from the devices to the bucket directly.
+at the start; only files that differ are downloaded. Metrics are copied to the bucket before each
+checkpoint, models at the end of a stage, and training states are written from the devices to the
+bucket directly.
 
 The bucket alone is enough to resume: the same command on a new machine continues from the last
-checkpoint, with the same bits. A second run is refused while the first one writes its lock.json; a
-lock that has not changed for 35 s is taken over. Buckets have no real locks: this protects against
-mistakes only.
+checkpoint, with the same bits. A second run is refused while the first one writes its lock.json.
+The lock of a run that was killed is taken over: at once in the same local copy, after 35 s without
+a change elsewhere. Buckets have no real locks: this protects against mistakes only.
 
 config.checkpoint.directory puts the training states alone on a bucket.
 """

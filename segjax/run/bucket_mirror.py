@@ -8,40 +8,40 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from segjax import processes
 from segjax.errors import UserError, first_line
-from segjax.run import lock, stage_record
+from segjax.run import bucket_lock, lock, stage_record
+from segjax.storage import write_text_atomically
 
 STATES = 'checkpoints'  # training states: <stage>/<fingerprint of its key>
 
-_RETRY_PAUSE = 2.0  # seconds before the first retry of a push that must succeed; then doubled
+_INDEX = 'mirror.json'  # in the local directory: the versions of the last push or pull
+_RETRY_PAUSE = 1.0  # seconds; doubled with each failure of a push that must succeed
 
 
 class NoMirror:
   """Does nothing: the mirror of a run whose working directory is local."""
 
-  def checkpoint_dir(self, stage: Path) -> epath.Path | None:
+  def checkpoint_dir(self, _: Path) -> epath.Path | None:
     """Returns where the training states of a stage go; None: to its own directory."""
-    del stage
 
   def try_push(self) -> bool:
-    """Returns whether the bucket has all files; if it cannot be written, a later push does it."""
+    """Returns whether the bucket has all files; if it cannot be written, a later push retries."""
     return True
 
   def push_and_wait(self, *_: Path) -> None:
     """Returns once the bucket has all files and all processes have copied them from there."""
 
-  @contextlib.contextmanager
-  def hold_lock(self, workdir: Path) -> Iterator[None]:
+  def hold_lock(self, workdir: Path) -> contextlib.AbstractContextManager[Any]:
     """Holds the working directory for this run."""
-    with lock.lock_workdir(workdir):
-      yield
+    return lock.lock_workdir(workdir)
 
 
 class BucketMirror(NoMirror):
@@ -60,33 +60,26 @@ class BucketMirror(NoMirror):
     UserError: the bucket cannot be read.
   """
 
-  def __init__(
-    self, url: str, local: Path, max_failures: int, log_fn: Callable[[str], None] = print
-  ):
-    from fsspec.core import url_to_fs
-    from fsspec.implementations.dirfs import DirFileSystem
-
+  def __init__(self, url: str, local: Path, max_failures: int, log_fn: Callable[[str], None]):
     self._url, self._local = url.rstrip('/'), local
+    self._copy = fsspec.filesystem('dir', path=str(local), target_protocol='file')
     self._max_failures, self._failures, self._log = max_failures, 0, log_fn
-    # Of files that are equal: (size and time of the local one, what the bucket knows of its own).
-    self._equal: dict[str, tuple[Any, str]] = {}
+    self._equal: dict[str, list[str]] = {}  # versions (local, bucket) of the files that are equal
+    with contextlib.suppress(FileNotFoundError, ValueError):
+      self._equal = json.loads((local / _INDEX).read_text(encoding='utf-8'))
     with self._user_errors('read'):
-      files, root = url_to_fs(self._url, use_listings_cache=False)
-      self._bucket = DirFileSystem(path=root, fs=files)
-      self._bucket.find('')
+      files, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+      self._bucket = fsspec.filesystem('dir', path=root, fs=files)
+      _versions(self._bucket)
 
   @contextlib.contextmanager
   def _user_errors(self, verb: str) -> Iterator[None]:
     try:
       yield
-    except lock.LockedError:
+    except UserError:
       raise
     except Exception as error:  # every file system has its own classes
-      is_missing = isinstance(error, ImportError) and self._url.startswith('gs://')
-      fix = '; pip install gcsfs' if is_missing else ''
-      raise UserError(
-        f'--workdir={self._url} cannot be {verb}: {first_line(error)}{fix}.'
-      ) from error
+      raise UserError(f'--workdir={self._url} cannot be {verb}: {first_line(error)}') from error
 
   @contextlib.contextmanager
   def hold_lock(self, workdir: Path) -> Iterator[None]:
@@ -95,11 +88,14 @@ class BucketMirror(NoMirror):
       epath.Path(self._url)
     except KeyError:
       raise UserError(
-        f'--workdir={self._url} cannot hold training states; give gs:// or a local directory.'
+        f'--workdir={self._url} cannot hold training states; use gs:// or a local directory.'
       ) from None
     with contextlib.ExitStack() as stack:
-      with self._user_errors('written'):
-        stack.enter_context(lock.lock_bucket(self._bucket, self._url))
+      # The local lock ends with its process: it shows whether the bucket's holder was killed here.
+      holder, killed = stack.enter_context(lock.lock_workdir(workdir, self._url))
+      if processes.is_first():
+        with self._user_errors('written'):
+          stack.enter_context(bucket_lock.lock_bucket(self._bucket, self._url, holder, killed))
       processes.barrier('locked')
       with self._user_errors('read'):
         self.pull()
@@ -110,100 +106,75 @@ class BucketMirror(NoMirror):
     return epath.Path(self._url) / STATES / stage.name / key_fingerprint(stage)
 
   def pull(self) -> None:
-    """Makes the local directory equal to the bucket."""
-    listing = self._bucket.find('', detail=True).items()
-    infos = {name: str(info) for name, info in listing if _is_copied(name)}
-    changed = [n for n, info in infos.items() if self._equal.get(n) != (self._stamp(n), info)]
-    for name in changed:
-      (self._local / name).parent.mkdir(parents=True, exist_ok=True)
-    if changed:
-      self._bucket.get(changed, [str(self._local / name) for name in changed])
-    for name in self._local_names() - infos.keys():
+    """Makes the local directory equal to the bucket; downloads the files that differ."""
+    ours, theirs = _versions(self._copy), _versions(self._bucket)
+    changed = [n for n in theirs if self._equal.get(n) != [ours.get(n), theirs[n]]]
+    self._bucket.get(changed, [str(self._local / name) for name in changed])
+    for name in ours.keys() - theirs.keys():
       (self._local / name).unlink()
-    self._equal = {name: (self._stamp(name), info) for name, info in infos.items()}
+    self._save_index(_versions(self._copy), theirs)
 
   def push(self) -> None:
     """Makes the bucket equal to the local directory; uploads the files that have changed."""
-    stamps = {name: self._stamp(name) for name in self._local_names()}
-    changed = {n for n, stamp in stamps.items() if self._equal.get(n, (None,))[0] != stamp}
-    removed = self._equal.keys() - stamps.keys()
-    # A stage is uploaded before its <stage>.old changes: until then the bucket can resume the old.
-    stages = {_stage_name(name) for name in changed | removed}
-    for stage in sorted(stages, key=lambda name: (not name, name.endswith('.old'), name)):
+    ours = _versions(self._copy)
+    changed = [n for n in ours if self._equal.get(n, [''])[0] != ours[n]]
+    removed = self._equal.keys() - ours.keys()
+    # <stage>.old comes last: a run killed while it restores <stage>.old can resume from there.
+    stages = {name.partition('/')[0] for name in (*changed, *removed)}
+    for stage in sorted(stages, key=lambda name: (name.endswith('.old'), name)):
       uploads, removals = (
-        [name for name in sorted(names) if _stage_name(name) == stage]
-        for names in (changed, removed)
+        [name for name in names if name.partition('/')[0] == stage] for names in (changed, removed)
       )
-      self._push_stage(stage, uploads, removals)
-      self._equal |= {name: (stamps[name], '') for name in uploads}
-
-  def _push_stage(self, stage: str, uploads: list[str], removals: list[str]) -> None:
-    record = f'{stage}/{stage_record.FILE}'
-    new_key = stage_record.stored_key(self._local / stage)
-    if record in removals or (record in uploads and self._key_on_bucket(record) != new_key):
-      self._remove([record])
-    # The record comes last, by a call of its own: within a call files have no order.
-    for names in ([name for name in uploads if name != record], [record] * (record in uploads)):
-      if names:
+      record, key = f'{stage}/{stage_record.FILE}', stage_record.stored_key(self._local / stage)
+      if record in (*uploads, *removals) and self._key_on_bucket(record) != key:
+        # A run of the new key must not resume from files of the old one, nor the other way round.
+        self._remove([record, *removals])
+        removals = []
+      # The record comes last, by a call of its own: within a call files have no order.
+      for names in ([name for name in uploads if name != record], [record] * (record in uploads)):
         self._bucket.put([str(self._local / name) for name in names], names)
-    self._remove(removals)
+      self._remove(removals)
+      self._equal |= {name: [ours[name], ''] for name in uploads}
+    self._save_index(ours, _versions(self._bucket))
 
   def try_push(self) -> bool:
-    """Pushes; a failure is logged, and is an OSError after `max_failures` in succession."""
-    return processes.broadcast_from_first(self._try() if processes.is_first() else True)
+    """Pushes; logs a failure, and raises OSError if more than `max_failures` follow each other."""
+    if processes.is_first():
+      try:
+        self.push()
+        self._failures = 0
+      except Exception as error:
+        self._failures += 1
+        message = f'--workdir={self._url} cannot be written: {first_line(error)}'
+        if self._failures > self._max_failures:
+          raise OSError(f'{message}; run the same command again when it can be.') from error
+        self._log(f'warning: {message}; trying again later')
+    return processes.broadcast_from_first(not self._failures)
 
   def push_and_wait(self, *stages: Path) -> None:
     """Pushes, with at most `max_failures` retries; then the other processes pull.
 
-    Args:
-      stages: stages whose training states of replaced settings are removed.
+    Removes the training states of `stages` that belong to replaced settings.
     """
-    if processes.is_first():
-      pause = _RETRY_PAUSE
-      while not self._try():
-        time.sleep(pause)
-        pause *= 2
-      for stage in stages:
-        self._remove_replaced_states(stage)
-    processes.barrier('published')
+    while not self.try_push():
+      time.sleep(_RETRY_PAUSE * 2**self._failures)
     if not processes.is_first():
       self.pull()
+    for stage in stages if processes.is_first() else ():
+      current = {key_fingerprint(path) for path in (stage, stage.with_name(f'{stage.name}.old'))}
+      with contextlib.suppress(FileNotFoundError):
+        for path in self._bucket.ls(f'{STATES}/{stage.name}', detail=False):
+          if path.rstrip('/').rpartition('/')[2] not in current:
+            self._bucket.rm(path, recursive=True)
 
-  def _try(self) -> bool:
-    try:
-      self.push()
-    except Exception as error:
-      self._failures += 1
-      message = f'--workdir={self._url} cannot be written: {first_line(error)}'
-      if self._failures > self._max_failures:
-        raise OSError(f'{message}; run the same command again once it can be.') from error
-      self._log(f'warning: {message}; trying again later')
-      return False
-    self._failures = 0
-    return True
-
-  def _remove_replaced_states(self, stage: Path) -> None:
-    current = {key_fingerprint(path) for path in (stage, stage.with_name(f'{stage.name}.old'))}
-    directory = f'{STATES}/{stage.name}'
-    for path in self._bucket.ls(directory, detail=False) if self._bucket.exists(directory) else ():
-      if path.rstrip('/').rpartition('/')[2] not in current:
-        self._bucket.rm(path, recursive=True)
-
-  def _remove(self, names: Iterable[str]) -> None:
+  def _remove(self, names: list[str]) -> None:
     for name in names:
       with contextlib.suppress(FileNotFoundError):
         self._bucket.rm_file(name)
-      self._equal.pop(name, None)
 
-  def _local_names(self) -> set[str]:
-    paths = [path for path in self._local.rglob('*') if path.is_file()]
-    return set(filter(_is_copied, (path.relative_to(self._local).as_posix() for path in paths)))
-
-  def _stamp(self, name: str) -> Any:
-    """Returns size and time of a local file, None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-      stat = (self._local / name).stat()
-      return stat.st_size, stat.st_mtime_ns
+  def _save_index(self, ours: dict[str, str], theirs: dict[str, str]) -> None:
+    self._equal = {name: [ours.get(name, ''), version] for name, version in theirs.items()}
+    write_text_atomically(self._local / _INDEX, json.dumps(self._equal))
 
   def _key_on_bucket(self, record: str) -> Any:
     """Returns the key that a stage has on the bucket, None if it has none."""
@@ -212,25 +183,28 @@ class BucketMirror(NoMirror):
 
 
 def local_directory(url: str, root: str, index: int) -> Path:
-  """Returns the directory under `root` in which process `index` keeps its copy of a bucket's."""
-  name = url.rstrip('/').rpartition('/')[2]
-  digest = hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]
-  return Path(root).expanduser() / (f'{name}-{digest}' + (f'-{index}' if index else ''))
+  """Returns the directory under `root` in which process `index` keeps its copy of a bucket."""
+  url, suffix = url.rstrip('/'), f'-{index}' if index else ''
+  return Path(root).expanduser() / f'{url.rpartition("/")[2]}-{_digest(url)[:12]}{suffix}'
 
 
 def key_fingerprint(stage: Path) -> str:
   """Returns 16 hexadecimal digits that stand for the key of a stage."""
-  text = json.dumps(stage_record.stored_key(stage), sort_keys=True)
+  return _digest(json.dumps(stage_record.stored_key(stage), sort_keys=True))
+
+
+def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stage_name(name: str) -> str:
-  """Returns the stage that a file belongs to; '' for files of the run."""
-  return name.partition('/')[0] if '/' in name else ''
+def _versions(files: Any) -> dict[str, str]:
+  """Returns, for each file to copy, a digest of what its file system lists: size, time and more.
 
-
-def _is_copied(name: str) -> bool:
-  """Returns whether a file is copied: training states, locks and partial files are not."""
-  parts = name.split('/')
-  is_partial = any(part.endswith('.partial') for part in parts)
-  return name not in ('', lock.FILE) and STATES not in parts and not is_partial
+  Training states, the lock, the index and partial files are not copied.
+  """
+  versions = {}
+  for name, info in files.find('', detail=True).items():
+    is_skipped = name in ('', lock.FILE, _INDEX) or '.partial' in name
+    if not is_skipped and STATES not in name.split('/'):
+      versions[name] = _digest(str(info))
+  return versions

@@ -1,5 +1,6 @@
 """A working directory on a bucket: the local copy equals it, and a run resumes from it alone."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
 from segjax.errors import UserError
-from segjax.run import bucket_mirror, lock, stage_record
+from segjax.run import bucket_lock, bucket_mirror, lock, stage_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 URL = 'memory://bucket/run'
@@ -41,7 +42,8 @@ def make_mirror(tmp_path):
 
   def make(name, **arguments):
     (tmp_path / name).mkdir(exist_ok=True)
-    return bucket_mirror.BucketMirror(URL, tmp_path / name, **({'max_failures': 0} | arguments))
+    defaults = {'max_failures': 0, 'log_fn': print}
+    return bucket_mirror.BucketMirror(URL, tmp_path / name, **(defaults | arguments))
 
   return make
 
@@ -50,7 +52,7 @@ def _tree(directory):
   return {
     path.relative_to(directory).as_posix(): path.read_text()
     for path in directory.rglob('*')
-    if path.is_file()
+    if path.is_file() and path.name != bucket_mirror._INDEX
   }
 
 
@@ -91,6 +93,26 @@ def test_only_what_changed_is_written(files, make_mirror, tmp_path, monkeypatch)
   again.pull()
   again.push()
   assert len(written) == 1
+
+
+def test_only_what_differs_is_downloaded(files, make_mirror, tmp_path, monkeypatch):
+  """Files that are unchanged since the last push or pull stay, also in another process."""
+  _fill(tmp_path / 'a', {'sft/metrics.jsonl': '1', 'sft/model/w': 'x', 'sft/log': 'y'})
+  make_mirror('a').push()
+  make_mirror('b').pull()
+  read = []
+  get = type(files).get_file
+  monkeypatch.setattr(
+    type(files), 'get_file', lambda self, a, b, **k: read.append(a) or get(self, a, b, **k)
+  )
+  for name in ('a', 'b'):
+    make_mirror(name).pull()
+  assert read == []
+  _fill(tmp_path / 'a', {'sft/metrics.jsonl': '2'})
+  files.pipe_file('/bucket/run/sft/model/w', b'z')
+  make_mirror('a').pull()
+  assert sorted(path.rpartition('/')[2] for path in read) == ['metrics.jsonl', 'w']
+  assert _tree(tmp_path / 'a') == {'sft/metrics.jsonl': '1', 'sft/model/w': 'z', 'sft/log': 'y'}
 
 
 def _writes(files, monkeypatch, limit):
@@ -176,6 +198,22 @@ def test_killed_while_an_old_stage_is_restored(files, make_mirror, tmp_path, mon
     assert _tree(tmp_path / 'b') == _tree(tmp_path / 'a')
 
 
+@pytest.mark.parametrize('limit', range(6))
+def test_killed_while_settings_change(files, make_mirror, tmp_path, monkeypatch, limit):
+  """A run with new settings never resumes from files of the old ones."""
+  stage, mirror, new = tmp_path / 'a' / 'sft', make_mirror('a'), {'seed': 1}
+  stage_record.prepare_directory(stage, {'seed': 0})
+  _fill(stage, {'metrics.jsonl': 'old'})
+  mirror.push()
+  stage_record.prepare_directory(stage, new)
+  with monkeypatch.context() as patch:
+    _writes(files, patch, limit)
+    with contextlib.suppress(Killed):
+      mirror.push()
+  make_mirror('b').pull()
+  assert _resumed(tmp_path / 'b', new) is None
+
+
 def test_a_failed_push_is_retried(files, make_mirror, tmp_path, monkeypatch):
   messages = []
   mirror = make_mirror('a', max_failures=2, log_fn=messages.append)
@@ -201,13 +239,13 @@ def test_a_failed_push_is_retried(files, make_mirror, tmp_path, monkeypatch):
   'url, message',
   [
     ('nosuch://b/run', '--workdir=nosuch://b/run cannot be read: Protocol not known: nosuch'),
-    ('gs://b/run', '--workdir=gs://b/run cannot be read: .*gcsfs.*; pip install gcsfs.'),
+    ('gs://b/run', '--workdir=gs://b/run cannot be read: .*install gcsfs'),
   ],
 )
 def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, message):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(ValueError, match=message):
-    bucket_mirror.BucketMirror(url, tmp_path, 0)
+    bucket_mirror.BucketMirror(url, tmp_path, 0, print)
 
 
 def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
@@ -224,7 +262,7 @@ def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
 
 
 def test_a_bucket_that_cannot_hold_states_is_refused(files, make_mirror, tmp_path):
-  refused = pytest.raises(UserError, match='cannot hold training states; give gs://')
+  refused = pytest.raises(UserError, match='cannot hold training states; use gs://')
   with refused, make_mirror('a').hold_lock(tmp_path):
     pass
 
@@ -233,7 +271,7 @@ def test_a_bucket_that_cannot_hold_states_is_refused(files, make_mirror, tmp_pat
 def short_intervals(monkeypatch):
   """Shortens the intervals of the lock."""
   for name, seconds in {'_HEARTBEAT': 0.05, '_STALE_AFTER': 0.5, '_RACE_WINDOW': 0.05}.items():
-    monkeypatch.setattr(lock, name, seconds)
+    monkeypatch.setattr(bucket_lock, name, seconds)
 
 
 @pytest.fixture
@@ -241,36 +279,89 @@ def directory(files):
   return DirFileSystem('/bucket/run', files)
 
 
+def _holder(run):
+  return {'pid': os.getpid(), 'host': 'here', 'run': run}
+
+
 def test_a_live_lock_is_refused_and_let_go(directory, short_intervals):
-  with lock.lock_bucket(directory, URL):
+  with bucket_lock.lock_bucket(directory, URL, _holder('first'), {}):
     refused = pytest.raises(lock.LockedError, match=rf'{URL} is in use by process {os.getpid()} on')
-    with refused, lock.lock_bucket(directory, URL):
+    with refused, bucket_lock.lock_bucket(directory, URL, _holder('second'), {}):
       pass
   assert not directory.exists(lock.FILE)
-  with lock.lock_bucket(directory, URL):
+  with bucket_lock.lock_bucket(directory, URL, _holder('third'), {}):
     pass
 
 
-def test_a_lock_that_does_not_change_is_taken_over(directory, short_intervals):
-  directory.pipe_file(lock.FILE, json.dumps({'pid': 1, 'host': 'elsewhere', 'run': 'x'}).encode())
-  begin = time.monotonic()
-  with lock.lock_bucket(directory, URL):
-    assert time.monotonic() - begin > lock._STALE_AFTER
-    assert json.loads(directory.cat_file(lock.FILE))['pid'] == os.getpid()
+@pytest.mark.parametrize(
+  'killed, is_waited_for',
+  [
+    ({}, True),
+    (_holder('another'), True),
+    (_holder('left'), False),
+  ],
+  ids=['none', 'another run', 'its holder'],
+)
+def test_a_lock_that_does_not_change_is_taken_over(
+  directory, short_intervals, killed, is_waited_for
+):
+  """At once if its holder is known to be dead, else when it is stale."""
+  directory.pipe_file(lock.FILE, json.dumps(_holder('left')).encode())
+  waits = []
+  with pytest.MonkeyPatch.context() as patch:
+    sleep = time.sleep
+    patch.setattr(time, 'sleep', lambda seconds: waits.append(seconds) or sleep(seconds))
+    with bucket_lock.lock_bucket(directory, URL, _holder('new'), killed):
+      assert json.loads(directory.cat_file(lock.FILE))['run'] == 'new'
+  assert (bucket_lock._HEARTBEAT / 10 in waits) == is_waited_for
+
+
+def test_a_killed_run_leaves_its_holder_in_the_local_directory(tmp_path):
+  """The next run there takes the lock on the bucket over; a run that ended leaves none."""
+  with lock.lock_workdir(tmp_path) as (first, killed):
+    assert killed == {}
+    left = (tmp_path / lock.FILE).read_text()
+    refused = pytest.raises(lock.LockedError, match=f'{URL} is in use by process {os.getpid()} on')
+    with refused, lock.lock_workdir(tmp_path, URL):
+      pass
+  (tmp_path / lock.FILE).write_text(left)
+  with lock.lock_workdir(tmp_path) as (second, killed):
+    assert killed == first and second['run'] != first['run']
+  with lock.lock_workdir(tmp_path) as (_, killed):
+    assert killed == {}
+  (tmp_path / lock.FILE).write_text(left.replace(first['host'], 'elsewhere'))
+  with lock.lock_workdir(tmp_path) as (_, killed):
+    assert killed == {}
+
+
+def test_a_run_killed_here_does_not_delay_the_next(
+  files, make_mirror, tmp_path, monkeypatch, short_intervals
+):
+  monkeypatch.setattr(bucket_mirror.epath, 'Path', Path)  # accepts memory://
+  local, on_bucket, waits = tmp_path / 'a', f'/bucket/run/{lock.FILE}', []
+  with make_mirror('a').hold_lock(local):
+    left = (local / lock.FILE).read_text(), files.cat_file(on_bucket)
+  (local / lock.FILE).write_text(left[0])
+  files.pipe_file(on_bucket, left[1])
+  sleep = time.sleep
+  monkeypatch.setattr(time, 'sleep', lambda seconds: waits.append(seconds) or sleep(seconds))
+  with make_mirror('a').hold_lock(local):
+    assert bucket_lock._HEARTBEAT / 10 not in waits
+  assert not files.exists(on_bucket) and not (local / lock.FILE).read_text()
 
 
 def test_of_two_runs_that_start_at_once_one_gets_the_lock(directory, short_intervals):
   outcomes = []
 
-  def start():
+  def start(run):
     try:
-      with lock.lock_bucket(directory, URL):
+      with bucket_lock.lock_bucket(directory, URL, _holder(run), {}):
         outcomes.append('locked')
         time.sleep(0.3)
     except lock.LockedError:
       outcomes.append('refused')
 
-  threads = [threading.Thread(target=start) for _ in range(2)]
+  threads = [threading.Thread(target=start, args=(run,)) for run in ('first', 'second')]
   for thread in threads:
     thread.start()
   for thread in threads:
@@ -331,7 +422,6 @@ def _metrics(run):
   ]
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
   """After kill -9, with no local file left, another machine writes the same bits."""
@@ -359,7 +449,6 @@ def test_a_killed_run_resumes_from_the_bucket_alone(tmp_path):
   assert code == 0 and 'sft         reused' in out
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_work_on_one_bucket(tmp_path):
   """Each process has its own local copy; the run gives the losses of one process."""
