@@ -83,6 +83,19 @@ def test_no_circles():
     visit(module)
 
 
+@pytest.mark.parametrize('module', MODULES)
+def test_rooms_are_small(module):
+  """300 lines a module, 60 a function, 7 parameters; more only with the reason in the docstring."""
+  text = MODULES[module].read_text(encoding='utf-8')
+  assert len(text.splitlines()) <= 300
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef):
+      assert node.end_lineno - node.lineno < 60, node.name
+      names = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)]
+      if len([name for name in names if name not in ('self', 'cls')]) > 7:
+        assert 'parameters' in (ast.get_docstring(node) or ''), node.name
+
+
 @pytest.mark.parametrize('module', [m for m in MODULES if wing(m) in ('types', 'rl')])
 def test_mathematics_needs_jax_alone(module):
   allowed = {'jax', 'jaxtyping', *sys.stdlib_module_names}

@@ -18,7 +18,7 @@ from segjax.hf import imported, orbax_stream, reader
 from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve_checkpoint
 from segjax.hf.config import config_from_hf, head_name
 from segjax.model import heads
-from segjax.model.llama import Llama, LlamaConfig
+from segjax.model.llama import Llama, LlamaConfig, RowLayout
 
 # Maximum difference of outputs whose mean square is at most 1; it scales with larger outputs.
 _TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1.5e-1}
@@ -231,7 +231,7 @@ def _ours(params: dict[str, Any], config: LlamaConfig, head: str, headless: bool
 
   @jax.jit
   def backbone(params, ids, positions):
-    return Llama(config).apply({'params': params}, ids, positions)
+    return Llama(config).apply({'params': params}, ids, RowLayout(positions))
 
   project = jax.jit(heads.project)
 

@@ -1,6 +1,7 @@
 """One path from prompts to experience, which fetches nothing that the host has had."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,13 @@ import pytest
 from fixtures import models, training
 
 from segjax import processes
+from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, Ragged
 from segjax.data.sources import Rows
-from segjax.jobs import ppo
+from segjax.jobs.ppo_trainer import Trainer
+from segjax.report.response_log import ResponseLog
+from segjax.report.timing import StepTimer
+from segjax.run.stage import Stage
 from segjax.train.collect import Collector, held_out_metrics
 from segjax.train.optimizer import init_state
 from segjax.types import Normalizer
@@ -56,7 +61,7 @@ def collector(prompts):
   )
 
 
-def test_a_step_fetches_nothing_that_the_host_has_had(collector, params, monkeypatch):
+def test_a_step_fetches_nothing_that_the_host_has_had(collector, params, monkeypatch, tmp_path):
   """Decoding fetches tokens; after it ids, masks and lengths stay on the host."""
   fetched, is_decoding = [], [True]
   to_host = processes.to_host
@@ -70,19 +75,24 @@ def test_a_step_fetches_nothing_that_the_host_has_had(collector, params, monkeyp
     is_decoding[0] = False
 
   monkeypatch.setattr(processes, 'to_host', counted)
-  collector = dataclasses.replace(collector, on_part=on_part)
-  collected = collector.collect(params, np.arange(8), KEY, KL_COEF)
+  settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1, max_steps=2)
+  trainer = Trainer(
+    stage=Stage('ppo', Settings(ppo=settings), tmp_path, models.mesh(1)),
+    frozen={name: params[name] for name in ('reference', 'reward')},
+    collector=dataclasses.replace(collector, on_part=on_part),
+    eval_collector=collector,
+    gold=None,
+    decode=decode,
+    responses=mock.Mock(spec=ResponseLog),  # fetches the responses that it keeps
+    timer=StepTimer(),
+  )
   states = {
     name: init_state(jax.tree.map(jnp.copy, params[name]), training.OPTIMIZER, training.TOTAL)
     for name in ('policy', 'critic')
   }
-  states |= {'kl': {'coef': jnp.float32(0.1)}}
-  settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1)
-  recipe = dataclasses.replace(RECIPE, ppo=settings)
-  _, metrics = ppo.update(states, collected, recipe, (0, 0), training.TOTAL)
-  assert collected.rollout.texts(decode)
-  assert fetched == []
-  assert metrics['skipped_updates'] == 0
+  states, metrics = trainer.step(states | {'kl': {'coef': jnp.float32(0.1)}}, 0)
+  assert fetched == [] and not is_decoding[0]
+  assert metrics['skipped_updates'] == 0 and int(states['policy'].step) == 1
 
 
 def test_custom_rewards_reach_the_experience(collector, params):
