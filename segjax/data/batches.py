@@ -210,14 +210,15 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   )
   order = np.random.default_rng(seed).permutation(len(prompts))
   before = np.cumsum(num_rows[order]) - num_rows[order]
-  held = order[before < fraction * len(dataset)]
-  if len(held) == len(prompts):
+  held_out = order[before < fraction * len(dataset)]
+  if len(held_out) == len(prompts):
     raise UserError(
       f'holdout_fraction={fraction} of {len(prompts)} distinct prompts leaves none to train on; '
       'provide more data or lower it.'
     )
-  is_held = np.isin(prompt_of_row, held)
-  return select(dataset, np.flatnonzero(~is_held)), select(dataset, np.flatnonzero(is_held))
+  is_held_out = np.isin(prompt_of_row, held_out)
+  train = select(dataset, np.flatnonzero(~is_held_out))
+  return train, select(dataset, np.flatnonzero(is_held_out))
 
 
 def select(dataset: Dataset, indices: np.ndarray) -> Dataset:

@@ -116,4 +116,4 @@ def _parse(text: bytes, location: str) -> Any:
     return json.loads(text)
   except ValueError as error:
     line = excerpt(text.decode('utf-8', 'replace'))
-    raise UserError(f'{location}: not JSON: {error}; found {line}.') from error
+    raise UserError(f'{location}: not JSON: {error}; the line is {line}.') from error

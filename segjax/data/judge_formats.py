@@ -176,7 +176,7 @@ def read_questions(rows: Rows) -> tuple[JudgeFormat, list[Question]]:
 def conversation(question: Question, answers: Sequence[str]) -> list[dict[str, str]]:
   """Returns the prompt of the turn that follows `answers`: all earlier turns, then its question."""
   messages = []
-  for asked, answered in zip(question.turns, answers, strict=False):
-    messages.append({'role': 'user', 'content': asked})
-    messages.append({'role': 'assistant', 'content': answered})
+  for turn, answer in zip(question.turns, answers, strict=False):
+    messages.append({'role': 'user', 'content': turn})
+    messages.append({'role': 'assistant', 'content': answer})
   return [*messages, {'role': 'user', 'content': question.turns[len(answers)]}]

@@ -239,4 +239,4 @@ def _messages(value: Any, key: str, location: str) -> list[Message]:
 
 def _describe_keys(row: Row) -> str:
   keys = [key for key, value in row.items() if value is not None]
-  return f'found the keys {", ".join(keys) or "(none)"}'
+  return f'its keys are {", ".join(keys) or "(none)"}'

@@ -1,4 +1,4 @@
-"""Reads responses in which people marked errors, and maps their characters to tokens.
+"""Reads responses in which annotators marked errors, and maps their characters to tokens.
 
 A reward model is compared with the marks in `segjax.evaluation.span_auc`.
 """
@@ -76,7 +76,7 @@ def as_span_annotation(row: Row, location: str = 'row') -> SpanAnnotation:
     return SpanAnnotation(prompt, row['response'], _spans(row, 'spans', 'type', location))
   raise UserError(
     f'{location}: no marked response, which has `response` and `spans`, or `prediction 1` and '
-    f'`feedback`; found the keys {", ".join(row) or "(none)"}.'
+    f'`feedback`; its keys are {", ".join(row) or "(none)"}.'
   )
 
 
@@ -97,12 +97,12 @@ def tokenize_spans(
   counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
   for index, row in enumerate(rows):
     location = rows.location(index)
-    marked = as_span_annotation(row, location)
-    if not marked.response.strip():
+    annotation = as_span_annotation(row, location)
+    if not annotation.response.strip():
       counts['dropped_empty'] += 1
       continue
     try:
-      response, is_truncated = _tokenize(marked, tokenizer, limits)
+      response, is_truncated = _tokenize(annotation, tokenizer, limits)
     except ValueError as error:
       raise UserError(f'{location}: {error}') from error
     if is_truncated and limits.overlong_policy == 'error':
@@ -146,17 +146,17 @@ def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.
 
 
 def _tokenize(
-  marked: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
+  annotation: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
 ) -> tuple[TokenizedSpans, bool]:
-  prompt_text = tokenizer.prompt_text(marked.prompt)
-  (text,) = tokenizer.response_texts(marked.prompt, prompt_text, [marked.response])
-  begin = _find(marked.response, text)
+  prompt_text = tokenizer.prompt_text(annotation.prompt)
+  (text,) = tokenizer.response_texts(annotation.prompt, prompt_text, [annotation.response])
+  begin = _find(annotation.response, text)
   (prompt,) = tokenizer.encode([prompt_text])
   response, offsets = tokenizer.encode_with_offsets(text)
   prompt_length, length, _ = pair_lengths(len(prompt), len(response), 0, limits)
   token_of_text = character_tokens(offsets, len(text))
   # Characters of white space that the template stripped from the response belong to no token.
-  position = begin + np.arange(len(marked.response))
+  position = begin + np.arange(len(annotation.response))
   is_in_text = (position >= 0) & (position < len(text))
   token = np.where(is_in_text, token_of_text[np.clip(position, 0, len(text) - 1)], -1)
   tokenized = TokenizedSpans(
@@ -164,7 +164,7 @@ def _tokenize(
     prompt_length=prompt_length,
     finished=length == len(response),
     token_of_char=np.where(token < length, token, -1),
-    spans=marked.spans,
+    spans=annotation.spans,
   )
   return tokenized, (prompt_length, length) != (len(prompt), len(response))
 

@@ -92,7 +92,7 @@ def tokenize_pairs(
 
   A truncated response is not finished: its last token is kept. A pair is dropped if either response
   has no content (`dropped_empty`) or if both are the same once truncated (`dropped_identical`).
-  `rules` say where published code differs.
+  `rules` select differences of published code.
 
   Returns:
     A dataset with `counts` as in `tokenize_conversations`.
@@ -113,13 +113,13 @@ def tokenize_pairs(
   read = _tokenize(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
   for index, (location, key, texts, (has_words, gap)) in enumerate(read):
     full = tuple(len(ids) for ids in texts)
-    kept = limits_lib.pair_lengths(*full, limits)
-    is_truncated = kept != full
+    lengths = limits_lib.pair_lengths(*full, limits)
+    is_truncated = lengths != full
     if is_truncated and limits_lib.is_dropped(location, _describe_lengths(full), limits, counts):
       continue
-    prompt = texts[0][full[0] - kept[0] :]
+    prompt = texts[0][full[0] - lengths[0] :]
     sides, finished = zip(
-      *map(limits_lib.truncate_response, texts[1:], kept[1:], (stop_id, stop_id)), strict=True
+      *map(limits_lib.truncate_response, texts[1:], lengths[1:], (stop_id, stop_id)), strict=True
     )
     # A finished response ends in a stop token, which is not content.
     if not has_words or any(len(s) <= f for s, f in zip(sides, finished, strict=True)):

@@ -88,8 +88,8 @@ class ChatTokenizer:
       text = message['content']
       words = templates.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
       pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
-      kept = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
-      done = prompt + words + kept
+      ending = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
+      done = prompt + words + ending
     return pieces
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:

@@ -262,9 +262,13 @@ def test_bad_ratings(ratings, message):
 
 
 BAD = {
-  'no_chosen': (as_pair, {'prompt': 'a', 'rejected': 'b'}, 'no `chosen`.*keys prompt, rejected'),
+  'no_chosen': (
+    as_pair,
+    {'prompt': 'a', 'rejected': 'b'},
+    'no `chosen`.*keys are prompt, rejected',
+  ),
   'no_rejected': (as_pair, {'prompt': 'a', 'chosen': 'b'}, 'no `rejected`'),
-  'no_prompt': (as_pair, {'chosen': 'a', 'rejected': 'b', 'x': None}, 'keys chosen, rejected'),
+  'no_prompt': (as_pair, {'chosen': 'a', 'rejected': 'b', 'x': None}, 'keys are chosen, rejected'),
   'other_prompt': (
     as_pair,
     {'chosen': [user('a'), assistant('b')], 'rejected': [user('x'), assistant('c')]},
@@ -286,7 +290,7 @@ BAD = {
     '`messages` is empty or ends in an assistant message',
   ),
   'number': (as_pair, {'prompt': 'a', 'chosen': 1, 'rejected': 'b'}, 'no `chosen` message list'),
-  'no_messages': (as_conversation, {'text': 'a'}, 'no `messages` and no `chosen`.*keys text'),
+  'no_messages': (as_conversation, {'text': 'a'}, 'no `messages` and no `chosen`.*keys are text'),
   'empty_messages': (as_conversation, {'messages': []}, 'non-empty list'),
   'strings': (as_conversation, {'messages': ['a']}, "message 1 of `messages` must be.*not 'a'"),
   'no_content': (
@@ -299,7 +303,7 @@ BAD = {
     {'messages': [{'role': 'user', 'content': [{'type': 'text'}]}]},
     'content: string',
   ),
-  'prompt_missing': (as_prompt, {'question': 'a'}, 'no prompt in.*keys question'),
+  'prompt_missing': (as_prompt, {'question': 'a'}, 'no prompt in.*keys are question'),
   'prompt_number': (as_prompt, {'prompt': 3}, '`prompt` must be a non-empty list'),
   'only_answer': (as_prompt, {'messages': [assistant('a')]}, '`messages` is empty or ends'),
 }

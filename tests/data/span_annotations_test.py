@@ -117,7 +117,7 @@ def test_fine_grained_rlhf_rows():
 @pytest.mark.parametrize(
   'row, message',
   [
-    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response, .* keys chosen, rejected'),
+    ({'chosen': 'a', 'rejected': 'b'}, r'row: no marked response, .* keys are chosen, rejected'),
     (_row('ab', (1, 3, 'x')), r'the span .* from 0 to 2, the number of characters'),
     (_row('ab', (1, 1, 'x')), r'must have `start` < `end`'),
     (_row('ab', (None, 1, 'x')), r'must have `start` < `end`'),
