@@ -1,4 +1,4 @@
-"""What a notebook calls, against the networks and the jobs."""
+"""The notebook API agrees with the networks and with the tools."""
 
 import subprocess
 import sys
@@ -17,10 +17,11 @@ from segjax.evaluation import annotate
 from segjax.model.heads import scores, token_logprobs
 from segjax.types import Normalizer
 
-ASKED = [{'role': 'user', 'content': 'what is the otter like'}]
-ANSWERED = [*ASKED, {'role': 'assistant', 'content': 'experts call its hearing dull.'}]
+QUESTION = [{'role': 'user', 'content': 'what is the otter like'}]
+CONVERSATION = [*QUESTION, {'role': 'assistant', 'content': 'experts call its hearing dull.'}]
 NORMALIZER = Normalizer(w_mean=0.1, b_mean=-0.2, w_std=0.3, b_std=0.8)
-EVERY = Segmentation(entropy_threshold=4.5)  # of an untrained network, which is unsure of all
+# Nats. An untrained network is uncertain everywhere, so responses have several segments.
+SEGMENTATION = Segmentation(entropy_threshold=4.5)
 
 
 @pytest.fixture(scope='module')
@@ -35,12 +36,12 @@ def policy(model):
 
 @pytest.fixture(scope='module')
 def judge(model, tmp_path_factory):
-  path = runs.reward_model(model, tmp_path_factory.mktemp('r') / 'm', NORMALIZER, EVERY)
+  path = runs.reward_model(model, tmp_path_factory.mktemp('r') / 'm', NORMALIZER, SEGMENTATION)
   mesh = runs.one_device()
   return segjax.load_reward_model(str(path), reference=str(model), mesh=mesh)
 
 
-def test_import_is_light_and_finds_all_it_lists():
+def test_import_is_light_and_every_listed_name_exists():
   script = (
     'import sys, segjax\n'
     'print(*[m for m in ("jax", "numpy", "absl", "ml_collections") if m in sys.modules])\n'
@@ -48,8 +49,10 @@ def test_import_is_light_and_finds_all_it_lists():
     'print(*[n for n in segjax.__all__ if n not in dir(segjax) or not getattr(segjax, n)])\n'
     'assert segjax.__version__'
   )
-  found = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
-  assert found.stdout.split() == []
+  process = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
+  assert process.stdout.split() == []
   with pytest.raises(AttributeError, match='load_polcy'):
     segjax.load_polcy  # noqa: B018
 
@@ -65,57 +68,55 @@ def test_public_functions_of_the_method():
   assert not modules & set(rl.__all__)
 
 
-def test_sampling_depends_on_the_seed_and_the_place_alone(policy):
-  asked = [ASKED, 'its hearing']
-  found = policy.sample(asked, samples=2, seed=3, max_new_tokens=8)
-  assert len(found) == 4
-  assert policy.sample(asked, samples=2, seed=3, max_new_tokens=8) == found
-  assert policy.sample([ASKED, 'its'], samples=2, seed=3, max_new_tokens=8)[:2] == found[:2]
-  assert policy.sample(asked, samples=2, seed=4, max_new_tokens=8) != found
-  for one in found:
-    assert 1 <= len(one.tokens) == len(one.logprob) <= 8
-    assert one.finished or len(one.tokens) == 8
-    assert all(x < 0 for x in one.logprob)
+def test_sampling_depends_on_the_seed_and_the_position_alone(policy):
+  prompts = [QUESTION, 'its hearing']
+  answers = policy.sample(prompts, samples=2, seed=3, max_new_tokens=8)
+  assert len(answers) == 4
+  assert policy.sample(prompts, samples=2, seed=3, max_new_tokens=8) == answers
+  assert policy.sample([QUESTION, 'its'], samples=2, seed=3, max_new_tokens=8)[:2] == answers[:2]
+  assert policy.sample(prompts, samples=2, seed=4, max_new_tokens=8) != answers
+  for answer in answers:
+    assert 1 <= len(answer.tokens) == len(answer.logprob) <= 8
+    assert answer.finished or len(answer.tokens) == 8
+    assert all(x < 0 for x in answer.logprob)
 
 
 def test_logprobs_are_those_of_the_network(policy):
-  read, plain, empty = policy.logprobs([ANSWERED, 'experts call its hearing dull.', ''])
+  answer, plain, empty = policy.logprobs([CONVERSATION, 'experts call its hearing dull.', ''])
   tokenizer = policy.annotator.tokenizer
-  before, ids = (
-    tokenizer.prompt_ids(ASKED),
-    tokenizer.response_ids(ASKED, 'experts call its hearing dull.'),
-  )
+  prompt = tokenizer.prompt_ids(QUESTION)
+  ids = tokenizer.response_ids(QUESTION, 'experts call its hearing dull.')
   expected = token_logprobs(
     policy.annotator.params['reference'],
-    jnp.asarray([before + ids]),
+    jnp.asarray([prompt + ids]),
     policy.annotator.reference,
   )
   for name, values in zip(('logprob', 'entropy'), expected, strict=True):
-    values = np.asarray(values)[0, len(before) :]
-    np.testing.assert_allclose(getattr(read, name), values, atol=2e-4)  # padding's rounding
-  assert len(read.tokens) == len(ids)
+    values = np.asarray(values)[0, len(prompt) :]
+    np.testing.assert_allclose(getattr(answer, name), values, atol=2e-4)  # padding's rounding
+  assert len(answer.tokens) == len(ids)
   assert ''.join(plain.tokens).replace(' ', '') == 'expertscallitshearingdull.'
   assert (empty.tokens, empty.logprob, empty.entropy) == ([], [], [])
 
 
 def test_segments_follow_the_threshold(policy):
-  few, many = (policy.segment([ANSWERED], entropy_threshold=t)[0] for t in (9.0, 0.0))
+  few, many = (policy.segment([CONVERSATION], entropy_threshold=t)[0] for t in (9.0, 0.0))
   assert len(few.segments) == 1
   assert len(many.segments) == sum(len(s.tokens) for s in few.segments)
   assert [s.entropy for s in many.segments] == [[x] for s in few.segments for x in s.entropy]
-  assert (few.prompt, few.response) == (ASKED, 'experts call its hearing dull.')
+  assert (few.prompt, few.response) == (QUESTION, 'experts call its hearing dull.')
   assert policy.segment([]) == []
 
 
 def test_scores_are_raw_and_normalised(judge):
-  (one,) = judge.score([ANSWERED])
+  (response,) = judge.score([CONVERSATION])
   annotator = judge.annotator
-  before = annotator.tokenizer.prompt_ids(ASKED)
-  ids = before + annotator.tokenizer.response_ids(ASKED, 'experts call its hearing dull.')
+  prompt = annotator.tokenizer.prompt_ids(QUESTION)
+  ids = prompt + annotator.tokenizer.response_ids(QUESTION, 'experts call its hearing dull.')
   raw = np.asarray(scores(annotator.params['reward'], jnp.asarray([ids]), annotator.reward))[0]
-  end, count = len(before), len(one.segments)
+  end, count = len(prompt), len(response.segments)
   assert count > 1
-  for k, segment in enumerate(one.segments):
+  for k, segment in enumerate(response.segments):
     end += len(segment.tokens)
     np.testing.assert_allclose(segment.score, raw[end - 1], atol=2e-4)
     log_p = np.log((k + 1) / count)  # Mean(p) = w ln p + b, and Std(p) likewise
@@ -125,7 +126,7 @@ def test_scores_are_raw_and_normalised(judge):
 
 
 def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
-  path = runs.reward_model(model, tmp_path / 'r', None, EVERY)
+  path = runs.reward_model(model, tmp_path / 'r', None, SEGMENTATION)
   judge = segjax.load_reward_model(
     str(path),
     reference=str(model),
@@ -140,7 +141,7 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
   'call, message',
   [
     (lambda p: p.sample('its hearing'), 'expected a list of texts, got a single text'),
-    (lambda p: p.segment(ANSWERED), 'expected a list of texts, got a single text'),
+    (lambda p: p.segment(CONVERSATION), 'expected a list of texts, got a single text'),
     (lambda p: p.sample(['x'], temprature=1), '^temprature is not an option; did you mean temper'),
     (lambda p: p.sample(['x'], top_p=0.0), '^top_p=0.0 must be above 0'),
     (lambda p: p.sample(['x'], max_new_tokens=0), '^max_new_tokens=0 must be at least 1'),
@@ -151,7 +152,7 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
       lambda p: p.segment(['x'], granularity='word'),
       "^granularity='word' is not one of segment, token, bandit",
     ),
-    (lambda p: p.segment([ASKED]), 'text 1: the last message is not the assistant’s'),
+    (lambda p: p.segment([QUESTION]), 'text 1: the last message is not the assistant’s'),
     (lambda p: p.logprobs(['x', [{'role': 'user'}]]), 'text 2: message 1 of `messages` must be'),
     (
       lambda p: p.logprobs(['x', 'its ' * 200]),
@@ -159,7 +160,7 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
     ),
   ],
 )
-def test_wrong_calls_are_answered_by_what_to_do(policy, call, message):
+def test_wrong_calls_name_the_argument_and_the_fix(policy, call, message):
   with pytest.raises(UserError, match=message) as caught:
     call(policy)
   assert 'config.' not in str(caught.value)
@@ -181,26 +182,26 @@ def test_wrong_models_are_refused(model):
 
 
 @pytest.mark.devices
-def test_all_devices_say_what_one_says(policy, model):
+def test_eight_devices_agree_with_one(policy, model):
   wide = segjax.load_policy(str(model))
   assert wide.annotator.mesh.size == len(jax.devices()) == 8
-  texts = [ANSWERED, 'experts call its hearing dull.', 'a']
-  for one, other in zip(policy.logprobs(texts), wide.logprobs(texts), strict=True):
-    assert one.tokens == other.tokens
-    np.testing.assert_allclose(one.logprob, other.logprob, atol=2e-4)
+  texts = [CONVERSATION, 'experts call its hearing dull.', 'a']
+  for single, sharded in zip(policy.logprobs(texts), wide.logprobs(texts), strict=True):
+    assert single.tokens == sharded.tokens
+    np.testing.assert_allclose(single.logprob, sharded.logprob, atol=2e-4)
 
 
-def test_a_tokenizer_without_template_reads_strings_alone(material):
-  path = material / 'models' / 'stories260k-hf'
+def test_a_tokenizer_without_template_accepts_strings_only(shared_files):
+  path = shared_files / 'models' / 'stories260k-hf'
   plain = segjax.load_policy(str(path), mesh=runs.one_device())
-  (read,) = plain.logprobs(['Once upon a time, there was'])
-  assert sum(read.logprob) > -3  # a network of such stories expects these words
+  (story,) = plain.logprobs(['Once upon a time, there was'])
+  assert sum(story.logprob) > -3  # a network of such stories expects these words
   with pytest.raises(ValueError, match='text 1 is a conversation, but the tokenizer has no chat t'):
-    plain.sample([ASKED])
+    plain.sample([QUESTION])
 
 
-def test_api_and_tool_read_alike(policy):
+def test_api_and_tool_give_the_same_segments(policy):
   """Segments are those of evaluation.annotate, which tools/show_segments.py prints."""
-  text = (ASKED, 'experts call its hearing dull.')
+  text = (QUESTION, 'experts call its hearing dull.')
   direct = annotate.annotate(policy.annotator, [text], 1)
-  assert policy.segment([ANSWERED]) == list(direct)
+  assert policy.segment([CONVERSATION]) == list(direct)

@@ -31,7 +31,6 @@ def test_rewards(bench):
   assert record['largest_difference'] < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_convert(bench, tmp_path):
   record = bench('convert', '--size=tiny', '--repeats=1', f'--directory={tmp_path}')
@@ -43,7 +42,6 @@ def test_convert(bench, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_decode(bench):
   record = bench(
@@ -62,7 +60,6 @@ def test_decode(bench):
   assert roofline['batch'] == 2 and roofline['gb_per_second'] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_decode_without_torch(bench, monkeypatch):
   """Only segjax is timed."""
@@ -75,7 +72,6 @@ def test_decode_without_torch(bench, monkeypatch):
   assert task['segjax']['relative_time'] == 1 and 'dynamic' not in task
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_train(bench):
   record = bench('train', '--shape=tiny', '--batch=8', '--length=48', '--repeats=1')
@@ -85,21 +81,18 @@ def test_train(bench):
   assert 0 < record['packing_efficiency'] <= 1 and record['packing_speedup'] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_checkpoint_save(bench, tmp_path):
   record = bench('checkpoint_save', '--gigabytes=0.001', '--repeats=1', f'--directory={tmp_path}')
   assert 0 < record['blocked_seconds'] <= record['written_seconds']
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_metric_log(bench):
   record = bench('metric_log', '--steps=200')
   assert record['metrics'] > 50 and record['microseconds'] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_report(bench):
   record = bench('report', '--steps=20', '--responses=10', '--tokens=20', '--long=1')

@@ -1,4 +1,4 @@
-"""The sizes of known models."""
+"""The sizes of published models."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from segjax.model.llama import make_config, num_parameters
 
 @pytest.mark.parametrize(
   'size, parameters',
-  # As their model cards say: 8.03 B, and 1.24 B with tied embeddings.
+  # From their model cards: 8.03 B, and 1.24 B with tied embeddings.
   [
     (model_sizes.llama3_8b, 8_030_261_248),
     (model_sizes.llama31_8b, 8_030_261_248),

@@ -27,7 +27,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
 jaxtyping.install_import_hook('segjax', 'beartype.beartype')
 
-# No deadline: the first example compiles. `--hypothesis-profile=thorough` takes the other one.
+# No deadline: the first example compiles. --hypothesis-profile=thorough runs more examples.
 hypothesis.settings.register_profile('quick', max_examples=25, deadline=None)
 hypothesis.settings.register_profile('thorough', max_examples=100, deadline=None)
 hypothesis.settings.load_profile('quick')
@@ -49,7 +49,7 @@ def few_mappings():
 
 @pytest.fixture(autouse=True)
 def compile_again(request):
-  """Compiles what a test marked `compiled` looks at: the cache on disk keeps no warnings."""
+  """Turns off the cache on disk for tests marked `compiled`: it keeps no compiler warnings."""
   with contextlib.ExitStack() as stack:
     if request.node.get_closest_marker('compiled'):
       stack.enter_context(compiles.without_cache())
@@ -57,8 +57,8 @@ def compile_again(request):
 
 
 @pytest.fixture(scope='session')
-def material() -> Path:
-  """The directory of golden cases; skips the test where there is none."""
+def shared_files() -> Path:
+  """The directory of golden cases, models and data; skips the test if it does not exist."""
   path = (_REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared')).resolve()
   if not path.is_dir():
     pytest.skip(f'no golden cases at {path}; point SEGJAX_MATERIAL at them')

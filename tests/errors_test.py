@@ -1,4 +1,4 @@
-"""Errors as text."""
+"""Errors as one line of text."""
 
 from segjax.errors import first_line
 

@@ -37,21 +37,21 @@ def wing(module):
 
 
 def imports(module):
-  """Full names of the modules that a module imports, also inside its functions."""
+  """Returns full names of the modules that a module imports, also inside its functions."""
   tree = ast.parse(MODULES[module].read_text(encoding='utf-8'))
-  found = set()
+  names = set()
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f'{module} imports by a relative name'
       for alias in node.names:
-        whole = f'{node.module}.{alias.name}'
-        found.add(whole if whole in MODULES else node.module)
-  return found
+        full_name = f'{node.module}.{alias.name}'
+        names.add(full_name if full_name in MODULES else node.module)
+  return names
 
 
-def test_there_is_something_to_read():
+def test_modules_are_collected():
   assert len(MODULES) > 30
   assert {wing(module) for module in MODULES} <= set(WINGS)
   assert 'segjax.model.sharding' in imports('segjax.model.llama')
@@ -62,7 +62,7 @@ def test_imports_come_from_above(module):
   own = WINGS.index(wing(module))
   for name in imports(module):
     if name.split('.')[0] == 'segjax' and name != 'segjax':
-      assert name in MODULES, f'{module} imports {name}, which is no module'
+      assert name in MODULES, f'{module} imports {name}, which is not a module'
       assert WINGS.index(wing(name)) <= own, f'{module} imports {name} from a wing below'
 
 
@@ -103,7 +103,7 @@ def test_mathematics_needs_jax_alone(module):
     assert name.split('.')[0] in allowed or wing(name + '.') in ('types', 'rl'), name
 
 
-def test_only_the_network_knows_flax():
+def test_only_the_network_imports_flax():
   users = {m for m in MODULES if any(name.split('.')[0] == 'flax' for name in imports(m))}
   assert users
   assert {wing(module) for module in users} == {'model'}
@@ -132,8 +132,8 @@ def test_heavy_packages_are_imported_where_they_are_used():
     f'print(*[name for name in {heavy} if name in sys.modules])'
   )
   command = [sys.executable, '-c', script]
-  found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-  assert found.stdout.split() == []
+  process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+  assert process.stdout.split() == []
 
 
 def test_settings_need_no_jax_backend():
@@ -144,5 +144,5 @@ def test_settings_need_no_jax_backend():
     'print(bool(xla_bridge._backends), "flax" in sys.modules)'
   )
   command = [sys.executable, '-c', script]
-  found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-  assert found.stdout.split() == ['False', 'False']
+  process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+  assert process.stdout.split() == ['False', 'False']

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line: flags, one-line errors, and the whole demo."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def _segjax(*arguments):
-  """`python -m segjax.main`, on one CPU device, quick to compile, with no hub to be found."""
+  """Runs `python -m segjax.main` on one CPU device, quick to compile, without a hub."""
   quick = '--xla_backend_optimization_level=0'
   environment = os.environ | {'XLA_FLAGS': quick, 'HF_ENDPOINT': 'http://127.0.0.1:9'}
   command = [sys.executable, '-m', 'segjax.main', '--compilation_cache_dir=', *arguments]
@@ -151,10 +151,10 @@ def test_only_errors_for_users_lose_their_traceback():
   assert main.is_user_error(_raised(lambda: Path('/nowhere/at/all').read_text()))
   assert not main.is_user_error(_raised(lambda: int('x')))
 
-  def bad():
+  def fail():
     raise TooManySkippedStepsError('step 3: loss not finite')
 
-  assert main.is_user_error(_raised(bad))
+  assert main.is_user_error(_raised(fail))
 
 
 @pytest.mark.processes
@@ -217,7 +217,7 @@ def test_demo_from_nothing(tmp_path):
 
 
 def _check_cards(workdir, few):
-  """Every trained model says how it was made, in a card that the hub reads."""
+  """Every trained model has a card that the hub can parse, and a record of its run."""
   import huggingface_hub
 
   for model, curve in (

@@ -14,7 +14,7 @@ EXTRAS = {'torch', 'wandb'}
 
 
 def imported_modules():
-  """Returns {top-level module: a file that imports it} of the package and the configs."""
+  """Returns {top-level module: a file that imports it} for the package and the configs."""
   modules = {}
   for folder in ('segjax', 'configs'):
     for path in sorted((REPOSITORY / folder).rglob('*.py')):

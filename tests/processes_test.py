@@ -80,19 +80,18 @@ def _saved_steps(workdir):
   return [int(name) for name in names if name.isdecimal()]
 
 
-def _wait_for_a_save(workdir):
+def _wait_for_a_checkpoint(workdir):
   end = time.monotonic() + 200
   while not _saved_steps(workdir):
     assert time.monotonic() < end, _output(workdir, 0)[-2000:]
     time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_equal_one_and_a_signal_to_one_stops_both(tmp_path):
   assert _wait(_start(tmp_path / 'one', 1)) == [0]
   workers = _start(tmp_path / 'two', 2)
-  _wait_for_a_save(tmp_path / 'two')
+  _wait_for_a_checkpoint(tmp_path / 'two')
   workers[1].send_signal(signal.SIGTERM)
   codes = _wait(workers)
   output = _output(tmp_path / 'two', 0)
@@ -104,14 +103,13 @@ def test_two_processes_equal_one_and_a_signal_to_one_stops_both(tmp_path):
   assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize('number, lost', [(2, 1), (4, 3), (2, 0)])
 def test_all_exit_when_one_is_killed_and_resume_bit_for_bit(tmp_path, number, lost):
   uninterrupted, killed = tmp_path / 'uninterrupted', tmp_path / 'killed'
   assert _wait(_start(uninterrupted, number)) == [0] * number
   workers = _start(killed, number)
-  _wait_for_a_save(killed)
+  _wait_for_a_checkpoint(killed)
   workers[lost].kill()
   begin = time.monotonic()
   assert all(_wait(workers))
@@ -160,11 +158,11 @@ def _join(number, indices, failing=-1):
   outputs = [worker.communicate(timeout=120)[0] for worker in workers]
   assert all(worker.returncode for worker in workers)
   assert not any('stack trace' in output for output in outputs)
-  lines = [output.splitlines() for output in outputs]
-  return [[line for line in of_one if line.startswith('segjax: ')] for of_one in lines]
+  return [
+    [line for line in output.splitlines() if line.startswith('segjax: ')] for output in outputs
+  ]
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_processes_that_do_not_join_are_named():
   line = (
@@ -176,7 +174,6 @@ def test_processes_that_do_not_join_are_named():
   assert line.startswith('segjax: process 0 did not answer within 10 s (--join_timeout); check')
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize('failing', [0, 1])
 def test_a_user_error_of_one_process_is_one_line_in_each(failing):
@@ -272,7 +269,6 @@ def _rows(number):
   return [[shard for shards in step for shard in shards] for step in steps]
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize('number', [1, 2, 4])
 def test_processes_hold_disjoint_rows_in_one_order(number):

@@ -1,4 +1,4 @@
-"""README.md says what is so: commands parse, examples run, settings and messages exist."""
+"""README.md is correct: its commands parse, its examples run, its settings exist."""
 
 import argparse
 import copy
@@ -42,18 +42,18 @@ def _code(language):
 
 
 def _commands():
-  """Every command line, of blocks and sentences; what gcloud and srun are given by itself."""
+  """Returns every command in blocks and sentences, without the gcloud or srun around it."""
   lines = re.sub(r'\\\n\s*', '', '\n'.join(_code(''))).splitlines()
   lines += [text.replace('\n', ' ') for text in INLINE]
-  found = []
+  commands = []
   for line in lines:
     if inner := re.search(r"--command='([^']*)'", line):
       line = inner[1]
     for part in line.split(' && '):
       words = re.sub(r'^srun( --\S+)* ', '', part.strip())
       if re.match(r'(python|segjax|pip) ', words):
-        found.append(shlex.split(words, comments=True))
-  return found
+        commands.append(shlex.split(words, comments=True))
+  return commands
 
 
 COMMANDS = _commands()
@@ -68,12 +68,12 @@ ANSWERS = [
 ]
 
 
-def test_there_is_something_to_read():
+def test_commands_are_extracted():
   assert len(RUNS) >= 6 and len(TOOLS) >= 2 and len(ANSWERS) >= 5
-  known = (['python', '-m', 'segjax.main'], ['python', '-m', 'pytest'])
+  others = (['python', '-m', 'segjax.main'], ['python', '-m', 'pytest'])
   for words in COMMANDS:
     is_tool = words[0] == 'python' and words[1].startswith('tools/')
-    assert is_tool or words[:3] in known or words[0] == 'segjax' or words[:2] == ['pip', 'install']
+    assert is_tool or words[:3] in others or words[0] == 'segjax' or words[:2] == ['pip', 'install']
 
 
 def test_readme_is_short():
@@ -89,20 +89,20 @@ def test_commands_that_print(arguments):
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-  """A directory in which README's paths are real: tiny models under runs/mine, rows beside it.
+def workspace(tmp_path_factory):
+  """A directory where README's paths exist: tiny models under runs/mine, and files of rows.
 
-  The policy is a real network where the material is at hand, else one that the demo job makes.
+  The policy is a trained network if the shared files are available, else an untrained one.
   """
   directory = tmp_path_factory.mktemp('readme')
-  made = runs.policy(directory / 'made')
-  real = REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared') / 'models/stories260k-hf'
+  untrained = runs.policy(directory / 'untrained')
+  trained = REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared') / 'models/stories260k-hf'
   models = directory / 'runs' / 'mine'
   for stage in ('sft', 'ppo'):
-    if real.is_dir():
-      runs.with_template(real, models / stage / 'model')
+    if trained.is_dir():
+      runs.with_template(trained, models / stage / 'model')
     else:
-      shutil.copytree(made, models / stage / 'model')
+      shutil.copytree(untrained, models / stage / 'model')
   normalizer = Normalizer(w_mean=0.1, b_mean=-0.2, w_std=0.0, b_std=0.8)
   runs.reward_model(
     models / 'sft' / 'model', models / 'reward' / 'model', normalizer, Segmentation()
@@ -122,15 +122,17 @@ _MODELS = {'MODEL', 'CHECKPOINT', 'SFT', 'SFT_MODEL', 'REWARD', 'HF'}
 
 
 @pytest.mark.parametrize('arguments', RUNS, ids=' '.join)
-def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
-  monkeypatch.chdir(place)
+def test_commands_pass_a_dry_run(arguments, workspace, monkeypatch, capsys):
+  monkeypatch.chdir(workspace)
   monkeypatch.syspath_prepend(str(REPOSITORY))
-  (place / 'configs').exists() or (place / 'configs').symlink_to(REPOSITORY / 'configs')
+  (workspace / 'configs').exists() or (workspace / 'configs').symlink_to(REPOSITORY / 'configs')
   line = ['segjax']
   for word in arguments:
     key, equals, value = word.partition('=')
     value = 'configs/ppo.py' if value == '...' else value
-    line.append(key + equals + (str(place / 'made/demo/model') if value in _MODELS else value))
+    line.append(
+      key + equals + (str(workspace / 'untrained/demo/model') if value in _MODELS else value)
+    )
   values = flags.FlagValues()
   for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]:
     if flag.name != 'config' and not flag.name.startswith('config.'):
@@ -138,7 +140,7 @@ def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
   config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=line)
   assert values(line) == ['segjax']
   settings = parse.from_config(values['config'].value)
-  workdir = Path(values['workdir'].value or place / 'default')
+  workdir = Path(values['workdir'].value or workspace / 'default')
   stages = pipeline.prepare(settings, workdir, runs.one_device())
   dry_run.run(settings, stages)
   out = capsys.readouterr().out
@@ -148,7 +150,7 @@ def test_commands_pass_a_dry_run(arguments, place, monkeypatch, capsys):
 
 
 class _ParsedError(Exception):
-  """The arguments are right; what comes after does not matter."""
+  """Raised once the arguments are parsed."""
 
 
 @pytest.fixture
@@ -163,12 +165,12 @@ def only_parse(monkeypatch):
   monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_and_stop)
 
 
-_BY_ARGPARSE = [
+_ARGPARSE_TOOLS = [
   words for words in TOOLS if words[0] not in ('tools/plan.py', 'tools/convert_hf.py')
 ]
 
 
-@pytest.mark.parametrize('words', _BY_ARGPARSE, ids=' '.join)
+@pytest.mark.parametrize('words', _ARGPARSE_TOOLS, ids=' '.join)
 def test_tools_take_their_arguments(words, only_parse, monkeypatch):
   monkeypatch.setattr(sys, 'path', list(sys.path))
   monkeypatch.setattr(sys, 'argv', words)
@@ -177,7 +179,7 @@ def test_tools_take_their_arguments(words, only_parse, monkeypatch):
 
 
 def test_plans_take_their_arguments():
-  """In a process of their own, for absl knows each flag once."""
+  """Runs in a new process, because absl defines each flag only once."""
   plans = [words for words in TOOLS if words[0] == 'tools/plan.py']
   assert plans
   script = (
@@ -198,28 +200,28 @@ def test_tools_exist():
 
 
 def _leaves():
-  found = set()
+  keys = set()
 
   def walk(cls, prefix):
     for field in dataclasses.fields(cls):
       value = getattr(cls(), field.name)
-      found.add(prefix + field.name)
+      keys.add(prefix + field.name)
       if dataclasses.is_dataclass(value):
         walk(type(value), f'{prefix}{field.name}.')
 
   walk(Settings, '')
-  return found
+  return keys
 
 
-def _is_no_setting(name):
-  """A file, or a name in a module that can be imported."""
+def _is_file_or_module(name):
+  """Returns whether it is a file, or a name in a module that can be imported."""
   if re.search(r'\.(py|json|jsonl|parquet|safetensors|md|old|png|gz)\b', name):
     return True
   return importlib.util.find_spec(name.partition('.')[0]) is not None or name.startswith('rl.')
 
 
 def test_settings_in_backticks_exist():
-  leaves, seen = _leaves(), 0
+  leaves, num_checked = _leaves(), 0
   lasts = {leaf.rpartition('.')[2] for leaf in leaves}
   for text in (*INLINE, *re.findall(r'--config\.[a-z][\w.]+', README)):
     match = re.fullmatch(r'(?:--)?(?:config)?(\.?[a-z_]\w*(?:\.[a-z_]\w*)*)(?:=.*)?', text.strip())
@@ -233,15 +235,15 @@ def test_settings_in_backticks_exist():
     elif '.' in name and name.partition('.')[0] in leaves:
       parse.check_key(name)
     elif '.' in name:
-      assert _is_no_setting(name), f'{text} is no setting'
+      assert _is_file_or_module(name), f'{text} is not a setting'
       continue
     else:
       continue
-    seen += 1
-  assert seen > 25
+    num_checked += 1
+  assert num_checked > 25
 
 
-def test_rows_are_read_as_said():
+def test_example_rows_are_read():
   chat, pair, prompt = (json.loads(text) for text in _code('json'))
   assert as_conversation(chat)[-1]['role'] == 'assistant'
   assert as_pair(pair).rating_gap == 7
@@ -256,18 +258,20 @@ def test_reward_function_example(tmp_path, monkeypatch):
   function = load_function('my_rules:reward', 'reward_shaping.reward_fn')
   response = 'a. Sorry. b'
   ids = np.array([[ord(c) for c in response]])
-  found = token_rewards(function, [''], ids, ids > 0, lambda ids: ''.join(map(chr, map(int, ids))))
+  rewards = token_rewards(
+    function, [''], ids, ids > 0, lambda ids: ''.join(map(chr, map(int, ids)))
+  )
   expected = np.zeros(len(response))
   expected[[1, 8, 10]] = 0.1, 0.1, -1
-  np.testing.assert_allclose(found[0], expected, atol=1e-6)
+  np.testing.assert_allclose(rewards[0], expected, atol=1e-6)
   assert function('', 'no sentence') == []
   sys.modules.pop('my_rules')
 
 
-def test_python_example_runs(place, monkeypatch, capsys):
+def test_python_example_runs(workspace, monkeypatch, capsys):
   (text,) = (text for text in _code('python') if text.startswith('import segjax'))
   assert len([line for line in text.splitlines() if line]) == 10
-  monkeypatch.chdir(place)
+  monkeypatch.chdir(workspace)
   monkeypatch.setattr(segjax.api, 'make_mesh', runs.one_device)
   names = {}
   exec(compile(text, 'README.md', 'exec'), names)

@@ -1,3 +1,5 @@
+"""Atomic writes of files and directories, and JSON lines that survive a torn line."""
+
 import json
 import os
 import socket

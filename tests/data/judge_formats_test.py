@@ -101,8 +101,8 @@ def test_other_forms_are_named(rows, message):
     _read(*rows)
 
 
-def test_published_files(material):
-  data = material / 'data'
+def test_published_files(shared_files):
+  data = shared_files / 'data'
   judge, questions = read_questions(load_rows(str(data / 'mt_bench' / 'mt_bench_question.jsonl')))
   assert (judge.name, len(questions)) == ('MT-Bench', 80)
   assert all(len(question.turns) == 2 for question in questions)

@@ -317,8 +317,8 @@ def test_bad_rows(case):
     read(row, location)
 
 
-def test_real_rows(material):
-  rows = load_rows(str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'))
+def test_real_rows(shared_files):
+  rows = load_rows(str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'))
   assert len(rows) == 2303
   for index, row in enumerate(rows):
     pair = as_pair(row, rows.location(index))

@@ -59,8 +59,8 @@ def test_alignment_of_a_byte_level_tokenizer(llama3, text):
 
 
 @pytest.mark.parametrize('text', [TEXT, '日本 once upon a time'])
-def test_alignment_of_a_real_tokenizer_with_byte_fallback(material, text):
-  model = str(material / 'models' / 'stories260k-hf')
+def test_alignment_of_a_real_tokenizer_with_byte_fallback(shared_files, text):
+  model = str(shared_files / 'models' / 'stories260k-hf')
   _check_alignment(load_tokenizer(model, tokenizers.PLAIN), text)
 
 
@@ -132,8 +132,8 @@ def test_other_forms_are_named(row, message):
     as_span_annotation(row)
 
 
-def test_published_file(material):
-  folder = material / 'data' / 'finegrained'
+def test_published_file(shared_files):
+  folder = shared_files / 'data' / 'finegrained'
   marked = [as_span_annotation(row) for row in load_rows(str(folder / 'dev_feedback.json'))]
   assert len(marked) == 500 and sum(len(row.spans) for row in marked) == 1373
   # The prompts are those of the pairs that were made of the same data.

@@ -208,10 +208,10 @@ def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   np.testing.assert_array_equal(complete.rejected.offsets, parts.rejected.offsets)
 
 
-def test_real_pairs(material):
-  rows = load_rows(str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'), limit=200)
+def test_real_pairs(shared_files):
+  rows = load_rows(str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'), limit=200)
   template = '{{ bos_token }}' + tokenizers.CHATML.replace('<|im_end|>', '</s>')
-  chat = load_tokenizer(str(material / 'models' / 'stories260k-hf'), template)
+  chat = load_tokenizer(str(shared_files / 'models' / 'stories260k-hf'), template)
   data = tokenize_pairs(rows, chat, Limits(512, 384))
   counts = data.counts
   dropped = sum(counts[k] for k in counts if k.startswith('dropped'))

@@ -277,8 +277,8 @@ def test_fingerprint_survives_template_and_pad_token(tmp_path):
   assert load_tokenizer(str(tmp_path / 'b')).turn_end == '<|im_end|>\n'
 
 
-def test_real_tokenizer(material):
-  directory = str(material / 'models' / 'stories260k-hf')
+def test_real_tokenizer(shared_files):
+  directory = str(shared_files / 'models' / 'stories260k-hf')
   with pytest.raises(ValueError, match=r'data\.chat_template'):
     load_tokenizer(directory)
   chat = load_tokenizer(

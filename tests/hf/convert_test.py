@@ -196,9 +196,9 @@ def test_a_critic_draws_its_head_by_seed_and_a_reward_model_does_not(llama3, tmp
   assert not (tmp_path / 'e').exists()
 
 
-def test_the_published_snippet_works_on_an_exported_policy(material, tmp_path):
+def test_the_published_snippet_works_on_an_exported_policy(shared_files, tmp_path):
   source = tmp_path / 'a'
-  shutil.copytree(material / 'models' / 'stories260k-hf', source)
+  shutil.copytree(shared_files / 'models' / 'stories260k-hf', source)
   (source / 'chat_template.jinja').write_text(TEMPLATE)
   stored = convert.import_checkpoint(source, tmp_path / 'b')
   out = convert.export_checkpoint(stored, tmp_path / 'c')

@@ -31,8 +31,8 @@ def _rewrite(source, target, change):
   return target
 
 
-def test_logits_of_a_trained_llama_equal_transformers(material):
-  directory = material / 'models' / 'stories260k-hf'
+def test_logits_of_a_trained_llama_equal_transformers(shared_files):
+  directory = shared_files / 'models' / 'stories260k-hf'
   story = json.loads((directory / 'golden_greedy_200.json').read_text())['ids']
   for ids in ([story[:120]], [[1, 400, 300, 2, 511, 0, 17]], [story[50:58], story[90:98]]):
     ids = np.array(ids, np.int32)
@@ -40,8 +40,8 @@ def test_logits_of_a_trained_llama_equal_transformers(material):
     np.testing.assert_allclose(_logits(directory, ids), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_greedy_continuation_of_a_trained_llama(material):
-  directory = material / 'models' / 'stories260k-hf'
+def test_greedy_continuation_of_a_trained_llama(shared_files):
+  directory = shared_files / 'models' / 'stories260k-hf'
   golden = json.loads((directory / 'golden_greedy_200.json').read_text())
   ids, start = np.array([golden['ids']], np.int32), len(golden['prompt_ids'])
   choice = _logits(directory, ids).argmax(-1)

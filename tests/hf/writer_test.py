@@ -31,8 +31,8 @@ def test_round_trip_is_bit_equal(kind, tmp_path):
   )
 
 
-def test_round_trip_of_a_trained_llama(material, tmp_path):
-  source = material / 'models' / 'stories260k-hf'
+def test_round_trip_of_a_trained_llama(shared_files, tmp_path):
+  source = shared_files / 'models' / 'stories260k-hf'
   config, params = _load(source)
   out = writer.save_checkpoint(tmp_path / 'out', params, config, 'language', source=source)
   hf_models.assert_same_tensors(source, out)

@@ -1,4 +1,4 @@
-"""Answers of a small network in the files of the judges."""
+"""The answers job: files in the formats of the judges, from a small network."""
 
 import json
 
@@ -15,33 +15,33 @@ MT = [
 
 @pytest.fixture
 def ask(language, small, run, tmp_path):
-  """Runs the job on questions; (its figures, the lines of its file)."""
+  """Returns a function that runs the job on questions; it returns (results, output file)."""
 
-  def go(rows, workdir='a', **values):
+  def run_job(rows, workdir='a', **values):
     path = tmp_path / 'questions.jsonl'
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    named = {
+    overrides = {
       'policy.path': str(language / 'model'),
       'data.path': str(path),
       'answers.batch_size': 2,
     }
-    named |= {'answers.model_name': 'mine', 'rollout.temperature': 0.0} | values
-    found = run(small('answers', **named), tmp_path / workdir)['answers']
+    overrides |= {'answers.model_name': 'mine', 'rollout.temperature': 0.0} | values
+    results = run(small('answers', **overrides), tmp_path / workdir)['answers']
     (file,) = (tmp_path / workdir / 'answers' / 'answers').iterdir()
-    return found, file
+    return results, file
 
-  return go
+  return run_job
 
 
 def test_two_turns_of_mt_bench_are_equal_when_run_again(ask):
-  found, file = ask(MT)
+  results, file = ask(MT)
   lines = [json.loads(line) for line in file.read_text().splitlines()]
   assert file.name == 'mine.jsonl' and [line['question_id'] for line in lines] == [81, 82, 83]
   assert all(len(line['choices'][0]['turns']) == 2 for line in lines)
-  # Greedy, and asked the same: all three say the same.
+  # Greedy, and the questions are equal: so are the three answers.
   assert len({tuple(line['choices'][0]['turns']) for line in lines}) == 1
-  assert found['answered'] == 3 and found['judge'] == 'MT-Bench'
-  assert 0 < found['tokens_per_answer'] <= 8
+  assert results['answered'] == 3 and results['judge'] == 'MT-Bench'
+  assert 0 < results['tokens_per_answer'] <= 8
   assert ask(MT, 'b')[1].read_bytes() == file.read_bytes()
 
 
@@ -52,15 +52,15 @@ def test_temperatures_by_category(ask):
   assert texts[1] == greedy and texts[0] != greedy  # mathematics is greedy, writing is at 0.7
 
 
-def test_alpaca_eval_list_and_long_prompts_as_the_config_says(ask):
+def test_alpaca_eval_list_and_overlong_prompts(ask):
   rows = [{'instruction': 'describe the otter of the coast'}, {'instruction': 'more? ' * 40}]
-  found, file = ask(rows)
-  listed = json.loads(file.read_text())
-  assert file.name == 'model_outputs.json' and [row['generator'] for row in listed] == ['mine'] * 2
-  assert (found['truncated_prompts'], found['dropped_prompts']) == (1, 0)
+  results, file = ask(rows)
+  outputs = json.loads(file.read_text())
+  assert file.name == 'model_outputs.json' and [row['generator'] for row in outputs] == ['mine'] * 2
+  assert (results['truncated_prompts'], results['dropped_prompts']) == (1, 0)
   dropped, file = ask(rows, 'b', **{'data.overlong_policy': 'drop'})
   assert (dropped['answered'], dropped['dropped_prompts']) == (1, 1)
-  assert json.loads(file.read_text()) == listed[:1]
+  assert json.loads(file.read_text()) == outputs[:1]
 
 
 def test_other_files_are_refused_before_the_model_is_loaded(ask, monkeypatch):
@@ -70,7 +70,7 @@ def test_other_files_are_refused_before_the_model_is_loaded(ask, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'given, path, expected',
+  'name, path, expected',
   [
     ('mine', 'x', 'mine'),
     ('', 'runs/a/ppo/model', 'runs-a-ppo-model'),
@@ -78,10 +78,10 @@ def test_other_files_are_refused_before_the_model_is_loaded(ask, monkeypatch):
     ('', 'meta-llama/Llama-3.1-8B', 'meta-llama-Llama-3.1-8B'),
   ],
 )
-def test_model_name(given, path, expected):
-  assert answers.model_name(given, path) == expected
+def test_model_name(name, path, expected):
+  assert answers.model_name(name, path) == expected
 
 
-def test_time_stamp_is_that_of_the_weights(language):
+def test_timestamp_is_that_of_the_weights(language):
   assert answers._time_written(language / 'model') > 1e9
   assert np.isfinite(answers._time_written(language))

@@ -1,4 +1,4 @@
-"""A conversation, its lines given beforehand: what is streamed, kept, forgotten and shown."""
+"""Scripted conversations: streamed answers, commands, and dropped turns."""
 
 import builtins
 from pathlib import Path
@@ -20,13 +20,13 @@ def values(language, small):
 
 @pytest.fixture
 def talk(run, values, tmp_path, monkeypatch, capsys):
-  """Types the lines; what is printed."""
+  """Returns a function that types lines into the chat and returns its output."""
 
-  def go(*lines, **more):
-    waiting = iter(lines)
+  def run_chat(*lines, **more):
+    pending = iter(lines)
 
     def type_line(prompt):
-      for line in waiting:
+      for line in pending:
         return line
       raise EOFError
 
@@ -34,10 +34,10 @@ def talk(run, values, tmp_path, monkeypatch, capsys):
     run(values(**more), tmp_path)
     return capsys.readouterr().out
 
-  return go
+  return run_chat
 
 
-def test_answers_segments_and_a_new_beginning(talk):
+def test_answers_segments_and_a_new_conversation(talk):
   out = talk('/segments', 'describe the badger', '/segments', '/what', '/new', '/segments', '/quit')
   first, _, rest = out.partition('entropy')
   assert first.count('there is no answer yet') == 1
@@ -46,7 +46,7 @@ def test_answers_segments_and_a_new_beginning(talk):
   assert 'chat        done in' in out
 
 
-def test_the_oldest_turns_are_forgotten(talk):
+def test_the_oldest_turns_are_dropped(talk):
   out = talk(*['describe the badger of the island'] * 8)
   assert '(dropped the 2 oldest messages' in out
 
@@ -56,7 +56,7 @@ def test_no_policy(run, values):
     run(values(**{'policy.path': ''}))
 
 
-def test_what_streams_is_the_answer(values, one_device):
+def test_streamed_pieces_join_to_the_answer(values, one_device):
   settings = values()
   messages = [{'role': 'user', 'content': 'describe the badger'}]
   with jax.set_mesh(one_device):
@@ -67,6 +67,6 @@ def test_what_streams_is_the_answer(values, one_device):
       pieces.append([])
       key = jax.random.key(seed)
       answers.append(chat.reply(annotator, messages, settings.rollout, key, pieces[-1].append))
-  assert [''.join(some) for some in pieces] == answers
-  assert sum(map(bool, pieces[0])) > 1  # it came in parts
+  assert [''.join(parts) for parts in pieces] == answers
+  assert sum(map(bool, pieces[0])) > 1  # it was streamed in parts
   assert answers[0] == answers[1] != answers[2]

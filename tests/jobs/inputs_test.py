@@ -1,4 +1,4 @@
-"""Bad input: one line that names file, row or key, before weights are read."""
+"""Invalid input: one line that names file, row or key, before weights are loaded."""
 
 import dataclasses
 import gzip
@@ -19,17 +19,17 @@ from segjax.types import Normalizer
 
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch):
-  """Reading weights fails the test: every error here must come before."""
+  """Makes loading weights fail: every error here must come before."""
 
   def refuse(*_, **__):
-    raise AssertionError('weights were read')
+    raise AssertionError('weights were loaded')
 
   monkeypatch.setattr(reader, 'load_params', refuse)
 
 
 @pytest.fixture
 def model(language, tmp_path):
-  """A copy of the untrained model, to be spoilt."""
+  """A copy of the untrained model, which a test may change."""
   return shutil.copytree(language / 'model', tmp_path / 'policy')
 
 
@@ -39,7 +39,7 @@ def _rows(path, *rows):
   return str(path)
 
 
-def _spoil(file, **values):
+def _update_json(file, **values):
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -64,7 +64,7 @@ def test_rows_that_cannot_be_read(small, run, model, tmp_path, stage, rows, mess
     run(small(stage, **{'policy.path': str(model), 'data.path': data}))
 
 
-def test_overlong_row_where_it_is_an_error(small, run, language):
+def test_overlong_row_with_policy_error(small, run, language):
   values = {
     'policy.path': str(language / 'model'),
     'data.path': str(language / 'rows' / 'pairs.jsonl.gz'),
@@ -77,13 +77,13 @@ def test_overlong_row_where_it_is_an_error(small, run, language):
       run(small(stage, **values))
 
 
-def test_more_rows_a_batch_than_there_are(small, run, language, tmp_path):
+def test_batch_larger_than_the_data(small, run, language, tmp_path):
   data = _rows(tmp_path / 'rows.jsonl.gz', GOOD, GOOD)
   with pytest.raises(ValueError, match=r'config.sft.batch_size=8 is more than the 2 rows'):
     run(small('sft', **{'policy.path': str(language / 'model'), 'data.path': data}))
 
 
-def test_directory_that_is_no_checkpoint(small, run, language, tmp_path):
+def test_directory_that_is_not_a_checkpoint(small, run, language, tmp_path):
   (tmp_path / 'empty').mkdir()
   values = {'policy.path': str(tmp_path / 'empty'), 'data.path': str(language / 'rows')}
   with pytest.raises(ValueError, match=r'empty.config.json does not exist; is .* an HF checkpoint'):
@@ -91,15 +91,15 @@ def test_directory_that_is_no_checkpoint(small, run, language, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'spoilt, message',
+  'changes, message',
   [
     ({'model_type': 'gpt2'}, "config.json: model_type is 'gpt2'; only llama models are read"),
     ({'quantization_config': {'quant_method': 'awq'}}, 'quantized weights are not read'),
     ({'hidden_size': None}, 'hidden_size is None; it must be a positive integer'),
   ],
 )
-def test_checkpoint_that_is_not_llama(small, run, model, language, spoilt, message):
-  _spoil(model / 'config.json', **spoilt)
+def test_checkpoint_that_is_not_llama(small, run, model, language, changes, message):
+  _update_json(model / 'config.json', **changes)
   values = {'policy.path': str(model), 'data.path': str(language / 'rows' / 'sft.jsonl.gz')}
   with pytest.raises(ValueError, match=message):
     run(small('sft', **values))
@@ -107,7 +107,7 @@ def test_checkpoint_that_is_not_llama(small, run, model, language, spoilt, messa
 
 def test_tokenizer_without_a_chat_template(small, run, model, language):
   (model / 'chat_template.jinja').unlink(missing_ok=True)
-  _spoil(model / 'tokenizer_config.json', chat_template=None)
+  _update_json(model / 'tokenizer_config.json', chat_template=None)
   values = {'policy.path': str(model), 'data.path': str(language / 'rows' / 'sft.jsonl.gz')}
   with pytest.raises(
     ValueError, match=r'policy: the tokenizer has no chat template; set data.chat'
@@ -124,7 +124,7 @@ def scalar(language, tmp_path_factory):
 
 @pytest.fixture
 def ppo_inputs(model, language, scalar, tmp_path):
-  """Paths of a PPO run whose reward model says all that is needed; the reward model is a copy."""
+  """Paths of a PPO run; its reward model is a copy that stores segmentation and normaliser."""
   reward = shutil.copytree(scalar, tmp_path / 'reward_model')
   reward_spec.write_spec(reward, RewardSpec(Segmentation(), Normalizer(), 'regression'))
   return {
@@ -134,8 +134,8 @@ def ppo_inputs(model, language, scalar, tmp_path):
   }
 
 
-def test_good_inputs_get_as_far_as_the_weights(small, run, ppo_inputs):
-  with pytest.raises(AssertionError, match='weights were read'):
+def test_valid_inputs_reach_the_loading_of_weights(small, run, ppo_inputs):
+  with pytest.raises(AssertionError, match='weights were loaded'):
     run(small('ppo', **ppo_inputs))
 
 
@@ -143,21 +143,21 @@ def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
   reward_spec.write_spec(tmp_path / 'reward_model', RewardSpec(Segmentation(), None))
   with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
     run(small('ppo', **ppo_inputs))
-  with pytest.raises(AssertionError, match='weights were read'):
+  with pytest.raises(AssertionError, match='weights were loaded'):
     run(small('ppo', **ppo_inputs, **{'reward_model.normalizer': 'none'}))
 
 
-@pytest.mark.parametrize('spoilt', ['policy', 'reward_model'])
+@pytest.mark.parametrize('changed', ['policy', 'reward_model'])
 @pytest.mark.parametrize('has_fingerprint', [True, False])
-def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, spoilt, has_fingerprint):
+def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, changed, has_fingerprint):
   if has_fingerprint:
     from segjax.data.tokenizer import tokenizer_fingerprint
 
     sha = tokenizer_fingerprint(str(tmp_path / 'reward_model'))
-    meaning = RewardSpec(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
-    reward_spec.write_spec(tmp_path / 'reward_model', meaning)
-    spoilt = 'policy'
-  tokenizer = tmp_path / spoilt / 'tokenizer.json'
+    spec = RewardSpec(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
+    reward_spec.write_spec(tmp_path / 'reward_model', spec)
+    changed = 'policy'
+  tokenizer = tmp_path / changed / 'tokenizer.json'
   content = json.loads(tokenizer.read_text())
   content['model']['vocab']['zebra'] = content['model']['vocab'].pop('user')
   tokenizer.write_text(json.dumps(content))
@@ -174,19 +174,19 @@ def test_reference_with_another_tokenizer(small, run, ppo_inputs, tmp_path):
     run(small('ppo', **ppo_inputs, **{'reference.path': str(other)}))
 
 
-def test_responses_longer_than_the_positions(small, run, ppo_inputs):
+def test_responses_longer_than_the_context(small, run, ppo_inputs):
   with pytest.raises(ValueError, match=r'max_new_tokens=128 leaves no room .* 128 positions'):
     run(small('ppo', **ppo_inputs, **{'rollout.max_new_tokens': 128}))
 
 
-def test_normaliser_goes_into_a_directory_that_can_be_written(small, run, ppo_inputs, monkeypatch):
+def test_normalizer_job_checks_that_the_model_is_writable(small, run, ppo_inputs, monkeypatch):
   monkeypatch.setattr('os.access', lambda *_: False)
   values = ppo_inputs | {'reference.path': ppo_inputs['policy.path']}
   with pytest.raises(ValueError, match='cannot be written to'):
     run(small('normalizer', **values))
 
 
-def test_dry_run_reads_no_weights(small, one_device, ppo_inputs, tmp_path, capsys):
+def test_dry_run_loads_no_weights(small, one_device, ppo_inputs, tmp_path, capsys):
   values = small('ppo', 'evaluate', **ppo_inputs)
   dry_run(values, pipeline.prepare(values, tmp_path, one_device))
   out = capsys.readouterr().out
@@ -194,19 +194,19 @@ def test_dry_run_reads_no_weights(small, one_device, ppo_inputs, tmp_path, capsy
   assert 'no weights were loaded' in out
 
 
-def test_checkpoints_that_have_no_place(small, run, language, tmp_path):
+def test_checkpoint_directory_that_cannot_be_created(small, run, language, tmp_path):
   (tmp_path / 'file').write_text('')
   paths = {'policy.path': str(language / 'model'), 'data.path': str(language / 'rows')}
-  named = {'checkpoint.directory': f'{tmp_path}/file/x'}
+  overrides = {'checkpoint.directory': f'{tmp_path}/file/x'}
   with pytest.raises(ValueError, match=r'config.checkpoint.directory=.*file/x. cannot be created'):
-    run(small('sft', **paths, **named))
+    run(small('sft', **paths, **overrides))
 
 
 @pytest.mark.parametrize('stage', ['ppo', 'evaluate', 'normalizer', 'evaluate_reward'])
-def test_a_language_model_is_no_reward_model(small, run, language, model, stage):
+def test_a_language_model_is_not_a_reward_model(small, run, language, model, stage):
   """Its scores would be those of a head drawn at random."""
   pairs = str(language / 'rows' / 'pairs.jsonl.gz')
-  cutting = dataclasses.asdict(Segmentation(granularity='token'))
+  segmentation = dataclasses.asdict(Segmentation(granularity='token'))
   values = {
     'policy.path': str(language / 'model'),
     'reference.path': str(language / 'model'),
@@ -214,7 +214,7 @@ def test_a_language_model_is_no_reward_model(small, run, language, model, stage)
     'reward_model.normalizer': '' if stage == 'normalizer' else 'none',
     'data.path': pairs,
     'evaluate_reward.pairs': pairs,
-    **{f'reward_model.segmentation.{name}': value for name, value in cutting.items()},
+    **{f'reward_model.segmentation.{name}': value for name, value in segmentation.items()},
   }
   with pytest.raises(ValueError, match='has no scalar head, so it is not a reward model'):
     run(small(stage, **values))

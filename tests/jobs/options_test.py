@@ -1,4 +1,4 @@
-"""Runs with options: calibration, cache, custom reward, redistribution, published mistakes."""
+"""Runs with options: calibration, cache, custom reward, redistribution, reference_exact."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from segjax.run import preemption
 
 
 def many_words(prompt, response):
-  """A custom reward for long answers; it is named by its path below."""
+  """A custom reward for long answers, loaded by its path."""
   return 0.1 * len(response.split())
 
 
@@ -25,8 +25,8 @@ CUSTOM_REWARD = f'{__name__}:many_words'
 
 
 @pytest.fixture(scope='module')
-def at(language):
-  """Paths of the small language."""
+def paths(language):
+  """Returns a function that gives settings with the paths of the built-in language."""
 
   def make(rows):
     return {
@@ -42,7 +42,7 @@ def metrics(workdir, stage):
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
   steps = [json.loads(line) for line in lines]
   for name in set().union(*steps) - {'step'}:
-    assert metric_docs.find_entry(name), f'{name} is not in the glossary'
+    assert metric_docs.find_entry(name), f'{name} has no entry in metric_docs'
   return steps
 
 
@@ -58,9 +58,9 @@ CALIBRATED = {
 }
 
 
-def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
+def test_calibrated_and_cached_reward_model(small, run, paths, tmp_path, capsys):
   cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
-  values = small('reward', 'normalizer', **at('pairs'), **CALIBRATED, **cache)
+  values = small('reward', 'normalizer', **paths('pairs'), **CALIBRATED, **cache)
   run(values, tmp_path / 'one')
   out = capsys.readouterr().out
   assert 'for a mean segment length of 3 tokens' in out and 'tokens per segment' in out
@@ -68,19 +68,19 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   stored = json.loads((tmp_path / 'one' / 'reward' / 'model' / 'segment_reward.json').read_text())
   assert stored['entropy_threshold'] == calibration['entropy_threshold'] > 0
   assert stored['aggregation'] == 'softmax'
-  (chosen,) = [
+  (selected,) = [
     p for p in calibration['curve'] if p['entropy_threshold'] == calibration['entropy_threshold']
   ]
-  assert chosen['segment_length'] == pytest.approx(3, rel=0.2)
+  assert selected['segment_length'] == pytest.approx(3, rel=0.2)
   assert (tmp_path / 'one' / 'normalizer' / 'stage.json').exists()
   assert stored['normalizer']['kind'] == 'regression'
 
   # The same entropies from the file again: the same model.
   assert len(list((tmp_path / 'cache').glob('*.npy'))) == 1
-  stages = small('reward', **at('pairs'), **CALIBRATED, **cache)
+  stages = small('reward', **paths('pairs'), **CALIBRATED, **cache)
   run(stages, tmp_path / 'two')
   assert 'entropies of the reference from' in capsys.readouterr().out
-  run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'three')
+  run(small('reward', **paths('pairs'), **CALIBRATED), tmp_path / 'three')
   losses = [
     [line['reward_model/loss'] for line in metrics(tmp_path / name, 'reward')]
     for name in ('one', 'two', 'three')
@@ -89,19 +89,21 @@ def test_calibrated_and_cached_reward_model(small, run, at, tmp_path, capsys):
   assert all(0 <= line['eval/accuracy'] <= 1 for line in metrics(tmp_path / 'one', 'reward'))
 
 
-def losses(workdir):
-  return [line['train/loss'] for line in metrics(workdir, 'reward')]
+def reward_losses(workdir):
+  return [line['reward_model/loss'] for line in metrics(workdir, 'reward')]
 
 
 @pytest.mark.campaign
-def test_cached_entropies_are_those_of_the_step(small, run, at, tmp_path):
+def test_cached_entropies_are_those_of_the_step(small, run, paths, tmp_path):
   cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
-  run(small('reward', **at('pairs'), **CALIBRATED, **cache), tmp_path / 'cached')
-  run(small('reward', **at('pairs'), **CALIBRATED), tmp_path / 'computed')
-  assert losses(tmp_path / 'computed') == pytest.approx(losses(tmp_path / 'cached'), rel=1e-5)
+  run(small('reward', **paths('pairs'), **CALIBRATED, **cache), tmp_path / 'cached')
+  run(small('reward', **paths('pairs'), **CALIBRATED), tmp_path / 'computed')
+  assert reward_losses(tmp_path / 'computed') == pytest.approx(
+    reward_losses(tmp_path / 'cached'), rel=1e-5
+  )
 
 
-# One set for all tests of PPO here: each other value would compile every program again.
+# One set for all tests of PPO here: any other value would compile every program again.
 OPTIONS = {
   'critic.warmup_rollouts': 1,
   'ppo.skip_if_reward_above': 50.0,
@@ -129,9 +131,9 @@ CUSTOM_REWARD_ALONE = {
 }
 
 
-def test_custom_reward_alone_needs_no_reward_model(small, run, at, tmp_path):
-  shown = {'report.every_steps': 2, 'report.responses_per_rollout': 3}
-  values = {**at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS, **shown}
+def test_custom_reward_alone_needs_no_reward_model(small, run, paths, tmp_path):
+  report = {'report.every_steps': 2, 'report.responses_per_rollout': 3}
+  values = {**paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS, **report}
   results = run(small('ppo', 'evaluate', **values))
   steps = metrics(tmp_path, 'ppo')
   assert 'policy/loss' not in steps[0] and 'critic/loss' in steps[0]
@@ -154,9 +156,9 @@ def test_custom_reward_alone_needs_no_reward_model(small, run, at, tmp_path):
     assert earned == pytest.approx(response['totals']['reward'], abs=0.01)
 
 
-def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, monkeypatch):
+def test_stopped_while_held_out_prompts_are_sampled(small, run, paths, tmp_path, monkeypatch):
   """The step is done and its old state donated: the new state is saved, and the run resumes."""
-  values = small('ppo', **at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS)
+  values = small('ppo', **paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS)
   with monkeypatch.context() as patch, pytest.raises(preemption.PreemptedError, match='step 2 of'):
     patch.setattr(ppo_trainer, 'held_out_metrics', interrupted(ppo_trainer.held_out_metrics))
     run(values)
@@ -167,7 +169,7 @@ def test_stopped_while_held_out_prompts_are_sampled(small, run, at, tmp_path, mo
 
 
 def interrupted(function):
-  """The function, as a signal comes when it is called."""
+  """Wraps a function so that SIGTERM arrives when it is called."""
 
   def call(*args):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -176,28 +178,28 @@ def interrupted(function):
   return call
 
 
-def test_wrong_custom_reward_stops_before_anything_starts(small, run, at):
-  rule = {'reward_shaping.reward_fn': 'no_such_module:rule'}
+def test_wrong_custom_reward_stops_before_anything_starts(small, run, paths):
+  overrides = {'reward_shaping.reward_fn': 'no_such_module:f'}
   with pytest.raises(ValueError, match=r'config\.reward_shaping\.reward_fn'):
-    run(small('ppo', **at('prompts'), **rule))
+    run(small('ppo', **paths('prompts'), **overrides))
 
 
 @pytest.fixture(scope='module')
-def bandit(small, at, one_device, tmp_path_factory):
+def bandit(small, paths, one_device, tmp_path_factory):
   """An ordinary reward model, with the scalar normaliser of its scores."""
   from segjax.jobs import pipeline
 
   workdir = tmp_path_factory.mktemp('bandit')
   values = small(
-    'reward', 'normalizer', **at('pairs'), **{'reward.segmentation.granularity': 'bandit'}
+    'reward', 'normalizer', **paths('pairs'), **{'reward.segmentation.granularity': 'bandit'}
   )
   pipeline.run(pipeline.prepare(values, workdir, one_device), workdir, 0.0)
   return str(workdir / 'reward' / 'model')
 
 
 @pytest.mark.campaign
-def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path):
-  named = {
+def test_bandit_model_redistributed_over_tokens(small, run, paths, bandit, tmp_path):
+  overrides = {
     'reward_model.path': bandit,
     'reward_model.segmentation.granularity': 'token',
     'reward_shaping.redistribute': 'red',
@@ -206,31 +208,31 @@ def test_bandit_model_redistributed_over_tokens(small, run, at, bandit, tmp_path
     'critic.init': 'reward_model',
     'ppo.critic_optimizer.learning_rate': 0.0,
   }
-  run(small('ppo', **at('prompts'), **named), tmp_path)
+  run(small('ppo', **paths('prompts'), **overrides), tmp_path)
   assert all(step['skipped_updates'] == 0 for step in metrics(tmp_path, 'ppo'))
-  # A critic that begins as the reward model keeps its head, and here it learns nothing.
+  # A critic initialised from the reward model keeps its head; at learning rate 0 it stays equal.
   critic = (tmp_path / 'ppo' / 'critic' / 'model.safetensors').read_bytes()
   assert critic == (Path(bandit) / 'model.safetensors').read_bytes()
 
 
-def test_redistribution_of_a_bandit_is_refused(small, run, at, language, tmp_path):
+def test_redistribution_of_a_bandit_is_refused(small, run, paths, language, tmp_path):
   segmentation = Segmentation(granularity='bandit')
   model = runs.reward_model(language / 'model', tmp_path / 'bandit', None, segmentation)
-  named = {'reward_model.path': str(model), 'reward_model.normalizer': 'none'}
-  named |= {'reward_shaping.redistribute': 'red'}
+  overrides = {'reward_model.path': str(model), 'reward_model.normalizer': 'none'}
+  overrides |= {'reward_shaping.redistribute': 'red'}
   with pytest.raises(ValueError, match='granularity=token or segment'):
-    run(small('ppo', **at('prompts'), **named))
+    run(small('ppo', **paths('prompts'), **overrides))
 
 
 @pytest.mark.campaign
-def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
-  published = {
+def test_reference_exact_runs_through_all_stages(small, run, paths, tmp_path):
+  overrides = {
     'reference_exact': True,
     'reward.segmentation.granularity': 'token',
     'reward_shaping.missing_eos_penalty': 'per_token',
     'reward_shaping.length_penalty': 'threshold',
   }
-  values = small('reward', 'normalizer', 'ppo', **at('pairs'), **published)
+  values = small('reward', 'normalizer', 'ppo', **paths('pairs'), **overrides)
   run(values, tmp_path)
   steps = metrics(tmp_path, 'ppo')
   # Old log-probs are recomputed under the same mask, so the policy starts where it sampled.
@@ -240,11 +242,9 @@ def test_published_mistakes_run_through_all_stages(small, run, at, tmp_path):
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
 
 
-def test_rollouts_beyond_the_bounds_are_not_learned_from(
-  small, run, at, language, tmp_path, monkeypatch
-):
+def test_rollouts_beyond_the_bounds_are_skipped(small, run, paths, language, tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules[__name__], 'many_words', lambda prompt, response: 1000.0)
-  values = {**at('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS}
+  values = {**paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS}
   run(small('ppo', **values, max_skipped_steps=99), tmp_path)
   steps = metrics(tmp_path, 'ppo')
   assert all(step['skipped_updates'] > 0 for step in steps)

@@ -23,7 +23,7 @@ def test_demo_wires_every_stage_to_the_one_before(small):
   s = small(*JOBS)
   demo, sft, reward = '/w/demo/model', '/w/sft/model', '/w/reward/model'
   rows = 'demo/rows/{}.jsonl.gz'.format
-  # Keys of what a job does not read stay as the config has them: here, empty.
+  # Keys that a job does not read keep the config's value: here, empty.
   assert _paths(s, 'sft') == (demo, '', '', rows('sft'))
   assert _paths(s, 'reward') == (sft, sft, '', rows('pairs'))
   assert _paths(s, 'normalizer') == ('', sft, reward, rows('pairs'))
@@ -31,7 +31,7 @@ def test_demo_wires_every_stage_to_the_one_before(small):
   assert _paths(s, 'evaluate') == ('/w/ppo/model', sft, reward, rows('held_out'))
 
 
-def test_paths_of_the_config_are_where_a_local_run_starts(small):
+def test_a_local_run_starts_from_the_paths_of_the_config(small):
   s = small('sft', 'reward', 'ppo', 'evaluate', **{'policy.path': 'base', 'data.path': 'rows'})
   assert _paths(s, 'sft')[0] == 'base'
   assert _paths(s, 'reward') == ('/w/sft/model', '/w/sft/model', '', 'rows')
@@ -40,16 +40,16 @@ def test_paths_of_the_config_are_where_a_local_run_starts(small):
 
 
 def test_one_job_reads_what_the_config_names(small):
-  given = {'policy.path': 'p', 'reward_model.path': 'r', 'data.path': 'd'}
-  assert _paths(small('ppo', **given), 'ppo') == ('p', 'p', 'r', 'd')
-  named = small('ppo', **given, **{'reference.path': 'f'})
+  overrides = {'policy.path': 'p', 'reward_model.path': 'r', 'data.path': 'd'}
+  assert _paths(small('ppo', **overrides), 'ppo') == ('p', 'p', 'r', 'd')
+  named = small('ppo', **overrides, **{'reference.path': 'f'})
   assert _paths(named, 'ppo') == ('p', 'f', 'r', 'd')
-  # Alone, evaluate has nothing to compare with but what it is given.
-  assert _paths(small('evaluate', **given), 'evaluate') == ('p', '', 'r', 'd')
+  # Alone, evaluate compares only with a reference that the config names.
+  assert _paths(small('evaluate', **overrides), 'evaluate') == ('p', '', 'r', 'd')
 
 
 @pytest.mark.parametrize(
-  'stages, given, message',
+  'stages, overrides, message',
   [
     (('sft',), {'policy.path': '/nowhere'}, "config.policy.path='/nowhere' does not exist"),
     (('sft',), {'policy.path': 'a/b/c'}, "config.policy.path='a/b/c' does not exist"),
@@ -72,10 +72,10 @@ def test_one_job_reads_what_the_config_names(small):
   ],
 )
 def test_wrong_paths_and_functions_stop_before_anything_starts(
-  small, one_device, stages, given, message
+  small, one_device, stages, overrides, message
 ):
   with pytest.raises(ValueError, match=message):
-    pipeline.prepare(small(*stages, **given), WORKDIR, one_device)
+    pipeline.prepare(small(*stages, **overrides), WORKDIR, one_device)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_input_inside_of_the_output_is_refused(small, one_device, tmp_path):
     pipeline.prepare(s, tmp_path, one_device)
 
 
-def test_missing_wandb_is_said_at_once(small, one_device, monkeypatch):
+def test_missing_wandb_is_an_error_before_the_run(small, one_device, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"pip install -e '.\[wandb\]'"):
     pipeline.prepare(small('demo', wandb_project='x'), WORKDIR, one_device)
@@ -142,7 +142,7 @@ def test_missing_wandb_is_said_at_once(small, one_device, monkeypatch):
 
 @pytest.fixture
 def counted(fake_jobs):
-  """Jobs that only count how often they ran and leave a file as their model."""
+  """Fake jobs that write a file as their model; the fixture lists the names of those that ran."""
   ran = []
 
   def job(stage):
@@ -157,14 +157,14 @@ def counted(fake_jobs):
 
 @pytest.fixture
 def inputs(tmp_path):
-  """Paths of a policy and of rows, so small that their content is a word."""
+  """Paths of a policy and of rows, each a file of one word."""
   (tmp_path / 'base').mkdir()
   (tmp_path / 'base' / 'weights').write_text('base')
   (tmp_path / 'rows.jsonl').write_text('rows')
   return {'policy.path': str(tmp_path / 'base'), 'data.path': str(tmp_path / 'rows.jsonl')}
 
 
-def test_second_run_reuses_and_says_so(small, run, counted, inputs, tmp_path, capsys):
+def test_second_run_reuses_and_logs_it(small, run, counted, inputs, tmp_path, capsys):
   s = small('sft', 'reward', **inputs)
   first = run(s, tmp_path / 'w')
   capsys.readouterr()
@@ -174,7 +174,7 @@ def test_second_run_reuses_and_says_so(small, run, counted, inputs, tmp_path, ca
   assert out.count('reused from') == 2
 
 
-def test_what_decides_nothing_reruns_nothing(small, run, counted, inputs, tmp_path):
+def test_settings_without_effect_on_results_rerun_nothing(small, run, counted, inputs, tmp_path):
   s = small('sft', **inputs)
   run(s, tmp_path / 'w')
   same = {
@@ -219,8 +219,8 @@ def test_changed_output_reruns(small, run, counted, inputs, tmp_path):
   assert counted == ['sft', 'sft']
 
 
-def test_what_tells_of_a_model_reruns_nothing(small, run, fake_jobs, inputs, tmp_path):
-  """Cards have times, places and commits in them, and may be edited."""
+def test_files_that_describe_a_model_rerun_nothing(small, run, fake_jobs, inputs, tmp_path):
+  """Cards contain times, paths and commits, and may be edited."""
   ran = []
 
   def job(stage):
@@ -256,30 +256,30 @@ def test_checkpoints_of_a_finished_stage_are_removed(small, run, inputs, fake_jo
   assert [p.name for p in (tmp_path / 'w' / 'sft').iterdir()] == ['stage.json']
 
 
-def test_a_kill_at_the_end_of_a_stage_does_not_lose_it(
+def test_a_stage_killed_at_its_end_stays_finished(
   small, run, inputs, fake_jobs, tmp_path, monkeypatch
 ):
-  """Its states go once it is known to be finished; those left behind go with the next run."""
-  ran, kept = [], tmp_path / 'w' / 'sft' / 'checkpoints'
+  """Its training states are removed once stage.json is written, if need be by the next run."""
+  ran, checkpoints = [], tmp_path / 'w' / 'sft' / 'checkpoints'
 
   def job(stage):
     ran.append(stage.name)
-    (kept / '2').mkdir(parents=True)
+    (checkpoints / '2').mkdir(parents=True)
     return {}
 
-  def killed(stage):
+  def kill(stage):
     raise KeyboardInterrupt
 
   fake_jobs(sft=job)
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(pipeline, '_drop_states', killed)
+    patch.setattr(pipeline, '_drop_states', kill)
     run(small('sft', **inputs), tmp_path / 'w')
-  assert kept.exists()
+  assert checkpoints.exists()
   run(small('sft', **inputs), tmp_path / 'w')
-  assert ran == ['sft'] and not kept.exists()
+  assert ran == ['sft'] and not checkpoints.exists()
 
 
-def test_a_run_may_move(small, run, counted, inputs, tmp_path):
+def test_a_run_may_be_moved(small, run, counted, inputs, tmp_path):
   s = small('sft', 'reward', **inputs)
   run(s, tmp_path / 'w')
   (tmp_path / 'w').rename(tmp_path / 'moved')

@@ -14,14 +14,14 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope='module')
-def values(material):
+def values(shared_files):
   """Settings of a few tiny steps of every stage on 64 of the pairs, in packed rows."""
   config = presets.default_config()
   config.stages = ('sft', 'reward', 'normalizer', 'ppo', 'evaluate')
   config.update_from_flattened_dict(
     {
-      'policy.path': str(material / 'models' / 'stories260k-hf'),
-      'data.path': str(material / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'),
+      'policy.path': str(shared_files / 'models' / 'stories260k-hf'),
+      'data.path': str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'),
       'data.chat_template': TEMPLATE,
       'data.max_rows': 64,
       'data.max_length': 128,
@@ -71,7 +71,7 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   assert len(lines) == 2 and first['skipped_updates'] == 0
   assert first['policy/initial_ratio_deviation'] < 1e-4
   assert abs(first['objective/kl']) < 1e-3
-  for stage in ('sft', 'reward', 'ppo'):  # all of them packed
+  for stage in ('sft', 'reward', 'ppo'):  # all are packed
     text = (tmp_path / stage / 'metrics.jsonl').read_text()
     assert 0.3 < json.loads(text.splitlines()[0])['perf/packing_efficiency'] <= 1
   assert 'GiB per device' in out
@@ -110,7 +110,7 @@ def test_template_is_needed_for_a_tokenizer_without_one(values, run):
     run(settings.replace(values, **{'data.chat_template': ''}))
 
 
-def test_mesh_of_eight_takes_the_same_stages(values, tmp_path):
+def test_the_same_stages_fit_eight_devices(values, tmp_path):
   from segjax.jobs import pipeline
 
   stages = pipeline.prepare(values, tmp_path, make_mesh(2, 2, 2))

@@ -18,7 +18,7 @@ from segjax.jobs.registry import JOBS, check_stages
     (('sft', 'sft'), 'is not in the order of the jobs; use sft'),
   ],
 )
-def test_stages_that_are_no_jobs_in_order(small, one_device, tmp_path, stages, message):
+def test_stages_that_are_not_jobs_in_order(small, one_device, tmp_path, stages, message):
   with pytest.raises(ValueError, match=message):
     check_stages(stages)
   with pytest.raises(ValueError, match=message):

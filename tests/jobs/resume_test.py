@@ -1,4 +1,4 @@
-"""A real stage, stopped in its middle: it ends as if it had not been stopped."""
+"""An interrupted stage, resumed: it gives the same bits as an uninterrupted one."""
 
 import json
 
@@ -21,9 +21,9 @@ def values(small, language):
 
 @pytest.fixture
 def stop(run, monkeypatch):
-  """Runs SFT in a directory, but the process is 'stopped' after so many steps."""
+  """Returns a function that runs SFT and interrupts it after some steps."""
 
-  def go(values, workdir, after):
+  def run_and_stop(values, workdir, after):
     count, real = [], sft.sft_step
 
     def step(*args, **kwargs):
@@ -36,28 +36,28 @@ def stop(run, monkeypatch):
       patch.setattr(sft, 'sft_step', step)
       run(values, workdir)
 
-  return go
+  return run_and_stop
 
 
-def test_stopped_stage_ends_as_one_that_was_not(values, run, stop, tmp_path, capsys):
-  whole = run(values(), tmp_path / 'whole')
+def test_resumed_stage_equals_an_uninterrupted_one(values, run, stop, tmp_path, capsys):
+  uninterrupted = run(values(), tmp_path / 'uninterrupted')
   stop(values(), tmp_path / 'stopped', after=3)
   capsys.readouterr()
   resumed = run(values(), tmp_path / 'stopped')
   assert 'resuming from step 2 of 5' in capsys.readouterr().out
   weights = [
     (tmp_path / name / 'sft' / 'model' / 'model.safetensors').read_bytes()
-    for name in ('whole', 'stopped')
+    for name in ('uninterrupted', 'stopped')
   ]
   assert weights[0] == weights[1]
-  assert resumed['sft']['loss'] == whole['sft']['loss']
+  assert resumed['sft']['loss'] == uninterrupted['sft']['loss']
   lines = (tmp_path / 'stopped' / 'sft' / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [0, 1, 2, 3, 4]
   assert not (tmp_path / 'stopped' / 'sft' / 'checkpoints').exists()
 
 
 @pytest.mark.campaign
-def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, tmp_path, capsys):
+def test_checkpoints_of_other_settings_are_not_resumed(values, run, stop, tmp_path, capsys):
   stop(values(), tmp_path, after=3)
   run(values(seed=1), tmp_path)
   out = capsys.readouterr().out
@@ -67,13 +67,13 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(values, run, stop, t
 
 
 @pytest.mark.campaign
-def test_checkpoints_may_lie_elsewhere(values, run, stop, tmp_path, capsys):
+def test_checkpoints_in_another_directory(values, run, stop, tmp_path, capsys):
   elsewhere = tmp_path / 'bucket'
-  named = {'checkpoint.directory': f'{elsewhere}'}
-  stop(values(**named), tmp_path / 'run', after=3)
+  overrides = {'checkpoint.directory': f'{elsewhere}'}
+  stop(values(**overrides), tmp_path / 'run', after=3)
   assert sorted(path.name for path in (elsewhere / 'sft').iterdir()) == ['2']
   assert not (tmp_path / 'run' / 'sft' / 'checkpoints').exists()
   capsys.readouterr()
-  run(values(**named), tmp_path / 'run')
+  run(values(**overrides), tmp_path / 'run')
   assert 'resuming from step 2 of 5' in capsys.readouterr().out
   assert not (elsewhere / 'sft').exists()

@@ -1,4 +1,4 @@
-"""The self-check passes, and it fails where something is broken."""
+"""The self-check passes, and fails if an invariant is violated."""
 
 import math
 
@@ -22,10 +22,10 @@ def values():
 def test_all_checks_pass_on_two_devices(values, tmp_path):
   mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
   (stage,) = pipeline.prepare(values, tmp_path, mesh)
-  found = pipeline.run([stage], tmp_path, 0.0)['selfcheck']
-  assert len(found) >= 12
+  outcomes = pipeline.run([stage], tmp_path, 0.0)['selfcheck']
+  assert len(outcomes) >= 12
   assert all(
-    CheckResult(**outcome).status == 'ok' for name, outcome in found.items() if name != 'seconds'
+    CheckResult(**outcome).status == 'ok' for name, outcome in outcomes.items() if name != 'seconds'
   )
 
 
@@ -35,16 +35,16 @@ def test_one_device_has_nothing_to_compare():
   assert CheckResult(math.nan, 1e-4).status == 'FAILED'
 
 
-def test_a_broken_invariant_is_an_error_that_names_it(values, stage_of, monkeypatch):
+def test_a_violated_invariant_is_named(values, make_stage, monkeypatch):
   monkeypatch.setattr(
     selfcheck, 'checks', lambda *_: [('numbers agree', lambda: CheckResult(1.0, 1e-4))]
   )
   monkeypatch.setattr(selfcheck, 'make_fixture', lambda mesh: None)
   with pytest.raises(ValueError, match='1 of 1 checks failed: numbers agree'):
-    selfcheck.run(stage_of('selfcheck', values))
+    selfcheck.run(make_stage('selfcheck', values))
 
 
-def test_loops_notice_a_wrong_reward(monkeypatch):
+def test_oracle_detects_a_wrong_reward(monkeypatch):
   real = selfcheck_rewards.make_experience
 
   def wrong(*args, **kwargs):

@@ -20,9 +20,9 @@ STOP_IDS = (2, 426)  # the ends of a text and of a sentence
 
 
 @pytest.fixture(scope='module')
-def model(material):
+def model(shared_files):
   """Parameters, their config, and transformers' model."""
-  source = material / 'models' / 'stories260k-hf'
+  source = shared_files / 'models' / 'stories260k-hf'
   config = reader.load_config(source)
   threads = torch.get_num_threads()
   torch.set_num_threads(1)  # so small a network is slower on more

@@ -34,8 +34,8 @@ def test_worked_example():
   assert_allclose(returns(advantage, value, mask), expected, atol=1e-6)
 
 
-def test_golden_file(material):
-  cases = json.loads((material / 'spec' / 'golden.json').read_text())['gae']
+def test_golden_file(shared_files):
+  cases = json.loads((shared_files / 'spec' / 'golden.json').read_text())['gae']
   advantage, return_ = advantage_and_return(
     padded([case['r'] for case in cases]),
     padded([case['V'] for case in cases]),

@@ -105,8 +105,8 @@ def test_published_mean_std(name):
   assert_allclose(mean_std(position, PUBLISHED[name]), MEAN_STD[name], atol=3e-6)
 
 
-def test_golden_mean_std(material):
-  cases = json.loads((material / 'spec' / 'golden.json').read_text())['norm']
+def test_golden_mean_std(shared_files):
+  cases = json.loads((shared_files / 'spec' / 'golden.json').read_text())['norm']
   for case in cases:
     normalizer = PUBLISHED[GOLDEN_NAMES[case['model'], case['thr']]]
     mean, std = mean_std(jnp.array(case['p']), normalizer)

@@ -105,8 +105,8 @@ def test_worked_kl_and_clamp():
   assert_allclose(shaped_reward(dense, kl, mask, kl_coef=0, clip=0.2)[:4], [0.2, -0.1, 0.2, 0.2])
 
 
-def test_golden_file(material):
-  cases = json.loads((material / 'spec' / 'golden.json').read_text())['dense']
+def test_golden_file(shared_files):
+  cases = json.loads((shared_files / 'spec' / 'golden.json').read_text())['dense']
   normalizers = [PUBLISHED[GOLDEN_NAMES[case['model'], case['thr']]] for case in cases]
 
   @jax.jit

@@ -82,8 +82,8 @@ def test_worked_example(name):
 
 
 @pytest.mark.parametrize('key', ['rm', 'ppo'])
-def test_golden_file(material, key):
-  cases = json.loads((material / 'spec' / 'golden.json').read_text())[key]
+def test_golden_file(shared_files, key):
+  cases = json.loads((shared_files / 'spec' / 'golden.json').read_text())[key]
   mask = padded([case['resp_mask' if key == 'rm' else 'action_mask'] for case in cases], bool)
   entropy = jnp.asarray(from_previous(np.array(padded([case['H'] for case in cases]))))
   finished = jnp.ones(len(cases), bool)

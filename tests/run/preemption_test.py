@@ -18,7 +18,7 @@ _TOTAL = 5
 
 
 def _train(stage, signal_at=None, number=signal.SIGTERM, in_step=False):
-  """Runs five steps that add 1; a signal comes in step `signal_at`."""
+  """Runs five steps that add 1; the process gets a signal in step `signal_at`."""
 
   def step_fn(states, step):
     if step == signal_at:
@@ -35,8 +35,8 @@ def _train(stage, signal_at=None, number=signal.SIGTERM, in_step=False):
 
 
 @pytest.fixture
-def stage(stage_of, small):
-  return stage_of('sft', small('sft'))
+def stage(make_stage, small):
+  return make_stage('sft', small('sft'))
 
 
 def _steps(stage):

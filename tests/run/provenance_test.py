@@ -16,7 +16,7 @@ from segjax.run.stage import Command
 
 
 class _Rows:
-  """What a card reads of a dataset."""
+  """The attributes of a dataset that a card reads."""
 
   counts = {'rows': 9}  # noqa: RUF012
 
@@ -25,15 +25,15 @@ class _Rows:
 
 
 @pytest.fixture
-def stage(stage_of, small):
+def stage(make_stage, small):
   values = small('sft', **{'data.path': 'owner/rows', 'policy.path': 'owner/base', 'seed': 5})
-  stage = stage_of('sft', values)
+  stage = make_stage('sft', values)
   stage.directory.mkdir(parents=True)
   (stage.directory / 'metrics.jsonl').write_text('{"step": 0, "loss": 1.5}\n')
   return dataclasses.replace(stage, command=Command('configs/sft.py:local', 'python -m segjax ...'))
 
 
-def test_the_record_says_how_it_was_made(stage):
+def test_the_record_describes_the_run(stage):
   card = provenance.card(stage, {'loss': 1.5, 'entropy': None}, _Rows(), ['loss'])
   record = json.loads(json.dumps(card.record))
   assert (record['stage'], record['recipe'], record['seed']) == ('sft', 'configs/sft.py:local', 5)
@@ -53,13 +53,13 @@ def test_the_record_says_how_it_was_made(stage):
   assert provenance.card(stage, {'loss': 1.5}, _Rows(), ['loss']) == card
 
 
-def test_metrics_that_are_not_finite_are_no_json_numbers(stage):
+def test_non_finite_metrics_are_strings(stage):
   record = provenance.card(stage, {'loss': float('nan')}, _Rows(), []).record
   assert record['metrics'] == {'loss': 'nan'}
   json.dumps(record, allow_nan=False)
 
 
-def test_a_failing_picture_does_not_cost_the_model(stage, monkeypatch, capsys):
+def test_failed_curves_do_not_stop_the_export(stage, monkeypatch, capsys):
   def fail(*_):
     raise RuntimeError('no fonts')
 
@@ -78,7 +78,7 @@ def _git(directory, *arguments):
   return done.stdout.strip()
 
 
-def test_commit_of_the_checkout_and_of_no_other(tmp_path):
+def test_commit_is_that_of_the_checkout_only(tmp_path):
   package = tmp_path / 'segjax'
   package.mkdir()
   (package / '__init__.py').write_text('')
@@ -87,7 +87,7 @@ def test_commit_of_the_checkout_and_of_no_other(tmp_path):
   assert provenance.commit(package) == ''  # no commit yet
   _git(tmp_path, 'add', '.')
   _git(tmp_path, 'commit', '-qm', 'x')
-  _git(tmp_path, 'tag', '-am', 'x', 'v1')  # a tag is no commit
+  _git(tmp_path, 'tag', '-am', 'x', 'v1')  # a tag is not a commit
   head = _git(tmp_path, 'rev-parse', 'HEAD')
   assert provenance.commit(package) == head
   (tmp_path / 'notes').write_text('')  # not tracked
@@ -96,7 +96,7 @@ def test_commit_of_the_checkout_and_of_no_other(tmp_path):
   assert provenance.commit(package) == f'{head}-dirty'
   installed = tmp_path / 'venv' / 'site-packages' / 'segjax'
   installed.mkdir(parents=True)
-  assert provenance.commit(installed) == ''  # within a repository that is somebody else's
+  assert provenance.commit(installed) == ''  # inside a repository of another project
 
 
 def test_commit_without_git(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Training loops: checkpoints, resuming, and the stop at skipped steps. Lengths, counts, keys."""
+"""The training loop: checkpoints, resuming, stop at skipped steps. Step counts, limits, keys."""
 
 import json
 
@@ -17,16 +17,16 @@ from segjax.train.optimizer import TrainState
 
 @jax.jit
 def _add(state, amount):
-  """Adds the amount, unless it is not finite: as the real steps guard their state."""
-  good = jnp.isfinite(amount)
-  kernel = state.params['kernel'] + jnp.where(good, amount, 0)
-  step = state.step + good.astype(jnp.int32)
-  metrics = {'loss': amount, 'skipped_updates': 1 - good.astype(jnp.int32)}
+  """Adds the amount if it is finite, as the training steps do; else skips the update."""
+  is_finite = jnp.isfinite(amount)
+  kernel = state.params['kernel'] + jnp.where(is_finite, amount, 0)
+  step = state.step + is_finite.astype(jnp.int32)
+  metrics = {'loss': amount, 'skipped_updates': 1 - is_finite.astype(jnp.int32)}
   return TrainState(step, {'kernel': kernel}, state.opt_state), metrics
 
 
 def _train(stage, amounts, stop_at=None):
-  """Adds up the amounts, one a step; 'the process is stopped' before step `stop_at`."""
+  """Adds up the amounts, one per step; raises KeyboardInterrupt before step `stop_at`."""
 
   def step_fn(states, step):
     if step == stop_at:
@@ -44,13 +44,13 @@ def _steps(stage):
   return [json.loads(line)['step'] for line in lines]
 
 
-def _saved(stage):
+def _saved_steps(stage):
   return sorted(int(p.name) for p in (stage.directory / 'checkpoints').iterdir())
 
 
 @pytest.fixture
-def stage(stage_of, small):
-  return stage_of('sft', small('sft', **{'checkpoint.every_steps': 2}))
+def stage(make_stage, small):
+  return make_stage('sft', small('sft', **{'checkpoint.every_steps': 2}))
 
 
 def test_all_steps_run_and_are_logged(stage):
@@ -58,10 +58,10 @@ def test_all_steps_run_and_are_logged(stage):
   assert total == 31
   assert last['loss'] == 16
   assert _steps(stage) == [0, 1, 2, 3, 4]
-  assert _saved(stage) == [2, 4]
+  assert _saved_steps(stage) == [2, 4]
 
 
-def test_interrupted_stage_goes_on_from_its_newest_checkpoint(stage, capsys):
+def test_interrupted_stage_resumes_from_its_newest_checkpoint(stage, capsys):
   with pytest.raises(KeyboardInterrupt):
     _train(stage, [1, 2, 4, 8, 16], stop_at=3)
   total, _ = _train(stage, [100, 100, 4, 8, 16])  # the first two are not run again
@@ -70,32 +70,32 @@ def test_interrupted_stage_goes_on_from_its_newest_checkpoint(stage, capsys):
   assert 'resuming from step 2 of 5' in capsys.readouterr().out
 
 
-def test_without_checkpoints_an_interrupted_stage_begins_again(stage_of, small):
-  stage = stage_of('sft', small('sft'))
+def test_without_checkpoints_an_interrupted_stage_begins_again(make_stage, small):
+  stage = make_stage('sft', small('sft'))
   with pytest.raises(KeyboardInterrupt):
     _train(stage, [1, 2, 4], stop_at=2)
   assert _train(stage, [1, 2, 4])[0] == 7
   assert _steps(stage) == [0, 1, 2]
 
 
-@pytest.mark.parametrize('at', [0, 2, 4])
-def test_bad_step_stops_with_the_good_state_saved(stage, at):
+@pytest.mark.parametrize('skipped', [0, 2, 4])
+def test_skipped_step_stops_the_run_with_the_state_saved(stage, skipped):
   amounts = [1, 2, 4, 8, 16]
-  amounts[at] = np.nan
+  amounts[skipped] = np.nan
   with pytest.raises(TooManySkippedStepsError) as error:
     _train(stage, amounts)
-  assert f'sft, step {at}: loss not finite' in str(error.value)
+  assert f'sft, step {skipped}: loss not finite' in str(error.value)
   assert '\n' not in str(error.value)
-  assert f'checkpoints/{_saved(stage)[-1]}' in str(error.value)
-  # The state has every good step; resuming skips the bad step and repeats none.
+  assert f'checkpoints/{_saved_steps(stage)[-1]}' in str(error.value)
+  # The state has every finite step; resuming skips the other and repeats none.
   total, last = _train(stage, amounts)
-  assert total == 31 - 2**at
-  assert np.isnan(last['loss']) == (at == 4)
+  assert total == 31 - 2**skipped
+  assert np.isnan(last['loss']) == (skipped == 4)
   assert _steps(stage) == [0, 1, 2, 3, 4]
 
 
-def test_more_bad_steps_may_be_allowed(stage_of, small):
-  stage = stage_of('sft', small('sft', max_skipped_steps=3))
+def test_more_skipped_steps_may_be_allowed(make_stage, small):
+  stage = make_stage('sft', small('sft', max_skipped_steps=3))
   assert _train(stage, [1, np.nan, np.inf, 8, np.nan])[0] == 9
 
 
@@ -124,11 +124,11 @@ def test_limits_never_exceed_the_positions(small, capsys):
   assert '48 tokens' in capsys.readouterr().out
 
 
-def test_keys_differ_by_purpose_stage_and_seed(stage_of, small):
+def test_keys_differ_by_purpose_stage_and_seed(make_stage, small):
   keys = [
-    stage_of('sft', small('sft')).key('head'),
-    stage_of('sft', small('sft')).key('samples'),
-    stage_of('ppo', small('sft')).key('head'),
-    stage_of('sft', small('sft', seed=1)).key('head'),
+    make_stage('sft', small('sft')).key('head'),
+    make_stage('sft', small('sft')).key('samples'),
+    make_stage('ppo', small('sft')).key('head'),
+    make_stage('sft', small('sft', seed=1)).key('head'),
   ]
   assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4

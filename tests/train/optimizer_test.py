@@ -110,8 +110,8 @@ def test_schedule_worked_example(step, rate):
   assert_allclose(make_schedule(PUBLISHED, 950)(step), rate, rtol=2e-6)  # as printed
 
 
-def test_schedule_golden_file(material):
-  for case in json.loads((material / 'spec' / 'golden.json').read_text())['lr']:
+def test_schedule_golden_file(shared_files):
+  for case in json.loads((shared_files / 'spec' / 'golden.json').read_text())['lr']:
     assert warmup_steps(PUBLISHED, case['total']) == case['warm']
     got = make_schedule(PUBLISHED, case['total'])(case['step'])
     # optax counts down from the peak: rounding of the peak remains in a small first rate.
