@@ -44,7 +44,7 @@ def test_a_file_of_the_user_comes_first(elsewhere):
     ('def\n', 'is not a Python file: '),
   ],
 )
-def test_what_is_not_a_config_is_answered_in_one_line(elsewhere, text, message):
+def test_a_file_that_is_not_a_config_is_a_one_line_error(elsewhere, text, message):
   (elsewhere / 'own.py').write_text(text)
   with pytest.raises(UserError, match=message) as error:
     config_files.resolve('own.py:local')

@@ -38,7 +38,7 @@ def test_tokens_are_segments_of_threshold_zero(file):
 
 
 @pytest.mark.parametrize('granularity, threshold', [('segment', 2.0), ('bandit', 2.0)])
-def test_segments_and_bandit_stay(granularity, threshold):
+def test_segments_and_bandit_are_unchanged(granularity, threshold):
   segmentation = resolved(preset=f'llama3_8b_sft,{granularity}').reward_model.segmentation
   assert (segmentation.granularity, segmentation.entropy_threshold) == (granularity, threshold)
 
@@ -55,6 +55,6 @@ def test_segments_and_bandit_stay(granularity, threshold):
     ({'normalizer.min_bin_count': 2}, r'min_bin_count=2'),
   ],
 )
-def test_what_the_published_code_cannot_do_is_refused(values, message):
+def test_settings_the_published_code_lacks_are_refused(values, message):
   with pytest.raises(ValueError, match=message):
     resolved(**values)

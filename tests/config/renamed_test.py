@@ -1,4 +1,4 @@
-"""Old names on the command line are answered by their present names, in one line."""
+"""An old name of a flag, key or metric is a one-line error with the new name."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_old_flags_and_keys(argument, message):
   assert _message(command_line.parse_flags, ['segjax', argument]) == message
 
 
-def test_every_present_key_exists_and_no_old_one_does():
+def test_new_keys_exist_and_old_keys_do_not():
   keys = set(parse.setting_keys())
   for section, leaves in renamed._KEYS.items():
     prefix = f'{section}.' if section else ''

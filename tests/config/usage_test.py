@@ -1,4 +1,4 @@
-"""Answers of the command line that start no run."""
+"""Commands that print and exit: help, settings, metrics, version."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Presets are consistent, and a wrong value ends in one line with its key."""
+"""Presets are consistent, and a wrong value is a one-line error with its key."""
 
 import importlib
 
@@ -50,8 +50,8 @@ def test_presets_are_consistent(file, preset):
   resolved = parse.from_config(module.get_config(*arguments))
   granularity = preset.partition(',')[2]
   if granularity:
-    named = resolved.reward.segmentation, resolved.reward_model.segmentation
-    assert granularity in [segmentation.granularity for segmentation in named]
+    segmentations = resolved.reward.segmentation, resolved.reward_model.segmentation
+    assert granularity in [segmentation.granularity for segmentation in segmentations]
   if preset == 'local':
     assert resolved.stages == (file,)
 
@@ -59,7 +59,7 @@ def test_presets_are_consistent(file, preset):
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
 @pytest.mark.parametrize('model', ['llama3_8b_sft', 'llama31_8b_instruct'])
 def test_published_recipe(model, granularity):
-  """Method notes, section 5.8: what differs by granularity and model, and what does not."""
+  """Hyperparameters of the published runs, by granularity and model."""
   config = importlib.import_module('configs.ppo').get_config(f'{model},{granularity}')
   s = parse.from_config(config)
   assert s.ppo.value_clip_eps == {'segment': 0.25, 'token': 0.25, 'bandit': 0.2}[granularity]
@@ -108,24 +108,24 @@ def test_unknown_key_names_the_nearest(key, message):
     parse.check_key(key)
 
 
-def test_known_keys_and_sections_pass():
+def test_keys_and_sections_are_accepted():
   for key in ('seed', 'ppo', 'ppo.policy_optimizer', 'ppo.policy_optimizer.learning_rate'):
     parse.check_key(key)
 
 
-def test_key_that_a_config_file_made_up():
+def test_unknown_key_in_a_config_file():
   config = presets.default_config()
   config.ppo.lamda = 1.0
   with pytest.raises(ValueError, match=r'config.ppo.lamda does not exist'):
     parse.from_config(config)
 
 
-@pytest.mark.parametrize('given', [('sft,reward',), ('sft', 'reward'), ('sft, reward',)])
-def test_stages_may_be_joined_by_commas(given):
-  assert parse.from_config(_config(stages=given)).stages == ('sft', 'reward')
+@pytest.mark.parametrize('stages', [('sft,reward',), ('sft', 'reward'), ('sft, reward',)])
+def test_stages_may_be_joined_by_commas(stages):
+  assert parse.from_config(_config(stages=stages)).stages == ('sft', 'reward')
 
 
-def test_whole_numbers_become_floats():
+def test_integers_become_floats():
   config = presets.default_config().to_dict()
   config['stages'], config['ppo']['kl_coef'] = ('ppo',), 1
   from ml_collections import ConfigDict

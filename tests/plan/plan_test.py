@@ -1,4 +1,4 @@
-"""Plans of tiny networks on CPU devices: arithmetic, suggestions, properties of programs."""
+"""Plans of tiny networks on CPU devices: peak memory, suggestions, properties of programs."""
 
 import dataclasses
 import functools
@@ -67,23 +67,23 @@ def test_missing_compiler_is_named(monkeypatch):
 
 
 @pytest.mark.plan
-def test_peak_is_what_lives_and_what_the_program_takes():
+def test_peak_is_live_arrays_plus_temporaries_and_outputs():
   plan = make_plan()
   assert [m.name for m in plan.measured] == list(SMALL)
   for measured in plan.measured:
     phase = next(p for p in plan.programs.phases if p.name == measured.name)
     live = sum(abstract_arrays.bytes_per_device(plan.programs.trees[name]) for name in phase.live)
     extra = measured.temporaries + measured.outputs - measured.aliased
-    # The programs have a few scalars more among their arguments.
+    # The programs have a few more scalars among their arguments.
     assert measured.peak == pytest.approx(live + extra, rel=0.02)
   state = plan.programs.trees['critic state']
-  # Three numbers per weight, split over eight devices but for norms and steps.
+  # Weight and two moments, split over eight devices except for norms and step counts.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
 
 
 @pytest.mark.plan
-def test_too_little_memory_and_what_helps():
+def test_too_little_memory_gives_suggestions():
   peak = make_plan().peak
   plan = make_plan(size=peak - 1)
   assert make_plan(size=peak).fits and not make_plan(size=peak).suggestions
@@ -135,7 +135,7 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
     ({'network.vocab_size': 0}, 'sizes of the network are unknown; use a preset'),
   ],
 )
-def test_what_cannot_be_planned(changes, message):
+def test_settings_that_cannot_be_planned(changes, message):
   with pytest.raises(ValueError, match=message):
     planner.make_plan(PPO, replace(SETTINGS, **changes), TOPOLOGY, SMALL)
   with pytest.raises(ValueError, match="--phases: 'polcy' is not one of decode weights"):
@@ -155,13 +155,13 @@ def test_other_phases_compile(job, name, changes):
   settings = replace(SETTINGS, **{'reward.batch_size': 8, **changes})
   (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).measured
   assert measured.arguments > 0 and not measured.refused
-  if changes:  # where sequences lie comes in as well
+  if changes:  # the packing plan is one more argument
     assert measured.arguments > make_plan(names=(name,)).measured[0].arguments
 
 
 @functools.cache
 def compiled(name='policy update', **changes):
-  """A phase's program; keys have __ for a dot."""
+  """Returns the compiled program of a phase; keys of `changes` have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = make_mesh(devices=jax.devices())
   program = PPO.programs(settings, make_config(settings.network), mesh)
@@ -171,11 +171,11 @@ def compiled(name='policy update', **changes):
 
 @pytest.mark.plan
 @pytest.mark.parametrize('name', ['policy update', 'scoring'])
-def test_no_logits_of_whole_rows(name):
-  """Nothing is as large as one row's logits but the embedding and the head, which know no rows."""
+def test_no_logits_of_full_rows(name):
+  """No array is as large as the logits of one row, except the embedding and the head."""
   network = dataclasses.replace(SETTINGS.network, vocab_size=4096)
   text = compiled(name, network=network).as_text()
-  rows, tokens = 1, 80  # of a device: a micro-batch of eight, prompt and response
+  rows, tokens = 1, 80  # per device, of a micro-batch of eight; prompt and response
   for shape in set(re.findall(r'f32\[([\d,]+)\]', text)):
     sizes = [int(n) for n in shape.split(',')]
     if 4096 in sizes and 32 not in sizes:
@@ -186,7 +186,7 @@ def test_no_logits_of_whole_rows(name):
 
 @pytest.mark.plan
 def test_temporaries_follow_tokens_and_saved_residuals():
-  """Twice the rows, about twice the activations; four layers more, four inputs of a layer more."""
+  """Twice the rows: about twice the activations. Four more layers: four more layer inputs."""
 
   def temporaries(**changes):
     return compiled(**changes).memory_analysis().temp_size_in_bytes
@@ -198,14 +198,14 @@ def test_temporaries_follow_tokens_and_saved_residuals():
   assert 1.2 < double / base <= 2.05
   deep = dataclasses.replace(SETTINGS.network, num_hidden_layers=6)
   grown = temporaries(network=deep, ppo__micro_batch_size=16) - base
-  residual = 2 * 80 * 32 * 4  # bytes: rows of a device, tokens, width, float32
+  residual = 2 * 80 * 32 * 4  # bytes: rows per device, tokens, width, float32
   weights = 4 * 4 * (2 * 32 * 48 + 48 * 32 * 3) // 8  # of four layers, split
   # Gradients of the new layers, and their weights as they are gathered and scattered.
   assert grown < 4 * residual * 1.5 + 4 * weights
 
 
 @pytest.mark.plan
-def test_stacked_weights_are_never_gathered_whole():
+def test_stacked_weights_are_gathered_layer_by_layer():
   layers = 2
   for line in compiled().as_text().splitlines():
     if match := re.search(r'= f32\[([\d,]+)\]\S* all-gather', line):
@@ -215,7 +215,7 @@ def test_stacked_weights_are_never_gathered_whole():
 
 @pytest.mark.plan
 def test_command_line(tmp_path):
-  """Exit code, JSON, and the one line of a wrong topology."""
+  """Exit code and JSON output, and the one-line error of a wrong topology."""
   command_line = [
     *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:local', f'--plans={tmp_path}'),
     *('--config.network.vocab_size=128', '--config.ppo.rollout_batch_size=8'),

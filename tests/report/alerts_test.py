@@ -63,21 +63,21 @@ def test_every_rule_is_tested():
   assert len(UNHEALTHY) == len(RULES)
 
 
-def test_alerts_again_after_a_healthy_time():
+def test_alerts_again_after_a_healthy_period():
   curve = [0.0] * 5 + [0.6] * 10 + [0.0] * 40 + [0.6] * 10
   monitor = AlertMonitor()
   steps = [i for i, value in enumerate(curve) if monitor.update({'policy/clipfrac': value})]
   assert len(steps) == 2 and steps[0] < 15 and steps[1] >= 55
 
 
-def test_neither_nan_nor_absent_metrics_count():
+def test_nan_and_absent_metrics_are_ignored():
   monitor = AlertMonitor()
   for value in (np.nan, np.inf, 0.9):
     assert monitor.update({'policy/clipfrac': value}) == []
   assert monitor.update({}) == []
 
 
-def test_trend_is_plain_means_at_first():
+def test_trend_starts_as_plain_means():
   trend = MetricTrend()
   for value in (1.0, 2.0, 3.0, 4.0, 5.0):
     trend.add(value)

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from report.html_report_test import HOSTILE, response_record, write_lines
+from segjax.evaluation.segment_records import AnnotatedResponse, Segment
 from segjax.report import html_report
-from segjax.report.response_log import AnnotatedResponse, Segment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks import browser
 
 pytestmark = pytest.mark.browser
 
-# Text, and how it is shown.
+# {text: how it is shown}
 STRANGE = {
   HOSTILE: HOSTILE,
   'a\u202egnp.exe': 'a\\u202egnp.exe',
@@ -57,7 +57,7 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_complaints(tab):
+def no_browser_errors(tab):
   yield
   assert tab.errors == []
 

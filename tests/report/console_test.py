@@ -54,7 +54,7 @@ def test_bar_on_a_narrow_terminal_is_not_truncated(monkeypatch, stage, total, no
   assert len(line) <= 80
 
 
-def test_long_stage_prints_now_and_then(capsys, monkeypatch):
+def test_long_stage_prints_at_intervals(capsys, monkeypatch):
   monkeypatch.setattr(console, '_SECONDS', -1)
   bar = console.ProgressBar('ppo', 3, start=1)
   bar.update(2)

@@ -149,7 +149,7 @@ def test_numbers_are_short(value, text):
   assert charts.format_number(value) == text
 
 
-def test_warnings_are_those_of_the_console(tmp_path):
+def test_warnings_equal_those_of_the_console(tmp_path):
   lines = [{'step': k, 'skipped_updates': int(k == 3), 'policy/clipfrac': 0.6} for k in range(8)]
   write_lines(tmp_path / 'ppo' / 'metrics.jsonl', lines)
   skipped, clipped = summary.warnings(tmp_path, ['ppo'])

@@ -1,4 +1,4 @@
-"""Every metric is described once, and old names are answered."""
+"""Every metric is described once; an old name is an error with the new one."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_patterns_match_names():
     ('train/loss', 'sft/loss in SFT and reward_model/loss in reward training'),
   ],
 )
-def test_old_names_are_answered_by_the_present_ones(old, present):
+def test_an_old_name_is_an_error_with_the_new_one(old, present):
   with pytest.raises(UserError, match=f'metrics {old} is now {present}$'):
     metric_docs.plain_text(old)
   assert metric_docs.find_entry(present.partition(' ')[0])

@@ -1,4 +1,4 @@
-"""Metrics on file: a step late, valid JSON, each step once; the stop after skipped updates."""
+"""metrics.jsonl: one step late, valid JSON, each step once; the stop after skipped updates."""
 
 import json
 import os
@@ -101,17 +101,17 @@ def test_skipped_updates_are_logged_and_counted_over_a_restart(tmp_path, capsys)
     log.flush()
 
 
-def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
+def test_a_kill_during_truncation_loses_no_line(tmp_path, monkeypatch):
   with _log(tmp_path) as log:
     log.log(0, {'loss': jnp.float32(1)})
   before = _lines(tmp_path)
 
-  def killed(*_, **__):
+  def kill(*_, **__):
     raise KeyboardInterrupt
 
   for owner, name in ((os, 'fsync'), (Path, 'replace')):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(owner, name, killed)
+      patch.setattr(owner, name, kill)
       _log(tmp_path, start=1)
     assert _lines(tmp_path) == before
 

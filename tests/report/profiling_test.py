@@ -1,4 +1,4 @@
-"""Which steps are traced, and the files of a trace."""
+"""The choice of traced steps, and the files of a trace."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Tokens as text: joined they are the text, and a character is not divided."""
+"""Texts of tokens: they join to the text and never divide a character."""
 
 import numpy as np
 import pytest

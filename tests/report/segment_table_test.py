@@ -1,8 +1,8 @@
-"""A response as lines of segments."""
+"""A response printed as one line per segment."""
 
 import numpy as np
 
-from segjax.report.response_log import AnnotatedResponse, Segment
+from segjax.evaluation.segment_records import AnnotatedResponse, Segment
 from segjax.report.segment_table import format_segments, print_segments
 
 WORDS = ('the', 'cat', 'sat', 'down')
@@ -24,7 +24,7 @@ def test_empty_response_has_no_line():
   assert format_segments(np.zeros(0, int), np.zeros(0, int), np.zeros(0), _decode) == []
 
 
-def test_table_shows_the_numbers_there_are_and_no_control_characters(capsys):
+def test_table_shows_available_numbers_and_escapes_control_characters(capsys):
   first = Segment('a\x1b[31m', ['a\x1b[31m'], [0.5], score=1.0, normalized_score=-0.25)
   second = Segment(' b', [' b'], [None], score=None, normalized_score=None)
   print_segments(AnnotatedResponse([], 'a b', [first, second]))

@@ -1,4 +1,4 @@
-"""The parts of a step in seconds, and the count of compiled programs."""
+"""Seconds of each part of a step, and the number of compiled programs."""
 
 import types
 
@@ -28,7 +28,7 @@ def test_compiles_are_counted():
   before = timing.compiles()
   function = jax.jit(lambda x: x * 3 + 1)
   function(jnp.zeros(7))
-  counted = timing.compiles()
-  assert counted > before
+  after = timing.compiles()
+  assert after > before
   function(jnp.ones(7))
-  assert timing.compiles() == counted
+  assert timing.compiles() == after

@@ -23,12 +23,12 @@ URL = 'memory://bucket/run'
 
 
 class Killed(BaseException):
-  """Stands for kill -9: no handler of `Exception` runs."""
+  """Simulates kill -9: no handler of `Exception` runs."""
 
 
 @pytest.fixture
 def files():
-  """A file system in memory, which holds the bucket."""
+  """A file system in memory that contains the bucket."""
   memory = fsspec.filesystem('memory')
   memory.store.clear()
   memory.pseudo_dirs[:] = ['']
@@ -38,7 +38,7 @@ def files():
 
 @pytest.fixture
 def make_mirror(tmp_path):
-  """Makes mirrors of the bucket in the directory `name`."""
+  """Returns a function that makes a mirror of the bucket in the directory `name`."""
 
   def make(name, **arguments):
     (tmp_path / name).mkdir(exist_ok=True)
@@ -115,8 +115,8 @@ def test_only_what_differs_is_downloaded(files, make_mirror, tmp_path, monkeypat
   assert _tree(tmp_path / 'a') == {'sft/metrics.jsonl': '1', 'sft/model/w': 'z', 'sft/log': 'y'}
 
 
-def _writes(files, monkeypatch, limit):
-  """Kills the process at the write or deletion after `limit`."""
+def _limit_writes(files, monkeypatch, limit):
+  """Raises Killed at the write or deletion after the first `limit`."""
   remaining = [limit]
 
   def limited(name):
@@ -160,15 +160,15 @@ def test_killed_while_a_stage_is_finished(files, make_mirror, tmp_path, monkeypa
   _fill(stage, {'metrics.jsonl': '12', 'model/w': 'model', 'model/v': ''})
   stage_record.record_results(stage, key, {'loss': 1}, _OUTPUTS)
   with monkeypatch.context() as patch:
-    _writes(files, patch, limit)
-    is_cut = False
+    _limit_writes(files, patch, limit)
+    is_killed = False
     try:
       mirror.push()
     except Killed:
-      is_cut = True
+      is_killed = True
   make_mirror('b').pull()
-  assert is_cut == (limit < 4)
-  assert _resumed(tmp_path / 'b', key) in (('1', '12', 'finished') if is_cut else ('finished',))
+  assert is_killed == (limit < 4)
+  assert _resumed(tmp_path / 'b', key) in (('1', '12', 'finished') if is_killed else ('finished',))
 
 
 @pytest.mark.parametrize('limit', range(10))
@@ -185,16 +185,16 @@ def test_killed_while_an_old_stage_is_restored(files, make_mirror, tmp_path, mon
   stage_record.restore_old(stage, first)
   stage_record.prepare_directory(stage, first)
   with monkeypatch.context() as patch:
-    _writes(files, patch, limit)
-    is_cut = False
+    _limit_writes(files, patch, limit)
+    is_killed = False
     try:
       mirror.push()
     except Killed:
-      is_cut = True
-  assert is_cut == (limit < 8)
+      is_killed = True
+  assert is_killed == (limit < 8)
   make_mirror('b').pull()
   assert _resumed(tmp_path / 'b', first) == 'first'
-  if not is_cut:
+  if not is_killed:
     assert _tree(tmp_path / 'b') == _tree(tmp_path / 'a')
 
 
@@ -207,7 +207,7 @@ def test_killed_while_settings_change(files, make_mirror, tmp_path, monkeypatch,
   mirror.push()
   stage_record.prepare_directory(stage, new)
   with monkeypatch.context() as patch:
-    _writes(files, patch, limit)
+    _limit_writes(files, patch, limit)
     with contextlib.suppress(Killed):
       mirror.push()
   make_mirror('b').pull()
@@ -249,7 +249,7 @@ def test_a_bucket_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, url, me
 
 
 def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
-  """The states of the current key and of the one before it stay."""
+  """The states of the current key and of the previous one are kept."""
   stage, mirror, fingerprints = tmp_path / 'a' / 'sft', make_mirror('a'), []
   for seed in range(3):
     stage_record.prepare_directory(stage, {'seed': seed})
@@ -257,8 +257,8 @@ def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
     fingerprints.append(bucket_mirror.key_fingerprint(stage))
     files.pipe_file(f'/bucket/run/{bucket_mirror.STATES}/sft/{fingerprints[-1]}/1/state', b'')
     mirror.push_and_wait(stage)
-  left = files.ls(f'/bucket/run/{bucket_mirror.STATES}/sft', detail=False)
-  assert sorted(path.rpartition('/')[2] for path in left) == sorted(fingerprints[1:])
+  remaining = files.ls(f'/bucket/run/{bucket_mirror.STATES}/sft', detail=False)
+  assert sorted(path.rpartition('/')[2] for path in remaining) == sorted(fingerprints[1:])
 
 
 def test_a_bucket_that_cannot_hold_states_is_refused(files, make_mirror, tmp_path):
@@ -283,7 +283,7 @@ def _holder(run):
   return {'pid': os.getpid(), 'host': 'here', 'run': run}
 
 
-def test_a_live_lock_is_refused_and_let_go(directory, short_intervals):
+def test_a_held_lock_is_refused_until_it_is_released(directory, short_intervals):
   with bucket_lock.lock_bucket(directory, URL, _holder('first'), {}):
     refused = pytest.raises(lock.LockedError, match=rf'{URL} is in use by process {os.getpid()} on')
     with refused, bucket_lock.lock_bucket(directory, URL, _holder('second'), {}):

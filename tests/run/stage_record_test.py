@@ -31,7 +31,7 @@ def test_finished_stage_is_reused_only_by_its_key_and_output(tmp_path):
   assert stage_record.load_results_if_valid(tmp_path / 'nothing', KEY, {}) is None
 
 
-def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
+def test_unfinished_stage_of_the_same_key_is_kept(tmp_path):
   stage = tmp_path / 'sft'
   assert stage_record.prepare_directory(stage, KEY) == ''
   (stage / 'checkpoint').write_text('2')
@@ -49,7 +49,7 @@ def test_unfinished_stage_of_the_same_key_is_left_as_it_is(tmp_path):
   ],
 )
 @pytest.mark.parametrize('is_finished', [True, False])
-def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finished):
+def test_another_key_moves_the_old_directory_aside(tmp_path, key, reason, is_finished):
   stage = tmp_path / 'sft'
   if is_finished:
     _finished(stage)
@@ -61,7 +61,7 @@ def test_another_key_moves_what_is_there_aside(tmp_path, key, reason, is_finishe
   assert (tmp_path / 'sft.old' / 'model').read_text() == 'weights'
 
 
-def test_only_the_last_one_is_kept_aside(tmp_path):
+def test_only_the_previous_directory_is_kept(tmp_path):
   stage = tmp_path / 'sft'
   for seed in range(3):
     stage_record.prepare_directory(stage, _with('settings', seed=seed))
@@ -71,7 +71,7 @@ def test_only_the_last_one_is_kept_aside(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
 
 
-def test_what_came_to_nothing_replaces_nothing(tmp_path):
+def test_a_stage_without_outputs_does_not_replace_the_old_one(tmp_path):
   stage = tmp_path / 'sft'
   _finished(stage)
   assert (
@@ -82,7 +82,7 @@ def test_what_came_to_nothing_replaces_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('has_begun', [True, False])
-def test_earlier_settings_bring_back_what_they_made(tmp_path, has_begun):
+def test_earlier_settings_restore_their_directory(tmp_path, has_begun):
   stage, other = tmp_path / 'sft', _with('settings', seed=1)
   results = _finished(stage)
   stage_record.prepare_directory(stage, other)
@@ -95,7 +95,7 @@ def test_earlier_settings_bring_back_what_they_made(tmp_path, has_begun):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
 
 
-def test_recall_leaves_what_is_right(tmp_path):
+def test_restore_keeps_a_directory_of_the_same_key(tmp_path):
   stage = tmp_path / 'sft'
   stage_record.restore_old(stage, KEY)
   assert not stage.exists()
@@ -112,7 +112,7 @@ def test_damaged_output_and_foreign_directory_are_moved_aside(tmp_path):
   assert 'without a stage.json' in stage_record.prepare_directory(tmp_path / 'ppo', KEY)
 
 
-def test_content_hash_sees_names_and_bytes_but_not_what_is_skipped(tmp_path):
+def test_content_hash_covers_names_and_bytes_except_skipped_files(tmp_path):
   def write(name, **files):
     for file, text in files.items():
       (tmp_path / name).mkdir(exist_ok=True)
