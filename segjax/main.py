@@ -1,10 +1,10 @@
-"""The command line: flags, devices, and the call that runs the stages.
+"""Parses the command line, sets up the devices, and runs the stages.
 
 segjax JOB[:PRESET] [--workdir=...] [--config.KEY=VALUE ...]
 python -m segjax.main --config=configs/JOB.py[:PRESET] ...     the same
 segjax --help | --version | settings | metrics | help | plan | convert
 
-It trains nothing itself: `segjax.jobs.pipeline` does. jax is imported only where a run starts.
+Stages are run by `segjax.jobs.pipeline`. jax is imported only if a run starts.
 """
 
 import time
@@ -130,7 +130,7 @@ def _open_workdir(workdir: str, settings: Settings) -> tuple[Path, Any]:
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:
-  """Whether the machine has a TPU: accel0 ... up to v4, vfio/0 ... from v5e on."""
+  """Returns whether the machine has a TPU: accel0 ... up to v4, vfio/0 ... from v5e on."""
   return any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
 
 
@@ -214,7 +214,7 @@ def answer(arguments: list[str]) -> str | None:
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs `main` on the flags; wrong settings and inputs end in one line, not in a traceback."""
   # Config files import configs.shared, and reward functions are modules of the working directory.
-  # `configs` is a namespace package: a user's own configs/ and the shipped one are both found.
+  # `configs` is a namespace package: a user's own configs/ and the shipped one are both importable.
   sys.path.insert(0, os.getcwd())
   sys.path.append(str(config_files.shipped_root()))
   try:
@@ -235,7 +235,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _exit_if_preempted(error: Exception) -> None:
-  """Ends with the exit code that asks the scheduler to start the command again."""
+  """Exits with the code that asks the scheduler to start the command again."""
   from segjax.run import preemption
 
   if isinstance(error, preemption.PreemptedError):
@@ -244,7 +244,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 
 def is_user_error(error: Exception) -> bool:
-  """Whether the user can fix the error; any other keeps its traceback."""
+  """Returns whether the user can fix the error; any other error keeps its traceback."""
   return isinstance(error, UserError | OSError)
 
 

@@ -1,4 +1,4 @@
-"""The values that a setting may have: choices by key, and minimums by key.
+"""The valid values of settings: choices by key, and minimums by key.
 
 Choices come from the table of the code that implements them; those of the network and of the data,
 which import this module, are defined here.
@@ -9,7 +9,7 @@ from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 DTYPES = ('float32', 'bfloat16')
 ATTENTION = ('xla', 'cudnn', 'splash')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
-# What a layer computes, in this order, and can be kept for the backward pass: its input, the
+# Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
 ACTIVATIONS = ('hidden', 'query', 'key', 'value', 'attention', 'residual', 'gate', 'up')
 OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
@@ -69,7 +69,7 @@ _AT_LEAST_0 = (
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),
   *_keys('report', 'every_steps eval_responses'),
-  # A learning rate of 0 is a way to see what does not learn.
+  # A learning rate of 0 is allowed: it freezes a network, for debugging.
   *(f'{optimizer}.learning_rate' for optimizer in OPTIMIZERS),
 )
 _AT_LEAST_1 = (

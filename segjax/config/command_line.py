@@ -1,4 +1,4 @@
-"""The flag --config and its overrides: from the arguments of a command to settings.
+"""Parses the flag --config and its overrides into settings.
 
 `parse`, whose choices need jax, is imported where it is used, so that --help starts quickly.
 """

@@ -1,4 +1,4 @@
-"""From a config to typed settings: the names of its keys and the types of its values.
+"""Builds typed settings from a config; checks the names of keys and the types of values.
 
 The values themselves are checked by `validate`. Nothing here needs a file or a device.
 """

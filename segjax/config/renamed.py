@@ -1,7 +1,6 @@
-"""Old names of flags, keys, values and metrics, each answered by its present name.
+"""Old names of flags, keys, values and metrics; using one is an error that gives the new name.
 
-Nothing is translated silently: a command line with an old name ends in one line that gives the new
-one.
+Nothing is translated silently, so that command lines and configs are updated.
 """
 
 from segjax.errors import UserError
@@ -147,12 +146,12 @@ def check_value(key: str, value: object) -> None:
     raise UserError(f'config.{key}={value} is now config.{key}={present}')
 
 
-def check_metric(name: str, given_as: str) -> None:
+def check_metric(name: str, prefix: str) -> None:
   """Raises UserError, with the present name, if `name` is an old metric.
 
   Args:
     name: of a metric.
-    given_as: what the message puts before the name, such as `config.checkpoint.best_metric=`.
+    prefix: text before the name in the message, such as `config.checkpoint.best_metric=`.
   """
   section, _, leaf = name.partition('/')
   if section == 'val':
@@ -164,7 +163,7 @@ def check_metric(name: str, given_as: str) -> None:
   else:
     present = _METRICS.get(name, name)
   if present != name:
-    raise UserError(f'{given_as}{name} is now {present}')
+    raise UserError(f'{prefix}{name} is now {present}')
 
 
 def _present_key(key: str) -> str:

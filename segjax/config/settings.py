@@ -101,11 +101,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-  """Sampling on held-out prompts, before and after."""
+  """Sampling of policy and reference on held-out prompts."""
 
   samples_per_prompt: int = 1  # responses per prompt
   batch_size: int = 64  # sequences at once
-  gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> true reward, if it is known
+  gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward, if available
   boundary_fn: str = ''  # 'module:function' of a token's text -> whether a segment ends there
   num_printed: int = 3  # responses printed with their segments
 
@@ -142,9 +142,9 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Responses kept for report.html; the run computes the same without them."""
+  """Responses logged for report.html; results do not depend on them."""
 
-  every_steps: int = 5  # PPO steps between two rollouts kept, and the last one; 0: none
+  every_steps: int = 5  # PPO steps between two logged rollouts; the last is logged; 0: none
   responses_per_rollout: int = 8  # of a rollout
   eval_responses: int = 64  # held-out responses of each model
 

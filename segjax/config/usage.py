@@ -7,7 +7,7 @@ from segjax.config import config_files, topics
 from segjax.errors import UserError
 
 COMMANDS = {
-  'settings [SECTION]': 'every config key with its default, meaning and choices',
+  'settings [SECTION]': 'every config key with its default, description and choices',
   'metrics [NAME]': 'what each metric is, its healthy range, and remedies',
   'help TOPIC': ', '.join(topics.TOPICS),
   'plan JOB[:PRESET]': 'memory and time of each phase, without the devices',

@@ -1,7 +1,7 @@
 """Checks the values of the settings: each by its choices and range, and sizes against each other.
 
-Conflicts between the meanings of settings are found by `conflicts`. Each message gives the key and
-the fix.
+Settings that contradict each other are refused by `conflicts`. Each message gives the key and the
+fix.
 """
 
 import difflib
