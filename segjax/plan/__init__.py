@@ -1,1 +1,1 @@
-"""What a job needs on devices that need not be there: memory, time, and what makes it fit."""
+"""Plans a job for devices that are not available: memory, time, and changes that make it fit."""

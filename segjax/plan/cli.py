@@ -1,4 +1,4 @@
-"""Plans a run without its devices: whether it fits, and the least time of a step.
+"""Plans a run without its devices: whether it fits, and a lower bound on the time of a step.
 
   segjax plan ppo:llama3_8b_sft,v5p:2x2x2
   segjax plan ppo:llama3_8b_sft --topology=cuda:8xH100-80GB --json
@@ -60,13 +60,13 @@ def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
 
 def print_table() -> None:
   """Prints a line for each preset, each from its own process, as jax has one set of devices."""
-  from configs.shared import topologies as layouts_of
+  from configs.shared import topologies as batch_sizes
 
   print('| preset | GiB of a device | generation | scoring | updates | slowest compile | a step |')
   print('|---|---|---|---|---|---|---|', flush=True)
-  for (job, size), layouts in layouts_of.TOPOLOGIES.items():
+  for (job, size), by_topology in batch_sizes.TOPOLOGIES.items():
     name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
-    for topology in layouts:
+    for topology in by_topology:
       preset = f'{job}.py:{name},{topology}'
       flags = (f'--config=configs/{preset}', f'--plans={_PLANS.value}', '--json')
       done = subprocess.run(

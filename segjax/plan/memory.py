@@ -1,4 +1,4 @@
-"""The memory that each phase needs on a device, by its compiler; measured once per program."""
+"""Measures the memory that each phase needs on a device, by compiling each program once."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Plans a job on a topology and prints the plan: memory and time of every phase, what helps."""
+"""Plans a job on a topology: memory and time of every phase, and suggestions; prints the plan."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class Plan:
     measured: the memory of the compiled phases.
     costs: what each phase of a step costs, by name.
     items_per_step: prompts or rows that a step takes.
-    suggestions: lines on what would make it fit; empty if it fits.
+    suggestions: lines with changes that would make it fit; empty if it fits.
   """
 
   job: JobPlan

@@ -69,7 +69,7 @@ def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
 
 
 def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
-  """Returns what lives across phases, but for what belongs to generation alone."""
+  """Returns the trees that live across phases, without those that only generation uses."""
   sizes = s.ppo.rollout_batch_size, s.data.max_prompt_length, s.rollout.max_new_tokens
   dtype = s.runtime.compute_dtype
   policy = abstract_arrays.state(configs['policy'], 'language', s.ppo.policy_optimizer, s, mesh)

@@ -82,7 +82,7 @@ class RowsAtOnce:
 
 @dataclasses.dataclass(frozen=True)
 class JobPlan:
-  """What the planner must know of a job.
+  """What the planner needs to know about a job.
 
   Attributes:
     name: of the job.
@@ -93,7 +93,7 @@ class JobPlan:
     batch_keys: keys of batch sizes that are divided over the devices.
     rows_at_once: settings that trade memory for time, the cheapest first.
     optimizers: keys of optimizers, whose moments may be stored in fewer bits.
-    has_frozen: it has frozen networks that may wait in host memory.
+    has_frozen: whether it has frozen networks, which may be kept in host memory.
   """
 
   name: str

@@ -1,7 +1,7 @@
 """Changes of settings that would make a plan fit, the cheapest first, each with its peak.
 
-What lives on the devices is computed from shapes. Temporaries are the measured ones: with fewer
-rows at once they are taken to shrink in proportion, except for the gradient accumulator.
+Resident arrays are computed from shapes. Temporaries are the measured ones; they are assumed to
+shrink in proportion to the rows at once, except for the gradient accumulator.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Measured:
 
 
 def suggest_changes(measured: Measured, limit: float | int) -> list[str]:
-  """Returns a line per change that lowers the peak, and a last one on all that are needed.
+  """Returns a line per change that lowers the peak, and a last one with all that are needed.
 
   Args:
     limit: bytes of a device.

@@ -185,7 +185,7 @@ ENTRIES = (
   ),
   Entry(
     ('perf/tokens_per_second', 'perf/mfu'),
-    'tokens per second, without padding; model FLOPs as a share of the peak, on known chips',
+    'tokens per second, without padding; model FLOPs as a share of the peak, on listed chips',
     'steady',
     'slow: set `*.packing_length` or `rollout.max_concurrent`, raise `micro_batch_size`',
   ),

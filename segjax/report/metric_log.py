@@ -53,7 +53,7 @@ class MetricLog:
   """Accepts the metrics of step k when step k is dispatched, and reads those of step k - 1.
 
   So the host does not wait for the devices. Only the first of several processes writes. A step
-  with `skipped_updates` > 0 kept the state from before its update; too many consecutive ones raise
+  with `skipped_updates` > 0 left the training state unchanged; too many consecutive ones raise
   TooManySkippedStepsError, which names step and metric. Memory does not grow with the number of
   steps.
 

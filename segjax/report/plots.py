@@ -59,7 +59,7 @@ def downsample(
   """Returns at most `max_points` points, in order, that keep every spike.
 
   The points are divided into max_points / 2 stretches, of each of which the lowest and the highest
-  are taken. Points that are not finite are left out.
+  are kept. Points that are not finite are left out.
   """
   x, y = np.asarray(x, float), np.asarray(y, float)
   finite = np.isfinite(y)

@@ -1,4 +1,4 @@
-"""Logs responses of a run, cut into segments, with the numbers of each token and segment.
+"""Logs responses of a run as segments, with the numbers of each token and segment.
 
 A stage's `samples.jsonl` is read by `report.response_data`, which decides what is shown.
 """
@@ -33,7 +33,7 @@ class ResponseRecord:
     step: the training step whose policy wrote the response.
     model: name of the model that wrote it.
     totals: of the response: reward, kl (nats), length (tokens), finished, and gold if available.
-    threshold: nats above which a segment begins; None where entropy does not decide it.
+    threshold: nats above which a segment begins; None if boundaries are not by entropy.
     pair: a number shared by the responses to compare with each other; None without any.
   """
 
@@ -80,11 +80,11 @@ class ResponseLog:
     if not every or (step % every and step + 1 < total):
       return
     count = min(self._settings.responses_per_rollout, len(rows))
-    chosen = np.linspace(0, len(rows) - 1, count).astype(np.int32)
+    selected = np.linspace(0, len(rows) - 1, count).astype(np.int32)
     # Rows are sharded over the devices, so their number must be a multiple of the devices'.
-    padded = np.resize(chosen, -(-count // jax.device_count()) * jax.device_count())
+    padded = np.resize(selected, -(-count // jax.device_count()) * jax.device_count())
     on_host = processes.to_host(take_rows(experience, padded))
-    self.write(step, 'policy', on_host, np.asarray(rows)[chosen])
+    self.write(step, 'policy', on_host, np.asarray(rows)[selected])
 
   def write(
     self,
