@@ -74,7 +74,7 @@ def import_checkpoint(
     entry.path: _leaf(files, entry, reader.resolve_dtype(checkpoint, entry, dtype), piece_bytes)
     for entry in entries
   }
-  # Of all tensors the checkpoint may lack the scalar head alone, which comes last.
+  # Only the scalar head, which comes last, may be missing from the checkpoint.
   for entry in tensor_names.tensor_mappings(config, head)[len(entries) :]:
     leaves[entry.path] = _random_head(origin, entry, leaves['backbone/embedding'].dtype, role, seed)
   total = sum(leaf.num_bytes for leaf in leaves.values())
@@ -101,7 +101,7 @@ def export_checkpoint(
   role: str = '',
   progress: Progress = lambda done, total: None,
 ) -> Path:
-  """Converts a checkpoint of ours to an HF checkpoint.
+  """Converts a segjax checkpoint to an HF checkpoint.
 
   Takes nine parameters because most of them are flags of `segjax convert export`.
 
@@ -184,7 +184,7 @@ def _leaf(
   def read(index: orbax_stream.Index) -> np.ndarray:
     shape = tuple(part.stop - part.start for part in index)
     host = files.read(entry, index, dtype, out=_buffer(shape, dtype))
-    # Or mapped pages of the whole model would stay resident.
+    # Otherwise the mapped pages of the model would stay resident.
     if index is pieces[-1]:
       files.release()
     return host

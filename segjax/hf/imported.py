@@ -22,14 +22,14 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class ExportSource:
-  """What is read from a checkpoint of ours to export it.
+  """The parts of a segjax checkpoint that an export reads.
 
   Attributes:
     params: directory of the Orbax checkpoint.
     origin: directory with the HF description: config.json, tokenizer files.
     role: policy, reward or critic.
     card: the model card's fields that are inherited.
-    is_imported: the checkpoint is an imported one, not an item of a training run.
+    is_imported: whether it is an imported checkpoint, not an item of a training run.
   """
 
   params: Path
@@ -96,7 +96,7 @@ def read_description(checkpoint: Path, source: str | Path, role: str) -> ExportS
 def copy_own_files(exported: ExportSource, target: Path) -> None:
   """Copies the files that describe this very model: a reward model's spec, and its provenance.
 
-  The source of a training run's item is another model, with a provenance of its own.
+  The source of a training run's item is another model, whose provenance is not copied.
   """
   spec = exported.origin / writer.REWARD_SPEC_FILE
   if exported.role == 'reward' and spec.is_file():

@@ -23,7 +23,7 @@ from segjax.errors import UserError
 
 STEP = 0  # the only step of the CheckpointManager's directory
 ITEM = 'default'  # CheckpointManager's name of a single item
-THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of them wait for the disk
+THREADS = min(4, 2 * (os.cpu_count() or 1))  # half of the threads wait for the disk
 _MAX_ELEMENTS = 1 << 28  # elements read at once, unless a single chunk is larger
 
 # The caller syncs all files at the end; a sync per chunk would stall the writing threads.

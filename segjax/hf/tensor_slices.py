@@ -39,8 +39,8 @@ class SliceReader:
 
   Attributes:
     requested: bytes of tensors requested from `read` so far.
-    not_finite: tensors in which `read` met NaN or infinity, by name with their file, in the order
-      in which it met them.
+    not_finite: tensors in which `read` encountered NaN or infinity, by name with their file, in
+      that order.
   """
 
   def __init__(self, checkpoint: Checkpoint) -> None:

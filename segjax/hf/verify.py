@@ -270,7 +270,7 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
 
   def outputs(ids: Tokens, positions: Tokens) -> Iterator[np.ndarray]:
     with torch.no_grad():
-      # The mask keeps spread positions from being taken for several sequences in one row.
+      # Without a mask, transformers treats spread positions as several sequences in one row.
       hidden = model.model(
         torch.tensor(ids[None], dtype=torch.long),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),

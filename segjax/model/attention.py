@@ -20,22 +20,24 @@ _MASKED = -1e30  # finite: a fully masked row then gives a mean instead of NaN
 _BLOCK = 512  # queries whose logits exist at once, see `_in_blocks`
 
 
-def select_implementation(wanted: str, platform: str, dtype: str, head_dim: int) -> tuple[str, str]:
-  """Chooses an implementation for a platform: (name, why it is not the one wanted).
+def select_implementation(
+  requested: str, platform: str, dtype: str, head_dim: int
+) -> tuple[str, str]:
+  """Chooses an implementation for a platform: (name, why the requested one is not used).
 
   'auto' is splash on TPU, cudnn on CUDA in half precision, and xla elsewhere. The reason is '' for
-  'auto' and for a wanted implementation that is supported.
+  'auto' and for a requested implementation that is supported.
   """
   refused = {
     'xla': '',
     'splash': '' if platform == 'tpu' else f'it is for TPU, and the devices are {platform}',
     'cudnn': _refused_by_cudnn(platform, dtype, head_dim),
   }
-  if wanted == 'auto':
+  if requested == 'auto':
     return next(name for name in ('splash', 'cudnn', 'xla') if not refused[name]), ''
-  if not refused[wanted]:
-    return wanted, ''
-  return 'xla', f'attention={wanted}: {refused[wanted]}; using xla'
+  if not refused[requested]:
+    return requested, ''
+  return 'xla', f'attention={requested}: {refused[requested]}; using xla'
 
 
 def _refused_by_cudnn(platform: str, dtype: str, head_dim: int) -> str:
@@ -84,7 +86,7 @@ def attention(
     output = _in_blocks(query, key, value, segment_ids)
   if segment_ids is None:
     return output
-  # Implementations differ in what they give tokens of id 0.
+  # Implementations differ in their outputs for tokens of id 0.
   return jnp.where(segment_ids[:, :, None, None] > 0, output, 0)
 
 

@@ -291,7 +291,7 @@ def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
 def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
   """Returns float32 logits [B, V].
 
-  Sampling needs whole rows: the logits are gathered along V, never the head.
+  Sampling needs complete rows: the logits are gathered along V, never the head.
   """
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]

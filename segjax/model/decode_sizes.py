@@ -30,25 +30,25 @@ def prompt_bucket(size: int) -> int:
 
 
 def prefill_rows(prompts: int, rows_multiple: int) -> int:
-  """Number of rows of a prefill of so many prompts: a power of two, to fit `rows_multiple`."""
+  """Returns the rows of a prefill of `prompts` prompts: a power of two, divisible as required."""
   return round_up(_next_power_of_two(prompts), rows_multiple)
 
 
 def max_prefill_prompts(size: int, rows_multiple: int) -> int:
-  """Largest number of prompts of `size` positions that one prefill takes."""
+  """Returns the maximum number of prompts of `size` positions in one prefill."""
   return max(_PREFILL_TOKENS // size, rows_multiple)
 
 
 def prefill_shape(prompts: int, length: int, decoder: DecodeConfig, mesh: Mesh) -> tuple[int, int]:
-  """(Rows, positions) of the largest prefill of `prompts` prompts of that length."""
+  """Returns (rows, positions) of the largest prefill of `prompts` prompts of that length."""
   size, multiple = prompt_bucket(length), sharding.decode_rows(decoder.layout, mesh)
   return prefill_rows(min(prompts, max_prefill_prompts(size, multiple)), multiple), size
 
 
 def cache_positions(longest: int, decoder: DecodeConfig) -> tuple[int, int]:
-  """(Positions of the cache before it grows for the last time, and after), for such prompts.
+  """Returns (cache positions before the last growth, cache positions after it).
 
-  The first is 0 for a cache that does not grow.
+  The first is 0 for a cache that does not grow. `longest` is the length of the longest prompt.
   """
   first = cache_bucket(longest + decoder.chunk)
   last = cache_bucket(longest + decoder.sampling.max_new_tokens + decoder.chunk)
@@ -100,7 +100,7 @@ def check_memory(slots: int, longest: int, decoder: DecodeConfig, mesh: Mesh) ->
 
 
 def _free_bytes(mesh: Mesh) -> float:
-  """Free memory of each device of the mesh; infinite if the backend does not report it."""
+  """Returns free bytes of each device of the mesh; infinite if the backend reports none."""
   device = mesh.local_devices[0]
   if device.platform == 'cpu':
     return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / mesh.size

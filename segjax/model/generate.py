@@ -221,7 +221,7 @@ class _Scheduler:
     )
 
   def fit(self) -> None:
-    """Fits the cache to the longest unfinished response, and the slots to how many there are.
+    """Fits the cache to the longest unfinished response, and the slots to the number of these.
 
     A step reads the whole cache, so positions and slots that no response needs cost time.
     """

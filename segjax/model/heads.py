@@ -3,7 +3,7 @@
 The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
 inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
 
-Rows are one sequence each, padded on the right, unless a `llama.RowLayout` says otherwise: then a
+Rows are one sequence each, padded on the right, unless a `llama.RowLayout` is given: then a
 row may hold several sequences, each with positions from 0, or tokens of id 0, which no other token
 sees (the attention masks of published runs; Yin et al. 2025, https://arxiv.org/abs/2501.02790).
 """

@@ -34,7 +34,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'backbone/norm/scale$', P(None)),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
   (r'scalar_head/kernel$', P(None, None)),
-  (r'(^|/)(step|count|bad_steps|notfinite_count)$', P()),
+  (r'(^|/)(step|count|notfinite_count)$', P()),
 )
 
 ACTIVATION_RULES: dict[str, P] = {
@@ -96,7 +96,7 @@ def parameter_spec(name: str) -> P:
 
 
 def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-  """Drops from `spec` the axes that do not divide their dimension (an odd vocabulary, say)."""
+  """Drops from `spec` the axes that do not divide their dimension (such as an odd vocabulary)."""
   entries = []
   for dim, entry in zip(shape, tuple(spec), strict=True):
     axes = list(_axes(entry))
@@ -154,7 +154,7 @@ def shard_map_activations(
       for name, x in zip(names, arrays, strict=True)
     )
     out = _fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
-    # check_vma=False: a Pallas kernel does not say how its outputs vary over the mesh.
+    # check_vma=False: a Pallas kernel does not declare how its outputs vary over the mesh.
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
       *arrays
     )
