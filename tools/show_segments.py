@@ -22,7 +22,7 @@ from segjax.config.settings import Settings
 
 
 def parse() -> argparse.Namespace:
-  """The command line."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )

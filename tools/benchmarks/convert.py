@@ -236,7 +236,7 @@ def _child(direction: str, source: str, target: str) -> None:
     tensor_slices.SliceReader.read = timed('read', tensor_slices.SliceReader.read, within='write')
     orbax_stream._write = timed('write', orbax_stream._write)
   else:
-    orbax_stream._take = timed('read', orbax_stream._take)
+    orbax_stream._read_slice = timed('read', orbax_stream._read_slice)
     convert.transpose_into = timed('transpose', convert.transpose_into)
     shards.ShardWriter.write = timed('write', shards.ShardWriter.write)
   storage._sync = timed('write', storage._sync)

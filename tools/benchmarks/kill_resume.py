@@ -68,14 +68,14 @@ class _Count:
 
   Attributes:
     tried: number of faults.
-    survived: runs that ended after the fault.
+    completed: runs that ended after the fault.
     differ: of these, runs whose results differ from those of the undisturbed run.
     lost: steps before the newest complete checkpoint that were run again.
-    redone: steps after it that were run again.
+    repeated: steps after it that were run again.
   """
 
   def __init__(self):
-    self.tried = self.survived = self.differ = self.lost = self.redone = 0
+    self.tried = self.completed = self.differ = self.lost = self.repeated = 0
 
 
 def _command(workdir: Path) -> list[str]:
@@ -123,7 +123,7 @@ def _kill_until_done(home, rng, seconds, counts, kills, expected) -> None:
       counts[name].tried += 1
       saved = {stage: _saved(workdir / stage) for stage in _STAGES}
       lines = {stage: len(_metrics(workdir / stage)) for stage in _STAGES if saved[stage]}
-      counts[name].redone += sum(max(0, lines[stage] - saved[stage]) for stage in lines)
+      counts[name].repeated += sum(max(0, lines[stage] - saved[stage]) for stage in lines)
       continue
     if process.returncode:
       raise RuntimeError(f'after kills, the run exited with {process.returncode}\n{out[-3000:]}')
@@ -177,7 +177,7 @@ def _compare(workdir: Path, expected: dict, counts: list[_Count]) -> None:
   if differing:
     print(f'{workdir.name}: {", ".join(differing)} differ')
   for count in counts:
-    count.survived += 1
+    count.completed += 1
     count.differ += bool(differing)
 
 
@@ -209,9 +209,9 @@ def _metrics(stage: Path) -> list[dict]:
 
 
 def _print_table(counts: dict[str, _Count]) -> None:
-  columns = ('tried', 'survived', 'differ', 'lost', 'redone')
+  columns = ('tried', 'completed', 'differ', 'lost', 'repeated')
   table(
-    'kills and damages; lost, redone: steps run again before, after the newest checkpoint',
+    'kills and damages; lost, repeated: steps run again before, after the newest checkpoint',
     ('fault', *columns),
     [
       (name, *(str(getattr(count, column)) for column in columns)) for name, count in counts.items()
