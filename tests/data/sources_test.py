@@ -176,25 +176,25 @@ def test_empty_directory(tmp_path):
 
 
 HELLO = [user('hello')]
-PAIR = Pair(HELLO, 'good', 'skipped_updates')
+PAIR = Pair(HELLO, 'good', 'bad')
 FORMS = {
   'lists': {
     'chosen': [*HELLO, assistant('good')],
-    'rejected': [*HELLO, assistant('skipped_updates')],
+    'rejected': [*HELLO, assistant('bad')],
   },
-  'messages': {'messages': HELLO, 'chosen': 'good', 'rejected': 'skipped_updates'},
-  'prompt_string': {'prompt': 'hello', 'chosen': 'good', 'rejected': 'skipped_updates'},
-  'prompt_messages': {'prompt': HELLO, 'chosen': 'good', 'rejected': 'skipped_updates'},
+  'messages': {'messages': HELLO, 'chosen': 'good', 'rejected': 'bad'},
+  'prompt_string': {'prompt': 'hello', 'chosen': 'good', 'rejected': 'bad'},
+  'prompt_messages': {'prompt': HELLO, 'chosen': 'good', 'rejected': 'bad'},
   'lone_answers': {
     'prompt': HELLO,
     'chosen': [assistant('good')],
-    'rejected': [assistant('skipped_updates')],
+    'rejected': [assistant('bad')],
   },
   'null_columns': {
     'prompt': 'hello',
     'messages': None,
     'chosen': 'good',
-    'rejected': 'skipped_updates',
+    'rejected': 'bad',
   },
 }
 
@@ -237,7 +237,7 @@ def test_conversation_as_it_is():
 )
 def test_ratings(ratings, gap):
   pair = as_pair(FORMS['messages'] | ratings)
-  assert pair == Pair(HELLO, 'good', 'skipped_updates', gap)
+  assert pair == Pair(HELLO, 'good', 'bad', gap)
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,11 @@ def test_errors_name_file_and_row(llama3, tmp_path):
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: no `chosen`'):
     tokenize_pairs(_rows(good, {'prompt': 'a'}), llama3, WIDE)
   template = (
-    "{% if messages[0]['content'] == 'skipped_updates' %}{{ raise_exception('no') }}{% endif %}"
+    "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
   )
   chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template + tokenizers.LLAMA3))
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: .*refuses'):
-    tokenize_prompts(_rows({'prompt': 'a'}, {'prompt': 'skipped_updates'}), chat, WIDE)
+    tokenize_prompts(_rows({'prompt': 'a'}, {'prompt': 'bad'}), chat, WIDE)
 
 
 def test_conversation_mask_is_each_turn_with_its_stop(chatml):

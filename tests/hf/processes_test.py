@@ -30,7 +30,6 @@ writer.save_checkpoint(out, params, config, 'language', source=source, max_shard
 """
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_write_one_checkpoint(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'biases')
