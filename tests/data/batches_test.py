@@ -95,7 +95,7 @@ def test_order_within_a_batch_moves_rows_only(llama3, encode):
 
 
 @pytest.mark.parametrize('encode', ENCODERS)
-def test_holdout_parts_the_prompts(llama3, encode):
+def test_holdout_splits_by_prompt(llama3, encode):
   data = encode(ROWS, llama3, LIMITS)
   train_set, held_out = split_holdout(data, 0.2, seed=0)
   assert not set(train_set.group) & set(held_out.group)

@@ -1,4 +1,4 @@
-"""What a chat template writes by itself; the rest of it is tested with the tokenizer."""
+"""The system turn that a template inserts; other rendering is tested with the tokenizer."""
 
 from fixtures import tokenizers
 from fixtures.tokenizers import user
@@ -6,19 +6,19 @@ from fixtures.tokenizers import user
 from segjax.data.tokenizer import load_tokenizer
 
 
-def test_preamble_is_the_turn_that_the_template_writes_by_itself(tmp_path, llama3, llama31, chatml):
+def test_preamble_is_the_turn_that_the_template_inserts(tmp_path, llama3, llama31, chatml):
   header = '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n'
   block = header + 'Today: 26 Jul 2024\n\n<|eot_id|>'
   assert llama31.preamble == block
   turn = '<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>'
   assert llama31.prompt_text([user('hello')]).startswith(block + turn)
-  assert llama3.preamble == chatml.preamble == ''  # BOS alone is no turn
+  assert llama3.preamble == chatml.preamble == ''  # BOS alone is not a turn
   directory = tokenizers.write_tokenizer(tmp_path)
   injected = load_tokenizer(directory, tokenizers.CHATML_SYSTEM)
   assert injected.preamble == '<|im_start|>system\nBe kind.<|im_end|>\n'
-  # Without a stop token in the template no turn is seen to end.
+  # Without a stop token in the template the end of a turn is not recognised.
   assert load_tokenizer(directory, "{{ 'Be kind.\n' }}" + tokenizers.PLAIN).preamble == ''
-  # A template that writes a user's words in no prompt.
+  # A template that leaves out the user's words.
   silent = "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}"
   assert load_tokenizer(directory, silent + '<|eot_id|>{% endfor %}').preamble == ''
 

@@ -27,7 +27,7 @@ OLD_ARENA = {'question_id': 'cd', 'category': 'c', 'cluster': 'C', 'turns': [{'c
     (OLD_ARENA, 'Arena-Hard', 'cd', ('Why?',)),
   ],
 )
-def test_questions_are_known_by_their_fields(row, name, number, turns):
+def test_questions_are_recognised_by_their_fields(row, name, number, turns):
   judge, (question,) = _read(row)
   assert (judge.name, question.id, question.turns) == (name, number, turns)
 

@@ -10,7 +10,7 @@ LENGTHS = st.lists(st.integers(0, WIDTH), min_size=2, max_size=40)
 
 
 @given(LENGTHS, st.integers(2, 6), st.sampled_from([1, 2]))
-def test_every_sequence_lies_somewhere_alone(lengths, rows, group):
+def test_every_sequence_has_a_slot_of_its_own(lengths, rows, group):
   lengths = np.array(lengths[: len(lengths) // group * group])
   packing = plan_packing(lengths, rows, WIDTH, group)
   slots, token_owner, seen = packing.pieces, {}, []
@@ -27,7 +27,7 @@ def test_every_sequence_lies_somewhere_alone(lengths, rows, group):
   assert len(token_owner) == lengths.sum()  # no two tokens share a position
   assert np.all(slots.length[slots.sequence < 0] == 0)
   assert np.all(slots.sequence[packing.count :] == -1)
-  # Those of a group follow each other.
+  # Sequences of a group are in adjacent slots.
   first = slots.sequence[:, ::group]
   for k in range(1, group):
     np.testing.assert_array_equal(slots.sequence[:, k::group], np.where(first < 0, -1, first + k))

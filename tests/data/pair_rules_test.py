@@ -1,4 +1,4 @@
-"""What published code does to pairs, by worked examples, and that none of it is the default."""
+"""How published code treats pairs, by worked examples; nothing of it is the default."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_forced_stop_ends_truncated_responses(llama3):
     [True, False],
   )
   stop = llama3.stop_ids[0]
-  # The truncated response differs in its last token alone, the complete one in nothing.
+  # The truncated response differs only in its last token; the complete one is equal.
   for index, truncated, complete in ((0, 'chosen', 'rejected'), (1, 'rejected', 'chosen')):
     now, before = getattr(forced, truncated)[index], getattr(plain, truncated)[index]
     assert now.tolist() == [*before[:-1].tolist(), stop] != before.tolist()
@@ -100,12 +100,12 @@ def test_prompt_without_preamble(llama31, llama3):
   for index in range(2):
     prompt = prompts.tokens[index].tolist()
     assert short.chosen[index][: len(prompt)].tolist() == prompt
-  # A template that writes no such turn has nothing to lose, BOS included.
+  # Nothing is removed if the template inserts no such turn, not even BOS.
   same = [tokenize_pairs(rows, llama3, WIDE, r) for r in (rules, PairRules())]
   np.testing.assert_array_equal(same[0].chosen.values, same[1].chosen.values)
 
 
-def test_ratings_that_nobody_asked_for_may_be_anything(llama3):
+def test_ratings_that_are_not_read_may_be_invalid(llama3):
   row = _pair('a', 'one', 'two') | {'chosen_score': float('nan'), 'rejected_score': '?'}
   assert len(tokenize_pairs(_rows(row), llama3, WIDE, PairRules(ratings=False))) == 1
   with pytest.raises(ValueError, match='chosen_score'):

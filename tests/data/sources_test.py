@@ -72,7 +72,7 @@ def test_directory_of_splits(tmp_path):
 def test_sharded_directory(tmp_path, monkeypatch):
   import datasets
 
-  # The cache of datasets would else be the user's own.
+  # Otherwise `datasets` would use the user's cache.
   monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', str(tmp_path / 'cache'))
   (tmp_path / 'hub' / 'data').mkdir(parents=True)
   for shard in range(2):
@@ -94,7 +94,7 @@ def test_sharded_directory(tmp_path, monkeypatch):
   ],
   ids=['broken_line', 'not_an_object', 'blank', 'empty_array', 'array_of_numbers'],
 )
-def test_bad_json(tmp_path, content, message):
+def test_invalid_json(tmp_path, content, message):
   (tmp_path / 'rows.jsonl').write_text(content)
   with pytest.raises(ValueError, match=message):
     load_rows(str(tmp_path / 'rows.jsonl'))
@@ -108,7 +108,7 @@ def test_bad_json(tmp_path, content, message):
     ('a.csv', 'unknown kind of file'),
   ],
 )
-def test_bad_files(tmp_path, name, message):
+def test_invalid_files(tmp_path, name, message):
   (tmp_path / name).write_text('nothing of the kind')
   with pytest.raises(ValueError, match=message):
     load_rows(str(tmp_path / name))
@@ -255,7 +255,7 @@ def test_ratings(ratings, gap):
     ({'chosen_score': 10**400, 'rejected_score': 1}, '`chosen_score`.*finite number'),
   ],
 )
-def test_bad_ratings(ratings, message):
+def test_invalid_ratings(ratings, message):
   location = Rows([], 'pairs.jsonl').location(6)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 7: ' + f'.*{message}'):
     as_pair(FORMS['messages'] | ratings, location)
@@ -310,7 +310,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_bad_rows(case):
+def test_invalid_rows(case):
   read, row, message = BAD[case]
   location = Rows([row], 'pairs.jsonl').location(0)
   with pytest.raises(ValueError, match=r'^pairs\.jsonl, row 1: .*' + message):

@@ -80,8 +80,8 @@ def test_truncated_characters_have_no_token(llama3):
     llama3, _row('hello there ' * 9), Limits(size - 6, complete.prompt_length)
   )
   assert counts['truncated'] == 1 and not tokenized.finished and complete.finished
-  kept = len(tokenized.ids) - tokenized.prompt_length
-  expected = np.where(complete.token_of_char < kept, complete.token_of_char, -1)
+  length = len(tokenized.ids) - tokenized.prompt_length
+  expected = np.where(complete.token_of_char < length, complete.token_of_char, -1)
   assert tokenized.token_of_char.tolist() == expected.tolist()
   assert (expected < 0).any()
 
@@ -136,7 +136,7 @@ def test_published_file(shared_files):
   folder = shared_files / 'data' / 'finegrained'
   marked = [as_span_annotation(row) for row in load_rows(str(folder / 'dev_feedback.json'))]
   assert len(marked) == 500 and sum(len(row.spans) for row in marked) == 1373
-  # The prompts are those of the pairs that were made of the same data.
+  # The prompts equal those of the pairs that were built from the same data.
   pairs = load_rows(str(folder / 'pairs.jsonl.gz'))
   prompts = {json.dumps(row['messages']) for row in pairs}
   assert sum(json.dumps(row.prompt) in prompts for row in marked) > 450

@@ -57,7 +57,7 @@ def test_pair_batch_by_hand(llama3):
   assert batch.chosen.ids.shape == batch.rejected.ids.shape == (1, data.length)
 
 
-def test_pair_truncation_keeps_ends_and_says_unfinished(llama3):
+def test_pair_truncation_keeps_ends_and_marks_unfinished(llama3):
   row = _pair('hello there ' * 9, 'one two three ' * 9, 'two')
   prompt = llama3.prompt_ids([user(row['prompt'])])
   chosen = llama3.response_ids([user(row['prompt'])], row['chosen'])
@@ -129,7 +129,7 @@ def test_nothing_left(llama3):
     ((32, 0), r'data\.max_prompt_length=0 must be'),
   ],
 )
-def test_bad_limits(arguments, message):
+def test_invalid_limits(arguments, message):
   with pytest.raises(ValueError, match=message):
     Limits(*arguments)
 
@@ -138,9 +138,7 @@ def test_errors_name_file_and_row(llama3, tmp_path):
   good = _pair('a', 'one', 'two')
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: no `chosen`'):
     tokenize_pairs(_rows(good, {'prompt': 'a'}), llama3, WIDE)
-  template = (
-    "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
-  )
+  template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}"
   chat = load_tokenizer(tokenizers.write_tokenizer(tmp_path, template + tokenizers.LLAMA3))
   with pytest.raises(ValueError, match=r'^rows\.jsonl, row 2: .*refuses'):
     tokenize_prompts(_rows({'prompt': 'a'}, {'prompt': 'bad'}), chat, WIDE)

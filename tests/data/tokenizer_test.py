@@ -62,7 +62,7 @@ def test_template_without_stop_gets_eos(tmp_path):
   assert chat.decode(response, skip_special=False) == 'one\n<|end_of_text|>'
 
 
-def test_stop_token_inside_the_words_cuts_nothing(llama3):
+def test_stop_token_inside_the_words_does_not_truncate(llama3):
   response = llama3.response_ids([user('hello')], 'one<|eot_id|>two')
   assert llama3.decode(response, skip_special=False) == 'one<|eot_id|>two<|eot_id|>'
 
@@ -140,7 +140,7 @@ def test_no_template_names_directory_and_key(tmp_path):
   ],
   ids=['no_file', 'no_words', 'rewrites', 'two_bos', 'refuses', 'syntax'],
 )
-def test_bad_template(tmp_path, template, message):
+def test_invalid_template(tmp_path, template, message):
   directory = tokenizers.write_tokenizer(tmp_path)
   with pytest.raises(ValueError, match=message):
     load_tokenizer(directory, template)
@@ -152,7 +152,7 @@ def test_no_stop_at_all(tmp_path):
     load_tokenizer(directory)
 
 
-def test_no_tokenizer_there(tmp_path):
+def test_missing_tokenizer(tmp_path):
   with pytest.raises(ValueError, match=r'no tokenizer\.json'):
     load_tokenizer(str(tmp_path))
   with pytest.raises(ValueError, match=r'no tokenizer\.json'):
@@ -216,7 +216,7 @@ def _add_token(content):
 @pytest.mark.parametrize(
   'change', [_drop_merge, _rename_entry, _prefix_space, _normalize, _add_token]
 )
-def test_fingerprint_sees_what_changes_ids(tmp_path, change):
+def test_fingerprint_depends_on_what_changes_ids(tmp_path, change):
   directory = tokenizers.write_tokenizer(tmp_path)
   before = tokenizer_fingerprint(directory)
   _edit(tmp_path, change)
@@ -227,12 +227,12 @@ def _merges_as_strings(content):
   content['model']['merges'] = [' '.join(pair) for pair in content['model']['merges']]
 
 
-def _other_furniture(content):
+def _other_sections(content):
   content.update(padding={'x': 1}, truncation={'y': 2}, post_processor={'type': 'ByteLevel'})
 
 
-@pytest.mark.parametrize('change', [_merges_as_strings, _other_furniture])
-def test_fingerprint_is_blind_to_the_rest(tmp_path, change):
+@pytest.mark.parametrize('change', [_merges_as_strings, _other_sections])
+def test_fingerprint_ignores_the_rest(tmp_path, change):
   directory = tokenizers.write_tokenizer(tmp_path)
   before = tokenizer_fingerprint(directory)
   _edit(tmp_path, change)
@@ -268,7 +268,7 @@ def test_no_token_ends_in_the_delimiter(llama3):
     llama3.ids_ending_in([])
 
 
-def test_fingerprint_survives_template_and_pad_token(tmp_path):
+def test_fingerprint_ignores_template_and_pad_token(tmp_path):
   first = tokenizers.write_tokenizer(tmp_path / 'a')
   chat = load_tokenizer(first, tokenizers.CHATML)
   chat.tokenizer.pad_token = '<|eom_id|>'

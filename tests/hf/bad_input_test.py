@@ -1,4 +1,4 @@
-"""Damaged checkpoints: one line that names file and tensor, and nothing is written."""
+"""Damaged checkpoints are a one-line error with file and tensor, and nothing is written."""
 
 import json
 import re

@@ -84,7 +84,7 @@ def test_refuses_index_that_disagrees(tmp_path):
     checkpoint.open_checkpoint(tmp_path)
 
 
-def test_refuses_pickles_and_says_how_to_convert(tmp_path):
+def test_refuses_pickles_and_names_the_conversion(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'')
   with pytest.raises(ValueError, match=r'pytorch_model\.bin is a pickle.*save_pretrained'):
     checkpoint.open_checkpoint(tmp_path)
@@ -179,7 +179,7 @@ def test_refuses_integer_weights(tmp_path):
     checkpoint.open_checkpoint(tmp_path)
 
 
-def test_refuses_broken_config(tmp_path):
+def test_refuses_invalid_config(tmp_path):
   with pytest.raises(ValueError, match=r'config\.json does not exist'):
     checkpoint.read_json(tmp_path / 'config.json')
   (tmp_path / 'config.json').write_text('{')

@@ -29,7 +29,7 @@ def test_roles_are_those_of_the_conversion():
   assert tuple(imported.HEADS) == cli.ROLES
 
 
-def test_there_and_back(llama3, tmp_path, capsys):
+def test_import_then_export(llama3, tmp_path, capsys):
   stored, out = str(tmp_path / 'b'), str(tmp_path / 'c')
   (tmp_path / 'results.json').write_text('{"gold": {"after": 0.5}, "wall": 3, "name": "x"}')
   assert cli.main(['import', str(llama3), stored, '--role=critic', '--seed=3']) == 0

@@ -304,7 +304,7 @@ def _prepare(convert_checkpoint, llama3, directory):
 
 
 @BOTH_WAYS
-def test_a_disk_that_fills_leaves_nothing(convert_checkpoint, llama3, tmp_path):
+def test_a_full_disk_leaves_no_output(convert_checkpoint, llama3, tmp_path):
   """The system limits the size of files, which fails while weights are written."""
   source = _prepare(convert_checkpoint, llama3, tmp_path / 'b')
   (tmp_path / 'w').mkdir()

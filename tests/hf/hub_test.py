@@ -1,4 +1,4 @@
-"""Downloads from a hub of our own on localhost, through huggingface_hub itself."""
+"""Downloads from a fake hub on localhost, through huggingface_hub itself."""
 
 import ast
 import collections

@@ -45,7 +45,7 @@ def test_the_hub_reads_every_field(tmp_path):
     ('scalar', True, 'AutoModelForSequenceClassification', 'text-classification'),
   ],
 )
-def test_nothing_known(head, with_template, word, task, tmp_path):
+def test_empty_card(head, with_template, word, task, tmp_path):
   model_card.write_card(tmp_path, Card(), name='x', head=head, with_template=with_template)
   loaded = _load(tmp_path)
   assert word in loaded.text and 'apply_chat_template' not in loaded.text
@@ -110,7 +110,7 @@ def test_the_record_is_written_and_shown(tmp_path):
   assert '](curves.png)' in loaded.text
   for text in ('| seed | 3 |', 'rows 9, used 7', 'jax 0.10.2', 'abc-dirty', 'TPU v5p, count 8'):
     assert text in loaded.text, text
-  # Fences are longer than any run of backticks in what they hold.
+  # A fence is longer than any run of backticks inside it.
   assert f'\n````bash\n{RECORD["command"]}\n````\n' in loaded.text
   _, _, folded = loaded.text.partition('<details>')
   body = folded.partition('\n`````json\n')[2].partition('\n`````\n')[0]
@@ -127,14 +127,14 @@ def test_a_record_in_the_directory_is_shown_again(tmp_path):
 
 
 @pytest.mark.parametrize('text', ['[1]', '{"data": 3, "metrics": [], "stage": {}}', 'no JSON', ''])
-def test_a_foreign_file_of_that_name_does_no_harm(tmp_path, text):
+def test_a_foreign_file_of_that_name_is_ignored(tmp_path, text):
   (tmp_path / 'segjax_config.json').write_text(text)
   model_card.write_card(tmp_path, Card(), name='x', head='language', with_template=False)
   assert _load(tmp_path).data.get('stage') is None
   assert (tmp_path / 'segjax_config.json').read_text() == text
 
 
-def test_odd_texts_stay_in_their_cells(tmp_path):
+def test_special_characters_are_escaped_in_cells(tmp_path):
   odd = Card(recipe='a`b\nc', metrics={'x|y<b>\nz': 1.0}, dataset='p|q', base_model='`')
   model_card.write_card(tmp_path, odd, name='x', head='language', with_template=False)
   text = _load(tmp_path).text

@@ -100,7 +100,7 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
 @pytest.mark.parametrize('own_memory', [False, True], ids=['host', 'accelerator'])
 @pytest.mark.parametrize('spread', [False, True], ids=['one', 'eight'])
 def test_loading_in_pieces_is_the_same(own_memory, spread, tmp_path, monkeypatch):
-  # On accelerators pieces are written into the device's buffer; a CPU device stands in for one.
+  # On accelerators pieces are written into the device's buffer; here a CPU device acts as one.
   directory = hf_models.write(tmp_path)
   config = reader.load_config(directory)
   mesh = make_mesh(1, 2, 4) if spread else None

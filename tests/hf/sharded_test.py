@@ -27,7 +27,7 @@ RAW = {
 
 @pytest.mark.devices
 @pytest.mark.parametrize('dtype', ['', 'float32'])
-def test_memory_holds_little_beyond_the_arrays(dtype, tmp_path):
+def test_loading_needs_little_memory_beyond_the_arrays(dtype, tmp_path):
   spec = importlib.util.spec_from_file_location('sharded', TOOL)
   sharded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(sharded)

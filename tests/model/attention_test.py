@@ -41,7 +41,7 @@ def test_causal_grouped_queries(kv_heads):
 ATTENDED = jnp.array([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 1, 0]])
 
 
-def test_unattended_tokens_are_not_seen_and_give_0():
+def test_unattended_tokens_are_masked_and_give_0():
   query, key, value = arrays()
   mask = np.broadcast_to(np.tril(np.ones((6, 6), bool)), (2, 6, 6))
   seen = mask & (np.asarray(ATTENDED) > 0)[:, None]
@@ -174,7 +174,7 @@ def test_rows_that_splash_does_not_support_use_xla(caplog):
 
 
 @pytest.mark.parametrize(
-  ('wanted', 'platform', 'dtype', 'size', 'expected', 'reason'),
+  ('requested', 'platform', 'dtype', 'size', 'expected', 'reason'),
   [
     ('auto', 'cpu', 'bfloat16', 128, 'xla', ''),
     ('auto', 'tpu', 'float32', 64, 'splash', ''),
@@ -188,8 +188,8 @@ def test_rows_that_splash_does_not_support_use_xla(caplog):
     ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'head_dim=20'),
   ],
 )
-def test_select_implementation(wanted, platform, dtype, size, expected, reason):
-  name, why = module.select_implementation(wanted, platform, dtype, size)
+def test_select_implementation(requested, platform, dtype, size, expected, reason):
+  name, why = module.select_implementation(requested, platform, dtype, size)
   assert name == expected
   assert reason in why
   assert bool(reason) == bool(why)

@@ -1,4 +1,4 @@
-"""The cost of a step is that of the cache it reads; timings are in `tools/bench.py`."""
+"""A decode step reads no larger a cache than it needs; timings are in `tools/bench.py`."""
 
 import dataclasses
 

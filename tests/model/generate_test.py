@@ -62,9 +62,9 @@ def test_logprob_equals_full_forward(sampled):
     assert_allclose(out.logprob[row, :n], expected, rtol=0, atol=1e-4)
 
 
-def test_what_a_response_is(sampled):
+def test_responses_end_at_the_first_stop_token(sampled):
   _, _, _, out = sampled
-  assert 0 < out.finished.sum() < models.BATCH  # both kinds are here
+  assert 0 < out.finished.sum() < models.BATCH  # both kinds occur
   for ids, mask, finished, logprob in zip(
     out.response_ids, out.response_mask, out.finished, out.logprob, strict=True
   ):
@@ -90,8 +90,8 @@ def test_each_stop_id_stops(sampled):
   assert ends == set(models.STOP_IDS)
 
 
-def test_a_row_depends_on_itself_alone(sampled):
-  """Not on its batch mates, nor on what its prompt is padded with."""
+def test_rows_are_independent(sampled):
+  """A response depends neither on its batch mates nor on the padding of its prompt."""
   config, params, prompts, out = sampled
   others, lengths = models.ids(seed=5, shape=prompts.shape), LENGTHS[::-1].copy()
   for row in (0, 3):
@@ -104,7 +104,7 @@ def test_a_row_depends_on_itself_alone(sampled):
   assert (again.response_ids[1] != out.response_ids[1]).any()
 
 
-def test_the_key_decides(sampled):
+def test_responses_depend_on_the_key(sampled):
   config, params, prompts, out = sampled
   again = run(params, prompts, LENGTHS, config=config)
   jax.tree.map(np.testing.assert_array_equal, again, out)
@@ -192,7 +192,7 @@ def test_bfloat16_decodes_near_its_own_forward():
 
 
 @pytest.mark.parametrize('slots', [1, 3])
-def test_max_concurrent_does_not_matter(sampled, slots):
+def test_responses_do_not_depend_on_max_concurrent(sampled, slots):
   """One slot, refilled seven times, or eight at once: the same tokens."""
   config, params, prompts, out = sampled
   again = run(params, prompts, LENGTHS, config=config, max_concurrent=slots)
@@ -202,7 +202,7 @@ def test_max_concurrent_does_not_matter(sampled, slots):
     assert_allclose(getattr(again, name), getattr(out, name), atol=1e-5, err_msg=name)
 
 
-def test_order_of_arrival_does_not_matter(sampled):
+def test_responses_do_not_depend_on_the_order_of_prompts(sampled):
   config, params, prompts, out = sampled
   order = np.random.default_rng(2).permutation(models.BATCH)
   again = run(
@@ -213,7 +213,7 @@ def test_order_of_arrival_does_not_matter(sampled):
 
 
 @pytest.mark.parametrize('shape', [(2, 2, 2), (4, 2, 1)], ids=str)
-def test_devices_do_not_matter(shape):
+def test_responses_do_not_depend_on_devices(shape):
   """Both layouts of a decode loop: rows over all devices, and heads over fsdp."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   out = run(params, prompts, LENGTHS)
@@ -239,7 +239,7 @@ def test_limits_end_each_response(sampled):
 
 
 def test_scanned_layers_equal_unrolled_ones():
-  """Scanned layers are the programs of accelerators."""
+  """Accelerators scan the layers."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   mesh = models.mesh(1)
   decoder = make_decode_config(models.CONFIG, SAMPLING, models.STOP_IDS, mesh)

@@ -91,7 +91,7 @@ def _same(ids, mask, peer_ids, peer_logits):
   return True
 
 
-def test_alone(model, prompts):
+def test_prompts_one_by_one(model, prompts):
   """Prompts one by one, and the peer's without padding."""
   rows = [int(row) for row in np.argsort(prompts.prompt_length)[[0, 20, 63]]]
   for row in rows:

@@ -116,7 +116,7 @@ def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
   assert _moved_weights(compiled, weights) == []
 
 
-def test_gathers_are_found(mesh):
+def test_gathers_are_detected(mesh):
   """The tests above would notice a gathered weight."""
   layout = jax.NamedSharding(mesh, jax.P(None, WEIGHT_AXES))
   weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=layout)
