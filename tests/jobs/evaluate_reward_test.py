@@ -126,44 +126,45 @@ def inputs(language, small, one_device, tmp_path_factory):
 
 
 def test_job_agrees_with_training(small, run, inputs, tmp_path):
-  """The held-out pairs have the figures that reward training found for them."""
+  """The held-out pairs have the figures that reward training computed for them."""
   paths, pairs = inputs
-  where = tmp_path / 'held_out.jsonl'
-  stage = json.loads((_parent(paths) / 'stage.json').read_text())
-  held = json.loads((_parent(paths) / 'held_out.json').read_text())
+  held_out_file = tmp_path / 'held_out.jsonl'
+  training = json.loads((_parent(paths) / 'stage.json').read_text())['results']
+  held_out = json.loads((_parent(paths) / 'held_out.json').read_text())
   rows = load_rows(pairs)
-  where.write_text(''.join(json.dumps(rows[i] | {'subset': f's{i % 2}'}) + '\n' for i in held))
-  marked = tmp_path / 'marked.jsonl'
+  held_out_file.write_text(
+    ''.join(json.dumps(rows[i] | {'subset': f's{i % 2}'}) + '\n' for i in held_out)
+  )
+  spans_file = tmp_path / 'spans.jsonl'
   text = rows[0]['chosen']
   span = {'start': 0, 'end': 5, 'type': 'slip'}
   row = {'messages': rows[0]['messages'], 'response': text, 'spans': [span]}
-  marked.write_text(json.dumps(row) + '\n' + json.dumps(row) + '\n')
-  named = {
+  spans_file.write_text(json.dumps(row) + '\n' + json.dumps(row) + '\n')
+  overrides = {
     **paths,
-    'evaluate_reward.pairs': f'{where},{where}',
-    'evaluate_reward.spans': str(marked),
+    'evaluate_reward.pairs': f'{held_out_file},{held_out_file}',
+    'evaluate_reward.spans': str(spans_file),
     'evaluate_reward.batch_size': 8,
   }
-  found = run(small('evaluate_reward', **named))['evaluate_reward']
-  results = stage['results']
-  assert found['pairs']['all']['accuracy']['mean'] == pytest.approx(results['held_out_accuracy'])
-  assert found['pairs']['all']['margin'] == pytest.approx(results['held_out_margin'], abs=1e-5)
-  assert set(found['pairs']['subsets']) == {'s0', 's1'}
-  assert found['pairs_read'] == 2 * len(held) and found['spans']['normalized']
-  assert found['spans']['types']['slip']['spans'] == 2
+  results = run(small('evaluate_reward', **overrides))['evaluate_reward']
+  assert results['pairs']['all']['accuracy']['mean'] == pytest.approx(training['held_out_accuracy'])
+  assert results['pairs']['all']['margin'] == pytest.approx(training['held_out_margin'], abs=1e-5)
+  assert set(results['pairs']['subsets']) == {'s0', 's1'}
+  assert results['pairs_read'] == 2 * len(held_out) and results['spans']['normalized']
+  assert results['spans']['types']['slip']['spans'] == 2
   written = json.loads((tmp_path / 'evaluate_reward' / 'results.json').read_text())
-  assert written['pairs'] == found['pairs'] and written['spans'] == found['spans']
+  assert written['pairs'] == results['pairs'] and written['spans'] == results['spans']
 
 
 def _parent(paths):
   return Path(paths['reward_model.path']).parent
 
 
-def test_reference_is_asked_for_before_anything_is_loaded(small, run, inputs):
+def test_missing_reference_is_an_error_before_anything_is_loaded(small, run, inputs):
   paths, pairs = inputs
-  named = {'reward_model.path': paths['reward_model.path'], 'data.path': pairs}
+  overrides = {'reward_model.path': paths['reward_model.path'], 'data.path': pairs}
   with pytest.raises(ValueError, match=r'config.reference.path is empty, but this reward model'):
-    run(small('evaluate_reward', **named))
+    run(small('evaluate_reward', **overrides))
 
 
 def test_files_of_the_wrong_form_are_named(small, run, inputs, tmp_path):
