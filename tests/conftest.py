@@ -59,7 +59,7 @@ def compile_again(request):
 @pytest.fixture(scope='session')
 def shared_files() -> Path:
   """The directory of golden cases, models and data; skips the test if it does not exist."""
-  path = (_REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared')).resolve()
+  path = (_REPOSITORY / os.environ.get('SEGJAX_SHARED', '../shared')).resolve()
   if not path.is_dir():
-    pytest.skip(f'no golden cases at {path}; point SEGJAX_MATERIAL at them')
+    pytest.skip(f'no golden cases at {path}; point SEGJAX_SHARED at them')
   return path

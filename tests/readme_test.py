@@ -96,7 +96,7 @@ def workspace(tmp_path_factory):
   """
   directory = tmp_path_factory.mktemp('readme')
   untrained = runs.policy(directory / 'untrained')
-  trained = REPOSITORY / os.environ.get('SEGJAX_MATERIAL', '../shared') / 'models/stories260k-hf'
+  trained = REPOSITORY / os.environ.get('SEGJAX_SHARED', '../shared') / 'models/stories260k-hf'
   models = directory / 'runs' / 'mine'
   for stage in ('sft', 'ppo'):
     if trained.is_dir():
