@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from segjax import processes
 from segjax.data.batches import Pairs
-from segjax.rl.pair_metrics import pair_metrics
+from segjax.rl.pair_metrics import preference_metrics
 from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
 
 
@@ -39,8 +39,8 @@ def score_pairs(
 
 
 def scored_pair_metrics(scored: Float[np.ndarray, 'N 4']) -> dict[str, float]:
-  """Returns `rl.pair_metrics.pair_metrics` of the output of `score_pairs`."""
+  """Returns `rl.preference_metrics` of the output of `score_pairs`."""
   chosen, rejected = scored[:, :2].T.astype(np.float32)
   lengths = scored[:, 2:].T.astype(np.int32)
-  metrics = jax.device_get(jax.jit(pair_metrics)(chosen, rejected, *lengths))
+  metrics = jax.device_get(jax.jit(preference_metrics)(chosen, rejected, *lengths))
   return {name: float(value) for name, value in metrics.items()}

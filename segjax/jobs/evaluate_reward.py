@@ -208,7 +208,7 @@ def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) 
     truncated: whether a pair was truncated.
 
   Returns:
-    `all`, `untruncated` (None if none is), `subsets` by name: `rl.pair_metrics.pair_metrics`,
+    `all`, `untruncated` (None if none is), `subsets` by name: `rl.preference_metrics`,
     where the accuracy has its Wilson interval; `reward_bench`: see `reward_bench.section_scores`.
   """
   names = np.array(subsets)

@@ -51,7 +51,7 @@ def run(stage: Stage) -> dict[str, Any]:
   `held_out.json`.
 
   Returns:
-    steps, loss, held_out_pairs, and held_out_NAME for each of `rl.pair_metrics`.
+    steps, loss, held_out_pairs, and held_out_NAME for each of `rl.preference_metrics`.
   """
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')

@@ -32,7 +32,7 @@ from segjax.rl.normalizer import (
   normalize,
   relative_position,
 )
-from segjax.rl.pair_metrics import pair_metrics
+from segjax.rl.pair_metrics import preference_metrics
 from segjax.rl.rewards import (
   SPREADS,
   bandit,
@@ -90,8 +90,8 @@ __all__ = [
   'mean_std',
   'normalize',
   'num_terms',
-  'pair_metrics',
   'policy_loss',
+  'preference_metrics',
   'r_squared',
   'red',
   'relative_position',

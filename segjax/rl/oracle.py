@@ -259,7 +259,7 @@ def value_loss(value, old_value, return_, mask, clip_eps, mean='sequence'):
   return 0.5 * batch_mean(errors, mask, mean)
 
 
-def pair_metrics(chosen, rejected, chosen_length, rejected_length):
+def preference_metrics(chosen, rejected, chosen_length, rejected_length):
   """Accuracy, calibration and the like of the scores of pairs, the first one preferred."""
 
   def wins(first, second):

@@ -13,7 +13,7 @@ from segjax.rl.masked import at_least_float32
 _NUM_BINS = 10  # of confidence, between 1/2 and 1
 
 
-def pair_metrics(
+def preference_metrics(
   chosen: Float[Array, 'N'],
   rejected: Float[Array, 'N'],
   chosen_length: Int[Array, 'N'],

@@ -9,19 +9,19 @@ from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
 from segjax.rl import oracle
-from segjax.rl.pair_metrics import pair_metrics
+from segjax.rl.pair_metrics import preference_metrics
 
 # Eighths are exact in float32, ties are frequent, and no confidence falls on a boundary of bins.
 SCORES = arrays(np.int8, (2, 12), elements=st.integers(-24, 24)).map(lambda x: x / np.float32(8))
 LENGTHS = arrays(np.int32, (2, 12), elements=st.integers(0, 3))
 
-run = jax.jit(pair_metrics)
+run = jax.jit(preference_metrics)
 
 
 @given(scores=SCORES, lengths=LENGTHS)
 def test_equals_oracle(scores, lengths):
   got = jax.device_get(run(*scores, *lengths))
-  expected = oracle.pair_metrics(*scores.tolist(), *lengths.tolist())
+  expected = oracle.preference_metrics(*scores.tolist(), *lengths.tolist())
   assert got.keys() == expected.keys()
   for name, value in expected.items():
     assert_allclose(got[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -32,7 +32,7 @@ def test_worked():
   chosen = jnp.log(jnp.array([3, 1, 9, 2.0]))
   rejected = jnp.log(jnp.array([1, 3, 1, 2.0]))
   # .75 and .9 are edges of bins: a nudge puts the first two together.
-  got = pair_metrics(
+  got = preference_metrics(
     chosen + jnp.array([0.01, 0, 0.01, 0]),
     rejected + jnp.array([0, 0.01, 0, 0]),
     jnp.array([5, 5, 2, 3]),
@@ -48,18 +48,20 @@ def test_worked():
 
 def test_certain_and_right_is_calibrated():
   far, length = jnp.full(3, 1e4), jnp.ones(3, int)
-  got = pair_metrics(far, -far, length, length)
+  got = preference_metrics(far, -far, length, length)
   assert got['ece'] == got['loss'] == 0
   assert got['accuracy'] == 1 and got['length_baseline_accuracy'] == 0.5
-  got = pair_metrics(-far, far, length, length)
+  got = preference_metrics(-far, far, length, length)
   assert got['ece'] == 1 and got['loss'] == 2e4 and got['accuracy'] == 0
 
 
 def test_no_pairs_and_half_precision():
   nothing, no_length = jnp.zeros(0), jnp.zeros(0, int)
-  assert all(value == 0 for value in pair_metrics(nothing, nothing, no_length, no_length).values())
+  assert all(
+    value == 0 for value in preference_metrics(nothing, nothing, no_length, no_length).values()
+  )
   half, length = jnp.ones(2, jnp.bfloat16), jnp.ones(2, int)
-  metrics = pair_metrics(half, half, length, length)
+  metrics = preference_metrics(half, half, length, length)
   assert all(value.dtype == jnp.float32 for value in metrics.values())
 
 
@@ -67,4 +69,4 @@ def test_wrong_arrays_raise():
   scores, lengths = jnp.zeros(3), jnp.zeros(3, int)
   for bad in ([scores, scores[:2], lengths, lengths], [scores, scores, scores, lengths]):
     with pytest.raises(TypeCheckError):
-      pair_metrics(*bad)
+      preference_metrics(*bad)
