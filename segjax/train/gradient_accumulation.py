@@ -28,18 +28,18 @@ def value_and_grad(
   packing: PackingPlan | None,
   *rest: Any,
 ) -> tuple[LossAndMetrics, Any]:
-  """Computes Σ_j objective(params, piece_j, *rest, places=places_j) and its gradient by `params`.
+  """Computes Σ_j objective(params, piece_j, *rest, slots=slots_j) and its gradient by `params`.
 
   The activations of one piece exist at a time; one compiled program serves all pieces.
 
   Args:
-    objective: (params, piece, *rest, places) -> (loss, metrics), all scalars that add up to those
+    objective: (params, piece, *rest, slots) -> (loss, metrics), all scalars that add up to those
       of the whole batch: sums over rows, divided by counts of the whole batch, which are passed in
       `rest`. Of `Metrics.max` the largest is taken instead.
     params: parameters of a network of `segjax.model`, whose layout the gradient keeps.
     batch: a pytree of arrays, rows in axis 0 of each.
     micro_batch: rows of a piece without packing; 0 for all. Piece j of n holds the rows j, j + n,
-      j + 2n, ... so that no row leaves its device. `places` is None.
+      j + 2n, ... so that no row leaves its device. `slots` is None.
     packing: which sequences form a piece, and where the network finds them; a row of the batch may
       be several sequences that follow each other. Slots of length 0 are empty, and the rows passed
       for them must be ignored.
@@ -55,21 +55,21 @@ def value_and_grad(
   if packing is None:
     pieces = _num_pieces(micro_batch, batch)
     if pieces == 1:
-      return evaluate(params, batch, *rest, places=None)
+      return evaluate(params, batch, *rest, slots=None)
     parts = jax.tree.map(functools.partial(_split, pieces=pieces), batch)
 
     def piece(j):
       part = jax.tree.map(lambda x: sharding.constrain_batch(x[j]), parts)
-      return evaluate(params, part, *rest, places=None)
+      return evaluate(params, part, *rest, slots=None)
 
     return _accumulate(piece, params, pieces)
 
   def packed_piece(j):
-    places: PackingSlots = jax.tree.map(lambda x: x[j], packing.pieces)
+    slots: PackingSlots = jax.tree.map(lambda x: x[j], packing.pieces)
     # Empty slots have sequence -1; they read row 0, which their length of 0 masks out.
-    rows = jnp.maximum(places.sequence[:: places.group] // places.group, 0)
+    rows = jnp.maximum(slots.sequence[:: slots.group] // slots.group, 0)
     part = jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), batch)
-    return evaluate(params, part, *rest, places=places)
+    return evaluate(params, part, *rest, slots=slots)
 
   return _accumulate(packed_piece, params, packing.count)
 

@@ -50,7 +50,7 @@ def policy_objective(
   kl_coef: ScalarLike,
   *,
   recipe: PPORecipe,
-  places: PackingSlots | None = None,
+  slots: PackingSlots | None = None,
 ) -> LossAndMetrics:
   """Computes the clipped surrogate, less the entropy bonus, plus the KL penalty if in the loss.
 
@@ -60,11 +60,11 @@ def policy_objective(
     count: `num_terms` of the whole minibatch, of which `batch` may be a part.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: network and loss.
-    places: where the sequences lie in packed rows.
+    slots: where the sequences lie in packed rows.
   """
   ppo, rollout = recipe.ppo, batch.rollout
-  mask = _without_empty_slots(rollout.response_mask, places)
-  logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, places)
+  mask = _without_empty_slots(rollout.response_mask, slots)
+  logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, slots)
   mean = functools.partial(batch_mean, mask=mask, mean=ppo.loss_aggregation, count=count)
   loss, metrics = policy_loss(
     logprob,
@@ -90,10 +90,10 @@ def policy_objective(
 
 
 def _without_empty_slots(
-  mask: Bool[Array, 'B T'], places: PackingSlots | None
+  mask: Bool[Array, 'B T'], slots: PackingSlots | None
 ) -> Bool[Array, 'B T']:
   """Returns the mask, False in rows that only fill an empty slot."""
-  return mask if places is None else mask & (places.length > 0)[:, None]
+  return mask if slots is None else mask & (slots.length > 0)[:, None]
 
 
 def _run_model(
@@ -101,7 +101,7 @@ def _run_model(
   params: Any,
   rollout: Rollout,
   config: LlamaConfig,
-  places: PackingSlots | None,
+  slots: PackingSlots | None,
 ) -> Any:
   """Returns the outputs of a function of `heads` at each response token, [B, T] each."""
   outputs = run_packed(
@@ -109,7 +109,7 @@ def _run_model(
     params,
     concat_prompt_response(rollout),
     config,
-    places,
+    slots,
     attention_segment_ids(rollout),
   )
   size = rollout.response_ids.shape[1]
@@ -122,15 +122,15 @@ def value_objective(
   count: Float[Array, ''],
   *,
   recipe: PPORecipe,
-  places: PackingSlots | None = None,
+  slots: PackingSlots | None = None,
 ) -> LossAndMetrics:
   """Computes the clipped value loss, `rl.losses.value_loss`; see `policy_objective`."""
-  value = _run_model(values, params, batch.rollout, recipe.critic, places)
+  value = _run_model(values, params, batch.rollout, recipe.critic, slots)
   loss, metrics = value_loss(
     value,
     batch.value,
     batch.return_,
-    _without_empty_slots(batch.value_mask, places),
+    _without_empty_slots(batch.value_mask, slots),
     value_clip_eps=recipe.ppo.value_clip_eps or None,
     mean=recipe.ppo.loss_aggregation,
     count=count,

@@ -34,7 +34,7 @@ class SegmentScorer:
 
 
 def reference_entropy(
-  reference: Any, sequences: Sequences, scorer: SegmentScorer, places: PackingSlots | None = None
+  reference: Any, sequences: Sequences, scorer: SegmentScorer, slots: PackingSlots | None = None
 ) -> Float[Array, 'B S']:
   """Returns the reference's entropy at every token, in nats; zeros where it is not needed.
 
@@ -44,7 +44,7 @@ def reference_entropy(
     return sequences.ref_entropy
   if not scorer.segmenter.needs_entropy:
     return jnp.zeros(sequences.ids.shape, jnp.float32)
-  _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, places)
+  _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, slots)
   return jax.lax.stop_gradient(entropy)
 
 
@@ -53,17 +53,17 @@ def score_sequences(
   reference: Any,
   sequences: Sequences,
   scorer: SegmentScorer,
-  places: PackingSlots | None = None,
+  slots: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
   """Returns (the reward model's score at every token, the segments)."""
   segments = segment_batch(
     sequences.ids,
     sequences.response_mask,
     sequences.finished,
-    reference_entropy(reference, sequences, scorer, places),
+    reference_entropy(reference, sequences, scorer, slots),
     scorer.segmenter,
   )
-  return run_packed(scores, params, sequences.ids, scorer.reward, places), segments
+  return run_packed(scores, params, sequences.ids, scorer.reward, slots), segments
 
 
 def pair_scores(
@@ -71,10 +71,10 @@ def pair_scores(
   reference: Any,
   pairs: PreferenceBatch,
   scorer: SegmentScorer,
-  places: PackingSlots | None = None,
+  slots: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B 2'], Segments]:
   """Returns the aggregated scores of chosen and rejected, from one forward pass of 2B sequences."""
-  score, segments = score_sequences(params, reference, _interleave(pairs), scorer, places)
+  score, segments = score_sequences(params, reference, _interleave(pairs), scorer, slots)
   return sequence_scores(score, segments, scorer.segmenter.segmentation).reshape(-1, 2), segments
 
 

@@ -51,11 +51,11 @@ def reward_step(
   """
   count = len(pairs.chosen.finished)
 
-  def objective(params, pairs, *, places):
-    score, segments = pair_scores(params, reference, pairs, scorer, places)
+  def objective(params, pairs, *, slots):
+    score, segments = pair_scores(params, reference, pairs, scorer, slots)
     margin = score[:, 0] - score[:, 1]
     loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
-    is_pair = jnp.ones(margin.shape, bool) if places is None else places.sequence[::2] >= 0
+    is_pair = jnp.ones(margin.shape, bool) if slots is None else slots.sequence[::2] >= 0
 
     def mean(x):
       return jnp.sum(jnp.where(is_pair, x, 0)) / count

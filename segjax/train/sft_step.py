@@ -25,7 +25,7 @@ def sft_loss(
   count: Float[Array, ''],
   *,
   config: LlamaConfig,
-  places: PackingSlots | None = None,
+  slots: PackingSlots | None = None,
 ) -> LossAndMetrics:
   """Computes -mean log π(ids_t | ids_<t) over the masked tokens, nats per token.
 
@@ -34,10 +34,10 @@ def sft_loss(
     batch: rows of the batch.
     count: masked tokens of the whole batch, of which this one may be a part.
     config: the network.
-    places: where the conversations lie in packed rows.
+    slots: where the conversations lie in packed rows.
   """
-  mask = batch.mask if places is None else batch.mask & (places.length > 0)[:, None]
-  logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, places)
+  mask = batch.mask if slots is None else batch.mask & (slots.length > 0)[:, None]
+  logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, slots)
   loss = cross_entropy(logprob, mask, count=count)
   return loss, Metrics({'loss': loss, 'entropy': batch_mean(entropy, mask, 'token', count=count)})
 

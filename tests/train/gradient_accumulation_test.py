@@ -18,7 +18,7 @@ from segjax.train import gradient_accumulation
 from segjax.train.metrics import Metrics
 
 
-def objective(params, batch, counts, config, *, places=None):
+def objective(params, batch, counts, config, *, slots=None):
   """A clipped surrogate by sequence and a cross-entropy by token, of a whole batch's counts."""
   logprob, entropy = token_logprobs(params, batch['ids'], config)
   mask = batch['mask']
@@ -127,7 +127,7 @@ def test_bfloat16_is_added_up_in_float32():
   batch = np.full((256, 1), 2.0**-9, np.float32)
   batch[0] = 1
 
-  def linear(params, batch, *, places):
+  def linear(params, batch, *, slots):
     loss = jnp.sum(batch @ params['scalar_head']['kernel'].astype(jnp.float32))
     return loss, Metrics()
 

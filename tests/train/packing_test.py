@@ -30,14 +30,14 @@ def test_what_is_read_off_the_network(function):
   params, ids = models.params(models.CONFIG, head), jnp.asarray(models.ids())
   length = np.array([24, 1, 5, 8, 13, 20, 17, 0])
   plan = plan_packing(length, 8, WIDTH)
-  places = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
+  slots = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
   assert plan.count == 1
   read = jax.jit(functools.partial(packed.run_packed, function, config=models.CONFIG))
-  result = read(params, ids=ids[places.sequence], slots=places)
+  result = read(params, ids=ids[slots.sequence], slots=slots)
   for got, expected in zip(
     jax.tree.leaves(result), jax.tree.leaves(read(params, ids=ids)), strict=True
   ):
-    for index, sequence in enumerate(places.sequence):
+    for index, sequence in enumerate(slots.sequence):
       n = length[sequence]
       assert_allclose(got[index, :n], expected[sequence, :n], atol=2e-5)  # float32
 
