@@ -116,8 +116,8 @@ class Pairs:
     rating_gap: rating of the chosen response minus that of the rejected one, float32 [N], NaN
       for rows without ratings.
     truncated: which pairs were truncated, bool [N].
-    chosen_entropy: entropies of the tokens under the reference, in nats, if they are cached.
-    rejected_entropy: the same for the rejected side.
+    chosen_ref_entropy: entropies of the tokens under the reference, in nats, if they are cached.
+    rejected_ref_entropy: the same for the rejected side.
   """
 
   chosen: Ragged
@@ -132,8 +132,8 @@ class Pairs:
   pad_id: int
   counts: dict[str, int]
   truncated: np.ndarray | None = None
-  chosen_entropy: Ragged | None = None
-  rejected_entropy: Ragged | None = None
+  chosen_ref_entropy: Ragged | None = None
+  rejected_ref_entropy: Ragged | None = None
 
   def __len__(self) -> int:
     return len(self.group)
@@ -151,8 +151,8 @@ class Pairs:
       mask = is_real & is_response
       return types.Sequences(to_device(ids), to_device(mask), to_device(finished[indices]), cached)
 
-    chosen = side(self.chosen, self.chosen_finished, self.chosen_entropy)
-    rejected = side(self.rejected, self.rejected_finished, self.rejected_entropy)
+    chosen = side(self.chosen, self.chosen_finished, self.chosen_ref_entropy)
+    rejected = side(self.rejected, self.rejected_finished, self.rejected_ref_entropy)
     has_ratings = not np.isnan(self.rating_gap).all()
     return types.PreferenceBatch(
       chosen, rejected, to_device(self.rating_gap[indices]) if has_ratings else None

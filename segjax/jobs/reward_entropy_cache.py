@@ -47,8 +47,8 @@ def with_entropies(
   middle = pairs.chosen.offsets[-1]
   return dataclasses.replace(
     pairs,
-    chosen_entropy=Ragged(values[:middle], pairs.chosen.offsets),
-    rejected_entropy=Ragged(values[middle:], pairs.rejected.offsets),
+    chosen_ref_entropy=Ragged(values[:middle], pairs.chosen.offsets),
+    rejected_ref_entropy=Ragged(values[middle:], pairs.rejected.offsets),
   )
 
 
