@@ -281,8 +281,3 @@ class Llama(nn.Module):
       segment_ids = sharding.constrain(segment_ids, 'tokens')
     x, _ = self.layers(self.embed(ids), positions, segment_ids)
     return self.finish(x)
-
-
-def layer_params(params: dict[str, Any], index: int) -> dict[str, Any]:
-  """Returns the parameters of layer `index` out of the stacked ones."""
-  return jax.tree.map(lambda leaf: leaf[index], params['layers'])

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -266,8 +265,3 @@ def to_device(tree: Any) -> Any:
 
 def _in_memory(tree: Any, kind: str) -> Any:
   return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
-
-
-def replicate(x: Any, mesh: Mesh) -> jax.Array:
-  """Returns a host value as an array with a full copy on every device."""
-  return jax.device_put(jnp.asarray(x), replicated(mesh))

@@ -243,13 +243,3 @@ def _matches(entry: Entry, name: str) -> bool:
     fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(pattern, name)
     for pattern in entry.names
   )
-
-
-def markdown() -> str:
-  """Renders all entries as a Markdown table."""
-  lines = ['| metric | what it is | healthy | unhealthy |', '|---|---|---|---|']
-  for entry in ENTRIES:
-    names = ', '.join(f'`{name}`' for name in entry.names)
-    cells = (names, entry.description, entry.healthy, entry.remedy)
-    lines.append(f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |')
-  return '\n'.join(lines)

@@ -14,7 +14,6 @@ from segjax.model.llama import (
   Block,
   Llama,
   RowLayout,
-  layer_params,
   make_config,
   num_parameters,
 )
@@ -122,6 +121,10 @@ def test_saved_activations_take_memory():
   hidden = 4 * 8 * 8 * 64 * config.hidden_size  # bytes, float32, all layers and tokens
   assert names - full == pytest.approx(2 * hidden, rel=0.3)
   assert none > full + 4 * hidden
+
+
+def layer_params(params, index):
+  return jax.tree.map(lambda leaf: leaf[index], params['layers'])
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
