@@ -161,7 +161,7 @@ def _make_checkpointer(stage: Stage, directory: epath.Path) -> Checkpointer:
     max_misses=settings.max_failures,
     run=stage_record.stored_key(stage.directory),
     differences=stage_record.changed_keys,
-    say=stage.log,
+    log_fn=stage.log,
   )
 
 

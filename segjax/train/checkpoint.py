@@ -42,7 +42,7 @@ class Checkpointer:
     max_misses: consecutive saves that may fail.
     run: JSON description of the run; a checkpoint with another description is refused.
     differences: returns the keys in which two such descriptions differ.
-    say: is called with warnings.
+    log_fn: is called with a warning for each failure that the run survives.
   """
 
   def __init__(
@@ -54,13 +54,13 @@ class Checkpointer:
     max_misses: int = 0,
     run: dict[str, Any] | None = None,
     differences: Callable[[dict, dict], list[str]] | None = None,
-    say: Callable[[str], None] = print,
+    log_fn: Callable[[str], None] = print,
   ):
     self._directory = epath.Path(directory)
     if '://' not in str(directory):
       self._directory = epath.Path(self._directory.absolute())
     self._keep, self._best, self._max_misses = keep, best, max_misses
-    self._run, self._differences, self._say = run or {}, differences, say
+    self._run, self._differences, self._log = run or {}, differences, log_fn
     self._misses, self._saving = 0, 0
     self._open()
 
@@ -114,7 +114,7 @@ class Checkpointer:
     try:
       self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=numbers)
     except Exception as error:
-      self._missed(error)
+      self._handle_failure(error)
 
   def settle(self) -> None:
     """Waits for the pending save, and handles its failure."""
@@ -122,11 +122,11 @@ class Checkpointer:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except Exception as error:
-      self._missed(error)
+      self._handle_failure(error)
     else:
       self._misses = 0
 
-  def _missed(self, error: Exception) -> None:
+  def _handle_failure(self, error: Exception) -> None:
     """Logs a failed save; raises OSError after too many."""
     self._misses += 1
     before = [step for step in self._manager.all_steps() if step != self._saving]
@@ -135,7 +135,7 @@ class Checkpointer:
     text += f'{first_line(error)}; {kept}'
     if self._misses > self._max_misses:
       raise OSError(f'{text}. Make room there, and start the same command again.') from error
-    self._say(f'warning: {text}; tried again at the next save')
+    self._log(f'warning: {text}; tried again at the next save')
     self._open()  # the old manager waits for the write that failed; a new one clears what it left
 
   def restore(self, like: TrainStates) -> tuple[int, TrainStates]:
@@ -193,7 +193,7 @@ class Checkpointer:
       aside.rmtree()
     (self._directory / str(step)).rename(aside)
     self._manager.reload()
-    self._say(
+    self._log(
       f'warning: the checkpoint of step {step} is damaged ({first_line(error)}); it is '
       f'renamed to {aside}'
     )

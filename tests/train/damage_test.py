@@ -63,13 +63,13 @@ _DEFAULT = (
 )
 def test_damage_costs_one_step_at_most(saved, name):
   DAMAGES[name](saved / '3')
-  said = []
-  checkpoints = Checkpointer(saved, keep=3, say=said.append)
+  logged = []
+  checkpoints = Checkpointer(saved, keep=3, log_fn=logged.append)
   step, found = checkpoints.restore(_states(0))
   _equal(found, _states(step))
   assert step >= 2
   if step == 2:
-    assert 'the checkpoint of step 3 is damaged' in said[0]
+    assert 'the checkpoint of step 3 is damaged' in logged[0]
     assert (saved / 'damaged-3').is_dir()
   # The next step can be saved; before it is, leftovers are removed.
   checkpoints.save(step + 1, _states(step + 1))
@@ -81,9 +81,9 @@ def test_damage_costs_one_step_at_most(saved, name):
 def test_nothing_whole_is_a_new_beginning(saved):
   for step in (1, 2, 3):
     DAMAGES['parameters missing'](saved / str(step))
-  said = []
-  step, found = Checkpointer(saved, keep=3, say=said.append).restore(_states(0))
-  assert step == 0 and len(said) == 3
+  logged = []
+  step, found = Checkpointer(saved, keep=3, log_fn=logged.append).restore(_states(0))
+  assert step == 0 and len(logged) == 3
   _equal(found, _states(0))
 
 
@@ -119,19 +119,19 @@ def full_disk():
 
 
 def test_full_disk_costs_no_saved_step(tmp_path, full_disk):
-  said = []
-  checkpoints = Checkpointer(tmp_path, keep=2, max_misses=1, say=said.append)
+  logged = []
+  checkpoints = Checkpointer(tmp_path, keep=2, max_misses=1, log_fn=logged.append)
   checkpoints.save(1, _states(1))
   checkpoints.settle()
   full_disk(True)
   checkpoints.save(2, _states(2))
   checkpoints.settle()
-  assert len(said) == 1
-  assert 'step 2 could not be written' in said[0] and 'step 1 is the last one saved' in said[0]
+  assert len(logged) == 1
+  assert 'step 2 could not be written' in logged[0] and 'step 1 is the last one saved' in logged[0]
   full_disk(False)
   checkpoints.save(3, _states(3))
   checkpoints.settle()
-  assert checkpoints.latest() == 3 and len(said) == 1
+  assert checkpoints.latest() == 3 and len(logged) == 1
   full_disk(True)
   checkpoints.save(4, _states(4))
   with pytest.raises(OSError, match=r'step 5 could not be written.*step 3 is the last one saved'):
