@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,15 @@ import numpy as np
 
 from segjax import processes
 from segjax.config.settings import Evaluate, Settings
-from segjax.data.batches import eval_batches
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.evaluation import repetition
-from segjax.evaluation.intervals import clustered_interval, format_interval
-from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
+from segjax.evaluation.intervals import format_interval
+from segjax.evaluation.policy_figures import (
+  EvaluatedResponses,
+  boundary_f1,
+  pairwise_win_rates,
+  response_figures,
+)
 from segjax.jobs.job import (
   COMMON,
   OPTIONAL_REWARD_MODEL,
@@ -26,37 +29,15 @@ from segjax.jobs.job import (
   Job,
   data_input,
 )
-from segjax.report.console import log, table, track
+from segjax.report.console import log, table
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import format_segments
-from segjax.rl.segmentation import content_mask
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import load_custom_reward, load_function
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
-from segjax.types import Experience
-
-
-class EvaluatedResponses(NamedTuple):
-  """The responses of one model, N of them.
-
-  Attributes:
-    experience: arrays on the host.
-    score: aggregated score of each response; None without a reward model.
-    prompt: number of each response's prompt.
-    prompts: last message of each prompt.
-    texts: the responses.
-    gold: reward by config.evaluate.gold_reward_fn; None without one.
-  """
-
-  experience: Experience
-  score: np.ndarray | None
-  prompt: np.ndarray
-  prompts: list[str]
-  texts: list[str]
-  gold: np.ndarray | None
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -65,62 +46,62 @@ def run(stage: Stage) -> dict[str, Any]:
   Returns:
     The figures of both, also written to `results.json`: score of the reward model, gold reward
     where config.evaluate.gold_reward_fn is set, KL, length, segments, EOS rate, repetition; and of
-    the policy its win rates over the reference (`win_rates`).
+    the policy its win rates over the reference (`policy_figures.pairwise_win_rates`).
   """
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved = models.resolve_models(s, stage.mesh, stage.log)
-  paths, meaning, networks = resolved
-  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
-  # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
-  recipe = models.make_recipe(s, networks, networks['policy'], meaning, tokenizer)
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
-  limits = inputs.prompt_limits(
-    s.data, networks, s.rollout.max_new_tokens, 'rollout.max_new_tokens', stage.log
-  )
-  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
-  inputs.log_dataset(prompts, stage.log)
+  tokenizer = load_tokenizer(str(resolved.paths['policy']), s.data.chat_template)
+  collector = _make_collector(stage, resolved, tokenizer)
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
-  collector = Collector(
-    prompts,
-    RolloutSampler(recipe.policy, s.rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
-    recipe,
-    jax.tree.map(jnp.float32, meaning.normalizer),
-    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
-  )
 
   def sample(name: str) -> EvaluatedResponses:
-    def batches(count):
-      size = s.evaluate.batch_size
-      return track(stage.name, eval_batches(count, size), -(-count // size), name)
-
     responses = sample_responses(
       collector,
       params | {'policy': params[name]},
       stage.key('samples'),
       s.evaluate,
-      batches,
+      lambda count: inputs.tracked_batches(stage.name, count, s.evaluate.batch_size, name),
       tokenizer.decode,
     )
     return _with_gold(responses, gold)
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
-  figures = {name: _figures(responses) for name, responses in sampled.items()}
-  figures['after'] |= win_rates(sampled['after'], sampled['before'], s.seed)
+  figures = {name: response_figures(responses) for name, responses in sampled.items()}
+  figures['after'] |= pairwise_win_rates(sampled['after'], sampled['before'], s.seed)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
     )
-  _show_responses(stage, sampled, tokenizer)
-  _keep_responses(
-    sampled,
-    models.make_response_log(stage.directory, s.report, recipe, tokenizer, prompts),
-    s.report.eval_responses,
+  _print_responses(sampled, s.evaluate.num_printed, tokenizer)
+  response_log = models.make_response_log(
+    stage.directory, s.report, collector.recipe, tokenizer, collector.prompts
   )
-  path = stage.directory / 'results.json'
+  _log_responses(sampled, response_log, s.report.eval_responses)
   if processes.is_first():
-    path.write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
+    record = json.dumps(figures, indent=2) + '\n'
+    (stage.directory / 'results.json').write_text(record, encoding='utf-8')
   return figures
+
+
+def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
+  """Returns how responses to the held-out prompts are sampled and scored."""
+  s, configs = stage.settings, resolved.configs
+  # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
+  recipe = models.make_recipe(s, configs, configs['policy'], resolved.reward_spec, tokenizer)
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
+  limits = inputs.prompt_limits(
+    s.data, configs, s.rollout.max_new_tokens, 'rollout.max_new_tokens', stage.log
+  )
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
+  inputs.log_dataset(prompts, stage.log)
+  return Collector(
+    prompts,
+    RolloutSampler(recipe.policy, s.rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
+    recipe,
+    jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
+    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+  )
 
 
 def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
@@ -158,7 +139,7 @@ def sample_responses(
     params: parameters by name.
     key: the same for each model, so that equal models give equal responses.
     settings: config.evaluate.
-    batches: (number of rows) -> `eval_batches`.
+    batches: (number of responses) -> their batches, as `data.batches.eval_batches` yields them.
     decode: maps token ids to text, without special tokens.
 
   Returns:
@@ -197,83 +178,16 @@ def _with_gold(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedR
   return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
 
 
-def win_rates(after: EvaluatedResponses, before: EvaluatedResponses, seed: int) -> dict[str, Any]:
-  """Returns win rates of `after` over `before`, by score and by gold reward.
-
-  The i-th response to a prompt is compared with the i-th of the other model, which had the same
-  random numbers: equal models tie. `win_rate_score` compares scores of the reward model,
-  `win_rate_gold` gold rewards; `lc_win_rate_*` are length-controlled, see `evaluation.win_rates`.
-  """
-  rates = {}
-  after_length, before_length = (
-    np.array([len(text) for text in responses.texts]) for responses in (after, before)
-  )
-  for judge in ('score', 'gold'):
-    values = getattr(after, judge)
-    if values is not None:
-      outcome = outcomes(values, getattr(before, judge))
-      rates[f'win_rate_{judge}'] = win_rate(outcome, after.prompt, seed)
-      rates[f'lc_win_rate_{judge}'] = length_controlled(
-        outcome, after_length, before_length, after.prompt, seed
-      )
-  return rates
-
-
-def _figures(sampled: EvaluatedResponses) -> dict[str, Any]:
-  """Returns the figures of one model; kl is Σ_t (log π - log π_ref) per response, in nats."""
-  e = sampled.experience
-  mask = e.rollout.response_mask
-  difference = np.where(mask, e.rollout.old_logprob - e.ref_logprob, 0)
-  figures = {
-    'kl_nats': float(difference.sum(1).mean()),
-    'length': float(mask.sum(1).mean()),
-    'segments': float(e.segments.num_segments.mean()),
-    'eos_rate': float(e.rollout.finished.mean()),
-    **repetition.repetition_metrics(_content(e)),
-  }
-  if sampled.score is not None:
-    figures['score'] = clustered_interval(sampled.score, sampled.prompt)
-  if sampled.gold is not None:
-    figures['gold'] = clustered_interval(sampled.gold, sampled.prompt)
-  return figures
-
-
-def _content(e: Experience) -> list[np.ndarray]:
-  """Returns the tokens of each response, without the stop token."""
-  rows = zip(e.rollout.response_ids, e.rollout.response_mask, e.rollout.finished, strict=True)
-  return [ids[mask][: int(mask.sum()) - int(finished)] for ids, mask, finished in rows]
-
-
-def boundary_f1(
-  experience: Experience, tokenizer: ChatTokenizer, is_boundary: Callable[[str], bool]
-) -> float:
-  """Returns F1 of segment ends against true ends, over content tokens.
-
-  The last content token of a response is excluded: it ends a segment by definition.
-  """
-  rollout = experience.rollout
-  content = np.asarray(
-    jax.vmap(content_mask)(jnp.asarray(rollout.response_mask), jnp.asarray(rollout.finished))
-  )
-  position = np.arange(content.shape[1])
-  inner = content & (position < (content * position).max(1, keepdims=True))
-  by_id = {i: bool(is_boundary(tokenizer.decode([i]))) for i in np.unique(rollout.response_ids)}
-  true = np.vectorize(by_id.get)(rollout.response_ids).astype(bool) & inner
-  predicted = experience.segments.end & inner
-  return float(2 * (true & predicted).sum() / max(true.sum() + predicted.sum(), 1))
-
-
-def _show_responses(
-  stage: Stage, sampled: dict[str, EvaluatedResponses], tokenizer: ChatTokenizer
+def _print_responses(
+  sampled: dict[str, EvaluatedResponses], max_responses: int, tokenizer: ChatTokenizer
 ) -> None:
   """Prints a few responses to the same prompts in segments, each with its reward."""
-  total, show = len(sampled['after'].texts), stage.settings.evaluate.num_printed
-  for index in np.linspace(0, total - 1, min(show, total)).astype(int):
+  for index in _spread_indices(len(sampled['after'].texts), max_responses):
     log(f'\n{sampled["after"].prompts[index]}')
-    for name, one in sampled.items():
-      gold = '' if one.gold is None else f', gold {one.gold[index]:+.2f}'
+    for name, responses in sampled.items():
+      gold = '' if responses.gold is None else f', gold {responses.gold[index]:+.2f}'
       log(f'  {name}{gold}')
-      e = one.experience
+      e = responses.experience
       mask = e.rollout.response_mask[index]
       lines = format_segments(
         e.rollout.response_ids[index][mask],
@@ -284,14 +198,20 @@ def _show_responses(
       log('\n'.join(f'    {line}' for line in lines) or '    (no content)')
 
 
-def _keep_responses(sampled: dict[str, EvaluatedResponses], kept: ResponseLog, most: int) -> None:
-  """At most so many responses of each model, evenly chosen, those to one prompt as a pair."""
-  total = len(sampled['after'].texts)
-  chosen = np.linspace(0, total - 1, min(most, total)).astype(int)
-  for name, one in sampled.items():
-    found = jax.tree.map(lambda x: x[chosen], one.experience)
-    gold = None if one.gold is None else one.gold[chosen]
-    kept.write(0, name, found, one.prompt[chosen], pairs=chosen, gold=gold)
+def _log_responses(
+  sampled: dict[str, EvaluatedResponses], response_log: ResponseLog, max_responses: int
+) -> None:
+  """Writes responses of each model for report.html, those to one prompt as a pair."""
+  chosen = _spread_indices(len(sampled['after'].texts), max_responses)
+  for name, responses in sampled.items():
+    experience = jax.tree.map(lambda x: x[chosen], responses.experience)
+    gold = None if responses.gold is None else responses.gold[chosen]
+    response_log.write(0, name, experience, responses.prompt[chosen], pairs=chosen, gold=gold)
+
+
+def _spread_indices(total: int, max_count: int) -> np.ndarray:
+  """Returns at most `max_count` of the indices 0 to total - 1, evenly spread."""
+  return np.linspace(0, total - 1, min(max_count, total)).astype(int)
 
 
 _LABELS = {

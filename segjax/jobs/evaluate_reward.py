@@ -21,9 +21,9 @@ from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.evaluation import reward_bench, span_auc
-from segjax.evaluation.intervals import format_interval, wilson
-from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
+from segjax.evaluation import span_auc
+from segjax.evaluation.intervals import format_interval
+from segjax.evaluation.pair_scores import pair_figures, score_pairs
 from segjax.jobs.job import (
   COMMON,
   REFERENCE,
@@ -47,7 +47,7 @@ from segjax.train.segmenter import make_segmenter
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRewardModel:
-  """A reward model without its weights: where it is, what its scores mean, how it scores.
+  """A reward model and its reference, before their weights are loaded.
 
   Attributes:
     path: its directory.
@@ -104,10 +104,6 @@ def run(stage: Stage) -> dict[str, Any]:
     'responses_read': len(data.spans),
     'counts': data.counts,
   }
-
-  def batches(count, note):
-    return inputs.tracked_batches(stage.name, count, s.evaluate_reward.batch_size, note)
-
   if data.pairs:
     scored = [
       score_pairs(
@@ -115,7 +111,7 @@ def run(stage: Stage) -> dict[str, Any]:
         reference,
         pairs,
         model.scorer,
-        batches(len(pairs), 'pairs'),
+        inputs.tracked_batches(stage.name, len(pairs), s.evaluate_reward.batch_size, 'pairs'),
         stage.to_device,
       )
       for pairs, _ in data.pairs
@@ -126,70 +122,82 @@ def run(stage: Stage) -> dict[str, Any]:
       np.concatenate([pairs.truncated for pairs, _ in data.pairs]),
     )
   if data.spans:
-    score = functools.partial(
-      segment_rewards,
-      params,
-      reference,
-      normalizer=jax.tree.map(jnp.float32, model.spec.normalizer),
-      scorer=model.scorer,
-      std_floor_ratio=resolve_std_floor_ratio(s.reward_shaping),
-    )
-    rewards = span_auc.segment_rewards_by_token(
-      data.spans,
-      score,
-      model.scorer.reward.max_position_embeddings,
-      batches(len(data.spans), 'responses with spans'),
-      stage.to_device,
-    )
-    figures['spans'] = span_auc.figures(data.spans, rewards, s.seed)
-    figures['spans']['normalized'] = model.spec.normalizer_kind != 'none'
+    figures['spans'] = _span_figures(stage, model, params, reference, data.spans)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     (stage.directory / 'results.json').write_text(record, encoding='utf-8')
   return figures
 
 
+def _span_figures(
+  stage: Stage,
+  model: LoadedRewardModel,
+  params: Any,
+  reference: Any,
+  spans: list[TokenizedSpans],
+) -> dict[str, Any]:
+  """Returns `span_auc.figures` of the responses, and whether their rewards are `normalized`."""
+  s = stage.settings
+  score = functools.partial(
+    segment_rewards,
+    params,
+    reference,
+    normalizer=jax.tree.map(jnp.float32, model.spec.normalizer),
+    scorer=model.scorer,
+    std_floor_ratio=resolve_std_floor_ratio(s.reward_shaping),
+  )
+  size = s.evaluate_reward.batch_size
+  rewards = span_auc.segment_rewards_by_token(
+    spans,
+    score,
+    model.scorer.reward.max_position_embeddings,
+    inputs.tracked_batches(stage.name, len(spans), size, 'responses with spans'),
+    stage.to_device,
+  )
+  is_normalized = model.spec.normalizer_kind != 'none'
+  return span_auc.figures(spans, rewards, s.seed) | {'normalized': is_normalized}
+
+
 def load_data(
   settings: Settings, model: LoadedRewardModel, log: Callable[[str], None]
 ) -> EvaluationData:
   """Reads and tokenises the files to evaluate on, and logs what was truncated and dropped."""
-  s = settings
-  sets, spans, counts = [], [], {}
+  s, pairs_by_file, spans, counts = settings, [], [], {}
   for path in split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
     log(f'{path}: {describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
-    sets.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
+    pairs_by_file.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     spans, counts[path] = tokenize_spans(rows, model.tokenizer, limits)
     log(f'{path}: {describe_counts(counts[path])}, {len(spans)} responses judged')
-  return EvaluationData(sets, spans, counts)
+  return EvaluationData(pairs_by_file, spans, counts)
 
 
 def load_reward_model(
   settings: Settings, mesh: Mesh, log: Callable[[str], None]
 ) -> LoadedRewardModel:
   """Resolves config.reward_model, and config.reference where it is needed; loads no weights."""
-  s, overrides = settings, settings.reward_model
+  overrides = settings.reward_model
   path = inputs.resolve_checkpoint(overrides.path, 'reward_model.path')
   stored = reward_spec.read_spec(path)
   if not overrides.normalizer and (stored is None or stored.normalizer is None):
     overrides = dataclasses.replace(overrides, normalizer='none')  # pairs need none
-    if s.evaluate_reward.spans:
+    if settings.evaluate_reward.spans:
       log('no normaliser has been fitted: spans are ranked by raw scores')
   reference = None
-  if s.reference.path:
-    reference = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
+  if settings.reference.path:
+    reference = inputs.resolve_checkpoint(settings.reference.path, 'reference.path')
   spec = reward_spec.resolve_spec(overrides, path, reference or path)
-  tokenizer = load_tokenizer(str(path), s.data.chat_template)
+  tokenizer = load_tokenizer(str(path), settings.data.chat_template)
   if not make_segmenter(spec.segmentation, tokenizer).needs_entropy:
     reference = None
-  config = models.load_network_configs({'reward': path}, s.runtime, mesh, log)['reward']
-  scorer = make_scorer(config, reference, spec.segmentation, tokenizer, s.runtime, mesh, log)
+  config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']
+  scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
   return LoadedRewardModel(path, reference, spec, scorer, tokenizer)
 
 
@@ -197,37 +205,6 @@ def subset_name(rows: Rows, index: int) -> str:
   """Returns the subset of a pair: its `subset`, as in RewardBench, its `source`, or its file."""
   row = rows[index]
   return str(row.get('subset') or row.get('source') or rows.name)
-
-
-def pair_figures(scored: np.ndarray, subsets: list[str], truncated: np.ndarray) -> dict[str, Any]:
-  """Returns figures of all pairs, of those not truncated, of each subset and RewardBench section.
-
-  Args:
-    scored: result of `score_pairs`.
-    subsets: subset of each pair.
-    truncated: whether a pair was truncated.
-
-  Returns:
-    `all`, `untruncated` (None if none is), `subsets` by name: `rl.preference_metrics`,
-    where the accuracy has its Wilson interval; `reward_bench`: see `reward_bench.section_scores`.
-  """
-  names = np.array(subsets)
-  by_name = {name: _figures(scored[names == name]) for name in sorted(set(subsets))}
-  accuracies = {name: values['accuracy']['mean'] for name, values in by_name.items()}
-  return {
-    'all': _figures(scored),
-    'untruncated': _figures(scored[~truncated]) if not truncated.all() else None,
-    'truncated': int(truncated.sum()),
-    'subsets': by_name,
-    'reward_bench': reward_bench.section_scores(accuracies),
-  }
-
-
-def _figures(scored: np.ndarray) -> dict[str, Any]:
-  values = scored_pair_metrics(scored)
-  n = len(scored)
-  low, high = wilson(values['accuracy'] * n, n)
-  return values | {'accuracy': {'mean': values['accuracy'], 'low': low, 'high': high, 'n': n}}
 
 
 def print_table(figures: dict[str, Any]) -> None:

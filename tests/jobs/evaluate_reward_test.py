@@ -1,4 +1,4 @@
-"""A reward model against human judgements: figures by hand, spans, the job on small files."""
+"""The evaluation of a reward model: its tables, and the job on small files."""
 
 import json
 from pathlib import Path
@@ -7,100 +7,15 @@ import numpy as np
 import pytest
 
 from segjax.data.sources import Rows, load_rows
-from segjax.data.span_annotations import Span, TokenizedSpans
-from segjax.evaluation import reward_bench, span_auc
+from segjax.evaluation import reward_bench
+from segjax.evaluation.pair_scores import pair_figures
 from segjax.jobs import evaluate_reward
-
-
-def _marked(length, *spans, cut=None):
-  """One token per character, of which the first `cut` were kept."""
-  owner = np.arange(length)
-  owner[cut or length :] = -1
-  return TokenizedSpans([1] * (length + 2), 2, True, owner, tuple(Span(*span) for span in spans))
-
-
-# Ten characters in segments of two.
-SEGMENT = np.arange(10) // 2
-
-
-def _rewards(low):
-  """-1 in the segments that hold the characters of `low`, and 1 elsewhere."""
-  reward = np.ones(10)
-  reward[np.isin(SEGMENT, SEGMENT[list(low)])] = -1
-  return reward, SEGMENT
-
-
-def test_constructed_rewards_find_every_span():
-  marked = [_marked(10, (2, 4, 'a')), _marked(10, (6, 8, 'b'), (0, 2, 'a'))]
-  found = span_auc.figures(marked, [_rewards([2]), _rewards([0, 6])], 0)
-  assert found['auc']['mean'] == found['auc_within']['mean'] == 1.0
-  assert (found['auc']['low'], found['auc']['high']) == (1.0, 1.0)
-  assert [found[key] for key in ('spans', 'spans_cut', 'characters')] == [3, 0, 20]
-  assert found['marked'] == 0.3
-  # The other type's characters are neither sought nor counted as errors that were not.
-  assert {kind: one['auc']['mean'] for kind, one in found['types'].items()} == {'a': 1.0, 'b': 1.0}
-
-
-def test_half_a_span_in_a_low_segment():
-  # Marked: characters 1 and 2, of the low segment 0 and the high segment 1. Outside: 0 low, and 7
-  # high. P = (1·7 + 1·1/2 + 1·7/2) / (2·8) = 11/16.
-  found = span_auc.figures([_marked(10, (1, 3, 'a'))], [_rewards([0])], 0)
-  assert found['auc']['mean'] == pytest.approx(11 / 16)
-  assert found['auc']['low'] is None
-
-
-def test_cut_characters_count_nowhere():
-  marked = [_marked(10, (0, 2, 'a'), (8, 10, 'a'), cut=6)]
-  reward, segment = _rewards([0])
-  found = span_auc.figures(marked, [(reward[:6], segment[:6])], 0)
-  assert found['auc']['mean'] == 1.0
-  assert (found['characters'], found['spans_cut']) == (6, 1)
-
-
-def test_rewards_that_know_nothing_are_at_a_half():
-  rng = np.random.default_rng(0)
-  marked, rewards = [], []
-  for _ in range(200):
-    start = int(rng.integers(0, 8))
-    marked.append(_marked(10, (start, start + 2, 'a')))
-    rewards.append((rng.normal(size=5)[SEGMENT], SEGMENT))
-  found = span_auc.figures(marked, rewards, 0)
-  for name in ('auc', 'auc_within'):
-    assert found[name]['low'] < 0.5 < found[name]['high'] and found[name]['high'] < 0.6
-
-
-def test_a_segment_has_the_reward_of_its_end():
-  reward, end = np.array([9.0, 1, 9, 9, 2]), np.array([0, 1, 0, 0, 1], bool)
-  found, _ = span_auc._by_token(reward, end, np.array([0, 0, 1, 1, 1]))
-  assert found.tolist() == [1, 1, 2, 2, 2]
-  none, _ = span_auc._by_token(reward, np.zeros(5, bool), np.full(5, -1))
-  assert none.tolist() == [0] * 5
-
-
-def test_pair_figures_by_subset():
-  # chosen, rejected, lengths of both
-  scored = np.array([[1.0, 0, 3, 2], [0, 1, 3, 2], [2, 2, 5, 5], [3, 0, 1, 2]])
-  found = evaluate_reward.pair_figures(scored, ['a', 'a', 'b', 'b'], np.array([1, 0, 0, 0], bool))
-  assert found['all']['accuracy']['mean'] == (1 + 0 + 0.5 + 1) / 4
-  assert found['subsets']['a']['accuracy']['mean'] == 0.5
-  assert found['subsets']['b']['accuracy'] | {'low': 0, 'high': 0} == {
-    'mean': 0.75,
-    'low': 0,
-    'high': 0,
-    'n': 2,
-  }
-  assert found['subsets']['a']['length_baseline_accuracy'] == 1.0
-  assert found['all']['margin'] == 0.75
-  assert found['untruncated']['accuracy']['n'] == 3 and found['truncated'] == 1
-  assert found['reward_bench'] == {}
-  low, high = (found['all']['accuracy'][key] for key in ('low', 'high'))
-  assert 0 < low < 0.625 < high < 1
 
 
 def test_all_cut_leaves_nothing_untruncated_and_sections_are_shown(capsys):
   names = [name for section in reward_bench.SECTIONS.values() for name in section]
   scored = np.tile([1.0, 0, 2, 3], (len(names), 1))
-  found = evaluate_reward.pair_figures(scored, names, np.ones(len(names), bool))
+  found = pair_figures(scored, names, np.ones(len(names), bool))
   assert found['untruncated'] is None and found['reward_bench']['Score'] == 1.0
   evaluate_reward.print_table({'pairs': found})
   out = capsys.readouterr().out
