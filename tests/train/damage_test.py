@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the newest that is whole is found, and nothing else is believed."""
+"""Damaged checkpoints: the newest undamaged step is restored."""
 
 import resource
 import shutil
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptio
 
 
 def _states(step):
-  """Numbers that differ from step to step, some of them large enough for chunks of their own."""
+  """States that differ from step to step, some of them large enough for chunks of their own."""
   params = {'kernel': jnp.arange(4096, dtype=jnp.float32) * step, 'bias': jnp.ones(3, jnp.bfloat16)}
   state = TrainState(jnp.int32(step), params, {'mu': jnp.full((5, 7), step, jnp.float32)})
   return {'policy': state, 'kl': {'coef': jnp.float32(0.1 * step)}}
 
 
-def _equal(got, want):
-  jax.tree.map(np.testing.assert_array_equal, got, want)
+def _assert_equal(states, expected):
+  jax.tree.map(np.testing.assert_array_equal, states, expected)
 
 
 @pytest.fixture(scope='module')
@@ -45,28 +45,32 @@ def undamaged(tmp_path_factory):
 
 @pytest.fixture
 def saved(undamaged, tmp_path):
-  """A copy of it that the test may damage."""
+  """A copy of `undamaged` that a test may damage."""
   return Path(shutil.copytree(undamaged, tmp_path / 'checkpoints'))
 
 
-# One of each kind: an item, a file, a bit, the metadata, the manifest, a leftover.
+# One of each kind: an item, a file, a bit, the metadata, the manifest, an earlier item, a leftover.
 _DEFAULT = (
-  *('parameters gone', 'manifest gone', 'largest file at half its size'),
-  *('a bit of the largest file', '_METADATA gone', 'manifest of nonsense'),
+  *('parameters missing', 'manifest missing', 'largest file at half its size'),
+  *('one bit of the largest file', '_METADATA missing', 'manifest invalid'),
   *('parameters of the step before', 'leftover of a killed save'),
 )
+
+
+def test_default_damages_exist():
+  assert set(_DEFAULT) <= set(DAMAGES)
 
 
 @pytest.mark.parametrize(
   'name',
   [pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.campaign) for name in DAMAGES],
 )
-def test_damage_costs_one_step_at_most(saved, name):
+def test_restores_the_newest_undamaged_step(saved, name):
   DAMAGES[name](saved / '3')
   logged = []
   checkpoints = Checkpointer(saved, keep=3, log_fn=logged.append)
-  step, found = checkpoints.restore(_states(0))
-  _equal(found, _states(step))
+  step, restored = checkpoints.restore(_states(0))
+  _assert_equal(restored, _states(step))
   assert step >= 2
   if step == 2:
     assert 'the checkpoint of step 3 is damaged' in logged[0]
@@ -75,19 +79,19 @@ def test_damage_costs_one_step_at_most(saved, name):
   checkpoints.save(step + 1, _states(step + 1))
   checkpoints.close()
   assert not list(saved.glob('*tmp*'))
-  _equal(Checkpointer(saved, keep=3).restore(_states(0))[1], _states(step + 1))
+  _assert_equal(Checkpointer(saved, keep=3).restore(_states(0))[1], _states(step + 1))
 
 
-def test_nothing_whole_is_a_new_beginning(saved):
+def test_starts_again_if_every_step_is_damaged(saved):
   for step in (1, 2, 3):
     DAMAGES['parameters missing'](saved / str(step))
   logged = []
-  step, found = Checkpointer(saved, keep=3, log_fn=logged.append).restore(_states(0))
+  step, restored = Checkpointer(saved, keep=3, log_fn=logged.append).restore(_states(0))
   assert step == 0 and len(logged) == 3
-  _equal(found, _states(0))
+  _assert_equal(restored, _states(0))
 
 
-def test_another_run_is_refused_with_what_differs(tmp_path):
+def test_checkpoint_of_another_run_raises(tmp_path):
   run = {'settings': {'seed': 0, 'ppo': {'gamma': 1.0}}}
   checkpoints = Checkpointer(tmp_path, keep=1, run=run, differences=changed_keys)
   checkpoints.save(1, _states(1))
@@ -98,7 +102,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
   assert (tmp_path / '1').is_dir()
 
 
-def test_the_best_step_stays(tmp_path):
+def test_keeps_the_best_step(tmp_path):
   checkpoints = Checkpointer(tmp_path, keep=1, best='reward')
   for step, reward in enumerate([0.1, 0.9, float('nan'), 0.3], start=1):
     checkpoints.save(step, _states(step), {'reward': reward})
@@ -108,7 +112,7 @@ def test_the_best_step_stays(tmp_path):
 
 @pytest.fixture
 def full_disk():
-  """Files of more than 1 kB cannot be written while it is True."""
+  """Returns a function: fill(True) lets no file grow beyond 1 kB, fill(False) ends that."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
   def fill(is_full):
@@ -118,7 +122,7 @@ def full_disk():
   fill(False)
 
 
-def test_full_disk_costs_no_saved_step(tmp_path, full_disk):
+def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   logged = []
   checkpoints = Checkpointer(tmp_path, keep=2, max_misses=1, log_fn=logged.append)
   checkpoints.save(1, _states(1))
@@ -138,6 +142,6 @@ def test_full_disk_costs_no_saved_step(tmp_path, full_disk):
     for step in (5, 5):
       checkpoints.save(step, _states(step))
   full_disk(False)
-  step, found = Checkpointer(tmp_path, keep=2).restore(_states(0))
+  step, restored = Checkpointer(tmp_path, keep=2).restore(_states(0))
   assert step == 3
-  _equal(found, _states(3))
+  _assert_equal(restored, _states(3))
