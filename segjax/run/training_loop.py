@@ -19,10 +19,9 @@ from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsErro
 from segjax.report.profiling import Profiler
 from segjax.run import preemption, stage_record
 from segjax.run.stage import Stage
-from segjax.train.checkpoint import Checkpointer
+from segjax.train.checkpoint import Checkpointer, TrainStates
 from segjax.types import PackingPlan
 
-TrainStates = dict[str, Any]  # a TrainState by model, and what else a step passes on to the next
 StepFn = Callable[[TrainStates, int], tuple[TrainStates, dict[str, Any]]]
 
 CHECKPOINTS = 'checkpoints'  # a stage's folder of training states
@@ -158,7 +157,7 @@ def _make_checkpointer(stage: Stage, directory: epath.Path) -> Checkpointer:
     directory,
     settings.max_to_keep,
     best=settings.best_metric,
-    max_misses=settings.max_failures,
+    max_failures=settings.max_failures,
     run=stage_record.stored_key(stage.directory),
     differences=stage_record.changed_keys,
     log_fn=stage.log,

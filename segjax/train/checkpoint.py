@@ -1,4 +1,4 @@
-"""Training states on disk, through Orbax: saved by step, restored onto the present mesh.
+"""Training states on disk, through Orbax: saved by step, restored onto the mesh of the run.
 
 A step is a directory, written completely or not at all, of separate items: parameters of each
 model, its optimizer, other state, and `manifest` with the checksum of each item and the run that
@@ -19,7 +19,7 @@ from segjax import processes
 from segjax.errors import UserError, first_line
 from segjax.train.optimizer import TrainState
 
-TrainStates = dict[str, Any]  # a TrainState per model, and other state of the run, by name
+TrainStates = dict[str, Any]  # a TrainState per model and other state of the run, by name
 
 _MANIFEST = 'manifest'
 _DAMAGED = 'damaged-'  # prefix of the directory of a step that could not be read
@@ -39,7 +39,7 @@ class Checkpointer:
     directory: local directory or bucket.
     keep: number of latest steps to keep.
     best: metric whose largest value marks a step that is also kept; '' for none.
-    max_misses: consecutive saves that may fail.
+    max_failures: number of consecutive saves that may fail.
     run: JSON description of the run; a checkpoint with another description is refused.
     differences: returns the keys in which two such descriptions differ.
     log_fn: is called with a warning for each failure that the run survives.
@@ -51,7 +51,7 @@ class Checkpointer:
     keep: int,
     *,
     best: str = '',
-    max_misses: int = 0,
+    max_failures: int = 0,
     run: dict[str, Any] | None = None,
     differences: Callable[[dict, dict], list[str]] | None = None,
     log_fn: Callable[[str], None] = print,
@@ -59,9 +59,9 @@ class Checkpointer:
     self._directory = epath.Path(directory)
     if '://' not in str(directory):
       self._directory = epath.Path(self._directory.absolute())
-    self._keep, self._best, self._max_misses = keep, best, max_misses
+    self._keep, self._best, self._max_failures = keep, best, max_failures
     self._run, self._differences, self._log = run or {}, differences, log_fn
-    self._misses, self._saving = 0, 0
+    self._failures, self._saving = 0, 0
     self._open()
 
   def _open(self) -> None:
@@ -70,6 +70,7 @@ class Checkpointer:
 
     policies = [keeping.LatestN(self._keep)]
     if self._best:
+      # Steps without the metric, for example before the first evaluation, are never the best.
       lowest = -float('inf')
       policies.append(keeping.BestN(get_metric_fn=lambda m: m.get(self._best, lowest), n=1))
     self._ocp = ocp
@@ -95,12 +96,13 @@ class Checkpointer:
       metrics: metrics of the step, from which `best` is read.
 
     Raises:
-      OSError: more than `max_misses` consecutive saves have failed.
+      OSError: more than `max_failures` consecutive saves have failed.
     """
-    self.settle()
+    self.settle()  # a failure of the pending save counts before the next one starts
     if step in self._manager.all_steps():
       return
     items = _items(states)
+    # Summed on the devices: a host of a large run holds only a part of the arrays.
     sums = processes.to_host(jax.jit(_checksums)(items))
     manifest = {
       'step': step,
@@ -110,9 +112,10 @@ class Checkpointer:
     saves: dict[str, Any] = {name: self._ocp.args.StandardSave(x) for name, x in items.items()}
     saves[_MANIFEST] = self._ocp.args.JsonSave(manifest)
     self._saving = step
-    numbers = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+    # Orbax stores metrics as JSON and ranks steps by them; neither can have NaN.
+    finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
     try:
-      self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=numbers)
+      self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=finite)
     except Exception as error:
       self._handle_failure(error)
 
@@ -124,19 +127,21 @@ class Checkpointer:
     except Exception as error:
       self._handle_failure(error)
     else:
-      self._misses = 0
+      self._failures = 0
 
   def _handle_failure(self, error: Exception) -> None:
     """Logs a failed save; raises OSError after too many."""
-    self._misses += 1
+    self._failures += 1
     before = [step for step in self._manager.all_steps() if step != self._saving]
-    kept = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
-    text = f'the checkpoint of step {self._saving} could not be written to {self._directory}: '
-    text += f'{first_line(error)}; {kept}'
-    if self._misses > self._max_misses:
-      raise OSError(f'{text}. Make room there, and start the same command again.') from error
-    self._log(f'warning: {text}; tried again at the next save')
-    self._open()  # the old manager waits for the write that failed; a new one clears what it left
+    last = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
+    message = (
+      f'the checkpoint of step {self._saving} could not be written to {self._directory} '
+      f'({first_line(error)}); {last}'
+    )
+    if self._failures > self._max_failures:
+      raise OSError(f'{message}; make room there and run the same command again.') from error
+    self._log(f'warning: {message}; trying again at the next save')
+    self._open()  # the old manager waits for the failed write; a new one removes its files
 
   def restore(self, like: TrainStates) -> tuple[int, TrainStates]:
     """Returns (newest readable step, its states with the shapes and shardings of `like`).
@@ -159,7 +164,9 @@ class Checkpointer:
     return 0, like
 
   def _read(self, step: int, like: TrainStates) -> TrainStates:
+    """Returns the states of a step; raises an error if an item is missing or damaged."""
     names = (*_items(like), _MANIFEST)
+    # The manifest first: a checkpoint of another run is refused before its arrays are read.
     manifest = self._manager.restore(
       step, args=self._ocp.args.Composite(**{_MANIFEST: self._ocp.args.JsonRestore()})
     )[_MANIFEST]
@@ -170,6 +177,7 @@ class Checkpointer:
     }
     restored = self._manager.restore(step, args=self._ocp.args.Composite(**targets))
     items = {name: restored[name] for name in names if name != _MANIFEST}
+    # Orbax may read changed bytes, or an item of another step, without an error.
     sums = processes.to_host(jax.jit(_checksums)(items))
     damaged = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
     if damaged:
@@ -183,16 +191,17 @@ class Checkpointer:
     if names:
       raise CheckpointMismatchError(
         f'the checkpoint {self._directory / str(step)} was written by another run: '
-        f'{", ".join(names)} differ. Give another --workdir or config.checkpoint.directory, or '
-        'move it away.'
+        f'{", ".join(names)} differ; give another --workdir or config.checkpoint.directory, or '
+        'move the checkpoint away.'
       )
 
   def _set_aside(self, step: int, error: Exception) -> None:
+    """Renames a damaged step, so that it is neither restored nor counted as one of `keep`."""
     aside = self._directory / f'{_DAMAGED}{step}'
     if aside.exists():
       aside.rmtree()
     (self._directory / str(step)).rename(aside)
-    self._manager.reload()
+    self._manager.reload()  # the manager caches the list of steps
     self._log(
       f'warning: the checkpoint of step {step} is damaged ({first_line(error)}); it is '
       f'renamed to {aside}'
@@ -217,7 +226,7 @@ def _items(states: TrainStates) -> dict[str, Any]:
 
 
 def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
-  """Returns the states whose `_items` these are."""
+  """Returns the states of `items`, the inverse of `_items`; `like` has their types."""
   states = {}
   for name, state in like.items():
     states[name] = items[name]
@@ -229,6 +238,7 @@ def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
 
 def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
   """Returns Σ_leaf 31^leaf · Σ bits modulo 2³² of each item, which does not depend on sharding."""
+  # Integer sums are exact in any order; a sum of floats would change with the mesh.
 
   def checksum(item):
     total = jnp.uint32(0)

@@ -35,15 +35,15 @@ class Collector:
   """Samples responses to prompts and turns them into experience.
 
   Attributes:
-    prompts: the prompts, of which `collect` is given rows.
+    prompts: the prompts; `collect` samples responses to some of their rows.
     sampler: how responses are sampled.
     recipe: how they are scored and rewarded.
-    normalizer: of segment scores.
+    normalizer: normaliser of segment scores.
     custom_reward: the user's reward, if there is one.
-    check_stop: is called between the parts and while responses are sampled; what it raises
+    check_stop: called between the parts and while responses are sampled; an exception from it
       abandons the collection, which has changed nothing.
-    on_part: is called with the name of a part ('generate', 'score') and its arrays once the part
-      was dispatched.
+    on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
+      dispatched.
   """
 
   prompts: Prompts
@@ -71,7 +71,7 @@ class Collector:
       kl_coef: coefficient of the KL penalty.
       index: number of each prompt, for its random numbers; 0, 1, ... by default.
     """
-    # A machine that is about to be taken away does not wait for the longest response.
+    # A machine that is about to be preempted does not wait for the longest response.
     sampler = dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
     batch = self.prompts.gather(rows, np.asarray)
     collected = rollout(params['policy'], batch, key, sampler, index)
@@ -115,15 +115,15 @@ def held_out_metrics(
   """Returns eval/reward, eval/kl, eval/length_mean and, with `gold`, eval/gold.
 
   All are means over the responses of one rollout, whose prompts are repeated to fill it. With the
-  same key its prompts and random numbers are the same at every step, so that steps compare; its
-  size is that of training, so that nothing new is compiled.
+  same key its prompts and random numbers are the same at every step, so that steps can be compared;
+  its size is that of training, so that no other program is compiled.
 
   Args:
-    collector: of the held-out prompts.
+    collector: collector of the held-out prompts.
     params: see `Collector.collect`.
     key: the same at every step.
     kl_coef: coefficient of the KL penalty.
-    gold: (prompt, response) -> true reward; None where it is not known.
+    gold: (prompt, response) -> true reward; None without one.
     decode: maps token ids to text, without special tokens.
   """
   count = collector.recipe.ppo.rollout_batch_size // collector.sampler.samples_per_prompt

@@ -22,7 +22,8 @@ def apply_rollout_compat(
 ) -> CollectedRollout:
   """Returns the rollout as the published code would have passed it on.
 
-  `finished` still tells which responses ended by themselves: the penalty for missing EOS reads it.
+  `finished` still marks the responses that ended by themselves: the penalty for missing EOS reads
+  it.
   """
   if compat.force_eos:
     ids = force_eos(rollout.response_ids, rollout.response_mask, stop_id)

@@ -1,6 +1,6 @@
-"""A custom reward: a user's function, called per response, its result assigned to tokens.
+"""Loads a user's reward function, calls it for each response and assigns the result to tokens.
 
-Mixing with the reward model is not here.
+`reward_shaping` mixes these rewards with those of the reward model.
 """
 
 import bisect
@@ -40,7 +40,7 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     function = operator.attrgetter(name)(importlib.import_module(module))
   except Exception as error:  # whatever a user's module does while it is imported
     raise UserError(
-      f"config.{key}={path!r} cannot be loaded ({error}); it is 'module:function'."
+      f"config.{key}={path!r} cannot be loaded ({error}); give 'module:function'."
     ) from error
   if not callable(function):
     raise UserError(
@@ -93,19 +93,20 @@ def token_rewards(
     decode: maps token ids to text, without special tokens.
 
   Raises:
-    UserError: the function returned something else, or a number that float32 cannot hold; names
-      the function and the prompt. Errors of the function itself pass through, with a note of both.
+    UserError: the function returned something else, or a number that float32 cannot hold; the
+      message names the function and the prompt. Exceptions of the function itself pass through,
+      with a note that names both.
   """
   rewards = np.zeros(response_ids.shape, np.float32)
   takes_tokens = _has_parameter(function, 'tokens')
-  text_of = functools.cache(lambda token: decode([token]))
+  token_text = functools.cache(lambda token: decode([token]))
   for row, (prompt, ids, mask) in enumerate(zip(prompts, response_ids, response_mask, strict=True)):
     positions = np.flatnonzero(mask)
     if not positions.size:
       continue
-    call = f'{_name(function)} on the prompt {excerpt(prompt)}'
+    call = f'{_describe(function)} on the prompt {excerpt(prompt)}'
     text = decode(ids[positions])
-    extra = {'tokens': [text_of(int(i)) for i in ids[positions]]} if takes_tokens else {}
+    extra = {'tokens': [token_text(int(i)) for i in ids[positions]]} if takes_tokens else {}
     try:
       returned = function(prompt, text, **extra)
     except Exception as error:
@@ -130,14 +131,14 @@ def _assign(
   if isinstance(returned, np.ndarray):
     returned = returned.tolist()
   if not isinstance(returned, list | tuple):
-    rewards[-1] = _number(returned, call)
+    rewards[-1] = _parse_number(returned, call)
   elif any(isinstance(item, list | tuple) for item in returned):
     prefix = functools.cache(lambda count: decode(ids[:count]))
     for item in returned:
-      end, value = _pair(item, text, call)
-      rewards[_completing(end, text, len(ids), prefix)] += value
+      end, value = _parse_pair(item, text, call)
+      rewards[_completing_token(end, text, len(ids), prefix)] += value
   elif len(returned) == len(ids):
-    rewards[:] = [_number(value, call) for value in returned]
+    rewards[:] = [_parse_number(value, call) for value in returned]
   elif returned:
     raise UserError(
       f'{call} returned {len(returned)} numbers for {len(ids)} tokens; return one for each (the '
@@ -146,7 +147,7 @@ def _assign(
   return rewards
 
 
-def _completing(end: int, text: str, count: int, prefix: Callable[[int], str]) -> int:
+def _completing_token(end: int, text: str, count: int, prefix: Callable[[int], str]) -> int:
   """Returns the first token after which text[:end] is complete, to its last character."""
   # decode writes the bytes of an unfinished character as a character of its own, so that texts are
   # compared, not their lengths.
@@ -155,20 +156,22 @@ def _completing(end: int, text: str, count: int, prefix: Callable[[int], str]) -
   )
 
 
-def _pair(item: Any, text: str, call: str) -> tuple[int, float]:
+def _parse_pair(item: Any, text: str, call: str) -> tuple[int, float]:
   if not isinstance(item, list | tuple) or len(item) != 2:
-    raise UserError(f'{call} returned {excerpt(item)} among pairs of (end, number).')
+    raise UserError(
+      f'{call} returned {excerpt(item)} among pairs of (end, number); return such pairs only.'
+    )
   end, value = item
   is_integer = isinstance(end, numbers.Integral) and not isinstance(end, bool)
   if not is_integer or not 1 <= end <= len(text):
     raise UserError(
-      f'{call} returned the pair {excerpt(item)}; its first must be an integer from 1 to '
+      f'{call} returned the pair {excerpt(item)}; its first element must be an integer from 1 to '
       f'{len(text)}, the number of characters of the response.'
     )
-  return int(end), _number(value, call)
+  return int(end), _parse_number(value, call)
 
 
-def _number(value: Any, call: str) -> float:
+def _parse_number(value: Any, call: str) -> float:
   try:
     number = float(value) if isinstance(value, numbers.Real | np.bool_) else math.nan
   except OverflowError:
@@ -181,6 +184,6 @@ def _number(value: Any, call: str) -> float:
   return number
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _describe(function: Callable[..., Any]) -> str:
   name = getattr(function, '__qualname__', None)
   return f'{function.__module__}:{name}' if name else repr(function)

@@ -38,10 +38,10 @@ def make_experience(
   Args:
     rollout: the responses.
     outputs: outputs of the networks over it; their `old_logprob` replaces that of the rollout.
-    normalizer: of segment scores.
+    normalizer: normaliser of segment scores.
     kl_coef: coefficient of the KL penalty.
     custom_reward: the user's reward of each token, if there is one.
-    recipe: how rewards are made.
+    recipe: how responses are segmented and rewarded.
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)

@@ -1,7 +1,4 @@
-"""Loss and gradient of a batch that is too large for one pass, accumulated over its pieces.
-
-The objectives and the use of the gradient belong to the steps.
-"""
+"""Loss and gradient of a batch that is too large for one pass, accumulated over its pieces."""
 
 import functools
 from collections.abc import Callable
@@ -35,14 +32,14 @@ def value_and_grad(
   Args:
     objective: (params, piece, *rest, slots) -> (loss, metrics), all scalars that add up to those
       of the whole batch: sums over rows, divided by counts of the whole batch, which are passed in
-      `rest`. Of `Metrics.max` the largest is taken instead.
+      `rest`. `Metrics.max` is combined by the maximum instead.
     params: parameters of a network of `segjax.model`, whose layout the gradient keeps.
     batch: a pytree of arrays, rows in axis 0 of each.
     micro_batch: rows of a piece without packing; 0 for all. Piece j of n holds the rows j, j + n,
       j + 2n, ... so that no row leaves its device. `slots` is None.
-    packing: which sequences form a piece, and where the network finds them; a row of the batch may
-      be several sequences that follow each other. Slots of length 0 are empty, and the rows passed
-      for them must be ignored.
+    packing: which sequences form a piece, and their slots in its packed rows; a row of the batch
+      may be several consecutive sequences. Slots of length 0 are empty, and the objective must
+      ignore the rows that it receives for them.
 
   Returns:
     ((loss, metrics), gradient), the gradient in the dtypes of the parameters; it is accumulated in
@@ -87,6 +84,7 @@ def _accumulate(
       max=jax.tree.map(jnp.maximum, before.max, metrics.max),
       sum=jax.tree.map(jnp.add, before.sum, metrics.sum),
     )
+    # The sum is laid out like the parameters: a copy per device of a large model would not fit.
     grads = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), grads_before, grads)
     return (loss_before + loss, metrics), sharding.constrain_tree(grads)
 
@@ -117,10 +115,11 @@ def _num_pieces(micro_batch: int, batch: Any) -> int:
 
 
 def _split(x: Array, pieces: int) -> Array:
-  """[B, ...] as [n, B / n, ...]; each device splits its own rows."""
+  """Reshapes [B, ...] to [n, B / n, ...]; each device splits its own rows."""
   x = sharding.constrain_batch(x.reshape(-1, pieces, *x.shape[1:]))
   return jnp.moveaxis(x, 1, 0)
 
 
 def _wide_zeros(leaf: Array) -> Array:
+  """Returns zeros in at least float32: a sum of many bfloat16 gradients would lose small ones."""
   return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))

@@ -32,10 +32,10 @@ class Metrics:
   def prefix(self, prefix: str) -> 'Metrics':
     """Returns the metrics under the names 'prefix/name'."""
 
-    def named(values):
+    def add_prefix(values):
       return {f'{prefix}/{name}': value for name, value in values.items()}
 
-    return Metrics(named(self.mean), named(self.max), named(self.sum))
+    return Metrics(add_prefix(self.mean), add_prefix(self.max), add_prefix(self.sum))
 
 
 @jax.jit

@@ -1,7 +1,4 @@
-"""AdamW with warm-up and cosine decay, training states, and one guarded update.
-
-The losses are not here.
-"""
+"""AdamW with warm-up and cosine decay, training states, and an update that skips NaN."""
 
 import dataclasses
 from typing import Any
@@ -61,7 +58,7 @@ def make_schedule(settings: Optimizer, total_steps: int) -> optax.Schedule:
     init_value=0.0,
     peak_value=settings.learning_rate,
     warmup_steps=warmup,
-    # optax wants at least one step of decay, and a short run may be nothing but warm-up.
+    # optax needs at least one step of decay, and a short run may consist of warm-up alone.
     decay_steps=max(total_steps, warmup + 1),
     end_value=settings.min_lr_ratio * settings.learning_rate,
   )
@@ -99,6 +96,7 @@ def _round_like(tree: Any, like: Any, step: Array) -> Any:
   E[rounded] = x, so updates below one bfloat16 ulp (2^-8 of the weight) still accumulate.
   """
   leaves, treedef = jax.tree.flatten(tree)
+  # Keys from the step: a resumed run rounds as an uninterrupted one.
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
   kinds = [leaf.dtype for leaf in jax.tree.leaves(like)]
   return treedef.unflatten(
@@ -163,11 +161,11 @@ def apply_update(
   params = optax.apply_updates(params, updates)
   weight_norm = optax.tree.norm(params)
   # The state is donated and metrics are read a step late: the decision must be made in the step.
-  good = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
+  is_applied = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
   params = _round_like(params, state.params, state.step)
   updated = TrainState(state.step + 1, params, opt_state)
-  state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
+  state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), updated, state)
   return sharding.constrain_tree(state), Metrics(
     mean={'grad_norm': grad_norm, 'weight_norm': weight_norm},
-    sum={'skipped_updates': 1 - good.astype(jnp.int32)},
+    sum={'skipped_updates': 1 - is_applied.astype(jnp.int32)},
   )

@@ -31,10 +31,10 @@ class Minibatch(NamedTuple):
   """The part of an experience that one update learns from.
 
   Attributes:
-    experience: of the whole rollout.
-    rows: the rows of the minibatch, in axis 0 of `experience`.
+    experience: the whole rollout.
+    rows: indices of the minibatch's rows in axis 0 of `experience`.
     packing: how the minibatch is packed; None for one row per sequence.
-    enabled: whether the rollout may be learned from; else the states stay as they are.
+    enabled: whether to learn from the rollout; otherwise the states stay as they are.
   """
 
   experience: Experience
@@ -57,10 +57,10 @@ def policy_objective(
   Args:
     params: parameters of the policy.
     batch: rows of the minibatch.
-    count: `num_terms` of the whole minibatch, of which `batch` may be a part.
+    count: `num_terms` of the whole minibatch, of which `batch` may be a piece.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: network and loss.
-    slots: where the sequences lie in packed rows.
+    slots: slots of the sequences in packed rows; None for one row per sequence.
   """
   ppo, rollout = recipe.ppo, batch.rollout
   mask = _without_empty_slots(rollout.response_mask, slots)
@@ -151,7 +151,7 @@ def policy_step(
 
   Args:
     state: state of the policy; donated.
-    minibatch: what to learn from.
+    minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: network, loss and optimizer.
     total_steps: updates of the policy in the whole run.
@@ -210,7 +210,7 @@ def ppo_step(
   Args:
     policy: state of the policy.
     critic: state of the critic.
-    minibatch: what to learn from.
+    minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: networks, losses and optimizers.
     total_steps: updates of the critic in the whole run.

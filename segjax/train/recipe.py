@@ -1,4 +1,4 @@
-"""What is fixed over a PPO run or an evaluation, as one static argument of the jitted steps."""
+"""The constants of a PPO run or an evaluation, as one static argument of the jitted steps."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ class PPORecipe:
   """The networks, how responses are segmented, how scores become rewards, how PPO learns.
 
   Attributes:
-    reward: None where rewards come from a custom reward alone.
-    critic: not read where no values are computed, as in an evaluation.
+    reward: the reward model; None where rewards come from a custom reward alone.
+    critic: the critic; not read where no values are computed, as in an evaluation.
     spread: a name in `rl.rewards.SPREADS`.
     recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
   """

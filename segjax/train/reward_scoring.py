@@ -1,6 +1,6 @@
-"""Segment scores of a reward model: of sequences, of pairs, and normalised.
+"""Computes the segment scores of a reward model, for sequences and pairs, raw or normalised.
 
-Serves the reward step, the fit of the normaliser and every evaluation of a reward model.
+Used by the reward step, the fit of the normaliser and every evaluation of a reward model.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def reference_entropy(
 ) -> Float[Array, 'B S']:
   """Returns the reference's entropy at every token, in nats; zeros where it is not needed.
 
-  `sequences.ref_entropy` is returned where it was computed beforehand.
+  Returns `sequences.ref_entropy` itself if it was computed beforehand.
   """
   if sequences.ref_entropy is not None:
     return sequences.ref_entropy
@@ -99,7 +99,7 @@ def evaluate_pairs(
 def segment_statistics(
   params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
 ) -> tuple[Float[Array, 'N S'], Float[Array, 'N S'], Bool[Array, 'N S'], Float[Array, 'N']]:
-  """Returns what a normaliser is fitted to, of both sides: N = 2B.
+  """Returns the statistics that a normaliser is fitted to, over both sides: N = 2B.
 
   Returns:
     (relative position of each token's segment, score, whether a segment ends there, aggregated

@@ -1,7 +1,7 @@
-"""From the scores of a rollout to one reward per token, before the clip and the KL penalty.
+"""Computes one reward per token from the scores of a rollout, before the clip and the KL penalty.
 
-The steps are functions of `rl`; their order is here: normalise or redistribute, spread, mix with a
-custom reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
+Applies functions of `rl` in this order: normalise or redistribute, spread, mix with a custom
+reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools

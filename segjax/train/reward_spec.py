@@ -1,6 +1,7 @@
-"""segment_reward.json, stored next to the weights of a reward model: how to read its scores.
+"""Reads and writes segment_reward.json, which says how to interpret a reward model's scores.
 
-It holds the segmentation, the aggregation of scores, the normaliser, and a hash of the tokenizer.
+It is stored next to the weights and holds the segmentation, the aggregation of scores, the
+normaliser and a hash of the tokenizer.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ _VERSION_2 = {
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-  """How to read the scores of a reward model; `normalizer` is None until it is fitted."""
+  """How to interpret the scores of a reward model; `normalizer` is None until it is fitted."""
 
   segmentation: Segmentation
   normalizer: Normalizer | None
@@ -35,20 +36,20 @@ class RewardSpec:
   tokenizer_sha256: str = ''
 
 
-def write_spec(directory: Path, reward: RewardSpec) -> None:
+def write_spec(directory: Path, spec: RewardSpec) -> None:
   """Writes segment_reward.json into the reward model's directory."""
   normalizer = None
-  if reward.normalizer is not None:
-    values = {k: float(v) for k, v in vars(reward.normalizer).items()}
-    normalizer = {'kind': reward.normalizer_kind} | values
-  text = {
+  if spec.normalizer is not None:
+    values = {k: float(v) for k, v in vars(spec.normalizer).items()}
+    normalizer = {'kind': spec.normalizer_kind} | values
+  record = {
     'version': VERSION,
-    **dataclasses.asdict(reward.segmentation),
+    **dataclasses.asdict(spec.segmentation),
     'normalizer': normalizer,
-    'tokenizer_sha256': reward.tokenizer_sha256,
+    'tokenizer_sha256': spec.tokenizer_sha256,
   }
   # Atomic: the file may replace one that a run is reading.
-  write_text_atomically(directory / REWARD_SPEC_FILE, json.dumps(text, indent=2) + '\n')
+  write_text_atomically(directory / REWARD_SPEC_FILE, json.dumps(record, indent=2) + '\n')
 
 
 def read_spec(directory: Path) -> RewardSpec | None:
@@ -57,24 +58,24 @@ def read_spec(directory: Path) -> RewardSpec | None:
   if not path.exists():
     return None
   try:
-    text = json.loads(path.read_text(encoding='utf-8'))
-    if text['version'] not in (2, VERSION):
-      raise UserError(f'version {text["version"]} is not {VERSION}')
-    if text['version'] == 2:
-      text |= {new: text[old] for new, old in _VERSION_2.items()}
-      text['include_eos'] = {'inside': True, 'outside': False}[text['stop_token']]
-    normalizer = text['normalizer']
+    record = json.loads(path.read_text(encoding='utf-8'))
+    if record['version'] not in (2, VERSION):
+      raise UserError(f'version {record["version"]} is not {VERSION}')
+    if record['version'] == 2:
+      record |= {new: record[old] for new, old in _VERSION_2.items()}
+      record['include_eos'] = {'inside': True, 'outside': False}[record['stop_token']]
+    normalizer = record['normalizer']
     kind = normalizer.pop('kind') if normalizer else ''
     names = [field.name for field in dataclasses.fields(Segmentation)]
     return RewardSpec(
-      segmentation=Segmentation(**{name: text[name] for name in names}),
+      segmentation=Segmentation(**{name: record[name] for name in names}),
       normalizer=Normalizer(**normalizer) if normalizer else None,
       normalizer_kind=kind,
-      tokenizer_sha256=text['tokenizer_sha256'],
+      tokenizer_sha256=record['tokenizer_sha256'],
     )
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(
-      f'{path}: {error!r}; fit it again by the normalizer job, or take the file away and name '
+      f'{path}: {error!r}; fit it again with the normalizer job, or remove the file and set '
       'granularity, threshold and normaliser in config.reward_model.'
     ) from error
 
@@ -85,7 +86,8 @@ def resolve_spec(
   """Returns the stored spec, each field replaced where the config sets it.
 
   Raises:
-    UserError: a field is set by neither, or the tokenizers of reward model and policy differ.
+    UserError: a field is set by neither file nor config, or the tokenizers of reward model and
+      policy differ.
   """
   stored = read_spec(directory)
   check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
@@ -103,8 +105,7 @@ def resolve_spec(
     missing.append("config.reward_model.normalizer ('published:NAME', or 'none' to do without)")
   if missing:
     raise UserError(
-      f'{directory} has no {REWARD_SPEC_FILE} that says it all: run the normalizer job on it, or '
-      'give '
+      f'{directory} has no complete {REWARD_SPEC_FILE}; run the normalizer job on it, or set '
       f'{", ".join(missing)}.'
     )
   return RewardSpec(segmentation, normalizer, kind)
@@ -134,7 +135,7 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
   """Raises UserError unless two models share a tokenizer: segments and scores are per token.
 
   Args:
-    directory: of the first model.
+    directory: directory of the first model.
     other: directory of the second model.
     sha256: hash of the first model's tokenizer, if known; '' reads its files.
   """

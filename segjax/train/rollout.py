@@ -1,4 +1,4 @@
-"""Responses of a policy to a batch of prompts, on the host and on the mesh. Scores nothing."""
+"""Samples the responses of a policy to a batch of prompts, on the host and on the mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class RolloutSampler:
     stop_ids: token ids that end a response.
     mesh: the devices.
     samples_per_prompt: responses to each prompt.
-    log: is called with a warning for each response whose logits were not finite.
-    on_chunk: is called with all that was generated before every chunk of tokens; what it raises
+    log: called with a warning for each response whose logits were not finite.
+    on_chunk: called before every chunk of tokens with all responses so far; an exception from it
       ends the generation.
   """
 
@@ -50,8 +50,8 @@ class RolloutSampler:
 class CollectedRollout:
   """A rollout on the devices, and the part of it that the host reads.
 
-  Decoding ends with these arrays on the host. Kept there, they need not be fetched from the
-  devices, which would wait for all that was dispatched before.
+  Decoding ends with these arrays on the host. Fetching them from the devices later would wait for
+  everything dispatched before.
 
   Attributes:
     arrays: the rollout, split over the mesh.
@@ -74,7 +74,7 @@ class CollectedRollout:
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
-  """Returns the settings that decide how a token is drawn."""
+  """Returns the part of the settings that decides how a token is drawn."""
   return Sampling(
     temperature=settings.temperature,
     top_k=settings.top_k,

@@ -98,7 +98,10 @@ def within_bounds(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
 
 
 def _logprob_mismatch(rollout: Rollout) -> dict[str, Array]:
-  """|log-prob as drawn - log-prob at temperature 1, unfiltered| per token; 0 if unfiltered."""
+  """Returns mean and maximum over tokens of |log π sampled from - log π unfiltered|.
+
+  {} for a rollout without `sample_logprob`.
+  """
   if rollout.sample_logprob is None:
     return {}
   mask = rollout.response_mask
@@ -110,14 +113,14 @@ def _logprob_mismatch(rollout: Rollout) -> dict[str, Array]:
 
 
 def _segment_length(segments: Segments) -> Float[Array, '']:
-  """Tokens per segment, over all responses."""
+  """Returns the mean number of tokens of a segment, over the segments of all responses."""
   return jnp.sum(segments.segment_id >= 0) / jnp.maximum(jnp.sum(segments.num_segments), 1)
 
 
 def _explained_variance(
   value: Float[Array, 'B T'], return_: Float[Array, 'B T'], mask: Bool[Array, 'B T']
 ) -> Float[Array, '']:
-  """1 - Var(return - value) / Var(return) over the states whose value the critic learns."""
+  """Returns 1 - Var(return - value) / Var(return) over the states that the critic learns from."""
 
   def variance(x):
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

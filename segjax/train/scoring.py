@@ -131,7 +131,7 @@ def score(
   so that few programs are compiled.
 
   Args:
-    params: parameters by name; those that wait in host memory are moved for the time of the call.
+    params: parameters by name; those in host memory are on the devices during the call only.
     rollout: the responses.
     length: tokens of prompt and response together.
     recipe: the networks.
@@ -144,9 +144,10 @@ def score(
   chunks = []
   for rows in order.reshape(-1, size):
     needed = min(-(-int(length[rows].max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
-    chunk_ids, seen, chunk = take_rows((ids, segment_ids, rollout), rows)
-    seen = None if seen is None else seen[:, :needed]
-    chunks.append(score_chunk(params, chunk_ids[:, :needed], seen, chunk, recipe=recipe))
+    chunk_ids, chunk_segments, chunk = take_rows((ids, segment_ids, rollout), rows)
+    if chunk_segments is not None:
+      chunk_segments = chunk_segments[:, :needed]
+    chunks.append(score_chunk(params, chunk_ids[:, :needed], chunk_segments, chunk, recipe=recipe))
   if len(chunks) == 1:
     return chunks[0]
   # The inverse of a permutation is its argsort: rows return to their original order.
@@ -168,5 +169,5 @@ def concatenate(chunks: list[Any]) -> Any:
 
 @jax.jit
 def take_rows(tree: Any, rows: Int[Array, 'N']) -> Any:
-  """Returns the given rows of every array in the tree, split over the devices."""
+  """Returns these rows of every array in the tree, split over the devices."""
   return jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), tree)

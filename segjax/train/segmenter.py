@@ -1,7 +1,4 @@
-"""Segments batches of responses as a `Segmentation` says.
-
-The rules are in `rl.segmentation`; here they are applied to token ids and settings.
-"""
+"""Segments batches of responses by the functions of `rl.segmentation` that the settings select."""
 
 import dataclasses
 import functools

@@ -32,9 +32,9 @@ def sft_loss(
   Args:
     params: parameters of the network.
     batch: rows of the batch.
-    count: masked tokens of the whole batch, of which this one may be a part.
+    count: number of masked tokens of the whole batch, of which `batch` may be a piece.
     config: the network.
-    slots: where the conversations lie in packed rows.
+    slots: slots of the conversations in packed rows; None for one row per conversation.
   """
   mask = batch.mask if slots is None else batch.mask & (slots.length > 0)[:, None]
   logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, slots)

@@ -11,7 +11,7 @@ from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig
 from segjax.train.recipe import PPORecipe
 
-# Names of the two metrics, which `report.metric_log` replaces by rates.
+# `report.metric_log` replaces these two metrics by rates.
 TOKENS, FLOPS = 'perf/tokens', 'perf/flops'
 
 _FORWARD_AND_BACKWARD = 3  # cost in forward passes

@@ -67,7 +67,7 @@ def test_one_job_reads_what_the_config_names(small):
       {'evaluate.gold_reward_fn': 'segjax.rl:nothing'},
       "config.evaluate.gold_reward_fn='segjax.rl:not",
     ),
-    (('evaluate',), {'evaluate.gold_reward_fn': 'no_such_module:f'}, "it is 'module:function'"),
+    (('evaluate',), {'evaluate.gold_reward_fn': 'no_such_module:f'}, "give 'module:function'"),
     (('evaluate',), {'evaluate.boundary_fn': 'nonsense'}, 'config.evaluate.boundary_fn'),
   ],
 )

@@ -12,7 +12,7 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.train.custom_reward import load_function, token_rewards
 
 LENGTH = 24
-LOAD = "it is 'module:function'"
+LOAD = "give 'module:function'"
 
 
 @pytest.fixture(scope='module')
@@ -198,7 +198,7 @@ def test_token_texts_are_given_where_they_are_asked_for(chat):
     ([1, 2, float('nan')], 'returned nan'),
     ([(1, 2), 3], 'returned 3 among pairs'),
     ([(1, 2, 3)], r'returned \(1, 2, 3\) among pairs'),
-    ([(0, 2)], r'returned the pair \(0, 2\); its first must be an integer from 1 to 7'),
+    ([(0, 2)], r'returned the pair \(0, 2\); its first element must be an integer from 1 to 7'),
     ([(8, 2)], r'returned the pair \(8, 2\).*from 1 to 7, the number of characters'),
     ([(1.0, 2)], r'returned the pair \(1\.0, 2\).*integer'),
     ([(True, 2)], r'returned the pair \(True, 2\).*integer'),

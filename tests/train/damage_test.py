@@ -124,7 +124,7 @@ def full_disk():
 
 def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   logged = []
-  checkpoints = Checkpointer(tmp_path, keep=2, max_misses=1, log_fn=logged.append)
+  checkpoints = Checkpointer(tmp_path, keep=2, max_failures=1, log_fn=logged.append)
   checkpoints.save(1, _states(1))
   checkpoints.settle()
   full_disk(True)
