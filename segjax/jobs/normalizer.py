@@ -23,10 +23,10 @@ from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.rl import normalizer
 from segjax.run import inputs, models
+from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
-from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
 
@@ -64,10 +64,14 @@ def run(stage: Stage) -> dict[str, Any]:
   kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
   configs = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)
   tokenizer = load_tokenizer(str(reference_path), s.data.chat_template)
-  scorer = SegmentScorer(
+  scorer = make_scorer(
     configs['reward'],
-    models.load_network_config(reference_path, s.runtime, stage.mesh, stage.log),
-    make_segmenter(spec.segmentation, tokenizer),
+    reference_path,
+    spec.segmentation,
+    tokenizer,
+    s.runtime,
+    stage.mesh,
+    stage.log,
   )
   pairs = _load_pairs(stage, tokenizer, configs['reward'])
   params = models.load_params(source, scorer.reward, 'scalar', s.runtime, stage.mesh)

@@ -21,13 +21,13 @@ from segjax.model.llama import LlamaConfig
 from segjax.plan import programs
 from segjax.report.console import table
 from segjax.run import inputs, models, provenance, training_loop
+from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.reward_spec import RewardSpec
 from segjax.train.reward_step import reward_step
-from segjax.train.segmenter import make_segmenter
 
 # Printed on the console, the first two next to the progress bar; curves of the model card.
 SHOW = ('reward_model/loss', 'reward_model/accuracy', 'reward_model/segments')
@@ -59,10 +59,14 @@ def run(stage: Stage) -> dict[str, Any]:
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
   reward_spec.check_tokenizer(source, reference_path)
   tokenizer = load_tokenizer(str(source), s.data.chat_template)
-  scorer = SegmentScorer(
+  scorer = make_scorer(
     config,
-    models.load_network_config(reference_path, s.runtime, stage.mesh, stage.log),
-    make_segmenter(s.reward.segmentation, tokenizer),
+    reference_path,
+    s.reward.segmentation,
+    tokenizer,
+    s.runtime,
+    stage.mesh,
+    stage.log,
   )
   pairs = _load_pairs(stage, tokenizer, config)
   reference = None
