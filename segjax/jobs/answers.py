@@ -1,4 +1,4 @@
-"""Answers the questions of a public judge by a checkpoint, in the format that the judge reads."""
+"""Samples a checkpoint's answers to the questions of a public judge, in the judge's file format."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ Answers = dict[int, list[tuple[str, int]]]  # (text, tokens) of each turn, by qu
 
 @dataclasses.dataclass(frozen=True)
 class AnswerModel:
-  """The model that answers."""
+  """The model that answers, loaded on the mesh of `stage`."""
 
   stage: Stage
   network: LlamaConfig
@@ -72,13 +72,13 @@ def run(stage: Stage) -> dict[str, Any]:
     )
     counts.update(prompts.counts)
     inputs.log_dataset(prompts, stage.log)
-    if model is None:  # weights are loaded only after the first prompts were validated
+    if model is None:  # not before the first prompts are validated: loading takes minutes
       params = models.load_params(path, network, 'language', s.runtime, stage.mesh)
       model = AnswerModel(stage, network, tokenizer, params)
-    new = _answer(model, prompts, [questions[i] for i in open_questions], turn)
+    new_answers = _answer(model, prompts, [questions[i] for i in open_questions], turn)
     for row, number in enumerate(open_questions):
-      if row in new:
-        answers[number].append(new[row])
+      if row in new_answers:
+        answers[number].append(new_answers[row])
       else:
         del answers[number]
   name = model_name(s.answers.model_name, s.policy.path)

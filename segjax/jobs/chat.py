@@ -25,7 +25,7 @@ from segjax.run.stage import Stage
 from segjax.train.rollout import sampling
 from segjax.types import PromptBatch
 
-_CHUNK = 4  # tokens that are generated between two pieces of streamed text
+_CHUNK = 4  # tokens generated between two pieces of streamed text
 HELP = '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends'
 
 
@@ -39,7 +39,7 @@ def run(stage: Stage) -> dict[str, Any]:
   if not s.policy.path:
     raise UserError('config.policy.path is empty; give a checkpoint to chat with.')
   if processes.process_count() > 1:
-    raise UserError('chat reads from its terminal, so it runs in one process only.')
+    raise UserError('chat reads from its terminal; start it in one process only.')
   policy = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   reward = None
   if s.reward_model.path:

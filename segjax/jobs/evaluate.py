@@ -264,7 +264,7 @@ JOB = Job(
   ),
   inputs=(
     TRAINED_POLICY,
-    # Without PPO in the same run, the user says what the policy is compared with.
+    # Without PPO in the same run, only the user knows what the policy is compared with.
     dataclasses.replace(REFERENCE, only_after='ppo'),
     OPTIONAL_REWARD_MODEL,
     data_input('held_out'),

@@ -1,4 +1,4 @@
-"""What the pipeline, the dry run and the planner must know of a job. Runs nothing."""
+"""The description of a job, which the pipeline, the dry run and the planner read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,12 @@ Results = dict[str, Any]  # what a job returns; goes into stage.json
 
 
 def always(settings: Settings) -> bool:
-  """Returns True, for an `Input` that every run needs."""
+  """Returns True: `is_required` of an `Input` that every run needs."""
   return True
 
 
 def never(settings: Settings) -> bool:
-  """Returns False, for an `Input` that a run may do without."""
+  """Returns False: `is_required` of an optional `Input`."""
   return False
 
 
@@ -27,10 +27,10 @@ class Input:
 
   Attributes:
     key: such as 'policy.path'.
-    sources: where its value comes from; the first source that exists counts. 'config.KEY' is a
-      value that the user gave, 'JOB/PATH' the output of an earlier stage of the same run. Empty:
-      the user's value of `key`.
-    only_after: a job; if it is not among the earlier stages, only the user's value counts.
+    sources: where its value comes from; the first source that exists is used. 'config.KEY' is a
+      value set by the user, 'JOB/PATH' the output of an earlier stage of the same run. Without
+      sources, the value is the user's.
+    only_after: a job; if it is not among the earlier stages, only the user's value is used.
     is_required: (settings) -> whether the job cannot run without it.
     keywords: values that are not paths.
     is_list: the value holds several paths, separated by commas.
@@ -62,22 +62,22 @@ class Job:
   Attributes:
     name: its name in config.stages; also the stage's directory.
     run: does the work and returns the results.
-    sections: the sections of the settings that decide its outcome.
+    sections: the sections of the settings that determine its results.
     inputs: the checkpoints and rows that it reads.
-    check: (settings) -> None; fails before the first stage starts rather than in the middle.
+    check: (settings) -> None; called before the first stage, to fail early.
     outputs: files and directories that it writes, relative to the stage's directory.
     rewrites: (key, file), if it writes a file into the directory of one of its inputs.
-    is_reusable: it need not run again with the same settings and inputs.
+    is_reusable: whether its results are reused by a run with the same settings and inputs.
     batch_keys: keys of batch sizes that are divided over the devices.
-    summary: the results on the stage's last line.
+    summary: keys of the results that the stage's last line shows.
     print_table: (results) -> None, called at the end of the run.
     after_run: (stage, results of all stages, seconds since 1970 of the start) -> None, called at
       the end of the run.
     num_networks: networks that it holds at once, trained and frozen.
-    tokens_per_step: (settings) -> the most tokens of a step, prompts and responses; None for a job
-      without steps.
-    num_steps: (settings, rows, 0 if unknown) -> steps, 0 if unknown.
-    plan: what `tools/plan.py` compiles for it.
+    tokens_per_step: (settings) -> maximum number of tokens in a step, prompts and responses; None
+      for a job without steps.
+    num_steps: (settings, number of rows) -> number of steps; 0 means unknown in both.
+    plan: the programs that `tools/plan.py` compiles for it.
   """
 
   name: str
@@ -102,7 +102,7 @@ COMMON = ('seed', 'runtime', 'data')  # sections of every job that runs a networ
 
 POLICY = Input('policy.path', ('sft/model', 'config.policy.path', 'demo/model'))
 TRAINED_POLICY = Input('policy.path', ('ppo/model', *POLICY.sources))
-# The policy before PPO, unless the user names another.
+# The policy before PPO, unless the user names another one.
 REFERENCE = Input('reference.path', ('config.reference.path', *POLICY.sources))
 
 

@@ -1,4 +1,4 @@
-"""Runs the jobs of config.stages in turn, each from the last one's output."""
+"""Runs the jobs of config.stages in turn, each on the output of the previous ones."""
 
 import dataclasses
 import importlib.util
@@ -31,8 +31,10 @@ def run(
   """Runs the stages of `prepare` and prints their tables; returns their results by name.
 
   Args:
-    started: time.time() of the process's start.
-    config_name: the title of report.html.
+    stages: the stages, prepared.
+    workdir: directory of the run.
+    started: time.time() at the start of the process.
+    config_name: title of report.html.
   """
   results = {}
   with Page(workdir, config_name, [stage.name for stage in stages]) as page:
@@ -59,7 +61,7 @@ def prepare(
   mirror: NoMirror | None = None,
   command: Command | None = None,
 ) -> list[Stage]:
-  """Returns the stages with their paths, after every check that takes no time.
+  """Returns the stages with their paths, after all quick checks.
 
   Raises:
     UserError: a stage does not exist, a batch does not divide over the mesh, a path or function
@@ -101,7 +103,7 @@ def check_batches(job: Job, settings: Settings, mesh: Mesh) -> None:
 
 
 def check_complete(stages: list[Stage]) -> None:
-  """Checks that every path that a stage needs is given; UserError names the key."""
+  """Checks that every path that a stage needs is set; UserError names the key."""
   for stage in stages:
     if missing := missing_keys(stage):
       raise UserError(
@@ -116,7 +118,7 @@ def missing_keys(stage: Stage) -> list[str]:
   for item in JOBS[stage.name].inputs:
     if _get(stage.settings, item.key) or not item.is_required(stage.settings):
       continue
-    # A key that takes its value from another missing key need not be given as well.
+    # The default of one key may be another, missing key: then setting that one is enough.
     sources = _active_sources(item, _earlier_stages(stage.name, stage.settings))
     if not any(f'config.{key}' in sources for key in missing):
       missing.append(item.key)
@@ -165,9 +167,9 @@ def run_stage(stage: Stage) -> Results:
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
-  began = time.monotonic()
+  start_time = time.monotonic()
   results = job.run(stage)
-  results['seconds'] = time.monotonic() - began
+  results['seconds'] = time.monotonic() - start_time
   processes.barrier(f'{stage.name} done')
   if processes.is_first():
     summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
@@ -211,7 +213,7 @@ def _get(settings: Settings, key: str) -> Any:
 def _settings_key(stage: Stage, job: Job) -> dict[str, Any]:
   """Returns the settings that the job reads, with paths relative to the working directory.
 
-  So a run can be moved to another directory and still reuse its stages.
+  A run that was moved to another directory therefore still reuses its stages.
   """
   values = dataclasses.asdict(stage.settings)
   return _relative_to(stage.directory.parent, {name: values[name] for name in job.sections})

@@ -1,4 +1,4 @@
-"""The jobs, in the order in which the stages of a run follow each other; a new job is a line."""
+"""The jobs, in the order of the stages of a run; a new job is one line in `JOBS`."""
 
 import difflib
 
@@ -38,7 +38,7 @@ def check_stages(stages: tuple[str, ...]) -> None:
   """Checks that config.stages names jobs, each at most once and in the order of `JOBS`.
 
   Raises:
-    UserError: it does not.
+    UserError: a name is unknown or repeated, or the order is another.
   """
   names = ', '.join(JOBS)
   if not stages:
@@ -56,10 +56,10 @@ def check_stages(stages: tuple[str, ...]) -> None:
 
 
 def find_plan(name: str) -> JobPlan:
-  """Returns the plan of the job of that name.
+  """Returns the plan of a job.
 
   Raises:
-    UserError: it has none.
+    UserError: there is no such job, or it has no plan.
   """
   if name not in JOBS or JOBS[name].plan is None:
     names = ', '.join(job.name for job in JOBS.values() if job.plan)

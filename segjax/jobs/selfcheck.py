@@ -1,6 +1,6 @@
 """Checks the invariants of training on the available devices: a table, and an error on failure.
 
-Everything runs on a small random network and random responses; nothing is read or downloaded.
+Runs a small random network on random responses; reads and downloads nothing.
 Float32 is computed at full precision here (`jax.default_matmul_precision('highest')`): by default
 accelerators multiply float32 matrices in fewer bits, and rounding would hide mistakes.
 """
@@ -52,7 +52,7 @@ _HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'cr
 
 
 class CheckResult(NamedTuple):
-  """A measured value and its bound; NaN where the check cannot be made on these devices."""
+  """A measured value and its bound; NaN where the check cannot run on these devices."""
 
   measured: float
   bound: float
@@ -102,8 +102,8 @@ def run(stage: Stage) -> dict[str, Any]:
   failed = [name for name, result in results.items() if result.status == 'FAILED']
   if failed:
     raise UserError(
-      f'{len(failed)} of {len(results)} checks failed: {"; ".join(failed)}. Do not train here: the '
-      'numbers above are wrong on this machine or with this version of jax.'
+      f'{len(failed)} of {len(results)} checks failed: {"; ".join(failed)}. Training on this '
+      'machine, or with this version of jax, would be wrong; use another one.'
     )
   return {name: result._asdict() for name, result in results.items()}
 
@@ -132,9 +132,8 @@ def checks(mesh: Mesh, fixture: Fixture) -> Iterator[tuple[str, Callable[[], Che
 def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
   """Returns fresh networks; the reference equals the policy, as before the first update."""
   config = config or make_config(_NETWORK)
-  segmenter = Segmenter(
-    Segmentation(entropy_threshold=4.5)
-  )  # about ln V - 1: some tokens lie above
+  # About ln V - 1: the entropies of some tokens lie above it.
+  segmenter = Segmenter(Segmentation(entropy_threshold=4.5))
   recipe = PPORecipe(*[config] * 4, segmenter, 'even_split', RewardShaping(), _PPO)
   with jax.set_mesh(mesh):
     params = {
@@ -153,7 +152,7 @@ def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
     experience, metrics = make_experience(
       sampled.arrays,
       outputs,
-      selfcheck_rewards.normalizer_error(),
+      selfcheck_rewards.position_normalizer(),
       jnp.float32(_PPO.kl_coef),
       recipe=recipe,
     )
@@ -161,7 +160,7 @@ def make_fixture(mesh: Any, config: LlamaConfig | None = None) -> Fixture:
 
 
 def decoding(fixture: Fixture) -> CheckResult:
-  """Log-probs of the decode loop against those of a forward over the whole sequence."""
+  """Compares log-probs of the decode loop with those of a forward over the full sequence."""
   full, _ = _forward(
     fixture.params['policy'], concat_prompt_response(fixture.rollout), config=fixture.recipe.policy
   )
@@ -171,18 +170,18 @@ def decoding(fixture: Fixture) -> CheckResult:
 
 
 def initial_kl(fixture: Fixture) -> CheckResult:
-  """|log π - log π_ref| of any token, where policy and reference are the same network."""
+  """Measures |log π - log π_ref| per token, where policy and reference are the same network."""
   return CheckResult(float(fixture.metrics['objective/kl_token_max']), 1e-4)
 
 
 def initial_ratio(fixture: Fixture) -> CheckResult:
-  """|π / π_old - 1| of any token, before anything was learned."""
+  """Measures |π / π_old - 1| per token, before the first update."""
   *_, metrics = update(fixture)
   return CheckResult(float(metrics['policy/ratio_max_deviation']), 1e-4)
 
 
 def padding(fixture: Fixture) -> CheckResult:
-  """Scores of sequences against those of the same with more padding behind."""
+  """Compares the scores of sequences with those of the same sequences with more padding."""
   ids = np.asarray(concat_prompt_response(fixture.rollout))
   longer = np.pad(ids, ((0, 0), (0, 8)))
   config, params = fixture.recipe.reward, fixture.params['reward']
@@ -193,7 +192,7 @@ def padding(fixture: Fixture) -> CheckResult:
 
 
 def batch_independence(fixture: Fixture) -> CheckResult:
-  """Scores of each sequence against those of the same among others."""
+  """Compares the scores of sequences with those of the same sequences among other rows."""
   ids = np.asarray(concat_prompt_response(fixture.rollout))
   others = np.where(np.arange(_ROWS)[:, None] % 2 == 0, ids, ids[::-1] ^ 1)
   config, params = fixture.recipe.reward, fixture.params['reward']
@@ -202,14 +201,14 @@ def batch_independence(fixture: Fixture) -> CheckResult:
 
 
 def accumulation(fixture: Fixture) -> CheckResult:
-  """Parameters after an update in four pieces against those after one in a single piece."""
+  """Compares the parameters after an update in four pieces with those after one in one piece."""
   expected, accumulated = update(fixture)[0], update(fixture, micro_batch=2)[0]
   size = _distance(expected, fixture.params['policy'])
   return CheckResult(_distance(accumulated, expected) / size, 1e-3, 'of the update')
 
 
 def sharded(mesh: Mesh, fixture: Fixture) -> CheckResult:
-  """Losses on one device against those on config.mesh."""
+  """Compares losses and gradient norms on one device with those on the mesh."""
   devices = mesh.devices.ravel()
   if len(devices) == 1:
     return CheckResult(math.nan, math.nan, '1 device')
@@ -227,7 +226,7 @@ def sharded(mesh: Mesh, fixture: Fixture) -> CheckResult:
 
 
 def bfloat16(fixture: Fixture) -> CheckResult:
-  """Mean over tokens of |difference| between log-probs in bfloat16 and in float32, nats."""
+  """Measures the mean over tokens of |log-prob in bfloat16 - log-prob in float32|, nats."""
   ids, config = concat_prompt_response(fixture.rollout), fixture.recipe.policy
   narrow = dataclasses.replace(config, dtype='bfloat16')
   difference = [_forward(fixture.params['policy'], ids, config=c)[0] for c in (narrow, config)]
@@ -239,7 +238,7 @@ def _rewards(granularity: str) -> CheckResult:
 
 
 def update(fixture: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
-  """The policy's and the critic's parameters, and the metrics, after one update on all rows."""
+  """Returns (parameters of the policy, of the critic, metrics) after one update on all rows."""
   ppo = dataclasses.replace(_PPO, micro_batch_size=micro_batch)
   states = (
     init_state(jax.tree.map(jnp.copy, fixture.params[name]), _OPTIMIZER, 10)  # the step donates it

@@ -1,6 +1,6 @@
 """Compares the rewards of random ragged responses with the slow loops of `segjax.rl.oracle`.
 
-Arrays only; the invariants of networks are checked by `selfcheck`.
+Runs no network; `selfcheck` checks the invariants of networks.
 """
 
 import dataclasses
@@ -27,35 +27,40 @@ _PPO = PPO(kl_coef=0.1)
 def max_abs_error_vs_oracle(granularity: str) -> float:
   """Returns the largest error of rewards and whitened advantages against `segjax.rl.oracle`."""
   rollout, outputs = _random_scores(np.random.default_rng(5))
-  worst = 0.0
+  error = 0.0
   for spread in SPREADS:
     recipe = _plain_recipe(Segmentation(granularity=granularity), spread)
     experience, _ = jax.device_get(
       make_experience(
-        rollout, outputs, normalizer_error(), jnp.float32(_PPO.kl_coef), recipe=recipe
+        rollout, outputs, position_normalizer(), jnp.float32(_PPO.kl_coef), recipe=recipe
       )
     )
     expected = _by_loops(rollout, outputs, granularity, spread)
     for name, rows in expected.items():
-      worst = max(worst, float(np.max(np.abs(getattr(experience, name) - np.array(rows)))))
-  return worst
+      error = max(error, float(np.max(np.abs(getattr(experience, name) - np.array(rows)))))
+  return error
 
 
 def reward_roundtrip_error() -> float:
-  """Returns how far a custom reward of 0.7 is from 0.7 in the experience."""
+  """Returns the largest error with which a custom reward of 0.7 reaches the experience."""
   responses, scored = _random_scores(np.random.default_rng(6))
   ids, mask = jax.device_get((responses.response_ids, responses.response_mask))
   custom_reward = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
   shaping = RewardShaping(reward_model_weight=0.0)
   recipe = dataclasses.replace(_plain_recipe(Segmentation(), 'even_split'), shaping=shaping)
   experience, _ = make_experience(
-    responses, scored, normalizer_error(), jnp.float32(0), jnp.asarray(custom_reward), recipe=recipe
+    responses,
+    scored,
+    position_normalizer(),
+    jnp.float32(0),
+    jnp.asarray(custom_reward),
+    recipe=recipe,
   )
   total = np.asarray(experience.reward).sum(axis=1)
   return float(np.max(np.abs(total - np.where(mask.any(axis=1), np.float32(0.7), 0))))
 
 
-def normalizer_error() -> Normalizer:
+def position_normalizer() -> Normalizer:
   """Returns a normaliser whose Mean and Std change with the position."""
   return Normalizer(*map(jnp.float32, (0.2, -0.1, 0.3, 0.8)))  # in the order of its fields
 
@@ -89,9 +94,9 @@ def _random_scores(rng: np.random.Generator) -> tuple[Rollout, ModelOutputs]:
 
 
 def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread: str):
-  """Returns rewards and whitened advantages, by loops over lists."""
+  """Returns rewards and whitened advantages, computed by loops over lists."""
   shaping = RewardShaping()
-  fitted = tuple(float(x) for x in jax.tree.leaves(normalizer_error()))
+  fitted = tuple(float(x) for x in jax.tree.leaves(position_normalizer()))
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
   logprob, ref_logprob, _, score_, values, _ = (np.asarray(x).tolist() for x in scored)
   # The oracle reads the entropy of the NEXT token at each one.
@@ -102,10 +107,8 @@ def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread
     ends = oracle.segment_ends(after[b], mask[b], finished[b], granularity, 2.0)
     z = oracle.segment_z(score_[b], ends, fitted, floor)
     dense = oracle.spread(z, ends, mask[b], spread)
-    reward = [
-      min(max(r, -shaping.reward_clip), shaping.reward_clip) - _PPO.kl_coef * (p - q) if m else 0.0
-      for r, p, q, m in zip(dense, logprob[b], ref_logprob[b], mask[b], strict=True)
-    ]
+    kl = [p - q for p, q in zip(logprob[b], ref_logprob[b], strict=True)]
+    reward = oracle.shaped_reward(dense, kl, mask[b], _PPO.kl_coef, shaping.reward_clip)
     rows.append(reward)
     advantages.append(oracle.gae(reward, values[b], mask[b], _PPO.gamma, _PPO.gae_lambda))
   return {'reward': rows, 'advantage': oracle.whiten(advantages, mask)}
