@@ -1,4 +1,4 @@
-"""Annotates texts with segments: the reference's entropies, boundaries, scores and rewards."""
+"""Annotates texts with the reference's entropies, segments, scores and normalised scores."""
 
 import dataclasses
 import functools
@@ -38,10 +38,10 @@ class Annotator:
   Attributes:
     tokenizer: shared by the models.
     reference: the model whose entropies segment.
-    reward: the reward model; None for segments without scores.
+    reward: the reward model; None if segments have no scores.
     params: parameters of 'reference' and, where present, 'reward'.
     segmenter: how texts are segmented.
-    normalizer: of the scores; None where it is not known, so that rewards are None.
+    normalizer: normaliser of the scores; None without one, and then normalised scores are None.
     std_floor_ratio: floor of Std(p), see `rl.normalizer.normalize`.
     mesh: the devices.
   """
@@ -159,7 +159,7 @@ def choose_batch_size(mesh: Mesh, num_texts: int) -> int:
 
 
 class TokenOutputs(NamedTuple):
-  """What is known of each token, [B, S] or [T]; `z` counts where a segment ends."""
+  """The models' outputs at each token, [B, S] or [T]; `z` is defined where a segment ends."""
 
   entropy: Any
   segment_id: Any

@@ -1,4 +1,4 @@
-"""Responses with their segments, and what each token and segment is worth, for people to read."""
+"""Responses with their segments, entropies, scores and rewards, for display and JSON."""
 
 import dataclasses
 from collections.abc import Sequence

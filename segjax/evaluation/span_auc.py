@@ -1,4 +1,4 @@
-"""Measures whether segments with low rewards are those where people annotated errors."""
+"""Measures whether segments with low rewards are those in which people annotated errors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,8 +29,8 @@ def segment_rewards_by_token(
 
   Args:
     responses: tokenised responses with annotated spans.
-    score: sequences -> (z at every token, segments), as `reward_scoring.segment_rewards`.
-    max_width: positions of the network.
+    score: sequences -> (z at every token, segments), such as `reward_scoring.segment_rewards`.
+    max_width: number of positions of the network.
     batches: `eval_batches` of the responses.
     to_device: places a batch of the host on the devices.
   """
@@ -67,13 +67,13 @@ def figures(
   spans = [(response, span) for response in responses for span in response.spans]
   inside, outside = int(ranked.inside.sum()), int(ranked.outside.sum())
 
-  def of_kind(kind):
+  def kind_figures(kind):
     rows = rank_segments(responses, rewards, lambda span: span.kind == kind)
     return {**_intervals(rows, seed), 'spans': sum(span.kind == kind for _, span in spans)}
 
   return {
     **_intervals(ranked, seed),
-    'types': {kind: of_kind(kind) for kind in kinds},
+    'types': {kind: kind_figures(kind) for kind in kinds},
     'responses': len(responses),
     'spans': len(spans),
     'spans_cut': sum(
@@ -93,8 +93,8 @@ def rank_segments(
 
   Args:
     responses: tokenised responses with annotated spans.
-    rewards: of each response.
-    is_selected: whether a span counts as inside; characters of other spans count nowhere.
+    rewards: `segment_rewards_by_token` of the responses.
+    is_selected: whether a span counts as inside; characters of other spans count neither way.
   """
   rows = []
   for number, (response, (reward, segment)) in enumerate(zip(responses, rewards, strict=True)):
@@ -121,7 +121,7 @@ def _intervals(rows: RankedTokens, seed: int) -> dict[str, Any]:
 def _padded(
   batch: Sequence[TokenizedSpans], width: int
 ) -> tuple[Int[np.ndarray, 'B S'], Bool[np.ndarray, 'B S'], Bool[np.ndarray, 'B']]:
-  """Returns (ids, mask of the response, whether it is finished)."""
+  """Returns (ids, mask of the response, whether it is finished), padded to `width`."""
   ids, mask = pad_rows([response.ids for response in batch], width, 0)
   prompt_length = np.array([response.prompt_length for response in batch])
   mask &= np.arange(width) >= prompt_length[:, None]

@@ -1,4 +1,4 @@
-"""Settings from the arguments of a Python call, whose errors name arguments, not config keys."""
+"""Makes settings from the arguments of a Python call; errors name arguments, not config keys."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def section_settings(section: str, kind: type, options: dict[str, Any]) -> Setti
 
 
 def make_settings(overrides: dict[str, Any]) -> Settings:
-  """Returns the default settings with dotted keys replaced, checked as those of a config are."""
+  """Returns the default settings with dotted keys replaced, checked like those of a config."""
   values = dataclasses.asdict(Settings(stages=('chat',)))
   for key, value in overrides.items():
     *sections, last = key.split('.')

@@ -1,4 +1,4 @@
-"""What a job reads: checkpoints, rows, limits on lengths. Checks paths before anything starts."""
+"""Resolves and loads the inputs of a job, and checks their paths before the first stage."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +47,7 @@ def check_writable(directory: str) -> None:
     return
   try:
     epath.Path(directory).mkdir(parents=True, exist_ok=True)
-  except Exception as error:  # every kind of bucket has exceptions of its own
+  except Exception as error:  # each kind of bucket raises its own exceptions
     raise UserError(
       f'config.checkpoint.directory={directory!r} cannot be created: {first_line(error)}. '
       'A bucket needs its package; gs:// needs `pip install gcsfs`.'
@@ -93,8 +93,11 @@ def prompt_limits(
   """Returns the limits on prompts whose responses have up to `max_new_tokens` tokens.
 
   Args:
+    data: config.data.
     configs: the networks that read prompt and response, by name.
+    max_new_tokens: maximum length of a response.
     key: the config key of `max_new_tokens`.
+    log: called with a line of text if prompts are limited further than config.data does.
 
   Raises:
     UserError: no position is left for a prompt.
@@ -116,7 +119,7 @@ def prompt_limits(
 
 
 def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:
-  """Returns how pairs are tokenised under config.compat; `ratings` are read on demand."""
+  """Returns how pairs are tokenised under config.compat, and whether their ratings are read."""
   return PairRules(
     ratings=ratings,
     force_stop=compat.keep_degenerate_pairs,

@@ -1,4 +1,4 @@
-"""Loads the networks of a run, and what PPO and evaluation build around them."""
+"""Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ class Models(NamedTuple):
 def load_network_config(
   directory: Path, runtime: Runtime, mesh: Mesh, log: LogFn, *, trained: bool = False
 ) -> LlamaConfig:
-  """Loads the network of `directory`, to be run as config.runtime says.
+  """Loads the network of `directory`, with the fields that config.runtime sets.
 
   Raises:
     UserError: its heads cannot be divided over the mesh's tensor axis.
@@ -66,8 +66,8 @@ def load_network_config(
 def find_network_config(settings: Settings) -> LlamaConfig | None:
   """Returns the network of the policy, or of the reward model where there is no policy.
 
-  Reads it from a local directory, or else takes the sizes of config.network; downloads nothing.
-  None if the sizes are unknown.
+  Reads it from a local directory, otherwise from config.network; downloads nothing. None if the
+  sizes are unknown.
   """
   path = settings.policy.path or settings.reward_model.path
   if path and Path(path).expanduser().is_dir():
@@ -88,7 +88,7 @@ def _demo_vocab_size() -> int:
 def apply_runtime(
   config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
 ) -> tuple[LlamaConfig, str]:
-  """Returns the network with the runtime's fields, and why another attention is used, or ''.
+  """Returns (network with the runtime's fields, reason if another attention is used, or '').
 
   Raises:
     UserError: its heads cannot be divided over the mesh's tensor axis.
@@ -120,7 +120,7 @@ def load_params(
   key: jax.Array | None = None,
   trained: bool = False,
 ) -> Any:
-  """Loads the parameters of `directory`: in config.runtime.param_dtype if they are trained.
+  """Loads the parameters of `directory`, in config.runtime.param_dtype if they are trained.
 
   Args:
     head: 'language' or 'scalar'.
@@ -143,7 +143,7 @@ def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
 
 
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
-  """Returns policy, reference and reward model as the config names them.
+  """Returns the policy, reference and reward model of the config.
 
   Without config.reward_model.path there is no 'reward' model: rewards come from a function.
   """
@@ -166,10 +166,10 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
 def load_network_configs(
   paths: dict[str, Path], runtime: Runtime, mesh: Mesh, log: LogFn
 ) -> dict[str, LlamaConfig]:
-  """Loads the network of each directory, as frozen models.
+  """Loads the network of each directory, for frozen models.
 
   Raises:
-    UserError: the reward model has no scalar head; the scores of a random head say nothing.
+    UserError: the reward model has no scalar head; scores of a random head are meaningless.
   """
   configs = {name: load_network_config(path, runtime, mesh, log) for name, path in paths.items()}
   if 'reward' in paths:
@@ -209,7 +209,7 @@ def make_recipe(
   spec: RewardSpec,
   tokenizer: ChatTokenizer,
 ) -> PPORecipe:
-  """Returns what does not change during a run of PPO or an evaluation."""
+  """Returns the constants of a PPO run or an evaluation."""
   segmentation = spec.segmentation
   if settings.reward_shaping.redistribute == 'red':
     # RED reads the score at the response's end, so the stop token has to lie in a segment.

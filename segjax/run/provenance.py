@@ -1,6 +1,6 @@
-"""Describes how a model was made: the record, the curves and the card next to its weights.
+"""Describes how a model was trained: the record, curves and model card next to its weights.
 
-Nothing here decides what a later run does: `stage_record.content_hash` leaves these files out.
+These files never change what a later run does: `stage_record.content_hash` skips them.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def card(stage: Stage, figures: dict[str, Any], dataset: Any, show: Sequence[str
   """Returns the model card of the stage's model; base model and licence come from its source.
 
   Args:
-    figures: the last metrics by name; None for one that is unknown.
+    figures: the last metrics by name; None for an unknown one.
     dataset: the training data, with `counts['rows']` and a length.
     show: the metrics whose curves are drawn.
   """
@@ -49,7 +49,7 @@ def card(stage: Stage, figures: dict[str, Any], dataset: Any, show: Sequence[str
 
 
 def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -> dict[str, Any]:
-  """Returns how the stage made its model, ready for JSON."""
+  """Returns a description of how the stage trained its model, for JSON."""
   s = stage.settings
   paths = {name: getattr(s, name).path for name in ('policy', 'reference', 'reward_model')}
   return {
@@ -79,7 +79,7 @@ def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of segjax and of the packages that decide its numbers."""
+  """Returns the versions of segjax and of the packages that its results depend on."""
   result = {'segjax': segjax.__version__}
   for name in PACKAGES:
     try:
@@ -105,12 +105,12 @@ def _git(directory: Path, *arguments: str) -> str:
   environment = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
   command = ['git', '--no-optional-locks', '-C', str(directory), *arguments]
   try:
-    done = subprocess.run(
+    completed = subprocess.run(
       command, capture_output=True, text=True, env=environment, timeout=30, check=True
     )
   except (OSError, subprocess.SubprocessError):
     return ''
-  return done.stdout.strip()
+  return completed.stdout.strip()
 
 
 def _curves(stage: Stage, show: Sequence[str]) -> bytes:

@@ -32,12 +32,12 @@ def make_scorer(
 
   Args:
     reward: network of the reward model.
-    reference: directory of the model whose entropies segment; None where none is needed.
+    reference: directory of the model whose entropies segment; None if none is needed.
     segmentation: how text is segmented.
     tokenizer: of the reward model.
     runtime: config.runtime.
     mesh: the devices.
-    log: is called with a line of text.
+    log: called with a line of text.
 
   Raises:
     UserError: text is segmented by entropy and there is no reference.
@@ -66,10 +66,10 @@ def load_annotator(
   Args:
     reference: directory of the model whose entropies segment.
     reward: directory of the reward model.
-    settings: of which `reward_model.segmentation`, `data.chat_template`, `reward_shaping` and
-      `runtime` are read.
+    settings: `reward_model.segmentation`, `data.chat_template`, `reward_shaping` and `runtime`
+      are read.
     mesh: the devices.
-    log: is called with a line of text.
+    log: called with a line of text.
 
   Raises:
     UserError: the tokenizers differ, or the reward model has no scalar head.

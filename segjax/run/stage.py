@@ -1,4 +1,4 @@
-"""A stage of a run, as every job receives it. Holds no work: see the other modules of `run`."""
+"""A stage of a run, as every job receives it."""
 
 import dataclasses
 import zlib
@@ -28,8 +28,8 @@ class Stage:
   """One job of a run: its settings, the directory it writes to, the devices.
 
   Attributes:
-    mirror: keeps a bucket equal to the directory, if there is one.
-    refresh: called after every step, so that report.html is up to date.
+    mirror: copies the directory to a bucket, if the working directory is one.
+    refresh: called after every step, to update report.html.
     command: how the run was started.
   """
 

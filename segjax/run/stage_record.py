@@ -1,7 +1,7 @@
 """Records a stage in stage.json, so that a later run can reuse its results or resume it.
 
 `stage.json` holds the stage's key: the settings that it reads and content hashes of its inputs,
-which together decide its outcome. A finished stage adds its results and content hashes of its
+which together determine its results. A finished stage adds its results and content hashes of its
 outputs. The directory of another key is never used: it is moved to `<stage>.old`, and back when a
 run has its key again.
 """
@@ -69,7 +69,7 @@ def prepare_directory(directory: Path, key: Key) -> str:
 def record_results(
   directory: Path, key: Key, results: dict[str, Any], outputs: dict[str, str]
 ) -> dict[str, Any]:
-  """Records that the stage is finished; returns the results as a later run will read them."""
+  """Records that the stage is finished; returns the results as a later run reads them."""
   _write(directory, {'key': key, 'results': results, 'outputs': outputs})
   return _json_roundtrip(results)
 
@@ -77,8 +77,8 @@ def record_results(
 def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
   """Returns the SHA-256 of the names and bytes of a file, or of a directory's files.
 
-  Leaves out files named in `skip`, files that a killed process left half-written, and documents on
-  a model: a model card holds times and paths, may be edited, and decides nothing.
+  Skips files named in `skip`, partial files that a killed process left, and documents on a model: a
+  model card holds times and paths, may be edited, and changes no result.
   """
   digest = hashlib.sha256()
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
@@ -110,7 +110,7 @@ def stored_key(directory: Path) -> Key:
 
 
 def changed_keys(before: Key, now: Key) -> list[str]:
-  """Returns the settings and inputs in which two keys differ, by the names a user knows."""
+  """Returns the settings and inputs in which two keys differ, as config keys."""
   before, now = _flat(before), _flat(now)
   changed = [name for name in before | now if before.get(name) != now.get(name)]
   return [name.removeprefix('settings.').replace('inputs.', 'content of ') for name in changed]

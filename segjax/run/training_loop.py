@@ -30,12 +30,12 @@ CHECKPOINTS = 'checkpoints'  # a stage's folder of training states
 def train(
   stage: Stage, states: TrainStates, step_fn: StepFn, num_steps: int, show: Sequence[str]
 ) -> tuple[TrainStates, dict[str, float]]:
-  """Runs `step_fn` for `num_steps` steps, from the newest checkpoint on if there is one.
+  """Runs `step_fn` until `num_steps` steps are done, resuming from the newest checkpoint.
 
   Args:
     states: the states before the first step.
     step_fn: (states, step from 0) -> (states, metrics).
-    show: the metrics that are printed on the console.
+    show: the metrics to print on the console.
 
   Returns:
     The last states and the last step's metrics.
@@ -43,7 +43,7 @@ def train(
   Raises:
     TooManySkippedStepsError: config.max_skipped_steps updates in a row were not finite; the last
       good state is saved in the stage's checkpoints.
-    PreemptedError: a signal asked the run to stop; the states are saved.
+    PreemptedError: the run has received a signal; the states are saved.
   """
   settings = stage.settings
   directory = checkpoint_dir(stage)
@@ -116,10 +116,10 @@ class CheckpointTimer:
 
 
 def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
-  """Returns max_steps if positive, else the number of whole batches in all epochs.
+  """Returns max_steps if positive, otherwise the number of full batches in all epochs.
 
   Raises:
-    UserError: there are fewer rows than a batch holds; it names config.`section`.batch_size.
+    UserError: there are fewer rows than a batch holds; names config.`section`.batch_size.
   """
   if num_rows < settings.batch_size:
     raise UserError(
@@ -132,13 +132,13 @@ def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> 
 def plan_packing_for(
   settings: SFT | RewardTraining | PPO, lengths: np.ndarray, group: int = 1
 ) -> tuple[PackingPlan | None, dict[str, float]]:
-  """Returns how sequences of these lengths are packed, and the packing efficiency as a metric.
+  """Returns (how sequences of these lengths are packed, the packing efficiency as a metric).
 
-  (None, {}) if config's packing_length is 0.
+  (None, {}) if packing_length is 0.
 
   Args:
     lengths: tokens of each sequence, [N].
-    group: sequences that stay in one piece: 2 for pairs.
+    group: number of consecutive sequences that stay in one piece: 2 for pairs.
   """
   if not settings.packing_length:
     return None, {}
