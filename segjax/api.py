@@ -38,7 +38,7 @@ from segjax.model.mesh import make_mesh
 from segjax.report.console import log
 from segjax.run import arguments
 from segjax.run.scorers import load_annotator
-from segjax.train.rollout import sampling
+from segjax.train.rollout import make_sampling
 from segjax.train.segmenter import make_segmenter
 from segjax.types import PromptBatch
 
@@ -148,7 +148,7 @@ class _Model:
         continue
       messages = self._check_messages(text, number)
       if messages[-1]['role'] != 'assistant':
-        raise UserError(f'text {number}: the last message is not the assistant’s.')
+        raise UserError(f'text {number}: the last message is not the assistant’s; add the answer.')
       pairs.append((messages[:-1], messages[-1]['content']))
     return pairs
 
@@ -204,7 +204,7 @@ class Policy(_Model):
       annotator.params['reference'],
       PromptBatch(padded, length),
       jax.random.key(seed),
-      decoder=make_decode_config(annotator.reference, sampling(rollout), stop_ids, mesh),
+      decoder=make_decode_config(annotator.reference, make_sampling(rollout), stop_ids, mesh),
       mesh=mesh,
       options=GenerationOptions(rollout.max_concurrent, samples),
     )

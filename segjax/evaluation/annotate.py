@@ -87,7 +87,9 @@ def read_texts(rows: Rows) -> Iterator[Text]:
   for index, row in enumerate(rows):
     messages = as_conversation(row, rows.location(index))
     if messages[-1]['role'] != 'assistant':
-      raise UserError(f'{rows.location(index)}: the last message is not the assistant’s.')
+      raise UserError(
+        f'{rows.location(index)}: the last message is not the assistant’s; add the answer.'
+      )
     yield messages[:-1], messages[-1]['content']
 
 
@@ -194,6 +196,7 @@ def _token_outputs(
   ids, mask = sequences.ids, sequences.response_mask
   _, entropy = token_logprobs(params['reference'], ids, reference)
   segments = segment_batch(ids, mask, sequences.finished, entropy, segmenter)
+  # Without a reward model the zeros only complete the outputs; nothing reads them.
   score = entropy * 0 if reward is None else scores(params['reward'], ids, reward)
   z = jax.vmap(functools.partial(normalize, std_floor_ratio=std_floor_ratio), (0, 0, None))
   return entropy, segments.segment_id, score, z(score, segments, normalizer)

@@ -100,6 +100,7 @@ def boundary_f1(
   )
   position = np.arange(content.shape[1])
   inner = content & (position < (content * position).max(1, keepdims=True))
+  # One call per distinct token: the user's function may be slow.
   by_id = {i: bool(is_boundary(tokenizer.decode([i]))) for i in np.unique(rollout.response_ids)}
   true = np.vectorize(by_id.get)(rollout.response_ids).astype(bool) & inner
   predicted = experience.segments.end & inner

@@ -22,7 +22,7 @@ from segjax.report.console import log
 from segjax.run import inputs
 from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
-from segjax.train.rollout import sampling
+from segjax.train.rollout import make_sampling
 from segjax.types import PromptBatch
 
 _CHUNK = 4  # tokens generated between two pieces of streamed text
@@ -117,7 +117,7 @@ def reply(
     PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
     key,
     decoder=make_decode_config(
-      annotator.reference, sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
+      annotator.reference, make_sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
     ),
     mesh=mesh,
     on_chunk=stream.write_new,

@@ -93,7 +93,7 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
 def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> list[Phase]:
   """Returns the phases of a rollout; adds its weights and caches to `trees`."""
   prompt_length = s.data.max_prompt_length
-  decoder = generate.make_decode_config(config, rollouts.sampling(s.rollout), STOP_IDS, mesh)
+  decoder = generate.make_decode_config(config, rollouts.make_sampling(s.rollout), STOP_IDS, mesh)
   first_positions, positions = decode_sizes.cache_positions(prompt_length, decoder)
   slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
   static = {'decoder': decoder}

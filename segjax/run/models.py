@@ -173,6 +173,7 @@ def load_network_configs(
   """
   configs = {name: load_network_config(path, runtime, mesh, log) for name, path in paths.items()}
   if 'reward' in paths:
+    # Reads only the headers of the files.
     tensors = reader.open_model(paths['reward'], configs['reward'], 'scalar')[1]
     if len(tensors) < len(tensor_names.tensor_mappings(configs['reward'], 'scalar')):
       raise UserError(

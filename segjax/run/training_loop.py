@@ -58,6 +58,7 @@ def train(
     with preemption.handle_signals(stage.log), metric_log:
       for step in range(start, num_steps):
         profiler.before(step + 1)
+        # An aborted step has changed nothing: the states of the previous step are saved below.
         with contextlib.suppress(preemption.StepAbortedError):
           states, metrics = step_fn(states, step)
           done = step + 1
@@ -67,6 +68,7 @@ def train(
         must_stop = preemption.stop_requested()
         # Clocks differ between processes, and all have to save together.
         must_save = processes.any_process(is_due(done) and processes.is_first())
+        # After the last step the finished model is written instead.
         if start < done < num_steps and (must_stop or must_save):
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
           if stage.mirror.try_push():

@@ -79,7 +79,7 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=keeping.AnyPreservationPolicy(policies),
         create=True,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=True,  # left by a process that was killed while it saved
       ),
     )
 
@@ -100,7 +100,7 @@ class Checkpointer:
     """
     self.settle()  # a failure of the pending save counts before the next one starts
     if step in self._manager.all_steps():
-      return
+      return  # Orbax refuses to save a step again
     items = _items(states)
     # Summed on the devices: a host of a large run holds only a part of the arrays.
     sums = processes.to_host(jax.jit(_checksums)(items))
@@ -156,10 +156,10 @@ class Checkpointer:
       try:
         return step, self._read(step, like)
       except (CheckpointMismatchError, MemoryError):
-        raise
+        raise  # the checkpoint is not damaged
       except Exception as error:
         if 'RESOURCE_EXHAUSTED' in str(error):
-          raise  # out of memory: the checkpoint is not damaged
+          raise  # out of device memory: the checkpoint is not damaged
         self._set_aside(step, error)
     return 0, like
 
@@ -252,7 +252,7 @@ def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
 def _bits(x: Array) -> Array:
   """Returns the bits of every number, as unsigned integers of the same size."""
   if x.dtype == bool:
-    return x.astype(jnp.uint32)
+    return x.astype(jnp.uint32)  # a bool cannot be bitcast
   size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   return jax.lax.bitcast_convert_type(x, size)
 

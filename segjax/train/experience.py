@@ -45,6 +45,7 @@ def make_experience(
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
+  # Under force_eos the last token of every response is a stop token.
   has_eos = rollout.finished | recipe.compat.force_eos
   segments = segment_batch(
     rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
@@ -68,7 +69,7 @@ def make_experience(
     segments=segments,
     reward=reward,
     advantage=whiten(advantage, mask) if ppo.whiten else advantage,
-    return_=returns(advantage, outputs.value, value_mask),
+    return_=returns(advantage, outputs.value, value_mask),  # of advantages before whitening
     value_mask=value_mask,
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)

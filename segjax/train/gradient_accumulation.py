@@ -56,6 +56,7 @@ def value_and_grad(
     parts = jax.tree.map(functools.partial(_split, pieces=pieces), batch)
 
     def piece(j):
+      # Without the constraint, indexing by a traced j may gather the rows on every device.
       part = jax.tree.map(lambda x: sharding.constrain_batch(x[j]), parts)
       return evaluate(params, part, *rest, slots=None)
 
@@ -88,6 +89,7 @@ def _accumulate(
     grads = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), grads_before, grads)
     return (loss_before + loss, metrics), sharding.constrain_tree(grads)
 
+  # Runs nothing: only the names and types of the metrics are needed to start the sums.
   (loss, shapes), _ = jax.eval_shape(piece, jnp.int32(0))
 
   def filled(tree, value):
@@ -96,6 +98,7 @@ def _accumulate(
   start = Metrics(filled(shapes.mean, 0), filled(shapes.max, -jnp.inf), filled(shapes.sum, 0))
   zeros = sharding.constrain_tree(jax.tree.map(_wide_zeros, params))
   total = (jnp.zeros(loss.shape, loss.dtype), start), zeros
+  # A traced `count` makes this a while loop, so that one program serves every packing.
   loss_and_metrics, grads = jax.lax.fori_loop(0, count, add, total)
   grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
   return loss_and_metrics, grads

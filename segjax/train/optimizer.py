@@ -159,6 +159,7 @@ def apply_update(
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, params)
   params = optax.apply_updates(params, updates)
+  # An update may overflow although loss and gradient are finite.
   weight_norm = optax.tree.norm(params)
   # The state is donated and metrics are read a step late: the decision must be made in the step.
   is_applied = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)

@@ -72,11 +72,12 @@ def policy_objective(
     batch.advantage,
     mask,
     clip_eps=ppo.clip_eps,
-    clip_eps_high=ppo.clip_eps_high or None,
+    clip_eps_high=ppo.clip_eps_high or None,  # 0 in the settings: none
     dual_clip=ppo.dual_clip_ratio or None,
     mean=ppo.loss_aggregation,
     count=count,
   )
+  # The maximum over the pieces of a minibatch is not their sum.
   maxima = {'ratio_max_deviation': metrics.pop('ratio_max_deviation')}
   metrics['entropy'] = mean(policy_entropy)
   if ppo.entropy_coef:
@@ -156,6 +157,7 @@ def policy_step(
     recipe: network, loss and optimizer.
     total_steps: updates of the policy in the whole run.
   """
+  # The rows are an argument, so that all minibatches of a run share one program.
   batch = take_rows(minibatch.experience, minibatch.rows)
   count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
@@ -216,6 +218,7 @@ def ppo_step(
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
+  # Two programs, so that the warm-up of the critic does not compile the policy's.
   policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
     policy, policy_metrics = policy_step(

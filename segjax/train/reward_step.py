@@ -49,12 +49,13 @@ def reward_step(
     settings: loss and optimizer.
     total_steps: updates in the whole run.
   """
-  count = len(pairs.chosen.finished)
+  count = len(pairs.chosen.finished)  # of the full batch, so that the means of pieces add up
 
   def objective(params, pairs, *, slots):
     score, segments = pair_scores(params, reference, pairs, scorer, slots)
     margin = score[:, 0] - score[:, 1]
     loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
+    # An empty slot holds a copy of row 0, which must not count again.
     is_pair = jnp.ones(margin.shape, bool) if slots is None else slots.sequence[::2] >= 0
 
     def mean(x):

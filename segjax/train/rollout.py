@@ -73,7 +73,7 @@ class CollectedRollout:
     return [decode(ids[mask]) for ids, mask in rows]
 
 
-def sampling(settings: RolloutSettings) -> Sampling:
+def make_sampling(settings: RolloutSettings) -> Sampling:
   """Returns the part of the settings that decides how a token is drawn."""
   return Sampling(
     temperature=settings.temperature,
@@ -111,12 +111,13 @@ def rollout(
     prompts,
     key,
     decoder=make_decode_config(
-      sampler.config, sampling(sampler.settings), sampler.stop_ids, sampler.mesh
+      sampler.config, make_sampling(sampler.settings), sampler.stop_ids, sampler.mesh
     ),
     mesh=sampler.mesh,
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,
   )
+  # A single row may overflow, and is only logged; all rows together mean corrupted weights.
   if output.non_finite.all():
     raise UserError(
       'the logits of every response are not finite: the weights of the policy are corrupted; '

@@ -88,6 +88,7 @@ def sequence_scores(
 
 
 def _is_one_of(ids: Int[Array, 'B T'], members: tuple[int, ...]) -> Bool[Array, 'B T']:
+  # A lookup, because a comparison with each member would take [B, T, members] of memory.
   table = np.zeros(max(members, default=0) + 1, bool)
   table[list(members)] = True
   return jnp.asarray(table).at[ids].get(mode='fill', fill_value=False)

@@ -1,4 +1,4 @@
-"""Segments of given texts: entropies, cuts and scores, against the networks and the loops."""
+"""Annotation of texts, against the networks and the slow loops; tools/show_segments.py."""
 
 import base64
 import gzip
@@ -25,7 +25,7 @@ TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'show_segments.py'
 
 @pytest.fixture
 def annotator(language, small, one_device):
-  """The untrained network, which is unsure of everything, as reference."""
+  """An annotator with an untrained network, whose entropies are high everywhere."""
   settings = small('sft', **{'reward_model.segmentation.entropy_threshold': 4.5})
   with jax.set_mesh(one_device):
     return load_annotator(language / 'model', None, settings, one_device, print)
@@ -36,9 +36,9 @@ def texts(language):
   return list(annotate.read_texts(load_rows(str(language / 'rows' / 'pairs.jsonl.gz'), limit=5)))
 
 
-def test_segments_are_those_of_the_loops(annotator, texts):
+def test_segments_equal_oracle(annotator, texts):
   tokenizer, texts = annotator.tokenizer, texts[:2]
-  for (prompt, response), one in zip(
+  for (prompt, response), annotated in zip(
     texts, annotate.annotate(annotator, texts, batch_size=2), strict=True
   ):
     before = tokenizer.prompt_ids(prompt)
@@ -51,17 +51,17 @@ def test_segments_are_those_of_the_loops(annotator, texts):
     ends = oracle.segment_ends(after, [True] * len(ids), True, 'segment', 4.5)
     begins = [0, *(end + 1 for end in ends)]
     spans = list(zip(begins, ends, strict=False))
-    texts_of = [tokenizer.decode(ids[b : e + 1]) for b, e in spans]
-    assert [s.text.strip() for s in one.segments] == texts_of
-    assert ''.join(s.text for s in one.segments) == tokenizer.decode(ids)
-    for segment, (begin, end) in zip(one.segments, spans, strict=True):
+    expected_texts = [tokenizer.decode(ids[b : e + 1]) for b, e in spans]
+    assert [s.text.strip() for s in annotated.segments] == expected_texts
+    assert ''.join(s.text for s in annotated.segments) == tokenizer.decode(ids)
+    for segment, (begin, end) in zip(annotated.segments, spans, strict=True):
       np.testing.assert_allclose(segment.entropy, entropy[begin : end + 1], atol=2e-4)
       assert len(segment.tokens) == len(segment.entropy)
       assert segment.score is None and segment.normalized_score is None
-    assert one.response == response and one.prompt == prompt
+    assert annotated.response == response and annotated.prompt == prompt
 
 
-def test_neighbours_and_padding_do_not_matter(annotator, texts):
+def test_batch_size_changes_nothing(annotator, texts):
   annotated = [list(annotate.annotate(annotator, texts, batch_size)) for batch_size in (1, 8)]
   for alone, together in zip(*annotated, strict=True):
     assert [s.text for s in alone.segments] == [s.text for s in together.segments]
@@ -69,14 +69,14 @@ def test_neighbours_and_padding_do_not_matter(annotator, texts):
       np.testing.assert_allclose(a.entropy, b.entropy, atol=2e-4)
 
 
-def test_too_long_a_text_is_named(annotator):
+def test_overlong_text_raises(annotator):
   with pytest.raises(
     UserError, match=r'text 2 has \d+ tokens, but the networks have 128 positions'
   ):
     list(annotate.annotate(annotator, [([], 'dull.'), ([], 'dull. ' * 200)]))
 
 
-def test_rows_without_an_answer_are_named(tmp_path):
+def test_row_without_an_answer_raises(tmp_path):
   path = tmp_path / 'rows.jsonl'
   path.write_text(json.dumps({'messages': [{'role': 'user', 'content': 'hi'}]}))
   with pytest.raises(ValueError, match=r'rows.jsonl, row 1: the last message is not the assistant'):
@@ -85,7 +85,7 @@ def test_rows_without_an_answer_are_named(tmp_path):
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-  """Runs the tool; what it prints."""
+  """Returns a function that runs the tool and returns what it prints."""
   monkeypatch.setattr(sys, 'path', list(sys.path))
 
   def run(*arguments):
@@ -96,7 +96,7 @@ def tool(monkeypatch, capsys):
   return run
 
 
-def test_tool_shows_text_as_text(tool, language):
+def test_tool_escapes_control_characters(tool, language):
   text = '[bold]its \x1b[31m hearing'
   out = tool(language / 'model', f'--text={text}', '--granularity=bandit')
   assert 'segment' in out and 'entropy' in out
@@ -118,7 +118,7 @@ def test_tool_writes_every_row(tool, language, tmp_path):
   assert all(len(s['tokens']) == 1 for line in lines for s in line['segments'])
 
 
-def test_tool_asks_for_one_input(tool, capsys):
+def test_tool_needs_exactly_one_input(tool, capsys):
   with pytest.raises(SystemExit):
     tool('somewhere')
   assert 'either a file of rows or --text' in capsys.readouterr().err

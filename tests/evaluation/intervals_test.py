@@ -99,7 +99,7 @@ def test_auc_needs_units_of_both_kinds():
   assert intervals.auc_interval(_rows([], [], []), 0)['mean'] is None
 
 
-def test_interval_of_random_scores_contains_a_half():
+def test_interval_of_random_scores_contains_one_half():
   rng = np.random.default_rng(5)
   cluster = np.repeat(np.arange(100), 20)
   inside = rng.integers(0, 2, len(cluster))

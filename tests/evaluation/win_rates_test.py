@@ -29,7 +29,7 @@ def test_wins_due_to_length_alone_are_removed():
   assert rate['length_effect'] > 3 and np.isfinite(rate['length_effect'])
 
 
-def test_wins_due_to_length_in_equal_number_give_a_half():
+def test_equally_many_wins_due_to_length_give_one_half():
   length, baseline = np.array([30, 10] * 10), np.array([10, 30] * 10)
   outcome = (length > baseline).astype(float)
   rate = win_rates.length_controlled(outcome, length, baseline, np.arange(20), 0)
@@ -55,8 +55,10 @@ def test_separable_preferences_stay_finite(value):
   length, baseline = np.array([3, 4, 5]), np.array([1, 1, 1])
   rate = win_rates.length_controlled(np.full(3, value), length, baseline, np.arange(3), 0)
   assert 0 < rate['mean'] < 1 and abs(rate['mean'] - value) < 0.3
-  one = win_rates.length_controlled(np.array([value]), length[:1], baseline[:1], np.array([0]), 0)
-  assert one['low'] is None and 0 < one['mean'] < 1
+  single = win_rates.length_controlled(
+    np.array([value]), length[:1], baseline[:1], np.array([0]), 0
+  )
+  assert single['low'] is None and 0 < single['mean'] < 1
 
 
 @pytest.mark.parametrize('bias', [0.0, 3.0, 40.0])

@@ -1,4 +1,4 @@
-"""One path from prompts to experience, which fetches nothing that the host has had."""
+"""Collection of experience: custom rewards, stops, held-out metrics, no repeated fetches."""
 
 import dataclasses
 from unittest import mock
@@ -61,12 +61,12 @@ def collector(prompts):
   )
 
 
-def test_a_step_fetches_nothing_that_the_host_has_had(collector, params, monkeypatch, tmp_path):
-  """Decoding fetches tokens; after it ids, masks and lengths stay on the host."""
+def test_a_step_fetches_no_array_that_the_host_has(collector, params, monkeypatch, tmp_path):
+  """Decoding fetches tokens; after it, ids, masks and lengths stay on the host."""
   fetched, is_decoding = [], [True]
   to_host = processes.to_host
 
-  def counted(tree):
+  def counting_to_host(tree):
     if not is_decoding[0]:
       fetched.append(jax.tree.map(jnp.shape, tree))
     return to_host(tree)
@@ -74,7 +74,7 @@ def test_a_step_fetches_nothing_that_the_host_has_had(collector, params, monkeyp
   def on_part(name, arrays):
     is_decoding[0] = False
 
-  monkeypatch.setattr(processes, 'to_host', counted)
+  monkeypatch.setattr(processes, 'to_host', counting_to_host)
   settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1, max_steps=2)
   trainer = Trainer(
     stage=Stage('ppo', Settings(ppo=settings), tmp_path, models.mesh(1)),
@@ -100,8 +100,8 @@ def test_custom_rewards_reach_the_experience(collector, params):
   without = dataclasses.replace(collector, custom_reward=None)
   plain = without.collect(params, np.arange(8), KEY, KL_COEF)
   mask = collected.rollout.response_mask
-  gained = np.asarray(collected.experience.reward - plain.experience.reward)
-  np.testing.assert_allclose(gained, np.where(mask, 0.25, 0), atol=1e-5)  # float32
+  added = np.asarray(collected.experience.reward - plain.experience.reward)
+  np.testing.assert_allclose(added, np.where(mask, 0.25, 0), atol=1e-5)  # float32
 
 
 def test_a_stop_abandons_the_collection(collector, params):

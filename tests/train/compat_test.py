@@ -1,4 +1,4 @@
-"""The published code's mistakes, on worked numbers."""
+"""Reproduced mistakes of the published code, on worked examples."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ def rollout():
   return CollectedRollout(arrays, ids, mask, finished, PROMPT_LENGTHS + LENGTHS)
 
 
-def test_last_token_is_overwritten(rollout):
+def test_force_eos_overwrites_the_last_token(rollout):
   ids = force_eos(rollout.response_ids, rollout.response_mask, STOP)
   assert ids.tolist() == [RESPONSES[0], [31, 32, 33, 34, STOP], RESPONSES[2]]
   other_stop = force_eos(np.array([[5, 128001, 0]]), np.array([[True, True, False]]), STOP)

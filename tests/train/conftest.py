@@ -1,4 +1,4 @@
-"""One device unless a test says otherwise."""
+"""Runs the tests on one device, unless a test sets another mesh."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""A user's reward: by name, in every form it may take, and on the right token."""
+"""Custom rewards: loading by name, every form of the returned value, assignment to tokens."""
 
 import functools
 
@@ -17,12 +17,12 @@ LOAD = "give 'module:function'"
 
 @pytest.fixture(scope='module')
 def chat(tmp_path_factory) -> ChatTokenizer:
-  """Byte-level: a character that is not ASCII is several tokens."""
+  """A byte-level tokenizer: a character that is not ASCII is several tokens."""
   return load_tokenizer(tokenizers.write_tokenizer(tmp_path_factory.mktemp('tokenizer')))
 
 
 def padded(chat, texts, length=LENGTH, fill=7):
-  """Responses with their stop token, padded by a token that has a text of its own."""
+  """Returns (ids, mask) of responses with stop tokens; the padding is a token with a text."""
   rows = [[*chat.encode([text])[0], chat.stop_ids[0]] if text else [] for text in texts]
   ids, mask = np.full((len(rows), length), fill, np.int32), np.zeros((len(rows), length), bool)
   for row, tokens in enumerate(rows):
@@ -31,8 +31,8 @@ def padded(chat, texts, length=LENGTH, fill=7):
   return ids, mask
 
 
-def given_to(chat, texts, function):
-  """The rewards of each response, without padding, which must have none."""
+def response_rewards(chat, texts, function):
+  """Returns the rewards of each response without padding, whose rewards must be 0."""
   ids, mask = padded(chat, texts)
   prompts = [f'prompt {row}' for row in range(len(texts))]
   rewards = token_rewards(function, prompts, ids, mask, chat.decode)
@@ -41,15 +41,15 @@ def given_to(chat, texts, function):
   return [row[real].tolist() for row, real in zip(rewards, mask, strict=True)]
 
 
-def test_number_is_at_the_last_token(chat):
-  asked = []
+def test_number_is_assigned_to_the_last_token(chat):
+  calls = []
 
   def function(prompt, response):
-    asked.append((prompt, response))
+    calls.append((prompt, response))
     return 0.7
 
-  first, second = given_to(chat, ['one two', 'three'], function)
-  assert asked == [('prompt 0', 'one two'), ('prompt 1', 'three')]
+  first, second = response_rewards(chat, ['one two', 'three'], function)
+  assert calls == [('prompt 0', 'one two'), ('prompt 1', 'three')]
   assert first == [0] * (len(first) - 1) + [float(np.float32(0.7))]
   assert second == [0] * (len(second) - 1) + [float(np.float32(0.7))]
 
@@ -68,13 +68,13 @@ def test_number_is_at_the_last_token(chat):
   ],
 )
 def test_numbers(chat, value, expected):
-  (found,) = given_to(chat, ['one'], lambda prompt, response: value)
-  assert found[-1] == float(expected)
-  (found,) = given_to(chat, ['one'], lambda prompt, response: [(3, value)])
-  assert found[-2] == float(expected)
+  (rewards,) = response_rewards(chat, ['one'], lambda prompt, response: value)
+  assert rewards[-1] == float(expected)
+  (rewards,) = response_rewards(chat, ['one'], lambda prompt, response: [(3, value)])
+  assert rewards[-2] == float(expected)
 
 
-def test_unfinished_response_is_paid_at_its_last_token(chat):
+def test_unfinished_response_is_rewarded_at_its_last_token(chat):
   ids, mask = padded(chat, ['one two'])
   mask[0, mask[0].sum() - 1] = False  # without the stop token
   rewards = token_rewards(lambda prompt, response: 2, ['p'], ids, mask, chat.decode)
@@ -85,27 +85,27 @@ def test_unfinished_response_is_paid_at_its_last_token(chat):
 def test_one_number_per_token(chat, kind):
   count = len(chat.encode(['one two three'])[0]) + 1
   values = [0.1 * (i + 1) for i in range(count)]
-  (found,) = given_to(chat, ['one two three'], lambda prompt, response: kind(values))
-  np.testing.assert_array_equal(found, np.float32(values))
+  (rewards,) = response_rewards(chat, ['one two three'], lambda prompt, response: kind(values))
+  np.testing.assert_array_equal(rewards, np.float32(values))
 
 
-def test_no_reward(chat):
+def test_empty_list_is_no_reward(chat):
   for nothing in ([], (), np.zeros(0)):
-    assert not any(given_to(chat, ['one two'], lambda prompt, response, n=nothing: n)[0])
+    assert not any(response_rewards(chat, ['one two'], lambda prompt, response, n=nothing: n)[0])
 
 
-def test_empty_response_is_not_asked_about(chat):
-  asked = []
+def test_function_is_not_called_for_an_empty_response(chat):
+  calls = []
 
   def function(prompt, response):
-    asked.append(prompt)
+    calls.append(prompt)
     return 1
 
-  found = given_to(chat, ['', 'one', ''], function)
-  assert asked == ['prompt 1'] and found[0] == found[2] == []
+  rewards = response_rewards(chat, ['', 'one', ''], function)
+  assert calls == ['prompt 1'] and rewards[0] == rewards[2] == []
 
 
-def test_stop_token_alone_is_asked_about_as_no_text(chat):
+def test_stop_token_alone_is_an_empty_text(chat):
   ids, mask = np.full((1, 4), chat.stop_ids[0]), np.array([[True, False, False, False]])
   rewards = token_rewards(
     lambda prompt, text: 1 if text == '' else 2, ['p'], ids, mask, chat.decode
@@ -115,23 +115,25 @@ def test_stop_token_alone_is_asked_about_as_no_text(chat):
     token_rewards(lambda prompt, text: [(1, 1)], ['p'], ids, mask, chat.decode)
 
 
-def test_pairs_by_worked_numbers(chat):
+def test_pairs_worked_example(chat):
   text = 'one €two'
   tokens = [chat.decode([i]) for i in chat.encode([text])[0]]
   # The three bytes of the euro sign are three tokens, each of them unreadable.
   assert tokens == ['one', ' ', '�', '�', '�', 't', 'wo']
-  given = [(3, 0.5), (4, 1), (5, 2), (8, 4.0), (1, 8), (2, 0.25)]
-  (found,) = given_to(chat, [text], lambda prompt, response: given)
-  # One reward for each of these, and for the stop token.
-  assert found == [0.5 + 8 + 0.25, 1, 0, 0, 2, 0, 4, 0]
-  # A list reads as a pair, too.
-  (again,) = given_to(chat, [text], lambda prompt, response: tuple(map(list, given)))
-  assert again == found
+  pairs = [(3, 0.5), (4, 1), (5, 2), (8, 4.0), (1, 8), (2, 0.25)]
+  (rewards,) = response_rewards(chat, [text], lambda prompt, response: pairs)
+  # One reward for each of these tokens, and one for the stop token.
+  assert rewards == [0.5 + 8 + 0.25, 1, 0, 0, 2, 0, 4, 0]
+  # A pair may be a list, too.
+  (from_lists,) = response_rewards(chat, [text], lambda prompt, response: tuple(map(list, pairs)))
+  assert from_lists == rewards
 
 
 def test_pairs_at_one_token_are_added_before_they_are_rounded(chat):
-  (found,) = given_to(chat, ['one'], lambda prompt, response: [(1, 0.1), (2, 0.2), (3, 0.4)])
-  assert found[0] == float(np.float32(0.1 + 0.2 + 0.4))
+  (rewards,) = response_rewards(
+    chat, ['one'], lambda prompt, response: [(1, 0.1), (2, 0.2), (3, 0.4)]
+  )
+  assert rewards[0] == float(np.float32(0.1 + 0.2 + 0.4))
 
 
 def test_response_that_breaks_off_inside_a_character(chat):
@@ -139,20 +141,20 @@ def test_response_that_breaks_off_inside_a_character(chat):
   text = chat.decode(ids[0])
   assert text == 'a�'
   mask = np.ones((1, 3), bool)
-  found = token_rewards(lambda prompt, response: [(1, 1), (2, 2)], ['p'], ids, mask, chat.decode)
-  assert found[0, 0] == 1 and found[0, 1:].sum() == 2
+  rewards = token_rewards(lambda prompt, response: [(1, 1), (2, 2)], ['p'], ids, mask, chat.decode)
+  assert rewards[0, 0] == 1 and rewards[0, 1:].sum() == 2
 
 
 @given(text=st.text('ab €é😀\n', min_size=1, max_size=8), data=st.data())
-def test_a_character_is_paid_at_the_token_that_completes_it(chat, text, data):
+def test_pair_is_assigned_to_the_token_that_completes_its_text(chat, text, data):
   tokens = chat.encode([text])[0]
   end = data.draw(st.integers(1, len(text)))
   # By counting bytes: a token of this vocabulary is one byte a character of its name.
   bytes_after = np.cumsum([len(name) for name in chat.tokenizer.convert_ids_to_tokens(tokens)])
   expected = int(np.searchsorted(bytes_after, len(text[:end].encode())))
   ids, mask = np.array([tokens]), np.ones((1, len(tokens)), bool)
-  found = token_rewards(lambda prompt, response: [(end, 1)], ['p'], ids, mask, chat.decode)
-  assert np.flatnonzero(found[0]).tolist() == [expected]
+  rewards = token_rewards(lambda prompt, response: [(end, 1)], ['p'], ids, mask, chat.decode)
+  assert np.flatnonzero(rewards[0]).tolist() == [expected]
 
 
 def test_few_texts_are_decoded(chat):
@@ -166,19 +168,19 @@ def test_few_texts_are_decoded(chat):
   ends = [(end, 1) for end in range(20, 401, 20)]
   rewards = token_rewards(lambda prompt, response: ends, ['p'], ids, mask, decode)
   assert rewards.sum() == 20 and mask.sum() > 100
-  assert len(calls) < 90 and len(set(calls)) >= len(calls) - 1  # none twice but the whole
+  assert len(calls) < 90 and len(set(calls)) >= len(calls) - 1  # only the full text twice
 
 
-def test_token_texts_are_given_where_they_are_asked_for(chat):
+def test_token_texts_are_passed_to_a_tokens_parameter(chat):
   seen = []
 
   def function(prompt, response, tokens):
     seen.append(tokens)
     return [len(text) for text in tokens]
 
-  found = given_to(chat, ['one €', 'one'], function)
+  rewards = response_rewards(chat, ['one €', 'one'], function)
   assert seen == [['one', ' ', '�', '�', '�', ''], ['one', '']]
-  assert found == [[3, 1, 1, 1, 1, 0], [3, 0]]
+  assert rewards == [[3, 1, 1, 1, 1, 0], [3, 0]]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_token_texts_are_given_where_they_are_asked_for(chat):
     ([(1, '2')], "returned '2'"),
   ],
 )
-def test_bad_returns_name_the_function_and_the_prompt(chat, value, message):
+def test_invalid_values_name_the_function_and_the_prompt(chat, value, message):
   def reward_fn(prompt, response):
     return value
 
@@ -219,7 +221,7 @@ def test_bad_returns_name_the_function_and_the_prompt(chat, value, message):
     token_rewards(reward_fn, ['wh' + 'y' * 200], ids, mask, chat.decode)
 
 
-def test_what_the_function_raises_goes_through_with_a_note(chat):
+def test_exceptions_of_the_function_pass_with_a_note(chat):
   def reward_fn(prompt, response):
     return {}[response]
 
@@ -231,12 +233,12 @@ def test_what_the_function_raises_goes_through_with_a_note(chat):
 
 
 def test_functions_without_signature_or_name(chat):
-  # max has no signature; of two texts it returns one, which is no number.
+  # max has no signature, and returns one of its two texts, which is not a number.
   with pytest.raises(ValueError, match=r"^builtins:max on .* 'prompt 0' returned 'prompt 0'"):
-    given_to(chat, ['one'], max)
+    response_rewards(chat, ['one'], max)
   nameless = functools.partial(lambda value, prompt, response: value, 'x')
   with pytest.raises(ValueError, match=r'^functools\.partial'):
-    given_to(chat, ['one'], nameless)
+    response_rewards(chat, ['one'], nameless)
 
 
 def test_load_function():
@@ -262,10 +264,10 @@ def test_load_function_names_the_key(path, message):
 
 
 def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
-  (tmp_path / 'broken_rule.py').write_text('def f(:\n')
-  (tmp_path / 'raising_rule.py').write_text('raise KeyError("x")\n')
+  (tmp_path / 'broken_module.py').write_text('def f(:\n')
+  (tmp_path / 'raising_module.py').write_text('raise KeyError("x")\n')
   monkeypatch.syspath_prepend(tmp_path)
-  for name, cause in (('broken_rule', SyntaxError), ('raising_rule', KeyError)):
+  for name, cause in (('broken_module', SyntaxError), ('raising_module', KeyError)):
     with pytest.raises(ValueError, match=f'{name}.*{LOAD}') as caught:
       load_function(f'{name}:f', 'reward_shaping.reward_fn')
     assert isinstance(caught.value.__cause__, cause)

@@ -1,4 +1,4 @@
-"""Eight devices as data 2 x fsdp 2 x tensor 2 give the numbers of one, and move little."""
+"""Eight devices (data 2, fsdp 2, tensor 2) equal one device, and communicate little."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
 from segjax.train.reward_step import reward_step
-from segjax.train.rollout import sampling
+from segjax.train.rollout import make_sampling
 from segjax.train.scoring import score, score_chunk
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
@@ -32,27 +32,27 @@ KL_COEF = np.float32(0.1)
 
 
 class Training(NamedTuple):
-  """Three steps of some kind."""
+  """Three steps of a training, and its compiled programs."""
 
   metrics: list[dict[str, Any]]
-  before: dict[str, Any]  # parameters by network, on the host
+  before: dict[str, Any]  # initial parameters by network, on the host
   states: dict[str, Any]
   warnings: list[str]  # of the partitioner
   compiled: Callable[[], list[Any]]  # the programs
 
   @property
   def program(self):
-    """What one device runs, as HLO."""
+    """The programs of one device, as HLO."""
     return ''.join(each.as_text() for each in self.compiled())
 
   @property
   def updated(self):
-    """Bytes that each program writes where its arguments were, on one device."""
+    """Bytes of its arguments that each program reuses for its output, on one device."""
     return [each.memory_analysis().alias_size_in_bytes for each in self.compiled()]
 
 
 def program(function, *arguments, **static):
-  """The compiled program, which a call just before has left in jit's cache."""
+  """Returns the compiled program, which the call before it has left in the cache of jit."""
   return function.lower(*arguments, **static).compile()
 
 
@@ -60,8 +60,8 @@ def program(function, *arguments, **static):
 def captured_warnings(mesh, *functions):
   """Yields a list that holds the partitioner's warnings, once the block has ended.
 
-  The functions are compiled again, whatever programs another test has left in this process. One
-  device has no partitioner.
+  Compiles the functions again, because another test may have left their programs in this process.
+  One device has no partitioner.
   """
   warnings = []
   if mesh.size == 1:
@@ -75,23 +75,23 @@ def captured_warnings(mesh, *functions):
 
 
 def train(mesh, function, states, *arguments, jitted=None, **static):
-  """Three steps of `function`, which may be a host function that calls the `jitted` ones."""
+  """Runs three steps of `function`, which may be a host function that calls `jitted` ones."""
   jitted = jitted or {function: tuple(states)}
   before = {name: training.copied(state.params) for name, state in states.items()}
   metrics = []
   with captured_warnings(mesh, *jitted) as warnings:
     for step in range(3):
-      given = [x(step) if callable(x) else x for x in arguments]
-      *new, found = function(*states.values(), *given, **static)
+      step_arguments = [x(step) if callable(x) else x for x in arguments]
+      *new, output = function(*states.values(), *step_arguments, **static)
       states = dict(zip(states, new, strict=True))
-      metrics.append(jax.device_get(found.flat() if isinstance(found, Metrics) else found))
+      metrics.append(jax.device_get(output.flat() if isinstance(output, Metrics) else output))
 
   @functools.cache
   def compiled():
     programs = []
     for each, names in jitted.items():
-      wanted = num_required(each) - len(names)
-      arguments = *(states[name] for name in names), *given[:wanted]
+      num_others = num_required(each) - len(names)
+      arguments = *(states[name] for name in names), *step_arguments[:num_others]
       with jax.set_mesh(mesh):
         programs.append(program(each, *arguments, **static))
     return programs
@@ -120,15 +120,17 @@ def reward(devices):
 
 
 def num_required(function):
-  """How many positional arguments have no default."""
+  """Returns the number of positional arguments without a default."""
   parameters = inspect.signature(function).parameters.values()
   kinds = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
   return sum(p.default is p.empty for p in kinds)
 
 
 class Scored(NamedTuple):
+  """A rollout, its experience, and the programs that computed them."""
+
   rollout: Any
-  scored: Any
+  outputs: Any  # of the networks
   experience: Any
   metrics: dict[str, Any]
   programs: dict[str, Callable[[], str]]
@@ -136,8 +138,10 @@ class Scored(NamedTuple):
 
 
 def decode_program(params, mesh):
-  """A chunk of decode steps for four slots."""
-  decoder = make_decode_config(models.CONFIG, sampling(training.ROLLOUT), models.STOP_IDS, mesh)
+  """Returns the program of a chunk of decode steps for four slots, as HLO."""
+  decoder = make_decode_config(
+    models.CONFIG, make_sampling(training.ROLLOUT), models.STOP_IDS, mesh
+  )
   with jax.set_mesh(mesh):
     weights = decode.decode_weights(params, decoder=decoder)
     slots = decode.empty_slots(4, 64, decoder=decoder)
@@ -145,7 +149,7 @@ def decode_program(params, mesh):
 
 
 def score_program(params, rollout, recipe, mesh):
-  """The scores of four rows."""
+  """Returns the program that scores four rows, as HLO."""
   with jax.set_mesh(mesh):
     piece = jax.tree.map(lambda x: x[:4], rollout)
     piece = jax.device_put(piece, jax.tree.map(lambda x: x.sharding, rollout))
@@ -166,18 +170,18 @@ def scored(devices):
     with captured_warnings(mesh, decode.decode_chunk) as warnings['generate']:
       sampled = training.sample(params['policy'], mesh)
       length, rollout = sampled.length, jax.block_until_ready(sampled.arrays)
-    found = captured(
+    outputs = captured(
       *(warnings, 'score', mesh, score_chunk), lambda: score(params, rollout, length, recipe=recipe)
     )
     experience, metrics = captured(
       *(warnings, 'experience', mesh, make_experience),
-      lambda: make_experience(rollout, found, NORMALIZER, KL_COEF, recipe=recipe),
+      lambda: make_experience(rollout, outputs, NORMALIZER, KL_COEF, recipe=recipe),
     )
   programs = {
     'generate': functools.partial(decode_program, params['policy'], mesh),
     'score': functools.partial(score_program, params, rollout, recipe, mesh),
   }
-  return Scored(rollout, found, experience, metrics, programs, warnings)
+  return Scored(rollout, outputs, experience, metrics, programs, warnings)
 
 
 @functools.cache
@@ -188,9 +192,9 @@ def ppo(devices):
   with jax.set_mesh(mesh):
     states = {name: training.state(name, mesh) for name in ('policy', 'critic')}
     static = {'recipe': training.recipe(), 'total_steps': training.TOTAL}
-    given = (lambda step: Minibatch(experience, rows[step])), KL_COEF
+    arguments = (lambda step: Minibatch(experience, rows[step])), KL_COEF
     jitted = {policy_step: ('policy',), critic_step: ('critic',)}
-    return train(mesh, ppo_step, states, *given, jitted=jitted, **static)
+    return train(mesh, ppo_step, states, *arguments, jitted=jitted, **static)
 
 
 TRAININGS = {
@@ -201,14 +205,14 @@ TRAININGS = {
 }
 
 
-# The others run the same arithmetic.
-FEW = [
+# The default tier runs two of four; the others share their arithmetic.
+CASES = [
   *('sft_tied', 'ppo'),
   *(pytest.param(name, marks=pytest.mark.devices) for name in ('sft', 'reward')),
 ]
 
 
-@pytest.mark.parametrize('name', FEW)
+@pytest.mark.parametrize('name', CASES)
 def test_same_losses(name):
   one, eight = TRAININGS[name](1), TRAININGS[name](8)
   for step, (expected, got) in enumerate(zip(one.metrics, eight.metrics, strict=True)):
@@ -219,9 +223,9 @@ def test_same_losses(name):
         assert_allclose(got[key], expected[key], rtol=1e-5, atol=1e-6, err_msg=f'{key} {step}')
 
 
-@pytest.mark.parametrize('name', FEW)
+@pytest.mark.parametrize('name', CASES)
 def test_same_updates(name):
-  """Of every tensor, over three steps: within 1e-4 of the update's norm."""
+  """The updates of every tensor over three steps are within 1e-4 of their norm."""
   one, eight = TRAININGS[name](1), TRAININGS[name](8)
   for network, start in one.before.items():
     new = {n: training.copied(run.states[network].params) for n, run in ((1, one), (8, eight))}
@@ -233,7 +237,7 @@ def test_same_updates(name):
       assert np.linalg.norm(got - expected) <= 1e-4 * size, (network, path)
 
 
-@pytest.mark.parametrize('name', FEW)
+@pytest.mark.parametrize('name', CASES)
 def test_state_stays_split(name):
   for network, state in TRAININGS[name](8).states.items():
     assert_moments_follow(state)
@@ -265,8 +269,8 @@ def test_same_rollout():
 
 def test_same_experience():
   one, eight = scored(1), scored(8)
-  for name in one.scored._fields:
-    got, expected = getattr(eight.scored, name), getattr(one.scored, name)
+  for name in one.outputs._fields:
+    got, expected = getattr(eight.outputs, name), getattr(one.outputs, name)
     assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)  # float32
   for name in ('start', 'end', 'segment_id', 'num_segments'):
     got, expected = (getattr(run.experience.segments, name) for run in (eight, one))
@@ -277,23 +281,23 @@ def test_same_experience():
   for name, expected in one.metrics.items():
     assert_allclose(eight.metrics[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
   segments, length = (one.metrics[k] for k in ('segments/per_response', 'response/length_mean'))
-  assert 1 < segments < length - 1  # the cut is a real one
+  assert 1 < segments < length - 1  # segments are neither single tokens nor the full response
 
 
 def computations(text):
-  """Lines of each computation of an HLO module, by name."""
-  found, name = {}, None
+  """Returns the lines of each computation of an HLO module, by name."""
+  lines, name = {}, None
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith(' ') and not line.startswith('HloModule'):
       name = line.removeprefix('ENTRY ').split()[0].lstrip('%')
-      found[name] = []
+      lines[name] = []
     elif name:
-      found[name].append(line)
-  return found
+      lines[name].append(line)
+  return lines
 
 
 def gathers(text, loops_only=False):
-  """Shapes that all-gathers make; of those inside while loops only, if asked."""
+  """Returns the shapes of the results of all-gathers, optionally inside while loops only."""
   programs = computations(text)
   names = set(programs)
   if loops_only:
@@ -304,50 +308,50 @@ def gathers(text, loops_only=False):
       more := {c for n in names for line in programs[n] for c in re.findall(calls, line)} - names
     ):
       names |= more
-  made = []
+  shapes = []
   for name in names:
     for line in programs[name]:
       if match := re.search(r'= (.*?) all-gather(?:-start)?\(', line):
-        made += [tuple(map(int, x.split(','))) for x in re.findall(r'\[([\d,]+)\]', match[1])]
-  return made
+        shapes += [tuple(map(int, x.split(','))) for x in re.findall(r'\[([\d,]+)\]', match[1])]
+  return shapes
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize('name', TRAININGS)
-def test_states_are_updated_where_they_are(name):
-  """Donated to the last byte: weights and moments exist once."""
-  found = TRAININGS[name](8)
-  for state, updated in zip(found.states.values(), found.updated, strict=True):
+def test_states_are_updated_in_place(name):
+  """Every byte of the state is donated: weights and moments exist once."""
+  training_run = TRAININGS[name](8)
+  for state, updated in zip(training_run.states.values(), training_run.updated, strict=True):
     assert updated == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
 
 
 @pytest.mark.compiled
 def test_residuals_are_split_over_the_tensor_axis():
-  """What each layer leaves for the backward pass: [L, B/4, S/2, D] on a (2, 2, 2) mesh."""
+  """Each layer saves [L, B/4, S/2, D] for the backward pass on a (2, 2, 2) mesh."""
   layers, width = models.CONFIG.num_hidden_layers, models.CONFIG.hidden_size
-  kept = {
+  residuals = {
     shape
     for shape in re.findall(r'f32\[([\d,]+)\]', sft(8, name='untied').program)
     if shape.startswith(f'{layers},2,') and shape.endswith(f',{width}')
   }
-  assert kept == {f'{layers},2,{models.LENGTH // 2},{width}'}
+  assert residuals == {f'{layers},2,{models.LENGTH // 2},{width}'}
 
 
 @pytest.mark.compiled
-# As one device sees them: 2 rows of the 8, half of the vocabulary of 80, width 32.
+# On each device: 2 of 8 rows, half of a vocabulary of 80, width 32.
 @pytest.mark.parametrize('name', [*TRAININGS, 'score'])
 def test_no_gather_of_logits(name):
   text = scored(8).programs['score']() if name == 'score' else TRAININGS[name](8).program
-  found = gathers(text)
-  assert found  # weights are gathered along fsdp
-  for shape in found:
+  shapes = gathers(text)
+  assert shapes  # weights are gathered along fsdp
+  for shape in shapes:
     if {40, 80} & set(shape):
-      assert sorted(shape) == [32, 40], shape  # embedding or head, each device its vocabulary
+      assert sorted(shape) == [32, 40], shape  # embedding or head, split by vocabulary
 
 
 @pytest.mark.compiled
 def test_decode_loop_gathers_no_weights():
-  found = gathers(scored(8).programs['generate']())
-  assert found  # activations of one token of a few rows
+  shapes = gathers(scored(8).programs['generate']())
+  assert shapes  # activations of one token of a few rows
   smallest = models.CONFIG.hidden_size * models.CONFIG.num_key_value_heads * models.CONFIG.head_dim
-  assert max(map(math.prod, found)) < smallest // 2  # of the weights in a layer
+  assert max(map(math.prod, shapes)) < smallest // 2  # of the weights in a layer

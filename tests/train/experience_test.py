@@ -1,3 +1,5 @@
+"""Scores and experience of a rollout, against full forward passes and the slow loops."""
+
 import dataclasses
 
 import jax
@@ -61,7 +63,7 @@ def test_join_and_window_equal_a_loop(rollout):
     np.testing.assert_array_equal(window[row], x[row, length : length + training.RESPONSE])
 
 
-def test_scores_are_read_where_they_should(params, rollout, length):
+def test_outputs_equal_windows_of_full_forwards(params, rollout, length):
   outputs = score(params, rollout, length, recipe=training.recipe())
   ids = jax.jit(concat_prompt_response)(rollout)
   logprob, entropy = models.token_logprobs(params['reference'], ids, models.CONFIG)
@@ -71,32 +73,32 @@ def test_scores_are_read_where_they_should(params, rollout, length):
     'score': models.scores(params['reward'], ids, models.CONFIG),
     'value': models.values(params['critic'], ids, models.CONFIG),
   }
-  for name, whole in expected.items():
+  for name, full in expected.items():
     for row, length in enumerate(training.LENGTHS):
       got = getattr(outputs, name)[row]
-      assert_allclose(got, whole[row, length : length + training.RESPONSE], atol=3e-5, err_msg=name)
+      assert_allclose(got, full[row, length : length + training.RESPONSE], atol=3e-5, err_msg=name)
   np.testing.assert_array_equal(outputs.old_logprob, rollout.old_logprob)
 
 
-def test_pieces_equal_the_whole(params, rollout, length, caplog):
+def test_chunks_equal_one_batch(params, rollout, length, caplog):
   with compiled(caplog) as names:
-    pieces = score(params, rollout, length, recipe=training.recipe())
+    chunks = score(params, rollout, length, recipe=training.recipe())
   assert names.count('score_chunk') <= 1
-  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, length, recipe=whole)
+  one_batch = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
+  expected = score(params, rollout, length, recipe=one_batch)
   for name in ModelOutputs._fields:
-    # float32, matrix products of another height.
-    assert_allclose(getattr(pieces, name), getattr(expected, name), atol=3e-5, err_msg=name)
+    # float32, matrix products with another number of rows.
+    assert_allclose(getattr(chunks, name), getattr(expected, name), atol=3e-5, err_msg=name)
 
 
-def test_frozen_models_may_wait_on_the_host(params, rollout, length):
+def test_frozen_models_in_host_memory(params, rollout, length):
   expected = score(params, rollout, length, recipe=training.recipe())
-  waiting = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
-  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(waiting)}
+  on_host = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(on_host)}
   assert kinds == {'pinned_host'}
-  moved = score(params | waiting, rollout, length, recipe=training.recipe())
+  moved = score(params | on_host, rollout, length, recipe=training.recipe())
   jax.tree.map(np.testing.assert_array_equal, moved, expected)
-  assert {x.sharding.memory_kind for x in jax.tree.leaves(waiting)} == kinds  # they still do
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(on_host)} == kinds  # still on the host
 
 
 def test_evaluation_has_no_critic(params, rollout, length):
@@ -107,19 +109,19 @@ def test_evaluation_has_no_critic(params, rollout, length):
 
 def test_take_rows(rollout):
   rows = np.array([5, 0, 5, 3])
-  taken, expected = training.copied(take_rows(rollout, rows)), training.copied(rollout)
-  np.testing.assert_array_equal(taken.response_ids, expected.response_ids[rows])
-  np.testing.assert_array_equal(taken.prompt_length, expected.prompt_length[rows])
+  selected, expected = training.copied(take_rows(rollout, rows)), training.copied(rollout)
+  np.testing.assert_array_equal(selected.response_ids, expected.response_ids[rows])
+  np.testing.assert_array_equal(selected.prompt_length, expected.prompt_length[rows])
 
 
 def by_loops(batch, outputs, recipe):
-  """Rewards, advantages, returns of each response: the method as loops over lists."""
-  ppo, cutting = recipe.ppo, recipe.segmenter.segmentation
+  """Returns segment ends, dense rewards, rewards and advantages by loops over lists."""
+  ppo, segmentation = recipe.ppo, recipe.segmenter.segmentation
   rows = {'ends': [], 'dense': [], 'reward': [], 'advantage': []}
   floor = max(recipe.shaping.std_floor_ratio * NORMALIZER[3], 1e-6)
   lists = {name: np.asarray(x, np.float64).tolist() for name, x in outputs._asdict().items()}
   for row, (after, mask, finished) in enumerate(batch.rows('entropy_after', 'mask', 'finished')):
-    ends = oracle.segment_ends(after, mask, finished, cutting.granularity, 2.0)
+    ends = oracle.segment_ends(after, mask, finished, segmentation.granularity, 2.0)
     z = oracle.segment_z(lists['score'][row], ends, NORMALIZER, floor)
     dense = oracle.spread(z, ends, mask, recipe.spread)
     kl = np.subtract(lists['old_logprob'][row], lists['ref_logprob'][row])
@@ -131,8 +133,8 @@ def by_loops(batch, outputs, recipe):
   return rows
 
 
-def z_of(batch, outputs, ends_of_rows):
-  """(p, z) of every segment: its relative position and normalised score."""
+def positions_and_z(batch, outputs, ends_of_rows):
+  """Returns (p, z) of every segment: its relative position and normalised score."""
   floor = max(RewardShaping().std_floor_ratio * NORMALIZER[3], 1e-6)
   pairs = []
   for row, ends in zip(np.asarray(outputs.score, float).tolist(), ends_of_rows, strict=True):
@@ -141,8 +143,8 @@ def z_of(batch, outputs, ends_of_rows):
   return pairs
 
 
-def check_by_position(metrics, pairs):
-  """reward/by_position/k is the mean of z, not of a dense reward, over the k-th tenth."""
+def assert_by_position(metrics, pairs):
+  """Checks that reward/by_position/k is the mean of z, not of a dense reward, over a tenth."""
   for k in range(1, 11):
     values = [z for p, z in pairs if (k - 1) / 10 < p - 1e-9 and p <= k / 10 + 1e-9]
     mean = np.mean(values) if values else np.nan
@@ -185,7 +187,7 @@ def test_experience_equals_oracle(granularity, spread):
     response_ids=jnp.zeros((rows, LENGTH), jnp.int32),
     response_mask=jnp.asarray(batch.mask),
     finished=jnp.asarray(batch.finished),
-    old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # what `outputs` says counts
+    old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # replaced by that of `outputs`
   )
   recipe = training.recipe(
     spread=spread,
@@ -210,8 +212,8 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(experience.return_, return_, atol=2e-4)
   np.testing.assert_array_equal(experience.rollout.old_logprob, outputs.old_logprob)
 
-  expected_z = z_of(batch, outputs, expected['ends'])
-  check_by_position(metrics, expected_z)
+  expected_z = positions_and_z(batch, outputs, expected['ends'])
+  assert_by_position(metrics, expected_z)
   entropy = -np.where(batch.mask, outputs.old_logprob, 0).sum(axis=1)
   assert_allclose(metrics['objective/entropy'], entropy.mean(), rtol=1e-5)  # as TRL, per response
   kl = np.where(batch.mask, np.asarray(outputs.old_logprob) - np.asarray(outputs.ref_logprob), 0)
@@ -226,25 +228,25 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(metrics['critic/explained_variance'], explained, atol=1e-4)
 
 
-def test_pieces_of_like_length_are_narrower(params, rollout, length, monkeypatch):
-  """Rows come back in their order, whatever the width they were outputs at."""
+def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch):
+  """Rows return in their original order, whatever width they were scored at."""
   monkeypatch.setattr(scoring, '_WIDTH_MULTIPLE', 4)
   widths, real = [], scoring.score_chunk
 
-  def seen(params, ids, *rest, **static):
+  def recording(params, ids, *rest, **static):
     widths.append(ids.shape[1])
     return real(params, ids, *rest, **static)
 
-  monkeypatch.setattr(scoring, 'score_chunk', seen)
+  monkeypatch.setattr(scoring, 'score_chunk', recording)
   narrow = score(params, rollout, length, recipe=training.recipe())
   monkeypatch.undo()
   assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE
-  whole = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, length, recipe=whole)
+  one_batch = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
+  expected = score(params, rollout, length, recipe=one_batch)
   mask = np.asarray(rollout.response_mask)
   for name in ('ref_logprob', 'ref_entropy', 'score', 'value'):
-    got, wanted = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))
-    assert_allclose(got[mask], wanted[mask], atol=3e-5, err_msg=name)
+    got, want = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))
+    assert_allclose(got[mask], want[mask], atol=3e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

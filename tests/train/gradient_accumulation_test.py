@@ -1,3 +1,5 @@
+"""Gradients accumulated over pieces equal those of the full batch."""
+
 import collections
 import dataclasses
 import functools
@@ -19,10 +21,10 @@ from segjax.train.metrics import Metrics
 
 
 def objective(params, batch, counts, config, *, slots=None):
-  """A clipped surrogate by sequence and a cross-entropy by token, of a whole batch's counts."""
+  """A clipped surrogate by sequence and a cross-entropy by token, over counts of the batch."""
   logprob, entropy = token_logprobs(params, batch['ids'], config)
   mask = batch['mask']
-  # A tenth of it: the old log-probs are drawn at random, far from these.
+  # Divided by 10, for the old log-probs are drawn at random, far from these.
   ratio = jnp.exp(jnp.where(mask, logprob - batch['old_logprob'], 0) / 10)
   surrogate = jnp.minimum(ratio * batch['advantage'], jnp.clip(ratio, 0.8, 1.2))
   loss = -jnp.sum(masked_mean(surrogate, mask, axis=1)) / counts['sequences']
@@ -38,7 +40,7 @@ def objective(params, batch, counts, config, *, slots=None):
 
 
 def data(rows=models.BATCH, dtype=np.float32):
-  """Ragged responses; rows 1 and 5 have none. Under the mask there is NaN."""
+  """Returns ragged responses; rows 1 and 5 are empty, and masked values are NaN."""
   rng = np.random.default_rng(0)
   length = rng.integers(1, models.LENGTH - 4, rows)
   length[1::4] = 0
@@ -55,7 +57,7 @@ def network(mesh=None):
   return models.place(models.params(models.CONFIG), mesh or models.mesh(1))
 
 
-def counts_of(batch):
+def count_terms(batch):
   mask = batch['mask']
   terms = {'sequences': jnp.any(mask, axis=1), 'tokens': mask}
   return {name: jnp.sum(x).astype(batch['advantage'].dtype) for name, x in terms.items()}
@@ -63,15 +65,15 @@ def counts_of(batch):
 
 @functools.partial(jax.jit, static_argnames=('pieces', 'config'))
 def run(params, batch, pieces, config=models.CONFIG):
-  of = functools.partial(objective, config=config)
+  loss_fn = functools.partial(objective, config=config)
   micro_batch = len(batch['ids']) // pieces
   return gradient_accumulation.value_and_grad(
-    of, params, batch, micro_batch, None, counts_of(batch)
+    loss_fn, params, batch, micro_batch, None, count_terms(batch)
   )
 
 
 @functools.cache
-def found(pieces, devices=1):
+def accumulated(pieces, devices=1):
   mesh = models.mesh(devices)
   with jax.set_mesh(mesh):
     params = network(mesh)
@@ -79,7 +81,7 @@ def found(pieces, devices=1):
 
 
 def assert_same(got, expected, rtol, grad_rtol):
-  """Every metric, and the gradient as one vector: `grad_rtol` of its norm."""
+  """Compares the metrics, and the gradients as one vector, to `grad_rtol` of their norm."""
   (loss, metrics), grads = jax.device_get(got)
   (expected_loss, expected_metrics), expected_grads = jax.device_get(expected)
   assert_allclose(loss, expected_loss, rtol=rtol)
@@ -95,12 +97,12 @@ def assert_same(got, expected, rtol, grad_rtol):
 @pytest.mark.parametrize(
   'pieces', [2, *(pytest.param(n, marks=pytest.mark.campaign) for n in (4, 8))]
 )
-def test_equals_the_whole_batch(pieces):
-  # float32: the network's own sums are in another order for other numbers of rows.
-  assert_same(found(pieces), found(1), 1e-6, 5e-6)
+def test_pieces_equal_the_full_batch(pieces):
+  # float32: the network sums in another order for another number of rows.
+  assert_same(accumulated(pieces), accumulated(1), 1e-6, 5e-6)
 
 
-def test_equals_the_whole_batch_in_float64():
+def test_pieces_equal_the_full_batch_in_float64():
   with jax.enable_x64(True):
     config = dataclasses.replace(models.CONFIG, dtype='float64')
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), models.params(models.CONFIG))
@@ -113,7 +115,7 @@ def test_equals_the_whole_batch_in_float64():
 @pytest.mark.compiled
 def test_one_program_for_all_pieces(caplog):
   params, batch = network(), data()
-  found(4)
+  accumulated(4)
   with compiled(caplog) as names:
     run(params, jax.tree.map(jnp.asarray, batch | {'ids': batch['ids'][::-1].copy()}), 4)
     sizes = {n: run.lower(params, batch, n).as_text().count('dot_general') for n in (1, 2, 4, 8)}
@@ -141,16 +143,16 @@ def test_bfloat16_is_added_up_in_float32():
 
 
 @pytest.mark.devices
-def test_eight_devices_give_the_numbers_of_one():
-  assert_same(found(2, devices=8), found(1), 1e-6, 5e-6)  # float32
-  where = jax.tree.map(lambda x: x.sharding, network(models.mesh(8)))
-  for path, grad in jax.tree_util.tree_leaves_with_path(found(2, devices=8)[1]):
-    expected = functools.reduce(lambda tree, key: tree[key.key], path, where)
+def test_eight_devices_equal_one():
+  assert_same(accumulated(2, devices=8), accumulated(1), 1e-6, 5e-6)  # float32
+  layout = jax.tree.map(lambda x: x.sharding, network(models.mesh(8)))
+  for path, grad in jax.tree_util.tree_leaves_with_path(accumulated(2, devices=8)[1]):
+    expected = functools.reduce(lambda tree, key: tree[key.key], path, layout)
     assert grad.sharding.is_equivalent_to(expected, grad.ndim), path
 
 
-def moved(rows, pieces):
-  """What the devices send each other whole, and the partitioner's warnings."""
+def communication(rows, pieces):
+  """Returns (counts of collectives by shape and kind, warnings of the partitioner)."""
   mesh = models.mesh(8)
   with jax.set_mesh(mesh), models.captured_stderr() as lines:
     batch = sharding.place_batch(data(rows), mesh)
@@ -163,9 +165,9 @@ def moved(rows, pieces):
 @pytest.mark.compiled
 def test_no_row_leaves_its_device():
   """Two pieces of 4 rows send what one batch of 4 rows sends: weights."""
-  sent, warnings = moved(rows=8, pieces=2)
-  expected, _ = moved(rows=4, pieces=1)
-  assert expected['f32[32,40]', 'all-gather'] == 1  # the head, each device its vocabulary
+  sent, warnings = communication(rows=8, pieces=2)
+  expected, _ = communication(rows=4, pieces=1)
+  assert expected['f32[32,40]', 'all-gather'] == 1  # the head, split by vocabulary
   assert sent == expected
   assert warnings == []
 

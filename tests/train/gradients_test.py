@@ -14,7 +14,7 @@ from segjax.rl.losses import policy_loss, value_loss
 
 CONFIG = dataclasses.replace(models.CONFIG, dtype='float64')
 ROWS, PROMPT, RESPONSE = 3, 3, 5
-STEP = 1e-5  # of the differences: their error is about its square
+STEP = 1e-5  # of the differences, whose error is about its square
 
 POLICY = {
   'plain': {},
@@ -30,7 +30,7 @@ VALUE = {
 
 
 def cases(options, default):
-  """Parameters of a test; all but the default ones belong to the campaign."""
+  """Returns the parameters of a test; all but the default ones are marked as campaign."""
   return [
     pytest.param(value, id=name, marks=() if name == default else pytest.mark.campaign)
     for name, value in options.items()
@@ -38,14 +38,14 @@ def cases(options, default):
 
 
 def tokens_and_mask():
-  """Ragged responses, one of them empty."""
+  """Returns (ids, mask) of ragged responses, one of them empty."""
   length = np.array([RESPONSE, 0, RESPONSE - 2])
   ids = models.ids(seed=41, shape=(ROWS, PROMPT + RESPONSE))
   return jnp.asarray(ids), jnp.asarray(np.arange(RESPONSE) < length[:, None])
 
 
 def network(head):
-  """Parameters in float64, and a few random directions to move them in."""
+  """Returns (flat float64 parameters, their inverse mapping, random directions)."""
   params = models.params(CONFIG, head)
   params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
   flat, restore = ravel_pytree(params)
@@ -53,8 +53,8 @@ def network(head):
   return flat, restore, jnp.asarray(directions / np.linalg.norm(directions, axis=1, keepdims=True))
 
 
-def check(objective, flat, directions):
-  """∇f · d against (f(x + h d) − f(x − h d)) / 2h along each direction d; the metrics at x."""
+def assert_gradient(objective, flat, directions):
+  """Compares ∇f · d with (f(x + h d) − f(x − h d)) / 2h for each d; returns the metrics at x."""
   value_and_grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
   (_, metrics), gradient = value_and_grad(flat)
   assert gradient.dtype == jnp.float64
@@ -67,8 +67,8 @@ def check(objective, flat, directions):
   return metrics
 
 
-def settled(options):
-  """`count` as the array that it must be."""
+def with_array_count(options):
+  """Returns the options with `count` as an array, as the losses take it."""
   return {k: jnp.array(v) if k == 'count' else v for k, v in options.items()}
 
 
@@ -83,13 +83,13 @@ def test_policy(options):
     def logprobs(flat):
       return heads.token_logprobs(restore(flat), ids, CONFIG)[0][:, PROMPT:]
 
-    # Ratios on either side of every clip, none of them at a kink.
+    # Ratios lie on either side of every clip, none of them at a kink.
     old_logprob = logprobs(flat) + 0.4 * noise
 
     def objective(flat):
-      return policy_loss(logprobs(flat), old_logprob, advantage, mask, **settled(options))
+      return policy_loss(logprobs(flat), old_logprob, advantage, mask, **with_array_count(options))
 
-    metrics = check(objective, flat, directions)
+    metrics = assert_gradient(objective, flat, directions)
     fractions = [value for name, value in metrics.items() if name.endswith('clipfrac')]
     assert all(0 < fraction < 1 for fraction in fractions)
 
@@ -108,8 +108,8 @@ def test_value(options):
     old_value = values(flat) + 0.4 * noise
 
     def objective(flat):
-      return value_loss(values(flat), old_value, return_, mask, **settled(options))
+      return value_loss(values(flat), old_value, return_, mask, **with_array_count(options))
 
-    metrics = check(objective, flat, directions)
+    metrics = assert_gradient(objective, flat, directions)
     is_clipped = options['value_clip_eps'] is not None
     assert (metrics['clipfrac'] > 0) == is_clipped

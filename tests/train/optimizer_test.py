@@ -1,3 +1,5 @@
+"""The optimizer by hand, its schedule, skipped updates, bfloat16 states."""
+
 import dataclasses
 import functools
 import json
@@ -29,20 +31,20 @@ TOTAL = 8
 
 
 @pytest.fixture
-def free_names(monkeypatch):
-  """One rule for a tree that is no network."""
+def weight_rule(monkeypatch):
+  """Adds a sharding rule for a parameter `weight`, which no network has."""
   rules = ((r'weight$', sharding.P(None)), *sharding.PARAMETER_RULES)
   monkeypatch.setattr(sharding, 'PARAMETER_RULES', rules)
 
 
 def learning_rate(count):
-  """Linear to the peak over two updates, then half a cosine to a tenth of it."""
+  """Returns the rate: linear over two updates, then half a cosine to a tenth of the peak."""
   if count < 2:
     return 0.1 * count / 2
   return 0.1 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (count - 2) / 6)))
 
 
-def test_adamw_by_hand(free_names):
+def test_adamw_by_hand(weight_rule):
   rng = np.random.default_rng(0)
   weight = rng.normal(size=5)
   grads = rng.normal(size=(TOTAL, 5)) * np.array([[0.1], [5], [1], [1], [9], [1], [1], [1]])
@@ -66,15 +68,15 @@ def test_adamw_by_hand(free_names):
 @pytest.mark.parametrize(
   ('loss', 'grad'), [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, -np.inf)]
 )
-def test_update_that_is_not_finite_is_skipped(free_names, loss, grad):
+def test_update_that_is_not_finite_is_skipped(weight_rule, loss, grad):
   state = init_state({'weight': jnp.ones(3)}, SETTINGS, TOTAL)
   update = jax.jit(functools.partial(apply_update, settings=SETTINGS, total_steps=TOTAL))
-  good = {'weight': jnp.ones(3)}
-  state, metrics = update(state, good, jnp.float32(1))
+  grads = {'weight': jnp.ones(3)}
+  state, metrics = update(state, grads, jnp.float32(1))
   assert int(metrics.sum['skipped_updates']) == 0
-  kept, metrics = update(state, {'weight': good['weight'].at[1].set(grad)}, jnp.float32(loss))
+  unchanged, metrics = update(state, {'weight': grads['weight'].at[1].set(grad)}, jnp.float32(loss))
   assert int(metrics.sum['skipped_updates']) == 1
-  jax.tree.map(np.testing.assert_array_equal, kept, state)
+  jax.tree.map(np.testing.assert_array_equal, unchanged, state)
 
 
 @pytest.mark.parametrize(
@@ -82,14 +84,14 @@ def test_update_that_is_not_finite_is_skipped(free_names, loss, grad):
   [({'enabled': jnp.bool(False)}, 1e-3), ({}, 1e30)],
   ids=['not enabled', 'weights overflow'],
 )
-def test_a_skipped_step_changes_nothing(more, learning_rate, free_names):
-  """Neither moments nor count nor schedule: a later step is what it would have been."""
+def test_skipped_update_changes_nothing(more, learning_rate, weight_rule):
+  """Moments, count and schedule stay, so a later step is the same as without the skipped one."""
   settings = dataclasses.replace(SETTINGS, learning_rate=learning_rate, warmup_ratio=0.0)
   update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=TOTAL))
   state = init_state({'weight': jnp.ones(3)}, settings, TOTAL)
-  kept, metrics = update(state, {'weight': jnp.ones(3)}, jnp.float32(1), **more)
+  unchanged, metrics = update(state, {'weight': jnp.ones(3)}, jnp.float32(1), **more)
   assert int(metrics.sum['skipped_updates']) == 1
-  jax.tree.map(np.testing.assert_array_equal, kept, state)
+  jax.tree.map(np.testing.assert_array_equal, unchanged, state)
 
 
 @pytest.mark.parametrize(
@@ -128,15 +130,15 @@ def test_schedule_rises_falls_and_stays():
 
 
 @pytest.mark.parametrize(('ratio', 'first'), [(0.0, 1), (1.0, 0)])
-def test_schedule_without_warmup_and_with_nothing_else(ratio, first):
+def test_schedule_without_warmup_and_of_warmup_alone(ratio, first):
   settings = Optimizer(learning_rate=1.0, warmup_ratio=ratio)
   rate = make_schedule(settings, 5)
   assert rate(0) == first
   assert rate(5) == (1 if ratio else pytest.approx(settings.min_lr_ratio))
 
 
-def test_moments_in_bfloat16(free_names):
-  """Stored in half the bytes; the updates are those of float32 but for their rounding."""
+def test_moments_in_bfloat16(weight_rule):
+  """The updates equal those of float32 up to the rounding of the moments."""
   narrow = dataclasses.replace(SETTINGS, moments_dtype='bfloat16')
   weights = {}
   for settings in (SETTINGS, narrow):
@@ -166,8 +168,8 @@ def test_stochastic_rounding_has_the_right_mean():
   np.testing.assert_array_equal(drawn[:, 3:], np.broadcast_to(below[3:], (4096, 5)))
 
 
-def test_small_steps_of_bfloat16_weights_add_up(free_names):
-  """Each is a hundredth of the gap between weights; rounded to the nearest, nothing would move."""
+def test_small_steps_of_bfloat16_weights_add_up(weight_rule):
+  """Each is a hundredth of an ulp; rounded to the nearest, no weight would change."""
   settings = Optimizer(learning_rate=2**-7 / 100, warmup_ratio=0.0, min_lr_ratio=1.0)
   state = init_state({'weight': jnp.ones(4096, jnp.bfloat16)}, settings, 100)
   update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=100))

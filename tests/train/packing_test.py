@@ -1,4 +1,4 @@
-"""Packed rows give the losses and gradients of padded ones."""
+"""Packed rows give the losses and updates of padded ones."""
 
 import dataclasses
 import functools
@@ -25,17 +25,17 @@ NORMALIZER = jax.tree.map(jnp.float32, Normalizer(0.2, -0.1, 0.3, 0.8))
 
 
 @pytest.mark.parametrize('function', [heads.token_logprobs, heads.scores, heads.values])
-def test_what_is_read_off_the_network(function):
+def test_packed_outputs_equal_padded_ones(function):
   head = 'language' if function is heads.token_logprobs else 'scalar'
   params, ids = models.params(models.CONFIG, head), jnp.asarray(models.ids())
   length = np.array([24, 1, 5, 8, 13, 20, 17, 0])
   plan = plan_packing(length, 8, WIDTH)
   slots = jax.tree.map(lambda x: jnp.asarray(x[0]), plan.pieces)
   assert plan.count == 1
-  read = jax.jit(functools.partial(packed.run_packed, function, config=models.CONFIG))
-  result = read(params, ids=ids[slots.sequence], slots=slots)
+  run_network = jax.jit(functools.partial(packed.run_packed, function, config=models.CONFIG))
+  result = run_network(params, ids=ids[slots.sequence], slots=slots)
   for got, expected in zip(
-    jax.tree.leaves(result), jax.tree.leaves(read(params, ids=ids)), strict=True
+    jax.tree.leaves(result), jax.tree.leaves(run_network(params, ids=ids)), strict=True
   ):
     for index, sequence in enumerate(slots.sequence):
       n = length[sequence]
@@ -43,20 +43,22 @@ def test_what_is_read_off_the_network(function):
 
 
 @functools.cache
-def experience():
-  """(experience, tokens of each prompt with its response)."""
+def ppo_experience():
+  """Returns (experience, tokens of each prompt with its response)."""
   mesh = models.mesh(1)
   with jax.set_mesh(mesh):
     recipe = training.recipe()
     params = {name: training.network(name, mesh) for name in training.SEEDS}
     rollout = training.sample(params['policy'], mesh)
     outputs = score(params, rollout.arrays, rollout.length, recipe=recipe)
-    made, _ = make_experience(rollout.arrays, outputs, NORMALIZER, np.float32(0.1), recipe=recipe)
-  return made, rollout.length
+    experience, _ = make_experience(
+      rollout.arrays, outputs, NORMALIZER, np.float32(0.1), recipe=recipe
+    )
+  return experience, rollout.length
 
 
 def run(step, name, packed, mean='sequence', devices=1):
-  """(Parameters after an update, metrics), with or without packing."""
+  """Returns (parameters after an update, metrics), with or without packing."""
   mesh = models.mesh(devices)
   rows = 8 if devices == 8 else 2
   plan = functools.partial(plan_packing, rows=rows, width=WIDTH)
@@ -90,13 +92,13 @@ def run(step, name, packed, mean='sequence', devices=1):
         total_steps=training.TOTAL,
       )
     else:
-      made, lengths = experience()
-      made = sharding.place_batch(jax.device_get(made), mesh)
+      experience, lengths = ppo_experience()
+      experience = sharding.place_batch(jax.device_get(experience), mesh)
       order = np.array([6, 0, 5, 3, 1, 2, 4, 7])
       ppo = dataclasses.replace(
         training.PPO_SETTINGS, loss_aggregation=mean, micro_batch_size=rows if packed else 0
       )
-      minibatch = Minibatch(made, order, plan(lengths[order]) if packed else None)
+      minibatch = Minibatch(experience, order, plan(lengths[order]) if packed else None)
       kl_coef = (np.float32(0.1),) if name == 'policy' else ()
       state, metrics = step(
         training.state(name, mesh),
@@ -137,9 +139,9 @@ def test_packed_step_equals_padded(step, name, mean, devices):
   assert norms[0] < 1e-3 * norms[1]
 
 
-def test_raggedness_compiles_nothing(caplog):
+def test_other_lengths_compile_nothing(caplog):
   run(critic_step, 'critic', True)
-  made, lengths = experience()
+  experience, lengths = ppo_experience()
   static = {
     'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch_size=2)),
     'total_steps': training.TOTAL,
@@ -149,6 +151,6 @@ def test_raggedness_compiles_nothing(caplog):
     for rows in (np.full(8, int(lengths.argmin())), np.full(8, int(lengths.argmax()))):
       plan = plan_packing(lengths[rows], 2, WIDTH)
       counts.append(int(plan.count))
-      critic_step(training.state('critic'), Minibatch(made, rows, plan), **static)
+      critic_step(training.state('critic'), Minibatch(experience, rows, plan), **static)
   assert counts[0] < counts[1]
   assert names.count('critic_step') <= 1

@@ -1,3 +1,5 @@
+"""The PPO update on minibatches of a rollout of the small network."""
+
 import dataclasses
 import functools
 
@@ -25,7 +27,7 @@ KL_COEF = np.float32(0.1)
 
 @functools.cache
 def scored(recompute_logprob):
-  """A recipe, the experience of a rollout under it, and its metrics."""
+  """Returns (recipe, experience of a rollout, metrics of the rollout)."""
   mesh, recipe = models.mesh(1), training.recipe(recompute_logprob=recompute_logprob)
   params = {name: training.network(name, mesh) for name in training.SEEDS}
   rollout = training.sample(params['policy'])
@@ -40,13 +42,13 @@ def scored(recompute_logprob):
 
 
 @pytest.fixture(params=[False, True], ids=['decode_logprob', 'recomputed'])
-def experience(request):
+def scored_rollout(request):
   return scored(request.param)
 
 
 @pytest.fixture
-def decoded():
-  """With the log-probs of the decode loop."""
+def decode_logprob_rollout():
+  """A scored rollout with the log-probs of the decode loop."""
   return scored(False)
 
 
@@ -63,92 +65,92 @@ def step(states, experience, rows, recipe=RECIPE, **values):
 
 
 def host_part(rollout):
-  """The rollout with the arrays that the host keeps of it."""
+  """Returns the rollout with its arrays on the host."""
   host = training.copied(rollout)
   length = host.prompt_length + host.response_mask.sum(axis=1)
   return CollectedRollout(rollout, host.response_ids, host.response_mask, host.finished, length)
 
 
-def fresh():
+def initial_states():
   return [training.state('policy'), training.state('critic')]
 
 
-def test_first_minibatch_is_on_policy(experience):
-  """Before any update the policy is the one that sampled, and the reference."""
-  recipe, found, made = experience
-  _, metrics = step(fresh(), found, ROWS[0])
-  # The decode loop sums in another order than the full forward: float32. Recomputed, it is the
-  # same forward, but for the height of the matrix products.
+def test_first_minibatch_is_on_policy(scored_rollout):
+  """Before any update the policy equals the one that sampled, and the reference."""
+  recipe, experience, rollout_metrics = scored_rollout
+  _, metrics = step(initial_states(), experience, ROWS[0])
+  # float32: the decode loop sums in another order than the full forward pass. Recomputed log-probs
+  # come from the same forward pass, with another number of rows in its matrix products.
   limit = 1e-6 if recipe.recompute_logprob else 1e-4
   assert metrics['policy/ratio_max_deviation'] <= limit
-  assert made['objective/kl_token_max'] <= limit
+  assert rollout_metrics['objective/kl_token_max'] <= limit
   assert metrics['policy/clipfrac'] == 0
   assert metrics['policy/ratio_mean'] == pytest.approx(1, abs=limit)
   assert metrics['skipped_updates'] == 0
 
 
-def test_later_minibatches_are_off_policy(experience, caplog):
-  _, found, _ = experience
-  states, deviation = fresh(), []
+def test_later_minibatches_are_off_policy(scored_rollout, caplog):
+  _, experience, _ = scored_rollout
+  states, deviation = initial_states(), []
   with compiled(caplog) as names:
     for rows in ROWS:
-      states, metrics = step(states, found, rows)
+      states, metrics = step(states, experience, rows)
       deviation.append(metrics['policy/ratio_max_deviation'])
   assert max(names.count(name) for name in ('policy_step', 'critic_step')) <= 1
   assert deviation[0] < 1e-3 < min(deviation[1:])
   assert [int(state.step) for state in states] == [3, 3]
 
 
-def test_policy_follows_the_advantages(experience):
+def test_policy_follows_the_advantages(scored_rollout):
   """After a step on the same rows the surrogate is better and the values are nearer."""
-  _, found, _ = experience
-  states, before = step(fresh(), found, ROWS[0])
-  _, after = step(states, found, ROWS[0])
+  _, experience, _ = scored_rollout
+  states, before = step(initial_states(), experience, ROWS[0])
+  _, after = step(states, experience, ROWS[0])
   assert after['policy/loss'] < before['policy/loss'] - 1e-3
   assert after['critic/loss'] < before['critic/loss']
 
 
-def test_minibatch_is_its_rows(experience):
-  """The step's loss is the objective of those rows and of no others."""
-  recipe, found, _ = experience
-  _, metrics = step(fresh(), found, ROWS[0])
-  rows = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ROWS[0]]), found)
+def test_loss_is_that_of_the_rows(scored_rollout):
+  """The loss of a step is the objective of its rows alone."""
+  recipe, experience, _ = scored_rollout
+  _, metrics = step(initial_states(), experience, ROWS[0])
+  rows = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ROWS[0]]), experience)
   count = num_terms(rows.rollout.response_mask)
   objective = jax.jit(policy_objective, static_argnames='recipe')
   loss, _ = objective(models.params(models.CONFIG), rows, count, KL_COEF, recipe=recipe)
   assert metrics['policy/loss'] == pytest.approx(float(loss), abs=1e-5)  # float32, near 0
 
 
-def test_bad_critic_does_not_stop_the_policy(experience):
-  _, found, _ = experience
-  states = fresh()
+def test_non_finite_critic_does_not_stop_the_policy(scored_rollout):
+  _, experience, _ = scored_rollout
+  states = initial_states()
   head = states[1].params['scalar_head']
   head['kernel'] = head['kernel'].at[0].set(np.nan)
   before = training.copied(states[1])
-  states, metrics = step(states, found, ROWS[0])
+  states, metrics = step(states, experience, ROWS[0])
   assert metrics['skipped_updates'] == 1
   assert [int(state.step) for state in states] == [1, 0]
   jax.tree.map(np.testing.assert_array_equal, training.copied(states[1]), before)
 
 
-def test_states_are_donated(experience):
-  _, found, _ = experience
-  states = fresh()
+def test_states_are_donated(scored_rollout):
+  _, experience, _ = scored_rollout
+  states = initial_states()
   leaves = jax.tree.leaves(states)
-  step(states, found, ROWS[0])
+  step(states, experience, ROWS[0])
   assert all(leaf.is_deleted() for leaf in leaves)
-  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(found))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(experience))
 
 
 def variant(**values):
   return training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, **values))
 
 
-def test_micro_batches_add_up_to_the_minibatch(decoded):
-  """Rows of unlike length in each part, and one update either way."""
-  _, found, _ = decoded
-  _, metrics = step(fresh(), found, ROWS[0])
-  _, added = step(fresh(), found, ROWS[0], variant(micro_batch_size=2))
+def test_micro_batches_add_up_to_the_minibatch(decode_logprob_rollout):
+  """Each micro-batch has rows of different lengths; both ways make one update."""
+  _, experience, _ = decode_logprob_rollout
+  _, metrics = step(initial_states(), experience, ROWS[0])
+  _, added = step(initial_states(), experience, ROWS[0], variant(micro_batch_size=2))
   for key in ('policy/loss', 'critic/loss', 'policy/entropy', 'policy/ratio_max_deviation'):
     assert added[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5)  # float32
   for key in ('policy/grad_norm', 'critic/grad_norm'):
@@ -156,72 +158,74 @@ def test_micro_batches_add_up_to_the_minibatch(decoded):
 
 
 @pytest.mark.campaign
-def test_kl_in_the_loss_pulls_towards_the_reference(decoded):
-  """With no advantage the penalty alone moves the policy; it starts at the reference, at 0."""
-  _, found, _ = decoded
+def test_kl_in_the_loss_pulls_towards_the_reference(decode_logprob_rollout):
+  """Without advantages the penalty alone moves the policy."""
+  _, experience, _ = decode_logprob_rollout
   far = dataclasses.replace(
-    found, advantage=jnp.zeros_like(found.advantage), ref_logprob=found.ref_logprob - 1.0
+    experience,
+    advantage=jnp.zeros_like(experience.advantage),
+    ref_logprob=experience.ref_logprob - 1.0,
   )
   recipe = variant(kl_placement='loss', kl_estimator='k2')
-  states, before = step(fresh(), far, ROWS[0], recipe)
+  states, before = step(initial_states(), far, ROWS[0], recipe)
   assert before['policy/kl'] == pytest.approx(0.5, rel=1e-3)  # half the square of 1 nat
   assert before['policy/loss'] == pytest.approx(0.1 * 0.5, rel=1e-3)
   _, after = step(states, far, ROWS[0], recipe)
   assert after['policy/kl'] < before['policy/kl']
 
 
-def test_entropy_bonus_is_in_the_loss(decoded):
-  _, found, _ = decoded
-  _, plain = step(fresh(), found, ROWS[0])
-  _, bonus = step(fresh(), found, ROWS[0], variant(entropy_coef=0.5))
-  expected = plain['policy/loss'] - 0.5 * plain['policy/entropy']
-  assert bonus['policy/loss'] == pytest.approx(expected, abs=1e-5)
+def test_entropy_bonus_is_in_the_loss(decode_logprob_rollout):
+  _, experience, _ = decode_logprob_rollout
+  _, without_bonus = step(initial_states(), experience, ROWS[0])
+  _, with_bonus = step(initial_states(), experience, ROWS[0], variant(entropy_coef=0.5))
+  expected = without_bonus['policy/loss'] - 0.5 * without_bonus['policy/entropy']
+  assert with_bonus['policy/loss'] == pytest.approx(expected, abs=1e-5)
 
 
-def test_critic_learns_alone_in_the_warm_up(decoded):
-  _, found, _ = decoded
-  states, metrics = step(fresh(), found, ROWS[0], policy_from=None)
+def test_critic_learns_alone_in_the_warm_up(decode_logprob_rollout):
+  _, experience, _ = decode_logprob_rollout
+  states, metrics = step(initial_states(), experience, ROWS[0], policy_from=None)
   assert [int(state.step) for state in states] == [0, 1]
   assert not any(key.startswith('policy/') for key in metrics)
   jax.tree.map(
-    np.testing.assert_array_equal, training.copied(states[0]), training.copied(fresh()[0])
+    np.testing.assert_array_equal, training.copied(states[0]), training.copied(initial_states()[0])
   )
 
 
 @pytest.mark.campaign
-def test_attention_mask_is_that_of_the_rollout():
-  """Both log-probs see the same tokens, so the ratio stays 1 under the published mask."""
-  recipe, found, _ = scored(True)
+def test_reproduced_attention_mask_keeps_the_ratio_at_1():
+  """Both log-probs are computed with the published mask."""
+  recipe, experience, _ = scored(True)
   mesh = models.mesh(1)
   params = {name: training.network(name, mesh) for name in training.SEEDS}
-  # The shortest response first, whose length the others are then seen by.
-  shortest_first = np.argsort(np.asarray(found.rollout.response_mask).sum(axis=1))
-  found = take_rows(found, shortest_first)
+  # The shortest response first: its length limits attention in the others.
+  shortest_first = np.argsort(np.asarray(experience.rollout.response_mask).sum(axis=1))
+  experience = take_rows(experience, shortest_first)
   published = Compat(first_row_attention_mask=True, force_eos=True, micro_batch_size=8)
-  collected = host_part(found.rollout)
-  collected = apply_rollout_compat(collected, models.STOP_IDS[0], published, mesh)
-  rollout = collected.arrays
+  host_rollout = host_part(experience.rollout)
+  host_rollout = apply_rollout_compat(host_rollout, models.STOP_IDS[0], published, mesh)
+  rollout = host_rollout.arrays
   longer = np.asarray(rollout.response_mask & ~rollout.attended)
   assert longer.any()
-  seen = score(params, rollout, collected.length, recipe=recipe)
-  assert np.abs(np.asarray(seen.score - found.score))[longer].max() > 1e-3
+  outputs = score(params, rollout, host_rollout.length, recipe=recipe)
+  assert np.abs(np.asarray(outputs.score - experience.score))[longer].max() > 1e-3
   masked, metrics = make_experience(
-    rollout, seen, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
+    rollout, outputs, jax.tree.map(jnp.float32, Normalizer()), KL_COEF, recipe=recipe
   )
   assert metrics['objective/kl_token_max'] <= 1e-5
-  _, metrics = step(fresh(), masked, ROWS[0])
+  _, metrics = step(initial_states(), masked, ROWS[0])
   assert metrics['policy/ratio_max_deviation'] <= 1e-5
 
 
 @pytest.mark.campaign
-def test_macro_actions_train_the_critic_where_they_begin(decoded):
-  recipe, found, _ = decoded
+def test_macro_actions_train_the_critic_at_their_starts(decode_logprob_rollout):
+  recipe, experience, _ = decode_logprob_rollout
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, gae_level='segment'))
   mesh = models.mesh(1)
   params = {name: training.network(name, mesh) for name in training.SEEDS}
   macro, _ = make_experience(
-    found.rollout,
-    score(params, found.rollout, host_part(found.rollout).length, recipe=recipe),
+    experience.rollout,
+    score(params, experience.rollout, host_part(experience.rollout).length, recipe=recipe),
     jax.tree.map(jnp.float32, Normalizer()),
     KL_COEF,
     recipe=recipe,
@@ -234,12 +238,12 @@ def test_macro_actions_train_the_critic_where_they_begin(decoded):
   same = macro.advantage[:, 1:] == macro.advantage[:, :-1]
   assert same[inside].all()
   assert not macro.return_[~starts].any()
-  _, metrics = step(fresh(), macro, ROWS[0])
+  _, metrics = step(initial_states(), macro, ROWS[0])
   assert metrics['skipped_updates'] == 0
 
 
 def test_metrics_of_several_updates_are_combined_by_kind():
-  """Means of losses, the largest deviation, the sum of skipped updates."""
+  """Losses are averaged, deviations take the maximum, skipped updates are summed."""
   updates = [
     Metrics({'policy/loss': 0.75}, {'policy/ratio_max_deviation': 0.125}, {'skipped_updates': 2}),
     Metrics({'policy/loss': 0.25}, {'policy/ratio_max_deviation': 0.5}, {'skipped_updates': 1}),

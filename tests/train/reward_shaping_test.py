@@ -1,4 +1,4 @@
-"""The order of the steps from scores to dense rewards, and what each switch adds."""
+"""Dense rewards from scores: the order of the steps, and the effect of each option."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +20,8 @@ PROMPT_SCORE = np.array([0.5, -1.0], np.float32)
 NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 
-def dense(spread='even_split', custom=None, compat=Compat(), inside=False, **shaping):  # noqa: B008
-  segmentation = Segmentation(boundary='fixed_length', segment_length=2, include_eos=inside)
+def dense(spread='even_split', custom=None, compat=Compat(), include_eos=False, **shaping):  # noqa: B008
+  segmentation = Segmentation(boundary='fixed_length', segment_length=2, include_eos=include_eos)
   recipe = training.recipe(
     spread=spread,
     segmenter=Segmenter(segmentation),
@@ -54,15 +54,15 @@ def test_plain():
 
 
 @pytest.mark.parametrize('baseline', ['prompt', 'zero'])
-def test_red_adds_up_to_the_score_of_the_whole(baseline):
+def test_red_adds_up_to_the_score_of_the_response(baseline):
   """The stop token lies in the last segment, so the score is that at the response's end."""
-  at_ends = dense('end_only', inside=True, redistribute='red', red_baseline=baseline)
-  whole = (np.array([6, 4]) - 1) / 2
+  at_ends = dense('end_only', include_eos=True, redistribute='red', red_baseline=baseline)
+  total = (np.array([6, 4]) - 1) / 2
   before = (PROMPT_SCORE - 1) / 2 if baseline == 'prompt' else 0
-  assert_allclose(at_ends.sum(axis=1), whole - before, rtol=1e-6)
-  spread_out = dense(inside=True, redistribute='red', red_baseline=baseline)
-  assert_allclose(spread_out.sum(axis=1), whole - before, rtol=1e-6)
-  # First segment of the first response: (1 - 1) / 2 less the baseline.
+  assert_allclose(at_ends.sum(axis=1), total - before, rtol=1e-6)
+  spread_out = dense(include_eos=True, redistribute='red', red_baseline=baseline)
+  assert_allclose(spread_out.sum(axis=1), total - before, rtol=1e-6)
+  # First segment of the first response: (1 - 1) / 2 minus the baseline.
   assert_allclose(at_ends[0, 1], 0 - (before[0] if baseline == 'prompt' else 0))
   assert_allclose(at_ends[0, 4], (6 - 1) / 2)  # the second: from score 1 at token 1 to 6
 
@@ -81,13 +81,13 @@ def test_penalties_come_after_the_mix():
   assert_allclose(penalized[0], dense(custom=custom)[0])
   added = dense(missing_eos_penalty='at_eos', missing_eos_penalty_value=-3.0) - dense()
   assert_allclose(added, [[0] * 6, [0] * 5 + [-3]])
-  cut_off = dense(length_penalty='threshold', length_penalty_value=-1.0, length_threshold=5)
-  assert_allclose(cut_off, [dense()[0], [-1] * 6])
+  too_long = dense(length_penalty='threshold', length_penalty_value=-1.0, length_threshold=5)
+  assert_allclose(too_long, [dense()[0], [-1] * 6])
   linear = dense(length_penalty='linear', length_penalty_value=-1.0, length_threshold=4) - dense()
   assert_allclose(linear, [[0, 0, 0, 0, -1, 0], [0, 0, 0, 0, -1, -1]])
 
 
-def test_published_code_takes_the_padded_prompt_off_the_length():
+def test_published_code_subtracts_the_padded_prompt():
   penalty = {'length_penalty': 'threshold', 'length_threshold': 1, 'length_penalty_value': -1.0}
   assert (dense(**penalty)[MASK] == -1).all()
   # Prompts of 4 and 2 padded to 4: lengths 1 and 2, of which only the second passes 1.
@@ -95,7 +95,7 @@ def test_published_code_takes_the_padded_prompt_off_the_length():
   assert_allclose(penalized, [dense()[0], [-1] * 6])
 
 
-def test_published_code_spares_the_bandit():
+def test_published_code_does_not_penalise_bandit_rewards():
   penalty = {'missing_eos_penalty': 'per_token', 'missing_eos_penalty_value': -0.05}
   assert_allclose(dense('bandit', **penalty)[1], [-0.05] * 6)
   spared = Compat(bandit_skips_penalties=True)

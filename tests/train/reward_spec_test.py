@@ -1,4 +1,4 @@
-"""segment_reward.json: what is written is read, what is missing must be named."""
+"""segment_reward.json: writing, reading, overriding by the config, missing fields."""
 
 import dataclasses
 import json
@@ -17,19 +17,19 @@ FITTED = Normalizer(w_mean=0.1, w_std=-0.2, b_mean=0.3, b_std=0.4)
 
 
 def reward_model(normalizer='', **segmentation):
-  """What a config says that names these fields."""
+  """Returns config.reward_model with these fields set."""
   return RewardModelSettings('', SegmentationOverrides(**segmentation), normalizer)
 
 
 @pytest.fixture
 def model(tmp_path):
-  """A directory with a tokenizer, all that this module looks at."""
+  """A model's directory with a tokenizer; weights are not read here."""
   demo_rows.write_tokenizer(tmp_path / 'model')
   return tmp_path / 'model'
 
 
 def test_version_2_is_still_read(model):
-  """Field by field, under the names that version 2 gave them."""
+  """Each field is read under its name in version 2."""
   (model / 'segment_reward.json').write_text(
     json.dumps(
       {
@@ -89,46 +89,46 @@ def test_file_has_the_documented_form(model):
 
 
 @pytest.mark.parametrize('normalizer, kind', [(FITTED, 'scalar'), (None, '')])
-def test_what_is_written_is_read(model, normalizer, kind):
+def test_reads_what_was_written(model, normalizer, kind):
   written = RewardSpec(Segmentation('token'), normalizer, kind, tokenizer_sha256='abc')
   reward_spec.write_spec(model, written)
   assert reward_spec.read_spec(model) == written
 
 
-def test_no_file_is_no_error(model):
+def test_missing_file_is_none(model):
   assert reward_spec.read_spec(model) is None
 
 
 @pytest.mark.parametrize(
   'text', ['{', '{"version": 1}', '{"version": 2}', '{"version": 2, "normalizer": {"kind": "x"}}']
 )
-def test_broken_file_is_named(model, text):
+def test_invalid_file_raises(model, text):
   (model / 'segment_reward.json').write_text(text)
   with pytest.raises(ValueError, match=r'model/segment_reward.json: .* fit it again'):
     reward_spec.read_spec(model)
 
 
-def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
+def test_config_overrides_stored_fields(model):
   stored = Segmentation(entropy_threshold=1.5, aggregation='last', min_segment_length=2)
   reward_spec.write_spec(model, RewardSpec(stored, FITTED, 'regression'))
   assert reward_spec.resolve_spec(RewardModelSettings(), model, model) == RewardSpec(
     stored, FITTED, 'regression'
   )
-  named = RewardModelSettings(
+  overrides = RewardModelSettings(
     segmentation=SegmentationOverrides(granularity='token', entropy_threshold=0.0),
     normalizer='published:llama3_8b_sft/token',
   )
-  found = reward_spec.resolve_spec(named, model, model)
-  assert found.segmentation == dataclasses.replace(
+  spec = reward_spec.resolve_spec(overrides, model, model)
+  assert spec.segmentation == dataclasses.replace(
     stored, granularity='token', entropy_threshold=0.0
   )
-  assert found.normalizer == PUBLISHED['llama3_8b_sft/token']
+  assert spec.normalizer == PUBLISHED['llama3_8b_sft/token']
   none = reward_spec.resolve_spec(RewardModelSettings(normalizer='none'), model, model)
   assert (none.normalizer, none.normalizer_kind) == (Normalizer(), 'none')
 
 
 @pytest.mark.parametrize(
-  'named, missing',
+  'fields, missing',
   [
     ({}, ['granularity', 'entropy_threshold', 'normalizer']),
     ({'granularity': 'segment'}, ['entropy_threshold', 'normalizer']),
@@ -138,26 +138,26 @@ def test_stored_meaning_is_used_and_each_field_may_be_overruled(model):
     ({'entropy_threshold': 1.0, 'normalizer': 'none'}, ['granularity']),
   ],
 )
-def test_without_a_file_all_must_be_named(model, named, missing):
+def test_without_a_file_all_fields_must_be_set(model, fields, missing):
   with pytest.raises(ValueError, match='run the normalizer job') as error:
-    reward_spec.resolve_spec(reward_model(**named), model, model)
+    reward_spec.resolve_spec(reward_model(**fields), model, model)
   for key in ('segmentation.granularity', 'segmentation.entropy_threshold', 'normalizer'):
     is_named = f'config.reward_model.{key}' in str(error.value)
     assert is_named == (key.removeprefix('segmentation.') in missing)
 
 
 def test_token_granularity_needs_no_threshold(model):
-  named = reward_model(granularity='token', normalizer='none')
-  assert reward_spec.resolve_spec(named, model, model).segmentation.granularity == 'token'
+  settings = reward_model(granularity='token', normalizer='none')
+  assert reward_spec.resolve_spec(settings, model, model).segmentation.granularity == 'token'
 
 
-def test_unfitted_normaliser_is_refused(model):
+def test_unfitted_normaliser_raises(model):
   reward_spec.write_spec(model, RewardSpec(Segmentation(), None))
   with pytest.raises(ValueError, match='normalizer'):
     reward_spec.resolve_spec(RewardModelSettings(), model, model)
 
 
-def test_fingerprint_decides_where_there_is_one(model):
+def test_stored_fingerprint_replaces_the_files(model):
   reward_spec.check_tokenizer(model, model)
   reward_spec.check_tokenizer(model, model, tokenizer_fingerprint(str(model)))
   with pytest.raises(ValueError, match='differ'):

@@ -1,3 +1,5 @@
+"""Scores of pairs against the oracle, and the training step on them."""
+
 import dataclasses
 import math
 
@@ -20,8 +22,8 @@ def networks():
   return {name: training.network(name, mesh) for name in ('reward', 'reference')}
 
 
-def ends_of(sequences, reference, granularity):
-  """The last tokens of each row's segments, by the oracle."""
+def segment_ends(sequences, reference, granularity):
+  """Returns the last token of each segment of each row, by the oracle."""
   _, entropy = models.token_logprobs(reference, sequences.ids, models.CONFIG)
   after = np.pad(np.asarray(entropy)[:, 1:], ((0, 0), (0, 1)), constant_values=99.0)
   rows = zip(
@@ -34,11 +36,11 @@ def ends_of(sequences, reference, granularity):
 
 
 def expected_scores(networks, granularity):
-  """Mean score at the segments' ends, [B, 2]."""
+  """Returns the mean score at the ends of the segments, [B, 2]."""
   pairs, columns = training.pairs(), []
   for sequences in (pairs.chosen, pairs.rejected):
     score = np.asarray(models.scores(networks['reward'], sequences.ids, models.CONFIG))
-    ends = ends_of(sequences, networks['reference'], granularity)
+    ends = segment_ends(sequences, networks['reference'], granularity)
     columns.append([row[e].mean() if e else 0.0 for row, e in zip(score, ends, strict=True)])
   return np.array(columns).T
 
@@ -46,7 +48,7 @@ def expected_scores(networks, granularity):
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])
 def test_scores_equal_oracle(networks, granularity):
   scorer = dataclasses.replace(training.SCORER, segmenter=training.segmenter(granularity))
-  # Token and bandit granularity must do without the reference.
+  # Token and bandit granularity do not need the reference.
   reference = networks['reference'] if granularity == 'segment' else None
   got = evaluate_pairs(networks['reward'], reference, training.pairs(), scorer=scorer)
   assert_allclose(got, expected_scores(networks, granularity), atol=1e-5)  # float32
@@ -65,7 +67,7 @@ def test_longer_padding_changes_nothing(networks):
   assert_allclose(short, long, atol=1e-5)  # float32
 
 
-def test_statistics_are_of_both_sides(networks):
+def test_statistics_cover_both_sides(networks):
   position, score, end, _ = jax.device_get(
     segment_statistics(
       networks['reward'], networks['reference'], training.pairs(), scorer=training.SCORER
@@ -74,17 +76,16 @@ def test_statistics_are_of_both_sides(networks):
   pairs = training.pairs()
   for side, sequences in enumerate((pairs.chosen, pairs.rejected)):
     expected = np.asarray(models.scores(networks['reward'], sequences.ids, models.CONFIG))
-    for row, ends in enumerate(ends_of(sequences, networks['reference'], 'segment')):
-      at = 2 * row + side  # chosen and rejected in turn
-      assert np.flatnonzero(end[at]).tolist() == ends
-      places = [(i + 1) / len(ends) for i in range(len(ends))]
-      assert_allclose(position[at][ends], places, rtol=1e-6)
-      assert_allclose(score[at][ends], expected[row][ends], atol=1e-5)
+    for row, ends in enumerate(segment_ends(sequences, networks['reference'], 'segment')):
+      index = 2 * row + side  # chosen and rejected in turn
+      assert np.flatnonzero(end[index]).tolist() == ends
+      positions = [(i + 1) / len(ends) for i in range(len(ends))]
+      assert_allclose(position[index][ends], positions, rtol=1e-6)
+      assert_allclose(score[index][ends], expected[row][ends], atol=1e-5)
 
 
 def test_no_gradient_reaches_the_reference(networks):
-  """Its entropies cut the text, and nothing more."""
-
+  """Its entropies choose the boundaries of segments only."""
   pairs = training.pairs()
 
   def loss(reference):
@@ -96,7 +97,7 @@ def test_no_gradient_reaches_the_reference(networks):
 
 
 def test_learns_one_batch(networks, caplog):
-  state, found = training.state('reward'), []
+  state, history = training.state('reward'), []
   pairs = training.pairs()
   with compiled(caplog) as names:
     for _ in range(12):
@@ -108,16 +109,16 @@ def test_learns_one_batch(networks, caplog):
         settings=training.REWARD,
         total_steps=training.TOTAL,
       )
-      found.append(jax.device_get(metrics))
+      history.append(jax.device_get(metrics))
   assert names.count('reward_step') <= 1
   score = expected_scores(networks, 'segment')
   margin = score[:, 0] - score[:, 1]
   losses = [math.log1p(math.exp(-x)) for x in margin]
-  assert_allclose(found[0]['loss'], np.mean(losses), rtol=1e-5)  # float32
-  assert_allclose(found[0]['margin'], margin.mean(), rtol=1e-4, atol=1e-5)
-  assert_allclose(found[0]['accuracy'], (margin > 0).mean())
-  assert found[-1]['loss'] < found[0]['loss'] - 0.1
-  assert found[-1]['accuracy'] >= found[0]['accuracy']
+  assert_allclose(history[0]['loss'], np.mean(losses), rtol=1e-5)  # float32
+  assert_allclose(history[0]['margin'], margin.mean(), rtol=1e-4, atol=1e-5)
+  assert_allclose(history[0]['accuracy'], (margin > 0).mean())
+  assert history[-1]['loss'] < history[0]['loss'] - 0.1
+  assert history[-1]['accuracy'] >= history[0]['accuracy']
   assert int(state.step) == 12
   # The reference was neither donated nor changed.
   jax.tree.map(

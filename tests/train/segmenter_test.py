@@ -1,4 +1,4 @@
-"""Which rule cuts, and what it reads."""
+"""Segments by every kind of boundary and granularity."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ MASK = np.array([[1] * 8, [1] * 4 + [0] * 4], bool)
 ENTROPY = np.array([[9, 0, 3, 0, 3, 0, 0, 9], [0, 3, 3, 9, 9, 9, 9, 9]], np.float32)
 
 
-def segment_ids(delimiter_ids=(), **values):
+def segment_rows(delimiter_ids=(), **values):
   segmenter = Segmenter(Segmentation(**values), delimiter_ids)
   arrays = map(jnp.asarray, (IDS, MASK, np.array([True, True]), ENTROPY))
   return jax.jit(segment_batch, static_argnums=4)(*arrays, segmenter)
@@ -34,8 +34,8 @@ def segment_ids(delimiter_ids=(), **values):
   ids=lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else '',
 )
 def test_segments(values, expected):
-  found = segment_ids(delimiter_ids=(4, 9), **values)
-  rows = [row.tolist() for row in np.asarray(found.segment_id)]
+  segments = segment_rows(delimiter_ids=(4, 9), **values)
+  rows = [row.tolist() for row in np.asarray(segments.segment_id)]
   assert rows == [expected[0], expected[1] + [-1] * 4]
 
 
@@ -48,11 +48,11 @@ def test_only_entropy_needs_the_reference():
 @pytest.mark.parametrize(
   'name, expected', [('mean', [10 / 3, 1]), ('max', [6, 2]), ('sum', [10, 3])]
 )
-def test_scores_of_segments_make_that_of_the_response(name, expected):
+def test_sequence_scores_aggregate_segment_scores(name, expected):
   score = np.where(MASK, np.arange(8), np.nan).astype(np.float32)
   segmentation = Segmentation(aggregation=name)
-  found = jax.jit(sequence_scores, static_argnums=2)(
-    jnp.asarray(score), segment_ids(), segmentation
+  scores = jax.jit(sequence_scores, static_argnums=2)(
+    jnp.asarray(score), segment_rows(), segmentation
   )
   # Segments end at 1, 3 and 6, and at 0, 1 and 2: scores 1, 3, 6 and 0, 1, 2.
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  np.testing.assert_allclose(scores, expected, rtol=1e-6)

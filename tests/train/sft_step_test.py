@@ -1,3 +1,5 @@
+"""The supervised fine-tuning step."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,15 +50,15 @@ def test_state_is_donated():
   assert all(leaf.is_deleted() for leaf in leaves)
 
 
-@pytest.mark.parametrize('spoil', [np.nan, np.inf], ids=['nan', 'inf'])
-def test_bad_batch_changes_nothing(spoil):
-  """Token 5 has a spoilt embedding: the batch is left out; with the row mended it trains."""
+@pytest.mark.parametrize('value', [np.nan, np.inf], ids=['nan', 'inf'])
+def test_non_finite_batch_changes_nothing(value):
+  """Token 5 has a corrupted embedding: its batch is skipped, and learned once it is restored."""
   ids, mask = training.conversations()
   assert (ids == 5).any()
   state = training.state('policy')
-  whole = state.params['backbone']['embedding']
-  sound = jnp.copy(whole[5])
-  state.params['backbone']['embedding'] = whole.at[5].set(spoil)
+  embedding = state.params['backbone']['embedding']
+  original = jnp.copy(embedding[5])
+  state.params['backbone']['embedding'] = embedding.at[5].set(value)
   before = training.copied(state)
 
   state, metrics = step(state, ids, mask)
@@ -65,8 +67,8 @@ def test_bad_batch_changes_nothing(spoil):
   jax.tree.map(np.testing.assert_array_equal, training.copied(state), before)
   assert int(state.step) == 0
 
-  kept = state.params['backbone']['embedding']
-  state.params['backbone']['embedding'] = kept.at[5].set(sound)
+  embedding = state.params['backbone']['embedding']
+  state.params['backbone']['embedding'] = embedding.at[5].set(original)
   state, metrics = step(state, ids, mask)
   assert int(metrics['skipped_updates']) == 0
   assert int(state.step) == 1
