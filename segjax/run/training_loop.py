@@ -68,8 +68,7 @@ def train(
         must_stop = preemption.stop_requested()
         # Clocks differ between processes, and all have to save together.
         must_save = processes.any_process(is_due(done) and processes.is_first())
-        # After the last step the finished model is written instead.
-        if start < done < num_steps and (must_stop or must_save):
+        if start < done < num_steps and (must_stop or must_save):  # at the end the model is saved
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
           if stage.mirror.try_push():
             checkpointer.save(done, states, metric_log.evaluated | metric_log.last)

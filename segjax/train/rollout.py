@@ -117,8 +117,7 @@ def rollout(
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,
   )
-  # A single row may overflow, and is only logged; all rows together mean corrupted weights.
-  if output.non_finite.all():
+  if output.non_finite.all():  # a single row may overflow, and is only logged
     raise UserError(
       'the logits of every response are not finite: the weights of the policy are corrupted; '
       'resume from an earlier checkpoint, or lower the learning rate.'
