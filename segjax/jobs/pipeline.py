@@ -70,8 +70,8 @@ def prepare(
   check_stages(settings.stages)
   if settings.wandb_project and importlib.util.find_spec('wandb') is None:
     raise UserError(
-      f'config.wandb_project={settings.wandb_project!r} needs the package wandb; install it, or '
-      'leave the key empty.'
+      f'config.wandb_project={settings.wandb_project!r} needs the package wandb; run '
+      "pip install -e '.[wandb]'."
     )
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
