@@ -84,6 +84,8 @@ def prepare(topology: Topology) -> None:
   if topology.is_tpu:
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
     os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)
+    # libtpu locks the chips of a machine for one process; to compile, none is needed.
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
   else:
     flag = f'--xla_force_host_platform_device_count={topology.count}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()

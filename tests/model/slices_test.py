@@ -42,6 +42,7 @@ def mesh(monkeypatch):
     ('TPU_SKIP_MDS_QUERY', '1'),
     ('TPU_ACCELERATOR_TYPE', 'v5p-16'),
     ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),  # another process may have loaded it
   ):
     monkeypatch.setenv(name, value)
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x2').devices
