@@ -5,8 +5,10 @@ model, its optimizer, other state, and `manifest` with the checksum of each item
 wrote them. Checkpoints serve to resume; finished models are HF directories (`hf.writer`).
 """
 
+import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from segjax.train.optimizer import TrainState
 TrainStates = dict[str, Any]  # a TrainState per model and other state of the run, by name
 
 _MANIFEST = 'manifest'
+_CLEANUP_TRIES, _CLEANUP_PAUSE = 20, 0.1  # seconds
 _DAMAGED = 'damaged-'  # prefix of the directory of a step that could not be read
 
 
@@ -141,7 +144,25 @@ class Checkpointer:
     if self._failures > self._max_failures:
       raise OSError(f'{message}; make room there and run the same command again.') from error
     self._log(f'warning: {message}; trying again at the next save')
-    self._open()  # the old manager waits for the failed write; a new one removes its files
+    self._remove_unfinished()
+    self._open()  # the old manager waits for the failed write
+
+  def _remove_unfinished(self) -> None:
+    """Removes what the failed save left.
+
+    One item failed, but the threads of the others may still write: Orbax's own clean-up would stop
+    at a directory that fills again, and the next save would fail with it.
+    """
+    if not processes.is_first():
+      return
+    for _ in range(_CLEANUP_TRIES):
+      unfinished = list(self._directory.glob('*.orbax-checkpoint-tmp'))
+      if not unfinished:
+        return
+      with contextlib.suppress(OSError):
+        for path in unfinished:
+          path.rmtree()
+      time.sleep(_CLEANUP_PAUSE)
 
   def restore(self, like: TrainStates) -> tuple[int, TrainStates]:
     """Returns (newest readable step, its states with the shapes and shardings of `like`).

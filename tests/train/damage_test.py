@@ -135,7 +135,8 @@ def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   full_disk(False)
   checkpoints.save(3, _states(3))
   checkpoints.settle()
-  assert checkpoints.latest() == 3 and len(logged) == 1
+  assert logged[1:] == []
+  assert checkpoints.latest() == 3
   full_disk(True)
   checkpoints.save(4, _states(4))
   with pytest.raises(OSError, match=r'step 5 could not be written.*step 3 is the last one saved'):
