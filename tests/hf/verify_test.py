@@ -51,6 +51,7 @@ def test_positions_are_spread_over_a_long_context(tmp_path, monkeypatch):
   assert not verify.verify(source).passed
 
 
+@pytest.mark.campaign
 def test_narrow_dtypes_and_provided_tokens(tmp_path):
   source = hf_models.write(tmp_path, dtype='bfloat16')
   ids = [[1, 2, 3], [63, 0]]

@@ -58,6 +58,7 @@ CALIBRATED = {
 }
 
 
+@pytest.mark.campaign
 def test_calibrated_and_cached_reward_model(small, run, paths, tmp_path, capsys):
   cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
   values = small('reward', 'normalizer', **paths('pairs'), **CALIBRATED, **cache)
@@ -131,6 +132,7 @@ CUSTOM_REWARD_ALONE = {
 }
 
 
+@pytest.mark.campaign
 def test_custom_reward_alone_needs_no_reward_model(small, run, paths, tmp_path):
   report = {'report.every_steps': 2, 'report.responses_per_rollout': 3}
   values = {**paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS, **report}

@@ -212,7 +212,9 @@ def test_responses_do_not_depend_on_the_order_of_prompts(sampled):
   assert_allclose(again.logprob, out.logprob[order], atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(2, 2, 2), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+  'shape', [(2, 2, 2), pytest.param((4, 2, 1), marks=pytest.mark.devices)], ids=str
+)
 def test_responses_do_not_depend_on_devices(shape):
   """Both layouts of a decode loop: rows over all devices, and heads over fsdp."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))

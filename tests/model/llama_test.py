@@ -104,6 +104,7 @@ def test_remat_changes_nothing(language):
     jax.tree.map(functools.partial(assert_allclose, rtol=1e-4, atol=1e-3), grads, expected_grads)
 
 
+@pytest.mark.compiled
 def test_saved_activations_take_memory():
   """Per layer: the input alone; two more arrays of its size; everything."""
   config = dataclasses.replace(models.CONFIG, num_hidden_layers=8)

@@ -99,6 +99,7 @@ def test_too_little_memory_gives_suggestions():
   assert 'not enough: use more chips' in make_plan(size=1).suggestions[-1]
 
 
+@pytest.mark.plan
 def test_estimated_peak_is_that_of_a_new_plan():
   plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())

@@ -115,9 +115,9 @@ CASES = [
   (policy_step, 'policy', 'sequence', 1),
   pytest.param(policy_step, 'policy', 'sequence', 8, marks=pytest.mark.devices),
   pytest.param(policy_step, 'policy', 'token', 1, marks=pytest.mark.campaign),
-  (critic_step, 'critic', 'sequence', 1),
+  pytest.param(critic_step, 'critic', 'sequence', 1, marks=pytest.mark.campaign),
   (sft_step, 'sft', 'token', 1),
-  (reward_step, 'reward', 'sequence', 1),
+  pytest.param(reward_step, 'reward', 'sequence', 1, marks=pytest.mark.campaign),
   pytest.param(reward_step, 'reward', 'sequence', 8, marks=pytest.mark.devices),
 ]
 

@@ -146,6 +146,7 @@ def variant(**values):
   return training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, **values))
 
 
+@pytest.mark.campaign
 def test_micro_batches_add_up_to_the_minibatch(decode_logprob_rollout):
   """Each micro-batch has rows of different lengths; both ways make one update."""
   _, experience, _ = decode_logprob_rollout
