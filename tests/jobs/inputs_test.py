@@ -141,7 +141,7 @@ def test_valid_inputs_reach_the_loading_of_weights(small, run, ppo_inputs):
 
 def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
   reward_spec.write_spec(tmp_path / 'reward_model', RewardSpec(Segmentation(), None))
-  with pytest.raises(ValueError, match=r'run the normalizer job on it, or give config.reward_m'):
+  with pytest.raises(ValueError, match=r'run the normalizer job on it, or set config.reward_m'):
     run(small('ppo', **ppo_inputs))
   with pytest.raises(AssertionError, match='weights were loaded'):
     run(small('ppo', **ppo_inputs, **{'reward_model.normalizer': 'none'}))
