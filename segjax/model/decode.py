@@ -44,13 +44,10 @@ class DecodeConfig:
 
 
 class DecodeWeights(NamedTuple):
-  """The policy's weights in the compute dtype, laid out for decoding.
-
-  `layers` is a tuple of layers where they are unrolled, or the stacked layers.
-  """
+  """The policy's weights in the compute dtype, laid out for decoding."""
 
   embedding: Float[Array, 'V D']
-  layers: Any
+  layers: Any  # a tuple of layers where they are unrolled, else stacked
   norm: Any
   head: Float[Array, 'D V']
 
@@ -86,24 +83,22 @@ class PrefilledPrompts(NamedTuple):
 
 
 class ChunkOutput(NamedTuple):
-  """The tokens of a chunk: the first `count` of each row are real.
-
-  `finished` rows ended in a stop token, `non_finite` rows in logits without a finite value.
-  """
+  """The tokens of a chunk: the first `count` of each row are real."""
 
   ids: Int[Array, 'B C']
   logprob: Float[Array, 'B C']
   sample_logprob: Float[Array, 'B C']
   count: Int[Array, 'B']
-  finished: Bool[Array, 'B']
-  non_finite: Bool[Array, 'B']
+  finished: Bool[Array, 'B']  # ended in a stop token
+  non_finite: Bool[Array, 'B']  # ended in logits without a finite value
 
 
 @functools.partial(jax.jit, static_argnames='decoder')
 def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
   """Casts and lays out the parameters for `decode_chunk`, once instead of in every step."""
+  # Cast first: the exchange between devices then moves the narrow dtype.
   params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
-  params = sharding.decode_sharding(params)
+  params = sharding.decode_sharding(params)  # the weights cross devices here, not in a step
   backbone = params['backbone']
   layers = backbone['layers']
   if decoder.unrolled:
@@ -122,6 +117,7 @@ def prefill(
   weights: DecodeWeights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: DecodeConfig
 ) -> PrefilledPrompts:
   """Runs the network over prompts that are padded on the right."""
+  # Padding on the right: it moves no position, and causal attention hides it from the prompt.
   positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
   block = Block(decoder.config, decoder.layout)
 
@@ -131,6 +127,7 @@ def prefill(
   x, cache = _through_layers(run_layer, _embed(weights, ids, decoder), (weights.layers,), decoder)
   # Logits of the last prompt token alone: those of all positions would be [R, P, V].
   last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+  # Keys of padding stay in the cache; `length` masks them until the response overwrites them.
   cache = kv_cache.constrain_cache(kv_cache.zero_non_finite(cache), decoder.layout)
   return PrefilledPrompts(cache, length, _logits(weights, last, decoder))
 
@@ -141,7 +138,7 @@ def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeS
   c = decoder.config
   cache = kv_cache.empty_cache(c, slots, positions, stacked=not decoder.unrolled)
   zeros = jnp.zeros(slots, jnp.int32)
-  wide = jnp.promote_types(c.dtype, jnp.float32)
+  wide = jnp.promote_types(c.dtype, jnp.float32)  # as in _logits: a loop must not change its carry
   return DecodeState(
     cache=kv_cache.constrain_cache(cache, decoder.layout),
     length=zeros,
@@ -153,7 +150,7 @@ def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeS
   )
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')  # no second cache
 def insert_slots(
   slots: DecodeState,
   prompts: PrefilledPrompts,
@@ -170,7 +167,8 @@ def insert_slots(
     limit: maximum number of tokens of the new responses.
     key: random keys of the new responses, [B].
   """
-  is_new, row = source >= 0, jnp.maximum(source, 0)
+  is_new, row = source >= 0, jnp.maximum(source, 0)  # where -1, row 0 is gathered and not used
+  # A gather with a mask over all slots: no shape depends on how many of them take a prompt.
   cache = kv_cache.insert_rows(slots.cache, prompts.cache, source)
 
   def choose(new, old):
@@ -199,19 +197,17 @@ def resize_slots(
   return others._replace(cache=kv_cache.resize_cache(slots.cache, rows, positions, decoder.layout))
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')  # no second cache
 def decode_chunk(
   weights: DecodeWeights, slots: DecodeState, *, decoder: DecodeConfig
 ) -> tuple[DecodeState, ChunkOutput]:
-  """Samples up to `decoder.chunk` tokens for every active slot.
-
-  A step first draws a token from the logits of the step before, then runs the network on it: the
-  state between chunks has the logits of the next token, and its cache includes the last one.
-  """
+  """Samples up to `decoder.chunk` tokens for every active slot."""
   block = Block(decoder.config, decoder.layout)
 
   def step(carry):
     j, logits, recent, active, output = carry
+    # Drawn from the logits of the step before: between chunks the state holds the logits of the
+    # next token, and its cache includes the last one.
     token, active, output = _draw(j, logits, active, output, slots, decoder)
 
     def layer(x, weights, main, recent):
@@ -222,15 +218,18 @@ def decode_chunk(
     # Finished slots run along, since shapes are fixed: their tokens are not recorded, and
     # `length` does not count what they write.
     x = _embed(weights, token[:, None], decoder)
+    # The main cache is only read in the loop; a step that wrote to it might copy it.
     x, recent = _through_layers(layer, x, (weights.layers, slots.cache, recent), decoder)
     return j + 1, _logits(weights, x, decoder), recent, active, output
 
   recent = kv_cache.empty_buffer(slots.cache, decoder.chunk)
+  # Not a scan: the loop can end early, and nothing here is differentiated.
   _, logits, recent, active, output = jax.lax.while_loop(
     lambda carry: (carry[0] < decoder.chunk) & jnp.any(carry[3]),
     step,
     (jnp.int32(0), slots.logits, recent, slots.active, _empty_output(slots, decoder)),
   )
+  # The only write to positions that differ by row: once per chunk, not in every step.
   cache = kv_cache.append(slots.cache, recent, slots.length)
   state = slots._replace(
     cache=kv_cache.constrain_cache(cache, decoder.layout),
@@ -244,7 +243,7 @@ def decode_chunk(
 
 def _empty_output(slots: DecodeState, decoder: DecodeConfig) -> ChunkOutput:
   shape = (slots.length.shape[0], decoder.chunk)
-  ids = jnp.full(shape, jnp.int32(decoder.stop_ids[0]))
+  ids = jnp.full(shape, jnp.int32(decoder.stop_ids[0]))  # int32 with x64 too, as `token`
   zeros, no_row = jnp.zeros(shape, slots.logits.dtype), jnp.zeros(shape[0], bool)
   return ChunkOutput(ids, zeros, zeros, jnp.zeros(shape[0], jnp.int32), no_row, no_row)
 
@@ -254,7 +253,7 @@ def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: D
   stop = jnp.asarray(decoder.stop_ids, jnp.int32)
   count = slots.count + j
   non_finite = active & has_no_finite_logit(logits)
-  drawing = active & ~non_finite
+  drawing = active & ~non_finite  # such a response ends; the others continue
   # Keyed by the response and its token, never by the slot: neither batch mates nor slots matter.
   uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
     slots.key, count
@@ -276,6 +275,7 @@ def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: D
 def _through_layers(step, x, arguments, decoder: DecodeConfig):
   """Runs `x, output = step(x, *arguments of a layer)` for all layers: (x, outputs)."""
   if not decoder.unrolled:
+    # The cache as xs and ys: carried and indexed by layer it took 2 GiB more (8B, v5p chip).
     return jax.lax.scan(lambda x, layer: step(x, *layer), x, arguments)
   outputs = []
   for layer in zip(*arguments, strict=True):
@@ -285,15 +285,14 @@ def _through_layers(step, x, arguments, decoder: DecodeConfig):
 
 
 def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
+  # Each device looks ids up in its part of the vocabulary: the table is never gathered.
   return sharding.constrain(weights.embedding[ids], f'{decoder.layout}hidden')
 
 
 def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
-  """Returns float32 logits [B, V].
-
-  Sampling needs complete rows: the logits are gathered along V, never the head.
-  """
+  """Returns float32 logits [B, V]."""
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
+  # Split by V first: if the product had complete rows, XLA might gather the head instead of them.
   logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]
   wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return sharding.constrain(wide, f'{decoder.layout}tokens')
+  return sharding.constrain(wide, f'{decoder.layout}tokens')  # sampling needs complete rows

@@ -82,10 +82,11 @@ def make_decode_config(
         'the network.'
       )
   return DecodeConfig(
-    config=dataclasses.replace(config, remat='none'),
+    config=dataclasses.replace(config, remat='none'),  # one program for any remat
     sampling=sampling,
     stop_ids=tuple(stop_ids),
-    chunk=min(chunk, sampling.max_new_tokens),
+    chunk=min(chunk, sampling.max_new_tokens),  # the rest of the buffer would stay empty
+    # Unrolled layers decode about twice as fast on CPUs; elsewhere a scan compiles sooner.
     unrolled=mesh.devices.flat[0].platform == 'cpu' and config.num_hidden_layers <= _MAX_UNROLLED,
     layout=sharding.decode_layout(config.num_key_value_heads, mesh),
   )
@@ -127,6 +128,7 @@ def generate(
   slots = options.max_concurrent or num_prompts * samples
   decode_sizes.check_memory(slots, int(prompts.prompt_length.max()), decoder, mesh)
   index = np.arange(num_prompts) if options.prompt_index is None else options.prompt_index
+  # `sharding.constrain` reads the mesh from this context while the programs are traced.
   with jax.set_mesh(mesh):
     weights = decode.decode_weights(params, decoder=decoder)
     keys = _response_keys(key, jnp.asarray(index, jnp.uint32), samples)
@@ -134,7 +136,7 @@ def generate(
     while scheduler.is_busy:
       on_chunk(scheduler.result)
       scheduler.refill()
-      scheduler.fit()
+      scheduler.fit()  # after refill: the new prompts count too
       scheduler.step()
   return scheduler.result
 
@@ -168,7 +170,7 @@ class _Scheduler:
     self._count = np.zeros(self._total, int)  # tokens of each response so far
     self.result = _empty_result(self._total, max_tokens, decoder.stop_ids[0])
     slots = min(options.max_concurrent or self._total, self._total)
-    slots = decode_sizes.round_up(slots, self._multiple)
+    slots = decode_sizes.round_up(slots, self._multiple)  # rows are split only if they divide
     # For the shortest responses; `fit` grows the cache when a response needs it.
     longest = int(prompts.prompt_length.max())
     self._positions = decode_sizes.cache_bucket(longest + decoder.chunk)
@@ -186,6 +188,7 @@ class _Scheduler:
     new = np.arange(self._next, min(self._next + len(free), self._total))
     self._next += len(new)
     self._response[free[: len(new)]] = new
+    # Samples of one prompt are numbered in a row: those that start together share a prefill.
     prompts = np.unique(new // self._samples)
     lengths = self._prompts.prompt_length[prompts]
     sizes = np.array([decode_sizes.prompt_bucket(int(n)) for n in lengths])
@@ -207,8 +210,10 @@ class _Scheduler:
     prefilled = decode.prefill(self._weights, ids, lengths, decoder=self._decoder)
     response = np.maximum(self._response, 0)  # a valid index for free slots too
     prompt = response // self._samples
+    # Not by prompt alone: other samples of it may be under way, and free slots show response 0.
     is_new = np.isin(self._response, new) & np.isin(prompt, prompts)
     source = np.where(is_new, np.searchsorted(prompts, prompt), -1)
+    # `fit` may have shrunk the cache below this bucket, and `insert_slots` does not grow it.
     if size > self._positions:
       self._resize(None, size)
     self._slots = decode.insert_slots(
@@ -227,12 +232,16 @@ class _Scheduler:
     """
     active = self._response >= 0
     response = self._response[active]
+    # Counted on the host: `length` on the devices would cost a transfer.
     length = self._prompts.prompt_length[response // self._samples] + self._count[response]
+    # Room for a full chunk: a slice update that begins too late is clamped, without an error, and
+    # would overwrite older tokens.
     positions = decode_sizes.cache_bucket(int(length.max()) + self._decoder.chunk)
     rows, slots = None, len(self._response)
     fewer = decode_sizes.round_up(-(-slots // _SHRINK), self._multiple)
+    # Not while prompts wait: `refill` is about to use the free slots.
     if self._next == self._total and active.sum() <= fewer < slots and slots > _MIN_SHRINK:
-      rows = np.argsort(~active, kind='stable')[:fewer]
+      rows = np.argsort(~active, kind='stable')[:fewer]  # active slots first, in order
     if positions != self._positions or rows is not None:
       self._resize(rows, positions)
 
@@ -248,7 +257,7 @@ class _Scheduler:
     # One transfer per chunk: the host learns which responses are finished.
     output, active = processes.to_host((output, self._slots.active))
     self._record(output)
-    self._response[~active] = -1
+    self._response[~active] = -1  # finished, or at its limit
 
   def _record(self, output: ChunkOutput) -> None:
     """Copies the tokens of a chunk from slots to responses."""
