@@ -13,9 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from segjax.errors import UserError
 
+# By rising traffic: `jax.make_mesh` gives the last axis the closest devices. Tensor exchanges
+# activations in every layer, data little more than gradients.
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
-WEIGHT_AXES = ('fsdp', 'tensor')
+WEIGHT_AXES = ('fsdp', 'tensor')  # all but data, which holds copies
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -29,12 +31,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
   if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
     raise UserError(f'mesh={sizes}: axes must be positive, and at most one -1 (the rest).')
   fixed = math.prod(size for size in sizes if size > 0)
+  # A remainder is caught by the product below.
   sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
     raise UserError(
       f'mesh data x fsdp x tensor = {" x ".join(map(str, sizes))} does not use the {len(devices)} '
       'devices exactly; set one axis to -1 to take what the others leave.'
     )
+  # Not Explicit, the default: it refuses a lookup in a split embedding and split contractions.
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -60,6 +64,7 @@ def check_batch(what: str, size: int, mesh: Mesh) -> None:
   """Raises UserError, naming sizes that fit, unless `size` rows divide over the mesh."""
   parts = batch_devices(mesh)
   if size % parts:
+    # JAX has no uneven shards: the message names the nearest sizes that fit.
     below = size // parts * parts
     fits = f'{below} or {below + parts}' if below else str(parts)
     raise UserError(
@@ -70,6 +75,7 @@ def check_batch(what: str, size: int, mesh: Mesh) -> None:
 def check_heads(heads: int, kv_heads: int, mesh: Mesh) -> None:
   """Raises UserError unless query and key heads divide over the tensor axis."""
   parts = mesh.shape['tensor']
+  # `sharding` drops axes that do not divide: every device would then compute all heads.
   if heads % parts or kv_heads % parts:
     raise UserError(
       f'mesh.tensor={parts} does not divide the {heads} query and {kv_heads} key heads of '

@@ -44,7 +44,7 @@ def run_packed(
 def pack(ids: Int[Array, 'M S'], slots: PackingSlots) -> tuple[Int[Array, 'R W'], RowLayout]:
   """Returns the sequences in their slots; padding has id 0, position 0 and segment id 0."""
   count, size = ids.shape
-  total = slots.rows * slots.width
+  total = slots.rows * slots.width  # static: batches of other lengths compile nothing
   position = jnp.arange(size)[None]
   target = (slots.row * slots.width + slots.offset)[:, None] + position
   target = jnp.where(position < slots.length[:, None], target, total)  # past the end: dropped
@@ -55,10 +55,11 @@ def pack(ids: Int[Array, 'M S'], slots: PackingSlots) -> tuple[Int[Array, 'R W']
     .at[target]
     .set(1 + jnp.arange(count * size, dtype=jnp.int32).reshape(count, size), mode='drop')
   )
-  index = jnp.maximum(source - 1, 0)
+  index = jnp.maximum(source - 1, 0)  # padding gathers token 0, which `rows` replaces
 
   def rows(x):
     x = jnp.where(source > 0, x, 0)
+    # Rows gather tokens from all devices: without this XLA may leave all rows on each.
     return sharding.constrain_batch(x.reshape(slots.rows, slots.width))
 
   return rows(ids.reshape(-1)[index]), RowLayout(rows(index % size), rows(index // size + 1))
@@ -70,4 +71,5 @@ def unpack(x: Shaped[Array, 'R W'], slots: PackingSlots, size: int) -> Shaped[Ar
   # A sequence may leave its slot's device for that of its row in the batch: one number per token is
   # cheap to replicate.
   flat = sharding.constrain(x.reshape(-1), 'replicated')
+  # Near the end of the last row a slot has fewer than `size` entries left.
   return sharding.constrain_batch(flat[jnp.minimum(index, len(flat) - 1)])

@@ -25,14 +25,17 @@ _HOST = 'pinned_host'
 # rematerialise it.
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'backbone/embedding$', P(('tensor', 'fsdp'), None)),
+  # Columns over tensor here, rows over tensor in output and down: between the two products no
+  # device needs heads or MLP columns of another.
   (r'layers/(query|key|value|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
   (r'layers/(query|key|value|gate|up)/bias$', P(None, 'tensor')),
   (r'layers/(output|down)/kernel$', P(None, 'tensor', 'fsdp')),
+  # Added to the sum over tensor, which has the full width.
   (r'layers/(output|down)/bias$', P(None, None)),
   (r'layers/(attention_norm|mlp_norm)/scale$', P(None, None)),
   (r'backbone/norm/scale$', P(None)),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
-  (r'scalar_head/kernel$', P(None, None)),
+  (r'scalar_head/kernel$', P(None, None)),  # one column, too small to split
   (r'(^|/)(step|count|notfinite_count)$', P()),
 )
 
@@ -45,21 +48,28 @@ ACTIVATION_RULES: dict[str, P] = {
   'gathered': P(BATCH, None, None),
   'replicated': P(None),
   'product': P(BATCH, None, 'tensor'),
+  # The same as 'product', except in the rows_ layout.
   'flat_heads': P(BATCH, None, 'tensor'),
+  # Attention needs all positions and no other head: split by heads, it exchanges nothing.
   'heads': P(BATCH, None, 'tensor', None),
+  # Split by vocabulary: a softmax exchanges its sums, [B, S], and no device holds [B, S, V].
   'logits': P(BATCH, None, 'tensor'),
+  # A scan runs over the first axis: split, it would exchange data in every iteration.
   'chunked_hidden': P(None, BATCH, None, None),
   'chunked_tokens': P(None, BATCH, None),
+  # As the forward pass uses them: gathered along fsdp, still split by vocabulary.
   'embedding': P('tensor', None),
   'head': P(None, 'tensor'),
   # The decode loop never gathers a weight: weights are split over fsdp and tensor together.
   'decode_tokens': P('data', None),
+  # Without a backward pass no activations are saved, so positions need not be split.
   'decode_hidden': P('data', None, None),
   'decode_gathered': P('data', None, None),
   'decode_product': P('data', None, WEIGHT_AXES),
   'decode_flat_heads': P('data', None, WEIGHT_AXES),
   'decode_logits': P('data', None, WEIGHT_AXES),
   'decode_heads': P('data', None, WEIGHT_AXES, None),
+  # By heads, like the queries: attention exchanges nothing.
   'decode_key': P('data', WEIGHT_AXES, None, None),
   'decode_value': P('data', WEIGHT_AXES, None, None),
   # Where the key heads do not divide that far, attention and sampling split rows instead.
@@ -87,6 +97,7 @@ def parameter_spec(name: str) -> P:
     UserError: no rule matches, or more than one.
   """
   matches = [spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name)]
+  # A default for unmatched names would leave a large new tensor on every device, unnoticed.
   if len(matches) != 1:
     raise UserError(
       f'{len(matches)} rules of PARAMETER_RULES match tensor {name!r}; exactly one must.'
@@ -119,6 +130,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def _active_mesh() -> AbstractMesh | None:
+  # While jit traces, only the abstract mesh of the `jax.set_mesh` context is available.
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
 
@@ -131,6 +143,7 @@ def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Arra
   mesh = _active_mesh()
   if mesh is None:
     return x
+  # Without a constraint the partitioner chooses the layout, and may gather a weight for it.
   spec = P(*stack, *ACTIVATION_RULES[name])
   return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
@@ -148,10 +161,12 @@ def shard_map_activations(
     mesh = _active_mesh()
     if mesh is None:
       return function(*arrays)
+    # The partitioner cannot look into a Pallas call: without shard_map it gathers the arguments.
     specs = tuple(
       None if x is None else _fitted(ACTIVATION_RULES[name], x.shape, mesh)
       for name, x in zip(names, arrays, strict=True)
     )
+    # With the shape of the argument of that name: an axis dropped there is dropped here too.
     out = _fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
     # check_vma=False: a Pallas kernel does not declare how its outputs vary over the mesh.
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
@@ -175,6 +190,7 @@ def _batch_spec(rank: int) -> P:
 
 def constrain_tree(tree: Any) -> Any:
   """Constrains parameters or optimizer state to the table, at the end of a jitted step."""
+  # Outputs laid out like the inputs can reuse donated buffers, and the next call compiles nothing.
   return _constrain_tree(tree, lambda entry: entry)
 
 
@@ -185,6 +201,7 @@ def decode_layout(kv_heads: int, mesh: Mesh) -> str:
   'decode_' splits the cache by heads. 'rows_', for key heads that do not divide that far, splits it
   by rows over all devices: each step then exchanges its queries, keys and values.
   """
+  # `_fitted` would drop axes without an error, and several devices would hold the same cache.
   return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WEIGHT_AXES) else 'decode_'
 
 
@@ -195,6 +212,8 @@ def decode_rows(layout: str, mesh: Mesh) -> int:
 
 def decode_sharding(tree: Any) -> Any:
   """Constrains parameters to the layout of a decode loop, which gathers none of them."""
+  # The dimension over tensor takes fsdp too, the one over fsdp alone is made complete: then a
+  # product gathers no weight and at most sums activations.
   return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in _axes(entry) else None)
 
 
@@ -205,6 +224,7 @@ def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     return tree
 
   def constrain_leaf(path, x):
+    # The rules of the stored weights, so that a new tensor has to be listed once.
     spec = parameter_spec(path_name(path))
     spec = P(*(change(entry) for entry in tuple(spec)))
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
@@ -236,6 +256,7 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
   def put(x):
     x = np.asarray(x)
     check_batch(f'a batch of {x.shape[0]} rows', x.shape[0], mesh)
+    # Each process copies only the rows of its own devices.
     return jax.make_array_from_callback(
       x.shape, batch_sharding(x.ndim, mesh), lambda index: x[index]
     )
