@@ -76,9 +76,11 @@ def attention(
     raise UserError(f'attention={implementation!r} is unknown; use one of {ATTENTION}.')
   implementation = _supported(implementation, query.shape[1], segment_ids is not None)
   if implementation == 'cudnn':
+    # No mask of padding: causality hides it, and jax would pass a mask on as a bias [S, S].
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')
   if implementation == 'splash':
     heads, tokens = f'{layout}heads', f'{layout}tokens'
+    # A Pallas kernel cannot be partitioned by XLA; rows and heads do not depend on each other.
     output = sharding.shard_map_activations(splash, (heads, heads, heads, tokens), heads)(
       query, key, value, segment_ids
     )
@@ -119,6 +121,7 @@ def _in_blocks(query, key, value, segment_ids):
   # Recomputed in the backward pass, so that the logits of one block exist at a time there too.
   block = jax.checkpoint(_block)
   outputs = []
+  # Not a scan: each block sees another number of keys, and a scan has one shape.
   for begin in range(0, length, _BLOCK):
     end = min(begin + _BLOCK, length)
     ids = None if segment_ids is None else segment_ids[:, :end]
@@ -135,8 +138,11 @@ def _block(
   """Attention of the last Q of S tokens to all S."""
   batch, length, heads, size = query.shape
   kv_heads, begin = key.shape[2], key.shape[1] - length
+  # Grouped by key head, so that no key is repeated. Scaled here, where there are fewer numbers than
+  # in the logits.
   query = (query * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
   wide = jnp.promote_types(query.dtype, jnp.float32)
+  # In float32: rounding to bfloat16 moves a logit of 20 by up to 0.06, and its exp by 6 %.
   logits = jnp.einsum('bqkgh,bskh->bkgqs', query, key, preferred_element_type=wide)
   position = jnp.arange(key.shape[1])
   mask = (position[begin:, None] >= position[None])[None]
@@ -174,6 +180,7 @@ def cached_attention(
   batch, heads, size = query.shape
   kv_heads, filled = main.key.shape[1], main.key.shape[-1]
   wide = jnp.promote_types(query.dtype, jnp.float32)
+  # Grouped by key head: the cache is never repeated, and read once for all queries of a group.
   query = (query * size**-0.5).reshape(batch, kv_heads, heads // kv_heads, size)
 
   def logits(cache, mask):
@@ -185,9 +192,11 @@ def cached_attention(
   # The two parts are never concatenated: that would copy the main one in every step.
   peak = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)
+  # At least 1, from the peak; in free slots too, since `recent` holds the token itself.
   total = jnp.sum(old, -1, keepdims=True) + jnp.sum(new, -1, keepdims=True)
 
   def weighted(weights, cache):
+    # Normalised in float32, before the cast.
     weights = (weights / total).astype(cache.value.dtype)
     return jnp.einsum('bkgs,bksh->bkgh', weights, cache.value)
 

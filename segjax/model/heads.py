@@ -53,6 +53,7 @@ class ScalarModel(nn.Module):
     hidden = Llama(self.config, name='backbone')(ids, rows)
     width = hidden.shape[-1]
     kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
+    # In bfloat16 a score would be rounded by up to 0.4 % before scores are compared.
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     return (hidden.astype(dtype) @ kernel.astype(dtype))[..., 0]
 
@@ -63,6 +64,7 @@ class _Head(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> Array:
+    # Only the parameter: `chunked_logprobs` computes the product in chunks.
     return self.param('kernel', nn.initializers.normal(self.stddev), (width, self.features))
 
 
@@ -74,12 +76,13 @@ def _module(config: LlamaConfig, head: str) -> nn.Module:
 
 def init_params(key: Array, config: LlamaConfig, head: str) -> Params:
   """Draws parameters: N(0, initializer_range), the scalar head N(0, 1 / (D + 1))."""
+  # The parameters do not depend on the length of these ids.
   return nn.unbox(_module(config, head).init(key, jnp.zeros((1, 2), jnp.int32)))['params']
 
 
 def param_shapes(config: LlamaConfig, head: str) -> Params:
   """Returns the tree of parameter shapes; no parameter is allocated."""
-  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)  # a typed key has a dtype of its own
   return jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
 
 
@@ -116,6 +119,7 @@ def token_logprobs(
   pass, so that one [B, chunk, V] array is the largest that ever exists.
   """
   hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
+  # The state at t - 1 predicts token t; nothing follows the last state.
   logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
   return _after_first(logprob, rows.positions), _after_first(entropy, rows.positions)
 
@@ -124,7 +128,8 @@ def _after_first(
   x: Float[Array, 'B _'], positions: Int[Array, 'B S'] | None
 ) -> Float[Array, 'B S']:
   """Shifts x, read at the state before each token, to that token; 0 where a sequence begins."""
-  x = jnp.pad(x, ((0, 0), (1, 0)))
+  x = jnp.pad(x, ((0, 0), (1, 0)))  # a full row again: outputs are aligned with ids
+  # The state before a sequence that is packed behind another belongs to that other sequence.
   return x if positions is None else jnp.where(positions == 0, 0, x)
 
 
@@ -144,9 +149,11 @@ def chunked_logprobs(
   batch, length, width = hidden.shape
   if length <= chunk:
     return chunk_logprobs(hidden, target)
+  # Chunks of one size share a compiled body; what is added here is cut off at the end.
   extra = -length % chunk
   hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, -1, chunk, width)
   target = jnp.pad(target, ((0, 0), (0, extra))).reshape(batch, -1, chunk)
+  # Chunks of positions, not of all tokens: those would gather rows from other devices.
   hidden = sharding.constrain(jnp.moveaxis(hidden, 1, 0), 'chunked_hidden')
   target = sharding.constrain(jnp.moveaxis(target, 1, 0), 'chunked_tokens')
   _, results = jax.lax.scan(lambda carry, xs: (carry, chunk_logprobs(*xs)), None, (hidden, target))
@@ -155,6 +162,8 @@ def chunked_logprobs(
 
 def project(hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V']) -> Float[Array, 'B S V']:
   """Returns float32 logits of hidden states of any dtype, split over the vocabulary."""
+  # One flat product, for the reason given in `llama.Linear`.
   logits = hidden.reshape(-1, hidden.shape[-1]) @ kernel.astype(hidden.dtype)
   logits = logits.reshape(*hidden.shape[:-1], -1)
+  # Wide before the softmax: exp and the sum over V need float32.
   return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'logits')

@@ -96,7 +96,7 @@ def num_parameters(config: LlamaConfig) -> int:
   """Number of weights of the backbone with its language-model head."""
   width, heads = config.hidden_size, config.head_dim
   per_layer = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
-  per_layer += 3 * width * config.intermediate_size + 2 * width
+  per_layer += 3 * width * config.intermediate_size + 2 * width  # MLP and two norms
   if config.attention_bias:
     per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads) + width
   if config.mlp_bias:
@@ -113,8 +113,9 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # float64 stays, for tests
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+    # Cast before the scale, as in transformers: the order changes the rounding.
     return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
@@ -128,10 +129,11 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _']:
     kernel = self.param('kernel', nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
+    # Cast where it is used: the stored weights, which the optimizer updates, may be wider.
     y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+      y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)  # the tests forbid rank promotion
     return y
 
 
@@ -177,11 +179,14 @@ class Block(nn.Module):
   def _project(self, x, positions):
     c = self.config
     frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    # The norm still works on a part of the positions; the products need all of them.
     y = self._laid_out(self.attention_norm(x), 'gathered')
     query = rotate(self._heads(self.query(y)), positions, frequency)
+    # Rotated before it is cached: a position never changes, so no step rotates old keys.
     key = rotate(self._heads(self.key(y)), positions, frequency)
     value = self._heads(self.value(y))
     return (
+      # `remat` and `offload` choose by these names; without a policy they do nothing.
       checkpoint_name(query, 'query'),
       checkpoint_name(key, 'key'),
       checkpoint_name(value, 'value'),
@@ -189,7 +194,8 @@ class Block(nn.Module):
 
   def _finish(self, x, attended):
     attended = checkpoint_name(attended, 'attention').reshape(*x.shape[:2], -1)
-    attended = self._laid_out(attended, 'flat_heads', 'product')
+    attended = self._laid_out(attended, 'flat_heads', 'product')  # rows_: from rows back to columns
+    # The sum over tensor is needed only for a device's own positions.
     x = checkpoint_name(self._laid_out(x + self.output(attended), 'hidden'), 'residual')
     y = self._laid_out(self.mlp_norm(x), 'gathered')
     gate, up = checkpoint_name(self.gate(y), 'gate'), checkpoint_name(self.up(y), 'up')
@@ -213,6 +219,7 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, 'B S D'], KeyValue]:
     """Runs the layer over prompts and returns the keys and values that decoding attends to."""
     query, key, value = self._project(x, positions)
+    # Transposed once per prompt, so that no decode step has to.
     cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
     attended = attention(query, key, value, self.config.attention, layout=self.layout)
     return self._finish(x, attended), cache
@@ -230,6 +237,7 @@ class Block(nn.Module):
     query, key, value = self._project(x, positions)
     update = jax.lax.dynamic_update_slice_in_dim
     recent = KeyValue(
+      # All rows write at `step`: a slice update, where positions of their own would scatter.
       update(recent.key, key[:, 0, :, :, None].astype(recent.key.dtype), step, axis=3),
       update(recent.value, value[:, 0, :, None].astype(recent.value.dtype), step, axis=2),
     )
@@ -249,12 +257,14 @@ class Llama(nn.Module):
     )
     block = Block
     if c.remat != 'none':
+      # The barriers of prevent_cse are not needed: a scan keeps forward and backward pass apart.
       block = nn.remat(Block, prevent_cse=False, policy=_checkpoint_policy(c))
+    # One traced layer: compile time does not grow with depth, and weights are stacked [L, ...].
     self.layers = nn.scan(
       block,
       variable_axes={'params': 0},
-      split_rngs={'params': True},
-      in_axes=nn.broadcast,
+      split_rngs={'params': True},  # else all layers would start with equal weights
+      in_axes=nn.broadcast,  # positions and segment_ids are shared by the layers
       length=c.num_hidden_layers,
       unroll=c.scan_unroll,
     )(c)
@@ -262,6 +272,7 @@ class Llama(nn.Module):
 
   def embed(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S D']:
     """Token embeddings in the compute dtype."""
+    # Cast first: the gather along fsdp then moves the narrow dtype.
     table = sharding.constrain(self.embedding.astype(self.config.dtype), 'embedding')
     # Each device looks ids up in its part of the vocabulary and the results are added: the table is
     # never gathered.
@@ -269,6 +280,7 @@ class Llama(nn.Module):
 
   def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
     """The norm after the last layer."""
+    # The heads run over chunks of positions, so that axis must not be split any more.
     return sharding.constrain(self.norm(x), 'gathered')
 
   def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> Float[Array, 'B S D']:
