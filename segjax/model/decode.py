@@ -232,6 +232,7 @@ def decode_chunk(
   # The only write to positions that differ by row: once per chunk, not in every step.
   cache = kv_cache.append(slots.cache, recent, slots.length)
   state = slots._replace(
+    # The layout it had on entry: donated buffers cannot be reused for another.
     cache=kv_cache.constrain_cache(cache, decoder.layout),
     length=slots.length + output.count,
     logits=logits,
