@@ -28,9 +28,12 @@ def explain_aborts(timeout: str) -> int:
   """
   stderr = os.dup(2)
   command = [sys.executable, '-m', 'segjax.lost_peers', timeout]
+  # The cwd lets -m import segjax wherever the run was started.
   child = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).parents[1])
   os.dup2(child.stdin.fileno(), 2)
+  # Descriptor 2 is the only writer left: the child reads to the end and exits with this process.
   child.stdin.close()
+  # Not through the child, which holds back every line after the first one of jax.
   sys.stderr = os.fdopen(os.dup(stderr), 'w', buffering=1, encoding='utf-8')
   return stderr
 
@@ -48,10 +51,12 @@ def filter_stderr(timeout: str) -> None:
   held = ''
   for data in sys.stdin.buffer:
     line = data.decode(errors='replace')
+    # The message of an abort has many lines, and which peer is lost is in the later ones.
     if held or _PRELUDE.match(line) or _ABORT in line:
       held += line
     else:
       print(line, end='', file=sys.stderr, flush=True)
+  # Without an abort they were warnings, which are printed as they are.
   if _ABORT in held:
     held = f'segjax: {explain(held, timeout)}\n'
   print(held, end='', file=sys.stderr, flush=True)
@@ -65,6 +70,7 @@ def explain(log: str, timeout: str) -> str:
     timeout: the time limit for joining, in words.
   """
   matches = re.findall(r'(?:task names|heartbeats\)):\n((?:\d+\n)+)', log)
+  # No names: the coordinator itself is gone, and it runs in process 0.
   names = sorted(matches[-1].split(), key=int) if matches else ['0']
   peers = ('process ' if len(names) == 1 else 'processes ') + ', '.join(names)
   if first := re.search(r'Id: Shutdown.*\n#.*\nThe first task at the barrier: (\d+)', log):

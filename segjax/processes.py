@@ -22,6 +22,8 @@ from segjax.errors import UserError
 _HEARTBEAT_TIMEOUT = 30  # seconds without a heartbeat, after which jax declares a process lost
 _SHUTDOWN_TIMEOUT = 10  # seconds that a process which exits waits for the others
 
+# Kept here: jax.process_index() would start the devices, which must not happen before the
+# processes have joined.
 _process_index, _process_count = 0, 1
 
 
@@ -71,6 +73,7 @@ def initialize(
   global _process_index, _process_count
   import jax
 
+  # Before jax starts the threads that may abort this process.
   stderr = lost_peers.explain_aborts(f'{timeout:g} s (--join_timeout)')
   try:
     with _registration_timeout(int(timeout)):
@@ -81,7 +84,7 @@ def initialize(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
       )
   except ValueError:
-    os.dup2(stderr, 2)
+    os.dup2(stderr, 2)  # there are no peers to lose
     if not has_tpu or address:
       raise
     return  # a TPU that belongs to no slice that jax detects
@@ -126,6 +129,8 @@ def _registration_timeout(seconds: int) -> Iterator[None]:
 def wait_for_culprit(error: BaseException) -> None:
   """Waits, after an error, long enough for jax to end this process if it lost another one."""
   line = str(error).strip().partition('\n')[0][:300]
+  # The first sign of a lost peer is a failed collective; jax names the peer only once its
+  # heartbeats have been missing for the timeout.
   print(f'segjax: {line}', file=sys.stderr, flush=True)
   time.sleep(_HEARTBEAT_TIMEOUT + 10)
 
@@ -145,9 +150,10 @@ def broadcast_from_first(value: Any) -> Any:
   from jax.experimental import multihost_utils
 
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  # The size first: the array of a broadcast has one shape in all processes.
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
   buffer = np.zeros(size, np.uint8)
-  buffer[: min(size, len(data))] = data[:size]
+  buffer[: min(size, len(data))] = data[:size]  # read only from the first process
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)))
 
 
@@ -157,6 +163,8 @@ def any_process(flag: bool) -> bool:
     return flag
   from jax.experimental import multihost_utils
 
+  # Collective: each process has to call it equally often, also when its own flag is false; where a
+  # single one does not, all others wait.
   return bool(multihost_utils.process_allgather(np.array([flag])).any())
 
 
@@ -170,8 +178,8 @@ def to_host(tree: Any) -> Any:
 
   def gather(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-      return jax.device_get(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+      return jax.device_get(x)  # complete on this host: nothing to exchange
+    return multihost_utils.process_allgather(x, tiled=True)  # shards joined, not stacked
 
   return jax.tree.map(gather, tree)
 
@@ -181,13 +189,13 @@ def check_shared_filesystem(directory: Path) -> None:
   if process_count() == 1:
     return
   mark = directory / '.shared'
-  token = broadcast_from_first(f'{time.time()}')
+  token = broadcast_from_first(f'{time.time()}')  # a file of an earlier run holds another one
   if is_first():
     mark.write_text(token)
-  barrier('shared')
+  barrier('shared')  # written before any process reads it
   is_seen = mark.is_file() and mark.read_text() == token
   is_missed = any_process(not is_seen)
-  barrier('seen')
+  barrier('seen')  # read by all before it is removed
   if is_first():
     mark.unlink()
   if is_missed:

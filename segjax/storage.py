@@ -46,6 +46,7 @@ def check_target(
 
 def check_space(directory: Path, num_bytes: int) -> None:
   """Raises ValueError unless the disk of `directory` has `num_bytes` free."""
+  # The directory and some of its parents may not exist yet.
   existing = next(parent for parent in directory.parents if parent.is_dir())
   free = shutil.disk_usage(existing).free
   if free < num_bytes:
@@ -65,6 +66,7 @@ def atomic_file(path: Path, tag: str = '') -> Iterator[Path]:
   Args:
     tag: part of the partial file's name; must be unique where several processes write `path`.
   """
+  # In the same directory: a rename is atomic only within one file system.
   partial = path.with_name(f'{path.name}{tag}.partial')
   try:
     yield partial
@@ -101,10 +103,11 @@ def scan_json_lines(path: Path) -> Iterator[JsonLine]:
     for line in file:
       try:
         value = json.loads(line)
-      except ValueError:
+      except ValueError:  # neither JSON nor UTF-8: torn, or still being written
         pass
       else:
         yield JsonLine(offset, len(line), value)
+      # Of torn lines too: offsets are positions in the file.
       offset += len(line)
 
 
@@ -125,6 +128,7 @@ def truncate_json_lines(path: Path, step: int) -> None:
     for line in scan_json_lines(path):
       if line.value['step'] < step:
         old.seek(line.offset)
+        # A last line without its newline would be joined with the next one that is appended.
         new.write(old.read(line.size).rstrip(b'\n') + b'\n')
 
 
@@ -137,6 +141,8 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
   earlier `directory` stays until the end; if the machine fails during the replacement itself, it is
   kept as `.NAME.partial-*.old`.
   """
+  # The host and the pid are in the name: only a dead process of this machine may be swept, and a
+  # pid says nothing about those of another machine.
   stem = f'.{directory.name}.partial-{socket.gethostname()}-'
   _sweep(directory.parent, stem)
   partial = directory.with_name(f'{stem}{os.getpid()}')
@@ -144,10 +150,10 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
   partial.mkdir(parents=True)
   try:
     yield partial
-    _sync(partial)
+    _sync(partial)  # first: the new name must not appear before its data
     _rename(partial, directory)
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the renaming
 
 
 def _sweep(parent: Path, stem: str) -> None:
@@ -162,10 +168,10 @@ def _sweep(parent: Path, stem: str) -> None:
 
 def _is_running(pid: int) -> bool:
   try:
-    os.kill(pid, 0)
+    os.kill(pid, 0)  # signal 0 only asks whether the process exists
   except ProcessLookupError:
     return False
-  except PermissionError:
+  except PermissionError:  # it runs, under another user
     pass
   return True
 
@@ -173,6 +179,7 @@ def _is_running(pid: int) -> bool:
 def _sync(directory: Path) -> None:
   """Waits until a directory and everything in it are on the disk."""
   for parent, _, files in os.walk(directory, topdown=False):
+    # Files before the directory that names them.
     for name in (*(os.path.join(parent, file) for file in files), parent):
       _sync_file(name)
 
@@ -190,6 +197,8 @@ def _rename(partial: Path, directory: Path) -> None:
   """Replaces `directory` by `partial`; restores it if that fails."""
   old = None
   if directory.exists():
+    # A rename cannot replace a directory that is not empty. With two the old directory stays until
+    # the new one is in its place.
     old = partial.with_name(partial.name + '.old')
     directory.rename(old)
   try:

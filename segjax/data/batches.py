@@ -52,7 +52,7 @@ def pad_rows(
   mask = np.zeros(padded.shape, bool)
   for index, row in enumerate(rows):
     padded[index, : len(row)] = row
-    mask[index, : len(row)] = True
+    mask[index, : len(row)] = True  # by length: the id of the padding may be a stop token
   return padded, mask
 
 
@@ -60,6 +60,7 @@ def pad_rows(
 class Ragged:
   """Rows of unequal length in one flat array; row i is values[offsets[i]:offsets[i + 1]]."""
 
+  # Padded by batch: all rows at the length of the longest may take several times the memory.
   values: np.ndarray
   offsets: np.ndarray
 
@@ -153,7 +154,7 @@ class Pairs:
 
     chosen = side(self.chosen, self.chosen_finished, self.chosen_ref_entropy)
     rejected = side(self.rejected, self.rejected_finished, self.rejected_ref_entropy)
-    has_ratings = not np.isnan(self.rating_gap).all()
+    has_ratings = not np.isnan(self.rating_gap).all()  # of all rows: None is another program
     return types.PreferenceBatch(
       chosen, rejected, to_device(self.rating_gap[indices]) if has_ratings else None
     )
@@ -208,6 +209,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   prompts, prompt_of_row, num_rows = np.unique(
     dataset.group, return_inverse=True, return_counts=True
   )
+  # np.unique sorts the prompts, so that the order of the rows has no influence.
   order = np.random.default_rng(seed).permutation(len(prompts))
   before = np.cumsum(num_rows[order]) - num_rows[order]
   held_out = order[before < fraction * len(dataset)]
@@ -224,6 +226,7 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
 def select(dataset: Dataset, indices: np.ndarray) -> Dataset:
   """Returns the dataset of the rows at `indices`, in that order."""
   fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
+  # The source of `Prompts` stays complete: `row` holds indices into it.
   arrays = {k: v.take(indices) for k, v in fields.items() if isinstance(v, Ragged | np.ndarray)}
   return dataclasses.replace(dataset, **arrays)
 
@@ -249,6 +252,7 @@ def batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray
       'provide more data.'
     )
   epoch, position = divmod(step, num_rows // batch)
+  # Copied: a caller that writes to its rows must not change the cached order.
   return _permutation(num_rows, seed, epoch)[position * batch : (position + 1) * batch].copy()
 
 
@@ -259,7 +263,7 @@ def endless_batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np
   than the dataset: a few prompts can be sampled from repeatedly.
   """
   position = np.arange(step * batch, (step + 1) * batch)
-  epoch, row = np.divmod(position, num_rows)
+  epoch, row = np.divmod(position, num_rows)  # a batch may span several epochs
   orders = {e: _permutation(num_rows, seed, int(e)) for e in np.unique(epoch)}
   return np.array([orders[e][r] for e, r in zip(epoch, row, strict=True)])
 
@@ -271,10 +275,12 @@ def eval_batches(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
     (indices [batch], number of real ones among them); the last batch repeats its last row.
   """
   for start in range(0, num_rows, batch):
-    indices = np.arange(start, start + batch)
+    indices = np.arange(start, start + batch)  # a shorter batch would be another program
     yield np.minimum(indices, num_rows - 1), min(batch, num_rows - start)
 
 
+# Cached: at every step, permuting all rows would cost more than gathering a batch.
 @functools.lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+  # Not seed + epoch: epoch 1 of seed 0 would be epoch 0 of seed 1.
   return np.random.default_rng([seed, epoch]).permutation(num_rows)

@@ -12,6 +12,7 @@ import numpy as np
 from segjax.errors import UserError
 from segjax.types import PackingPlan, PackingSlots
 
+# Bounds the slots: each is unpacked to a row of the full length, whether used or not.
 _MAX_PER_ROW = 16  # sequences per packed row, on average over a piece
 
 
@@ -45,10 +46,12 @@ def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> 
   # A piece has room for rows // group groups even of the longest sequences, so this many pieces
   # are enough. Their number depends on N alone: shapes must not depend on lengths.
   pieces = [_Piece(rows, width, size) for _ in range(math.ceil(len(groups) / (rows // group)) or 1)]
+  # Longest first: short sequences fill the gaps that long ones leave. Stable: every process has to
+  # make the same plan.
   for index in np.argsort(-groups.sum(axis=1), kind='stable'):
     next(piece for piece in pieces if piece.try_add(int(index), groups[index]))
   used = max(sum(bool(piece.groups) for piece in pieces), 1)
-  sequence = np.full((len(pieces), size * group), -1, np.int32)
+  sequence = np.full((len(pieces), size * group), -1, np.int32)  # -1: an empty slot
   row, offset, length = (np.zeros_like(sequence) for _ in range(3))
   for i, piece in enumerate(pieces):
     for j, (index, slots) in enumerate(piece.groups):
@@ -72,7 +75,8 @@ class _Piece:
   def try_add(self, index: int, lengths: np.ndarray) -> bool:
     """Adds a group, each sequence to the first row with room; returns whether all of them fit."""
     if len(self.groups) == self._size:
-      return False
+      return False  # slots are arrays of a fixed size
+    # On a copy: a group is added as a whole or not at all.
     filled, slots = self._filled.copy(), []
     for length in lengths:
       fitting = np.flatnonzero(filled + length <= self._width)
@@ -88,4 +92,5 @@ class _Piece:
 def packing_efficiency(packing: PackingPlan) -> float:
   """Returns the fraction of the packed tokens that are real."""
   pieces = packing.pieces
+  # Pieces beyond `count` are empty and do not run.
   return float(pieces.length.sum() / (packing.count * pieces.rows * pieces.width))

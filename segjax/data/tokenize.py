@@ -20,6 +20,7 @@ from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pa
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 
+# Keeps all threads of a fast tokenizer busy; all rows at once would be held as text as well.
 _CHUNK = 1024  # rows tokenized per call
 
 
@@ -67,11 +68,13 @@ def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits)
     is_long = len(ids) > limits.max_length
     if is_long and limits_lib.is_dropped(location, f'{len(ids)} tokens', limits, counts):
       continue
+    # The last turn is the answer; the first ones are what can be spared.
     ids, mask = ids[-limits.max_length :], mask[-limits.max_length :]
+    # After truncation, which may have removed every trained token.
     if not mask.any():
       counts['dropped_empty'] += 1
       continue
-    counts['truncated'] += is_long
+    counts['truncated'] += is_long  # last: a dropped row is not counted as truncated too
     tokens.append(ids)
     trained.append(mask)
     group.append(key)
@@ -113,6 +116,7 @@ def tokenize_pairs(
   read = _tokenize(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
   for index, (location, key, texts, (has_words, gap)) in enumerate(read):
     full = tuple(len(ids) for ids in texts)
+    # Of the pair: both sides keep the same prompt, and differ in the response alone.
     lengths = limits_lib.pair_lengths(*full, limits)
     is_truncated = lengths != full
     if is_truncated and limits_lib.is_dropped(location, _describe_lengths(full), limits, counts):
@@ -125,6 +129,7 @@ def tokenize_pairs(
     if not has_words or any(len(s) <= f for s, f in zip(sides, finished, strict=True)):
       counts['dropped_empty'] += 1
     elif sides[0] == sides[1] and not rules.keep_identical:
+      # Its margin is 0 whatever the weights are, so that it has no gradient.
       counts['dropped_identical'] += 1
     else:
       counts['truncated'] += is_truncated
@@ -180,7 +185,7 @@ def tokenize_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pr
     length = f'a prompt of {len(ids)} tokens'
     if is_long and limits_lib.is_dropped(location, length, limits, counts):
       continue
-    if special.issuperset(ids):
+    if special.issuperset(ids):  # the template alone: nothing to answer
       counts['dropped_empty'] += 1
       continue
     counts['truncated'] += is_long
@@ -220,7 +225,7 @@ def _tokenize(
     try:
       chunk.append((location, *write(item)))
     except ValueError as error:
-      raise UserError(f'{location}: {error}') from error
+      raise UserError(f'{location}: {error}') from error  # only here the row is known
     if len(chunk) == _CHUNK or index == len(rows) - 1:
       ids = iter(tokenizer.encode([text for _, texts, _ in chunk for text in texts]))
       for location, texts, flags in chunk:
@@ -231,6 +236,7 @@ def _tokenize(
 def _key(texts: Sequence[str]) -> int:
   """Returns 64 bits that are equal for equal prompts; `split_holdout` groups by them."""
   text = texts[0] if texts else ''
+  # Not hash(), which differs between processes: all have to hold out the same prompts.
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 
 

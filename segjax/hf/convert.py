@@ -186,12 +186,13 @@ def _leaf(
     host = files.read(entry, index, dtype, out=_buffer(shape, dtype))
     # Otherwise the mapped pages of the model would stay resident.
     if index is pieces[-1]:
-      files.release()
+      files.release()  # harmless to other threads: pages are mapped again
     return host
 
   return orbax_stream.StreamedArray(entry.shape, dtype, pieces, read)
 
 
+# Per thread, because a piece is overwritten as soon as its thread reads the next one.
 _buffers = threading.local()
 
 
@@ -199,6 +200,7 @@ def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Returns a per-thread scratch array, reused to avoid page faults."""
   size = math.prod(shape) * dtype.itemsize
   if not hasattr(_buffers, 'bytes') or _buffers.bytes.size < size:
+    # As bytes, because the pieces of a thread differ in shape and dtype.
     _buffers.bytes = np.empty(size, np.uint8)
   return _buffers.bytes[:size].view(dtype).reshape(shape)
 
@@ -231,8 +233,10 @@ def _make_sink(
 
   def write(index: orbax_stream.Index, host: np.ndarray) -> int:
     layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
+    # The HF row at which the slice begins decides the position of its bytes in the file.
     first = index[-1 if entry.transposed else int(entry.stacked)].start
     for layer, piece in zip(layers, host if entry.stacked else [host], strict=True):
+      # HF rows are our columns: a view, which is transposed strip by strip.
       rows = piece.T if entry.transposed else piece
       for row in range(0, len(rows), strip):
         part = rows[row : row + strip]
@@ -256,6 +260,7 @@ def _chunk_slices(
   """
   sizes = list(chunk)
   if entry.transposed:
+    # Full HF rows are contiguous in the file: one write per strip, not one per row.
     sizes[-2] = entry.shape[-2]
   slices: list[orbax_stream.Index] = [()]
   for size, step in zip(entry.shape, sizes, strict=True):

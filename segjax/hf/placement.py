@@ -22,6 +22,7 @@ from segjax.model import sharding
 PIECE_BYTES = 1 << 24  # bytes of a tensor that are read and transferred at once
 THREADS = min(4, os.cpu_count() or 1)
 
+# XLA on CPU copies a buffer whose address is not a multiple of it.
 _ALIGNMENT = 64  # bytes
 
 
@@ -33,6 +34,8 @@ def load_tensor(
     full = (slice(None),) * len(entry.shape)
     return _load_shards(files, entry, full, [None], dtype, pool)[0]
   target = sharding.parameter_sharding(entry.path, entry.shape, mesh)
+  # By bounds, because a slice cannot be hashed before Python 3.12. Addressable devices only: every
+  # process reads the slices of its own.
   holders: dict[tuple, list[jax.Device]] = {}
   for device, index in target.addressable_devices_indices_map(entry.shape).items():
     holders.setdefault(tuple((part.start, part.stop) for part in index), []).append(device)
@@ -65,7 +68,7 @@ def _load_shards(
     def fill(piece: Index) -> None:
       files.read(entry, piece, dtype, out=out[_relative(piece, origin)])
 
-    list(pool.map(fill, pieces))
+    list(pool.map(fill, pieces))  # waits, and raises the first error
     return [jax.device_put(out, device) for device in devices]
   shards = [_zeros(shape, dtype, device) for device in devices]
   for piece, host in _prefetch(pool, lambda piece: files.read(entry, piece, dtype), pieces):
@@ -104,9 +107,12 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
   target = None if device is None else jax.sharding.SingleDeviceSharding(device)
+  # Created on the device: zeros from the host would be transferred like weights.
   return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=target)()
 
 
+# Donated: each piece is written in place, without a second shard. `start` is an argument, so that
+# all pieces of one shape share a program.
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(shard: jax.Array, piece: jax.Array, start: tuple) -> jax.Array:
   return jax.lax.dynamic_update_slice(shard, piece, start)
@@ -117,7 +123,7 @@ def _prefetch(pool: Executor, read: Callable, pieces: Sequence[Index]) -> Iterat
   waiting = collections.deque()
   for piece in pieces:
     waiting.append((piece, pool.submit(read, piece)))
-    if len(waiting) > THREADS:
+    if len(waiting) > THREADS:  # bounds the pieces in host memory
       piece, future = waiting.popleft()
       yield piece, future.result()
   for piece, future in waiting:

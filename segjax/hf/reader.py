@@ -88,7 +88,7 @@ def load_params(
     for entry, entry_dtype in zip(entries, dtypes, strict=True):
       leaf = placement.load_tensor(files, entry, mesh, entry_dtype, pool)
       _insert(params, entry.path, leaf)
-      files.release()
+      files.release()  # mapped pages count as memory of the process
   if files.not_finite:
     message = describe_not_finite(files.not_finite)
     if strict:
@@ -121,7 +121,7 @@ def open_model(
   score = head_name(read_json(checkpoint.directory / CONFIG))
   entries = tensor_names.tensor_mappings(config, head, score)
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
-    entries = entries[:-1]
+    entries = entries[:-1]  # the scalar head is the last one of the table
   _check(checkpoint, entries, head)
   if head == 'language' and config.tie_word_embeddings:
     _check_tied(checkpoint)
@@ -152,6 +152,7 @@ def init_scalar_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None =
   kernel = (jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)).astype(dtype)
   if mesh is None:
     return kernel
+  # Every process draws the same kernel from the key and places its own part.
   host = np.asarray(kernel)
   target = sharding.parameter_sharding(_SCALAR_HEAD, host.shape, mesh)
   return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
@@ -161,6 +162,7 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMa
   """Reads every weight once; returns a message about NaN and infinity, '' if there are none."""
   files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
+    # list() waits, and raises the first error.
     list(pool.map(files.check, [name for entry in entries for name in entry.hf_names()]))
   return describe_not_finite(files.not_finite) if files.not_finite else ''
 
@@ -171,6 +173,7 @@ def _check(
   """Raises ValueError unless the checkpoint holds exactly the tensors of the table."""
   tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
+  # Names before shapes: a config of another model shows best in what is missing.
   missing = [name for name in expected if name not in tensors]
   if missing:
     single = checkpoint.directory / WEIGHTS
@@ -179,6 +182,8 @@ def _check(
       f'{file} lacks {_list_tensors(missing)} of a {head} model; check {CONFIG} against the files '
       '(number of layers, tie_word_embeddings) and the requested head.'
     )
+  # A head may be left over: of a reward model its language head, of a tied model a copy of the
+  # embedding.
   extra = [
     name
     for name in tensors

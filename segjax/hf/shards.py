@@ -62,6 +62,7 @@ def plan_shards(
     group += [HFTensor(entry, i, dtype) for i in range(len(entry.hf_names()))]
   shards: list[ShardPlan] = [[]]
   size = 0
+  # Our tensors hold all layers; by layer, the tensors of one are in the same file or two.
   for piece in before + sorted(layers, key=lambda piece: piece.layer) + after:
     if shards[-1] and size + piece.num_bytes > max_shard_bytes:
       shards.append([])
@@ -89,6 +90,7 @@ class ShardWriter:
     count = len(self._shards)
     for number, shard in enumerate(self._shards, 1):
       name = f'model-{number:05d}-of-{count:05d}.safetensors' if count > 1 else WEIGHTS
+      # O_EXCL: never into an existing file, whose bytes would mix with these.
       file = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
       self._open.append(file)
       header = _header(shard)
@@ -110,6 +112,7 @@ class ShardWriter:
   ) -> None:
     for file in self._open:
       os.close(file)
+    # The index is written last: without it the files of a failed export are not a checkpoint.
     if error is None and len(self._shards) > 1:
       total = num_bytes(self._shards)
       index = {'metadata': {'total_size': total}, 'weight_map': self._weight_map}
@@ -123,6 +126,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _header(shard: ShardPlan) -> bytes:
   """Returns a safetensors header: its length, JSON, and spaces up to a multiple of 8 bytes."""
+  # transformers 4 refuses to load a file without a format.
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0
   for piece in shard:
@@ -133,12 +137,14 @@ def _header(shard: ShardPlan) -> bytes:
     }
     offset += piece.num_bytes
   text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
+  text += b' ' * (-len(text) % 8)  # aligns the data of every dtype
   return struct.pack('<Q', len(text)) + text
 
 
 def _write_at(file: int, data: Any, offset: int) -> None:
   view = memoryview(data)
   while len(view):
+    # pwrite has no shared position, so that threads may write at once. Linux writes at most 2 GiB
+    # per call.
     written = os.pwrite(file, view, offset)
     view, offset = view[written:], offset + written

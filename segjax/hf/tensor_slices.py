@@ -59,7 +59,7 @@ class SliceReader:
       out = np.empty([len(part) for part in ranges], dtype)
     layers, inner = (ranges[0], ranges[1:]) if entry.stacked else (range(1), ranges)
     if entry.transposed:
-      inner = inner[::-1]
+      inner = inner[::-1]  # HF kernels are [out, in]
     window = tuple(slice(part.start, part.stop) for part in inner)
     for target, layer in zip(out if entry.stacked else [out], layers, strict=True):
       piece = self._piece(entry.hf_name(layer), window)
@@ -78,8 +78,10 @@ class SliceReader:
     first, second = self._tensors[name], self._tensors[other_name]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
       return False
+    # As integers: a NaN is not equal to itself.
     kind = _INFINITY[first.dtype][0]
     a, b = (self._mapped(tensor).reshape(-1).view(kind) for tensor in (first, second))
+    # In blocks: the first difference ends the comparison, and no array of all results is made.
     step = _BLOCK // kind().itemsize
     return all(
       np.array_equal(a[start : start + step], b[start : start + step])
@@ -90,12 +92,14 @@ class SliceReader:
     """Drops the mapped pages; the kernel may keep them in its page cache."""
     with self._lock:
       for mapped in self._maps.values():
+        # Otherwise the process would count every page it has read as its memory: the whole model.
         mapped.madvise(mmap.MADV_DONTNEED)
 
   def _piece(self, name: str, window: Index) -> np.ndarray:
     """Returns tensor[window] of an HF tensor, a view of the mapped file."""
     tensor = self._tensors[name]
     piece = self._mapped(tensor)[window]
+    # Here, because these bytes are read anyway; outside the lock, so that threads do not wait.
     infinite = _has_infinite(piece, tensor.dtype)
     with self._lock:
       self.requested += piece.nbytes
@@ -116,14 +120,13 @@ class SliceReader:
 def transpose_into(source: np.ndarray, out: np.ndarray) -> None:
   """Writes the transpose of a matrix into `out`, cast to its dtype: out[j, i] = source[i, j].
 
-  Goes tile by tile through a padded scratch array. A plain `out[:] = source.T` strides through one
-  of the two by a power of two for most layer widths, which is 5 to 10 times slower.
-
   Raises:
     ValueError: the shape of `out` is not the transposed shape of `source`.
   """
   if source.ndim != 2 or out.shape != source.shape[::-1]:
     raise UserError(f'out {out.shape} is not the transpose of source {source.shape}.')
+  # Tile by tile through a padded scratch array: a plain `out[:] = source.T` strides through one of
+  # the two by a power of two for most layer widths, which is 5 to 10 times slower.
   scratch = np.empty((_TILE, _TILE + _PAD), out.dtype)
   rows, columns = source.shape
   for row in range(0, rows, _TILE):
@@ -150,6 +153,7 @@ def _has_infinite(piece: np.ndarray, dtype: str) -> bool:
   magnitude = kind(np.iinfo(kind).max >> 1)  # all but the sign
   if not piece.size:
     return False
+  # On integers: numpy converts each bfloat16 to float32 to compare it.
   rows = np.atleast_2d(piece.view(kind))
   step = max(1, _BLOCK // max(1, rows[0].nbytes))
   width = max(1, _BLOCK // kind().itemsize)

@@ -41,6 +41,7 @@ class PhaseMemory:
   @property
   def peak(self) -> int:
     """The largest number of bytes in use at once."""
+    # Aliased outputs are counted among the arguments already.
     return self.resident + self.arguments + self.temporaries + self.outputs - self.aliased
 
 
@@ -48,6 +49,7 @@ def measure(
   phase: Phase, program: JobPrograms, mesh: Mesh, topology: Topology, cache: Path | None
 ) -> PhaseMemory:
   """Compiles a phase, or reads from `cache` the result of compiling the same program."""
+  # Lowered on a hit too: the text of the program is the key of the cache.
   lowered = lower_phase(phase, mesh)
   file = cache / f'{_fingerprint(lowered, topology)}.json' if cache else None
   if file and file.exists():
@@ -58,6 +60,7 @@ def measure(
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(sizes), encoding='utf-8')
   passed_in = sum(abstract_arrays.bytes_per_device(program.trees[name]) for name in phase.passed_in)
+  # Trees that are passed in are in the size of the arguments.
   return PhaseMemory(name=phase.name, resident=live_bytes(phase, program) - passed_in, **sizes)
 
 
@@ -72,8 +75,10 @@ def _compile(lowered: Any) -> dict[str, Any]:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
+    # The TPU compiler refuses a program that does not fit instead of giving its size.
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
+    # Its first sentences; a table of allocations follows them.
     message = re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2]
     return empty | {'seconds': time.time() - began, 'refused': message[:200]}
   analysis = compiled.memory_analysis()
@@ -96,6 +101,7 @@ def _fingerprint(lowered: Any, topology: Topology) -> str:
       versions.append(version('libtpu'))
     except PackageNotFoundError:
       versions.append('libtpu')
+  # Another compiler may schedule the same program with other temporaries.
   text = '\n'.join([topology.name, *versions, lowered.as_text()])
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -106,6 +106,7 @@ def _weights(config: LlamaConfig) -> int:
 def _gathered(config: LlamaConfig, mesh: Mesh) -> float:
   """Returns the bytes that a device sends while the weights are gathered along fsdp once."""
   axes = mesh_sizes(mesh)
+  # A ring: each device passes on all parts but one.
   return _weights(config) / axes.tensor * (axes.fsdp - 1) / axes.fsdp
 
 
@@ -113,6 +114,7 @@ def _forward(
   config: LlamaConfig, head: str, mesh: Mesh, rows: int, length: int, pieces: int
 ) -> PhaseCost:
   flops = forward_flops(config, rows * length, rows * attended_pairs(length), head)
+  # Gathered along fsdp, so that each device reads all of them for every piece.
   read = _weights(config) / mesh_sizes(mesh).tensor * pieces
   return PhaseCost(flops / mesh.size, read, _gathered(config, mesh) * pieces)
 
@@ -125,10 +127,11 @@ def _trained(
   Counts forward, backward and the recomputation of remat; gradients are scattered, states are read
   and written.
   """
+  # A backward pass costs two forward passes: gradients of inputs and of weights.
   passes = 3 if config.remat == 'none' else 4
   itemsize = {'float32': 4, 'bfloat16': 2}
   state = itemsize[s.runtime.param_dtype] + 2 * itemsize[optimizer.moments_dtype]
-  state = 2 * state * num_parameters(config) / mesh.size
+  state = 2 * state * num_parameters(config) / mesh.size  # read and written
   reads = passes - 1  # the backward pass needs the weights once for both of its products
 
   def cost(rows: int, length: int, pieces: int, updates: int) -> PhaseCost:
@@ -151,13 +154,14 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
   )
   slots = min(s.rollout.max_concurrent or batch, batch)
   prompts = batch // s.rollout.samples_per_prompt
+  # All samples of a prompt share its prefill.
   flops = forward_flops(config, prompts * prompt, prompts * attended_pairs(prompt))
   pairs = batch * attended_pairs(prompt + response, prompt)
   flops += forward_flops(config, batch * response, pairs)
   steps = response * math.ceil(batch / slots)
   itemsize = 2 if config.dtype == 'bfloat16' else 4
   position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-  filled = slots * (prompt + response / 2) * position
+  filled = slots * (prompt + response / 2) * position  # on average half of the response
   rows = mesh_sizes(mesh).data
   split = mesh.size // rows
   # Two sums of activations per layer over all devices that share the weights.

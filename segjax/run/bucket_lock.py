@@ -16,6 +16,7 @@ from typing import Any
 from segjax.run.lock import FILE, Holder, LockedError, parse_holder
 
 _HEARTBEAT = 10.0  # seconds between two writes of the lock
+# Three writes may fail before the lock is lost.
 _STALE_AFTER = 35.0  # seconds without a write, after which its holder is considered dead
 _RACE_WINDOW = 1.0  # seconds in which a run that started at the same time becomes visible
 
@@ -43,6 +44,7 @@ def lock_bucket(files: Any, url: str, holder: Holder, killed: Holder) -> Iterato
   try:
     yield
   finally:
+    # Joined before the removal: the thread would write the lock again.
     has_ended.set()
     heartbeat.join()
     with contextlib.suppress(Exception):  # a lock that stays is taken over as stale
@@ -57,7 +59,7 @@ def _wait_until_free(files: Any, url: str, killed: Holder) -> None:
     time.sleep(_HEARTBEAT / 10)
     current = _read(files)
     if current and current != previous:
-      raise LockedError(url, current)
+      raise LockedError(url, current)  # its holder has written in the meantime
     previous = current
 
 
@@ -66,10 +68,11 @@ def _keep(files: Any, url: str, holder: Holder, has_ended: threading.Event) -> N
   while not has_ended.wait(_HEARTBEAT):
     try:
       _check_own(files, url, holder)
+      # Checked first: a write alone would take the lock back from the run that now holds it.
       _write(files, holder)
     except LockedError as error:
       print(f'segjax: lost the lock: {error}', file=sys.stderr, flush=True)
-      os._exit(1)
+      os._exit(1)  # sys.exit would end this thread alone
     except Exception:  # the bucket cannot be reached at the moment
       continue
 

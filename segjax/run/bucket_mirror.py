@@ -65,12 +65,14 @@ class BucketMirror(NoMirror):
     self._copy = fsspec.filesystem('dir', path=str(local), target_protocol='file')
     self._max_failures, self._failures, self._log = max_failures, 0, log_fn
     self._equal: dict[str, list[str]] = {}  # versions (local, bucket) of the files that are equal
+    # Without an index every file counts as changed and is copied again.
     with contextlib.suppress(FileNotFoundError, ValueError):
       self._equal = json.loads((local / _INDEX).read_text(encoding='utf-8'))
     with self._user_errors('read'):
+      # A cached listing would hide what other machines have written.
       files, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
       self._bucket = fsspec.filesystem('dir', path=root, fs=files)
-      _versions(self._bucket)
+      _versions(self._bucket)  # the first access: raises if it cannot be read
 
   @contextlib.contextmanager
   def _user_errors(self, verb: str) -> Iterator[None]:
@@ -96,7 +98,7 @@ class BucketMirror(NoMirror):
       if processes.is_first():
         with self._user_errors('written'):
           stack.enter_context(bucket_lock.lock_bucket(self._bucket, self._url, holder, killed))
-      processes.barrier('locked')
+      processes.barrier('locked')  # nobody reads before the first process holds the lock
       with self._user_errors('read'):
         self.pull()
       yield
@@ -110,6 +112,7 @@ class BucketMirror(NoMirror):
     ours, theirs = _versions(self._copy), _versions(self._bucket)
     changed = [n for n in theirs if self._equal.get(n) != [ours.get(n), theirs[n]]]
     self._bucket.get(changed, [str(self._local / name) for name in changed])
+    # Left by a run that was killed before it pushed them: the bucket wins.
     for name in ours.keys() - theirs.keys():
       (self._local / name).unlink()
     self._save_index(_versions(self._copy), theirs)
@@ -133,7 +136,8 @@ class BucketMirror(NoMirror):
       # The record comes last, by a call of its own: within a call files have no order.
       for names in ([name for name in uploads if name != record], [record] * (record in uploads)):
         self._bucket.put([str(self._local / name) for name in names], names)
-      self._remove(removals)
+      self._remove(removals)  # after uploads: a killed push leaves too much, never too little
+      # After each stage: a push that fails later does not upload this one again.
       self._equal |= {name: [ours[name], ''] for name in uploads}
     self._save_index(ours, _versions(self._bucket))
 
@@ -149,6 +153,7 @@ class BucketMirror(NoMirror):
         if self._failures > self._max_failures:
           raise OSError(f'{message}; run the same command again when it can be.') from error
         self._log(f'warning: {message}; trying again later')
+    # All processes have to agree whether to save, which is collective.
     return processes.broadcast_from_first(not self._failures)
 
   def push_and_wait(self, *stages: Path) -> None:
@@ -161,6 +166,7 @@ class BucketMirror(NoMirror):
     if not processes.is_first():
       self.pull()
     for stage in stages if processes.is_first() else ():
+      # `.old` may be restored: its training states stay.
       current = {key_fingerprint(path) for path in (stage, stage.with_name(f'{stage.name}.old'))}
       with contextlib.suppress(FileNotFoundError):
         for path in self._bucket.ls(f'{STATES}/{stage.name}', detail=False):
@@ -169,11 +175,13 @@ class BucketMirror(NoMirror):
 
   def _remove(self, names: list[str]) -> None:
     for name in names:
+      # Removed already by a push that was killed.
       with contextlib.suppress(FileNotFoundError):
         self._bucket.rm_file(name)
 
   def _save_index(self, ours: dict[str, str], theirs: dict[str, str]) -> None:
     self._equal = {name: [ours.get(name, ''), version] for name, version in theirs.items()}
+    # An index that claims too much would skip an upload: it is written after the copies.
     write_text_atomically(self._local / _INDEX, json.dumps(self._equal))
 
   def _key_on_bucket(self, record: str) -> Any:

@@ -100,13 +100,13 @@ def apply_runtime(
   config = dataclasses.replace(
     config,
     dtype=runtime.compute_dtype,
-    remat=runtime.remat if trained else 'none',
+    remat=runtime.remat if trained else 'none',  # nothing is saved without a backward pass
     offload=runtime.offload_activations if trained else '',
     scan_unroll=runtime.scan_unroll,
     attention=attention,
     logprob_chunk=runtime.logprob_chunk_size,
   )
-  check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)
+  check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading
   return config, reason
 
 
@@ -126,6 +126,7 @@ def load_params(
     head: 'language' or 'scalar'.
     key: draws a scalar head where the checkpoint has none.
   """
+  # Frozen weights are only read: cast at loading, they need no copy in another dtype.
   dtype = runtime.param_dtype if trained else runtime.compute_dtype
   return reader.load_params(directory, config, head, mesh=mesh, dtype=dtype, key=key)
 
@@ -133,10 +134,11 @@ def load_params(
 def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
   """Logs the memory of each tree per device; activations come on top, see `tools/plan.py`."""
   sizes = {
+    # A single shard: the other devices hold as much.
     name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     for name, tree in trees.items()
   }
-  stats = mesh.local_devices[0].memory_stats() or {}
+  stats = mesh.local_devices[0].memory_stats() or {}  # none on CPU
   limit = f' of {stats["bytes_limit"] / 2**30:.1f}' if 'bytes_limit' in stats else ''
   parts = ', '.join(f'{name} {size / 2**30:.2f}' for name, size in sizes.items())
   log(f'GiB per device{limit}: {parts}')
@@ -158,7 +160,9 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   else:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
+  # Before the weights are loaded, which takes minutes for a large model.
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
   return Models(paths, spec, load_network_configs(paths, settings.runtime, mesh, log))
 
@@ -195,7 +199,7 @@ def load_models(
   trees = {}
   for name in names:
     if name not in models.paths:
-      continue
+      continue  # a run on a custom reward has no reward model
     directory, config = models.paths[name], models.configs[name]
     params = load_params(directory, config, HEADS[name], runtime, mesh)
     # One model at a time moves to the host, so that the devices never hold all of them.

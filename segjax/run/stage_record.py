@@ -26,6 +26,7 @@ def load_results_if_valid(
 ) -> dict[str, Any] | None:
   """Returns the results if the stage is finished, has this key and its outputs are unchanged."""
   record = _read(directory)
+  # Outputs too: a model that was edited since does not count as the result of this key.
   if 'results' in record and record['key'] == _json_roundtrip(key) and record['outputs'] == outputs:
     return record['results']
   return None
@@ -36,6 +37,7 @@ def restore_old(directory: Path, key: Key) -> None:
   old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
   key = _json_roundtrip(key)
   if _read(old).get('key') == key and _read(directory).get('key') != key:
+    # Renames only: a run killed after the first one completes the swap at its next start.
     if directory.exists():
       directory.rename(spare)
     old.rename(directory)
@@ -62,6 +64,7 @@ def prepare_directory(directory: Path, key: Key) -> str:
       shutil.rmtree(old, ignore_errors=True)
       directory.rename(old)
   directory.mkdir(parents=True, exist_ok=True)
+  # Before any output: files in a directory without a key are never resumed.
   _write(directory, {'key': key})
   return reason
 
@@ -81,14 +84,16 @@ def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
   model card holds times and paths, may be edited, and changes no result.
   """
   digest = hashlib.sha256()
+  # Sorted: each file system lists in an order of its own.
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
   for file in files:
     is_read = not path.is_dir() or file.name not in (*skip, *DOC_FILES)
     if not is_read or file.suffix == '.partial':
       continue
+    # The size separates the files: bytes moved from one to the next change the hash.
     digest.update(f'{file.relative_to(path)}\0{file.stat().st_size}\0'.encode())
     with file.open('rb') as stream:
-      while block := stream.read(1 << 20):
+      while block := stream.read(1 << 20):  # weights may not fit in memory
         digest.update(block)
   return digest.hexdigest()
 

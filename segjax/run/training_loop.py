@@ -65,15 +65,15 @@ def train(
           profiler.after(done, states)
           metric_log.log(step, metrics)
           stage.refresh()
-        must_stop = preemption.stop_requested()
+        must_stop = preemption.stop_requested()  # collective: every process asks after each step
         # Clocks differ between processes, and all have to save together.
         must_save = processes.any_process(is_due(done) and processes.is_first())
         if start < done < num_steps and (must_stop or must_save):  # at the end the model is saved
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
-          if stage.mirror.try_push():
+          if stage.mirror.try_push():  # a state on the bucket is never ahead of its metrics
             checkpointer.save(done, states, metric_log.evaluated | metric_log.last)
         if must_stop and done < num_steps:
-          checkpointer.settle()
+          checkpointer.settle()  # the process ends: waits for the write
           message = _stop_message(stage.name, checkpointer.latest(), done, num_steps)
           raise preemption.PreemptedError(message)
   except TooManySkippedStepsError as error:
@@ -105,6 +105,7 @@ class CheckpointTimer:
   """Decides after each step whether to save a checkpoint: by steps, or by time since the last."""
 
   def __init__(self, settings: CheckpointSettings):
+    # Monotonic, because the time of day may be set during the run.
     self._settings, self._last = settings, time.monotonic()
 
   def __call__(self, done: int) -> bool:
@@ -112,6 +113,7 @@ class CheckpointTimer:
     is_time = seconds > 0 and time.monotonic() - self._last >= seconds
     if not is_time and not (every_steps and done % every_steps == 0):
       return False
+    # A save by steps counts too: the limit is on the work that a crash can lose.
     self._last = time.monotonic()
     return True
 

@@ -61,10 +61,10 @@ class Checkpointer:
   ):
     self._directory = epath.Path(directory)
     if '://' not in str(directory):
-      self._directory = epath.Path(self._directory.absolute())
+      self._directory = epath.Path(self._directory.absolute())  # Orbax refuses a relative path
     self._keep, self._best, self._max_failures = keep, best, max_failures
     self._run, self._differences, self._log = run or {}, differences, log_fn
-    self._failures, self._saving = 0, 0
+    self._failures, self._saving = 0, 0  # consecutive failures; the step being saved
     self._open()
 
   def _open(self) -> None:
@@ -106,6 +106,7 @@ class Checkpointer:
       return  # Orbax refuses to save a step again
     items = _items(states)
     # Summed on the devices: a host of a large run holds only a part of the arrays.
+    # A collective program: every process has to save, not only the first.
     sums = processes.to_host(jax.jit(_checksums)(items))
     manifest = {
       'step': step,
@@ -120,6 +121,7 @@ class Checkpointer:
     try:
       self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=finite)
     except Exception as error:
+      # Errors of the asynchronous part come in `settle`.
       self._handle_failure(error)
 
   def settle(self) -> None:
@@ -130,11 +132,12 @@ class Checkpointer:
     except Exception as error:
       self._handle_failure(error)
     else:
-      self._failures = 0
+      self._failures = 0  # only failures in a row count
 
   def _handle_failure(self, error: Exception) -> None:
     """Logs a failed save; raises OSError after too many."""
     self._failures += 1
+    # Orbax lists a step as soon as its save has begun.
     before = [step for step in self._manager.all_steps() if step != self._saving]
     last = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
     message = (
@@ -148,18 +151,16 @@ class Checkpointer:
     self._open()  # the old manager waits for the failed write
 
   def _remove_unfinished(self) -> None:
-    """Removes what the failed save left.
-
-    One item failed, but the threads of the others may still write: Orbax's own clean-up would stop
-    at a directory that fills again, and the next save would fail with it.
-    """
+    """Removes what the failed save left."""
     if not processes.is_first():
-      return
+      return  # the directory is shared
+    # One item failed, but the threads of the others may still write: Orbax's own clean-up would
+    # stop at a directory that fills again, and the next save would fail with it.
     for _ in range(_CLEANUP_TRIES):
       unfinished = list(self._directory.glob('*.orbax-checkpoint-tmp'))
       if not unfinished:
         return
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError):  # a thread may add a file meanwhile
         for path in unfinished:
           path.rmtree()
       time.sleep(_CLEANUP_PAUSE)
@@ -173,6 +174,7 @@ class Checkpointer:
     Raises:
       CheckpointMismatchError: a step was written by another run.
     """
+    # Orbax lists a step even if its files are missing or truncated: each is tried, newest first.
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         return step, self._read(step, like)
@@ -192,6 +194,7 @@ class Checkpointer:
       step, args=self._ocp.args.Composite(**{_MANIFEST: self._ocp.args.JsonRestore()})
     )[_MANIFEST]
     self._check_run(step, manifest)
+    # Shardings of `like`, not of the files: a run may resume on other devices.
     targets = {
       name: self._ocp.args.StandardRestore(jax.tree.map(_abstract, item))
       for name, item in _items(like).items()
@@ -219,6 +222,7 @@ class Checkpointer:
   def _set_aside(self, step: int, error: Exception) -> None:
     """Renames a damaged step, so that it is neither restored nor counted as one of `keep`."""
     aside = self._directory / f'{_DAMAGED}{step}'
+    # The same step may have been damaged, set aside and saved again before.
     if aside.exists():
       aside.rmtree()
     (self._directory / str(step)).rename(aside)
@@ -239,6 +243,7 @@ def _items(states: TrainStates) -> dict[str, Any]:
   items = {}
   for name, state in states.items():
     if isinstance(state, TrainState):
+      # An item of its own: Orbax refuses to restore a part of one, as weights without moments.
       items[name] = state.params
       items[f'{name}_optimizer'] = {'step': state.step, 'opt_state': state.opt_state}
     else:
@@ -264,6 +269,7 @@ def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
   def checksum(item):
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(item):
+      # By 31, so that two leaves in exchanged places give another sum.
       total = total * jnp.uint32(31) + jnp.sum(_bits(leaf), dtype=jnp.uint32)
     return total
 
@@ -274,7 +280,7 @@ def _bits(x: Array) -> Array:
   """Returns the bits of every number, as unsigned integers of the same size."""
   if x.dtype == bool:
     return x.astype(jnp.uint32)  # a bool cannot be bitcast
-  size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # 8 bytes: two uint32
   return jax.lax.bitcast_convert_type(x, size)
 
 

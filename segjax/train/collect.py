@@ -73,9 +73,11 @@ class Collector:
     """
     # A machine that is about to be preempted does not wait for the longest response.
     sampler = dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
+    # On the host, which assigns prompts to the slots of generation.
     batch = self.prompts.gather(rows, np.asarray)
     collected = rollout(params['policy'], batch, key, sampler, index)
     self.on_part('generate', collected.arrays)
+    # A collective call: all processes ask at the same points, and stop together.
     self.check_stop()
     collected = apply_rollout_compat(
       collected, sampler.stop_ids[0], self.recipe.compat, sampler.mesh
@@ -98,6 +100,7 @@ class Collector:
   def _custom_reward(self, collected: CollectedRollout, rows: np.ndarray) -> jax.Array | None:
     if self.custom_reward is None:
       return None
+    # Every process calls it for all rows, and places the rows of its own devices.
     reward = self.custom_reward(
       self.prompt_texts(rows), collected.response_ids, collected.response_mask
     )
@@ -127,6 +130,7 @@ def held_out_metrics(
     decode: maps token ids to text, without special tokens.
   """
   count = collector.recipe.ppo.rollout_batch_size // collector.sampler.samples_per_prompt
+  # Always the first prompts in order: a random choice would add noise to the curve.
   rows = np.arange(count) % len(collector.prompts)
   collected = collector.collect(params, rows, key, kl_coef)
   metrics = {

@@ -47,6 +47,7 @@ def make_experience(
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
   # Under force_eos the last token of every response is a stop token.
   has_eos = rollout.finished | recipe.compat.force_eos
+  # By the frozen reference: the cuts of a text stay the same while the policy changes.
   segments = segment_batch(
     rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
   )
@@ -54,7 +55,7 @@ def make_experience(
   dense = dense_rewards(z, segments, rollout, custom_reward, recipe=recipe)
   shape = functools.partial(
     shaped_reward,
-    kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,
+    kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
     clip=recipe.shaping.reward_clip,
   )
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](outputs.old_logprob, outputs.ref_logprob)
@@ -90,5 +91,6 @@ def _advantages(
   constants = {'gamma': ppo.gamma, 'gae_lambda': ppo.gae_lambda}
   if ppo.gae_level == 'token':
     return jax.vmap(functools.partial(gae, **constants))(reward, value, mask), mask
+  # Segments are actions: nothing is decided inside one, so values there have no target.
   starts = jax.vmap(action_starts)(segments, mask)
   return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts

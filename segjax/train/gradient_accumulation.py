@@ -51,7 +51,7 @@ def value_and_grad(
   evaluate = jax.value_and_grad(objective, has_aux=True)
   if packing is None:
     pieces = _num_pieces(micro_batch, batch)
-    if pieces == 1:
+    if pieces == 1:  # without a loop no float32 sum of gradients is held
       return evaluate(params, batch, *rest, slots=None)
     parts = jax.tree.map(functools.partial(_split, pieces=pieces), batch)
 
@@ -95,11 +95,13 @@ def _accumulate(
   def filled(tree, value):
     return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), tree)
 
+  # The neutral element of each way to combine.
   start = Metrics(filled(shapes.mean, 0), filled(shapes.max, -jnp.inf), filled(shapes.sum, 0))
   zeros = sharding.constrain_tree(jax.tree.map(_wide_zeros, params))
   total = (jnp.zeros(loss.shape, loss.dtype), start), zeros
   # A traced `count` makes this a while loop, so that one program serves every packing.
   loss_and_metrics, grads = jax.lax.fori_loop(0, count, add, total)
+  # Once, after the sum: the dtypes are those of a single pass, for any number of pieces.
   grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
   return loss_and_metrics, grads
 
@@ -119,6 +121,7 @@ def _num_pieces(micro_batch: int, batch: Any) -> int:
 
 def _split(x: Array, pieces: int) -> Array:
   """Reshapes [B, ...] to [n, B / n, ...]; each device splits its own rows."""
+  # Strided: the split axis stays in front. Pieces of consecutive rows would lie on few devices.
   x = sharding.constrain_batch(x.reshape(-1, pieces, *x.shape[1:]))
   return jnp.moveaxis(x, 1, 0)
 

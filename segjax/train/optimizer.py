@@ -42,6 +42,7 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
     weight_decay=settings.weight_decay,
   )
   return optax.chain(
+    # Clipped before the moments, which would remember a single large gradient for many steps.
     optax.clip_by_global_norm(settings.max_grad_norm),
     _with_moments_dtype(settings.moments_dtype, adamw),
   )
@@ -69,7 +70,7 @@ def _with_moments_dtype(
 ) -> optax.GradientTransformation:
   """Returns `inner`, computed in float32, with its state stored in `dtype`."""
   if dtype == 'float32':
-    return inner
+    return inner  # `init_state` makes the moments from float32 parameters
 
   def update(updates, state, params=None):
     updates, state = inner.update(updates, _cast(state, jnp.float32), params)
@@ -80,6 +81,7 @@ def _with_moments_dtype(
 
 def _cast(tree: Any, dtype: Any) -> Any:
   """Returns the tree with its floating-point arrays in `dtype`."""
+  # Step counts stay integers: bfloat16 cannot count beyond 256.
   return jax.tree.map(
     lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
   )
@@ -113,8 +115,10 @@ def stochastic_round(key: Array, x: Float[Array, '*n']) -> Float[Array, '*n']:
   """
   x = x.astype(jnp.float32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  # The carry into bit 16 rounds up, with the probability of the fraction that is cut off.
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  # A carry could turn a NaN into -0.
   return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
 
 
@@ -129,6 +133,7 @@ def init_state(params: Any, settings: Optimizer, total_steps: int) -> TrainState
   def init(params):
     return sharding.constrain_tree(make_optimizer(settings, total_steps).init(_widen(params)))
 
+  # Jitted: each device creates its part of the moments only.
   return TrainState(jnp.int32(0), params, jax.jit(init)(params))
 
 
@@ -155,6 +160,7 @@ def apply_update(
     enabled: whether to learn from this batch; may be an array.
   """
   optimizer = make_optimizer(settings, total_steps)
+  # An update at a learning rate of 5e-7 is far below a bfloat16 ulp of its weight.
   grads, params = _widen(grads), _widen(state.params)
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -165,6 +171,7 @@ def apply_update(
   is_applied = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
   params = _round_like(params, state.params, state.step)
   updated = TrainState(state.step + 1, params, opt_state)
+  # Selected, not multiplied by 0: 0 times NaN is NaN.
   state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), updated, state)
   return sharding.constrain_tree(state), Metrics(
     mean={'grad_norm': grad_norm, 'weight_norm': weight_norm},

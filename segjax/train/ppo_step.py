@@ -94,6 +94,7 @@ def _without_empty_slots(
   mask: Bool[Array, 'B T'], slots: PackingSlots | None
 ) -> Bool[Array, 'B T']:
   """Returns the mask, False in rows that only fill an empty slot."""
+  # Such a row is a copy of row 0, whose tokens would be learned twice.
   return mask if slots is None else mask & (slots.length > 0)[:, None]
 
 
@@ -113,6 +114,7 @@ def _run_model(
     slots,
     attention_segment_ids(rollout),
   )
+  # Unpacked before the loss: rewards and advantages are aligned with responses, not with slots.
   size = rollout.response_ids.shape[1]
   return jax.tree.map(lambda x: gather_response(x, rollout.prompt_length, size), outputs)
 
@@ -139,6 +141,7 @@ def value_objective(
   return loss, Metrics(mean={'loss': loss} | metrics)
 
 
+# Donated: the state of a large model would not fit twice, before and after the update.
 @functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
 def policy_step(
   state: TrainState,
@@ -159,6 +162,7 @@ def policy_step(
   """
   # The rows are an argument, so that all minibatches of a run share one program.
   batch = take_rows(minibatch.experience, minibatch.rows)
+  # Of the minibatch: a mean per piece would weigh a sequence by how full its piece is.
   count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(policy_objective, recipe=recipe),
@@ -180,6 +184,7 @@ def critic_step(
 ) -> tuple[TrainState, Metrics]:
   """Updates the critic on a minibatch; see `policy_step`."""
   batch = take_rows(minibatch.experience, minibatch.rows)
+  # Not the count of the policy: the critic learns fewer states where actions are segments.
   count = num_terms(batch.value_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(value_objective, recipe=recipe),
@@ -221,10 +226,11 @@ def ppo_step(
   # Two programs, so that the warm-up of the critic does not compile the policy's.
   policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
+    # The policy's schedule starts with its first update, not in the warm-up of the critic.
     policy, policy_metrics = policy_step(
       policy, minibatch, kl_coef, recipe=recipe, total_steps=total_steps - policy_from
     )
-    skipped += policy_metrics.sum.pop('skipped_updates')
+    skipped += policy_metrics.sum.pop('skipped_updates')  # one count for both networks
   critic, critic_metrics = critic_step(critic, minibatch, recipe=recipe, total_steps=total_steps)
   skipped += critic_metrics.sum.pop('skipped_updates')
   metrics = policy_metrics.prefix('policy').merge(critic_metrics.prefix('critic'))

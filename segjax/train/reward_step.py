@@ -21,10 +21,12 @@ def margins(pairs: PreferenceBatch, settings: RewardTraining) -> Float[Array, 'B
   constant = jnp.full(pairs.chosen.finished.shape, settings.margin, jnp.float32)
   if pairs.rating_gap is None or not settings.rating_margin_coef:
     return constant
+  # A pair without ratings has the constant margin; its NaN would reach the loss of the batch.
   gap = jnp.where(jnp.isnan(pairs.rating_gap), 0, pairs.rating_gap)
   return constant + settings.rating_margin_coef * gap
 
 
+# Donated: the state of a large model would not fit twice, before and after the update.
 @functools.partial(
   jax.jit, static_argnames=('scorer', 'settings', 'total_steps'), donate_argnames='state'
 )
@@ -52,6 +54,7 @@ def reward_step(
   count = len(pairs.chosen.finished)  # of the full batch, so that the means of pieces add up
 
   def objective(params, pairs, *, slots):
+    # One forward pass for both sides: two would gather the weights twice.
     score, segments = pair_scores(params, reference, pairs, scorer, slots)
     margin = score[:, 0] - score[:, 1]
     loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
@@ -65,7 +68,7 @@ def reward_step(
       'loss': mean(loss),
       'accuracy': mean(margin > 0),
       'margin': mean(margin),
-      'segments': mean(jnp.sum(segments.num_segments.reshape(-1, 2), axis=1)) / 2,
+      'segments': mean(jnp.sum(segments.num_segments.reshape(-1, 2), axis=1)) / 2,  # per response
     }
     return mean(loss), Metrics(metrics)
 

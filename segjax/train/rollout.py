@@ -70,7 +70,7 @@ class CollectedRollout:
   def texts(self, decode: Callable[[Any], str]) -> list[str]:
     """Returns the responses as text; `decode` maps token ids to text."""
     rows = zip(self.response_ids, self.response_mask, strict=True)
-    return [decode(ids[mask]) for ids, mask in rows]
+    return [decode(ids[mask]) for ids, mask in rows]  # the padding has the id of a stop token
 
 
 def make_sampling(settings: RolloutSettings) -> Sampling:
@@ -127,18 +127,18 @@ def rollout(
     sampler.log(
       f'prompt {row // samples}: the logits after {length} tokens of a response are not finite'
     )
-  prompt_length = np.repeat(prompts.prompt_length, samples).astype(np.int32)
+  prompt_length = np.repeat(prompts.prompt_length, samples).astype(np.int32)  # a row per response
   arrays = {
     'prompt_ids': np.repeat(prompts.prompt_ids, samples, axis=0),
     'prompt_length': prompt_length,
     'response_ids': output.response_ids,
     'response_mask': output.response_mask,
     'finished': output.finished,
-    'old_logprob': output.logprob,
+    'old_logprob': output.logprob,  # unfiltered: PPO compares policies, not ways to sample
     'sample_logprob': output.sample_logprob,
   }
   return CollectedRollout(
-    Rollout(**sharding.place_batch(arrays, sampler.mesh)),
+    Rollout(**sharding.place_batch(arrays, sampler.mesh)),  # each process places its part
     output.response_ids,
     output.response_mask,
     output.finished,

@@ -60,6 +60,7 @@ def _concat(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> A
   length = prompt_length[:, None]
   # The response follows the prompt's last real token, so the prompt's padding moves to the end.
   source = jnp.where(position < length, position, position - length + size)
+  # Positions past the response read its padding; no mask includes them.
   return jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
 
 
@@ -104,6 +105,8 @@ def score_chunk(
 
   ref_logprob, ref_entropy = logprobs('reference', recipe.reference)
   old_logprob = rollout.old_logprob
+  # In bfloat16 the decode loop rounds differently from this forward pass: the first ratio of the
+  # update would not be 1, and the KL not 0, before anything is learned.
   if recipe.recompute_logprob:
     old_logprob = window(logprobs('policy', recipe.policy)[0])
   # An evaluation has no critic, and a run on a custom reward alone no reward model.
@@ -113,7 +116,7 @@ def score_chunk(
   if recipe.reward is not None:
     score = scores(params['reward'], ids, recipe.reward, layout)
   return ModelOutputs(
-    old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),
+    old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),  # as in a rollout
     ref_logprob=window(ref_logprob),
     ref_entropy=window(ref_entropy),
     score=window(score),
@@ -136,13 +139,14 @@ def score(
     length: tokens of prompt and response together.
     recipe: the networks.
   """
-  params = sharding.to_device(params)
+  params = sharding.to_device(params)  # once for all chunks
   ids, segment_ids = _concat_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.scoring_batch_size or total
   order = np.arange(total) if size == total else np.argsort(length, kind='stable')
   chunks = []
   for rows in order.reshape(-1, size):
+    # From the lengths on the host: reading them from a device would wait for all work before.
     needed = min(-(-int(length[rows].max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
     chunk_ids, chunk_segments, chunk = take_rows((ids, segment_ids, rollout), rows)
     if chunk_segments is not None:
@@ -170,4 +174,5 @@ def concatenate(chunks: list[Any]) -> Any:
 @jax.jit
 def take_rows(tree: Any, rows: Int[Array, 'N']) -> Any:
   """Returns these rows of every array in the tree, split over the devices."""
+  # Without the constraint, indexing by traced rows may leave all rows on every device.
   return jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), tree)

@@ -20,7 +20,7 @@ class Segmenter:
   """A segmentation, with the token ids that end a segment if its boundary is delimiter."""
 
   segmentation: Segmentation
-  delimiter_ids: tuple[int, ...] = ()
+  delimiter_ids: tuple[int, ...] = ()  # hashable: static in jitted functions
 
   @property
   def needs_entropy(self) -> bool:
@@ -36,6 +36,7 @@ class Segmenter:
 def make_segmenter(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Segmenter:
   """Returns the segmenter for texts in the ids of `tokenizer`."""
   is_delimited = segmentation.granularity == 'segment' and segmentation.boundary == 'delimiter'
+  # Only where it is used: a vocabulary without a match is an error.
   ids = tokenizer.ids_ending_in(segmentation.delimiters) if is_delimited else ()
   return Segmenter(segmentation, ids)
 
@@ -65,7 +66,7 @@ def segment_batch(
   elif s.boundary == 'delimiter':
     boundary = jax.vmap(delimiter_boundary)(_is_one_of(ids, segmenter.delimiter_ids))
   else:
-    boundary = entropy > s.entropy_threshold
+    boundary = entropy > s.entropy_threshold  # strictly, as in the paper
   divide = functools.partial(
     segment_at,
     granularity=s.granularity,
@@ -91,4 +92,5 @@ def _is_one_of(ids: Int[Array, 'B T'], members: tuple[int, ...]) -> Bool[Array, 
   # A lookup, because a comparison with each member would take [B, T, members] of memory.
   table = np.zeros(max(members, default=0) + 1, bool)
   table[list(members)] = True
+  # Ids beyond the table are not members; plain indexing would clamp them to its last entry.
   return jnp.asarray(table).at[ids].get(mode='fill', fill_value=False)
