@@ -64,7 +64,8 @@ class Checkpointer:
       self._directory = epath.Path(self._directory.absolute())  # Orbax refuses a relative path
     self._keep, self._best, self._max_failures = keep, best, max_failures
     self._run, self._differences, self._log = run or {}, differences, log_fn
-    self._failures, self._saving = 0, 0  # consecutive failures; the step being saved
+    self._failures = 0  # in a row
+    self._saving, self._is_pending = 0, False  # step of the last save; whether it may still fail
     self._open()
 
   def _open(self) -> None:
@@ -120,19 +121,22 @@ class Checkpointer:
     finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
     try:
       self._manager.save(step, args=self._ocp.args.Composite(**saves), metrics=finite)
+      self._is_pending = True
     except Exception as error:
       # Errors of the asynchronous part come in `settle`.
       self._handle_failure(error)
 
   def settle(self) -> None:
     """Waits for the pending save, and handles its failure."""
+    is_pending, self._is_pending = self._is_pending, False
     try:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except Exception as error:
       self._handle_failure(error)
     else:
-      self._failures = 0  # only failures in a row count
+      if is_pending:  # not after a save that failed at once
+        self._failures = 0  # only failures in a row count
 
   def _handle_failure(self, error: Exception) -> None:
     """Logs a failed save; raises OSError after too many."""

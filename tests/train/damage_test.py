@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from segjax.run.stage_record import changed_keys
@@ -146,3 +147,22 @@ def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   step, restored = Checkpointer(tmp_path, keep=2).restore(_states(0))
   assert step == 3
   _assert_equal(restored, _states(3))
+
+
+def test_saves_that_fail_at_once_count_in_a_row(tmp_path, monkeypatch):
+  def fail(*arguments, **options):
+    raise OSError('no space left')
+
+  checkpoints = Checkpointer(tmp_path, keep=2, max_failures=1, log_fn=lambda text: None)
+  checkpoints.save(1, _states(1))
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'save', fail)
+    checkpoints.save(2, _states(2))
+    with pytest.raises(OSError, match='step 3 could not be written'):
+      checkpoints.save(3, _states(3))
+  checkpoints.save(4, _states(4))  # a save that succeeds ends the row
+  checkpoints.settle()
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'save', fail)
+    checkpoints.save(5, _states(5))
+  assert checkpoints.latest() == 4
