@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Segmentation, Settings
+from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
@@ -203,13 +203,6 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
-def _num_steps(settings: Settings, num_rows: int) -> int:
-  """Returns the number of steps for the dry run: 0 if it depends on rows that are not local."""
-  if not num_rows:
-    return settings.reward.max_steps
-  return training_loop.count_steps(settings.reward, num_rows, 'reward')
-
-
 JOB = Job(
   name='reward',
   run=run,
@@ -220,6 +213,6 @@ JOB = Job(
   summary=('held_out_accuracy',),
   num_networks=2,
   tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
-  num_steps=_num_steps,
+  num_steps=lambda s, rows: training_loop.count_known_steps(s.reward, rows, 'reward'),
   plan=programs.REWARD,
 )

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from segjax.config.settings import Settings
 from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import load_tokenizer
@@ -54,13 +53,6 @@ def run(stage: Stage) -> dict[str, Any]:
   return {'steps': num_steps, 'loss': last.get('sft/loss'), 'rows': len(dataset)}
 
 
-def _num_steps(settings: Settings, num_rows: int) -> int:
-  """Returns the number of steps for the dry run: 0 if it depends on rows that are not local."""
-  if not num_rows:
-    return settings.sft.max_steps
-  return training_loop.count_steps(settings.sft, num_rows, 'sft')
-
-
 JOB = Job(
   name='sft',
   run=run,
@@ -70,6 +62,6 @@ JOB = Job(
   batch_keys=programs.SFT.batch_keys,
   summary=('loss',),
   tokens_per_step=lambda s: s.sft.batch_size * s.data.max_length,
-  num_steps=_num_steps,
+  num_steps=lambda s, rows: training_loop.count_known_steps(s.sft, rows, 'sft'),
   plan=programs.SFT,
 )

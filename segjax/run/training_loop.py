@@ -132,6 +132,11 @@ def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> 
   return settings.max_steps or settings.num_epochs * (num_rows // settings.batch_size)
 
 
+def count_known_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
+  """Returns `count_steps` for a dry run; without local rows max_steps, 0 if they decide."""
+  return count_steps(settings, num_rows, section) if num_rows else settings.max_steps
+
+
 def plan_packing_for(
   settings: SFT | RewardTraining | PPO, lengths: np.ndarray, group: int = 1
 ) -> tuple[PackingPlan | None, dict[str, float]]:
