@@ -28,7 +28,7 @@ Outputs = Callable[[Tokens, Tokens], Iterator[np.ndarray]]  # ids, positions -> 
 _CHUNK = 256  # positions whose logits exist at once
 _TOKENS = 64  # tokens of a built-in sequence
 _SPREAD_TOKENS = 512  # tokens of one whose positions are spread over a long context
-_MAX_CONSECUTIVE = 1024  # the longest context that a built-in sequence exceeds token by token
+_MAX_CONSECUTIVE = 1024  # the longest context that a built-in sequence covers token by token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +91,9 @@ def verify(
 ) -> Verification:
   """Compares transformers' outputs for an HF checkpoint with ours.
 
-  Built-in sequences are random tokens: a short one and, for scaled RoPE, one that exceeds the
-  original context. If that is long, 512 tokens have positions spread over twice the context: RoPE
-  depends on differences of positions alone, so this covers them without a pass over tens of
-  thousands of tokens.
+  Built-in sequences are random tokens: a short one and one of the model's whole context. If that
+  is long, 512 tokens have positions spread over it: RoPE depends on differences of positions alone,
+  so this covers them without a pass over tens of thousands of tokens.
 
   Args:
     hf: directory or hub id.
@@ -210,14 +209,10 @@ def _sequences(
   if length:
     return [(random(length), np.arange(length, dtype=np.int32))]
   sequences = [(random(_TOKENS), np.arange(_TOKENS, dtype=np.int32))]
-  scaling = config.rope_scaling
-  if scaling is not None:
-    original = config.max_position_embeddings
-    if scaling.kind == 'llama3':
-      original = scaling.original_max_position_embeddings
-    size = original + _TOKENS if original <= _MAX_CONSECUTIVE else _SPREAD_TOKENS
-    last = size - 1 if original <= _MAX_CONSECUTIVE else 2 * original
-    sequences.append((random(size), np.linspace(0, last, size).astype(np.int32)))
+  longest = config.max_position_embeddings
+  if longest > _TOKENS:
+    size = longest if longest <= _MAX_CONSECUTIVE else _SPREAD_TOKENS
+    sequences.append((random(size), np.linspace(0, longest - 1, size).astype(np.int32)))
   return sequences
 
 

@@ -56,7 +56,12 @@ def test_frequencies_equal_transformers(name, head_dim):
   else:
     expected, _ = ROPE_INIT_FUNCTIONS[scaling.kind](theirs, 'cpu')
   got = rope_frequencies(head_dim, 500_000.0, scaling)
-  assert_allclose(got, expected.numpy(), rtol=1e-5)  # theirs is float32
+  assert got.dtype == np.float32
+  # To the last bit: at position 100,000 it is 0.006 radians of the fastest channels. The power of
+  # torch is one bit off in some channels, which differ by platform.
+  ulps = np.abs(got.view(np.int32) - expected.numpy().view(np.int32))
+  assert ulps.max() <= 2
+  assert np.mean(ulps == 0) > 0.9
 
 
 def test_unknown_rope_type_is_refused():
