@@ -248,8 +248,7 @@ class Policy(_Model):
     tokenizer = self.annotator.tokenizer
     if not isinstance(prompt, str):
       return tokenizer.prompt_ids(self._check_messages(prompt, number))
-    bos = tokenizer.tokenizer.bos_token_id
-    ids = ([] if bos is None else [bos]) + tokenizer.encode([prompt])[0]
+    ids = tokenizer.bos_ids + tokenizer.encode([prompt])[0]
     if not ids:
       raise UserError(f'prompt {number} is empty, and the tokenizer has no BOS token; give text.')
     return ids

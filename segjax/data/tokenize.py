@@ -227,10 +227,26 @@ def _tokenize(
     except ValueError as error:
       raise UserError(f'{location}: {error}') from error  # only here the row is known
     if len(chunk) == _CHUNK or index == len(rows) - 1:
-      ids = iter(tokenizer.encode([text for _, texts, _ in chunk for text in texts]))
+      ids = iter(_encode(tokenizer, chunk))
       for location, texts, flags in chunk:
         yield location, _key(texts), [next(ids) for _ in texts], flags
       chunk = []
+
+
+def _encode(tokenizer: ChatTokenizer, chunk: list[tuple[str, list[str], Any]]) -> list[list[int]]:
+  """Returns the token ids of all texts of (location, texts, flags); an error names the row."""
+  try:
+    return tokenizer.encode([text for _, texts, _ in chunk for text in texts])
+  except UserError:
+    if len(chunk) == 1:
+      raise
+  ids = []
+  for location, texts, _ in chunk:
+    try:
+      ids += tokenizer.encode(texts)
+    except UserError as error:
+      raise UserError(f'{location}: {error}') from error
+  return ids
 
 
 def _key(texts: Sequence[str]) -> int:

@@ -1,23 +1,24 @@
-"""Tokenizers with a chat template: rendering, stop and pad ids, fingerprints.
+"""Tokenizers with a chat template: rendering, stop and pad ids.
 
-Templates are rendered by `segjax.data.chat_template`; datasets are made by `segjax.data.tokenize`.
+Templates are rendered by `segjax.data.chat_template`, files are read by
+`segjax.data.tokenizer_files`; datasets are made by `segjax.data.tokenize`.
 
 Prompt and response are rendered together and tokenized SEPARATELY, so that no token spans the
 boundary between the model's input and its output.
 """
 
 import dataclasses
-import hashlib
-import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from etils import epath
 
 from segjax.data import chat_template as templates
+from segjax.data import tokenizer_files
+from segjax.data.embedding_rows import EmbeddingRows, smallest_embedding
 from segjax.data.sources import Message
 from segjax.errors import UserError
+from segjax.model.llama import LlamaConfig
 
 
 class MissingChatTemplateError(UserError):
@@ -36,6 +37,7 @@ class ChatTokenizer:
     turn_close: beginning of `turn_end` that a response keeps, up to and including the stop token.
     preamble: turn that the template inserts before a conversation without system message, with
       BOS, as Llama-3.1's does; '' if it inserts none.
+    rows: the embedding that ids must not exceed; None before `for_networks`.
   """
 
   tokenizer: Any
@@ -44,6 +46,24 @@ class ChatTokenizer:
   turn_end: str
   turn_close: str
   preamble: str = ''
+  rows: EmbeddingRows | None = None
+
+  def for_networks(self, networks: dict[str, LlamaConfig]) -> 'ChatTokenizer':
+    """Returns this tokenizer for networks by name: ids that one cannot read are refused.
+
+    Stop ids that they cannot read are left out: no policy samples them.
+
+    Raises:
+      UserError: the chat template itself writes such an id.
+    """
+    rows = smallest_embedding(networks)
+    limited = dataclasses.replace(self, rows=rows)
+    limited.response_ids([{'role': 'user', 'content': templates.PROBE}], templates.PROBE)
+    limited.prompt_ids([{'role': 'user', 'content': templates.PROBE}])
+    stop_ids = tuple(i for i in self.stop_ids if i < rows.count)
+    # Padding is masked, so that any token does where the pad token has no row.
+    pad_id = self.pad_id if self.pad_id < rows.count else stop_ids[0]
+    return dataclasses.replace(limited, stop_ids=stop_ids, pad_id=pad_id)
 
   def prompt_text(self, messages: Sequence[Message]) -> str:
     """Returns the conversation followed by the header that opens the assistant's turn."""
@@ -103,14 +123,26 @@ class ChatTokenizer:
       return_token_type_ids=False,
       verbose=False,
     )
-    return encoded['input_ids']
+    return self._checked(encoded['input_ids'])
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns token ids as `encode` and (first character, last character + 1) of each token."""
     encoded = self.tokenizer(
       text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    return encoded['input_ids'], [tuple(pair) for pair in encoded['offset_mapping']]
+    (ids,) = self._checked([encoded['input_ids']])
+    return ids, [tuple(pair) for pair in encoded['offset_mapping']]
+
+  @property
+  def bos_ids(self) -> list[int]:
+    """The BOS token that plain text follows, if there is one."""
+    bos = self.tokenizer.bos_token_id
+    return self._checked([[] if bos is None else [bos]])[0]
+
+  def _checked(self, rows: list[list[int]]) -> list[list[int]]:
+    if self.rows is not None:
+      self.rows.check(self.tokenizer, rows)
+    return rows
 
   def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
     """Returns the token ids of `prompt_text`."""
@@ -170,19 +202,7 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
     ValueError: there is no tokenizer, no chat template or no token that ends a turn, or the
       template changes earlier turns.
   """
-  from transformers import PreTrainedTokenizerFast
-
-  path = epath.Path(directory).expanduser()
-  _read_tokenizer_json(path)  # raises a clear error if it is missing
-  with tempfile.TemporaryDirectory() as folder:
-    if '://' in str(directory):
-      for entry in path.iterdir():
-        if entry.suffix in ('.json', '.jinja') and 'index' not in entry.name:
-          entry.copy(epath.Path(folder) / entry.name)
-      local = folder
-    else:
-      local = str(path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(local)
+  tokenizer = tokenizer_files.load_fast_tokenizer(directory)
   if chat_template:
     tokenizer.chat_template = templates.load_template(chat_template)
   if not tokenizer.chat_template:
@@ -191,45 +211,10 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
       'or a file with it).'
     )
   try:
-    return _with_turn_end(tokenizer, _generation_stops(path))
+    stops = tokenizer_files.generation_stops(epath.Path(directory).expanduser())
+    return _with_turn_end(tokenizer, stops)
   except ValueError as error:
     raise UserError(f'{directory}: {error}') from error
-
-
-def tokenizer_fingerprint(directory: str) -> str:
-  """Returns a hash that is equal for tokenizers that give every text the same ids.
-
-  The hash is sha256 of the vocabulary, merges, added tokens, normalizer and pre-tokenizer of
-  tokenizer.json. Chat template, padding, pad token, truncation and post-processor do not count.
-
-  Raises:
-    ValueError: `directory` has no tokenizer.json.
-  """
-  content = _read_tokenizer_json(epath.Path(directory).expanduser())
-  model = content['model']
-  merges = [m if isinstance(m, str) else ' '.join(m) for m in model.get('merges') or []]
-  added = sorted(content.get('added_tokens') or [], key=lambda token: token['id'])
-  parts = [model.get('vocab'), merges, added, content.get('normalizer')]
-  parts.append(content.get('pre_tokenizer'))
-  canonical = json.dumps(parts, sort_keys=True, separators=(',', ':'), ensure_ascii=True)
-  return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _read_tokenizer_json(path: epath.Path) -> dict[str, Any]:
-  file = path / 'tokenizer.json'
-  if not file.exists():
-    raise UserError(
-      f'{path} has no tokenizer.json; write one with '
-      'AutoTokenizer.from_pretrained(...).save_pretrained(...).'
-    )
-  return json.loads(file.read_text())
-
-
-def _generation_stops(path: epath.Path) -> list[int]:
-  """Returns the ids in eos_token_id of generation_config.json, which is an int, a list or null."""
-  file = path / 'generation_config.json'
-  stops = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
-  return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:

@@ -149,8 +149,7 @@ def _tokenize(
 ) -> tuple[list[int], list[int]]:
   """Returns the token ids of (prompt, response); plain text follows the BOS token."""
   if not prompt:
-    bos = tokenizer.tokenizer.bos_token_id
-    return ([] if bos is None else [bos]), tokenizer.encode([response])[0]
+    return tokenizer.bos_ids, tokenizer.encode([response])[0]
   return tokenizer.prompt_ids(prompt), tokenizer.response_ids(prompt, response)
 
 

@@ -54,6 +54,7 @@ def run(stage: Stage) -> dict[str, Any]:
   judge, questions = read_questions(rows)
   network = models.load_network_config(path, s.runtime, stage.mesh, stage.log)
   tokenizer = load_tokenizer(str(path), s.data.chat_template)
+  tokenizer = tokenizer.for_networks({'policy': network})
   limits = inputs.prompt_limits(
     s.data,
     {'policy': network},

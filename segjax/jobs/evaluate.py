@@ -52,6 +52,7 @@ def run(stage: Stage) -> dict[str, Any]:
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved = models.resolve_models(s, stage.mesh, stage.log)
   tokenizer = load_tokenizer(str(resolved.paths['policy']), s.data.chat_template)
+  tokenizer = tokenizer.for_networks(resolved.configs)
   collector = _make_collector(stage, resolved, tokenizer)
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
 

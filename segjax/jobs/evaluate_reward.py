@@ -198,6 +198,7 @@ def load_reward_model(
     reference = None
   config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']
   scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
+  tokenizer = tokenizer.for_networks(scorer.networks)
   return LoadedRewardModel(path, reference, spec, scorer, tokenizer)
 
 

@@ -73,6 +73,7 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.mesh,
     stage.log,
   )
+  tokenizer = tokenizer.for_networks(scorer.networks)
   pairs = _load_pairs(stage, tokenizer, configs['reward'])
   params = models.load_params(source, scorer.reward, 'scalar', s.runtime, stage.mesh)
   reference = None

@@ -67,6 +67,7 @@ def run(stage: Stage) -> dict[str, Any]:
     for name, path in paths.items()
   }
   configs = resolved.configs | {'policy': trained['policy']}
+  tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
   recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
   prompts = _load_prompts(stage, resolved.configs | {'critic': trained['critic']}, tokenizer)
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))

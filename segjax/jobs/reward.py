@@ -11,7 +11,8 @@ from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
 from segjax.hf.writer import save_checkpoint
@@ -68,6 +69,7 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.mesh,
     stage.log,
   )
+  tokenizer = tokenizer.for_networks(scorer.networks)
   pairs = _load_pairs(stage, tokenizer, config)
   reference = None
   if scorer.segmenter.needs_entropy:

@@ -27,6 +27,7 @@ def run(stage: Stage) -> dict[str, Any]:
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
   tokenizer = load_tokenizer(str(source), s.data.chat_template)
+  tokenizer = tokenizer.for_networks({'policy': config})
   limits = inputs.length_limits(s.data, config, stage.log)
   dataset = tokenize_conversations(inputs.load_config_rows(s.data), tokenizer, limits)
   inputs.log_dataset(dataset, stage.log)

@@ -15,6 +15,7 @@ from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_spread
 from segjax.data import demo_rows
 from segjax.data.batches import Prompts
+from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader, tensor_names
@@ -215,6 +216,8 @@ def make_recipe(
   tokenizer: ChatTokenizer,
 ) -> PPORecipe:
   """Returns the constants of a PPO run or an evaluation."""
+  others = {name: network for name, network in configs.items() if name != 'policy'}
+  check_sampled_ids(configs['policy'], others | {'critic': critic})
   segmentation = spec.segmentation
   if settings.reward_shaping.redistribute == 'red':
     # RED reads the score at the response's end, so the stop token has to lie in a segment.

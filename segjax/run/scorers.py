@@ -84,6 +84,7 @@ def load_annotator(
   )
   tokenizer = load_tokenizer(str(reference), settings.data.chat_template)
   configs = models.load_network_configs(paths, settings.runtime, mesh, log)
+  tokenizer = tokenizer.for_networks(configs)
   params = {
     name: models.load_params(path, configs[name], models.HEADS[name], settings.runtime, mesh)
     for name, path in paths.items()

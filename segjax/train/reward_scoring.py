@@ -32,6 +32,11 @@ class SegmentScorer:
   reference: LlamaConfig
   segmenter: Segmenter
 
+  @property
+  def networks(self) -> dict[str, LlamaConfig]:
+    """The networks by name."""
+    return {'reward model': self.reward, 'reference': self.reference}
+
 
 def reference_entropy(
   reference: Any, sequences: Sequences, scorer: SegmentScorer, slots: PackingSlots | None = None

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
-from segjax.data.tokenizer import tokenizer_fingerprint
+from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.rl.normalizer import PUBLISHED
 from segjax.storage import write_text_atomically

@@ -5,7 +5,8 @@ from fixtures import tokenizers
 from fixtures.tokenizers import assistant, user
 
 from segjax.data import tokenizer as tokenizer_lib
-from segjax.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from segjax.data.tokenizer import load_tokenizer
+from segjax.data.tokenizer_files import tokenizer_fingerprint
 
 PHI3 = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

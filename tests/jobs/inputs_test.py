@@ -151,7 +151,7 @@ def test_reward_model_without_a_normaliser(small, run, ppo_inputs, tmp_path):
 @pytest.mark.parametrize('has_fingerprint', [True, False])
 def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, changed, has_fingerprint):
   if has_fingerprint:
-    from segjax.data.tokenizer import tokenizer_fingerprint
+    from segjax.data.tokenizer_files import tokenizer_fingerprint
 
     sha = tokenizer_fingerprint(str(tmp_path / 'reward_model'))
     spec = RewardSpec(Segmentation(), Normalizer(), 'none', tokenizer_sha256=sha)
@@ -217,4 +217,55 @@ def test_a_language_model_is_not_a_reward_model(small, run, language, model, sta
     **{f'reward_model.segmentation.{name}': value for name, value in segmentation.items()},
   }
   with pytest.raises(ValueError, match='has no scalar head, so it is not a reward model'):
+    run(small(stage, **values))
+
+
+@pytest.fixture
+def beyond(ppo_inputs, tmp_path):
+  """A function that adds a token without an embedding to the models, in the template or not."""
+
+  def change(in_template):
+    for name in ('policy', 'reward_model'):
+      file = tmp_path / name / 'tokenizer.json'
+      content = json.loads(file.read_text())
+      token = dict(content['added_tokens'][0], content='<|new|>', id=_num_rows(tmp_path / name))
+      content['added_tokens'].append(token)
+      file.write_text(json.dumps(content))
+      config = tmp_path / name / 'tokenizer_config.json'
+      values = {'pad_token': '<|new|>'}
+      if in_template:
+        template = tmp_path / name / 'chat_template.jinja'
+        template.write_text('{{ "<|new|>" }}' + template.read_text())
+      _update_json(config, **values)
+
+  return change
+
+
+def _num_rows(directory):
+  return json.loads((directory / 'config.json').read_text())['vocab_size']
+
+
+@pytest.mark.parametrize(
+  'stage', ['sft', 'reward', 'normalizer', 'ppo', 'evaluate', 'evaluate_reward', 'answers', 'chat']
+)
+def test_ids_beyond_the_embedding(small, run, ppo_inputs, beyond, language, tmp_path, stage):
+  """The lookup returned the last row, and all but generation went on."""
+  kind = 'prompts' if stage in ('ppo', 'evaluate') else 'pairs'
+  rows = language / 'rows' / f'{kind}.jsonl.gz'
+  values = {'policy.path': str(tmp_path / 'policy'), 'data.path': str(rows)}
+  if stage == 'answers':
+    question = {'question_id': 1, 'category': 'x', 'turns': ['hello']}
+    (tmp_path / 'question.jsonl').write_text(json.dumps(question) + '\n')
+    values['data.path'] = str(tmp_path / 'question.jsonl')
+  if stage not in ('sft', 'reward', 'answers'):
+    values['reward_model.path'] = ppo_inputs['reward_model.path']
+  if stage in ('normalizer', 'evaluate_reward'):
+    values['reference.path'] = values.pop('policy.path')
+  if stage == 'evaluate':
+    values['reference.path'] = values['policy.path']
+  beyond(in_template=False)  # a pad token
+  with pytest.raises(AssertionError, match='weights were loaded'):
+    run(small(stage, **values))
+  beyond(in_template=True)
+  with pytest.raises(ValueError, match=r"'<\|new\|>' as id \d+, but the embedding of the .* has"):
     run(small(stage, **values))

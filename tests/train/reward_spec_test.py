@@ -7,7 +7,7 @@ import pytest
 
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
 from segjax.data import demo_rows
-from segjax.data.tokenizer import tokenizer_fingerprint
+from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.rl.normalizer import PUBLISHED
 from segjax.train import reward_spec
 from segjax.train.reward_spec import RewardSpec
