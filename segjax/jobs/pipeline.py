@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
+from segjax.jobs import stage_key
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.model.mesh import check_batch
@@ -23,6 +24,7 @@ from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.training_loop import checkpoint_dir
+from segjax.train.custom_reward import load_function
 
 
 def run(
@@ -93,8 +95,8 @@ def prepare(
           inputs.check_path(key, path, stage.directory)
     stages.append(stage)
   for name in settings.stages:
-    if check := JOBS[name].check:
-      check(settings)
+    for key, path in stage_key.function_paths(JOBS[name], settings).items():
+      load_function(path, key)
   return stages
 
 
@@ -164,7 +166,7 @@ def run_stage(stage: Stage) -> Results:
   job, key = JOBS[stage.name], {}
   results = None
   if processes.is_first():
-    key = {'settings': _settings_key(stage, job), 'inputs': _hash_inputs(stage, job)}
+    key = stage_key.make_key(stage, job)
     results = _prepare_directory(stage, job, key)
   stage.mirror.push_and_wait(stage.directory)
   results = processes.broadcast_from_first(results)
@@ -177,7 +179,9 @@ def run_stage(stage: Stage) -> Results:
   if processes.is_first():
     summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
     stage.log(f'done in {results["seconds"]:.1f} s{summary}')
-    results = stage_record.record_results(stage.directory, key, results, _hash_outputs(stage, job))
+    results = stage_record.record_results(
+      stage.directory, key, results, stage_key.hash_outputs(stage, job)
+    )
   stage.mirror.push_and_wait()
   if processes.is_first():
     _drop_states(stage)
@@ -193,7 +197,9 @@ def _drop_states(stage: Stage) -> None:
 def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
   """Returns results that can be reused; without any, makes the stage's directory ready."""
   stage_record.restore_old(stage.directory, key)
-  results = stage_record.load_results_if_valid(stage.directory, key, _hash_outputs(stage, job))
+  results = stage_record.load_results_if_valid(
+    stage.directory, key, stage_key.hash_outputs(stage, job)
+  )
   if results is not None and job.is_reusable:
     stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
@@ -211,46 +217,3 @@ def _short(value: Any) -> str:
 
 def _get(settings: Settings, key: str) -> Any:
   return operator.attrgetter(key)(settings)
-
-
-def _settings_key(stage: Stage, job: Job) -> dict[str, Any]:
-  """Returns the settings that the job reads, with paths relative to the working directory.
-
-  A run that was moved to another directory therefore still reuses its stages.
-  """
-  values = dataclasses.asdict(stage.settings)
-  return _relative_to(stage.directory.parent, {name: values[name] for name in job.sections})
-
-
-def _relative_to(workdir: Path, value: Any) -> Any:
-  if isinstance(value, dict):
-    return {name: _relative_to(workdir, item) for name, item in value.items()}
-  return value.removeprefix(f'{workdir}/') if isinstance(value, str) else value
-
-
-def _hash_inputs(stage: Stage, job: Job) -> dict[str, str]:
-  """Returns content hashes of the local files and directories that the stage reads, by key."""
-  paths = {}
-  for item in job.inputs:
-    paths |= item.paths(_get(stage.settings, item.key))
-  if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
-    paths['data.chat_template'] = stage.settings.data.chat_template
-  # A file that the job itself writes into an input must not count as a change of that input.
-  skip = job.rewrites[1:] if job.rewrites else ()
-  return {
-    key: stage_record.content_hash(Path(path).expanduser(), skip)
-    for key, path in paths.items()
-    if path and Path(path).expanduser().exists()
-  }
-
-
-def _hash_outputs(stage: Stage, job: Job) -> dict[str, str]:
-  """Returns content hashes of what the stage has written."""
-  paths = {name: stage.directory / name for name in job.outputs}
-  skip = [other.rewrites[1] for other in JOBS.values() if other.rewrites and other is not job]
-  if job.rewrites:
-    key, file = job.rewrites
-    paths[file] = Path(_get(stage.settings, key)).expanduser() / file
-  return {
-    name: stage_record.content_hash(path, skip) for name, path in paths.items() if path.exists()
-  }

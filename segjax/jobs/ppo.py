@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -185,11 +186,16 @@ def _make_trainer(
     frozen=frozen,
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
-    gold=evaluate.load_eval_functions(s.evaluate)[0],
+    gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,
   )
+
+
+def _functions(settings: Settings) -> tuple[str, ...]:
+  gold = ('evaluate.gold_reward_fn',) if settings.ppo.eval_every else ()  # of eval/gold
+  return ('reward_shaping.reward_fn', *gold)
 
 
 JOB = Job(
@@ -213,7 +219,7 @@ JOB = Job(
     Input('critic.init', keywords=CRITICS),
     data_input('prompts'),
   ),
-  check=evaluate.check_functions,
+  functions=_functions,
   outputs=('model', 'critic'),
   batch_keys=PLAN.batch_keys,
   summary=('reward', 'kl'),
