@@ -15,6 +15,7 @@ WINGS = (
     'lost_peers',
     'types',
     'processes',
+    'json_files',
     'storage',
     'rl',
     'config',

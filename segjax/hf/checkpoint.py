@@ -6,7 +6,6 @@ mapped by `tensor_names`, weights read by `reader`.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 import safetensors
 
+from segjax import json_files
 from segjax.data.sources import is_hub_id
 from segjax.errors import UserError
 from segjax.hf import hub
@@ -89,16 +89,10 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object; a ValueError names the file if it is missing or invalid."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=_without_repeats)
-  except FileNotFoundError as error:
-    raise UserError(f'{path} does not exist; is {path.parent} an HF checkpoint?') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not valid JSON ({error}); fetch it again.') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path} holds a JSON {type(value).__name__}, not an object; fetch it again.')
-  return value
+  """Reads a JSON object of a checkpoint; a UserError names the file if it is missing or invalid."""
+  if not path.exists():
+    raise UserError(f'{path} does not exist; is {path.parent} an HF checkpoint?')
+  return json_files.read_object(path, fix='fetch it again')
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
@@ -203,15 +197,6 @@ def _shard_files(index: Path) -> dict[str, list[str]]:
       )
     shards.setdefault(shard, []).append(name)
   return shards
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns a JSON object whose keys differ; json itself keeps the last of equal ones."""
-  value = dict(pairs)
-  if len(value) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise UserError(f'{next(name for name in value if names.count(name) > 1)} occurs twice')
-  return value
 
 
 def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:

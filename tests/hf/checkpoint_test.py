@@ -169,7 +169,7 @@ def test_follows_the_links_of_the_hub_cache(tmp_path):
 
 def test_refuses_an_index_with_a_repeated_tensor(tmp_path):
   (tmp_path / checkpoint.INDEX).write_text('{"weight_map": {"a": "x", "b": "y", "a": "z"}}')
-  with pytest.raises(ValueError, match=r'index\.json is not valid JSON \(a occurs twice\)'):
+  with pytest.raises(ValueError, match=r"index\.json is not valid JSON \('a' occurs twice\)"):
     checkpoint.open_checkpoint(tmp_path)
 
 
