@@ -4,11 +4,11 @@ Settings that contradict each other are refused by `conflicts`. Each message giv
 fix.
 """
 
-import difflib
 from operator import attrgetter
 
 from segjax.config import conflicts, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
+from segjax.config.field_checks import check_choice, check_minimum
 from segjax.config.settings import Settings
 from segjax.errors import UserError
 
@@ -46,7 +46,7 @@ def _check_choices(s: Settings) -> None:
   for key, names in CHOICES.items():
     value = attrgetter(key)(s)
     if value is not None:
-      _check_choice(key, value, names)
+      check_choice(f'config.{key}', value, names)
 
 
 def _check_activations(s: Settings) -> None:
@@ -76,19 +76,11 @@ def _check_activations(s: Settings) -> None:
     )
 
 
-def _check_choice(key: str, value: str, names: tuple[str, ...]) -> None:
-  if value not in names:
-    near = difflib.get_close_matches(value, names, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    listed = ', '.join(name or "''" for name in names)
-    raise UserError(f'config.{key}={value!r} is not one of {listed}{hint}')
-
-
 def _check_ranges(s: Settings) -> None:
   for key, minimum in MINIMUMS.items():
     value = attrgetter(key)(s)
-    if value is not None and value < minimum:
-      raise UserError(f'config.{key}={value} must be at least {minimum}.')
+    if value is not None:
+      check_minimum(f'config.{key}', value, minimum)
   quantile = s.reward.threshold_search.entropy_quantile
   if not 0 <= quantile < 1:
     raise UserError(
