@@ -51,6 +51,8 @@ def run(stage: Stage) -> dict[str, Any]:
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved = models.resolve_models(s, stage.mesh, stage.log)
+  if resolved.paths['policy'].samefile(resolved.paths['reference']):
+    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
   tokenizer = load_tokenizer(str(resolved.paths['policy']), s.data.chat_template)
   collector = _make_collector(stage, resolved, tokenizer)
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)

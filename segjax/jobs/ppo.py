@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from segjax.config.no_effect import frozen_networks
 from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
@@ -70,6 +71,8 @@ def run(stage: Stage) -> dict[str, Any]:
   configs = resolved.configs | {'policy': trained['policy']}
   recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
   prompts = _load_prompts(stage, resolved.configs | {'critic': trained['critic']}, tokenizer)
+  for name in frozen_networks(s):
+    stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
   names = ('reference', 'reward')
