@@ -69,7 +69,7 @@ class Job:
     functions: (settings) -> keys of the user's functions that it calls.
     outputs: files and directories that it writes, relative to the stage's directory.
     rewrites: (key, file), if it writes a file into the directory of one of its inputs.
-    is_reusable: whether its results are reused by a run with the same settings and inputs.
+    has_files: whether it writes files, which a run with the same settings and inputs reuses.
     batch_keys: keys of batch sizes that are divided over the devices.
     summary: keys of the results that the stage's last line shows.
     print_table: (results) -> None, called at the end of the run.
@@ -89,7 +89,7 @@ class Job:
   functions: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
   outputs: tuple[str, ...] = ()
   rewrites: tuple[str, str] | None = None
-  is_reusable: bool = True
+  has_files: bool = True
   batch_keys: tuple[str, ...] = ()
   summary: tuple[str, ...] = ()
   print_table: Callable[[Results], None] | None = None

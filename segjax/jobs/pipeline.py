@@ -19,7 +19,7 @@ from segjax.jobs.registry import JOBS, check_stages
 from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
-from segjax.report.html_report import Page
+from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
@@ -39,7 +39,8 @@ def run(
     config_name: title of report.html.
   """
   results = {}
-  with Page(workdir, config_name, [stage.name for stage in stages]) as page:
+  written = [stage.name for stage in stages if JOBS[stage.name].has_files]
+  with Page(workdir, config_name, written) if written else NoPage() as page:
     for stage in stages:
       with jax.set_mesh(stage.mesh):
         results[stage.name] = run_stage(dataclasses.replace(stage, refresh=page.refresh))
@@ -164,6 +165,8 @@ def _source_value(source: str, settings: Settings, workdir: Path, earlier: tuple
 def run_stage(stage: Stage) -> Results:
   """Runs one stage, or reuses the results of a run with the same settings and inputs."""
   job, key = JOBS[stage.name], {}
+  if not job.has_files:
+    return _run_job(stage, job)
   results = None
   if processes.is_first():
     key = stage_key.make_key(stage, job)
@@ -172,13 +175,8 @@ def run_stage(stage: Stage) -> Results:
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
-  start_time = time.monotonic()
-  results = job.run(stage)
-  results['seconds'] = time.monotonic() - start_time
-  processes.barrier(f'{stage.name} done')
+  results = _run_job(stage, job)
   if processes.is_first():
-    summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
-    stage.log(f'done in {results["seconds"]:.1f} s{summary}')
     results = stage_record.record_results(
       stage.directory, key, results, stage_key.hash_outputs(stage, job)
     )
@@ -186,6 +184,23 @@ def run_stage(stage: Stage) -> Results:
   if processes.is_first():
     _drop_states(stage)
   return processes.broadcast_from_first(results)
+
+
+def _run_job(stage: Stage, job: Job) -> Results:
+  """Runs the job and prints a line at its end."""
+  start_time = time.monotonic()
+  results = job.run(stage)
+  results['seconds'] = time.monotonic() - start_time
+  processes.barrier(f'{stage.name} done')
+  if processes.is_first():
+    summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
+    stage.log(f'done in {results["seconds"]:.1f} s{summary}')
+  return results
+
+
+def writes_files(settings: Settings) -> bool:
+  """Returns whether a stage of the run writes files: chat and selfcheck alone write none."""
+  return any(JOBS[name].has_files for name in settings.stages)
 
 
 def _drop_states(stage: Stage) -> None:
@@ -200,13 +215,13 @@ def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results
   results = stage_record.load_results_if_valid(
     stage.directory, key, stage_key.hash_outputs(stage, job)
   )
-  if results is not None and job.is_reusable:
+  if results is not None:
     stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
   log('')
   reason = stage_record.prepare_directory(stage.directory, key)
-  if reason and job.is_reusable:
+  if reason:
     stage.log(f'runs again: {reason} (the earlier output is in {stage.directory}.old)')
   return None
 

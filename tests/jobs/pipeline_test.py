@@ -343,3 +343,9 @@ def test_a_moved_hub_id_reruns(small, run, counted, inputs, tmp_path, capsys, mo
   assert counted == ['sft'] * 3
   out = capsys.readouterr().out
   assert 'content of policy.path changed' in out and 'content of data.path changed' in out
+
+
+def test_a_run_without_files_writes_nothing(small, run, fake_jobs, tmp_path):
+  fake_jobs(selfcheck=lambda stage: {}, chat=lambda stage: {'answers': 1})
+  assert run(small('selfcheck', 'chat'), tmp_path / 'w')['chat']['answers'] == 1
+  assert not (tmp_path / 'w').exists()
