@@ -28,7 +28,7 @@ from segjax.config.settings import Settings
 from segjax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory or bucket of the run; default runs/<config>-<preset>-seed<seed>.'
+  'workdir', None, 'Directory or bucket of the run; default runs/<config>[-<preset>]-seed<seed>.'
 )
 _LOCAL_COPY = flags.DEFINE_string(
   'local_copy',
@@ -56,10 +56,14 @@ _JOIN_TIMEOUT = flags.DEFINE_float('join_timeout', 300.0, 'Seconds to wait for a
 
 
 def default_workdir(config_file: str, seed: int) -> str:
-  """Returns runs/<config>-<preset>-seed<seed> for the value of --config."""
+  """Returns runs/<config>-<preset>-seed<seed> for the value of --config.
+
+  Without a preset it is the one that the config takes by default; some have none.
+  """
   path, _, preset = config_file.partition(':')
-  preset = re.sub(r'[^A-Za-z0-9_.]+', '-', preset or 'demo')
-  return f'runs/{Path(path).stem}-{preset}-seed{seed}'
+  parts = [Path(path).stem, preset or config_files.default_preset(path), f'seed{seed}']
+  names = [re.sub(r'[^A-Za-z0-9_.]+', '-', part) for part in parts if part]
+  return f'runs/{"-".join(names)}'
 
 
 def main(_: list[str]) -> None:
@@ -72,8 +76,7 @@ def main(_: list[str]) -> None:
     # transformers would warn that torch is missing, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = command_line.settings_from_flags()
-  workdir_flag = _WORKDIR.value or default_workdir(name, settings.seed)
-  log(f'segjax {name} -> {workdir_flag}\nstages {", ".join(settings.stages)}')
+  log(f'segjax {name}\nstages {", ".join(settings.stages)}')
 
   import jax
 
@@ -92,6 +95,11 @@ def main(_: list[str]) -> None:
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   log(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
+  has_files = pipeline.writes_files(settings)
+  workdir_flag = default_workdir(name, settings.seed)
+  if has_files:
+    workdir_flag = _WORKDIR.value or workdir_flag
+    log(f'output {workdir_flag}')
   workdir, mirror = _open_workdir(workdir_flag, settings)
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
   stages = pipeline.prepare(settings, workdir, mesh, mirror, Command(name, line))
@@ -99,10 +107,13 @@ def main(_: list[str]) -> None:
     dry_run.run(settings, stages)
     return
   pipeline.check_complete(stages)
+  preemption.interrupt_on_sigterm()
+  if not has_files:
+    pipeline.run(stages, workdir, _STARTED, name)
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
-  preemption.interrupt_on_sigterm()
   with mirror.hold_lock(workdir):
     if processes.is_first():
       (workdir / 'config.json').write_text(

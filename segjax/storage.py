@@ -92,7 +92,7 @@ class JsonLine(NamedTuple):
 
 
 def scan_json_lines(path: Path) -> Iterator[JsonLine]:
-  """Yields the valid lines of a file; none if there is no file.
+  """Yields the lines of a file that are JSON objects; none if there is no file.
 
   Skips torn lines: a process may have been killed while it wrote one, or may still be writing it.
   """
@@ -103,9 +103,9 @@ def scan_json_lines(path: Path) -> Iterator[JsonLine]:
     for line in file:
       try:
         value = json.loads(line)
-      except ValueError:  # neither JSON nor UTF-8: torn, or still being written
-        pass
-      else:
+      except (ValueError, RecursionError):  # neither JSON nor UTF-8: torn, or still being written
+        value = None
+      if isinstance(value, dict):
         yield JsonLine(offset, len(line), value)
       # Of torn lines too: offsets are positions in the file.
       offset += len(line)
@@ -117,7 +117,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_json_lines(path: Path, step: int) -> None:
-  """Drops the lines whose 'step' is `step` or later, and torn lines.
+  """Drops the lines whose 'step' is `step` or later, and torn lines or those without a step.
 
   A run that resumes from a checkpoint repeats these steps. The file is replaced atomically, so a
   kill loses no line.
@@ -126,10 +126,16 @@ def truncate_json_lines(path: Path, step: int) -> None:
     return
   with atomic_file(path) as partial, path.open('rb') as old, partial.open('wb') as new:
     for line in scan_json_lines(path):
-      if line.value['step'] < step:
+      if is_before(line.value, step):
         old.seek(line.offset)
         # A last line without its newline would be joined with the next one that is appended.
         new.write(old.read(line.size).rstrip(b'\n') + b'\n')
+
+
+def is_before(values: dict[str, Any], step: int) -> bool:
+  """Returns whether the values are those of a step before `step`."""
+  number = values.get('step')
+  return isinstance(number, int) and not isinstance(number, bool) and number < step
 
 
 @contextlib.contextmanager

@@ -30,10 +30,29 @@ def _segjax(*arguments):
     ('configs/ppo.py', 'runs/ppo-demo-seed3'),
     ('configs/ppo.py:local', 'runs/ppo-local-seed3'),
     ('/elsewhere/my.py:llama3_8b_sft,token', 'runs/my-llama3_8b_sft-token-seed3'),
+    ('configs/chat.py', 'runs/chat-seed3'),
+    ('configs/selfcheck.py', 'runs/selfcheck-seed3'),
+    ('configs/sft.py', 'runs/sft-demo-seed3'),
+    ('/elsewhere/my.py', 'runs/my-seed3'),
   ],
 )
 def test_default_workdir(config, expected):
   assert main.default_workdir(config, 3) == expected
+
+
+@pytest.mark.parametrize(
+  'arguments, expected',
+  [
+    ('', 'runs/my-seed3'),
+    ('preset', 'runs/my-seed3'),
+    ("preset='small'", 'runs/my-small-seed3'),
+    ("preset: str = 'small,token'", 'runs/my-small-token-seed3'),
+    ('preset=NAME', 'runs/my-seed3'),
+  ],
+)
+def test_default_workdir_of_a_config_of_ones_own(tmp_path, arguments, expected):
+  (tmp_path / 'my.py').write_text(f'def get_config({arguments}):\n  pass\n')
+  assert main.default_workdir(str(tmp_path / 'my.py'), 3) == expected
 
 
 @pytest.mark.parametrize(

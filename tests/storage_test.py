@@ -142,3 +142,12 @@ def test_truncation_keeps_the_steps_before(tmp_path):
   assert [value['step'] for value in storage.read_json_lines(path)] == [0]
   storage.truncate_json_lines(tmp_path / 'missing', 5)
   assert _tree(tmp_path).keys() == {'lines'}
+
+
+def test_lines_that_a_person_has_spoilt_are_left_out(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  spoilt = ['3', '[]', '[' * 100_000, '{"loss": 1}', '{"step": "1"}', '{"step": true}']
+  path.write_text('\n'.join(['{"step": 0}', *spoilt, '{"step": 1}']) + '\n')
+  assert [v.get('step') for v in storage.read_json_lines(path)] == [0, None, '1', True, 1]
+  storage.truncate_json_lines(path, 2)
+  assert path.read_text() == '{"step": 0}\n{"step": 1}\n'

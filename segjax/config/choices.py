@@ -69,7 +69,7 @@ _AT_LEAST_0 = (
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),
   *_keys('report', 'every_steps eval_responses'),
-  # A learning rate of 0 is allowed: it freezes a network, for debugging.
+  # A learning rate of 0 freezes a network; `no_effect` refuses it where nothing else is trained.
   *(f'{optimizer}.learning_rate' for optimizer in OPTIMIZERS),
 )
 _AT_LEAST_1 = (

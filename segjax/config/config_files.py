@@ -63,6 +63,18 @@ def resolve(value: str) -> str:
   return f'{path}{colon}{preset}'
 
 
+def default_preset(file: str) -> str:
+  """Returns the preset of a config file if none is given; '' if its source does not show one."""
+  path = Path(file) if Path(file).is_file() else shipped_root() / file
+  if not path.is_file():
+    return ''
+  for node in ast.parse(path.read_text(encoding='utf-8')).body:
+    if isinstance(node, ast.FunctionDef) and node.name == 'get_config':
+      defaults = [value.value for value in node.args.defaults if isinstance(value, ast.Constant)]
+      return defaults[0] if defaults and isinstance(defaults[0], str) else ''
+  return ''
+
+
 def short_name(value: str) -> str:
   """Returns the value of --config with the path of a shipped file relative to its root."""
   return value.removeprefix(f'{shipped_root()}/')

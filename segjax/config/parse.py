@@ -6,14 +6,13 @@ The values themselves are checked by `validate`. Nothing here needs a file or a 
 import dataclasses
 import difflib
 import functools
-import math
-import types
 import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from segjax.config import renamed
+from segjax.config.field_checks import typed
 from segjax.config.reference_exact import apply_reference_exact
 from segjax.config.settings import Settings
 from segjax.config.validate import validate
@@ -67,23 +66,5 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
       fields[key] = _build(kinds[key], value, f'{prefix}{key}.')
     else:
       renamed.check_value(prefix + key, value)
-      fields[key] = _typed(f'config.{prefix}{key}', value, kinds[key])
+      fields[key] = typed(f'config.{prefix}{key}', value, kinds[key])
   return cls(**fields)
-
-
-def _typed(key: str, value: Any, kind: Any) -> Any:
-  """Returns the value as `kind`; the names of a tuple may also come joined by commas."""
-  if isinstance(kind, types.UnionType):  # `X | None`
-    if value is None:
-      return None
-    kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
-  if typing.get_origin(kind) is tuple:
-    parts = [value] if isinstance(value, str) else value
-    return tuple(name.strip() for part in parts for name in part.split(',') if name.strip())
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-    raise UserError(f'{key}={value!r} must be of type {kind.__name__}.')
-  if kind is float and not math.isfinite(value):
-    raise UserError(f'{key}={value!r} must be finite.')
-  return value

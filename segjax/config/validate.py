@@ -4,12 +4,12 @@ Settings that contradict each other are refused by `conflicts`. Each message giv
 fix.
 """
 
-import difflib
 from operator import attrgetter
 
-from segjax.config import conflicts, renamed
+from segjax.config import conflicts, no_effect, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
-from segjax.config.settings import Settings
+from segjax.config.field_checks import check_choice, check_minimum
+from segjax.config.settings import Optimizer, Settings
 from segjax.errors import UserError
 
 
@@ -24,6 +24,7 @@ def validate(settings: Settings) -> None:
   _check_packing(settings)
   renamed.check_metric(settings.checkpoint.best_metric, 'config.checkpoint.best_metric=')
   conflicts.check_conflicts(settings)
+  no_effect.check_no_effect(settings)
 
 
 def resolve_spread(settings: Settings, granularity: str) -> str:
@@ -46,7 +47,7 @@ def _check_choices(s: Settings) -> None:
   for key, names in CHOICES.items():
     value = attrgetter(key)(s)
     if value is not None:
-      _check_choice(key, value, names)
+      check_choice(f'config.{key}', value, names)
 
 
 def _check_activations(s: Settings) -> None:
@@ -76,19 +77,11 @@ def _check_activations(s: Settings) -> None:
     )
 
 
-def _check_choice(key: str, value: str, names: tuple[str, ...]) -> None:
-  if value not in names:
-    near = difflib.get_close_matches(value, names, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    listed = ', '.join(name or "''" for name in names)
-    raise UserError(f'config.{key}={value!r} is not one of {listed}{hint}')
-
-
 def _check_ranges(s: Settings) -> None:
   for key, minimum in MINIMUMS.items():
     value = attrgetter(key)(s)
-    if value is not None and value < minimum:
-      raise UserError(f'config.{key}={value} must be at least {minimum}.')
+    if value is not None:
+      check_minimum(f'config.{key}', value, minimum)
   quantile = s.reward.threshold_search.entropy_quantile
   if not 0 <= quantile < 1:
     raise UserError(
@@ -115,10 +108,24 @@ def _check_ranges(s: Settings) -> None:
     )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
+  if s.ppo.clip_eps <= 0:
+    raise UserError(f'config.ppo.clip_eps={s.ppo.clip_eps} must be above 0; 0 stops all learning.')
   for key in OPTIMIZERS:
-    warmup_ratio = attrgetter(key)(s).warmup_ratio
-    if not 0 <= warmup_ratio <= 1:
-      raise UserError(f'config.{key}.warmup_ratio={warmup_ratio} must be from 0 to 1.')
+    _check_optimizer(attrgetter(key)(s), f'config.{key}')
+
+
+def _check_optimizer(optimizer: Optimizer, key: str) -> None:
+  for name in ('warmup_ratio', 'min_lr_ratio'):
+    if not 0 <= (value := getattr(optimizer, name)) <= 1:
+      raise UserError(f'{key}.{name}={value} must be from 0 to 1.')
+  for name in ('beta1', 'beta2'):
+    if not 0 <= (value := getattr(optimizer, name)) < 1:
+      raise UserError(f'{key}.{name}={value} must be at least 0 and below 1.')
+  # A norm of 0 scales every gradient to 0, a negative one turns it round.
+  for name in ('epsilon', 'max_grad_norm'):
+    if (value := getattr(optimizer, name)) <= 0:
+      raise UserError(f'{key}.{name}={value} must be above 0.')
+  check_minimum(f'{key}.weight_decay', optimizer.weight_decay, 0)
 
 
 def _check_lengths(s: Settings) -> None:

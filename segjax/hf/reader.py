@@ -92,7 +92,9 @@ def load_params(
   if files.not_finite:
     message = describe_not_finite(files.not_finite)
     if strict:
-      raise UserError(f'{message}; strict=False loads them with a warning.')
+      raise UserError(
+        f'{message}; these weights give NaN for every text, use an earlier checkpoint.'
+      )
     logging.warning('%s', message)
   if fresh:
     own = params['backbone']['embedding'].dtype

@@ -162,6 +162,6 @@ JOB = Job(
     dataclasses.replace(POLICY, is_required=never),
     dataclasses.replace(REWARD_MODEL, is_required=never),
   ),
-  is_reusable=False,
+  has_files=False,
   num_networks=2,
 )

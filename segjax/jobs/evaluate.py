@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Evaluate, Settings
+from segjax.config.settings import Evaluate
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.evaluation.intervals import format_interval
@@ -51,6 +51,8 @@ def run(stage: Stage) -> dict[str, Any]:
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved = models.resolve_models(s, stage.mesh, stage.log)
+  if resolved.paths['policy'].samefile(resolved.paths['reference']):
+    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
   tokenizer = load_tokenizer(str(resolved.paths['policy']), s.data.chat_template)
   tokenizer = tokenizer.for_networks(resolved.configs)
   collector = _make_collector(stage, resolved, tokenizer)
@@ -116,13 +118,6 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
     'evaluate.boundary_fn': settings.boundary_fn,
   }
   return tuple(load_function(path, key) if path else None for key, path in paths.items())
-
-
-def check_functions(settings: Settings) -> None:
-  """Loads the user's functions; UserError names the config key of one that cannot be loaded."""
-  load_eval_functions(settings.evaluate)
-  if settings.reward_shaping.reward_fn:
-    load_function(settings.reward_shaping.reward_fn, 'reward_shaping.reward_fn')
 
 
 def sample_responses(
@@ -270,7 +265,11 @@ JOB = Job(
     OPTIONAL_REWARD_MODEL,
     data_input('held_out'),
   ),
-  check=check_functions,
+  functions=lambda s: (
+    'evaluate.gold_reward_fn',
+    'evaluate.boundary_fn',
+    'reward_shaping.reward_fn',
+  ),
   outputs=('results.json',),
   batch_keys=('evaluate.batch_size',),
   print_table=print_table,

@@ -34,6 +34,7 @@ class Input:
     is_required: (settings) -> whether the job cannot run without it.
     keywords: values that are not paths.
     is_list: the value holds several paths, separated by commas.
+    is_rows: the value names rows, not a checkpoint.
   """
 
   key: str
@@ -42,6 +43,7 @@ class Input:
   is_required: Callable[[Settings], bool] = always
   keywords: tuple[str, ...] = ()
   is_list: bool = False
+  is_rows: bool = False
 
   def paths(self, value: str) -> dict[str, str]:
     """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of a list."""
@@ -64,10 +66,10 @@ class Job:
     run: does the work and returns the results.
     sections: the sections of the settings that determine its results.
     inputs: the checkpoints and rows that it reads.
-    check: (settings) -> None; called before the first stage, to fail early.
+    functions: (settings) -> keys of the user's functions that it calls.
     outputs: files and directories that it writes, relative to the stage's directory.
     rewrites: (key, file), if it writes a file into the directory of one of its inputs.
-    is_reusable: whether its results are reused by a run with the same settings and inputs.
+    has_files: whether it writes files, which a run with the same settings and inputs reuses.
     batch_keys: keys of batch sizes that are divided over the devices.
     summary: keys of the results that the stage's last line shows.
     print_table: (results) -> None, called at the end of the run.
@@ -84,10 +86,10 @@ class Job:
   run: Callable[[Stage], Results]
   sections: tuple[str, ...]
   inputs: tuple[Input, ...] = ()
-  check: Callable[[Settings], None] | None = None
+  functions: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
   outputs: tuple[str, ...] = ()
   rewrites: tuple[str, str] | None = None
-  is_reusable: bool = True
+  has_files: bool = True
   batch_keys: tuple[str, ...] = ()
   summary: tuple[str, ...] = ()
   print_table: Callable[[Results], None] | None = None
@@ -118,4 +120,4 @@ OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_rewa
 def data_input(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:
   """Returns the input of rows: config.data.path, or these rows of the built-in language."""
   sources = ('config.data.path', f'demo/rows/{rows}.jsonl.gz')
-  return Input('data.path', sources, is_required=is_required)
+  return Input('data.path', sources, is_required=is_required, is_rows=True)

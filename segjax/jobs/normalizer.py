@@ -29,6 +29,8 @@ from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
 from segjax.types import Normalizer
 
+BINS_FILE = 'normalizer.json'
+
 
 class Statistics(NamedTuple):
   """Scores that a normaliser is fitted to.
@@ -130,7 +132,7 @@ def write_bins(directory: Path, statistics: Statistics, coefficients: dict[str, 
   }
   directory.mkdir(parents=True, exist_ok=True)
   record = json.dumps({'coefficients': coefficients, 'bins': bins})
-  (directory / 'normalizer.json').write_text(record + '\n', encoding='utf-8')
+  (directory / BINS_FILE).write_text(record + '\n', encoding='utf-8')
 
 
 def resolve_kind(kind: str, granularity: str) -> str:
@@ -217,6 +219,7 @@ JOB = Job(
   run=run,
   sections=(*COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
   inputs=(REWARD_MODEL, REFERENCE, data_input('pairs')),
+  outputs=(BINS_FILE,),
   rewrites=('reward_model.path', reward_spec.REWARD_SPEC_FILE),
   batch_keys=('normalizer.batch_size',),
   summary=('segments',),

@@ -13,16 +13,18 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
+from segjax.jobs import stage_key
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
-from segjax.report.html_report import Page
+from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.training_loop import checkpoint_dir
+from segjax.train.custom_reward import load_function
 
 
 def run(
@@ -37,7 +39,8 @@ def run(
     config_name: title of report.html.
   """
   results = {}
-  with Page(workdir, config_name, [stage.name for stage in stages]) as page:
+  written = [stage.name for stage in stages if JOBS[stage.name].has_files]
+  with Page(workdir, config_name, written) if written else NoPage() as page:
     for stage in stages:
       with jax.set_mesh(stage.mesh):
         results[stage.name] = run_stage(dataclasses.replace(stage, refresh=page.refresh))
@@ -93,8 +96,8 @@ def prepare(
           inputs.check_path(key, path, stage.directory)
     stages.append(stage)
   for name in settings.stages:
-    if check := JOBS[name].check:
-      check(settings)
+    for key, path in stage_key.function_paths(JOBS[name], settings).items():
+      load_function(path, key)
   return stages
 
 
@@ -162,14 +165,29 @@ def _source_value(source: str, settings: Settings, workdir: Path, earlier: tuple
 def run_stage(stage: Stage) -> Results:
   """Runs one stage, or reuses the results of a run with the same settings and inputs."""
   job, key = JOBS[stage.name], {}
+  if not job.has_files:
+    return _run_job(stage, job)
   results = None
   if processes.is_first():
-    key = {'settings': _settings_key(stage, job), 'inputs': _hash_inputs(stage, job)}
+    key = stage_key.make_key(stage, job)
     results = _prepare_directory(stage, job, key)
   stage.mirror.push_and_wait(stage.directory)
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
+  results = _run_job(stage, job)
+  if processes.is_first():
+    results = stage_record.record_results(
+      stage.directory, key, results, stage_key.hash_outputs(stage, job)
+    )
+  stage.mirror.push_and_wait()
+  if processes.is_first():
+    _drop_states(stage)
+  return processes.broadcast_from_first(results)
+
+
+def _run_job(stage: Stage, job: Job) -> Results:
+  """Runs the job and prints a line at its end."""
   start_time = time.monotonic()
   results = job.run(stage)
   results['seconds'] = time.monotonic() - start_time
@@ -177,11 +195,12 @@ def run_stage(stage: Stage) -> Results:
   if processes.is_first():
     summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
     stage.log(f'done in {results["seconds"]:.1f} s{summary}')
-    results = stage_record.record_results(stage.directory, key, results, _hash_outputs(stage, job))
-  stage.mirror.push_and_wait()
-  if processes.is_first():
-    _drop_states(stage)
-  return processes.broadcast_from_first(results)
+  return results
+
+
+def writes_files(settings: Settings) -> bool:
+  """Returns whether a stage of the run writes files: chat and selfcheck alone write none."""
+  return any(JOBS[name].has_files for name in settings.stages)
 
 
 def _drop_states(stage: Stage) -> None:
@@ -193,14 +212,16 @@ def _drop_states(stage: Stage) -> None:
 def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
   """Returns results that can be reused; without any, makes the stage's directory ready."""
   stage_record.restore_old(stage.directory, key)
-  results = stage_record.load_results_if_valid(stage.directory, key, _hash_outputs(stage, job))
-  if results is not None and job.is_reusable:
+  results = stage_record.load_results_if_valid(
+    stage.directory, key, stage_key.hash_outputs(stage, job)
+  )
+  if results is not None:
     stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
   log('')
   reason = stage_record.prepare_directory(stage.directory, key)
-  if reason and job.is_reusable:
+  if reason:
     stage.log(f'runs again: {reason} (the earlier output is in {stage.directory}.old)')
   return None
 
@@ -211,46 +232,3 @@ def _short(value: Any) -> str:
 
 def _get(settings: Settings, key: str) -> Any:
   return operator.attrgetter(key)(settings)
-
-
-def _settings_key(stage: Stage, job: Job) -> dict[str, Any]:
-  """Returns the settings that the job reads, with paths relative to the working directory.
-
-  A run that was moved to another directory therefore still reuses its stages.
-  """
-  values = dataclasses.asdict(stage.settings)
-  return _relative_to(stage.directory.parent, {name: values[name] for name in job.sections})
-
-
-def _relative_to(workdir: Path, value: Any) -> Any:
-  if isinstance(value, dict):
-    return {name: _relative_to(workdir, item) for name, item in value.items()}
-  return value.removeprefix(f'{workdir}/') if isinstance(value, str) else value
-
-
-def _hash_inputs(stage: Stage, job: Job) -> dict[str, str]:
-  """Returns content hashes of the local files and directories that the stage reads, by key."""
-  paths = {}
-  for item in job.inputs:
-    paths |= item.paths(_get(stage.settings, item.key))
-  if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
-    paths['data.chat_template'] = stage.settings.data.chat_template
-  # A file that the job itself writes into an input must not count as a change of that input.
-  skip = job.rewrites[1:] if job.rewrites else ()
-  return {
-    key: stage_record.content_hash(Path(path).expanduser(), skip)
-    for key, path in paths.items()
-    if path and Path(path).expanduser().exists()
-  }
-
-
-def _hash_outputs(stage: Stage, job: Job) -> dict[str, str]:
-  """Returns content hashes of what the stage has written."""
-  paths = {name: stage.directory / name for name in job.outputs}
-  skip = [other.rewrites[1] for other in JOBS.values() if other.rewrites and other is not job]
-  if job.rewrites:
-    key, file = job.rewrites
-    paths[file] = Path(_get(stage.settings, key)).expanduser() / file
-  return {
-    name: stage_record.content_hash(path, skip) for name, path in paths.items() if path.exists()
-  }

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from segjax.config.no_effect import frozen_networks
+from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -70,6 +72,8 @@ def run(stage: Stage) -> dict[str, Any]:
   tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
   recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
   prompts = _load_prompts(stage, resolved.configs | {'critic': trained['critic']}, tokenizer)
+  for name in frozen_networks(s):
+    stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
   names = ('reference', 'reward')
@@ -186,11 +190,16 @@ def _make_trainer(
     frozen=frozen,
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
-    gold=evaluate.load_eval_functions(s.evaluate)[0],
+    gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,
   )
+
+
+def _functions(settings: Settings) -> tuple[str, ...]:
+  gold = ('evaluate.gold_reward_fn',) if settings.ppo.eval_every else ()  # of eval/gold
+  return ('reward_shaping.reward_fn', *gold)
 
 
 JOB = Job(
@@ -214,7 +223,7 @@ JOB = Job(
     Input('critic.init', keywords=CRITICS),
     data_input('prompts'),
   ),
-  check=evaluate.check_functions,
+  functions=_functions,
   outputs=('model', 'critic'),
   batch_keys=PLAN.batch_keys,
   summary=('reward', 'kl'),

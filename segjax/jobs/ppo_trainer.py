@@ -11,6 +11,7 @@ import numpy as np
 
 from segjax.config.settings import PPO
 from segjax.data.batches import endless_batch_indices
+from segjax.errors import UserError
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
@@ -26,6 +27,18 @@ from segjax.train.rollout_metrics import within_bounds
 def updates_per_step(ppo: PPO) -> int:
   """Returns the number of minibatches of a rollout, over all epochs."""
   return ppo.num_ppo_epochs * (ppo.rollout_batch_size // ppo.minibatch_size)
+
+
+def check_first_rollout(kl: float, ppo: PPO) -> None:
+  """Raises UserError if skip_if_kl_above skips the first rollout.
+
+  The policy stays as it was, and with it the KL of the rollouts that follow.
+  """
+  if ppo.skip_if_kl_above and abs(kl) > ppo.skip_if_kl_above:
+    raise UserError(
+      f'config.ppo.skip_if_kl_above={ppo.skip_if_kl_above:g} is less than the KL of the first '
+      f'rollout, {kl:.3g} nats, so that the policy would never be updated; make it larger.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Trainer:
     collected = self.collector.collect(self._params(states), rows, key, kl_coef)
     metrics = collected.metrics
     enabled = within_bounds(metrics, ppo=s.ppo)
+    if step == 0:
+      check_first_rollout(float(metrics['objective/kl']), s.ppo)
     states, updates = self._update(states, collected, step, enabled)
     if s.ppo.kl_target:
       measured = metrics['objective/kl']

@@ -16,7 +16,7 @@ import numpy as np
 
 from segjax import processes
 from segjax.data.batches import Pairs, Ragged
-from segjax.run import inputs, stage_record
+from segjax.run import inputs, source_code, stage_record
 from segjax.run.stage import Stage
 from segjax.storage import atomic_file
 from segjax.train.reward_scoring import SegmentScorer, reference_entropy
@@ -29,7 +29,8 @@ def with_entropies(
   """Returns the pairs with the entropy of every token, from config.reward.entropy_cache_dir.
 
   Computes and stores the entropies if they are not there. The file's name is a hash of everything
-  that decides its content: the reference's files, the tokens, the compute dtype.
+  that decides its content: the reference's files, the tokens, the compute dtype, and the versions
+  of segjax and its libraries.
   """
   folder = Path(stage.settings.reward.entropy_cache_dir).expanduser()
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
@@ -80,6 +81,7 @@ def _both_sides(
 
 def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:
   digest = hashlib.sha256(stage_record.content_hash(reference_path).encode())
+  digest.update(repr(source_code.versions()).encode())
   for side in (pairs.chosen, pairs.rejected):
     digest.update(side.values.tobytes())
     digest.update(side.offsets.tobytes())

@@ -5,13 +5,15 @@ They are drawn by `plots`.
 
 import dataclasses
 import itertools
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from segjax import json_files
 from segjax.report import metric_docs, plots, response_log
 from segjax.report.metric_log import METRICS_FILE
-from segjax.storage import read_json_lines
+from segjax.storage import is_before, read_json_lines
 
 # Title and metrics of the charts that are shown first; the metrics of a chart share its axes.
 MAIN = (
@@ -76,7 +78,7 @@ def card_png(path: Path, names: Sequence[str]) -> bytes:
 
 def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
   """Reads (steps, values by name) of a metrics.jsonl; NaN where a step lacks a metric."""
-  rows = list(read_json_lines(path))
+  rows = [row for row in read_json_lines(path) if is_before(row, sys.maxsize)]
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
   values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
   return [row['step'] for row in rows], values
@@ -127,7 +129,13 @@ def _normalizer_charts(directory: Path) -> Iterator[Chart]:
   path = directory / 'normalizer.json'
   if not path.exists():
     return
-  record = json.loads(path.read_text(encoding='utf-8'))
+  try:
+    yield from _fit_charts(json_files.read_object(path))
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return  # edited by hand: the other charts of the page do not depend on it
+
+
+def _fit_charts(record: dict[str, Any]) -> Iterator[Chart]:
   bins, coefficients = record['bins'], record['coefficients']
   for title, key in (('Mean(p) of segment scores', 'mean'), ('Std(p) of segment scores', 'std')):
     w, b = coefficients[f'w_{key}'], coefficients[f'b_{key}']

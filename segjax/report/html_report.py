@@ -4,6 +4,7 @@ It shows what the run writes anyway, read by `charts`, `summary` and `response_d
 """
 
 import base64
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -105,6 +106,19 @@ class Page:
     if self._charts.get(name, (None,))[0] != version:
       self._charts[name] = (version, charts.stage_charts(directory))
     return self._charts[name][1]
+
+
+class NoPage(contextlib.nullcontext):
+  """The page of a run that writes no files."""
+
+  def __enter__(self) -> 'NoPage':
+    return self
+
+  def refresh(self) -> None:
+    """Does nothing."""
+
+  def write(self, state: str = 'running') -> None:
+    """Does nothing."""
 
 
 def write_responses(path: Path, title: str, annotated: Iterable[AnnotatedResponse]) -> int:

@@ -19,7 +19,7 @@ from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.timing import compiles
-from segjax.storage import read_json_lines, truncate_json_lines
+from segjax.storage import is_before, read_json_lines, truncate_json_lines
 from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
@@ -79,9 +79,9 @@ class MetricLog:
     self.evaluated: dict[str, float] = {}
     self._skipped_steps, self._alerts = 0, AlertMonitor()
     for values in read_json_lines(directory / METRICS_FILE):
-      if values['step'] >= start:
+      if not is_before(values, start):
         continue
-      self._keep({k: float(v) for k, v in values.items()})
+      self._keep({k: float(v) for k, v in values.items() if _is_number(v)})
       self._count_skipped(self.last)
       self._alerts.update(self.last)
     processes.barrier('metrics')
@@ -211,6 +211,11 @@ def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
   if 'peak_bytes_in_use' in stats:
     rates['perf/peak_memory_gib'] = stats['peak_bytes_in_use'] / 2**30
   return rates
+
+
+def _is_number(value: Any) -> bool:
+  """Returns whether a value on file is a number, or the name of one that is not finite."""
+  return isinstance(value, int | float) or value in ('nan', 'inf', '-inf')
 
 
 def _short(name: str) -> str:

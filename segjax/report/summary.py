@@ -145,6 +145,7 @@ def _duration(seconds: float | None) -> str:
 
 def _load_json(path: Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):
     return {}
+  return value if isinstance(value, dict) else {}

@@ -66,8 +66,8 @@ class BucketMirror(NoMirror):
     self._max_failures, self._failures, self._log = max_failures, 0, log_fn
     self._equal: dict[str, list[str]] = {}  # versions (local, bucket) of the files that are equal
     # Without an index every file counts as changed and is copied again.
-    with contextlib.suppress(FileNotFoundError, ValueError):
-      self._equal = json.loads((local / _INDEX).read_text(encoding='utf-8'))
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+      self._equal = _check_index(json.loads((local / _INDEX).read_text(encoding='utf-8')))
     with self._user_errors('read'):
       # A cached listing would hide what other machines have written.
       files, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
@@ -186,8 +186,16 @@ class BucketMirror(NoMirror):
 
   def _key_on_bucket(self, record: str) -> Any:
     """Returns the key that a stage has on the bucket, None if it has none."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError, AttributeError):
       return json.loads(self._bucket.cat_file(record)).get('key')
+
+
+def _check_index(index: Any) -> dict[str, list[str]]:
+  """Returns the index; raises ValueError if it is not one that `_save_index` wrote."""
+  pairs = index.values() if isinstance(index, dict) else [None]
+  if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    raise ValueError(f'{_INDEX} is damaged')
+  return index
 
 
 def local_directory(url: str, root: str, index: int) -> Path:

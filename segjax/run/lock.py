@@ -69,6 +69,7 @@ def lock_workdir(workdir: Path, url: str = '') -> Iterator[tuple[Holder, Holder]
 
 def parse_holder(text: str | bytes) -> Holder:
   """Returns the holder that a lock file names, {} if the file is empty or damaged."""
-  with contextlib.suppress(ValueError):
-    return json.loads(text)
+  with contextlib.suppress(ValueError, RecursionError):
+    holder = json.loads(text)
+    return holder if isinstance(holder, dict) else {}
   return {}

@@ -129,7 +129,8 @@ def load_params(
   """
   # Frozen weights are only read: cast at loading, they need no copy in another dtype.
   dtype = runtime.param_dtype if trained else runtime.compute_dtype
-  return reader.load_params(directory, config, head, mesh=mesh, dtype=dtype, key=key)
+  # NaN in one weight is NaN in every score: refused before the first step.
+  return reader.load_params(directory, config, head, mesh=mesh, dtype=dtype, key=key, strict=True)
 
 
 def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
@@ -165,7 +166,15 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
-  return Models(paths, spec, load_network_configs(paths, settings.runtime, mesh, log))
+  configs = load_network_configs(paths, settings.runtime, mesh, log)
+  warn_of_boundaries(spec.segmentation, configs['policy'], log)
+  return Models(paths, spec, configs)
+
+
+def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: LogFn) -> None:
+  """Logs a warning if the segmentation cuts nowhere, or everywhere."""
+  if reason := reward_spec.describe_extreme_boundaries(segmentation, network.vocab_size):
+    log(f'warning: {reason}')
 
 
 def load_network_configs(

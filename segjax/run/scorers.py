@@ -43,6 +43,7 @@ def make_scorer(
     UserError: text is segmented by entropy and there is no reference.
   """
   segmenter = make_segmenter(segmentation, tokenizer)
+  models.warn_of_boundaries(segmentation, reward, log)
   if reference is not None:
     network = models.load_network_config(reference, runtime, mesh, log)
   elif segmenter.needs_entropy:
@@ -85,6 +86,7 @@ def load_annotator(
   tokenizer = load_tokenizer(str(reference), settings.data.chat_template)
   configs = models.load_network_configs(paths, settings.runtime, mesh, log)
   tokenizer = tokenizer.for_networks(configs)
+  models.warn_of_boundaries(segmentation, configs['reference'], log)
   params = {
     name: models.load_params(path, configs[name], models.HEADS[name], settings.runtime, mesh)
     for name, path in paths.items()

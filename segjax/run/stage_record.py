@@ -18,6 +18,13 @@ from segjax.storage import write_text_atomically
 
 FILE = 'stage.json'
 
+# Sections of a key, by the words that precede their entries in messages.
+_SECTIONS = {
+  'inputs': 'content of ',
+  'functions': 'source of ',
+  'versions': 'version of ',
+}
+
 Key = dict[str, Any]
 
 
@@ -27,22 +34,45 @@ def load_results_if_valid(
   """Returns the results if the stage is finished, has this key and its outputs are unchanged."""
   record = _read(directory)
   # Outputs too: a model that was edited since does not count as the result of this key.
-  if 'results' in record and record['key'] == _json_roundtrip(key) and record['outputs'] == outputs:
-    return record['results']
-  return None
+  is_valid = _is_finished(record) and record['outputs'] == outputs
+  return record['results'] if is_valid and record['key'] == _json_roundtrip(key) else None
+
+
+def _is_finished(record: dict[str, Any]) -> bool:
+  """Returns whether a record has results that were not edited since."""
+  return 'results' in record and record.get('sha256') == _digest(record)
+
+
+def _digest(record: dict[str, Any]) -> str:
+  """Returns the SHA-256 of a record's key, results and outputs."""
+  parts = [record.get(name) for name in ('key', 'results', 'outputs')]
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def restore_old(directory: Path, key: Key) -> None:
   """Swaps `<stage>.old` with the stage's directory if only the former has this key."""
   old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
+  _finish_swap(directory, old, spare)
   key = _json_roundtrip(key)
   if _read(old).get('key') == key and _read(directory).get('key') != key:
-    # Renames only: a run killed after the first one completes the swap at its next start.
+    # Renames only: a run killed between two of them is put right at the next start.
     if directory.exists():
       directory.rename(spare)
     old.rename(directory)
     if spare.exists():
       spare.rename(old)
+
+
+def _finish_swap(directory: Path, old: Path, spare: Path) -> None:
+  """Undoes or completes the swap of a run that was killed between two renames."""
+  if not spare.exists():
+    return
+  if not directory.exists():
+    spare.rename(directory)
+  elif not old.exists():
+    spare.rename(old)
+  else:
+    shutil.rmtree(spare)  # newer directories have both names
 
 
 def prepare_directory(directory: Path, key: Key) -> str:
@@ -73,8 +103,9 @@ def record_results(
   directory: Path, key: Key, results: dict[str, Any], outputs: dict[str, str]
 ) -> dict[str, Any]:
   """Records that the stage is finished; returns the results as a later run reads them."""
-  _write(directory, {'key': key, 'results': results, 'outputs': outputs})
-  return _json_roundtrip(results)
+  record = _json_roundtrip({'key': key, 'results': results, 'outputs': outputs})
+  _write(directory, record | {'sha256': _digest(record)})
+  return record['results']
 
 
 def content_hash(path: Path, skip: Sequence[str] = ()) -> str:
@@ -104,7 +135,7 @@ def _difference(record: dict[str, Any], key: Key) -> str:
     return f'it was left without a {FILE}'
   names = changed_keys(record['key'], key)
   if not names:
-    return 'its output was changed'
+    return 'its output was changed' if _is_finished(record) else f'its {FILE} was changed'
   more = f' and {len(names) - 3} more' if len(names) > 3 else ''
   return f'{", ".join(names[:3])}{more} changed'
 
@@ -115,17 +146,23 @@ def stored_key(directory: Path) -> Key:
 
 
 def changed_keys(before: Key, now: Key) -> list[str]:
-  """Returns the settings and inputs in which two keys differ, as config keys."""
+  """Returns the settings, inputs, functions and versions in which two keys differ, as text."""
   before, now = _flat(before), _flat(now)
   changed = [name for name in before | now if before.get(name) != now.get(name)]
-  return [name.removeprefix('settings.').replace('inputs.', 'content of ') for name in changed]
+  labels = []
+  for name in changed:
+    section, _, rest = name.partition('.')
+    label = f'{_SECTIONS.get(section, "")}{rest or name}'
+    if section == 'versions' and before.get(name) and now.get(name) and len(now[name]) < 20:
+      label += f' ({before[name]}, now {now[name]})'
+    labels.append(label)
+  return labels
 
 
 def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   leaves = {}
   for name, value in tree.items():
-    # The names of inputs are config keys, with dots of their own.
-    is_tree = isinstance(value, dict) and prefix != 'inputs.'
+    is_tree = isinstance(value, dict)
     leaves |= _flat(value, f'{prefix}{name}.') if is_tree else {prefix + name: value}
   return leaves
 
@@ -136,10 +173,12 @@ def _json_roundtrip(value: Any) -> Any:
 
 
 def _read(directory: Path) -> dict[str, Any]:
+  """Returns the record of a stage; {} if it has none, or one that is damaged."""
   try:
-    return json.loads((directory / FILE).read_text(encoding='utf-8'))
-  except (FileNotFoundError, NotADirectoryError, ValueError):
+    record = json.loads((directory / FILE).read_text(encoding='utf-8'))
+  except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
     return {}
+  return record if isinstance(record, dict) and isinstance(record.get('key'), dict) else {}
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.config.no_effect import check_learning_rate
 from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining
 from segjax.data.packing_plan import packing_efficiency, plan_packing
 from segjax.errors import UserError
@@ -19,7 +20,8 @@ from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsErro
 from segjax.report.profiling import Profiler
 from segjax.run import preemption, stage_record
 from segjax.run.stage import Stage
-from segjax.train.checkpoint import Checkpointer, TrainStates
+from segjax.run.trained import check_trained
+from segjax.train.checkpoint import Checkpointer, TrainStates, checksums
 from segjax.types import PackingPlan
 
 StepFn = Callable[[TrainStates, int], tuple[TrainStates, dict[str, Any]]]
@@ -41,14 +43,14 @@ def train(
     The last states and the last step's metrics.
 
   Raises:
-    TooManySkippedStepsError: config.max_skipped_steps updates in a row were not finite; the last
-      good state is saved in the stage's checkpoints.
+    TooManySkippedStepsError: config.max_skipped_steps in a row; the last good state is saved.
     PreemptedError: the run has received a signal; the states are saved.
+    UserError: every step was skipped.
   """
-  settings = stage.settings
-  directory = checkpoint_dir(stage)
+  settings, directory = stage.settings, checkpoint_dir(stage)
   checkpointer = _make_checkpointer(stage, directory)
   start, states = checkpointer.restore(states)
+  before = checksums(states) if start < num_steps else {}
   if start:
     stage.log(f'resuming from step {start} of {num_steps}, saved in {directory}')
   metric_log = _make_metric_log(stage, start, num_steps, show)
@@ -58,7 +60,6 @@ def train(
     with preemption.handle_signals(stage.log), metric_log:
       for step in range(start, num_steps):
         profiler.before(step + 1)
-        # An aborted step has changed nothing: the states of the previous step are saved below.
         with contextlib.suppress(preemption.StepAbortedError):
           states, metrics = step_fn(states, step)
           done = step + 1
@@ -86,6 +87,7 @@ def train(
   finally:
     profiler.close()
     checkpointer.close()
+  check_trained(stage, before, states)
   return states, metric_log.last
 
 
@@ -122,14 +124,17 @@ def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> 
   """Returns max_steps if positive, otherwise the number of full batches in all epochs.
 
   Raises:
-    UserError: there are fewer rows than a batch holds; names config.`section`.batch_size.
+    UserError: there are fewer rows than a batch holds, or the learning rate is always 0; names the
+      key.
   """
   if num_rows < settings.batch_size:
     raise UserError(
       f'config.{section}.batch_size={settings.batch_size} is more than the {num_rows} rows '
       f'available; use at most {num_rows}.'
     )
-  return settings.max_steps or settings.num_epochs * (num_rows // settings.batch_size)
+  num_steps = settings.max_steps or settings.num_epochs * (num_rows // settings.batch_size)
+  check_learning_rate(settings.optimizer, num_steps, f'{section}.optimizer')
+  return num_steps
 
 
 def count_known_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:

@@ -226,10 +226,12 @@ class Checkpointer:
   def _set_aside(self, step: int, error: Exception) -> None:
     """Renames a damaged step, so that it is neither restored nor counted as one of `keep`."""
     aside = self._directory / f'{_DAMAGED}{step}'
-    # The same step may have been damaged, set aside and saved again before.
-    if aside.exists():
-      aside.rmtree()
-    (self._directory / str(step)).rename(aside)
+    if processes.is_first():  # the directory is shared
+      # The same step may have been damaged, set aside and saved again before.
+      if aside.exists():
+        aside.rmtree()
+      (self._directory / str(step)).rename(aside)
+    processes.barrier('set aside')
     self._manager.reload()  # the manager caches the list of steps
     self._log(
       f'warning: the checkpoint of step {step} is damaged ({first_line(error)}); it is '
@@ -264,6 +266,12 @@ def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
       rest = items[f'{name}_optimizer']
       states[name] = dataclasses.replace(state, params=items[name], **rest)
   return states
+
+
+def checksums(states: TrainStates) -> dict[str, int]:
+  """Returns a checksum of the parameters of each training state, by name."""
+  params = {name: state.params for name, state in states.items() if isinstance(state, TrainState)}
+  return {k: int(v) for k, v in processes.to_host(jax.jit(_checksums)(params)).items()}
 
 
 def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:

@@ -38,7 +38,7 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
   module, _, name = path.partition(':')
   try:
     function = operator.attrgetter(name)(importlib.import_module(module))
-  except Exception as error:  # whatever a user's module does while it is imported
+  except (Exception, SystemExit) as error:  # whatever a user's module does while it is imported
     raise UserError(
       f"config.{key}={path!r} cannot be loaded ({error}); give 'module:function'."
     ) from error

@@ -5,25 +5,43 @@ normaliser and a hash of the tokenizer.
 """
 
 import dataclasses
+import difflib
 import json
+import math
+import re
+import typing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from segjax import json_files
+from segjax.config.choices import CHOICES, MINIMUMS
+from segjax.config.conflicts import check_normalizer, check_segmentation
+from segjax.config.field_checks import check_choice, check_minimum, typed
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
+from segjax.data.files import excerpt
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
-from segjax.rl.normalizer import PUBLISHED
+from segjax.rl.normalizer import KINDS, PUBLISHED
 from segjax.storage import write_text_atomically
 from segjax.types import Normalizer
 
 REWARD_SPEC_FILE = 'segment_reward.json'
 VERSION = 3
-# Names of fields that version 2 wrote, by the present ones.
+# Present names of fields, by those that version 2 wrote.
 _VERSION_2 = {
-  'boundary': 'cut',
-  'segment_length': 'fixed_length',
-  'min_segment_length': 'min_length',
-  'softmax_temperature': 'temperature',
+  'cut': 'boundary',
+  'fixed_length': 'segment_length',
+  'min_length': 'min_segment_length',
+  'temperature': 'softmax_temperature',
 }
+_FIX = (
+  'correct it, fit it again with the normalizer job, or remove the file and set granularity, '
+  'threshold and normaliser in config.reward_model'
+)
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +71,111 @@ def write_spec(directory: Path, spec: RewardSpec) -> None:
 
 
 def read_spec(directory: Path) -> RewardSpec | None:
-  """Reads segment_reward.json; None where there is no such file."""
+  """Reads segment_reward.json; None where there is no such file.
+
+  Raises:
+    UserError: the file is damaged, or a field has a wrong name, type or value; names both.
+  """
   path = directory / REWARD_SPEC_FILE
   if not path.exists():
     return None
-  try:
-    record = json.loads(path.read_text(encoding='utf-8'))
-    if record['version'] not in (2, VERSION):
-      raise UserError(f'version {record["version"]} is not {VERSION}')
-    if record['version'] == 2:
-      record |= {new: record[old] for new, old in _VERSION_2.items()}
-      record['include_eos'] = {'inside': True, 'outside': False}[record['stop_token']]
-    normalizer = record['normalizer']
-    kind = normalizer.pop('kind') if normalizer else ''
-    names = [field.name for field in dataclasses.fields(Segmentation)]
-    return RewardSpec(
-      segmentation=Segmentation(**{name: record[name] for name in names}),
-      normalizer=Normalizer(**normalizer) if normalizer else None,
-      normalizer_kind=kind,
-      tokenizer_sha256=record['tokenizer_sha256'],
+  record = _upgrade(json_files.read_object(path, fix=_FIX), path)
+  names = {field.name for field in dataclasses.fields(Segmentation)}
+  _check_names(record, {*names, 'version', 'normalizer', 'tokenizer_sha256'}, f'{path}:')
+  sha256 = typed(f'{path}: tokenizer_sha256', record['tokenizer_sha256'], str)
+  if not re.fullmatch('([0-9a-f]{64})?', sha256):
+    raise UserError(f'{path}: tokenizer_sha256={sha256[:70]!r} is not a SHA-256; {_FIX}.')
+  segmentation = _parse_segmentation({name: record[name] for name in names}, path)
+  normalizer, kind = None, ''
+  if record['normalizer'] is not None:
+    normalizer, kind = _parse_normalizer(record['normalizer'], path)
+    check_normalizer(kind, segmentation.granularity, f'{path}: normalizer.kind')
+  return RewardSpec(segmentation, normalizer, kind, sha256)
+
+
+def _upgrade(record: dict[str, Any], path: Path) -> dict[str, Any]:
+  """Returns the record of an earlier version with the present names."""
+  version = record.get('version')
+  if isinstance(version, bool) or version not in (2, VERSION):
+    raise UserError(f'{path}: version={version!r} is not {VERSION}; {_FIX}.')
+  if version == VERSION:
+    return record
+  record = {_VERSION_2.get(name, name): value for name, value in record.items()}
+  stop_token = record.pop('stop_token', None)
+  check_choice(f'{path}: stop_token', str(stop_token), ('inside', 'outside'))
+  return record | {'include_eos': stop_token == 'inside'}
+
+
+def _check_names(record: dict[str, Any], names: set[str], prefix: str) -> None:
+  """Raises UserError if a field is missing or unknown."""
+  unknown = sorted(set(record) - names)
+  missing = sorted(names - set(record))
+  if unknown:
+    near = difflib.get_close_matches(unknown[0], missing or names, n=1)
+    hint = f'; did you mean {near[0]!r}?' if near else f'; use {", ".join(sorted(names))}.'
+    raise UserError(f'{prefix} the field {unknown[0][:60]!r} does not exist{hint}')
+  if missing:
+    raise UserError(f'{prefix} the field {missing[0]!r} is missing; {_FIX}.')
+
+
+def _parse_segmentation(record: dict[str, Any], path: Path) -> Segmentation:
+  values = {}
+  for name, kind in typing.get_type_hints(Segmentation).items():
+    label, key = f'{path}: {name}', f'reward.segmentation.{name}'
+    values[name] = typed(label, record[name], kind)
+    if key in CHOICES:
+      check_choice(label, values[name], CHOICES[key])
+    if key in MINIMUMS:
+      check_minimum(label, values[name], MINIMUMS[key])
+  _check_float32(f'{path}: entropy_threshold', values['entropy_threshold'])
+  _check_positive(f'{path}: softmax_temperature', values['softmax_temperature'])
+  segmentation = Segmentation(**values)
+  check_segmentation(segmentation, str(path))
+  return segmentation
+
+
+def _parse_normalizer(record: Any, path: Path) -> tuple[Normalizer, str]:
+  """Returns (normaliser, its kind)."""
+  if not isinstance(record, dict):
+    raise UserError(f'{path}: normalizer={excerpt(record)} is neither null nor an object; {_FIX}.')
+  names = [field.name for field in dataclasses.fields(Normalizer)]
+  _check_names(record, {'kind', *names}, f'{path}: in normalizer,')
+  kind = typed(f'{path}: normalizer.kind', record['kind'], str)
+  check_choice(f'{path}: normalizer.kind', kind, KINDS)
+  values = {}
+  for name in names:
+    values[name] = typed(f'{path}: normalizer.{name}', record[name], float)
+    _check_float32(f'{path}: normalizer.{name}', values[name])
+  # Std(p) = w_std ln p + b_std is b_std at the end of every response, where p = 1.
+  _check_positive(f'{path}: normalizer.b_std', values['b_std'])
+  return Normalizer(**values), kind
+
+
+def _check_float32(key: str, value: float) -> None:
+  if abs(value) > _LARGEST:
+    raise UserError(f'{key}={value!r} is too large for float32; {_FIX}.')
+
+
+def _check_positive(key: str, value: float) -> None:
+  if value < _SMALLEST:
+    raise UserError(f'{key}={value!r} must be above 0; {_FIX}.')
+
+
+def describe_extreme_boundaries(segmentation: Segmentation, vocab_size: int) -> str:
+  """Returns why no text, or all text, is cut into segments; '' if neither."""
+  if segmentation.granularity != 'segment':
+    return ''
+  if segmentation.boundary == 'delimiter' and not segmentation.delimiters:
+    return 'delimiters is empty, so every response is one segment'
+  threshold, largest = segmentation.entropy_threshold, math.log(vocab_size)
+  if segmentation.boundary == 'entropy' and threshold <= 0:
+    return f'entropy_threshold={threshold:g} nats cuts at every token'
+  if segmentation.boundary == 'entropy' and threshold >= largest:
+    return (
+      f'entropy_threshold={threshold:g} nats cuts nowhere: the entropy over {vocab_size} tokens is '
+      f'at most {largest:.2f}'
     )
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(
-      f'{path}: {error!r}; fit it again with the normalizer job, or remove the file and set '
-      'granularity, threshold and normaliser in config.reward_model.'
-    ) from error
+  return ''
 
 
 def resolve_spec(

@@ -1,5 +1,6 @@
 """The wiring of stages, the checks before the first one starts, and the reuse of results."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from segjax.config.settings import replace
 from segjax.jobs import pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.mesh import make_mesh
+from segjax.run import remote_inputs, source_code
 
 WORKDIR = Path('/w')
 
@@ -285,3 +287,65 @@ def test_a_run_may_be_moved(small, run, counted, inputs, tmp_path):
   (tmp_path / 'w').rename(tmp_path / 'moved')
   run(s, tmp_path / 'moved')
   assert counted == ['sft', 'reward']
+
+
+def test_an_edited_function_reruns_the_stages_that_call_it(
+  small, run, fake_jobs, inputs, tmp_path, capsys, monkeypatch
+):
+  ran = []
+
+  def job(stage):
+    ran.append(stage.name)
+    (stage.directory / 'output').write_text('')
+    return {}
+
+  fake_jobs(sft=job, ppo=job, evaluate=job)
+  monkeypatch.setitem(JOBS, 'evaluate', dataclasses.replace(JOBS['evaluate'], print_table=None))
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / 'edited_rules.py').write_text('def f(prompt, response):\n  return 1.0\n')
+  (tmp_path / 'edited_gold.py').write_text('def f(prompt, response):\n  return 1.0\n')
+  values = {
+    'reward_shaping.reward_model_weight': 0.0,
+    'reward_shaping.reward_fn': 'edited_rules:f',
+    'evaluate.gold_reward_fn': 'edited_gold:f',
+  }
+  s = small('sft', 'ppo', 'evaluate', **inputs, **values)
+  run(s, tmp_path / 'w')
+  run(s, tmp_path / 'w')
+  assert ran == ['sft', 'ppo', 'evaluate']
+  (tmp_path / 'edited_rules.py').write_text('def f(prompt, response):\n  return -1.0\n')
+  run(s, tmp_path / 'w')
+  assert ran[3:] == ['ppo', 'evaluate']
+  assert 'source of reward_shaping.reward_fn changed' in capsys.readouterr().out
+  (tmp_path / 'edited_gold.py').write_text('def f(prompt, response):\n  return -1.0\n')
+  run(s, tmp_path / 'w')
+  assert ran[5:] == ['evaluate']  # PPO does not call it without eval_every
+  assert 'source of evaluate.gold_reward_fn changed' in capsys.readouterr().out
+
+
+def test_other_versions_rerun(small, run, counted, inputs, tmp_path, capsys, monkeypatch):
+  s = small('sft', **inputs)
+  run(s, tmp_path / 'w')
+  now = source_code.versions() | {'jax': '99.0'}
+  monkeypatch.setattr(source_code, 'versions', lambda: now)
+  run(s, tmp_path / 'w')
+  assert counted == ['sft', 'sft']
+  assert 'version of jax' in capsys.readouterr().out
+
+
+def test_a_moved_hub_id_reruns(small, run, counted, inputs, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(remote_inputs, 'identify', lambda path, is_rows: commits[path])
+  commits = {'owner/model': 'a', 'owner/rows': 'a'}
+  s = small('sft', **{'policy.path': 'owner/model', 'data.path': 'owner/rows'})
+  for path in (None, None, 'owner/model', 'owner/rows'):
+    commits |= {path: 'b'} if path else {}
+    run(s, tmp_path / 'w')
+  assert counted == ['sft'] * 3
+  out = capsys.readouterr().out
+  assert 'content of policy.path changed' in out and 'content of data.path changed' in out
+
+
+def test_a_run_without_files_writes_nothing(small, run, fake_jobs, tmp_path):
+  fake_jobs(selfcheck=lambda stage: {}, chat=lambda stage: {'answers': 1})
+  assert run(small('selfcheck', 'chat'), tmp_path / 'w')['chat']['answers'] == 1
+  assert not (tmp_path / 'w').exists()

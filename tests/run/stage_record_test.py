@@ -1,5 +1,8 @@
 """When a stage is reused, resumed or run again."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from segjax.run import stage_record
@@ -128,3 +131,71 @@ def test_content_hash_covers_names_and_bytes_except_skipped_files(tmp_path):
   assert stage_record.content_hash(tmp_path / 'a' / 'x') == stage_record.content_hash(
     tmp_path / 'd' / 'x'
   )
+
+
+@pytest.mark.parametrize('renames', [1, 2])
+@pytest.mark.parametrize('next_seed', [0, 1, 2])
+def test_a_swap_that_was_killed_loses_no_directory(tmp_path, monkeypatch, renames, next_seed):
+  """Killed after each rename, then started with the key of either directory or with a new one."""
+  stage, keys = tmp_path / 'sft', [_with('settings', seed=seed) for seed in range(3)]
+  for key in keys[:2]:
+    stage_record.prepare_directory(stage, key)
+    (stage / 'model').write_text(str(key['settings']['seed']))
+  rename, count = Path.rename, 0
+
+  def killed_rename(path, target):
+    nonlocal count
+    if count == renames:
+      raise KeyboardInterrupt
+    count += 1
+    return rename(path, target)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Path, 'rename', killed_rename)
+    stage_record.restore_old(stage, keys[0])
+  stage_record.restore_old(stage, keys[next_seed])
+  stage_record.prepare_directory(stage, keys[next_seed])
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['sft', 'sft.old']
+  if next_seed < 2:
+    assert (stage / 'model').read_text() == str(next_seed)
+    assert (tmp_path / 'sft.old' / 'model').read_text() == str(1 - next_seed)
+  stage_record.restore_old(stage, keys[0])  # a leftover would stop this swap
+  assert not (tmp_path / 'sft.spare').exists()
+
+
+@pytest.mark.parametrize(
+  'edit',
+  [
+    lambda record: record | {'results': {'loss': 0.0}},
+    lambda record: record | {'results': 3},
+    lambda record: {k: v for k, v in record.items() if k != 'outputs'},
+    lambda record: [record],
+    lambda record: record | {'key': 'all'},
+  ],
+)
+def test_an_edited_record_is_not_believed(tmp_path, edit):
+  stage = tmp_path / 'sft'
+  _finished(stage)
+  file = stage / stage_record.FILE
+  file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+  assert stage_record.load_results_if_valid(stage, KEY, {'model': 'hash'}) is None
+  assert stage_record.FILE in stage_record.prepare_directory(stage, KEY)
+
+
+def test_changes_are_named_by_what_they_are():
+  before = {
+    'settings': {'seed': 0},
+    'functions': {'reward_shaping.reward_fn': 'rules:f abc'},
+    'versions': {'jax': '0.8', 'segjax source': 'a' * 64},
+  }
+  now = {
+    'settings': {'seed': 1},
+    'functions': {'reward_shaping.reward_fn': 'rules:f def'},
+    'versions': {'jax': '0.9', 'segjax source': 'b' * 64},
+  }
+  assert stage_record.changed_keys(before, now) == [
+    'seed',
+    'source of reward_shaping.reward_fn',
+    'version of jax (0.8, now 0.9)',
+    'version of segjax source',
+  ]

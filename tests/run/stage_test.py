@@ -1,6 +1,7 @@
 """The training loop: checkpoints, resuming, stop at skipped steps. Step counts, limits, keys."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from segjax.config.settings import SFT, replace
 from segjax.data.limits import Limits
+from segjax.errors import UserError
 from segjax.model.llama import make_config
 from segjax.report.metric_log import TooManySkippedStepsError
 from segjax.run import inputs, training_loop
@@ -51,6 +53,20 @@ def _saved_steps(stage):
 @pytest.fixture
 def stage(make_stage, small):
   return make_stage('sft', small('sft', **{'checkpoint.every_steps': 2}))
+
+
+def test_a_run_whose_steps_were_all_skipped_is_an_error(make_stage, small):
+  stage = make_stage('sft', small('sft', max_skipped_steps=9))
+  with pytest.raises(UserError, match='sft made no update: all steps were skipped'):
+    _train(stage, [math.nan, math.inf])
+  assert _steps(stage) == [0, 1]
+
+
+def test_weights_that_stay_the_same_are_told(stage, capsys):
+  _train(stage, [0.0, 0.0])
+  assert 'warning: training has not changed a single weight of the sum' in capsys.readouterr().out
+  _train(stage, [0.0, 1.0])
+  assert 'warning' not in capsys.readouterr().out
 
 
 def test_all_steps_run_and_are_logged(stage):

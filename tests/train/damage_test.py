@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from segjax import processes
 from segjax.run.stage_record import changed_keys
 from segjax.train.checkpoint import Checkpointer, CheckpointMismatchError
 from segjax.train.optimizer import TrainState
@@ -81,6 +82,14 @@ def test_restores_the_newest_undamaged_step(saved, name):
   checkpoints.close()
   assert not list(saved.glob('*tmp*'))
   _assert_equal(Checkpointer(saved, keep=3).restore(_states(0))[1], _states(step + 1))
+
+
+def test_one_process_renames_a_damaged_step_for_all(saved, monkeypatch):
+  DAMAGES['parameters missing'](saved / '3')
+  checkpoints = Checkpointer(saved, keep=3, log_fn=print)
+  monkeypatch.setattr(processes, 'is_first', lambda: False)
+  assert checkpoints.restore(_states(0))[0] == 2
+  assert (saved / '3').is_dir() and not (saved / 'damaged-3').exists()
 
 
 def test_starts_again_if_every_step_is_damaged(saved):
