@@ -116,9 +116,15 @@ def _check_ranges(s: Settings) -> None:
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   for key in OPTIMIZERS:
-    warmup_ratio = attrgetter(key)(s).warmup_ratio
-    if not 0 <= warmup_ratio <= 1:
-      raise UserError(f'config.{key}.warmup_ratio={warmup_ratio} must be from 0 to 1.')
+    optimizer = attrgetter(key)(s)
+    for name in ('warmup_ratio', 'min_lr_ratio'):
+      value = getattr(optimizer, name)
+      if not 0 <= value <= 1:
+        raise UserError(f'config.{key}.{name}={value} must be from 0 to 1.')
+    for name in ('beta1', 'beta2'):
+      value = getattr(optimizer, name)
+      if not 0 <= value < 1:
+        raise UserError(f'config.{key}.{name}={value} must be at least 0 and below 1.')
 
 
 def _check_lengths(s: Settings) -> None:
