@@ -7,6 +7,9 @@ which import this module, are defined here.
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 
 DTYPES = ('float32', 'bfloat16')
+# What weight decay reaches, by the ends of the parameters' paths: a scale or bias has one value per
+# unit, and an embedding moves only with the tokens that occur.
+DECAYED_WEIGHTS = {'kernels': ('kernel',), 'matrices': ('kernel', 'embedding'), 'all': ('',)}
 ATTENTION = ('xla', 'cudnn', 'splash')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
@@ -47,6 +50,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     for name, names in _SEGMENTATION.items()
   },
   **{f'{optimizer}.moments_dtype': DTYPES for optimizer in OPTIMIZERS},
+  **{f'{optimizer}.decayed_weights': tuple(DECAYED_WEIGHTS) for optimizer in OPTIMIZERS},
 }
 
 
@@ -70,7 +74,11 @@ _AT_LEAST_0 = (
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),
   *_keys('report', 'every_steps eval_responses'),
   # A learning rate of 0 freezes a network; `no_effect` refuses it where nothing else is trained.
-  *(f'{optimizer}.learning_rate' for optimizer in OPTIMIZERS),
+  *(
+    f'{optimizer}.{name}'
+    for optimizer in OPTIMIZERS
+    for name in ('learning_rate', 'weight_decay', 'max_grad_norm')
+  ),
 )
 _AT_LEAST_1 = (
   'max_skipped_steps',

@@ -8,6 +8,7 @@ import dataclasses
 from operator import attrgetter
 from typing import Any
 
+from segjax.config.choices import OPTIMIZERS
 from segjax.config.settings import Compat, Settings, replace
 from segjax.errors import UserError
 
@@ -45,6 +46,8 @@ def apply_reference_exact(settings: Settings) -> Settings:
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
       'reward_shaping.std_floor_ratio': 0.0,
       'rollout.recompute_logprob': True,
+      # With a weight_decay other than the published 0.
+      **{f'{optimizer}.decayed_weights': 'matrices' for optimizer in OPTIMIZERS},
     },
   )
 

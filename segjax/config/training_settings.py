@@ -64,7 +64,8 @@ class Optimizer:
   beta2: float = 0.95  # decay of the second moment
   epsilon: float = 1e-8  # added to the root of the second moment
   weight_decay: float = 0.0  # decoupled from the gradient
-  max_grad_norm: float = 1.0  # larger gradients are scaled to this norm
+  decayed_weights: str = 'kernels'  # matrices: embeddings too; all: norms and biases too
+  max_grad_norm: float = 1.0  # larger gradients are scaled to this norm; 0: none
   moments_dtype: str = 'float32'  # in which both moments are stored
 
 
@@ -155,7 +156,7 @@ class RewardShaping:
   length_penalty: str = 'off'  # past length_threshold; threshold replaces rewards
   length_penalty_value: float = -0.05  # reward of each token, or added past the threshold
   length_threshold: int = 800  # tokens
-  reward_clip: float = 10.0  # largest size of a token's reward before the KL penalty
+  reward_clip: float = 10.0  # largest size of a token's reward before the KL penalty; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ class PPO:
   gamma: float = 1.0  # discount of advantages per action
   gae_lambda: float = 0.95  # weight of longer returns in GAE
   whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
-  clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps
+  clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps; 0: none
   clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
   dual_clip_ratio: float = 0.0  # above 1: bounds the loss of bad actions; 0: off
   value_clip_eps: float = 0.2  # 0: no clipping

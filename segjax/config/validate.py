@@ -108,8 +108,6 @@ def _check_ranges(s: Settings) -> None:
     )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
-  if s.ppo.clip_eps <= 0:
-    raise UserError(f'config.ppo.clip_eps={s.ppo.clip_eps} must be above 0; 0 stops all learning.')
   for key in OPTIMIZERS:
     _check_optimizer(attrgetter(key)(s), f'config.{key}')
 
@@ -121,11 +119,9 @@ def _check_optimizer(optimizer: Optimizer, key: str) -> None:
   for name in ('beta1', 'beta2'):
     if not 0 <= (value := getattr(optimizer, name)) < 1:
       raise UserError(f'{key}.{name}={value} must be at least 0 and below 1.')
-  # A norm of 0 scales every gradient to 0, a negative one turns it round.
-  for name in ('epsilon', 'max_grad_norm'):
-    if (value := getattr(optimizer, name)) <= 0:
-      raise UserError(f'{key}.{name}={value} must be above 0.')
-  check_minimum(f'{key}.weight_decay', optimizer.weight_decay, 0)
+  # With 0, a weight without a gradient moves by 0 / 0.
+  if optimizer.epsilon <= 0:
+    raise UserError(f'{key}.epsilon={optimizer.epsilon} must be above 0.')
 
 
 def _check_lengths(s: Settings) -> None:

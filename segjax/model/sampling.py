@@ -82,16 +82,25 @@ def inverse_cdf(weights: Float[Array, 'B V'], uniform: Float[Array, 'B']) -> Int
   batch, size = weights.shape
   # The padding has weight 0 and is never drawn.
   blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(batch, -1, _BLOCK)
-  above = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+  sums = jnp.sum(blocks, axis=-1)
+  above = jnp.cumsum(sums, axis=-1)
   target = uniform * above[:, -1]
-  block = jnp.argmax(above > target[:, None], axis=-1)  # >: at target 0, skips weight 0
+  block = _first_above(above, sums, target)
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   before = jnp.where(block > 0, _picked(above, jnp.maximum(block - 1, 0)), 0)
-  running = jnp.cumsum(inside, axis=-1)
-  # Rounding may put the target at the block's end or past it: then the last index with a weight.
-  rest = jnp.minimum(target - before, running[:, -1] * (1 - 1e-6))
-  index = jnp.argmax(running > rest[:, None], axis=-1)
+  index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
   return (block * _BLOCK + index).astype(jnp.int32)
+
+
+def _first_above(
+  running: Float[Array, 'B N'], weights: Float[Array, 'B N'], target: Float[Array, 'B']
+) -> Int[Array, 'B']:
+  """First index with a weight at which the running sum is above target, else the last such one."""
+  has_weight = weights > 0
+  # XLA adds in a tree: a running sum may rise where the weight is 0, and fall short of the target.
+  above = has_weight & (running > target[:, None])
+  last = running.shape[1] - 1 - jnp.argmax(has_weight[:, ::-1], axis=1)
+  return jnp.where(jnp.any(above, axis=1), jnp.argmax(above, axis=1), last)
 
 
 def filter_logits(logits: Float[Array, 'B V'], sampling: Sampling) -> Float[Array, 'B V']:

@@ -82,6 +82,12 @@ ENTRIES = (
     'differs: the normaliser does not fit; run `configs/normalizer.py`',
   ),
   Entry(
+    ('objective/advantage_abs_max', 'critic/return_abs_max'),
+    'largest absolute advantage, after whitening, and return of a token',
+    'below 30; steady',
+    'grows: a token outweighs all others; lower `reward_shaping.reward_clip` or use k1',
+  ),
+  Entry(
     ('response/length_mean', 'response/length_max'),
     'tokens of a response',
     'at most twice those at the start',

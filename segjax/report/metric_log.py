@@ -174,7 +174,12 @@ class MetricLog:
     if not self._skipped_steps:
       return
     limit = self._options.max_skipped_steps
-    names = [k for k, v in values.items() if not math.isfinite(v)]
+    # NaN in tenths of a response in which no segment ends.
+    names = [
+      k
+      for k, v in values.items()
+      if not math.isfinite(v) and not k.startswith('reward/by_position/')
+    ]
     reason = f'{", ".join(names)} not finite'
     if not names:
       bounded = ('objective/kl', 'reward/token_abs_max')

@@ -9,6 +9,7 @@ The estimators read the log-probs of a token that the policy sampled; see J. Sch
 import jax.numpy as jnp
 from jaxtyping import Array, Float, ScalarLike
 
+from segjax.rl.logprobs import log_ratio
 from segjax.rl.masked import at_least_float32
 
 
@@ -23,9 +24,12 @@ def k2(logprob: Float[Array, '*N'], ref_logprob: Float[Array, '*N']) -> Float[Ar
 
 
 def k3(logprob: Float[Array, '*N'], ref_logprob: Float[Array, '*N']) -> Float[Array, '*N']:
-  """π_ref/π − 1 − ln(π_ref/π): unbiased, low variance, never negative. At least float32."""
-  log_ratio = k1(ref_logprob, logprob)
-  return jnp.expm1(log_ratio) - log_ratio
+  """π_ref/π − 1 − ln(π_ref/π): unbiased, low variance, never negative. At least float32.
+
+  The log-ratio is held within ±20 (`logprobs.log_ratio`).
+  """
+  x = log_ratio(ref_logprob, logprob)
+  return jnp.expm1(x) - x
 
 
 ESTIMATORS = {'k1': k1, 'k2': k2, 'k3': k3}

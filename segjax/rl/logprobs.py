@@ -1,4 +1,4 @@
-"""Log-probability of a token and entropy of the distribution it was drawn from.
+"""Log-probability of a token, entropy of its distribution, and ratios of log-probabilities.
 
 Not here: the network's head, which calls this on one chunk of the sequence at a time so that the
 [B, T, V] logits never exist together.
@@ -9,6 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from segjax.rl.masked import at_least_float32
+
+# Bound of log-ratios before an exponential: e^20 is far beyond every clip, and sums of it and their
+# squares are finite in float32, where e^89 is not.
+MAX_LOG_RATIO = 20.0
+
+
+def log_ratio(logprob: Float[Array, '*N'], other: Float[Array, '*N']) -> Float[Array, '*N']:
+  """ln π − ln π', held within ±MAX_LOG_RATIO so that its exponential is finite.
+
+  NaN stays NaN. Beyond the bound the gradient is 0.
+  """
+  difference = at_least_float32(logprob) - at_least_float32(other)
+  return jnp.clip(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def logprob_and_entropy(

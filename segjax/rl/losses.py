@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
+from segjax.rl.logprobs import log_ratio
 from segjax.rl.masked import at_least_float32, masked_mean, masked_sum
 
 Metrics = dict[str, Float[Array, '']]
@@ -78,7 +79,7 @@ def policy_loss(
   advantage: Float[Array, 'B T'],
   mask: Bool[Array, 'B T'],
   *,
-  clip_eps: ScalarLike = 0.2,
+  clip_eps: ScalarLike | None = 0.2,
   clip_eps_high: ScalarLike | None = None,
   dual_clip: ScalarLike | None = None,
   mean: str = 'sequence',
@@ -98,7 +99,7 @@ def policy_loss(
     old_logprob: the same when they were sampled.
     advantage: A, whitened or not; no gradient flows through it.
     mask: True on the response, stop token included.
-    clip_eps: ε.
+    clip_eps: ε; None means no clip.
     clip_eps_high: ε_high; None means ε.
     dual_clip: c > 1; None means no dual clip.
     mean: one of MEANS, see `batch_mean`.
@@ -114,17 +115,18 @@ def policy_loss(
   """
   average = functools.partial(_average, mask=mask, mean=mean, count=count)
   advantage = jax.lax.stop_gradient(at_least_float32(advantage))
-  # Masked before the exponential: garbage there could overflow and poison the gradient.
-  log_ratio = jnp.where(mask, at_least_float32(logprob) - at_least_float32(old_logprob), 0)
-  ratio = jnp.exp(log_ratio)
+  # Masked and bounded before the exponential: an overflow would poison the gradient.
+  exponent = jnp.where(mask, log_ratio(logprob, old_logprob), 0)
+  ratio = jnp.exp(exponent)
   eps_high = clip_eps if clip_eps_high is None else clip_eps_high
-  clipped = jnp.clip(ratio, 1 - clip_eps, 1 + eps_high)
+  low = None if clip_eps is None else 1 - clip_eps
+  clipped = jnp.clip(ratio, low, None if eps_high is None else 1 + eps_high)
   surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
   metrics = {
     'ratio_mean': average(ratio),
     'ratio_max_deviation': jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0), initial=0),
     'clipfrac': average(clipped != ratio),
-    'approx_kl': average(jnp.expm1(log_ratio) - log_ratio),
+    'approx_kl': average(jnp.expm1(exponent) - exponent),
   }
   if dual_clip is not None:
     is_held = (advantage < 0) & (surrogate < dual_clip * advantage)

@@ -235,7 +235,7 @@ def shaped_reward(
   response_mask: Bool[Array, 'T'],
   *,
   kl_coef: ScalarLike,
-  clip: ScalarLike = 10.0,
+  clip: ScalarLike | None = 10.0,
 ) -> Float[Array, 'T']:
   """Clamps the dense reward, then takes off the KL penalty.
 
@@ -249,13 +249,15 @@ def shaped_reward(
     kl: estimate of the KL at each token, in nats.
     response_mask: True on the response, stop token included.
     kl_coef: β; a negative one counts as 0.
-    clip: largest size of a dense reward.
+    clip: largest size of a dense reward; None means no bound.
 
   Returns:
     The reward that the policy is trained on; 0 outside the mask.
   """
-  clipped = jnp.clip(at_least_float32(dense), -clip, clip)
-  reward = clipped - jnp.maximum(kl_coef, 0) * at_least_float32(kl)
+  dense = at_least_float32(dense)
+  if clip is not None:
+    dense = jnp.clip(dense, -clip, clip)
+  reward = dense - jnp.maximum(kl_coef, 0) * at_least_float32(kl)
   return jnp.where(response_mask, reward, 0)
 
 

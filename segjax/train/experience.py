@@ -56,7 +56,7 @@ def make_experience(
   shape = functools.partial(
     shaped_reward,
     kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
-    clip=recipe.shaping.reward_clip,
+    clip=recipe.shaping.reward_clip or None,  # 0 in the settings: none
   )
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](outputs.old_logprob, outputs.ref_logprob)
   reward = jax.vmap(shape)(dense, token_kl, mask)

@@ -1,6 +1,8 @@
 """AdamW with warm-up and cosine decay, training states, and an update that skips NaN."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from segjax.config.choices import DECAYED_WEIGHTS
 from segjax.config.settings import Optimizer
 from segjax.model import sharding
 from segjax.train.metrics import Metrics
@@ -40,11 +43,18 @@ def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTrans
     b2=settings.beta2,
     eps=settings.epsilon,
     weight_decay=settings.weight_decay,
+    mask=functools.partial(_is_decayed, names=DECAYED_WEIGHTS[settings.decayed_weights]),
   )
-  return optax.chain(
-    # Clipped before the moments, which would remember a single large gradient for many steps.
-    optax.clip_by_global_norm(settings.max_grad_norm),
-    _with_moments_dtype(settings.moments_dtype, adamw),
+  adamw = _with_moments_dtype(settings.moments_dtype, adamw)
+  # Clipped before the moments, which would remember a single large gradient for many steps.
+  limit = settings.max_grad_norm or math.inf  # 0 in the settings: none
+  return optax.chain(optax.clip_by_global_norm(limit), adamw)
+
+
+def _is_decayed(params: Any, names: tuple[str, ...]) -> Any:
+  """Returns whether the path of each parameter ends in one of the names, as a tree."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: sharding.path_name(path).endswith(names), params
   )
 
 

@@ -71,8 +71,8 @@ def policy_objective(
     rollout.old_logprob,
     batch.advantage,
     mask,
-    clip_eps=ppo.clip_eps,
-    clip_eps_high=ppo.clip_eps_high or None,  # 0 in the settings: none
+    clip_eps=ppo.clip_eps or None,  # 0 in the settings: none
+    clip_eps_high=ppo.clip_eps_high or None,
     dual_clip=ppo.dual_clip_ratio or None,
     mean=ppo.loss_aggregation,
     count=count,

@@ -36,6 +36,9 @@ def rollout_metrics(
   def sum_per_response(x):
     return jnp.mean(masked_sum(x, mask, axis=1))
 
+  def largest(x, mask):
+    return jnp.max(jnp.where(mask, jnp.abs(x), 0.0))  # NaN if any is
+
   length = jnp.sum(mask, axis=1).astype(jnp.float32)
   return {
     'objective/reward': sum_per_response(dense),
@@ -43,10 +46,12 @@ def rollout_metrics(
     'objective/non_score_reward': -sum_per_response(penalty),
     'objective/scores': masked_mean(experience.score, segments.end),
     'objective/kl': sum_per_response(log_ratio),
-    'objective/kl_token_max': jnp.max(jnp.where(mask, jnp.abs(log_ratio), 0.0)),
+    'objective/kl_token_max': largest(log_ratio, mask),
     'objective/entropy': -sum_per_response(rollout.old_logprob),
     'objective/ref_entropy': masked_mean(experience.ref_entropy, mask),
-    'reward/token_abs_max': jnp.max(jnp.where(mask, jnp.abs(dense), 0.0)),
+    'reward/token_abs_max': largest(dense, mask),
+    'objective/advantage_abs_max': largest(experience.advantage, mask),
+    'critic/return_abs_max': largest(experience.return_, experience.value_mask),
     'reward/segment_mean': masked_sum(dense, mask) / jnp.maximum(jnp.sum(segments.end), 1),
     'response/length_mean': jnp.mean(length),
     'response/length_max': jnp.max(length),
@@ -85,10 +90,12 @@ def z_by_position(z: Float[Array, 'B T'], segments: Segments) -> dict[str, Array
 def within_bounds(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
   """Returns whether PPO may learn from a rollout with these metrics.
 
-  KL and the largest reward must be finite and within `ppo.skip_if_kl_above` and
-  `ppo.skip_if_reward_above`, where 0 sets no bound.
+  What is learned from must be finite: rewards, advantages, returns. KL and the largest reward must
+  be finite and within `ppo.skip_if_kl_above` and `ppo.skip_if_reward_above`, where 0 sets no bound.
   """
   is_within = jnp.bool(True)
+  for name in ('objective/rlhf_reward', 'objective/advantage_abs_max', 'critic/return_abs_max'):
+    is_within &= jnp.isfinite(metrics[name])
   for name, bound in (
     ('objective/kl', ppo.skip_if_kl_above),
     ('reward/token_abs_max', ppo.skip_if_reward_above),

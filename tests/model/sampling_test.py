@@ -71,6 +71,35 @@ def test_inverse_cdf_equals_a_running_sum(size):
   assert (weights[np.arange(64), got] > 0).all()
 
 
+def test_inverse_cdf_skips_weights_of_0_where_running_sums_rise():
+  """A sum in a tree may rise over blocks of weight 0; a target in the rise drew from such a block.
+
+  A nucleus of 60 tokens out of Llama-3's vocabulary, and the uniform numbers next to each rise.
+  """
+  rng, rows, size = np.random.default_rng(0), 16, 128_256
+  weights = np.zeros((rows, size), np.float32)
+  for row in weights:
+    row[rng.choice(size, 60, replace=False)] = np.exp(-6 * rng.random(60))
+  sums = weights.reshape(rows, -1, 128).sum(-1)
+  above = np.asarray(jax.jit(lambda x: jnp.cumsum(x, axis=-1))(sums))
+  steps = np.arange(-3, 4)
+  draw = jax.jit(inverse_cdf)
+  rises = np.argwhere((above[:, 1:] > above[:, :-1]) & (sums[:, 1:] == 0))
+  assert len(rises)
+  for row, block in rises[::8]:
+    uniform = ((above[row, block] / above[row, -1] * 2**23).astype(int) + steps) * 2.0**-23
+    token = draw(np.repeat(weights[row : row + 1], len(steps), axis=0), uniform.astype(np.float32))
+    assert (weights[row, token] > 0).all()
+
+
+@pytest.mark.parametrize('index', [0, 127, 128, 299])
+def test_inverse_cdf_of_a_single_weight(index):
+  weights = np.zeros((4, 300), np.float32)
+  weights[:, index] = 1
+  uniform = np.array([0, 0.5, 1 - 2**-23, 1 - 2**-24], np.float32)
+  assert jax.jit(inverse_cdf)(weights, uniform).tolist() == [index] * 4
+
+
 def test_both_logprobs_are_of_their_own_distribution():
   rng = np.random.default_rng(1)
   logits = rng.normal(scale=3, size=(32, models.VOCAB)).astype(np.float32)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,6 +37,15 @@ def test_never_negative(name):
   logprob = jnp.linspace(-5, -0.1, 9)
   assert jnp.all(ESTIMATORS[name](logprob, logprob[::-1]) >= 0)
   assert_allclose(ESTIMATORS[name](logprob, logprob), np.zeros(9))
+
+
+@pytest.mark.parametrize('name', ESTIMATORS)
+def test_finite_at_any_log_ratio(name):
+  logprob, ref_logprob = jnp.array([0.0, -1e3, -100.0]), jnp.array([-1e3, 0.0, 0.0])
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(ESTIMATORS[name](x, ref_logprob)))(logprob)
+  assert np.isfinite(value) and np.all(np.isfinite(grad))
+  # e^20 - 21: sums and squares of it are finite too.
+  assert_allclose(k3(logprob, ref_logprob), [19.0, np.exp(20) - 21, np.exp(20) - 21], rtol=1e-6)
 
 
 def test_precision():

@@ -74,6 +74,35 @@ def run_policy_loss(logprob, old_logprob, advantage, mask, low, high, dual, mean
   return policy_loss(logprob, old_logprob, advantage, mask, **options)
 
 
+@pytest.mark.parametrize('advantage', [-1.0, 0.0, 1.0])
+def test_policy_loss_is_finite_at_any_log_ratio(advantage):
+  """e^89 overflows, and 0 times infinity is NaN."""
+  old, mask = jnp.array([[-100.0, -1e3, 0.0]]), jnp.ones((1, 3), bool)
+
+  def loss(logprob):
+    return policy_loss(logprob, old, jnp.full((1, 3), advantage), mask)
+
+  (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(jnp.array([[0.0, 0.0, -100.0]]))
+  assert np.isfinite(value) and np.all(np.isfinite(grad))
+  assert all(np.isfinite(x) for x in metrics.values())
+  assert_allclose(metrics['ratio_max_deviation'], np.exp(20) - 1, rtol=1e-6)
+
+
+def test_without_a_clip():
+  """clip_eps None: the ratio itself, A = 1 and -1; clip_eps_high alone clips above alone."""
+  logprob, mask = jnp.log(jnp.array([[4.0, 0.25]])), jnp.ones((1, 2), bool)
+  for sign in (1.0, -1.0):
+    arguments = logprob, jnp.zeros((1, 2)), jnp.full((1, 2), sign), mask
+    loss, metrics = policy_loss(*arguments, clip_eps=None)
+    assert_allclose(loss, -sign * (4 + 0.25) / 2)
+    assert metrics['clipfrac'] == 0
+    grad = jax.grad(lambda x: policy_loss(x, *arguments[1:], clip_eps=None)[0])(logprob)  # noqa: B023
+    assert_allclose(grad, [[-sign * 4 / 2, -sign * 0.25 / 2]])
+  loss, metrics = policy_loss(*arguments[:2], -arguments[2], mask, clip_eps=None, clip_eps_high=1.0)
+  assert_allclose(loss, -(2 + 0.25) / 2)
+  assert metrics['clipfrac'] == 0.5
+
+
 def test_asymmetric_and_dual_clip_worked():
   """Ratios e^2 and e^-2, each with an advantage of 1 and of -1."""
   logprob, mask = jnp.array([[2.0, -2.0], [2.0, -2.0]]), jnp.ones((2, 2), bool)

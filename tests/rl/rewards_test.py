@@ -103,6 +103,7 @@ def test_worked_kl_and_clamp():
   assert_allclose(shaped_reward(dense, kl, mask, kl_coef=0.01), expected, atol=1e-6)
   assert_allclose(shaped_reward(dense, kl, mask, kl_coef=-1.0)[:4], [0.25, -0.1, 0.4, 10])
   assert_allclose(shaped_reward(dense, kl, mask, kl_coef=0, clip=0.2)[:4], [0.2, -0.1, 0.2, 0.2])
+  assert_allclose(shaped_reward(dense, kl, mask, kl_coef=0, clip=None)[:4], dense[:4])
 
 
 def test_golden_file(shared_files):

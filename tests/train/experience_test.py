@@ -164,13 +164,10 @@ def test_z_by_position_of_three_segments():
   assert {k: x for k, x in values.items() if not np.isnan(x)} == {4: 0.5, 7: -1.0, 10: 2.0}
 
 
-@pytest.mark.parametrize(
-  ('granularity', 'spread'),
-  [('segment', 'even_split'), ('token', 'even_split'), ('bandit', 'bandit'), ('segment', 'repeat')],
-)
-def test_experience_equals_oracle(granularity, spread):
-  batch = make_batch(seed=3, begin_anywhere=False)
-  rng = np.random.default_rng(4)
+def scored_batch(seed=3):
+  """Returns (batch, rollout, outputs of the networks), random but for the layout."""
+  batch = make_batch(seed=seed, begin_anywhere=False)
+  rng = np.random.default_rng(seed + 1)
   rows = len(batch.mask)
   logprob = -np.abs(rng.normal(size=(2, rows, LENGTH))).astype(np.float32)
   outputs = ModelOutputs(
@@ -189,6 +186,15 @@ def test_experience_equals_oracle(granularity, spread):
     finished=jnp.asarray(batch.finished),
     old_logprob=jnp.full((rows, LENGTH), jnp.nan),  # replaced by that of `outputs`
   )
+  return batch, rollout, outputs
+
+
+@pytest.mark.parametrize(
+  ('granularity', 'spread'),
+  [('segment', 'even_split'), ('token', 'even_split'), ('bandit', 'bandit'), ('segment', 'repeat')],
+)
+def test_experience_equals_oracle(granularity, spread):
+  batch, rollout, outputs = scored_batch()
   recipe = training.recipe(
     spread=spread,
     segmenter=training.segmenter(granularity, 2.0),
@@ -249,6 +255,67 @@ def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch)
     assert_allclose(got[mask], want[mask], atol=3e-5, err_msg=name)
 
 
+@pytest.fixture(scope='module')
+def plain_outputs():
+  return scored_batch()
+
+
+def experience_of(scored, ppo=training.PPO_SETTINGS, **changed):
+  """Returns (experience, metrics) with outputs of the networks changed."""
+  _, rollout, outputs = scored
+  recipe = training.recipe(
+    segmenter=training.segmenter('segment', 2.0), ppo=ppo, shaping=RewardShaping(reward_clip=0.0)
+  )
+  normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
+  outputs = outputs._replace(**changed)
+  return make_experience(rollout, outputs, normalizer, jnp.float32(0.1), recipe=recipe)
+
+
+def test_reward_clip_of_0_is_off(plain_outputs):
+  experience, metrics = experience_of(plain_outputs)
+  expected = by_loops(
+    *(plain_outputs[0], plain_outputs[2]),
+    training.recipe(
+      segmenter=training.segmenter('segment', 2.0), shaping=RewardShaping(reward_clip=1e9)
+    ),
+  )
+  assert metrics['reward/token_abs_max'] > 1
+  assert_allclose(experience.reward, expected['reward'], atol=1e-4)
+
+
+K3 = dataclasses.replace(training.PPO_SETTINGS, kl_estimator='k3')
+
+
+def test_k3_of_a_token_that_the_policy_excludes(plain_outputs):
+  """A log-ratio of 100, whose exponential overflows, leaves all advantages finite."""
+  _, rollout, outputs = plain_outputs
+  row, t = np.argwhere(np.asarray(rollout.response_mask))[3]
+  ref_logprob = outputs.ref_logprob.at[row, t].set(outputs.old_logprob[row, t] + 100)
+  experience, metrics = experience_of(plain_outputs, K3, ref_logprob=ref_logprob)
+  for x in (experience.reward, experience.advantage, experience.return_):
+    assert np.all(np.isfinite(x))
+  assert within_bounds(metrics, K3)
+
+
+@pytest.mark.parametrize(
+  'name, value', [('score', np.nan), ('value', np.inf), ('value', np.nan), ('ref_logprob', -np.inf)]
+)
+def test_nothing_is_learned_from_what_is_not_finite(plain_outputs, name, value):
+  """One token spoils the advantages of all by whitening, whatever KL and rewards say."""
+  _, rollout, outputs = plain_outputs
+  row = np.argwhere(np.asarray(rollout.response_mask))[3, 0]
+  assert within_bounds(experience_of(plain_outputs)[1], training.PPO_SETTINGS)
+  changed = {name: getattr(outputs, name).at[row].set(value)}
+  experience, metrics = experience_of(plain_outputs, **changed)
+  assert not np.all(np.isfinite(experience.advantage))
+  assert not within_bounds(metrics, training.PPO_SETTINGS)
+
+
+FINITE = dict.fromkeys(
+  ('objective/rlhf_reward', 'objective/advantage_abs_max', 'critic/return_abs_max'), 1.0
+)
+
+
 @pytest.mark.parametrize(
   'kl, reward, bounds, expected',
   [
@@ -262,5 +329,5 @@ def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch)
   ],
 )
 def test_rollouts_within_bounds(kl, reward, bounds, expected):
-  metrics = {'objective/kl': jnp.float32(kl), 'reward/token_abs_max': jnp.float32(reward)}
+  metrics = FINITE | {'objective/kl': kl, 'reward/token_abs_max': reward}
   assert bool(within_bounds(metrics, PPO(**bounds))) == expected

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
 from numpy.testing import assert_allclose
 
 from segjax.config.settings import Optimizer
@@ -25,6 +26,7 @@ SETTINGS = Optimizer(
   warmup_ratio=0.25,
   min_lr_ratio=0.1,
   weight_decay=0.01,
+  decayed_weights='all',
   max_grad_norm=2.0,
 )
 TOTAL = 8
@@ -63,6 +65,39 @@ def test_adamw_by_hand(weight_rule):
     weight = weight - learning_rate(count) * step
     assert_allclose(state.params['weight'], weight, rtol=1e-5, atol=1e-6)  # float32
   assert int(state.step) == TOTAL
+
+
+@pytest.mark.parametrize(
+  'decayed, expected',
+  [('kernels', {'kernel'}), ('matrices', {'kernel', 'embedding'}), ('all', None)],
+)
+def test_weight_decay_spares(decayed, expected):
+  """At a gradient of 0 exactly the decayed weights change."""
+  settings = dataclasses.replace(SETTINGS, warmup_ratio=0.0, decayed_weights=decayed)
+  params = models.params(models.TIED)
+  before = jax.tree.map(np.asarray, params)
+  state = init_state(params, settings, TOTAL)
+  grads = jax.tree.map(jnp.zeros_like, params)
+  state, _ = apply_update(state, grads, jnp.float32(1), settings, TOTAL)
+  changed, kept = set(), set()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+    old = functools.reduce(lambda tree, key: tree[key.key], path, before)
+    (changed if np.any(leaf != old) else kept).add(path[-1].key)
+  assert not changed & kept
+  assert changed | kept == {'kernel', 'embedding', 'scale', 'bias'}
+  assert changed == (expected or changed | kept)
+
+
+def test_norm_of_0_does_not_clip(weight_rule):
+  """0 turns a limit off, as elsewhere; scaled to norm 0, no gradient would be left."""
+  params, grad = {'weight': jnp.zeros(3)}, {'weight': jnp.asarray([1e-3, 2e3, -5.0])}
+  moved = {}
+  for limit in (0.0, 1e9):
+    settings = Optimizer(learning_rate=0.1, warmup_ratio=0.0, max_grad_norm=limit, epsilon=1.0)
+    state = init_state(params, settings, TOTAL)
+    moved[limit] = apply_update(state, grad, jnp.float32(1), settings, TOTAL)[0].params['weight']
+  assert np.all(moved[0.0] != 0)
+  np.testing.assert_array_equal(moved[0.0], moved[1e9])
 
 
 @pytest.mark.parametrize(
