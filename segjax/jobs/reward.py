@@ -20,6 +20,7 @@ from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.plan import programs
 from segjax.report.console import table
+from segjax.report.timing import time_evaluation
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
@@ -142,7 +143,7 @@ class Trainer:
     metrics = training_loop.prefix_metrics('reward_model', metrics) | efficiency
     metrics |= throughput.update(lengths, self.scorer.reward, 'scalar', frozen)
     if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
-      metrics |= training_loop.prefix_metrics('eval', self._evaluate(state.params))
+      metrics |= time_evaluation(lambda: self._evaluate(state.params), step=metrics)
     return {'reward': state}, metrics
 
   def _evaluate(self, params: Any) -> dict[str, float]:
@@ -150,7 +151,7 @@ class Trainer:
     scored = score_pairs(
       params, self.reference, self.eval_subset, self.scorer, batches, self.stage.to_device
     )
-    return scored_pair_metrics(scored)
+    return training_loop.prefix_metrics('eval', scored_pair_metrics(scored))
 
 
 def with_calibrated_threshold(

@@ -18,14 +18,30 @@ from segjax import processes
 from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
-from segjax.report.timing import compiles
+from segjax.report.timing import Completion, compile_seconds, compiles
 from segjax.storage import read_json_lines, truncate_json_lines
 from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
 
 _MAY_BE_EMPTY = 'reward/by_position/'  # NaN where no segment is in that tenth: not logged
-_Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A dispatched step whose metrics have not been read.
+
+  Attributes:
+    dispatched: when it was dispatched, monotonic seconds.
+    completion: when it is computed.
+    num_compiles: programs compiled so far.
+  """
+
+  step: int
+  metrics: dict[str, Any]
+  dispatched: float
+  completion: Completion
+  num_compiles: int
 
 
 class TooManySkippedStepsError(UserError):
@@ -97,7 +113,8 @@ class MetricLog:
     self._wandb = _wandb_run(project, directory) if project and first else None
     self._bar, self._show = bar, show
     self._pending: _Pending | None = None
-    self._clock = time.monotonic()
+    # When the step before the pending one was dispatched, and when it was computed.
+    self._dispatched = self._completed = time.monotonic()
 
   def __enter__(self) -> 'MetricLog':
     return self
@@ -107,7 +124,7 @@ class MetricLog:
       if error is None:
         self.flush()
       elif error is TooManySkippedStepsError and self._pending is not None:
-        self._write(*self._pending)  # the step dispatched after the skipped one
+        self._write(self._pending)  # the step dispatched after the skipped one
     finally:
       self._bar.close()
       self._curves.close()
@@ -117,9 +134,8 @@ class MetricLog:
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Accepts the metrics of `step` and writes those of the step before."""
-    now = time.monotonic()
-    pending, self._pending = self._pending, (step, metrics, now - self._clock)
-    self._clock = now
+    pending = self._pending
+    self._pending = _Pending(step, metrics, time.monotonic(), Completion(metrics), compiles())
     self._read(pending)
 
   def flush(self) -> None:
@@ -129,16 +145,17 @@ class MetricLog:
 
   def _read(self, pending: '_Pending | None') -> None:
     if pending is not None:
-      self._write(*pending)
-      self._raise_if_too_many_skipped(pending[0], self.last)
+      self._write(pending)
+      self._raise_if_too_many_skipped(pending.step, self.last)
 
-  def _write(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
-    values = {name: float(value) for name, value in processes.to_host(metrics).items()}
+  def _write(self, pending: _Pending) -> None:
+    step = pending.step
+    values = {name: float(value) for name, value in processes.to_host(pending.metrics).items()}
     empty = [k for k, v in values.items() if k.startswith(_MAY_BE_EMPTY) and math.isnan(v)]
     for name in empty:
       del values[name]
-    values['timing/step'] = seconds  # between two dispatches, for which no device is waited for
-    values |= _rates(values, self._options.peak_flops)
+    values |= self._seconds(pending)
+    values |= _rates(values, self._options.peak_flops) | {'perf/num_compiles': pending.num_compiles}
     self._keep(values)
     # JSON has no NaN: a value that is not finite is written as its name.
     record = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
@@ -150,6 +167,18 @@ class MetricLog:
     if self._wandb is not None:
       self._wandb.log(values, step=step)
     self._print_step(step, values)
+
+  def _seconds(self, pending: _Pending) -> dict[str, float]:
+    """Returns the seconds of a step: from the completion of the step before it to its own.
+
+    A program that is compiled while the devices compute the step before costs the run no time.
+    """
+    completed = max(pending.completion.wait(), self._completed)
+    begin = max(self._dispatched, self._completed)
+    compiling = compile_seconds(begin, min(pending.dispatched, completed))
+    seconds = completed - self._completed - compiling
+    self._dispatched, self._completed = pending.dispatched, completed
+    return {'timing/step': seconds, 'timing/compile': compiling}
 
   def _keep(self, values: dict[str, float]) -> None:
     self.last = values
@@ -193,16 +222,16 @@ class MetricLog:
 
 
 def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
-  """Returns tokens per second, model FLOPs utilisation, peak memory and the number of compiles.
+  """Returns tokens per second, model FLOPs utilisation and peak memory.
 
   perf/mfu = model FLOPs of the step / (seconds · peak FLOP/s of all devices), Chowdhery et al.
-  2022, https://arxiv.org/abs/2204.02311.
+  2022, https://arxiv.org/abs/2204.02311. An evaluation's work is not counted, nor its seconds.
 
   Removes the inputs of the rates, TOKENS and FLOPS, from `values`.
   """
   tokens, flops = values.pop(TOKENS, None), values.pop(FLOPS, None)
-  seconds = max(values['timing/step'], 1e-9)
-  rates = {'perf/num_compiles': float(compiles())}
+  seconds = max(values['timing/step'] - values.get('timing/evaluate', 0.0), 1e-9)
+  rates = {}
   if tokens is not None:
     rates['perf/tokens_per_second'] = tokens / seconds
   if flops is not None and peak_flops:
