@@ -1,7 +1,6 @@
 """Runs the jobs of config.stages in turn, each on the output of the previous ones."""
 
 import dataclasses
-import importlib.util
 import operator
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from segjax.errors import UserError
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.model.mesh import check_batch
-from segjax.report import profiling
+from segjax.report import profiling, wandb_run
 from segjax.report.console import log
 from segjax.report.html_report import Page
 from segjax.run import inputs, stage_record
@@ -68,11 +67,7 @@ def prepare(
       does not exist, ...
   """
   check_stages(settings.stages)
-  if settings.wandb_project and importlib.util.find_spec('wandb') is None:
-    raise UserError(
-      f'config.wandb_project={settings.wandb_project!r} needs the package wandb; run '
-      "pip install -e '.[wandb]'."
-    )
+  wandb_run.check_login(settings.wandb_project)
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []

@@ -19,6 +19,7 @@ from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.timing import Completion, compile_seconds, compiles
+from segjax.report.wandb_run import WandbRun
 from segjax.storage import read_json_lines, truncate_json_lines
 from segjax.train.throughput import FLOPS, TOKENS
 
@@ -110,7 +111,7 @@ class MetricLog:
       str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
     )
     project = self._options.wandb_project
-    self._wandb = _wandb_run(project, directory) if project and first else None
+    self._wandb = WandbRun(project, directory) if project and first else None
     self._bar, self._show = bar, show
     self._pending: _Pending | None = None
     # When the step before the pending one was dispatched, and when it was computed.
@@ -130,7 +131,7 @@ class MetricLog:
       self._curves.close()
       self._file.close()
       if self._wandb is not None:
-        self._wandb.finish()
+        self._wandb.finish(failed=error is not None)
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Accepts the metrics of `step` and writes those of the step before."""
@@ -165,7 +166,7 @@ class MetricLog:
       if math.isfinite(value):
         self._curves.add_scalar(name, value, step)
     if self._wandb is not None:
-      self._wandb.log(values, step=step)
+      self._wandb.log(step, values)
     self._print_step(step, values)
 
   def _seconds(self, pending: _Pending) -> dict[str, float]:
@@ -248,10 +249,3 @@ def _short(name: str) -> str:
 
 def _in_thousands(number: float) -> str:
   return f'{number / 1000:.1f}k' if number >= 1000 else f'{number:.0f}'
-
-
-def _wandb_run(project: str, directory: Path) -> Any:
-  import wandb
-
-  name = '/'.join(directory.absolute().parts[-2:])  # the run's directory and the stage
-  return wandb.init(project=project, name=name, dir=str(directory))

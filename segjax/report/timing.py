@@ -26,7 +26,8 @@ def compiles() -> int:
 
 def compile_seconds(begin: float, end: float) -> float:
   """Returns the seconds of the time from `begin` to `end` in which programs were compiled."""
-  return sum(max(0.0, min(last, end) - max(first, begin)) for first, last in _intervals)
+  overlaps = (min(last, end) - max(first, begin) for first, last in _intervals)
+  return sum((overlap for overlap in overlaps if overlap > 0), 0.0)
 
 
 def _record_compile(event: str, seconds: float, **_: Any) -> None:
