@@ -1,6 +1,6 @@
 """Logs the metrics of a stage, a step late: JSON lines, TensorBoard, W&B, and lines on the console.
 
-Printing is done by `console`; `metric_docs` describes the metrics, `alerts` warns about them.
+Printing is done by `step_lines`; `metric_docs` describes the metrics, `alerts` warns about them.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from segjax import processes
 from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
+from segjax.report.step_lines import StepLines
 from segjax.report.timing import Completion, compile_seconds, compiles
 from segjax.report.wandb_run import WandbRun
 from segjax.storage import read_json_lines, truncate_json_lines
@@ -56,14 +57,16 @@ class Options:
   Attributes:
     max_skipped_steps: consecutive steps with skipped updates that raise TooManySkippedStepsError.
     wandb_project: Weights & Biases project to log to as well; '' for none.
-    line_every: steps between two lines on the console; 0 for none.
+    line_every: seconds between two lines on the console; 0 for none.
     peak_flops: peak of all devices together, bfloat16 FLOP/s; 0 if unknown.
+    seconds_after: (seconds of the stage) -> about those of the stages after it; None if unknown.
   """
 
   max_skipped_steps: int = 1
   wandb_project: str = ''
-  line_every: int = 0
+  line_every: float = 0.0
   peak_flops: float = 0.0
+  seconds_after: Callable[[float], float | None] = lambda _: None
 
 
 class MetricLog:
@@ -112,7 +115,8 @@ class MetricLog:
     )
     project = self._options.wandb_project
     self._wandb = WandbRun(project, directory) if project and first else None
-    self._bar, self._show = bar, show
+    self._stage = bar.stage
+    self._lines = StepLines(bar, show, self._options.line_every, self._options.seconds_after)
     self._pending: _Pending | None = None
     # When the step before the pending one was dispatched, and when it was computed.
     self._dispatched = self._completed = time.monotonic()
@@ -127,7 +131,7 @@ class MetricLog:
       elif error is TooManySkippedStepsError and self._pending is not None:
         self._write(self._pending)  # the step dispatched after the skipped one
     finally:
-      self._bar.close()
+      self._lines.close()
       self._curves.close()
       self._file.close()
       if self._wandb is not None:
@@ -167,7 +171,9 @@ class MetricLog:
         self._curves.add_scalar(name, value, step)
     if self._wandb is not None:
       self._wandb.log(step, values)
-    self._print_step(step, values)
+    self._lines.update(step, values)
+    for alert in self._alerts.update(values):
+      log(f'warning: step {step + 1}: {alert}', self._stage)
 
   def _seconds(self, pending: _Pending) -> dict[str, float]:
     """Returns the seconds of a step: from the completion of the step before it to its own.
@@ -184,17 +190,6 @@ class MetricLog:
   def _keep(self, values: dict[str, float]) -> None:
     self.last = values
     self.evaluated |= {k: v for k, v in values.items() if k.startswith('eval/')}
-
-  def _print_step(self, step: int, values: dict[str, float]) -> None:
-    shown = [f'{_short(name)} {values[name]:.3g}' for name in self._show if name in values]
-    speed = values.get('perf/tokens_per_second')
-    speed = [] if speed is None else [f'{_in_thousands(speed)} tok/s']
-    self._bar.update(step + 1, ', '.join([*speed, *shown[:2]]))
-    every = self._options.line_every
-    if every and (step + 1) % every == 0:
-      log(f'step {step + 1}: {", ".join([*shown, *speed])}', self._bar.stage)
-    for alert in self._alerts.update(values):
-      log(f'warning: step {step + 1}: {alert}', self._bar.stage)
 
   def _count_skipped(self, values: dict[str, float]) -> None:
     self._skipped_steps = self._skipped_steps + 1 if values.get('skipped_updates') else 0
@@ -241,11 +236,3 @@ def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
   if 'peak_bytes_in_use' in stats:
     rates['perf/peak_memory_gib'] = stats['peak_bytes_in_use'] / 2**30
   return rates
-
-
-def _short(name: str) -> str:
-  return name.rpartition('/')[2]
-
-
-def _in_thousands(number: float) -> str:
-  return f'{number / 1000:.1f}k' if number >= 1000 else f'{number:.0f}'
