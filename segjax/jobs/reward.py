@@ -13,6 +13,7 @@ from segjax.data.batches import Pairs, batch_indices, eval_batches, select, spli
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_fingerprint
 from segjax.errors import UserError
+from segjax.evaluation.intervals import wilson
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
@@ -204,6 +205,15 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
+def _headline(stage: Stage, results: dict[str, Any]) -> str:
+  share, total = results['held_out_accuracy'], results['held_out_pairs']
+  low, high = wilson(share * total, total)
+  return (
+    f'the chosen response scores higher in {share:.1%} of {total:,} held-out pairs, 95 % interval '
+    f'[{low:.1%}, {high:.1%}]'
+  )
+
+
 JOB = Job(
   name='reward',
   run=run,
@@ -215,5 +225,7 @@ JOB = Job(
   num_networks=2,
   tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
   num_steps=lambda s, rows: training_loop.count_known_steps(s.reward, rows, 'reward'),
+  passes=lambda s: 4.0,  # an update, and the reference
+  headline=_headline,
   plan=programs.REWARD,
 )

@@ -116,6 +116,15 @@ def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iter
   bar.close()
 
 
+def format_duration(seconds: float) -> str:
+  """Formats seconds as '42 s', '3 min 5 s' or '2 h 10 min'."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table, the first column aligned to the left, the others to the right.
 

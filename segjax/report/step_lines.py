@@ -17,7 +17,8 @@ _LABELS = {
   'eval/length_baseline_accuracy': 'accuracy of preferring the longer',
   'eval/ece': 'calibration error',
 }
-_HELD_OUT = 'eval/'
+_FIRST = ('eval/gold', 'eval/reward', 'eval/accuracy', 'eval/loss')  # of an evaluation's line
+_ZERO_BELOW = 1e-6  # rounding errors of float32 are shown as 0
 _MAX_SHARE, _MAX_SECONDS = 0.01, 60  # in a long stage a line is due after that share of its time
 
 
@@ -40,7 +41,7 @@ class StepLines:
   ):
     self._bar, self._show, self._every, self._seconds_after = bar, show, every, seconds_after
     self._begun = self._printed = time.monotonic()
-    self._first: tuple[int, float] | None = None  # the first step that ended, and when
+    self._first: tuple[int, float] | None = None  # the first step that ended here, and when
     self._unprinted = ''
 
   def update(self, step: int, values: dict[str, float]) -> None:
@@ -56,7 +57,7 @@ class StepLines:
     left = self._time_left(done, now)
     title = f'step {done} of {self._bar.total}'
     self._unprinted = f'{title}: {", ".join([*shown, *speed])}{left and f"; {left}"}'
-    held_out = format_metrics(values, [name for name in values if name.startswith(_HELD_OUT)])
+    held_out = format_metrics(values, sorted(filter(_is_held_out, values), key=_position))
     limit = max(self._every, min(_MAX_SECONDS, _MAX_SHARE * (now - self._begun)))
     if held_out or now - self._printed >= limit:
       self._print()
@@ -74,22 +75,30 @@ class StepLines:
     self._printed, self._unprinted = time.monotonic(), ''
 
   def _time_left(self, done: int, now: float) -> str:
-    remaining = self._bar.total - done
-    if not remaining:
-      return ''
     first, first_at = self._first
-    if done > first:  # without the first step, in which programs are compiled
-      left = remaining * (now - first_at) / (done - first)
-    else:
-      left = remaining * (now - self._begun)
+    if done in (first, self._bar.total):  # in the first step programs are compiled
+      return ''
+    left = (self._bar.total - done) * (now - first_at) / (done - first)
     text = f'{tqdm.format_interval(left)} left'
     after = self._seconds_after(now - self._begun + left)
-    return f'{text}, of the run about {tqdm.format_interval(left + after)}' if after else text
+    return f'{text}, whole run about {tqdm.format_interval(left + after)}' if after else text
 
 
 def format_metrics(values: dict[str, float], names: Sequence[str]) -> list[str]:
   """Returns 'label value' of those of the metrics that have a value."""
-  return [f'{_label(name)} {values[name]:.3g}' for name in names if name in values]
+  return [f'{_label(name)} {_number(values[name])}' for name in names if name in values]
+
+
+def _number(value: float) -> str:
+  return f'{0 if abs(value) < _ZERO_BELOW else value:.3g}'
+
+
+def _is_held_out(name: str) -> bool:
+  return name.startswith('eval/')
+
+
+def _position(name: str) -> int:
+  return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
 def _label(name: str) -> str:

@@ -38,12 +38,13 @@ def _steps(lines):
 
 def test_a_line_says_which_step_and_how_long_is_left(run):
   lines = run(60, [{'perf/tokens_per_second': 7432.0}] * 3, total=59, first=600)
+  assert 'left' not in lines[0]  # compiling says nothing about the other steps
   assert lines[1] == (
     'ppo         step 2 of 59: reward 12.2, KL 3.21, length 17.6, segments 5.9, 7.4k tok/s; '
     '57:00 left'
   )
-  (line,) = run(2, [{}], total=4, after=lambda seconds: 10 * seconds)
-  assert line.endswith('; 00:06 left, of the run about 01:26')
+  (line,) = run(2, [{}] * 2, total=5, after=lambda seconds: 10 * seconds)
+  assert line.endswith('; 00:06 left, whole run about 01:46')
 
 
 @pytest.mark.parametrize('seconds, total, max_gap', [(1.2, 45, 5), (300, 59, 1), (0.1, 200, 51)])
@@ -65,9 +66,14 @@ def test_every_evaluation_is_a_line(run):
   lines = run(0.1, [{}, {}, evaluation, {}])
   assert lines == [
     'ppo         step 3 of 4: reward 12.2, KL 3.21, length 17.6, segments 5.9; 00:00 left',
-    'ppo         step 3 of 4, held out: reward 1.5, KL 2, length 18, gold 0.25',
+    'ppo         step 3 of 4, held out: gold 0.25, reward 1.5, KL 2, length 18',
     'ppo         step 4 of 4: reward 12.2, KL 3.21, length 17.6, segments 5.9',
   ]
+
+
+def test_rounding_errors_are_zero(run):
+  (line,) = run(1, [{'objective/kl': -1.6e-8}])
+  assert 'KL 0,' in line
 
 
 def test_a_stage_that_stops_shows_its_last_step(run):
