@@ -9,7 +9,7 @@ Stages are run by `segjax.jobs.pipeline`. jax is imported only if a run starts.
 
 import time
 
-_STARTED = time.time()  # before the imports, so that the run's wall time includes them
+_STARTED = time.monotonic()  # before the imports, so that the run's wall time includes them
 
 import functools
 import os

@@ -104,6 +104,13 @@ def test_mathematics_needs_jax_alone(module):
     assert name.split('.')[0] in allowed or wing(name + '.') in ('types', 'rl'), name
 
 
+def test_durations_come_from_a_monotonic_clock():
+  """The time of day may be set while a run lasts; it is for stamps that people read."""
+  stamps = {'segjax.processes', 'segjax.run.bucket_lock'}
+  for module, path in MODULES.items():
+    assert module in stamps or 'time.time()' not in path.read_text(encoding='utf-8'), module
+
+
 def test_only_the_network_imports_flax():
   users = {m for m in MODULES if any(name.split('.')[0] == 'flax' for name in imports(m))}
   assert users

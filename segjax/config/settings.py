@@ -165,7 +165,7 @@ class Settings:
 
   seed: int = 0  # of all random numbers
   stages: tuple[str, ...] = ()  # jobs to run, in order
-  log_every: int = 50  # steps between two lines of metrics on the console; 0: none
+  log_every: float = 5.0  # seconds between two lines of metrics, up to 60 in a long stage; 0: none
   profile_steps: str = ''  # first:last, steps from 1, traced into <stage>/profile
   max_skipped_steps: int = 1  # stop after this many non-finite steps in a row
   reference_exact: bool = False  # computes as the published code does, mistakes included

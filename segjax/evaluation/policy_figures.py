@@ -87,6 +87,20 @@ def pairwise_win_rates(
   return rates
 
 
+def gains(after: EvaluatedResponses, before: EvaluatedResponses) -> dict[str, Any]:
+  """Returns `score_gain` and `gold_gain`: mean difference of the i-th responses to a prompt.
+
+  Paired, so that its interval is narrower than those of the two means.
+  """
+  return {
+    f'{judge}_gain': clustered_interval(
+      getattr(after, judge) - getattr(before, judge), after.prompt
+    )
+    for judge in ('score', 'gold')
+    if getattr(after, judge) is not None
+  }
+
+
 def boundary_f1(
   experience: Experience, tokenizer: ChatTokenizer, is_boundary: Callable[[str], bool]
 ) -> float:

@@ -52,7 +52,7 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
 
   Args:
     results: the results of each stage, by name.
-    started: time.time() of the process's start.
+    started: time.monotonic() of the process's start.
   """
   if not {'reward', 'evaluate'} <= set(results):
     return
@@ -69,7 +69,7 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   }
   record = {
     'seed': stage.settings.seed,
-    'wall_seconds': time.time() - started,
+    'wall_seconds': time.monotonic() - started,
     'gold': both_models('gold'),
     'kl_nats': after['kl_nats'],
     'eos_rate': both_models('eos_rate'),
@@ -87,7 +87,6 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   )
   log(f'policy   {workdir / "ppo" / "model"}')
   log(f'figures  {path}')
-  log(f'{record["wall_seconds"]:.0f} s in total')
 
 
 def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:

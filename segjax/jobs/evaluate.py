@@ -14,13 +14,14 @@ from segjax import processes
 from segjax.config.settings import Evaluate
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.evaluation.intervals import format_interval
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
+  gains,
   pairwise_win_rates,
   response_figures,
 )
+from segjax.jobs import evaluate_summary
 from segjax.jobs.job import (
   COMMON,
   OPTIONAL_REWARD_MODEL,
@@ -29,7 +30,7 @@ from segjax.jobs.job import (
   Job,
   data_input,
 )
-from segjax.report.console import log, table
+from segjax.report.console import log
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import format_segments
 from segjax.run import inputs, models
@@ -46,7 +47,7 @@ def run(stage: Stage) -> dict[str, Any]:
   Returns:
     The figures of both, also written to `results.json`: score of the reward model, gold reward
     where config.evaluate.gold_reward_fn is set, KL, length, segments, EOS rate, repetition; and of
-    the policy its win rates over the reference (`policy_figures.pairwise_win_rates`).
+    the policy its gains and win rates over the reference (`policy_figures`).
   """
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
@@ -71,6 +72,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: response_figures(responses) for name, responses in sampled.items()}
+  figures['after'] |= gains(sampled['after'], sampled['before'])
   figures['after'] |= pairwise_win_rates(sampled['after'], sampled['before'], s.seed)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
@@ -210,40 +212,6 @@ def _spread_indices(total: int, max_count: int) -> np.ndarray:
   return np.linspace(0, total - 1, min(max_count, total)).astype(int)
 
 
-_LABELS = {
-  'gold': ('gold reward, mean [95 % interval]', 3),
-  'score': ("reward model's score, mean [95 % interval]", 3),
-  'win_rate_gold': ('win rate by gold reward', 3),
-  'lc_win_rate_gold': ('  at equal length', 3),
-  'win_rate_score': ("win rate by reward model's score", 3),
-  'lc_win_rate_score': ('  at equal length', 3),
-  'kl_nats': ('KL to the reference, nats per response', 2),
-  'length': ('length, tokens', 1),
-  'segments': ('segments per response', 1),
-  'eos_rate': ('responses that end in EOS', 3),
-  'repeated_4grams': ('4-grams that repeat one in the response', 3),
-  'distinct_1': ('distinct tokens, share over responses', 3),
-  'distinct_2': ('distinct pairs of tokens, share', 3),
-  'boundary_f1': ('F1 of segment boundaries', 3),
-}
-
-
-def print_table(figures: dict[str, Any]) -> None:
-  """Prints the figures of `run` as a table."""
-
-  def cell(value, digits):
-    if value is None:
-      return ''
-    return format_interval(value, digits) if isinstance(value, dict) else f'{value:z.{digits}f}'
-
-  rows = []
-  for key, (label, digits) in _LABELS.items():
-    values = [figures[name].get(key) for name in ('before', 'after')]
-    if values != [None, None]:
-      rows.append((label, *(cell(value, digits) for value in values)))
-  table('Held-out prompts', ('', 'before PPO', 'after PPO'), rows)
-
-
 JOB = Job(
   name='evaluate',
   run=run,
@@ -272,6 +240,7 @@ JOB = Job(
   ),
   outputs=('results.json',),
   batch_keys=('evaluate.batch_size',),
-  print_table=print_table,
+  print_table=evaluate_summary.print_table,
+  headline=evaluate_summary.headline,
   num_networks=3,
 )

@@ -73,12 +73,14 @@ class Job:
     batch_keys: keys of batch sizes that are divided over the devices.
     summary: keys of the results that the stage's last line shows.
     print_table: (results) -> None, called at the end of the run.
-    after_run: (stage, results of all stages, seconds since 1970 of the start) -> None, called at
+    after_run: (stage, results of all stages, time.monotonic() at the start) -> None, called at
       the end of the run.
     num_networks: networks that it holds at once, trained and frozen.
     tokens_per_step: (settings) -> maximum number of tokens in a step, prompts and responses; None
       for a job without steps.
     num_steps: (settings, number of rows) -> number of steps; 0 means unknown in both.
+    passes: (settings) -> passes of a token through a network; an update counts as three.
+    headline: (stage, results) -> what the run has reached, in one sentence; '' for nothing.
     plan: the programs that `tools/plan.py` compiles for it.
   """
 
@@ -97,6 +99,8 @@ class Job:
   num_networks: int = 1
   tokens_per_step: Callable[[Settings], int] | None = None
   num_steps: Callable[[Settings, int], int] | None = None
+  passes: Callable[[Settings], float] = lambda settings: 1.0
+  headline: Callable[[Stage, Results], str] | None = None
   plan: JobPlan | None = None
 
 

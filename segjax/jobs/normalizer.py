@@ -226,4 +226,5 @@ JOB = Job(
   num_networks=2,
   tokens_per_step=lambda s: 2 * s.normalizer.batch_size * s.data.max_length,
   num_steps=_num_steps,
+  passes=lambda s: 2.0,
 )

@@ -1,7 +1,7 @@
 """Runs the jobs of config.stages in turn, each on the output of the previous ones."""
 
 import dataclasses
-import importlib.util
+import functools
 import operator
 import time
 from pathlib import Path
@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
-from segjax.jobs import stage_key
+from segjax.jobs import run_end, stage_key
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
+from segjax.jobs.run_estimate import RunEstimate
 from segjax.model.mesh import check_batch
-from segjax.report import profiling
-from segjax.report.console import log
+from segjax.report import profiling, wandb_run
+from segjax.report.console import format_duration, log
 from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
@@ -35,15 +36,28 @@ def run(
   Args:
     stages: the stages, prepared.
     workdir: directory of the run.
-    started: time.time() at the start of the process.
+    started: time.monotonic() at the start of the process.
     config_name: title of report.html.
   """
-  results = {}
+  results, estimate = {}, RunEstimate(stages)
   written = [stage.name for stage in stages if JOBS[stage.name].has_files]
   with Page(workdir, config_name, written) if written else NoPage() as page:
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
+      name, left = stage.name, estimate.begin(stage.name)
+      log('')
+      if len(stages) > 1:
+        log(
+          f'stage {number} of {len(stages)}: {name}'
+          + (f', about {format_duration(left)} left' if left else '')
+        )
+      stage = dataclasses.replace(
+        stage,
+        refresh=page.refresh,
+        seconds_after=functools.partial(estimate.seconds_after, name),
+      )
       with jax.set_mesh(stage.mesh):
-        results[stage.name] = run_stage(dataclasses.replace(stage, refresh=page.refresh))
+        results[name] = run_stage(stage)
+      estimate.record(name, results[name]['seconds'])
       page.write()
   if not processes.is_first():
     return results
@@ -54,6 +68,12 @@ def run(
   for stage in stages:
     if after_run := JOBS[stage.name].after_run:
       after_run(stage, results, started)
+  headlines = [
+    headline(stage, results[stage.name])
+    for stage in stages
+    if (headline := JOBS[stage.name].headline)
+  ]
+  run_end.log_end(headlines, workdir, time.monotonic() - started)
   return results
 
 
@@ -71,11 +91,7 @@ def prepare(
       does not exist, ...
   """
   check_stages(settings.stages)
-  if settings.wandb_project and importlib.util.find_spec('wandb') is None:
-    raise UserError(
-      f'config.wandb_project={settings.wandb_project!r} needs the package wandb; run '
-      "pip install -e '.[wandb]'."
-    )
+  wandb_run.check_login(settings.wandb_project)
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
@@ -193,7 +209,7 @@ def _run_job(stage: Stage, job: Job) -> Results:
   results['seconds'] = time.monotonic() - start_time
   processes.barrier(f'{stage.name} done')
   if processes.is_first():
-    summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
+    summary = ''.join(f', {_label(k)} {_short(results[k])}' for k in job.summary)
     stage.log(f'done in {results["seconds"]:.1f} s{summary}')
   return results
 
@@ -219,11 +235,14 @@ def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results
     stage.log(f'reused from {stage.directory}: settings and inputs are the same')
     _drop_states(stage)  # a run that was killed at the stage's end has left them
     return results
-  log('')
   reason = stage_record.prepare_directory(stage.directory, key)
   if reason:
     stage.log(f'runs again: {reason} (the earlier output is in {stage.directory}.old)')
   return None
+
+
+def _label(name: str) -> str:
+  return 'KL' if name == 'kl' else name.replace('_', ' ')
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import evaluate
+from segjax.jobs import evaluate, run_end
 from segjax.jobs.job import (
   COMMON,
   OPTIONAL_REWARD_MODEL,
@@ -232,5 +232,10 @@ JOB = Job(
     s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   ),
   num_steps=lambda s, rows: s.ppo.max_steps,
+  # Sampling and scoring by three networks; updates of policy and critic.
+  passes=lambda s: 4.0 + 2 * 3 * s.ppo.num_ppo_epochs,
+  headline=lambda stage, results: run_end.describe_change(
+    stage, 'objective/reward', 'reward per training response'
+  ),
   plan=PLAN,
 )

@@ -99,6 +99,7 @@ class Trainer:
       metrics |= self._evaluate(states)
     answered = np.repeat(rows, samples)
     self.responses.take(step, s.ppo.max_steps, collected.experience, answered)
+    self.timer.end('between_steps')
     return states, metrics | self.timer.seconds
 
   def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
@@ -152,5 +153,5 @@ class Trainer:
         self.gold,
         self.decode,
       )
-    self.timer.end('evaluate')
+    self.timer.end('evaluate', metrics)
     return metrics

@@ -14,6 +14,7 @@ from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
+from segjax.evaluation.intervals import wilson
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
@@ -21,6 +22,7 @@ from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.plan import programs
 from segjax.report.console import table
+from segjax.report.timing import time_evaluation
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
@@ -144,7 +146,7 @@ class Trainer:
     metrics = training_loop.prefix_metrics('reward_model', metrics) | efficiency
     metrics |= throughput.update(lengths, self.scorer.reward, 'scalar', frozen)
     if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
-      metrics |= training_loop.prefix_metrics('eval', self._evaluate(state.params))
+      metrics |= time_evaluation(lambda: self._evaluate(state.params), step=metrics)
     return {'reward': state}, metrics
 
   def _evaluate(self, params: Any) -> dict[str, float]:
@@ -152,7 +154,7 @@ class Trainer:
     scored = score_pairs(
       params, self.reference, self.eval_subset, self.scorer, batches, self.stage.to_device
     )
-    return scored_pair_metrics(scored)
+    return training_loop.prefix_metrics('eval', scored_pair_metrics(scored))
 
 
 def with_calibrated_threshold(
@@ -205,6 +207,15 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
+def _headline(stage: Stage, results: dict[str, Any]) -> str:
+  share, total = results['held_out_accuracy'], results['held_out_pairs']
+  low, high = wilson(share * total, total)
+  return (
+    f'the chosen response scores higher in {share:.1%} of {total:,} held-out pairs, 95 % interval '
+    f'[{low:.1%}, {high:.1%}]'
+  )
+
+
 JOB = Job(
   name='reward',
   run=run,
@@ -216,5 +227,7 @@ JOB = Job(
   num_networks=2,
   tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
   num_steps=lambda s, rows: training_loop.count_known_steps(s.reward, rows, 'reward'),
+  passes=lambda s: 4.0,  # an update, and the reference
+  headline=_headline,
   plan=programs.REWARD,
 )

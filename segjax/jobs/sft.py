@@ -6,6 +6,7 @@ from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
+from segjax.jobs import run_end
 from segjax.jobs.job import COMMON, POLICY, Job, data_input
 from segjax.plan import programs
 from segjax.run import inputs, models, provenance, training_loop
@@ -64,5 +65,9 @@ JOB = Job(
   summary=('loss',),
   tokens_per_step=lambda s: s.sft.batch_size * s.data.max_length,
   num_steps=lambda s, rows: training_loop.count_known_steps(s.sft, rows, 'sft'),
+  passes=lambda s: 3.0,
+  headline=lambda stage, results: run_end.describe_change(
+    stage, 'sft/loss', 'cross-entropy, nats per token,'
+  ),
   plan=programs.SFT,
 )

@@ -70,7 +70,7 @@ def live_bytes(phase: Phase, program: JobPrograms) -> int:
 
 
 def _compile(lowered: Any) -> dict[str, Any]:
-  began = time.time()
+  began = time.monotonic()
   empty = dict.fromkeys(('arguments', 'temporaries', 'outputs', 'aliased'), 0)
   try:
     compiled = lowered.compile()
@@ -80,14 +80,14 @@ def _compile(lowered: Any) -> dict[str, Any]:
       raise
     # Its first sentences; a table of allocations follows them.
     message = re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2]
-    return empty | {'seconds': time.time() - began, 'refused': message[:200]}
+    return empty | {'seconds': time.monotonic() - began, 'refused': message[:200]}
   analysis = compiled.memory_analysis()
   return {
     'arguments': analysis.argument_size_in_bytes,
     'temporaries': analysis.temp_size_in_bytes,
     'outputs': analysis.output_size_in_bytes,
     'aliased': analysis.alias_size_in_bytes,
-    'seconds': time.time() - began,
+    'seconds': time.monotonic() - began,
   }
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -24,20 +25,45 @@ _BOLD, _NORMAL = '\033[1m', '\033[0m'
 def log(text: str, stage: str = '') -> None:
   """Prints a line immediately and clear of any progress bar; a stage's name begins its lines.
 
+  On a terminal, lines of a stage are wrapped at its width.
+
   Only the first of several processes prints, because all of them do the same.
   """
   if not processes.is_first():
     return
-  tqdm.write(f'{stage:<{_STAGE_WIDTH - 1}} {text}' if stage else text, file=sys.stdout)
+  if stage:
+    text = f'{stage:<{_STAGE_WIDTH - 1}} {text}'
+    if sys.stdout.isatty():
+      text = '\n'.join(map(_wrap, text.splitlines()))
+  tqdm.write(text, file=sys.stdout)
   sys.stdout.flush()
 
 
-class ProgressBar:
-  """A stage's progress: a bar on a terminal, a full line every 15 seconds in a log file."""
+def _wrap(line: str) -> str:
+  width = shutil.get_terminal_size().columns
+  return textwrap.fill(
+    line,
+    width,
+    subsequent_indent=' ' * _STAGE_WIDTH,
+    break_long_words=False,  # a path stays whole
+    break_on_hyphens=False,
+  )
 
-  def __init__(self, stage: str, total: int, start: int = 0):
-    self.stage = stage
+
+class ProgressBar:
+  """A stage's progress: a bar on a terminal, a full line every 15 seconds in a log file.
+
+  Args:
+    stage: name of the stage.
+    total: its number of steps.
+    start: steps that are done.
+    in_log_file: False if other lines show the progress in a log file.
+  """
+
+  def __init__(self, stage: str, total: int, start: int = 0, in_log_file: bool = True):
+    self.stage, self.total = stage, total
     self._on_terminal = sys.stdout.isatty() and processes.is_first()
+    self._prints_lines = in_log_file and not self._on_terminal
     self._meter = {'total': total, 'prefix': f'{stage:<{_STAGE_WIDTH - 1}} ', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
@@ -58,13 +84,13 @@ class ProgressBar:
     self._bar.update(done - self._done)
     self._done, self._note = done, note
     is_due = time.monotonic() - self._printed > _SECONDS and done < self._meter['total']
-    if is_due and not self._on_terminal:
+    if is_due and self._prints_lines:
       self._print()
 
   def close(self) -> None:
     """Ends the bar in its present state."""
     self._bar.close()
-    if not self._on_terminal and self._done > self._start:
+    if self._prints_lines and self._done > self._start:
       self._print()
 
   def _print(self) -> None:
@@ -88,6 +114,15 @@ def track(stage: str, items: Iterable[Item], total: int, note: str = '') -> Iter
     yield item
     bar.update(done, note)
   bar.close()
+
+
+def format_duration(seconds: float) -> str:
+  """Formats seconds as '42 s', '3 min 5 s' or '2 h 10 min'."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

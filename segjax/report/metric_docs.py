@@ -184,14 +184,23 @@ ENTRIES = (
     '0.5: check the learning rate, the chat template, and the pairs',
   ),
   Entry(
+    ('timing/compile',),
+    'seconds of a step in which the devices waited for programs to be traced and compiled; in no '
+    'other timing/*',
+    '0 after the first steps',
+    'above 0: see perf/num_compiles',
+  ),
+  Entry(
     ('timing/*',),
-    'seconds of a step and of its parts; between_steps is the time between two steps',
+    'seconds of a step, from the completion of the one before, and of its parts; between_steps is '
+    'what is spent outside of them',
     'generate 0.3 to 0.7 of step',
     'between_steps is large: the data or the disk is slow',
   ),
   Entry(
     ('perf/tokens_per_second', 'perf/mfu'),
-    'tokens per second, without padding; model FLOPs as a share of the peak, on listed chips',
+    'tokens per second, without padding; model FLOPs as a share of the peak, on listed chips; '
+    'neither counts compiling and evaluations',
     'steady',
     'slow: set `*.packing_length` or `rollout.max_concurrent`, raise `micro_batch_size`',
   ),

@@ -1,6 +1,6 @@
 """Logs the metrics of a stage, a step late: JSON lines, TensorBoard, W&B, and lines on the console.
 
-Printing is done by `console`; `metric_docs` describes the metrics, `alerts` warns about them.
+Printing is done by `step_lines`; `metric_docs` describes the metrics, `alerts` warns about them.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,32 @@ from segjax import processes
 from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
-from segjax.report.timing import compiles
+from segjax.report.step_lines import StepLines
+from segjax.report.timing import Completion, compile_seconds, compiles
+from segjax.report.wandb_run import WandbRun
 from segjax.storage import is_before, read_json_lines, truncate_json_lines
 from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
 
 _MAY_BE_EMPTY = 'reward/by_position/'  # NaN where no segment is in that tenth: not logged
-_Pending = tuple[int, dict[str, Any], float]  # a step, its metrics, its seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+  """A dispatched step whose metrics have not been read.
+
+  Attributes:
+    dispatched: when it was dispatched, monotonic seconds.
+    completion: when it is computed.
+    num_compiles: programs compiled so far.
+  """
+
+  step: int
+  metrics: dict[str, Any]
+  dispatched: float
+  completion: Completion
+  num_compiles: int
 
 
 class TooManySkippedStepsError(UserError):
@@ -39,14 +57,16 @@ class Options:
   Attributes:
     max_skipped_steps: consecutive steps with skipped updates that raise TooManySkippedStepsError.
     wandb_project: Weights & Biases project to log to as well; '' for none.
-    line_every: steps between two lines on the console; 0 for none.
+    line_every: seconds between two lines on the console; 0 for none.
     peak_flops: peak of all devices together, bfloat16 FLOP/s; 0 if unknown.
+    seconds_after: (seconds of the stage) -> about those of the stages after it; None if unknown.
   """
 
   max_skipped_steps: int = 1
   wandb_project: str = ''
-  line_every: int = 0
+  line_every: float = 0.0
   peak_flops: float = 0.0
+  seconds_after: Callable[[float], float | None] = lambda _: None
 
 
 class MetricLog:
@@ -94,10 +114,12 @@ class MetricLog:
       str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
     )
     project = self._options.wandb_project
-    self._wandb = _wandb_run(project, directory) if project and first else None
-    self._bar, self._show = bar, show
+    self._wandb = WandbRun(project, directory) if project and first else None
+    self._stage = bar.stage
+    self._lines = StepLines(bar, show, self._options.line_every, self._options.seconds_after)
     self._pending: _Pending | None = None
-    self._clock = time.monotonic()
+    # When the step before the pending one was dispatched, and when it was computed.
+    self._dispatched = self._completed = time.monotonic()
 
   def __enter__(self) -> 'MetricLog':
     return self
@@ -107,19 +129,18 @@ class MetricLog:
       if error is None:
         self.flush()
       elif error is TooManySkippedStepsError and self._pending is not None:
-        self._write(*self._pending)  # the step dispatched after the skipped one
+        self._write(self._pending)  # the step dispatched after the skipped one
     finally:
-      self._bar.close()
+      self._lines.close()
       self._curves.close()
       self._file.close()
       if self._wandb is not None:
-        self._wandb.finish()
+        self._wandb.finish(failed=error is not None)
 
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Accepts the metrics of `step` and writes those of the step before."""
-    now = time.monotonic()
-    pending, self._pending = self._pending, (step, metrics, now - self._clock)
-    self._clock = now
+    pending = self._pending
+    self._pending = _Pending(step, metrics, time.monotonic(), Completion(metrics), compiles())
     self._read(pending)
 
   def flush(self) -> None:
@@ -129,16 +150,17 @@ class MetricLog:
 
   def _read(self, pending: '_Pending | None') -> None:
     if pending is not None:
-      self._write(*pending)
-      self._raise_if_too_many_skipped(pending[0], self.last)
+      self._write(pending)
+      self._raise_if_too_many_skipped(pending.step, self.last)
 
-  def _write(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
-    values = {name: float(value) for name, value in processes.to_host(metrics).items()}
+  def _write(self, pending: _Pending) -> None:
+    step = pending.step
+    values = {name: float(value) for name, value in processes.to_host(pending.metrics).items()}
     empty = [k for k, v in values.items() if k.startswith(_MAY_BE_EMPTY) and math.isnan(v)]
     for name in empty:
       del values[name]
-    values['timing/step'] = seconds  # between two dispatches, for which no device is waited for
-    values |= _rates(values, self._options.peak_flops)
+    values |= self._seconds(pending)
+    values |= _rates(values, self._options.peak_flops) | {'perf/num_compiles': pending.num_compiles}
     self._keep(values)
     # JSON has no NaN: a value that is not finite is written as its name.
     record = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
@@ -148,23 +170,26 @@ class MetricLog:
       if math.isfinite(value):
         self._curves.add_scalar(name, value, step)
     if self._wandb is not None:
-      self._wandb.log(values, step=step)
-    self._print_step(step, values)
+      self._wandb.log(step, values)
+    self._lines.update(step, values)
+    for alert in self._alerts.update(values):
+      log(f'warning: step {step + 1}: {alert}', self._stage)
+
+  def _seconds(self, pending: _Pending) -> dict[str, float]:
+    """Returns the seconds of a step: from the completion of the step before it to its own.
+
+    A program that is compiled while the devices compute the step before costs the run no time.
+    """
+    completed = max(pending.completion.wait(), self._completed)
+    begin = max(self._dispatched, self._completed)
+    compiling = compile_seconds(begin, min(pending.dispatched, completed))
+    seconds = completed - self._completed - compiling
+    self._dispatched, self._completed = pending.dispatched, completed
+    return {'timing/step': seconds, 'timing/compile': compiling}
 
   def _keep(self, values: dict[str, float]) -> None:
     self.last = values
     self.evaluated |= {k: v for k, v in values.items() if k.startswith('eval/')}
-
-  def _print_step(self, step: int, values: dict[str, float]) -> None:
-    shown = [f'{_short(name)} {values[name]:.3g}' for name in self._show if name in values]
-    speed = values.get('perf/tokens_per_second')
-    speed = [] if speed is None else [f'{_in_thousands(speed)} tok/s']
-    self._bar.update(step + 1, ', '.join([*speed, *shown[:2]]))
-    every = self._options.line_every
-    if every and (step + 1) % every == 0:
-      log(f'step {step + 1}: {", ".join([*shown, *speed])}', self._bar.stage)
-    for alert in self._alerts.update(values):
-      log(f'warning: step {step + 1}: {alert}', self._bar.stage)
 
   def _count_skipped(self, values: dict[str, float]) -> None:
     self._skipped_steps = self._skipped_steps + 1 if values.get('skipped_updates') else 0
@@ -198,16 +223,16 @@ class MetricLog:
 
 
 def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
-  """Returns tokens per second, model FLOPs utilisation, peak memory and the number of compiles.
+  """Returns tokens per second, model FLOPs utilisation and peak memory.
 
   perf/mfu = model FLOPs of the step / (seconds · peak FLOP/s of all devices), Chowdhery et al.
-  2022, https://arxiv.org/abs/2204.02311.
+  2022, https://arxiv.org/abs/2204.02311. An evaluation's work is not counted, nor its seconds.
 
   Removes the inputs of the rates, TOKENS and FLOPS, from `values`.
   """
   tokens, flops = values.pop(TOKENS, None), values.pop(FLOPS, None)
-  seconds = max(values['timing/step'], 1e-9)
-  rates = {'perf/num_compiles': float(compiles())}
+  seconds = max(values['timing/step'] - values.get('timing/evaluate', 0.0), 1e-9)
+  rates = {}
   if tokens is not None:
     rates['perf/tokens_per_second'] = tokens / seconds
   if flops is not None and peak_flops:
@@ -221,18 +246,3 @@ def _rates(values: dict[str, float], peak_flops: float) -> dict[str, float]:
 def _is_number(value: Any) -> bool:
   """Returns whether a value on file is a number, or the name of one that is not finite."""
   return isinstance(value, int | float) or value in ('nan', 'inf', '-inf')
-
-
-def _short(name: str) -> str:
-  return name.rpartition('/')[2]
-
-
-def _in_thousands(number: float) -> str:
-  return f'{number / 1000:.1f}k' if number >= 1000 else f'{number:.0f}'
-
-
-def _wandb_run(project: str, directory: Path) -> Any:
-  import wandb
-
-  name = '/'.join(directory.absolute().parts[-2:])  # the run's directory and the stage
-  return wandb.init(project=project, name=name, dir=str(directory))

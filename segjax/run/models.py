@@ -141,9 +141,13 @@ def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
     for name, tree in trees.items()
   }
   stats = mesh.local_devices[0].memory_stats() or {}  # none on CPU
-  limit = f' of {stats["bytes_limit"] / 2**30:.1f}' if 'bytes_limit' in stats else ''
-  parts = ', '.join(f'{name} {size / 2**30:.2f}' for name, size in sizes.items())
-  log(f'GiB per device{limit}: {parts}')
+  limit = f', of {_memory(stats["bytes_limit"])}' if 'bytes_limit' in stats else ''
+  parts = ', '.join(f'{name} {_memory(size)}' for name, size in sizes.items())
+  log(f'memory per device: {parts}{limit}')
+
+
+def _memory(size: int) -> str:
+  return f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'
 
 
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:

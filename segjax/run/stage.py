@@ -30,6 +30,8 @@ class Stage:
   Attributes:
     mirror: copies the directory to a bucket, if the working directory is one.
     refresh: called after every step, to update report.html.
+    seconds_after: (seconds of this stage in total) -> about those of the stages after it; None if
+      unknown.
     command: how the run was started.
   """
 
@@ -39,6 +41,7 @@ class Stage:
   mesh: Mesh
   mirror: NoMirror = dataclasses.field(default_factory=NoMirror)
   refresh: Callable[[], None] = lambda: None
+  seconds_after: Callable[[float], float | None] = lambda _: None
   command: Command = Command()
 
   @property

@@ -180,9 +180,14 @@ def _make_checkpointer(stage: Stage, directory: epath.Path) -> Checkpointer:
 def _make_metric_log(stage: Stage, start: int, num_steps: int, show: Sequence[str]) -> MetricLog:
   settings = stage.settings
   options = Options(
-    settings.max_skipped_steps, settings.wandb_project, settings.log_every, _peak_flops(stage.mesh)
+    settings.max_skipped_steps,
+    settings.wandb_project,
+    settings.log_every,
+    _peak_flops(stage.mesh),
+    stage.seconds_after,
   )
-  bar = ProgressBar(stage.name, num_steps, start)
+  # With lines of metrics a log file needs no others.
+  bar = ProgressBar(stage.name, num_steps, start, in_log_file=not settings.log_every)
   return MetricLog(stage.directory, bar, show, start=start, options=options)
 
 

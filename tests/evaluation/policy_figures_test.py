@@ -9,6 +9,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
+  gains,
   pairwise_win_rates,
   response_figures,
 )
@@ -87,3 +88,12 @@ def test_figures_of_responses():
   assert figures['repeated_4grams'] == pytest.approx(1 / 3)
   assert (figures['length'], figures['distinct_1']) == (7.0, pytest.approx(1 / 3))
   assert figures['score']['mean'] == 1 and figures['kl_nats'] == 0
+
+
+def test_gains_are_paired_differences():
+  """Prompts 0 and 1 gain 1 and 2; the means of the models vary far more between prompts."""
+  before = _sampled(None, [0.0, 0.0, 10.0, 10.0], 'abcd')
+  after = _sampled(None, [1.0, 1.0, 12.0, 12.0], 'abcd')
+  (name,) = figures = gains(after, before)
+  assert name == 'gold_gain' and figures[name]['mean'] == 1.5
+  assert figures[name]['high'] - figures[name]['low'] == pytest.approx(2 * 1.96 * 0.5)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
 from segjax.config.settings import replace
+from segjax.errors import UserError
 from segjax.jobs import pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.mesh import make_mesh
@@ -139,6 +142,21 @@ def test_input_inside_of_the_output_is_refused(small, one_device, tmp_path):
 def test_missing_wandb_is_an_error_before_the_run(small, one_device, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"pip install -e '.\[wandb\]'"):
+    pipeline.prepare(small('demo', wandb_project='x'), WORKDIR, one_device)
+
+
+def test_wandb_without_a_key_is_an_error_before_the_run(small, one_device, monkeypatch):
+  class Error(Exception):
+    pass
+
+  def login():
+    raise Error('No API key configured.')
+
+  module = types.ModuleType('wandb')
+  module.__spec__, module.Error, module.login = types.SimpleNamespace(), Error, login
+  monkeypatch.setitem(sys.modules, 'wandb', module)
+  monkeypatch.delenv('WANDB_MODE', raising=False)
+  with pytest.raises(UserError, match=r'No API key configured; .* WANDB_MODE=offline'):
     pipeline.prepare(small('demo', wandb_project='x'), WORKDIR, one_device)
 
 

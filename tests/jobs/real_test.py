@@ -74,7 +74,7 @@ def test_every_stage_on_real_input(values, run, tmp_path, capsys):
   for stage in ('sft', 'reward', 'ppo'):  # all are packed
     text = (tmp_path / stage / 'metrics.jsonl').read_text()
     assert 0.3 < json.loads(text.splitlines()[0])['perf/packing_efficiency'] <= 1
-  assert 'GiB per device' in out
+  assert 'memory per device' in out
 
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ppo' / 'model')
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'ppo' / 'model')

@@ -14,6 +14,21 @@ def test_lines_of_a_stage_begin_with_its_name(capsys):
   assert capsys.readouterr().out == 'hello\nsft         300 rows\n'
 
 
+def test_a_line_wider_than_the_terminal_is_wrapped_below_its_text(monkeypatch, capsys):
+  monkeypatch.setenv('COLUMNS', '40')
+  path = '/a/long/path-that-is/kept/in/one/piece.json'
+  console.log(f'ab  cd {path} {"word " * 9}', 'sft')
+  assert capsys.readouterr().out.count('\n') == 1  # a log file keeps lines whole, for grep
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  console.log(f'ab  cd {path} {"word " * 9}', 'sft')
+  assert capsys.readouterr().out.splitlines() == [
+    'sft         ab  cd',
+    f'            {path}',
+    '            word word word word word',
+    '            word word word word',
+  ]
+
+
 def test_bar_in_a_log_is_one_line(capsys):
   bar = console.ProgressBar('sft', 4)
   for done in range(1, 5):

@@ -2,14 +2,16 @@
 
 import json
 import os
-import sys
+import time
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from segjax.report import metric_log, timing
 from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
 
@@ -116,24 +118,6 @@ def test_a_kill_during_truncation_loses_no_line(tmp_path, monkeypatch):
     assert _lines(tmp_path) == before
 
 
-def test_weights_and_biases_gets_every_step(tmp_path, monkeypatch):
-  calls = []
-  run = types.SimpleNamespace(
-    log=lambda values, step: calls.append((step, values['loss'])),
-    finish=lambda: calls.append('finish'),
-  )
-
-  def init(project, name, dir):
-    calls.append((project, name))
-    return run
-
-  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-  directory = tmp_path / 'runs' / 'sft'
-  with _log(directory, wandb_project='segjax') as log:
-    log.log(0, {'loss': jnp.float32(2)})
-  assert calls == [('segjax', 'runs/sft'), (0, 2.0), 'finish']
-
-
 def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
   with _log(tmp_path, peak_flops=1e9) as log:
     log.log(0, {'perf/tokens': 500.0, 'perf/flops': 1e6, 'reward/by_position/1': np.nan})
@@ -145,16 +129,71 @@ def test_rates_come_from_tokens_flops_and_the_peak(tmp_path):
   assert not {'perf/tokens', 'perf/flops', 'reward/by_position/1'} & set(line)
 
 
-def test_lines_and_warnings_on_the_console(tmp_path, capsys):
-  with _log(tmp_path, total=30, line_every=10) as log:
+@pytest.fixture(scope='module')
+def slow():
+  """A program that is dispatched at once and takes a while."""
+
+  @jax.jit
+  def function(x):
+    return jax.lax.fori_loop(0, 200, lambda _, y: 1e-3 * y @ y, x).sum()
+
+  function(jnp.ones((256, 256))).block_until_ready()
+  return lambda: function(jnp.ones((256, 256)))
+
+
+def test_seconds_of_a_step_are_those_in_which_it_was_computed(tmp_path, slow):
+  begin = time.monotonic()
+  slow().block_until_ready()
+  shortest = 0.3 * (time.monotonic() - begin)  # the machine's speed varies
+  begin = time.monotonic()
+  with _log(tmp_path, total=6) as log:
+    for step in range(6):
+      log.log(step, {'loss': slow(), 'perf/tokens': 100.0})
+  wall = time.monotonic() - begin
+  seconds = [line['timing/step'] for line in _lines(tmp_path)]
+  assert min(seconds) > shortest and wall - shortest < sum(seconds) <= wall
+  assert max(line['perf/tokens_per_second'] for line in _lines(tmp_path)) < 100 / shortest
+
+
+def test_compiling_is_no_part_of_a_step(tmp_path):
+  begin = time.monotonic()
+  with _log(tmp_path) as log:
+    new = jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x.T), axis=0).sum())
+    log.log(0, {'loss': new(jnp.ones((8, 3)))})
+    log.log(1, {'loss': new(jnp.ones((8, 3)))})
+  wall = time.monotonic() - begin
+  first, second = _lines(tmp_path)
+  assert first['timing/compile'] > 0 and second['timing/compile'] == 0
+  total = sum(line[f'timing/{part}'] for line in (first, second) for part in ('step', 'compile'))
+  assert total <= wall
+  assert first['perf/num_compiles'] == second['perf/num_compiles']
+
+
+def test_compiling_while_the_devices_compute_costs_no_time(tmp_path, monkeypatch):
+  """Step 1 is dispatched after 4 s of compiling, 3 of which the devices compute step 0."""
+  clock = [0.0]
+  monkeypatch.setattr(metric_log, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+  monkeypatch.setattr(timing, '_intervals', [(0.0, 1.0), (2.0, 6.0)])
+  completions = iter([5.0, 8.0])
+  monkeypatch.setattr(timing.Completion, 'wait', lambda _: next(completions))
+  with _log(tmp_path) as log:
+    clock[0] = 1.5
+    log.log(0, {'loss': 1.0})
+    clock[0] = 6.5
+    log.log(1, {'loss': 1.0, 'timing/evaluate': 1.0, 'perf/tokens': 30.0})
+  lines = [(line['timing/step'], line['timing/compile']) for line in _lines(tmp_path)]
+  assert lines == [(4.0, 1.0), (2.0, 1.0)]
+  assert _lines(tmp_path)[1]['perf/tokens_per_second'] == 30  # without the evaluation
+
+
+def test_warnings_on_the_console(tmp_path, capsys):
+  with _log(tmp_path, total=30, line_every=10.0) as log:
     for step in range(30):
       log.log(step, {'loss': 0.5, 'policy/clipfrac': 0.5 if step > 10 else 0.0})
   out = capsys.readouterr().out.splitlines()
-  assert [line.split()[2] for line in out if ' step ' in line and 'loss 0.5' in line] == [
-    *('10:', '20:', '30:')
-  ]
   (warning,) = [line for line in out if 'warning' in line]
   assert 'tokens are clipped' in warning and 'ppo.policy_optimizer.learning_rate' in warning
+  assert 'sft         step 30 of 30: loss 0.5' in out
 
 
 def test_newest_evaluation_is_available_next_to_the_last_step(tmp_path):

@@ -34,7 +34,7 @@ def run(steps: int, step_seconds: float) -> dict:
     contextlib.redirect_stdout(null),
   ):
     metric_log = MetricLog(
-      Path(directory), ProgressBar('ppo', steps), names[:4], options=Options(line_every=50)
+      Path(directory), ProgressBar('ppo', steps), names[:4], options=Options(line_every=5.0)
     )
     with metric_log:
       for step in range(steps):

@@ -1,0 +1,33 @@
+"""What a run prints at its end: in one sentence what it has reached, its time, its report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from segjax.report.console import format_duration, log
+from segjax.report.html_report import REPORT_FILE
+from segjax.report.metric_log import METRICS_FILE
+from segjax.run.stage import Stage
+from segjax.storage import read_json_lines
+
+
+def log_end(headlines: Sequence[str], workdir: Path, seconds: float) -> None:
+  """Prints the last of the stages' headlines that is not empty, and where the report is."""
+  log('')
+  if sentence := next(filter(None, reversed(headlines)), ''):
+    log(f'{sentence[0].upper()}{sentence[1:]}.')
+  log(f'{format_duration(seconds)} in total; the report is {workdir / REPORT_FILE}')
+
+
+def describe_change(stage: Stage, metric: str, label: str) -> str:
+  """Returns how a metric changed from the first to the last tenth of a stage's steps."""
+  rows = read_json_lines(stage.directory / METRICS_FILE)
+  values = [float(row[metric]) for row in rows if metric in row]
+  if len(values) < 2:
+    return ''
+  count = max(1, len(values) // 10)
+  first, last = np.mean(values[:count]), np.mean(values[-count:])
+  verb = 'rose' if last > first else 'fell'
+  steps = f'{len(values):,} steps' + (f' (means of {count:,} steps)' if count > 1 else '')
+  return f'{label} {verb} from {first:.3f} to {last:.3f} in {steps}'
