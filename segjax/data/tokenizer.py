@@ -7,6 +7,7 @@ boundary between the model's input and its output.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import tempfile
@@ -17,6 +18,7 @@ from etils import epath
 
 from segjax.data import chat_template as templates
 from segjax.data.sources import Message
+from segjax.data.token_texts import token_texts
 from segjax.errors import UserError
 
 
@@ -126,6 +128,10 @@ class ChatTokenizer:
     return self.tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
     )
+
+  def token_texts(self, ids: Sequence[int]) -> list[str]:
+    """Returns the text that each token adds, special tokens written out; see `data.token_texts`."""
+    return token_texts(ids, functools.partial(self.decode, skip_special=False))
 
   @property
   def special_ids(self) -> set[int]:
