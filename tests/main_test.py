@@ -1,6 +1,7 @@
 """The command line: flags, one-line errors, and the whole demo."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -174,6 +175,14 @@ def test_only_errors_for_users_lose_their_traceback():
     raise TooManySkippedStepsError('step 3: loss not finite')
 
   assert main.is_user_error(_raised(fail))
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
+  printed = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(printed, encoding='ascii'))
+  main.escape_unencodable()
+  print('naïve', flush=True)
+  assert printed.getvalue() == b'na\\xefve\n'
 
 
 @pytest.mark.processes

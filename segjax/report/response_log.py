@@ -17,7 +17,7 @@ from segjax import processes
 from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.evaluation.segment_records import Segment, make_segments, to_number, token_texts
+from segjax.evaluation.segment_records import Segment, make_segments, to_number
 from segjax.storage import truncate_json_lines
 from segjax.train.scoring import take_rows
 from segjax.types import Experience
@@ -144,6 +144,6 @@ def segments_from_experience(
   }
   count = int(segment_id.max(initial=-1)) + 1
   rewards = [float(reward[segment_id == index].sum()) for index in range(count)]
-  texts = token_texts(ids, tokenizer)
+  texts = tokenizer.token_texts(ids)
   scores = score if has_score else None
   return make_segments(texts, segment_id, entropy, scores, reward=rewards), totals
