@@ -58,7 +58,7 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
       f'config.{key}={path!r} is a {type(function).__name__} and cannot be called; name a function.'
     )
   parameters = PARAMETERS.get(key, ())
-  if not _accepts(function, parameters):
+  if parameters and not _accepts(function, parameters):
     raise UserError(
       f'config.{key}={path!r} is called with ({", ".join(parameters)}), and takes other '
       'parameters; define it with these.'

@@ -264,8 +264,11 @@ def test_number_functions_raise_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"^gold_rules:number on the prompt 'p' {words}"):
       number('p', response)
   assert load_number_function('gold_rules:many', 'k')('p', 'r') == 1
-  with pytest.raises(UserError, match=r"config.k='gold_rules:swapped' is called with \(prompt, r"):
-    load_number_function('gold_rules:swapped', 'k')
+  with pytest.raises(
+    UserError,
+    match=r"config.evaluate.gold_reward_fn='gold_rules:swapped' is called with \(prompt, r",
+  ):
+    load_number_function('gold_rules:swapped', 'evaluate.gold_reward_fn')
 
 
 def test_functions_without_signature_or_name(chat):
