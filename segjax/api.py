@@ -54,7 +54,7 @@ class Response:
 
   Attributes:
     text: without special tokens.
-    tokens: the text that each token adds, the stop token included where there is one.
+    tokens: the text of each token, the stop token included where there is one.
     logprob: log π of each token, nats, unfiltered and at temperature 1.
     finished: whether it ended in a stop token, not at the limit.
   """
@@ -70,7 +70,7 @@ class TokenScores:
   """Log-probs and entropies of a text; every list has an entry per token of the response.
 
   Attributes:
-    tokens: the text that each token adds, special tokens included.
+    tokens: the text of each token, special tokens included.
     logprob: log π(token | tokens before it), nats.
     entropy: entropy of the distribution that the token was drawn from, nats.
   """
@@ -226,7 +226,7 @@ class Policy(_Model):
         _logprobs(annotator.params['reference'], batch.sequences.ids, annotator.reference)
       )
       for row, (ids, span) in enumerate(zip(batch.responses, batch.spans, strict=True)):
-        tokens = annotator.tokenizer.token_texts(ids)
+        tokens = [annotator.tokenizer.decode([i], skip_special=False) for i in ids]
         results.append(TokenScores(tokens, *([float(v) for v in x[row, span]] for x in arrays)))
     return results
 
@@ -254,11 +254,11 @@ class Policy(_Model):
     return ids
 
   def _response(self, output: GenerationResult, row: int) -> Response:
-    mask, tokenizer = output.response_mask[row], self.annotator.tokenizer
-    ids = output.response_ids[row][mask].tolist()
+    mask, decode = output.response_mask[row], self.annotator.tokenizer.decode
+    ids = output.response_ids[row][mask]
     return Response(
-      text=tokenizer.decode(ids),
-      tokens=tokenizer.token_texts(ids),
+      text=decode(ids),
+      tokens=[decode([i], skip_special=False) for i in ids],
       logprob=[float(x) for x in output.logprob[row][mask]],
       finished=bool(output.finished[row]),
     )

@@ -12,7 +12,6 @@ import time
 _STARTED = time.monotonic()  # before the imports, so that the run's wall time includes them
 
 import functools
-import io
 import os
 import re
 import shlex
@@ -116,10 +115,6 @@ def main(_: list[str]) -> None:
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   with mirror.hold_lock(workdir):
-    if processes.is_first():
-      (workdir / 'config.json').write_text(
-        command_line.CONFIG.value.to_json_best_effort(indent=2) + '\n'
-      )
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:
@@ -188,7 +183,6 @@ def cli() -> None:
   except UserError as error:
     raise SystemExit(f'segjax: {error}') from None
   if text is not None:
-    escape_unencodable()
     try:
       print(text.rstrip(), flush=True)
     except BrokenPipeError:  # as in `segjax settings | head`; nothing is left to flush at exit
@@ -197,12 +191,6 @@ def cli() -> None:
   if run_main is main:  # a plan for TPUs is compiled by libtpu
     hide_unused_libtpu()
   run(run_main)
-
-
-def escape_unencodable() -> None:
-  """Escapes printed characters that the encoding of the terminal lacks, as `é` in ASCII."""
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def answer(arguments: list[str]) -> str | None:
@@ -236,7 +224,6 @@ def run(main: Callable[[list[str]], None]) -> None:
   # `configs` is a namespace package: a user's own configs/ and the shipped one are both importable.
   sys.path.insert(0, os.getcwd())
   sys.path.append(str(config_files.shipped_root()))
-  escape_unencodable()
   try:
     app.run(main, flags_parser=command_line.parse_flags)
   except KeyboardInterrupt:

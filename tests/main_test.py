@@ -1,7 +1,6 @@
 """The command line: flags, one-line errors, and the whole demo."""
 
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -177,14 +176,6 @@ def test_only_errors_for_users_lose_their_traceback():
   assert main.is_user_error(_raised(fail))
 
 
-def test_characters_that_a_terminal_lacks_are_escaped(monkeypatch):
-  printed = io.BytesIO()
-  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(printed, encoding='ascii'))
-  main.escape_unencodable()
-  print('naïve', flush=True)
-  assert printed.getvalue() == b'na\\xefve\n'
-
-
 @pytest.mark.processes
 def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
   done = _segjax('--config=configs/ppo.py:llama3_8b_sft', '--dry_run', f'--workdir={tmp_path}/w')
@@ -240,7 +231,9 @@ def test_demo_from_nothing(tmp_path):
   accuracy = results['reward_accuracy']
   assert set(accuracy) == {'held_out', 'best_possible'}
   assert 0.5 < accuracy['best_possible'] <= 1
-  assert json.loads((tmp_path / 'config.json').read_text())['ppo']['max_steps'] == 2
+  record = json.loads((tmp_path / 'config.json').read_text())
+  assert list(record) == ['demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate']
+  assert record['ppo']['config']['ppo']['max_steps'] == 2
   _check_cards(tmp_path, few)
 
 

@@ -8,7 +8,6 @@ boundary between the model's input and its output.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
@@ -18,7 +17,6 @@ from segjax.data import chat_template as templates
 from segjax.data import tokenizer_files
 from segjax.data.embedding_rows import EmbeddingRows, smallest_embedding
 from segjax.data.sources import Message
-from segjax.data.token_texts import token_texts
 from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 
@@ -160,10 +158,6 @@ class ChatTokenizer:
     return self.tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
     )
-
-  def token_texts(self, ids: Sequence[int]) -> list[str]:
-    """Returns the text that each token adds, special tokens written out; see `data.token_texts`."""
-    return token_texts(ids, functools.partial(self.decode, skip_special=False))
 
   @property
   def special_ids(self) -> set[int]:

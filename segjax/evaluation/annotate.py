@@ -15,7 +15,7 @@ from segjax.data.batches import pad_rows
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-from segjax.evaluation.segment_records import AnnotatedResponse, make_segments
+from segjax.evaluation.segment_records import AnnotatedResponse, make_segments, token_texts
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
@@ -208,7 +208,7 @@ def _annotated_response(
   num_segments = int(segment_id.max(initial=-1)) + 1
   ends = [np.flatnonzero(segment_id == k)[-1] for k in range(num_segments)]
   segments = make_segments(
-    annotator.tokenizer.token_texts(ids),
+    token_texts(ids, annotator.tokenizer),
     segment_id,
     outputs.entropy,
     outputs.score if has_score else None,

@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from segjax.data.sources import Message
+from segjax.data.tokenizer import ChatTokenizer
+
+_MAX_TOKENS_PER_CHARACTER = 4  # a character has at most 4 bytes in UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Segment:
   """One segment of a response.
 
   Attributes:
-    tokens: the text that each token adds, see `data.token_texts`; they join to `text`.
+    tokens: the text that each token adds; their concatenation is `text`.
     entropy: entropy of the distribution that each token was drawn from, under the reference, nats;
       None where it is not finite.
     score: raw score of the reward model at the last token; None without a reward model.
@@ -78,6 +81,28 @@ def make_segments(
       )
     )
   return segments
+
+
+def token_texts(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[str]:
+  """Returns the text that each token adds; special tokens are written out.
+
+  Where several tokens form a character, the last adds the character and the others nothing.
+  """
+
+  def decode(ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special=False)
+
+  texts, begin, decoded = [], 0, 0
+  for end in range(1, len(ids) + 1):
+    # Decoded with the tokens before it: a token alone may lose the space that it begins with.
+    text = decode(ids[begin:end])
+    is_part = text.endswith('\N{REPLACEMENT CHARACTER}')
+    if is_part and end < len(ids) and end - decoded < _MAX_TOKENS_PER_CHARACTER:
+      texts.append('')
+      continue
+    texts.append(text[len(decode(ids[begin:decoded])) :])
+    begin, decoded = decoded, end
+  return texts
 
 
 def to_number(x: Any) -> float | None:

@@ -1,9 +1,6 @@
 """Chat with a policy in the terminal: streamed answers, their segments and rewards on request."""
 
-import contextlib
 import dataclasses
-import io
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,11 +26,7 @@ from segjax.train.rollout import make_sampling
 from segjax.types import PromptBatch
 
 _CHUNK = 4  # tokens generated between two pieces of streamed text
-_SURROGATES = re.compile('[\ud800-\udfff]')  # undecodable bytes, see PEP 383
-HELP = (
-  '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends; Ctrl-C '
-  'stops an answer'
-)
+HELP = '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends'
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -54,48 +47,38 @@ def run(stage: Stage) -> dict[str, Any]:
   # In chat the policy is the reference: its own entropies segment its answers.
   annotator = load_annotator(policy, reward, s, stage.mesh, stage.log)
   log(f'{s.policy.path}: {HELP}')
-  conversation = _Conversation(annotator, _limit_answers(s.rollout, annotator), stage.key('chat'))
+  messages: list[Message] = []
+  num_answers = 0
   for line in _lines():
-    try:
-      conversation.handle(line)
-    except UserError as error:  # of this line: the next one may do better
-      log(f'({error})')
-  return {'answers': conversation.num_answers}
-
-
-def _limit_answers(rollout: RolloutSettings, annotator: Annotator) -> RolloutSettings:
-  """Returns the settings with answers of at most half of the policy's positions."""
-  positions = annotator.reference.max_position_embeddings
-  if rollout.max_new_tokens <= positions // 2:
-    return rollout
-  log(
-    f'answers have at most {positions // 2} tokens, half of the model’s {positions} positions '
-    f'(config.rollout.max_new_tokens={rollout.max_new_tokens})'
-  )
-  return dataclasses.replace(rollout, max_new_tokens=positions // 2)
+    if line == '/new':
+      messages = []
+    elif line == '/segments':
+      _print_segments(annotator, messages)
+    elif line.startswith('/'):
+      log(HELP)
+    else:
+      messages = _truncate(
+        annotator, [*messages, {'role': 'user', 'content': line}], s.rollout.max_new_tokens
+      )
+      key = jax.random.fold_in(stage.key('chat'), num_answers)
+      answer = reply(annotator, messages, s.rollout, key, _write)
+      sys.stdout.write('\n')
+      messages = [*messages, {'role': 'assistant', 'content': answer}]
+      num_answers += 1
+  return {'answers': num_answers}
 
 
 def _lines() -> Iterator[str]:
-  """Yields what the user types, until the end of the input, Ctrl-C or /quit."""
-  if sys.stdin is None:
-    raise UserError('chat reads from its standard input, which is closed; start it in a terminal.')
-  if isinstance(sys.stdin, io.TextIOWrapper):  # not in a notebook
-    sys.stdin.reconfigure(errors='surrogateescape')
-  with contextlib.suppress(ImportError):  # some Pythons are built without it
-    import readline  # noqa: F401, lets `input` edit lines, also longer than a terminal's buffer
+  """Yields what the user types, until the end of the input or /quit."""
   while True:
     try:
       line = input('> ').strip()
-    except (EOFError, KeyboardInterrupt):
-      sys.stdout.write('\n')
+    except EOFError:
       return
     if line == '/quit':
       return
-    text = _SURROGATES.sub('\N{REPLACEMENT CHARACTER}', line)
-    if text != line:
-      log('(bytes that are not text in the encoding of the terminal were replaced)')
-    if text:
-      yield text
+    if line:
+      yield line
 
 
 def _write(text: str) -> None:
@@ -103,58 +86,15 @@ def _write(text: str) -> None:
   sys.stdout.flush()
 
 
-class _Conversation:
-  """The messages so far, and the answers to lines that the user types."""
-
-  def __init__(self, annotator: Annotator, rollout: RolloutSettings, key: jax.Array):
-    self._annotator, self._rollout, self._key = annotator, rollout, key
-    self._messages: list[Message] = []
-    self.num_answers = 0
-
-  def handle(self, line: str) -> None:
-    """Obeys a command, or answers a message.
-
-    Raises:
-      UserError: the line cannot be answered; the conversation is as before.
-    """
-    if line == '/new':
-      self._messages = []
-    elif line == '/segments':
-      _print_segments(self._annotator, self._messages)
-    elif line.startswith('/'):
-      log(HELP)
-    else:
-      self._answer(line)
-
-  def _answer(self, line: str) -> None:
-    messages = self._truncate([*self._messages, {'role': 'user', 'content': line}])
-    key = jax.random.fold_in(self._key, self.num_answers)
-    answer = reply(self._annotator, messages, self._rollout, key, _write)
-    sys.stdout.write('\n')
-    self._messages = [*messages, {'role': 'assistant', 'content': answer}]
-    self.num_answers += 1
-
-  def _truncate(self, messages: list[Message]) -> list[Message]:
-    """Drops the oldest turns of a conversation that leaves no room for an answer.
-
-    Raises:
-      UserError: the last message alone leaves no room.
-    """
-    positions = self._annotator.reference.max_position_embeddings
-    # One position is for the stop token, which /segments adds to an answer that is cut off.
-    max_prompt = positions - self._rollout.max_new_tokens - 1
-    recent = messages
-    while (length := len(self._annotator.tokenizer.prompt_ids(recent))) > max_prompt:
-      if len(recent) <= 2:
-        raise UserError(
-          f'this message has {length} tokens with the chat template, and there is room for '
-          f'{max_prompt}: the model has {positions} positions, and answers take up to '
-          f'{self._rollout.max_new_tokens}; shorten it.'
-        )
-      recent = recent[2:]
-    if len(recent) < len(messages):
-      log(f'(dropped the {len(messages) - len(recent)} oldest messages: the context is full)')
-    return recent
+def _truncate(annotator: Annotator, messages: list[Message], max_new_tokens: int) -> list[Message]:
+  """Drops the oldest turns of a conversation that leaves no room for an answer."""
+  max_prompt = annotator.reference.max_position_embeddings - max_new_tokens
+  recent = messages
+  while len(annotator.tokenizer.prompt_ids(recent)) > max_prompt and len(recent) > 2:
+    recent = recent[2:]
+  if len(recent) < len(messages):
+    log(f'(dropped the {len(messages) - len(recent)} oldest messages: the context is full)')
+  return recent
 
 
 def reply(
@@ -166,30 +106,22 @@ def reply(
 ) -> str:
   """Samples the answer to a conversation; `write` receives its text as it is generated.
 
-  Ctrl-C ends the answer; what was written of it is returned.
-
   Raises:
-    UserError: the conversation leaves no room for an answer, or the weights are corrupted.
+    UserError: the conversation leaves no room for an answer.
   """
   tokenizer, mesh = annotator.tokenizer, annotator.mesh
   ids = np.array([tokenizer.prompt_ids(messages)], np.int32)
   stream = _Stream(tokenizer, write)
-  decoder = make_decode_config(
-    annotator.reference, make_sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
+  output = generate(
+    annotator.params['reference'],
+    PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
+    key,
+    decoder=make_decode_config(
+      annotator.reference, make_sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
+    ),
+    mesh=mesh,
+    on_chunk=stream.write_new,
   )
-  try:
-    output = generate(
-      annotator.params['reference'],
-      PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
-      key,
-      decoder=decoder,
-      mesh=mesh,
-      on_chunk=stream.write_new,
-    )
-  except KeyboardInterrupt:
-    return stream.written
-  if output.non_finite.any():
-    raise UserError('the model’s logits are not finite; its weights are corrupted.')
   return stream.write_new(output, is_last=True)
 
 
@@ -206,9 +138,7 @@ class _Stream:
     text = self.tokenizer.decode(output.response_ids[0][output.response_mask[0]])
     # An incomplete character decodes to the replacement character at the end.
     complete = text if is_last else text.rstrip('\ufffd')
-    # Bytes that turn out to be broken may change characters that are on the terminal already; the
-    # text continues behind them.
-    if len(complete) > len(self.written):
+    if complete.startswith(self.written):
       self.write(complete[len(self.written) :])
       self.written = complete
     return text
@@ -218,9 +148,6 @@ def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
   """Prints the last answer in segments."""
   if not messages:
     log('there is no answer yet')
-    return
-  if not messages[-1]['content']:
-    log('the last answer is empty')
     return
   text = (messages[:-1], messages[-1]['content'])
   for response in annotate.annotate(annotator, [text], batch_size=annotator.mesh.size):

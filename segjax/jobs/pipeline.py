@@ -18,7 +18,7 @@ from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.jobs.run_estimate import RunEstimate
 from segjax.model.mesh import check_batch
-from segjax.report import profiling, wandb_run
+from segjax.report import profiling, stage_history, wandb_run
 from segjax.report.console import format_duration, log
 from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
@@ -55,6 +55,7 @@ def run(
         refresh=page.refresh,
         seconds_after=functools.partial(estimate.seconds_after, name),
       )
+      page.begin(name)
       with jax.set_mesh(stage.mesh):
         results[name] = run_stage(stage)
       estimate.record(name, results[name]['seconds'])
@@ -95,6 +96,7 @@ def prepare(
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
+  command = dataclasses.replace(command or Command(), settings=dataclasses.asdict(settings))
   for name in settings.stages:
     job = JOBS[name]
     stage = Stage(
@@ -103,7 +105,7 @@ def prepare(
       workdir / name,
       mesh,
       mirror or NoMirror(),
-      command=command or Command(),
+      command=command,
     )
     check_batches(job, settings, mesh)
     for item in job.inputs:
@@ -191,6 +193,9 @@ def run_stage(stage: Stage) -> Results:
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
+  if processes.is_first():
+    c = stage.command
+    stage_history.record_start(stage.directory.parent, stage.name, c.line, c.config, c.settings)
   results = _run_job(stage, job)
   if processes.is_first():
     results = stage_record.record_results(

@@ -10,27 +10,16 @@ import inspect
 import math
 import numbers
 import operator
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from segjax.data.files import excerpt
-from segjax.data.token_texts import token_texts
-from segjax.errors import UserError, first_line
+from segjax.errors import UserError
 
 _LARGEST = float(np.finfo(np.float32).max)
-_VALID = 'a finite number, a list of one per token, or a list of (end, number).'
-
-# What each function of the user's is called with, by position.
-PARAMETERS = {
-  'reward_shaping.reward_fn': ('prompt', 'response'),
-  'evaluate.gold_reward_fn': ('prompt', 'response'),
-  'evaluate.boundary_fn': ('token',),
-}
 
 # (prompts, response_ids [B, T], response_mask [B, T]) -> reward of each token [B, T].
 CustomReward = Callable[[Sequence[str], np.ndarray, np.ndarray], np.ndarray]
@@ -44,93 +33,20 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     key: the config key, for the error.
 
   Raises:
-    UserError: it cannot be imported, is not callable, or does not take PARAMETERS.
+    UserError: it cannot be imported, or is not callable.
   """
   module, _, name = path.partition(':')
   try:
     function = operator.attrgetter(name)(importlib.import_module(module))
   except (Exception, SystemExit) as error:  # whatever a user's module does while it is imported
     raise UserError(
-      f"config.{key}={path!r} cannot be loaded ({_summary(error)}); give 'module:function'."
+      f"config.{key}={path!r} cannot be loaded ({error}); give 'module:function'."
     ) from error
   if not callable(function):
     raise UserError(
       f'config.{key}={path!r} is a {type(function).__name__} and cannot be called; name a function.'
     )
-  parameters = PARAMETERS.get(key, ())
-  if not _accepts(function, parameters):
-    raise UserError(
-      f'config.{key}={path!r} is called with ({", ".join(parameters)}), and takes other '
-      'parameters; define it with these.'
-    )
   return function
-
-
-def _accepts(function: Callable[..., Any], parameters: tuple[str, ...]) -> bool:
-  try:
-    signature = inspect.signature(function)
-  except (TypeError, ValueError):  # some functions written in C have no signature
-    return True
-  extra = {'tokens': ()} if 'tokens' in signature.parameters else {}  # see token_rewards
-  try:
-    signature.bind(*parameters, **extra)
-  except TypeError:
-    return False
-  return True
-
-
-def call_function(function: Callable[..., Any], call: str, *arguments: Any, **options: Any) -> Any:
-  """Calls a function of the user's.
-
-  Args:
-    function: the function.
-    call: names it and what it is called on, see `describe_call`.
-    arguments: of the function.
-    options: of the function.
-
-  Raises:
-    UserError: the function raised an exception, of whatever class.
-  """
-  try:
-    return function(*arguments, **options)
-  except (Exception, SystemExit) as error:
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    code = getattr(inspect.unwrap(function), '__code__', None)
-    lines = [frame.lineno for frame in frames if code and frame.filename == code.co_filename]
-    location = f' in line {lines[-1]} of {Path(code.co_filename).name}' if lines else ''
-    raise UserError(
-      f'{call} raised {_summary(error)}{location}; correct the function (SEGJAX_TRACEBACK=1 shows '
-      'the traceback).'
-    ) from error
-
-
-def load_number_function(path: str, key: str) -> Callable[[str, str], float]:
-  """Loads a function of (prompt, response) that returns a number, such as a gold reward.
-
-  What is returned raises UserError where the function raises or returns something else.
-
-  Raises:
-    UserError: see `load_function`.
-  """
-  function = load_function(path, key)
-
-  def number(prompt: str, response: str) -> float:
-    call = describe_call(function, f'the prompt {excerpt(prompt)}')
-    return _parse_number(call_function(function, call, prompt, response), call, 'a finite number.')
-
-  return number
-
-
-def describe_call(function: Callable[..., Any], subject: str) -> str:
-  """Returns 'module:function on `subject`', for an error."""
-  name = getattr(function, '__qualname__', None)
-  return f'{f"{function.__module__}:{name}" if name else repr(function)} on {subject}'
-
-
-def _summary(error: BaseException) -> str:
-  """Returns the class of an error and the first line of its message."""
-  name, line = type(error).__name__, first_line(error)
-  return name if line == name else f'{name}: {line}'
 
 
 def load_custom_reward(path: str, decode: Callable[[Any], str]) -> CustomReward | None:
@@ -159,8 +75,7 @@ def token_rewards(
   """Calls `function` for each response; returns its rewards token by token, 0 elsewhere.
 
   It is called with (prompt, response), the response's text without special tokens, and also with
-  `tokens=[text that each token adds]`, which join to the response, if it has a parameter of that
-  name. It may return
+  `tokens=[text of each token]` if it has a parameter of that name. It may return
 
     a number               reward of the response, assigned to its last token;
     [number, ...]          one per token, the stop token included;
@@ -178,19 +93,25 @@ def token_rewards(
     decode: maps token ids to text, without special tokens.
 
   Raises:
-    UserError: the function returned something else, a number that float32 cannot hold,
-      or it raised an exception; the message names the function and the prompt.
+    UserError: the function returned something else, or a number that float32 cannot hold; the
+      message names the function and the prompt. Exceptions of the function itself pass through,
+      with a note that names both.
   """
   rewards = np.zeros(response_ids.shape, np.float32)
   takes_tokens = _has_parameter(function, 'tokens')
+  token_text = functools.cache(lambda token: decode([token]))
   for row, (prompt, ids, mask) in enumerate(zip(prompts, response_ids, response_mask, strict=True)):
     positions = np.flatnonzero(mask)
     if not positions.size:
       continue
-    call = describe_call(function, f'the prompt {excerpt(prompt)}')
+    call = f'{_describe(function)} on the prompt {excerpt(prompt)}'
     text = decode(ids[positions])
-    extra = {'tokens': token_texts(ids[positions].tolist(), decode)} if takes_tokens else {}
-    returned = call_function(function, call, prompt, text, **extra)
+    extra = {'tokens': [token_text(int(i)) for i in ids[positions]]} if takes_tokens else {}
+    try:
+      returned = function(prompt, text, **extra)
+    except Exception as error:
+      error.add_note(f'raised by {call}')
+      raise
     rewards[row, positions] = _assign(returned, text, ids[positions], decode, call)
   return rewards
 
@@ -250,11 +171,19 @@ def _parse_pair(item: Any, text: str, call: str) -> tuple[int, float]:
   return int(end), _parse_number(value, call)
 
 
-def _parse_number(value: Any, call: str, valid: str = _VALID) -> float:
+def _parse_number(value: Any, call: str) -> float:
   try:
     number = float(value) if isinstance(value, numbers.Real | np.bool_) else math.nan
   except OverflowError:
     number = math.inf
   if not abs(number) <= _LARGEST:
-    raise UserError(f'{call} returned {excerpt(value)}; return {valid}')
+    raise UserError(
+      f'{call} returned {excerpt(value)}; return a finite number, a list of one per token, or a '
+      'list of (end, number).'
+    )
   return number
+
+
+def _describe(function: Callable[..., Any]) -> str:
+  name = getattr(function, '__qualname__', None)
+  return f'{function.__module__}:{name}' if name else repr(function)

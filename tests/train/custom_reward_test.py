@@ -1,7 +1,6 @@
 """Custom rewards: loading by name, every form of the returned value, assignment to tokens."""
 
 import functools
-import urllib.error
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
-from segjax.errors import UserError
-from segjax.train.custom_reward import load_function, load_number_function, token_rewards
+from segjax.train.custom_reward import load_function, token_rewards
 
 LENGTH = 24
 LOAD = "give 'module:function'"
@@ -181,8 +179,8 @@ def test_token_texts_are_passed_to_a_tokens_parameter(chat):
     return [len(text) for text in tokens]
 
   rewards = response_rewards(chat, ['one €', 'one'], function)
-  assert seen == [['one', ' ', '', '', '€', ''], ['one', '']]
-  assert rewards == [[3, 1, 0, 0, 1, 0], [3, 0]]
+  assert seen == [['one', ' ', '�', '�', '�', ''], ['one', '']]
+  assert rewards == [[3, 1, 1, 1, 1, 0], [3, 0]]
 
 
 @pytest.mark.parametrize(
@@ -223,49 +221,15 @@ def test_invalid_values_name_the_function_and_the_prompt(chat, value, message):
     token_rewards(reward_fn, ['wh' + 'y' * 200], ids, mask, chat.decode)
 
 
-@pytest.mark.parametrize(
-  'error, words',
-  [
-    (KeyError('x'), "KeyError: 'x'"),
-    (urllib.error.URLError('timed out'), 'URLError: <urlopen error timed out>'),
-    (UserError('bad\nmore'), 'UserError: bad'),
-    (RuntimeError(), 'RuntimeError'),
-    (SystemExit(3), 'SystemExit: 3'),
-  ],
-)
-def test_exceptions_name_the_function_the_prompt_and_the_cause(chat, error, words):
+def test_exceptions_of_the_function_pass_with_a_note(chat):
   def reward_fn(prompt, response):
-    raise error
+    return {}[response]
 
   ids, mask = padded(chat, ['one'])
-  with pytest.raises(
-    UserError,
-    match=rf"^{__name__}:.*reward_fn on the prompt 'hello' raised {words} in line \d+ of "
-    r'custom_reward_test.py; correct the function \(SEGJAX_TRACEBACK=1',
-  ) as caught:
+  with pytest.raises(KeyError) as caught:
     token_rewards(reward_fn, ['hello'], ids, mask, chat.decode)
-  assert caught.value.__cause__ is error and '\n' not in str(caught.value)
-
-
-def test_number_functions_raise_one_line(tmp_path, monkeypatch):
-  (tmp_path / 'gold_rules.py').write_text(
-    'def number(prompt, response): return {"a": 2, "b": None, "c": float("nan")}[response]\n'
-    'def swapped(text): return 1\n'
-    'def many(*texts, tokens=None): return 1\n'
-  )
-  monkeypatch.syspath_prepend(tmp_path)
-  number = load_number_function('gold_rules:number', 'evaluate.gold_reward_fn')
-  assert number('p', 'a') == 2
-  for response, words in (
-    ('b', 'returned None; return a finite number'),
-    ('c', 'returned nan; return a finite number'),
-    ('d', "raised KeyError: 'd' in line 1 of gold_rules.py; correct"),
-  ):
-    with pytest.raises(UserError, match=rf"^gold_rules:number on the prompt 'p' {words}"):
-      number('p', response)
-  assert load_number_function('gold_rules:many', 'k')('p', 'r') == 1
-  with pytest.raises(UserError, match=r"config.k='gold_rules:swapped' is called with \(prompt, r"):
-    load_number_function('gold_rules:swapped', 'k')
+  (note,) = caught.value.__notes__
+  assert 'reward_fn' in note and "'hello'" in note
 
 
 def test_functions_without_signature_or_name(chat):
@@ -278,7 +242,7 @@ def test_functions_without_signature_or_name(chat):
 
 
 def test_load_function():
-  assert load_function('math:sqrt', 'k')(4) == 2
+  assert load_function('math:sqrt', 'reward_shaping.reward_fn')(4) == 2
   assert load_function('collections:OrderedDict.fromkeys', 'k')('a') == {'a': None}
 
 
@@ -302,10 +266,8 @@ def test_load_function_names_the_key(path, message):
 def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
   (tmp_path / 'broken_module.py').write_text('def f(:\n')
   (tmp_path / 'raising_module.py').write_text('raise KeyError("x")\n')
-  (tmp_path / 'exiting_module.py').write_text('raise SystemExit(1)\n')
   monkeypatch.syspath_prepend(tmp_path)
-  modules = {'broken': SyntaxError, 'raising': KeyError, 'exiting': SystemExit}
-  for name, cause in modules.items():
-    with pytest.raises(ValueError, match=f'{name}.*{cause.__name__}.*{LOAD}') as caught:
-      load_function(f'{name}_module:f', 'reward_shaping.reward_fn')
+  for name, cause in (('broken_module', SyntaxError), ('raising_module', KeyError)):
+    with pytest.raises(ValueError, match=f'{name}.*{LOAD}') as caught:
+      load_function(f'{name}:f', 'reward_shaping.reward_fn')
     assert isinstance(caught.value.__cause__, cause)
