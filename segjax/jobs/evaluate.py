@@ -21,7 +21,7 @@ from segjax.evaluation.policy_figures import (
   pairwise_win_rates,
   response_figures,
 )
-from segjax.jobs import evaluate_summary
+from segjax.jobs import demo, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
   OPTIONAL_REWARD_MODEL,
@@ -36,11 +36,7 @@ from segjax.report.segment_table import format_segments
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.collect import Collector
-from segjax.train.custom_reward import (
-  load_custom_reward,
-  load_function,
-  load_number_function,
-)
+from segjax.train.custom_reward import load_custom_reward, load_function
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
 
@@ -117,14 +113,13 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
   """Loads the gold and boundary functions of config.evaluate; None for those that are not set.
 
   Raises:
-    UserError: a function cannot be loaded, or takes other parameters.
+    UserError: a function cannot be loaded.
   """
-  gold = boundary = None
-  if settings.gold_reward_fn:
-    gold = load_number_function(settings.gold_reward_fn, 'evaluate.gold_reward_fn')
-  if settings.boundary_fn:
-    boundary = load_function(settings.boundary_fn, 'evaluate.boundary_fn')
-  return gold, boundary
+  paths = {
+    'evaluate.gold_reward_fn': settings.gold_reward_fn,
+    'evaluate.boundary_fn': settings.boundary_fn,
+  }
+  return tuple(load_function(path, key) if path else None for key, path in paths.items())
 
 
 def sample_responses(
@@ -247,5 +242,6 @@ JOB = Job(
   batch_keys=('evaluate.batch_size',),
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,
+  after_run=demo.update_results,
   num_networks=3,
 )
