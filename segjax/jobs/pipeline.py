@@ -194,8 +194,7 @@ def run_stage(stage: Stage) -> Results:
   if results is not None:
     return results
   if processes.is_first():
-    c = stage.command
-    stage_history.record_start(stage.directory.parent, stage.name, c.line, c.config, c.settings)
+    _record_start(stage)
   results = _run_job(stage, job)
   if processes.is_first():
     results = stage_record.record_results(
@@ -224,6 +223,12 @@ def writes_files(settings: Settings) -> bool:
   return any(JOBS[name].has_files for name in settings.stages)
 
 
+def _record_start(stage: Stage) -> None:
+  """Records in config.json which command the stage's results are of."""
+  c = stage.command
+  stage_history.record_start(stage.directory.parent, stage.name, c.line, c.config, c.settings)
+
+
 def _drop_states(stage: Stage) -> None:
   """Removes the training states of a stage, once stage.json says that it is finished."""
   if checkpoint_dir(stage).exists():
@@ -232,7 +237,8 @@ def _drop_states(stage: Stage) -> None:
 
 def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
   """Returns results that can be reused; without any, makes the stage's directory ready."""
-  stage_record.restore_old(stage.directory, key)
+  if stage_record.restore_old(stage.directory, key):
+    _record_start(stage)  # config.json had the config of the results that were there
   results = stage_record.load_results_if_valid(
     stage.directory, key, stage_key.hash_outputs(stage, job)
   )

@@ -16,7 +16,9 @@ _MIN_WIDTH = 1e-9  # of a scale: all values may be equal
 # Of the job evaluate: label, digits. Others follow with a label made from their key.
 _EVALUATE = {
   'gold': ('Gold reward', 3),
+  'gold_gain': ('Gain in gold reward', 3),
   'score': ("Reward model's score", 3),
+  'score_gain': ("Gain in reward model's score", 3),
   'win_rate_gold': ('Win rate over before, by gold reward', 3),
   'lc_win_rate_gold': ('Win rate at equal length, by gold reward', 3),
   'win_rate_score': ("Win rate over before, by reward model's score", 3),
@@ -86,13 +88,28 @@ def _evaluate(results: Mapping[str, Any]) -> list[Table]:
       continue
     label, digits = _EVALUATE.get(key, (metric_names.result_name('evaluate', key), 3))
     cells = tuple(format_value(value, digits) for value in values.values())
-    is_rate = 'win_rate' in key
-    marks = _marks(values, (0.0, 1.0) if is_rate else None)
-    rows.append(Row(label, cells, marks, 0.5 if is_rate and marks else None))
+    rows.append(Row(label, cells, *_scale(key, values)))
   counts = {value.get('n') for value in after.values() if isinstance(value, Mapping)}
   number = f'{counts.pop():,} responses' if len(counts) == 1 else 'responses'
   note = f'{number} of each model to held-out prompts; means with 95 % intervals'
   return [Table('', note, ('', 'before', 'after'), rows)]
+
+
+def _scale(key: str, values: Mapping[str, Any]) -> tuple[tuple[Mark, ...], float | None]:
+  """Returns the marks of a row and the middle of its scale: a tie, or no gain."""
+  if 'win_rate' in key:
+    marks = _marks(values, (0.0, 1.0))
+  elif key.endswith('_gain') and (end := _largest_end(values)):
+    marks = _marks(values, (-end, end))
+  else:
+    return _marks(values), None
+  return marks, 0.5 if marks else None
+
+
+def _largest_end(values: Mapping[str, Any]) -> float:
+  """Returns the largest absolute value within the intervals."""
+  ends = [value.get(end) for value in values.values() if value for end in ('low', 'high')]
+  return max((abs(end) for end in ends if end is not None), default=0.0)
 
 
 def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
@@ -140,15 +157,6 @@ def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
   return [*tables, Table('Files', 'what was read of each', ('', 'rows'), rows)]
 
 
-def _selfcheck(results: Mapping[str, Any]) -> list[Table]:
-  rows = [
-    Row(name, (f'{check["measured"]:.2g}', f'{check["bound"]:.2g}'))
-    for name, check in results.items()
-    if isinstance(check, Mapping)
-  ]
-  return [Table('Invariants', 'all hold', ('', 'difference', 'at most'), rows)]
-
-
 def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) -> tuple[Mark, ...]:
   """Returns the marks of the values that have an interval, on a scale that holds all of them."""
   intervals = {
@@ -174,5 +182,4 @@ def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], Sequence[Table]]] = {
   'evaluate': _evaluate,
   'evaluate_reward': _evaluate_reward,
-  'selfcheck': _selfcheck,
 }

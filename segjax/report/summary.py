@@ -154,7 +154,11 @@ def _evaluation_figures(results: dict[str, Any]) -> Iterator[KeyFigure]:
   scope = 'held-out prompts, after PPO'
   for key, label in (('gold', 'Gold reward'), ('score', "Reward model's score")):
     if key in before and key in after:
-      note = f'{format_value(before[key]["mean"])} before PPO\n{_interval(after[key])}'
+      note = f'{format_value(before[key]["mean"])} before PPO\n'
+      if gain := after.get(f'{key}_gain'):
+        note += f'gain {format_value(gain)}'
+      else:
+        note += _interval(after[key])
       yield KeyFigure(label, scope, format_value(after[key]['mean']), note)
   judge = 'gold' if 'win_rate_gold' in after else 'score'
   if rate := after.get(f'win_rate_{judge}'):

@@ -383,6 +383,9 @@ def test_config_json_keeps_the_config_of_every_command(small, run, counted, inpu
   assert record['reward'].config['reward']['max_steps'] == 3
   run(replace(s, **{'stages': ('sft',), 'sft.max_steps': 5}), tmp_path / 'w')
   assert list(stage_history.read(tmp_path / 'w')) == ['reward', 'sft']
+  run(replace(s, stages=('sft',)), tmp_path / 'w')  # its first results are back in their place
+  assert counted == ['sft', 'reward', 'reward', 'sft']
+  assert stage_history.read(tmp_path / 'w')['sft'].config['sft']['max_steps'] == 2
 
 
 def test_the_message_of_a_failed_stage_is_recorded(small, run, inputs, fake_jobs, tmp_path):

@@ -188,6 +188,7 @@ INTERVALS = {
   'after': {
     'gold': {'mean': 0.25, 'low': 0.0, 'high': 0.5, 'n': 8},
     'win_rate_gold': {'mean': 0.75, 'low': 0.5, 'high': 1.0, 'n': 8},
+    'gold_gain': {'mean': 0.75, 'low': 0.5, 'high': 1.0, 'n': 8},
     'lc_win_rate_gold': {'mean': 0.7, 'low': 0.4, 'high': 1.0, 'n': 8, 'length_effect': 0.1},
     'kl_nats': 3.5,
   },
@@ -265,18 +266,17 @@ def test_tables_show_results_that_have_no_label():
   (table,) = stage_tables.stage_tables('evaluate', results)
   assert [(row.label, row.cells) for row in table.rows] == [('New metric', ('1.000', '2.000'))]
   assert stage_tables.stage_tables('sft', {'loss': 1.0}) == []
-  check = {'measured': 1e-7, 'bound': 1e-6, 'note': ''}
-  (table,) = stage_tables.stage_tables('selfcheck', {'KL is 0': check, 'seconds': 1.0})
-  assert [(row.label, row.cells) for row in table.rows] == [('KL is 0', ('1e-07', '1e-06'))]
 
 
 def test_marks_lie_on_the_scale_of_their_row():
   (table,) = stage_tables.stage_tables('evaluate', INTERVALS)
-  gold, rate = (row.marks for row in table.rows[:2])
+  assert [row.middle for row in table.rows[:3]] == [None, 0.5, 0.5]
+  gold, gain, rate = (row.marks for row in table.rows[:3])
   assert [(m.kind, m.mean, m.low, m.high) for m in gold] == [
     ('before', 0.0909, 0.0, 0.1818),
     ('after', 0.7727, 0.5455, 1.0),
   ]
+  assert [(m.mean, m.low, m.high) for m in gain] == [(0.875, 0.75, 1.0)]  # of -1 to 1
   assert [(m.mean, m.low, m.high) for m in rate] == [(0.75, 0.5, 1.0)]
 
 
