@@ -116,10 +116,6 @@ def main(_: list[str]) -> None:
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   with mirror.hold_lock(workdir):
-    if processes.is_first():
-      (workdir / 'config.json').write_text(
-        command_line.CONFIG.value.to_json_best_effort(indent=2) + '\n'
-      )
     try:
       pipeline.run(stages, workdir, _STARTED, name)
     except preemption.PreemptedError:

@@ -240,7 +240,9 @@ def test_demo_from_nothing(tmp_path):
   accuracy = results['reward_accuracy']
   assert set(accuracy) == {'held_out', 'best_possible'}
   assert 0.5 < accuracy['best_possible'] <= 1
-  assert json.loads((tmp_path / 'config.json').read_text())['ppo']['max_steps'] == 2
+  record = json.loads((tmp_path / 'config.json').read_text())
+  assert list(record) == ['demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate']
+  assert record['ppo']['config']['ppo']['max_steps'] == 2
   _check_cards(tmp_path, few)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,16 +16,27 @@ from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversatio
 from segjax.data.sources import Rows
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.evaluation.segment_records import Segment
 from segjax.jobs.job import COMMON, TRAINED_POLICY, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
+from segjax.report.response_log import ResponseRecord, write_records
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.rollout import RolloutSampler, rollout
 
 DIRECTORY = 'answers'  # in the stage's directory
 
-Answers = dict[int, list[tuple[str, int]]]  # (text, tokens) of each turn, by question
+
+class Turn(NamedTuple):
+  """An answer: its text without special tokens, its tokens, whether it ended in a stop token."""
+
+  text: str
+  tokens: int
+  finished: bool
+
+
+Answers = dict[int, list[Turn]]  # the turns of each question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +96,12 @@ def run(stage: Stage) -> dict[str, Any]:
   name = model_name(s.answers.model_name, s.policy.path)
   file = stage.directory / DIRECTORY / judge.file_name(name)
   if processes.is_first():
-    pairs = [(questions[i], Answer(*zip(*answers[i], strict=True))) for i in answers]
-    write(file, judge, pairs, name, _time_written(path))
+    texts = {i: Answer(*list(zip(*turns, strict=True))[:2]) for i, turns in answers.items()}
+    write(file, judge, [(questions[i], texts[i]) for i in texts], name, _time_written(path))
+    chosen = list(answers)[:: -(-len(answers) // max(s.report.eval_responses, 1)) or 1]
+    write_records(
+      stage.directory, [_record(questions[i], answers[i], i, name) for i in chosen if answers[i]]
+    )
   stage.log(f'answers for {judge.name} in {file}')
   return _figures(judge, questions, answers, counts)
 
@@ -111,15 +126,15 @@ def write(
 
 def _rows(name: str, questions: list[Question], answers: Answers, numbers: list[int]) -> Rows:
   """Returns the conversations so far, each with the next turn's question."""
-  texts = [[text for text, _ in answers[number]] for number in numbers]
+  texts = [[turn.text for turn in answers[number]] for number in numbers]
   pairs = zip(numbers, texts, strict=True)
   return Rows([{'messages': conversation(questions[i], texts)} for i, texts in pairs], name)
 
 
 def _answer(
   model: AnswerModel, prompts: Prompts, questions: list[Question], turn: int
-) -> dict[int, tuple[str, int]]:
-  """Returns (text, tokens) of the answers by the prompt's row.
+) -> dict[int, Turn]:
+  """Returns the answers by the prompt's row.
 
   Random numbers depend on row and turn alone.
   """
@@ -137,7 +152,8 @@ def _answer(
       ids, mask, finished = _sample(model, prompts, rows, settings, turn)
       for i, row in enumerate(prompts.row[rows[:num_real]]):
         content = ids[i][mask[i]][: int(mask[i].sum()) - int(finished[i])]
-        answers[int(row)] = model.tokenizer.decode(content).strip(), len(content)
+        text = model.tokenizer.decode(content).strip()
+        answers[int(row)] = Turn(text, len(content), bool(finished[i]))
   return answers
 
 
@@ -161,20 +177,30 @@ def _time_written(directory: Path) -> float:
   return max((file.stat().st_mtime for file in directory.glob('*.safetensors')), default=0.0)
 
 
+def _record(question: Question, turns: list[Turn], number: int, model: str) -> ResponseRecord:
+  """Returns the last answer to a question for report.html; what came before it is its prompt."""
+  *earlier, last = turns
+  prompt = conversation(question, [turn.text for turn in earlier])
+  segment = Segment(last.text, [last.text], [None], None)
+  totals = {'length': last.tokens, 'finished': last.finished}
+  return ResponseRecord(0, model, prompt, [segment], totals, pair=number)
+
+
 def _figures(
   judge: JudgeFormat,
   questions: list[Question],
   answers: Answers,
   counts: collections.Counter,
 ) -> dict[str, Any]:
-  tokens = [count for turns in answers.values() for _, count in turns]
+  turns = [turn for turns in answers.values() for turn in turns]
   return {
     'judge': judge.name,
     'questions': len(questions),
     'answered': len(answers),
     'truncated_prompts': counts['truncated'],
     'dropped_prompts': counts['dropped_overlong'] + counts['dropped_empty'],
-    'tokens_per_answer': float(np.mean(tokens)) if tokens else 0.0,
+    'tokens_per_answer': float(np.mean([turn.tokens for turn in turns])) if turns else 0.0,
+    'unfinished': sum(not turn.finished for turn in turns),
   }
 
 
@@ -185,5 +211,5 @@ JOB = Job(
   inputs=(TRAINED_POLICY, data_input('pairs')),
   outputs=(DIRECTORY,),
   batch_keys=('answers.batch_size',),
-  summary=('answered', 'truncated_prompts'),
+  summary=('answered', 'truncated_prompts', 'unfinished'),
 )

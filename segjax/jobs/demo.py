@@ -21,6 +21,9 @@ from segjax.model.heads import init_params
 from segjax.model.llama import make_config, num_parameters
 from segjax.report.console import log, table, track
 from segjax.run.stage import Stage
+from segjax.storage import write_text_atomically
+
+_RESULTS_FILE = 'results.json'
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -57,12 +60,7 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   if not {'reward', 'evaluate'} <= set(results):
     return
   workdir = stage.directory.parent
-  before, after = results['evaluate']['before'], results['evaluate']['after']
   held_out = json.loads((workdir / 'reward' / 'held_out.json').read_text(encoding='utf-8'))
-
-  def both_models(key):
-    return {'before': before.get(key), 'after': after.get(key)}
-
   accuracy = {
     'held_out': results['reward']['held_out_accuracy'],
     'best_possible': best_possible_accuracy(workdir / 'demo' / 'rows', held_out),
@@ -70,16 +68,11 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   record = {
     'seed': stage.settings.seed,
     'wall_seconds': time.monotonic() - started,
-    'gold': both_models('gold'),
-    'kl_nats': after['kl_nats'],
-    'eos_rate': both_models('eos_rate'),
-    'length': both_models('length'),
-    'segments': both_models('segments'),
-    'boundary_f1': before.get('boundary_f1'),
+    **_evaluation_figures(results['evaluate']),
     'reward_accuracy': accuracy,
   }
-  path = workdir / 'results.json'
-  path.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+  path = workdir / _RESULTS_FILE
+  write_text_atomically(path, json.dumps(record, indent=2) + '\n')
   table(
     'Reward model, held-out pairs',
     ('', 'reached', 'best possible'),
@@ -87,6 +80,38 @@ def write_results(stage: Stage, results: dict[str, Results], started: float) -> 
   )
   log(f'policy   {workdir / "ppo" / "model"}')
   log(f'figures  {path}')
+
+
+def update_results(stage: Stage, results: dict[str, Results], _: float) -> None:
+  """Writes the figures of a later evaluation into the results.json of a demo run.
+
+  Without it the file would contradict report.html. A file that `write_results` did not write is
+  left as it is.
+  """
+  path = stage.directory.parent / _RESULTS_FILE
+  try:
+    record = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return
+  if isinstance(record, dict) and 'reward_accuracy' in record:
+    record |= _evaluation_figures(results['evaluate'])
+    write_text_atomically(path, json.dumps(record, indent=2) + '\n')
+
+
+def _evaluation_figures(results: Results) -> dict[str, Any]:
+  before, after = results['before'], results['after']
+
+  def both_models(key):
+    return {'before': before.get(key), 'after': after.get(key)}
+
+  return {
+    'gold': both_models('gold'),
+    'kl_nats': after['kl_nats'],
+    'eos_rate': both_models('eos_rate'),
+    'length': both_models('length'),
+    'segments': both_models('segments'),
+    'boundary_f1': before.get('boundary_f1'),
+  }
 
 
 def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:

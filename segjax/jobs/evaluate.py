@@ -21,7 +21,7 @@ from segjax.evaluation.policy_figures import (
   pairwise_win_rates,
   response_figures,
 )
-from segjax.jobs import evaluate_summary
+from segjax.jobs import demo, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
   OPTIONAL_REWARD_MODEL,
@@ -247,5 +247,6 @@ JOB = Job(
   batch_keys=('evaluate.batch_size',),
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,
+  after_run=demo.update_results,
   num_networks=3,
 )

@@ -18,7 +18,7 @@ from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.jobs.run_estimate import RunEstimate
 from segjax.model.mesh import check_batch
-from segjax.report import profiling, wandb_run
+from segjax.report import profiling, stage_history, wandb_run
 from segjax.report.console import format_duration, log
 from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
@@ -55,6 +55,7 @@ def run(
         refresh=page.refresh,
         seconds_after=functools.partial(estimate.seconds_after, name),
       )
+      page.begin(name)
       with jax.set_mesh(stage.mesh):
         results[name] = run_stage(stage)
       estimate.record(name, results[name]['seconds'])
@@ -95,6 +96,7 @@ def prepare(
   profiling.parse(settings.profile_steps)
   inputs.check_writable(settings.checkpoint.directory)
   stages = []
+  command = dataclasses.replace(command or Command(), settings=dataclasses.asdict(settings))
   for name in settings.stages:
     job = JOBS[name]
     stage = Stage(
@@ -103,7 +105,7 @@ def prepare(
       workdir / name,
       mesh,
       mirror or NoMirror(),
-      command=command or Command(),
+      command=command,
     )
     check_batches(job, settings, mesh)
     for item in job.inputs:
@@ -191,6 +193,8 @@ def run_stage(stage: Stage) -> Results:
   results = processes.broadcast_from_first(results)
   if results is not None:
     return results
+  if processes.is_first():
+    _record_start(stage)
   results = _run_job(stage, job)
   if processes.is_first():
     results = stage_record.record_results(
@@ -219,6 +223,12 @@ def writes_files(settings: Settings) -> bool:
   return any(JOBS[name].has_files for name in settings.stages)
 
 
+def _record_start(stage: Stage) -> None:
+  """Records in config.json which command the stage's results are of."""
+  c = stage.command
+  stage_history.record_start(stage.directory.parent, stage.name, c.line, c.config, c.settings)
+
+
 def _drop_states(stage: Stage) -> None:
   """Removes the training states of a stage, once stage.json says that it is finished."""
   if checkpoint_dir(stage).exists():
@@ -227,7 +237,8 @@ def _drop_states(stage: Stage) -> None:
 
 def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
   """Returns results that can be reused; without any, makes the stage's directory ready."""
-  stage_record.restore_old(stage.directory, key)
+  if stage_record.restore_old(stage.directory, key):
+    _record_start(stage)  # config.json had the config of the results that were there
   results = stage_record.load_results_if_valid(
     stage.directory, key, stage_key.hash_outputs(stage, job)
   )

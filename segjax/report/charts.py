@@ -1,6 +1,6 @@
 """Decides which charts a stage has: the main ones, and the others by the prefix of their names.
 
-They are drawn by `plots`.
+They are drawn by `plots`; steps are counted from 1, as on the console.
 """
 
 import dataclasses
@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from segjax import json_files
-from segjax.report import metric_docs, plots, response_log
+from segjax.report import metric_docs, metric_names, plots, response_log
 from segjax.report.metric_log import METRICS_FILE
 from segjax.storage import is_before, read_json_lines
 
-# Title and metrics of the charts that are shown first; the metrics of a chart share its axes.
+# Title and metrics of the charts that are shown first; the metrics of a chart share its axes, so
+# that training and held-out data are seen together.
 MAIN = (
-  ('Reward per response', ('objective/reward', 'objective/rlhf_reward')),
-  ('Gold reward on held-out prompts', ('eval/gold',)),
-  ('Reward on held-out prompts', ('eval/reward',)),
-  ('KL to the reference, nats per response', ('objective/kl',)),
-  ('Response length, tokens', ('response/length_mean',)),
-  ('Share of finished responses', ('response/eos_rate',)),
+  ('Reward per response, before KL', ('objective/reward', 'eval/reward')),
+  ('Gold reward per response', ('eval/gold',)),
+  ('Reward per response, after KL', ('objective/rlhf_reward',)),
+  ('KL to the reference, nats per response', ('objective/kl', 'eval/kl')),
+  ('Response length, tokens', ('response/length_mean', 'eval/length_mean')),
+  ('Share of responses that end by themselves', ('response/eos_rate',)),
   ('Policy loss', ('policy/loss',)),
   ('Critic loss', ('critic/loss',)),
   ('Loss', ('sft/loss', 'reward_model/loss', 'eval/loss')),
@@ -30,23 +31,35 @@ MAIN = (
 )
 TIMING = ('generate', 'score', 'update', 'evaluate', 'between_steps')  # parts of a step, in order
 _TIMING = 'timing/'
+_COMPILE, _NUM_COMPILES = 'timing/compile', 'perf/num_compiles'
 _ZERO_BELOW = 1e-7  # rounding errors of float32 are shown as 0
 _MAX_ENTROPIES = 200_000  # in a histogram
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A chart: its title, its metric's last value, the SVG, and the description of the metric."""
+  """A chart.
+
+  Attributes:
+    title: what it shows.
+    drawing: the SVG and the values under the pointer.
+    last: the value next to the title, '' if the legend has it.
+    note: what was measured on which data, and the step of the last value.
+    legend: (name, value) of each series, in the order of their colours; () for a single one.
+    description: of its metric, with the metric's key.
+  """
 
   title: str
-  last: str
-  svg: str
+  drawing: plots.Drawing
+  last: str = ''
+  note: str = ''
+  legend: tuple[tuple[str, str], ...] = ()
   description: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Charts:
-  """The charts of a stage: the main ones, and the others in groups (prefix, charts)."""
+  """The charts of a stage: the main ones, and the others in groups (name, charts)."""
 
   main: list[Chart]
   groups: list[tuple[str, list[Chart]]]
@@ -64,24 +77,30 @@ def stage_charts(directory: Path) -> Charts:
   others = sorted((name for name in series if name not in in_main), key=lambda n: (_prefix(n), n))
   groups = []
   for prefix, names in itertools.groupby(others, key=_prefix):
-    charts = [_curve_chart(directory.name, name, steps, {name: series[name]}) for name in names]
-    groups.append((prefix, charts))
+    charts = [
+      _curve_chart(directory.name, metric_names.metric_name(name), steps, {name: series[name]})
+      for name in names
+    ]
+    groups.append((metric_names.group_name(prefix), charts))
   return Charts(main, groups)
 
 
 def card_png(path: Path, names: Sequence[str]) -> bytes:
   """Draws the metrics `names` of a metrics.jsonl for a model card; b'' if it has none of them."""
   steps, series = read_metrics(path)
-  selected = {name: series[name] for name in names if name in series}
+  selected = {metric_names.metric_name(name): series[name] for name in names if name in series}
   return plots.render_png(steps, selected) if selected else b''
 
 
 def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
-  """Reads (steps, values by name) of a metrics.jsonl; NaN where a step lacks a metric."""
+  """Reads (steps, values by name) of a metrics.jsonl; NaN where a step lacks a metric.
+
+  The file counts steps from 0; the result counts them from 1, as the console does.
+  """
   rows = [row for row in read_json_lines(path) if is_before(row, sys.maxsize)]
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
   values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
-  return [row['step'] for row in rows], values
+  return [row['step'] + 1 for row in rows], values
 
 
 def format_number(value: float | int | None) -> str:
@@ -109,19 +128,75 @@ def _main_charts(stage: str, steps: list[int], series: dict[str, list[float]]) -
   for title, names in MAIN:
     if selected := {name: series[name] for name in names if name in series}:
       yield _curve_chart(stage, title, steps, selected)
-  parts = {part: series[_TIMING + part] for part in TIMING if _TIMING + part in series}
-  if parts:
-    seconds = sum(next((x for x in reversed(y) if x == x), 0.0) for y in parts.values())
-    svg = plots.stacked(steps, parts, f'{stage}: seconds per step by part')
-    yield Chart('Seconds per step by part', f'{format_number(seconds)} s', svg)
+  if any(_TIMING + part in series for part in TIMING):
+    yield _timing_chart(stage, steps, series)
 
 
 def _curve_chart(stage: str, title: str, steps: list[int], series: dict[str, list[float]]) -> Chart:
-  finite = [x for x in next(iter(series.values())) if x == x]
-  last = format_number(finite[-1]) if finite else '–'
-  entry = metric_docs.find_entry(next(iter(series)))
-  svg = plots.curve(steps, series, f'{stage}: {title}')
-  return Chart(title, last, svg, entry.description if entry else '')
+  """Draws metrics over the steps; the legend says on which data each was measured."""
+  ends = {name: _last_value(steps, y) for name, y in series.items()}
+  named = {metric_names.metric_scope(stage, name) or 'value': name for name in series}
+  drawing = plots.curve(
+    steps, {scope: series[name] for scope, name in named.items()}, f'{stage}: {title}'
+  )
+  last_step = max((step for step, _ in ends.values()), default=0)
+  at_step = f'at step {last_step:,}' if last_step else ''
+  docs = [f'{name}: {_describe(name)}' for name in series]
+  if len(series) > 1:
+    legend = tuple((scope, ends[name][1]) for scope, name in named.items())
+    return Chart(title, drawing, '', at_step, legend, '\n'.join(docs))
+  (scope, name), *_ = named.items()
+  note = ' · '.join(part for part in (scope if scope != 'value' else '', at_step) if part)
+  return Chart(title, drawing, ends[name][1], note, (), docs[0])
+
+
+def _last_value(steps: list[int], y: list[float]) -> tuple[int, str]:
+  """Returns (step, value as text) of the last value that is not NaN."""
+  for step, value in zip(reversed(steps), reversed(y), strict=True):
+    if value == value:
+      return step, format_number(value)
+  return 0, '–'
+
+
+def _describe(name: str) -> str:
+  entry = metric_docs.find_entry(name)
+  return entry.description if entry else metric_names.metric_name(name)
+
+
+def _timing_chart(stage: str, steps: list[int], series: dict[str, list[float]]) -> Chart:
+  """Draws the parts of a step without compiling, which takes many times as long.
+
+  Files of an earlier version have no seconds of compiling: there the steps that compiled are left
+  out.
+  """
+  kept = _steps_without_compiling(len(steps), series)
+  left_out = len(steps) - len(kept)
+  parts = {}
+  for part in TIMING:
+    if y := series.get(_TIMING + part):
+      parts[metric_names.metric_name(_TIMING + part)] = [y[index] for index in kept]
+  kept_steps = [steps[index] for index in kept]
+  title = 'Seconds of a step, by part'
+  drawing = plots.stacked(kept_steps, parts, f'{stage}: {title}')
+  notes = [f'mean of {len(kept):,} steps']
+  if left_out:
+    notes.append(f'without {left_out:,} that compiled programs')
+  if _COMPILE in series:
+    total = sum(x for x in series[_COMPILE] if x == x)
+    notes.append(f'compiling is not in it, {format_number(total)} s in all')
+  means = {name: sum(x for x in y if x == x) / len(kept) for name, y in parts.items()}
+  legend = tuple((name, f'{format_number(mean)} s') for name, mean in means.items())
+  last = f'{format_number(sum(means.values()))} s'
+  return Chart(title, drawing, last, ' · '.join(notes), legend)
+
+
+def _steps_without_compiling(count: int, series: dict[str, list[float]]) -> list[int]:
+  """Returns the indices of the steps whose parts hold no compiling; all if there are none."""
+  compiles = series.get(_NUM_COMPILES)
+  if compiles is None or _COMPILE in series:
+    return list(range(count))
+  steps = enumerate(itertools.pairwise([0.0, *compiles]))
+  return [index for index, (before, now) in steps if not now > before] or list(range(count))
 
 
 def _normalizer_charts(directory: Path) -> Iterator[Chart]:
@@ -137,10 +212,12 @@ def _normalizer_charts(directory: Path) -> Iterator[Chart]:
 
 def _fit_charts(record: dict[str, Any]) -> Iterator[Chart]:
   bins, coefficients = record['bins'], record['coefficients']
-  for title, key in (('Mean(p) of segment scores', 'mean'), ('Std(p) of segment scores', 'std')):
+  for title, key in (('Mean of segment scores', 'mean'), ('Std of segment scores', 'std')):
     w, b = coefficients[f'w_{key}'], coefficients[f'b_{key}']
     last = f'{format_number(w)} ln p {b:+.3f}' if w else format_number(b)
-    yield Chart(title, last, plots.fit(bins, key, w, b, title))
+    note = 'by relative position p in the response'
+    legend = (('bins of p, larger with more scores', ''), ('fit', last))
+    yield Chart(title, plots.fit(bins, key, w, b, title), '', note, legend)
 
 
 def _segment_charts(directory: Path) -> Iterator[Chart]:
@@ -155,12 +232,14 @@ def _segment_charts(directory: Path) -> Iterator[Chart]:
       break
   if not entropy:
     return
-  name = directory.name
-  above = ''
+  name, above, legend = directory.name, '', ()
   if threshold is not None:
     above = f'{100 * sum(x > threshold for x in entropy) / len(entropy):.1f} % above {threshold:g}'
-  title = 'Entropy of the reference'
-  yield Chart(title, above, plots.histogram(entropy, f'{name}: {title}', 'nats', mark=threshold))
-  label = f'{name}: segment lengths'
-  svg = plots.histogram(lengths, label, 'tokens per segment', integers=True)
-  yield Chart('Segment length', f'mean {format_number(sum(lengths) / len(lengths))}', svg)
+    legend = (('share of tokens', ''), (f'threshold, {threshold:g} nats', ''))
+  title, note = 'Entropy of the reference', 'tokens of the logged responses'
+  drawing = plots.histogram(entropy, f'{name}: {title}', 'nats', mark=threshold)
+  yield Chart(title, drawing, above, note, legend)
+  title, note = 'Segment length', 'segments of the logged responses'
+  drawing = plots.histogram(lengths, f'{name}: {title}', 'tokens per segment', integers=True)
+  mean = format_number(sum(lengths) / len(lengths))
+  yield Chart(title, drawing, f'mean {mean}', note)

@@ -1,6 +1,7 @@
-"""Writes report.html: a run on one page, which opens from disk and needs no network.
+"""Writes report.html: a working directory on one page, which opens from disk without a network.
 
-It shows what the run writes anyway, read by `charts`, `summary` and `response_data`.
+It shows what the stages wrote, whichever command ran them; `stage_history`, `charts`, `summary` and
+`response_data` read it.
 """
 
 import base64
@@ -9,14 +10,23 @@ import datetime
 import functools
 import hashlib
 import importlib.resources
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.evaluation.segment_records import AnnotatedResponse
-from segjax.report import charts, response_data, response_log, summary
+from segjax.report import (
+  charts,
+  metric_names,
+  response_data,
+  response_log,
+  stage_history,
+  summary,
+)
 from segjax.report.console import log
 from segjax.report.metric_log import METRICS_FILE
 from segjax.storage import write_text_atomically
@@ -28,12 +38,12 @@ _FIRST_AFTER = 30.0  # seconds before the page is first written within a stage
 
 
 class Page:
-  """Writes report.html of a run, repeatedly; only the first of several processes does.
+  """Writes report.html of a working directory, repeatedly; only the first process does.
 
   Args:
     workdir: directory of the page and of the stages' directories.
     name: the config's file name.
-    stages: names of the stages, in order.
+    stages: names of the stages of the present command, in order.
     clock: returns seconds; replaced in tests.
   """
 
@@ -46,15 +56,22 @@ class Page:
   ):
     self._workdir, self._name, self._stages, self._clock = workdir, name, list(stages), clock
     self._due, self._max_seconds = clock() + _FIRST_AFTER, 0.0
+    self._begun, self._error = '', ''
     _template()
     self._charts: dict[str, tuple[Any, charts.Charts]] = {}
 
   def __enter__(self) -> 'Page':
     return self
 
-  def __exit__(self, error: type | None, *_: object) -> None:
-    if error is not None:
+  def __exit__(self, error_type: type | None, error: BaseException | None, _: object) -> None:
+    if error is not None and processes.is_first():
+      self._error = error_message(error)
+      stage_history.record_error(self._workdir, self._begun, self._error)
       self.write('stopped')
+
+  def begin(self, stage: str) -> None:
+    """Records which stage of the present command runs now; those after it wait."""
+    self._begun = stage
 
   def refresh(self) -> None:
     """Writes the page if that takes at most 1 % of the time since it was last written."""
@@ -65,7 +82,7 @@ class Page:
     """Writes the page now. A failure is logged, and does not stop the run.
 
     Args:
-      state: 'running' or 'stopped', of the stage that has begun and is not finished.
+      state: 'running' or 'stopped', of the stage that has begun, unless it is finished.
     """
     if not processes.is_first():
       return
@@ -81,21 +98,32 @@ class Page:
     self._due = now + self._max_seconds / _MAX_SHARE
 
   def _html(self, state: str) -> str:
-    names = [name for name in self._stages if (self._workdir / name).is_dir()]
-    config = self._workdir / 'config.json'
-    stage_charts = [(name, self._stage_charts(name)) for name in names]
-    with_charts = [name for name, stage in stage_charts if stage.main]
+    present = self._unfinished(state)
+    names = stage_history.stages_in_order(self._workdir, self._stages)
+    # A stage that waits may hold what an earlier command wrote, which this one replaces.
+    ran = [name for name in names if present.get(name) != 'waiting']
+    runs = stage_history.read(self._workdir)
     return render(
       title=self._workdir.absolute().name,
       config_name=self._name,
-      stages=summary.stages(self._workdir, self._stages, state),
-      figures=summary.figures(self._workdir, self._stages),
-      warnings=summary.warnings(self._workdir, names),
-      charts=stage_charts,
-      featured='ppo' if 'ppo' in with_charts else with_charts[-1] if with_charts else '',
-      responses=response_data.collect_responses([self._workdir / name for name in names]),
-      config=config.read_text(encoding='utf-8') if config.exists() else '',
+      stages=summary.stages(self._workdir, names, present, self._error),
+      figures=summary.figures(self._workdir, ran),
+      warnings=summary.warnings(self._workdir, ran),
+      charts={name: self._stage_charts(name) for name in ran},
+      opened={'ppo', *self._stages[-1:]},
+      responses=response_data.collect_responses([self._workdir / name for name in ran]),
+      commands=_commands({name: run for name, run in runs.items() if name in ran}),
     )
+
+  def _unfinished(self, state: str) -> dict[str, str]:
+    """Returns the states of the present command's stages that are not finished."""
+    if self._begun not in self._stages:
+      return {}
+    index = self._stages.index(self._begun)
+    states = dict.fromkeys(self._stages[index + 1 :], 'waiting')
+    if 'results' not in summary.load_record(self._workdir, self._begun):
+      states[self._begun] = state
+    return states
 
   def _stage_charts(self, name: str) -> charts.Charts:
     """Returns the stage's charts, drawn again only if the files they show have changed."""
@@ -113,6 +141,9 @@ class NoPage(contextlib.nullcontext):
 
   def __enter__(self) -> 'NoPage':
     return self
+
+  def begin(self, stage: str) -> None:
+    """Does nothing."""
 
   def refresh(self) -> None:
     """Does nothing."""
@@ -133,25 +164,56 @@ def write_responses(path: Path, title: str, annotated: Iterable[AnnotatedRespons
   return len(records)
 
 
+def error_message(error: BaseException) -> str:
+  """Returns an error as a person reads it; its type too, unless segjax raised it."""
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted from the keyboard'
+  kind = type(error)
+  is_plain = isinstance(error, UserError | OSError) or kind.__module__.startswith('segjax.')
+  return str(error) if is_plain and str(error) else f'{kind.__name__}: {error}'
+
+
 def render(**content: Any) -> str:
   """Renders the template with `content`, which replaces empty defaults; all text is escaped."""
   import jinja2
 
   template = _template()
-  script = f'{template["page.js"]}\n\n{template["tokens.js"]}'
+  script = '\n\n'.join(template[name] for name in ('page.js', 'tokens.js', 'charts.js', 'start.js'))
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
   )
   now = datetime.datetime.now().astimezone()
   defaults = {
-    **{'config_name': '', 'stages': (), 'figures': (), 'warnings': (), 'charts': ()},
-    **{'featured': '', 'config': '', 'style': template['page.css'], 'script': script},
+    **{'config_name': '', 'stages': (), 'figures': (), 'warnings': (), 'charts': {}},
+    **{'opened': (), 'commands': (), 'style': template['page.css'], 'script': script},
     # The page's content security policy admits the script of this hash alone.
     'script_hash': base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     'written': now.strftime('%Y-%m-%d %H:%M'),
     'isotime': now.isoformat(timespec='seconds'),
   }
-  return environment.from_string(template['page.html.j2']).render(defaults | content)
+  content = defaults | content
+  drawn = [chart for stage in content['charts'].values() for chart in _all_charts(stage)]
+  numbers = {id(chart): number for number, chart in enumerate(drawn)}
+  environment.filters['number'] = lambda chart: numbers[id(chart)]
+  points = response_data.compress([chart.drawing.points for chart in drawn])
+  return environment.from_string(template['page.html.j2']).render(content, points=points)
+
+
+def _all_charts(stage: charts.Charts) -> list[charts.Chart]:
+  return [*stage.main, *(chart for _, group in stage.groups for chart in group)]
+
+
+def _commands(runs: dict[str, stage_history.StageRun]) -> list[dict[str, Any]]:
+  """Returns the commands that ran the stages: each with its stages and its config as text."""
+  commands: dict[tuple[str, str], dict[str, Any]] = {}
+  for name, run in runs.items():
+    text = json.dumps(run.config, indent=2)
+    command = commands.setdefault(
+      (run.command, text), {'stages': [], 'started': run.started, 'config': text}
+    )
+    command['line'] = run.command or run.config_file
+    command['stages'].append(metric_names.stage_name(name))
+  return list(commands.values())
 
 
 @functools.cache

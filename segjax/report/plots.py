@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import ArrayLike
 
-MAX_POINTS = 500  # of a curve
+from segjax.report.thinning import MAX_POINTS, downsample, running_mean
 
 
 class _Palette(NamedTuple):
@@ -44,75 +44,61 @@ _CARD = _Palette(
 )
 _SVG = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'
-_INCHES = (4.6, 2.2)
+_INCHES = (4.1, 2.05)
 # Fixed axes, [left, bottom, width, height]: a layout engine takes as long as drawing.
-_AXES = (0.1, 0.1, 0.885, 0.8)
-_AXES_WITH_LABELS = (0.125, 0.2, 0.86, 0.7)
+_AXES = (0.13, 0.215, 0.855, 0.745)
 _PANEL_INCHES = (3.2, 2.2)
 _PANEL_COLUMNS = 3
 _SMOOTH_FROM = 40  # points from which on a curve is drawn with its running mean
 
 
-def downsample(
-  x: ArrayLike, y: ArrayLike, max_points: int = MAX_POINTS
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns at most `max_points` points, in order, that keep every spike.
+class Drawing(NamedTuple):
+  """An SVG, and what the page shows of it under the pointer.
 
-  The points are divided into max_points / 2 stretches, of each of which the lowest and the highest
-  are kept. Points that are not finite are left out.
+  Attributes:
+    svg: the element.
+    points: JSON: `box`, left and right end of the axes as shares of the width; `range`, the values
+      of x there; `x`, the name of x; `series`, a list of (name, unit, values of x, values of y).
   """
-  x, y = np.asarray(x, float), np.asarray(y, float)
-  finite = np.isfinite(y)
-  x, y = x[finite], y[finite]
-  if len(x) <= max_points:
-    return x, y
-  edges = np.linspace(0, len(x), max(max_points // 2, 1) + 1).astype(int)
-  indices = set()
-  for low, high in itertools.pairwise(edges):
-    indices |= {low + int(np.argmin(y[low:high])), low + int(np.argmax(y[low:high]))}
-  selected = sorted(indices)
-  return x[selected], y[selected]
+
+  svg: str
+  points: dict[str, Any]
 
 
-def running_mean(y: np.ndarray, width: int) -> np.ndarray:
-  """Returns the mean over `width` points around each point; over fewer at both ends."""
-  total = np.concatenate([[0.0], np.cumsum(y)])
-  index = np.arange(len(y))
-  low, high = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(y))
-  return (total[high] - total[low]) / (high - low)
+Series = tuple[str, str, ArrayLike, ArrayLike]  # name, unit, x, y: what is under the pointer
 
 
-def curve(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> str:
-  """Returns an SVG of lines over steps; `label` describes it to a screen reader."""
-  return _svg(label, lambda axes: _draw_curves(axes, x, series, _PAGE))
+def curve(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> Drawing:
+  """Draws lines over steps; `label` describes them to a screen reader."""
+  points = [(name, '', *downsample(x, y)) for name, y in series.items()]
+  return _draw(label, 'step', points, lambda axes: _draw_curves(axes, x, series, _PAGE))
 
 
-def stacked(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> str:
-  """Returns an SVG of stacked areas over steps, averaged over stretches to MAX_POINTS points."""
+def stacked(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> Drawing:
+  """Draws stacked areas over steps, averaged over stretches to MAX_POINTS points."""
   parts = np.array_split(np.arange(len(x)), min(len(x), MAX_POINTS))
   centers = [float(np.mean(np.asarray(x, float)[part])) for part in parts]
-  values = [np.nan_to_num(np.asarray(y, float)) for y in series.values()]
-  rows = [[float(np.mean(y[part])) for part in parts] for y in values]
+  values = {name: np.nan_to_num(np.asarray(y, float)) for name, y in series.items()}
+  means = {name: [float(np.mean(y[part])) for part in parts] for name, y in values.items()}
 
   def draw(axes: Any) -> None:
-    colours = list(itertools.islice(itertools.cycle(_PAGE.series), len(rows)))
-    axes.stackplot(centers, *rows, colors=colours, labels=list(series), alpha=0.85, linewidth=0)
+    colours = list(itertools.islice(itertools.cycle(_PAGE.series), len(means)))
+    axes.stackplot(centers, *means.values(), colors=colours, alpha=0.85, linewidth=0)
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
     _integer_steps(axes)
-    _legend(axes, len(series), _PAGE)
 
-  return _svg(label, draw)
+  return _draw(label, 'step', [(name, 's', centers, y) for name, y in means.items()], draw)
 
 
 def histogram(
   values: ArrayLike, label: str, unit: str, *, mark: float | None = None, integers: bool = False
-) -> str:
-  """Returns an SVG of the share of values in each bin, in percent.
+) -> Drawing:
+  """Draws the share of values in each bin, in percent.
 
   Args:
     unit: name of the x axis.
-    mark: a value to mark by a vertical line, labelled as the threshold.
+    mark: a value to mark by a vertical line.
     integers: one bin for each integer instead of 40 bins of equal width.
   """
   values = np.asarray(values, float).reshape(-1)
@@ -127,19 +113,18 @@ def histogram(
   def draw(axes: Any) -> None:
     axes.stairs(share, edges, fill=True, color=_PAGE.series[0], alpha=0.85)
     if mark is not None:
-      dashes = (0, (4, 3))
-      axes.axvline(mark, color=_PAGE.warn, linewidth=1.4, linestyle=dashes, label='threshold')
-      _legend(axes, 2, _PAGE)
-    axes.set_position(_AXES_WITH_LABELS)
-    axes.set_xlabel(unit)
+      axes.axvline(mark, color=_PAGE.series[1], linewidth=1.4, linestyle=(0, (4, 3)))
     axes.set_ylabel('%')
     axes.set_ylim(bottom=0)
 
-  return _svg(label, draw)
+  centers = (edges[:-1] + edges[1:]) / 2
+  return _draw(label, unit, [('share', '%', centers, share)], draw)
 
 
-def fit(bins: Mapping[str, ArrayLike], key: str, w: float | int, b: float | int, label: str) -> str:
-  """Returns an SVG of a statistic of the scores by relative position p, and its fit w ln p + b.
+def fit(
+  bins: Mapping[str, ArrayLike], key: str, w: float | int, b: float | int, label: str
+) -> Drawing:
+  """Draws a statistic of the scores by relative position p, and its fit w ln p + b.
 
   Args:
     bins: the position `p` of each bin, its number of scores `count`, and the statistic `key`.
@@ -153,16 +138,14 @@ def fit(bins: Mapping[str, ArrayLike], key: str, w: float | int, b: float | int,
 
   def draw(axes: Any) -> None:
     first, second = _PAGE.series[:2]
-    axes.scatter(
-      position, observed, s=size, color=first, alpha=0.55, linewidth=0, label='bins of p'
-    )
-    axes.plot(line, w * np.log(line) + b, color=second, linewidth=1.6, label='fit')
-    axes.set_position(_AXES_WITH_LABELS)
+    axes.scatter(position, observed, s=size, color=first, alpha=0.55, linewidth=0)
+    axes.plot(line, w * np.log(line) + b, color=second, linewidth=1.6)
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel('p, relative position')
-    _legend(axes, 2, _PAGE)
 
-  return _svg(label, draw)
+  fitted = w * np.log(np.maximum(position, 1e-9)) + b
+  points = [('bin', '', position, observed), ('fit', '', position, fitted)]
+  points.append(('scores in the bin', '', position, count))
+  return _draw(label, 'p, relative position', points, draw)
 
 
 def render_png(x: ArrayLike, series: Mapping[str, ArrayLike]) -> bytes:
@@ -190,23 +173,22 @@ def _draw_curves(
   axes: Any, x: ArrayLike, series: Mapping[str, ArrayLike], palette: _Palette
 ) -> None:
   """Draws lines; a long one faintly, with its running mean over a 25th of its points on top."""
-  for colour, (name, y) in zip(itertools.cycle(palette.series), series.items(), strict=False):
+  for colour, y in zip(itertools.cycle(palette.series), series.values(), strict=False):
     y = np.asarray(y, float)
     steps, values = downsample(x, y)
     if len(steps) <= _SMOOTH_FROM:
-      axes.plot(steps, values, color=colour, label=name, marker='o', markersize=2.2)
+      axes.plot(steps, values, color=colour, marker='o', markersize=2.2)
       continue
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
     finite = np.isfinite(y)
     mean = running_mean(y[finite], max(3, int(finite.sum()) // 25))
-    axes.plot(*downsample(np.asarray(x, float)[finite], mean), color=colour, label=name)
+    axes.plot(*downsample(np.asarray(x, float)[finite], mean), color=colour)
   axes.margins(x=0.02, y=0.12)
   _integer_steps(axes)
-  _legend(axes, len(series), palette)
 
 
-def _svg(label: str, draw: Callable[[Any], None]) -> str:
-  """Returns the SVG of what `draw` puts on the axes it is called with."""
+def _draw(label: str, x: str, points: list[Series], draw: Callable[[Any], None]) -> Drawing:
+  """Returns what `draw` puts on the axes it is called with, with the points under the pointer."""
   with _matplotlib(**{'svg.fonttype': 'none', 'svg.hashsalt': label}):
     from matplotlib.figure import Figure
 
@@ -216,9 +198,16 @@ def _svg(label: str, draw: Callable[[Any], None]) -> str:
     axes.patch.set_alpha(0)
     _style(axes, _PAGE)
     draw(axes)
+    axes.set_xlabel(x, labelpad=2)
     raw = io.BytesIO()
     figure.savefig(raw, format='svg', metadata={'Date': None})
-  return _inline(raw.getvalue(), label)
+    shown = {
+      'box': [_AXES[0], _AXES[0] + _AXES[2]],
+      'range': [float(end) for end in axes.get_xlim()],
+      'x': x,
+      'series': [(name, unit, _rounded(xs, 9), _rounded(ys, 5)) for name, unit, xs, ys in points],
+    }
+  return Drawing(_inline(raw.getvalue(), label), shown)
 
 
 @contextlib.contextmanager
@@ -241,7 +230,7 @@ def _style(axes: Any, palette: _Palette) -> None:
 
   axes.spines[['top', 'right', 'left']].set_visible(False)
   axes.spines['bottom'].set_color(palette.grid)
-  axes.tick_params(colors=palette.muted, length=0, labelsize=8)
+  axes.tick_params(colors=palette.muted, length=0, labelsize=9)
   axes.xaxis.label.set_color(palette.muted)
   axes.yaxis.label.set_color(palette.muted)
   axes.grid(axis='y', color=palette.grid, linewidth=0.7)
@@ -268,25 +257,16 @@ def _inline(svg: bytes, label: str) -> str:
   return ElementTree.tostring(root, encoding='unicode')
 
 
-def _legend(axes: Any, count: int, palette: _Palette) -> None:
-  if count > 1:
-    axes.legend(
-      loc='lower left',
-      bbox_to_anchor=(-0.02, 1.0),
-      ncols=count,
-      frameon=False,
-      fontsize=8,
-      labelcolor=palette.muted,
-      handlelength=1.2,
-      columnspacing=1.2,
-      borderaxespad=0,
-    )
-
-
 def _integer_steps(axes: Any) -> None:
   from matplotlib.ticker import MaxNLocator
 
-  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+
+
+def _rounded(values: ArrayLike, digits: int) -> list[float | None]:
+  """Returns values with this many significant digits; None where JSON has no number for them."""
+  values = np.asarray(values, float)
+  return [float(f'{x:.{digits}g}') if math.isfinite(x) else None for x in values]
 
 
 def _tick(value: float | int, _: int) -> str:

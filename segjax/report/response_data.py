@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from segjax.report.metric_names import stage_name
 from segjax.report.response_log import RESPONSES_FILE
 from segjax.storage import scan_json_lines
 
@@ -62,7 +63,12 @@ def downsample(lines: Sequence[SampleLocation], max_bytes: int) -> list[SampleLo
 
 def encode(records: Iterable[dict[str, Any]]) -> str:
   """Returns base64(gzip(JSON)) of response records, in the compact form that page.js reads."""
-  text = json.dumps([_compact(record) for record in records], separators=(',', ':'))
+  return compress([_compact(record) for record in records])
+
+
+def compress(value: Any) -> str:
+  """Returns base64(gzip(JSON)) of a value, which page.js decodes."""
+  text = json.dumps(value, separators=(',', ':'))
   return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
@@ -106,4 +112,4 @@ def _load(lines: Iterable[SampleLocation]) -> Iterator[dict[str, Any]]:
     with path.open('rb') as file:
       for line in group:
         file.seek(line.offset)
-        yield json.loads(file.read(line.size)) | {'stage': path.parent.name}
+        yield json.loads(file.read(line.size)) | {'stage': stage_name(path.parent.name)}

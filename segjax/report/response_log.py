@@ -5,7 +5,7 @@ A stage's `samples.jsonl` is read by `report.response_data`, which decides what 
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.segment_records import Segment, make_segments, to_number
-from segjax.storage import truncate_json_lines
+from segjax.storage import truncate_json_lines, write_text_atomically
 from segjax.train.scoring import take_rows
 from segjax.types import Experience
 
@@ -116,13 +116,22 @@ class ResponseLog:
         pair = None if pairs is None else int(pairs[i])
         prompt = self._messages(row)
         record = ResponseRecord(step, model, prompt, segments, totals, self._threshold, pair)
-        out.write(json.dumps(dataclasses.asdict(record)) + '\n')
+        out.write(_line(record))
 
   def _open(self, step: int) -> None:
     if not self._is_open and processes.is_first():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       truncate_json_lines(self._path, step)
     self._is_open = True
+
+
+def write_records(directory: Path, records: Iterable[ResponseRecord]) -> None:
+  """Writes responses of a stage without steps to its samples.jsonl, in place of earlier ones."""
+  write_text_atomically(directory / RESPONSES_FILE, ''.join(map(_line, records)))
+
+
+def _line(record: ResponseRecord) -> str:
+  return json.dumps(dataclasses.asdict(record)) + '\n'
 
 
 def segments_from_experience(

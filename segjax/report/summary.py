@@ -2,107 +2,193 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segjax.report import charts
+from segjax.report import charts, metric_names, stage_history, stage_tables
 from segjax.report.alerts import AlertMonitor
 from segjax.report.metric_log import METRICS_FILE
+from segjax.report.stage_tables import Table, format_value
 
-_STAGE_FILE = 'stage.json'
 _MAX_WARNINGS = 5  # per stage; the newest are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class StageState:
-  """A stage: its state (done, running, stopped, waiting), a note, and its results by name."""
+  """A stage of a working directory.
 
+  Attributes:
+    key: its name in config.stages, also its directory.
+    name: as a person reads it.
+    state: done, running, stopped or waiting.
+    note: how long it took, or its step.
+    error: the message of the error that stopped it.
+    results: its single results by name.
+    tables: its other results.
+  """
+
+  key: str
   name: str
   state: str
-  note: str
-  results: list[tuple[str, str]]
+  note: str = ''
+  error: str = ''
+  results: tuple[tuple[str, str], ...] = ()
+  tables: tuple[Table, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyFigure:
-  """A key figure: its value, and a note such as its value before or its interval."""
+  """A key figure.
+
+  Attributes:
+    label: what was measured.
+    scope: on which data, before or after which step.
+    value: the figure.
+    note: its value before, or its interval.
+  """
 
   label: str
+  scope: str
   value: str
   note: str
 
 
-def stages(workdir: Path, names: Sequence[str], state: str) -> list[StageState]:
-  """Reads the state of the stages from disk; the one that has begun and is not done is `state`."""
-  states = []
-  for name in names:
-    record = _load_json(workdir / name / _STAGE_FILE)
+def stages(
+  workdir: Path, names: Sequence[str], present: Mapping[str, str], error: str = ''
+) -> list[StageState]:
+  """Reads the stages from disk.
+
+  Args:
+    names: the stages in their order.
+    present: the states of those stages of the present command that are not finished.
+    error: the message of the error that stopped the present command.
+  """
+  runs, states = stage_history.read(workdir), []
+  for key in names:
+    name = metric_names.stage_name(key)
+    record = load_record(workdir, key)
     results = record.get('results')
-    if results is not None:
-      shown = [(k, v) for k, v in _flatten(results) if k != 'seconds']
-      states.append(StageState(name, 'done', _duration(results.get('seconds')), shown))
+    if key not in present and results is not None:
+      tables = tuple(stage_tables.stage_tables(key, results))
+      shown = tuple(_single_results(key, results))
+      note = _duration(results.get('seconds'))
+      states.append(StageState(key, name, 'done', note, '', shown, tables))
       continue
-    is_next = not states or states[-1].state == 'done'
-    note = ''
-    if is_next and (steps := charts.read_metrics(workdir / name / METRICS_FILE)[0]):
-      note = f'step {steps[-1] + 1:,}{_of_total(record, name)}'
-    states.append(StageState(name, state if is_next else 'waiting', note, []))
+    state, note, message = present.get(key, 'stopped'), '', ''
+    if state != 'waiting' and (steps := charts.read_metrics(workdir / key / METRICS_FILE)[0]):
+      note = f'step {steps[-1]:,}{_of_total(record, key)}'
+    if state == 'stopped':
+      message = error if key in present else runs[key].error if key in runs else ''
+    states.append(StageState(key, name, state, note, message))
   return states
 
 
 def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
-  """Returns the key figures: PPO at the start and now, evaluation before and after."""
-  result = []
-  if 'evaluate' in names:
-    result += _evaluation_figures(_load_json(workdir / 'evaluate' / 'results.json'))
-  if 'ppo' in names:
-    _, series = charts.read_metrics(workdir / 'ppo' / METRICS_FILE)
-    for label, name in (
-      ('Reward in training', 'objective/reward'),
-      ('KL, nats', 'objective/kl'),
-      ('Length, tokens', 'response/length_mean'),
-    ):
-      if y := [x for x in series.get(name, []) if x == x]:
-        count = max(1, len(y) // 20)
-        first, last = sum(y[:count]) / count, sum(y[-count:]) / count
-        result.append(KeyFigure(label, f'{last:z,.2f}', f'{first:z,.2f} at the start'))
-  if 'reward' in names:
-    results = _load_json(workdir / 'reward' / _STAGE_FILE).get('results', {})
-    if (accuracy := results.get('held_out_accuracy')) is not None:
-      note = f'accuracy on {results.get("held_out_pairs", 0):,} held-out pairs'
-      result.append(KeyFigure('Reward model', f'{100 * accuracy:.1f} %', note))
-  return result
+  """Returns the key figures of the stages: held-out ones; without an evaluation, PPO's own."""
+  results = {name: load_record(workdir, name).get('results') or {} for name in names}
+  figures = list(_evaluation_figures(results.get('evaluate', {})))
+  if not figures and 'ppo' in names:
+    figures += _training_figures(workdir / 'ppo' / METRICS_FILE)
+  label = "Reward model's accuracy"
+  trained = results.get('reward', {})
+  if (accuracy := trained.get('held_out_accuracy')) is not None:
+    scope = f'{trained.get("held_out_pairs", 0):,} held-out pairs'
+    chance = trained.get('held_out_length_baseline_accuracy')
+    note = '' if chance is None else f'{format_value(chance)} by preferring the longer response'
+    figures.append(KeyFigure(label, scope, format_value(accuracy), note))
+  if pairs := results.get('evaluate_reward', {}).get('pairs'):
+    accuracy = pairs['all']['accuracy']
+    scope = f'{accuracy["n"]:,} pairs of {metric_names.stage_name("evaluate_reward").lower()}'
+    figures.append(KeyFigure(label, scope, format_value(accuracy['mean']), _interval(accuracy)))
+  return figures
 
 
 def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
   """Returns the reasons to doubt the figures: skipped updates and the alerts of `alerts`."""
   result = []
-  for name in names:
-    steps, series = charts.read_metrics(workdir / name / METRICS_FILE)
+  for key in names:
+    steps, series = charts.read_metrics(workdir / key / METRICS_FILE)
+    name = metric_names.stage_name(key)
     skipped = [
       step for step, x in zip(steps, series.get('skipped_updates', []), strict=False) if x > 0
     ]
     if skipped:
-      last = skipped[-1] + 1
-      result.append(f'{name}: updates were skipped in {len(skipped)} step(s), last in step {last}')
+      result.append(
+        f'{name}: updates were skipped in {len(skipped)} step(s), last in step {skipped[-1]}'
+      )
     monitor, alerts = AlertMonitor(), []
     monitored = {metric: series[metric] for metric in monitor.metrics if metric in series}
     for index, step in enumerate(steps):
       values = {metric: y[index] for metric, y in monitored.items()}
-      alerts += [f'{name}, step {step + 1}: {alert}' for alert in monitor.update(values)]
+      alerts += [f'{name}, step {step}: {alert}' for alert in monitor.update(values)]
     result += alerts[-_MAX_WARNINGS:]
+  if _is_of_earlier_policy(workdir, names):
+    result.append(
+      f'{metric_names.stage_name("evaluate")}: PPO ran again since, so the figures before and after'
+      ' are of an earlier policy; run evaluate again'
+    )
   return result
+
+
+def load_record(workdir: Path, stage: str) -> dict[str, Any]:
+  """Returns the stage.json of a stage; {} if there is none."""
+  try:
+    record = json.loads((workdir / stage / stage_history.STAGE_FILE).read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return record if isinstance(record, dict) else {}
+
+
+def _is_of_earlier_policy(workdir: Path, names: Sequence[str]) -> bool:
+  """Returns whether PPO began again after its policy was evaluated; `names` are in order."""
+  if not {'ppo', 'evaluate'} <= set(names) or names.index('evaluate') > names.index('ppo'):
+    return False
+  settings = load_record(workdir, 'evaluate').get('key', {}).get('settings', {})
+  path = settings.get('policy', {}).get('path', '')
+  return path == 'ppo/model' or path.endswith(f'/{workdir.absolute().name}/ppo/model')
 
 
 def _evaluation_figures(results: dict[str, Any]) -> Iterator[KeyFigure]:
   before, after = results.get('before', {}), results.get('after', {})
-  for label, name in (('Gold reward, held out', 'gold'), ('Reward score, held out', 'score')):
-    if name in before and name in after:
-      low, high = after[name].get('low'), after[name].get('high')
-      interval = f'; 95 % interval now [{low:.2f}, {high:.2f}]' if low is not None else ''
-      note = f'{before[name]["mean"]:z,.2f} before PPO{interval}'
-      yield KeyFigure(label, f'{after[name]["mean"]:z,.2f}', note)
+  scope = 'held-out prompts, after PPO'
+  for key, label in (('gold', 'Gold reward'), ('score', "Reward model's score")):
+    if key in before and key in after:
+      note = f'{format_value(before[key]["mean"])} before PPO\n'
+      if gain := after.get(f'{key}_gain'):
+        note += f'gain {format_value(gain)}'
+      else:
+        note += _interval(after[key])
+      yield KeyFigure(label, scope, format_value(after[key]['mean']), note)
+  judge = 'gold' if 'win_rate_gold' in after else 'score'
+  if rate := after.get(f'win_rate_{judge}'):
+    equal = after.get(f'lc_win_rate_{judge}', {}).get('mean')
+    note = _interval(rate) + ('' if equal is None else f'\n{format_value(equal)} at equal length')
+    label = 'Win rate by gold reward' if judge == 'gold' else "Win rate by reward model's score"
+    yield KeyFigure(label, 'held-out prompts, after against before', _mean(rate), note)
+  if 'kl_nats' in after:
+    kl = format_value(after['kl_nats'], 2)
+    yield KeyFigure('KL to the reference', scope, kl, 'nats per response')
+
+
+def _training_figures(path: Path) -> Iterator[KeyFigure]:
+  steps, series = charts.read_metrics(path)
+  for key in ('objective/reward', 'objective/kl', 'response/length_mean'):
+    if values := [(step, x) for step, x in zip(steps, series.get(key, ()), strict=False) if x == x]:
+      (first, begin), (last, end) = values[0], values[-1]
+      scope = f'training prompts, step {last:,}'
+      note = f'{charts.format_number(begin)} at step {first:,}'
+      yield KeyFigure(metric_names.metric_name(key), scope, charts.format_number(end), note)
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+  if value.get('low') is None:
+    return ''
+  return f'95\u00a0% interval [{format_value(value["low"])},\u00a0{format_value(value["high"])}]'
+
+
+def _mean(value: Mapping[str, Any]) -> str:
+  return format_value(value['mean'])
 
 
 def _of_total(record: dict[str, Any], name: str) -> str:
@@ -110,27 +196,14 @@ def _of_total(record: dict[str, Any], name: str) -> str:
   return f' of {total:,}' if total else ''
 
 
-def _flatten(results: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
-  """Yields (label, value) of nested results; what exists before and after as one line."""
-  before, after = results.get('before'), results.get('after')
-  if isinstance(before, dict) and isinstance(after, dict):
-    results = {k: v for k, v in results.items() if k not in ('before', 'after')}
-    for name in after:
-      if name in before:
-        yield name.replace('_', ' '), f'{_mean(before[name])} → {_mean(after[name])}'
-  for name, value in results.items():
-    label = f'{prefix}{name.replace("_", " ")}'
-    if isinstance(value, dict):
-      yield from _flatten(value, f'{label}, ')
-    elif isinstance(value, float | int | None):
-      yield label, charts.format_number(value)
-    else:
-      yield label, str(value)
-
-
-def _mean(value: Any) -> str:
-  """Formats a number, or the mean of an interval."""
-  return charts.format_number(value['mean'] if isinstance(value, dict) else value)
+def _single_results(stage: str, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields (name, value) of the results that are no tables; the seconds are shown elsewhere."""
+  for key, value in results.items():
+    if key != 'seconds' and not isinstance(value, dict | list):
+      if isinstance(value, float) and value.is_integer():  # a count that was averaged
+        value = int(value)
+      text = value if isinstance(value, str) else charts.format_number(value)
+      yield metric_names.result_name(stage, key), text
 
 
 def _duration(seconds: float | None) -> str:
@@ -141,11 +214,3 @@ def _duration(seconds: float | None) -> str:
   if hours:
     return f'{hours} h {minutes} min'
   return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return value if isinstance(value, dict) else {}

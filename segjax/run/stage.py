@@ -17,10 +17,11 @@ from segjax.run.bucket_mirror import NoMirror
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """How a user started a run: the config with its preset, and the full command line."""
+  """How a user started a run: the config with its preset, the command line, all settings."""
 
   config: str = ''
   line: str = ''
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Stage:
   mirror: NoMirror = dataclasses.field(default_factory=NoMirror)
   refresh: Callable[[], None] = lambda: None
   seconds_after: Callable[[float], float | None] = lambda _: None
-  command: Command = Command()
+  command: Command = dataclasses.field(default_factory=Command)
 
   @property
   def model_directory(self) -> Path:

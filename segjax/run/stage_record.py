@@ -49,18 +49,24 @@ def _digest(record: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def restore_old(directory: Path, key: Key) -> None:
-  """Swaps `<stage>.old` with the stage's directory if only the former has this key."""
+def restore_old(directory: Path, key: Key) -> bool:
+  """Swaps `<stage>.old` with the stage's directory if only the former has this key.
+
+  Returns:
+    Whether they were swapped.
+  """
   old, spare = (directory.with_name(directory.name + end) for end in ('.old', '.spare'))
   _finish_swap(directory, old, spare)
   key = _json_roundtrip(key)
-  if _read(old).get('key') == key and _read(directory).get('key') != key:
-    # Renames only: a run killed between two of them is put right at the next start.
-    if directory.exists():
-      directory.rename(spare)
-    old.rename(directory)
-    if spare.exists():
-      spare.rename(old)
+  if _read(old).get('key') != key or _read(directory).get('key') == key:
+    return False
+  # Renames only: a run killed between two of them is put right at the next start.
+  if directory.exists():
+    directory.rename(spare)
+  old.rename(directory)
+  if spare.exists():
+    spare.rename(old)
+  return True
 
 
 def _finish_swap(directory: Path, old: Path, spare: Path) -> None:

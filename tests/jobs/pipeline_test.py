@@ -14,6 +14,7 @@ from segjax.errors import UserError
 from segjax.jobs import pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.mesh import make_mesh
+from segjax.report import stage_history
 from segjax.run import remote_inputs, source_code
 
 WORKDIR = Path('/w')
@@ -367,3 +368,37 @@ def test_a_run_without_files_writes_nothing(small, run, fake_jobs, tmp_path):
   fake_jobs(selfcheck=lambda stage: {}, chat=lambda stage: {'answers': 1})
   assert run(small('selfcheck', 'chat'), tmp_path / 'w')['chat']['answers'] == 1
   assert not (tmp_path / 'w').exists()
+
+
+def test_config_json_keeps_the_config_of_every_command(small, run, counted, inputs, tmp_path):
+  """In the order in which the stages ran; a stage that is reused keeps its own."""
+  s = small('sft', 'reward', **inputs)
+  run(s, tmp_path / 'w')
+  run(replace(s, stages=('sft',), max_skipped_steps=9), tmp_path / 'w')  # reused
+  run(replace(small('reward', **inputs), **{'reward.max_steps': 3}), tmp_path / 'w')
+  record = stage_history.read(tmp_path / 'w')
+  assert list(record) == ['sft', 'reward']
+  assert record['sft'].config['max_skipped_steps'] == s.max_skipped_steps
+  assert record['sft'].config['stages'] == ['sft', 'reward']
+  assert record['reward'].config['reward']['max_steps'] == 3
+  run(replace(s, **{'stages': ('sft',), 'sft.max_steps': 5}), tmp_path / 'w')
+  assert list(stage_history.read(tmp_path / 'w')) == ['reward', 'sft']
+  run(replace(s, stages=('sft',)), tmp_path / 'w')  # its first results are back in their place
+  assert counted == ['sft', 'reward', 'reward', 'sft']
+  assert stage_history.read(tmp_path / 'w')['sft'].config['sft']['max_steps'] == 2
+
+
+def test_the_message_of_a_failed_stage_is_recorded(small, run, inputs, fake_jobs, tmp_path):
+  def job(stage):
+    raise UserError('data.path=x is empty; name another file.')
+
+  fake_jobs(sft=job)
+  with pytest.raises(UserError):
+    run(small('sft', **inputs), tmp_path / 'w')
+  message = 'data.path=x is empty; name another file.'
+  assert stage_history.read(tmp_path / 'w')['sft'].error == message
+  assert message in (tmp_path / 'w' / 'report.html').read_text()
+  fake_jobs(sft=lambda stage: {'loss': 1.0})
+  run(small('sft', **inputs), tmp_path / 'w')
+  assert stage_history.read(tmp_path / 'w')['sft'].error == ''
+  assert message not in (tmp_path / 'w' / 'report.html').read_text()

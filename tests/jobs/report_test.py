@@ -64,7 +64,7 @@ def test_a_resumed_run_has_all_samples(values, run, stopped, tmp_path):
   assert '<li class="stopped">' in html.read_text()
   run(values('ppo', 'evaluate'), tmp_path / 'resumed')
   assert html.read_text().count('<li class="done">') == 2
-  assert 'Gold reward, held out' in html.read_text()
+  assert 'held-out prompts, after PPO' in html.read_text()
   check_training(samples(tmp_path / 'resumed', 'ppo'))
   check_evaluation(samples(tmp_path / 'resumed', 'evaluate'))
 

@@ -8,7 +8,7 @@ import pytest
 
 from report.html_report_test import HOSTILE, response_record, write_lines
 from segjax.evaluation.segment_records import AnnotatedResponse, Segment
-from segjax.report import html_report
+from segjax.report import html_report, stage_history
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 from benchmarks import browser
@@ -49,9 +49,15 @@ def report(tmp_path_factory):
   texts = {'before': 'was', 'after': 'is'}
   pair = [response_record(0, text, model, pair=3) for model, text in texts.items()]
   write_lines(workdir / 'evaluate' / 'samples.jsonl', pair)
-  lines = [{'step': k, 'objective/a_rather_long_name_of_a_metric/of_it': k} for k in range(30)]
+  long_name = 'objective/a_rather_long_name_of_a_metric/of_it'
+  lines = [{'step': k, 'objective/reward': 3 * k, long_name: k} for k in range(30)]
   write_lines(workdir / 'ppo' / 'metrics.jsonl', lines)
-  (workdir / 'config.json').write_text(json.dumps({'path': '/long' * 60, 'hostile': HOSTILE}))
+  config = {'path': '/long' * 60, 'hostile': HOSTILE}
+  stage_history.record_start(workdir, 'ppo', f'segjax {"/long" * 60}', '', config)
+  intervals = {'mean': 0.5, 'low': 0.25, 'high': 1.0, 'n': 1234}
+  gold = {'gold': intervals, 'score': intervals | {'mean': -123.4567}}
+  results = {'before': gold, 'after': gold | {'win_rate_gold': intervals, 'kl_nats': 1.0}}
+  write_lines(workdir / 'evaluate' / 'stage.json', [{'key': {}, 'results': results}])
   html_report.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
   return workdir / html_report.REPORT_FILE
 
@@ -82,17 +88,19 @@ def test_strange_text_is_shown_as_text(tab, report):
   tab.open(report)
   title = tab.run('document.title')
   for step, (_, shown) in enumerate(STRANGE.items()):
-    choose(tab, 'step', f'ppo, step {step}')
+    choose(tab, 'step', f'PPO, step {step + 1}')
     assert texts(tab) == [shown]
   assert tab.run('document.title') == title
   assert tab.run("document.querySelectorAll('#list img, #list script').length") == 0
-  assert HOSTILE in tab.run("document.querySelector('#config pre').textContent").replace('\\"', '"')
+  assert HOSTILE in tab.run("document.querySelector('#commands details pre').textContent").replace(
+    '\\"', '"'
+  )
   assert HOSTILE in tab.run("document.querySelector('.brand').textContent")
 
 
 def test_hover_and_keys_show_the_numbers(tab, report):
   tab.open(report)
-  choose(tab, 'step', 'ppo, step 91')
+  choose(tab, 'step', 'PPO, step 92')
   tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
   assert tab.run(tip) == ''
   script = """(() => { const token = document.querySelectorAll('#list .token')[1];
@@ -125,7 +133,7 @@ def test_hover_and_keys_show_the_numbers(tab, report):
 
 def test_each_segment_shows_its_number(tab, report):
   tab.open(report)
-  choose(tab, 'step', 'ppo, step 91')
+  choose(tab, 'step', 'PPO, step 92')
   values = "[...document.querySelectorAll('#list .value')].map((value) => value.textContent)"
   assert tab.run(values) == ['−0.50', '+2.00']
   choose(tab, 'colour', 'entropy')
@@ -136,7 +144,8 @@ def test_search_filter_and_sort(tab, report):
   tab.open(report)
   everything = len(STRANGE) + 3
   count = "document.querySelector('#range').textContent"
-  assert tab.run(count) == f'1–{everything} of {everything}'
+  choose(tab, 'step', '')
+  assert tab.run(count) == f'1–5 of {everything}'
   tab.run("document.getElementById('search').focus()")
   tab.type('NEEDLE')
   tab.run('new Promise((done) => setTimeout(done, 250))')
@@ -152,9 +161,9 @@ def test_search_filter_and_sort(tab, report):
   assert texts(tab)[0].startswith('w0 w1')
 
 
-def test_before_and_after_are_side_by_side(tab, report):
+def test_before_and_after_come_first_side_by_side(tab, report):
   tab.open(report)
-  choose(tab, 'step', 'evaluate')
+  assert tab.run("document.getElementById('step').value") == 'Evaluation'
   assert texts(tab) == ['was', 'is']
   left, right = tab.run(
     "[...document.querySelectorAll('.sides > div')].map((side) => side.getBoundingClientRect().x)"
@@ -165,16 +174,49 @@ def test_before_and_after_are_side_by_side(tab, report):
 
 def test_a_long_response_is_shown_completely_on_request(tab, report):
   tab.open(report)
-  choose(tab, 'step', 'ppo, step 90')
+  choose(tab, 'step', 'PPO, step 91')
   assert texts(tab)[0].endswith('w799')
   tab.run("document.querySelector('.more').click()")
   assert texts(tab)[0].endswith('w4095')
 
 
+def test_the_pointer_and_keys_show_the_values_of_a_chart(tab, report):
+  tab.open(report)
+  tab.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+  tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText"
+  script = """(() => { const plot = document.querySelector('#stage-ppo .plot');
+    plot.scrollIntoView({block: 'center'}); const r = plot.getBoundingClientRect();
+    return [r.x, r.y + r.height / 2, r.width]; })()"""
+  tab.point(1, 1)
+  x, y, width = tab.run(script)
+  tab.run('new Promise((done) => setTimeout(done, 150))')
+  tab.point(x + width - 3, y)
+  assert tab.run(tip).split('\n')[:3] == ['step 30', 'training prompts', '87.00']
+  assert 'objective/reward: dense reward' in tab.run(tip)
+  tab.point(1, 1)
+  assert tab.run(tip) == ''
+  tab.run("document.querySelector('#stage-ppo .plot').focus()")
+  tab.press('Home')
+  assert tab.run(tip).split('\n')[0] == 'step 1'
+  tab.press('ArrowRight')
+  assert tab.run(tip).split('\n')[:3] == ['step 2', 'training prompts', '3.000']
+  tab.press('Escape')
+  assert tab.run(tip) == ''
+
+
+def test_a_page_without_responses_has_values_under_the_pointer(tab, tmp_path):
+  write_lines(tmp_path / 'sft' / 'metrics.jsonl', [{'step': k, 'sft/loss': 1.0} for k in range(3)])
+  html_report.Page(tmp_path, '', ['sft']).write()
+  tab.open(tmp_path / 'report.html')
+  tab.run("document.querySelector('.plot').focus()")
+  tab.press('End')
+  assert tab.run("document.getElementById('tip').innerText").startswith('step 3')
+
+
 @pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
 def test_a_phone_needs_no_horizontal_scroll(tab, report, dark):
   tab.open(report, width=375, height=700, dark=dark)
-  for control, value in (('step', ''), ('step', 'ppo, step 90'), ('step', 'evaluate')):
+  for control, value in (('step', ''), ('step', 'PPO, step 91'), ('step', 'Evaluation')):
     choose(tab, control, value)
     tab.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
     assert tab.run('document.documentElement.scrollWidth') <= 375

@@ -8,41 +8,42 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from segjax.report import charts, plots
+from segjax.report import charts, plots, thinning
 
 
 def test_a_downsampled_curve_keeps_its_spikes():
   y = np.sin(np.arange(10_000) / 900)
   y[4321], y[7], y[17] = 50.0, -50.0, np.nan
-  steps, values = plots.downsample(np.arange(10_000), y)
-  assert len(steps) <= plots.MAX_POINTS
+  steps, values = thinning.downsample(np.arange(10_000), y)
+  assert len(steps) <= thinning.MAX_POINTS
   assert values.max() == 50 and values.min() == -50
   assert (np.diff(steps) > 0).all() and np.isfinite(values).all()
 
 
 @pytest.mark.parametrize('y', [[], [1.0], [float('nan')], [0.0, 0.0]], ids=str)
 def test_short_curves_are_drawn_completely(y):
-  svg = plots.curve(range(len(y)), {'a': y}, 'one & <two>')
+  svg = plots.curve(range(len(y)), {'a': y}, 'one & <two>').svg
   root = ElementTree.fromstring(svg)
   assert root.attrib['aria-label'] == 'one & <two>'
-  assert len(plots.downsample(range(len(y)), y)[0]) == sum(x == x for x in y)
+  assert len(thinning.downsample(range(len(y)), y)[0]) == sum(x == x for x in y)
 
 
 def test_the_running_mean_equals_a_loop():
   y = np.random.default_rng(0).normal(size=30)
   expected = [y[max(0, i - 3) : i + 4].mean() for i in range(30)]
-  np.testing.assert_allclose(plots.running_mean(y, 6), expected, atol=1e-12)  # float64 sums
+  np.testing.assert_allclose(thinning.running_mean(y, 6), expected, atol=1e-12)  # float64 sums
 
 
 def test_svgs_have_the_colours_of_the_page():
   bins = {'p': [0.5, 1], 'count': [1, 2], 'mean': [0.1, 0.2]}
-  for svg in (
+  for drawing in (
     plots.curve(range(100), {'a': range(100), 'b': range(100)}, 'x'),
     plots.stacked([0, 1], {'a': [1, 2], 'b': [1, float('nan')]}, 'x'),
     plots.histogram([0.5, 1, 3], 'x', 'nats', mark=2.0),
     plots.histogram([], 'x', 'tokens', integers=True),
     plots.fit(bins, 'mean', 0.1, 0.2, 'x'),
   ):
+    svg = drawing.svg
     assert '#0000' not in svg and 'var(--' in svg and '<metadata' not in svg
 
 

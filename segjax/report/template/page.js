@@ -1,9 +1,9 @@
 'use strict';
-// The table of responses: decodes the data, filters it, and shows ten at a time. Text is only ever
+// The table of responses: decodes the data, filters it, and shows a few at a time. Text is only ever
 // put into text nodes, so that it cannot become markup. A segment is
 // [tokens, entropies, score, reward, normalised score].
 
-const PAGE_SIZE = 10;
+const PAGE_SIZE = 5;
 const MAX_TOKENS = 800; // of a response that are shown before "Show all" is pressed
 // Invisible characters and those that reorder their neighbours; the joiners of emoji are kept.
 const HIDDEN = new RegExp(
@@ -41,7 +41,8 @@ const shownNumber = (segment) => segment[3] ?? segment[4] ?? segment[2];
 function groupPairs(rows) {
   const items = new Map();
   rows.forEach((row, i) => {
-    row.source = isKnown(row.pair) ? row.stage : `${row.stage}, step ${row.step}`;
+    // Steps are counted from 1, as on the console.
+    row.source = isKnown(row.pair) || !isKnown(row.step) ? row.stage : `${row.stage}, step ${row.step + 1}`;
     const key = isKnown(row.pair) ? `${row.stage} ${row.pair}` : `row ${i}`;
     items.set(key, [...(items.get(key) ?? []), row]);
   });
@@ -96,10 +97,13 @@ class Table {
         name === 'largest KL' ? has((r) => isKnown(r.totals.kl)) :
           name === 'largest gain' ? this.items.some((i) => i.length > 1) :
             has((r) => isKnown(r.totals.reward))));
-    fillSelect($('step'), [...new Set(rows.map((row) => row.source))].filter((source) => source !== ', step null'), 'all');
+    fillSelect($('step'), [...new Set(rows.map((row) => row.source))].filter(Boolean), 'all');
     fillSelect($('model'), [...new Set(rows.map((row) => row.model))].filter(Boolean), 'all');
     fillSelect($('sort'), sorts);
-    if (sorts.includes('newest first')) $('sort').value = 'newest first';
+    // Responses to compare come first, as they were logged; without any, the newest.
+    const pair = rows.find((row) => isKnown(row.pair));
+    if (pair) $('step').value = pair.source;
+    else if (sorts.includes('newest first')) $('sort').value = 'newest first';
     const number = NUMBERS.find(([, k]) => has((r) => r.segments.some((s) => isKnown(s[k]))));
     fillSelect($('colour'), number ? [number[0], 'entropy'] : ['entropy']);
     this.listen();
@@ -153,7 +157,9 @@ class Table {
 
   legend() {
     const isEntropy = $('colour').value === 'entropy';
-    document.querySelector('.legend').classList.toggle('entropy', isEntropy);
+    const legend = document.querySelector('.legend');
+    legend.classList.toggle('entropy', isEntropy);
+    legend.hidden = !(isEntropy ? this.maxEntropy : this.maxNumber); // texts without numbers
     $('shown-number').textContent = isEntropy ? 'entropy at its first token' : $('colour').value;
     $('low').textContent = isEntropy ? '0' : `${$('colour').value} ${signed(-this.maxNumber)}`;
     $('high').textContent = isEntropy ? `${unsigned(this.maxEntropy)} nats` : signed(this.maxNumber);
@@ -193,7 +199,9 @@ class Table {
     if (isKnown(t.reward)) add('reward', signed(t.reward));
     if (isKnown(t.kl)) add('KL', unsigned(t.kl));
     add('tokens', t.length.toLocaleString('en'));
-    add('segments', row.segments.length.toLocaleString('en'));
+    if (row.segments.some((segment) => isKnown(segment[1][0]) || isKnown(shownNumber(segment)))) {
+      add('segments', row.segments.length.toLocaleString('en'));
+    }
     if (t.finished === false) meta.append(make('span', '', 'stopped at the length limit'));
     const text = make('div', 'text');
     text.dir = 'auto';
@@ -246,23 +254,9 @@ class Table {
       }
       node.append(part);
     });
-    const shown = isEntropy ? unsigned(segment[1][0] ?? 0) : isKnown(value) ? signed(value) : '';
+    const entropy = isKnown(segment[1][0]) ? unsigned(segment[1][0]) : '';
+    const shown = isEntropy ? entropy : isKnown(value) ? signed(value) : '';
     if (shown) node.append(make('small', 'value', shown));
     return node;
   }
 }
-
-// A link to a closed section opens it.
-addEventListener('hashchange', () => {
-  const section = document.getElementById(location.hash.slice(1));
-  if (section instanceof HTMLDetailsElement) { section.open = true; section.scrollIntoView(); }
-});
-
-(async () => {
-  const rows = await decode($('data').textContent);
-  if (!rows.length) return;
-  $('responses').hidden = false;
-  listenToTokens();
-  window.table = new Table(rows);
-  document.documentElement.dataset.ready = 'yes';
-})();

@@ -1,0 +1,194 @@
+"""Names of metrics, results and stages as a person reads them, for report.html.
+
+What a metric means and which values are healthy is in `metric_docs`.
+"""
+
+import re
+
+STAGES = {
+  'demo': 'Demo data',
+  'sft': 'Supervised fine-tuning',
+  'reward': 'Reward model',
+  'normalizer': 'Reward normaliser',
+  'ppo': 'PPO',
+  'evaluate': 'Evaluation',
+  'evaluate_reward': 'Evaluation of the reward model',
+  'answers': 'Answers for a judge',
+}
+
+# By the part of a metric's name before the first slash.
+GROUPS = {
+  'critic': 'Critic',
+  'eval': 'Held-out data, during training',
+  'objective': 'Reward and KL',
+  'other': 'Other',
+  'perf': 'Speed and memory',
+  'policy': 'Policy updates',
+  'response': 'Responses',
+  'reward': 'Rewards of segments and tokens',
+  'reward_model': 'Reward model',
+  'rollout': 'Sampling',
+  'segments': 'Segments',
+  'sft': 'Supervised fine-tuning',
+  'timing': 'Seconds of a step',
+}
+
+# A metric's name, and where it matters the unit; * in a key stands for {} in the name.
+METRICS = {
+  'objective/reward': 'Reward before KL, per response',
+  'objective/rlhf_reward': 'Reward after KL, per response',
+  'objective/non_score_reward': 'KL penalty, per response',
+  'objective/scores': 'Reward-model score at segment ends',
+  'objective/kl': 'KL to the reference, nats per response',
+  'objective/kl_coef': 'KL coefficient',
+  'objective/kl_token_max': 'Largest KL of a token, nats',
+  'objective/reward_std': 'Reward before KL, standard deviation over responses',
+  'objective/advantage_abs_max': 'Largest absolute advantage of a token',
+  'objective/entropy': 'Surprisal of the responses, nats per response',
+  'objective/ref_entropy': 'Entropy of the reference, nats per token',
+  'reward/segment_mean': 'Reward of a segment before KL',
+  'reward/token_abs_max': 'Largest absolute reward of a token',
+  'reward/clipped': 'Share of token rewards that are clipped',
+  'reward/by_position/*': 'Normalised score, tenth {} of a response',
+  'response/length_mean': 'Response length, tokens',
+  'response/length_max': 'Longest response, tokens',
+  'response/eos_rate': 'Share of responses that end by themselves',
+  'segments/per_response': 'Segments per response',
+  'segments/one_token': 'Segments of one token, per response',
+  'segments/length_mean': 'Tokens per segment',
+  'policy/loss': 'Policy loss',
+  'policy/entropy': 'Entropy of the policy, nats per token',
+  'policy/approx_kl': 'KL of the update, nats per token',
+  'policy/clipfrac': 'Share of tokens at the clip',
+  'policy/dual_clipfrac': 'Share of tokens at the dual clip',
+  'policy/ratio_mean': 'Probability ratio, mean',
+  'policy/ratio_max_deviation': 'Probability ratio, largest deviation from 1',
+  'policy/initial_ratio_deviation': 'Probability ratio, deviation before the first update',
+  'policy/kl': 'KL to the reference in the loss',
+  '*/grad_norm': 'Gradient norm',
+  '*/weight_norm': 'Weight norm',
+  'critic/loss': 'Critic loss',
+  'critic/error': 'Error of the values',
+  'critic/mean': 'Mean value',
+  'critic/return_mean': 'Mean return',
+  'critic/return_abs_max': 'Largest absolute return of a token',
+  'critic/clipfrac': 'Share of values at the clip',
+  'critic/explained_variance': 'Explained variance',
+  'rollout/logprob_mismatch': 'Log-prob mismatch, mean, nats per token',
+  'rollout/logprob_mismatch_max': 'Log-prob mismatch, largest, nats',
+  'eval/reward': 'Reward before KL, per response',
+  'eval/gold': 'Gold reward',
+  'eval/kl': 'KL to the reference, nats per response',
+  'eval/length_mean': 'Response length, tokens',
+  'eval/accuracy': 'Accuracy',
+  'eval/loss': 'Loss',
+  'eval/entropy': 'Entropy, nats per token',
+  'eval/margin': 'Margin of the scores',
+  'eval/length_baseline_accuracy': 'Accuracy of preferring the longer response',
+  'eval/ece': 'Calibration error (ECE)',
+  'sft/loss': 'Loss, nats per token',
+  'sft/entropy': 'Entropy, nats per token',
+  'reward_model/loss': 'Loss',
+  'reward_model/accuracy': 'Accuracy',
+  'reward_model/margin': 'Margin of the scores',
+  'reward_model/segments': 'Segments per response',
+  'timing/generate': 'Sampling',
+  'timing/score': 'Scoring',
+  'timing/update': 'Updates',
+  'timing/evaluate': 'Held-out evaluation',
+  'timing/between_steps': 'Between steps',
+  'timing/compile': 'Compiling',
+  'timing/step': 'Step',
+  'perf/tokens_per_second': 'Tokens per second',
+  'perf/mfu': 'Share of the peak FLOP/s (MFU)',
+  'perf/num_compiles': 'Programs compiled so far',
+  'perf/peak_memory_gib': 'Peak memory, GiB',
+  'perf/packing_efficiency': 'Share of tokens without padding',
+  'skipped_updates': 'Skipped updates',
+}
+
+# Results of stages, in stage.json.
+_RESULTS = {
+  'steps': 'Steps',
+  'rows': 'Rows',
+  'loss': 'Loss, training, last step',
+  'parameters': 'Parameters',
+  'pairs': 'Preference pairs',
+  'sft_rows': 'Rows for fine-tuning',
+  'held_out_pairs': 'Held-out pairs',
+  'held_out_accuracy': 'Accuracy, held-out pairs',
+  'held_out_loss': 'Loss, held-out pairs',
+  'held_out_margin': 'Margin of the scores, held-out pairs',
+  'held_out_ece': 'Calibration error (ECE), held-out pairs',
+  'held_out_length_baseline_accuracy': 'Accuracy of preferring the longer, held-out pairs',
+  'kind': 'Kind',
+  'segments': 'Segments',
+  'w_mean': 'Mean(p): slope w',
+  'b_mean': 'Mean(p): offset b',
+  'w_std': 'Std(p): slope w',
+  'b_std': 'Std(p): offset b',
+  'r2_mean': 'Mean(p): R²',
+  'r2_std': 'Std(p): R²',
+  'rms_mean': 'Mean(p): RMS error',
+  'rms_std': 'Std(p): RMS error',
+  'num_bins': 'Bins of the position p',
+  'pairs_read': 'Pairs read',
+  'responses_read': 'Responses with marked errors read',
+  'judge': 'Judge',
+  'questions': 'Questions',
+  'answered': 'Answered',
+  'unfinished': 'Answers cut at the length limit',
+  'truncated_prompts': 'Prompts truncated',
+  'dropped_prompts': 'Prompts dropped',
+  'tokens_per_answer': 'Tokens per answer',
+}
+_PPO_RESULTS = {
+  'reward': 'Reward before KL, training, last step',
+  'kl': 'KL to the reference, training, last step',
+  'length': 'Response length, training, last step',
+  'segments': 'Segments per response, training, last step',
+}
+
+
+def stage_name(key: str) -> str:
+  """Returns the name of a stage, such as 'Reward model'."""
+  return STAGES.get(key, _readable(key))
+
+
+def group_name(prefix: str) -> str:
+  """Returns the name of a group of metrics."""
+  return GROUPS.get(prefix, _readable(prefix))
+
+
+def metric_name(key: str) -> str:
+  """Returns the name of a metric; made from its key if it has none here."""
+  if key in METRICS:
+    return METRICS[key]
+  for pattern, name in METRICS.items():
+    start, star, end = pattern.partition('*')
+    if star and key.startswith(start) and key.endswith(end):
+      return name.format(key[len(start) : len(key) - len(end)])
+  return _readable(key.partition('/')[2] or key)
+
+
+def result_name(stage: str, key: str) -> str:
+  """Returns the name of a result of a stage."""
+  names = _RESULTS | (_PPO_RESULTS if stage == 'ppo' else {})
+  return names.get(key, _readable(key))
+
+
+def metric_scope(stage: str, key: str) -> str:
+  """Returns what a metric was measured on: training or held-out data; '' if on neither."""
+  prefix = key.partition('/')[0]
+  if prefix in ('perf', 'timing') or key.endswith(('grad_norm', 'weight_norm')):
+    return ''
+  data = 'pairs' if stage == 'reward' else 'rows' if stage == 'sft' else 'prompts'
+  if prefix == 'eval':
+    return f'held-out {data}, during training'
+  is_of_data = prefix in ('objective', 'response', 'segments', 'reward', 'reward_model', 'sft')
+  return f'training {data}' if is_of_data else ''
+
+
+def _readable(key: str) -> str:
+  words = re.sub(r'[_/]+', ' ', key).strip()
+  return words[:1].upper() + words[1:]

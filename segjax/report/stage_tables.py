@@ -1,0 +1,185 @@
+"""Tables of a stage's results for report.html: before and after, pairs by subset, marked errors.
+
+The values are those that the stage printed on the console, with as many digits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from segjax.data.limits import describe_counts
+from segjax.evaluation.intervals import format_interval
+from segjax.report import metric_names
+
+_MIN_WIDTH = 1e-9  # of a scale: all values may be equal
+
+# Of the job evaluate: label, digits. Others follow with a label made from their key.
+_EVALUATE = {
+  'gold': ('Gold reward', 3),
+  'gold_gain': ('Gain in gold reward', 3),
+  'score': ("Reward model's score", 3),
+  'score_gain': ("Gain in reward model's score", 3),
+  'win_rate_gold': ('Win rate over before, by gold reward', 3),
+  'lc_win_rate_gold': ('Win rate at equal length, by gold reward', 3),
+  'win_rate_score': ("Win rate over before, by reward model's score", 3),
+  'lc_win_rate_score': ("Win rate at equal length, by reward model's score", 3),
+  'kl_nats': ('KL to the reference, nats per response', 2),
+  'length': ('Response length, tokens', 1),
+  'segments': ('Segments per response', 1),
+  'eos_rate': ('Share of responses that end by themselves', 3),
+  'repeated_4grams': ('4-grams that repeat one in the response', 3),
+  'distinct_1': ('Distinct tokens, share over responses', 3),
+  'distinct_2': ('Distinct pairs of tokens, share', 3),
+  'boundary_f1': ('F1 of segment boundaries', 3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+  """A mean with its interval on a scale; all three are shares of its width."""
+
+  kind: str
+  mean: float
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row: its label, its cells, and marks that are drawn behind them."""
+
+  label: str
+  cells: tuple[str, ...]
+  marks: tuple[Mark, ...] = ()
+  middle: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table: its title, what was measured on what, the columns' names, its rows."""
+
+  title: str
+  note: str
+  columns: tuple[str, ...]
+  rows: list[Row]
+
+
+def stage_tables(stage: str, results: Mapping[str, Any]) -> list[Table]:
+  """Returns the tables of a stage's results; [] for a stage whose results are single numbers."""
+  make = _TABLES.get(stage)
+  return [table for table in make(results) if table.rows] if make else []
+
+
+def format_value(value: Any, digits: int = 3) -> str:
+  """Formats a number, or a mean with its 95 % interval."""
+  if value is None:
+    return ''
+  if isinstance(value, Mapping):
+    return format_interval(value, digits).replace(', ', ',\u00a0')  # not broken between lines
+  return f'{value:,}' if isinstance(value, int) else f'{value:z,.{digits}f}'
+
+
+def _evaluate(results: Mapping[str, Any]) -> list[Table]:
+  before, after = results.get('before', {}), results.get('after', {})
+  rows = []
+  for key in [*_EVALUATE, *(key for key in after | before if key not in _EVALUATE)]:
+    values = {'before': before.get(key), 'after': after.get(key)}
+    if values['before'] is None and values['after'] is None:
+      continue
+    label, digits = _EVALUATE.get(key, (metric_names.result_name('evaluate', key), 3))
+    cells = tuple(format_value(value, digits) for value in values.values())
+    rows.append(Row(label, cells, *_scale(key, values)))
+  counts = {value.get('n') for value in after.values() if isinstance(value, Mapping)}
+  number = f'{counts.pop():,} responses' if len(counts) == 1 else 'responses'
+  note = f'{number} of each model to held-out prompts; means with 95 % intervals'
+  return [Table('', note, ('', 'before', 'after'), rows)]
+
+
+def _scale(key: str, values: Mapping[str, Any]) -> tuple[tuple[Mark, ...], float | None]:
+  """Returns the marks of a row and the middle of its scale: a tie, or no gain."""
+  if 'win_rate' in key:
+    marks = _marks(values, (0.0, 1.0))
+  elif key.endswith('_gain') and (end := _largest_end(values)):
+    marks = _marks(values, (-end, end))
+  else:
+    return _marks(values), None
+  return marks, 0.5 if marks else None
+
+
+def _largest_end(values: Mapping[str, Any]) -> float:
+  """Returns the largest absolute value within the intervals."""
+  ends = [value.get(end) for value in values.values() if value for end in ('low', 'high')]
+  return max((abs(end) for end in ends if end is not None), default=0.0)
+
+
+def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
+  tables = []
+  if pairs := results.get('pairs'):
+    groups = {**pairs['subsets'], 'all pairs': pairs['all']}
+    if pairs.get('untruncated') and pairs.get('truncated'):
+      groups['pairs that were not truncated'] = pairs['untruncated']
+    columns = (
+      *('', 'pairs', 'accuracy [95 %]', 'accuracy of preferring the longer', 'margin', 'ECE'),
+    )
+    rows = [
+      Row(
+        name,
+        (
+          format_value(figures['accuracy']['n']),
+          format_value(figures['accuracy']),
+          *(format_value(figures[key]) for key in ('length_baseline_accuracy', 'margin', 'ece')),
+        ),
+        _marks({'after': figures['accuracy']}, (0.0, 1.0)),
+        0.5,
+      )
+      for name, figures in groups.items()
+    ]
+    note = 'how often the preferred response scores higher'
+    tables.append(Table('Preference pairs', note, columns, rows))
+    sections = (pairs.get('reward_bench') or {}).items()
+    rows = [Row(name, (format_value(value),)) for name, value in sections]
+    tables.append(Table('RewardBench', 'by section', ('', 'accuracy'), rows))
+  if spans := results.get('spans'):
+    groups = {'all types': spans, **spans['types']}
+    rows = [
+      Row(
+        name,
+        tuple(format_value(figures[key]) for key in ('spans', 'auc', 'auc_within')),
+        _marks({'after': figures['auc']}, (0.0, 1.0)),
+        0.5,
+      )
+      for name, figures in groups.items()
+    ]
+    note = f'whether low segment rewards are on them; {spans["responses"]:,} responses'
+    columns = ('', 'errors', 'AUC [95 %]', 'AUC within a response')
+    tables.append(Table('Marked errors', note, columns, rows))
+  rows = [Row(path, (describe_counts(x),)) for path, x in results.get('counts', {}).items()]
+  return [*tables, Table('Files', 'what was read of each', ('', 'rows'), rows)]
+
+
+def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) -> tuple[Mark, ...]:
+  """Returns the marks of the values that have an interval, on a scale that holds all of them."""
+  intervals = {
+    kind: value
+    for kind, value in values.items()
+    if isinstance(value, Mapping) and isinstance(value.get('low'), float | int)
+  }
+  if not intervals:
+    return ()
+  ends = [end for value in intervals.values() for end in (value['low'], value['high'])]
+  low, high = scale or (min(ends), max(ends))
+  width = max(high - low, _MIN_WIDTH)
+
+  def share(x: float) -> float:
+    return round(min(1.0, max(0.0, (x - low) / width)), 4)
+
+  return tuple(
+    Mark(kind, share(value['mean']), share(value['low']), share(value['high']))
+    for kind, value in intervals.items()
+  )
+
+
+_TABLES: dict[str, Callable[[Mapping[str, Any]], Sequence[Table]]] = {
+  'evaluate': _evaluate,
+  'evaluate_reward': _evaluate_reward,
+}
