@@ -245,13 +245,14 @@ class Policy(_Model):
     return self._annotate(dataclasses.replace(self.annotator, segmenter=segmenter), texts)
 
   def _prompt_ids(self, prompt: Text, number: int) -> list[int]:
-    tokenizer = self.annotator.tokenizer
-    if not isinstance(prompt, str):
-      return tokenizer.prompt_ids(self._check_messages(prompt, number))
-    ids = tokenizer.bos_ids + tokenizer.encode([prompt])[0]
-    if not ids:
+    messages = None if isinstance(prompt, str) else self._check_messages(prompt, number)
+    with annotate.located(f'prompt {number}'):
+      if messages is not None:
+        return self.annotator.tokenizer.prompt_ids(messages)
+      bos, ids = self.annotator.tokenizer.text_ids(prompt)
+    if not bos + ids:
       raise UserError(f'prompt {number} is empty, and the tokenizer has no BOS token; give text.')
-    return ids
+    return bos + ids
 
   def _response(self, output: GenerationResult, row: int) -> Response:
     mask, tokenizer = output.response_mask[row], self.annotator.tokenizer

@@ -96,7 +96,8 @@ class Data:
   max_length: int = 2048  # of prompt and response, at most the model's positions
   max_prompt_length: int = 1728  # of an overlong prompt after truncation
   overlong_policy: str = 'truncate_left'  # of rows longer than the limits
-  chat_template: str = ''  # Jinja text or a file; empty: the tokenizer's own
+  chat_template: str = ''  # llama3, chatml, Jinja text or a file; empty: the tokenizer's own
+  template_date: str = ''  # ISO date that the template reads; empty: of the run's first start
 
 
 @dataclasses.dataclass(frozen=True)

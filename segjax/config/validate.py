@@ -4,6 +4,7 @@ Settings that contradict each other are refused by `conflicts`. Each message giv
 fix.
 """
 
+import datetime
 from operator import attrgetter
 
 from segjax.config import conflicts, no_effect, renamed
@@ -19,6 +20,7 @@ def validate(settings: Settings) -> None:
   _check_choices(settings)
   _check_activations(settings)
   _check_ranges(settings)
+  _check_date(settings)
   _check_lengths(settings)
   _check_divisibility(settings)
   _check_packing(settings)
@@ -122,6 +124,16 @@ def _check_optimizer(optimizer: Optimizer, key: str) -> None:
   # With 0, a weight without a gradient moves by 0 / 0.
   if optimizer.epsilon <= 0:
     raise UserError(f'{key}.epsilon={optimizer.epsilon} must be above 0.')
+
+
+def _check_date(s: Settings) -> None:
+  try:
+    datetime.datetime.fromisoformat(s.data.template_date or '2024-07-26')
+  except ValueError as error:
+    raise UserError(
+      f'config.data.template_date={s.data.template_date!r} is not an ISO date; use one such as '
+      '2024-07-26.'
+    ) from error
 
 
 def _check_lengths(s: Settings) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from etils import epath
 
+from segjax.data import named_templates
 from segjax.data.sources import Message
+from segjax.data.template_checks import TemplateMarks, check_answer_words
 from segjax.errors import UserError
 
 PROBE = 'Quokka'  # a word that chat templates do not contain
@@ -39,7 +41,7 @@ def answer_text(
   """Returns what the template appends to the prompt for one answer, without `turn_end`.
 
   Raises:
-    ValueError: the template changes the prompt, or ends this turn in another way.
+    ValueError: the template changes the prompt or the answer, or ends this turn in another way.
   """
   full = render(tokenizer, [*messages, {'role': 'assistant', 'content': text}], False)
   if not full.startswith(prompt):
@@ -49,7 +51,9 @@ def answer_text(
       f'the chat template ends this turn by {full[-20:]!r} but others by {turn_end!r}; set '
       'data.chat_template to one that ends all turns alike.'
     )
-  return full[len(prompt) : len(full) - len(turn_end)]
+  words = full[len(prompt) : len(full) - len(turn_end)]
+  check_answer_words(text, words)
+  return words
 
 
 def implicit_system_turn(tokenizer: Any, turn_end: str, turn_close: str) -> str:
@@ -75,14 +79,45 @@ def implicit_system_turn(tokenizer: Any, turn_end: str, turn_close: str) -> str:
   return ''
 
 
-def load_template(chat_template: str) -> str:
-  """Returns `chat_template` itself if it is Jinja text, else the content of the file it names."""
+def find_marks(tokenizer: Any, stops: Sequence[int]) -> TemplateMarks:
+  """Returns what the template writes around a user's words, and the texts of the stop tokens."""
+  rendered = render(tokenizer, [{'role': 'user', 'content': PROBE}], True)
+  before, _, after = rendered.partition(PROBE)
+  added = tokenizer.added_tokens_decoder
+  texts = tokenizer.convert_ids_to_tokens([i for i in stops if i in added])
+  return TemplateMarks(before, after, tokenizer.bos_token or '', tuple(texts))
+
+
+def load_template(chat_template: str, tokenizer: Any) -> str:
+  """Returns the template of data.chat_template: a name, Jinja text or a file with it.
+
+  Args:
+    chat_template: one of `named_templates.NAMES`, Jinja text, or the path of a file with it.
+    tokenizer: the tokenizer that it is for.
+  """
+  if chat_template in named_templates.NAMES:
+    return named_templates.make_template(chat_template, tokenizer)
   if '{' in chat_template:
     return chat_template
   file = epath.Path(chat_template).expanduser()
   if not file.exists():
-    raise UserError(f'data.chat_template={chat_template!r} is neither Jinja text nor a file.')
+    raise UserError(
+      f'data.chat_template={chat_template!r} is neither Jinja text nor a file, nor one of '
+      f'{", ".join(named_templates.NAMES)}; provide one of them.'
+    )
   return file.read_text()
+
+
+def default_template(tokenizer: Any) -> str:
+  """Returns the template for conversations without tools, of a tokenizer that may have several."""
+  try:
+    return tokenizer.get_chat_template()
+  except ValueError as error:
+    names = ', '.join(tokenizer.chat_template)
+    raise UserError(
+      f'the tokenizer has several chat templates ({names}) and none is the default; set '
+      'data.chat_template to one of them.'
+    ) from error
 
 
 def template_rewrites_error(before: str, after: str) -> str:

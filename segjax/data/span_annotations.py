@@ -152,7 +152,7 @@ def _tokenize(
   (text,) = tokenizer.response_texts(annotation.prompt, prompt_text, [annotation.response])
   begin = _find(annotation.response, text)
   (prompt,) = tokenizer.encode([prompt_text])
-  response, offsets = tokenizer.encode_with_offsets(text)
+  response, offsets = tokenizer.encode_response(prompt_text, text)
   prompt_length, length, _ = pair_lengths(len(prompt), len(response), 0, limits)
   token_of_text = character_tokens(offsets, len(text))
   # Characters of white space that the template stripped from the response belong to no token.

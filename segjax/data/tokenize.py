@@ -7,13 +7,16 @@ Rows are read by `segjax.data.sources`, tokenized by `segjax.data.tokenizer`, li
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from segjax.data import limits as limits_lib
+from segjax.data import template_checks
 from segjax.data.batches import Conversations, Pairs, Prompts, Ragged
 from segjax.data.limits import Limits
 from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pair, as_prompt
@@ -43,6 +46,22 @@ class PairRules:
   strip_system_preamble: bool = False
 
 
+class _Written(NamedTuple):
+  """A row as text.
+
+  Attributes:
+    prompt: the messages before the answers.
+    groups: texts in pieces that no token spans, see `ChatTokenizer.encode_pieces`.
+    flags: what is read of the row besides.
+    rendered: the prompt as text, where earlier answers in it are read but not trained.
+  """
+
+  prompt: Sequence[Message]
+  groups: list[list[str]]
+  flags: Any
+  rendered: str = ''
+
+
 def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Conversations:
   """Tokenizes conversations to imitate; all assistant turns are trained, with their stop tokens.
 
@@ -57,12 +76,14 @@ def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits)
     ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
   """
 
-  def write(messages: list[Message]) -> tuple[list[str], list[bool]]:
+  def write(messages: list[Message]) -> _Written:
     pieces = tokenizer.turn_texts(messages)
-    return [text for text, _ in pieces], [is_trained for _, is_trained in pieces]
+    flags = [is_trained for _, is_trained in pieces]
+    answers = (i for i, message in enumerate(messages) if i and message['role'] == 'assistant')
+    return _Written(messages[: next(answers, None)], [[text for text, _ in pieces]], flags)
 
   tokens, trained, group, counts = [], [], [], limits_lib.new_counts(rows)
-  for location, key, pieces, flags in _tokenize(rows, tokenizer, as_conversation, write):
+  for location, key, (pieces,), flags in _tokenize(rows, tokenizer, as_conversation, write):
     ids = np.array([i for piece in pieces for i in piece], np.int32)
     mask = np.repeat(np.array(flags, bool), [len(piece) for piece in pieces])
     is_long = len(ids) > limits.max_length
@@ -106,15 +127,17 @@ def tokenize_pairs(
   stop_id = tokenizer.stop_ids[0] if rules.force_stop else None
   start = len(tokenizer.preamble) if rules.strip_system_preamble else 0
 
-  def write(pair: Pair) -> tuple[list[str], tuple[bool, float]]:
+  def write(pair: Pair) -> _Written:
     prompt, answers = tokenizer.prompt_text(pair.prompt), [pair.chosen, pair.rejected]
     texts = tokenizer.response_texts(pair.prompt, prompt, answers)
     gap = math.nan if pair.rating_gap is None else pair.rating_gap
-    return [prompt[start:], *texts], (all(text.strip() for text in answers), gap)
+    flags = all(text.strip() for text in answers), gap
+    return _Written(pair.prompt, [[prompt[start:], text] for text in texts], flags, prompt)
 
   pairs, counts = [], limits_lib.new_counts(rows)
   read = _tokenize(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
-  for index, (location, key, texts, (has_words, gap)) in enumerate(read):
+  for index, (location, key, sides, (has_words, gap)) in enumerate(read):
+    texts = [sides[0][0], *(response for _, response in sides)]
     full = tuple(len(ids) for ids in texts)
     # Of the pair: both sides keep the same prompt, and differ in the response alone.
     lengths = limits_lib.pair_lengths(*full, limits)
@@ -174,13 +197,14 @@ def tokenize_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pr
     ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
   """
 
-  def write(messages: list[Message]) -> tuple[list[str], None]:
-    return [tokenizer.prompt_text(messages)], None
+  def write(messages: list[Message]) -> _Written:
+    prompt = tokenizer.prompt_text(messages)
+    return _Written(messages, [[prompt]], None, prompt)
 
   special = tokenizer.special_ids
   tokens, row, group, counts = [], [], [], limits_lib.new_counts(rows)
   read = _tokenize(rows, tokenizer, as_prompt, write)
-  for index, (location, key, (ids,), _) in enumerate(read):
+  for index, (location, key, ((ids,),), _) in enumerate(read):
     is_long = len(ids) > limits.max_prompt_length
     length = f'a prompt of {len(ids)} tokens'
     if is_long and limits_lib.is_dropped(location, length, limits, counts):
@@ -207,51 +231,60 @@ def _tokenize(
   rows: Rows,
   tokenizer: ChatTokenizer,
   read: Callable[[Row, str], Any],
-  write: Callable[[Any], tuple[list[str], Any]],
-) -> Iterator[tuple[str, int, list[list[int]], Any]]:
+  write: Callable[[Any], _Written],
+) -> Iterator[tuple[str, int, list[list[list[int]]], Any]]:
   """Reads each row, writes it as texts and tokenizes them in chunks.
 
   Args:
     read: (row, location) -> the row's content.
-    write: content -> (texts, flags); the flags are yielded as they are.
+    write: content -> the row as text.
 
   Yields:
-    For each row: (location, key of the first text, token ids of each text, flags).
+    For each row: (location, key of its prompt, token ids of each piece of each group, flags).
   """
-  chunk = []
+  chunk, changed = [], ''
   for index, row in enumerate(rows):
     location = rows.location(index)
     item = read(row, location)
     try:
-      chunk.append((location, *write(item)))
+      written = write(item)
     except ValueError as error:
       raise UserError(f'{location}: {error}') from error  # only here the row is known
+    chunk.append((location, written))
+    if not changed and written.rendered:
+      changed = template_checks.find_changed_answer(written.prompt, written.rendered)
+      if changed:
+        logging.warning('%s: %s; it is read so in this and any later such row.', location, changed)
     if len(chunk) == _CHUNK or index == len(rows) - 1:
       ids = iter(_encode(tokenizer, chunk))
-      for location, texts, flags in chunk:
-        yield location, _key(texts), [next(ids) for _ in texts], flags
+      for location, written in chunk:
+        yield location, _key(written.prompt), [next(ids) for _ in written.groups], written.flags
       chunk = []
 
 
-def _encode(tokenizer: ChatTokenizer, chunk: list[tuple[str, list[str], Any]]) -> list[list[int]]:
-  """Returns the token ids of all texts of (location, texts, flags); an error names the row."""
+def _encode(
+  tokenizer: ChatTokenizer, chunk: Sequence[tuple[str, _Written]]
+) -> list[list[list[int]]]:
+  """Returns the token ids of all groups of (location, row); an error names the row."""
   try:
-    return tokenizer.encode([text for _, texts, _ in chunk for text in texts])
+    return tokenizer.encode_pieces([pieces for _, written in chunk for pieces in written.groups])
   except UserError:
     if len(chunk) == 1:
       raise
   ids = []
-  for location, texts, _ in chunk:
+  for location, written in chunk:
     try:
-      ids += tokenizer.encode(texts)
+      ids += tokenizer.encode_pieces(written.groups)
     except UserError as error:
       raise UserError(f'{location}: {error}') from error
   return ids
 
 
-def _key(texts: Sequence[str]) -> int:
+def _key(prompt: Sequence[Message]) -> int:
   """Returns 64 bits that are equal for equal prompts; `split_holdout` groups by them."""
-  text = texts[0] if texts else ''
+  # The messages, not their rendering: a template may write another text on another day. Most
+  # templates strip them.
+  text = json.dumps([(message['role'], message['content'].strip()) for message in prompt])
   # Not hash(), which differs between processes: all have to hold out the same prompts.
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 

@@ -3,8 +3,8 @@
 Templates are rendered by `segjax.data.chat_template`, files are read by
 `segjax.data.tokenizer_files`; datasets are made by `segjax.data.tokenize`.
 
-Prompt and response are rendered together and tokenized SEPARATELY, so that no token spans the
-boundary between the model's input and its output.
+Prompt and response are rendered together and tokenized so that no token spans the boundary between
+the model's input and its output; where none does, the ids are those of the whole text.
 """
 
 import dataclasses
@@ -15,10 +15,14 @@ from typing import Any, SupportsIndex
 from etils import epath
 
 from segjax.data import chat_template as templates
-from segjax.data import tokenizer_files
+from segjax.data import joined_ids, named_templates, template_checks, tokenizer_files
 from segjax.data.embedding_rows import EmbeddingRows, smallest_embedding
 from segjax.data.sources import Message
+from segjax.data.template_checks import TemplateMarks
+from segjax.data.template_clock import fix_date
 from segjax.data.token_texts import token_texts
+from segjax.data.turn_end import find_turn_end
+from segjax.data.turns import TurnSplitter
 from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 
@@ -39,6 +43,8 @@ class ChatTokenizer:
     turn_close: beginning of `turn_end` that a response keeps, up to and including the stop token.
     preamble: turn that the template inserts before a conversation without system message, with
       BOS, as Llama-3.1's does; '' if it inserts none.
+    marks: text that the template writes around the words of a message.
+    sentinel: see `joined_ids.find_sentinel`; '' if pieces of text have the ids of the whole text.
     rows: the embedding that ids must not exceed; None before `for_networks`.
   """
 
@@ -48,6 +54,8 @@ class ChatTokenizer:
   turn_end: str
   turn_close: str
   preamble: str = ''
+  marks: TemplateMarks = dataclasses.field(default_factory=TemplateMarks)
+  sentinel: str = ''
   rows: EmbeddingRows | None = None
 
   def for_networks(self, networks: dict[str, LlamaConfig]) -> 'ChatTokenizer':
@@ -67,9 +75,27 @@ class ChatTokenizer:
     pad_id = self.pad_id if self.pad_id < rows.count else stop_ids[0]
     return dataclasses.replace(limited, stop_ids=stop_ids, pad_id=pad_id)
 
+  @property
+  def chat_template(self) -> str:
+    """The template that renders conversations, with its date fixed; stored with the model."""
+    return self.tokenizer.chat_template
+
   def prompt_text(self, messages: Sequence[Message]) -> str:
-    """Returns the conversation followed by the header that opens the assistant's turn."""
-    return templates.render(self.tokenizer, list(messages), True)
+    """Returns the conversation followed by the header that opens the assistant's turn.
+
+    Raises:
+      ValueError: the template refuses the conversation or drops a part of it, or a template wrote
+        one of its messages already.
+    """
+    text = templates.render(self.tokenizer, list(messages), True)
+    self._check_messages(messages, text)
+    return text
+
+  def _check_messages(self, messages: Sequence[Message], rendered: str) -> None:
+    for message in messages:
+      if message['role'] != 'assistant':  # answers of a model are not the user's to correct
+        self.marks.check_message(message)
+    template_checks.check_prompt_words(messages, rendered)
 
   def response_texts(
     self, messages: Sequence[Message], prompt: str, responses: Sequence[str]
@@ -82,8 +108,10 @@ class ChatTokenizer:
       responses: alternative answers of the assistant.
 
     Raises:
-      ValueError: the template changes the prompt once it is answered.
+      ValueError: the template changes the prompt or the answer, or the answer ends in a stop token.
     """
+    for text in responses:
+      self.marks.check_answer(text)
     return [
       templates.answer_text(self.tokenizer, messages, prompt, text, self.turn_end) + self.turn_close
       for text in responses
@@ -97,21 +125,15 @@ class ChatTokenizer:
     does not count as an assistant's.
 
     Raises:
-      ValueError: the template changes earlier turns when a turn is added.
+      ValueError: the template changes earlier turns when a turn is added, or as in `prompt_text`.
     """
-    pieces, done = [], ''
-    for number, message in enumerate(messages):
-      before = messages[:number]
-      if message['role'] != 'assistant' or not before:
-        continue
-      prompt = self.prompt_text(before)
-      if not prompt.startswith(done):
-        raise UserError(templates.template_rewrites_error(done, prompt))
-      text = message['content']
-      words = templates.answer_text(self.tokenizer, before, prompt, text, self.turn_end)
-      pieces += [(prompt[len(done) :], False), (words + self.turn_close, bool(text.strip()))]
-      ending = self.turn_close if self.turn_end.startswith(self.turn_close) else self.turn_end
-      done = prompt + words + ending
+    for message in messages:
+      if message['role'] == 'assistant':
+        self.marks.check_answer(message['content'])
+    pieces = TurnSplitter(self.tokenizer, self.turn_end, self.turn_close).split(messages)
+    last = max((i for i, m in enumerate(messages) if m['role'] == 'assistant'), default=0)
+    if pieces:
+      self._check_messages(messages[:last], ''.join(text for text, _ in pieces))
     return pieces
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -127,13 +149,38 @@ class ChatTokenizer:
     )
     return self._checked(encoded['input_ids'])
 
-  def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns token ids as `encode` and (first character, last character + 1) of each token."""
-    encoded = self.tokenizer(
-      text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    (ids,) = self._checked([encoded['input_ids']])
-    return ids, [tuple(pair) for pair in encoded['offset_mapping']]
+  def encode_pieces(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Returns the token ids of each piece of each group; a group is one text in pieces.
+
+    Together they are those of the whole text, unless a token of it would span two pieces.
+    """
+    if self.sentinel:
+      groups_ids = joined_ids.encode_joined(self.tokenizer, groups, self.sentinel)
+      self._checked([ids for pieces in groups_ids for ids in pieces])
+      return groups_ids
+    texts = list(dict.fromkeys(piece for pieces in groups for piece in pieces))
+    ids = dict(zip(texts, self.encode(texts), strict=True))
+    return [[ids[piece] for piece in pieces] for pieces in groups]
+
+  def encode_response(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the token ids of a text after a prompt, and (first, last + 1) character of each."""
+    context = prompt if self.sentinel else ''
+    ids, offsets = joined_ids.encode_after(self.tokenizer, context, text, self.sentinel)
+    self._checked([ids])
+    return ids, [(int(start), int(end)) for start, end in offsets]
+
+  def text_ids(self, text: str) -> tuple[list[int], list[int]]:
+    """Returns (the BOS token or nothing, token ids) of text that no template renders.
+
+    Raises:
+      ValueError: the text begins with BOS already.
+    """
+    if self.bos_ids and text.startswith(self.tokenizer.bos_token):
+      raise UserError(
+        f'the text begins with {self.tokenizer.bos_token!r}, which is put in front of every text; '
+        'remove it.'
+      )
+    return self.bos_ids, self.encode([text])[0]
 
   @property
   def bos_ids(self) -> list[int]:
@@ -153,7 +200,8 @@ class ChatTokenizer:
   def response_ids(self, prompt_messages: Sequence[Message], text: str) -> list[int]:
     """Returns the token ids of one response, stop token last."""
     prompt = self.prompt_text(prompt_messages)
-    return self.encode(self.response_texts(prompt_messages, prompt, [text]))[0]
+    (response,) = self.response_texts(prompt_messages, prompt, [text])
+    return self.encode_pieces([[prompt, response]])[0][1]
 
   def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
     """Returns the text of token ids, by default without special tokens."""
@@ -197,12 +245,14 @@ class ChatTokenizer:
     return matches
 
 
-def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
+def load_tokenizer(directory: str, chat_template: str = '', date: str = '') -> ChatTokenizer:
   """Loads a tokenizer in HF form and determines from its chat template how a turn ends.
 
   Args:
     directory: local, or on a bucket (gs://).
-    chat_template: Jinja text, or the path of a file with it; '' uses the tokenizer's own.
+    chat_template: Jinja text, the path of a file with it, or a name of `named_templates`; '' uses
+      the tokenizer's own.
+    date: ISO date that the template reads where it asks for the present one; '' is today.
 
   Raises:
     ValueError: there is no tokenizer, no chat template or no token that ends a turn, or the
@@ -210,59 +260,31 @@ def load_tokenizer(directory: str, chat_template: str = '') -> ChatTokenizer:
   """
   tokenizer = tokenizer_files.load_fast_tokenizer(directory)
   if chat_template:
-    tokenizer.chat_template = templates.load_template(chat_template)
+    tokenizer.chat_template = templates.load_template(chat_template, tokenizer)
   if not tokenizer.chat_template:
     raise MissingChatTemplateError(
-      f'{directory}: the tokenizer has no chat template; set data.chat_template to one (Jinja text '
-      'or a file with it).'
+      f'{directory}: the tokenizer has no chat template; set data.chat_template to one: '
+      f'{", ".join(named_templates.NAMES)}, Jinja text or a file with it.'
     )
+  tokenizer.chat_template = fix_date(templates.default_template(tokenizer), date)
   try:
     stops = tokenizer_files.generation_stops(epath.Path(directory).expanduser())
-    return _with_turn_end(tokenizer, stops)
+    return _with_template(tokenizer, stops)
   except ValueError as error:
     raise UserError(f'{directory}: {error}') from error
 
 
-def _with_turn_end(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
-  """Renders a short conversation and determines from it how an assistant's turn ends."""
-  messages = [{'role': 'user', 'content': 'Hello'}]
-  prompt = templates.render(tokenizer, messages, True)
-  _check_bos(tokenizer, prompt)
-  answered = templates.render(
-    tokenizer, [*messages, {'role': 'assistant', 'content': templates.PROBE}], False
+def _with_template(tokenizer: Any, generation_stops: list[int]) -> ChatTokenizer:
+  """Determines from the tokenizer's chat template how turns begin and end."""
+  turn = find_turn_end(tokenizer, generation_stops)
+  eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+  return ChatTokenizer(
+    tokenizer,
+    turn.stop_ids,
+    pad if pad is not None else eos if eos is not None else turn.stop_ids[0],
+    turn.text,
+    turn.close,
+    preamble=templates.implicit_system_turn(tokenizer, turn.text, turn.close),
+    marks=templates.find_marks(tokenizer, turn.stop_ids),
+    sentinel=joined_ids.find_sentinel(tokenizer),
   )
-  if not answered.startswith(prompt):
-    raise UserError(templates.template_rewrites_error(prompt, answered))
-  _, probe, turn_end = answered[len(prompt) :].rpartition(templates.PROBE)
-  if not probe:
-    raise UserError("the chat template leaves out the assistant's words; check data.chat_template.")
-  eos = tokenizer.eos_token_id
-  candidates = {*tokenizer.added_tokens_decoder, *generation_stops, eos}
-  ids = tokenizer(turn_end, add_special_tokens=False)['input_ids'] if turn_end else []
-  stop = next((i for i in ids if i in candidates), None)
-  if stop is not None:
-    token = tokenizer.convert_ids_to_tokens(stop)
-    turn_close = turn_end[: turn_end.index(token) + len(token)]
-  elif eos is not None:
-    stop, turn_close = eos, turn_end + tokenizer.eos_token
-  else:
-    raise UserError(
-      'no token ends a turn: the chat template writes none and the tokenizer has no eos_token; set '
-      'data.chat_template to one that closes the turn.'
-    )
-  others = [i for i in (eos, *generation_stops) if i is not None]
-  pad = tokenizer.pad_token_id
-  pad = pad if pad is not None else eos if eos is not None else stop
-  stop_ids = tuple(dict.fromkeys([stop, *others]))
-  preamble = templates.implicit_system_turn(tokenizer, turn_end, turn_close)
-  return ChatTokenizer(tokenizer, stop_ids, pad, turn_end, turn_close, preamble)
-
-
-def _check_bos(tokenizer: Any, prompt: str) -> None:
-  ids = tokenizer(prompt, add_special_tokens=False)['input_ids']
-  bos = tokenizer.bos_token_id
-  if bos is not None and ids[:2] == [bos, bos]:
-    raise UserError(
-      f'the chat template begins with {tokenizer.bos_token!r} twice; set data.chat_template to one '
-      'that writes it once.'
-    )

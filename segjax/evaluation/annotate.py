@@ -1,5 +1,6 @@
 """Annotates texts with the reference's entropies, segments, scores and normalised scores."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,10 @@ def text_batches(
   tokenizer, max_length = annotator.tokenizer, annotator.max_length
   for start in range(0, len(texts), batch_size):
     chunk = texts[start : start + batch_size]
-    tokenized = [_tokenize(tokenizer, *text) for text in chunk]
+    tokenized = []
+    for number, text in enumerate(chunk, start + 1):
+      with located(f'text {number}'):
+        tokenized.append(_tokenize(tokenizer, *text))
     lengths = [len(prompt) + len(response) for prompt, response in tokenized]
     for number, length in enumerate(lengths, start + 1):
       if length > max_length:
@@ -149,8 +153,17 @@ def _tokenize(
 ) -> tuple[list[int], list[int]]:
   """Returns the token ids of (prompt, response); plain text follows the BOS token."""
   if not prompt:
-    return tokenizer.bos_ids, tokenizer.encode([response])[0]
+    return tokenizer.text_ids(response)
   return tokenizer.prompt_ids(prompt), tokenizer.response_ids(prompt, response)
+
+
+@contextlib.contextmanager
+def located(name: str) -> Iterator[None]:
+  """Puts the name of a text in front of the errors of the block."""
+  try:
+    yield
+  except ValueError as error:
+    raise UserError(f'{name}: {error}') from error
 
 
 def choose_batch_size(mesh: Mesh, num_texts: int) -> int:

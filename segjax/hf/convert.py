@@ -101,7 +101,7 @@ def export_checkpoint(
   role: str = '',
   progress: Progress = lambda done, total: None,
 ) -> Path:
-  """Converts a segjax checkpoint to an HF checkpoint.
+  """Converts a segjax checkpoint to an HF checkpoint; returns its directory.
 
   Takes nine parameters because most of them are flags of `segjax convert export`.
 
@@ -116,9 +116,6 @@ def export_checkpoint(
     source: for a training run's item, the HF checkpoint that it was trained from.
     role: for a training run's item, its role.
     progress: called with each piece.
-
-  Returns:
-    The directory.
 
   Raises:
     ValueError: `out` must not be written to, or `checkpoint` cannot be read.
@@ -137,7 +134,10 @@ def export_checkpoint(
   total = shards.num_bytes(planned)
   storage.check_space(out, total)
   card = cards.merge(exported.card, card or cards.Card())
-  metadata = writer.Metadata(config, head, writer.common_dtype(dtypes), origin, card=card)
+  tokenizer = imported.load_trained_tokenizer(exported)
+  metadata = writer.Metadata(
+    config, head, writer.common_dtype(dtypes), origin, card=card, tokenizer=tokenizer
+  )
   with storage.atomic_directory(out) as partial:
     with shards.ShardWriter(partial, planned) as files:
       jobs = []

@@ -9,15 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.hf import model_card as cards
-from segjax.hf import shards, writer
+from segjax.hf import shards, tokenizer_writer, writer
 from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
 HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
 
 _VERSION = 1
+_MANIFEST = Path('manifest', 'metadata')  # of a training run's step, see `train.checkpoint`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def write_description(directory: Path, source: str | Path, origin: Path, role: s
   for name in (CONFIG, writer.REWARD_SPEC_FILE) if role == 'reward' else (CONFIG,):
     if (origin / name).exists():
       shutil.copyfile(origin / name, directory / SOURCE / name)
-  writer.copy_tokenizer(origin, directory / SOURCE)
+  tokenizer_writer.copy_tokenizer(origin, directory / SOURCE)
   copy_provenance(origin, directory / SOURCE)
   card = {k: v for k, v in vars(cards.from_source(source, origin)).items() if v}
   shards.write_json(directory / DESCRIPTION, {'version': _VERSION, 'role': role} | card)
@@ -91,6 +93,26 @@ def read_description(checkpoint: Path, source: str | Path, role: str) -> ExportS
     raise UserError(f'role={role!r} contradicts {checkpoint}, which is a {record["role"]}.')
   params, origin = checkpoint / PARAMS, checkpoint / SOURCE
   return ExportSource(params, origin, record['role'], _card(record), True)
+
+
+def load_trained_tokenizer(exported: ExportSource) -> ChatTokenizer | None:
+  """Loads the tokenizer that a run's item was trained with; None if it has no chat template.
+
+  The chat template is in the settings of the run, which are stored with each of its steps. None for
+  an imported checkpoint: its files are those of its source.
+  """
+  if exported.is_imported:
+    return None
+  manifest, data = exported.params.parent / _MANIFEST, {}
+  if manifest.is_file():
+    data = read_json(manifest).get('run', {}).get('settings', {}).get('data', {})
+  template, date = (data.get(name, '') for name in ('chat_template', 'template_date'))
+  try:
+    return load_tokenizer(str(exported.origin), template, date)
+  except UserError:
+    if template:
+      raise
+    return None
 
 
 def copy_own_files(exported: ExportSource, target: Path) -> None:

@@ -239,8 +239,10 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 messages = [{'role': 'user', 'content': 'Why is the sky blue?'}]
 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 inputs = tokenizer(text, return_tensors='pt', add_special_tokens=False)
-outputs = model.generate(inputs['input_ids'], max_new_tokens=50)
-print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+outputs = model.generate(
+  inputs['input_ids'], attention_mask=inputs['attention_mask'], max_new_tokens=128
+)
+print(tokenizer.decode(outputs[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True))"""
 
 _COMPLETE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

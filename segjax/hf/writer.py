@@ -5,7 +5,6 @@ Tensor names are mapped by `tensor_names`; checkpoints on disk are converted by 
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from segjax import storage
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import model_card as cards
-from segjax.hf import shards, tensor_names
+from segjax.hf import shards, tensor_names, tokenizer_writer
 from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
 from segjax.hf.config import config_to_hf
 from segjax.hf.tensor_slices import DTYPES, transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
 
-TOKENIZER_FILES = (
-  'LICENSE',
-  'LICENSE.md',
-  'LICENSE.txt',
-  'NOTICE',
-  'USE_POLICY.md',
-  'added_tokens.json',
-  'additional_chat_templates',
-  'chat_template.jinja',
-  'chat_template.json',
-  'generation_config.json',
-  'merges.txt',
-  'special_tokens_map.json',
-  'tokenizer.json',
-  'tokenizer.model',
-  'tokenizer_config.json',
-  'vocab.json',
-)
 REWARD_SPEC_FILE = 'segment_reward.json'  # see `train.reward_spec`
 NUMPY_TO_SAFETENSORS = {numpy: safetensors for safetensors, numpy in DTYPES.items()}
 # A directory that holds other files is more than a checkpoint and is not replaced.
-REPLACEABLE = (*TOKENIZER_FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES)
-
-_GENERATION = 'generation_config.json'
-_TEMPLATES = ('chat_template.jinja', 'chat_template.json', 'additional_chat_templates')
+REPLACEABLE = (*tokenizer_writer.FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +42,8 @@ class Metadata:
       for byte, and whose unknown config.json keys are kept.
     extra: further keys for config.json, such as pad_token_id.
     card: fields of README.md; None writes no such file.
+    tokenizer: the tokenizer that the model was trained with: its chat template and special ids are
+      written; None keeps the origin's.
   """
 
   config: LlamaConfig
@@ -71,6 +52,7 @@ class Metadata:
   origin: Path | None = None
   extra: dict[str, Any] | None = None
   card: cards.Card | None = None
+  tokenizer: ChatTokenizer | None = None
 
 
 def save_checkpoint(
@@ -84,26 +66,25 @@ def save_checkpoint(
   max_shard_bytes: int = shards.MAX_SHARD_BYTES,
   extra_config: dict[str, Any] | None = None,
   card: cards.Card | None = None,
+  tokenizer: ChatTokenizer | None = None,
 ) -> Path:
-  """Writes a checkpoint that transformers loads, atomically.
+  """Writes a checkpoint that transformers loads, atomically; returns its directory.
 
-  With several processes all must call it: each takes part in gathering, the first writes. An
-  earlier checkpoint in `directory` is replaced, a directory with any other file in it is not.
-  Takes nine parameters: four that define the model and five that most callers leave out.
+  All processes must call it: each takes part in gathering, the first writes. A checkpoint in
+  `directory` is replaced, a directory with other files is not. Takes ten parameters: four define
+  the model, most callers leave out the others.
 
   Args:
     directory: directory to write.
-    params: possibly sharded, with the shapes of `tensor_names.tensor_mappings(config, head)`.
+    params: may be sharded; shapes as in `tensor_names.tensor_mappings(config, head)`.
     config: the network.
     head: 'language' or 'scalar'.
-    dtype: dtype to cast to; '' keeps the parameters'.
+    dtype: dtype to cast to, '' for none.
     source: checkpoint (local or hub id) that the metadata comes from, see `Metadata.origin`.
     max_shard_bytes: maximum size of a safetensors file.
     extra_config: further keys for config.json, such as pad_token_id.
     card: fields of README.md; missing base model and licence are those of `source`.
-
-  Returns:
-    The directory.
+    tokenizer: see `Metadata`.
 
   Raises:
     ValueError: params and config do not agree, or `directory` must not be replaced.
@@ -114,16 +95,16 @@ def save_checkpoint(
   storage.check_target(directory, REPLACEABLE, overwrite=True, source=origin)
   leaves = _leaves(params, config, head)
   dtypes = [NUMPY_TO_SAFETENSORS[dtype or jnp.dtype(leaf.dtype).name] for _, leaf in leaves]
-  entries = [entry for entry, _ in leaves]
-  planned = shards.plan_shards(list(zip(entries, dtypes, strict=True)), max_shard_bytes)
   by_path = {entry.path: leaf for entry, leaf in leaves}
+  typed = [(entry, name) for (entry, _), name in zip(leaves, dtypes, strict=True)]
+  planned = shards.plan_shards(typed, max_shard_bytes)
   if card is not None and origin is not None:
     card = cards.merge(cards.from_source(source, origin), card)
-  metadata = Metadata(config, head, common_dtype(dtypes), origin, extra_config, card)
+  metadata = Metadata(config, head, common_dtype(dtypes), origin, extra_config, card, tokenizer)
   tensors = [tensor for shard in planned for tensor in shard]
   if jax.process_index():
-    for tensor in tensors:
-      _gather(tensor, by_path[tensor.entry.path])  # a collective: the first process waits for it
+    for tensor in tensors:  # a collective: the first process waits for it
+      _gather(tensor, by_path[tensor.entry.path])
   else:
     with storage.atomic_directory(directory) as partial:
       with shards.ShardWriter(partial, planned) as files:
@@ -143,45 +124,40 @@ def check_dtype(dtype: str) -> None:
 
 def write_metadata(directory: Path, metadata: Metadata, name: str) -> None:
   """Writes everything but the weights; config.json, without which nothing loads, comes last."""
+  extra = dict(metadata.extra or {})
+  if metadata.tokenizer is not None:
+    size = metadata.config.vocab_size
+    extra |= tokenizer_writer.special_ids(metadata.tokenizer, size, metadata.head)
   written = config_to_hf(
     metadata.config,
     metadata.head,
     dtype=metadata.dtype,
     base_config=None if metadata.origin is None else read_json(metadata.origin / CONFIG),
-    extra=metadata.extra,
+    extra=extra,
   )
   if metadata.origin is not None:
-    copy_tokenizer(metadata.origin, directory)
-  if metadata.head == 'language' and not (directory / _GENERATION).exists():
+    tokenizer_writer.copy_tokenizer(metadata.origin, directory)
+  if metadata.tokenizer is not None:
+    tokenizer_writer.write_template(directory, metadata.tokenizer.chat_template)
+  is_fixed = (
+    metadata.tokenizer is not None or not (directory / tokenizer_writer.GENERATION).exists()
+  )
+  if metadata.head == 'language' and is_fixed:
     ids = {key: written[key] for key in written if key.endswith('token_id')}
-    shards.write_json(directory / _GENERATION, {'_from_model_config': True} | ids)
+    tokenizer_writer.write_generation_config(directory, ids)
+  elif metadata.tokenizer is not None:
+    tokenizer_writer.write_pad_token(directory, metadata.tokenizer, written['pad_token_id'])
   if metadata.card is not None:
-    has_template = _has_template(directory)
+    has_template = tokenizer_writer.has_template(directory)
     cards.write_card(
       directory, metadata.card, name=name, head=metadata.head, with_template=has_template
     )
   shards.write_json(directory / CONFIG, written)
 
 
-def _has_template(directory: Path) -> bool:
-  """Returns whether a chat template is in a file of its own or in tokenizer_config.json."""
-  file = directory / 'tokenizer_config.json'
-  in_config = file.exists() and bool(read_json(file).get('chat_template'))
-  return in_config or any((directory / name).exists() for name in _TEMPLATES)
-
-
 def common_dtype(names: list[str]) -> str:
   """Returns the only dtype of these (safetensors' names); '' if there are several."""
   return DTYPES[names[0]] if len(set(names)) == 1 else ''
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-  """Copies tokenizer files, templates, generation_config.json and licence, byte for byte."""
-  for name in TOKENIZER_FILES:
-    if (source / name).is_dir():
-      shutil.copytree(source / name, target / name)
-    elif (source / name).is_file():
-      shutil.copyfile(source / name, target / name)
 
 
 def _leaves(

@@ -15,7 +15,7 @@ from segjax.data.batches import Prompts, eval_batches
 from segjax.data.judge_formats import Answer, JudgeFormat, Question, conversation, read_questions
 from segjax.data.sources import Rows
 from segjax.data.tokenize import tokenize_prompts
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.segment_records import Segment
 from segjax.jobs.job import COMMON, TRAINED_POLICY, Job, data_input
 from segjax.model.llama import LlamaConfig
@@ -64,7 +64,7 @@ def run(stage: Stage) -> dict[str, Any]:
   rows = inputs.load_config_rows(s.data)
   judge, questions = read_questions(rows)
   network = models.load_network_config(path, s.runtime, stage.mesh, stage.log)
-  tokenizer = load_tokenizer(str(path), s.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(path, s.data)
   tokenizer = tokenizer.for_networks({'policy': network})
   limits = inputs.prompt_limits(
     s.data,

@@ -15,7 +15,8 @@ from segjax import processes
 from segjax.data import demo_language, demo_rows
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
-from segjax.hf.writer import copy_tokenizer, save_checkpoint
+from segjax.hf.tokenizer_writer import copy_tokenizer
+from segjax.hf.writer import save_checkpoint
 from segjax.jobs.job import Job, Results
 from segjax.model.heads import init_params
 from segjax.model.llama import make_config, num_parameters
@@ -42,7 +43,7 @@ def run(stage: Stage) -> dict[str, Any]:
   network = dataclasses.replace(stage.settings.network, vocab_size=len(tokenizer.tokenizer))
   config = make_config(network)
   params = jax.jit(init_params, static_argnums=(1, 2))(stage.key('params'), config, 'language')
-  save_checkpoint(stage.model_directory, params, config, 'language')
+  save_checkpoint(stage.model_directory, params, config, 'language', tokenizer=tokenizer)
   if processes.is_first():
     copy_tokenizer(rows / 'tokenizer', stage.model_directory)
   return {'parameters': num_parameters(config), 'pairs': s.pairs, 'sft_rows': s.sft_rows}

@@ -13,7 +13,7 @@ import numpy as np
 from segjax import processes
 from segjax.config.settings import Evaluate
 from segjax.data.tokenize import tokenize_prompts
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
@@ -58,7 +58,7 @@ def run(stage: Stage) -> dict[str, Any]:
   resolved = models.resolve_models(s, stage.mesh, stage.log)
   if resolved.paths['policy'].samefile(resolved.paths['reference']):
     stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
-  tokenizer = load_tokenizer(str(resolved.paths['policy']), s.data.chat_template)
+  tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
   tokenizer = tokenizer.for_networks(resolved.configs)
   collector = _make_collector(stage, resolved, tokenizer)
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)

@@ -20,7 +20,7 @@ from segjax.data.limits import describe_counts
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation import span_auc
 from segjax.evaluation.intervals import format_interval
 from segjax.evaluation.pair_scores import pair_figures, score_pairs
@@ -193,7 +193,7 @@ def load_reward_model(
   if settings.reference.path:
     reference = inputs.resolve_checkpoint(settings.reference.path, 'reference.path')
   spec = reward_spec.resolve_spec(overrides, path, reference or path)
-  tokenizer = load_tokenizer(str(path), settings.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(path, settings.data)
   if not make_segmenter(spec.segmentation, tokenizer).needs_entropy:
     reference = None
   config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']

@@ -17,7 +17,7 @@ from segjax.config.conflicts import check_normalizer
 from segjax.config.settings import Settings
 from segjax.data.batches import Pairs, batch_indices, select
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.model.llama import LlamaConfig
@@ -65,7 +65,7 @@ def run(stage: Stage) -> dict[str, Any]:
   spec = reward_spec.resolve_spec(without_normalizer, source, reference_path)
   kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
   configs = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)
-  tokenizer = load_tokenizer(str(reference_path), s.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(source, s.data, fallback=reference_path)
   scorer = make_scorer(
     configs['reward'],
     reference_path,

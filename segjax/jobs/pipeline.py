@@ -24,6 +24,7 @@ from segjax.report.html_report import NoPage, Page
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
+from segjax.run.template_date import with_template_date
 from segjax.run.training_loop import checkpoint_dir
 from segjax.train.custom_reward import load_function
 
@@ -186,6 +187,7 @@ def run_stage(stage: Stage) -> Results:
   if not job.has_files:
     return _run_job(stage, job)
   results = None
+  stage = with_template_date(stage)
   if processes.is_first():
     key = stage_key.make_key(stage, job)
     results = _prepare_directory(stage, job, key)

@@ -14,7 +14,7 @@ from segjax.config.no_effect import frozen_networks
 from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate, run_end
@@ -63,7 +63,7 @@ def run(stage: Stage) -> dict[str, Any]:
     'policy': resolved.paths['policy'],
     'critic': critic_directory(s.critic.init, resolved.paths),
   }
-  tokenizer = load_tokenizer(str(paths['policy']), s.data.chat_template)
+  tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
   trained = {
     name: models.load_network_config(path, s.runtime, stage.mesh, stage.log, trained=True)
     for name, path in paths.items()
@@ -91,7 +91,15 @@ def run(stage: Stage) -> dict[str, Any]:
     ('critic', 'scalar', stage.directory / 'critic'),
   ):
     params = states[name].params
-    save_checkpoint(directory, params, trained[name], head, source=paths[name], card=card)
+    save_checkpoint(
+      directory,
+      params,
+      trained[name],
+      head,
+      source=paths[name],
+      card=card,
+      tokenizer=tokenizer,
+    )
   return {'steps': s.ppo.max_steps} | results
 
 

@@ -11,7 +11,7 @@ from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.evaluation.intervals import wilson
@@ -61,7 +61,7 @@ def run(stage: Stage) -> dict[str, Any]:
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
   reward_spec.check_tokenizer(source, reference_path)
-  tokenizer = load_tokenizer(str(source), s.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(source, s.data)
   scorer = make_scorer(
     config,
     reference_path,
@@ -101,7 +101,9 @@ def run(stage: Stage) -> dict[str, Any]:
   metrics = _evaluate_held_out(stage, params, reference, held_out, scorer)
   results = {'loss': last.get('reward_model/loss')} | metrics
   card = provenance.card(stage, results, pairs, SHOW)
-  save_checkpoint(stage.model_directory, params, config, 'scalar', source=source, card=card)
+  save_checkpoint(
+    stage.model_directory, params, config, 'scalar', source=source, card=card, tokenizer=tokenizer
+  )
   if processes.is_first():
     _write_reward_spec(stage.model_directory, source, scorer.segmenter.segmentation)
   return {'steps': num_steps, 'held_out_pairs': len(held_out)} | results

@@ -4,7 +4,6 @@ from typing import Any
 
 from segjax.data.batches import batch_indices
 from segjax.data.tokenize import tokenize_conversations
-from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import run_end
 from segjax.jobs.job import COMMON, POLICY, Job, data_input
@@ -27,7 +26,7 @@ def run(stage: Stage) -> dict[str, Any]:
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
-  tokenizer = load_tokenizer(str(source), s.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(source, s.data)
   tokenizer = tokenizer.for_networks({'policy': config})
   limits = inputs.length_limits(s.data, config, stage.log)
   dataset = tokenize_conversations(inputs.load_config_rows(s.data), tokenizer, limits)
@@ -51,7 +50,9 @@ def run(stage: Stage) -> dict[str, Any]:
   states, last = training_loop.train(stage, states, step_fn, num_steps, SHOW)
   card = provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW)
   params = states['policy'].params
-  save_checkpoint(stage.model_directory, params, config, 'language', source=source, card=card)
+  save_checkpoint(
+    stage.model_directory, params, config, 'language', source=source, card=card, tokenizer=tokenizer
+  )
   return {'steps': num_steps, 'loss': last.get('sft/loss'), 'rows': len(dataset)}
 
 

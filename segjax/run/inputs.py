@@ -12,6 +12,7 @@ from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
 from segjax.data.sources import Rows, is_hub_id, load_rows
 from segjax.data.tokenize import PairRules
+from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
@@ -60,6 +61,42 @@ def resolve_checkpoint(path: str, key: str) -> Path:
     return reader.resolve_checkpoint(path)
   except ValueError as error:
     raise UserError(f'config.{key}: {error}') from error
+
+
+def load_chat_tokenizer(directory: Path, data: Data, fallback: Path | None = None) -> ChatTokenizer:
+  """Loads the tokenizer of a checkpoint, with the chat template and the date of config.data.
+
+  Args:
+    directory: the checkpoint, whose own template is that of its training.
+    data: config.data.
+    fallback: checkpoint with the same tokenizer, read if `directory` has no chat template.
+  """
+  try:
+    return load_tokenizer(str(directory), data.chat_template, data.template_date)
+  except MissingChatTemplateError:
+    if fallback is None:
+      raise
+    return load_tokenizer(str(fallback), data.chat_template, data.template_date)
+
+
+def log_other_template(
+  tokenizer: ChatTokenizer, directory: Path, data: Data, log: Callable[[str], None]
+) -> None:
+  """Logs a warning if the model of `directory` was made with another chat template."""
+  try:
+    other = load_tokenizer(str(directory), date=data.template_date)
+  except UserError:
+    return  # it has no template, so that it says nothing about how it was trained
+  messages = [{'role': 'user', 'content': 'A question'}]
+  ours, theirs = (
+    t.prompt_text(messages) + t.response_texts(messages, t.prompt_text(messages), ['An answer'])[0]
+    for t in (tokenizer, other)
+  )
+  if ours != theirs:
+    log(
+      f'warning: {directory} was made with another chat template: it reads {ours!r} here, and '
+      f'{theirs!r} by its own; train both with one template, or set data.chat_template'
+    )
 
 
 def load_config_rows(data: Data) -> Rows:

@@ -24,6 +24,7 @@ from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
+from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
 from segjax.train import reward_spec
 from segjax.train.recipe import PPORecipe
@@ -179,6 +180,14 @@ def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: Lo
   """Logs a warning if the segmentation cuts nowhere, or everywhere."""
   if reason := reward_spec.describe_extreme_boundaries(segmentation, network.vocab_size):
     log(f'warning: {reason}')
+
+
+def load_chat_tokenizer(settings: Settings, models: Models, log: LogFn) -> ChatTokenizer:
+  """Loads the policy's tokenizer; logs a warning if the reward model has another template."""
+  tokenizer = inputs.load_chat_tokenizer(models.paths['policy'], settings.data)
+  if 'reward' in models.paths:
+    inputs.log_other_template(tokenizer, models.paths['reward'], settings.data, log)
+  return tokenizer
 
 
 def load_network_configs(

@@ -7,11 +7,11 @@ from jax.sharding import Mesh
 
 from segjax.config.settings import Runtime, Segmentation, Settings
 from segjax.config.training_settings import resolve_std_floor_ratio
-from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation.annotate import Annotator
 from segjax.model.llama import LlamaConfig
-from segjax.run import models
+from segjax.run import inputs, models
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.segmenter import make_segmenter
@@ -83,7 +83,9 @@ def load_annotator(
   segmentation = reward_spec.override(
     stored.segmentation if stored else Segmentation(), settings.reward_model.segmentation
   )
-  tokenizer = load_tokenizer(str(reference), settings.data.chat_template)
+  tokenizer = inputs.load_chat_tokenizer(reference, settings.data)
+  if reward is not None:
+    inputs.log_other_template(tokenizer, reward, settings.data, log)
   configs = models.load_network_configs(paths, settings.runtime, mesh, log)
   tokenizer = tokenizer.for_networks(configs)
   models.warn_of_boundaries(segmentation, configs['reference'], log)

@@ -61,7 +61,7 @@ def test_the_smallest_embedding_decides_and_the_row_is_named(chat):
   for encode in (
     lambda: limited.prompt_ids([user('say <|extra|>')]),
     lambda: limited.response_ids([user('say')], '<|extra|>'),
-    lambda: limited.encode_with_offsets('a <|extra|>'),
+    lambda: limited.encode_response('', 'a <|extra|>'),
   ):
     with pytest.raises(UserError, match=message):
       encode()
