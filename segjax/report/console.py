@@ -18,7 +18,7 @@ _STAGE_WIDTH = 12  # columns of the stage's name, which begins each of its lines
 _BAR = '{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
 _NARROW_BAR = '{desc}|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'  # for 80 columns
 _SECONDS = 15  # between two lines of a bar in a log file
-LOG_WIDTH = 100  # columns of tables and bars in a log file
+_LOG_WIDTH = 100  # columns of tables and bars in a log file
 _BOLD, _NORMAL = '\033[1m', '\033[0m'
 
 
@@ -67,7 +67,7 @@ class ProgressBar:
     self._meter = {'total': total, 'prefix': f'{stage:<{_STAGE_WIDTH - 1}} ', 'bar_format': _BAR}
     self._start, self._done, self._note = start, start, ''
     self._begun = self._printed = time.monotonic()
-    is_narrow = shutil.get_terminal_size().columns < LOG_WIDTH
+    is_narrow = shutil.get_terminal_size().columns < _LOG_WIDTH
     self._bar = tqdm(
       total=total,
       initial=start,
@@ -101,7 +101,7 @@ class ProgressBar:
       elapsed=elapsed,
       initial=self._start,
       postfix=self._note,
-      ncols=LOG_WIDTH,
+      ncols=_LOG_WIDTH,
       **self._meter,
     )
     log(line.rstrip())
@@ -125,6 +125,11 @@ def format_duration(seconds: float) -> str:
   return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
+def console_width() -> int:
+  """Returns the columns of the terminal, or of tables in a log file."""
+  return shutil.get_terminal_size().columns if sys.stdout.isatty() else _LOG_WIDTH
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table, the first column aligned to the left, the others to the right.
 
@@ -134,10 +139,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
   if not processes.is_first():
     return
   on_terminal = sys.stdout.isatty()
-  total = shutil.get_terminal_size().columns if on_terminal else LOG_WIDTH
   widths = [max(map(disp_len, cells)) for cells in zip(columns, *rows, strict=True)]
   others = sum(width + 2 for width in widths[1:])
-  widths[0] = min(widths[0], max(total - others, 8))
+  widths[0] = min(widths[0], max(console_width() - others, 8))
   lines = [_row(cells, widths) for cells in (columns, *rows)]
   lines.insert(1, '─' * (widths[0] + others))
   if title:

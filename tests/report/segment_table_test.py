@@ -60,9 +60,20 @@ def test_table_shows_available_numbers_and_escapes_control_characters(capsys):
   second = Segment(' b', [' b'], [None], score=None, normalized_score=None)
   print_segments(AnnotatedResponse([], 'a b', [first, second]))
   assert capsys.readouterr().out.splitlines() == [
-    'segment    tokens  entropy   score  normalised score',
+    'tokens  entropy   score  normalised score  segment',
     '────────────────────────────────────────────────────',
-    'a\\x1b[31m       1     0.50  +1.000            -0.250',
-    'b               1        –       –                 –',
+    '     1     0.50  +1.000            -0.250  a\\x1b[31m',
+    '     1        –       –                 –  b',
     '',
   ]
+
+
+@pytest.mark.parametrize('columns', [40, 80, 120])
+def test_a_long_segment_hides_no_number(capsys, monkeypatch, columns):
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+  monkeypatch.setenv('COLUMNS', str(columns))
+  text = ' ' + 'many words to read, ' * 20 + '日本' * 60 + 'the end'
+  print_segments(AnnotatedResponse([], text, [Segment(text, [text], [0.5], score=-1.25)]))
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[2].startswith('     1     0.50  -1.250  many words ') and lines[-2].endswith('end')
+  assert max(map(disp_len, lines)) <= max(columns, 25 + 20)
