@@ -169,6 +169,7 @@ def cli() -> None:
   """Runs the console script `segjax`."""
   arguments = sys.argv[1:]
   if arguments[:1] == ['convert']:
+    hide_unused_libtpu()
     from segjax.hf import cli
 
     raise SystemExit(cli.main(arguments[1:]))

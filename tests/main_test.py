@@ -148,7 +148,15 @@ def _is_missing(module):
 
 
 @pytest.mark.processes
-def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
+@pytest.mark.parametrize(
+  'command, last',
+  [
+    (('-m', 'segjax.main', '--config=configs/ppo.py', '--dry_run'), ''),
+    (('tools/show_segments.py', '/nowhere', '--text=x'), 'show_segments: no directory'),
+    (('tools/convert_hf.py', 'import', '/nowhere', '/nowhere/out'), 'convert_hf.py: no directory'),
+  ],
+)
+def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path, command, last):
   """The whole program with a libtpu that fails when it is imported."""
   (tmp_path / 'libtpu.py').write_text('raise SystemExit("libtpu was imported")')
   # Where a libtpu is installed, jax has set its path for this process and those it starts.
@@ -158,12 +166,13 @@ def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path):
     if key != 'JAX_PLATFORMS' and not key.startswith('TPU_')
   }
   environment |= {'PYTHONPATH': str(tmp_path), 'XLA_FLAGS': ''}
-  flags = ['--config=configs/ppo.py', '--dry_run', '--compilation_cache_dir=']
+  flags = ['--compilation_cache_dir=', f'--workdir={tmp_path}/run'] if command[0] == '-m' else []
   done = subprocess.run(
-    [sys.executable, '-m', 'segjax.main', *flags, f'--workdir={tmp_path}/run'],
+    [sys.executable, *command, *flags],
     capture_output=True, text=True, cwd=REPOSITORY, env=environment,
   )  # fmt: skip
-  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stderr.startswith(last) and 'libtpu' not in done.stderr
+  assert bool(done.stderr) == bool(done.returncode) == bool(last)
 
 
 def test_only_errors_for_users_lose_their_traceback():

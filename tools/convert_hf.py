@@ -5,7 +5,10 @@ Equals `segjax convert ...`; implemented in `segjax.hf`.
 
 import sys
 
-from segjax.hf import cli
+from segjax.main import hide_unused_libtpu
 
 if __name__ == '__main__':
+  hide_unused_libtpu()
+  from segjax.hf import cli
+
   sys.exit(cli.main(sys.argv[1:], 'convert_hf.py'))

@@ -32,7 +32,7 @@ from segjax.jobs.job import (
 )
 from segjax.report.console import log
 from segjax.report.response_log import ResponseLog
-from segjax.report.segment_table import format_segments
+from segjax.report.segment_table import escape_control, print_response
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.train.collect import Collector
@@ -184,21 +184,19 @@ def _with_gold(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedR
 def _print_responses(
   sampled: dict[str, EvaluatedResponses], max_responses: int, tokenizer: ChatTokenizer
 ) -> None:
-  """Prints a few responses to the same prompts in segments, each with its reward."""
-  for index in _spread_indices(len(sampled['after'].texts), max_responses):
-    log(f'\n{sampled["after"].prompts[index]}')
+  """Prints a few responses to the same prompts with the reward of each segment."""
+  chosen = _spread_indices(len(sampled['after'].texts), max_responses)
+  if len(chosen):
+    log('\nSome responses; behind each segment is its reward, KL penalty included')
+  for index in chosen:
+    log(f'\n{escape_control(sampled["after"].prompts[index], keep=chr(10))}')
     for name, responses in sampled.items():
       gold = '' if responses.gold is None else f', gold {responses.gold[index]:+.2f}'
       log(f'  {name}{gold}')
       e = responses.experience
       mask = e.rollout.response_mask[index]
-      lines = format_segments(
-        e.rollout.response_ids[index][mask],
-        e.segments.segment_id[index][mask],
-        e.reward[index][mask],
-        tokenizer.decode,
-      )
-      log('\n'.join(f'    {line}' for line in lines) or '    (no content)')
+      texts = tokenizer.token_texts(e.rollout.response_ids[index][mask].tolist())
+      print_response(texts, e.segments.segment_id[index][mask], e.reward[index][mask])
 
 
 def _log_responses(

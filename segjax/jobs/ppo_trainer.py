@@ -94,7 +94,9 @@ class Trainer:
       states['kl'] = {'coef': jnp.where(enabled, new_coef, kl_coef)}
     self.timer.end('update', states)
     metrics |= {'objective/kl_coef': kl_coef} | updates
-    metrics |= throughput.ppo_step(recipe, collected.rollout.length)
+    metrics |= throughput.ppo_step(
+      recipe, collected.rollout.length, policy_is_trained=step >= s.critic.warmup_rollouts
+    )
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       metrics |= self._evaluate(states)
     answered = np.repeat(rows, samples)

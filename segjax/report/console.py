@@ -125,6 +125,11 @@ def format_duration(seconds: float) -> str:
   return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
+def console_width() -> int:
+  """Returns the columns of the terminal, or of tables in a log file."""
+  return shutil.get_terminal_size().columns if sys.stdout.isatty() else _LOG_WIDTH
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """Prints a table, the first column aligned to the left, the others to the right.
 
@@ -134,10 +139,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
   if not processes.is_first():
     return
   on_terminal = sys.stdout.isatty()
-  total = shutil.get_terminal_size().columns if on_terminal else _LOG_WIDTH
   widths = [max(map(disp_len, cells)) for cells in zip(columns, *rows, strict=True)]
   others = sum(width + 2 for width in widths[1:])
-  widths[0] = min(widths[0], max(total - others, 8))
+  widths[0] = min(widths[0], max(console_width() - others, 8))
   lines = [_row(cells, widths) for cells in (columns, *rows)]
   lines.insert(1, '─' * (widths[0] + others))
   if title:

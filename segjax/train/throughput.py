@@ -17,16 +17,20 @@ TOKENS, FLOPS = 'perf/tokens', 'perf/flops'
 _FORWARD_AND_BACKWARD = 3  # cost in forward passes
 
 
-def ppo_step(recipe: PPORecipe, lengths: np.ndarray) -> dict[str, float]:
+def ppo_step(
+  recipe: PPORecipe, lengths: np.ndarray, *, policy_is_trained: bool
+) -> dict[str, float]:
   """Returns the work of a PPO step: sampling, scoring by all networks, updates.
 
   Args:
     recipe: networks and number of epochs.
     lengths: tokens of prompt and response, [B].
+    policy_is_trained: False while the critic warms up.
   """
   updates = _FORWARD_AND_BACKWARD * recipe.ppo.num_ppo_epochs
+  policy = 1 + recipe.recompute_logprob + updates * policy_is_trained
   passes = [
-    (recipe.policy, 'language', 1 + updates),
+    (recipe.policy, 'language', policy),
     (recipe.reference, 'language', 1),
     (recipe.critic, 'scalar', 1 + updates),
   ]
