@@ -36,9 +36,7 @@ _LOCAL_COPY = flags.DEFINE_string(
   str(Path.home() / '.cache' / 'segjax' / 'runs'),
   'Directory for the local copy of a --workdir on a bucket.',
 )
-_DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Check and print the config and its counts; load no weights.'
-)
+_DRY_RUN = command_line.define_dry_run()
 _CACHE = flags.DEFINE_string(
   'compilation_cache_dir',
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
@@ -90,31 +88,42 @@ def main(_: list[str]) -> None:
 
   from segjax.jobs import dry_run, pipeline
   from segjax.model.mesh import make_mesh
-  from segjax.run import preemption
-  from segjax.run.stage import Command
+  from segjax.run import inputs
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   log(f'devices {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {axes}')
-  has_files = pipeline.writes_files(settings)
-  workdir_flag = default_workdir(name, settings.seed)
+  workdir, has_files = default_workdir(name, settings.seed), pipeline.writes_files(settings)
   if has_files:
-    workdir_flag = _WORKDIR.value or workdir_flag
-    log(f'output {workdir_flag}')
+    workdir = _WORKDIR.value or workdir
+    log(f'output {workdir}')
+  if _DRY_RUN.value:
+    inputs.check_creatable('--workdir', workdir)
+    stages = pipeline.prepare(settings, Path(workdir), mesh)
+    dry_run.run(settings, stages, is_full=_DRY_RUN.value == 'full')
+  elif has_files:
+    _run(settings, name, workdir, mesh)
+  else:
+    stages = pipeline.prepare(settings, Path(workdir), mesh)
+    pipeline.check_complete(stages)
+    pipeline.run(stages, Path(workdir), _STARTED, name)
+
+
+def _run(settings: Settings, name: str, workdir_flag: str, mesh: Any) -> None:
+  """Runs the stages of the config `name` in the directory or bucket `workdir_flag`."""
+  from segjax import processes
+  from segjax.jobs import pipeline
+  from segjax.run import preemption
+  from segjax.run.stage import Command
+
   workdir, mirror = _open_workdir(workdir_flag, settings)
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
   stages = pipeline.prepare(settings, workdir, mesh, mirror, Command(name, line))
-  if _DRY_RUN.value:
-    dry_run.run(settings, stages)
-    return
   pipeline.check_complete(stages)
-  preemption.interrupt_on_sigterm()
-  if not has_files:
-    pipeline.run(stages, workdir, _STARTED, name)
-    return
   workdir.mkdir(parents=True, exist_ok=True)
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
+  preemption.interrupt_on_sigterm()
   with mirror.hold_lock(workdir):
     try:
       pipeline.run(stages, workdir, _STARTED, name)

@@ -107,6 +107,9 @@ def workspace(tmp_path_factory):
   runs.reward_model(
     models / 'sft' / 'model', models / 'reward' / 'model', normalizer, Segmentation()
   )
+  for config in directory.rglob('config.json'):  # with room for the responses of the defaults
+    values = json.loads(config.read_text()) | {'max_position_embeddings': 4096}
+    config.write_text(json.dumps(values))
   chats, pairs, prompts = (text for text in _code('json'))
   rows = {'chats': chats, 'pairs': pairs, 'prompts': prompts, 'held_out': prompts, 'rows': chats}
   rows['more_pairs'] = pairs
@@ -114,7 +117,7 @@ def workspace(tmp_path_factory):
   span = '{"start": 0, "end": 1, "type": "wrong"}'
   rows['spans'] = f'{{"prompt": "2 + 2?", "response": "5.", "spans": [{span}]}}\n'
   for name, row in rows.items():
-    (directory / f'{name}.jsonl').write_text(row * 200)
+    (directory / f'{name}.jsonl').write_text(row * 400)
   return directory
 
 

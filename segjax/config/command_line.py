@@ -4,6 +4,7 @@
 """
 
 import re
+from typing import ClassVar
 
 from absl import flags
 from ml_collections import config_flags
@@ -15,6 +16,24 @@ from segjax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file with its preset: configs/ppo.py:local.', lock_config=True
 )
+
+
+class _DryRunParser(flags.ArgumentParser):
+  """Parses `--dry_run`, which absl reads as `--dry_run=true`, and `--dry_run=full`."""
+
+  _VALUES: ClassVar = {'true': 'short', 'full': 'full', 'false': '', '': ''}
+
+  def parse(self, argument: str) -> str:
+    """Returns 'short', 'full' or ''."""
+    if argument not in self._VALUES:
+      raise ValueError('use --dry_run or --dry_run=full')
+    return self._VALUES[argument]
+
+
+def define_dry_run() -> flags.FlagHolder:
+  """Defines --dry_run, whose value is 'short', 'full' or ''."""
+  text = 'Check the config and its inputs and print what differs from the defaults, or all (full).'
+  return flags.DEFINE_flag(flags.Flag(_DryRunParser(), None, 'dry_run', '', text, boolean=True))
 
 
 def settings_from_flags() -> tuple[Settings, str]:

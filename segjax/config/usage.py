@@ -17,7 +17,7 @@ COMMANDS = {
 _USAGE = """\
 segjax: segment-level RLHF for Llama-3 in JAX and Flax
 
-usage: segjax JOB[:PRESET] [--workdir=DIRECTORY] [--dry_run] [--config.KEY=VALUE ...]
+usage: segjax JOB[:PRESET] [--workdir=DIRECTORY] [--dry_run[=full]] [--config.KEY=VALUE ...]
        segjax COMMAND [ARGUMENT]
 
 `segjax ppo:local` is `python -m segjax.main --config=configs/ppo.py:local`.

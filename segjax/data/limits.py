@@ -16,6 +16,10 @@ _DROPPED = ('dropped_overlong', 'dropped_identical', 'dropped_empty')
 _ROUND = 8  # lengths are rounded up to a multiple of this
 
 
+class NoRowsLeftError(UserError):
+  """Every row was dropped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """How long rows may be, in tokens, and what happens to longer ones.
@@ -110,7 +114,7 @@ def fixed_length(
     ValueError: no row is left.
   """
   if not tokens:
-    raise UserError(
+    raise NoRowsLeftError(
       f'{rows.name}: none of its {len(rows)} rows is left ({describe_counts(counts)}); raise '
       'data.max_length or check the rows.'
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from segjax.data.files import Row, excerpt
-from segjax.data.limits import Limits, describe_counts, pair_lengths
+from segjax.data.limits import Limits, NoRowsLeftError, describe_counts, pair_lengths
 from segjax.data.sources import Message, Rows, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -116,7 +116,7 @@ def tokenize_spans(
     counts['truncated'] += is_truncated
     tokenized.append(response)
   if not tokenized:
-    raise UserError(
+    raise NoRowsLeftError(
       f'{rows.name}: none of its {len(rows)} rows is left ({describe_counts(counts)}); raise '
       'data.max_length or check the rows.'
     )

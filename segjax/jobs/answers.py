@@ -49,7 +49,29 @@ class AnswerModel:
   params: Any
 
 
-def run(stage: Stage) -> dict[str, Any]:
+class Loaded(NamedTuple):
+  """The directory of the policy, its network and tokenizer, the judge's questions."""
+
+  path: Path
+  network: LlamaConfig
+  tokenizer: ChatTokenizer
+  name: str
+  judge: JudgeFormat
+  questions: list[Question]
+
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
+  s = stage.settings
+  path = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
+  network = models.load_network_config(path, s.runtime, stage.mesh, stage.log)
+  tokenizer = inputs.load_chat_tokenizer(path, s.data)
+  tokenizer = tokenizer.for_networks({'policy': network})
+  rows = inputs.load_config_rows(s.data)
+  return Loaded(path, network, tokenizer, rows.name, *read_questions(rows))
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """Samples one answer of config.policy.path to each question of config.data, turn by turn.
 
   Writes `answers/model_outputs.json` for AlpacaEval, `answers/NAME.jsonl` for MT-Bench and
@@ -60,12 +82,7 @@ def run(stage: Stage) -> dict[str, Any]:
     UserError: config.data is not a file of a known judge.
   """
   s = stage.settings
-  path = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
-  rows = inputs.load_config_rows(s.data)
-  judge, questions = read_questions(rows)
-  network = models.load_network_config(path, s.runtime, stage.mesh, stage.log)
-  tokenizer = inputs.load_chat_tokenizer(path, s.data)
-  tokenizer = tokenizer.for_networks({'policy': network})
+  path, network, tokenizer, source, judge, questions = loaded
   limits = inputs.prompt_limits(
     s.data,
     {'policy': network},
@@ -79,9 +96,7 @@ def run(stage: Stage) -> dict[str, Any]:
   model = None
   for turn in range(max(len(question.turns) for question in questions)):
     open_questions = [number for number in answers if len(questions[number].turns) > turn]
-    prompts = tokenize_prompts(
-      _rows(rows.name, questions, answers, open_questions), tokenizer, limits
-    )
+    prompts = tokenize_prompts(_rows(source, questions, answers, open_questions), tokenizer, limits)
     counts.update(prompts.counts)
     inputs.log_dataset(prompts, stage.log)
     if model is None:  # not before the first prompts are validated: loading takes minutes
@@ -206,6 +221,7 @@ def _figures(
 
 JOB = Job(
   name='answers',
+  load=load,
   run=run,
   sections=(*COMMON, 'policy', 'rollout', 'answers'),
   inputs=(TRAINED_POLICY, data_input('pairs')),

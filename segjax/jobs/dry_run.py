@@ -1,42 +1,102 @@
-"""--dry_run: prints the resolved config, and parameters and tokens of each stage."""
+"""--dry_run: checks the inputs, and prints settings, parameters and tokens of each stage."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-from segjax.config.settings import Data, Settings
+from segjax.config.settings import Data, Settings, replace
 from segjax.data.sources import load_rows
-from segjax.jobs import pipeline
+from segjax.jobs import input_check, pipeline
 from segjax.jobs.registry import JOBS
-from segjax.model.llama import num_parameters
+from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.report.console import log, table
+from segjax.run import inputs
 from segjax.run.models import find_network_config
 from segjax.run.stage import Stage
 
 
-def run(settings: Settings, stages: list[Stage]) -> None:
-  """Prints the settings as JSON, then a table with a line per stage. Downloads nothing."""
-  log(json.dumps(dataclasses.asdict(settings), indent=2))
+def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
+  """Prints the settings, then a table with a line per stage. Writes and downloads nothing.
+
+  Args:
+    settings: of the run.
+    stages: the stages, prepared.
+    is_full: prints all settings as JSON, not only those that differ from the defaults.
+
+  Raises:
+    UserError: the run would refuse its inputs.
+  """
+  unchecked = input_check.check(stages)
+  if is_full:
+    log(json.dumps(dataclasses.asdict(settings), indent=2))
+  else:
+    log('settings that differ from their defaults (all of them: --dry_run=full)')
+    for key, value in changed_settings(settings).items():
+      log(f'  --config.{key}={value}')
   log('')
+  notes: dict[str, None] = {}  # in order, each once
   columns = ('stage', 'networks x parameters', 'steps', 'tokens a step', 'total tokens')
-  table('What each stage does, at most', columns, [_row(stage) for stage in stages])
+  table('What each stage does, at most', columns, [_row(stage, notes) for stage in stages])
+  for note in notes:
+    log(note)
   missing = {key: stage.name for stage in stages for key in pipeline.missing_keys(stage)}
   for key, name in missing.items():
     log(f'required but not set: --config.{key}=..., for {name}')
+  if unchecked:
+    log(f'not checked, because it is not on this machine: {", ".join(unchecked)}')
   log('dry run: the settings are consistent; no weights were loaded and nothing was written')
 
 
-def _row(stage: Stage) -> tuple[str, ...]:
+def changed_settings(settings: Settings) -> dict[str, Any]:
+  """Returns the settings that differ from their defaults, by dotted key."""
+  defaults = _flat(dataclasses.asdict(Settings()))
+  values = _flat(dataclasses.asdict(settings))
+  return {key: value for key, value in values.items() if value != defaults[key]}
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  leaves = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      leaves |= _flat(value, f'{prefix}{name}.')
+    else:
+      leaves[prefix + name] = ','.join(value) if isinstance(value, tuple) else value
+  return leaves
+
+
+def _row(stage: Stage, notes: dict[str, None]) -> tuple[str, ...]:
+  """Returns a line of the table; adds to `notes` by what else lengths are limited."""
   job, settings = JOBS[stage.name], stage.settings
   config = find_network_config(settings)
   size = _count(num_parameters(config)) if config else '?'
   networks = f'{job.num_networks} x {size}'
+  if config:
+    settings = _limit_lengths(settings, config, 'rollout' in job.sections, notes)
   if job.tokens_per_step is None:
     return stage.name, networks, '', '', ''
   tokens = job.tokens_per_step(settings)
   steps = job.num_steps(settings, _num_rows(settings.data))
   total = _count(tokens * steps) if steps else '?'
   return stage.name, networks, str(steps or '?'), _count(tokens), total
+
+
+def _limit_lengths(
+  settings: Settings, config: LlamaConfig, samples: bool, notes: dict[str, None]
+) -> Settings:
+  """Returns the settings with lengths that fit into the network's positions.
+
+  Raises:
+    UserError: a job that samples responses has no position left for a prompt.
+  """
+  data, key = settings.data, 'rollout.max_new_tokens'
+  if samples:
+    limits = inputs.prompt_limits(
+      data, {'policy': config}, settings.rollout.max_new_tokens, key, notes.setdefault
+    )
+    return replace(settings, **{'data.max_prompt_length': limits.max_prompt_length})
+  limits = inputs.length_limits(data, config, notes.setdefault)
+  return replace(settings, **{'data.max_length': limits.max_length})
 
 
 def _num_rows(data: Data) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,26 @@ from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
 
 
-def run(stage: Stage) -> dict[str, Any]:
+class Loaded(NamedTuple):
+  """The models before their weights are loaded, the tokenizer, how prompts are answered."""
+
+  models: models.Models
+  tokenizer: ChatTokenizer
+  collector: Collector
+
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
+  s = stage.settings
+  resolved = models.resolve_models(s, stage.mesh, stage.log)
+  if resolved.paths['policy'].samefile(resolved.paths['reference']):
+    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
+  tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
+  tokenizer = tokenizer.for_networks(resolved.configs)
+  return Loaded(resolved, tokenizer, _make_collector(stage, resolved, tokenizer))
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """Samples responses of the reference ('before') and of the policy ('after') and compares them.
 
   Returns:
@@ -55,12 +74,7 @@ def run(stage: Stage) -> dict[str, Any]:
   """
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
-  resolved = models.resolve_models(s, stage.mesh, stage.log)
-  if resolved.paths['policy'].samefile(resolved.paths['reference']):
-    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
-  tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
-  tokenizer = tokenizer.for_networks(resolved.configs)
-  collector = _make_collector(stage, resolved, tokenizer)
+  resolved, tokenizer, collector = loaded
   params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
 
   def sample(name: str) -> EvaluatedResponses:
@@ -217,6 +231,7 @@ def _spread_indices(total: int, max_count: int) -> np.ndarray:
 
 JOB = Job(
   name='evaluate',
+  load=load,
   run=run,
   sections=(
     *COMMON,

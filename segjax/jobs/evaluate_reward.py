@@ -78,7 +78,13 @@ class EvaluationData(NamedTuple):
   counts: dict[str, dict[str, int]]
 
 
-def run(stage: Stage) -> dict[str, Any]:
+def load(stage: Stage) -> tuple[LoadedRewardModel, EvaluationData]:
+  """Loads all but weights."""
+  model = load_reward_model(stage.settings, stage.mesh, stage.log)
+  return model, load_data(stage.settings, model, stage.log)
+
+
+def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[str, Any]:
   """Evaluates config.reward_model on config.evaluate_reward.pairs and .spans, or config.data.path.
 
   Text is segmented and scored as in training, by segment_reward.json next to the weights.
@@ -92,8 +98,7 @@ def run(stage: Stage) -> dict[str, Any]:
       read; both before weights are loaded.
   """
   s = stage.settings
-  model = load_reward_model(s, stage.mesh, stage.log)
-  data = load_data(s, model, stage.log)
+  model, data = loaded
   params = models.load_params(model.path, model.scorer.reward, 'scalar', s.runtime, stage.mesh)
   reference = None
   if model.reference is not None:
@@ -257,6 +262,7 @@ def _needs_data(settings: Settings) -> bool:
 
 JOB = Job(
   name='evaluate_reward',
+  load=load,
   run=run,
   sections=(*COMMON, 'reference', 'reward_model', 'reward_shaping', 'compat', 'evaluate_reward'),
   inputs=(

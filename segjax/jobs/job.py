@@ -63,9 +63,11 @@ class Job:
 
   Attributes:
     name: its name in config.stages; also the stage's directory.
-    run: does the work and returns the results.
+    run: (stage, what `load` returns) -> results; does the work. Without `load`: (stage) -> results.
     sections: the sections of the settings that determine its results.
     inputs: the checkpoints and rows that it reads.
+    load: reads all of them but weights, and writes nothing. It runs before an earlier output of the
+      stage is moved away, and on the first rows before the first stage and in a dry run.
     functions: (settings) -> keys of the user's functions that it calls.
     outputs: files and directories that it writes, relative to the stage's directory.
     rewrites: (key, file), if it writes a file into the directory of one of its inputs.
@@ -85,9 +87,10 @@ class Job:
   """
 
   name: str
-  run: Callable[[Stage], Results]
+  run: Callable[..., Results]
   sections: tuple[str, ...]
   inputs: tuple[Input, ...] = ()
+  load: Callable[[Stage], Any] | None = None
   functions: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
   outputs: tuple[str, ...] = ()
   rewrites: tuple[str, str] | None = None

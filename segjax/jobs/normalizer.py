@@ -27,6 +27,7 @@ from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
+from segjax.train.reward_spec import RewardSpec
 from segjax.types import Normalizer
 
 BINS_FILE = 'normalizer.json'
@@ -46,12 +47,18 @@ class Statistics(NamedTuple):
   response_score: np.ndarray
 
 
-def run(stage: Stage) -> dict[str, Any]:
-  """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json.
+class Loaded(NamedTuple):
+  """Directories of reward model and reference, the spec to complete, scorer and pairs."""
 
-  Returns:
-    kind, segments, the coefficients, and for a regression `rl.normalizer.fit_quality`.
-  """
+  source: Path
+  reference_path: Path
+  spec: RewardSpec
+  scorer: SegmentScorer
+  pairs: Pairs
+
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
   s = stage.settings
   source = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   if not os.access(source, os.W_OK):
@@ -60,7 +67,7 @@ def run(stage: Stage) -> dict[str, Any]:
       'is stored there; copy the reward model to a directory of your own.'
     )
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
-  stored = reward_spec.read_spec(source)
+  stored = reward_spec.read_spec(source, with_normalizer=False)
   without_normalizer = dataclasses.replace(s.reward_model, normalizer='none')
   spec = reward_spec.resolve_spec(without_normalizer, source, reference_path)
   kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
@@ -77,6 +84,20 @@ def run(stage: Stage) -> dict[str, Any]:
   )
   tokenizer = tokenizer.for_networks(scorer.networks)
   pairs = _load_pairs(stage, tokenizer, configs['reward'])
+  new_spec = dataclasses.replace(
+    stored or spec, segmentation=spec.segmentation, normalizer_kind=kind
+  )
+  return Loaded(source, reference_path, new_spec, scorer, pairs)
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
+  """Fits the normaliser of config.reward_model.path on pairs; stores it in segment_reward.json.
+
+  Returns:
+    kind, segments, the coefficients, and for a regression `rl.normalizer.fit_quality`.
+  """
+  s = stage.settings
+  source, reference_path, spec, scorer, pairs = loaded
   params = models.load_params(source, scorer.reward, 'scalar', s.runtime, stage.mesh)
   reference = None
   if scorer.segmenter.needs_entropy:
@@ -89,14 +110,12 @@ def run(stage: Stage) -> dict[str, Any]:
     'min_count': s.normalizer.min_bin_count,
     'first_bin': 0 if s.compat.keep_zero_bin else 1,
   }
+  kind = spec.normalizer_kind
   fitted = fit(kind, statistics, **options)
   coefficients = {name: float(value) for name, value in vars(fitted).items()}
   processes.barrier('normalizer')  # every process has read the file that the first one replaces
   if processes.is_first():
-    new_spec = dataclasses.replace(
-      stored or spec, segmentation=spec.segmentation, normalizer=fitted, normalizer_kind=kind
-    )
-    reward_spec.write_spec(source, new_spec)
+    reward_spec.write_spec(source, dataclasses.replace(spec, normalizer=fitted))
     write_bins(stage.directory, statistics, coefficients)
   stage.log(
     f'{kind}: Mean(p) = {fitted.w_mean:.4f} ln p {fitted.b_mean:+.4f}, '
@@ -216,6 +235,7 @@ def _num_steps(settings: Settings, rows: int) -> int:
 
 JOB = Job(
   name='normalizer',
+  load=load,
   run=run,
   sections=(*COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
   inputs=(REWARD_MODEL, REFERENCE, data_input('pairs')),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from segjax import processes
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
-from segjax.jobs import run_end, stage_key
+from segjax.jobs import input_check, run_end, stage_key
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.jobs.run_estimate import RunEstimate
@@ -42,6 +42,7 @@ def run(
   """
   results, estimate = {}, RunEstimate(stages)
   written = [stage.name for stage in stages if JOBS[stage.name].has_files]
+  input_check.check(stages)  # before the first one starts, which may take hours
   with Page(workdir, config_name, written) if written else NoPage() as page:
     for number, stage in enumerate(stages, 1):
       name, left = stage.name, estimate.begin(stage.name)
@@ -95,7 +96,7 @@ def prepare(
   check_stages(settings.stages)
   wandb_run.check_login(settings.wandb_project)
   profiling.parse(settings.profile_steps)
-  inputs.check_writable(settings.checkpoint.directory)
+  inputs.check_creatable('config.checkpoint.directory', settings.checkpoint.directory)
   stages = []
   command = dataclasses.replace(command or Command(), settings=dataclasses.asdict(settings))
   for name in settings.stages:
@@ -128,13 +129,18 @@ def check_batches(job: Job, settings: Settings, mesh: Mesh) -> None:
 
 
 def check_complete(stages: list[Stage]) -> None:
-  """Checks that every path that a stage needs is set; UserError names the key."""
+  """Checks that every path that a stage needs is set, and creates config.checkpoint.directory.
+
+  Raises:
+    UserError: names the key.
+  """
   for stage in stages:
     if missing := missing_keys(stage):
       raise UserError(
         f'config.{missing[0]} is empty, and the {stage.name} job needs it; give a path or a hub id '
         f'by --config.{missing[0]}=...'
       )
+    inputs.check_writable(stage.settings.checkpoint.directory)
 
 
 def missing_keys(stage: Stage) -> list[str]:
@@ -183,21 +189,25 @@ def _source_value(source: str, settings: Settings, workdir: Path, earlier: tuple
 
 def run_stage(stage: Stage) -> Results:
   """Runs one stage, or reuses the results of a run with the same settings and inputs."""
-  job, key = JOBS[stage.name], {}
+  job, key, started = JOBS[stage.name], {}, time.monotonic()
   if not job.has_files:
-    return _run_job(stage, job)
+    return _run_job(stage, job, _load(stage, job), started)
   results = None
   stage = with_template_date(stage)
   if processes.is_first():
     key = stage_key.make_key(stage, job)
-    results = _prepare_directory(stage, job, key)
-  stage.mirror.push_and_wait(stage.directory)
+    results = _find_results(stage, job, key)
   results = processes.broadcast_from_first(results)
   if results is not None:
+    stage.mirror.push_and_wait(stage.directory)  # an earlier directory may have been restored
     return results
+  loaded = _load(stage, job)  # a wrong input leaves the earlier output where it is
   if processes.is_first():
+    _prepare_directory(stage, key)
     _record_start(stage)
-  results = _run_job(stage, job)
+  stage.mirror.push_and_wait(stage.directory)
+  processes.barrier(f'{stage.name} directory')
+  results = _run_job(stage, job, loaded, started)
   if processes.is_first():
     results = stage_record.record_results(
       stage.directory, key, results, stage_key.hash_outputs(stage, job)
@@ -208,11 +218,15 @@ def run_stage(stage: Stage) -> Results:
   return processes.broadcast_from_first(results)
 
 
-def _run_job(stage: Stage, job: Job) -> Results:
+def _load(stage: Stage, job: Job) -> tuple[Any, ...]:
+  """Returns the arguments of `job.run` after the stage."""
+  return (job.load(stage),) if job.load else ()
+
+
+def _run_job(stage: Stage, job: Job, loaded: tuple[Any, ...], started: float) -> Results:
   """Runs the job and prints a line at its end."""
-  start_time = time.monotonic()
-  results = job.run(stage)
-  results['seconds'] = time.monotonic() - start_time
+  results = job.run(stage, *loaded)
+  results['seconds'] = time.monotonic() - started
   processes.barrier(f'{stage.name} done')
   if processes.is_first():
     summary = ''.join(f', {_label(k)} {_short(results[k])}' for k in job.summary)
@@ -237,21 +251,23 @@ def _drop_states(stage: Stage) -> None:
     checkpoint_dir(stage).rmtree()
 
 
-def _prepare_directory(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
-  """Returns results that can be reused; without any, makes the stage's directory ready."""
+def _find_results(stage: Stage, job: Job, key: stage_record.Key) -> Results | None:
+  """Returns results that can be reused, None if there are none."""
   if stage_record.restore_old(stage.directory, key):
     _record_start(stage)  # config.json had the config of the results that were there
-  results = stage_record.load_results_if_valid(
-    stage.directory, key, stage_key.hash_outputs(stage, job)
-  )
-  if results is not None:
-    stage.log(f'reused from {stage.directory}: settings and inputs are the same')
-    _drop_states(stage)  # a run that was killed at the stage's end has left them
-    return results
-  reason = stage_record.prepare_directory(stage.directory, key)
-  if reason:
+  outputs = stage_key.hash_outputs(stage, job)
+  results = stage_record.load_results_if_valid(stage.directory, key, outputs)
+  if results is None:
+    return None
+  stage.log(f'reused from {stage.directory}: settings and inputs are the same')
+  _drop_states(stage)  # a run that was killed at the stage's end has left them
+  return results
+
+
+def _prepare_directory(stage: Stage, key: stage_record.Key) -> None:
+  """Makes the stage's directory ready, and says why an earlier one is moved away."""
+  if reason := stage_record.prepare_directory(stage.directory, key):
     stage.log(f'runs again: {reason} (the earlier output is in {stage.directory}.old)')
-  return None
 
 
 def _label(name: str) -> str:

@@ -5,7 +5,7 @@ The steps themselves are in `ppo_trainer`.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +51,26 @@ SHOW = tuple(RESULTS.values())
 CRITICS = ('policy', 'reward_model')  # values of config.critic.init that are not paths
 
 
-def run(stage: Stage) -> dict[str, Any]:
-  """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`.
+class Loaded(NamedTuple):
+  """What PPO needs but weights.
 
-  Returns:
-    steps, and the metrics of the last step in `RESULTS`.
+  Attributes:
+    models: the frozen models.
+    paths: directories of the trained networks, 'policy' and 'critic'.
+    recipe: constants of the run.
+    tokenizer: of the policy.
+    prompts: the prompts.
   """
+
+  models: models.Models
+  paths: dict[str, Path]
+  recipe: PPORecipe
+  tokenizer: ChatTokenizer
+  prompts: Prompts
+
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
   s = stage.settings
   resolved = models.resolve_models(s, stage.mesh, stage.log)
   paths = {
@@ -72,6 +86,17 @@ def run(stage: Stage) -> dict[str, Any]:
   tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
   recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
   prompts = _load_prompts(stage, resolved.configs | {'critic': trained['critic']}, tokenizer)
+  return Loaded(resolved, paths, recipe, tokenizer, prompts)
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
+  """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`.
+
+  Returns:
+    steps, and the metrics of the last step in `RESULTS`.
+  """
+  s = stage.settings
+  resolved, paths, recipe, tokenizer, prompts = loaded
   for name in frozen_networks(s):
     stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
@@ -86,15 +111,15 @@ def run(stage: Stage) -> dict[str, Any]:
   states, last = training_loop.train(stage, states, trainer.step, s.ppo.max_steps, SHOW)
   results = {name: last.get(metric) for name, metric in RESULTS.items()}
   card = provenance.card(stage, results, prompts, SHOW)
-  for name, head, directory in (
-    ('policy', 'language', stage.model_directory),
-    ('critic', 'scalar', stage.directory / 'critic'),
+  for name, config, head, directory in (
+    ('policy', recipe.policy, 'language', stage.model_directory),
+    ('critic', recipe.critic, 'scalar', stage.directory / 'critic'),
   ):
     params = states[name].params
     save_checkpoint(
       directory,
       params,
-      trained[name],
+      config,
       head,
       source=paths[name],
       card=card,
@@ -212,6 +237,7 @@ def _functions(settings: Settings) -> tuple[str, ...]:
 
 JOB = Job(
   name='ppo',
+  load=load,
   run=run,
   sections=(
     *COMMON,

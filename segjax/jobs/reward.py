@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,16 +46,18 @@ _LABELS = {
 }
 
 
-def run(stage: Stage) -> dict[str, Any]:
-  """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
+class Loaded(NamedTuple):
+  """Directories of backbone and reference, tokenizer, how pairs are scored, the pairs."""
 
-  Responses are segmented by config.reward.segmentation, with the entropy of config.reference.path
-  if it needs one. Writes `model/` with segment_reward.json, which has no normaliser yet, and
-  `held_out.json`.
+  source: Path
+  reference_path: Path
+  tokenizer: ChatTokenizer
+  scorer: SegmentScorer
+  pairs: Pairs
 
-  Returns:
-    steps, loss, held_out_pairs, and held_out_NAME for each of `rl.preference_metrics`.
-  """
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
@@ -72,7 +74,27 @@ def run(stage: Stage) -> dict[str, Any]:
     stage.log,
   )
   tokenizer = tokenizer.for_networks(scorer.networks)
-  pairs = _load_pairs(stage, tokenizer, config)
+  return Loaded(source, reference_path, tokenizer, scorer, _load_pairs(stage, tokenizer, config))
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
+  """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
+
+  Responses are segmented by config.reward.segmentation, with the entropy of config.reference.path
+  if it needs one. Writes `model/` with segment_reward.json, which has no normaliser yet, and
+  `held_out.json`.
+
+  Returns:
+    steps, loss, held_out_pairs, and held_out_NAME for each of `rl.preference_metrics`.
+  """
+  s = stage.settings
+  source, reference_path, tokenizer, scorer, pairs = loaded
+  config = scorer.reward
+  if s.reward.rating_margin_coef > 0 and np.isnan(pairs.rating_gap).all():
+    raise UserError(
+      f'config.reward.rating_margin_coef={s.reward.rating_margin_coef}, but no pair has '
+      'ratings; set it to 0, or provide `chosen_rating` and `rejected_rating`.'
+    )
   reference = None
   if scorer.segmenter.needs_entropy:
     reference = models.load_params(
@@ -174,19 +196,13 @@ def with_calibrated_threshold(
 
 def _load_pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
   s = stage.settings
-  has_margin = s.reward.rating_margin_coef > 0
   pairs = tokenize_pairs(
     inputs.load_config_rows(s.data),
     tokenizer,
     inputs.length_limits(s.data, config, stage.log),
-    inputs.pair_rules(s.compat, ratings=has_margin),
+    inputs.pair_rules(s.compat, ratings=s.reward.rating_margin_coef > 0),
   )
   inputs.log_dataset(pairs, stage.log)
-  if has_margin and np.isnan(pairs.rating_gap).all():
-    raise UserError(
-      f'config.reward.rating_margin_coef={s.reward.rating_margin_coef}, but no pair has '
-      'ratings; set it to 0, or provide `chosen_rating` and `rejected_rating`.'
-    )
   return pairs
 
 
@@ -220,6 +236,7 @@ def _headline(stage: Stage, results: dict[str, Any]) -> str:
 
 JOB = Job(
   name='reward',
+  load=load,
   run=run,
   sections=(*COMMON, 'policy', 'reference', 'reward', 'compat'),
   inputs=(POLICY, REFERENCE, data_input('pairs')),

@@ -1,12 +1,15 @@
 """Supervised fine-tuning (SFT) of a policy on conversations."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from segjax.data.batches import batch_indices
+from segjax.data.batches import Conversations, batch_indices
 from segjax.data.tokenize import tokenize_conversations
+from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import run_end
 from segjax.jobs.job import COMMON, POLICY, Job, data_input
+from segjax.model.llama import LlamaConfig
 from segjax.plan import programs
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
@@ -17,12 +20,17 @@ from segjax.train.sft_step import sft_step
 SHOW = ('sft/loss', 'sft/entropy')  # next to the progress bar and in the model card's curves
 
 
-def run(stage: Stage) -> dict[str, Any]:
-  """Trains config.policy.path on config.data.path; writes `model/`.
+class Loaded(NamedTuple):
+  """The directory of the policy, its network and tokenizer, the conversations."""
 
-  Returns:
-    steps, loss (nats per token, of the last step), rows.
-  """
+  source: Path
+  config: LlamaConfig
+  tokenizer: ChatTokenizer
+  dataset: Conversations
+
+
+def load(stage: Stage) -> Loaded:
+  """Loads all but weights."""
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
@@ -31,6 +39,17 @@ def run(stage: Stage) -> dict[str, Any]:
   limits = inputs.length_limits(s.data, config, stage.log)
   dataset = tokenize_conversations(inputs.load_config_rows(s.data), tokenizer, limits)
   inputs.log_dataset(dataset, stage.log)
+  return Loaded(source, config, tokenizer, dataset)
+
+
+def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
+  """Trains config.policy.path on config.data.path; writes `model/`.
+
+  Returns:
+    steps, loss (nats per token, of the last step), rows.
+  """
+  s = stage.settings
+  source, config, tokenizer, dataset = loaded
   num_steps = training_loop.count_steps(s.sft, len(dataset), 'sft')
   params = models.load_params(source, config, 'language', s.runtime, stage.mesh, trained=True)
 
@@ -58,6 +77,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 JOB = Job(
   name='sft',
+  load=load,
   run=run,
   sections=(*COMMON, 'policy', 'sft'),
   inputs=(POLICY, data_input('sft')),

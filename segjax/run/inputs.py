@@ -1,5 +1,6 @@
 """Resolves and loads the inputs of a job, and checks their paths before the first stage."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,21 @@ def check_path(key: str, path: str, directory: Path) -> None:
     raise UserError(
       f'config.{key}={path!r} lies in {directory}, which this run writes; use another --workdir.'
     )
+
+
+def check_creatable(key: str, directory: str) -> None:
+  """Checks that a local directory exists or can be created, without creating it.
+
+  Raises:
+    UserError: a file is in the way, or the directory above cannot be written to.
+  """
+  if not directory or '://' in directory:
+    return
+  path = Path(directory).expanduser().absolute()
+  above = next(parent for parent in (path, *path.parents) if parent.exists())
+  if not above.is_dir() or not os.access(above, os.W_OK):
+    problem = 'cannot be written to' if above.is_dir() else 'is not a directory'
+    raise UserError(f'{key}={directory} cannot be created: {above} {problem}; use another one.')
 
 
 def check_writable(directory: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 
 from segjax.data.sources import is_hub_id
+from segjax.hf.checkpoint import open_checkpoint
 
 _TIMEOUT = 10.0  # seconds
 
@@ -48,6 +49,18 @@ def _find_commit(name: str, is_rows: bool) -> str:
   with contextlib.suppress(OSError):
     return (Path(constants.HF_HUB_CACHE) / folder / 'refs' / 'main').read_text().strip()
   return _prepared_dataset(name) if is_rows else ''
+
+
+def cached_checkpoint(name: str) -> str | None:
+  """Returns the directory of a hub id in the cache, None if it is not complete there."""
+  import huggingface_hub
+
+  with contextlib.suppress(Exception):  # not there, or a part of it is missing
+    directory = huggingface_hub.snapshot_download(name, local_files_only=True)
+    open_checkpoint(directory)
+    if (Path(directory) / 'tokenizer.json').exists():
+      return directory
+  return None
 
 
 def _prepared_dataset(name: str) -> str:

@@ -34,6 +34,7 @@ class Stage:
     seconds_after: (seconds of this stage in total) -> about those of the stages after it; None if
       unknown.
     command: how the run was started.
+    is_quiet: whether it prints nothing, as in a check of its inputs.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Stage:
   refresh: Callable[[], None] = lambda: None
   seconds_after: Callable[[float], float | None] = lambda _: None
   command: Command = dataclasses.field(default_factory=Command)
+  is_quiet: bool = False
 
   @property
   def model_directory(self) -> Path:
@@ -62,4 +64,5 @@ class Stage:
 
   def log(self, text: str) -> None:
     """Prints a line with the stage's name on the console."""
-    console.log(text, self.name)
+    if not self.is_quiet:
+      console.log(text, self.name)

@@ -70,8 +70,12 @@ def write_spec(directory: Path, spec: RewardSpec) -> None:
   write_text_atomically(directory / REWARD_SPEC_FILE, json.dumps(record, indent=2) + '\n')
 
 
-def read_spec(directory: Path) -> RewardSpec | None:
+def read_spec(directory: Path, *, with_normalizer: bool = True) -> RewardSpec | None:
   """Reads segment_reward.json; None where there is no such file.
+
+  Args:
+    directory: the reward model's directory.
+    with_normalizer: False leaves the normaliser out, unchecked.
 
   Raises:
     UserError: the file is damaged, or a field has a wrong name, type or value; names both.
@@ -87,7 +91,7 @@ def read_spec(directory: Path) -> RewardSpec | None:
     raise UserError(f'{path}: tokenizer_sha256={sha256[:70]!r} is not a SHA-256; {_FIX}.')
   segmentation = _parse_segmentation({name: record[name] for name in names}, path)
   normalizer, kind = None, ''
-  if record['normalizer'] is not None:
+  if with_normalizer and record['normalizer'] is not None:
     normalizer, kind = _parse_normalizer(record['normalizer'], path)
     check_normalizer(kind, segmentation.granularity, f'{path}: normalizer.kind')
   return RewardSpec(segmentation, normalizer, kind, sha256)
@@ -187,7 +191,7 @@ def resolve_spec(
     UserError: a field is set by neither file nor config, or the tokenizers of reward model and
       policy differ.
   """
-  stored = read_spec(directory)
+  stored = read_spec(directory, with_normalizer=not settings.normalizer)
   check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
   segmentation = override(stored.segmentation if stored else None, settings.segmentation)
   kind, normalizer = '', None

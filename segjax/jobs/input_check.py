@@ -1,0 +1,88 @@
+"""Reads what each stage would read before weights; writes and downloads nothing.
+
+A run does so before its first stage starts, and a dry run instead of starting it.
+"""
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+
+from segjax.config.settings import replace
+from segjax.data.limits import NoRowsLeftError
+from segjax.data.tokenizer import load_tokenizer
+from segjax.jobs.job import Input, needs_reward_model
+from segjax.jobs.registry import JOBS
+from segjax.run import remote_inputs
+from segjax.run.stage import Stage
+
+_FIRST_ROWS = 64
+
+
+def check(stages: Sequence[Stage]) -> list[str]:
+  """Loads networks, tokenizers with their templates and the first rows as each job does.
+
+  A policy that an earlier stage will write is replaced by the one that it is trained from.
+
+  Returns:
+    The inputs of the user that are not on this machine, so that they were not checked.
+
+  Raises:
+    UserError: a job would refuse its inputs.
+  """
+  unchecked = []
+  for number, stage in enumerate(stages):
+    if JOBS[stage.name].load is not None:
+      unchecked += _check_stage(stage, {earlier.name: earlier for earlier in stages[:number]})
+  return list(dict.fromkeys(unchecked))
+
+
+def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
+  """Checks one stage; returns the inputs that were not checked."""
+  values, unchecked, is_complete = {}, [], True
+  for item in JOBS[stage.name].inputs:
+    value = operator.attrgetter(item.key)(stage.settings)
+    is_complete &= bool(value) or not item.is_required(stage.settings)
+    for path in item.paths(value).values():
+      if not path or path in item.keywords:
+        continue
+      local = _find_local(item, path, stage, earlier)
+      if local is None:
+        is_complete = False
+        unchecked += [] if _writer(path, stage, earlier) else [path]
+      elif not item.is_list:
+        values[item.key] = local
+  if values.get('reward_model.path') == '' and stage.settings.critic.init == 'reward_model':
+    values['critic.init'] = 'policy'
+  stage = dataclasses.replace(stage, settings=replace(stage.settings, **values), is_quiet=True)
+  if is_complete:
+    _load_first_rows(stage)
+  elif values.get('policy.path'):
+    load_tokenizer(values['policy.path'], stage.settings.data.chat_template)
+  return unchecked
+
+
+def _load_first_rows(stage: Stage) -> None:
+  data = stage.settings.data
+  first = {'data.max_rows': min(data.max_rows or _FIRST_ROWS, _FIRST_ROWS)}
+  with contextlib.suppress(NoRowsLeftError):  # later rows may be shorter
+    JOBS[stage.name].load(dataclasses.replace(stage, settings=replace(stage.settings, **first)))
+
+
+def _find_local(item: Input, path: str, stage: Stage, earlier: dict[str, Stage]) -> str | None:
+  """Returns the path to check in place of an input; '' for none, None if it cannot be checked."""
+  if writer := _writer(path, stage, earlier):
+    if item.key in ('policy.path', 'reference.path') and writer.settings.policy.path:
+      return _find_local(item, writer.settings.policy.path, stage, earlier)
+    # Rewards may also come from a function alone.
+    return '' if item.is_required is needs_reward_model else None
+  if Path(path).expanduser().exists():
+    return path
+  return None if item.is_rows or '://' in path else remote_inputs.cached_checkpoint(path)
+
+
+def _writer(path: str, stage: Stage, earlier: dict[str, Stage]) -> Stage | None:
+  """Returns the earlier stage of the run that writes a path."""
+  workdir = stage.directory.parent
+  return next((s for n, s in earlier.items() if Path(path).is_relative_to(workdir / n)), None)
