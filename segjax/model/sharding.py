@@ -36,7 +36,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'backbone/norm/scale$', P(None)),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
   (r'scalar_head/kernel$', P(None, None)),  # one column, too small to split
-  (r'(^|/)(step|count|notfinite_count)$', P()),
+  (r'(^|/)(step|seed|count|notfinite_count)$', P()),
 )
 
 ACTIVATION_RULES: dict[str, P] = {
