@@ -18,7 +18,8 @@ def apply_reference_exact(settings: Settings) -> Settings:
 
   In addition, tokens are segments of threshold 0, so that tokens of entropy exactly 0 merge with
   the next token; Std(p) has no floor; all bins of p have equal weight; old log-probs are
-  recomputed, because the forced stop token was never sampled.
+  recomputed, because the forced stop token was never sampled; logits are rounded to the compute
+  dtype.
 
   Raises:
     UserError: a setting asks for what the published code cannot do.
@@ -46,6 +47,7 @@ def apply_reference_exact(settings: Settings) -> Settings:
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
       'reward_shaping.std_floor_ratio': 0.0,
       'rollout.recompute_logprob': True,
+      'runtime.round_logits': True,
       # With a weight_decay other than the published 0.
       **{f'{optimizer}.decayed_weights': 'matrices' for optimizer in OPTIMIZERS},
     },

@@ -54,13 +54,14 @@ class Runtime:
   """Precision, memory and implementation of every network."""
 
   compute_dtype: str = 'float32'  # of activations and of frozen weights
-  param_dtype: str = 'float32'  # of trained weights; bfloat16 uses stochastic rounding
+  param_dtype: str = 'float32'  # of trained weights but norms and heads; bfloat16: see help memory
   frozen_params_memory: str = 'device'  # of reference and reward model between uses
   remat: str = 'full'  # recompute all in the backward pass; none; or names of activations to keep
   offload_activations: str = ''  # names of activations kept in host memory
   scan_unroll: int = 1  # layers per iteration of the scan; all is faster for a tiny network on CPU
   attention: str = 'auto'  # auto: splash on TPU, cudnn on CUDA in bfloat16, else xla
   logprob_chunk_size: int = 256  # positions per row whose logits exist at once
+  round_logits: bool = False  # to compute_dtype before the softmax, as in transformers
 
 
 @dataclasses.dataclass(frozen=True)

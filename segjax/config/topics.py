@@ -14,8 +14,9 @@ computes what a run needs, without the devices.
   runtime.offload_activations
       moves the named activations to the host's memory.
   runtime.param_dtype=bfloat16 and moments_dtype=bfloat16 of the optimizers
-      halve weights and moments. Weights are rounded stochastically, so that updates below the gap
-      between two bfloat16 numbers still add up.
+      halve weights and moments, except those of norms and heads, which stay in float32. Weights are
+      rounded stochastically, so that updates below the gap between two bfloat16 numbers still add
+      up; at PPO's rates the noise of the rounding is as large as what is learned.
   runtime.frozen_params_memory=host
       keeps reference and reward model in the host's memory while they are not used.
   rollout.max_concurrent
@@ -40,7 +41,9 @@ of the sample alone; the number of slots or devices does not change the response
 
 old_logprob, which the ratio and the KL penalty use, is unfiltered and at temperature 1. Its
 distance from the log-prob that the token was sampled with is rollout/logprob_mismatch.
-rollout.recompute_logprob=True takes it from a full forward pass instead of the decode loop.
+It is that of the decode loop in float32. In bfloat16 the two programs round differently, as far
+apart as an update moves the policy, and it comes from a full forward pass;
+rollout.recompute_logprob sets one of them.
 
 `python tools/bench.py decode` measures the speed against transformers.
 """

@@ -136,7 +136,7 @@ class RolloutSettings:
   max_new_tokens: int = 1024  # length limit of a response
   samples_per_prompt: int = 1  # responses per prompt
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
-  recompute_logprob: bool = False  # old log-probs by a full forward instead of the decode loop
+  recompute_logprob: bool | None = None  # old log-probs by a full forward; None: in bfloat16 alone
 
 
 @dataclasses.dataclass(frozen=True)

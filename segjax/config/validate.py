@@ -37,6 +37,12 @@ def resolve_spread(settings: Settings, granularity: str) -> str:
   return name
 
 
+def resolve_recompute_logprob(settings: Settings) -> bool:
+  """Returns rollout.recompute_logprob; by default, whether the network computes in bfloat16."""
+  value = settings.rollout.recompute_logprob
+  return settings.runtime.compute_dtype == 'bfloat16' if value is None else value
+
+
 def _check_reward_model(s: Settings) -> None:
   if 'reward' in s.stages and s.reward_model.path:
     raise UserError(

@@ -5,6 +5,7 @@ devices by `placement`.
 """
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def load_params(
   config: LlamaConfig,
   head: str,
   mesh: Mesh | None = None,
-  dtype: str = 'float32',
+  dtype: str | Callable[[str], str] = 'float32',
   key: jax.Array | None = None,
   strict: bool = False,
 ) -> Params:
@@ -64,7 +65,8 @@ def load_params(
     config: the network.
     head: 'language' or 'scalar'.
     mesh: None puts everything on the default device.
-    dtype: dtype of the parameters; '' keeps each tensor's own.
+    dtype: dtype of the parameters, or a function that returns it for a path; '' keeps each tensor's
+      own.
     key: random key of a fresh scalar head.
     strict: refuse NaN and infinity among the weights, instead of logging a warning.
 
@@ -72,16 +74,20 @@ def load_params(
     ValueError: tensors are missing, unexpected or have a wrong shape, or a scalar head has to be
       drawn without a key.
   """
-  if dtype and dtype not in DTYPES.values():
-    raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
+  dtype_of = dtype if callable(dtype) else lambda _: dtype
   checkpoint, entries = open_model(path, config, head)
+  for entry in entries:
+    if dtype_of(entry.path) not in ('', *DTYPES.values()):
+      raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
   fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD
   if fresh and key is None:
     raise UserError(
       f'{checkpoint.directory} has no scalar head; provide a random key to draw one, or a reward '
       'model.'
     )
-  dtypes = [resolve_dtype(checkpoint, entry, dtype) for entry in entries]  # before any is read
+  dtypes = [
+    resolve_dtype(checkpoint, entry, dtype_of(entry.path)) for entry in entries
+  ]  # before any is read
   params: Params = {}
   files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
@@ -97,7 +103,7 @@ def load_params(
       )
     logging.warning('%s', message)
   if fresh:
-    own = params['backbone']['embedding'].dtype
+    own = dtype_of(_SCALAR_HEAD) or params['backbone']['embedding'].dtype
     _insert(params, _SCALAR_HEAD, init_scalar_head(key, config.hidden_size, own, mesh))
   return params
 

@@ -185,8 +185,12 @@ def _init_states(
   # The policy is not updated while the critic warms up, so its schedule is shorter.
   policy_steps = s.ppo.max_steps - s.critic.warmup_rollouts
   return {
-    'policy': init_state(policy, s.ppo.policy_optimizer, policy_steps * per_step),
-    'critic': init_state(critic, s.ppo.critic_optimizer, s.ppo.max_steps * per_step),
+    'policy': init_state(
+      policy, s.ppo.policy_optimizer, policy_steps * per_step, stage.key('rounding of policy')
+    ),
+    'critic': init_state(
+      critic, s.ppo.critic_optimizer, s.ppo.max_steps * per_step, stage.key('rounding of critic')
+    ),
     'kl': {'coef': jnp.float32(s.ppo.kl_coef)},
   }
 

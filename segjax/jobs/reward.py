@@ -111,7 +111,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   params = models.load_params(
     source, config, 'scalar', s.runtime, stage.mesh, key=key, trained=True
   )
-  states = {'reward': init_state(params, s.reward.optimizer, num_steps)}
+  states = {'reward': init_state(params, s.reward.optimizer, num_steps, stage.key('rounding'))}
   trees = states | ({'reference': reference} if reference else {})
   models.log_memory(trees, stage.mesh, stage.log)
   eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_PAIRS)))

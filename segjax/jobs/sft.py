@@ -64,7 +64,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     metrics = training_loop.prefix_metrics('sft', metrics)
     return {'policy': state}, metrics | efficiency | throughput.update(lengths, config, 'language')
 
-  states = {'policy': init_state(params, s.sft.optimizer, num_steps)}
+  states = {'policy': init_state(params, s.sft.optimizer, num_steps, stage.key('rounding'))}
   models.log_memory(states, stage.mesh, stage.log)
   states, last = training_loop.train(stage, states, step_fn, num_steps, SHOW)
   card = provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW)

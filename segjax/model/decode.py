@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from segjax.model import kv_cache, sharding
+from segjax.model import heads, kv_cache, precision, sharding
 from segjax.model.kv_cache import Cache
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
 from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
@@ -97,7 +97,7 @@ class ChunkOutput(NamedTuple):
 def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
   """Casts and lays out the parameters for `decode_chunk`, once instead of in every step."""
   # Cast first: the exchange between devices then moves the narrow dtype.
-  params = jax.tree.map(lambda leaf: leaf.astype(decoder.config.dtype), params)
+  params = precision.cast_for_use(params, decoder.config.dtype)
   params = sharding.decode_sharding(params)  # the weights cross devices here, not in a step
   backbone = params['backbone']
   layers = backbone['layers']
@@ -294,6 +294,6 @@ def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
   """Returns float32 logits [B, V]."""
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   # Split by V first: if the product had complete rows, XLA might gather the head instead of them.
-  logits = sharding.constrain(hidden @ weights.head, f'{decoder.layout}logits')[:, 0]
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return sharding.constrain(wide, f'{decoder.layout}tokens')  # sampling needs complete rows
+  logits = heads.logit_product(hidden[:, 0], weights.head, decoder.config.round_logits)
+  logits = sharding.constrain(logits[:, None], f'{decoder.layout}logits')[:, 0]
+  return sharding.constrain(logits, f'{decoder.layout}tokens')  # sampling needs complete rows

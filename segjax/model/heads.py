@@ -106,7 +106,7 @@ def logits(
 ) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
   hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
-  return project(hidden, kernel)
+  return project(hidden, kernel, config.round_logits)
 
 
 def token_logprobs(
@@ -120,7 +120,9 @@ def token_logprobs(
   """
   hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
   # The state at t - 1 predicts token t; nothing follows the last state.
-  logprob, entropy = chunked_logprobs(hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk)
+  logprob, entropy = chunked_logprobs(
+    hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk, config.round_logits
+  )
   return _after_first(logprob, rows.positions), _after_first(entropy, rows.positions)
 
 
@@ -134,7 +136,11 @@ def _after_first(
 
 
 def chunked_logprobs(
-  hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], target: Int[Array, 'B S'], chunk: int
+  hidden: Float[Array, 'B S D'],
+  kernel: Float[Array, 'D V'],
+  target: Int[Array, 'B S'],
+  chunk: int,
+  rounded: bool = False,
 ) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
   """Log-prob of `target` and entropy under softmax(hidden kernel), in chunks along S."""
   # Gathered along fsdp once, in the compute dtype, instead of once per chunk; then widened again so
@@ -144,7 +150,7 @@ def chunked_logprobs(
   # Without the checkpoint the scan would stack the logits of all chunks for the backward pass.
   @jax.checkpoint
   def chunk_logprobs(hidden, target):
-    return logprob_and_entropy(project(hidden, kernel), target)
+    return logprob_and_entropy(project(hidden, kernel, rounded), target)
 
   batch, length, width = hidden.shape
   if length <= chunk:
@@ -160,10 +166,48 @@ def chunked_logprobs(
   return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in results)
 
 
-def project(hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V']) -> Float[Array, 'B S V']:
+def project(
+  hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], rounded: bool = False
+) -> Float[Array, 'B S V']:
   """Returns float32 logits of hidden states of any dtype, split over the vocabulary."""
   # One flat product, for the reason given in `llama.Linear`.
-  logits = hidden.reshape(-1, hidden.shape[-1]) @ kernel.astype(hidden.dtype)
-  logits = logits.reshape(*hidden.shape[:-1], -1)
-  # Wide before the softmax: exp and the sum over V need float32.
-  return sharding.constrain(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 'logits')
+  logits = logit_product(hidden.reshape(-1, hidden.shape[-1]), kernel, rounded)
+  return sharding.constrain(logits.reshape(*hidden.shape[:-1], -1), 'logits')
+
+
+def logit_product(
+  hidden: Float[Array, 'N D'], kernel: Float[Array, 'D V'], rounded: bool = False
+) -> Float[Array, 'N V']:
+  """Returns hidden · kernel, multiplied in hidden's dtype, in at least float32.
+
+  Args:
+    rounded: rounds the product to hidden's dtype first. A logit of 20 has a gap of 1/8 to the next
+      bfloat16, so the log-probs of two programs that add in another order differ.
+  """
+  if hidden.dtype != jnp.bfloat16:
+    return hidden @ kernel.astype(hidden.dtype)
+  logits = _float32_product(hidden, kernel)
+  # Not a cast there and back, which XLA may leave out.
+  return jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=7) if rounded else logits
+
+
+@jax.custom_vjp
+def _float32_product(hidden, kernel):
+  # Matrix units add in float32 anyway: this only keeps what they have.
+  return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(hidden, kernel):
+  return _float32_product(hidden, kernel), (hidden, kernel)
+
+
+def _product_backward(saved, gradient):
+  # JAX would multiply the float32 gradient: matrix units are slower in float32.
+  hidden, kernel = saved
+  gradient = gradient.astype(hidden.dtype)
+  of_hidden = gradient @ kernel.astype(hidden.dtype).T
+  of_kernel = jnp.matmul(hidden.T, gradient, preferred_element_type=jnp.float32)
+  return of_hidden, of_kernel.astype(kernel.dtype)
+
+
+_float32_product.defvjp(_product_forward, _product_backward)

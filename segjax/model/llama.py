@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from segjax.config.settings import Network
 from segjax.model import sharding
 from segjax.model.attention import KeyValue, attention, cached_attention
+from segjax.model.embedding import embed
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
 
 
@@ -30,6 +31,7 @@ class LlamaConfig:
     offload: such names, saved in the host's memory instead; needs a remat other than 'none'.
     attention: one of `choices.ATTENTION`.
     logprob_chunk: positions whose logits exist at once, per row.
+    round_logits: whether logits are rounded to `dtype`, as in transformers.
     scan_unroll: layers that an iteration of the scan holds.
   """
 
@@ -53,6 +55,7 @@ class LlamaConfig:
   offload: str = ''
   attention: str = 'xla'
   logprob_chunk: int = 256
+  round_logits: bool = False
   scan_unroll: int = 1
 
 
@@ -115,8 +118,8 @@ class RMSNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # float64 stays, for tests
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-    # Cast before the scale, as in transformers: the order changes the rounding.
-    return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+    # One rounding, and the gradient of the scale, a sum over all tokens, adds up in float32.
+    return (wide * jnp.broadcast_to(scale.astype(wide.dtype), x.shape)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -133,7 +136,9 @@ class Linear(nn.Module):
     y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)  # the tests forbid rank promotion
+      # In float32 for the sake of the gradient, as in `RMSNorm`; the tests forbid rank promotion.
+      wide = jnp.promote_types(y.dtype, jnp.float32)
+      y = (y.astype(wide) + jnp.broadcast_to(bias.astype(wide), y.shape)).astype(x.dtype)
     return y
 
 
@@ -272,11 +277,7 @@ class Llama(nn.Module):
 
   def embed(self, ids: Int[Array, 'B S']) -> Float[Array, 'B S D']:
     """Token embeddings in the compute dtype."""
-    # Cast first: the gather along fsdp then moves the narrow dtype.
-    table = sharding.constrain(self.embedding.astype(self.config.dtype), 'embedding')
-    # Each device looks ids up in its part of the vocabulary and the results are added: the table is
-    # never gathered.
-    return sharding.constrain(sharding.constrain(table[ids], 'gathered'), 'hidden')
+    return sharding.constrain(embed(self.embedding, ids, self.config.dtype), 'hidden')
 
   def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
     """The norm after the last layer."""

@@ -36,7 +36,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'backbone/norm/scale$', P(None)),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
   (r'scalar_head/kernel$', P(None, None)),  # one column, too small to split
-  (r'(^|/)(step|count|notfinite_count)$', P()),
+  (r'(^|/)(step|seed|count|notfinite_count)$', P()),
 )
 
 ACTIVATION_RULES: dict[str, P] = {
@@ -57,8 +57,7 @@ ACTIVATION_RULES: dict[str, P] = {
   # A scan runs over the first axis: split, it would exchange data in every iteration.
   'chunked_hidden': P(None, BATCH, None, None),
   'chunked_tokens': P(None, BATCH, None),
-  # As the forward pass uses them: gathered along fsdp, still split by vocabulary.
-  'embedding': P('tensor', None),
+  # As the forward pass uses it: gathered along fsdp, still split by vocabulary.
   'head': P(None, 'tensor'),
   # The decode loop never gathers a weight: weights are split over fsdp and tensor together.
   'decode_tokens': P('data', None),
@@ -105,11 +104,11 @@ def parameter_spec(name: str) -> P:
   return matches[0]
 
 
-def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   """Drops from `spec` the axes that do not divide their dimension (such as an odd vocabulary)."""
   entries = []
   for dim, entry in zip(shape, tuple(spec), strict=True):
-    axes = list(_axes(entry))
+    axes = list(axes_of(entry))
     # The last axis is dropped first: an embedding keeps its split over tensor the longest.
     while axes and dim % math.prod(mesh.shape[axis] for axis in axes):
       axes.pop()
@@ -119,7 +118,7 @@ def _fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 def parameter_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   """Returns the sharding of the tensor `name` of `shape` on `mesh`."""
-  return NamedSharding(mesh, _fitted(parameter_spec(name), shape, mesh))
+  return NamedSharding(mesh, fitted(parameter_spec(name), shape, mesh))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -129,7 +128,8 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   )
 
 
-def _active_mesh() -> AbstractMesh | None:
+def active_mesh() -> AbstractMesh | None:
+  """Returns the mesh of the `jax.set_mesh` context, None outside one."""
   # While jit traces, only the abstract mesh of the `jax.set_mesh` context is available.
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
@@ -140,12 +140,12 @@ def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Arra
 
   `stack` has a None for each axis that x has before those of the rule.
   """
-  mesh = _active_mesh()
+  mesh = active_mesh()
   if mesh is None:
     return x
   # Without a constraint the partitioner chooses the layout, and may gather a weight for it.
   spec = P(*stack, *ACTIVATION_RULES[name])
-  return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, mesh))
 
 
 def shard_map_activations(
@@ -158,16 +158,16 @@ def shard_map_activations(
   """
 
   def run(*arrays):
-    mesh = _active_mesh()
+    mesh = active_mesh()
     if mesh is None:
       return function(*arrays)
     # The partitioner cannot look into a Pallas call: without shard_map it gathers the arguments.
     specs = tuple(
-      None if x is None else _fitted(ACTIVATION_RULES[name], x.shape, mesh)
+      None if x is None else fitted(ACTIVATION_RULES[name], x.shape, mesh)
       for name, x in zip(names, arrays, strict=True)
     )
     # With the shape of the argument of that name: an axis dropped there is dropped here too.
-    out = _fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
+    out = fitted(ACTIVATION_RULES[result], arrays[names.index(result)].shape, mesh)
     # check_vma=False: a Pallas kernel does not declare how its outputs vary over the mesh.
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
       *arrays
@@ -178,10 +178,10 @@ def shard_map_activations(
 
 def constrain_batch(x: jax.Array) -> jax.Array:
   """Splits x, of any rank, along its first axis; without a mesh it returns x unchanged."""
-  mesh = _active_mesh()
+  mesh = active_mesh()
   if mesh is None:
     return x
-  return jax.lax.with_sharding_constraint(x, _fitted(_batch_spec(x.ndim), x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, fitted(_batch_spec(x.ndim), x.shape, mesh))
 
 
 def _batch_spec(rank: int) -> P:
@@ -201,7 +201,7 @@ def decode_layout(kv_heads: int, mesh: Mesh) -> str:
   'decode_' splits the cache by heads. 'rows_', for key heads that do not divide that far, splits it
   by rows over all devices: each step then exchanges its queries, keys and values.
   """
-  # `_fitted` would drop axes without an error, and several devices would hold the same cache.
+  # `fitted` would drop axes without an error, and several devices would hold the same cache.
   return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WEIGHT_AXES) else 'decode_'
 
 
@@ -214,12 +214,12 @@ def decode_sharding(tree: Any) -> Any:
   """Constrains parameters to the layout of a decode loop, which gathers none of them."""
   # The dimension over tensor takes fsdp too, the one over fsdp alone is made complete: then a
   # product gathers no weight and at most sums activations.
-  return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in _axes(entry) else None)
+  return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in axes_of(entry) else None)
 
 
 def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
   """Constrains the tree to the table, with `change` applied to each entry of a layout."""
-  mesh = _active_mesh()
+  mesh = active_mesh()
   if mesh is None:
     return tree
 
@@ -227,12 +227,13 @@ def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
     # The rules of the stored weights, so that a new tensor has to be listed once.
     spec = parameter_spec(path_name(path))
     spec = P(*(change(entry) for entry in tuple(spec)))
-    return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(constrain_leaf, tree)
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def axes_of(entry: Any) -> tuple[str, ...]:
+  """Returns the mesh axes of an entry of a PartitionSpec."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 

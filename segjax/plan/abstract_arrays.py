@@ -3,6 +3,7 @@
 Which program takes which of them is up to `programs` and `ppo_programs`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import PPO, SFT, Optimizer, RewardTraining, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
+from segjax.model.precision import stored_dtype
 from segjax.run.training_loop import plan_packing_for
 from segjax.train.optimizer import init_state
 from segjax.train.scoring import ModelOutputs
@@ -38,16 +40,21 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
   )
 
 
-def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh) -> Any:
+def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh, *, trained: bool = False) -> Any:
   """Returns the shapes of a network's parameters."""
-  shapes = heads.param_shapes(config, head)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+  dtype_of = functools.partial(
+    stored_dtype, dtype=dtype, trained=trained, tied=config.tie_word_embeddings
+  )
+  shapes = jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype_of(sharding.path_name(path))),
+    heads.param_shapes(config, head),
+  )
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
 
 def state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settings, mesh: Mesh):
   """Returns the shapes of a network's TrainState."""
-  weights = params(config, head, settings.runtime.param_dtype, mesh)
+  weights = params(config, head, settings.runtime.param_dtype, mesh, trained=True)
   shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), weights)
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
+from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import decode, decode_sizes, generate, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays, roofline
@@ -48,7 +49,7 @@ def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
     shaping=s.reward_shaping,
     ppo=s.ppo,
     compat=s.compat,
-    recompute_logprob=s.rollout.recompute_logprob,
+    recompute_logprob=resolve_recompute_logprob(s),
   )
   trees = _trees(s, configs, mesh)
   phases = [
@@ -129,7 +130,7 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   if 'reward model' in trees:
     params['reward'] = trees['reward model']
     passed_in.append('reward model')
-  if s.rollout.recompute_logprob:
+  if recipe.recompute_logprob:
     params['policy'] = trees['policy parameters']
     passed_in.append('policy parameters')
   ids = abstract_arrays.batch(mesh, jnp.int32, size, prompt + response)

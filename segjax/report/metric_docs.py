@@ -149,7 +149,7 @@ ENTRIES = (
   Entry(
     ('rollout/logprob_mismatch', 'rollout/logprob_mismatch_max'),
     '|log-prob when sampled − log-prob unfiltered at temperature 1|, nats per token: mean; maximum',
-    '0 for plain sampling',
+    '0 for plain sampling; some hundredths in bfloat16',
     'larger: set `rollout.temperature=1`, `top_p=1`, `top_k=0`',
   ),
   Entry(

@@ -1,6 +1,7 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution
 from segjax.config.settings import Report, Runtime, Segmentation, Settings
-from segjax.config.validate import resolve_spread
+from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data import demo_rows
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
@@ -23,6 +24,7 @@ from segjax.model import sharding
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
+from segjax.model.precision import stored_dtype
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
@@ -107,6 +109,7 @@ def apply_runtime(
     scan_unroll=runtime.scan_unroll,
     attention=attention,
     logprob_chunk=runtime.logprob_chunk_size,
+    round_logits=runtime.round_logits,
   )
   check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading
   return config, reason
@@ -124,14 +127,21 @@ def load_params(
 ) -> Any:
   """Loads the parameters of `directory`, in config.runtime.param_dtype if they are trained.
 
+  Norms and heads stay in float32, see `model.precision`.
+
   Args:
     head: 'language' or 'scalar'.
     key: draws a scalar head where the checkpoint has none.
   """
   # Frozen weights are only read: cast at loading, they need no copy in another dtype.
   dtype = runtime.param_dtype if trained else runtime.compute_dtype
+  dtype_of = functools.partial(
+    stored_dtype, dtype=dtype, trained=trained, tied=config.tie_word_embeddings
+  )
   # NaN in one weight is NaN in every score: refused before the first step.
-  return reader.load_params(directory, config, head, mesh=mesh, dtype=dtype, key=key, strict=True)
+  return reader.load_params(
+    directory, config, head, mesh=mesh, dtype=dtype_of, key=key, strict=True
+  )
 
 
 def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
@@ -254,7 +264,7 @@ def make_recipe(
     shaping=settings.reward_shaping,
     ppo=settings.ppo,
     compat=settings.compat,
-    recompute_logprob=settings.rollout.recompute_logprob,
+    recompute_logprob=resolve_recompute_logprob(settings),
   )
 
 

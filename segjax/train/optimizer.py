@@ -28,11 +28,13 @@ class TrainState:
     step: updates done, an integer scalar.
     params: the parameters.
     opt_state: the optimizer's state.
+    seed: of the random bits that round bfloat16 weights; not saved, since the run determines it.
   """
 
   step: Any
   params: Any
   opt_state: Any
+  seed: Any = 0
 
 
 def make_optimizer(settings: Optimizer, total_steps: int) -> optax.GradientTransformation:
@@ -102,14 +104,15 @@ def _widen(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _round_like(tree: Any, like: Any, step: Array) -> Any:
+def _round_like(tree: Any, like: Any, seed: Array, step: Array) -> Any:
   """Rounds the tree to the dtypes of `like`; to bfloat16 stochastically.
 
   E[rounded] = x, so updates below one bfloat16 ulp (2^-8 of the weight) still accumulate.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  # Keys from the step: a resumed run rounds as an uninterrupted one.
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+  # Keys from seed and step: a resumed run rounds as an uninterrupted one, and neither two networks
+  # nor two runs share the noise.
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(leaves))
   kinds = [leaf.dtype for leaf in jax.tree.leaves(like)]
   return treedef.unflatten(
     stochastic_round(key, leaf) if kind == jnp.bfloat16 else leaf.astype(kind)
@@ -137,14 +140,24 @@ def warmup_steps(settings: Optimizer, total_steps: int) -> int:
   return -int(-settings.warmup_ratio * total_steps // 1)
 
 
-def init_state(params: Any, settings: Optimizer, total_steps: int) -> TrainState:
-  """Returns the state at step 0, with fresh moments laid out like their parameters."""
+def init_state(
+  params: Any, settings: Optimizer, total_steps: int, key: Array | None = None
+) -> TrainState:
+  """Returns the state at step 0, with fresh moments laid out like their parameters.
+
+  Args:
+    params: the parameters.
+    settings: the optimizer's hyperparameters.
+    total_steps: updates in the whole run.
+    key: random key of stochastic rounding, one per network and run.
+  """
+  seed = jnp.uint32(0) if key is None else jax.random.bits(key)
 
   def init(params):
     return sharding.constrain_tree(make_optimizer(settings, total_steps).init(_widen(params)))
 
   # Jitted: each device creates its part of the moments only.
-  return TrainState(jnp.int32(0), params, jax.jit(init)(params))
+  return TrainState(jnp.int32(0), params, jax.jit(init)(params), seed)
 
 
 def apply_update(
@@ -179,8 +192,8 @@ def apply_update(
   weight_norm = optax.tree.norm(params)
   # The state is donated and metrics are read a step late: the decision must be made in the step.
   is_applied = enabled & jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(weight_norm)
-  params = _round_like(params, state.params, state.step)
-  updated = TrainState(state.step + 1, params, opt_state)
+  params = _round_like(params, state.params, state.seed, state.step)
+  updated = TrainState(state.step + 1, params, opt_state, state.seed)
   # Selected, not multiplied by 0: 0 times NaN is NaN.
   state = jax.tree.map(lambda new, old: jnp.where(is_applied, new, old), updated, state)
   return sharding.constrain_tree(state), Metrics(

@@ -21,7 +21,7 @@ def test_every_switch_is_on_and_the_fixes_are_off():
   assert all(switches.values()) and len(switches) == len(dataclasses.fields(Compat)) - 1
   assert s.compat.micro_batch_size == 4
   assert s.reward_shaping.std_floor_ratio == 0
-  assert s.rollout.recompute_logprob
+  assert s.rollout.recompute_logprob and s.runtime.round_logits
   assert s.ppo.policy_optimizer.decayed_weights == 'matrices'
   assert (s.normalizer.weighting, s.normalizer.min_bin_count) == ('uniform', 1)
 

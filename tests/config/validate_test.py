@@ -90,6 +90,24 @@ def test_published_recipe(model, granularity):
   )
 
 
+@pytest.mark.parametrize('value', [None, True, False])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_old_logprobs_are_recomputed_in_bfloat16(dtype, value):
+  """There the decode loop and the forward pass differ; a value of the user's own decides."""
+  config = presets.default_config()
+  config.runtime.compute_dtype = dtype
+  if value is not None:
+    config.rollout.recompute_logprob = value
+  expected = dtype == 'bfloat16' if value is None else value
+  assert validate.resolve_recompute_logprob(parse.from_config(config)) == expected
+
+
+@pytest.mark.parametrize('preset', ['llama3_8b_sft', 'llama31_8b_instruct', 'llama3_70b'])
+def test_presets_in_bfloat16_recompute(preset):
+  config = importlib.import_module('configs.ppo').get_config(preset)
+  assert validate.resolve_recompute_logprob(parse.from_config(config))
+
+
 @pytest.mark.parametrize(
   'key, message',
   [

@@ -8,9 +8,11 @@ import pytest
 import safetensors.numpy
 from fixtures import hf_models
 
+from segjax.config.settings import Runtime
 from segjax.hf import placement, reader, tensor_slices
 from segjax.model import heads, sharding
 from segjax.model.mesh import make_mesh
+from segjax.run import models as run_models
 
 # Float32 on both sides; only the order of sums differs.
 TOLERANCE = 1e-4
@@ -29,6 +31,20 @@ def _rewrite(source, target, change):
   tensors = change(hf_models.tensors(source))
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
   return target
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_a_run_keeps_norms_and_heads_in_float32(llama3, trained):
+  runtime = Runtime(compute_dtype='bfloat16', param_dtype='bfloat16')
+  config = reader.load_config(llama3)
+  arguments = llama3, config, 'language', runtime, make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  params = run_models.load_params(*arguments, trained=trained)
+  dtypes = {
+    sharding.path_name(path): str(leaf.dtype)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  wide = ('scale', 'lm_head/kernel') if trained else 'scale'
+  assert dtypes == {path: 'float32' if path.endswith(wide) else 'bfloat16' for path in dtypes}
 
 
 def test_logits_of_a_trained_llama_equal_transformers(shared_files):

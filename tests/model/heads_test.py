@@ -41,6 +41,36 @@ def test_chunked_head_equals_dense(config):
   assert smallest > 1e-2  # every parameter has a gradient
 
 
+def test_logits_of_bfloat16_states_are_not_rounded():
+  """Logits around 20 are 1/8 apart in bfloat16, and so were the log-probs of two programs."""
+  rng = np.random.default_rng(3)
+  hidden = jnp.asarray(rng.normal(size=(5, 64)), jnp.bfloat16)
+  kernel = jnp.asarray(rng.normal(size=(64, 40)), jnp.bfloat16).astype(jnp.float32)
+  weight = jnp.asarray(rng.normal(size=(5, 40)), jnp.bfloat16).astype(jnp.float32)
+  wide = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(hidden, kernel, rounded):
+    def loss(hidden, kernel):
+      logits = heads.logit_product(hidden, kernel, rounded)
+      return jnp.sum(logits * weight), logits
+
+    return jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, kernel)
+
+  (of_hidden, of_kernel), logits = run(hidden, kernel, False)
+  exact = wide[0] @ wide[1]
+  assert np.abs(exact).max() > 16 and logits.dtype == jnp.float32
+  assert_allclose(logits, exact, atol=1e-4)
+  # The gradient of the kernel adds up in float32; that of the states is in their own dtype.
+  assert_allclose(of_kernel, wide[0].T @ np.asarray(weight, np.float64), atol=1e-5)
+  assert of_hidden.dtype == jnp.bfloat16
+  assert_allclose(of_hidden, np.asarray(weight, np.float64) @ wide[1].T, rtol=2**-7, atol=0.05)
+
+  logits = np.asarray(run(hidden, kernel, True)[1])
+  np.testing.assert_array_equal(logits, logits.astype(jnp.bfloat16).astype(np.float32))
+  assert np.abs(logits - exact).max() > 1e-2
+
+
 # One token, a rest, more than there are; 8 is test_chunked_head_equals_dense's.
 @pytest.mark.parametrize('chunk', [1, 5, 100])
 def test_any_chunk_gives_the_same(chunk):

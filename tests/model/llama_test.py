@@ -12,7 +12,9 @@ from segjax.config.settings import Network
 from segjax.model import heads
 from segjax.model.llama import (
   Block,
+  Linear,
   Llama,
+  RMSNorm,
   RowLayout,
   make_config,
   num_parameters,
@@ -229,6 +231,38 @@ def test_bfloat16_stays_near_float32(language, scalar):
   assert_allclose(entropy, expected['entropy'], atol=0.2)
   assert_allclose(score, expected['score'], atol=0.4)
   assert np.abs(logprob - expected['logprob']).mean() < 0.03
+
+
+@pytest.mark.parametrize('name', ['scale', 'bias'])
+def test_gradients_of_scales_and_biases_add_up_in_float32(name):
+  """Over 4,096 tokens whose gradients share a mean; in bfloat16 much of the sum is lost."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(1, 4096, 32)), jnp.bfloat16)
+  cotangent = jnp.asarray(rng.normal(0.3, 1, x.shape), jnp.bfloat16)
+  layer = RMSNorm(1e-5) if name == 'scale' else Linear(32, True, 0.1)
+  params = {'scale': jnp.ones(32)}
+  if name == 'bias':
+    params = {'kernel': jnp.eye(32), 'bias': jnp.zeros(32)}
+
+  @jax.jit
+  def grad(params, x):
+    def loss(params):
+      # By sign, so that the sum over tokens of the scale's gradient does not cancel.
+      sign = jnp.sign(x) if name == 'scale' else 1
+      return jnp.sum((layer.apply({'params': params}, x) * cotangent * sign).astype(jnp.float32))
+
+    return jax.grad(loss)(params)[name]
+
+  got, expected = grad(params, x), grad(params, x.astype(jnp.float32))
+  assert_allclose(got, expected, rtol=0.01)
+
+
+def test_norm_rounds_once():
+  """x and the scale are multiplied in float32, of a scale that bfloat16 cannot hold."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.bfloat16)
+  params = {'params': {'scale': jnp.full(32, 1.003)}}
+  exact = RMSNorm(1e-5).apply(params, x.astype(jnp.float32))
+  np.testing.assert_array_equal(RMSNorm(1e-5).apply(params, x), exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)

@@ -203,6 +203,24 @@ def test_stochastic_rounding_has_the_right_mean():
   np.testing.assert_array_equal(drawn[:, 3:], np.broadcast_to(below[3:], (4096, 5)))
 
 
+def test_networks_and_runs_round_apart(weight_rule):
+  """Policy and critic rounded equal backbones by the same random bits, in every run."""
+  settings = Optimizer(learning_rate=2**-7 / 10, warmup_ratio=0.0, min_lr_ratio=1.0)
+  update = jax.jit(functools.partial(apply_update, settings=settings, total_steps=100))
+
+  def moved(key):
+    state = init_state({'weight': jnp.ones(4096, jnp.bfloat16)}, settings, 100, key)
+    state, _ = update(state, {'weight': jnp.full(4096, -1, jnp.bfloat16)}, jnp.float32(1))
+    return np.asarray(state.params['weight']) != 1
+
+  keys = jax.random.split(jax.random.key(0))
+  one, other = moved(keys[0]), moved(keys[1])
+  np.testing.assert_array_equal(one, moved(keys[0]))
+  # A tenth moves in each, a hundredth in both.
+  assert (one & other).mean() == pytest.approx(one.mean() * other.mean(), abs=0.01)
+  assert one.mean() == pytest.approx(0.1, abs=0.03)
+
+
 def test_small_steps_of_bfloat16_weights_add_up(weight_rule):
   """Each is a hundredth of an ulp; rounded to the nearest, no weight would change."""
   settings = Optimizer(learning_rate=2**-7 / 100, warmup_ratio=0.0, min_lr_ratio=1.0)
