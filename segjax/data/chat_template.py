@@ -25,14 +25,13 @@ def render(tokenizer: Any, messages: list[Message], has_header: bool) -> str:
     has_header: append the header of the assistant's next answer.
 
   Raises:
-    ValueError: the template refuses the conversation.
+    UserError: the template refuses the conversation, fails on it, or takes too long.
   """
-  import jinja2
+  from segjax.data import template_sandbox  # imports jinja2
 
-  try:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=has_header, tokenize=False)
-  except jinja2.TemplateError as error:
-    raise UserError(f'the chat template refuses this conversation: {error}') from error
+  values = {'messages': messages, 'tools': None, 'documents': None}
+  values |= {'add_generation_prompt': has_header} | tokenizer.special_tokens_map
+  return template_sandbox.render(tokenizer.get_chat_template(), values)
 
 
 def answer_text(
