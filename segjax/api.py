@@ -88,7 +88,7 @@ def load_policy(
   Args:
     path: HF directory or hub id.
     dtype: type of weights and arithmetic, float32 or bfloat16.
-    chat_template: Jinja text or a file; '' uses the tokenizer's own. Strings need none.
+    chat_template: llama3, chatml, Jinja text or a file; '' uses the tokenizer's own.
     mesh: devices; None uses all, with the weights split over them.
 
   Raises:

@@ -102,7 +102,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
   DIRECTORY: no tokenizer.json there
       AutoTokenizer.from_pretrained(OLD).save_pretrained(DIRECTORY)
   the tokenizer has no chat template
-      --config.data.chat_template=FILE
+      --config.data.chat_template=chatml, or a file
   the tokenizers of A and B differ
       Use models that were trained from one base model.
   DIRECTORY has no segment_reward.json

@@ -139,10 +139,8 @@ def write_metadata(directory: Path, metadata: Metadata, name: str) -> None:
     tokenizer_writer.copy_tokenizer(metadata.origin, directory)
   if metadata.tokenizer is not None:
     tokenizer_writer.write_template(directory, metadata.tokenizer.chat_template)
-  is_fixed = (
-    metadata.tokenizer is not None or not (directory / tokenizer_writer.GENERATION).exists()
-  )
-  if metadata.head == 'language' and is_fixed:
+  has_ids = metadata.tokenizer is None and (directory / tokenizer_writer.GENERATION).exists()
+  if metadata.head == 'language' and not has_ids:
     ids = {key: written[key] for key in written if key.endswith('token_id')}
     tokenizer_writer.write_generation_config(directory, ids)
   elif metadata.tokenizer is not None:
