@@ -119,7 +119,7 @@ def _record(directory: Path) -> dict[str, Any]:
   """Returns the content of segjax_config.json, empty if it is missing or not written by segjax."""
   try:
     record = json.loads((directory / RECORD).read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return record if isinstance(record, dict) else {}
 

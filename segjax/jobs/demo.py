@@ -92,7 +92,7 @@ def update_results(stage: Stage, results: dict[str, Results], _: float) -> None:
   path = stage.directory.parent / _RESULTS_FILE
   try:
     record = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return
   if isinstance(record, dict) and 'reward_accuracy' in record:
     record |= _evaluation_figures(results['evaluate'])

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from segjax.config.settings import replace
 from segjax.data.limits import NoRowsLeftError
-from segjax.data.tokenizer import load_tokenizer
 from segjax.jobs.job import Input, needs_reward_model
 from segjax.jobs.registry import JOBS
-from segjax.run import remote_inputs
+from segjax.run import inputs, remote_inputs
 from segjax.run.stage import Stage
 
 _FIRST_ROWS = 64
@@ -59,7 +58,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
   if is_complete:
     _load_first_rows(stage)
   elif values.get('policy.path'):
-    load_tokenizer(values['policy.path'], stage.settings.data.chat_template)
+    inputs.load_chat_tokenizer(Path(values['policy.path']), stage.settings.data)
   return unchecked
 
 

@@ -259,7 +259,7 @@ def _find_results(stage: Stage, job: Job, key: stage_record.Key) -> Results | No
   results = stage_record.load_results_if_valid(stage.directory, key, outputs)
   if results is None:
     return None
-  stage.log(f'reused from {stage.directory}: settings and inputs are the same')
+  stage.log(f'reused from {stage.directory}: settings, inputs and code are the same')
   _drop_states(stage)  # a run that was killed at the stage's end has left them
   return results
 

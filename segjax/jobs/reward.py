@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Segmentation
+from segjax.config.settings import Segmentation, Settings
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer
@@ -234,6 +235,11 @@ def _headline(stage: Stage, results: dict[str, Any]) -> str:
   )
 
 
+def _num_steps(settings: Settings, rows: int) -> int:
+  held_out = math.ceil(settings.reward.holdout_fraction * rows)  # at least: prompts stay whole
+  return training_loop.count_known_steps(settings.reward, rows - held_out, 'reward')
+
+
 JOB = Job(
   name='reward',
   load=load,
@@ -245,7 +251,7 @@ JOB = Job(
   summary=('held_out_accuracy',),
   num_networks=2,
   tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
-  num_steps=lambda s, rows: training_loop.count_known_steps(s.reward, rows, 'reward'),
+  num_steps=_num_steps,
   passes=lambda s: 4.0,  # an update, and the reference
   headline=_headline,
   plan=programs.REWARD,

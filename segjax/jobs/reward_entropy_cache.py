@@ -16,6 +16,7 @@ import numpy as np
 
 from segjax import processes
 from segjax.data.batches import Pairs, Ragged
+from segjax.errors import UserError, first_line
 from segjax.run import inputs, source_code, stage_record
 from segjax.run.stage import Stage
 from segjax.storage import atomic_file
@@ -44,13 +45,29 @@ def with_entropies(
       _compute(stage, pairs, reference, scorer, partial)
     processes.barrier('entropies')
     stage.log(f'entropies of the reference stored in {path}')
-  values = np.load(path, mmap_mode='r')
-  middle = pairs.chosen.offsets[-1]
+  middle = int(pairs.chosen.offsets[-1])
+  values = _read(path, middle + int(pairs.rejected.offsets[-1]))
   return dataclasses.replace(
     pairs,
     chosen_ref_entropy=Ragged(values[:middle], pairs.chosen.offsets),
     rejected_ref_entropy=Ragged(values[middle:], pairs.rejected.offsets),
   )
+
+
+def _read(path: Path, count: int) -> np.ndarray:
+  """Opens a cache of `count` entropies.
+
+  Raises:
+    UserError: the file is damaged, or was written by something else.
+  """
+  try:
+    values = np.load(path, mmap_mode='r')
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f'{path} cannot be read ({first_line(error)}); remove it.') from error
+  is_sound = values.shape == (count,) and values.dtype == np.float32
+  if not is_sound or not np.isfinite(values).all():
+    raise UserError(f'{path} does not hold {count:,} finite numbers in float32; remove it.')
+  return values
 
 
 def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, path: Path) -> None:

@@ -184,7 +184,9 @@ def _read(directory: Path) -> dict[str, Any]:
     record = json.loads((directory / FILE).read_text(encoding='utf-8'))
   except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
     return {}
-  return record if isinstance(record, dict) and isinstance(record.get('key'), dict) else {}
+  key = record.get('key') if isinstance(record, dict) else None
+  is_valid = isinstance(key, dict) and all(isinstance(part, dict) for part in key.values())
+  return record if is_valid else {}
 
 
 def _write(directory: Path, record: dict[str, Any]) -> None:

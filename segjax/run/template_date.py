@@ -27,7 +27,8 @@ def _recorded_date(directory: Path) -> str:
   """Returns the date in the stage's key, or the first in those of its neighbours; '' if none."""
   others = sorted(file.parent for file in directory.parent.glob(f'*/{stage_record.FILE}'))
   for path in (directory, *others):
-    key = stage_record.stored_key(path)
-    if date := key.get('settings', {}).get('data', {}).get('template_date'):
+    data = stage_record.stored_key(path).get('settings', {}).get('data')
+    date = data.get('template_date') if isinstance(data, dict) else ''
+    if date and isinstance(date, str):
       return date
   return ''

@@ -171,6 +171,7 @@ def test_a_swap_that_was_killed_loses_no_directory(tmp_path, monkeypatch, rename
     lambda record: {k: v for k, v in record.items() if k != 'outputs'},
     lambda record: [record],
     lambda record: record | {'key': 'all'},
+    lambda record: record | {'key': {'settings': 3}},
   ],
 )
 def test_an_edited_record_is_not_believed(tmp_path, edit):

@@ -1,0 +1,32 @@
+"""Reading a cache of entropies."""
+
+import numpy as np
+import pytest
+
+from segjax.errors import UserError
+from segjax.jobs import reward_entropy_cache
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    np.zeros(4, np.float32),
+    np.zeros((3, 1), np.float32),
+    np.zeros(3, np.float64),
+    np.array([0.0, np.nan, 1.0], np.float32),
+    None,
+  ],
+)
+def test_a_damaged_cache_is_named(tmp_path, values):
+  path = tmp_path / 'cache.npy'
+  if values is None:
+    path.write_bytes(b'\x93NUMPY')
+  else:
+    np.save(path, values)
+  with pytest.raises(UserError, match=r'cache.npy .*; remove it'):
+    reward_entropy_cache._read(path, 3)
+
+
+def test_a_sound_cache(tmp_path):
+  np.save(tmp_path / 'cache.npy', np.arange(3, dtype=np.float32))
+  assert list(reward_entropy_cache._read(tmp_path / 'cache.npy', 3)) == [0, 1, 2]
