@@ -121,16 +121,19 @@ def _check_ranges(s: Settings) -> None:
     )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
-  for key in OPTIMIZERS:
-    optimizer = attrgetter(key)(s)
-    for name in ('warmup_ratio', 'min_lr_ratio'):
-      value = getattr(optimizer, name)
-      if not 0 <= value <= 1:
-        raise UserError(f'config.{key}.{name}={value} must be from 0 to 1.')
-    for name in ('beta1', 'beta2'):
-      value = getattr(optimizer, name)
-      if not 0 <= value < 1:
-        raise UserError(f'config.{key}.{name}={value} must be at least 0 and below 1.')
+  _check_shares(s)
+
+
+def _check_shares(s: Settings) -> None:
+  ratios = [f'{key}.{name}' for key in OPTIMIZERS for name in ('warmup_ratio', 'min_lr_ratio')]
+  for key in ('ppo.gamma', 'ppo.gae_lambda', *ratios):
+    value = attrgetter(key)(s)
+    if not 0 <= value <= 1:
+      raise UserError(f'config.{key}={value} must be from 0 to 1.')
+  for key in (f'{key}.{name}' for key in OPTIMIZERS for name in ('beta1', 'beta2')):
+    value = attrgetter(key)(s)
+    if not 0 <= value < 1:
+      raise UserError(f'config.{key}={value} must be at least 0 and below 1.')
 
 
 def _check_lengths(s: Settings) -> None:
