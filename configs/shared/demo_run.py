@@ -36,6 +36,9 @@ def assign(config: ConfigDict, last_job: str) -> None:
 
   config.normalizer.max_pairs = 2048
   config.normalizer.batch_size = 128
+  # Most responses have 2 to 5 segments; a few with more fill bins of one score each, which would
+  # weigh as much as bins of a thousand.
+  config.normalizer.weighting = 'count'
 
   config.rollout.max_new_tokens = 32
   config.ppo.max_steps = 45

@@ -28,7 +28,6 @@ def apply_reference_exact(settings: Settings) -> Settings:
   for key, published in (
     ('reward_shaping.missing_eos_penalty', ('off', 'per_token')),
     ('reward_shaping.length_penalty', ('off', 'threshold')),
-    ('normalizer.weighting', ('uniform',)),
     ('normalizer.min_bin_count', (1,)),
   ):
     value = attrgetter(key)(s)
@@ -45,6 +44,7 @@ def apply_reference_exact(settings: Settings) -> Settings:
     **{
       'reward.segmentation': _tokens_by_threshold(s.reward.segmentation),
       'reward_model.segmentation': _tokens_by_threshold(s.reward_model.segmentation),
+      'normalizer.weighting': 'uniform',
       'reward_shaping.std_floor_ratio': 0.0,
       'rollout.recompute_logprob': True,
       'runtime.round_logits': True,

@@ -119,7 +119,7 @@ class NormalizerFit:
   """Fit of the segment scores' mean and standard deviation by relative position."""
 
   kind: str = 'auto'  # auto: regression for segment and token, scalar for bandit
-  weighting: str = 'uniform'  # of the bins of p in the regression; count: by their scores
+  weighting: str = 'uniform'  # of the bins of p in the regression; count: by their number of scores
   min_bin_count: int = 1  # scores that a bin must have
   max_pairs: int = 60_000  # pairs to score, both responses of each
   batch_size: int = 64  # pairs

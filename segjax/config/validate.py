@@ -10,7 +10,7 @@ from operator import attrgetter
 from segjax.config import conflicts, no_effect, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
 from segjax.config.field_checks import check_choice, check_minimum
-from segjax.config.settings import Optimizer, Settings
+from segjax.config.settings import Settings
 from segjax.errors import UserError
 
 
@@ -116,20 +116,23 @@ def _check_ranges(s: Settings) -> None:
     )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
+  _check_shares(s)
+
+
+def _check_shares(s: Settings) -> None:
+  ratios = [f'{key}.{name}' for key in OPTIMIZERS for name in ('warmup_ratio', 'min_lr_ratio')]
+  for key in ('ppo.gamma', 'ppo.gae_lambda', *ratios):
+    value = attrgetter(key)(s)
+    if not 0 <= value <= 1:
+      raise UserError(f'config.{key}={value} must be from 0 to 1.')
+  for key in (f'{key}.{name}' for key in OPTIMIZERS for name in ('beta1', 'beta2')):
+    value = attrgetter(key)(s)
+    if not 0 <= value < 1:
+      raise UserError(f'config.{key}={value} must be at least 0 and below 1.')
   for key in OPTIMIZERS:
-    _check_optimizer(attrgetter(key)(s), f'config.{key}')
-
-
-def _check_optimizer(optimizer: Optimizer, key: str) -> None:
-  for name in ('warmup_ratio', 'min_lr_ratio'):
-    if not 0 <= (value := getattr(optimizer, name)) <= 1:
-      raise UserError(f'{key}.{name}={value} must be from 0 to 1.')
-  for name in ('beta1', 'beta2'):
-    if not 0 <= (value := getattr(optimizer, name)) < 1:
-      raise UserError(f'{key}.{name}={value} must be at least 0 and below 1.')
-  # With 0, a weight without a gradient moves by 0 / 0.
-  if optimizer.epsilon <= 0:
-    raise UserError(f'{key}.epsilon={optimizer.epsilon} must be above 0.')
+    # With 0, a weight without a gradient moves by 0 / 0.
+    if (epsilon := attrgetter(key)(s).epsilon) <= 0:
+      raise UserError(f'config.{key}.epsilon={epsilon} must be above 0.')
 
 
 def _check_date(s: Settings) -> None:

@@ -176,6 +176,7 @@ def test_integers_become_floats():
     ({'runtime.param_dtype': 'float16'}, 'runtime.param_dtype'),
     ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
     ({'sft.optimizer.decayed_weights': 'norms'}, 'is not one of kernels, matrices, all'),
+    ({'ppo.gamma': 1.5}, 'ppo.gamma=1.5 must be from 0 to 1'),
     ({'sft.optimizer.max_grad_norm': -1.0}, 'max_grad_norm=-1.0 must be at least 0'),
     ({'reward.optimizer.min_lr_ratio': 2.0}, 'min_lr_ratio=2.0 must be from 0 to 1'),
     ({'reward.optimizer.beta2': 1.0}, 'beta2=1.0 must be at least 0 and below 1'),

@@ -1,5 +1,7 @@
 """The kinds of normaliser, and which scores each is fitted to."""
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -52,3 +54,23 @@ def test_auto_is_by_granularity():
   assert kinds == ['regression', 'regression', 'scalar']
   with pytest.raises(ValueError, match=r'config.normalizer.kind regression .* use scalar'):
     normalizer.resolve_kind('regression', 'bandit')
+
+
+def test_the_demo_weighs_bins_by_their_scores():
+  """As in the demo: bins of 1,000 scores, and six of one score each from a response of 7 segments.
+
+  With equal weights these six make the line worse than a constant for all other scores.
+  """
+  rng = np.random.default_rng(0)
+  counts = np.array([2, 3, 4, 5]).repeat(1000)
+  segments = [np.arange(1, n + 1) / n for n in (*counts, 7)]
+  position = np.concatenate(segments).astype(np.float32)
+  score = rng.normal(-np.log(position) - 1, 4).astype(np.float32)
+  score[-7:-1] = rng.normal(-8, 1, 6)
+  strays = Statistics(position, score, np.zeros(len(segments), np.float32))
+  weighting = importlib.import_module('configs.ppo').get_config('demo').normalizer.weighting
+  quality = {}
+  for name in ('uniform', weighting):
+    fitted = normalizer.fit('regression', strays, weighting=name)
+    quality[name] = normalizer.fit_quality(strays, fitted, lambda _: None, weighting='count')
+  assert quality['uniform']['r2_mean'] < 0 < 0.8 < quality[weighting]['r2_mean']
