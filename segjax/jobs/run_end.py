@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segjax.report.console import format_duration, log
+from segjax.report.console import format_duration, log, wrap
 from segjax.report.html_report import REPORT_FILE
 from segjax.report.metric_log import METRICS_FILE
 from segjax.run.stage import Stage
@@ -16,7 +16,7 @@ def log_end(headlines: Sequence[str], workdir: Path, seconds: float) -> None:
   """Prints the last of the stages' headlines that is not empty, and where the report is."""
   log('')
   if sentence := next(filter(None, reversed(headlines)), ''):
-    log(f'{sentence[0].upper()}{sentence[1:]}.')
+    log(wrap(f'{sentence[0].upper()}{sentence[1:]}.'))
   log(f'{format_duration(seconds)} in total; the report is {workdir / REPORT_FILE}')
 
 
