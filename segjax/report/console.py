@@ -34,13 +34,13 @@ def log(text: str, stage: str = '') -> None:
   if not processes.is_first():
     return
   if stage:
-    text = wrap(f'{stage:<{_STAGE_WIDTH - 1}} {text}', indent=_STAGE_WIDTH)
+    text = _wrap(f'{stage:<{_STAGE_WIDTH - 1}} {text}', indent=_STAGE_WIDTH)
   tqdm.write(text.replace(NO_BREAK, ' '), file=sys.stdout)
   sys.stdout.flush()
 
 
-def wrap(text: str, indent: int = 0) -> str:
-  """Wraps lines at the width of the terminal, with an indent below the first; in a log file not.
+def _wrap(text: str, indent: int) -> str:
+  """Wraps lines at the width of a terminal, with an indent below the first; not in a log file.
 
   A path stays whole, and so do words that are joined by NO_BREAK.
   """
