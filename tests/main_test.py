@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,10 +231,16 @@ def test_demo_from_nothing(tmp_path):
   done = _segjax('--config=configs/ppo.py', f'--workdir={tmp_path}', *few)
   assert done.returncode == 0, done.stderr
   assert done.stderr == ''  # no warning, no log line
-  assert all(len(line) <= 100 for line in done.stdout.splitlines() if str(tmp_path) not in line)
-  for stage in ('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate'):
+  lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
+  assert all(len(line) <= 100 for line in lines if ' step ' not in line)
+  assert all(len(line) <= 130 for line in lines)
+  for number, stage in enumerate(('demo', 'sft', 'reward', 'normalizer', 'ppo', 'evaluate'), 1):
+    assert f'\nstage {number} of 6: {stage}' in done.stdout
     assert f'{stage:<12}done in' in done.stdout
-    assert f'{stage:<12}100%|' in done.stdout
+    last = 'step 2 of 2: ' if stage in ('sft', 'ppo') else '100%|'  # reward has a bar too
+    assert f'{stage:<12}{last}' in done.stdout
+  assert re.search(r'\nGold reward on held-out prompts .* from ', done.stdout)
+  assert f'in total; the report is {tmp_path}/report.html' in done.stdout.splitlines()[-1]
   results = json.loads((tmp_path / 'results.json').read_text())
   assert list(results) == [
     *('seed', 'wall_seconds', 'gold', 'kl_nats', 'eos_rate', 'length', 'segments'),

@@ -1,11 +1,12 @@
 """What a run prints at its end: in one sentence what it has reached, its time, its report."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from segjax.report.console import format_duration, log
+from segjax.report.console import console_width, format_duration, log
 from segjax.report.html_report import REPORT_FILE
 from segjax.report.metric_log import METRICS_FILE
 from segjax.run.stage import Stage
@@ -16,7 +17,7 @@ def log_end(headlines: Sequence[str], workdir: Path, seconds: float) -> None:
   """Prints the last of the stages' headlines that is not empty, and where the report is."""
   log('')
   if sentence := next(filter(None, reversed(headlines)), ''):
-    log(f'{sentence[0].upper()}{sentence[1:]}.')
+    log(textwrap.fill(f'{sentence[0].upper()}{sentence[1:]}.', console_width()))
   log(f'{format_duration(seconds)} in total; the report is {workdir / REPORT_FILE}')
 
 

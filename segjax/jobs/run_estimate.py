@@ -23,8 +23,9 @@ class RunEstimate:
 
   def begin(self, name: str) -> float | None:
     """Returns about the seconds of a stage that begins and of those after it; None if unknown."""
-    for later in self._from(name):  # earlier stages may have written their rows
-      self._work[later] = count_work(self._stages[later])
+    for later in self._from(name):
+      # What was unknown may be known now: earlier stages write rows.
+      self._work[later] = self._work.get(later) or count_work(self._stages[later])
     return self._scaled(self._from(name), self._seconds)
 
   def record(self, name: str, seconds: float) -> None:

@@ -14,6 +14,8 @@ from segjax import processes
 
 Item = TypeVar('Item')
 
+NO_BREAK = '\N{NO-BREAK SPACE}'  # printed as a space
+
 _STAGE_WIDTH = 12  # columns of the stage's name, which begins each of its lines
 _BAR = '{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
 _NARROW_BAR = '{desc}|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'  # for 80 columns
@@ -32,21 +34,27 @@ def log(text: str, stage: str = '') -> None:
   if not processes.is_first():
     return
   if stage:
-    text = f'{stage:<{_STAGE_WIDTH - 1}} {text}'
-    if sys.stdout.isatty():
-      text = '\n'.join(map(_wrap, text.splitlines()))
-  tqdm.write(text, file=sys.stdout)
+    text = _wrap(f'{stage:<{_STAGE_WIDTH - 1}} {text}', indent=_STAGE_WIDTH)
+  tqdm.write(text.replace(NO_BREAK, ' '), file=sys.stdout)
   sys.stdout.flush()
 
 
-def _wrap(line: str) -> str:
-  width = shutil.get_terminal_size().columns
-  return textwrap.fill(
-    line,
-    width,
-    subsequent_indent=' ' * _STAGE_WIDTH,
-    break_long_words=False,  # a path stays whole
-    break_on_hyphens=False,
+def _wrap(text: str, indent: int) -> str:
+  """Wraps lines at the width of a terminal, with an indent below the first; not in a log file.
+
+  A path stays whole, and so do words that are joined by NO_BREAK.
+  """
+  if not sys.stdout.isatty():
+    return text
+  return '\n'.join(
+    textwrap.fill(
+      line,
+      console_width(),
+      subsequent_indent=' ' * indent,
+      break_long_words=False,
+      break_on_hyphens=False,
+    )
+    for line in text.splitlines()
   )
 
 
@@ -80,6 +88,7 @@ class ProgressBar:
 
   def update(self, done: int, note: str = '') -> None:
     """Moves the bar to `done` of the total and shows a note after it."""
+    note = note.replace(NO_BREAK, ' ')
     self._bar.set_postfix_str(note, refresh=False)
     self._bar.update(done - self._done)
     self._done, self._note = done, note

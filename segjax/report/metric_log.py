@@ -211,11 +211,11 @@ class MetricLog:
       large = [f'{k} {values[k]:.3g}' for k in bounded if k in values]
       reason = f'{", ".join(large) or "loss or gradient norm"} beyond bounds'
     text = (
-      f'step {step}: {reason}, {self._skipped_steps} step(s) in a row '
+      f'step {step + 1}: {reason}, {self._skipped_steps} step(s) in a row '
       f'(config.max_skipped_steps={limit})'
     )
     if self._skipped_steps < limit:
-      log(f'warning: {text}; the update was skipped')
+      log(f'warning: {text}; the update was skipped', self._stage)
       return
     raise TooManySkippedStepsError(
       f'{text}. Lower the learning rate, or check the rows of this step.'

@@ -70,7 +70,7 @@ def _words(text: str, width: int, style: str = '') -> Iterator[_Word]:
 def _fill(words: Sequence[_Word], width: int) -> list[str]:
   """Returns lines of words, at most `width` columns each; line breaks in the text are kept."""
   # https://no-color.org
-  is_coloured = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+  is_coloured = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
   lines, column, space = [''], 0, ''
   for word in words:
     if not word.text.strip():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from segjax.report.console import ProgressBar, log
+from segjax.report.console import NO_BREAK, ProgressBar, log
 
 # Names that the last part of a metric's name does not explain.
 _LABELS = {
@@ -50,7 +50,7 @@ class StepLines:
     self._first = self._first or (done, now)
     shown = format_metrics(values, self._show)
     speed = values.get('perf/tokens_per_second')
-    speed = [] if speed is None else [f'{_in_thousands(speed)} tok/s']
+    speed = [] if speed is None else [f'{_in_thousands(speed)}{NO_BREAK}tok/s']
     self._bar.update(done, ', '.join([*speed, *shown[:2]]))
     if not self._every:
       return
@@ -79,14 +79,14 @@ class StepLines:
     if done in (first, self._bar.total):  # in the first step programs are compiled
       return ''
     left = (self._bar.total - done) * (now - first_at) / (done - first)
-    text = f'{tqdm.format_interval(left)} left'
+    text = f'{tqdm.format_interval(left)}{NO_BREAK}left'
     after = self._seconds_after(now - self._begun + left)
     return f'{text}, whole run about {tqdm.format_interval(left + after)}' if after else text
 
 
 def format_metrics(values: dict[str, float], names: Sequence[str]) -> list[str]:
   """Returns 'label value' of those of the metrics that have a value."""
-  return [f'{_label(name)} {_number(values[name])}' for name in names if name in values]
+  return [f'{_label(name)}{NO_BREAK}{_number(values[name])}' for name in names if name in values]
 
 
 def _number(value: float) -> str:

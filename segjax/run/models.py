@@ -25,6 +25,7 @@ from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
 from segjax.model.precision import stored_dtype
+from segjax.report.console import NO_BREAK
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
@@ -153,12 +154,12 @@ def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
   }
   stats = mesh.local_devices[0].memory_stats() or {}  # none on CPU
   limit = f', of {_memory(stats["bytes_limit"])}' if 'bytes_limit' in stats else ''
-  parts = ', '.join(f'{name} {_memory(size)}' for name, size in sizes.items())
+  parts = ', '.join(f'{name}{NO_BREAK}{_memory(size)}' for name, size in sizes.items())
   log(f'memory per device: {parts}{limit}')
 
 
 def _memory(size: int) -> str:
-  return f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'
+  return f'{size / 2**30:.1f}{NO_BREAK}GiB' if size >= 2**30 else f'{size / 2**20:.1f}{NO_BREAK}MiB'
 
 
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:

@@ -16,6 +16,7 @@ def test_lines_of_a_stage_begin_with_its_name(capsys):
 
 def test_a_line_wider_than_the_terminal_is_wrapped_below_its_text(monkeypatch, capsys):
   monkeypatch.setenv('COLUMNS', '40')
+  whole = f'one{console.NO_BREAK}item,'
   path = '/a/long/path-that-is/kept/in/one/piece.json'
   console.log(f'ab  cd {path} {"word " * 9}', 'sft')
   assert capsys.readouterr().out.count('\n') == 1  # a log file keeps lines whole, for grep
@@ -26,6 +27,11 @@ def test_a_line_wider_than_the_terminal_is_wrapped_below_its_text(monkeypatch, c
     f'            {path}',
     '            word word word word word',
     '            word word word word',
+  ]
+  console.log(f'{whole} ' * 4, 'sft')
+  assert capsys.readouterr().out.splitlines() == [
+    'sft         one item, one item,',
+    '            one item, one item,',
   ]
 
 

@@ -100,7 +100,7 @@ def test_skipped_step_stops_the_run_with_the_state_saved(stage, skipped):
   amounts[skipped] = np.nan
   with pytest.raises(TooManySkippedStepsError) as error:
     _train(stage, amounts)
-  assert f'sft, step {skipped}: loss not finite' in str(error.value)
+  assert f'sft, step {skipped + 1}: loss not finite' in str(error.value)
   assert '\n' not in str(error.value)
   assert f'checkpoints/{_saved_steps(stage)[-1]}' in str(error.value)
   # The state has every finite step; resuming skips the other and repeats none.
