@@ -21,7 +21,7 @@ class StageState:
   Attributes:
     key: its name in config.stages, also its directory.
     name: as a person reads it.
-    state: done, running, stopped or waiting.
+    state: done, running, stopped, starting or waiting.
     note: how long it took, or its step.
     error: the message of the error that stopped it.
     results: its single results by name.
@@ -76,7 +76,7 @@ def stages(
       states.append(StageState(key, name, 'done', note, '', shown, tables))
       continue
     state, note, message = present.get(key, 'stopped'), '', ''
-    if state != 'waiting' and (steps := charts.read_metrics(workdir / key / METRICS_FILE)[0]):
+    if state in ('running', 'stopped') and (steps := charts.read_metrics(workdir / key / METRICS_FILE)[0]):
       note = f'step {steps[-1]:,}{_of_total(record, key)}'
     if state == 'stopped':
       message = error if key in present else runs[key].error if key in runs else ''

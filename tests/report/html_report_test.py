@@ -244,6 +244,10 @@ def test_a_stage_that_waits_does_not_show_what_it_will_replace(workdir):
   html = (workdir / 'report.html').read_text()
   assert stage_states(workdir) == {'PPO': 'running', 'Evaluation': 'waiting'}
   assert 'win rate' not in html.lower() and 'Reward before KL, per response' in html
+  write_stage(workdir, 'ppo', {'seconds': 1.0})
+  page.write()
+  assert stage_states(workdir) == {'PPO': 'done', 'Evaluation': 'starting'}
+  assert 'win rate' not in (workdir / 'report.html').read_text().lower()
 
 
 def test_a_figure_has_one_value_on_the_page(workdir):
