@@ -121,7 +121,7 @@ class Page:
       return {}
     later = self._stages[self._stages.index(self._begun) + 1 :]
     states = dict.fromkeys(later, 'waiting')
-    if 'results' not in summary.load_record(self._workdir, self._begun):
+    if 'results' not in stage_history.load_stage(self._workdir / self._begun):
       states[self._begun] = state
     elif later:
       states[later[0]] = 'starting'

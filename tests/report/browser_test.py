@@ -57,7 +57,12 @@ def report(tmp_path_factory):
   intervals = {'mean': 0.5, 'low': 0.25, 'high': 1.0, 'n': 1234}
   gold = {'gold': intervals, 'score': intervals | {'mean': -123.4567}}
   results = {'before': gold, 'after': gold | {'win_rate_gold': intervals, 'kl_nats': 1.0}}
-  write_lines(workdir / 'evaluate' / 'stage.json', [{'key': {}, 'results': results}])
+  settings = {'settings': {'ppo': {'kl_placement': 'reward'}}}
+  write_lines(workdir / 'evaluate' / 'stage.json', [{'key': settings, 'results': results}])
+  pairs = {'accuracy': intervals, 'length_baseline_accuracy': 0.5, 'margin': 12.5, 'ece': 0.125}
+  pairs = {'subsets': {'long_' * 30: pairs}, 'all': pairs, 'truncated': 0, 'reward_bench': {}}
+  results = {'pairs_read': 1234, 'pairs': pairs, 'counts': {'/long' * 60: {'rows': 1234}}}
+  write_lines(workdir / 'evaluate_reward' / 'stage.json', [{'key': {}, 'results': results}])
   html_report.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
   return workdir / html_report.REPORT_FILE
 
@@ -170,6 +175,7 @@ def test_before_and_after_come_first_side_by_side(tab, report):
   )
   assert right > left
   assert tab.run("document.querySelectorAll('#list .prompt').length") == 1
+  assert 'reward after KL −0.50' in tab.run("document.querySelector('#list .meta').innerText")
 
 
 def test_a_long_response_is_shown_completely_on_request(tab, report):
@@ -202,6 +208,16 @@ def test_the_pointer_and_keys_show_the_values_of_a_chart(tab, report):
   assert tab.run(tip).split('\n')[:3] == ['step 2', 'training prompts', '3.000']
   tab.press('Escape')
   assert tab.run(tip) == ''
+  # A finger leaves the chart when it is lifted: the values stay until another place is touched.
+  touch = f"""(() => {{ const plot = document.querySelector('#stage-ppo .plot');
+    for (const name of ['pointerdown', 'pointerleave'])
+      plot.dispatchEvent(
+        new PointerEvent(name, {{pointerType: 'touch', clientX: {x + width - 3}}}));
+  }})()"""
+  tab.run(touch)
+  assert tab.run(tip).startswith('step 30')
+  tab.run("dispatchEvent(new Event('scroll'))")
+  assert tab.run(tip) == '' and tab.run("document.querySelector('.cursor:not([hidden])')") is None
 
 
 def test_a_page_without_responses_has_values_under_the_pointer(tab, tmp_path):

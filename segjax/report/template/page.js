@@ -196,7 +196,7 @@ class Table {
     };
     const t = row.totals;
     if (isKnown(t.gold)) add('gold', signed(t.gold));
-    if (isKnown(t.reward)) add('reward', signed(t.reward));
+    if (isKnown(t.reward)) add(row.reward, signed(t.reward));
     if (isKnown(t.kl)) add('KL', unsigned(t.kl));
     add('tokens', t.length.toLocaleString('en'));
     if (row.segments.some((segment) => isKnown(segment[1][0]) || isKnown(shownNumber(segment)))) {
