@@ -101,8 +101,8 @@ class Table {
     fillSelect($('model'), [...new Set(rows.map((row) => row.model))].filter(Boolean), 'all');
     fillSelect($('sort'), sorts);
     // Responses to compare come first, as they were logged; without any, the newest.
-    const pair = rows.find((row) => isKnown(row.pair));
-    if (pair) $('step').value = pair.source;
+    const pair = this.items.find((item) => item.length > 1);
+    if (pair) $('step').value = pair[0].source;
     else if (sorts.includes('newest first')) $('sort').value = 'newest first';
     const number = NUMBERS.find(([, k]) => has((r) => r.segments.some((s) => isKnown(s[k]))));
     fillSelect($('colour'), number ? [number[0], 'entropy'] : ['entropy']);
