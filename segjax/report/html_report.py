@@ -100,8 +100,8 @@ class Page:
   def _html(self, state: str) -> str:
     present = self._unfinished(state)
     names = stage_history.stages_in_order(self._workdir, self._stages)
-    # A stage that waits may hold what an earlier command wrote, which this one replaces.
-    ran = [name for name in names if present.get(name) != 'waiting']
+    # A stage that has not begun may hold what an earlier command wrote, which this one replaces.
+    ran = [name for name in names if present.get(name) not in ('starting', 'waiting')]
     runs = stage_history.read(self._workdir)
     return render(
       title=self._workdir.absolute().name,
@@ -119,10 +119,12 @@ class Page:
     """Returns the states of the present command's stages that are not finished."""
     if self._begun not in self._stages:
       return {}
-    index = self._stages.index(self._begun)
-    states = dict.fromkeys(self._stages[index + 1 :], 'waiting')
-    if 'results' not in summary.load_record(self._workdir, self._begun):
+    later = self._stages[self._stages.index(self._begun) + 1 :]
+    states = dict.fromkeys(later, 'waiting')
+    if 'results' not in stage_history.load_stage(self._workdir / self._begun):
       states[self._begun] = state
+    elif later:
+      states[later[0]] = 'starting'
     return states
 
   def _stage_charts(self, name: str) -> charts.Charts:

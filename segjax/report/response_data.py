@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from segjax.report import stage_history
 from segjax.report.metric_names import stage_name
 from segjax.report.response_log import RESPONSES_FILE
 from segjax.storage import scan_json_lines
@@ -67,8 +68,12 @@ def encode(records: Iterable[dict[str, Any]]) -> str:
 
 
 def compress(value: Any) -> str:
-  """Returns base64(gzip(JSON)) of a value, which page.js decodes."""
-  text = json.dumps(value, separators=(',', ':'))
+  """Returns base64(gzip(JSON)) of a value, which page.js decodes; numbers not finite are null."""
+  try:
+    text = json.dumps(value, separators=(',', ':'), allow_nan=False)
+  except ValueError:  # a browser reads no NaN
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    text = json.dumps(finite, separators=(',', ':'))
   return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
@@ -82,6 +87,7 @@ def _compact(record: dict[str, Any]) -> dict[str, Any]:
     'threshold': record.get('threshold'),
     'prompt': [[message['role'], message['content']] for message in record['prompt']],
     'totals': record.get('totals', {}),
+    'reward': record.get('reward_name', 'reward'),
     'segments': [
       [
         segment['tokens'],
@@ -109,7 +115,15 @@ def _group(line: SampleLocation) -> tuple[str, int]:
 
 def _load(lines: Iterable[SampleLocation]) -> Iterator[dict[str, Any]]:
   for path, group in itertools.groupby(lines, key=lambda line: line.path):
+    names = {'stage': stage_name(path.parent.name), 'reward_name': _reward_name(path.parent)}
     with path.open('rb') as file:
       for line in group:
         file.seek(line.offset)
-        yield json.loads(file.read(line.size)) | {'stage': stage_name(path.parent.name)}
+        yield json.loads(file.read(line.size)) | names
+
+
+def _reward_name(directory: Path) -> str:
+  """Returns what the rewards of a stage's responses are, by its settings."""
+  settings = stage_history.load_stage(directory).get('key', {}).get('settings', {})
+  placement = settings.get('ppo', {}).get('kl_placement')
+  return {'reward': 'reward after KL', 'loss': 'reward before KL'}.get(placement, 'reward')

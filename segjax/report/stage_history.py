@@ -1,4 +1,4 @@
-"""Records in config.json of a working directory which command ran each stage, with its config.
+"""Records in config.json which command ran each stage of a working directory, with its config.
 
 The stages are in the order in which they ran. A command adds its own stages and leaves those of
 earlier commands as they are, so that a working directory remembers all of them.
@@ -43,6 +43,15 @@ def read(workdir: Path) -> dict[str, StageRun]:
     return {name: StageRun(**entry) for name, entry in record.items()}
   except (OSError, ValueError, TypeError, AttributeError, RecursionError):
     return {}  # absent, damaged, or of another form: the next stage begins a new one
+
+
+def load_stage(directory: Path) -> dict[str, Any]:
+  """Returns the record of a stage, with its key and, once it is done, its results; {} if none."""
+  try:
+    record = json.loads((directory / STAGE_FILE).read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return record if isinstance(record, dict) else {}
 
 
 def record_start(

@@ -1,7 +1,6 @@
 """Summarises a run for the top of report.html: the state of its stages, key figures, warnings."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ class StageState:
   Attributes:
     key: its name in config.stages, also its directory.
     name: as a person reads it.
-    state: done, running, stopped or waiting.
+    state: done, running, stopped, starting or waiting.
     note: how long it took, or its step.
     error: the message of the error that stopped it.
     results: its single results by name.
@@ -67,7 +66,7 @@ def stages(
   runs, states = stage_history.read(workdir), []
   for key in names:
     name = metric_names.stage_name(key)
-    record = load_record(workdir, key)
+    record = stage_history.load_stage(workdir / key)
     results = record.get('results')
     if key not in present and results is not None:
       tables = tuple(stage_tables.stage_tables(key, results))
@@ -76,7 +75,9 @@ def stages(
       states.append(StageState(key, name, 'done', note, '', shown, tables))
       continue
     state, note, message = present.get(key, 'stopped'), '', ''
-    if state != 'waiting' and (steps := charts.read_metrics(workdir / key / METRICS_FILE)[0]):
+    if state in ('running', 'stopped') and (
+      steps := charts.read_metrics(workdir / key / METRICS_FILE)[0]
+    ):
       note = f'step {steps[-1]:,}{_of_total(record, key)}'
     if state == 'stopped':
       message = error if key in present else runs[key].error if key in runs else ''
@@ -86,7 +87,7 @@ def stages(
 
 def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
   """Returns the key figures of the stages: held-out ones; without an evaluation, PPO's own."""
-  results = {name: load_record(workdir, name).get('results') or {} for name in names}
+  results = {name: stage_history.load_stage(workdir / name).get('results') or {} for name in names}
   figures = list(_evaluation_figures(results.get('evaluate', {})))
   if not figures and 'ppo' in names:
     figures += _training_figures(workdir / 'ppo' / METRICS_FILE)
@@ -99,7 +100,9 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
     figures.append(KeyFigure(label, scope, format_value(accuracy), note))
   if pairs := results.get('evaluate_reward', {}).get('pairs'):
     accuracy = pairs['all']['accuracy']
-    scope = f'{accuracy["n"]:,} pairs of {metric_names.stage_name("evaluate_reward").lower()}'
+    subsets = list(pairs['subsets'])
+    source = subsets[0] if len(subsets) == 1 else f'{len(subsets)} subsets'
+    scope = f'{accuracy["n"]:,} pairs of {source}'
     figures.append(KeyFigure(label, scope, format_value(accuracy['mean']), _interval(accuracy)))
   return figures
 
@@ -131,20 +134,11 @@ def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
   return result
 
 
-def load_record(workdir: Path, stage: str) -> dict[str, Any]:
-  """Returns the stage.json of a stage; {} if there is none."""
-  try:
-    record = json.loads((workdir / stage / stage_history.STAGE_FILE).read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return record if isinstance(record, dict) else {}
-
-
 def _is_of_earlier_policy(workdir: Path, names: Sequence[str]) -> bool:
   """Returns whether PPO began again after its policy was evaluated; `names` are in order."""
   if not {'ppo', 'evaluate'} <= set(names) or names.index('evaluate') > names.index('ppo'):
     return False
-  settings = load_record(workdir, 'evaluate').get('key', {}).get('settings', {})
+  settings = stage_history.load_stage(workdir / 'evaluate').get('key', {}).get('settings', {})
   path = settings.get('policy', {}).get('path', '')
   return path == 'ppo/model' or path.endswith(f'/{workdir.absolute().name}/ppo/model')
 

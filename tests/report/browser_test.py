@@ -1,6 +1,7 @@
 """report.html in Chromium: what it shows, keyboard and mouse, and hostile text."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def report(tmp_path_factory):
   texts = {'before': 'was', 'after': 'is'}
   pair = [response_record(0, text, model, pair=3) for model, text in texts.items()]
   write_lines(workdir / 'evaluate' / 'samples.jsonl', pair)
+  write_lines(workdir / 'answers' / 'stage.json', [{'key': {}, 'results': {'answered': 1}}])
+  answer = response_record(0, 'an answer', 'mine', pair=0)
+  answer['segments'] = [{'text': 'x', 'tokens': ['x'], 'entropy': [None], 'score': None}]
+  answer['segments'][0]['reward'] = None
+  write_lines(workdir / 'answers' / 'samples.jsonl', [answer])
+  os.utime(workdir / 'answers' / 'stage.json', (1, 1))  # before the evaluation
   long_name = 'objective/a_rather_long_name_of_a_metric/of_it'
   lines = [{'step': k, 'objective/reward': 3 * k, long_name: k} for k in range(30)]
   write_lines(workdir / 'ppo' / 'metrics.jsonl', lines)
@@ -57,7 +64,12 @@ def report(tmp_path_factory):
   intervals = {'mean': 0.5, 'low': 0.25, 'high': 1.0, 'n': 1234}
   gold = {'gold': intervals, 'score': intervals | {'mean': -123.4567}}
   results = {'before': gold, 'after': gold | {'win_rate_gold': intervals, 'kl_nats': 1.0}}
-  write_lines(workdir / 'evaluate' / 'stage.json', [{'key': {}, 'results': results}])
+  settings = {'settings': {'ppo': {'kl_placement': 'reward'}}}
+  write_lines(workdir / 'evaluate' / 'stage.json', [{'key': settings, 'results': results}])
+  pairs = {'accuracy': intervals, 'length_baseline_accuracy': 0.5, 'margin': 12.5, 'ece': 0.125}
+  pairs = {'subsets': {'long_' * 30: pairs}, 'all': pairs, 'truncated': 0, 'reward_bench': {}}
+  results = {'pairs_read': 1234, 'pairs': pairs, 'counts': {'/long' * 60: {'rows': 1234}}}
+  write_lines(workdir / 'evaluate_reward' / 'stage.json', [{'key': {}, 'results': results}])
   html_report.Page(workdir, HOSTILE, ['ppo', 'evaluate']).write()
   return workdir / html_report.REPORT_FILE
 
@@ -142,7 +154,7 @@ def test_each_segment_shows_its_number(tab, report):
 
 def test_search_filter_and_sort(tab, report):
   tab.open(report)
-  everything = len(STRANGE) + 3
+  everything = len(STRANGE) + 4
   count = "document.querySelector('#range').textContent"
   choose(tab, 'step', '')
   assert tab.run(count) == f'1–5 of {everything}'
@@ -170,6 +182,7 @@ def test_before_and_after_come_first_side_by_side(tab, report):
   )
   assert right > left
   assert tab.run("document.querySelectorAll('#list .prompt').length") == 1
+  assert 'reward after KL −0.50' in tab.run("document.querySelector('#list .meta').innerText")
 
 
 def test_a_long_response_is_shown_completely_on_request(tab, report):
@@ -202,6 +215,16 @@ def test_the_pointer_and_keys_show_the_values_of_a_chart(tab, report):
   assert tab.run(tip).split('\n')[:3] == ['step 2', 'training prompts', '3.000']
   tab.press('Escape')
   assert tab.run(tip) == ''
+  # A finger leaves the chart when it is lifted: the values stay until another place is touched.
+  touch = f"""(() => {{ const plot = document.querySelector('#stage-ppo .plot');
+    for (const name of ['pointerdown', 'pointerleave'])
+      plot.dispatchEvent(
+        new PointerEvent(name, {{pointerType: 'touch', clientX: {x + width - 3}}}));
+  }})()"""
+  tab.run(touch)
+  assert tab.run(tip).startswith('step 30')
+  tab.run("dispatchEvent(new Event('scroll'))")
+  assert tab.run(tip) == '' and tab.run("document.querySelector('.cursor:not([hidden])')") is None
 
 
 def test_a_page_without_responses_has_values_under_the_pointer(tab, tmp_path):
@@ -214,12 +237,13 @@ def test_a_page_without_responses_has_values_under_the_pointer(tab, tmp_path):
 
 
 @pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
-def test_a_phone_needs_no_horizontal_scroll(tab, report, dark):
-  tab.open(report, width=375, height=700, dark=dark)
+@pytest.mark.parametrize('width', [375, 700, 1200])
+def test_no_width_needs_horizontal_scroll(tab, report, width, dark):
+  tab.open(report, width=width, height=700, dark=dark)
   for control, value in (('step', ''), ('step', 'PPO, step 91'), ('step', 'Evaluation')):
     choose(tab, control, value)
     tab.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
-    assert tab.run('document.documentElement.scrollWidth') <= 375
+    assert tab.run('document.documentElement.scrollWidth') <= width
 
 
 def test_texts_outside_training_show_the_normalised_score(tab, tmp_path):

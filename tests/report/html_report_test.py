@@ -80,6 +80,16 @@ def test_responses_are_selected_evenly_over_steps():
   assert len(response_data.downsample(lines[:4], 250)) == 2  # a truncated group
 
 
+def test_numbers_that_are_not_finite_reach_the_browser_as_null():
+  """A browser parses no NaN: one gold reward would hide all responses."""
+  record = response_record(0)
+  record['totals']['gold'] = float('nan')
+  record['segments'][0]['reward'] = float('inf')
+  (decoded,) = decode_responses(f'id="data">{response_data.encode([record])}</script>')
+  assert decoded['totals']['gold'] is None and decoded['segments'][0][3] is None
+  assert decoded['totals']['kl'] == 0.1
+
+
 def test_a_page_shows_what_the_run_wrote(workdir):
   html_report.Page(workdir, 'configs/ppo.py', ['reward', 'normalizer', 'ppo']).write()
   html = (workdir / 'report.html').read_text()
@@ -244,6 +254,10 @@ def test_a_stage_that_waits_does_not_show_what_it_will_replace(workdir):
   html = (workdir / 'report.html').read_text()
   assert stage_states(workdir) == {'PPO': 'running', 'Evaluation': 'waiting'}
   assert 'win rate' not in html.lower() and 'Reward before KL, per response' in html
+  write_stage(workdir, 'ppo', {'seconds': 1.0})
+  page.write()
+  assert stage_states(workdir) == {'PPO': 'done', 'Evaluation': 'starting'}
+  assert 'win rate' not in (workdir / 'report.html').read_text().lower()
 
 
 def test_a_figure_has_one_value_on_the_page(workdir):

@@ -31,7 +31,9 @@ class Chart {
     plot.append(this.cursor);
     plot.tabIndex = 0;
     for (const name of ['pointermove', 'pointerdown']) plot.addEventListener(name, (event) => this.point(event));
-    for (const name of ['pointerleave', 'blur']) plot.addEventListener(name, () => this.hide());
+    // A finger that is lifted leaves too: its values stay until another place is tapped.
+    plot.addEventListener('pointerleave', (event) => { if (event.pointerType === 'mouse') hideTip(); });
+    plot.addEventListener('blur', hideTip);
     plot.addEventListener('focus', () => { if (plot.matches(':focus-visible')) this.show(this.index); });
     plot.addEventListener('keydown', (event) => this.key(event));
   }
@@ -45,7 +47,7 @@ class Chart {
 
   key(event) {
     const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-    if (event.key === 'Escape') this.hide();
+    if (event.key === 'Escape') hideTip();
     if (move === undefined) return;
     event.preventDefault();
     this.show(Math.max(0, Math.min(this.xs.length - 1, this.index + move)));
@@ -55,6 +57,7 @@ class Chart {
     this.index = index;
     const { box, range, series, x: name } = this.data;
     const x = this.xs[index];
+    hideTip();
     this.cursor.style.left = `${100 * (box[0] + ((x - range[0]) / (range[1] - range[0])) * (box[1] - box[0]))}%`;
     this.cursor.hidden = false;
     const list = make('dl');
@@ -74,13 +77,9 @@ class Chart {
     tip.style.left = `${Math.max(8, right ? at.left + 12 : at.left - size.width - 12)}px`;
     tip.style.top = `${Math.max(4, at.top - 4)}px`;
   }
-
-  hide() {
-    this.cursor.hidden = true;
-    hideTip();
-  }
 }
 
 function listenToCharts(points) {
+  addEventListener('scroll', hideTip, { passive: true });
   for (const plot of document.querySelectorAll('.plot')) new Chart(plot, points[plot.dataset.chart]);
 }

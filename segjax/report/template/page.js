@@ -101,8 +101,8 @@ class Table {
     fillSelect($('model'), [...new Set(rows.map((row) => row.model))].filter(Boolean), 'all');
     fillSelect($('sort'), sorts);
     // Responses to compare come first, as they were logged; without any, the newest.
-    const pair = rows.find((row) => isKnown(row.pair));
-    if (pair) $('step').value = pair.source;
+    const pair = this.items.find((item) => item.length > 1);
+    if (pair) $('step').value = pair[0].source;
     else if (sorts.includes('newest first')) $('sort').value = 'newest first';
     const number = NUMBERS.find(([, k]) => has((r) => r.segments.some((s) => isKnown(s[k]))));
     fillSelect($('colour'), number ? [number[0], 'entropy'] : ['entropy']);
@@ -196,7 +196,7 @@ class Table {
     };
     const t = row.totals;
     if (isKnown(t.gold)) add('gold', signed(t.gold));
-    if (isKnown(t.reward)) add('reward', signed(t.reward));
+    if (isKnown(t.reward)) add(row.reward, signed(t.reward));
     if (isKnown(t.kl)) add('KL', unsigned(t.kl));
     add('tokens', t.length.toLocaleString('en'));
     if (row.segments.some((segment) => isKnown(segment[1][0]) || isKnown(shownNumber(segment)))) {

@@ -41,8 +41,8 @@ function showTip(token) {
   if (isKnown(segment[2])) add('segment score', signed(segment[2], 3));
   if (isKnown(segment[4])) add('normalised segment score', signed(segment[4], 3));
   if (isKnown(segment[3])) {
-    add('segment reward', signed(segment[3], 3));
-    add('reward per token', signed(segment[3] / segment[0].length, 3));
+    add(`segment ${row.reward}`, signed(segment[3], 3));
+    add(`${row.reward}, per token`, signed(segment[3] / segment[0].length, 3));
   }
   tip.replaceChildren(make('div', 'what', escapeHidden(JSON.stringify(segment[0][i]))), list);
   tip.hidden = false;
@@ -56,6 +56,7 @@ function showTip(token) {
 
 function hideTip() {
   $('tip').hidden = true;
+  for (const cursor of document.querySelectorAll('.cursor:not([hidden])')) cursor.hidden = true;
 }
 
 function neighbour(token, key) {
@@ -93,5 +94,4 @@ function listenToTokens() {
     const next = neighbour(token, event.key);
     if (next) { event.preventDefault(); next.focus(); }
   });
-  addEventListener('scroll', hideTip, { passive: true });
 }
