@@ -19,6 +19,7 @@ from segjax.model.mesh import check_batch
 from segjax.report import profiling
 from segjax.report.console import log
 from segjax.report.html_report import Page
+from segjax.report.result_warnings import result_warnings
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
@@ -177,6 +178,8 @@ def run_stage(stage: Stage) -> Results:
   if processes.is_first():
     summary = ''.join(f', {k.replace("_", " ")} {_short(results[k])}' for k in job.summary)
     stage.log(f'done in {results["seconds"]:.1f} s{summary}')
+    for warning in result_warnings(stage.name, results):
+      stage.log(f'warning: {warning}')
     results = stage_record.record_results(stage.directory, key, results, _hash_outputs(stage, job))
   stage.mirror.push_and_wait()
   if processes.is_first():

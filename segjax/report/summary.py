@@ -9,6 +9,7 @@ from typing import Any
 from segjax.report import charts
 from segjax.report.alerts import AlertMonitor
 from segjax.report.metric_log import METRICS_FILE
+from segjax.report.result_warnings import result_warnings
 
 _STAGE_FILE = 'stage.json'
 _MAX_WARNINGS = 5  # per stage; the newest are shown
@@ -76,7 +77,7 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
 
 
 def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
-  """Returns the reasons to doubt the figures: skipped updates and the alerts of `alerts`."""
+  """Returns the reasons to doubt the figures: skipped updates, alerts, results."""
   result = []
   for name in names:
     steps, series = charts.read_metrics(workdir / name / METRICS_FILE)
@@ -92,6 +93,8 @@ def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
       values = {metric: y[index] for metric, y in monitored.items()}
       alerts += [f'{name}, step {step + 1}: {alert}' for alert in monitor.update(values)]
     result += alerts[-_MAX_WARNINGS:]
+    results = _load_json(workdir / name / _STAGE_FILE).get('results') or {}
+    result += [f'{name}: {text}' for text in result_warnings(name, results)]
   return result
 
 
