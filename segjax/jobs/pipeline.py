@@ -21,6 +21,7 @@ from segjax.model.mesh import check_batch
 from segjax.report import profiling, stage_history, wandb_run
 from segjax.report.console import format_duration, log
 from segjax.report.html_report import NoPage, Page
+from segjax.report.result_warnings import result_warnings
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
@@ -231,6 +232,8 @@ def _run_job(stage: Stage, job: Job, loaded: tuple[Any, ...], started: float) ->
   if processes.is_first():
     summary = ''.join(f', {_label(k)} {_short(results[k])}' for k in job.summary)
     stage.log(f'done in {results["seconds"]:.1f} s{summary}')
+    for warning in result_warnings(stage.name, results):
+      stage.log(f'warning: {warning}')
   return results
 
 

@@ -36,6 +36,12 @@ ENTRIES = (
     'flat: check `reward/segment_mean`, raise the learning rate; rises alone: see `eval/*`',
   ),
   Entry(
+    ('objective/reward_std',),
+    'standard deviation of that reward over the responses of a rollout',
+    'well above 0',
+    '0: all responses earn the same; check the reward model or `reward_shaping.reward_fn`',
+  ),
+  Entry(
     ('objective/rlhf_reward', 'objective/non_score_reward'),
     'what PPO maximises: reward minus `kl_coef` · KL; the KL term alone',
     'rises',
@@ -76,6 +82,12 @@ ENTRIES = (
     'large: the normaliser does not fit this policy; run `configs/normalizer.py` again',
   ),
   Entry(
+    ('reward/clipped',),
+    'share of the rewards other than 0 that are larger than `reward_shaping.reward_clip`',
+    'below 0.01',
+    'larger: raise `reward_clip`, or lower `reward_fn_weight` or `reward_model_weight`',
+  ),
+  Entry(
     ('reward/by_position/*',),
     'mean normalised score z of the segments in the k-th tenth of a response',
     'the same for all k at the start',
@@ -100,8 +112,8 @@ ENTRIES = (
     'raise `rollout.max_new_tokens`, or set `reward_shaping.missing_eos_penalty`',
   ),
   Entry(
-    ('segments/per_response', 'segments/length_mean'),
-    'segments of a response; tokens of a segment',
+    ('segments/per_response', 'segments/length_mean', 'segments/one_token'),
+    'segments of a response; tokens of a segment; segments of a response that are one token',
     'several tokens per segment',
     'one segment per response or per token: set `reward.threshold_search`',
   ),
@@ -177,9 +189,14 @@ ENTRIES = (
     'rises: lower the learning rate',
   ),
   Entry(
-    ('reward_model/accuracy', 'reward_model/margin', 'reward_model/segments'),
+    (
+      'reward_model/accuracy',
+      'reward_model/margin',
+      'reward_model/segments',
+      'reward_model/one_token_segments',
+    ),
     'reward model: share of pairs whose chosen response scores higher; mean difference; segments '
-    'of a response',
+    'of a response; those of them that are one token',
     'accuracy 0.65 to 0.8 on human pairs',
     '0.5: check the learning rate, the chat template, and the pairs',
   ),

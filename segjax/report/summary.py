@@ -8,6 +8,7 @@ from typing import Any
 from segjax.report import charts, metric_names, stage_history, stage_tables
 from segjax.report.alerts import AlertMonitor
 from segjax.report.metric_log import METRICS_FILE
+from segjax.report.result_warnings import result_warnings
 from segjax.report.stage_tables import Table, format_value
 
 _MAX_WARNINGS = 5  # per stage; the newest are shown
@@ -108,7 +109,7 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
 
 
 def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
-  """Returns the reasons to doubt the figures: skipped updates and the alerts of `alerts`."""
+  """Returns the reasons to doubt the figures: skipped updates, alerts, results."""
   result = []
   for key in names:
     steps, series = charts.read_metrics(workdir / key / METRICS_FILE)
@@ -126,6 +127,8 @@ def warnings(workdir: Path, names: Sequence[str]) -> list[str]:
       values = {metric: y[index] for metric, y in monitored.items()}
       alerts += [f'{name}, step {step}: {alert}' for alert in monitor.update(values)]
     result += alerts[-_MAX_WARNINGS:]
+    results = stage_history.load_stage(workdir / key).get('results') or {}
+    result += [f'{name}: {text}' for text in result_warnings(key, results)]
   if _is_of_earlier_policy(workdir, names):
     result.append(
       f'{metric_names.stage_name("evaluate")}: PPO ran again since, so the figures before and after'

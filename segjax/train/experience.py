@@ -74,7 +74,7 @@ def make_experience(
     value_mask=value_mask,
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
-  metrics = rollout_metrics(experience, dense, penalty)
+  metrics = rollout_metrics(experience, dense, penalty, recipe)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   return experience, metrics

@@ -13,6 +13,7 @@ from segjax.train import gradient_accumulation
 from segjax.train.metrics import Metrics
 from segjax.train.optimizer import TrainState, apply_update
 from segjax.train.reward_scoring import SegmentScorer, pair_scores
+from segjax.train.rollout_metrics import one_token_segments
 from segjax.types import PackingPlan, PreferenceBatch
 
 
@@ -64,12 +65,17 @@ def reward_step(
     def mean(x):
       return jnp.sum(jnp.where(is_pair, x, 0)) / count
 
+    def mean_per_response(x):
+      return mean(jnp.sum(x.reshape(-1, 2), axis=1)) / 2
+
     metrics = {
       'loss': mean(loss),
       'accuracy': mean(margin > 0),
       'margin': mean(margin),
-      'segments': mean(jnp.sum(segments.num_segments.reshape(-1, 2), axis=1)) / 2,  # per response
+      'segments': mean_per_response(segments.num_segments),
     }
+    if scorer.segmenter.segmentation.granularity == 'segment':
+      metrics['one_token_segments'] = mean_per_response(one_token_segments(segments))
     return mean(loss), Metrics(metrics)
 
   (loss, metrics), grads = gradient_accumulation.value_and_grad(

@@ -7,17 +7,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from segjax.config.settings import PPO
 from segjax.rl.masked import masked_mean, masked_sum
+from segjax.train.recipe import PPORecipe
 from segjax.types import Experience, Rollout, Segments
 
 _NUM_POSITIONS = 10  # relative positions are grouped into tenths of a response
 
 
 def rollout_metrics(
-  experience: Experience, dense: Float[Array, 'B T'], penalty: Float[Array, 'B T']
+  experience: Experience,
+  dense: Float[Array, 'B T'],
+  penalty: Float[Array, 'B T'],
+  recipe: PPORecipe,
 ) -> dict[str, Array]:
   """Returns the metrics of a rollout; those of a response are means over responses.
 
@@ -28,6 +32,7 @@ def rollout_metrics(
     experience: the scored rollout.
     dense: reward of each token before the clip and the KL penalty.
     penalty: KL penalty that was subtracted from each token's reward.
+    recipe: how the responses were segmented and rewarded.
   """
   rollout, mask = experience.rollout, experience.rollout.response_mask
   segments = experience.segments
@@ -40,10 +45,11 @@ def rollout_metrics(
     return jnp.max(jnp.where(mask, jnp.abs(x), 0.0))  # NaN if any is
 
   length = jnp.sum(mask, axis=1).astype(jnp.float32)
-  return {
+  metrics = {
     'objective/reward': sum_per_response(dense),
     'objective/rlhf_reward': sum_per_response(experience.reward),
     'objective/non_score_reward': -sum_per_response(penalty),
+    'objective/reward_std': jnp.std(masked_sum(dense, mask, axis=1)),
     'objective/scores': masked_mean(experience.score, segments.end),
     'objective/kl': sum_per_response(log_ratio),
     'objective/kl_token_max': largest(log_ratio, mask),
@@ -63,6 +69,19 @@ def rollout_metrics(
       experience.value, experience.return_, experience.value_mask
     ),
   }
+  if recipe.segmenter.segmentation.granularity == 'segment':
+    metrics['segments/one_token'] = jnp.mean(one_token_segments(segments).astype(jnp.float32))
+  if clip := recipe.shaping.reward_clip:
+    is_rewarded = mask & (dense != 0)
+    metrics['reward/clipped'] = masked_mean(
+      (jnp.abs(dense) > clip).astype(dense.dtype), is_rewarded
+    )
+  return metrics
+
+
+def one_token_segments(segments: Segments) -> Int[Array, 'B']:
+  """Returns the number of segments of each response that are a single token."""
+  return jnp.sum(segments.start & segments.end, axis=-1)
 
 
 def z_by_position(z: Float[Array, 'B T'], segments: Segments) -> dict[str, Array]:
