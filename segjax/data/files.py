@@ -21,7 +21,7 @@ KINDS = ', '.join(SUFFIXES)
 _SHARD = re.compile(r'(.+)-(\d{5})-of-(\d{5})')
 _SAVED = ('dataset_info.json', 'dataset_dict.json', 'state.json')  # any of them
 _UNCHECKED_BYTES = 64 << 20  # of a parquet file, whose ratio to the file's size does not matter
-_BATCH = 256  # rows of a parquet file decoded at once
+_BATCH = 1024  # rows of a parquet file decoded at once
 
 
 class Opened(NamedTuple):

@@ -210,7 +210,8 @@ def _check_one_line(line: bytes, error: ValueError, stream: BoundedStream) -> No
 
 def _check_object(row: Row, path: Any) -> None:
   """Raises UserError if the only row of a file is an object that holds all rows or columns."""
-  for key, value in row.items():
+  nested = {key: value for key, value in row.items() if isinstance(value, list | dict | str)}
+  for key, value in nested.items() if len(nested) == 1 else ():
     is_rows = isinstance(value, list) and len(value) > 1 and all(isinstance(v, dict) for v in value)
     if is_rows and not any(name in item for item in value for name in ('role', 'from')):
       raise UserError(

@@ -104,7 +104,7 @@ class Rows:
       for remark in row_forms.notes(row):
         if remark not in remarks:
           remarks.add(remark)
-          self._say(f'{location}: {remark}, here and in other rows')
+          self._say(f'{location}: {remark}, here and in all rows')
       yield index, location, item
     if first_error and counts['dropped_bad'] == len(self):
       raise UserError(f'{self.name}: none of its {len(self)} rows can be read; {first_error}')

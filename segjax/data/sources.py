@@ -251,9 +251,12 @@ def _check_unanswered(messages: list[Message], key: str, location: str) -> list[
     raise UserError(
       f'{location}: the prompt in `{key}` is empty or ends in an assistant message; {_REMEDY}.'
     )
-  if messages[-1]['role'] == 'system' and any(_is_answered([message]) for message in messages):
+  last = messages[-1]
+  asks = last['role'] != 'system' and last['content'].strip()
+  if not asks and any(_is_answered([message]) for message in messages):
     raise UserError(
-      f'{location}: the prompt in `{key}` ends in a system message after an answer; {_REMEDY}.'
+      f'{location}: the prompt in `{key}` ends in a system or empty message after an answer, so '
+      f'that it holds the answer; {_REMEDY}.'
     )
   return messages
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from segjax.config.settings import Settings
 from segjax.data.source_list import parse_sources
+from segjax.errors import UserError
 from segjax.plan.programs import JobPlan
 from segjax.run.stage import Stage
 
@@ -47,8 +48,15 @@ class Input:
   is_rows: bool = False
 
   def paths(self, value: str) -> dict[str, str]:
-    """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of several."""
-    paths = [source.path for source in parse_sources(value)] if self.is_list else [value]
+    """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of several.
+
+    Raises:
+      UserError: a pattern in the value matches no file.
+    """
+    try:
+      paths = [source.path for source in parse_sources(value)] if self.is_list else [value]
+    except UserError as error:
+      raise UserError(f'config.{self.key}: {error}') from error
     if len(paths) == 1:
       return {self.key: paths[0]}
     return {f'{self.key}[{number}]': path for number, path in enumerate(paths)}

@@ -2,8 +2,10 @@ import pytest
 from fixtures.tokenizers import assistant, system, user
 
 from segjax.data import row_forms
+from segjax.data.limits import Limits
 from segjax.data.rows import Reading, Rows
 from segjax.data.sources import Pair, as_conversation, as_pair, as_prompt, load_rows
+from segjax.data.tokenize import tokenize_conversations
 
 TURNS = [user('2 + 2?'), assistant('4.')]
 SHAREGPT = [{'from': 'human', 'value': '2 + 2?'}, {'from': 'gpt', 'value': '4.'}]
@@ -110,6 +112,7 @@ def test_unknown_roles_are_refused(role):
     {'prompt': TURNS},
     {'prompt': HH},
     {'messages': [*TURNS, assistant('4, I think.')]},
+    {'messages': [*TURNS, user(' ')]},
   ],
 )
 def test_a_reference_answer_is_not_a_prompt(row):
@@ -178,8 +181,8 @@ def test_other_names_of_roles_are_said_once():
   rows = [{'conversations': SHAREGPT}, {'messages': TURNS}, {'conversations': SHAREGPT}]
   list(Rows(rows, 'f', reading=Reading(log=lines.append)).read(as_conversation, {}))
   assert lines == [
-    "f, row 1: role 'human' is read as user, here and in other rows",
-    "f, row 1: role 'gpt' is read as assistant, here and in other rows",
+    "f, row 1: role 'human' is read as user, here and in all rows",
+    "f, row 1: role 'gpt' is read as assistant, here and in all rows",
   ]
 
 
@@ -212,3 +215,13 @@ def test_real_dialogues(shared_files):
   # The same rows, parsed by another program, which dropped four empty answers.
   clean = load_rows(str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'))
   assert [as_pair(row) for row in clean] == [p for p in pairs if p.chosen and p.rejected]
+
+
+def test_plain_text_is_trained_whole(llama3):
+  bos, stop = llama3.tokenizer.bos_token, llama3.decode(llama3.stop_ids[:1], skip_special=False)
+  rows = Rows([{'text': 'Once.'}, {'text': f'{bos}Once.{stop}'}, {'text': ' '}], 'f')
+  data = tokenize_conversations(rows, llama3, Limits(64, 32))
+  assert data.counts['dropped_empty'] == 1
+  for index in range(2):
+    assert llama3.decode(data.tokens[index], skip_special=False) == f'{bos}Once.{stop}'
+    assert list(data.trained[index]) == [False] + [True] * (len(data.tokens[index]) - 1)
