@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'runtime.frozen_params_memory': ('device', 'host'),
   'runtime.attention': ('auto', *ATTENTION),
   'data.overlong_policy': OVERLONG_POLICIES,
+  'data.bad_rows': ('error', 'drop'),
   'reward_model.normalizer': (
     '',
     'none',
@@ -61,7 +62,7 @@ def _keys(section: str, names: str) -> list[str]:
 _AT_LEAST_0 = (
   'log_every',
   *_keys('data', 'max_rows'),
-  *_keys('sft', 'max_steps micro_batch_size packing_length'),
+  *_keys('sft', 'max_steps micro_batch_size packing_length eval_every'),
   *_keys('reward', 'max_steps micro_batch_size packing_length eval_every'),
   *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
   *_keys('critic', 'warmup_rollouts'),

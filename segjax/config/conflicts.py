@@ -48,6 +48,11 @@ def check_conflicts(s: Settings) -> None:
       f'ppo.holdout_fraction={s.ppo.holdout_fraction} must be set together: '
       'how often held-out prompts are sampled, and the share held out, such as 0.05.'
     )
+  if s.sft.eval_every and not s.sft.holdout_fraction:
+    raise UserError(
+      f'config.sft.eval_every={s.sft.eval_every} needs held-out conversations; set '
+      'config.sft.holdout_fraction to a share such as 0.02.'
+    )
   if s.compat.first_row_attention_mask and s.ppo.packing_length:
     raise UserError(
       'config.compat.first_row_attention_mask masks padded rows, and config.ppo.packing_length '

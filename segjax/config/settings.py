@@ -20,6 +20,7 @@ from segjax.config.training_settings import (
   RolloutSettings,
   Segmentation,
   SegmentationOverrides,
+  StageData,
   ThresholdSearch,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
   'RolloutSettings',
   'Segmentation',
   'SegmentationOverrides',
+  'StageData',
   'ThresholdSearch',
 ]
 
@@ -88,17 +90,34 @@ class Network:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-  """Rows of a local file, a directory or a hub id, and their lengths in tokens."""
+class Columns:
+  """Names that the data have for our columns; empty: our own and those of well-known forms."""
 
-  path: str = ''  # local file, directory or hub id
-  split: str = 'train'  # of a hub dataset
-  max_rows: int = 0  # rows to read; 0: all
+  messages: str = ''  # a conversation: a list of {role, content}
+  prompt: str = ''  # a question, or a list of {role, content}
+  response: str = ''  # the answer to the prompt, for sft
+  chosen: str = ''  # the preferred answer
+  rejected: str = ''  # the other answer
+  chosen_rating: str = ''  # a number
+  rejected_rating: str = ''  # a number
+  system: str = ''  # the system message
+  text: str = ''  # plain text, for sft
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Rows of files, directories or hub ids, and their lengths in tokens."""
+
+  path: str = ''  # file, directory or hub id; several: 'a.jsonl*2,shards/*.jsonl' with weights
+  split: str = 'train'  # of each source; with slices: train[:90%], train[100:200]
+  max_rows: int = 0  # rows to read from the front of each source; 0: all
+  bad_rows: str = 'error'  # rows that cannot be read; drop leaves them out and counts them
   max_length: int = 2048  # of prompt and response, at most the model's positions
   max_prompt_length: int = 1728  # of an overlong prompt after truncation
   overlong_policy: str = 'truncate_left'  # of rows longer than the limits
   chat_template: str = ''  # llama3, chatml, Jinja text or a file; empty: the tokenizer's own
   template_date: str = ''  # ISO date that the template reads; empty: of the run's first start
+  columns: Columns = Columns()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +129,7 @@ class Evaluate:
   gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward, if available
   boundary_fn: str = ''  # 'module:function' of a token's text -> whether a segment ends there
   num_printed: int = 3  # responses printed with their segments
+  data: StageData = StageData()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +148,7 @@ class Answers:
   model_name: str = ''  # in the judge's files; empty: from policy.path
   category_temperatures: bool = False  # FastChat's temperatures for MT-Bench
   batch_size: int = 64  # questions at once
+  data: StageData = StageData()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,14 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageData:
+  """Rows of this stage alone; what is empty is that of config.data."""
+
+  path: str = ''  # sources as in data.path
+  split: str = ''  # of these sources
+
+
+@dataclasses.dataclass(frozen=True)
 class SFT:
   """Supervised fine-tuning on the assistant's turns."""
 
@@ -78,6 +86,9 @@ class SFT:
   packing_length: int = 0  # tokens of a row that several conversations share; 0: one per row
   num_epochs: int = 1  # passes over the rows
   max_steps: int = 0  # if positive, replaces num_epochs
+  holdout_fraction: float = 0.0  # share of the conversations never trained on, for a held-out loss
+  eval_every: int = 0  # steps between evaluations on at most 512 of them; 0: at the end alone
+  data: StageData = StageData()
   optimizer: Optimizer = Optimizer(learning_rate=2e-5)
 
 
@@ -111,6 +122,7 @@ class RewardTraining:
   eval_every: int = 0  # steps between evaluations on at most 512 held-out pairs; 0: none
   margin: float = 0.0  # in the Bradley-Terry loss
   rating_margin_coef: float = 0.0  # times the difference of the pair's ratings, added to margin
+  data: StageData = StageData()
   optimizer: Optimizer = Optimizer(learning_rate=1e-6)
 
 
@@ -123,6 +135,7 @@ class NormalizerFit:
   min_bin_count: int = 1  # scores that a bin must have
   max_pairs: int = 60_000  # pairs to score, both responses of each
   batch_size: int = 64  # pairs
+  data: StageData = StageData()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +202,7 @@ class PPO:
   value_clip_eps: float = 0.2  # 0: no clipping
   loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
   entropy_coef: float = 0.0  # nats of entropy bonus in the loss
+  data: StageData = StageData()
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)
   critic_optimizer: Optimizer = Optimizer(learning_rate=9e-6)
 

@@ -110,10 +110,12 @@ def _check_ranges(s: Settings) -> None:
     raise UserError(
       f'config.reward.holdout_fraction={s.reward.holdout_fraction} must be between 0 and 1.'
     )
-  if not 0 <= s.ppo.holdout_fraction < 1:
-    raise UserError(
-      f'config.ppo.holdout_fraction={s.ppo.holdout_fraction} must be at least 0 and below 1.'
-    )
+  for section in ('sft', 'ppo'):
+    fraction = getattr(s, section).holdout_fraction
+    if not 0 <= fraction < 1:
+      raise UserError(
+        f'config.{section}.holdout_fraction={fraction} must be at least 0 and below 1.'
+      )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   _check_shares(s)

@@ -3,49 +3,57 @@
 Rows are interpreted by `segjax.data.sources`.
 """
 
+import functools
 import gzip
-import json
-from typing import Any
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 
+from segjax.data import json_rows
 from segjax.errors import UserError
-
-Row = dict[str, Any]
-Opened = tuple[Any, str]  # a list of rows or a memory-mapped dataset; its name in errors
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz', '.parquet')
 KINDS = ', '.join(SUFFIXES)
+_SHARD = re.compile(r'(.+)-(\d{5})-of-(\d{5})')
+_SAVED = ('dataset_info.json', 'dataset_dict.json', 'state.json')  # any of them
+_UNCHECKED_BYTES = 64 << 20  # of a parquet file, whose ratio to the file's size does not matter
+_BATCH = 1024  # rows of a parquet file decoded at once
 
 
-def from_directory(path: epath.Path, split: str, limit: int) -> Opened:
-  """Opens a saved dataset, one file per split, or the shards of a downloaded hub repository."""
-  if any((path / name).exists() for name in ('dataset_info.json', 'dataset_dict.json')):
-    return _from_saved(path, split, limit)
-  files = {
-    entry.name.removesuffix(suffix): entry
-    for suffix in SUFFIXES
-    for entry in sorted(path.glob(f'*{suffix}'))
-  }
-  if split in files:
-    return from_file(files[split], limit)
-  if list(path.glob('*-of-*')) or list(path.glob('data/*-of-*')):
-    return from_hub(str(path), split, limit)
-  has = ', '.join(sorted(files)) or f'no {KINDS} file and is not a saved dataset'
-  raise UserError(f'{path}: no split {split!r}; it has {has}.')
+class Opened(NamedTuple):
+  """Rows of a file: a list or a memory-mapped dataset; its name in errors."""
+
+  rows: Any
+  name: str
 
 
-def from_file(path: epath.Path, limit: int) -> Opened:
-  """Opens one file, whose kind is determined by its suffix."""
+# Opens the files of a split; limit (0: none) is the number of rows to read from the front of each.
+Opener = Callable[[int], list[Opened]]
+
+
+def find_splits(path: epath.Path, drop_bad: bool = False) -> dict[str, Opener]:
+  """Returns what opens each split of a file or directory.
+
+  A file is the split 'train' and the one that its name says.
+
+  Args:
+    path: a file or a directory.
+    drop_bad: lines that are not JSON take their places as errors instead of being raised.
+
+  Raises:
+    UserError: the file is of an unknown kind; the directory's files contradict each other.
+  """
+  if path.is_dir():
+    return _find_in_directory(path, drop_bad)
   if not path.name.endswith(SUFFIXES):
     raise UserError(f'{path}: unknown kind of file; provide {KINDS}.')
-  if path.name.endswith('.parquet'):
-    return _from_parquet(path, limit)
-  with path.open('rb') as raw, gzip.open(raw) if path.suffix == '.gz' else raw as stream:
-    try:
-      return _read_json(stream, path, limit), path.name
-    except (EOFError, gzip.BadGzipFile) as error:
-      raise UserError(f'{path}: invalid gzip file: {error}') from error
+  opener = functools.partial(_open_all, [path], drop_bad)
+  shard = _SHARD.fullmatch(_stem(path))
+  return {name: opener for name in ('train', shard[1] if shard else _stem(path))}
 
 
 def from_hub(name: str, split: str, limit: int) -> Opened:
@@ -54,66 +62,141 @@ def from_hub(name: str, split: str, limit: int) -> Opened:
 
   try:
     data = datasets.load_dataset(name, split=split)
-  except (OSError, ValueError) as error:  # OSError covers not found and no connection
-    raise UserError(f'{name}: datasets cannot load split {split!r}: {error}') from error
-  return _front(data, limit), name
+  except Exception as error:  # the library passes on those of its readers and of the network
+    reason = _reason(error)
+    raise UserError(f'{name}: datasets cannot load split {split!r}: {reason}') from error
+  return Opened(_front(data, limit), name)
 
 
-def excerpt(value: Any) -> str:
-  """Returns a value as text of at most 60 characters, for errors."""
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'
+def _find_in_directory(path: epath.Path, drop_bad: bool) -> dict[str, Opener]:
+  """Returns the splits of a saved dataset, or of files named after them, here or in data/."""
+  if any((path / name).exists() for name in _SAVED):
+    return _find_saved(path)
+  names: dict[str, list[epath.Path]] = defaultdict(list)
+  for folder in (path, path / 'data'):
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    for entry in (e for e in entries if e.name.endswith(SUFFIXES)):
+      shard = _SHARD.fullmatch(_stem(entry))
+      names[shard[1] if shard else _stem(entry)].append(entry)
+  for name, entries in names.items():
+    _check_shards(path, name, entries)
+  return {n: functools.partial(_open_all, files, drop_bad) for n, files in names.items()}
 
 
-def _from_saved(path: epath.Path, split: str, limit: int) -> Opened:
+def _check_shards(path: epath.Path, name: str, entries: Sequence[epath.Path]) -> None:
+  """Raises UserError unless files are one split: a single file, or all shards of one number."""
+  shards = [_SHARD.fullmatch(_stem(entry)) for entry in entries]
+  if len(entries) > 1 and (not all(shards) or len({shard[3] for shard in shards}) > 1):
+    listed = ', '.join(entry.name for entry in entries[:4])
+    raise UserError(
+      f'{path}: several files hold the split {name!r}: {listed}; remove all but one, or give the '
+      'path of the file itself.'
+    )
+  if shards[0] and len(entries) != int(shards[0][3]):
+    raise UserError(
+      f'{path}: the split {name!r} has {len(entries)} of {int(shards[0][3])} shards; download the '
+      'others, or give the paths of the files themselves, joined by commas.'
+    )
+
+
+def _open_all(paths: Sequence[epath.Path], drop_bad: bool, limit: int) -> list[Opened]:
+  opened = []
+  for path in paths:
+    is_parquet = path.suffix == '.parquet'
+    rows = _from_parquet(path, limit) if is_parquet else _from_json(path, limit, drop_bad)
+    opened.append(Opened(rows, path.name))
+  return opened
+
+
+def _from_json(path: epath.Path, limit: int, drop_bad: bool) -> list[json_rows.Row | UserError]:
+  is_packed = path.suffix == '.gz'
+  with path.open('rb') as raw, gzip.open(raw) if is_packed else raw as stream:
+    try:
+      bounded = json_rows.BoundedStream(path, stream, raw if is_packed else None)
+      return json_rows.read_rows(bounded, limit, drop_bad)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+      raise UserError(f'{path}: invalid gzip file: {error}') from error
+
+
+def _find_saved(path: epath.Path) -> dict[str, Opener]:
   import datasets
 
-  data = datasets.load_from_disk(str(path))
+  try:
+    data = datasets.load_from_disk(str(path))
+  except Exception as error:  # the library passes on those of its readers
+    raise UserError(f'{path}: datasets cannot load this directory: {_reason(error)}') from error
   if isinstance(data, datasets.DatasetDict):
-    if split not in data:
-      raise UserError(f'{path}: no split {split!r}; it has {", ".join(sorted(data))}.')
-    data = data[split]
-  return _front(data, limit), path.name
+    return {name: functools.partial(_open_saved, data[name], path) for name in data}
+  opener = functools.partial(_open_saved, data, path)
+  return {name: opener for name in ('train', str(data.split or 'train'))}
 
 
-def _from_parquet(path: epath.Path, limit: int) -> Opened:
+def _open_saved(data: Any, path: epath.Path, limit: int) -> list[Opened]:
+  data = _front(data, limit)
+  _validate(data.data, path)
+  return [Opened(data, path.name)]
+
+
+def _from_parquet(path: epath.Path, limit: int) -> Any:
   import datasets
   import pyarrow.parquet
 
+  size = path.stat().length
+  batches, num_bytes, num_rows = [], 0, 0
   with path.open('rb') as stream:
     try:
-      table = pyarrow.parquet.read_table(stream)
-    except pyarrow.ArrowInvalid as error:
-      raise UserError(f'{path}: not a parquet file: {error}') from error
-  data = datasets.Dataset(datasets.table.InMemoryTable(table))
-  return _front(data, limit), path.name
+      file = pyarrow.parquet.ParquetFile(stream)
+      _check_row_groups(file.metadata, path)
+      for batch in file.iter_batches(_BATCH):
+        batches.append(batch)
+        num_bytes += batch.nbytes
+        num_rows += len(batch)
+        if num_bytes > max(_UNCHECKED_BYTES, json_rows.MAX_RATIO * size):
+          raise UserError(json_rows.describe_ratio(path, size, num_bytes))
+        if limit and num_rows >= limit:
+          break
+      # Without metadata: features that `datasets` has stored may need a decoder.
+      schema = file.schema_arrow.remove_metadata()
+      table = pyarrow.Table.from_batches(batches, file.schema_arrow).cast(schema)
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+      raise UserError(f'{path}: not a parquet file: {_reason(error)}') from error
+  _validate(table, path)
+  return _front(datasets.Dataset(datasets.table.InMemoryTable(table)), limit)
+
+
+def _check_row_groups(metadata: Any, path: epath.Path) -> None:
+  """Raises UserError if rows are too large, before any of them is unpacked."""
+  for index in range(metadata.num_row_groups):
+    group = metadata.row_group(index)
+    if group.total_byte_size > max(group.num_rows, 1) * json_rows.MAX_ROW_BYTES:
+      raise UserError(
+        f'{path}: rows longer than {json_rows.MAX_ROW_BYTES >> 20} MiB; no row may be, so shorten '
+        'or remove them.'
+      )
+
+
+def _validate(table: Any, path: epath.Path) -> None:
+  """Raises UserError if texts or offsets of a table are damaged: reading them could crash."""
+  try:
+    (table.table if hasattr(table, 'table') else table).validate(full=True)
+  except Exception as error:
+    raise UserError(f'{path}: the rows are damaged: {_reason(error)}') from error
 
 
 def _front(data: Any, limit: int) -> Any:
   return data.select(range(min(limit, len(data)))) if limit else data
 
 
-def _read_json(stream: Any, path: epath.Path, limit: int) -> list[Row]:
-  """Reads one JSON object per line, without blank lines, or one JSON array of objects."""
-  rows = []
-  for line in stream:
-    if not line.strip():
-      continue
-    if not rows and line.lstrip().startswith(b'['):
-      rows = _parse(line + stream.read(), str(path))[: limit or None]
-      break
-    rows.append(_parse(line, f'{path}, row {len(rows) + 1}'))
-    if len(rows) == limit:
-      break
-  for number, row in enumerate(rows, 1):
-    if not isinstance(row, dict):
-      raise UserError(f'{path}, row {number}: must be a JSON object, not {excerpt(row)}.')
-  return rows
+def _stem(path: epath.Path) -> str:
+  """Returns the name without the suffix of its kind."""
+  suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len)
+  return path.name.removesuffix(suffix)
 
 
-def _parse(text: bytes, location: str) -> Any:
-  try:
-    return json.loads(text)
-  except ValueError as error:
-    line = excerpt(text.decode('utf-8', 'replace'))
-    raise UserError(f'{location}: not JSON: {error}; the line is {line}.') from error
+def _reason(error: BaseException) -> str:
+  """Returns an error's message in one line of at most 300 characters; its class if it has none."""
+  # Its message is always the same.
+  while type(error).__name__ == 'DatasetGenerationError' and error.__cause__:
+    error = error.__cause__
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 300 else text[:297] + '...'

@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from segjax.data.files import Row, excerpt
+from segjax.data.json_rows import Row
 from segjax.data.sources import Rows
-from segjax.errors import UserError
+from segjax.errors import UserError, excerpt
 
 _NAMESPACE = uuid.UUID('b9f0a6f2-54d3-5a55-9e47-0c9f4a3b2d11')  # of answer ids
 

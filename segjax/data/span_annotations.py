@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from segjax.data.files import Row, excerpt
+from segjax.data.json_rows import Row
 from segjax.data.limits import Limits, NoRowsLeftError, describe_counts, pair_lengths
 from segjax.data.sources import Message, Rows, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.errors import UserError
+from segjax.errors import UserError, excerpt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Rows are read by `segjax.data.sources`, tokenized by `segjax.data.tokenizer`, li
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,8 @@ def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits)
 
   Returns:
     A dataset whose `counts` has rows, truncated, dropped_overlong, dropped_identical (always 0
-    here) and dropped_empty; rows that were truncated and then dropped count as dropped only.
+    here), dropped_empty and, if rows could not be read, dropped_bad; rows that were truncated and
+    then dropped count as dropped only.
 
   Raises:
     ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
@@ -83,7 +85,8 @@ def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits)
     return _Written(messages[: next(answers, None)], [[text for text, _ in pieces]], flags)
 
   tokens, trained, group, counts = [], [], [], limits_lib.new_counts(rows)
-  for location, key, (pieces,), flags in _tokenize(rows, tokenizer, as_conversation, write):
+  read = _tokenize(rows, tokenizer, as_conversation, write, counts)
+  for _, location, key, (pieces,), flags in read:
     ids = np.array([i for piece in pieces for i in piece], np.int32)
     mask = np.repeat(np.array(flags, bool), [len(piece) for piece in pieces])
     is_long = len(ids) > limits.max_length
@@ -135,8 +138,9 @@ def tokenize_pairs(
     return _Written(pair.prompt, [[prompt[start:], text] for text in texts], flags, prompt)
 
   pairs, counts = [], limits_lib.new_counts(rows)
-  read = _tokenize(rows, tokenizer, functools.partial(as_pair, ratings=rules.ratings), write)
-  for index, (location, key, sides, (has_words, gap)) in enumerate(read):
+  as_rated_pair = functools.partial(as_pair, ratings=rules.ratings)
+  read = _tokenize(rows, tokenizer, as_rated_pair, write, counts)
+  for index, location, key, sides, (has_words, gap) in read:
     texts = [sides[0][0], *(response for _, response in sides)]
     full = tuple(len(ids) for ids in texts)
     # Of the pair: both sides keep the same prompt, and differ in the response alone.
@@ -203,8 +207,8 @@ def tokenize_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pr
 
   special = tokenizer.special_ids
   tokens, row, group, counts = [], [], [], limits_lib.new_counts(rows)
-  read = _tokenize(rows, tokenizer, as_prompt, write)
-  for index, (location, key, ((ids,),), _) in enumerate(read):
+  read = _tokenize(rows, tokenizer, as_prompt, write, counts)
+  for index, location, key, ((ids,),), _ in read:
     is_long = len(ids) > limits.max_prompt_length
     length = f'a prompt of {len(ids)} tokens'
     if is_long and limits_lib.is_dropped(location, length, limits, counts):
@@ -232,34 +236,43 @@ def _tokenize(
   tokenizer: ChatTokenizer,
   read: Callable[[Row, str], Any],
   write: Callable[[Any], _Written],
-) -> Iterator[tuple[str, int, list[list[list[int]]], Any]]:
+  counts: dict[str, int],
+) -> Iterator[tuple[int, str, int, list[list[list[int]]], Any]]:
   """Reads each row, writes it as texts and tokenizes them in chunks.
 
   Args:
     read: (row, location) -> the row's content.
     write: content -> the row as text.
+    counts: counts rows that cannot be read or written, if these are dropped.
 
   Yields:
-    For each row: (location, key of its prompt, token ids of each piece of each group, flags).
+    For each row: (index, location, key of its prompt, token ids of each piece of each group,
+    flags).
   """
-  chunk, changed = [], ''
-  for index, row in enumerate(rows):
-    location = rows.location(index)
+
+  def convert(row: Row, location: str) -> _Written:
     item = read(row, location)
     try:
-      written = write(item)
+      return write(item)
     except ValueError as error:
       raise UserError(f'{location}: {error}') from error  # only here the row is known
-    chunk.append((location, written))
-    if not changed and written.rendered:
-      changed = template_checks.find_changed_answer(written.prompt, written.rendered)
-      if changed:
-        logging.warning('%s: %s; it is read so in this and any later such row.', location, changed)
-    if len(chunk) == _CHUNK or index == len(rows) - 1:
-      ids = iter(_encode(tokenizer, chunk))
-      for location, written in chunk:
-        yield location, _key(written.prompt), [next(ids) for _ in written.groups], written.flags
-      chunk = []
+
+  converted, changed = rows.read(convert, counts), ''
+  while chunk := list(itertools.islice(converted, _CHUNK)):
+    ids = iter(_encode(tokenizer, [(location, written) for _, location, written in chunk]))
+    for index, location, written in chunk:
+      if not changed and written.rendered:
+        changed = template_checks.find_changed_answer(written.prompt, written.rendered)
+        if changed:
+          text = '%s: %s; it is read so in this and any later such row.'
+          logging.warning(text, location, changed)
+      yield (
+        index,
+        location,
+        _key(written.prompt),
+        [next(ids) for _ in written.groups],
+        written.flags,
+      )
 
 
 def _encode(

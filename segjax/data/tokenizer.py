@@ -17,7 +17,7 @@ from etils import epath
 from segjax.data import chat_template as templates
 from segjax.data import joined_ids, named_templates, template_checks, tokenizer_files
 from segjax.data.embedding_rows import EmbeddingRows, smallest_embedding
-from segjax.data.sources import Message
+from segjax.data.row_forms import PLAIN_TEXT, Message
 from segjax.data.template_checks import TemplateMarks
 from segjax.data.template_clock import fix_date
 from segjax.data.token_texts import token_texts
@@ -122,11 +122,13 @@ class ChatTokenizer:
 
     Messages after the last assistant turn are left out, and text of the template after a stop
     token belongs to the following piece. A turn without words, or one that opens the conversation,
-    does not count as an assistant's.
+    does not count as an assistant's. A text without turns (`PLAIN_TEXT`) is trained as a whole.
 
     Raises:
       ValueError: the template changes earlier turns when a turn is added, or as in `prompt_text`.
     """
+    if messages[0]['role'] == PLAIN_TEXT:
+      return self._plain_pieces(messages[0]['content'])
     for message in messages:
       if message['role'] == 'assistant':
         self.marks.check_answer(message['content'])
@@ -135,6 +137,13 @@ class ChatTokenizer:
     if pieces:
       self._check_messages(messages[:last], ''.join(text for text, _ in pieces))
     return pieces
+
+  def _plain_pieces(self, text: str) -> list[tuple[str, bool]]:
+    """Returns a text without turns, with the BOS of the template and the stop token around it."""
+    bos, stop = self.tokenizer.bos_token, self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
+    has_bos = bos and self.prompt_text([{'role': 'user', 'content': 'Hello'}]).startswith(bos)
+    words = text.removeprefix(bos) if has_bos else text  # the text may have been written with them
+    return [(bos if has_bos else '', False), (words.removesuffix(stop) + stop, bool(text.strip()))]
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, without added special tokens, by one batch call."""

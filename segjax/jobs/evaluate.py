@@ -116,7 +116,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
   limits = inputs.prompt_limits(
     s.data, configs, s.rollout.max_new_tokens, 'rollout.max_new_tokens', stage.log
   )
-  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
   return Collector(
     prompts,

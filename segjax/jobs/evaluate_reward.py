@@ -17,6 +17,7 @@ from segjax.config.settings import Settings
 from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.batches import Pairs
 from segjax.data.limits import describe_counts
+from segjax.data.source_list import parse_sources
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
@@ -32,7 +33,6 @@ from segjax.jobs.job import (
   Job,
   data_input,
   never,
-  split_paths,
 )
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import table
@@ -166,10 +166,14 @@ def _span_figures(
 def load_data(
   settings: Settings, model: LoadedRewardModel, log: Callable[[str], None]
 ) -> EvaluationData:
-  """Reads and tokenises the files to evaluate on, and logs what was truncated and dropped."""
+  """Reads and tokenises the files to evaluate on, and logs what was truncated and dropped.
+
+  Weights of sources are ignored: each pair is judged once.
+  """
   s, pairs_by_file, spans, counts = settings, [], [], {}
-  for path in split_paths(s.evaluate_reward.pairs) or [s.data.path] * bool(s.data.path):
-    rows = load_rows(path, s.data.split, s.data.max_rows)
+  paths = [source.path for source in parse_sources(s.evaluate_reward.pairs or s.data.path)]
+  for path in paths:
+    rows = inputs.load_config_rows(dataclasses.replace(s.data, path=path), log)
     limits = inputs.length_limits(s.data, model.smallest, log)
     pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
     log(f'{path}: {describe_counts(pairs.counts)}, {len(pairs)} pairs judged')

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from segjax.config.settings import Settings
+from segjax.data.source_list import parse_sources
+from segjax.errors import UserError
 from segjax.plan.programs import JobPlan
 from segjax.run.stage import Stage
 
@@ -33,7 +35,7 @@ class Input:
     only_after: a job; if it is not among the earlier stages, only the user's value is used.
     is_required: (settings) -> whether the job cannot run without it.
     keywords: values that are not paths.
-    is_list: the value holds several paths, separated by commas.
+    is_list: the value holds sources as `data.source_list` describes them.
     is_rows: the value names rows, not a checkpoint.
   """
 
@@ -46,15 +48,18 @@ class Input:
   is_rows: bool = False
 
   def paths(self, value: str) -> dict[str, str]:
-    """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of a list."""
-    if not self.is_list:
-      return {self.key: value}
-    return {f'{self.key}[{number}]': path for number, path in enumerate(split_paths(value))}
+    """Returns the paths of a value by name: `key`, or `key[0]`, `key[1]`, ... of several.
 
-
-def split_paths(value: str) -> list[str]:
-  """Returns the paths of a list separated by commas."""
-  return [path.strip() for path in value.split(',') if path.strip()]
+    Raises:
+      UserError: a pattern in the value matches no file.
+    """
+    try:
+      paths = [source.path for source in parse_sources(value)] if self.is_list else [value]
+    except UserError as error:
+      raise UserError(f'config.{self.key}: {error}') from error
+    if len(paths) == 1:
+      return {self.key: paths[0]}
+    return {f'{self.key}[{number}]': path for number, path in enumerate(paths)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,4 +132,4 @@ OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_rewa
 def data_input(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:
   """Returns the input of rows: config.data.path, or these rows of the built-in language."""
   sources = ('config.data.path', f'demo/rows/{rows}.jsonl.gz')
-  return Input('data.path', sources, is_required=is_required, is_rows=True)
+  return Input('data.path', sources, is_required=is_required, is_list=True, is_rows=True)

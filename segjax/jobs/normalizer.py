@@ -131,7 +131,7 @@ def _load_pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> 
   """Loads the pairs of config.data, at most config.normalizer.max_pairs, drawn at random."""
   s = stage.settings
   limits = inputs.length_limits(s.data, config, stage.log)
-  rows = inputs.load_config_rows(s.data)
+  rows = inputs.load_config_rows(s.data, stage.log)
   pairs = tokenize_pairs(rows, tokenizer, limits, inputs.pair_rules(s.compat))
   if len(pairs) > s.normalizer.max_pairs:
     pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))

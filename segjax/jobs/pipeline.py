@@ -159,6 +159,7 @@ def missing_keys(stage: Stage) -> list[str]:
 
 def connect_stage(job: Job, settings: Settings, workdir: Path) -> Settings:
   """Returns the settings of a stage, with the paths of what earlier stages write."""
+  settings = inputs.with_stage_data(settings, job.name)
   earlier = _earlier_stages(job.name, settings)
   values = {}
   for item in job.inputs:

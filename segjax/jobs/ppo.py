@@ -165,7 +165,7 @@ def _load_prompts(
   s = stage.settings
   key = 'rollout.max_new_tokens'
   limits = inputs.prompt_limits(s.data, configs, s.rollout.max_new_tokens, key, stage.log)
-  prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
   return prompts
 

@@ -198,7 +198,7 @@ def with_calibrated_threshold(
 def _load_pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
   s = stage.settings
   pairs = tokenize_pairs(
-    inputs.load_config_rows(s.data),
+    inputs.load_config_rows(s.data, stage.log),
     tokenizer,
     inputs.length_limits(s.data, config, stage.log),
     inputs.pair_rules(s.compat, ratings=s.reward.rating_margin_coef > 0),

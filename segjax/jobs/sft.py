@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segjax.data.batches import Conversations, batch_indices
+import numpy as np
+
+from segjax import processes
+from segjax.data.batches import (
+  Conversations,
+  batch_indices,
+  eval_batches,
+  select,
+  split_holdout,
+)
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf.writer import save_checkpoint
@@ -15,8 +24,9 @@ from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.optimizer import init_state
-from segjax.train.sft_step import sft_step
+from segjax.train.sft_step import sft_step, sft_sums
 
+_MAX_EVAL_ROWS = 512  # held-out conversations of an evaluation during training
 SHOW = ('sft/loss', 'sft/entropy')  # next to the progress bar and in the model card's curves
 
 
@@ -37,7 +47,7 @@ def load(stage: Stage) -> Loaded:
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   tokenizer = tokenizer.for_networks({'policy': config})
   limits = inputs.length_limits(s.data, config, stage.log)
-  dataset = tokenize_conversations(inputs.load_config_rows(s.data), tokenizer, limits)
+  dataset = tokenize_conversations(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(dataset, stage.log)
   return Loaded(source, config, tokenizer, dataset)
 
@@ -46,33 +56,56 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """Trains config.policy.path on config.data.path; writes `model/`.
 
   Returns:
-    steps, loss (nats per token, of the last step), rows.
+    steps, rows trained on, loss (nats per token, of the last step); with held-out conversations
+    held_out_rows and held_out_loss.
   """
   s = stage.settings
   source, config, tokenizer, dataset = loaded
-  num_steps = training_loop.count_steps(s.sft, len(dataset), 'sft')
+  train_set, held_out = split_holdout(dataset, s.sft.holdout_fraction, s.seed)
+  eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_ROWS)))
+  num_steps = training_loop.count_steps(s.sft, len(train_set), 'sft')
   params = models.load_params(source, config, 'language', s.runtime, stage.mesh, trained=True)
 
   def step_fn(states, step):
-    rows = batch_indices(len(dataset), s.sft.batch_size, s.seed, step)
-    lengths = dataset.tokens.lengths(rows)
+    rows = batch_indices(len(train_set), s.sft.batch_size, s.seed, step)
+    lengths = train_set.tokens.lengths(rows)
     packing, efficiency = training_loop.plan_packing_for(s.sft, lengths)
-    batch = dataset.gather(rows, stage.to_device)
+    batch = train_set.gather(rows, stage.to_device)
     state, metrics = sft_step(
       states['policy'], batch, packing, config=config, settings=s.sft, total_steps=num_steps
     )
     metrics = training_loop.prefix_metrics('sft', metrics)
+    if s.sft.eval_every and (step + 1) % s.sft.eval_every == 0:
+      evaluated = _evaluate(stage, state.params, eval_subset, config)
+      metrics |= training_loop.prefix_metrics('eval', evaluated)
     return {'policy': state}, metrics | efficiency | throughput.update(lengths, config, 'language')
 
   states = {'policy': init_state(params, s.sft.optimizer, num_steps, stage.key('rounding'))}
   models.log_memory(states, stage.mesh, stage.log)
   states, last = training_loop.train(stage, states, step_fn, num_steps, SHOW)
+  results = {'loss': last.get('sft/loss')}
+  if len(held_out):
+    results['held_out_rows'] = len(held_out)
+    results['held_out_loss'] = _evaluate(stage, states['policy'].params, held_out, config)['loss']
+    stage.log(f'loss on {len(held_out)} held-out rows {results["held_out_loss"]:.3f}')
   card = provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW)
   params = states['policy'].params
   save_checkpoint(
     stage.model_directory, params, config, 'language', source=source, card=card, tokenizer=tokenizer
   )
-  return {'steps': num_steps, 'loss': last.get('sft/loss'), 'rows': len(dataset)}
+  return {'steps': num_steps, 'rows': len(train_set)} | results
+
+
+def _evaluate(
+  stage: Stage, params: Any, held_out: Conversations, config: LlamaConfig
+) -> dict[str, float]:
+  """Returns loss and entropy on held-out conversations, nats per token."""
+  totals: dict[str, float] = {'loss': 0.0, 'entropy': 0.0, 'tokens': 0.0}
+  for rows, num_real in eval_batches(len(held_out), stage.settings.sft.batch_size):
+    batch = held_out.gather(rows, stage.to_device)
+    sums = processes.to_host(sft_sums(params, batch, np.int32(num_real), config=config))
+    totals = {name: total + float(sums[name]) for name, total in totals.items()}
+  return {name: totals[name] / totals['tokens'] for name in ('loss', 'entropy')}
 
 
 JOB = Job(

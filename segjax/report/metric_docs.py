@@ -171,10 +171,17 @@ ENTRIES = (
     'falls: the reward model is exploited; use `checkpoint.best_metric=eval/reward`',
   ),
   Entry(
-    ('eval/accuracy', 'eval/loss', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
+    ('eval/accuracy', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
     'reward model on held-out pairs, every `reward.eval_every` steps',
     'accuracy above length_baseline_accuracy',
     'falls while reward_model/accuracy rises: fewer epochs',
+  ),
+  Entry(
+    ('eval/loss', 'eval/entropy'),
+    'the same as in training on held-out rows, every `reward.eval_every` or `sft.eval_every` '
+    'steps: Bradley-Terry loss, or cross-entropy and entropy',
+    'falls with the training loss',
+    'rises while the training loss falls: fewer epochs',
   ),
   Entry(
     ('sft/loss', 'sft/entropy'),

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from segjax.config.settings import Compat, Data
+from segjax.config.settings import Compat, Data, Settings, replace
 from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
-from segjax.data.sources import Rows, is_hub_id, load_rows
+from segjax.data.rows import Reading, Rows
+from segjax.data.sources import is_hub_id, load_rows
 from segjax.data.tokenize import PairRules
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, first_line
@@ -115,9 +116,23 @@ def log_other_template(
     )
 
 
-def load_config_rows(data: Data) -> Rows:
-  """Loads the rows of config.data."""
-  return load_rows(data.path, data.split, data.max_rows)
+def with_stage_data(settings: Settings, stage: str) -> Settings:
+  """Returns the settings with the path and split of config.STAGE.data in those of config.data."""
+  own = getattr(getattr(settings, stage, None), 'data', None)
+  values = {f'data.{key}': value for key, value in (vars(own) if own else {}).items() if value}
+  return replace(settings, **values)
+
+
+def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Rows:
+  """Loads the rows of config.data.
+
+  Args:
+    data: config.data.
+    log: called with a line of text if roles are renamed or rows dropped, while the rows are read.
+  """
+  columns = {ours: theirs for ours, theirs in vars(data.columns).items() if theirs}
+  reading = Reading(columns, drop_bad=data.bad_rows == 'drop', log=log)
+  return load_rows(data.path, data.split, data.max_rows, reading)
 
 
 def length_limits(data: Data, config: LlamaConfig, log: Callable[[str], None]) -> Limits:

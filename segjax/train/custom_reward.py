@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from segjax.data.files import excerpt
 from segjax.data.token_texts import token_texts
-from segjax.errors import UserError, first_line
+from segjax.errors import UserError, excerpt, first_line
 
 _LARGEST = float(np.finfo(np.float32).max)
 _VALID = 'a finite number, a list of one per token, or a list of (end, number).'

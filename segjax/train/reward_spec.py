@@ -20,9 +20,8 @@ from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.conflicts import check_normalizer, check_segmentation
 from segjax.config.field_checks import check_choice, check_minimum, typed
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
-from segjax.data.files import excerpt
 from segjax.data.tokenizer_files import tokenizer_fingerprint
-from segjax.errors import UserError
+from segjax.errors import UserError, excerpt
 from segjax.rl.normalizer import KINDS, PUBLISHED
 from segjax.storage import write_text_atomically
 from segjax.types import Normalizer

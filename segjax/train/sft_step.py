@@ -4,7 +4,8 @@ import functools
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from segjax.config.settings import SFT
 from segjax.data.batches import TokenBatch
@@ -40,6 +41,20 @@ def sft_loss(
   logprob, entropy = run_packed(token_logprobs, params, batch.ids, config, slots)
   loss = cross_entropy(logprob, mask, count=count)
   return loss, Metrics({'loss': loss, 'entropy': batch_mean(entropy, mask, 'token', count=count)})
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def sft_sums(
+  params: Any, batch: TokenBatch, num_real: Int[Array, ''], *, config: LlamaConfig
+) -> dict[str, Float[Array, '']]:
+  """Returns sums over the masked tokens of the first `num_real` rows, and their number, `tokens`.
+
+  `loss` is the sum of -log π(ids_t | ids_<t), `entropy` that of the entropies, both in nats.
+  """
+  mask = batch.mask & (jnp.arange(len(batch.mask)) < num_real)[:, None]
+  logprob, entropy = token_logprobs(params, batch.ids, config)
+  sums = {'loss': -logprob, 'entropy': entropy, 'tokens': jnp.ones_like(logprob)}
+  return {name: jnp.sum(value, where=mask) for name, value in sums.items()}
 
 
 @functools.partial(

@@ -290,7 +290,7 @@ BAD = {
     '`messages` is empty or ends in an assistant message',
   ),
   'number': (as_pair, {'prompt': 'a', 'chosen': 1, 'rejected': 'b'}, 'no `chosen` message list'),
-  'no_messages': (as_conversation, {'text': 'a'}, 'no `messages` and no `chosen`.*keys are text'),
+  'no_messages': (as_conversation, {'body': 'a'}, 'no `messages` and no `chosen`.*keys are body'),
   'empty_messages': (as_conversation, {'messages': []}, 'non-empty list'),
   'strings': (as_conversation, {'messages': ['a']}, "message 1 of `messages` must be.*not 'a'"),
   'no_content': (
@@ -303,7 +303,7 @@ BAD = {
     {'messages': [{'role': 'user', 'content': [{'type': 'text'}]}]},
     'content: string',
   ),
-  'prompt_missing': (as_prompt, {'question': 'a'}, 'no prompt in.*keys are question'),
+  'prompt_missing': (as_prompt, {'text': 'a'}, 'no prompt in.*keys are text'),
   'prompt_number': (as_prompt, {'prompt': 3}, '`prompt` must be a non-empty list'),
   'only_answer': (as_prompt, {'messages': [assistant('a')]}, '`messages` is empty or ends'),
 }

@@ -53,7 +53,7 @@ GOOD = {'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected
     ('reward', [GOOD, {'chosen': 'x'}], 'rows.jsonl.gz, row 2: no prompt in .* keys are chosen'),
     ('reward', [GOOD, GOOD, {'prompt': 'x', 'chosen': 'y'}], 'row 3: no `rejected`'),
     ('reward', [{'prompt': 'x', 'rejected': 'y'}], 'row 1: no `chosen`'),
-    ('sft', [{'text': 'x'}], 'row 1: no `messages` and no `chosen`; its keys are text'),
+    ('sft', [{'body': 'x'}], 'row 1: no `messages` and no `chosen`.*its keys are body'),
     ('sft', [{'messages': 'x'}], 'row 1: `messages` must be a non-empty list'),
     ('sft', [{'messages': [{'role': 'user'}]}], 'row 1: message 1 of `messages` must be'),
   ],

@@ -9,7 +9,7 @@ from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
 from segjax.data.batches import TokenBatch
-from segjax.train.sft_step import sft_step
+from segjax.train.sft_step import sft_step, sft_sums
 
 
 def step(state, ids, mask, settings=training.FINE_TUNING):
@@ -74,3 +74,15 @@ def test_non_finite_batch_changes_nothing(value):
   assert int(state.step) == 1
   moved = np.asarray(state.params['lm_head']['kernel']) - before.params['lm_head']['kernel']
   assert np.linalg.norm(moved) > 0
+
+
+def test_sums_of_the_rows_that_are_real():
+  ids, mask = training.conversations()
+  params = models.params(models.CONFIG)
+  logprob, entropy = models.token_logprobs(params, ids, models.CONFIG)
+  batch = TokenBatch(jnp.asarray(ids), jnp.asarray(mask))
+  real = np.asarray(mask)[:3]
+  sums = sft_sums(params, batch, np.int32(3), config=models.CONFIG)
+  assert sums['tokens'] == real.sum()
+  assert_allclose(sums['loss'], -np.sum(np.asarray(logprob)[:3][real]), rtol=1e-5)  # float32
+  assert_allclose(sums['entropy'], np.sum(np.asarray(entropy)[:3][real]), rtol=1e-5)

@@ -1,0 +1,225 @@
+"""Reads messages, prompts and answers in the forms that data sets of other projects have.
+
+A message is {role, content} or, as in ShareGPT, {from, value}. A prompt is a list of messages or
+one of the keys in `_QUESTIONS`; its answer is one of the keys in `ANSWERS`. Texts of Anthropic's HH
+hold a whole conversation. `segjax.data.sources` decides which of them a job reads.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from segjax.data.json_rows import Row
+from segjax.errors import UserError, excerpt
+
+Message = dict[str, str]
+
+ROLES = ('system', 'user', 'assistant', 'tool')
+PLAIN_TEXT = 'text'  # role of the single message of a row that is text without a conversation
+_ALIASES = {
+  **dict.fromkeys(('human', 'prompter', 'customer'), 'user'),
+  **dict.fromkeys(('gpt', 'bot', 'model', 'ai', 'chatbot', 'chatgpt', 'bing', 'bard'), 'assistant'),
+  **dict.fromkeys(('function', 'observation', 'ipython'), 'tool'),
+  'developer': 'system',
+}
+CONVERSATIONS = ('messages', 'conversations', 'context_messages')
+_QUESTIONS = ('question', 'query', 'instruction')
+ANSWERS = ('completion', 'response', 'output', 'answer')
+PROMPTS = (*CONVERSATIONS, 'prompt', *_QUESTIONS)  # keys that may hold a prompt
+_SIDES = ('chosen', 'rejected')
+# Keys that compete with each other: where a setting names the column of one, the others are left
+# out of the row.
+_COMPETING = (
+  (*PROMPTS, PLAIN_TEXT),
+  ANSWERS,
+)
+_HH_TURN = re.compile(r'\n\n(Human|Assistant):')
+_HH_ROLES = {'Human': 'user', 'Assistant': 'assistant'}
+
+
+def notes(row: Row) -> Iterator[str]:
+  """Yields a sentence for each name of a role in the row that is read as another one."""
+  for key in (*CONVERSATIONS, 'prompt', *_SIDES):
+    value = row.get(key)
+    for message in value if isinstance(value, list) else [value]:
+      if isinstance(message, dict):
+        role = message.get('role', message.get('from'))
+        if isinstance(role, str) and role not in ROLES and role.lower() in (*ROLES, *_ALIASES):
+          yield f'role {role!r} is read as {_ALIASES.get(role.lower(), role.lower())}'
+
+
+def with_columns(row: Row, columns: Mapping[str, str], location: str) -> Row:
+  """Returns the row with its columns under our names: {ours: theirs}.
+
+  Keys of the row that compete with a renamed column are left out.
+
+  Raises:
+    UserError: the row has neither of the two names.
+  """
+  if not columns:
+    return row
+  for ours, theirs in columns.items():
+    if theirs not in row and ours not in row:
+      raise UserError(
+        f'{location}: data.columns.{ours}={theirs!r}, but there is no such column; '
+        f'{describe_keys(row)}.'
+      )
+  left_out = {key for group in _COMPETING if columns.keys() & set(group) for key in group}
+  renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+  return {k: v for k, v in row.items() if k not in left_out - columns.keys()} | renamed
+
+
+def read_messages(value: Any, key: str, location: str) -> list[Message]:
+  """Returns a non-empty list of {role, content}, with standard roles and without other keys."""
+  value = _rows_of_columns(value)
+  if isinstance(value, dict):
+    raise UserError(
+      f'{location}: `{key}` is one object, {excerpt(value)}, in place of a list of messages; '
+      'write it in brackets: [{role, content}, ...].'
+    )
+  if not isinstance(value, list) or not value:
+    raise UserError(
+      f'{location}: `{key}` must be a non-empty list of {{role, content}}, not {excerpt(value)}.'
+    )
+  return [_message(item, f'message {i} of `{key}`', location) for i, item in enumerate(value, 1)]
+
+
+def read_text(text: str, name: str, location: str) -> str:
+  """Returns the text; raises UserError if it holds half of a character."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{location}: {name} has half of a character, \\u{ord(text[error.start]):04x}, at position '
+      f'{error.start}; write the whole character, or leave such rows out by data.bad_rows=drop.'
+    ) from error
+  return text
+
+
+def read_dialogue(text: Any) -> list[Message] | None:
+  """Returns the turns of a text '\\n\\nHuman: ...\\n\\nAssistant: ...'; None of other texts."""
+  if not isinstance(text, str) or not text.lstrip().startswith('Human:'):
+    return None
+  _, *pieces = _HH_TURN.split('\n\n' + text.lstrip())
+  if 'Assistant' not in pieces[::2]:
+    return None
+  return [
+    {'role': _HH_ROLES[name], 'content': words.strip()}
+    for name, words in zip(pieces[::2], pieces[1::2], strict=True)
+  ]
+
+
+def find_conversation(row: Row, location: str) -> tuple[list[Message], str] | None:
+  """Returns (messages, key) of the first key that holds a conversation; None without any."""
+  for key in CONVERSATIONS:
+    value = row.get(key)
+    if isinstance(value, str):
+      return _from_string(value, key, location), key
+    if value is not None:
+      messages = read_messages(value, key, location)
+      return [*(_system(row, location) if key != 'messages' else []), *messages], key
+  return None
+
+
+def find_question(row: Row, location: str) -> tuple[list[Message], str] | None:
+  """Returns (messages, key) of a prompt without its answer; None if the row has none."""
+  value = row.get('prompt')
+  if isinstance(value, str):
+    return [*_system(row, location), *_from_string(value, 'prompt', location)], 'prompt'
+  if value is not None:
+    return read_messages(value, 'prompt', location), 'prompt'
+  for key in _QUESTIONS:
+    if isinstance(row.get(key), str):
+      text = read_text(row[key], f'`{key}`', location)
+      more = row.get('input') if key == 'instruction' else None
+      if isinstance(more, str) and more.strip():
+        text = f'{text}\n\n{read_text(more, "`input`", location)}'
+      earlier = [*_system(row, location), *_history(row.get('history'), location)]
+      return [*earlier, {'role': 'user', 'content': text}], key
+  return None
+
+
+def find_answer(row: Row, location: str) -> str | None:
+  """Returns the answer to `find_question`, a string or a list of one message; None without any."""
+  for key in ANSWERS:
+    value = row.get(key)
+    if isinstance(value, str):
+      return read_text(value, f'`{key}`', location)
+    if isinstance(value, list):
+      messages = read_messages(value, key, location)
+      if len(messages) != 1 or messages[0]['role'] != 'assistant':
+        raise UserError(
+          f'{location}: `{key}` must be a string or a list of one message by the assistant, not '
+          f'{excerpt(value)}; write longer conversations in `messages`.'
+        )
+      return messages[0]['content']
+  return None
+
+
+def describe_keys(row: Row) -> str:
+  """Returns the keys of a row that are not null, for errors."""
+  keys = [key for key, value in row.items() if value is not None]
+  more = f' and {len(keys) - 20} more' if len(keys) > 20 else ''
+  return f'its keys are {", ".join(key[:40] for key in keys[:20]) or "(none)"}{more}'
+
+
+def _from_string(text: str, key: str, location: str) -> list[Message]:
+  text = read_text(text, f'`{key}`', location)
+  turns = read_dialogue(text) or [{'role': 'user', 'content': text}]
+  # The assistant's last turn, without words, opens the answer.
+  return turns[:-1] if turns[-1] == {'role': 'assistant', 'content': ''} else turns
+
+
+def _message(message: Any, name: str, location: str) -> Message:
+  if isinstance(message, dict):
+    keys = ('from', 'value') if 'role' not in message and 'from' in message else ('role', 'content')
+    role, content = (message.get(key) for key in keys)
+    if isinstance(role, str) and isinstance(content, str):
+      content = read_text(content, name, location)
+      return {'role': _standard_role(role, name, location), 'content': content}
+  raise UserError(
+    f'{location}: {name} must be {{role: string, content: string}}, not {excerpt(message)}.'
+  )
+
+
+def _standard_role(role: str, name: str, location: str) -> str:
+  lower = role.lower()
+  if lower in ROLES:
+    return lower
+  if lower not in _ALIASES:
+    raise UserError(
+      f'{location}: {name} has the role {excerpt(role)}; use one of {", ".join(ROLES)} (known '
+      f'other names: {", ".join(_ALIASES)}).'
+    )
+  return _ALIASES[lower]
+
+
+def _system(row: Row, location: str) -> list[Message]:
+  """Returns the message of a `system` column, as a list."""
+  text = row.get('system')
+  if not isinstance(text, str) or not text.strip():
+    return []
+  return [{'role': 'system', 'content': read_text(text, '`system`', location)}]
+
+
+def _history(value: Any, location: str) -> list[Message]:
+  """Returns earlier turns of a `history` column, a list of [question, answer]."""
+  turns = []
+  for pair in value or []:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, str) for x in pair):
+      raise UserError(
+        f'{location}: `history` must be a list of [question, answer], not {excerpt(value)}.'
+      )
+    texts = [read_text(text, '`history`', location) for text in pair]
+    turns += [{'role': r, 'content': t} for r, t in zip(('user', 'assistant'), texts, strict=True)]
+  return turns
+
+
+def _rows_of_columns(value: Any) -> Any:
+  """Returns {role: [...], content: [...]}, as `datasets` may read messages, as a list of them."""
+  if not isinstance(value, dict):
+    return value
+  columns = [column for column in value.values() if isinstance(column, list)]
+  if not columns or len(columns) != len(value) or len({len(column) for column in columns}) > 1:
+    return value
+  return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]

@@ -1,0 +1,175 @@
+"""Sequences of rows of one source or of several, which know where each row comes from.
+
+Rows are loaded by `segjax.data.sources`. Locations in errors count rows from 1.
+"""
+
+import dataclasses
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from segjax.data import row_forms
+from segjax.data.json_rows import Row
+from segjax.errors import UserError, first_line
+
+Item = TypeVar('Item')
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How rows are read.
+
+  Attributes:
+    columns: {our name: the data's name} of columns that are renamed.
+    drop_bad: rows that cannot be read are left out; else they raise.
+    log: called with a line of text, once for each remark on the rows.
+  """
+
+  columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  drop_bad: bool = False
+  log: Callable[[str], None] | None = None
+
+
+AS_THEY_ARE = Reading()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """A sequence of dicts with the name of its source.
+
+  Attributes:
+    rows: a list of dicts, or a memory-mapped `datasets.Dataset`; with `reading.drop_bad`, a line
+      that is not a row has its error in its place.
+    name: name of the source in errors.
+    first: number of the first row in its source, from 0.
+    reading: how they are read.
+  """
+
+  rows: Any
+  name: str
+  first: int = 0
+  reading: Reading = AS_THEY_ARE
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: int) -> Row:
+    return row_forms.with_columns(self.rows[index], self.reading.columns, self.location(index))
+
+  def __iter__(self) -> Iterator[Row]:
+    for index, row in self._indexed():
+      if isinstance(row, UserError):
+        raise row
+      yield row_forms.with_columns(row, self.reading.columns, self.location(index))
+
+  def location(self, index: int) -> str:
+    """Returns file and row for an error: 'train.jsonl, row 12' for index 11."""
+    return f'{self.name}, row {self.first + index + 1}'
+
+  def part(self, first: int, last: int) -> 'Rows':
+    """Returns the rows from `first` to `last` - 1."""
+    is_list = isinstance(self.rows, list)
+    rows = self.rows[first:last] if is_list else self.rows.select(range(first, last))
+    return dataclasses.replace(self, rows=rows, first=self.first + first)
+
+  def read(
+    self, convert: Callable[[Row, str], Item], counts: dict[str, int]
+  ) -> Iterator[tuple[int, str, Item]]:
+    """Yields (index, location, convert(row, location)) of each row.
+
+    Args:
+      convert: raises UserError for a row that cannot be read.
+      counts: its 'dropped_bad' is incremented for such a row, with `reading.drop_bad`.
+
+    Raises:
+      UserError: a row cannot be read; with `reading.drop_bad`, none can.
+    """
+    remarks, first_error = set(), None
+    for index, row in self._indexed():
+      location = self.location(index)
+      try:
+        if isinstance(row, UserError):
+          raise row
+        row = row_forms.with_columns(row, self.reading.columns, location)
+        item = convert(row, location)
+      except UserError as error:
+        if not self.reading.drop_bad:
+          raise
+        counts['dropped_bad'] = counts.get('dropped_bad', 0) + 1
+        if not first_error:
+          first_error = error
+          self._say(f'dropped by data.bad_rows=drop, the first of these rows: {error}')
+        continue
+      for remark in row_forms.notes(row):
+        if remark not in remarks:
+          remarks.add(remark)
+          self._say(f'{location}: {remark}, here and in all rows')
+      yield index, location, item
+    if first_error and counts['dropped_bad'] == len(self):
+      raise UserError(f'{self.name}: none of its {len(self)} rows can be read; {first_error}')
+
+  def _indexed(self) -> Iterator[tuple[int, Any]]:
+    """Yields (index, row), and names the row where reading the file fails."""
+    rows, index = self._unchanged(), 0
+    while True:
+      try:
+        row = next(rows)
+      except StopIteration:
+        return
+      except Exception as error:  # of the library that decodes the file
+        raise UserError(f'{self.location(index)}: cannot be read: {first_line(error)}') from error
+      yield index, row
+      index += 1
+
+  def _unchanged(self) -> Iterator[Any]:
+    return iter(self.rows)
+
+  def _say(self, text: str) -> None:
+    if self.reading.log:
+      self.reading.log(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedRows(Rows):
+  """Rows of several sources one after another; `rows` is their list of `Rows`.
+
+  Attributes:
+    weights: how many times each source is read: 2 repeats every row, 0.5 leaves out every other.
+  """
+
+  weights: tuple[float, ...] = ()
+
+  @functools.cached_property
+  def _ends(self) -> list[int]:
+    ends, total = [], 0
+    for part, weight in zip(self.rows, self.weights, strict=True):
+      total += round(len(part) * weight)
+      ends.append(total)
+    return ends
+
+  def _find(self, index: int) -> tuple[Rows, int]:
+    """Returns the source of a row, and the row's index there."""
+    number = bisect_right(self._ends, index)
+    start = self._ends[number - 1] if number else 0
+    # Spread evenly: a share of a source has rows of all of it.
+    return self.rows[number], int((index - start) / self.weights[number])
+
+  def __len__(self) -> int:
+    return self._ends[-1]
+
+  def __getitem__(self, index: int) -> Row:
+    part, number = self._find(range(len(self))[index])
+    return part[number]
+
+  def location(self, index: int) -> str:
+    """Returns file and row for an error."""
+    part, number = self._find(index)
+    return part.location(number)
+
+  def _unchanged(self) -> Iterator[Any]:
+    for part, weight in zip(self.rows, self.weights, strict=True):
+      if weight == 1:
+        yield from part.rows
+      else:
+        yield from (part.rows[int(i / weight)] for i in range(round(len(part) * weight)))

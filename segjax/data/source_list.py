@@ -1,0 +1,53 @@
+"""Reads lists of sources with weights and patterns: 'a.jsonl*2,shards/*.jsonl,owner/name*0.5'."""
+
+import re
+from typing import NamedTuple
+
+from etils import epath
+
+from segjax.errors import UserError
+
+_WEIGHT = re.compile(r'(.+?)\*(\d+(?:\.\d+)?|\.\d+)')
+_PATTERN = re.compile(r'[*?\[]')
+
+
+class Source(NamedTuple):
+  """A file, directory or hub id, and how many times each of its rows is read."""
+
+  path: str
+  weight: float = 1.0
+
+
+def parse_sources(text: str) -> list[Source]:
+  """Returns the sources of a list joined by commas, patterns replaced by the files they match.
+
+  A path that exists as it is written, commas and stars included, is one source.
+
+  Raises:
+    UserError: a weight is 0, or a pattern matches nothing.
+  """
+  if not text or epath.Path(text).expanduser().exists():
+    return [Source(text)] if text else []
+  sources = []
+  for item in (item.strip() for item in text.split(',')):
+    match = _WEIGHT.fullmatch(item)
+    path, weight = (match[1], float(match[2])) if match else (item, 1.0)
+    if not weight:
+      raise UserError(f'{item}: the weight is 0; leave the source out instead.')
+    sources += [Source(p, weight) for p in _expand(path)] if path else []
+  return sources
+
+
+def _expand(path: str) -> list[str]:
+  """Returns the paths that match a pattern, sorted; a path without pattern as it is."""
+  match = _PATTERN.search(path)
+  if not match or epath.Path(path).expanduser().exists():
+    return [path]
+  # Text before the last slash that comes before the pattern is a directory.
+  root, slash, pattern = path[: match.start()].rpartition('/')
+  pattern += path[match.start() :]
+  directory = epath.Path((root + slash) or '.').expanduser()
+  paths = sorted(str(p) for p in directory.glob(pattern)) if directory.exists() else []
+  if not paths:
+    raise UserError(f'{path}: no file matches the pattern.')
+  return paths
