@@ -118,9 +118,8 @@ def _scalar_pad(tokenizer: ChatTokenizer, vocab_size: int) -> int | None:
   """
   fast = tokenizer.tokenizer
   others = [(i, str(token)) for i, token in sorted(fast.added_tokens_decoder.items())]
-  candidates = [fast.pad_token_id]
-  candidates += [i for word in ('pad', 'reserved', 'unk') for i, token in others if word in token]
-  candidates.append(fast.bos_token_id)
+  unused = [i for word in ('pad', 'reserved') for i, token in others if word in token]
+  candidates = [fast.pad_token_id, *unused, fast.unk_token_id, fast.bos_token_id]
   return next(
     (i for i in candidates if i is not None and i not in tokenizer.stop_ids and i < vocab_size),
     None,
