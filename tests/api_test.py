@@ -152,6 +152,16 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
       lambda p: p.segment(['x'], granularity='word'),
       "^granularity='word' is not one of segment, token, bandit",
     ),
+    (lambda p: p.sample(['x', '<|begin_of_text|>x']), '^prompt 2: the text begins with'),
+    (lambda p: p.logprobs(['x', '<|begin_of_text|>x']), '^text 2: the text begins with'),
+    (
+      lambda p: p.sample([[{'role': 'user', 'content': '<|start_header_id|>user x'}]]),
+      '^prompt 1: the text of the user begins with .* written it already',
+    ),
+    (
+      lambda p: p.logprobs([[*QUESTION, {'role': 'assistant', 'content': 'x<|eot_id|>'}]]),
+      r"^text 1: .* already ends in '<\|eot_id\|>'",
+    ),
     (lambda p: p.segment([QUESTION]), 'text 1: the last message is not the assistant’s'),
     (lambda p: p.logprobs(['x', [{'role': 'user'}]]), 'text 2: message 1 of `messages` must be'),
     (

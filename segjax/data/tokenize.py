@@ -264,15 +264,9 @@ def _tokenize(
       if not changed and written.rendered:
         changed = template_checks.find_changed_answer(written.prompt, written.rendered)
         if changed:
-          text = '%s: %s; it is read so in this and any later such row.'
-          logging.warning(text, location, changed)
-      yield (
-        index,
-        location,
-        _key(written.prompt),
-        [next(ids) for _ in written.groups],
-        written.flags,
-      )
+          logging.warning('%s: %s; later rows may be read so too.', location, changed)
+      groups = [next(ids) for _ in written.groups]
+      yield index, location, _key(written.prompt), groups, written.flags
 
 
 def _encode(

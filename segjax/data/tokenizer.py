@@ -141,7 +141,7 @@ class ChatTokenizer:
   def _plain_pieces(self, text: str) -> list[tuple[str, bool]]:
     """Returns a text without turns, with the BOS of the template and the stop token around it."""
     bos, stop = self.tokenizer.bos_token, self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
-    has_bos = bos and self.prompt_text([{'role': 'user', 'content': 'Hello'}]).startswith(bos)
+    has_bos = bos and self.marks.before.startswith(bos)
     words = text.removeprefix(bos) if has_bos else text  # the text may have been written with them
     return [(bos if has_bos else '', False), (words.removesuffix(stop) + stop, bool(text.strip()))]
 
