@@ -202,7 +202,7 @@ def load_reward_model(
   if settings.reference.path:
     reference = inputs.resolve_checkpoint(settings.reference.path, 'reference.path')
   spec = reward_spec.resolve_spec(overrides, path, reference or path)
-  tokenizer = inputs.load_chat_tokenizer(path, settings.data)
+  tokenizer = inputs.load_chat_tokenizer(path, settings.data, fallback=reference)
   if not make_segmenter(spec.segmentation, tokenizer).needs_entropy:
     reference = None
   config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']
