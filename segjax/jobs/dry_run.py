@@ -27,7 +27,8 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   Raises:
     UserError: the run would refuse its inputs.
   """
-  unchecked = input_check.check(stages)
+  lines: list[tuple[str, str]] = []
+  unchecked = input_check.check(stages, lambda text, name: lines.append((text, name)))
   if is_full:
     log(json.dumps(dataclasses.asdict(settings), indent=2))
   else:
@@ -40,6 +41,9 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   table('What each stage does, at most', columns, [_row(stage, notes) for stage in stages])
   for note in notes:
     log(note)
+  for text, name in lines:
+    if text.startswith('warning'):  # the other lines count the first rows alone
+      log(text, name)
   missing = {key: stage.name for stage in stages for key in pipeline.missing_keys(stage)}
   for key, name in missing.items():
     log(f'required but not set: --config.{key}=..., for {name}')

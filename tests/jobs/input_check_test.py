@@ -145,6 +145,17 @@ def test_a_wrong_input_leaves_the_earlier_output(
   assert (tmp_path / 'w' / 'sft' / 'model').exists()
 
 
+def test_a_dry_run_prints_the_warnings_of_a_job(
+  small, one_device, language, write, tmp_path, capsys
+):
+  paths = {'policy.path': str(language / 'model'), 'data.path': write(*[PAIR] * 32)}
+  settings = small('reward', **paths, **{'reward.segmentation.entropy_threshold': 50.0})
+  dry_run.run(settings, pipeline.prepare(settings, tmp_path / 'run', one_device))
+  out = capsys.readouterr().out
+  assert 'reward      warning: entropy_threshold=50 nats cuts nowhere' in out
+  assert '32 rows' not in out
+
+
 def test_a_dry_run_prints_what_differs(small, one_device, language, write, tmp_path, capsys):
   paths = {'policy.path': str(language / 'model'), 'data.path': write(*[CHAT] * 16)}
   settings = small('sft', **paths, **{'data.max_length': 2000})
