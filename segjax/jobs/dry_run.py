@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.config.settings import Data, Settings, replace
-from segjax.data.sources import load_rows
+from segjax.data.source_list import parse_sources
 from segjax.jobs import input_check, pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.llama import LlamaConfig, num_parameters
@@ -27,7 +27,8 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   Raises:
     UserError: the run would refuse its inputs.
   """
-  unchecked = input_check.check(stages)
+  lines: list[tuple[str, str]] = []
+  unchecked = input_check.check(stages, lambda text, name: lines.append((text, name)))
   if is_full:
     log(json.dumps(dataclasses.asdict(settings), indent=2))
   else:
@@ -40,6 +41,9 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   table('What each stage does, at most', columns, [_row(stage, notes) for stage in stages])
   for note in notes:
     log(note)
+  for text, name in lines:
+    if text.startswith('warning'):  # the other lines count the first rows alone
+      log(text, name)
   missing = {key: stage.name for stage in stages for key in pipeline.missing_keys(stage)}
   for key, name in missing.items():
     log(f'required but not set: --config.{key}=..., for {name}')
@@ -101,9 +105,10 @@ def _limit_lengths(
 
 def _num_rows(data: Data) -> int:
   """Returns the number of rows of config.data, 0 if they are not local."""
-  if not data.path or not Path(data.path).expanduser().exists():
+  sources = parse_sources(data.path)
+  if not sources or not all(Path(source.path).expanduser().exists() for source in sources):
     return 0
-  return len(load_rows(data.path, data.split, data.max_rows))
+  return len(inputs.load_config_rows(data))
 
 
 def _count(number: int) -> str:

@@ -6,7 +6,7 @@ A run does so before its first stage starts, and a dry run instead of starting i
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from segjax.config.settings import replace
@@ -19,10 +19,16 @@ from segjax.run.stage import Stage
 _FIRST_ROWS = 64
 
 
-def check(stages: Sequence[Stage]) -> list[str]:
+def check(
+  stages: Sequence[Stage], write_log: Callable[[str, str], None] = lambda text, name: None
+) -> list[str]:
   """Loads networks, tokenizers with their templates and the first rows as each job does.
 
   A policy that an earlier stage will write is replaced by the one that it is trained from.
+
+  Args:
+    stages: the stages of the run, prepared.
+    write_log: receives the lines that the jobs log meanwhile, each with the stage's name.
 
   Returns:
     The inputs of the user that are not on this machine, so that they were not checked.
@@ -31,7 +37,8 @@ def check(stages: Sequence[Stage]) -> list[str]:
     UserError: a job would refuse its inputs.
   """
   unchecked = []
-  for number, stage in enumerate(stages):
+  for number, prepared in enumerate(stages):
+    stage = dataclasses.replace(prepared, write_log=write_log)
     if JOBS[stage.name].load is not None:
       unchecked += _check_stage(stage, {earlier.name: earlier for earlier in stages[:number]})
   return list(dict.fromkeys(unchecked))
@@ -54,7 +61,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
         values[item.key] = local
   if values.get('reward_model.path') == '' and stage.settings.critic.init == 'reward_model':
     values['critic.init'] = 'policy'
-  stage = dataclasses.replace(stage, settings=replace(stage.settings, **values), is_quiet=True)
+  stage = dataclasses.replace(stage, settings=replace(stage.settings, **values))
   if is_complete:
     _load_first_rows(stage)
   elif values.get('policy.path'):

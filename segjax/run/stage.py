@@ -34,7 +34,7 @@ class Stage:
     seconds_after: (seconds of this stage in total) -> about those of the stages after it; None if
       unknown.
     command: how the run was started.
-    is_quiet: whether it prints nothing, as in a check of its inputs.
+    write_log: receives a line and the stage's name; None prints them on the console.
   """
 
   name: str
@@ -45,7 +45,7 @@ class Stage:
   refresh: Callable[[], None] = lambda: None
   seconds_after: Callable[[float], float | None] = lambda _: None
   command: Command = dataclasses.field(default_factory=Command)
-  is_quiet: bool = False
+  write_log: Callable[[str, str], None] | None = None
 
   @property
   def model_directory(self) -> Path:
@@ -64,5 +64,4 @@ class Stage:
 
   def log(self, text: str) -> None:
     """Prints a line with the stage's name on the console."""
-    if not self.is_quiet:
-      console.log(text, self.name)
+    (self.write_log or console.log)(text, self.name)

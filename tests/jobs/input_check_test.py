@@ -1,6 +1,7 @@
 """What a dry run and a run check before the first stage starts."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_sound_run_passes_and_writes_nothing(check, language, write, tmp_path)
 @pytest.mark.parametrize(
   'stages, rows, values, message',
   [
-    (('sft',), [CHAT, {'text': 'x'}], {}, 'row 2: no `messages` and no `chosen`'),
+    (('sft',), [CHAT, {'nothing': 'x'}], {}, 'rows.jsonl, row 2: '),
     (('reward',), [CHAT], {}, 'row 1: no `chosen`'),
     (('sft', 'reward'), [CHAT], {}, 'row 1: no `chosen`'),
     (('ppo',), [{'text': 'x'}], {}, 'row 1: no prompt'),
@@ -145,6 +146,17 @@ def test_a_wrong_input_leaves_the_earlier_output(
   assert (tmp_path / 'w' / 'sft' / 'model').exists()
 
 
+def test_a_dry_run_prints_the_warnings_of_a_job(
+  small, one_device, language, write, tmp_path, capsys
+):
+  paths = {'policy.path': str(language / 'model'), 'data.path': write(*[PAIR] * 32)}
+  settings = small('reward', **paths, **{'reward.segmentation.entropy_threshold': 50.0})
+  dry_run.run(settings, pipeline.prepare(settings, tmp_path / 'run', one_device))
+  out = capsys.readouterr().out
+  assert 'reward      warning: entropy_threshold=50 nats cuts nowhere' in out
+  assert '32 rows' not in out
+
+
 def test_a_dry_run_prints_what_differs(small, one_device, language, write, tmp_path, capsys):
   paths = {'policy.path': str(language / 'model'), 'data.path': write(*[CHAT] * 16)}
   settings = small('sft', **paths, **{'data.max_length': 2000})
@@ -158,3 +170,30 @@ def test_a_dry_run_prints_what_differs(small, one_device, language, write, tmp_p
   assert 'rows are limited to 128 tokens, the model’s max_position_embeddings' in short
   dry_run.run(settings, stages, is_full=True)
   assert '"gamma": 1.0' in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_rows_of_all_sources(
+  small, one_device, language, write, tmp_path, capsys
+):
+  data = write(*[CHAT] * 16)
+  paths = {'policy.path': str(language / 'model'), 'data.path': f'{data}*2,{data}'}
+  settings = small('sft', **paths, **{'sft.max_steps': 0})
+  dry_run.run(settings, pipeline.prepare(settings, tmp_path / 'run', one_device))
+  assert re.search(r'^sft .* 6 +768 ', capsys.readouterr().out, re.MULTILINE)  # 48 rows by 8
+
+
+@pytest.mark.parametrize('weight', ['', '*2'])
+def test_an_edited_source_of_several_reruns(
+  small, run, language, write, tmp_path, fake_jobs, weight
+):
+  ran = []
+  fake_jobs(sft=lambda stage: ran.append(stage.name) or {'loss': 1.0})
+  (tmp_path / 'more.jsonl').write_text(json.dumps(CHAT))
+  paths = {
+    'policy.path': str(language / 'model'),
+    'data.path': f'{write(CHAT)},{tmp_path}/more.jsonl{weight}',
+  }
+  for count in (1, 1, 2):
+    (tmp_path / 'more.jsonl').write_text((json.dumps(CHAT) + '\n') * count)
+    run(small('sft', **paths), tmp_path / 'w')
+  assert ran == ['sft', 'sft']
