@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.config.settings import Data, Settings, replace
-from segjax.data.sources import load_rows
+from segjax.data.source_list import parse_sources
 from segjax.jobs import input_check, pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.llama import LlamaConfig, num_parameters
@@ -101,9 +101,10 @@ def _limit_lengths(
 
 def _num_rows(data: Data) -> int:
   """Returns the number of rows of config.data, 0 if they are not local."""
-  if not data.path or not Path(data.path).expanduser().exists():
+  sources = parse_sources(data.path)
+  if not sources or not all(Path(source.path).expanduser().exists() for source in sources):
     return 0
-  return len(load_rows(data.path, data.split, data.max_rows))
+  return len(inputs.load_config_rows(data))
 
 
 def _count(number: int) -> str:

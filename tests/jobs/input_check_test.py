@@ -66,7 +66,7 @@ def test_a_sound_run_passes_and_writes_nothing(check, language, write, tmp_path)
 @pytest.mark.parametrize(
   'stages, rows, values, message',
   [
-    (('sft',), [CHAT, {'text': 'x'}], {}, 'row 2: no `messages` and no `chosen`'),
+    (('sft',), [CHAT, {'body': 'x'}], {}, 'row 2: no `messages` and no `chosen`'),
     (('reward',), [CHAT], {}, 'row 1: no `chosen`'),
     (('sft', 'reward'), [CHAT], {}, 'row 1: no `chosen`'),
     (('ppo',), [{'text': 'x'}], {}, 'row 1: no prompt'),
