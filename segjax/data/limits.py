@@ -9,15 +9,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from segjax.config.choices import OVERLONG_POLICIES
-from segjax.data.sources import Rows
+from segjax.data.rows import NoRowsLeftError, Rows
 from segjax.errors import UserError
 
 _DROPPED = ('dropped_overlong', 'dropped_identical', 'dropped_empty')
 _ROUND = 8  # lengths are rounded up to a multiple of this
-
-
-class NoRowsLeftError(UserError):
-  """Every row was dropped."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,10 @@ from segjax.errors import UserError, first_line
 Item = TypeVar('Item')
 
 
+class NoRowsLeftError(UserError):
+  """Every row was dropped."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
   """How rows are read.
@@ -83,7 +87,7 @@ class Rows:
       counts: its 'dropped_bad' is incremented for such a row, with `reading.drop_bad`.
 
     Raises:
-      UserError: a row cannot be read; with `reading.drop_bad`, none can.
+      UserError: a row cannot be read; `NoRowsLeftError` with `reading.drop_bad`, if none can.
     """
     remarks, first_error = set(), None
     for index, row in self._indexed():
@@ -107,7 +111,7 @@ class Rows:
           self._say(f'{location}: {remark}, here and in all rows')
       yield index, location, item
     if first_error and counts['dropped_bad'] == len(self):
-      raise UserError(f'{self.name}: none of its {len(self)} rows can be read; {first_error}')
+      raise NoRowsLeftError(f'{self.name}: none of its {len(self)} rows can be read; {first_error}')
 
   def _indexed(self) -> Iterator[tuple[int, Any]]:
     """Yields (index, row), and names the row where reading the file fails."""

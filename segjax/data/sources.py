@@ -87,7 +87,7 @@ def _load(source: Source, split: str, limit: int, reading: Reading) -> list[Rows
       "hub id of the form 'owner/name'."
     )
   if not any(len(part) for part in parts):
-    raise UserError(f'{parts[0].name}: no rows; provide a source with at least one.')
+    raise UserError(f'{source.path}: no rows; provide a source with at least one.')
   return parts
 
 

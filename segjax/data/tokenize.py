@@ -4,7 +4,6 @@ Rows are read by `segjax.data.sources`, tokenized by `segjax.data.tokenizer`, li
 `segjax.data.limits`; batches are made by `segjax.data.batches`.
 """
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,31 +19,13 @@ from segjax.data import limits as limits_lib
 from segjax.data import template_checks
 from segjax.data.batches import Conversations, Pairs, Prompts, Ragged
 from segjax.data.limits import Limits
+from segjax.data.pair_rules import DEFAULT_RULES, PairRules
 from segjax.data.sources import Message, Pair, Row, Rows, as_conversation, as_pair, as_prompt
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 
 # Keeps all threads of a fast tokenizer busy; all rows at once would be held as text as well.
 _CHUNK = 1024  # rows tokenized per call
-
-
-@dataclasses.dataclass(frozen=True)
-class PairRules:
-  """Which parts of a pair are read, and which mistakes of published code are repeated.
-
-  Attributes:
-    ratings: read the pair's ratings, which have to be numbers.
-    force_stop: overwrite the last kept token of a truncated response by the stop token, and count
-      the response as finished.
-    keep_identical: keep pairs whose sides are the same.
-    strip_system_preamble: remove the first len(tokenizer.preamble) characters of the prompt's
-      text, even if the prompt has its own system message, which then loses its beginning.
-  """
-
-  ratings: bool = True
-  force_stop: bool = False
-  keep_identical: bool = False
-  strip_system_preamble: bool = False
 
 
 class _Written(NamedTuple):
@@ -113,7 +94,7 @@ def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits)
 
 
 def tokenize_pairs(
-  rows: Rows, tokenizer: ChatTokenizer, limits: Limits, rules: PairRules = PairRules()
+  rows: Rows, tokenizer: ChatTokenizer, limits: Limits, rules: PairRules = DEFAULT_RULES
 ) -> Pairs:
   """Tokenizes preferences: prompt and response of both sides, truncated by `pair_lengths`.
 

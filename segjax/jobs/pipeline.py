@@ -111,10 +111,12 @@ def prepare(
       command=command,
     )
     check_batches(job, settings, mesh)
+    own = inputs.with_stage_data(settings, name)
     for item in job.inputs:
-      for key, path in item.paths(_get(settings, item.key)).items():
+      for key, path in item.paths(_get(own, item.key)).items():
+        is_own = item.key == 'data.path' and own.data.path != settings.data.path
         if path not in item.keywords:
-          inputs.check_path(key, path, stage.directory)
+          inputs.check_path(f'{name}.{key}' if is_own else key, path, stage.directory)
     stages.append(stage)
   for name in settings.stages:
     for key, path in stage_key.function_paths(JOBS[name], settings).items():

@@ -11,9 +11,9 @@ from etils import epath
 from segjax.config.settings import Compat, Data, Settings, replace
 from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
+from segjax.data.pair_rules import PairRules
 from segjax.data.rows import Reading, Rows
 from segjax.data.sources import is_hub_id, load_rows
-from segjax.data.tokenize import PairRules
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, first_line
 from segjax.hf import reader

@@ -6,7 +6,8 @@ from fixtures.tokenizers import system, user
 
 from data.tokenize_test import NONE, WIDE, _pair, _rows
 from segjax.data.limits import Limits
-from segjax.data.tokenize import PairRules, tokenize_pairs, tokenize_prompts
+from segjax.data.pair_rules import PairRules
+from segjax.data.tokenize import tokenize_pairs, tokenize_prompts
 
 
 def test_forced_stop_ends_truncated_responses(llama3):

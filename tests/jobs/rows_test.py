@@ -90,6 +90,8 @@ def test_every_source_is_checked_before_the_run(small, one_device, tmp_path, lan
   ):
     with pytest.raises(ValueError, match=message):
       pipeline.prepare(small('sft', **{'data.path': value}), tmp_path, one_device)
+  with pytest.raises(ValueError, match=r"config\.sft\.data\.path='nowhere\.jsonl' does not exist"):
+    pipeline.prepare(small('sft', **{'sft.data.path': 'nowhere.jsonl'}), tmp_path, one_device)
   (stage,) = pipeline.prepare(
     small('sft', **{'sft.data.path': f'{path}*2, {path}'}), tmp_path, one_device
   )
