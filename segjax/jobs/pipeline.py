@@ -20,7 +20,7 @@ from segjax.jobs.run_estimate import RunEstimate
 from segjax.model.mesh import check_batch
 from segjax.report import profiling, stage_history, wandb_run
 from segjax.report.console import format_duration, log
-from segjax.report.html_report import NoPage, Page
+from segjax.report.html_report import REPORT_FILE, NoPage, Page
 from segjax.report.result_warnings import result_warnings
 from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
@@ -77,7 +77,8 @@ def run(
     for stage in stages
     if (headline := JOBS[stage.name].headline)
   ]
-  run_end.log_end(headlines, workdir, time.monotonic() - started)
+  report = workdir / REPORT_FILE if written else None
+  run_end.log_end(headlines, time.monotonic() - started, report)
   return results
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from segjax.report.console import console_width, format_duration, log
-from segjax.report.html_report import REPORT_FILE
 from segjax.report.metric_log import METRICS_FILE
 from segjax.run.stage import Stage
 from segjax.storage import read_json_lines
 
 
-def log_end(headlines: Sequence[str], workdir: Path, seconds: float) -> None:
-  """Prints the last of the stages' headlines that is not empty, and where the report is."""
+def log_end(headlines: Sequence[str], seconds: float, report: Path | None) -> None:
+  """Prints the last headline of the stages that is not empty, the time, and the report's path."""
   log('')
   if sentence := next(filter(None, reversed(headlines)), ''):
     log(textwrap.fill(f'{sentence[0].upper()}{sentence[1:]}.', console_width()))
-  log(f'{format_duration(seconds)} in total; the report is {workdir / REPORT_FILE}')
+  where = f'; the report is {report}' if report else ''
+  log(f'{format_duration(seconds)} in total{where}')
 
 
 def describe_change(stage: Stage, metric: str, label: str) -> str:

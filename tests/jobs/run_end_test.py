@@ -69,6 +69,12 @@ def test_a_run_says_its_stage_and_where_the_report_is(
   assert last.endswith(f' in total; the report is {tmp_path}/run/report.html')
 
 
+def test_a_run_without_files_names_no_report(run, small, fake_jobs, tmp_path, capsys):
+  fake_jobs(chat=lambda stage: {})
+  run(small('chat', **{'policy.path': str(tmp_path)}), tmp_path / 'run')
+  assert capsys.readouterr().out.splitlines()[-1].endswith(' in total')
+
+
 def test_later_stages_are_estimated_by_their_work(one_device, small, tmp_path):
   settings = small('demo', 'sft', 'reward', 'ppo', **{'ppo.num_ppo_epochs': 1})
   stages = [Stage(name, settings, tmp_path / name, one_device) for name in settings.stages]
