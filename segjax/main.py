@@ -130,6 +130,9 @@ def _run(settings: Settings, name: str, workdir_flag: str, mesh: Any) -> None:
     except preemption.PreemptedError:
       mirror.try_push()  # the report of the interrupted run
       raise
+    except Exception:  # perhaps in this process alone, so the others are not waited for
+      mirror.push_last()
+      raise
     mirror.push_and_wait()
     processes.barrier('end')
 

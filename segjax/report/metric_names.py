@@ -92,6 +92,7 @@ METRICS = {
   'reward_model/accuracy': 'Accuracy',
   'reward_model/margin': 'Margin of the scores',
   'reward_model/segments': 'Segments per response',
+  'reward_model/one_token_segments': 'Segments of one token, per response',
   'timing/generate': 'Sampling',
   'timing/score': 'Scoring',
   'timing/update': 'Updates',
@@ -116,11 +117,7 @@ _RESULTS = {
   'pairs': 'Preference pairs',
   'sft_rows': 'Rows for fine-tuning',
   'held_out_pairs': 'Held-out pairs',
-  'held_out_accuracy': 'Accuracy, held-out pairs',
-  'held_out_loss': 'Loss, held-out pairs',
-  'held_out_margin': 'Margin of the scores, held-out pairs',
-  'held_out_ece': 'Calibration error (ECE), held-out pairs',
-  'held_out_length_baseline_accuracy': 'Accuracy of preferring the longer, held-out pairs',
+  'held_out_rows': 'Held-out rows',
   'kind': 'Kind',
   'segments': 'Segments',
   'w_mean': 'Mean(p): slope w',
@@ -142,6 +139,7 @@ _RESULTS = {
   'dropped_prompts': 'Prompts dropped',
   'tokens_per_answer': 'Tokens per answer',
 }
+_HELD_OUT = 'held_out_'  # begins results that are named as the metrics eval/...
 _PPO_RESULTS = {
   'reward': 'Reward before KL, training, last step',
   'kl': 'KL to the reference, training, last step',
@@ -174,6 +172,9 @@ def metric_name(key: str) -> str:
 def result_name(stage: str, key: str) -> str:
   """Returns the name of a result of a stage."""
   names = _RESULTS | (_PPO_RESULTS if stage == 'ppo' else {})
+  metric = f'eval/{key.removeprefix(_HELD_OUT)}'
+  if key.startswith(_HELD_OUT) and key not in names and metric in METRICS:
+    return f'{METRICS[metric]}, held-out {_data(stage)}'
   return names.get(key, _readable(key))
 
 
@@ -182,11 +183,15 @@ def metric_scope(stage: str, key: str) -> str:
   prefix = key.partition('/')[0]
   if prefix in ('perf', 'timing') or key.endswith(('grad_norm', 'weight_norm')):
     return ''
-  data = 'pairs' if stage == 'reward' else 'rows' if stage == 'sft' else 'prompts'
   if prefix == 'eval':
-    return f'held-out {data}, during training'
+    return f'held-out {_data(stage)}, during training'
   is_of_data = prefix in ('objective', 'response', 'segments', 'reward', 'reward_model', 'sft')
-  return f'training {data}' if is_of_data else ''
+  return f'training {_data(stage)}' if is_of_data else ''
+
+
+def _data(stage: str) -> str:
+  """Returns what a stage is trained on."""
+  return {'sft': 'rows', 'reward': 'pairs'}.get(stage, 'prompts')
 
 
 def _readable(key: str) -> str:

@@ -39,6 +39,9 @@ class NoMirror:
   def push_and_wait(self, *_: Path) -> None:
     """Returns once the bucket has all files and all processes have copied them from there."""
 
+  def push_last(self) -> None:
+    """Copies what a run that stops leaves, such as its report, to the bucket."""
+
   def hold_lock(self, workdir: Path) -> contextlib.AbstractContextManager[Any]:
     """Holds the working directory for this run."""
     return lock.lock_workdir(workdir)
@@ -172,6 +175,14 @@ class BucketMirror(NoMirror):
         for path in self._bucket.ls(f'{STATES}/{stage.name}', detail=False):
           if path.rstrip('/').rpartition('/')[2] not in current:
             self._bucket.rm(path, recursive=True)
+
+  def push_last(self) -> None:
+    """Pushes, waiting for no other process; logs a failure, so that the run's error is raised."""
+    if processes.is_first():
+      try:
+        self.push()
+      except Exception as error:
+        self._log(f'warning: --workdir={self._url} cannot be written: {first_line(error)}')
 
   def _remove(self, names: list[str]) -> None:
     for name in names:

@@ -375,6 +375,11 @@ def test_metrics_have_names_that_a_person_reads():
     'odd': 'Odd',
   }
   assert {name: metric_names.metric_name(name) for name in names} == names
+  assert metric_names.result_name('sft', 'held_out_loss') == 'Loss, held-out rows'
+  assert metric_names.result_name('reward', 'held_out_ece') == (
+    'Calibration error (ECE), held-out pairs'
+  )
+  assert metric_names.result_name('ppo', 'reward') == 'Reward before KL, training, last step'
   unnamed = [
     name
     for entry in metric_docs.ENTRIES

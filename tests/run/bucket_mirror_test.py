@@ -235,6 +235,26 @@ def test_a_failed_push_is_retried(files, make_mirror, tmp_path, monkeypatch):
   assert _tree(tmp_path / 'b') == {'sft/metrics.jsonl': '1'}
 
 
+def test_a_run_that_stops_pushes_its_report_without_an_error(
+  files, make_mirror, tmp_path, monkeypatch
+):
+  """An error of the bucket would hide the run's own."""
+  messages = []
+  mirror = make_mirror('a', log_fn=messages.append)
+  _fill(tmp_path / 'a', {'report.html': 'stopped'})
+
+  def refuse(*_, **__):
+    raise ConnectionError('no route')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(files), 'put_file', refuse)
+    mirror.push_last()
+  assert messages == [f'warning: --workdir={URL} cannot be written: no route']
+  mirror.push_last()
+  make_mirror('b').pull()
+  assert _tree(tmp_path / 'b') == {'report.html': 'stopped'}
+
+
 @pytest.mark.parametrize(
   'url, message',
   [
