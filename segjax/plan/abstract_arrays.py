@@ -22,6 +22,9 @@ from segjax.train.optimizer import init_state
 from segjax.train.scoring import ModelOutputs
 from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequences
 
+# The TPU compiler raises an error instead of giving the size of a program that does not fit.
+_COMPILE_TOO_LARGE = {'xla_tpu_no_crash_on_oom': 'true'}
+
 
 def bytes_per_device(tree: Any) -> int:
   """Returns the bytes of these arrays on the device that holds the largest part of them."""
@@ -83,7 +86,7 @@ def output_shape_structs(mesh: Mesh, function: Any, *arguments: Any, **static: A
   """Returns the shapes of a jitted function's outputs, with the layouts that it gives them."""
   with jax.set_mesh(mesh):
     shapes = function.eval_shape(*arguments, **static)
-  compiled = lower(mesh, function, arguments, static).compile()
+  compiled = compile_program(lower(mesh, function, arguments, static))
   return with_shardings(shapes, compiled.output_shardings)
 
 
@@ -138,3 +141,25 @@ def lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[st
   with jax.set_mesh(mesh):
     traced = function.trace(*arguments, **static)
     return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+
+
+def compile_program(lowered: Any) -> Any:
+  """Compiles a program, also one that does not fit into the memory of the devices.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler refuses the program.
+  """
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if not is_out_of_memory(error):
+      raise
+    try:
+      return lowered.compile(compiler_options=_COMPILE_TOO_LARGE)
+    except jax.errors.JaxRuntimeError:  # another libtpu may not know the option
+      raise error from None
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Returns whether the compiler refused a program because it does not fit."""
+  return 'RESOURCE_EXHAUSTED' in str(error)

@@ -73,10 +73,9 @@ def _compile(lowered: Any) -> dict[str, Any]:
   began = time.monotonic()
   empty = dict.fromkeys(('arguments', 'temporaries', 'outputs', 'aliased'), 0)
   try:
-    compiled = lowered.compile()
+    compiled = abstract_arrays.compile_program(lowered)
   except jax.errors.JaxRuntimeError as error:
-    # The TPU compiler refuses a program that does not fit instead of giving its size.
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if not abstract_arrays.is_out_of_memory(error):
       raise
     # Its first sentences; a table of allocations follows them.
     message = re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2]

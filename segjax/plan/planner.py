@@ -7,11 +7,13 @@ import operator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from segjax.config.settings import Settings
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 from segjax.model.llama import num_parameters
 from segjax.model.mesh import check_batch, make_mesh
-from segjax.plan import memory, roofline, suggestions, topologies
+from segjax.plan import abstract_arrays, memory, roofline, suggestions, topologies
 from segjax.plan.memory import PhaseMemory, in_gib
 from segjax.plan.programs import JobPlan, JobPrograms
 from segjax.plan.topologies import Topology
@@ -82,7 +84,15 @@ def make_plan(
   for key in job.batch_keys:
     if size := operator.attrgetter(key)(s):
       check_batch(f'config.{key}={size}', size, mesh)
-  programs = job.programs(s, network, mesh)
+  try:
+    programs = job.programs(s, network, mesh)
+  except jax.errors.JaxRuntimeError as error:
+    if not abstract_arrays.is_out_of_memory(error):
+      raise
+    raise UserError(
+      f'{topology.name} is too small: {first_line(error)} Use fewer rows at once, such as '
+      f'{" or ".join(f"config.{rows.key}" for rows in job.rows_at_once)}, or more chips.'
+    ) from error
   existing = [phase.name for phase in programs.phases]
   for name in names:
     if name not in existing:

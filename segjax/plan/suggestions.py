@@ -61,7 +61,8 @@ def suggest_changes(measured: Measured, limit: float | int) -> list[str]:
     if alone < peak:
       lines.append(f'{change}: peak {in_gib(alone)} GiB')
     if estimate_peak(selected, measured) > limit:
-      selected.append(change)
+      # The last value of a key is the smallest that was tried.
+      selected = [other for other in selected if other.key != change.key] + [change]
   together = estimate_peak(selected, measured)
   verdict = 'they fit' if together <= limit else 'not enough: use more chips'
   return [*lines, f'all of {" ".join(map(str, selected))}: peak {in_gib(together)} GiB, {verdict}']

@@ -86,6 +86,8 @@ def prepare(topology: Topology) -> None:
     os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)
     # libtpu locks the chips of a machine for one process; to compile, none is needed.
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+    # jax cannot read programs for absent devices back, and would warn about each.
+    jax.config.update('jax_enable_compilation_cache', False)
   else:
     flag = f'--xla_force_host_platform_device_count={topology.count}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 from segjax.config.settings import Network, Settings, replace
+from segjax.errors import UserError
 from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
 from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
@@ -125,6 +127,53 @@ def test_same_program_is_compiled_once(tmp_path, monkeypatch):
     planner.make_plan(
       PPO, replace(SETTINGS, **{'rollout.max_concurrent': 8}), TOPOLOGY, names, tmp_path
     )
+
+
+class Lowered:
+  """A program whose compiler raises these errors in turn."""
+
+  def __init__(self, *errors):
+    self.errors, self.options = list(errors), []
+
+  def compile(self, compiler_options=None):
+    self.options.append(compiler_options)
+    if self.errors:
+      raise jax.errors.JaxRuntimeError(self.errors.pop(0))
+    return 'compiled'
+
+
+def test_a_program_that_does_not_fit_is_compiled_all_the_same():
+  exhausted = 'RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM. HLO module: jit_f.\nmore'
+  lowered = Lowered(exhausted)
+  assert abstract_arrays.compile_program(lowered) == 'compiled'
+  assert lowered.options == [None, {'xla_tpu_no_crash_on_oom': 'true'}]
+  # A compiler without that option.
+  refused = memory._compile(Lowered(exhausted, 'INVALID_ARGUMENT: No such compile option'))
+  assert refused['refused'].startswith('E1000: Ran out of memory on HBM.')
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+    abstract_arrays.compile_program(Lowered('INTERNAL: something else'))
+
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError(exhausted)
+
+  job = dataclasses.replace(PPO, programs=refuse)
+  with pytest.raises(UserError, match=r'^cpu:8 is too small: RESOURCE_EXHAUSTED.*max_concurrent'):
+    planner.make_plan(job, SETTINGS, TOPOLOGY)
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+def test_a_slice_that_is_too_small_gets_a_plan_and_two_run_at_once():
+  command_line = [
+    *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:llama3_8b_sft', '--plans='),
+    *('--topology=v6e:2x4', '--phases=cache growth'),
+  ]
+  start = functools.partial(subprocess.Popen, text=True, stdout=-1, stderr=-1)
+  for process in (start(command_line), start(command_line)):
+    out, errors = process.communicate()
+    assert process.returncode == 1 and 'Traceback' not in errors, errors
+    assert re.search(r'cache growth .* NO\n', out) and out.endswith('it does NOT fit\n')
+    assert '--config.rollout.max_concurrent=512: peak' in out
 
 
 @pytest.mark.parametrize(
