@@ -19,9 +19,11 @@ from segjax.run.stage import Stage
 _FIRST_ROWS = 64
 
 
-def check(
-  stages: Sequence[Stage], write_log: Callable[[str, str], None] = lambda text, name: None
-) -> list[str]:
+def _ignore(text: str, name: str) -> None:
+  """Logs nothing."""
+
+
+def check(stages: Sequence[Stage], write_log: Callable[[str, str], None] = _ignore) -> list[str]:
   """Loads networks, tokenizers with their templates and the first rows as each job does.
 
   A policy that an earlier stage will write is replaced by the one that it is trained from.
@@ -61,7 +63,9 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
         values[item.key] = local
   if values.get('reward_model.path') == '' and stage.settings.critic.init == 'reward_model':
     values['critic.init'] = 'policy'
-  stage = dataclasses.replace(stage, settings=replace(stage.settings, **values))
+  settings = replace(stage.settings, **values)
+  if settings != stage.settings:  # what is logged of a stand-in would be wrong of the model
+    stage = dataclasses.replace(stage, settings=settings, write_log=_ignore)
   if is_complete:
     _load_first_rows(stage)
   elif values.get('policy.path'):

@@ -155,6 +155,10 @@ def test_a_dry_run_prints_the_warnings_of_a_job(
   out = capsys.readouterr().out
   assert 'reward      warning: entropy_threshold=50 nats cuts nowhere' in out
   assert '32 rows' not in out
+  # The policy of evaluate and its reference are one model here, as they are not in the run.
+  settings = small('sft', 'ppo', 'evaluate', **paths)
+  dry_run.run(settings, pipeline.prepare(settings, tmp_path / 'run', one_device))
+  assert 'warning' not in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_what_differs(small, one_device, language, write, tmp_path, capsys):
