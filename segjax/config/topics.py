@@ -1,5 +1,30 @@
 """Reference texts of `segjax help TOPIC`."""
 
+ROWS = """\
+data.path names a .jsonl, .json (either may be .gz) or .parquet file, a directory saved by
+`datasets`, a directory with a file per split (train.jsonl, or shards train-00000-of-00002.jsonl),
+or a hub id; or several of them, joined by commas: 'a.jsonl*2,shards/*.jsonl,owner/name*0.5'. A
+number after * says how often each row is read. In a run of several stages sft.data.path,
+reward.data.path, ppo.data.path, ... and their data.split replace data.path for one stage.
+
+A row has one of these forms; other keys are ignored:
+
+  conversations   messages [{role, content}, ...]; conversations [{from, value}, ...] as in ShareGPT
+                  (sft trains on the assistant's turns; ppo leaves out the last answer)
+  prompts         prompt (text or messages); question; query; instruction with input;
+                  context_messages. `system` and `history` are put before all but `messages`.
+  answers (sft)   completion, response, output or answer, beside a prompt
+  plain text      text (sft trains on all of it)
+  pairs           chosen and rejected: texts beside a prompt; messages that share all but the last;
+                  or texts of whole dialogues, '\\n\\nHuman: ...\\n\\nAssistant: ...'; optional
+                  chosen_rating and rejected_rating
+
+Roles are system, user, assistant and tool; human, gpt, bot, model and the like are read as these.
+Columns of other names: --config.data.columns.prompt=input. data.split takes slices, as train[:90%]
+and train[100:200]; data.max_rows limits what is read. A row that cannot be read ends the run; with
+data.bad_rows=drop such rows are left out and counted.
+"""
+
 MEMORY = """\
 Memory of a device in training, and the settings that reduce it. `segjax plan JOB:PRESET`
 computes what a run needs, without the devices.
@@ -119,6 +144,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
 """
 
 TOPICS = {
+  'rows': ROWS,
   'memory': MEMORY,
   'packing': PACKING,
   'rollouts': ROLLOUTS,

@@ -8,6 +8,7 @@ from etils import epath
 from segjax.errors import UserError
 
 _WEIGHT = re.compile(r'(.+?)\*(\d+(?:\.\d+)?|\.\d+)')
+_SEVERAL = re.compile(r'[,*?\[]')
 _PATTERN = re.compile(r'[*?\[]')
 
 
@@ -26,7 +27,8 @@ def parse_sources(text: str) -> list[Source]:
   Raises:
     UserError: a weight is 0, or a pattern matches nothing.
   """
-  if not text or epath.Path(text).expanduser().exists():
+  is_one = not _SEVERAL.search(text)  # most paths; those of buckets are not looked up
+  if not text or is_one or epath.Path(text).expanduser().exists():
     return [Source(text)] if text else []
   sources = []
   for item in (item.strip() for item in text.split(',')):

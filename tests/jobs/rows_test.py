@@ -21,45 +21,37 @@ def chats(language):
     return [json.loads(line) for line in file]
 
 
-def test_held_out_conversations_of_sft(small, run, language, tmp_path, capsys):
+def test_held_out_and_bad_rows_of_another_form(small, run, language, tmp_path, chats, capsys):
+  names = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
+  rows = [
+    {'conversations': [{'from': names[m['role']], 'value': m['content']} for m in row['messages']]}
+    for row in chats
+  ]
+  rows[3:3] = [{'conversations': []}, {'conversations': [{'from': 'narrator', 'value': 'x'}]}]
   values = {
     'policy.path': str(language / 'model'),
-    'data.path': str(language / 'rows' / 'sft.jsonl.gz'),
+    'data.path': write(tmp_path / 'share.jsonl', rows),
     'sft.holdout_fraction': 0.25,
     'sft.eval_every': 1,
   }
-  results = run(small('sft', **values))['sft']
+  with pytest.raises(ValueError, match=r'share\.jsonl, row 4: `conversations` must be a non-empty'):
+    run(small('sft', **values), tmp_path / 'error')
+  capsys.readouterr()
+
+  results = run(small('sft', **values, **{'data.bad_rows': 'drop'}))['sft']
+  out = capsys.readouterr().out
+  assert '34 rows, 2 dropped bad; 32 used' in out
+  assert out.count('dropped by data.bad_rows=drop, the first of these rows: share.jsonl') == 1
+  assert out.count("share.jsonl, row 1: role 'human' is read as user") == 1
+  assert out.count("role 'gpt' is read as assistant") == 1
+
   assert results['rows'] + results['held_out_rows'] == 32
   assert 8 <= results['held_out_rows'] <= 12  # whole prompts
   lines = [json.loads(x) for x in (tmp_path / 'sft' / 'metrics.jsonl').read_text().splitlines()]
   losses = [line['eval/loss'] for line in lines]
   assert len(losses) == 2 and losses[1] < losses[0]
   assert losses[1] == pytest.approx(results['held_out_loss'], rel=1e-6)
-  assert f'loss on {results["held_out_rows"]} held-out rows' in capsys.readouterr().out
-
-
-def test_bad_rows_of_another_form(small, run, language, tmp_path, chats, capsys):
-  names = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
-  rows = [
-    {'conversations': [{'from': names[m['role']], 'value': m['content']} for m in row['messages']]}
-    for row in chats[:16]
-  ]
-  rows[3:3] = [{'conversations': []}, {'conversations': [{'from': 'narrator', 'value': 'x'}]}]
-  values = {
-    'policy.path': str(language / 'model'),
-    'data.path': write(tmp_path / 'share.jsonl', rows),
-  }
-  with pytest.raises(ValueError, match=r'share\.jsonl, row 4: `conversations` must be a non-empty'):
-    run(small('sft', **values), tmp_path / 'error')
-  capsys.readouterr()
-  run(small('sft', **values, **{'data.bad_rows': 'drop'}), tmp_path / 'drop')
-  out = capsys.readouterr().out
-  assert '18 rows, 2 dropped bad; 16 used' in out
-  assert (
-    out.count('dropped by data.bad_rows=drop, the first of these rows: share.jsonl, row 4') == 1
-  )
-  assert out.count("share.jsonl, row 1: role 'human' is read as user") == 1
-  assert out.count("role 'gpt' is read as assistant") == 1
+  assert f'loss on {results["held_out_rows"]} held-out rows' in out
 
 
 def test_rows_of_one_stage(small, tmp_path):
