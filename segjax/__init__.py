@@ -3,13 +3,14 @@
   from segjax import rl                       the method, one pure function per equation
   segjax.load_policy(path)                    sample, log-probs, segments: see `segjax.api`
   segjax.load_reward_model(path, reference)   scores of segments
+  segjax.train(config, workdir)               any job: see `segjax.jobs.launch`
 
 Importing segjax imports nothing else; each of these is imported on first use.
 """
 
 from typing import Any
 
-__all__ = ['load_policy', 'load_reward_model', 'rl']
+__all__ = ['load_policy', 'load_reward_model', 'rl', 'train']
 
 _FROM_API = ('load_policy', 'load_reward_model')
 
@@ -19,8 +20,8 @@ def __getattr__(name: str) -> Any:
 
   if name in _FROM_API:
     return getattr(importlib.import_module('segjax.api'), name)
-  if name == 'rl':
-    return importlib.import_module('segjax.rl')
+  if name in ('rl', 'train'):
+    return importlib.import_module(f'segjax.{name}')
   if name == '__version__':
     return _version()
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

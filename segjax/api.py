@@ -26,12 +26,7 @@ from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
 from segjax.evaluation.segment_records import AnnotatedResponse
-from segjax.model.generate import (
-  GenerationOptions,
-  GenerationResult,
-  generate,
-  make_decode_config,
-)
+from segjax.model.generate import GenerationOptions, GenerationResult, generate, make_decode_config
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import make_mesh
@@ -139,6 +134,9 @@ class _Model:
   annotator: Annotator
   has_template: bool
 
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({self.annotator.describe()})'
+
   def _split_texts(self, texts: Sequence[Text]) -> list[annotate.Text]:
     """Returns (prompt, response) of each text; the prompt of a string is empty."""
     pairs = []
@@ -183,14 +181,13 @@ class Policy(_Model):
       samples: responses per prompt.
       seed: seed of the random numbers.
       options: fields of `RolloutSettings`: temperature (0 for the most likely token), top_k,
-        top_p, min_new_tokens, max_new_tokens (here 128 by default), max_concurrent.
+        top_p, min_new_tokens, max_new_tokens (by default 128, less where the positions end),
+        max_concurrent.
 
     Raises:
       UserError: an unknown option, or a prompt that is empty or leaves no room for a response.
     """
     prompts = arguments.check_is_list(prompts)
-    options = {'max_new_tokens': _MAX_NEW_TOKENS} | options
-    rollout = arguments.section_settings('rollout', RolloutSettings, options).rollout
     if samples < 1:
       raise UserError(f'samples={samples} must be at least 1.')
     if not prompts:
@@ -198,6 +195,9 @@ class Policy(_Model):
     annotator = self.annotator
     ids = [self._prompt_ids(prompt, number) for number, prompt in enumerate(prompts, 1)]
     length = np.array([len(row) for row in ids], np.int32)
+    room = annotator.reference.max_position_embeddings - int(length.max())
+    options = {'max_new_tokens': max(1, min(_MAX_NEW_TOKENS, room))} | options
+    rollout = arguments.section_settings('rollout', RolloutSettings, options).rollout
     padded, _ = pad_rows(ids, int(length.max()), annotator.tokenizer.pad_id)
     mesh, stop_ids = annotator.mesh, annotator.tokenizer.stop_ids
     output = generate(

@@ -19,13 +19,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
 import segjax
 from segjax.config import command_line, config_files, usage
-from segjax.config.settings import Settings
 from segjax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string(
@@ -86,9 +84,10 @@ def main(_: list[str]) -> None:
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
-  from segjax.jobs import dry_run, pipeline
+  from segjax.jobs import dry_run, launch, pipeline
   from segjax.model.mesh import make_mesh
-  from segjax.run import inputs
+  from segjax.run import inputs, preemption
+  from segjax.run.stage import Command
 
   mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
@@ -101,52 +100,13 @@ def main(_: list[str]) -> None:
     inputs.check_creatable('--workdir', workdir)
     stages = pipeline.prepare(settings, Path(workdir), mesh)
     dry_run.run(settings, stages, is_full=_DRY_RUN.value == 'full')
-  elif has_files:
-    _run(settings, name, workdir, mesh)
-  else:
-    stages = pipeline.prepare(settings, Path(workdir), mesh)
-    pipeline.check_complete(stages)
-    pipeline.run(stages, Path(workdir), _STARTED, name)
-
-
-def _run(settings: Settings, name: str, workdir_flag: str, mesh: Any) -> None:
-  """Runs the stages of the config `name` in the directory or bucket `workdir_flag`."""
-  from segjax import processes
-  from segjax.jobs import pipeline
-  from segjax.run import preemption
-  from segjax.run.stage import Command
-
-  workdir, mirror = _open_workdir(workdir_flag, settings)
+    return
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
-  stages = pipeline.prepare(settings, workdir, mesh, mirror, Command(name, line))
-  pipeline.check_complete(stages)
-  workdir.mkdir(parents=True, exist_ok=True)
-  if '://' not in workdir_flag:
-    processes.check_shared_filesystem(workdir)
-  preemption.interrupt_on_sigterm()
-  with mirror.hold_lock(workdir):
-    try:
-      pipeline.run(stages, workdir, _STARTED, name)
-    except preemption.PreemptedError:
-      mirror.try_push()  # the report of the interrupted run
-      raise
-    except Exception:  # perhaps in this process alone, so the others are not waited for
-      mirror.push_last()
-      raise
-    mirror.push_and_wait()
-    processes.barrier('end')
-
-
-def _open_workdir(workdir: str, settings: Settings) -> tuple[Path, Any]:
-  """Returns (the local directory to work in, the mirror that copies it to the bucket)."""
-  from segjax import processes
-  from segjax.report.console import log
-  from segjax.run import bucket_mirror
-
-  if '://' not in workdir:
-    return Path(workdir), bucket_mirror.NoMirror()
-  local = bucket_mirror.local_directory(workdir, _LOCAL_COPY.value, processes.process_index())
-  return local, bucket_mirror.BucketMirror(workdir, local, settings.checkpoint.max_failures, log)
+  if has_files:
+    preemption.interrupt_on_sigterm()
+  launch.run(
+    settings, workdir, mesh, Command(name, line), started=_STARTED, local_copy=_LOCAL_COPY.value
+  )
 
 
 def has_tpu(devices: Path = Path('/dev')) -> bool:

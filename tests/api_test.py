@@ -81,6 +81,12 @@ def test_sampling_depends_on_the_seed_and_the_position_alone(policy):
     assert all(x < 0 for x in answer.logprob)
 
 
+def test_responses_end_with_the_positions_by_default(policy):
+  (answer,) = policy.sample([QUESTION], seed=3)  # 128 new tokens would leave none for the prompt
+  prompt = policy.annotator.tokenizer.prompt_ids(QUESTION)
+  assert len(answer.tokens) <= 128 - len(prompt)
+
+
 def test_logprobs_are_those_of_the_network(policy):
   answer, plain, empty = policy.logprobs([CONVERSATION, 'experts call its hearing dull.', ''])
   tokenizer = policy.annotator.tokenizer
@@ -147,7 +153,7 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
     (lambda p: p.sample(['x'], max_new_tokens=0), '^max_new_tokens=0 must be at least 1'),
     (lambda p: p.sample(['x'], max_concurrent='4'), "^max_concurrent='4' must be of type int"),
     (lambda p: p.sample(['x'], samples=0), 'samples=0 must be at least 1'),
-    (lambda p: p.sample(['its ' * 200]), r'prompt \d has \d+ tokens; with max_new_tokens=128'),
+    (lambda p: p.sample(['its ' * 200]), r'prompt \d has \d+ tokens; with max_new_tokens=1 '),
     (
       lambda p: p.segment(['x'], granularity='word'),
       "^granularity='word' is not one of segment, token, bandit",

@@ -19,7 +19,7 @@ from segjax.errors import UserError
 from segjax.evaluation.segment_records import AnnotatedResponse, make_segments
 from segjax.model import sharding
 from segjax.model.heads import scores, token_logprobs
-from segjax.model.llama import LlamaConfig
+from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.rl.normalizer import normalize
 from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Sequences
@@ -61,6 +61,15 @@ class Annotator:
     """The longest text in tokens that all networks can read."""
     networks = [network for network in (self.reference, self.reward) if network is not None]
     return min(network.max_position_embeddings for network in networks)
+
+  def describe(self) -> str:
+    """Returns the sizes of the networks, and the devices, in a line."""
+    network = self.reward or self.reference
+    return (
+      f'{num_parameters(network):,} parameters, {network.num_hidden_layers} layers, '
+      f'{self.max_length:,} positions, {network.dtype}, {self.mesh.size} x '
+      f'{self.mesh.devices.flat[0].device_kind}'
+    )
 
 
 class TextBatch(NamedTuple):

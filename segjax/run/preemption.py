@@ -7,6 +7,7 @@ process immediately.
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resume
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
+_owns_process: list[bool] = []  # of the command line; a notebook must survive a second signal
 
 
 class PreemptedError(Exception):
@@ -34,7 +36,13 @@ def handle_signals(log_fn: Callable[[str], None]) -> Iterator[None]:
     log_fn: called with one line when the first signal comes.
   """
 
+  if threading.current_thread() is not threading.main_thread():
+    yield  # Python lets the main thread alone set handlers
+    return
+
   def record(number: int, _: Any) -> None:
+    if _received and not _owns_process:
+      raise KeyboardInterrupt
     if _received:
       os._exit(128 + number)
     _received.append(number)
@@ -65,4 +73,5 @@ def raise_if_stop_requested() -> None:
 
 def interrupt_on_sigterm() -> None:
   """Makes SIGTERM outside of `handle_signals` end the process in one line, as Ctrl-C does."""
+  _owns_process.append(True)
   signal.signal(signal.SIGTERM, signal.default_int_handler)
