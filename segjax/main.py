@@ -24,9 +24,10 @@ from typing import Any
 from absl import app, flags, logging
 
 import segjax
+from segjax import storage
 from segjax.config import command_line, config_files, usage
 from segjax.config.settings import Settings
-from segjax.errors import UserError
+from segjax.errors import UserError, one_line
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory or bucket of the run; default runs/<config>[-<preset>]-seed<seed>.'
@@ -120,7 +121,7 @@ def _run(settings: Settings, name: str, workdir_flag: str, mesh: Any) -> None:
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
   stages = pipeline.prepare(settings, workdir, mesh, mirror, Command(name, line))
   pipeline.check_complete(stages)
-  workdir.mkdir(parents=True, exist_ok=True)
+  storage.make_directory(workdir)
   if '://' not in workdir_flag:
     processes.check_shared_filesystem(workdir)
   preemption.interrupt_on_sigterm()
@@ -195,7 +196,7 @@ def cli() -> None:
       # ml_collections reads the overrides --config.KEY=VALUE from sys.argv.
       sys.argv[1] = usage.config_argument(arguments[0])
   except UserError as error:
-    raise SystemExit(f'segjax: {error}') from None
+    raise SystemExit(f'segjax: {one_line(error)}') from None
   if text is not None:
     escape_unencodable()
     try:
@@ -260,7 +261,7 @@ def run(main: Callable[[list[str]], None]) -> None:
       lost_peers.mute()
     if os.environ.get('SEGJAX_TRACEBACK') or not is_user_error(error):
       raise
-    raise SystemExit(f'segjax: {error}') from None
+    raise SystemExit(f'segjax: {one_line(error)}') from None
 
 
 def _exit_if_preempted(error: Exception) -> None:
@@ -274,7 +275,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 def is_user_error(error: Exception) -> bool:
   """Returns whether the user can fix the error; any other error keeps its traceback."""
-  return isinstance(error, UserError | OSError)
+  return isinstance(error, UserError)
 
 
 if __name__ == '__main__':
