@@ -24,7 +24,7 @@ from absl import app, flags, logging
 
 import segjax
 from segjax.config import command_line, config_files, usage
-from segjax.errors import UserError
+from segjax.errors import UserError, one_line
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory or bucket of the run; default runs/<config>[-<preset>]-seed<seed>.'
@@ -155,7 +155,7 @@ def cli() -> None:
       # ml_collections reads the overrides --config.KEY=VALUE from sys.argv.
       sys.argv[1] = usage.config_argument(arguments[0])
   except UserError as error:
-    raise SystemExit(f'segjax: {error}') from None
+    raise SystemExit(f'segjax: {one_line(error)}') from None
   if text is not None:
     escape_unencodable()
     try:
@@ -220,7 +220,7 @@ def run(main: Callable[[list[str]], None]) -> None:
       lost_peers.mute()
     if os.environ.get('SEGJAX_TRACEBACK') or not is_user_error(error):
       raise
-    raise SystemExit(f'segjax: {error}') from None
+    raise SystemExit(f'segjax: {one_line(error)}') from None
 
 
 def _exit_if_preempted(error: Exception) -> None:
@@ -234,7 +234,7 @@ def _exit_if_preempted(error: Exception) -> None:
 
 def is_user_error(error: Exception) -> bool:
   """Returns whether the user can fix the error; any other error keeps its traceback."""
-  return isinstance(error, UserError | OSError)
+  return isinstance(error, UserError)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ What they contain is decided by the caller.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -57,6 +58,33 @@ def check_space(directory: Path, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Any) -> Iterator[None]:
+  """Raises UserError, with what to do, where the block cannot write `path`."""
+  try:
+    yield
+  except OSError as error:
+    fixes = {
+      (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): 'make room on its disk',
+      (errno.EACCES, errno.EPERM, errno.EROFS): 'get the right to write there',
+      (
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.EISDIR,
+      ): 'remove what is in its place',
+    }
+    fix = next((fix for codes, fix in fixes.items() if error.errno in codes), 'check its disk')
+    raise UserError(
+      f'{path} cannot be written ({error.strerror or error}); {fix}, or write elsewhere.'
+    ) from error
+
+
+def make_directory(path: Path) -> None:
+  """Creates a directory and its parents, unless it exists; raises UserError if it cannot."""
+  with writing(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path, tag: str = '') -> Iterator[Path]:
   """Yields a partial file that replaces `path` if the block ends without an error.
 
@@ -69,11 +97,13 @@ def atomic_file(path: Path, tag: str = '') -> Iterator[Path]:
   # In the same directory: a rename is atomic only within one file system.
   partial = path.with_name(f'{path.name}{tag}.partial')
   try:
-    yield partial
-    _sync_file(partial)  # without it a power failure could leave an empty file under the new name
-    partial.replace(path)
+    with writing(path):
+      yield partial
+      _sync_file(partial)  # without it a power failure could leave an empty file under the new name
+      partial.replace(path)
   except BaseException:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the directory may be missing
+      partial.unlink(missing_ok=True)
     raise
 
 
@@ -150,14 +180,15 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
   # The host and the pid are in the name: only a dead process of this machine may be swept, and a
   # pid says nothing about those of another machine.
   stem = f'.{directory.name}.partial-{socket.gethostname()}-'
-  _sweep(directory.parent, stem)
   partial = directory.with_name(f'{stem}{os.getpid()}')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   try:
-    yield partial
-    _sync(partial)  # first: the new name must not appear before its data
-    _rename(partial, directory)
+    with writing(directory):
+      _sweep(directory.parent, stem)
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir(parents=True)
+      yield partial
+      _sync(partial)  # first: the new name must not appear before its data
+      _rename(partial, directory)
   finally:
     shutil.rmtree(partial, ignore_errors=True)  # nothing is there after the renaming
 

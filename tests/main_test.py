@@ -178,7 +178,8 @@ def test_a_libtpu_without_a_tpu_is_not_touched(tmp_path, command, last):
 
 def test_only_errors_for_users_lose_their_traceback():
   assert main.is_user_error(_raised(lambda: command_line.parse_flags(['segjax', '--config.zzz=1'])))
-  assert main.is_user_error(_raised(lambda: Path('/nowhere/at/all').read_text()))
+  # An error of the operating system may come from anywhere, as from a user's function.
+  assert not main.is_user_error(_raised(lambda: Path('/nowhere/at/all').read_text()))
   assert not main.is_user_error(_raised(lambda: int('x')))
 
   def fail():

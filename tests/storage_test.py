@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from segjax import storage
+from segjax.errors import UserError
 
 
 def _tree(directory):
@@ -56,7 +57,7 @@ def test_a_failed_rename_puts_the_old_back(tmp_path, monkeypatch):
     return rename(path, target)
 
   monkeypatch.setattr(storage.Path, 'rename', refuse)
-  with pytest.raises(OSError):
+  with pytest.raises(UserError, match=r'cannot be written \(no\)'):
     _write(out, 'new')
   monkeypatch.undo()
   assert _tree(tmp_path) == {'out/sub/file': 'old'}

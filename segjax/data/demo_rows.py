@@ -25,6 +25,7 @@ from segjax.data.demo_language import (
   split_clauses,
   subject,
 )
+from segjax.storage import make_directory, writing
 
 SPECIAL_TOKENS = (
   '<|begin_of_text|>',
@@ -74,7 +75,7 @@ def write(directory: Path, language: DemoLanguage, seed: int) -> None:
 
   The held-out prompts ask about (animal, place) pairs that no other row mentions.
   """
-  directory.mkdir(parents=True, exist_ok=True)
+  make_directory(directory)
   write_tokenizer(directory / 'tokenizer')
   rng = np.random.default_rng(seed)
   combinations = [(a, p) for a in ANIMALS for p in PLACES]
@@ -165,7 +166,7 @@ def _chat(prompt: str, response: str | None = None) -> list[dict[str, str]]:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
   # mtime=0: equal rows give equal files, so that a second run sees unchanged inputs.
-  with gzip.GzipFile(path, 'wb', mtime=0) as file:
+  with writing(path), gzip.GzipFile(path, 'wb', mtime=0) as file:
     file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
 
 

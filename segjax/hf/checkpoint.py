@@ -23,7 +23,15 @@ CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 
+_ADAPTER = 'adapter_config.json'  # of PEFT
+# Headers of real checkpoints take 100 bytes a tensor; the largest Llama has 1,138 tensors.
+_MAX_HEADER_BYTES, _MAX_TENSORS = 16 << 20, 50_000
+
 ITEM_SIZE = {'F64': 8, 'F32': 4, 'BF16': 2, 'F16': 2}  # the dtypes that weights may have
+
+# Names of a backbone's tensors, with and without the prefix of a language model.
+_BACKBONE, _EMBEDDING = 'model.', 'embed_tokens.weight'
+_BARE = (_EMBEDDING, 'layers.', 'norm.')
 
 _HUB_FILES = (
   *('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt'),
@@ -91,6 +99,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object of a checkpoint; a UserError names the file if it is missing or invalid."""
   if not path.exists():
+    if path.name == CONFIG and (path.parent / _ADAPTER).exists():
+      raise UserError(_describe_adapter(path.parent))
     raise UserError(f'{path} does not exist; is {path.parent} an HF checkpoint?')
   return json_files.read_object(path, fix='fetch it again')
 
@@ -104,7 +114,12 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
   rope_parameters. As in transformers 5, rope_scaling takes precedence over rope_parameters, a
   theta inside over one outside, and θ defaults to 10000.
   """
-  rope = dict(raw.get('rope_scaling') or raw.get('rope_parameters') or {})
+  rope = {}
+  for key in ('rope_scaling', 'rope_parameters'):
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+      raise UserError(f'{CONFIG}: {key} is {value!r}; it must be a JSON object or null.')
+    rope = rope or dict(value or {})
   legacy = rope.pop('type', None)
   rope['rope_type'] = rope.get('rope_type') or legacy or 'default'
   for key, default in (('rope_theta', 10_000.0), ('partial_rotary_factor', 1.0)):
@@ -157,9 +172,15 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     ValueError: for a file that the library refuses, or a tensor whose dtype is not read here.
   """
   tensors = {}
+  _check_header_size(file)
   try:
     with safetensors.safe_open(file, framework='numpy') as opened:
-      for name in opened.offset_keys():
+      names = opened.offset_keys()
+      if len(names) > _MAX_TENSORS:
+        raise UserError(
+          f'{file} holds {len(names):,} tensors, more than the {_MAX_TENSORS:,} that are read.'
+        )
+      for name in names:
         tensor = opened.get_slice(name)
         tensors[name] = TensorHeader(file, tensor.get_dtype(), tuple(tensor.get_shape()), 0)
   except safetensors.SafetensorError as error:
@@ -180,6 +201,36 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     tensors[name] = dataclasses.replace(tensor, offset=offset)
     offset += tensor.num_bytes
   return tensors
+
+
+def _check_header_size(file: Path) -> None:
+  """Raises UserError for a file that cannot be opened or whose header would fill the memory."""
+  try:
+    with file.open('rb') as stream:
+      size = int.from_bytes(stream.read(8), 'little')
+  except OSError as error:
+    raise UserError(f'{file} cannot be read ({error.strerror or error}).') from error
+  if _MAX_HEADER_BYTES < size < file.stat().st_size:
+    raise UserError(
+      f'{file} has a header of {size:,} bytes, more than the {_MAX_HEADER_BYTES:,} that are read.'
+    )
+
+
+def without_wrapper(checkpoint: Checkpoint) -> Checkpoint:
+  """Returns a checkpoint with the names that a language model's tensors have.
+
+  Names of all tensors may follow a prefix of a wrapper (module., _orig_mod.), and those of a
+  backbone that was saved without a head, as LlamaModel, lack `model.`.
+  """
+  embedding = [name for name in checkpoint.tensors if name.endswith(_EMBEDDING)]
+  if len(embedding) != 1:
+    return checkpoint
+  outer = embedding[0].removesuffix(_EMBEDDING).removesuffix(_BACKBONE)
+  tensors = {}
+  for full_name, tensor in checkpoint.tensors.items():
+    name = full_name.removeprefix(outer)
+    tensors[f'{_BACKBONE}{name}' if name.startswith(_BARE) else name] = tensor
+  return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _shard_files(index: Path) -> dict[str, list[str]]:
@@ -208,9 +259,21 @@ def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
     raise UserError(_no_weights(name, files))
 
 
+def _describe_adapter(location: str | Path) -> str:
+  """Returns the error for an adapter of PEFT, with the fix."""
+  return (
+    f'{location} holds a PEFT adapter ({_ADAPTER}), not a model; merge it into its base model '
+    'once: python -c "from peft import AutoPeftModelForCausalLM as M; '
+    f"M.from_pretrained('{location}').merge_and_unload().save_pretrained('OUT')\", and copy the "
+    "base model's tokenizer files to OUT."
+  )
+
+
 def _no_weights(location: str, files: Iterable[str]) -> str:
   """Returns the error for a checkpoint without safetensors, with the fix."""
   files = sorted(files)
+  if _ADAPTER in files:
+    return _describe_adapter(location)
   pickled = [file for file in files if re.fullmatch(r'pytorch_model.*\.bin.*', file)]
   if pickled:
     return (

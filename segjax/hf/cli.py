@@ -5,7 +5,6 @@ Flags and messages only. Heavy packages are imported where they are used: `inspe
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from segjax.errors import UserError
+from segjax import json_files
+from segjax.errors import UserError, one_line
 
 ROLES = ('policy', 'reward', 'critic')
 
@@ -33,10 +33,10 @@ def main(arguments: Sequence[str], prog: str = 'segjax convert') -> int:
     return flags.run(flags)
   except KeyboardInterrupt:
     print(f'{prog}: interrupted; no partial output was kept', file=sys.stderr)
-  except (ValueError, OSError, ImportError) as error:
+  except UserError as error:
     if os.environ.get('SEGJAX_TRACEBACK'):
       raise
-    print(f'{prog}: {" ".join(str(error).split())}', file=sys.stderr)
+    print(f'{prog}: {one_line(error)}', file=sys.stderr)
   return 1
 
 
@@ -65,10 +65,13 @@ def parse_metrics(items: Sequence[str]) -> dict[str, float]:
   metrics: dict[str, float] = {}
   for item in items:
     name, equals, value = item.partition('=')
-    if equals:
+    if not equals:
+      metrics |= _numbers(json_files.read_object(Path(item)))
+      continue
+    try:
       metrics[name] = float(value)
-    else:
-      metrics |= _numbers(json.loads(Path(item).read_text(encoding='utf-8')))
+    except ValueError:
+      raise UserError(f'--metrics {item}: {value!r} is not a number.') from None
   return metrics
 
 
@@ -206,7 +209,10 @@ def _print_done(verb: str, out: Path, start: float) -> None:
 def _verify(flags: argparse.Namespace) -> int:
   from segjax.hf import verify
 
-  ids = flags.ids and [[int(token) for token in text.split(',')] for text in flags.ids]
+  try:
+    ids = flags.ids and [[int(token) for token in text.split(',')] for text in flags.ids]
+  except ValueError:
+    raise UserError(f'--ids {" ".join(flags.ids)}: give token ids as 1,2,3.') from None
   result = verify.verify(
     flags.hf,
     flags.checkpoint,

@@ -5,6 +5,7 @@ Names and shapes of tensors are mapped by `tensor_names`.
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ _REQUIRED = (
   'num_hidden_layers',
   'num_attention_heads',
 )
+# Larger values are of a damaged file. Positions are counted in int32.
+_MAX = {
+  'vocab_size': 1 << 24,
+  'hidden_size': 1 << 20,
+  'intermediate_size': 1 << 24,
+  'num_hidden_layers': 4096,
+  'num_attention_heads': 1 << 16,
+  'num_key_value_heads': 1 << 16,
+  'head_dim': 1 << 16,
+  'max_position_embeddings': (1 << 31) - 1,
+  'original_max_position_embeddings': (1 << 31) - 1,
+}
 # The key of the number of experts in Mixtral's, Qwen's and DeepSeek's configs.
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts')
 
@@ -53,16 +66,16 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
     )
   longest = _size(location, raw, 'max_position_embeddings', 2048)
   rope = checkpoint.rope_parameters(raw)
-  fields = {key: raw[key] for key in _REQUIRED} | {
+  fields = {key: int(raw[key]) for key in _REQUIRED} | {
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,
     'max_position_embeddings': longest,
     'rms_norm_eps': _number(location, raw, 'rms_norm_eps', 1e-6),
     'rope_theta': _number(location, rope, 'rope_theta'),
     'rope_scaling': _rope_scaling(location, rope, longest),
-    'tie_word_embeddings': bool(raw.get('tie_word_embeddings')),
-    'attention_bias': bool(raw.get('attention_bias')),
-    'mlp_bias': bool(raw.get('mlp_bias')),
+    'tie_word_embeddings': _flag(location, raw, 'tie_word_embeddings'),
+    'attention_bias': _flag(location, raw, 'attention_bias'),
+    'mlp_bias': _flag(location, raw, 'mlp_bias'),
     'initializer_range': _number(location, raw, 'initializer_range', 0.02),
   }
   return LlamaConfig(**(fields | runtime))
@@ -70,14 +83,19 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
 
 def head_name(raw: dict[str, Any]) -> str:
   """Returns the name of the scalar head's module by a raw config.json; 'score' by default."""
-  return str(raw.get('value_head_prefix') or SCORE)
+  name = raw.get('value_head_prefix') or SCORE
+  if not isinstance(name, str) or not re.fullmatch(r'[\w.]+', name):
+    raise UserError(
+      f'{checkpoint.CONFIG}: value_head_prefix is {name!r}, not the name of a module.'
+    )
+  return name
 
 
 def _size(location: str, raw: dict[str, Any], key: str, default: int) -> int:
   """Returns the positive integer raw[key]; `default` if it is absent, null or 0."""
   value = raw.get(key) or default
-  if not _is_number(value) or value != int(value) or value <= 0:
-    raise UserError(f'{location}: {key} is {value!r}; it must be a positive integer.')
+  if not _is_number(value) or not 0 < value <= _MAX[key] or value != int(value):
+    raise UserError(f'{location}: {key} is {value!r}; it must be an integer from 1 to {_MAX[key]}.')
   return int(value)
 
 
@@ -87,6 +105,14 @@ def _number(location: str, raw: dict[str, Any], key: str, default: float | None 
   if not _is_number(value) or not 0 < value < math.inf:
     raise UserError(f'{location}: {key} is {value!r}; it must be a positive number.')
   return float(value)
+
+
+def _flag(location: str, raw: dict[str, Any], key: str) -> bool:
+  """Returns raw[key]; False if it is absent or null. A text such as "false" would count as true."""
+  value = raw.get(key)
+  if value is not None and not isinstance(value, bool):
+    raise UserError(f'{location}: {key} is {value!r}; it must be true or false.')
+  return bool(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -119,10 +145,9 @@ def _check_supported(location: str, raw: dict[str, Any]) -> None:
         f'{location}: {key} is {raw[key]!r}; mixtures of experts are not computed, only one MLP is.'
       )
   for key in _REQUIRED:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-      problem = f'is {value!r}' if key in raw else 'is missing'
-      raise UserError(f'{location}: {key} {problem}; it must be a positive integer.')
+    if raw.get(key) is None:
+      raise UserError(f'{location}: {key} is missing; it must be an integer from 1 to {_MAX[key]}.')
+    _size(location, raw, key, 0)
 
 
 def _rope_scaling(location: str, rope: dict[str, Any], longest: int) -> RopeScaling | None:
@@ -148,7 +173,7 @@ def _rope_scaling(location: str, rope: dict[str, Any], longest: int) -> RopeScal
   for key in needed:
     if not _is_number(rope.get(key)) or not 0 < rope[key] < math.inf:
       raise UserError(
-        f'{location}: rope type {kind!r} needs {key}, a positive number; found {rope.get(key)!r}.'
+        f'{location}: rope type {kind!r} needs {key}, a positive number; it is {rope.get(key)!r}.'
       )
   if kind == 'linear':
     return RopeScaling('linear', float(rope['factor']))

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import future, type_handlers
 
-from segjax.errors import UserError
+from segjax.errors import UserError, system_cause
 
 STEP = 0  # the only step of the CheckpointManager's directory
 ITEM = 'default'  # CheckpointManager's name of a single item
@@ -75,7 +75,14 @@ def write(
   # Not asynchronous: the caller renames the directory as soon as the save returns.
   options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
   with ocp.CheckpointManager(directory, options=options, item_handlers=_handler(done)) as manager:
-    manager.save(STEP, args=ocp.args.PyTreeSave(tree))
+    try:
+      manager.save(STEP, args=ocp.args.PyTreeSave(tree))
+    except ValueError as error:  # tensorstore's class for errors of the system
+      if isinstance(error, UserError):
+        raise
+      raise UserError(
+        f'{directory.parent} cannot be written ({system_cause(error)}); make room on its disk.'
+      ) from error
 
 
 def open_arrays(directory: Path) -> dict[str, tensorstore.TensorStore]:

@@ -26,6 +26,7 @@ from segjax.hf.checkpoint import (
   open_checkpoint,
   read_json,
   resolve_checkpoint,
+  without_wrapper,
 )
 from segjax.hf.config import config_from_hf, head_name
 from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
@@ -125,7 +126,7 @@ def open_model(
   Raises:
     ValueError: tensors are missing, unexpected or have a wrong shape.
   """
-  checkpoint = open_checkpoint(resolve_checkpoint(path))
+  checkpoint = without_wrapper(open_checkpoint(resolve_checkpoint(path)))
   score = head_name(read_json(checkpoint.directory / CONFIG))
   entries = tensor_names.tensor_mappings(config, head, score)
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:

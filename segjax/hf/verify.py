@@ -15,7 +15,14 @@ import numpy as np
 
 from segjax.errors import UserError
 from segjax.hf import imported, orbax_stream, reader
-from segjax.hf.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json, resolve_checkpoint
+from segjax.hf.checkpoint import (
+  CONFIG,
+  Checkpoint,
+  open_checkpoint,
+  read_json,
+  resolve_checkpoint,
+  without_wrapper,
+)
 from segjax.hf.config import config_from_hf, head_name
 from segjax.model import heads
 from segjax.model.llama import Llama, LlamaConfig, RowLayout
@@ -139,7 +146,8 @@ def verify(
 
 def _find_head(origin: Path) -> str:
   score = head_name(read_json(origin / CONFIG))
-  return 'scalar' if f'{score}.weight' in open_checkpoint(origin).tensors else 'language'
+  tensors = without_wrapper(open_checkpoint(origin)).tensors
+  return 'scalar' if f'{score}.weight' in tensors else 'language'
 
 
 def _restore(

@@ -23,6 +23,7 @@ from segjax.report.console import track
 from segjax.report.response_log import ResponseRecord, write_records
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
+from segjax.storage import make_directory, write_text_atomically
 from segjax.train.rollout import RolloutSampler, rollout
 
 DIRECTORY = 'answers'  # in the stage's directory
@@ -130,13 +131,13 @@ def write(
   file: Path, judge: JudgeFormat, answers: list[tuple[Question, Answer]], name: str, time: float
 ) -> None:
   """Writes the judge's file; the same answers give the same bytes."""
-  file.parent.mkdir(parents=True, exist_ok=True)
+  make_directory(file.parent)
   records = [judge.write(question, answer, name, time) for question, answer in answers]
   if judge.is_list:
     text = json.dumps(records, indent=2, ensure_ascii=False) + '\n'
   else:
     text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in records)
-  file.write_text(text, encoding='utf-8')
+  write_text_atomically(file, text)
 
 
 def _rows(name: str, questions: list[Question], answers: Answers, numbers: list[int]) -> Rows:

@@ -35,6 +35,7 @@ from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import escape_control, print_response
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
+from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import (
   load_custom_reward,
@@ -103,7 +104,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   _log_responses(sampled, response_log, s.report.eval_responses)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
-    (stage.directory / 'results.json').write_text(record, encoding='utf-8')
+    write_text_atomically(stage.directory / 'results.json', record)
   return figures
 
 

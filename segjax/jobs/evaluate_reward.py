@@ -39,6 +39,7 @@ from segjax.report.console import table
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_rewards
 from segjax.train.reward_spec import RewardSpec
@@ -130,7 +131,7 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
     figures['spans'] = _span_figures(stage, model, params, reference, data.spans)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
-    (stage.directory / 'results.json').write_text(record, encoding='utf-8')
+    write_text_atomically(stage.directory / 'results.json', record)
   return figures
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from segjax import processes
+from segjax import processes, storage
 from segjax.config.load import Config, load_settings
 from segjax.config.settings import Settings
 from segjax.jobs import pipeline
@@ -76,7 +76,7 @@ def run(
   directory, mirror = _open_workdir(workdir, settings, local_copy)
   stages = pipeline.prepare(settings, directory, mesh, mirror, command)
   pipeline.check_complete(stages)
-  directory.mkdir(parents=True, exist_ok=True)
+  storage.make_directory(directory)
   if '://' not in workdir:
     processes.check_shared_filesystem(directory)
   with mirror.hold_lock(directory):

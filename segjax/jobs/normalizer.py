@@ -25,6 +25,7 @@ from segjax.rl import normalizer
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.storage import make_directory, write_text_atomically
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
 from segjax.train.reward_spec import RewardSpec
@@ -149,9 +150,9 @@ def write_bins(directory: Path, statistics: Statistics, coefficients: dict[str, 
     'mean': mean[used].tolist(),
     'std': std[used].tolist(),
   }
-  directory.mkdir(parents=True, exist_ok=True)
+  make_directory(directory)
   record = json.dumps({'coefficients': coefficients, 'bins': bins})
-  (directory / BINS_FILE).write_text(record + '\n', encoding='utf-8')
+  write_text_atomically(directory / BINS_FILE, record + '\n')
 
 
 def resolve_kind(kind: str, granularity: str) -> str:

@@ -27,6 +27,7 @@ from segjax.report.timing import time_evaluation
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.storage import write_text_atomically
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
 from segjax.train.reward_scoring import SegmentScorer
@@ -120,7 +121,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   states, last = training_loop.train(stage, states, trainer.step, num_steps, SHOW)
   params = states['reward'].params
   if processes.is_first():
-    (stage.directory / HELD_OUT_FILE).write_text(json.dumps(held_out.row.tolist()))
+    write_text_atomically(stage.directory / HELD_OUT_FILE, json.dumps(held_out.row.tolist()))
   metrics = _evaluate_held_out(stage, params, reference, held_out, scorer)
   results = {'loss': last.get('reward_model/loss')} | metrics
   card = provenance.card(stage, results, pairs, SHOW)

@@ -18,6 +18,7 @@ from segjax.report.console import table
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 from segjax.run import inputs
 from segjax.run.stage import Stage
+from segjax.storage import make_directory, write_text_atomically
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.rollout import RolloutSampler, rollout
 from segjax.train.scoring import concat_prompt_response, gather_response
@@ -41,9 +42,9 @@ def run(stage: Stage, scorer: SegmentScorer, reference: Any, tokenizer: ChatToke
   threshold, reason = find_threshold(stage.settings.reward.threshold_search, entropies, min_length)
   curve = effect_of_thresholds(entropies, threshold, min_length)
   if processes.is_first():
-    stage.directory.mkdir(parents=True, exist_ok=True)
+    make_directory(stage.directory)
     record = json.dumps({'entropy_threshold': threshold, 'curve': curve}, indent=2) + '\n'
-    (stage.directory / CALIBRATION_FILE).write_text(record)
+    write_text_atomically(stage.directory / CALIBRATION_FILE, record)
   print_curve(curve, threshold, len(entropies[0]))
   stage.log(f'entropy threshold {threshold:.4f} nats: {reason}')
   return threshold

@@ -19,7 +19,7 @@ from segjax.data.batches import Pairs, Ragged
 from segjax.errors import UserError, first_line
 from segjax.run import inputs, source_code, stage_record
 from segjax.run.stage import Stage
-from segjax.storage import atomic_file
+from segjax.storage import atomic_file, check_space, make_directory
 from segjax.train.reward_scoring import SegmentScorer, reference_entropy
 from segjax.types import PreferenceBatch
 
@@ -38,7 +38,7 @@ def with_entropies(
   if processes.broadcast_from_first(path.exists()):
     stage.log(f'entropies of the reference from {path}')
   else:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     # Each process writes all of it: the computation needs every host's devices, and another run may
     # fill the same cache.
     with atomic_file(path, tag=f'.{processes.process_index()}-{os.getpid()}') as partial:
@@ -74,6 +74,8 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   """Writes float32 entropies in nats: the chosen rows end to end, then the rejected rows."""
   starts = (0, pairs.chosen.offsets[-1])
   total = int(starts[1] + pairs.rejected.offsets[-1])
+  # A mapped file that outgrows its disk ends the process by a signal.
+  check_space(path, total * np.dtype(np.float32).itemsize)
   values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
   size = stage.settings.reward.batch_size
   batches = inputs.tracked_batches(stage.name, len(pairs), size, 'entropies')

@@ -21,7 +21,13 @@ from segjax.report.console import ProgressBar, log
 from segjax.report.step_lines import StepLines
 from segjax.report.timing import Completion, compile_seconds, compiles
 from segjax.report.wandb_run import WandbRun
-from segjax.storage import is_before, read_json_lines, truncate_json_lines
+from segjax.storage import (
+  is_before,
+  make_directory,
+  read_json_lines,
+  truncate_json_lines,
+  writing,
+)
 from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
@@ -94,7 +100,7 @@ class MetricLog:
     from tensorboardX import SummaryWriter
 
     self._options = options or Options()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     self.last: dict[str, float] = {}
     self.evaluated: dict[str, float] = {}
     self._skipped_steps, self._alerts = 0, AlertMonitor()
@@ -109,7 +115,8 @@ class MetricLog:
     if first:
       truncate_json_lines(directory / METRICS_FILE, start)
     path = directory / METRICS_FILE if first else Path(os.devnull)
-    self._file = path.open('a', encoding='utf-8')
+    with writing(path):
+      self._file = path.open('a', encoding='utf-8')
     self._curves = SummaryWriter(
       str(directory / 'tensorboard'), purge_step=start or None, write_to_disk=first
     )
@@ -132,7 +139,8 @@ class MetricLog:
         self._write(self._pending)  # the step dispatched after the skipped one
     finally:
       self._lines.close()
-      self._curves.close()
+      with writing(self._curves.logdir):
+        self._curves.close()
       self._file.close()
       if self._wandb is not None:
         self._wandb.finish(failed=error is not None)
@@ -164,8 +172,9 @@ class MetricLog:
     self._keep(values)
     # JSON has no NaN: a value that is not finite is written as its name.
     record = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-    self._file.write(json.dumps({'step': step} | record) + '\n')
-    self._file.flush()
+    with writing(self._file.name):
+      self._file.write(json.dumps({'step': step} | record) + '\n')
+      self._file.flush()
     for name, value in values.items():
       if math.isfinite(value):
         self._curves.add_scalar(name, value, step)

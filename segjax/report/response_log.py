@@ -18,7 +18,12 @@ from segjax.config.settings import Report
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.segment_records import Segment, make_segments, to_number
-from segjax.storage import truncate_json_lines, write_text_atomically
+from segjax.storage import (
+  make_directory,
+  truncate_json_lines,
+  write_text_atomically,
+  writing,
+)
 from segjax.train.scoring import take_rows
 from segjax.types import Experience
 
@@ -106,7 +111,7 @@ class ResponseLog:
     self._open(step)
     if not processes.is_first():
       return
-    with self._path.open('a', encoding='utf-8') as out:
+    with writing(self._path), self._path.open('a', encoding='utf-8') as out:
       for i, row in enumerate(rows):
         segments, totals = segments_from_experience(
           experience, i, self._tokenizer, has_score=self._has_score
@@ -120,7 +125,7 @@ class ResponseLog:
 
   def _open(self, step: int) -> None:
     if not self._is_open and processes.is_first():
-      self._path.parent.mkdir(parents=True, exist_ok=True)
+      make_directory(self._path.parent)
       truncate_json_lines(self._path, step)
     self._is_open = True
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,13 @@ def resolve_path(argument: str, path: str) -> Path:
     raise UserError(f'{argument}={path!r}: {error}') from error
 
 
-def check_is_list(texts: Sequence[Any]) -> list[Any]:
+def check_is_list(texts: Any) -> list[Any]:
   """Returns the texts as a list; raises UserError if they are a single text."""
-  if isinstance(texts, str) or (texts and isinstance(texts[0], dict)):
+  if isinstance(texts, dict):
+    raise UserError('expected a list of texts, got a single message; put it in [[ and ]].')
+  if isinstance(texts, str):
     raise UserError('expected a list of texts, got a single text; put it in brackets.')
-  return list(texts)
+  texts = list(texts)
+  if texts and isinstance(texts[0], dict):
+    raise UserError('expected a list of texts, got a single text; put it in brackets.')
+  return texts

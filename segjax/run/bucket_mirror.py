@@ -145,7 +145,7 @@ class BucketMirror(NoMirror):
     self._save_index(ours, _versions(self._bucket))
 
   def try_push(self) -> bool:
-    """Pushes; logs a failure, and raises OSError if more than `max_failures` follow each other."""
+    """Pushes; logs a failure, raises UserError if more than `max_failures` follow each other."""
     if processes.is_first():
       try:
         self.push()
@@ -154,7 +154,7 @@ class BucketMirror(NoMirror):
         self._failures += 1
         message = f'--workdir={self._url} cannot be written: {first_line(error)}'
         if self._failures > self._max_failures:
-          raise OSError(f'{message}; run the same command again when it can be.') from error
+          raise UserError(f'{message}; run the same command again when it can be.') from error
         self._log(f'warning: {message}; trying again later')
     # All processes have to agree whether to save, which is collective.
     return processes.broadcast_from_first(not self._failures)

@@ -12,6 +12,7 @@ from typing import Any
 
 from segjax import processes
 from segjax.errors import UserError
+from segjax.storage import writing
 
 FILE = 'lock.json'
 
@@ -49,7 +50,9 @@ def lock_workdir(workdir: Path, url: str = '') -> Iterator[tuple[Holder, Holder]
     yield {}, {}
     return
   holder = {'pid': os.getpid(), 'host': socket.gethostname(), 'run': uuid.uuid4().hex}
-  with (workdir / FILE).open('a+', encoding='utf-8') as file:
+  with writing(workdir / FILE):
+    opened = (workdir / FILE).open('a+', encoding='utf-8')
+  with opened as file:
     file.seek(0)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.hf.model_card import DOC_FILES
-from segjax.storage import write_text_atomically
+from segjax.storage import make_directory, write_text_atomically
 
 FILE = 'stage.json'
 
@@ -99,7 +99,7 @@ def prepare_directory(directory: Path, key: Key) -> str:
       old = directory.with_name(directory.name + '.old')
       shutil.rmtree(old, ignore_errors=True)
       directory.rename(old)
-  directory.mkdir(parents=True, exist_ok=True)
+  make_directory(directory)
   # Before any output: files in a directory without a key are never resumed.
   _write(directory, {'key': key})
   return reason

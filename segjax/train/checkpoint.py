@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, UInt
 
-from segjax import processes
-from segjax.errors import UserError, first_line
+from segjax import processes, storage
+from segjax.errors import UserError, first_line, system_cause
+from segjax.train import orbax_log
 from segjax.train.optimizer import TrainState
 
 TrainStates = dict[str, Any]  # a TrainState per model and other state of the run, by name
@@ -64,8 +65,8 @@ class Checkpointer:
       self._directory = epath.Path(self._directory.absolute())  # Orbax refuses a relative path
     self._keep, self._best, self._max_failures = keep, best, max_failures
     self._run, self._differences, self._log = run or {}, differences, log_fn
-    self._failures = 0  # in a row
-    self._saving, self._is_pending = 0, False  # step of the last save; whether it may still fail
+    # Failures in a row; step of the last save; whether it may still fail.
+    self._failures, self._saving, self._is_pending = 0, 0, False
     self._open()
 
   def _open(self) -> None:
@@ -77,15 +78,14 @@ class Checkpointer:
       # Steps without the metric, for example before the first evaluation, are never the best.
       lowest = -float('inf')
       policies.append(keeping.BestN(get_metric_fn=lambda m: m.get(self._best, lowest), n=1))
+    orbax_log.mute()
     self._ocp = ocp
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=keeping.AnyPreservationPolicy(policies),
-        create=True,
-        cleanup_tmp_directories=True,  # left by a process that was killed while it saved
-      ),
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=keeping.AnyPreservationPolicy(policies),
+      cleanup_tmp_directories=True,  # left by a process that was killed while it saved
     )
+    with storage.writing(self._directory):
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def latest(self) -> int | None:
     """Returns the newest step saved, None if there is none."""
@@ -100,7 +100,7 @@ class Checkpointer:
       metrics: metrics of the step, from which `best` is read.
 
     Raises:
-      OSError: more than `max_failures` consecutive saves have failed.
+      UserError: more than `max_failures` consecutive saves have failed.
     """
     self.settle()  # a failure of the pending save counts before the next one starts
     if step in self._manager.all_steps():
@@ -139,17 +139,17 @@ class Checkpointer:
         self._failures = 0  # only failures in a row count
 
   def _handle_failure(self, error: Exception) -> None:
-    """Logs a failed save; raises OSError after too many."""
+    """Logs a failed save; raises UserError after too many."""
     self._failures += 1
     # Orbax lists a step as soon as its save has begun.
     before = [step for step in self._manager.all_steps() if step != self._saving]
     last = f'step {max(before)} is the last one saved' if before else 'nothing is saved yet'
     message = (
       f'the checkpoint of step {self._saving} could not be written to {self._directory} '
-      f'({first_line(error)}); {last}'
+      f'({system_cause(error)}); {last}'
     )
     if self._failures > self._max_failures:
-      raise OSError(f'{message}; make room there and run the same command again.') from error
+      raise UserError(f'{message}; make room there and run the same command again.') from error
     self._log(f'warning: {message}; trying again at the next save')
     self._remove_unfinished()
     self._open()  # the old manager waits for the failed write

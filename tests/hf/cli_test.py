@@ -64,8 +64,8 @@ def test_verify(llama3, tmp_path, capsys):
     (['import', 'HF', 'OUT', '--dtype=int4'], "dtype='int4' is not one of"),
     (['export', 'HF', 'OUT'], 'has no segjax.json'),
     (['export', 'HF', 'OUT', '--max_shard_size=big'], "'big' is not a size; use 5GB"),
-    (['export', 'HF', 'OUT', '--metrics', 'kl=x'], 'could not convert'),
-    (['export', 'HF', 'OUT', '--metrics', 'NOWHERE'], 'No such file'),
+    (['export', 'HF', 'OUT', '--metrics', 'kl=x'], 'is not a number'),
+    (['export', 'HF', 'OUT', '--metrics', 'NOWHERE'], 'does not exist'),
   ],
 )
 def test_errors_are_one_line_and_exit_1(arguments, message, llama3, tmp_path, capsys):

@@ -14,6 +14,7 @@ import transformers
 from fixtures import hf_models
 
 from segjax import storage
+from segjax.errors import UserError
 from segjax.hf import convert, imported, orbax_stream, reader, shards
 from segjax.model import heads
 from segjax.model.mesh import make_mesh
@@ -311,7 +312,7 @@ def test_a_full_disk_leaves_no_output(convert_checkpoint, llama3, tmp_path):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
   try:
-    with pytest.raises((OSError, ValueError), match='File too large'):
+    with pytest.raises(UserError, match='File too large'):
       convert_checkpoint(source, tmp_path / 'w' / 'out')
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -345,7 +346,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(llama3, tmp_path, monkeypatc
     return len(data)
 
   monkeypatch.setattr(shards.os, 'pwrite', full)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(UserError, match=r'c cannot be written \(No space left.*make room'):
     convert.export_checkpoint(stored, out, overwrite=True, dtype='float16')
   monkeypatch.undo()
   assert len(calls) > 9

@@ -8,6 +8,7 @@ import pytest
 import transformers
 from fixtures import hf_models
 
+from segjax.errors import UserError
 from segjax.hf import reader, writer
 from segjax.hf.model_card import Card
 from segjax.model import heads
@@ -169,7 +170,7 @@ def test_a_failure_leaves_the_old_checkpoint(llama3, tmp_path, monkeypatch):
     raise OSError('disk full')
 
   monkeypatch.setattr(writer.shards, 'write_json', fail)
-  with pytest.raises(OSError, match='disk full'):
+  with pytest.raises(UserError, match='disk full'):
     writer.save_checkpoint(out, params, config, 'language', dtype='float16')
   assert [file.name for file in tmp_path.iterdir()] == ['out']
   hf_models.assert_same_tensors(llama3, out)

@@ -228,7 +228,7 @@ def test_a_failed_push_is_retried(files, make_mirror, tmp_path, monkeypatch):
     assert (
       messages == [f'warning: --workdir={URL} cannot be written: no route; trying again later'] * 2
     )
-    with pytest.raises(OSError, match='no route; run the same command again'):
+    with pytest.raises(UserError, match='no route; run the same command again'):
       mirror.try_push()
   assert mirror.try_push()
   make_mirror('b').pull()

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from segjax import processes
+from segjax.errors import UserError
 from segjax.run.stage_record import changed_keys
 from segjax.train.checkpoint import Checkpointer, CheckpointMismatchError
 from segjax.train.optimizer import TrainState
@@ -149,7 +150,7 @@ def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   assert checkpoints.latest() == 3
   full_disk(True)
   checkpoints.save(4, _states(4))
-  with pytest.raises(OSError, match=r'step 5 could not be written.*step 3 is the last one saved'):
+  with pytest.raises(UserError, match=r'step 5 could not be written.*step 3 is the last one saved'):
     for step in (5, 5):
       checkpoints.save(step, _states(step))
   full_disk(False)
@@ -167,7 +168,7 @@ def test_saves_that_fail_at_once_count_in_a_row(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(ocp.CheckpointManager, 'save', fail)
     checkpoints.save(2, _states(2))
-    with pytest.raises(OSError, match='step 3 could not be written'):
+    with pytest.raises(UserError, match='step 3 could not be written'):
       checkpoints.save(3, _states(3))
   checkpoints.save(4, _states(4))  # a save that succeeds ends the row
   checkpoints.settle()
