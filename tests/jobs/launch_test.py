@@ -77,7 +77,7 @@ def test_runs_jobs_outside_the_main_thread(tmp_path, capsys):
 
 
 def test_a_second_interrupt_does_not_end_a_notebook():
-  with preemption.handle_signals(lambda text: None):
+  with preemption.as_guest(), preemption.handle_signals(lambda text: None):
     preemption.signal.raise_signal(preemption.signal.SIGINT)
     assert preemption.stop_requested()
     with pytest.raises(KeyboardInterrupt):
