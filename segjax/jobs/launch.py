@@ -49,7 +49,8 @@ def train(
   mesh = mesh or make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   log(f'segjax {name or ", ".join(settings.stages)} -> {workdir}')
   command = Command(name, f'segjax.train({name!r}, {str(workdir)!r})')
-  return run(settings, str(workdir), mesh, command, started=time.monotonic())
+  with preemption.as_guest():
+    return run(settings, str(workdir), mesh, command, started=time.monotonic())
 
 
 def run(

@@ -17,7 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resume
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _received: list[int] = []
-_owns_process: list[bool] = []  # of the command line; a notebook must survive a second signal
+_guests: list[bool] = []  # not empty in a process that the run does not own, as a notebook's
 
 
 class PreemptedError(Exception):
@@ -41,7 +41,7 @@ def handle_signals(log_fn: Callable[[str], None]) -> Iterator[None]:
     return
 
   def record(number: int, _: Any) -> None:
-    if _received and not _owns_process:
+    if _received and _guests:
       raise KeyboardInterrupt
     if _received:
       os._exit(128 + number)
@@ -60,6 +60,16 @@ def handle_signals(log_fn: Callable[[str], None]) -> Iterator[None]:
     _received.clear()
 
 
+@contextlib.contextmanager
+def as_guest() -> Iterator[None]:
+  """Makes a second signal raise KeyboardInterrupt instead of ending the process."""
+  _guests.append(True)
+  try:
+    yield
+  finally:
+    _guests.pop()
+
+
 def stop_requested() -> bool:
   """Returns whether this process or another one has received a signal."""
   return processes.any_process(bool(_received))
@@ -73,5 +83,4 @@ def raise_if_stop_requested() -> None:
 
 def interrupt_on_sigterm() -> None:
   """Makes SIGTERM outside of `handle_signals` end the process in one line, as Ctrl-C does."""
-  _owns_process.append(True)
   signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -4,7 +4,10 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import modulefinder
+import operator
+import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +50,9 @@ def hash_function(path: str) -> str:
   its top-level package or module. Of an installed package it is the module's file alone. '' if the
   module has no source, or belongs to segjax, which `versions` covers.
   """
-  name = path.partition(':')[0]
+  name, _, function = path.partition(':')
+  if name == '__main__':
+    return _hash_main(function)
   package, *inner = name.split('.')
   spec = importlib.util.find_spec(name)
   if package == 'segjax' or spec is None or not spec.origin or not Path(spec.origin).is_file():
@@ -59,6 +64,15 @@ def hash_function(path: str) -> str:
   if root in _installed_directories():
     return _hash_files([origin], root)
   return _hash_files([origin, *_imported_files(name, origin, root)], root)
+
+
+def _hash_main(function: str) -> str:
+  """Returns a hash of the source of a function of a script or notebook, which has no spec."""
+  try:
+    source = inspect.getsource(operator.attrgetter(function)(sys.modules['__main__']))
+  except (OSError, TypeError, AttributeError):  # defined where no source is kept
+    return ''
+  return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _imported_files(name: str, origin: Path, root: Path) -> set[Path]:

@@ -1,6 +1,8 @@
 """`segjax.train`: jobs from Python, by preset, file or values, also outside the main thread."""
 
 import concurrent.futures
+import sys
+import types
 
 import pytest
 from fixtures import runs
@@ -11,7 +13,7 @@ from segjax.config import presets
 from segjax.config.load import load_settings
 from segjax.errors import UserError
 from segjax.jobs import launch
-from segjax.run import preemption
+from segjax.run import preemption, source_code
 
 
 def test_settings_come_from_a_preset_a_file_or_values(tmp_path):
@@ -76,8 +78,21 @@ def test_runs_jobs_outside_the_main_thread(tmp_path, capsys):
   assert 'reused' in capsys.readouterr().out
 
 
+def test_a_function_of_a_notebook_is_part_of_the_key(monkeypatch):
+  main = types.ModuleType('__main__')
+  main.reward, main.built_in = notebook_reward, len
+  monkeypatch.setitem(sys.modules, '__main__', main)
+  assert len(source_code.hash_function('__main__:reward')) == 64
+  assert source_code.hash_function('__main__:built_in') == ''
+  assert source_code.hash_function('__main__:absent') == ''
+
+
+def notebook_reward(prompt, response):
+  return 1.0
+
+
 def test_a_second_interrupt_does_not_end_a_notebook():
-  with preemption.handle_signals(lambda text: None):
+  with preemption.as_guest(), preemption.handle_signals(lambda text: None):
     preemption.signal.raise_signal(preemption.signal.SIGINT)
     assert preemption.stop_requested()
     with pytest.raises(KeyboardInterrupt):
