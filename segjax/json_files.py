@@ -4,6 +4,7 @@ Fields are checked by the caller.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from segjax.errors import UserError
@@ -25,7 +26,7 @@ def read_object(path: Any, fix: str = 'correct it, or fetch it again') -> dict[s
     UserError: the file is missing or unreadable, not UTF-8, not JSON, too large or too deep, an
       object in it has a key twice, or it holds another value than an object.
   """
-  value = parse(_read(path, fix), str(path), fix)
+  value = parse(read_bytes(path, fix), str(path), fix)
   if not isinstance(value, dict):
     raise UserError(f'{path} holds a JSON {type(value).__name__}, not an object; {fix}.')
   return value
@@ -53,8 +54,14 @@ def parse(data: bytes, name: str, fix: str = 'correct it, or fetch it again') ->
     raise UserError(f'{name} is not valid JSON ({error}); {fix}.') from error
 
 
-def _read(path: Any, fix: str) -> bytes:
-  """Returns at most one byte more than the limit: a device or a pipe may never end."""
+def read_bytes(path: Any, fix: str) -> bytes:
+  """Returns the content of a file, at most one byte more than the limit.
+
+  Raises:
+    UserError: it is missing or unreadable, or not a file: a device or a pipe may never end.
+  """
+  if '://' not in str(path):
+    path = Path(path)  # etils counts devices and pipes as files
   try:
     # A pipe would wait for a writer.
     if path.exists() and not path.is_file():

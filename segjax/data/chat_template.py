@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from segjax import json_files
 from segjax.data import named_templates
 from segjax.data.sources import Message
 from segjax.data.template_checks import TemplateMarks, check_answer_words
@@ -104,7 +105,10 @@ def load_template(chat_template: str, tokenizer: Any) -> str:
       f'data.chat_template={chat_template!r} is neither Jinja text nor a file, nor one of '
       f'{", ".join(named_templates.NAMES)}; provide one of them.'
     )
-  return file.read_text()
+  try:
+    return json_files.read_bytes(file, 'give a file with Jinja text').decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f'data.chat_template={chat_template!r} is not UTF-8 text ({error}).') from error
 
 
 def default_template(tokenizer: Any) -> str:

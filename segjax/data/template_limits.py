@@ -14,7 +14,7 @@ import jinja2
 
 # CPU time of a rendering and characters of all values that it makes; more per character of the
 # conversation.
-_SECONDS, _SECONDS_PER_CHARACTER = 0.8, 1e-6
+_SECONDS, _SECONDS_PER_CHARACTER = 0.5, 1e-6
 _WEIGHT, _WEIGHT_PER_CHARACTER = 20_000_000, 100
 _MAX_ELEMENTS = 100_000  # of a list, with the lists in it, that is turned into text
 _MAX_BITS = 100_000  # of a number
@@ -36,6 +36,10 @@ class TemplateLimitError(Exception):
   """The template takes too much time or memory."""
 
 
+class TemplateTimeError(TemplateLimitError):
+  """The template takes too much time."""
+
+
 class Meter:
   """Measures one rendering."""
 
@@ -51,11 +55,9 @@ class Meter:
       self.look()
 
   def look(self) -> None:
-    """Raises TemplateLimitError after the deadline."""
+    """Raises TemplateTimeError after the deadline."""
     if time.thread_time() > self._deadline:
-      raise TemplateLimitError(
-        f'it takes more than {_SECONDS} seconds; is there a loop without end?'
-      )
+      raise TemplateTimeError(f'it takes over {_SECONDS} seconds; is there a loop without end?')
 
   def add(self, weight: int) -> None:
     """Counts a value that is about to be made."""

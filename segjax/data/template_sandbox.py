@@ -15,7 +15,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from segjax.data import template_limits as limits
-from segjax.data.template_limits import METER, TemplateLimitError
+from segjax.data.template_limits import METER, TemplateLimitError, TemplateTimeError
 from segjax.errors import UserError
 
 _MAX_TEMPLATE = 200_000  # characters; compiling takes a second per 100,000
@@ -28,12 +28,25 @@ def render(source: str, values: dict[str, Any]) -> str:
   Raises:
     UserError: the template is invalid, refuses or fails, or exceeds a limit.
   """
+  try:
+    return _render(source, values)
+  except TemplateTimeError:
+    pass  # Python may have collected garbage meanwhile, which takes long in a large process
+  try:
+    return _render(source, values)
+  except TemplateTimeError as error:
+    raise UserError(f'the chat template is stopped: {error} See data.chat_template.') from None
+
+
+def _render(source: str, values: dict[str, Any]) -> str:
   size = sum(len(message['content']) for message in values['messages'])
   token = METER.set(limits.Meter(size))
   try:
     return _compile(source).render(values)
   except jinja2.TemplateError as error:
     reason = f'refuses this conversation: {error}'
+  except TemplateTimeError:
+    raise
   except TemplateLimitError as error:
     reason = f'is stopped: {error}'
   except RecursionError:

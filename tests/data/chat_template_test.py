@@ -1,8 +1,10 @@
 """The system turn that a template inserts; other rendering is tested with the tokenizer."""
 
+import pytest
 from fixtures import tokenizers
 from fixtures.tokenizers import user
 
+from segjax.data import chat_template
 from segjax.data.tokenizer import load_tokenizer
 
 
@@ -29,3 +31,12 @@ def test_preamble_where_bos_is_the_stop_token(tmp_path):
   chat = load_tokenizer(directory, template)
   assert chat.turn_end == '<|begin_of_text|>'
   assert chat.preamble == ''
+
+
+def test_a_template_file_that_is_not_text(tmp_path):
+  (tmp_path / 'bytes.jinja').write_bytes(b'\xff\xfe{{ a }}')
+  (tmp_path / 'device.jinja').symlink_to('/dev/zero')
+  with pytest.raises(ValueError, match='is not UTF-8 text'):
+    chat_template.load_template(str(tmp_path / 'bytes.jinja'), None)
+  with pytest.raises(ValueError, match='is not a file; give a file with Jinja text'):
+    chat_template.load_template(str(tmp_path / 'device.jinja'), None)
