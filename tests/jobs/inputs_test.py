@@ -96,7 +96,7 @@ def test_directory_that_is_not_a_checkpoint(small, run, language, tmp_path):
   [
     ({'model_type': 'gpt2'}, "config.json: model_type is 'gpt2'; only llama models are read"),
     ({'quantization_config': {'quant_method': 'awq'}}, 'quantized weights are not read'),
-    ({'hidden_size': None}, 'hidden_size is None; it must be a positive integer'),
+    ({'hidden_size': None}, 'hidden_size is missing; it must be an integer from 1'),
   ],
 )
 def test_checkpoint_that_is_not_llama(small, run, model, language, changes, message):
