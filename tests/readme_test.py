@@ -107,9 +107,6 @@ def workspace(tmp_path_factory):
   runs.reward_model(
     models / 'sft' / 'model', models / 'reward' / 'model', normalizer, Segmentation()
   )
-  for config in directory.rglob('config.json'):  # with room for the responses of the defaults
-    values = json.loads(config.read_text()) | {'max_position_embeddings': 4096}
-    config.write_text(json.dumps(values))
   chats, pairs, prompts = (text for text in _code('json'))
   rows = {'chats': chats, 'pairs': pairs, 'prompts': prompts, 'held_out': prompts, 'rows': chats}
   rows['more_pairs'] = pairs

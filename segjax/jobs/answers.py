@@ -47,6 +47,7 @@ class AnswerModel:
   stage: Stage
   network: LlamaConfig
   tokenizer: ChatTokenizer
+  rollout: RolloutSettings
   params: Any
 
 
@@ -84,13 +85,9 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """
   s = stage.settings
   path, network, tokenizer, source, judge, questions = loaded
-  limits = inputs.prompt_limits(
-    s.data,
-    {'policy': network},
-    s.rollout.max_new_tokens,
-    'rollout.max_new_tokens',
-    stage.log,
-  )
+  networks = {'policy': network}
+  rollout_settings = inputs.fit_rollout(s.rollout, networks, stage.log)
+  limits = inputs.prompt_limits(s.data, networks, rollout_settings.max_new_tokens, stage.log)
   stage.log(f'{len(questions)} questions of {judge.name}')
   counts = collections.Counter()
   answers: Answers = {number: [] for number in range(len(questions))}
@@ -102,7 +99,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     inputs.log_dataset(prompts, stage.log)
     if model is None:  # not before the first prompts are validated: loading takes minutes
       params = models.load_params(path, network, 'language', s.runtime, stage.mesh)
-      model = AnswerModel(stage, network, tokenizer, params)
+      model = AnswerModel(stage, network, tokenizer, rollout_settings, params)
     new_answers = _answer(model, prompts, [questions[i] for i in open_questions], turn)
     for row, number in enumerate(open_questions):
       if row in new_answers:
@@ -155,11 +152,11 @@ def _answer(
   Random numbers depend on row and turn alone.
   """
   s, answers = model.stage.settings, {}
-  temperatures = np.full(len(prompts), s.rollout.temperature)
+  temperatures = np.full(len(prompts), model.rollout.temperature)
   if s.answers.category_temperatures:
     temperatures = np.array([questions[row].temperature for row in prompts.row])
   for temperature in np.unique(temperatures):
-    settings = dataclasses.replace(s.rollout, temperature=float(temperature))
+    settings = dataclasses.replace(model.rollout, temperature=float(temperature))
     members = np.flatnonzero(temperatures == temperature)
     total = -(-len(members) // s.answers.batch_size)
     batches = eval_batches(len(members), s.answers.batch_size)

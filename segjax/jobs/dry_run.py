@@ -88,17 +88,13 @@ def _row(stage: Stage, notes: dict[str, None]) -> tuple[str, ...]:
 def _limit_lengths(
   settings: Settings, config: LlamaConfig, samples: bool, notes: dict[str, None]
 ) -> Settings:
-  """Returns the settings with lengths that fit into the network's positions.
-
-  Raises:
-    UserError: a job that samples responses has no position left for a prompt.
-  """
-  data, key = settings.data, 'rollout.max_new_tokens'
+  """Returns the settings with lengths that fit into the network's positions."""
+  data, networks = settings.data, {'policy': config}
   if samples:
-    limits = inputs.prompt_limits(
-      data, {'policy': config}, settings.rollout.max_new_tokens, key, notes.setdefault
-    )
-    return replace(settings, **{'data.max_prompt_length': limits.max_prompt_length})
+    rollout = inputs.fit_rollout(settings.rollout, networks, notes.setdefault)
+    limits = inputs.prompt_limits(data, networks, rollout.max_new_tokens, notes.setdefault)
+    lengths = {'data.max_prompt_length': limits.max_prompt_length, 'rollout': rollout}
+    return replace(settings, **lengths)
   limits = inputs.length_limits(data, config, notes.setdefault)
   return replace(settings, **{'data.max_length': limits.max_length})
 

@@ -114,14 +114,13 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
   # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
   recipe = models.make_recipe(s, configs, configs['policy'], resolved.reward_spec, tokenizer)
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
-  limits = inputs.prompt_limits(
-    s.data, configs, s.rollout.max_new_tokens, 'rollout.max_new_tokens', stage.log
-  )
+  rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
+  limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
   return Collector(
     prompts,
-    RolloutSampler(recipe.policy, s.rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
+    RolloutSampler(recipe.policy, rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
     recipe,
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),

@@ -28,7 +28,6 @@ from segjax.jobs.job import (
   data_input,
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
-from segjax.model.llama import LlamaConfig
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
@@ -60,6 +59,7 @@ class Loaded(NamedTuple):
     recipe: constants of the run.
     tokenizer: of the policy.
     prompts: the prompts.
+    sampler: samples responses of the policy.
   """
 
   models: models.Models
@@ -67,6 +67,7 @@ class Loaded(NamedTuple):
   recipe: PPORecipe
   tokenizer: ChatTokenizer
   prompts: Prompts
+  sampler: RolloutSampler
 
 
 def load(stage: Stage) -> Loaded:
@@ -85,8 +86,20 @@ def load(stage: Stage) -> Loaded:
   configs = resolved.configs | {'policy': trained['policy']}
   tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
   recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
-  prompts = _load_prompts(stage, resolved.configs | {'critic': trained['critic']}, tokenizer)
-  return Loaded(resolved, paths, recipe, tokenizer, prompts)
+  networks = resolved.configs | {'critic': trained['critic']}
+  rollout = inputs.fit_rollout(s.rollout, networks, stage.log)
+  limits = inputs.prompt_limits(s.data, networks, rollout.max_new_tokens, stage.log)
+  prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
+  inputs.log_dataset(prompts, stage.log)
+  sampler = RolloutSampler(
+    recipe.policy,
+    rollout,
+    tokenizer.stop_ids,
+    stage.mesh,
+    rollout.samples_per_prompt,
+    stage.log,
+  )
+  return Loaded(resolved, paths, recipe, tokenizer, prompts, sampler)
 
 
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     steps, and the metrics of the last step in `RESULTS`.
   """
   s = stage.settings
-  resolved, paths, recipe, tokenizer, prompts = loaded
+  resolved, paths, recipe, tokenizer, prompts, _ = loaded
   for name in frozen_networks(s):
     stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
@@ -107,7 +120,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   trees = {'policy': states['policy'], 'critic': states['critic']} | frozen
   models.log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, resolved.reward_spec.normalizer)
-  trainer = _make_trainer(stage, recipe, prompts, tokenizer, frozen, normalizer)
+  trainer = _make_trainer(stage, loaded, frozen, normalizer)
   states, last = training_loop.train(stage, states, trainer.step, s.ppo.max_steps, SHOW)
   results = {name: last.get(metric) for name, metric in RESULTS.items()}
   card = provenance.card(stage, results, prompts, SHOW)
@@ -159,17 +172,6 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   )
 
 
-def _load_prompts(
-  stage: Stage, configs: dict[str, LlamaConfig], tokenizer: ChatTokenizer
-) -> Prompts:
-  s = stage.settings
-  key = 'rollout.max_new_tokens'
-  limits = inputs.prompt_limits(s.data, configs, s.rollout.max_new_tokens, key, stage.log)
-  prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
-  inputs.log_dataset(prompts, stage.log)
-  return prompts
-
-
 def _init_states(
   stage: Stage, paths: dict[str, Path], recipe: PPORecipe
 ) -> training_loop.TrainStates:
@@ -197,22 +199,12 @@ def _init_states(
 
 def _make_trainer(
   stage: Stage,
-  recipe: PPORecipe,
-  prompts: Prompts,
-  tokenizer: ChatTokenizer,
+  loaded: Loaded,
   frozen: dict[str, Any],
   normalizer: Normalizer,
 ) -> Trainer:
-  s = stage.settings
+  s, (_, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
   train_set, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
-  sampler = RolloutSampler(
-    recipe.policy,
-    s.rollout,
-    tokenizer.stop_ids,
-    stage.mesh,
-    s.rollout.samples_per_prompt,
-    stage.log,
-  )
   eval_collector = Collector(
     held_out,
     sampler,

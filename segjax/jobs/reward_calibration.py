@@ -56,18 +56,14 @@ def sample_entropies(
   """Samples responses of the reference and returns its entropies on them."""
   s = stage.settings
   search = s.reward.threshold_search
-  limits = inputs.prompt_limits(
-    s.data,
-    {'reference': scorer.reference},
-    search.max_new_tokens,
-    'reward.threshold_search.max_new_tokens',
-    stage.log,
-  )
+  networks, key = {'reference': scorer.reference}, 'reward.threshold_search.max_new_tokens'
+  max_new_tokens = inputs.fit_responses(search.max_new_tokens, networks, key, stage.log)
+  limits = inputs.prompt_limits(s.data, networks, max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data), tokenizer, limits)
   order = np.random.default_rng(s.seed).permutation(len(prompts))[: search.num_samples]
   sampler = RolloutSampler(
     scorer.reference,
-    RolloutSettings(max_new_tokens=search.max_new_tokens),
+    RolloutSettings(max_new_tokens=max_new_tokens),
     tokenizer.stop_ids,
     stage.mesh,
     log=stage.log,

@@ -1,5 +1,6 @@
 """Resolves and loads the inputs of a job, and checks their paths before the first stage."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from segjax.config.settings import Compat, Data, Settings, replace
+from segjax.config.settings import Compat, Data, RolloutSettings, Settings, replace
 from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
 from segjax.data.pair_rules import PairRules
@@ -151,11 +152,40 @@ def length_limits(data: Data, config: LlamaConfig, log: Callable[[str], None]) -
   return Limits(positions, max_prompt, data.overlong_policy)
 
 
+def fit_responses(
+  max_new_tokens: int, configs: dict[str, LlamaConfig], key: str, log: Callable[[str], None]
+) -> int:
+  """Returns `max_new_tokens`, or half of the positions where it would leave none for a prompt.
+
+  Args:
+    max_new_tokens: maximum length of a response.
+    configs: the networks that read prompt and response, by name.
+    key: the config key of `max_new_tokens`.
+    log: called with a line of text if the responses are shortened.
+  """
+  name, positions = _fewest_positions(configs)
+  if max_new_tokens < positions:
+    return max_new_tokens
+  log(
+    f'responses have at most {positions // 2} tokens, half of the {positions} positions of the '
+    f'{name} (config.{key}={max_new_tokens})'
+  )
+  return positions // 2
+
+
+def fit_rollout(
+  rollout: RolloutSettings, configs: dict[str, LlamaConfig], log: Callable[[str], None]
+) -> RolloutSettings:
+  """Returns config.rollout with responses that fit into the networks, see `fit_responses`."""
+  key = 'rollout.max_new_tokens'
+  max_new_tokens = fit_responses(rollout.max_new_tokens, configs, key, log)
+  return dataclasses.replace(rollout, max_new_tokens=max_new_tokens)
+
+
 def prompt_limits(
   data: Data,
   configs: dict[str, LlamaConfig],
   max_new_tokens: int,
-  key: str,
   log: Callable[[str], None],
 ) -> Limits:
   """Returns the limits on prompts whose responses have up to `max_new_tokens` tokens.
@@ -163,20 +193,10 @@ def prompt_limits(
   Args:
     data: config.data.
     configs: the networks that read prompt and response, by name.
-    max_new_tokens: maximum length of a response.
-    key: the config key of `max_new_tokens`.
+    max_new_tokens: maximum length of a response, as `fit_responses` returns it.
     log: called with a line of text if prompts are limited further than config.data does.
-
-  Raises:
-    UserError: no position is left for a prompt.
   """
-  name, config = min(configs.items(), key=lambda item: item[1].max_position_embeddings)
-  positions = config.max_position_embeddings
-  if positions <= max_new_tokens:
-    raise UserError(
-      f'config.{key}={max_new_tokens} leaves no room for a prompt in the {positions} positions of '
-      f'the {name}; make it smaller.'
-    )
+  name, positions = _fewest_positions(configs)
   max_prompt = min(data.max_prompt_length, positions - max_new_tokens)
   if max_prompt < data.max_prompt_length:
     log(
@@ -184,6 +204,12 @@ def prompt_limits(
       f'responses take up to {max_new_tokens}'
     )
   return Limits(max_prompt, max_prompt, data.overlong_policy)
+
+
+def _fewest_positions(configs: dict[str, LlamaConfig]) -> tuple[str, int]:
+  """Returns the network with the fewest positions, by name, and their number."""
+  positions = {name: config.max_position_embeddings for name, config in configs.items()}
+  return min(positions.items(), key=lambda item: item[1])
 
 
 def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:

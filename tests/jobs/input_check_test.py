@@ -73,13 +73,6 @@ def test_a_sound_run_passes_and_writes_nothing(check, language, write, tmp_path)
     (('ppo',), [{'text': 'x'}], {}, 'row 1: no prompt'),
     (('evaluate',), [{'text': 'x'}], {}, 'row 1: no prompt'),
     (('answers',), [PAIR], {}, 'rows.jsonl'),
-    (('ppo',), [PAIR], {'rollout__max_new_tokens': 128}, 'leaves no room for a prompt'),
-    (
-      ('sft', 'ppo'),
-      [CHAT],
-      {'rollout__max_new_tokens': 128},
-      'leaves no room for a prompt in the 128 positions',
-    ),
     (('sft',), [CHAT], {'data__chat_template': 'no/such/file'}, 'no/such/file'),
     (('sft', 'ppo'), [CHAT], {'data__chat_template': '{% if %}'}, 'template'),
     (

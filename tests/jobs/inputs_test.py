@@ -6,12 +6,13 @@ import json
 import shutil
 
 import pytest
-from fixtures import runs
+from fixtures import models, runs
 
-from segjax.config.settings import Segmentation
+from segjax.config.settings import Data, RolloutSettings, Segmentation
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.jobs.dry_run import run as dry_run
+from segjax.run import inputs
 from segjax.train import reward_spec
 from segjax.train.reward_spec import RewardSpec
 from segjax.types import Normalizer
@@ -95,7 +96,7 @@ def test_directory_that_is_not_a_checkpoint(small, run, language, tmp_path):
   [
     ({'model_type': 'gpt2'}, "config.json: model_type is 'gpt2'; only llama models are read"),
     ({'quantization_config': {'quant_method': 'awq'}}, 'quantized weights are not read'),
-    ({'hidden_size': None}, 'hidden_size is missing; it must be an integer from 1 to'),
+    ({'hidden_size': None}, 'hidden_size is missing; it must be an integer from 1'),
   ],
 )
 def test_checkpoint_that_is_not_llama(small, run, model, language, changes, message):
@@ -174,9 +175,26 @@ def test_reference_with_another_tokenizer(small, run, ppo_inputs, tmp_path):
     run(small('ppo', **ppo_inputs, **{'reference.path': str(other)}))
 
 
-def test_responses_longer_than_the_context(small, run, ppo_inputs):
-  with pytest.raises(ValueError, match=r'max_new_tokens=128 leaves no room .* 128 positions'):
-    run(small('ppo', **ppo_inputs, **{'rollout.max_new_tokens': 128}))
+def test_responses_longer_than_the_context_are_shortened():
+  networks = {
+    name: dataclasses.replace(models.CONFIG, max_position_embeddings=positions)
+    for name, positions in (('policy', 256), ('critic', 128))
+  }
+  for max_new_tokens, expected in ((127, 127), (128, 64), (1024, 64)):
+    lines = []
+    rollout = RolloutSettings(max_new_tokens=max_new_tokens)
+    fitted = inputs.fit_rollout(rollout, networks, lines.append)
+    assert fitted.max_new_tokens == expected
+    assert lines == (
+      []
+      if max_new_tokens < 128
+      else [
+        'responses have at most 64 tokens, half of the 128 positions of the critic '
+        f'(config.rollout.max_new_tokens={max_new_tokens})'
+      ]
+    )
+    limits = inputs.prompt_limits(Data(), networks, expected, lambda _: None)
+    assert limits.max_prompt_length == 128 - expected
 
 
 def test_normalizer_job_checks_that_the_model_is_writable(small, run, ppo_inputs, monkeypatch):
