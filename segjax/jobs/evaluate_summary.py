@@ -4,26 +4,8 @@ from typing import Any
 
 from segjax.evaluation.intervals import format_interval
 from segjax.report.console import table
+from segjax.report.stage_tables import EVALUATION
 from segjax.run.stage import Stage
-
-_LABELS = {
-  'gold': ('gold reward [95 % interval]', 3),
-  'gold_gain': ('  gain', 3),
-  'score': ('score [95 % interval]', 3),
-  'score_gain': ('  gain', 3),
-  'win_rate_gold': ('win rate by gold reward', 3),
-  'lc_win_rate_gold': ('  at equal length', 3),
-  'win_rate_score': ('win rate by score', 3),
-  'lc_win_rate_score': ('  at equal length', 3),
-  'kl_nats': ('KL to the reference, nats', 2),
-  'length': ('length, tokens', 1),
-  'segments': ('segments per response', 1),
-  'eos_rate': ('share that ends in EOS', 3),
-  'repeated_4grams': ('share of repeated 4-grams', 3),
-  'distinct_1': ('share of distinct tokens', 3),
-  'distinct_2': ('share of distinct pairs', 3),
-  'boundary_f1': ('F1 of segment boundaries', 3),
-}
 
 
 def print_table(figures: dict[str, Any]) -> None:
@@ -35,11 +17,11 @@ def print_table(figures: dict[str, Any]) -> None:
     return format_interval(value, digits) if isinstance(value, dict) else f'{value:z.{digits}f}'
 
   rows = []
-  for key, (label, digits) in _LABELS.items():
+  for key, (label, digits) in EVALUATION.items():
     values = [figures[name].get(key) for name in ('before', 'after')]
     if values != [None, None]:
       rows.append((label, *(cell(value, digits) for value in values)))
-  table('Held-out prompts', ('', 'before PPO', 'after PPO'), rows)
+  table('Held-out prompts, means [95 % intervals]', ('', 'before PPO', 'after PPO'), rows)
 
 
 def headline(stage: Stage, figures: dict[str, Any]) -> str:

@@ -13,23 +13,23 @@ from segjax.report import metric_names
 
 _MIN_WIDTH = 1e-9  # of a scale: all values may be equal
 
-# Of the job evaluate: label, digits. Others follow with a label made from their key.
-_EVALUATE = {
+# Figures of the job evaluate, in this order, on the page and on the console: label, digits.
+EVALUATION = {
   'gold': ('Gold reward', 3),
   'gold_gain': ('Gain in gold reward', 3),
   'score': ("Reward model's score", 3),
   'score_gain': ("Gain in reward model's score", 3),
-  'win_rate_gold': ('Win rate over before, by gold reward', 3),
-  'lc_win_rate_gold': ('Win rate at equal length, by gold reward', 3),
-  'win_rate_score': ("Win rate over before, by reward model's score", 3),
-  'lc_win_rate_score': ("Win rate at equal length, by reward model's score", 3),
-  'kl_nats': ('KL to the reference, nats per response', 2),
+  'win_rate_gold': ('Win rate by gold reward', 3),
+  'lc_win_rate_gold': ('Win rate by gold, equal lengths', 3),
+  'win_rate_score': ('Win rate by score', 3),
+  'lc_win_rate_score': ('Win rate by score, equal lengths', 3),
+  'kl_nats': ('KL to the reference, nats', 2),
   'length': ('Response length, tokens', 1),
   'segments': ('Segments per response', 1),
-  'eos_rate': ('Share of responses that end by themselves', 3),
-  'repeated_4grams': ('4-grams that repeat one in the response', 3),
-  'distinct_1': ('Distinct tokens, share over responses', 3),
-  'distinct_2': ('Distinct pairs of tokens, share', 3),
+  'eos_rate': ('Share that ends by itself', 3),
+  'repeated_4grams': ('Share of repeated 4-grams', 3),
+  'distinct_1': ('Share of distinct tokens', 3),
+  'distinct_2': ('Share of distinct pairs', 3),
   'boundary_f1': ('F1 of segment boundaries', 3),
 }
 
@@ -82,11 +82,11 @@ def format_value(value: Any, digits: int = 3) -> str:
 def _evaluate(results: Mapping[str, Any]) -> list[Table]:
   before, after = results.get('before', {}), results.get('after', {})
   rows = []
-  for key in [*_EVALUATE, *(key for key in after | before if key not in _EVALUATE)]:
+  for key in [*EVALUATION, *(key for key in after | before if key not in EVALUATION)]:
     values = {'before': before.get(key), 'after': after.get(key)}
     if values['before'] is None and values['after'] is None:
       continue
-    label, digits = _EVALUATE.get(key, (metric_names.result_name('evaluate', key), 3))
+    label, digits = EVALUATION.get(key, (metric_names.result_name('evaluate', key), 3))
     cells = tuple(format_value(value, digits) for value in values.values())
     rows.append(Row(label, cells, *_scale(key, values)))
   counts = {value.get('n') for value in after.values() if isinstance(value, Mapping)}

@@ -4,7 +4,6 @@ These files never change what a later run does: `stage_record.content_hash` skip
 """
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import subprocess
@@ -20,9 +19,8 @@ from segjax.data.sources import is_hub_id
 from segjax.hf.model_card import Card
 from segjax.report import charts
 from segjax.report.metric_log import METRICS_FILE
+from segjax.run import source_code
 from segjax.run.stage import Stage
-
-PACKAGES = ('jax', 'flax', 'transformers', 'optax', 'orbax-checkpoint')
 
 
 def card(stage: Stage, figures: dict[str, Any], dataset: Any, show: Sequence[str]) -> Card:
@@ -67,7 +65,7 @@ def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -
     'models': {name: path for name, path in paths.items() if path},
     # JSON has no NaN: a value that is not finite is written as its name.
     'metrics': {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()},
-    'versions': versions(),
+    'versions': source_code.versions(),
     'commit': commit(),
     'devices': {
       'kind': stage.mesh.devices.flat[0].device_kind,
@@ -76,17 +74,6 @@ def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -
     },
     'settings': dataclasses.asdict(s),
   }
-
-
-def versions() -> dict[str, str]:
-  """Returns the versions of segjax and of the packages that its results depend on."""
-  result = {'segjax': segjax.__version__}
-  for name in PACKAGES:
-    try:
-      result[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      result[name] = 'unknown'
-  return result
 
 
 def commit(package: Path = Path(segjax.__file__).parent) -> str:

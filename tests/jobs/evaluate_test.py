@@ -18,6 +18,6 @@ def test_figures_fit_a_page(capsys):
   evaluate_summary.print_table({'before': figures | {'boundary_f1': 0.96}, 'after': figures | wins})
   out = capsys.readouterr().out
   assert '-0.500 [-0.610, -0.400]' in out
-  assert 'win rate by gold reward' in out and '0.125' in out
+  assert 'Win rate by gold reward' in out and '0.125' in out
   assert '0.960' in out and '-0.00 ' not in out
   assert max(map(len, out.splitlines())) <= 100

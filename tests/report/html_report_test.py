@@ -225,7 +225,7 @@ def test_the_page_shows_every_stage_in_the_order_in_which_they_ran(workdir):
     *('PPO', 'Evaluation', 'Evaluation of the reward model', 'Answers for a judge')
   ]
   assert 'Reward per response, before KL' in html  # the curves of PPO
-  assert '0.750 [0.500,\u00a0' in html and 'Win rate over before, by gold reward' in html
+  assert '0.750 [0.500,\u00a0' in html and 'Win rate by gold reward' in html
   assert '<td data-column="pairs">12</td>' in html and 'MT-Bench' in html
   for name in ('evaluate', 'evaluate_reward', 'answers'):
     assert f'>segjax {name}</pre>' in html
