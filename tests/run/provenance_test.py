@@ -44,9 +44,8 @@ def test_the_record_describes_the_run(stage):
   assert record['models'] == {'policy': 'owner/base'}
   assert record['metrics'] == card.metrics == {'loss': 1.5}
   assert record['settings'] == json.loads(json.dumps(dataclasses.asdict(stage.settings)))
-  assert list(record['versions']) == [
-    *('segjax', 'jax', 'flax', 'transformers', 'optax', 'orbax-checkpoint')
-  ]
+  packages = {'segjax', 'jax', 'flax', 'transformers', 'optax', 'orbax-checkpoint'}
+  assert packages <= set(record['versions'])
   assert record['versions']['jax'] == jax.__version__
   assert record['devices'] == {'kind': 'cpu', 'count': 1, 'processes': 1}
   assert card.curves.startswith(b'\x89PNG')
