@@ -153,7 +153,7 @@ def _resumed(directory, key):
 @pytest.mark.parametrize('limit', range(6))
 def test_killed_while_a_stage_is_finished(files, make_mirror, tmp_path, monkeypatch, limit):
   """The stage is finished with all its outputs, or unfinished with all its metrics."""
-  stage, key, mirror = tmp_path / 'a' / 'sft', {'seed': 0}, make_mirror('a')
+  stage, key, mirror = tmp_path / 'a' / 'sft', {'settings': {'seed': 0}}, make_mirror('a')
   stage_record.prepare_directory(stage, key)
   _fill(stage, {'metrics.jsonl': '1'})
   mirror.push()
@@ -175,7 +175,7 @@ def test_killed_while_a_stage_is_finished(files, make_mirror, tmp_path, monkeypa
 def test_killed_while_an_old_stage_is_restored(files, make_mirror, tmp_path, monkeypatch, limit):
   """The stage of the earlier settings is on the bucket wherever the push is cut off."""
   stage, mirror = tmp_path / 'a' / 'sft', make_mirror('a')
-  first, second = {'seed': 0}, {'seed': 1}
+  first, second = {'settings': {'seed': 0}}, {'settings': {'seed': 1}}
   stage_record.prepare_directory(stage, first)
   _fill(stage, {'metrics.jsonl': 'first'})
   mirror.push()
@@ -201,8 +201,8 @@ def test_killed_while_an_old_stage_is_restored(files, make_mirror, tmp_path, mon
 @pytest.mark.parametrize('limit', range(6))
 def test_killed_while_settings_change(files, make_mirror, tmp_path, monkeypatch, limit):
   """A run with new settings never resumes from files of the old ones."""
-  stage, mirror, new = tmp_path / 'a' / 'sft', make_mirror('a'), {'seed': 1}
-  stage_record.prepare_directory(stage, {'seed': 0})
+  stage, mirror, new = tmp_path / 'a' / 'sft', make_mirror('a'), {'settings': {'seed': 1}}
+  stage_record.prepare_directory(stage, {'settings': {'seed': 0}})
   _fill(stage, {'metrics.jsonl': 'old'})
   mirror.push()
   stage_record.prepare_directory(stage, new)
@@ -272,7 +272,7 @@ def test_states_of_replaced_settings_are_removed(files, make_mirror, tmp_path):
   """The states of the current key and of the previous one are kept."""
   stage, mirror, fingerprints = tmp_path / 'a' / 'sft', make_mirror('a'), []
   for seed in range(3):
-    stage_record.prepare_directory(stage, {'seed': seed})
+    stage_record.prepare_directory(stage, {'settings': {'seed': seed}})
     _fill(stage, {'metrics.jsonl': f'{seed}'})
     fingerprints.append(bucket_mirror.key_fingerprint(stage))
     files.pipe_file(f'/bucket/run/{bucket_mirror.STATES}/sft/{fingerprints[-1]}/1/state', b'')
