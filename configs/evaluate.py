@@ -9,7 +9,7 @@ Presets: demo (the whole demo), local.
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run
+from configs.shared import demo_run, local_run
 from segjax.config import presets
 
 
@@ -22,5 +22,6 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     demo_run.assign(config, last_job='evaluate')
     config.reward.segmentation.granularity = granularity or 'segment'
   else:
+    local_run.assign(config)
     config.reward_model.segmentation.granularity = granularity or None
   return config

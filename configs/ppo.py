@@ -13,7 +13,7 @@ included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run, model_sizes, topologies
+from configs.shared import demo_run, local_run, model_sizes, topologies
 from segjax.config import presets
 
 
@@ -28,6 +28,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     published(config, name, granularity or 'segment')
     topologies.assign(config, 'ppo', name, topology)
   elif name == 'local':
+    local_run.assign(config)
     config.reward_model.segmentation.granularity = granularity or None
   else:
     demo_run.assign(config, last_job='evaluate')

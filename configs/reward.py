@@ -12,7 +12,7 @@ published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/ab
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run, model_sizes, topologies
+from configs.shared import demo_run, local_run, model_sizes, topologies
 from segjax.config import presets
 
 
@@ -25,6 +25,8 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config.stages = ('reward',)
   if name == 'demo':
     demo_run.assign(config, last_job='reward')
+  elif name == 'local':
+    local_run.assign(config)
   elif name in model_sizes.SIZES:
     config.seed = 42
     config.runtime.compute_dtype = 'bfloat16'

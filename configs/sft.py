@@ -8,7 +8,7 @@ Presets: demo (the demo up to this job), local.
 
 from ml_collections import ConfigDict
 
-from configs.shared import demo_run
+from configs.shared import demo_run, local_run
 from segjax.config import presets
 
 
@@ -19,4 +19,6 @@ def get_config(preset: str = 'demo') -> ConfigDict:
   config.stages = ('sft',)
   if name == 'demo':
     demo_run.assign(config, last_job='sft')
+  else:
+    local_run.assign(config)
   return config

@@ -15,7 +15,7 @@ from segjax.config import renamed
 from segjax.config.field_checks import typed
 from segjax.config.reference_exact import apply_reference_exact
 from segjax.config.settings import Settings
-from segjax.config.validate import validate
+from segjax.config.validate import limit_to_batches, validate
 from segjax.errors import UserError
 
 
@@ -26,6 +26,7 @@ def from_config(config: ConfigDict) -> Settings:
     UserError: a key is unknown, a value has the wrong type or range, or two values conflict.
   """
   settings = _build(Settings, config.copy_and_resolve_references().to_dict(), '')
+  settings = limit_to_batches(settings)
   validate(settings)
   return apply_reference_exact(settings) if settings.reference_exact else settings
 

@@ -10,8 +10,16 @@ from operator import attrgetter
 from segjax.config import conflicts, no_effect, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
 from segjax.config.field_checks import check_choice, check_minimum
-from segjax.config.settings import Settings
+from segjax.config.settings import Settings, replace
 from segjax.errors import UserError
+
+# What goes through the networks at once, by the batch that it divides.
+_AT_ONCE = {
+  'ppo.rollout_batch_size': ('ppo.scoring_batch_size',),
+  'ppo.minibatch_size': ('ppo.micro_batch_size',),
+  'reward.batch_size': ('reward.micro_batch_size',),
+  'sft.batch_size': ('sft.micro_batch_size',),
+}
 
 
 def validate(settings: Settings) -> None:
@@ -187,16 +195,17 @@ def _check_packing(s: Settings) -> None:
       )
 
 
+def limit_to_batches(s: Settings) -> Settings:
+  """Returns the settings with no more rows at once than the batch has."""
+  for total_key, keys in _AT_ONCE.items():
+    sizes = {key: min(attrgetter(key)(s), attrgetter(total_key)(s)) for key in keys}
+    s = replace(s, **sizes)
+  return s
+
+
 def _check_divisibility(s: Settings) -> None:
-  for total_key, keys in (
-    (
-      'ppo.rollout_batch_size',
-      ('ppo.minibatch_size', 'ppo.scoring_batch_size', 'rollout.samples_per_prompt'),
-    ),
-    ('ppo.minibatch_size', ('ppo.micro_batch_size',)),
-    ('reward.batch_size', ('reward.micro_batch_size',)),
-    ('sft.batch_size', ('sft.micro_batch_size',)),
-  ):
+  parts = {'ppo.rollout_batch_size': ('ppo.minibatch_size', 'rollout.samples_per_prompt')}
+  for total_key, keys in (*parts.items(), *_AT_ONCE.items()):
     total = attrgetter(total_key)(s)
     for key in keys:
       size = attrgetter(key)(s)

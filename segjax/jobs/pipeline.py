@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.settings import Settings, replace
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 from segjax.jobs import input_check, run_end, stage_key
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
@@ -230,7 +231,16 @@ def _load(stage: Stage, job: Job) -> tuple[Any, ...]:
 
 def _run_job(stage: Stage, job: Job, loaded: tuple[Any, ...], started: float) -> Results:
   """Runs the job and prints a line at its end."""
-  results = job.run(stage, *loaded)
+  try:
+    results = job.run(stage, *loaded)
+  except jax.errors.JaxRuntimeError as error:
+    if not re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error)):
+      raise
+    keys = ', '.join(f'config.{key}' for key in job.batch_keys)
+    raise UserError(
+      f'{stage.name} ran out of memory ({first_line(error)}); lower {keys}, or see '
+      '`segjax help memory`.'
+    ) from error
   results['seconds'] = time.monotonic() - started
   processes.barrier(f'{stage.name} done')
   if processes.is_first():

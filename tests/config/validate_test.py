@@ -246,6 +246,17 @@ def test_wrong_values_name_their_key(values, message):
     parse.from_config(_config(**values))
 
 
+def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
+  config = importlib.import_module('configs.ppo').get_config('local')
+
+  def sizes(s):
+    return s.ppo.micro_batch_size, s.ppo.scoring_batch_size, s.sft.micro_batch_size
+
+  assert sizes(parse.from_config(config)) == (16, 64, 16)
+  config.ppo.rollout_batch_size = config.ppo.minibatch_size = config.sft.batch_size = 4
+  assert sizes(parse.from_config(config)) == (4, 4, 4)
+
+
 @pytest.mark.parametrize(
   'values, message',
   [

@@ -402,3 +402,12 @@ def test_the_message_of_a_failed_stage_is_recorded(small, run, inputs, fake_jobs
   run(small('sft', **inputs), tmp_path / 'w')
   assert stage_history.read(tmp_path / 'w')['sft'].error == ''
   assert message not in (tmp_path / 'w' / 'report.html').read_text()
+
+
+def test_out_of_memory_names_what_to_lower(small, run, inputs, fake_jobs, tmp_path):
+  def job(stage):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore')
+
+  fake_jobs(sft=job)
+  with pytest.raises(UserError, match=r'^sft ran out of memory .* 9 bytes.\); lower .*micro_batch'):
+    run(small('sft', **inputs), tmp_path / 'w')
