@@ -98,7 +98,7 @@ def main(_: list[str]) -> None:
     log(f'output {workdir}')
   if _DRY_RUN.value:
     inputs.check_creatable('--workdir', workdir)
-    stages = pipeline.prepare(settings, Path(workdir), mesh)
+    stages = pipeline.prepare(settings, inputs.expand_path('--workdir', workdir), mesh)
     dry_run.run(settings, stages, is_full=_DRY_RUN.value == 'full')
     return
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])

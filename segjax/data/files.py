@@ -9,6 +9,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -102,6 +103,9 @@ def _check_shards(path: epath.Path, name: str, entries: Sequence[epath.Path]) ->
 def _open_all(paths: Sequence[epath.Path], drop_bad: bool, limit: int) -> list[Opened]:
   opened = []
   for path in paths:
+    # etils counts devices and pipes as files, and a pipe would wait for a writer.
+    if '://' not in str(path) and not Path(path).is_file():
+      raise UserError(f'{path}: a pipe or device, which cannot be read twice; save it as a file.')
     is_parquet = path.suffix == '.parquet'
     rows = _from_parquet(path, limit) if is_parquet else _from_json(path, limit, drop_bad)
     opened.append(Opened(rows, path.name))
@@ -115,7 +119,7 @@ def _from_json(path: epath.Path, limit: int, drop_bad: bool) -> list[json_rows.R
       bounded = json_rows.BoundedStream(path, stream, raw if is_packed else None)
       return json_rows.read_rows(bounded, limit, drop_bad)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise UserError(f'{path}: invalid gzip file: {error}') from error
+      raise UserError(f'{path}: invalid gzip file ({error}); copy it again.') from error
 
 
 def _find_saved(path: epath.Path) -> dict[str, Opener]:
@@ -124,7 +128,9 @@ def _find_saved(path: epath.Path) -> dict[str, Opener]:
   try:
     data = datasets.load_from_disk(str(path))
   except Exception as error:  # the library passes on those of its readers
-    raise UserError(f'{path}: datasets cannot load this directory: {_reason(error)}') from error
+    raise UserError(
+      f'{path}: datasets cannot load this directory: {_reason(error)}; save it again.'
+    ) from error
   if isinstance(data, datasets.DatasetDict):
     return {name: functools.partial(_open_saved, data[name], path) for name in data}
   opener = functools.partial(_open_saved, data, path)
@@ -159,7 +165,9 @@ def _from_parquet(path: epath.Path, limit: int) -> Any:
       schema = file.schema_arrow.remove_metadata()
       table = pyarrow.Table.from_batches(batches, file.schema_arrow).cast(schema)
     except (pyarrow.ArrowException, OSError, EOFError) as error:
-      raise UserError(f'{path}: not a parquet file: {_reason(error)}') from error
+      raise UserError(
+        f'{path}: not a parquet file, or damaged: {_reason(error)}; copy it again.'
+      ) from error
   _validate(table, path)
   return _front(datasets.Dataset(datasets.table.InMemoryTable(table)), limit)
 
@@ -180,7 +188,7 @@ def _validate(table: Any, path: epath.Path) -> None:
   try:
     (table.table if hasattr(table, 'table') else table).validate(full=True)
   except Exception as error:
-    raise UserError(f'{path}: the rows are damaged: {_reason(error)}') from error
+    raise UserError(f'{path}: the rows are damaged: {_reason(error)}; copy it again.') from error
 
 
 def _front(data: Any, limit: int) -> Any:

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from etils import epath
 
-from segjax.errors import UserError
+from segjax.errors import UserError, first_line
 
 _WEIGHT = re.compile(r'(.+?)\*(\d+(?:\.\d+)?|\.\d+)')
 _SEVERAL = re.compile(r'[,*?\[]')
 _PATTERN = re.compile(r'[*?\[]')
+_MAX_WEIGHT = 1000  # rows are repeated in memory; more is a mistake, or many epochs
 
 
 class Source(NamedTuple):
@@ -25,7 +26,7 @@ def parse_sources(text: str) -> list[Source]:
   A path that exists as it is written, commas and stars included, is one source.
 
   Raises:
-    UserError: a weight is 0, or a pattern matches nothing.
+    UserError: there is no source, a weight is 0 or over 1,000, or a pattern matches nothing.
   """
   is_one = not _SEVERAL.search(text)  # most paths; those of buckets are not looked up
   if not text or is_one or epath.Path(text).expanduser().exists():
@@ -36,7 +37,11 @@ def parse_sources(text: str) -> list[Source]:
     path, weight = (match[1], float(match[2])) if match else (item, 1.0)
     if not weight:
       raise UserError(f'{item}: the weight is 0; leave the source out instead.')
+    if weight > _MAX_WEIGHT:
+      raise UserError(f'{item}: the weight is over {_MAX_WEIGHT:,}; raise num_epochs instead.')
     sources += [Source(p, weight) for p in _expand(path)] if path else []
+  if not sources:
+    raise UserError(f'{text!r} names no source; give a file, directory or hub id.')
   return sources
 
 
@@ -49,7 +54,10 @@ def _expand(path: str) -> list[str]:
   root, slash, pattern = path[: match.start()].rpartition('/')
   pattern += path[match.start() :]
   directory = epath.Path((root + slash) or '.').expanduser()
-  paths = sorted(str(p) for p in directory.glob(pattern)) if directory.exists() else []
+  try:
+    paths = sorted(str(p) for p in directory.glob(pattern)) if directory.exists() else []
+  except (OSError, NotImplementedError) as error:  # etils lacks **
+    raise UserError(f'{path}: the pattern cannot be expanded: {first_line(error)}') from error
   if not paths:
     raise UserError(f'{path}: no file matches the pattern.')
   return paths

@@ -42,7 +42,11 @@ def _render(source: str, values: dict[str, Any]) -> str:
   size = sum(len(message['content']) for message in values['messages'])
   token = METER.set(limits.Meter(size))
   try:
-    return _compile(source).render(values)
+    text = _compile(source).render(values)
+    text.encode()
+    return text
+  except UnicodeEncodeError as error:
+    reason = f'writes half of a character, \\u{ord(error.object[error.start]):04x}'
   except jinja2.TemplateError as error:
     reason = f'refuses this conversation: {error}'
   except TemplateTimeError:

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from segjax import json_files
-from segjax.errors import UserError, first_line
+from segjax.errors import UserError, excerpt, first_line
 
 _TOKENIZER = 'tokenizer.json'
 _GENERATION = 'generation_config.json'
@@ -31,7 +31,7 @@ def load_fast_tokenizer(directory: str) -> Any:
   read_tokenizer_json(path)
   for name in _OTHERS:
     if (path / name).exists():
-      json_files.read_object(path / name)
+      _check_fields(path / name, json_files.read_object(path / name))
   if '://' not in str(directory):
     return _load(str(path), directory)
   with tempfile.TemporaryDirectory() as folder:
@@ -39,6 +39,14 @@ def load_fast_tokenizer(directory: str) -> Any:
       if entry.suffix in ('.json', '.jinja') and 'index' not in entry.name:
         entry.copy(epath.Path(folder) / entry.name)
     return _load(folder, directory)
+
+
+def _check_fields(file: epath.Path, content: dict[str, Any]) -> None:
+  """Raises UserError if a field has a type that transformers reads and fails on later."""
+  for key, types in (('model_max_length', int | float), ('chat_template', str | list)):
+    value = content.get(key)
+    if value is not None and not isinstance(value, types):
+      raise UserError(f'{file}: {key} is {excerpt(value)}; correct it, or fetch the file again.')
 
 
 def _load(local: str, directory: str) -> Any:

@@ -105,20 +105,20 @@ def read_json(path: Path) -> dict[str, Any]:
   return json_files.read_object(path, fix='fetch it again')
 
 
-def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(raw: dict[str, Any], location: str = CONFIG) -> dict[str, Any]:
   """Returns the RoPE parameters of a raw config.json, in any of its forms, as one dict.
 
   The dict always has rope_type, rope_theta and partial_rotary_factor.
 
   The forms are rope_theta with rope_scaling (whose type may be spelled 'type') and
   rope_parameters. As in transformers 5, rope_scaling takes precedence over rope_parameters, a
-  theta inside over one outside, and θ defaults to 10000.
+  theta inside over one outside, and θ defaults to 10000. `location` names the file in errors.
   """
   rope = {}
   for key in ('rope_scaling', 'rope_parameters'):
     value = raw.get(key)
     if value is not None and not isinstance(value, dict):
-      raise UserError(f'{CONFIG}: {key} is {value!r}; it must be a JSON object or null.')
+      raise UserError(f'{location}: {key} is {value!r}; it must be a JSON object or null.')
     rope = rope or dict(value or {})
   legacy = rope.pop('type', None)
   rope['rope_type'] = rope.get('rope_type') or legacy or 'default'

@@ -65,7 +65,7 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
     )
   longest = _size(location, raw, 'max_position_embeddings', 2048)
-  rope = checkpoint.rope_parameters(raw)
+  rope = checkpoint.rope_parameters(raw, location)
   fields = {key: int(raw[key]) for key in _REQUIRED} | {
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,

@@ -112,11 +112,26 @@ def load_params(
 def open_model(
   path: str | Path, config: LlamaConfig, head: str
 ) -> tuple[Checkpoint, tuple[tensor_names.TensorMapping, ...]]:
+  """Opens a checkpoint as `open_headers` does.
+
+  Only if a tied model has a head in its file, that is read, and compared with the embedding.
+
+  Raises:
+    ValueError: tensors are missing, unexpected or have a wrong shape.
+  """
+  checkpoint, entries = open_headers(path, config, head)
+  if head == 'language' and config.tie_word_embeddings:
+    _check_tied(checkpoint)
+  return checkpoint, entries
+
+
+def open_headers(
+  path: str | Path, config: LlamaConfig, head: str
+) -> tuple[Checkpoint, tuple[tensor_names.TensorMapping, ...]]:
   """Opens a checkpoint and returns it with the tensors of ours that it holds.
 
   These are all tensors of the model, except a scalar head if the checkpoint has none. Names and
-  shapes are checked by the headers alone; only if a tied model has a head in its file, that is
-  compared with the embedding. A language model's head is not part of a scalar model.
+  shapes are checked by the headers alone. A language model's head is not part of a scalar model.
 
   Args:
     path: local directory or hub id.
@@ -132,8 +147,6 @@ def open_model(
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
     entries = entries[:-1]  # the scalar head is the last one of the table
   _check(checkpoint, entries, head)
-  if head == 'language' and config.tie_word_embeddings:
-    _check_tied(checkpoint)
   return checkpoint, entries
 
 

@@ -3,7 +3,6 @@
 A run does so before its first stage starts, and a dry run instead of starting it.
 """
 
-import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
@@ -76,8 +75,10 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
 def _load_first_rows(stage: Stage) -> None:
   data = stage.settings.data
   first = {'data.max_rows': min(data.max_rows or _FIRST_ROWS, _FIRST_ROWS)}
-  with contextlib.suppress(NoRowsLeftError):  # later rows may be shorter
+  try:
     JOBS[stage.name].load(dataclasses.replace(stage, settings=replace(stage.settings, **first)))
+  except NoRowsLeftError:  # later rows may be shorter
+    JOBS[stage.name].load(stage)
 
 
 def _find_local(item: Input, path: str, stage: Stage, earlier: dict[str, Stage]) -> str | None:

@@ -14,7 +14,7 @@ from segjax.jobs import pipeline
 from segjax.jobs.job import Results
 from segjax.model.mesh import make_mesh
 from segjax.report.console import log
-from segjax.run import bucket_mirror, preemption
+from segjax.run import bucket_mirror, inputs, preemption
 from segjax.run.stage import Command
 
 LOCAL_COPY = str(Path.home() / '.cache' / 'segjax' / 'runs')  # of runs on buckets
@@ -97,6 +97,6 @@ def run(
 def _open_workdir(workdir: str, settings: Settings, local_copy: str) -> tuple[Path, Any]:
   """Returns (the local directory to work in, the mirror that copies it to the bucket)."""
   if '://' not in workdir:
-    return Path(workdir), bucket_mirror.NoMirror()
+    return inputs.expand_path('--workdir', workdir), bucket_mirror.NoMirror()
   local = bucket_mirror.local_directory(workdir, local_copy, processes.process_index())
   return local, bucket_mirror.BucketMirror(workdir, local, settings.checkpoint.max_failures, log)

@@ -79,8 +79,11 @@ def load(stage: Stage) -> Loaded:
     'critic': critic_directory(s.critic.init, resolved.paths),
   }
   tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
+  heads = models.HEADS | {'critic': 'scalar'}
   trained = {
-    name: models.load_network_config(path, s.runtime, stage.mesh, stage.log, trained=True)
+    name: models.load_network_config(
+      path, s.runtime, stage.mesh, stage.log, trained=True, head=heads[name]
+    )
     for name, path in paths.items()
   }
   configs = resolved.configs | {'policy': trained['policy']}

@@ -63,7 +63,9 @@ def load(stage: Stage) -> Loaded:
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
-  config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
+  config = models.load_network_config(
+    source, s.runtime, stage.mesh, stage.log, trained=True, head='scalar'
+  )
   reward_spec.check_tokenizer(source, reference_path)
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   scorer = make_scorer(

@@ -16,10 +16,27 @@ from segjax.data.pair_rules import PairRules
 from segjax.data.rows import Reading, Rows
 from segjax.data.sources import is_hub_id, load_rows
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
-from segjax.errors import UserError, first_line
+from segjax.errors import UserError, excerpt, first_line
 from segjax.hf import reader
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
+
+
+def expand_path(key: str, path: str) -> Path:
+  """Returns a local path with ~ replaced by the home directory.
+
+  Raises:
+    UserError: the operating system cannot look it up: a name is too long, ~ names no user, ...
+  """
+  try:
+    local = Path(path).expanduser()
+    local.exists()
+  except (OSError, RuntimeError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(
+      f'{key}={excerpt(path)} cannot be looked up ({reason}); use another.'
+    ) from error
+  return local
 
 
 def check_path(key: str, path: str, directory: Path) -> None:
@@ -30,7 +47,7 @@ def check_path(key: str, path: str, directory: Path) -> None:
   """
   if not path or '://' in path:
     return
-  local = Path(path).expanduser()
+  local = expand_path(f'config.{key}', path)
   if not local.exists() and not is_hub_id(path):
     raise UserError(
       f'config.{key}={path!r} does not exist and is not a hub id; give a path or owner/name.'
@@ -49,7 +66,7 @@ def check_creatable(key: str, directory: str) -> None:
   """
   if not directory or '://' in directory:
     return
-  path = Path(directory).expanduser().absolute()
+  path = expand_path(key, directory).absolute()
   above = next(parent for parent in (path, *path.parents) if parent.exists())
   if not above.is_dir() or not os.access(above, os.W_OK):
     problem = 'cannot be written to' if above.is_dir() else 'is not a directory'

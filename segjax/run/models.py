@@ -55,14 +55,22 @@ class Models(NamedTuple):
 
 
 def load_network_config(
-  directory: Path, runtime: Runtime, mesh: Mesh, log: LogFn, *, trained: bool = False
+  directory: Path,
+  runtime: Runtime,
+  mesh: Mesh,
+  log: LogFn,
+  *,
+  trained: bool = False,
+  head: str = 'language',
 ) -> LlamaConfig:
   """Loads the network of `directory`, with the fields that config.runtime sets.
 
   Raises:
-    UserError: its heads cannot be divided over the mesh's tensor axis.
+    UserError: its weights are not those of the network with this head, by the headers of their
+      files; its heads cannot be divided over the mesh's tensor axis.
   """
   config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=trained)
+  reader.open_headers(directory, config, head)
   if reason:
     log(reason)
   return config
@@ -209,10 +217,13 @@ def load_network_configs(
   Raises:
     UserError: the reward model has no scalar head; scores of a random head are meaningless.
   """
-  configs = {name: load_network_config(path, runtime, mesh, log) for name, path in paths.items()}
+  configs = {
+    name: load_network_config(path, runtime, mesh, log, head=HEADS[name])
+    for name, path in paths.items()
+  }
   if 'reward' in paths:
     # Reads only the headers of the files.
-    tensors = reader.open_model(paths['reward'], configs['reward'], 'scalar')[1]
+    tensors = reader.open_headers(paths['reward'], configs['reward'], 'scalar')[1]
     if len(tensors) < len(tensor_names.tensor_mappings(configs['reward'], 'scalar')):
       raise UserError(
         f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '

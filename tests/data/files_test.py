@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import time
 
@@ -144,6 +145,32 @@ def test_sources_with_weights_and_patterns(tmp_path):
     load_rows(f'{tmp_path}/none*')
   with pytest.raises(ValueError, match='the weight is 0'):
     load_rows(f'{a}*0,{b}')
+
+
+@pytest.mark.parametrize('text', [',', ' , *2'])
+def test_lists_without_a_source(text):
+  with pytest.raises(ValueError, match=r'names no source|no file matches'):
+    parse_sources(text)
+
+
+def test_patterns_that_etils_lacks(tmp_path):
+  with pytest.raises(ValueError, match='the pattern cannot be expanded'):
+    parse_sources(f'{tmp_path}/**/*.jsonl')
+
+
+def test_a_weight_without_sense():
+  with pytest.raises(ValueError, match=r'a.jsonl\*100000000000: the weight is over 1,000'):
+    parse_sources('a.jsonl*100000000000')
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+  os.mkfifo(tmp_path / 'a.jsonl')  # reading would wait for a writer
+  (tmp_path / 'b.jsonl').symlink_to('/dev/zero')
+  (tmp_path / 'data').mkdir()
+  os.mkfifo(tmp_path / 'data' / 'train.jsonl')
+  for name in ('a.jsonl', 'b.jsonl', 'data'):
+    with pytest.raises(ValueError, match='a pipe or device, which cannot be read twice'):
+      load_rows(str(tmp_path / name))
 
 
 def test_source_lists(tmp_path, monkeypatch):

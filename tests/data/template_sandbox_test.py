@@ -90,6 +90,7 @@ HOSTILE = {
   'escape': ("{{ ''.__class__.__mro__ }}", 'unsafe'),
   'undefined': ('{{ a.b }}', "'a' is undefined"),
   'syntax': ('{% if %}', 'Expected an expression'),
+  'half of a character': (r"{{ '\ud83d' }}", r'half of a character, \ud83d'),
   'refusal of two lines': (r"{{ raise_exception('a\nb') }}", 'refuses this conversation: a b;'),
 }
 

@@ -52,7 +52,10 @@ def refuse(function, *parts):
     ({'num_key_value_heads': [2]}, 'num_key_value_heads is [2]'),
     ({'tie_word_embeddings': 'false'}, "tie_word_embeddings is 'false'; it must be true or false"),
     ({'attention_bias': 1}, 'attention_bias is 1'),
-    ({'rope_scaling': 'linear'}, "rope_scaling is 'linear'; it must be a JSON object"),
+    (
+      {'rope_scaling': 'linear'},
+      "config: rope_scaling is 'linear'; it must be",
+    ),
     ({'rope_scaling': [1, 2]}, 'rope_scaling is [1, 2]'),
     ({'rope_parameters': 5}, 'rope_parameters is 5'),
     ({'rope_scaling': {'rope_type': ['linear']}}, "rope type ['linear']"),

@@ -14,7 +14,7 @@ from segjax.jobs import dry_run, input_check, pipeline
 from segjax.types import Normalizer
 
 CHAT = {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}
-PAIR = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
+PAIR = {'prompt': 'badger', 'chosen': 'clever.', 'rejected': 'dull.'}  # words of the language
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,33 @@ def test_damaged_files_of_a_model(check, language, write, tmp_path):
   (model / 'config.json').write_text('{}')
   with pytest.raises(UserError, match=r'config.json'):
     check('sft', **paths)
+
+
+@pytest.mark.parametrize(
+  'file, content',
+  [
+    ('model.safetensors', b'cut'),
+    ('model.safetensors', None),
+    ('model.safetensors.index.json', b'{"weight_map": {"model.norm.weight": "../other"}}'),
+  ],
+)
+@pytest.mark.parametrize('stage', ['sft', 'reward', 'ppo'])
+def test_damaged_weights(check, language, write, tmp_path, stage, file, content):
+  model = shutil.copytree(language / 'model', tmp_path / 'policy')
+  (model / 'model.safetensors').unlink()
+  if content:
+    (model / file).write_bytes(content)
+  rows = {'sft': CHAT, 'reward': PAIR, 'ppo': {'prompt': 'a'}}
+  values = {'reward_shaping__reward_model_weight': 0.0, 'reward_shaping__reward_fn': 'operator:eq'}
+  with pytest.raises(UserError, match=r'model\.safetensors'):
+    check(stage, policy__path=str(model), data__path=write(rows[stage]), **values)
+
+
+def test_rows_of_which_none_is_left(check, language, write):
+  values = {'data__path': write({}), 'data__bad_rows': 'drop'}
+  values |= {'reward_shaping__reward_model_weight': 0.0, 'reward_shaping__reward_fn': 'operator:eq'}
+  with pytest.raises(UserError, match='none of its 1 rows'):
+    check('ppo', policy__path=str(language / 'model'), **values)
 
 
 def test_rows_dropped_at_the_front_are_no_error(check, language, write):

@@ -9,6 +9,7 @@ import pytest
 from fixtures import models, runs
 
 from segjax.config.settings import Data, RolloutSettings, Segmentation
+from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.jobs import pipeline
 from segjax.jobs.dry_run import run as dry_run
@@ -42,6 +43,15 @@ def _rows(path, *rows):
 
 def _update_json(file, **values):
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize('path', ['a' * 300, '~no-such-user/x'])
+@pytest.mark.parametrize('key', ['policy.path', 'data.path', 'critic.init', 'checkpoint.directory'])
+def test_paths_that_cannot_be_looked_up(small, run, model, tmp_path, key, path):
+  data = _rows(tmp_path / 'rows.jsonl.gz', {'prompt': 'a'})
+  values = {'policy.path': str(model), 'data.path': data, 'reward_shaping.reward_model_weight': 0.0}
+  with pytest.raises(UserError, match=rf'{key}=.* cannot be looked up'):
+    run(small('ppo', **values | {key: path, 'reward_shaping.reward_fn': 'operator:eq'}))
 
 
 GOOD = {'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}

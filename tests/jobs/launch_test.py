@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import segjax
 from segjax.config import presets
 from segjax.config.load import load_settings
+from segjax.config.settings import Settings
 from segjax.errors import UserError
 from segjax.jobs import launch
 from segjax.run import preemption, source_code
@@ -40,6 +41,13 @@ def test_settings_come_from_a_preset_a_file_or_values(tmp_path):
   ):
     settings, _ = load_settings(values, {'stages': ('ppo',)})
     assert settings.ppo.kl_coef == 0.5 and settings.stages == ('ppo',)
+
+
+def test_a_directory_in_the_home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert launch._open_workdir('~/run', Settings(), '')[0] == tmp_path / 'run'
+  with pytest.raises(UserError, match=r'--workdir=.* cannot be looked up'):
+    launch._open_workdir('~no-such-user/run', Settings(), '')
 
 
 @pytest.mark.parametrize(
