@@ -202,7 +202,7 @@ def test_dry_run_of_the_published_recipe_needs_no_network(tmp_path):
   assert done.returncode == 0, done.stderr
   assert done.stderr == ''
   assert '4 x 8.03 B' in done.stdout
-  assert '"path": "RLHFlow/LLaMA3-SFT-v2"' in done.stdout
+  assert '--config.policy.path=RLHFlow/LLaMA3-SFT-v2' in done.stdout
   assert not (tmp_path / 'w').exists()
 
 
