@@ -60,6 +60,7 @@ def _keys(section: str, names: str) -> list[str]:
 
 
 _AT_LEAST_0 = (
+  'seed',
   'log_every',
   *_keys('data', 'max_rows'),
   *_keys('sft', 'max_steps micro_batch_size packing_length eval_every'),

@@ -98,6 +98,8 @@ def _check_ranges(s: Settings) -> None:
     value = attrgetter(key)(s)
     if value is not None:
       check_minimum(f'config.{key}', value, minimum)
+  if s.seed >= 1 << 32:  # jax reads 32 bits
+    raise UserError(f'config.seed={s.seed} must be below {1 << 32}.')
   quantile = s.reward.threshold_search.entropy_quantile
   if not 0 <= quantile < 1:
     raise UserError(

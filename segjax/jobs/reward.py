@@ -77,6 +77,7 @@ def load(stage: Stage) -> Loaded:
     stage.mesh,
     stage.log,
   )
+  inputs.log_other_template(tokenizer, reference_path, s.data, stage.log)
   tokenizer = tokenizer.for_networks(scorer.networks)
   return Loaded(source, reference_path, tokenizer, scorer, _load_pairs(stage, tokenizer, config))
 

@@ -202,10 +202,11 @@ def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: Lo
 
 
 def load_chat_tokenizer(settings: Settings, models: Models, log: LogFn) -> ChatTokenizer:
-  """Loads the policy's tokenizer; logs a warning if the reward model has another template."""
+  """Loads the policy's tokenizer; logs a warning if a model was made with another template."""
   tokenizer = inputs.load_chat_tokenizer(models.paths['policy'], settings.data)
-  if 'reward' in models.paths:
-    inputs.log_other_template(tokenizer, models.paths['reward'], settings.data, log)
+  for path in dict.fromkeys(models.paths.values()):
+    if settings.data.chat_template or path != models.paths['policy']:
+      inputs.log_other_template(tokenizer, path, settings.data, log)
   return tokenizer
 
 

@@ -177,6 +177,8 @@ def test_integers_become_floats():
     ({'ppo.critic_optimizer.moments_dtype': 'int8'}, 'ppo.critic_optimizer.moments_dtype'),
     ({'sft.optimizer.decayed_weights': 'norms'}, 'is not one of kernels, matrices, all'),
     ({'ppo.gamma': 1.5}, 'ppo.gamma=1.5 must be from 0 to 1'),
+    ({'seed': -1}, 'config.seed=-1 must be at least 0'),
+    ({'seed': 10**20}, 'config.seed=100000000000000000000 must be below 4294967296'),
     ({'sft.optimizer.max_grad_norm': -1.0}, 'max_grad_norm=-1.0 must be at least 0'),
     ({'reward.optimizer.min_lr_ratio': 2.0}, 'min_lr_ratio=2.0 must be from 0 to 1'),
     ({'reward.optimizer.beta2': 1.0}, 'beta2=1.0 must be at least 0 and below 1'),

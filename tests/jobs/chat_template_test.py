@@ -9,6 +9,8 @@ from fixtures.tokenizers import user
 
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf import imported, model_card
+from segjax.jobs import pipeline
+from segjax.jobs.registry import JOBS
 from segjax.run import stage_record, template_date
 
 OTHER = (
@@ -127,6 +129,23 @@ def test_an_item_of_a_run_is_exported_with_the_template_of_the_run(language, tmp
     imported.load_trained_tokenizer(exported).chat_template
     == (language / 'model' / 'chat_template.jinja').read_text()
   )
+
+
+@pytest.mark.parametrize('stage, rows', [('reward', 'pairs'), ('ppo', 'prompts')])
+def test_a_policy_with_another_template_is_said(
+  small, language, one_device, tmp_path, stage, rows, capsys
+):
+  values = {
+    'policy.path': str(language / 'model'),
+    'data.path': str(language / 'rows' / f'{rows}.jsonl.gz'),
+    'data.chat_template': OTHER,
+    'data.max_rows': 32,
+    'reward_shaping.reward_model_weight': 0.0,
+    'reward_shaping.reward_fn': 'operator:eq',
+  }
+  (prepared,) = pipeline.prepare(small(stage, **values), tmp_path, one_device)
+  JOBS[stage].load(prepared)
+  assert capsys.readouterr().out.count('was made with another chat template') == 1
 
 
 def test_a_reward_model_with_another_template_is_said(small, run, language, tmp_path, capsys):
