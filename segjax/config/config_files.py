@@ -52,15 +52,22 @@ def resolve(value: str) -> str:
   """
   file, colon, preset = value.partition(':')
   path = Path(file)
-  if not path.is_file():
+  if not _is_file(path):
     path = shipped_root() / file
-  if not file or not path.is_file():
+  if not file or not _is_file(path):
     names = ', '.join(f'configs/{config.name}.py' for config in shipped_configs())
     raise UserError(f'--config={value}: there is no file {file!r}; use a file of yours or {names}.')
   takes_preset = _takes_preset(path, value)
   if colon and not takes_preset:
     raise UserError(f'--config={value}: this config has no presets; use --config={file}')
   return f'{path}{colon}{preset}'
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except OSError:  # the name is too long
+    return False
 
 
 def default_preset(file: str) -> str:

@@ -16,7 +16,7 @@ import safetensors
 
 from segjax import json_files
 from segjax.data.sources import is_hub_id
-from segjax.errors import UserError
+from segjax.errors import UserError, excerpt
 from segjax.hf import hub
 
 CONFIG = 'config.json'
@@ -80,9 +80,13 @@ def resolve_checkpoint(name: str | Path) -> Path:
     ValueError: for a missing directory, an unknown or gated hub id, a hub that cannot be reached,
       and, before any download, a model that is not a Llama or has no safetensors.
   """
-  path = Path(name).expanduser()
-  if path.is_dir():
-    return path
+  try:
+    path = Path(name).expanduser()
+    if path.is_dir():
+      return path
+  except (OSError, RuntimeError) as error:  # a name that is too long, ~ of no user
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'{excerpt(str(name))} cannot be looked up ({reason}).') from error
   if path.exists():
     raise UserError(f'{name} is a file; give the directory that holds {CONFIG} and the weights.')
   text = str(name)

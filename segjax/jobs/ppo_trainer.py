@@ -36,8 +36,9 @@ def check_first_rollout(kl: float, ppo: PPO) -> None:
   """
   if ppo.skip_if_kl_above and abs(kl) > ppo.skip_if_kl_above:
     raise UserError(
-      f'config.ppo.skip_if_kl_above={ppo.skip_if_kl_above:g} is less than the KL of the first '
-      f'rollout, {kl:.3g} nats, so that the policy would never be updated; make it larger.'
+      f'config.ppo.skip_if_kl_above={ppo.skip_if_kl_above:g} is less than the absolute '
+      f'KL of the first rollout, {kl:.3g} nats, so that the policy would never be updated; make it '
+      'larger.'
     )
 
 

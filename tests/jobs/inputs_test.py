@@ -54,6 +54,16 @@ def test_paths_that_cannot_be_looked_up(small, run, model, tmp_path, key, path):
     run(small('ppo', **values | {key: path, 'reward_shaping.reward_fn': 'operator:eq'}))
 
 
+@pytest.mark.parametrize('path', ['a' * 300, '~no-such-user/x'])
+def test_the_directory_of_entropies_cannot_be_created(small, run, model, tmp_path, path):
+  row = {'prompt': 'badger', 'chosen': 'clever.', 'rejected': 'dull.'}
+  values = {'policy.path': str(model), 'data.path': _rows(tmp_path / 'r.jsonl.gz', *[row] * 4)}
+  with pytest.raises(UserError, match=r'entropy_cache_dir=.* cannot be looked up'):
+    run(small('reward', **values, **{'reward.entropy_cache_dir': path}))
+  with pytest.raises(UserError, match='cannot be looked up'):
+    reader.resolve_checkpoint(path)
+
+
 GOOD = {'messages': [{'role': 'user', 'content': 'a'}], 'chosen': 'b', 'rejected': 'c'}
 
 

@@ -56,6 +56,7 @@ def test_a_directory_in_the_home(tmp_path, monkeypatch):
     ('ppoo:demo', {}, 'ppoo: there is no such job or command; did you mean ppo'),
     ('ppo:demmo', {}, "preset 'demmo': 'demmo' is not one of"),
     ('nowhere/ppo.py', {}, 'there is no file'),
+    (f'{"a" * 300}.py', {}, 'there is no file'),
     ({}, {'ppo.kl_coeff': 1.0}, 'config.ppo.kl_coeff does not exist; did you mean'),
     ({'ppo.max_steps': 'x'}, {}, "config.ppo.max_steps='x' must be of type int"),
     ({'ppo': 3}, {}, 'config.ppo=3 must be a section'),
