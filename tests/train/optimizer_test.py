@@ -76,9 +76,14 @@ def test_weight_decay_spares(decayed, expected):
   settings = dataclasses.replace(SETTINGS, warmup_ratio=0.0, decayed_weights=decayed)
   params = models.params(models.TIED)
   before = jax.tree.map(np.asarray, params)
-  state = init_state(params, settings, TOTAL)
-  grads = jax.tree.map(jnp.zeros_like, params)
-  state, _ = apply_update(state, grads, jnp.float32(1), settings, TOTAL)
+
+  @jax.jit
+  def update(params):
+    grads = jax.tree.map(jnp.zeros_like, params)
+    state = init_state(params, settings, TOTAL)
+    return apply_update(state, grads, jnp.float32(1), settings, TOTAL)[0]
+
+  state = update(params)
   changed, kept = set(), set()
   for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
     old = functools.reduce(lambda tree, key: tree[key.key], path, before)
