@@ -229,6 +229,12 @@ def _make_trainer(
   )
 
 
+def _headline(stage: Stage, results: dict[str, Any]) -> str:
+  if 'policy' in frozen_networks(stage.settings):
+    return 'the policy was not trained: config.ppo.policy_optimizer.learning_rate is 0'
+  return run_end.describe_change(stage, 'objective/reward', 'reward per training response')
+
+
 def _functions(settings: Settings) -> tuple[str, ...]:
   gold = ('evaluate.gold_reward_fn',) if settings.ppo.eval_every else ()  # of eval/gold
   return ('reward_shaping.reward_fn', *gold)
@@ -267,8 +273,6 @@ JOB = Job(
   num_steps=lambda s, rows: s.ppo.max_steps,
   # Sampling and scoring by three networks; updates of policy and critic.
   passes=lambda s: 4.0 + 2 * 3 * s.ppo.num_ppo_epochs,
-  headline=lambda stage, results: run_end.describe_change(
-    stage, 'objective/reward', 'reward per training response'
-  ),
+  headline=_headline,
   plan=PLAN,
 )

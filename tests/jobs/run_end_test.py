@@ -48,6 +48,14 @@ def test_training_says_how_its_metric_changed(make_stage, small):
   assert run_end.describe_change(stage, 'sft/entropy', 'entropy') == ''
 
 
+def test_a_frozen_policy_does_not_rise(make_stage, small):
+  stage = make_stage('ppo', small('ppo', **{'ppo.policy_optimizer.learning_rate': 0.0}))
+  stage.directory.mkdir()
+  lines = [{'step': step, 'objective/reward': float(step)} for step in range(3)]
+  (stage.directory / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+  assert 'policy was not trained' in JOBS['ppo'].headline(stage, {})
+
+
 def test_reward_training_says_how_often_the_chosen_response_wins(make_stage, small):
   results = {'held_out_accuracy': 0.75, 'held_out_pairs': 1200}
   sentence = JOBS['reward'].headline(make_stage('reward', small('reward')), results)
