@@ -19,6 +19,7 @@ OTHER = (
 )
 
 
+@pytest.mark.campaign
 def test_the_next_stage_reads_the_template_of_the_training(small, run, language, tmp_path):
   paths = {
     'policy.path': str(language / 'model'),

@@ -159,6 +159,7 @@ def test_custom_reward_alone_needs_no_reward_model(small, run, paths, tmp_path):
     assert earned == pytest.approx(response['totals']['reward'], abs=0.01)
 
 
+@pytest.mark.campaign
 def test_stopped_while_held_out_prompts_are_sampled(small, run, paths, tmp_path, monkeypatch):
   """The step is done and its old state donated: the new state is saved, and the run resumes."""
   values = small('ppo', **paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS)
