@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
-from segjax.config.settings import Data, Settings, replace
-from segjax.data.source_list import parse_sources
+from segjax.config.settings import Settings, replace
 from segjax.jobs import input_check, pipeline
 from segjax.jobs.registry import JOBS
 from segjax.model.llama import LlamaConfig, num_parameters
@@ -80,7 +78,7 @@ def _row(stage: Stage, notes: dict[str, None]) -> tuple[str, ...]:
   if job.tokens_per_step is None:
     return stage.name, networks, '', '', ''
   tokens = job.tokens_per_step(settings)
-  steps = job.num_steps(settings, _num_rows(settings.data))
+  steps = job.num_steps(settings, inputs.count_local_rows(settings.data))
   total = _count(tokens * steps) if steps else '?'
   return stage.name, networks, str(steps or '?'), _count(tokens), total
 
@@ -97,14 +95,6 @@ def _limit_lengths(
     return replace(settings, **lengths)
   limits = inputs.length_limits(data, config, notes.setdefault)
   return replace(settings, **{'data.max_length': limits.max_length})
-
-
-def _num_rows(data: Data) -> int:
-  """Returns the number of rows of config.data, 0 if they are not local."""
-  sources = parse_sources(data.path)
-  if not sources or not all(Path(source.path).expanduser().exists() for source in sources):
-    return 0
-  return len(inputs.load_config_rows(data))
 
 
 def _count(number: int) -> str:

@@ -5,11 +5,9 @@ slower than its passes say, and rows are shorter than their limit.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from segjax.config.settings import Data
-from segjax.data.sources import load_rows
 from segjax.jobs.registry import JOBS
+from segjax.run import inputs
 from segjax.run.stage import Stage
 
 
@@ -23,7 +21,7 @@ class RunEstimate:
 
   def begin(self, name: str) -> float | None:
     """Returns about the seconds of a stage that begins and of those after it; None if unknown."""
-    for later in self._from(name):
+    for later in self._from(name) if len(self._stages) > 1 else ():  # it may read all rows
       # What was unknown may be known now: earlier stages write rows.
       self._work[later] = self._work.get(later) or count_work(self._stages[later])
     return self._scaled(self._from(name), self._seconds)
@@ -42,8 +40,8 @@ class RunEstimate:
 
   def _scaled(self, names: list[str], seconds: dict[str, float]) -> float | None:
     """Returns the seconds of stages at the rate of those that have taken `seconds`."""
-    timed = [name for name in seconds if self._work[name]]
-    work = sum(self._work[name] for name in names)
+    timed = [name for name in seconds if self._work.get(name)]
+    work = sum(self._work.get(name, 0.0) for name in names)
     if not timed or not work:
       return None
     return work * sum(seconds[name] for name in timed) / sum(self._work[name] for name in timed)
@@ -55,12 +53,9 @@ def count_work(stage: Stage) -> float:
   if job.tokens_per_step is None:
     return 0.0
   try:
-    steps = job.num_steps(settings, 0) or job.num_steps(settings, _num_local_rows(settings.data))
+    steps = job.num_steps(settings, 0) or job.num_steps(
+      settings, inputs.count_local_rows(settings.data)
+    )
   except Exception:  # the stage itself reports what is wrong with its rows
     return 0.0
   return float(steps * job.tokens_per_step(settings) * job.passes(settings))
-
-
-def _num_local_rows(data: Data) -> int:
-  is_local = data.path and Path(data.path).expanduser().exists()
-  return len(load_rows(data.path, data.split, data.max_rows)) if is_local else 0

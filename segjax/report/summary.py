@@ -7,6 +7,7 @@ from typing import Any
 
 from segjax.report import charts, metric_names, stage_history, stage_tables
 from segjax.report.alerts import AlertMonitor
+from segjax.report.console import format_duration
 from segjax.report.metric_log import METRICS_FILE
 from segjax.report.result_warnings import result_warnings
 from segjax.report.stage_tables import Table, format_value
@@ -206,8 +207,4 @@ def _single_results(stage: str, results: Mapping[str, Any]) -> Iterator[tuple[st
 def _duration(seconds: float | None) -> str:
   if seconds is None:
     return ''
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours} h {minutes} min'
-  return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
+  return f'{seconds:.1f} s' if round(seconds) < 60 else format_duration(seconds)

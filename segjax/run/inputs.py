@@ -14,6 +14,7 @@ from segjax.data.batches import eval_batches
 from segjax.data.limits import Limits, describe_counts
 from segjax.data.pair_rules import PairRules
 from segjax.data.rows import Reading, Rows
+from segjax.data.source_list import parse_sources
 from segjax.data.sources import is_hub_id, load_rows
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, excerpt, first_line
@@ -151,6 +152,14 @@ def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Ro
   columns = {ours: theirs for ours, theirs in vars(data.columns).items() if theirs}
   reading = Reading(columns, drop_bad=data.bad_rows == 'drop', log=log)
   return load_rows(data.path, data.split, data.max_rows, reading)
+
+
+def count_local_rows(data: Data) -> int:
+  """Returns the number of rows of config.data, 0 if they are not local."""
+  sources = parse_sources(data.path)
+  if not sources or not all(Path(source.path).expanduser().exists() for source in sources):
+    return 0
+  return len(load_config_rows(data))
 
 
 def length_limits(data: Data, config: LlamaConfig, log: Callable[[str], None]) -> Limits:
