@@ -183,12 +183,14 @@ def cached_attention(
   # Grouped by key head: the cache is never repeated, and read once for all queries of a group.
   query = (query * size**-0.5).reshape(batch, kv_heads, heads // kv_heads, size)
 
-  def logits(cache, mask):
+  def logits(query, cache, mask):
     scores = jnp.einsum('bkgh,bkhs->bkgs', query, cache.key, preferred_element_type=wide)
     return jnp.where(mask[:, None, None], scores, _MASKED)
 
-  old = logits(main, jnp.arange(filled)[None] < length[:, None])
-  new = logits(recent, jnp.arange(recent.key.shape[-1])[None] <= step)
+  old = logits(query, main, jnp.arange(filled)[None] < length[:, None])
+  # XLA joins products that share an operand: on GPUs it would concatenate the keys of both parts.
+  apart = jax.lax.optimization_barrier(query)
+  new = logits(apart, recent, jnp.arange(recent.key.shape[-1])[None] <= step)
   # The two parts are never concatenated: that would copy the main one in every step.
   peak = jnp.maximum(jnp.max(old, -1, keepdims=True), jnp.max(new, -1, keepdims=True))
   old, new = jnp.exp(old - peak), jnp.exp(new - peak)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from segjax.model import heads, kv_cache, precision, sharding
+from segjax.model import heads, kv_cache, sharding
 from segjax.model.kv_cache import Cache
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
 from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
@@ -91,25 +91,6 @@ class ChunkOutput(NamedTuple):
   count: Int[Array, 'B']
   finished: Bool[Array, 'B']  # ended in a stop token
   non_finite: Bool[Array, 'B']  # ended in logits without a finite value
-
-
-@functools.partial(jax.jit, static_argnames='decoder')
-def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
-  """Casts and lays out the parameters for `decode_chunk`, once instead of in every step."""
-  # Cast first: the exchange between devices then moves the narrow dtype.
-  params = precision.cast_for_use(params, decoder.config.dtype)
-  params = sharding.decode_sharding(params)  # the weights cross devices here, not in a step
-  backbone = params['backbone']
-  layers = backbone['layers']
-  if decoder.unrolled:
-    # Sliced here once instead of in every step.
-    layers = tuple(
-      jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-      for i in range(decoder.config.num_hidden_layers)
-    )
-  tied = decoder.config.tie_word_embeddings
-  head = backbone['embedding'].T if tied else params['lm_head']['kernel']
-  return DecodeWeights(backbone['embedding'], layers, backbone['norm'], head)
 
 
 @functools.partial(jax.jit, static_argnames='decoder')

@@ -18,11 +18,11 @@ from segjax import processes
 from segjax.errors import UserError
 from segjax.model import decode, decode_sizes, sharding
 from segjax.model.decode import ChunkOutput, DecodeConfig, DecodeWeights
+from segjax.model.decode_weights import decode_weights, runs_unrolled
 from segjax.model.llama import LlamaConfig
 from segjax.model.sampling import Sampling
 from segjax.types import PromptBatch
 
-_MAX_UNROLLED = 16  # layers; compiling more of them one by one takes too long
 _SHRINK = 4  # factor by which the slots shrink once no prompt waits
 _MIN_SHRINK = 16  # slots; a program for fewer would not pay for its compilation
 
@@ -86,8 +86,7 @@ def make_decode_config(
     sampling=sampling,
     stop_ids=tuple(stop_ids),
     chunk=min(chunk, sampling.max_new_tokens),  # the rest of the buffer would stay empty
-    # Unrolled layers decode about twice as fast on CPUs; elsewhere a scan compiles sooner.
-    unrolled=mesh.devices.flat[0].platform == 'cpu' and config.num_hidden_layers <= _MAX_UNROLLED,
+    unrolled=runs_unrolled(mesh.devices.flat[0].platform, config.num_hidden_layers),
     layout=sharding.decode_layout(config.num_key_value_heads, mesh),
   )
 
@@ -130,7 +129,7 @@ def generate(
   index = np.arange(num_prompts) if options.prompt_index is None else options.prompt_index
   # `sharding.constrain` reads the mesh from this context while the programs are traced.
   with jax.set_mesh(mesh):
-    weights = decode.decode_weights(params, decoder=decoder)
+    weights = decode_weights(params, decoder=decoder)
     keys = _response_keys(key, jnp.asarray(index, jnp.uint32), samples)
     scheduler = _Scheduler(weights, prompts, keys, options, decoder, mesh)
     while scheduler.is_busy:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import decode, decode_sizes, generate, sharding
+from segjax.model.decode_weights import decode_weights
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays, roofline
 from segjax.plan.programs import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
@@ -100,7 +101,9 @@ def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> l
   static = {'decoder': decoder}
   params = trees['policy parameters']
   structs = functools.partial(abstract_arrays.output_shape_structs, mesh)
-  weights = structs(decode.decode_weights, params, **static)
+  # All arrays are counted, also those that a single device passes on.
+  lay_out = jax.jit(decode_weights, static_argnames='decoder')
+  weights = structs(lay_out, params, **static)
   cache = structs(decode.empty_slots, slots, positions, **static)
   trees |= {'decode weights': weights, 'cache': cache}
   prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
@@ -108,7 +111,7 @@ def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> l
   ids, length = _replicated(mesh, rows, size), _replicated(mesh, rows)
   both = ('decode weights', 'cache')
   phases = [
-    Phase('decode weights', decode.decode_weights, (params,), static, (), ('policy parameters',)),
+    Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',)),
     Phase('prefill', decode.prefill, (weights, ids, length), static, both, ('decode weights',)),
   ]
   if first_positions:  # the cache starts small and grows once; both copies live meanwhile

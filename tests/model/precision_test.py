@@ -7,7 +7,8 @@ import pytest
 from fixtures import models
 
 from segjax.config.settings import Optimizer, Runtime, Settings
-from segjax.model import decode, sharding
+from segjax.model import sharding
+from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.precision import stored_dtype
 from segjax.model.sampling import Sampling
@@ -46,7 +47,7 @@ def test_decoding_reads_norms_as_training_does():
   """Cast to bfloat16 for the decode loop alone, a scale of 1.003 was 1 there."""
   config = dataclasses.replace(models.CONFIG, dtype='bfloat16')
   decoder = make_decode_config(config, Sampling(), models.STOP_IDS, models.mesh(1))
-  weights = decode.decode_weights(models.params(config), decoder=decoder)
+  weights = decode_weights(models.params(config), decoder=decoder)
   assert float32_paths(weights._asdict()) == {
     'norm/scale',
     *(f'layers/{n}/{norm}/scale' for n in (0, 1) for norm in ('attention_norm', 'mlp_norm')),

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from segjax.model import decode, heads, sharding
 from segjax.model.attention import attention
+from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import BATCH, WEIGHT_AXES, make_mesh
@@ -73,7 +74,7 @@ def _advance(config, mesh):
   params = heads.param_shapes(config, 'language')
   params = _placed(params, sharding.tree_shardings(params, mesh))
   with jax.set_mesh(mesh):
-    weights = _result(decode.decode_weights, params, decoder=decoder)
+    weights = _result(jax.jit(decode_weights, static_argnames='decoder'), params, decoder=decoder)
     slots = _result(decode.empty_slots, SLOTS, POSITIONS, decoder=decoder)
     return _compile(decode.decode_chunk, weights, slots, decoder=decoder), weights
 

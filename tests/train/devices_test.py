@@ -17,6 +17,7 @@ from model.sharding_test import assert_moments_follow
 from numpy.testing import assert_allclose
 
 from segjax.model import decode
+from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
@@ -143,7 +144,7 @@ def decode_program(params, mesh):
     models.CONFIG, make_sampling(training.ROLLOUT), models.STOP_IDS, mesh
   )
   with jax.set_mesh(mesh):
-    weights = decode.decode_weights(params, decoder=decoder)
+    weights = decode_weights(params, decoder=decoder)
     slots = decode.empty_slots(4, 64, decoder=decoder)
     return program(decode.decode_chunk, weights, slots, decoder=decoder).as_text()
 
