@@ -1,0 +1,159 @@
+"""Keys and values in pages: fixed blocks of positions, so that rows take only what they need.
+
+One array has the pages of all layers, so that a program updates one array in place. Layer l of L
+has N pages: its page p is entry l N + p. Page 0 of each layer is the trash page: what belongs to no
+row is written there, and no row reads it. A table on the host says which pages a row has, in
+order: position s of a row is offset s mod P of its page s // P. The idea is vLLM's,
+https://arxiv.org/abs/2309.06180.
+
+All functions work on the arrays of one device: the pages of its group of rows, the heads it holds.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from segjax.model.attention import KeyValue
+from segjax.model.llama import LlamaConfig
+
+
+class Pages(NamedTuple):
+  """Pages of P positions, laid out for the implementation of `paged_attention` that reads them.
+
+  Attributes:
+    key: [K, L N, P, h] for 'xla' and 'triton'. For 'ragged' [L N, P, 2 K, h], keys and values
+      alternating: head k has its keys at 2 k and its values at 2 k + 1.
+    value: as `key`; None for 'ragged'.
+  """
+
+  key: Array
+  value: Array | None
+
+
+def empty_pages(
+  config: LlamaConfig, groups: int, num_pages: int, page_size: int, implementation: str
+) -> Pages:
+  """Returns zeros in the compute dtype, for `groups` groups of rows with N = `num_pages` each.
+
+  The axis of pages has the groups one after the other, so that splitting it over the devices gives
+  each group the L N pages of its own.
+  """
+  pages = groups * config.num_hidden_layers * num_pages
+  heads, size = config.num_key_value_heads, config.head_dim
+  # Zeros, not `jnp.empty`: a masked value is multiplied by 0, and 0 times NaN is NaN.
+  if implementation == 'ragged':
+    return Pages(jnp.zeros((pages, page_size, 2 * heads, size), config.dtype), None)
+  shape = (heads, pages, page_size, size)
+  return Pages(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def page_size(pages: Pages) -> int:
+  """Returns P, the positions of a page."""
+  return pages.key.shape[_page_axis(pages) + 1]
+
+
+def _page_axis(pages: Pages) -> int:
+  return 0 if pages.value is None else 1
+
+
+def write(
+  pages: Pages,
+  key: Float[Array, 'T K h'],
+  value: Float[Array, 'T K h'],
+  index: Int[Array, 'T'],
+  offset: Int[Array, 'T'],
+) -> Pages:
+  """Writes one position per token, in place where `pages` is donated or carried by a loop.
+
+  Args:
+    index: of the page, l N + p. Only the trash page may occur twice with one offset.
+    offset: within the page.
+  """
+  key, value = _finite(key, pages), _finite(value, pages)
+  if pages.value is None:
+    both = jnp.stack([key, value], axis=2).reshape(key.shape[0], -1, key.shape[2])
+    return Pages(pages.key.at[index, offset].set(both), None)
+  return Pages(
+    pages.key.at[:, index, offset].set(key.swapaxes(0, 1)),
+    pages.value.at[:, index, offset].set(value.swapaxes(0, 1)),
+  )
+
+
+def _finite(x: Array, pages: Pages) -> Array:
+  """Replaces what is not finite by 0, in the dtype of the pages.
+
+  Masked positions have weight 0, and 0 times NaN would reach the next row that has the page.
+  """
+  return jnp.where(jnp.isfinite(x), x, 0).astype(pages.key.dtype)
+
+
+def copy_pages(
+  pages: Pages, source: Int[Array, 'n'], target: Int[Array, 'n'], num_layers: int
+) -> Pages:
+  """Copies pages onto others, in all layers.
+
+  Args:
+    source: numbers of pages within a layer; all are read before any is written. Unused entries copy
+      page 0 onto itself.
+    target: as `source`.
+  """
+  axis = _page_axis(pages)
+  pages_per_layer = pages.key.shape[axis] // num_layers
+
+  def copy_layer(layer, pages):
+    begin = layer * pages_per_layer
+
+    def copy(x):
+      at = (slice(None),) * axis
+      return x.at[(*at, begin + target)].set(x[(*at, begin + source)])
+
+    return jax.tree.map(copy, pages)
+
+  # Layer by layer: the pages that are copied exist twice for a moment.
+  return jax.lax.fori_loop(0, num_layers, copy_layer, pages)
+
+
+def gather_view(pages: Pages, table: Int[Array, 'B M']) -> KeyValue:
+  """Gathers the pages of each row, one after the other, from pages for 'xla' or 'triton'.
+
+  Args:
+    table: indices l N + p.
+
+  Returns:
+    Keys [B, K, h, S] and values [B, K, S, h], S = M P.
+  """
+  key, value = pages.key[:, table], pages.value[:, table]  # [K, B, M, P, h]
+  heads, batch, count, positions, size = key.shape
+  key = key.transpose(1, 0, 4, 2, 3).reshape(batch, heads, size, count * positions)
+  value = value.swapaxes(0, 1).reshape(batch, heads, count * positions, size)
+  return KeyValue(key, value)
+
+
+def append(
+  pages: Pages,
+  recent: KeyValue,
+  table: Int[Array, 'B M'],
+  position: Int[Array, 'B'],
+  count: Int[Array, 'B'],
+  trash: Int[Array, ''] | int,
+) -> Pages:
+  """Writes the first `count` positions of each row's buffer into its pages.
+
+  Args:
+    recent: the buffer: keys [B, K, h, C] and values [B, K, C, h].
+    table: indices l N + p.
+    position: in the row, of the buffer's first.
+    trash: index l N of the layer's trash page, where the rest of the buffer is written.
+  """
+  batch, heads, size, length = recent.key.shape
+  step = jnp.arange(length)[None]
+  positions = position[:, None] + step  # [B, C]
+  column, offset = jnp.divmod(positions, page_size(pages))
+  # Beyond `count` the column may be beyond the table: clipped, and not used.
+  index = jnp.take_along_axis(table, column, axis=1, mode='clip')
+  index = jnp.where(step < count[:, None], index, trash)
+  key = recent.key.transpose(0, 3, 1, 2).reshape(batch * length, heads, size)
+  value = recent.value.swapaxes(1, 2).reshape(batch * length, heads, size)
+  return write(pages, key, value, index.reshape(-1), offset.reshape(-1))
