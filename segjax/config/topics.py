@@ -70,6 +70,12 @@ It is that of the decode loop in float32. In bfloat16 the two programs round dif
 apart as an update moves the policy, and it comes from a full forward pass;
 rollout.recompute_logprob sets one of them.
 
+Decoding lays the devices out in groups of its own: rollout.tensor devices hold one copy of the
+policy's weights, split by heads, and decode rows that no other group has. A group sums activations
+in every layer of every step, so it is by default as large as the key heads and the mesh's fsdp and
+tensor axes allow without leaving a process (on TPU, a slice). Smaller groups exchange less, and
+hold more of the weights on each device.
+
 `python tools/bench.py decode` measures the speed against transformers.
 """
 

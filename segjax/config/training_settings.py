@@ -149,6 +149,7 @@ class RolloutSettings:
   max_new_tokens: int = 1024  # length limit of a response
   samples_per_prompt: int = 1  # responses per prompt
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
+  tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
   recompute_logprob: bool | None = None  # old log-probs by a full forward; None: in bfloat16 alone
 
 

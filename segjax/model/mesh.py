@@ -42,6 +42,53 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def decode_mesh(mesh: Mesh, heads: int, kv_heads: int, tensor: int = 0) -> Mesh:
+  """Returns the mesh of a decode loop: the same devices in the same order, without fsdp.
+
+  Each group of `tensor` devices that are next to each other holds one copy of the weights, split by
+  heads, MLP width and vocabulary, and decodes its own rows; `data` is the number of groups.
+
+  Args:
+    mesh: of training.
+    heads: query heads of the network.
+    kv_heads: key heads of the network.
+    tensor: devices of a group; 0 for as many as divide the key heads, and the devices that hold one
+      copy of the weights in training, without leaving a process.
+
+  Raises:
+    UserError: heads or devices do not divide by `tensor`; the message names numbers that do.
+  """
+  sizes = mesh_sizes(mesh)
+  shared = math.gcd(heads, kv_heads, sizes.fsdp * sizes.tensor)
+  # Weights cross from one mesh to the other in blocks: of the two sizes, one divides the other.
+  fits = [
+    n for n in range(1, shared + 1) if shared % n == 0 and 0 in (n % sizes.tensor, sizes.tensor % n)
+  ]
+  if tensor and tensor not in fits:
+    raise UserError(
+      f'rollout.tensor={tensor} does not divide the {heads} query and {kv_heads} key heads of the '
+      f'network and the mesh, fsdp x tensor = {sizes.fsdp} x {sizes.tensor}; use one of '
+      f'{", ".join(map(str, fits))}.'
+    )
+  devices = mesh.devices.reshape(-1)
+  if not tensor:
+    # Every step sums activations over a group, which is slow between nodes.
+    tensor = max(n for n in fits if n == 1 or not _leaves_process(devices.reshape(-1, n)))
+  devices = devices.reshape(-1, 1, tensor)
+  return Mesh(devices, AXES, axis_types=mesh.axis_types)
+
+
+def _leaves_process(groups: Any) -> bool:
+  """Returns whether a group of devices [G, T] needs the network between nodes."""
+  # The chips of a TPU slice are connected, whichever process has them. A process with one device
+  # says nothing of its neighbours.
+  if groups.flat[0].platform == 'tpu':
+    return any(len({device.slice_index for device in group}) > 1 for group in groups)
+  if len({device.process_index for device in groups.flat}) == groups.size:
+    return False
+  return any(len({device.process_index for device in group}) > 1 for group in groups)
+
+
 class MeshSizes(NamedTuple):
   """Number of devices along each axis."""
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from segjax.errors import UserError
 from segjax.model.mesh import AXES, BATCH, WEIGHT_AXES, check_batch
-
-_HOST = 'pinned_host'
 
 # Exactly one rule matches each tensor; none or two is an error. Optimizer moments carry their
 # parameter's path as a suffix, so the same rule applies to them. Stacked layers have L in front.
@@ -71,6 +69,12 @@ ACTIVATION_RULES: dict[str, P] = {
   # By heads, like the queries: attention exchanges nothing.
   'decode_key': P('data', WEIGHT_AXES, None, None),
   'decode_value': P('data', WEIGHT_AXES, None, None),
+  # Before sampling: each device of the tensor axis samples for a part of the rows. That exchanges
+  # the logits once, where complete rows on every device would gather those of all devices.
+  'decode_row_logits': P(AXES, None),
+  # Keys or values in pages [K, groups L N, P, h]; on TPU both in one, [groups L N, P, 2 K, h].
+  'decode_pages': P('tensor', 'data', None, None),
+  'decode_ragged_pages': P('data', None, 'tensor', None),
   # Where the key heads do not divide that far, attention and sampling split rows instead.
   'rows_tokens': P(AXES, None),
   'rows_hidden': P('data', None, None),
@@ -190,8 +194,16 @@ def _batch_spec(rank: int) -> P:
 
 def constrain_tree(tree: Any) -> Any:
   """Constrains parameters or optimizer state to the table, at the end of a jitted step."""
+  mesh = active_mesh()
+  if mesh is None:
+    return tree
   # Outputs laid out like the inputs can reuse donated buffers, and the next call compiles nothing.
-  return _constrain_tree(tree, lambda entry: entry)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.lax.with_sharding_constraint(
+      x, fitted(parameter_spec(path_name(path)), x.shape, mesh)
+    ),
+    tree,
+  )
 
 
 def decode_layout(kv_heads: int, mesh: Mesh) -> str:
@@ -211,25 +223,46 @@ def decode_rows(layout: str, mesh: Mesh) -> int:
 
 
 def decode_sharding(tree: Any) -> Any:
-  """Constrains parameters to the layout of a decode loop, which gathers none of them."""
-  # The dimension over tensor takes fsdp too, the one over fsdp alone is made complete: then a
-  # product gathers no weight and at most sums activations.
-  return _constrain_tree(tree, lambda entry: WEIGHT_AXES if 'tensor' in axes_of(entry) else None)
+  """Constrains parameters to the layout of a decode loop, which gathers none of them.
 
-
-def _constrain_tree(tree: Any, change: Callable[[Any], Any]) -> Any:
-  """Constrains the tree to the table, with `change` applied to each entry of a layout."""
+  Call it in a context of the decode mesh, with parameters that lie on the training mesh of the same
+  devices. They cross devices here, each at most once.
+  """
   mesh = active_mesh()
-  if mesh is None:
+  if mesh is None or mesh.size == 1:
     return tree
 
-  def constrain_leaf(path, x):
-    # The rules of the stored weights, so that a new tensor has to be listed once.
+  def move(path, x):
     spec = parameter_spec(path_name(path))
-    spec = P(*(change(entry) for entry in tuple(spec)))
+    x = _exchange(x, spec, mesh)
+    # The dimension over tensor takes fsdp too, the one over fsdp alone is made complete: then a
+    # product gathers no weight and at most sums activations.
+    spec = P(*(WEIGHT_AXES if 'tensor' in axes_of(entry) else None for entry in spec))
     return jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, mesh))
 
-  return jax.tree_util.tree_map_with_path(constrain_leaf, tree)
+  return jax.tree_util.tree_map_with_path(move, tree)
+
+
+def _exchange(x: jax.Array, spec: P, mesh: AbstractMesh) -> jax.Array:
+  """Constrains a parameter to the layout between that of training and that of the decode mesh.
+
+  If r groups of the decode mesh share one copy of the training mesh, tensor is split as in a group
+  and fsdp over the r groups: the exchange stays inside the groups, and a gather over r follows.
+  Asked to do both at once, the partitioner gathers the complete weight on every device.
+  """
+  source = jax.typeof(x).sharding.mesh.shape or mesh.shape
+  few, many = sorted((source['tensor'], mesh.shape['tensor']))
+  data = source['data']
+  # Axes of which those of both meshes are products: the partitioner can then relate the two, and
+  # does not give up on the layout of its outputs. `decode_mesh` makes `few` a divisor of `many`.
+  sizes = data, mesh.size // data // many, many // few, few
+  between = AbstractMesh(sizes, (*AXES, 'more_tensor'), axis_types=(AxisType.Auto,) * len(sizes))
+  if mesh.shape['tensor'] == many:
+    axes = {'fsdp': ('fsdp',), 'tensor': ('tensor', 'more_tensor')}
+  else:
+    axes = {'fsdp': ('fsdp', 'tensor'), 'tensor': ('more_tensor',)}
+  spec = P(*(sum((axes[axis] for axis in axes_of(entry)), ()) for entry in spec))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(between, fitted(spec, x.shape, between)))
 
 
 def axes_of(entry: Any) -> tuple[str, ...]:
@@ -263,27 +296,3 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
     )
 
   return jax.tree.map(put, tree)
-
-
-def to_host(tree: Any) -> Any:
-  """Moves arrays to pinned memory of the host, with the same sharding.
-
-  Raises:
-    UserError: the devices cannot read the host's memory.
-  """
-  device = next(iter(jax.tree.leaves(tree)[0].devices()))
-  if _HOST not in {memory.kind for memory in device.addressable_memories()}:
-    raise UserError(
-      f'frozen_params_memory=host: {device.device_kind} devices cannot read memory of the host; '
-      'use device.'
-    )
-  return _in_memory(tree, _HOST)
-
-
-def to_device(tree: Any) -> Any:
-  """Moves arrays from `to_host` back to the devices; arrays already there are not copied."""
-  return _in_memory(tree, 'device')
-
-
-def _in_memory(tree: Any, kind: str) -> Any:
-  return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

@@ -20,7 +20,7 @@ from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader, tensor_names
-from segjax.model import sharding
+from segjax.model import host_memory
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
@@ -249,7 +249,7 @@ def load_models(
     directory, config = models.paths[name], models.configs[name]
     params = load_params(directory, config, HEADS[name], runtime, mesh)
     # One model at a time moves to the host, so that the devices never hold all of them.
-    trees[name] = sharding.to_host(params) if on_host else params
+    trees[name] = host_memory.to_host(params) if on_host else params
   return trees
 
 

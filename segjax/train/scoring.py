@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from segjax.model import sharding
+from segjax.model import host_memory, sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import RowLayout
 from segjax.train.recipe import PPORecipe
@@ -139,7 +139,7 @@ def score(
     length: tokens of prompt and response together.
     recipe: the networks.
   """
-  params = sharding.to_device(params)  # once for all chunks
+  params = host_memory.to_device(params)  # once for all chunks
   ids, segment_ids = _concat_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.scoring_batch_size or total

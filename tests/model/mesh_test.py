@@ -1,6 +1,10 @@
-import pytest
+import dataclasses
 
-from segjax.model.mesh import batch_devices, check_heads, make_mesh
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from segjax.model.mesh import AXES, batch_devices, check_heads, decode_mesh, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,69 @@ def test_heads_must_divide_over_tensor():
   check_heads(8, 4, mesh)
   with pytest.raises(ValueError, match=r'mesh\.tensor=4 .* 4 query and 2 key .* of 2'):
     check_heads(4, 2, mesh)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'kv_heads', 'tensor', 'expected'),
+  [
+    ((1, 8, 1), 8, 0, (1, 8)),
+    ((1, 8, 1), 2, 0, (4, 2)),
+    ((1, 8, 1), 8, 4, (2, 4)),
+    ((2, 2, 2), 8, 0, (2, 4)),
+    ((2, 4, 1), 8, 2, (4, 2)),
+    ((1, 2, 4), 8, 2, (4, 2)),
+    ((8, 1, 1), 8, 0, (8, 1)),
+    ((1, 8, 1), 3, 0, (8, 1)),
+  ],
+)
+def test_decode_mesh(sizes, kv_heads, tensor, expected):
+  mesh = make_mesh(*sizes)
+  decoding = decode_mesh(mesh, 4 * kv_heads, kv_heads, tensor)
+  data, group = expected
+  assert dict(decoding.shape) == {'data': data, 'fsdp': 1, 'tensor': group}
+  assert decoding.axis_types == mesh.axis_types
+  assert decoding.devices.ravel().tolist() == mesh.devices.ravel().tolist()
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'tensor', 'message'),
+  [
+    (
+      (1, 8, 1),
+      3,
+      r'^rollout\.tensor=3 .* 8 query and 4 key .*8 x 1; use one of 1, 2, 4\.$',
+    ),
+    ((4, 2, 1), 4, 'use one of 1, 2'),  # a copy of the training weights is on two devices
+    ((1, 8, 1), 8, 'use one of 1, 2, 4'),
+  ],
+)
+def test_decode_mesh_errors(sizes, tensor, message):
+  with pytest.raises(ValueError, match=message):
+    decode_mesh(make_mesh(*sizes), 8, 4, tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device as `decode_mesh` sees it."""
+
+  id: int
+  process_index: int
+  slice_index: int
+  platform: str
+
+
+@pytest.mark.parametrize(
+  ('platform', 'per_process', 'per_slice', 'tensor'),
+  [
+    ('gpu', 2, 4, 2),  # nodes of two
+    ('gpu', 1, 4, 4),  # a process per GPU: nothing is known of nodes
+    ('tpu', 1, 2, 2),  # the network between two slices is slow
+    ('tpu', 1, 4, 4),
+  ],
+)
+def test_groups_stay_where_devices_are_connected(platform, per_process, per_slice, tensor):
+  chips = np.empty((1, 4, 1), object)
+  chips.flat = [Chip(i, i // per_process, i // per_slice, platform) for i in range(4)]
+  mesh = Mesh(chips, AXES, axis_types=(AxisType.Auto,) * 3)
+  assert decode_mesh(mesh, 4, 4).shape['tensor'] == tensor
+  assert decode_mesh(mesh, 4, 4, tensor=4).shape['tensor'] == 4  # slower, and legal

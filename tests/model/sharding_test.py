@@ -1,3 +1,4 @@
+import math
 import re
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from segjax.config.settings import Optimizer
 from segjax.model import heads, sharding
+from segjax.model.mesh import decode_mesh, make_mesh
 from segjax.train.optimizer import init_state, make_optimizer
 
 
@@ -74,6 +76,74 @@ def test_axes_that_do_not_divide_are_left_out():
   assert spec('backbone/embedding', 82, 32) == P(('tensor',), None)
   assert spec('backbone/embedding', 81, 32) == P(None, None)
   assert spec('lm_head/kernel', 32, 81) == P(('fsdp',), None)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'tensor'),
+  [
+    ((1, 8, 1), 2),  # split between four groups in training
+    ((2, 2, 2), 2),
+    ((1, 4, 2), 4),  # groups of decoding that are parts of fsdp and all of tensor
+    ((1, 2, 4), 2),
+    ((2, 4, 1), 4),  # a copy in training is a group of decoding: nothing leaves the group
+  ],
+)
+def test_weights_cross_once_from_the_training_to_the_decode_mesh(sizes, tensor):
+  mesh = make_mesh(*sizes)
+  params = models.place(models.params(models.CONFIG), mesh)
+  with jax.set_mesh(decode_mesh(mesh, 4, 4, tensor)), models.captured_stderr() as lines:
+    compiled = jax.jit(sharding.decode_sharding).lower(params).compile()
+    weights = compiled(params)
+  assert not models.rematerialisations(lines)
+  jax.tree.map(np.testing.assert_array_equal, weights, params)
+  layers = weights['backbone']['layers']
+  for name, axis in (('query', 2), ('up', 2), ('down', 1)):
+    kernel = layers[name]['kernel']
+    parts = [size // shard for size, shard in zip(kernel.shape, shard_shape(kernel), strict=True)]
+    assert parts == [tensor if i == axis else 1 for i in range(3)], name
+  assert shard_shape(weights['lm_head']['kernel']) == (32, models.VOCAB // tensor)
+  assert shard_shape(weights['backbone']['embedding']) == (models.VOCAB // tensor, 32)
+  # What a device receives is what it keeps: no weight is gathered and then cut.
+  received = [math.prod(map(int, size.split(','))) for size in GATHERED.findall(compiled.as_text())]
+  kept = [math.prod(shard_shape(x)) for x in jax.tree.leaves(weights)]
+  assert max(received, default=0) <= max(kept)
+  assert sum(received) <= sum(kept)
+  if sizes[0] == 8 // tensor:
+    assert not received
+
+
+GATHERED = re.compile(r'f32\[([0-9,]+)\]\S* all-gather\(')
+
+
+def shard_shape(x):
+  return x.addressable_shards[0].data.shape
+
+
+def test_one_device_moves_no_weight():
+  params = {'odd': jnp.ones(3)}
+  with jax.set_mesh(decode_mesh(models.mesh(1), 4, 2)):
+    assert sharding.decode_sharding(params)['odd'] is params['odd']
+
+
+def test_rows_are_sampled_by_all_devices_where_they_divide():
+  mesh = decode_mesh(models.mesh(8), 4, 2)
+  spec = sharding.ACTIVATION_RULES['decode_row_logits']
+  assert NamedSharding(mesh, sharding.fitted(spec, (16, 80), mesh)).shard_shape((16, 80)) == (2, 80)
+  # Rows of a group are then on each of its devices.
+  assert NamedSharding(mesh, sharding.fitted(spec, (4, 80), mesh)).shard_shape((4, 80)) == (1, 80)
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'part'),
+  [
+    ('decode_pages', (2, 24, 64, 8), (1, 6, 64, 8)),  # key heads, groups x layers x pages
+    ('decode_ragged_pages', (24, 64, 4, 8), (6, 64, 2, 8)),  # a key head with its value
+  ],
+)
+def test_pages_are_split_by_groups_and_heads(name, shape, part):
+  mesh = decode_mesh(models.mesh(8), 4, 2)  # four groups of two
+  spec = sharding.fitted(sharding.ACTIVATION_RULES[name], shape, mesh)
+  assert NamedSharding(mesh, spec).shard_shape(shape) == part
 
 
 def test_no_mesh_no_change():

@@ -12,7 +12,7 @@ from fixtures.responses import LENGTH, make_batch
 from numpy.testing import assert_allclose
 
 from segjax.config.settings import PPO, RewardShaping
-from segjax.model import sharding
+from segjax.model import host_memory
 from segjax.rl import oracle
 from segjax.train import scoring
 from segjax.train.experience import make_experience
@@ -93,7 +93,7 @@ def test_chunks_equal_one_batch(params, rollout, length, caplog):
 
 def test_frozen_models_in_host_memory(params, rollout, length):
   expected = score(params, rollout, length, recipe=training.recipe())
-  on_host = {name: sharding.to_host(params[name]) for name in ('reference', 'reward')}
+  on_host = {name: host_memory.to_host(params[name]) for name in ('reference', 'reward')}
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(on_host)}
   assert kinds == {'pinned_host'}
   moved = score(params | on_host, rollout, length, recipe=training.recipe())
