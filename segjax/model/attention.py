@@ -1,6 +1,6 @@
 """Causal attention with grouped queries, by several implementations that compute the same.
 
-Not here: projections (`llama`), rotary embeddings (`rope`) and the cache (`kv_cache`).
+Not here: projections (`llama`), rotary embeddings (`rope`) and pages (`paged_attention`).
 """
 
 import functools
@@ -57,7 +57,6 @@ def attention(
   implementation: str = 'xla',
   *,
   segment_ids: Int[Array, 'B S'] | None = None,
-  layout: str = '',
 ) -> Float[Array, 'B S H h']:
   """Causal softmax(q kᵀ / √h) v, each key head serving H / K query heads; softmax in float32.
 
@@ -67,7 +66,6 @@ def attention(
     segment_ids: a token attends to itself and to earlier tokens with its own id. Tokens of id 0
       attend to nothing and are attended by none; their output is 0. None is one segment per row:
       rows are padded on the right, so that no real token ever sees padding.
-    layout: of the heads on the devices, a prefix in the table of `sharding`.
 
   Raises:
     UserError: on an unknown implementation.
@@ -79,9 +77,8 @@ def attention(
     # No mask of padding: causality hides it, and jax would pass a mask on as a bias [S, S].
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')
   if implementation == 'splash':
-    heads, tokens = f'{layout}heads', f'{layout}tokens'
     # A Pallas kernel cannot be partitioned by XLA; rows and heads do not depend on each other.
-    output = sharding.shard_map_activations(splash, (heads, heads, heads, tokens), heads)(
+    output = sharding.shard_map_activations(splash, ('heads', 'heads', 'heads', 'tokens'), 'heads')(
       query, key, value, segment_ids
     )
   else:

@@ -1,13 +1,13 @@
-"""Decoding with a key/value cache: the jitted functions that the host loop in `generate` calls.
+"""The jitted programs of a rollout: prefill, copies of pages, and chunks of decode steps.
 
-A batch of slots, each with a response of its own age. `prefill` reads prompts, `insert_slots` puts
-them into free slots, `decode_chunk` samples a chunk of tokens for every slot, `resize_slots`
-changes the number of slots and of cache positions. Rows begin at position 0; nothing is padded on
-the left.
+Keys and values of the live tokens lie in pages on the devices (`pages`), are written in place and
+read by lengths. Everything else is the host's (`scheduler`), which passes it with each call: which
+pages a row has, its last token, its position, its random key. A row is a response; rows are in
+groups, one per part of the mesh's data axis, and a group's rows have pages on their own devices
+alone.
 
-The cache is in two parts. During a chunk the main part is only read, and new keys and values go to
-a small buffer, at the same position for all rows; at the end of the chunk the buffer is moved to
-each row's own position. So no step scatters, and none rewrites the cache.
+The last token of a row is not in its pages yet: a step writes its key and value, and draws the next
+token from its logits. So prefill, which reads all tokens but the last, returns no logits.
 """
 
 import dataclasses
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from segjax.model import heads, kv_cache, sharding
-from segjax.model.kv_cache import Cache
+from segjax.model import decode_cache, heads, pages, sharding
+from segjax.model.decode_cache import PrefillChunk
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
+from segjax.model.pages import Pages
 from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
 
 
@@ -30,9 +32,11 @@ class DecodeConfig:
 
   Attributes:
     chunk: steps between two returns to the host.
-    unrolled: whether each layer is traced with a cache of its own, which runs faster on CPUs; else
-      layers are scanned, and compile time does not grow with their number.
-    layout: a prefix in the table of `sharding`; see `decode_layout` there.
+    unrolled: whether each layer is traced on its own; else layers are scanned, and compile time
+      does not grow with their number.
+    paged_attention: implementation, see `paged_attention`.
+    page_size: positions of a page.
+    tensor: devices that share a copy of the weights, see `mesh.decode_mesh`; 0 is its default.
   """
 
   config: LlamaConfig
@@ -40,7 +44,9 @@ class DecodeConfig:
   stop_ids: tuple[int, ...]
   chunk: int = 16
   unrolled: bool = True
-  layout: str = 'decode_'
+  paged_attention: str = 'xla'
+  page_size: int = 64
+  tensor: int = 0
 
 
 class DecodeWeights(NamedTuple):
@@ -52,34 +58,40 @@ class DecodeWeights(NamedTuple):
   head: Float[Array, 'D V']
 
 
-class DecodeState(NamedTuple):
-  """Unfinished responses, one per slot.
+class DecodeRows(NamedTuple):
+  """Rows of a chunk of steps; a row that is not active is free.
 
   Attributes:
-    cache: keys and values of prompt and response so far.
-    length: number of filled cache positions.
-    logits: of the next token.
+    table: pages of the row, by position // page size.
+    token: the last token of the row.
+    position: of that token.
     count: tokens of the response so far.
     limit: maximum of `count`.
-    key: the response's own random key.
-    active: whether the slot holds an unfinished response.
+    key: data of the response's own random key.
+    active: whether the row holds an unfinished response.
   """
 
-  cache: Cache
-  length: Int[Array, 'B']
-  logits: Float[Array, 'B V']
+  table: Int[Array, 'B M']
+  token: Int[Array, 'B']
+  position: Int[Array, 'B']
   count: Int[Array, 'B']
   limit: Int[Array, 'B']
-  key: Array
+  key: UInt32[Array, 'B 2']
   active: Bool[Array, 'B']
 
 
-class PrefilledPrompts(NamedTuple):
-  """Keys and values of prompts, their lengths, and the logits after each."""
-
-  cache: Cache
-  length: Int[Array, 'R']
-  logits: Float[Array, 'R V']
+def empty_rows(size: int, columns: int) -> DecodeRows:
+  """Returns `size` free rows with room for `columns` pages each, on the host."""
+  zeros = np.zeros(size, np.int32)
+  return DecodeRows(
+    table=np.zeros((size, columns), np.int32),
+    token=zeros,
+    position=zeros.copy(),
+    count=zeros.copy(),
+    limit=zeros.copy(),
+    key=np.zeros((size, 2), np.uint32),
+    active=np.zeros(size, bool),
+  )
 
 
 class ChunkOutput(NamedTuple):
@@ -93,152 +105,102 @@ class ChunkOutput(NamedTuple):
   non_finite: Bool[Array, 'B']  # ended in logits without a finite value
 
 
-@functools.partial(jax.jit, static_argnames='decoder')
-def prefill(
-  weights: DecodeWeights, ids: Int[Array, 'R P'], length: Int[Array, 'R'], *, decoder: DecodeConfig
-) -> PrefilledPrompts:
-  """Runs the network over prompts that are padded on the right."""
-  # Padding on the right: it moves no position, and causal attention hides it from the prompt.
-  positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-  block = Block(decoder.config, decoder.layout)
-
-  def run_layer(x, layer):
-    return block.apply({'params': layer}, x, positions, method='prefill')
-
-  x, cache = _through_layers(run_layer, _embed(weights, ids, decoder), (weights.layers,), decoder)
-  # Logits of the last prompt token alone: those of all positions would be [R, P, V].
-  last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-  # Keys of padding stay in the cache; `length` masks them until the response overwrites them.
-  cache = kv_cache.constrain_cache(kv_cache.zero_non_finite(cache), decoder.layout)
-  return PrefilledPrompts(cache, length, _logits(weights, last, decoder))
-
-
-@functools.partial(jax.jit, static_argnames=('slots', 'positions', 'decoder'))
-def empty_slots(slots: int, positions: int, *, decoder: DecodeConfig) -> DecodeState:
-  """Returns `slots` free slots, each with a cache of `positions` positions."""
-  c = decoder.config
-  cache = kv_cache.empty_cache(c, slots, positions, stacked=not decoder.unrolled)
-  zeros = jnp.zeros(slots, jnp.int32)
-  wide = jnp.promote_types(c.dtype, jnp.float32)  # as in _logits: a loop must not change its carry
-  return DecodeState(
-    cache=kv_cache.constrain_cache(cache, decoder.layout),
-    length=zeros,
-    logits=jnp.zeros((slots, c.vocab_size), wide),
-    count=zeros,
-    limit=zeros,
-    key=jax.random.split(jax.random.key(0), slots),  # replaced by insert_slots
-    active=zeros > 0,
+@functools.partial(jax.jit, static_argnames=('groups', 'num_pages', 'decoder'))
+def empty_pages(groups: int, num_pages: int, *, decoder: DecodeConfig) -> Pages:
+  """Returns `num_pages` pages of zeros for each layer and group of rows, page 0 included."""
+  empty = pages.empty_pages(
+    decoder.config, groups, num_pages, decoder.page_size, decoder.paged_attention
   )
+  return decode_cache.constrain_pages(empty, decoder.paged_attention)
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')  # no second cache
-def insert_slots(
-  slots: DecodeState,
-  prompts: PrefilledPrompts,
-  source: Int[Array, 'B'],
-  limit: Int[Array, 'B'],
-  key: Array,
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')  # no second cache
+def prefill(
+  weights: DecodeWeights, cache: Pages, chunk: PrefillChunk, *, decoder: DecodeConfig
+) -> Pages:
+  """Writes the keys and values of a chunk of prompts into their pages."""
+  block = Block(decoder.config, 'decode_')
+
+  def run_layer(x, layer, index, cache):
+    attend = decode_cache.prefill_layer(cache, chunk, index, decoder)
+    inputs = ({'params': layer}, x, chunk.position, attend)
+    return block.apply(*inputs, method='with_cache')
+
+  x = _embed(weights, chunk.ids)
+  _, cache = _through_layers(run_layer, x, cache, weights, decoder)
+  # The layout it had on entry: donated buffers cannot be reused for another.
+  return decode_cache.constrain_pages(cache, decoder.paged_attention)
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+def copy_pages(
+  cache: Pages, source: Int[Array, 'D N'], target: Int[Array, 'D N'], *, decoder: DecodeConfig
+) -> Pages:
+  """Copies pages of each group, in all layers; page 0 may be copied to itself, to fill up."""
+  cache = decode_cache.copy_pages(cache, source, target, decoder)
+  return decode_cache.constrain_pages(cache, decoder.paged_attention)
+
+
+@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+def decode_chunk(
+  weights: DecodeWeights,
+  cache: Pages,
+  rows: DecodeRows,
+  steps: Int[Array, ''],
   *,
   decoder: DecodeConfig,
-) -> DecodeState:
-  """Starts responses to prefilled prompts in some of the slots.
-
-  Args:
-    source: for each slot the row of `prompts` that it takes; -1 leaves the slot as it is.
-    limit: maximum number of tokens of the new responses.
-    key: random keys of the new responses, [B].
-  """
-  is_new, row = source >= 0, jnp.maximum(source, 0)  # where -1, row 0 is gathered and not used
-  # A gather with a mask over all slots: no shape depends on how many of them take a prompt.
-  cache = kv_cache.insert_rows(slots.cache, prompts.cache, source)
-
-  def choose(new, old):
-    return jnp.where(is_new, new, old)
-
-  return DecodeState(
-    cache=kv_cache.constrain_cache(cache, decoder.layout),
-    length=choose(prompts.length[row], slots.length),
-    logits=jnp.where(is_new[:, None], prompts.logits[row], slots.logits),
-    count=choose(0, slots.count),
-    limit=choose(limit, slots.limit),
-    key=choose(key, slots.key),
-    active=is_new | slots.active,
-  )
-
-
-# Not donated: the new cache has another shape, so the old buffers could not be reused.
-@functools.partial(jax.jit, static_argnames=('positions', 'decoder'))
-def resize_slots(
-  slots: DecodeState, rows: Int[Array, 'N'] | None, positions: int, *, decoder: DecodeConfig
-) -> DecodeState:
-  """Selects the slots at `rows` (all, if None) and gives their cache `positions` positions."""
-  others = slots._replace(cache=None)
-  if rows is not None:
-    others = jax.tree.map(lambda x: x[rows], others)
-  return others._replace(cache=kv_cache.resize_cache(slots.cache, rows, positions, decoder.layout))
-
-
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='slots')  # no second cache
-def decode_chunk(
-  weights: DecodeWeights, slots: DecodeState, *, decoder: DecodeConfig
-) -> tuple[DecodeState, ChunkOutput]:
-  """Samples up to `decoder.chunk` tokens for every active slot."""
-  block = Block(decoder.config, decoder.layout)
+) -> tuple[Pages, ChunkOutput]:
+  """Samples up to `steps` tokens, at most `decoder.chunk`, for every active row."""
+  block = Block(decoder.config, 'decode_')
+  opened = decode_cache.open_cache(cache, rows.table, rows.position, decoder)
 
   def step(carry):
-    j, logits, recent, active, output = carry
-    # Drawn from the logits of the step before: between chunks the state holds the logits of the
-    # next token, and its cache includes the last one.
-    token, active, output = _draw(j, logits, active, output, slots, decoder)
+    j, token, active, opened, output = carry
+    position = rows.position + j
 
-    def layer(x, weights, main, recent):
-      position = (slots.length + j)[:, None]
-      inputs = (x, position, main, recent, slots.length, j)
-      return block.apply({'params': weights}, *inputs, method='decode')
+    def run_layer(x, layer, index, opened):
+      attend = decode_cache.decode_layer(opened, index, position, j, active, decoder)
+      inputs = ({'params': layer}, x, position[:, None], attend)
+      return block.apply(*inputs, method='with_cache')
 
-    # Finished slots run along, since shapes are fixed: their tokens are not recorded, and
-    # `length` does not count what they write.
-    x = _embed(weights, token[:, None], decoder)
-    # The main cache is only read in the loop; a step that wrote to it might copy it.
-    x, recent = _through_layers(layer, x, (weights.layers, slots.cache, recent), decoder)
-    return j + 1, _logits(weights, x, decoder), recent, active, output
+    # Finished rows run along, since shapes are fixed: their tokens are not recorded.
+    x = _embed(weights, token[:, None])
+    x, opened = _through_layers(run_layer, x, opened, weights, decoder)
+    logits = _logits(weights, x, decoder)
+    token, active, output = _draw(j, logits, active, output, rows, decoder)
+    return j + 1, token, active, opened, output
 
-  recent = kv_cache.empty_buffer(slots.cache, decoder.chunk)
+  def unfinished(carry):
+    j, _, active, _, _ = carry
+    more = (j < steps) & (j < decoder.chunk)
+    # Where rows are split, the question would be asked of all devices in every step.
+    return more if sharding.splits_rows() else more & jnp.any(active)
+
   # Not a scan: the loop can end early, and nothing here is differentiated.
-  _, logits, recent, active, output = jax.lax.while_loop(
-    lambda carry: (carry[0] < decoder.chunk) & jnp.any(carry[3]),
-    step,
-    (jnp.int32(0), slots.logits, recent, slots.active, _empty_output(slots, decoder)),
-  )
-  # The only write to positions that differ by row: once per chunk, not in every step.
-  cache = kv_cache.append(slots.cache, recent, slots.length)
-  state = slots._replace(
-    # The layout it had on entry: donated buffers cannot be reused for another.
-    cache=kv_cache.constrain_cache(cache, decoder.layout),
-    length=slots.length + output.count,
-    logits=logits,
-    count=slots.count + output.count,
-    active=active,
-  )
-  return state, output
+  start = (jnp.int32(0), rows.token, rows.active, opened, _empty_output(rows, decoder))
+  _, _, _, opened, output = jax.lax.while_loop(unfinished, step, start)
+  cache = decode_cache.close_cache(opened, rows.position, output.count, decoder)
+  # The layout it had on entry: donated buffers cannot be reused for another.
+  return decode_cache.constrain_pages(cache, decoder.paged_attention), output
 
 
-def _empty_output(slots: DecodeState, decoder: DecodeConfig) -> ChunkOutput:
-  shape = (slots.length.shape[0], decoder.chunk)
+def _empty_output(rows: DecodeRows, decoder: DecodeConfig) -> ChunkOutput:
+  shape = (rows.token.shape[0], decoder.chunk)
   ids = jnp.full(shape, jnp.int32(decoder.stop_ids[0]))  # int32 with x64 too, as `token`
-  zeros, no_row = jnp.zeros(shape, slots.logits.dtype), jnp.zeros(shape[0], bool)
+  wide = jnp.promote_types(decoder.config.dtype, jnp.float32)  # as the logits
+  zeros, no_row = jnp.zeros(shape, wide), jnp.zeros(shape[0], bool)
   return ChunkOutput(ids, zeros, zeros, jnp.zeros(shape[0], jnp.int32), no_row, no_row)
 
 
-def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: DecodeConfig):
-  """Draws token j of the chunk: (token, slots still active, output with the token recorded)."""
+def _draw(j, logits, active, output: ChunkOutput, rows: DecodeRows, decoder: DecodeConfig):
+  """Draws token j of the chunk: (token, rows still active, output with the token recorded)."""
   stop = jnp.asarray(decoder.stop_ids, jnp.int32)
-  count = slots.count + j
+  count = rows.count + j
   non_finite = active & has_no_finite_logit(logits)
   drawing = active & ~non_finite  # such a response ends; the others continue
-  # Keyed by the response and its token, never by the slot: neither batch mates nor slots matter.
+  # Keyed by the response and its token, never by the row: neither batch mates nor rows matter.
   uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
-    slots.key, count
+    jax.random.wrap_key_data(rows.key), count
   )
   drawn = sample_token(logits, uniform, count, stop, decoder.sampling)
   token = jnp.where(drawing, drawn.token, stop[0])  # padding is a valid id
@@ -251,24 +213,27 @@ def _draw(j, logits, active, output: ChunkOutput, slots: DecodeState, decoder: D
     output.finished | finished,
     output.non_finite | non_finite,
   )
-  return token, drawing & ~finished & (count + 1 < slots.limit), output
+  return token, drawing & ~finished & (count + 1 < rows.limit), output
 
 
-def _through_layers(step, x, arguments, decoder: DecodeConfig):
-  """Runs `x, output = step(x, *arguments of a layer)` for all layers: (x, outputs)."""
-  if not decoder.unrolled:
-    # The cache as xs and ys: carried and indexed by layer it took 2 GiB more (8B, v5p chip).
-    return jax.lax.scan(lambda x, layer: step(x, *layer), x, arguments)
-  outputs = []
-  for layer in zip(*arguments, strict=True):
-    x, output = step(x, *layer)
-    outputs.append(output)
-  return x, tuple(outputs)
+def _through_layers(step, x, cache, weights: DecodeWeights, decoder: DecodeConfig):
+  """Runs `x, cache = step(x, layer, index, cache)` for all layers: (x, cache)."""
+  if decoder.unrolled:
+    for index, layer in enumerate(weights.layers):
+      x, cache = step(x, layer, index, cache)
+    return x, cache
+  indices = jnp.arange(decoder.config.num_hidden_layers)
+  (x, cache), _ = jax.lax.scan(
+    lambda carry, layer: (step(carry[0], *layer, carry[1]), None),
+    (x, cache),
+    (weights.layers, indices),
+  )
+  return x, cache
 
 
-def _embed(weights: DecodeWeights, ids, decoder: DecodeConfig):
+def _embed(weights: DecodeWeights, ids):
   # Each device looks ids up in its part of the vocabulary: the table is never gathered.
-  return sharding.constrain(weights.embedding[ids], f'{decoder.layout}hidden')
+  return sharding.constrain(weights.embedding[ids], 'decode_hidden')
 
 
 def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
@@ -276,5 +241,5 @@ def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   # Split by V first: if the product had complete rows, XLA might gather the head instead of them.
   logits = heads.logit_product(hidden[:, 0], weights.head, decoder.config.round_logits)
-  logits = sharding.constrain(logits[:, None], f'{decoder.layout}logits')[:, 0]
-  return sharding.constrain(logits, f'{decoder.layout}tokens')  # sampling needs complete rows
+  logits = sharding.constrain(logits[:, None], 'decode_logits')[:, 0]
+  return sharding.constrain(logits, 'decode_row_logits')  # sampling needs complete rows

@@ -3,59 +3,67 @@
 Sizes are rounded up to few values, so that few programs are compiled.
 """
 
-import math
-import os
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from segjax.errors import UserError
-from segjax.model import sharding
 from segjax.model.decode import DecodeConfig
-from segjax.model.llama import num_parameters
 
-_PREFILL_TOKENS = 1 << 16  # of one prefill, padding included: its activations must fit
-_STEP = 512  # positions; up to it sizes are powers of two, then multiples of it
-
-
-def cache_bucket(size: int) -> int:
-  """Rounds a number of cache positions up."""
-  return _bucket(size, 64)  # smaller ones would only add programs
+_PREFILL_TOKENS = 512  # of a chunk of prompts, over all groups of rows
+_MIN_PREFILL_TOKENS = 128  # of a group
+_STEP = 8  # pages; up to it sizes are powers of two, then multiples of it
+_SHRINK = 4  # factor by which the rows of a chunk of steps shrink
+_MIN_SHRINK = 16  # rows; a program for fewer would not pay for its compilation
 
 
-def prompt_bucket(size: int) -> int:
-  """Rounds the length of a prompt up."""
-  return _bucket(size, 16)  # smaller than for the cache: prefill works on padding too
+class PoolSize(NamedTuple):
+  """Sizes of the pools of pages.
 
-
-def prefill_rows(prompts: int, rows_multiple: int) -> int:
-  """Returns the rows of a prefill of `prompts` prompts: a power of two, divisible as required."""
-  # Rows that do not divide are not split: several devices would prefill the same ones.
-  return round_up(_next_power_of_two(prompts), rows_multiple)
-
-
-def max_prefill_prompts(size: int, rows_multiple: int) -> int:
-  """Returns the maximum number of prompts of `size` positions in one prefill."""
-  return max(_PREFILL_TOKENS // size, rows_multiple)  # at least one prompt per device
-
-
-def prefill_shape(prompts: int, length: int, decoder: DecodeConfig, mesh: Mesh) -> tuple[int, int]:
-  """Returns (rows, positions) of the largest prefill of `prompts` prompts of that length."""
-  size, multiple = prompt_bucket(length), sharding.decode_rows(decoder.layout, mesh)
-  return prefill_rows(min(prompts, max_prefill_prompts(size, multiple)), multiple), size
-
-
-def cache_positions(longest: int, decoder: DecodeConfig) -> tuple[int, int]:
-  """Returns (cache positions before the last growth, cache positions after it).
-
-  The first is 0 for a cache that does not grow. `longest` is the length of the longest prompt.
+  Attributes:
+    slots: responses decoded at once, over all groups of rows.
+    pages: of each group and layer, page 0 included.
+    columns: pages of the longest row.
   """
-  first = cache_bucket(longest + decoder.chunk)
-  last = cache_bucket(longest + decoder.sampling.max_new_tokens + decoder.chunk)
-  # The next smaller bucket: sizes double up to _STEP, then grow by it.
-  before = last - _STEP if last > _STEP else last // 2
-  return (max(first, before) if first < last else 0), last
+
+  slots: int
+  pages: int
+  columns: int
+
+
+def chunk_rows(live: int, max_live: int, decoder: DecodeConfig) -> int:
+  """Returns the rows of a group in a chunk of steps, for at most `live` responses in a group.
+
+  A kernel skips free rows; elsewhere they cost as much as others, so that programs for fewer rows
+  are worth their compilation.
+  """
+  rows = max_live
+  while decoder.paged_attention == 'xla' and rows > _MIN_SHRINK and live <= -(-rows // _SHRINK):
+    rows = -(-rows // _SHRINK)
+  return rows
+
+
+def table_columns(pages: int, columns: int, decoder: DecodeConfig) -> int:
+  """Returns the columns of a chunk's table of pages, for rows of at most `pages` pages.
+
+  A kernel reads by lengths; elsewhere all columns are read.
+  """
+  return columns if decoder.paged_attention != 'xla' else min(_bucket(pages), columns)
+
+
+def max_columns(longest: int, decoder: DecodeConfig) -> int:
+  """Returns the pages of the longest row, for prompts of up to `longest` tokens."""
+  pages = -(-(longest + decoder.sampling.max_new_tokens) // decoder.page_size)
+  return _bucket(pages)  # few values: prompts of a conversation grow from turn to turn
+
+
+def prefill_size(tokens: int, groups: int, decoder: DecodeConfig) -> int:
+  """Returns the tokens of a group in a chunk of prompts, where up to `tokens` are left to read."""
+  size = max(_PREFILL_TOKENS // groups, _MIN_PREFILL_TOKENS)
+  if decoder.paged_attention != 'xla':
+    return size  # one program: a step of the weights through memory costs as much as the padding
+  return min(max(_next_power_of_two(tokens), 16), size)
 
 
 def check_prompts(length: np.ndarray, decoder: DecodeConfig) -> None:
@@ -76,41 +84,14 @@ def check_prompts(length: np.ndarray, decoder: DecodeConfig) -> None:
     )
 
 
-def check_memory(slots: int, longest: int, decoder: DecodeConfig, mesh: Mesh) -> None:
-  """Raises UserError, naming a number of slots that fits, if weights and cache do not.
-
-  Args:
-    slots: responses decoded at once.
-    longest: tokens of the longest prompt.
-  """
-  c = decoder.config
-  before, last = cache_positions(longest, decoder)
-  itemsize = jnp.dtype(c.dtype).itemsize  # of weights and cache alike, see `decode_weights`
-  # Grouped queries: only the key heads are stored, and 2 is for keys and values.
-  per_position = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * itemsize
-  # While the cache grows to its last size, the one before is still allocated.
-  per_slot = (last + before) * per_position // mesh.size  # of each device
-  # Each part of the data axis has its own copy of the weights.
-  weights = num_parameters(c) * itemsize * mesh.shape['data'] // mesh.size
-  free = _free_bytes(mesh)
-  if weights + slots * per_slot > free:
-    fits = max(int((free - weights) // per_slot), 0)
-    fix = f'set max_concurrent to at most {fits}' if fits else 'use more devices'
-    raise UserError(
-      f'decoding {slots} responses at once needs {weights / 2**30:.2f} GiB of weights and '
-      f'{slots * per_slot / 2**30:.2f} GiB of key/value cache per device ({last} positions each, '
-      f'including the copy made when it grows); {free / 2**30:.2f} GiB are free; {fix}.'
-    )
-
-
-def _free_bytes(mesh: Mesh) -> float:
-  """Returns free bytes of each device of the mesh; infinite if the backend reports none."""
-  device = mesh.local_devices[0]  # a process cannot ask for the memory of another's devices
-  if device.platform == 'cpu':
-    # The devices of a CPU share the memory of the host.
-    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / mesh.size
-  stats = device.memory_stats() or {}
-  return stats.get('bytes_limit', math.inf) - stats.get('bytes_in_use', 0)
+def plan_pool(
+  decoder: DecodeConfig, mesh: Mesh, *, responses: int, longest: int, max_concurrent: int
+) -> PoolSize:
+  """Returns the sizes of the pools."""
+  groups = mesh.shape['data']
+  slots = round_up(min(max_concurrent or responses, responses), groups)
+  columns = max_columns(longest, decoder)
+  return PoolSize(slots, slots // groups * columns + 1, columns)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -118,9 +99,9 @@ def round_up(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
 
 
-def _bucket(size: int, minimum: int) -> int:
+def _bucket(size: int) -> int:
   # Powers of two throughout would read up to twice the positions that are filled.
-  return round_up(size, _STEP) if size > _STEP else max(_next_power_of_two(size), minimum)
+  return round_up(size, _STEP) if size > _STEP else _next_power_of_two(size)
 
 
 def _next_power_of_two(size: int) -> int:

@@ -5,6 +5,7 @@ samples. The layout of the weights in HF files is in `hf.tensor_names`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from segjax.config.settings import Network
 from segjax.model import sharding
-from segjax.model.attention import KeyValue, attention, cached_attention
+from segjax.model.attention import attention
 from segjax.model.embedding import embed
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
 
@@ -199,7 +200,7 @@ class Block(nn.Module):
 
   def _finish(self, x, attended):
     attended = checkpoint_name(attended, 'attention').reshape(*x.shape[:2], -1)
-    attended = self._laid_out(attended, 'flat_heads', 'product')  # rows_: from rows back to columns
+    attended = self._laid_out(attended, 'flat_heads', 'product')
     # The sum over tensor is needed only for a device's own positions.
     x = checkpoint_name(self._laid_out(x + self.output(attended), 'hidden'), 'residual')
     y = self._laid_out(self.mlp_norm(x), 'gathered')
@@ -219,35 +220,25 @@ class Block(nn.Module):
     attended = attention(query, key, value, self.config.attention, segment_ids=segment_ids)
     return self._finish(x, attended), None
 
-  def prefill(
-    self, x: Float[Array, 'B S D'], positions: Int[Array, 'B S']
-  ) -> tuple[Float[Array, 'B S D'], KeyValue]:
-    """Runs the layer over prompts and returns the keys and values that decoding attends to."""
-    query, key, value = self._project(x, positions)
-    # Transposed once per prompt, so that no decode step has to.
-    cache = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
-    attended = attention(query, key, value, self.config.attention, layout=self.layout)
-    return self._finish(x, attended), cache
-
-  def decode(
+  def with_cache(
     self,
-    x: Float[Array, 'B 1 D'],
-    positions: Int[Array, 'B 1'],
-    main: KeyValue,
-    recent: KeyValue,
-    length: Int[Array, 'B'],
-    step: Int[Array, ''],
-  ) -> tuple[Float[Array, 'B 1 D'], KeyValue]:
-    """Runs one token per row; returns `recent` with its key and value at position `step`."""
+    x: Float[Array, 'B S D'],
+    positions: Int[Array, 'B S'],
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+  ) -> tuple[Float[Array, 'B S D'], Any]:
+    """Runs the layer with attention to a cache.
+
+    Args:
+      x: hidden states.
+      positions: of the tokens.
+      attend: (query, key, value) -> (attended, the cache with the new keys and values).
+
+    Returns:
+      Hidden states and the cache.
+    """
     query, key, value = self._project(x, positions)
-    update = jax.lax.dynamic_update_slice_in_dim
-    recent = KeyValue(
-      # All rows write at `step`: a slice update, where positions of their own would scatter.
-      update(recent.key, key[:, 0, :, :, None].astype(recent.key.dtype), step, axis=3),
-      update(recent.value, value[:, 0, :, None].astype(recent.value.dtype), step, axis=2),
-    )
-    attended = cached_attention(query[:, 0], main, recent, length, step)
-    return self._finish(x, attended[:, None]), recent
+    attended, cache = attend(query, key, value)
+    return self._finish(x, attended), cache
 
 
 class Llama(nn.Module):

@@ -204,6 +204,9 @@ def prefill_attention(
     count, blocks = jnp.maximum(rows.count, 1), _prefill_blocks(pages)
     output = _ragged(query, pages, rows.table, length, start, count, blocks)
     return jnp.where(is_token, output, 0)
+  # Of a row that overflows, other rows in the chunk would see 0 times NaN. Its own next token reads
+  # the pages, which keep what is not finite.
+  key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (key, value))
   inside = attention(query[None], key[None], value[None], segment_ids=rows.segment[None])[0]
 
   def with_prefix():

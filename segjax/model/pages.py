@@ -1,9 +1,9 @@
 """Keys and values in pages: fixed blocks of positions, so that rows take only what they need.
 
 One array has the pages of all layers, so that a program updates one array in place. Layer l of L
-has N pages: its page p is entry l N + p. Page 0 of each layer is the trash page: what belongs to no
-row is written there, and no row reads it. A table on the host says which pages a row has, in
-order: position s of a row is offset s mod P of its page s // P. The idea is vLLM's,
+has N pages: its page p is entry l N + p. Page 0 of each layer is the trash page: it belongs to no
+row, and what is written for no row is zeros, written there. A table on the host says which pages a
+row has, in order: position s of a row is offset s mod P of its page s // P. The idea is vLLM's,
 https://arxiv.org/abs/2309.06180.
 
 All functions work on the arrays of one device: the pages of its group of rows, the heads it holds.
@@ -68,10 +68,11 @@ def write(
   """Writes one position per token, in place where `pages` is donated or carried by a loop.
 
   Args:
-    index: of the page, l N + p. Only the trash page may occur twice with one offset.
+    index: of the page, l N + p. Only the trash page may occur twice with one offset, and only zeros
+      may be written there: a masked value is multiplied by 0, and 0 times NaN is NaN.
     offset: within the page.
   """
-  key, value = _finite(key, pages), _finite(value, pages)
+  key, value = key.astype(pages.key.dtype), value.astype(pages.key.dtype)
   if pages.value is None:
     both = jnp.stack([key, value], axis=2).reshape(key.shape[0], -1, key.shape[2])
     return Pages(pages.key.at[index, offset].set(both), None)
@@ -79,14 +80,6 @@ def write(
     pages.key.at[:, index, offset].set(key.swapaxes(0, 1)),
     pages.value.at[:, index, offset].set(value.swapaxes(0, 1)),
   )
-
-
-def _finite(x: Array, pages: Pages) -> Array:
-  """Replaces what is not finite by 0, in the dtype of the pages.
-
-  Masked positions have weight 0, and 0 times NaN would reach the next row that has the page.
-  """
-  return jnp.where(jnp.isfinite(x), x, 0).astype(pages.key.dtype)
 
 
 def copy_pages(
@@ -153,7 +146,9 @@ def append(
   column, offset = jnp.divmod(positions, page_size(pages))
   # Beyond `count` the column may be beyond the table: clipped, and not used.
   index = jnp.take_along_axis(table, column, axis=1, mode='clip')
-  index = jnp.where(step < count[:, None], index, trash)
-  key = recent.key.transpose(0, 3, 1, 2).reshape(batch * length, heads, size)
-  value = recent.value.swapaxes(1, 2).reshape(batch * length, heads, size)
+  is_real = step < count[:, None]
+  index = jnp.where(is_real, index, trash)
+  key = jnp.where(is_real[..., None, None], recent.key.transpose(0, 3, 1, 2), 0)
+  value = jnp.where(is_real[..., None, None], recent.value.swapaxes(1, 2), 0)
+  key, value = (x.reshape(batch * length, heads, size) for x in (key, value))
   return write(pages, key, value, index.reshape(-1), offset.reshape(-1))

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from segjax.errors import UserError
-from segjax.model.mesh import AXES, BATCH, WEIGHT_AXES, check_batch
+from segjax.model.mesh import AXES, BATCH, check_batch
 
 # Exactly one rule matches each tensor; none or two is an error. Optimizer moments carry their
 # parameter's path as a suffix, so the same rule applies to them. Stacked layers have L in front.
@@ -46,7 +46,6 @@ ACTIVATION_RULES: dict[str, P] = {
   'gathered': P(BATCH, None, None),
   'replicated': P(None),
   'product': P(BATCH, None, 'tensor'),
-  # The same as 'product', except in the rows_ layout.
   'flat_heads': P(BATCH, None, 'tensor'),
   # Attention needs all positions and no other head: split by heads, it exchanges nothing.
   'heads': P(BATCH, None, 'tensor', None),
@@ -57,34 +56,23 @@ ACTIVATION_RULES: dict[str, P] = {
   'chunked_tokens': P(None, BATCH, None),
   # As the forward pass uses it: gathered along fsdp, still split by vocabulary.
   'head': P(None, 'tensor'),
-  # The decode loop never gathers a weight: weights are split over fsdp and tensor together.
-  'decode_tokens': P('data', None),
-  # Without a backward pass no activations are saved, so positions need not be split.
-  'decode_hidden': P('data', None, None),
-  'decode_gathered': P('data', None, None),
-  'decode_product': P('data', None, WEIGHT_AXES),
-  'decode_flat_heads': P('data', None, WEIGHT_AXES),
-  'decode_logits': P('data', None, WEIGHT_AXES),
-  'decode_heads': P('data', None, WEIGHT_AXES, None),
-  # By heads, like the queries: attention exchanges nothing.
-  'decode_key': P('data', WEIGHT_AXES, None, None),
-  'decode_value': P('data', WEIGHT_AXES, None, None),
-  # Before sampling: each device of the tensor axis samples for a part of the rows. That exchanges
-  # the logits once, where complete rows on every device would gather those of all devices.
-  'decode_row_logits': P(AXES, None),
+  # Decoding has a mesh of its own, see `mesh.decode_mesh`, and never gathers a weight.
+  'scalar': P(),
+  'decode_rows': P('data'),
   # Keys or values in pages [K, groups L N, P, h]; on TPU both in one, [groups L N, P, 2 K, h].
   'decode_pages': P('tensor', 'data', None, None),
   'decode_ragged_pages': P('data', None, 'tensor', None),
-  # Where the key heads do not divide that far, attention and sampling split rows instead.
-  'rows_tokens': P(AXES, None),
-  'rows_hidden': P('data', None, None),
-  'rows_gathered': P('data', None, None),
-  'rows_product': P('data', None, WEIGHT_AXES),
-  'rows_flat_heads': P(AXES, None, None),
-  'rows_logits': P('data', None, WEIGHT_AXES),
-  'rows_heads': P(AXES, None, None, None),
-  'rows_key': P(AXES, None, None, None),
-  'rows_value': P(AXES, None, None, None),
+  # Without a backward pass no activations are saved, so positions need not be split.
+  'decode_hidden': P('data', None, None),
+  'decode_gathered': P('data', None, None),
+  'decode_product': P('data', None, 'tensor'),
+  'decode_flat_heads': P('data', None, 'tensor'),
+  'decode_logits': P('data', None, 'tensor'),
+  'decode_heads': P('data', None, 'tensor', None),
+  'decode_key': P('data', 'tensor', None, None),
+  'decode_value': P('data', 'tensor', None, None),
+  # Before sampling: each device takes a part of the rows, instead of gathering those of its group.
+  'decode_row_logits': P(('data', 'tensor'), None),
 }
 
 
@@ -180,6 +168,36 @@ def shard_map_activations(
   return run
 
 
+def shard_map_named(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+  """Returns `function` mapped over the shards of arrays laid out as ACTIVATION_RULES[name].
+
+  Args:
+    function: of one device's arrays; without a mesh it is returned itself.
+    inputs: names, a prefix of the tree of arguments.
+    outputs: names, a prefix of the tree that the function returns.
+  """
+
+  def run(*arrays):
+    mesh = active_mesh()
+    if mesh is None:
+      return function(*arrays)
+    rules = ACTIVATION_RULES.__getitem__
+    specs = jax.tree.map(rules, inputs), jax.tree.map(rules, outputs)
+    # check_vma=False: a Pallas kernel does not declare how its outputs vary over the mesh.
+    mapped = jax.shard_map(
+      function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+    )
+    return mapped(*arrays)
+
+  return run
+
+
+def splits_rows() -> bool:
+  """Returns whether the rows of a decode loop are split over devices."""
+  mesh = active_mesh()
+  return mesh is not None and mesh.shape['data'] > 1
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
   """Splits x, of any rank, along its first axis; without a mesh it returns x unchanged."""
   mesh = active_mesh()
@@ -206,22 +224,6 @@ def constrain_tree(tree: Any) -> Any:
   )
 
 
-def decode_layout(kv_heads: int, mesh: Mesh) -> str:
-  """Returns the layout of a decode loop, a prefix of names in ACTIVATION_RULES.
-
-  Both layouts split the weights over fsdp and tensor together, so that no step gathers a weight.
-  'decode_' splits the cache by heads. 'rows_', for key heads that do not divide that far, splits it
-  by rows over all devices: each step then exchanges its queries, keys and values.
-  """
-  # `fitted` would drop axes without an error, and several devices would hold the same cache.
-  return 'rows_' if kv_heads % math.prod(mesh.shape[axis] for axis in WEIGHT_AXES) else 'decode_'
-
-
-def decode_rows(layout: str, mesh: Mesh) -> int:
-  """Returns over how many devices the layout splits rows."""
-  return mesh.size if layout == 'rows_' else mesh.shape['data']
-
-
 def decode_sharding(tree: Any) -> Any:
   """Constrains parameters to the layout of a decode loop, which gathers none of them.
 
@@ -235,9 +237,9 @@ def decode_sharding(tree: Any) -> Any:
   def move(path, x):
     spec = parameter_spec(path_name(path))
     x = _exchange(x, spec, mesh)
-    # The dimension over tensor takes fsdp too, the one over fsdp alone is made complete: then a
-    # product gathers no weight and at most sums activations.
-    spec = P(*(WEIGHT_AXES if 'tensor' in axes_of(entry) else None for entry in spec))
+    # The dimension over tensor stays split, that over fsdp is made complete: then a product gathers
+    # no weight and at most sums activations.
+    spec = P(*('tensor' if 'tensor' in axes_of(entry) else None for entry in spec))
     return jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(move, tree)

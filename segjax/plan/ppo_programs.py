@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
@@ -13,6 +14,8 @@ from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import decode, decode_sizes, generate, sharding
 from segjax.model.decode_weights import decode_weights
 from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import decode_mesh
+from segjax.model.prefill_chunks import Read, prefill_chunks
 from segjax.plan import abstract_arrays, roofline
 from segjax.plan.programs import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.run.models import apply_runtime
@@ -93,36 +96,43 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
 
 
 def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> list[Phase]:
-  """Returns the phases of a rollout; adds its weights and caches to `trees`."""
-  prompt_length = s.data.max_prompt_length
+  """Returns the phases of a rollout; adds its weights and pages to `trees`."""
+  longest = s.data.max_prompt_length
   decoder = generate.make_decode_config(config, rollouts.make_sampling(s.rollout), STOP_IDS, mesh)
-  first_positions, positions = decode_sizes.cache_positions(prompt_length, decoder)
-  slots = s.rollout.max_concurrent or s.ppo.rollout_batch_size
+  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+  groups = mesh.shape['data']
+  size = decode_sizes.plan_pool(
+    decoder,
+    mesh,
+    responses=s.ppo.rollout_batch_size,
+    longest=longest,
+    max_concurrent=s.rollout.max_concurrent,
+  )
   static = {'decoder': decoder}
   params = trees['policy parameters']
   structs = functools.partial(abstract_arrays.output_shape_structs, mesh)
   # All arrays are counted, also those that a single device passes on.
   lay_out = jax.jit(decode_weights, static_argnames='decoder')
   weights = structs(lay_out, params, **static)
-  cache = structs(decode.empty_slots, slots, positions, **static)
-  trees |= {'decode weights': weights, 'cache': cache}
-  prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
-  rows, size = decode_sizes.prefill_shape(min(prompts, slots), prompt_length, decoder, mesh)
-  ids, length = _replicated(mesh, rows, size), _replicated(mesh, rows)
-  both = ('decode weights', 'cache')
-  phases = [
+  cache = structs(decode.empty_pages, groups, size.pages, **static)
+  trees |= {'decode weights': weights, 'pages': cache}
+  tokens = decode_sizes.prefill_size(longest, groups, decoder)
+  read = Read(np.zeros(tokens, np.int32), [0] * (tokens // decoder.page_size))
+  (prompts,) = prefill_chunks([[read]] * groups, size.columns, lambda _: tokens)
+  rows = decode.empty_rows(size.slots, size.columns)
+  both = ('decode weights', 'pages')
+  return [
     Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',)),
-    Phase('prefill', decode.prefill, (weights, ids, length), static, both, ('decode weights',)),
+    Phase('prefill', decode.prefill, (weights, cache, prompts), static, both, both),
+    Phase(
+      'decode chunk',
+      decode.decode_chunk,
+      (weights, cache, rows, np.int32(decoder.chunk)),
+      static,
+      both,
+      both,
+    ),
   ]
-  if first_positions:  # the cache starts small and grows once; both copies live meanwhile
-    small = structs(decode.empty_slots, slots, first_positions, **static)
-    trees['cache before'] = small
-    arguments, live = (small, None, positions), ('decode weights', 'cache before')
-    phases.append(
-      Phase('cache growth', decode.resize_slots, arguments, static, live, ('cache before',))
-    )
-  phases.append(Phase('decode chunk', decode.decode_chunk, (weights, cache), static, both, both))
-  return phases
 
 
 def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
@@ -203,7 +213,7 @@ PPO = JobPlan(
     RowsAtOnce(
       'rollout.max_concurrent',
       'ppo.rollout_batch_size',
-      ('prefill', 'cache growth', 'decode chunk'),
+      ('prefill', 'decode chunk'),
     ),
     RowsAtOnce('ppo.micro_batch_size', 'ppo.minibatch_size', ('policy update', 'critic update')),
     RowsAtOnce('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),

@@ -9,9 +9,8 @@ from fixtures import models
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.model import sharding
 from segjax.model.generate import GenerationOptions, generate, make_decode_config
-from segjax.model.mesh import make_mesh
+from segjax.model.mesh import decode_mesh, make_mesh
 from segjax.model.sampling import Sampling
 from segjax.types import PromptBatch
 
@@ -216,12 +215,12 @@ def test_responses_do_not_depend_on_the_order_of_prompts(sampled):
   'shape', [(2, 2, 2), pytest.param((4, 2, 1), marks=pytest.mark.devices)], ids=str
 )
 def test_responses_do_not_depend_on_devices(shape):
-  """Both layouts of a decode loop: rows over all devices, and heads over fsdp."""
+  """Groups of rows, each with a pool of pages of its own, and heads over the devices of a group."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   out = run(params, prompts, LENGTHS)
   mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
-  layout = sharding.decode_layout(models.CONFIG.num_key_value_heads, mesh)
-  assert layout == ('rows_' if shape == (2, 2, 2) else 'decode_')
+  groups = decode_mesh(mesh, models.CONFIG.num_attention_heads, models.CONFIG.num_key_value_heads)
+  assert groups.shape['data'] == 4 and groups.shape['tensor'] == 2
   with jax.set_mesh(mesh):
     placed = models.place(params, mesh)
   again = run(placed, prompts, LENGTHS, mesh=mesh, max_concurrent=5)
@@ -268,8 +267,8 @@ def test_nothing_compiles_after_the_first_call(caplog):
   with compiled(caplog) as names:
     for seed in range(1, 4):
       run(params, models.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, max_concurrent=4)
-  # The number of prompts of a prefill has few values, each compiled when it first occurs.
-  assert set(names) <= {'prefill', 'insert_slots'} and len(names) <= 6
+  # Chunks of prompts have few sizes, each compiled when it first occurs.
+  assert set(names) <= {'prefill'} and len(names) <= 2
   with compiled(caplog) as names:
     for seed in range(1, 4):
       run(params, models.ids(seed=seed, shape=prompts.shape), LENGTHS, seed=seed, max_concurrent=4)

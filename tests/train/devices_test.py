@@ -19,6 +19,7 @@ from numpy.testing import assert_allclose
 from segjax.model import decode
 from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
+from segjax.model.mesh import decode_mesh
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
@@ -139,14 +140,16 @@ class Scored(NamedTuple):
 
 
 def decode_program(params, mesh):
-  """Returns the program of a chunk of decode steps for four slots, as HLO."""
+  """Returns the program of a chunk of decode steps for four rows of two pages, as HLO."""
   decoder = make_decode_config(
     models.CONFIG, make_sampling(training.ROLLOUT), models.STOP_IDS, mesh
   )
+  mesh = decode_mesh(mesh, models.CONFIG.num_attention_heads, models.CONFIG.num_key_value_heads)
   with jax.set_mesh(mesh):
     weights = decode_weights(params, decoder=decoder)
-    slots = decode.empty_slots(4, 64, decoder=decoder)
-    return program(decode.decode_chunk, weights, slots, decoder=decoder).as_text()
+    pages = decode.empty_pages(mesh.shape['data'], 9, decoder=decoder)
+    arguments = weights, pages, decode.empty_rows(4, 2), np.int32(4)
+    return program(decode.decode_chunk, *arguments, decoder=decoder).as_text()
 
 
 def score_program(params, rollout, recipe, mesh):

@@ -40,8 +40,8 @@ def test_a_row_that_is_not_finite_is_logged_and_the_others_continue():
   lines = []
   rollout = training.sample(corrupted, log=lines.append)
   has_five = (clean.response_ids == 5) & clean.response_mask
-  # Padding may be token 5 too, and belongs to the row.
-  is_corrupted = (training.PROMPTS.prompt_ids == 5).any(axis=1)
+  ids, length = training.PROMPTS
+  is_corrupted = ((ids == 5) & (np.arange(ids.shape[1]) < length[:, None])).any(axis=1)
   is_clean = ~is_corrupted & ~has_five[:, :-1].any(axis=1)
   assert is_corrupted.any() and is_clean.any()
   np.testing.assert_array_equal(rollout.response_ids[is_clean], clean.response_ids[is_clean])

@@ -1,0 +1,187 @@
+"""Continuous batching on the host; the programs are replaced by what they do to pages."""
+
+import collections
+
+import numpy as np
+import pytest
+from fixtures import models
+
+from segjax.model import decode, scheduler
+from segjax.model.decode_sizes import PoolSize
+from segjax.model.generate import make_decode_config
+from segjax.model.requests import Partial, Request
+from segjax.model.sampling import Sampling
+
+LIMIT = 40
+PAGE = 4
+STOP = models.STOP_IDS[0]
+
+
+def token(prompt, position):
+  """The token that a prompt's response has at a position of the sequence."""
+  return 10 + (7 * prompt + position) % 50
+
+
+class Programs(scheduler.Programs):
+  """Keeps which (prompt, position) each page entry holds, and checks that rows read their own."""
+
+  def __init__(self, groups, lengths, chunk, non_finite=()):
+    self.pages = [collections.defaultdict(dict) for _ in range(groups)]
+    self.lengths, self.chunk, self.non_finite = lengths, chunk, non_finite
+    self.reads = self.used = self.rows = self.read_tokens = 0
+    self.calls = collections.Counter()
+    self.cleaned = []
+
+  def prefill(self, chunk):
+    self.calls['prefill', chunk.ids.shape] += 1
+    for group in range(len(self.pages)):
+      rows = chunk.rows
+      assert rows.count[group] == rows.segment[group].max()
+      for i, (segment, position) in enumerate(
+        zip(rows.segment[group], chunk.position[group], strict=True)
+      ):
+        if segment:
+          page = rows.table[group, segment - 1][position // PAGE]
+          assert page > 0
+          self.pages[group][page][position % PAGE] = int(chunk.ids[group, i])
+          self.read_tokens += 1
+      starts = chunk.position[group, rows.start[group, : rows.count[group]]]
+      assert (starts[1:] == 0).all()  # only the first row has a prefix
+
+  def copy_pages(self, copies):
+    for pages, pairs in zip(self.pages, copies, strict=True):
+      for source, target in pairs:
+        pages[target] = dict(pages[source])
+        if source == 0:
+          self.cleaned.append(target)
+
+  def decode(self, rows, steps):
+    self.calls['decode', rows.table.shape] += 1
+    size = len(rows.token)
+    ids = np.full((size, self.chunk), STOP, np.int32)
+    logprob = np.zeros((size, self.chunk), np.float32)
+    count, finished = np.zeros(size, np.int32), np.zeros(size, bool)
+    non_finite = np.zeros(size, bool)
+    per_group = size // len(self.pages)
+    for row in np.flatnonzero(rows.active):
+      pages, prompt = self.pages[row // per_group], int(rows.key[row, 0])
+      last, current = int(rows.position[row]), int(rows.token[row])
+      for step in range(steps):
+        self.rows += 1
+        pages[rows.table[row, last // PAGE]][last % PAGE] = current
+        held = [pages[rows.table[row, p // PAGE]].get(p % PAGE) for p in range(last + 1)]
+        assert held == self.sequence(prompt, last + 1)
+        self.reads += last + 1
+        if prompt in self.non_finite and rows.count[row] + step == 3:
+          non_finite[row] = True
+          break
+        last += 1
+        current = token(prompt, last)
+        done = rows.count[row] + step + 1 >= self.lengths[prompt]
+        current = STOP if done else current
+        ids[row, step], logprob[row, step] = current, -last
+        count[row] += 1
+        if done or rows.count[row] + step + 1 >= rows.limit[row]:
+          finished[row] = done
+          break
+    self.used += steps * size
+    return decode.ChunkOutput(ids, logprob, logprob - 1, count, finished, non_finite)
+
+  def sequence(self, prompt, length):
+    return [token(prompt, p) for p in range(length)]
+
+
+def requests(prompt_lengths, samples=1):
+  return [
+    Request(
+      np.array([token(i, p) for p in range(n)], np.int32), i, np.array([i, s], np.uint32), LIMIT
+    )
+    for i, n in enumerate(prompt_lengths)
+    for s in range(samples)
+  ]
+
+
+def decoder(chunk=8):
+  sampling = Sampling(max_new_tokens=LIMIT)
+  config = make_decode_config(models.CONFIG, sampling, models.STOP_IDS, models.mesh(1), chunk)
+  return decode.dataclasses.replace(config, page_size=PAGE)
+
+
+def run(asked, lengths, size, groups=1, enough=None, **values):
+  config = decoder()
+  programs = Programs(groups, lengths, config.chunk, **values)
+  run = scheduler.Scheduler(asked, programs, size, groups, config)
+  while run.is_busy and (enough is None or run.num_done < enough):
+    run.refill()
+    run.step()
+  return run, programs
+
+
+LENGTHS = np.random.default_rng(0).integers(1, LIMIT + 1, 24)
+PROMPTS = np.random.default_rng(1).integers(1, 30, 24)
+COLUMNS = -(-(30 + LIMIT) // PAGE)
+
+
+@pytest.mark.parametrize('samples', [1, 3])
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize(('slots', 'pages'), [(6, 200), (24, 60), (2, 1 + COLUMNS), (24, 30)])
+def test_every_response_is_complete(slots, pages, groups, samples):
+  """However few rows and pages there are: some responses wait, or give their pages back."""
+  result, _ = run(requests(PROMPTS, samples), LENGTHS, PoolSize(slots, pages, COLUMNS), groups)
+  for i, n in enumerate(np.repeat(LENGTHS, samples)):
+    start = PROMPTS[i // samples]
+    expected = [token(i // samples, start + t) for t in range(n - 1)] + [STOP]
+    assert result.result.response_ids[i, :n].tolist() == expected
+    assert result.result.response_mask[i].sum() == n and result.result.finished[i]
+    np.testing.assert_array_equal(result.result.logprob[i, :n], -start - np.arange(n))
+  for group in result._groups:
+    assert group.pool.num_free == pages - 1 and not group.prefixes
+
+
+def test_samples_share_the_pages_of_a_prompt():
+  """The prompt is read once, and its full pages are held once."""
+  _, alone = run(requests([29]), np.array([9]), PoolSize(1, 200, COLUMNS))
+  _, shared = run(requests([29], samples=8), np.array([9]), PoolSize(8, 200, COLUMNS))
+  assert shared.read_tokens == alone.read_tokens == 28
+  # 7 full pages, and per sample the positions of its response.
+  assert len(shared.pages[0]) <= 7 + 8 * 3
+  result, _ = run(requests([29], samples=8), np.array([9]), PoolSize(8, 7 + 8 * 3 + 1, COLUMNS))
+  assert result.num_done == 8
+
+
+def test_pages_with_nan_are_cleaned():
+  """All pages of a row that overflows are zeros again before another row has them."""
+  result, programs = run(
+    requests([9, 5, 9], samples=2), np.array([8, 8, 8]), PoolSize(2, 12, COLUMNS), non_finite=(0,)
+  )
+  assert result.result.non_finite.tolist() == [True, True, False, False, False, False]
+  assert len(set(programs.cleaned)) >= 3  # of the prompt, and what the two samples wrote
+  assert result.result.finished[2:].all()
+
+
+def test_unfinished_requests_go_on_later():
+  """What two generations return together is what one returns."""
+  size = PoolSize(6, 100, COLUMNS)
+  whole, _ = run(requests(PROMPTS), LENGTHS, size)
+  first, _ = run(requests(PROMPTS), LENGTHS, size, enough=10)
+  rest = first.unfinished()
+  assert 10 <= first.num_done == len(PROMPTS) - len(rest)
+  assert any(len(r.response.ids) > 0 for r in rest) and any(not len(r.response.ids) for r in rest)
+  second, _ = run(rest, LENGTHS, size)
+  done = np.flatnonzero(first.is_done)
+  waiting = np.flatnonzero(~first.is_done)
+  for name in ('response_ids', 'logprob', 'sample_logprob', 'response_mask', 'finished'):
+    expected = getattr(whole.result, name)
+    np.testing.assert_array_equal(getattr(first.result, name)[done], expected[done])
+    np.testing.assert_array_equal(getattr(second.result, name), expected[waiting])
+
+
+def test_a_partial_response_keeps_its_log_probs():
+  asked = requests([5])[0]
+  drawn = [token(0, 5), token(0, 6)]
+  partial = Partial(np.array(drawn, np.int32), *(np.full(2, x, np.float32) for x in (0.5, 0.25)))
+  asked = decode.dataclasses.replace(asked, response=partial)
+  result, _ = run([asked], np.array([4]), PoolSize(1, 30, COLUMNS))
+  assert result.result.response_ids[0, :4].tolist() == [*drawn, token(0, 7), STOP]
+  assert result.result.logprob[0, :4].tolist() == [0.5, 0.5, -7, -8]
+  assert result.result.sample_logprob[0, :4].tolist() == [0.25, 0.25, -8, -9]
