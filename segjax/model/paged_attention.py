@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from segjax.model.attention import attention
 from segjax.model.pages import Pages, gather_view, page_size
+from segjax.model.splash import LANES
 
 _MASKED = -1e30  # finite: as in `attention`
 _PROGRAMS = 1024  # that keep a GPU busy: 8 for each of an H100's 132 processors
 _KEYS = 512  # positions of a prefix whose logits exist at once, see `_first_row`
-_BLOCK_BYTES = 2**20  # of a block of pages on TPU, see `_decode_blocks`
 _BLOCK_PAGES = 16  # at most: each needs scalar registers of the TPU, which has 32
 _VMEM = 64 * 2**20  # bytes of a TPU's vector memory that the kernel may use
 
@@ -51,19 +51,16 @@ def select_paged_attention(platform: str, dtype: str, head_dim: int, kv_heads: i
   Args:
     kv_heads: key heads of one device.
   """
-  if platform == 'tpu' and _fits_ragged(dtype, head_dim, kv_heads):
+  if dtype != 'bfloat16':
+    return 'xla'
+  # By the compiler for v5p: heads are padded to 128 numbers, and no more; the keys and values of a
+  # position fill whole tiles of 8 rows of 32 bits, or 1, 2 or 4 rows.
+  if platform == 'tpu' and head_dim <= LANES and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
     return 'ragged'
-  if platform in ('gpu', 'cuda') and dtype == 'bfloat16':
-    # Blocks of Triton have powers of two for sizes, and its products at least 16.
-    return 'triton' if head_dim >= 16 and not head_dim & (head_dim - 1) else 'xla'
+  # Blocks of Triton have powers of two for sizes, and its products at least 16.
+  if platform in ('gpu', 'cuda') and head_dim >= 16 and head_dim.bit_count() == 1:
+    return 'triton'
   return 'xla'
-
-
-def _fits_ragged(dtype: str, head_dim: int, kv_heads: int) -> bool:
-  """Whether the TPU's kernel supports these sizes."""
-  # Keys and values of a position fill whole tiles of 8 rows of 32 bits, or a part that divides one.
-  rows = 2 * kv_heads * jnp.dtype(dtype).itemsize // 4
-  return head_dim % 128 == 0 and (rows in (1, 2, 4) or rows % 8 == 0)
 
 
 def decode_attention(
@@ -146,28 +143,32 @@ def _ragged(query, pages, table, length, start, count, blocks):
   # Imported here: Pallas takes half a second to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-  return ragged_paged_attention(
-    query,
+  size = query.shape[-1]
+  output = ragged_paged_attention(
+    jnp.pad(query, ((0, 0), (0, 0), (0, LANES - size))),
     pages.key,
     length,
     table,
     start,
     count[None],
-    sm_scale=query.shape[-1] ** -0.5,
+    sm_scale=size**-0.5,
     num_kv_pages_per_block=max(1, min(blocks[0], table.shape[1], _BLOCK_PAGES)),
     num_queries_per_block=min(blocks[1], query.shape[0]),
     vmem_limit_bytes=_VMEM,
   )
+  return output[..., :size]
 
 
 def _decode_blocks(pages: Pages) -> tuple[int, int]:
   """Returns (pages, queries) of a block of `_ragged` for one token per row.
 
   Every query of a block is multiplied with the keys of each of the block's rows, so that there are
-  few: 8. And a row reads whole blocks, so that they are no larger than hides the memory's latency.
+  few: 8. And a row reads whole blocks: of 1 MiB, which hides the memory's latency, or of 512
+  positions, about a response.
   """
   _, positions, heads, size = pages.key.shape
-  return _BLOCK_BYTES // (positions * heads * size * pages.key.dtype.itemsize), 8
+  page_bytes = positions * heads * size * pages.key.dtype.itemsize
+  return min(2**20 // page_bytes, 512 // positions), 8
 
 
 def _prefill_blocks(pages: Pages) -> tuple[int, int]:

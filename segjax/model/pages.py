@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from segjax.model.attention import KeyValue
 from segjax.model.llama import LlamaConfig
+from segjax.model.splash import LANES
 
 
 class Pages(NamedTuple):
   """Pages of P positions, laid out for the implementation of `paged_attention` that reads them.
 
   Attributes:
-    key: [K, L N, P, h] for 'xla' and 'triton'. For 'ragged' [L N, P, 2 K, h], keys and values
-      alternating: head k has its keys at 2 k and its values at 2 k + 1.
+    key: [K, L N, P, h] for 'xla' and 'triton'. For 'ragged' [L N, P, 2 K, 128], keys and values
+      alternating: head k has its keys at 2 k and its values at 2 k + 1, followed by zeros.
     value: as `key`; None for 'ragged'.
   """
 
@@ -44,7 +45,7 @@ def empty_pages(
   heads, size = config.num_key_value_heads, config.head_dim
   # Zeros, not `jnp.empty`: a masked value is multiplied by 0, and 0 times NaN is NaN.
   if implementation == 'ragged':
-    return Pages(jnp.zeros((pages, page_size, 2 * heads, size), config.dtype), None)
+    return Pages(jnp.zeros((pages, page_size, 2 * heads, LANES), config.dtype), None)
   shape = (heads, pages, page_size, size)
   return Pages(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
@@ -75,6 +76,7 @@ def write(
   key, value = key.astype(pages.key.dtype), value.astype(pages.key.dtype)
   if pages.value is None:
     both = jnp.stack([key, value], axis=2).reshape(key.shape[0], -1, key.shape[2])
+    both = jnp.pad(both, ((0, 0), (0, 0), (0, LANES - key.shape[2])))
     return Pages(pages.key.at[index, offset].set(both), None)
   return Pages(
     pages.key.at[:, index, offset].set(key.swapaxes(0, 1)),

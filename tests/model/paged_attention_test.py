@@ -1,9 +1,13 @@
 """Attention to pages against loops over rows, heads and positions in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as tpu_package
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as tpu_kernel
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segjax.model import paged_attention as module
@@ -13,21 +17,50 @@ from segjax.model.paged_attention import (
   prefill_attention,
   select_paged_attention,
 )
-from segjax.model.pages import Pages
+from segjax.model.pages import Pages, write
 
 NUM_PAGES, POSITIONS, SIZE = 12, 4, 16
 
 
+@pytest.fixture
+def by_loops(monkeypatch):
+  """Replaces the kernel for TPU by loops; `interpreted`, which is slow, is the kernel itself."""
+
+  def kernel(query, pages, lengths, tables, starts, count, *, sm_scale, **blocks):
+    assert all(size > 0 for size in blocks.values())
+    pages = np.asarray(pages, np.float64)
+    output = np.full(query.shape, np.nan)  # of tokens of no row: what is in the memory
+    for row in range(count[0]):
+      length, start, end = lengths[row], starts[row], starts[row + 1]
+      keys, values = row_of((pages[:, :, 0::2], pages[:, :, 1::2]), tables[row], length)
+      for token in range(start, end):
+        seen = length - (end - 1 - token)
+        scaled = np.asarray(query[token]) * sm_scale * np.sqrt(query.shape[2])
+        output[token] = attend(scaled, keys[:seen], values[:seen])
+    return jnp.asarray(output, query.dtype)
+
+  monkeypatch.setattr(tpu_package, 'ragged_paged_attention', kernel)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Interprets the kernel for TPU."""
+  interpret = functools.partial(tpu_kernel.pl.pallas_call, interpret=True)
+  monkeypatch.setattr(tpu_kernel.pl, 'pallas_call', interpret)
+  # The interpreter asks an index for its shape, and an integer has none.
+  monkeypatch.setattr(jax._src.literals.TypedInt, 'shape', (), raising=False)
+
+
 def random_pages(kv_heads, seed=0):
-  """Returns keys and values [N, P, K, h] in float64."""
-  rng = np.random.default_rng(seed)
-  return rng.normal(size=(2, NUM_PAGES, POSITIONS, kv_heads, SIZE))
+  """Returns keys and values [2, N, P, K, h] in float64."""
+  return np.random.default_rng(seed).normal(size=(2, NUM_PAGES, POSITIONS, kv_heads, SIZE))
 
 
 def laid_out(keys_and_values, implementation):
   keys, values = jnp.asarray(keys_and_values, jnp.float32)
   if implementation == 'ragged':
-    return Pages(jnp.stack([keys, values], 3).reshape(*keys.shape[:2], -1, SIZE), None)
+    both = jnp.stack([keys, values], 3).reshape(*keys.shape[:2], -1, SIZE)
+    return Pages(jnp.pad(both, [(0, 0)] * 3 + [(0, 128 - SIZE)]), None)
   return Pages(keys.transpose(2, 0, 1, 3), values.transpose(2, 0, 1, 3))
 
 
@@ -49,26 +82,66 @@ def row_of(keys_and_values, table, length):
 
 
 TABLE = np.array([[3, 1, 7], [2, 2, 0], [3, 1, 8], [0, 0, 0], [11, 10, 9]])  # 0 and 2 share pages
-LENGTH = np.array([9, 4, 12, 1, 5])  # within a page, at its end, all, a free row
+LENGTH = np.array([9, 4, 12, 1, 5])  # within a page, at its end, all, a free row, one more
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'triton'])
-@pytest.mark.parametrize('heads, kv_heads', [(4, 2), (3, 3), (5, 1)])
-def test_decode_attention(implementation, heads, kv_heads):
+def run(function, *args):
+  """Compiles the function, unless the kernel for TPU is replaced by loops: they need numbers."""
+  if function is decode_attention:
+    function = functools.partial(function, interpret=True)
+  *arrays, implementation = args
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  if implementation == 'ragged':
+    return function(*arrays, implementation)
+  return jax.jit(function, static_argnums=len(arrays))(*arrays, implementation)
+
+
+def check_decode(implementation, heads, kv_heads, table=TABLE, length=LENGTH):
   keys_and_values = random_pages(kv_heads)
-  query = np.random.default_rng(1).normal(size=(5, heads, SIZE))
+  query = np.random.default_rng(1).normal(size=(len(length), heads, SIZE))
   expected = [
-    attend(query[row], *row_of(keys_and_values, TABLE[row], LENGTH[row])) for row in range(5)
+    attend(query[row], *row_of(keys_and_values, table[row], length[row]))
+    for row in range(len(length))
   ]
-  output = decode_attention(
-    jnp.asarray(query, jnp.float32),
-    laid_out(keys_and_values, implementation),
-    jnp.asarray(TABLE, jnp.int32),
-    jnp.asarray(LENGTH, jnp.int32),
-    implementation,
-    interpret=True,
-  )
+  tensors = np.asarray(query, np.float32), laid_out(keys_and_values, implementation)
+  rows = np.asarray(table, np.int32), np.asarray(length, np.int32)
+  output = run(decode_attention, *tensors, *rows, implementation)
   assert_allclose(output, expected, atol=1e-5)  # float32
+
+
+HEADS = [(4, 2), (3, 3), (5, 1)]
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'triton', 'ragged'])
+@pytest.mark.parametrize('heads, kv_heads', HEADS)
+def test_decode_attention(by_loops, implementation, heads, kv_heads):
+  check_decode(implementation, heads, kv_heads)
+
+
+@pytest.mark.parametrize('programs', [1, 20])
+def test_rows_read_in_parts(monkeypatch, programs):
+  """One part, and two parts of a table of three pages; above it was one page a part."""
+  monkeypatch.setattr(module, '_PROGRAMS', programs)
+  check_decode('triton', 4, 2)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('implementation', ['xla', 'triton', 'ragged'])
+def test_decode_attention_of_random_rows(interpreted, implementation, seed):
+  rng = np.random.default_rng(seed)
+  table = rng.integers(0, NUM_PAGES, (20, 6))
+  length = rng.integers(1, 6 * POSITIONS + 1, 20)
+  check_decode(implementation, 4, 2, table, length)
+
+
+@pytest.mark.parametrize('rows, columns', [(1024, 32), (128, 32), (96, 20), (8, 3), (3, 64)])
+def test_number_of_parts(rows, columns):
+  parts = module._splits(rows, columns)
+  # Enough programs, or a part for each page; half as many would be too few.
+  assert rows * parts >= 1024 or parts >= columns
+  assert parts == 1 or rows * parts // 2 < 1024
+  assert parts < 2 * columns
 
 
 def chunk(lengths, prefix, tokens):
@@ -94,11 +167,7 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'triton'])
-@pytest.mark.parametrize('name', CHUNKS)
-def test_prefill_attention(monkeypatch, name, implementation):
-  monkeypatch.setattr(module, '_KEYS', 2 * POSITIONS)  # several blocks, the last with padding
-  lengths, prefix, tokens = CHUNKS[name]
+def check_prefill(implementation, lengths, prefix, tokens):
   rows = chunk(lengths, prefix, tokens)
   keys_and_values = random_pages(kv_heads=2)
   rng = np.random.default_rng(1)
@@ -112,22 +181,78 @@ def test_prefill_attention(monkeypatch, name, implementation):
       token, end = rows.start[row] + i, before + i + 1
       key[token], value[token] = row_keys[end - 1], row_values[end - 1]  # the chunk is in pages
       expected[token] = attend(query[token], row_keys[:end], row_values[:end])
-  output = jax.jit(prefill_attention, static_argnums=5)(
-    *(jnp.asarray(x, jnp.float32) for x in (query, key, value)),
-    laid_out(keys_and_values, implementation),
-    jax.tree.map(jnp.asarray, rows),
-    implementation,
-  )
+  tensors = [np.asarray(x, np.float32) for x in (query, key, value)]
+  pages = laid_out(keys_and_values, implementation)
+  output = run(prefill_attention, *tensors, pages, rows, implementation)
   assert_allclose(output, expected, atol=1e-5)  # float32
   assert_array_equal(np.asarray(output)[rows.segment == 0], 0)
 
 
-def test_select_paged_attention():
-  assert select_paged_attention('cpu', 'bfloat16', 128, 8) == 'xla'
-  assert select_paged_attention('gpu', 'bfloat16', 128, 8) == 'triton'
-  assert select_paged_attention('cuda', 'bfloat16', 64, 3) == 'triton'
-  assert select_paged_attention('gpu', 'float32', 128, 8) == 'xla'
-  assert select_paged_attention('gpu', 'bfloat16', 96, 8) == 'xla'
-  assert select_paged_attention('gpu', 'bfloat16', 8, 8) == 'xla'
-  assert select_paged_attention('tpu', 'bfloat16', 128, 8) == 'ragged'
-  assert select_paged_attention('tpu', 'bfloat16', 128, 3) == 'xla'
+@pytest.mark.parametrize('implementation', ['xla', 'ragged'])
+@pytest.mark.parametrize('name', CHUNKS)
+def test_prefill_attention(monkeypatch, by_loops, name, implementation):
+  monkeypatch.setattr(module, '_KEYS', 2 * POSITIONS)  # several blocks, the last with padding
+  check_prefill(implementation, *CHUNKS[name])
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('name', CHUNKS)
+def test_prefill_attention_of_the_kernel(interpreted, name):
+  check_prefill('ragged', *CHUNKS[name])
+
+
+def test_prefill_of_triton_is_that_of_xla():
+  check_prefill('triton', *CHUNKS['prefix'])
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'triton', 'ragged'])
+def test_what_is_not_finite_stays_in_its_row(by_loops, implementation):
+  """A row wrote NaN into a page, and the next owner of the page has filled half of it."""
+  clean = laid_out(random_pages(kv_heads=2), implementation)
+  bad = jnp.full((POSITIONS, 2, SIZE), jnp.nan)
+  offset = jnp.arange(POSITIONS)
+  dirty = write(clean, bad, bad, jnp.full(POSITIONS, 7), offset)
+  query = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, SIZE)), jnp.float32)
+  table, length = jnp.array([[3, 7]]), jnp.array([6])
+  new = jnp.asarray(random_pages(kv_heads=2, seed=2)[:, 0, :2], jnp.float32)
+
+  def attended(pages):
+    pages = write(pages, *new, jnp.full(2, 7), offset[:2])
+    return run(decode_attention, query, pages, table, length, implementation)
+
+  assert_array_equal(attended(dirty), attended(clean))
+  assert np.all(np.isfinite(attended(clean)))
+
+
+def test_what_is_not_finite_stays_in_its_prompt():
+  """Two prompts of a chunk, of which the first is not finite."""
+  rows = chunk([3, 4], 0, 8)
+  rng = np.random.default_rng(1)
+  tensors = [jnp.asarray(rng.normal(size=(8, n, SIZE)), jnp.float32) for n in (4, 2, 2)]
+  pages = laid_out(random_pages(kv_heads=2), 'xla')
+  output = run(prefill_attention, *tensors, pages, rows, 'xla')
+  bad = [x.at[:3].set(np.inf * (-1) ** i) for i, x in enumerate(tensors)]
+  changed = run(prefill_attention, *bad, pages, rows, 'xla')
+  assert not np.any(np.isfinite(changed[:3]))
+  assert_array_equal(changed[3:], output[3:])
+
+
+@pytest.mark.parametrize(
+  'platform, dtype, head_dim, kv_heads, expected',
+  [
+    ('cpu', 'bfloat16', 128, 8, 'xla'),
+    ('gpu', 'bfloat16', 128, 8, 'triton'),
+    ('cuda', 'bfloat16', 64, 3, 'triton'),
+    ('gpu', 'float32', 128, 8, 'xla'),
+    ('gpu', 'bfloat16', 96, 8, 'xla'),
+    ('gpu', 'bfloat16', 8, 8, 'xla'),
+    ('tpu', 'bfloat16', 128, 8, 'ragged'),
+    ('tpu', 'bfloat16', 64, 1, 'ragged'),
+    ('tpu', 'bfloat16', 128, 16, 'ragged'),
+    ('tpu', 'bfloat16', 128, 3, 'xla'),
+    ('tpu', 'bfloat16', 256, 8, 'xla'),
+    ('tpu', 'float32', 128, 8, 'xla'),
+  ],
+)
+def test_select_paged_attention(platform, dtype, head_dim, kv_heads, expected):
+  assert select_paged_attention(platform, dtype, head_dim, kv_heads) == expected

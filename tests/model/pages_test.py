@@ -29,13 +29,14 @@ def filled(layout, seed=0):
   """Pages of random numbers."""
   rng = np.random.default_rng(seed)
   empty = empty_pages(CONFIG, 1, NUM_PAGES, POSITIONS, layout)
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), empty)
+  return jax.tree.map(lambda x: x.at[..., :SIZE].set(rng.normal(size=(*x.shape[:-1], SIZE))), empty)
 
 
 def by_index(pages):
   """Returns keys and values as [L N, P, K, h], whatever the layout."""
   if pages.value is None:
-    return np.array(pages.key[:, :, 0::2]), np.array(pages.key[:, :, 1::2])
+    assert not np.any(pages.key[..., SIZE:])
+    return np.array(pages.key[:, :, 0::2, :SIZE]), np.array(pages.key[:, :, 1::2, :SIZE])
   return tuple(np.array(x.transpose(1, 2, 0, 3)) for x in pages)
 
 

@@ -1,0 +1,153 @@
+"""Programs on pages as the compilers for H100 and TPU v5p make them: the pages are never copied."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fixtures import chips
+
+from segjax.model.attention import KeyValue
+from segjax.model.llama import LlamaConfig
+from segjax.model.paged_attention import (
+  PrefillRows,
+  decode_attention,
+  prefill_attention,
+  select_paged_attention,
+)
+from segjax.model.pages import append, copy_pages, empty_pages, gather_view, write
+
+pytestmark = pytest.mark.compiled
+LAYERS, NUM_PAGES, POSITIONS, ROWS, COLUMNS, TOKENS = 2, 4000, 64, 64, 20, 1024
+# Layers are unrolled on CUDA and scanned on TPU.
+PLATFORMS = ('cuda', 'tpu')
+
+
+def config_of(heads=32, kv_heads=8, head_dim=128, dtype='bfloat16'):
+  return LlamaConfig(
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    dtype=dtype,
+  )
+
+
+def implementation_of(platform, config):
+  sizes = config.head_dim, config.num_key_value_heads
+  return select_paged_attention(platform, config.dtype, *sizes)
+
+
+def shape(*axes, dtype=jnp.int32):
+  return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def heads_of(config, tokens):
+  """Shapes of queries, keys and values."""
+  counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+  return [shape(tokens, count, config.head_dim, dtype=config.dtype) for count in counts]
+
+
+def through_layers(platform, layer, x, pages):
+  """Runs layer(index of page 0, x, pages), as the decode programs do."""
+  if platform == 'cuda':
+    for i in range(LAYERS):
+      x, pages = layer(i * NUM_PAGES, x, pages)
+    return x, pages
+  begins = NUM_PAGES * jnp.arange(LAYERS)
+  return jax.lax.scan(lambda carry, begin: (layer(begin, *carry), None), (x, pages), begins)[0]
+
+
+def check_pages_stay(platform, config, function, *args):
+  """Compiles function(pages, *args): it updates the pages in place and never copies them."""
+  implementation = implementation_of(platform, config)
+  pages = jax.eval_shape(lambda: empty_pages(config, 1, NUM_PAGES, POSITIONS, implementation))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+  memory = chips.compile_for(platform, function, pages, *args, donate=0).memory_analysis()
+  assert memory.alias_size_in_bytes >= size
+  # Keys or values of one layer, which a copy of them would take.
+  assert memory.temp_size_in_bytes < size / LAYERS / 2, memory.temp_size_in_bytes / size
+  return memory
+
+
+SIZES = {
+  'llama3_8b': {},
+  'llama3_70b on 8 devices': {'heads': 8, 'kv_heads': 1},
+  'llama3_1b': {'head_dim': 64},
+}
+
+
+@pytest.mark.parametrize('platform', PLATFORMS)
+@pytest.mark.parametrize('name', SIZES)
+def test_decode(platform, name):
+  config = config_of(**SIZES[name])
+  implementation = implementation_of(platform, config)
+  assert implementation == {'cuda': 'triton', 'tpu': 'ragged'}[platform]
+
+  def steps(pages, query, key, value, table, position):
+    column, offset = jnp.divmod(position, POSITIONS)
+    page = jnp.take_along_axis(table, column[:, None], axis=1)[:, 0]
+
+    def layer(begin, x, pages):
+      pages = write(pages, key + x[:, : key.shape[1]], value, begin + page, offset)
+      return decode_attention(x, pages, begin + table, position + 1, implementation), pages
+
+    def step(i, carry):
+      return through_layers(platform, layer, *carry)
+
+    return jax.lax.fori_loop(0, 16, step, (query, pages))
+
+  rows = shape(ROWS, COLUMNS), shape(ROWS)
+  check_pages_stay(platform, config, steps, *heads_of(config, ROWS), *rows)
+
+
+def chunk_shapes():
+  rows = 16
+  sizes = (TOKENS,), (rows, COLUMNS), (rows,), (rows + 1,), ()
+  return PrefillRows(*(shape(*size) for size in sizes)), shape(TOKENS), shape(TOKENS)
+
+
+@pytest.mark.parametrize('platform', PLATFORMS)
+@pytest.mark.parametrize('name', SIZES)
+def test_prefill(platform, name):
+  config = config_of(**SIZES[name])
+  implementation = implementation_of(platform, config)
+
+  def prefill(pages, query, key, value, rows, index, offset):
+    def layer(begin, x, pages):
+      new = key + x[:, : key.shape[1]], value
+      pages = write(pages, *new, begin + index, offset)
+      local = rows._replace(table=begin + rows.table)
+      return prefill_attention(x, *new, pages, local, implementation), pages
+
+    return through_layers(platform, layer, query, pages)
+
+  check_pages_stay(platform, config, prefill, *heads_of(config, TOKENS), *chunk_shapes())
+
+
+@pytest.mark.parametrize('platform', PLATFORMS)
+def test_copy(platform):
+  memory = check_pages_stay(
+    platform,
+    config_of(),
+    lambda pages, *numbers: copy_pages(pages, *numbers, LAYERS),
+    shape(ROWS),
+    shape(ROWS),
+  )
+  # The pages of one layer that are copied: keys and values of 8 heads of 128 numbers of 2 bytes.
+  assert memory.temp_size_in_bytes < 1.1 * ROWS * POSITIONS * 2 * 8 * 128 * 2
+
+
+def test_dense_view_on_cuda():
+  """The chunk of 'xla', in float32: pages are gathered once and the buffer is written once."""
+  config = config_of(dtype='float32')
+  recent = KeyValue(*(shape(ROWS, 8, *tail, dtype='float32') for tail in ((128, 16), (16, 128))))
+
+  def steps(pages, recent, table, position, count):
+    peak = jnp.max(gather_view(pages, table).key, axis=(2, 3))
+    recent = recent._replace(key=recent.key + peak[:, :, None, None])
+    return peak, append(pages, recent, table, position, count, 0)
+
+  rows = shape(ROWS, COLUMNS), shape(ROWS), shape(ROWS)
+  check_pages_stay('cuda', config, steps, recent, *rows)
