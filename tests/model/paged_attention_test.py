@@ -17,7 +17,7 @@ from segjax.model.paged_attention import (
   prefill_attention,
   select_paged_attention,
 )
-from segjax.model.pages import Pages, write
+from segjax.model.pages import Pages
 
 NUM_PAGES, POSITIONS, SIZE = 12, 4, 16
 
@@ -203,25 +203,6 @@ def test_prefill_attention_of_the_kernel(interpreted, name):
 
 def test_prefill_of_triton_is_that_of_xla():
   check_prefill('triton', *CHUNKS['prefix'])
-
-
-@pytest.mark.parametrize('implementation', ['xla', 'triton', 'ragged'])
-def test_what_is_not_finite_stays_in_its_row(by_loops, implementation):
-  """A row wrote NaN into a page, and the next owner of the page has filled half of it."""
-  clean = laid_out(random_pages(kv_heads=2), implementation)
-  bad = jnp.full((POSITIONS, 2, SIZE), jnp.nan)
-  offset = jnp.arange(POSITIONS)
-  dirty = write(clean, bad, bad, jnp.full(POSITIONS, 7), offset)
-  query = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, SIZE)), jnp.float32)
-  table, length = jnp.array([[3, 7]]), jnp.array([6])
-  new = jnp.asarray(random_pages(kv_heads=2, seed=2)[:, 0, :2], jnp.float32)
-
-  def attended(pages):
-    pages = write(pages, *new, jnp.full(2, 7), offset[:2])
-    return run(decode_attention, query, pages, table, length, implementation)
-
-  assert_array_equal(attended(dirty), attended(clean))
-  assert np.all(np.isfinite(attended(clean)))
 
 
 def test_what_is_not_finite_stays_in_its_prompt():
