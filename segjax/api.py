@@ -26,14 +26,14 @@ from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
 from segjax.evaluation.segment_records import AnnotatedResponse
-from segjax.model.generate import GenerationOptions, GenerationResult, generate, make_decode_config
+from segjax.model.generate import GenerationOptions, GenerationResult, generate
 from segjax.model.heads import token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import make_mesh
 from segjax.report.console import log
 from segjax.run import arguments
 from segjax.run.scorers import load_annotator
-from segjax.train.rollout import make_sampling
+from segjax.train.rollout import make_decoder
 from segjax.train.segmenter import make_segmenter
 from segjax.types import PromptBatch
 
@@ -204,7 +204,7 @@ class Policy(_Model):
       annotator.params['reference'],
       PromptBatch(padded, length),
       jax.random.key(seed),
-      decoder=make_decode_config(annotator.reference, make_sampling(rollout), stop_ids, mesh),
+      decoder=make_decoder(rollout, annotator.reference, stop_ids, mesh),
       mesh=mesh,
       options=GenerationOptions(rollout.max_concurrent, samples),
     )

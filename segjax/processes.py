@@ -168,6 +168,17 @@ def any_process(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array([flag])).any())
 
 
+def smallest(value: float) -> float:
+  """Returns the smallest of the processes' values, in all processes."""
+  if process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  # Collective, as `any_process`. Two halves: jax would round a float64 to float32.
+  bits = np.frombuffer(np.float64(value).tobytes(), np.uint32)
+  return float(min(multihost_utils.process_allgather(bits).reshape(-1, 2).view(np.float64)[:, 0]))
+
+
 def to_host(tree: Any) -> Any:
   """Returns the complete arrays of `tree` as numpy arrays, on every host."""
   import jax

@@ -151,6 +151,10 @@ def test_without_a_normaliser_there_are_scores_and_no_rewards(model, tmp_path):
     (lambda p: p.sample(['x'], temprature=1), '^temprature is not an option; did you mean temper'),
     (lambda p: p.sample(['x'], top_p=0.0), '^top_p=0.0 must be above 0'),
     (lambda p: p.sample(['x'], max_new_tokens=0), '^max_new_tokens=0 must be at least 1'),
+    (
+      lambda p: p.sample(['x'], samples=3, max_concurrent=2),
+      '^samples_per_prompt=3 is more than max_',
+    ),
     (lambda p: p.sample(['x'], max_concurrent='4'), "^max_concurrent='4' must be of type int"),
     (lambda p: p.sample(['x'], samples=0), 'samples=0 must be at least 1'),
     (lambda p: p.sample(['its ' * 200]), r'prompt \d has \d+ tokens; with max_new_tokens=1 '),

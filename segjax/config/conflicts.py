@@ -53,6 +53,7 @@ def check_conflicts(s: Settings) -> None:
       f'config.sft.eval_every={s.sft.eval_every} needs held-out conversations; set '
       'config.sft.holdout_fraction to a share such as 0.02.'
     )
+  check_samples(s.rollout.samples_per_prompt, s.rollout.max_concurrent)
   if s.compat.first_row_attention_mask and s.ppo.packing_length:
     raise UserError(
       'config.compat.first_row_attention_mask masks padded rows, and config.ppo.packing_length '
@@ -62,6 +63,16 @@ def check_conflicts(s: Settings) -> None:
     raise UserError(
       'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
       'config.reward_shaping.reward_fn.'
+    )
+
+
+def check_samples(samples: int, max_concurrent: int, section: str = 'config.rollout.') -> None:
+  """Raises UserError if a prompt has more responses than are decoded at once."""
+  if 0 < max_concurrent < samples:
+    raise UserError(
+      f'{section}samples_per_prompt={samples} is more than {section}max_concurrent='
+      f'{max_concurrent}: responses to a prompt are decoded together, and share its keys and '
+      f'values; set {section}max_concurrent to {samples} or more, or to 0.'
     )
 
 

@@ -19,13 +19,13 @@ from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
 from segjax.jobs.job import POLICY, REWARD_MODEL, Job, never
-from segjax.model.generate import GenerationResult, generate, make_decode_config
+from segjax.model.generate import GenerationResult, generate
 from segjax.report import segment_table
 from segjax.report.console import log
 from segjax.run import inputs
 from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
-from segjax.train.rollout import make_sampling
+from segjax.train.rollout import make_decoder
 from segjax.types import PromptBatch
 
 _CHUNK = 4  # tokens generated between two pieces of streamed text
@@ -174,9 +174,7 @@ def reply(
   tokenizer, mesh = annotator.tokenizer, annotator.mesh
   ids = np.array([tokenizer.prompt_ids(messages)], np.int32)
   stream = _Stream(tokenizer, write)
-  decoder = make_decode_config(
-    annotator.reference, make_sampling(settings), tokenizer.stop_ids, mesh, _CHUNK
-  )
+  decoder = make_decoder(settings, annotator.reference, tokenizer.stop_ids, mesh, _CHUNK)
   try:
     output = generate(
       annotator.params['reference'],

@@ -1,12 +1,11 @@
-"""Sizes of the decode programs, and whether prompts and cache fit.
+"""Sizes of the decode programs, rounded up to few values, and whether prompts have room.
 
-Sizes are rounded up to few values, so that few programs are compiled.
+How many responses and pages there are follows from the memory (`decode_memory`).
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from segjax.errors import UserError
 from segjax.model.decode import DecodeConfig
@@ -82,16 +81,6 @@ def check_prompts(length: np.ndarray, decoder: DecodeConfig) -> None:
       f'prompt {row} has {length[row]} tokens; with max_new_tokens={max_new_tokens} the network '
       f'has positions for {room}; shorten the prompt or lower max_new_tokens.'
     )
-
-
-def plan_pool(
-  decoder: DecodeConfig, mesh: Mesh, *, responses: int, longest: int, max_concurrent: int
-) -> PoolSize:
-  """Returns the sizes of the pools."""
-  groups = mesh.shape['data']
-  slots = round_up(min(max_concurrent or responses, responses), groups)
-  columns = max_columns(longest, decoder)
-  return PoolSize(slots, slots // groups * columns + 1, columns)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.config.conflicts import check_samples
 from segjax.errors import UserError
-from segjax.model import decode, decode_sizes
+from segjax.model import decode, decode_memory, decode_sizes
 from segjax.model.decode import ChunkOutput, DecodeConfig, DecodeRows
 from segjax.model.decode_cache import PrefillChunk
 from segjax.model.decode_weights import decode_weights, runs_unrolled
@@ -47,6 +48,9 @@ class GenerationOptions:
   prompt_index: np.ndarray | None = None
   limits: np.ndarray | None = None
 
+  def __post_init__(self):
+    check_samples(self.samples_per_prompt, self.max_concurrent, section='')
+
 
 _DEFAULT_OPTIONS = GenerationOptions()
 
@@ -60,12 +64,25 @@ class Generated(NamedTuple):
 
 
 def make_decode_config(
-  config: LlamaConfig, sampling: Sampling, stop_ids: tuple[int, ...], mesh: Mesh, chunk: int = 16
+  config: LlamaConfig,
+  sampling: Sampling,
+  stop_ids: tuple[int, ...],
+  mesh: Mesh,
+  chunk: int = 16,
+  tensor: int = 0,
 ) -> DecodeConfig:
   """Returns the decode configuration for a network on the devices of the mesh.
 
+  Args:
+    config: the network.
+    sampling: how a token is drawn.
+    stop_ids: tokens that end a response.
+    mesh: of training.
+    chunk: see `DecodeConfig`.
+    tensor: see `mesh.decode_mesh`.
+
   Raises:
-    UserError: a stop id is outside the vocabulary.
+    UserError: a stop id is outside the vocabulary, or `tensor` does not divide heads or devices.
   """
   for stop in stop_ids:
     if not 0 <= stop < config.vocab_size:
@@ -74,7 +91,7 @@ def make_decode_config(
         'the network.'
       )
   platform = mesh.devices.flat[0].platform
-  kv_heads = config.num_key_value_heads // _mesh(config, mesh).shape['tensor']
+  kv_heads = config.num_key_value_heads // _mesh(config, mesh, tensor).shape['tensor']
   return DecodeConfig(
     config=dataclasses.replace(config, remat='none'),  # one program for any remat
     sampling=sampling,
@@ -82,11 +99,12 @@ def make_decode_config(
     chunk=min(chunk, sampling.max_new_tokens),  # the rest of the buffer would stay empty
     unrolled=runs_unrolled(platform, config.num_hidden_layers),
     paged_attention=select_paged_attention(platform, config.dtype, config.head_dim, kv_heads),
+    tensor=tensor,
   )
 
 
-def _mesh(config: LlamaConfig, mesh: Mesh) -> Mesh:
-  return decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+def _mesh(config: LlamaConfig, mesh: Mesh, tensor: int) -> Mesh:
+  return decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, tensor)
 
 
 def generate(
@@ -176,9 +194,15 @@ def generate_requests(
     enough: ends the generation once so many responses are done; None waits for all.
     on_chunk: see `generate`.
   """
-  mesh = _mesh(decoder.config, mesh)
-  size = decode_sizes.plan_pool(
-    decoder, mesh, responses=len(requests), longest=longest, max_concurrent=max_concurrent
+  mesh = _mesh(decoder.config, mesh, decoder.tensor)
+  prompts = {request.prompt: len(request.prompt_ids) for request in requests}
+  size = decode_memory.settle_pool(
+    decoder,
+    mesh,
+    responses=len(requests),
+    longest=longest,
+    mean_prompt=sum(prompts.values()) / max(len(requests), 1),
+    max_concurrent=max_concurrent,
   )
   # `sharding.constrain` reads the mesh from this context while the programs are traced.
   with jax.set_mesh(mesh):

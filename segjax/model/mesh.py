@@ -83,7 +83,8 @@ def _leaves_process(groups: Any) -> bool:
   # The chips of a TPU slice are connected, whichever process has them. A process with one device
   # says nothing of its neighbours.
   if groups.flat[0].platform == 'tpu':
-    return any(len({device.slice_index for device in group}) > 1 for group in groups)
+    # Devices of a single slice, and those that are only compiled for, have no such index.
+    return any(len({getattr(device, 'slice_index', 0) for device in group}) > 1 for group in groups)
   if len({device.process_index for device in groups.flat}) == groups.size:
     return False
   return any(len({device.process_index for device in group}) > 1 for group in groups)

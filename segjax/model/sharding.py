@@ -193,9 +193,9 @@ def shard_map_named(function: Callable[..., Any], inputs: Any, outputs: Any) -> 
 
 
 def splits_rows() -> bool:
-  """Returns whether the rows of a decode loop are split over devices."""
+  """Returns whether devices of a decode loop sample different rows."""
   mesh = active_mesh()
-  return mesh is not None and mesh.shape['data'] > 1
+  return mesh is not None and mesh.size > 1
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

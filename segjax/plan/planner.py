@@ -85,7 +85,7 @@ def make_plan(
     if size := operator.attrgetter(key)(s):
       check_batch(f'config.{key}={size}', size, mesh)
   try:
-    programs = job.programs(s, network, mesh)
+    programs = job.programs(s, network, mesh, topology.chip.memory)
   except jax.errors.JaxRuntimeError as error:
     if not abstract_arrays.is_out_of_memory(error):
       raise
@@ -106,8 +106,8 @@ def make_plan(
   plan = Plan(job, topology, programs, measured, costs, job.items_per_step(s), [])
   if plan.fits:
     return plan
-  compiled = suggestions.Measured(job, s, network, mesh, measured)
-  lines = suggestions.suggest_changes(compiled, topology.chip.memory)
+  compiled = suggestions.Measured(job, s, network, mesh, measured, topology.chip.memory)
+  lines = suggestions.suggest_changes(compiled)
   return dataclasses.replace(plan, suggestions=lines)
 
 

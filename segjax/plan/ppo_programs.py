@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
-from segjax.model import decode, decode_sizes, generate, sharding
+from segjax.errors import UserError
+from segjax.model import decode, decode_memory, decode_sizes, sharding
+from segjax.model.decode import DecodeConfig
+from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import decode_mesh
@@ -36,7 +40,7 @@ _STATES = ('policy state', 'critic state')
 _FROZEN = ('reference', 'reward model')
 
 
-def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float) -> JobPrograms:
   """Returns the programs of PPO for networks of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
@@ -56,19 +60,20 @@ def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
     recompute_logprob=resolve_recompute_logprob(s),
   )
   trees = _trees(s, configs, mesh)
-  phases = [
-    *_generation(s, trained, trees, mesh),
-    _scoring(s, recipe, trees, mesh),
-    _rewards(s, recipe, trees, mesh),
-    *_updates(s, recipe, trees, mesh),
-  ]
   # Training states stay on the devices all the time, and so do frozen networks unless they wait
   # in host memory, from which scoring alone fetches them.
   waits_on_host = s.runtime.frozen_params_memory == 'host'
   frozen_names = tuple(name for name in _FROZEN if name in trees)
+  resident = (*_STATES, *(() if waits_on_host else frozen_names))
+  left = memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident)
+  phases = [
+    *_generation(s, trained, trees, mesh, left),
+    _scoring(s, recipe, trees, mesh),
+    _rewards(s, recipe, trees, mesh),
+    *_updates(s, recipe, trees, mesh),
+  ]
   for i, phase in enumerate(phases):
-    needs_frozen = phase.name == 'scoring' or not waits_on_host
-    always = (*_STATES, *(frozen_names if needs_frozen else ()))
+    always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
     phases[i] = dataclasses.replace(phase, live=(*always, *phase.live))
   return JobPrograms(trees, phases, configs)
 
@@ -95,19 +100,19 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   return trees
 
 
-def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> list[Phase]:
-  """Returns the phases of a rollout; adds its weights and pages to `trees`."""
+def _generation(
+  s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh, free_bytes: float
+) -> list[Phase]:
+  """Returns the phases of a rollout; adds its weights and pages to `trees`.
+
+  Args:
+    free_bytes: of a device, beside what lives there all the time.
+  """
   longest = s.data.max_prompt_length
-  decoder = generate.make_decode_config(config, rollouts.make_sampling(s.rollout), STOP_IDS, mesh)
-  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+  decoder = rollouts.make_decoder(s.rollout, config, STOP_IDS, mesh)
+  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, decoder.tensor)
   groups = mesh.shape['data']
-  size = decode_sizes.plan_pool(
-    decoder,
-    mesh,
-    responses=s.ppo.rollout_batch_size,
-    longest=longest,
-    max_concurrent=s.rollout.max_concurrent,
-  )
+  size = _pool_size(s, decoder, mesh, free_bytes)
   static = {'decoder': decoder}
   params = trees['policy parameters']
   structs = functools.partial(abstract_arrays.output_shape_structs, mesh)
@@ -121,18 +126,27 @@ def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> l
   (prompts,) = prefill_chunks([[read]] * groups, size.columns, lambda _: tokens)
   rows = decode.empty_rows(size.slots, size.columns)
   both = ('decode weights', 'pages')
+  chunk = (weights, cache, rows, np.int32(decoder.chunk))
   return [
-    Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',)),
-    Phase('prefill', decode.prefill, (weights, cache, prompts), static, both, both),
-    Phase(
-      'decode chunk',
-      decode.decode_chunk,
-      (weights, cache, rows, np.int32(decoder.chunk)),
-      static,
-      both,
-      both,
-    ),
+    Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',), mesh),
+    Phase('prefill', decode.prefill, (weights, cache, prompts), static, both, both, mesh),
+    Phase('decode chunk', decode.decode_chunk, chunk, static, both, both, mesh),
   ]
+
+
+def _pool_size(s: Settings, decoder: DecodeConfig, mesh: Mesh, free_bytes: float) -> PoolSize:
+  """Returns the rows and pages that a run would have, with prompts of the maximum length."""
+  arguments = {
+    'responses': s.ppo.rollout_batch_size,
+    'longest': s.data.max_prompt_length,
+    'mean_prompt': s.data.max_prompt_length / s.rollout.samples_per_prompt,
+    'max_concurrent': s.rollout.max_concurrent,
+  }
+  try:
+    return decode_memory.plan_pool(decoder, mesh, free_bytes=free_bytes, **arguments)
+  except UserError:
+    # A run would be refused; the plan says by how much it does not fit, and what would help.
+    return decode_memory.plan_pool(decoder, mesh, free_bytes=math.inf, **arguments)
 
 
 def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:

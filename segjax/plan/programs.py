@@ -35,6 +35,7 @@ class Phase:
     static: its static arguments.
     live: names in `JobPrograms.trees` of what lives on the devices during the phase.
     passed_in: names of the live trees, or of their parts, that are among the arguments.
+    mesh: in whose context it runs; None for the training mesh.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Phase:
   static: dict[str, Any]
   live: tuple[str, ...]
   passed_in: tuple[str, ...]
+  mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class JobPlan:
 
   Attributes:
     name: of the job.
-    programs: (settings, network, mesh) -> its programs.
+    programs: (settings, network, mesh, bytes of a device) -> its programs.
     costs: (settings, networks by name, mesh) -> what each phase of a step costs.
     items_per_step: (settings) -> prompts or rows that a step takes.
     items: 'prompts' or 'rows'.
@@ -97,7 +99,7 @@ class JobPlan:
   """
 
   name: str
-  programs: Callable[[Settings, LlamaConfig, Mesh], JobPrograms]
+  programs: Callable[[Settings, LlamaConfig, Mesh, float], JobPrograms]
   costs: Callable[[Settings, dict[str, LlamaConfig], Mesh], dict[str, PhaseCost]]
   items_per_step: Callable[[Settings], int]
   items: str
@@ -108,11 +110,11 @@ class JobPlan:
 
 
 def lower_phase(phase: Phase, mesh: Mesh) -> Any:
-  """Traces the phase and lowers it for the platform of the mesh's devices."""
-  return abstract_arrays.lower(mesh, phase.function, phase.arguments, phase.static)
+  """Traces the phase and lowers it for the platform of the training mesh's devices."""
+  return abstract_arrays.lower(phase.mesh or mesh, phase.function, phase.arguments, phase.static)
 
 
-def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float) -> JobPrograms:
   """Returns the programs of SFT for a network of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   shape = s.sft.batch_size, s.data.max_length
@@ -134,7 +136,7 @@ def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
   return JobPrograms(trees, [phase], {'policy': trained})
 
 
-def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
+def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float) -> JobPrograms:
   """Returns the programs of reward training for networks of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)

@@ -37,21 +37,22 @@ class SettingChange:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A job whose phases were compiled."""
+  """A job whose phases were compiled.
+
+  Attributes:
+    limit: bytes of a device.
+  """
 
   job: JobPlan
   settings: Settings
   network: LlamaConfig
   mesh: Mesh
   memory: list[PhaseMemory]
+  limit: float | int
 
 
-def suggest_changes(measured: Measured, limit: float | int) -> list[str]:
-  """Returns a line per change that lowers the peak, and a last one with all that are needed.
-
-  Args:
-    limit: bytes of a device.
-  """
+def suggest_changes(measured: Measured) -> list[str]:
+  """Returns a line per change that lowers the peak, and a last one with all that are needed."""
   if any(phase.refused for phase in measured.memory):
     return ['use fewer rows at once or more chips: the compiler refused a phase']
   peak = max(phase.peak for phase in measured.memory)
@@ -60,18 +61,18 @@ def suggest_changes(measured: Measured, limit: float | int) -> list[str]:
     alone = estimate_peak([change], measured)
     if alone < peak:
       lines.append(f'{change}: peak {in_gib(alone)} GiB')
-    if estimate_peak(selected, measured) > limit:
+    if estimate_peak(selected, measured) > measured.limit:
       # The last value of a key is the smallest that was tried.
       selected = [other for other in selected if other.key != change.key] + [change]
   together = estimate_peak(selected, measured)
-  verdict = 'they fit' if together <= limit else 'not enough: use more chips'
+  verdict = 'they fit' if together <= measured.limit else 'not enough: use more chips'
   return [*lines, f'all of {" ".join(map(str, selected))}: peak {in_gib(together)} GiB, {verdict}']
 
 
 def estimate_peak(changes: list[SettingChange], measured: Measured) -> int:
   """Returns the largest peak of all phases under these changes, in bytes."""
   settings = replace(measured.settings, **{change.key: change.value for change in changes})
-  programs = measured.job.programs(settings, measured.network, measured.mesh)
+  programs = measured.job.programs(settings, measured.network, measured.mesh, measured.limit)
   memory = {phase.name: phase for phase in measured.memory}
   peaks = []
   for phase in programs.phases:

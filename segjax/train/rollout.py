@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from segjax.config.settings import RolloutSettings
 from segjax.errors import UserError
 from segjax.model import sharding
+from segjax.model.decode import DecodeConfig
 from segjax.model.generate import (
   GenerationOptions,
   GenerationResult,
@@ -44,6 +45,10 @@ class RolloutSampler:
   samples_per_prompt: int = 1
   log: Callable[[str], None] = print
   on_chunk: Callable[[GenerationResult], object] = lambda _: None
+
+  def __post_init__(self):
+    # Refused here, before weights are loaded.
+    make_decoder(self.settings, self.config, self.stop_ids, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,18 @@ def make_sampling(settings: RolloutSettings) -> Sampling:
   )
 
 
+def make_decoder(
+  settings: RolloutSettings,
+  config: LlamaConfig,
+  stop_ids: tuple[int, ...],
+  mesh: Mesh,
+  chunk: int = 16,
+) -> DecodeConfig:
+  """Returns the decode configuration of the settings; see `make_decode_config`."""
+  sampling = make_sampling(settings)
+  return make_decode_config(config, sampling, stop_ids, mesh, chunk, settings.tensor)
+
+
 def rollout(
   params: Any,
   prompts: PromptBatch,
@@ -110,9 +127,7 @@ def rollout(
     params,
     prompts,
     key,
-    decoder=make_decode_config(
-      sampler.config, make_sampling(sampler.settings), sampler.stop_ids, sampler.mesh
-    ),
+    decoder=make_decoder(sampler.settings, sampler.config, sampler.stop_ids, sampler.mesh),
     mesh=sampler.mesh,
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,

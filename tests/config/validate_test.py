@@ -329,6 +329,11 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'reward_shaping.spread=auto',
     ),
     ({'ppo.kl_placement': 'loss'}, 'its gradient is 0 on average'),
+    (
+      {'rollout.samples_per_prompt': 8, 'rollout.max_concurrent': 4},
+      r'samples_per_prompt=8 is more than config\.rollout\.max_concurrent=4.*to 8 or more, or to 0',
+    ),
+    ({'rollout.tensor': -1}, 'rollout.tensor=-1 must be at least 0'),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],
 )

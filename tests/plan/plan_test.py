@@ -105,7 +105,7 @@ def test_too_little_memory_gives_suggestions():
 def test_estimated_peak_is_that_of_a_new_plan():
   plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
-  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured)
+  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured, math.inf)
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
@@ -214,7 +214,7 @@ def compiled(name='policy update', **changes):
   """Returns the compiled program of a phase; keys of `changes` have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = make_mesh(devices=jax.devices())
-  program = PPO.programs(settings, make_config(settings.network), mesh)
+  program = PPO.programs(settings, make_config(settings.network), mesh, math.inf)
   phase = next(p for p in program.phases if p.name == name)
   return programs.lower_phase(phase, mesh).compile()
 
