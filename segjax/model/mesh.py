@@ -17,7 +17,6 @@ from segjax.errors import UserError
 # activations in every layer, data little more than gradients.
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
-WEIGHT_AXES = ('fsdp', 'tensor')  # all but data, which holds copies
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -83,7 +82,9 @@ def _leaves_process(groups: Any) -> bool:
   # The chips of a TPU slice are connected, whichever process has them. A process with one device
   # says nothing of its neighbours.
   if groups.flat[0].platform == 'tpu':
-    return any(len({device.slice_index for device in group}) > 1 for group in groups)
+    # Chips that are only described to the compiler are one slice, and do not say so.
+    slices = [[getattr(device, 'slice_index', 0) for device in group] for group in groups]
+    return any(len(set(group)) > 1 for group in slices)
   if len({device.process_index for device in groups.flat}) == groups.size:
     return False
   return any(len({device.process_index for device in group}) > 1 for group in groups)

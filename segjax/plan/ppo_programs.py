@@ -1,22 +1,18 @@
 """The jitted programs of PPO: generation, scoring, rewards, the two updates."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
-from segjax.model import decode, decode_sizes, generate, sharding
-from segjax.model.decode_weights import decode_weights
+from segjax.model import generate, sharding
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import decode_mesh
-from segjax.model.prefill_chunks import Read, prefill_chunks
 from segjax.plan import abstract_arrays, roofline
+from segjax.plan.decode_programs import decode_programs
 from segjax.plan.programs import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.run.models import apply_runtime
 from segjax.train import rollout as rollouts
@@ -97,42 +93,17 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
 
 def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> list[Phase]:
   """Returns the phases of a rollout; adds its weights and pages to `trees`."""
-  longest = s.data.max_prompt_length
   decoder = generate.make_decode_config(config, rollouts.make_sampling(s.rollout), STOP_IDS, mesh)
-  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
-  groups = mesh.shape['data']
-  size = decode_sizes.plan_pool(
+  programs = decode_programs(
     decoder,
     mesh,
+    trees['policy parameters'],
     responses=s.ppo.rollout_batch_size,
-    longest=longest,
+    longest=s.data.max_prompt_length,
     max_concurrent=s.rollout.max_concurrent,
   )
-  static = {'decoder': decoder}
-  params = trees['policy parameters']
-  structs = functools.partial(abstract_arrays.output_shape_structs, mesh)
-  # All arrays are counted, also those that a single device passes on.
-  lay_out = jax.jit(decode_weights, static_argnames='decoder')
-  weights = structs(lay_out, params, **static)
-  cache = structs(decode.empty_pages, groups, size.pages, **static)
-  trees |= {'decode weights': weights, 'pages': cache}
-  tokens = decode_sizes.prefill_size(longest, groups, decoder)
-  read = Read(np.zeros(tokens, np.int32), [0] * (tokens // decoder.page_size))
-  (prompts,) = prefill_chunks([[read]] * groups, size.columns, lambda _: tokens)
-  rows = decode.empty_rows(size.slots, size.columns)
-  both = ('decode weights', 'pages')
-  return [
-    Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',)),
-    Phase('prefill', decode.prefill, (weights, cache, prompts), static, both, both),
-    Phase(
-      'decode chunk',
-      decode.decode_chunk,
-      (weights, cache, rows, np.int32(decoder.chunk)),
-      static,
-      both,
-      both,
-    ),
-  ]
+  trees |= {'decode weights': programs.weights, 'pages': programs.pages}
+  return programs.phases
 
 
 def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:

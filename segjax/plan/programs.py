@@ -35,6 +35,7 @@ class Phase:
     static: its static arguments.
     live: names in `JobPrograms.trees` of what lives on the devices during the phase.
     passed_in: names of the live trees, or of their parts, that are among the arguments.
+    mesh: of the same devices, where it is not that of the job.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Phase:
   static: dict[str, Any]
   live: tuple[str, ...]
   passed_in: tuple[str, ...]
+  mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class JobPlan:
 
 def lower_phase(phase: Phase, mesh: Mesh) -> Any:
   """Traces the phase and lowers it for the platform of the mesh's devices."""
-  return abstract_arrays.lower(mesh, phase.function, phase.arguments, phase.static)
+  return abstract_arrays.lower(phase.mesh or mesh, phase.function, phase.arguments, phase.static)
 
 
 def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh) -> JobPrograms:
