@@ -63,7 +63,14 @@ setup(
   extras_require={
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'plan': ['libtpu'],  # compile for TPU topologies without a TPU
+    'plan': [  # compile for chips that the machine does not have
+      'libtpu',
+      # The CUDA plugin of this jax without the libraries of CUDA, and what assembles its kernels.
+      # The same plugin as that of `cuda`: jax cannot load two.
+      'jax[cuda13-local]; sys_platform == "linux"',
+      'nvidia-cuda-nvcc>=13; sys_platform == "linux"',
+      'nvidia-nvvm>=13; sys_platform == "linux"',
+    ],
     'wandb': ['wandb'],
     'gcs': ['gcsfs'],  # working directories and checkpoints on gs://
     'test': [

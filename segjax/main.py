@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,15 +115,29 @@ def has_tpu(devices: Path = Path('/dev')) -> bool:
   return any(devices.glob('accel*')) or any(devices.glob('vfio/[0-9]*'))
 
 
-def hide_unused_libtpu(devices: Path = Path('/dev')) -> None:
-  """Keeps jax from loading a libtpu that was installed for `segjax plan` alone.
+def has_gpu(devices: Path = Path('/dev')) -> bool:
+  """Returns whether the machine has a GPU of NVIDIA: nvidia0 ..., or dxg under Windows."""
+  return any(devices.glob('nvidia[0-9]*')) or (devices / 'dxg').exists()
 
-  On a machine without a TPU it would print warnings and look for a metadata server. Must be called
-  before jax is imported; a name that is None in sys.modules cannot be imported. If JAX_PLATFORMS is
-  set, the user has chosen the platform and nothing is hidden.
+
+def hide_unused_plugins(devices: Path = Path('/dev')) -> None:
+  """Keeps jax from loading compilers that were installed for `segjax plan` alone.
+
+  On a machine without a TPU libtpu would print warnings and look for a metadata server; without a
+  GPU the CUDA plugin would print that it lacks the driver. Must be called before jax is imported. A
+  platform that JAX_PLATFORMS names is the user's choice and not hidden.
   """
-  if not has_tpu(devices) and not os.environ.get('JAX_PLATFORMS'):
+  chosen = os.environ.get('JAX_PLATFORMS', '')
+  # A name that is None in sys.modules cannot be imported.
+  if not has_tpu(devices) and not chosen:
     sys.modules['libtpu'] = None
+  if not has_gpu(devices) and not {'cuda', 'gpu'} & set(chosen.split(',')):
+    for version in ('12', '13'):
+      sys.modules[f'jax_cuda{version}_plugin'] = None
+      # jax warns about a plugin that it finds on disk and cannot import: this one does nothing.
+      plugin = types.ModuleType(f'jax_plugins.xla_cuda{version}')
+      plugin.initialize = lambda: None
+      sys.modules[plugin.__name__] = plugin
 
 
 def plan_command() -> Callable[[list[str]], None]:
@@ -141,7 +156,7 @@ def cli() -> None:
   """Runs the console script `segjax`."""
   arguments = sys.argv[1:]
   if arguments[:1] == ['convert']:
-    hide_unused_libtpu()
+    hide_unused_plugins()
     from segjax.hf import cli
 
     raise SystemExit(cli.main(arguments[1:]))
@@ -163,8 +178,8 @@ def cli() -> None:
     except BrokenPipeError:  # as in `segjax settings | head`; nothing is left to flush at exit
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return
-  if run_main is main:  # a plan for TPUs is compiled by libtpu
-    hide_unused_libtpu()
+  if run_main is main:  # a plan is compiled by the plugins
+    hide_unused_plugins()
   run(run_main)
 
 

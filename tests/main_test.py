@@ -119,6 +119,20 @@ def _raised(function):
     return error
 
 
+@pytest.fixture
+def unloaded():
+  """Forgets the plugins that are loaded or hidden, for the length of a test."""
+  cuda = [
+    name for v in ('12', '13') for name in (f'jax_cuda{v}_plugin', f'jax_plugins.xla_cuda{v}')
+  ]
+  names = ['libtpu', *cuda]
+  before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+  yield
+  for name in names:
+    sys.modules.pop(name, None)
+  sys.modules.update(before)
+
+
 @pytest.mark.parametrize(
   'node, platforms, is_loaded',
   [
@@ -129,17 +143,46 @@ def _raised(function):
     ('vfio/vfio', '', False),
   ],
 )
-def test_libtpu_is_loaded_where_there_is_a_tpu(tmp_path, monkeypatch, node, platforms, is_loaded):
+def test_libtpu_is_loaded_where_there_is_a_tpu(
+  tmp_path, monkeypatch, unloaded, node, platforms, is_loaded
+):
   (tmp_path / 'libtpu.py').write_text('')
   monkeypatch.syspath_prepend(str(tmp_path))
-  monkeypatch.delitem(sys.modules, 'libtpu', raising=False)
   monkeypatch.setenv('JAX_PLATFORMS', platforms)
   if node:
     (tmp_path / 'dev' / node).parent.mkdir(parents=True)
     (tmp_path / 'dev' / node).touch()
-  main.hide_unused_libtpu(tmp_path / 'dev')
+  main.hide_unused_plugins(tmp_path / 'dev')
   assert (importlib.import_module if is_loaded else _is_missing)('libtpu')
-  monkeypatch.delitem(sys.modules, 'libtpu', raising=False)
+
+
+@pytest.mark.parametrize(
+  'node, platforms, is_loaded',
+  [
+    (None, '', False),
+    (None, 'cpu', False),
+    (None, 'cuda,cpu', True),
+    ('nvidia0', '', True),
+    ('nvidiactl', '', False),
+    ('dxg', '', True),
+    ('accel0', '', False),
+  ],
+)
+def test_cuda_plugin_is_loaded_where_there_is_a_gpu(
+  tmp_path, monkeypatch, unloaded, node, platforms, is_loaded
+):
+  (tmp_path / 'jax_cuda13_plugin.py').write_text('')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  (tmp_path / 'dev').mkdir()
+  if node:
+    (tmp_path / 'dev' / node).touch()
+  main.hide_unused_plugins(tmp_path / 'dev')
+  assert (importlib.import_module if is_loaded else _is_missing)('jax_cuda13_plugin')
+  for name in ('jax_plugins.xla_cuda12', 'jax_plugins.xla_cuda13'):
+    assert (name in sys.modules) != is_loaded
+    # jax calls this of each plugin that is installed.
+    assert is_loaded or importlib.import_module(name).initialize() is None
 
 
 def _is_missing(module):

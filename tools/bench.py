@@ -23,6 +23,7 @@ BENCHMARKS = {
   'kill_resume': 'kills and damaged checkpoints: steps lost, and whether any bit differs',
   'report': 'report.html of a long run: time to write, size, time to open in Chromium',
   'decode': 'tokens per second, compared with transformers and with the memory roofline',
+  'compiled': 'decode as compiled for GPUs and TPUs: bytes copied and moved, exchanges; no device',
 }
 
 

@@ -5,10 +5,10 @@ Equals `segjax convert ...`; implemented in `segjax.hf`.
 
 import sys
 
-from segjax.main import hide_unused_libtpu
+from segjax.main import hide_unused_plugins
 
 if __name__ == '__main__':
-  hide_unused_libtpu()
+  hide_unused_plugins()
   from segjax.hf import cli
 
   sys.exit(cli.main(sys.argv[1:], 'convert_hf.py'))

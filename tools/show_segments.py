@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from segjax.config import settings as typed
 from segjax.config.settings import Settings
-from segjax.main import hide_unused_libtpu
+from segjax.main import hide_unused_plugins
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def main() -> None:
   """Prints or writes the segments of all texts."""
   flags = parse()
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-  hide_unused_libtpu()
+  hide_unused_plugins()
   from segjax.data.sources import load_rows
   from segjax.evaluation import annotate
   from segjax.hf.reader import resolve_checkpoint

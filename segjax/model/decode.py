@@ -105,6 +105,17 @@ class ChunkOutput(NamedTuple):
   non_finite: Bool[Array, 'B']  # ended in logits without a finite value
 
 
+# For programs that update the cache: without a donation there would be a second one. XLA for GPUs
+# counts each write to the pages as another copy of them, takes the program for too large, and would
+# compute products twice to save memory (8B: 331 instructions): hence the percentage of the memory.
+_jit_in_place = functools.partial(
+  jax.jit,
+  static_argnames='decoder',
+  donate_argnames='cache',
+  compiler_options={'xla_gpu_memory_limit_slop_factor': '1000'},
+)
+
+
 @functools.partial(jax.jit, static_argnames=('groups', 'num_pages', 'decoder'))
 def empty_pages(groups: int, num_pages: int, *, decoder: DecodeConfig) -> Pages:
   """Returns `num_pages` pages of zeros for each layer and group of rows, page 0 included."""
@@ -114,7 +125,7 @@ def empty_pages(groups: int, num_pages: int, *, decoder: DecodeConfig) -> Pages:
   return decode_cache.constrain_pages(empty, decoder.paged_attention)
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')  # no second cache
+@_jit_in_place
 def prefill(
   weights: DecodeWeights, cache: Pages, chunk: PrefillChunk, *, decoder: DecodeConfig
 ) -> Pages:
@@ -132,7 +143,7 @@ def prefill(
   return decode_cache.constrain_pages(cache, decoder.paged_attention)
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+@_jit_in_place
 def copy_pages(
   cache: Pages, source: Int[Array, 'D N'], target: Int[Array, 'D N'], *, decoder: DecodeConfig
 ) -> Pages:
@@ -141,7 +152,7 @@ def copy_pages(
   return decode_cache.constrain_pages(cache, decoder.paged_attention)
 
 
-@functools.partial(jax.jit, static_argnames='decoder', donate_argnames='cache')
+@_jit_in_place
 def decode_chunk(
   weights: DecodeWeights,
   cache: Pages,

@@ -20,6 +20,7 @@ from segjax.model import decode_sizes, heads
 from segjax.model.decode import DecodeConfig
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
+from segjax.model.splash import LANES
 
 _SHARE = 0.9  # of the free memory: allocators leave gaps, and other arrays come and go
 # Logits of a row that exist at once, in float32. By the compilers for H100 and v5p a chunk has 1.0
@@ -169,8 +170,9 @@ def _does_not_fit(
 def _bytes(decoder: DecodeConfig, mesh: Mesh, columns: int) -> _Bytes:
   c, tensor = decoder.config, mesh.shape['tensor']
   itemsize = jnp.dtype(c.dtype).itemsize
-  # Keys and values of a position, in all layers.
-  position = 2 * c.num_hidden_layers * c.num_key_value_heads // tensor * c.head_dim * itemsize
+  # Keys and values of a position, in all layers; the TPU's kernel has rows of LANES.
+  size = LANES if decoder.paged_attention == 'ragged' else c.head_dim
+  position = 2 * c.num_hidden_layers * c.num_key_value_heads // tensor * size * itemsize
   weights = _weight_bytes(decoder, tensor)
   wide = max(itemsize, 4)
   # What a layer has at once for a token: its input, its heads, both halves of the MLP.

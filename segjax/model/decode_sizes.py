@@ -57,12 +57,19 @@ def max_columns(longest: int, decoder: DecodeConfig) -> int:
   return _bucket(pages)  # few values: prompts of a conversation grow from turn to turn
 
 
+def full_pool(slots: int, groups: int, longest: int, decoder: DecodeConfig) -> PoolSize:
+  """Returns pools in which every row has the pages of its full length."""
+  columns = max_columns(longest, decoder)
+  return PoolSize(slots, slots // groups * columns + 1, columns)
+
+
 def prefill_size(tokens: int, groups: int, decoder: DecodeConfig) -> int:
   """Returns the tokens of a group in a chunk of prompts, where up to `tokens` are left to read."""
-  size = max(_PREFILL_TOKENS // groups, _MIN_PREFILL_TOKENS)
-  if decoder.paged_attention != 'xla':
-    return size  # one program: a step of the weights through memory costs as much as the padding
-  return min(max(_next_power_of_two(tokens), 16), size)
+  if decoder.paged_attention == 'xla':
+    # Each token is multiplied with all keys of the chunk, those of other prompts too.
+    return min(max(_next_power_of_two(tokens), 16), _MIN_PREFILL_TOKENS)
+  # One program: to read the weights from memory takes as long as to multiply with the padding.
+  return max(_PREFILL_TOKENS // groups, _MIN_PREFILL_TOKENS)
 
 
 def check_prompts(length: np.ndarray, decoder: DecodeConfig) -> None:

@@ -29,7 +29,7 @@ from segjax.model.sampling import Sampling
 from segjax.model.scheduler import Programs, Scheduler
 from segjax.types import PromptBatch
 
-_COPIES = 32  # pages that a call copies
+COPIES = 32  # pages that a call copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +228,10 @@ class _DevicePrograms(Programs):
 
   def copy_pages(self, copies: list[list[tuple[int, int]]]) -> None:
     # Calls of one size; page 0 is copied to itself where a group has fewer.
-    for begin in range(0, max(map(len, copies)), _COPIES):
-      pairs = np.zeros((self._groups, _COPIES, 2), np.int32)
+    for begin in range(0, max(map(len, copies)), COPIES):
+      pairs = np.zeros((self._groups, COPIES, 2), np.int32)
       for group, each in zip(pairs, copies, strict=True):
-        part = each[begin : begin + _COPIES]
+        part = each[begin : begin + COPIES]
         group[: len(part)] = np.reshape(part, (-1, 2))
       self._pages = decode.copy_pages(
         self._pages, pairs[..., 0], pairs[..., 1], decoder=self._decoder

@@ -17,7 +17,6 @@ from segjax.errors import UserError
 # activations in every layer, data little more than gradients.
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')
-WEIGHT_AXES = ('fsdp', 'tensor')  # all but data, which holds copies
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:

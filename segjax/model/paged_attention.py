@@ -159,6 +159,17 @@ def _ragged(query, pages, table, length, start, count, blocks):
   return output[..., :size]
 
 
+def positions_at_once(pages: Pages, columns: int, implementation: str) -> int:
+  """Returns how many positions of a row a kernel reads at once: the last block it reads whole.
+
+  Args:
+    pages: of one device.
+    columns: of the table of pages.
+  """
+  blocks = min(_decode_blocks(pages)[0], columns, _BLOCK_PAGES) if implementation == 'ragged' else 1
+  return max(1, blocks) * page_size(pages)
+
+
 def _decode_blocks(pages: Pages) -> tuple[int, int]:
   """Returns (pages, queries) of a block of `_ragged` for one token per row.
 

@@ -24,6 +24,7 @@ from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequenc
 
 # The TPU compiler raises an error instead of giving the size of a program that does not fit.
 _COMPILE_TOO_LARGE = {'xla_tpu_no_crash_on_oom': 'true'}
+_LOWERED_FOR = {'gpu': 'cuda'}  # name of a platform in `lower`, where it is not that of its devices
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -139,8 +140,9 @@ def pairs(size: int, length: int) -> PreferenceBatch:
 def lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[str, Any]) -> Any:
   """Traces a jitted function for these arguments and lowers it for the platform of the mesh."""
   with jax.set_mesh(mesh):
+    platform = mesh.devices.flat[0].platform
     traced = function.trace(*arguments, **static)
-    return traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+    return traced.lower(lowering_platforms=(_LOWERED_FOR.get(platform, platform),))
 
 
 def compile_program(lowered: Any) -> Any:

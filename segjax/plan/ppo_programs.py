@@ -1,26 +1,23 @@
 """The jitted programs of PPO: generation, scoring, rewards, the two updates."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
 from segjax.errors import UserError
-from segjax.model import decode, decode_memory, decode_sizes, sharding
+from segjax.model import decode_memory, sharding
 from segjax.model.decode import DecodeConfig
 from segjax.model.decode_sizes import PoolSize
-from segjax.model.decode_weights import decode_weights
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import decode_mesh
-from segjax.model.prefill_chunks import Read, prefill_chunks
 from segjax.plan import abstract_arrays, roofline
+from segjax.plan.decode_programs import decode_programs
 from segjax.plan.programs import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.run.models import apply_runtime
 from segjax.train import rollout as rollouts
@@ -108,30 +105,14 @@ def _generation(
   Args:
     free_bytes: of a device, beside what lives there all the time.
   """
-  longest = s.data.max_prompt_length
   decoder = rollouts.make_decoder(s.rollout, config, STOP_IDS, mesh)
   mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, decoder.tensor)
-  groups = mesh.shape['data']
   size = _pool_size(s, decoder, mesh, free_bytes)
-  static = {'decoder': decoder}
-  params = trees['policy parameters']
-  structs = functools.partial(abstract_arrays.output_shape_structs, mesh)
-  # All arrays are counted, also those that a single device passes on.
-  lay_out = jax.jit(decode_weights, static_argnames='decoder')
-  weights = structs(lay_out, params, **static)
-  cache = structs(decode.empty_pages, groups, size.pages, **static)
-  trees |= {'decode weights': weights, 'pages': cache}
-  tokens = decode_sizes.prefill_size(longest, groups, decoder)
-  read = Read(np.zeros(tokens, np.int32), [0] * (tokens // decoder.page_size))
-  (prompts,) = prefill_chunks([[read]] * groups, size.columns, lambda _: tokens)
-  rows = decode.empty_rows(size.slots, size.columns)
-  both = ('decode weights', 'pages')
-  chunk = (weights, cache, rows, np.int32(decoder.chunk))
-  return [
-    Phase('decode weights', lay_out, (params,), static, (), ('policy parameters',), mesh),
-    Phase('prefill', decode.prefill, (weights, cache, prompts), static, both, both, mesh),
-    Phase('decode chunk', decode.decode_chunk, chunk, static, both, both, mesh),
-  ]
+  programs = decode_programs(
+    decoder, mesh, trees['policy parameters'], size, s.data.max_prompt_length
+  )
+  trees |= {'decode weights': programs.weights, 'pages': programs.pages}
+  return programs.phases
 
 
 def _pool_size(s: Settings, decoder: DecodeConfig, mesh: Mesh, free_bytes: float) -> PoolSize:

@@ -1,8 +1,8 @@
 """Topologies of chips to compile for.
 
-A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, or `cpu:8`. libtpu compiles programs
-for TPUs without a TPU. Programs for CUDA are compiled for the same number of CPU devices, so their
-memory is an estimate.
+A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, `cuda:8x8xH100-80GB` (eight nodes of
+eight), or `cpu:8`. libtpu compiles programs for TPUs without a TPU, and jax's CUDA plugin programs
+for GPUs without a GPU. An estimate of a CUDA topology is compiled for CPU devices instead.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 from segjax.errors import UserError
 from segjax.model.chips import CHIPS, GIB, Chip
+from segjax.plan import cuda_compiler
 
 _FLAT = ('2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _SLICES = {
@@ -29,12 +30,14 @@ class Topology:
 
   Attributes:
     name: as a user writes it.
-    is_estimate: the programs are compiled for other devices.
+    nodes: over which the chips are spread; between nodes the links are slower.
+    is_estimate: the programs are compiled for CPU devices instead.
   """
 
   name: str
   chip: Chip
   count: int
+  nodes: int = 1
   is_estimate: bool = False
 
   @property
@@ -42,17 +45,27 @@ class Topology:
     """Whether the chips are TPUs."""
     return self.chip.name in _SLICES
 
+  @property
+  def is_cuda(self) -> bool:
+    """Whether the chips are GPUs, and the programs are compiled for them."""
+    return self.chip.name in cuda_compiler.TARGETS and not self.is_estimate
 
-def parse(name: str) -> Topology:
-  """Returns the topology of a name; UserError lists the supported names."""
+
+def parse(name: str, *, estimate: bool = True) -> Topology:
+  """Returns the topology of a name; UserError lists the supported names.
+
+  Args:
+    estimate: whether programs for CUDA are compiled for CPU devices.
+  """
   kind, _, shape = name.partition(':')
   if kind in _SLICES and shape in _SLICES[kind]:
     return Topology(name, CHIPS[kind], math.prod(map(int, shape.split('x'))))
   if kind == 'cpu' and re.fullmatch('[1-9][0-9]*', shape):
     return Topology(name, CHIPS['cpu'], int(shape))
-  match = re.fullmatch(r'([1-9][0-9]*)x(.+)', shape)
-  if kind == 'cuda' and match and match[2] in CHIPS and '-' in match[2]:
-    return Topology(name, CHIPS[match[2]], int(match[1]), is_estimate=True)
+  match = re.fullmatch(r'(?:([1-9][0-9]*)x)?([1-9][0-9]*)x(.+)', shape)
+  if kind == 'cuda' and match and match[3] in cuda_compiler.TARGETS:
+    nodes = int(match[1] or 1)
+    return Topology(name, CHIPS[match[3]], nodes * int(match[2]), nodes, estimate)
   raise UserError(f'topology {name!r} does not exist; use one of\n{_supported()}')
 
 
@@ -61,9 +74,8 @@ def _supported() -> str:
   for kind, shapes in _SLICES.items():
     sizes = ', '.join(f'{s} ({math.prod(map(int, s.split("x")))})' for s in shapes)
     lines.append(f'  {kind}:{sizes} chips of {CHIPS[kind].memory / GIB:.2f} GiB')
-  for name, chip in CHIPS.items():
-    if '-' in name:
-      lines.append(f'  cuda:Nx{name} N chips of {chip.memory / GIB:.1f} GiB')
+  for name in cuda_compiler.TARGETS:
+    lines.append(f'  cuda:Nx{name} N chips of {CHIPS[name].memory / GIB:.1f} GiB')
   return '\n'.join([*lines, '  cpu:N N devices of this machine'])
 
 
@@ -71,21 +83,27 @@ def prepare(topology: Topology) -> None:
   """Sets what jax reads when it first looks for devices; call it before that.
 
   Raises:
-    UserError: libtpu, which compiles for TPUs, is not installed.
+    UserError: the compiler for these chips is not installed.
   """
   if topology.is_tpu and importlib.util.find_spec('libtpu') is None:
     raise UserError(
       f'{topology.name} needs libtpu, which compiles for TPUs on any machine; '
       "install it by pip install -e '.[plan]'"
     )
+  if topology.is_cuda:
+    cuda_compiler.check_installed(topology.name)
   import jax
 
-  jax.config.update('jax_platforms', 'cpu')  # libtpu only compiles; jax must not look for a TPU
+  # The compilers need no device, and jax must not look for one.
+  jax.config.update('jax_platforms', 'cpu')
   if topology.is_tpu:
     os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
     os.environ['TPU_ACCELERATOR_TYPE'] = _accelerator_type(topology)
     # libtpu locks the chips of a machine for one process; to compile, none is needed.
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+  if topology.is_cuda:
+    cuda_compiler.prepare()
+  if topology.is_tpu or topology.is_cuda:
     # jax cannot read programs for absent devices back, and would warn about each.
     jax.config.update('jax_enable_compilation_cache', False)
   else:
@@ -107,6 +125,9 @@ def devices(topology: Topology) -> list[Any]:
   if topology.is_tpu:
     description = topologies.get_topology_desc(platform='tpu', topology_name=topology.name)
     return list(description.devices)
+  if topology.is_cuda:
+    per_node = topology.count // topology.nodes
+    return cuda_compiler.devices(topology.chip.name, topology.nodes, per_node)
   if len(jax.devices()) < topology.count:
     raise UserError(
       f'{topology.name} needs {topology.count} devices, and jax has {len(jax.devices())}; start '

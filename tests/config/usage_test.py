@@ -109,7 +109,7 @@ def test_a_job_is_its_config_file(monkeypatch, job, argument):
   runs = []
   monkeypatch.setattr('sys.argv', ['segjax', job, '--config.ppo.kl_coef=0.1'])
   monkeypatch.setattr(main, 'run', lambda main: runs.append(main))
-  monkeypatch.setattr(main, 'hide_unused_libtpu', lambda: None)
+  monkeypatch.setattr(main, 'hide_unused_plugins', lambda: None)
   main.cli()
   assert sys.argv == ['segjax', argument, '--config.ppo.kl_coef=0.1']
   assert runs == [main.main]

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from segjax.model import decode, heads, sharding
+from segjax.model import decode_sizes
 from segjax.model.attention import attention
-from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import BATCH, WEIGHT_AXES, make_mesh
+from segjax.model.mesh import BATCH, decode_mesh, make_mesh
 from segjax.model.sampling import Sampling
+from segjax.plan import abstract_arrays, programs
+from segjax.plan.decode_programs import decode_programs
 
 pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
 pytestmark = pytest.mark.compiled
@@ -56,27 +57,16 @@ def _compile(function, *args, **static):
   return function.trace(*args, **static).lower(lowering_platforms=('tpu',)).compile()
 
 
-def _placed(tree, shardings):
-  return jax.tree.map(
-    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree, shardings
-  )
-
-
-def _result(function, *args, **static):
-  """Output shapes of a jitted function, with the shardings that it gives them."""
-  shapes = function.eval_shape(*args, **static)
-  return _placed(shapes, _compile(function, *args, **static).output_shardings)
-
-
-def _advance(config, mesh):
+def _decode_chunk(config, mesh):
   """The compiled chunk of steps, and the weights that it reads."""
   decoder = make_decode_config(config, Sampling(max_new_tokens=512), (128001, 128009), mesh)
-  params = heads.param_shapes(config, 'language')
-  params = _placed(params, sharding.tree_shardings(params, mesh))
-  with jax.set_mesh(mesh):
-    weights = _result(jax.jit(decode_weights, static_argnames='decoder'), params, decoder=decoder)
-    slots = _result(decode.empty_slots, SLOTS, POSITIONS, decoder=decoder)
-    return _compile(decode.decode_chunk, weights, slots, decoder=decoder), weights
+  params = abstract_arrays.params(config, 'language', config.dtype, mesh)
+  longest = POSITIONS - decoder.sampling.max_new_tokens
+  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+  size = decode_sizes.full_pool(SLOTS, mesh.shape['data'], longest, decoder)
+  rollout = decode_programs(decoder, mesh, params, size, longest)
+  phase = next(phase for phase in rollout.phases if phase.name == 'decode chunk')
+  return programs.lower_phase(phase, mesh).compile(), rollout.weights
 
 
 def _moved_weights(compiled, weights):
@@ -98,29 +88,29 @@ def _moved_weights(compiled, weights):
 
 
 def test_no_step_gathers_a_weight(mesh):
-  """Llama-3-8B in bfloat16, 128 slots with 1024 positions: weights stay, and it fits."""
-  compiled, weights = _advance(LLAMA_8B, mesh)
+  """Llama-3-8B in bfloat16, 128 rows with 1024 positions: weights stay, and it fits."""
+  compiled, weights = _decode_chunk(LLAMA_8B, mesh)
   assert 'all-reduce' in compiled.as_text()  # activations move
   assert _moved_weights(compiled, weights) == []
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert used < 4.5 * GIB, f'{used / GIB:.2f} GiB per chip'
-  # The slots are updated in place.
+  # The pages are updated in place.
   assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * GIB
 
 
-def test_no_step_gathers_a_weight_where_heads_do_not_divide(mesh):
-  """Eight key heads over sixteen chips: the cache is split by rows, and the weights still stay."""
+def test_no_step_gathers_a_weight_where_chips_outnumber_heads(mesh):
+  """Eight key heads over sixteen chips: two groups of rows, each with all weights."""
   chips = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x4').devices
   mesh = make_mesh(devices=chips)
   config = dataclasses.replace(LLAMA_8B, num_hidden_layers=3)
-  compiled, weights = _advance(config, mesh)
+  compiled, weights = _decode_chunk(config, mesh)
   assert _moved_weights(compiled, weights) == []
 
 
 def test_gathers_are_detected(mesh):
   """The tests above would notice a gathered weight."""
-  layout = jax.NamedSharding(mesh, jax.P(None, WEIGHT_AXES))
+  layout = jax.NamedSharding(mesh, jax.P(None, ('fsdp', 'tensor')))
   weights = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=layout)
   everywhere = jax.NamedSharding(mesh, jax.P())
   compiled = _compile(jax.jit(lambda w: w * 2, out_shardings=everywhere), weights)

@@ -53,7 +53,9 @@ def test_names_of_topologies():
   assert topologies.parse('v5p:4x4x8').count == 128
   assert topologies.parse('v5e:8x8').chip.memory == 15.75 * 2**30
   h100 = topologies.parse('cuda:8xH100-80GB')
-  assert h100.count == 8 and h100.is_estimate and not h100.is_tpu
+  assert h100.count == 8 and h100.is_estimate and not (h100.is_tpu or h100.is_cuda)
+  nodes = topologies.parse('cuda:4x8xA100-80GB', estimate=False)
+  assert (nodes.nodes, nodes.count, nodes.chip.name) == (4, 32, 'A100-80GB') and nodes.is_cuda
   for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
     with pytest.raises(
       ValueError, match=r'does not exist; use one of\n.*8x8 \(64\).*15.75 GiB'
@@ -66,6 +68,8 @@ def test_missing_compiler_is_named(monkeypatch):
   monkeypatch.setattr(topologies.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[plan\]'"):
     topologies.prepare(topologies.parse('v5p:2x2x2'))
+  with pytest.raises(ValueError, match=r"8xH100-80GB needs jax's CUDA plugin.*'\.\[plan\]'\.$"):
+    topologies.prepare(topologies.parse('cuda:8xH100-80GB', estimate=False))
 
 
 @pytest.mark.plan

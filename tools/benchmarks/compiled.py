@@ -1,0 +1,169 @@
+"""Compiles the programs of a rollout for chips that the machine need not have, and reads them.
+
+Prints, for each topology: programs a rollout, bytes that a decode step copies and moves,
+temporaries, collectives, and the tokens per second that 85 % of the memory bandwidth would give.
+Nothing is run: the time of collectives and of the host is not in it. Weights are in bfloat16.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from segjax.errors import UserError
+from segjax.model import decode_sizes
+from segjax.model.chips import GIB
+from segjax.model.generate import make_decode_config
+from segjax.model.llama import LlamaConfig
+from segjax.model.mesh import decode_mesh, make_mesh
+from segjax.model.sampling import Sampling
+from segjax.plan import abstract_arrays, cuda_compiler, topologies
+from segjax.plan.decode_programs import DecodePrograms, decode_programs
+from segjax.plan.hlo_traffic import TrafficReader
+from segjax.plan.programs import lower_phase
+from segjax.plan.topologies import Topology
+from segjax.report.console import log, table
+
+TOPOLOGIES = ('cuda:1xH100-80GB', 'cuda:8xH100-80GB', 'v5p:2x2x2', 'v5e:8x8')
+SIZES = {  # vocabulary, width, MLP, layers, heads, key heads, head size
+  'small': (4096, 1024, 2048, 4, 8, 8, 128),
+  '8b': (128256, 4096, 14336, 32, 32, 8, 128),
+  '70b': (128256, 8192, 28672, 80, 64, 8, 128),
+}
+ROOFLINE = 0.85  # of the bandwidth, which a good program reaches
+
+
+def add_flags(command: argparse.ArgumentParser) -> None:
+  """Adds the flags of `run`."""
+  flag = command.add_argument
+  flag('--topologies', dest='names', type=lambda text: text.split(','), default=list(TOPOLOGIES))
+  flag('--model', choices=SIZES, default='8b')
+  flag('--batch', type=int, default=128, help='responses at once per copy of the weights')
+  flag('--live', type=int, default=460, help='positions that a row has on average')
+  flag('--limit', type=int, default=2048, help='positions of the longest row, half of them prompt')
+
+
+def run(names: list[str], model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
+  """Prints a table; returns the fields of the JSON line. Its parameters are the flags."""
+  if len(names) > 1:
+    sizes = (f'--model={model}', f'--batch={batch}', f'--live={live}', f'--limit={limit}')
+    records = [_in_a_process(name, sizes) for name in names]
+  else:
+    records = [_measure(names[0], model, batch, live, limit)]
+  _print(records, model, batch, live)
+  return {'model': model, 'batch': batch, 'live': live, 'limit': limit, 'topologies': records}
+
+
+def _in_a_process(topology: str, sizes: tuple[str, ...]) -> dict[str, Any]:
+  """Returns the record of one topology; a process can describe the chips of one."""
+  bench = Path(__file__).resolve().parents[1] / 'bench.py'
+  command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}', *sizes]
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  if done.returncode:
+    raise ValueError(f'{topology} could not be measured; its message is above.')
+  return json.loads(done.stdout.splitlines()[-1])['topologies'][0]
+
+
+def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
+  """Returns the record of one topology, in bytes and seconds, each per device."""
+  topology = topologies.parse(name, estimate=False)
+  try:
+    topologies.prepare(topology)
+  except UserError as error:
+    return {'topology': name, 'missing': str(error)}
+  began = time.monotonic()
+  rollout = _programs(topology, model, batch, limit)
+  log(f'{name}: attention by {rollout.decoder.paged_attention}, mesh {dict(rollout.mesh.shape)}')
+  compiled = {}
+  for phase in rollout.phases:
+    lowered = lower_phase(phase, rollout.mesh)
+    compiled[phase.name] = abstract_arrays.compile_program(lowered)
+  record = {
+    'topology': name,
+    'devices': topology.count,
+    'mesh': dict(rollout.mesh.shape),
+    'attention': rollout.decoder.paged_attention,
+    'programs': rollout.count,
+    'compile_seconds': round(time.monotonic() - began, 1),
+    'temporaries': {
+      key: program.memory_analysis().temp_size_in_bytes for key, program in compiled.items()
+    },
+  }
+  nodes = [device.process_index if topology.is_cuda else 0 for device in rollout.mesh.devices.flat]
+  cache = cuda_compiler.TARGETS[topology.chip.name].cache if topology.is_cuda else 0
+  reader = TrafficReader(compiled['decode chunk'].as_text(), nodes, rollout.bytes_read(live), cache)
+  step = reader.step()
+  # What a chunk does before and after its steps is a part of each of them.
+  around = reader.outside()
+  steps = rollout.decoder.chunk
+  moved = step.moved + around.moved // steps
+  seconds = moved / (ROOFLINE * topology.chip.bandwidth)
+  return record | {
+    'copied_bytes': step.copied + around.copied // steps,
+    'moved_bytes': moved,
+    'cached_bytes': step.cached,
+    'collectives': [dataclasses.asdict(c) for c in step.collectives],
+    'step_milliseconds': round(1e3 * seconds, 2),
+    'tokens_per_second': round(rollout.size.slots / seconds),
+  }
+
+
+def _programs(topology: Topology, model: str, batch: int, limit: int) -> DecodePrograms:
+  config = LlamaConfig(*SIZES[model], dtype='bfloat16', max_position_embeddings=limit)
+  mesh = make_mesh(devices=topologies.devices(topology))
+  sampling = Sampling(max_new_tokens=limit // 2)
+  decoder = make_decode_config(config, sampling, stop_ids=(0,), mesh=mesh)
+  params = abstract_arrays.params(config, 'language', config.dtype, mesh)
+  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+  groups, longest = mesh.shape['data'], limit // 2
+  size = decode_sizes.full_pool(batch * groups, groups, longest, decoder)
+  return decode_programs(decoder, mesh, params, size, longest)
+
+
+def _print(records: list[dict[str, Any]], model: str, batch: int, live: int) -> None:
+  rows = []
+  for record in records:
+    if 'missing' in record:
+      log(record['missing'])
+      continue
+    temporaries = max(record['temporaries'].values()) / GIB
+    rows.append(
+      (
+        record['topology'],
+        str(record['programs']),
+        f'{record["compile_seconds"]:.0f}',
+        f'{record["copied_bytes"] / 1e9:.1f}',
+        f'{record["moved_bytes"] / 1e9:.1f}',
+        f'{temporaries:.2f}',
+        f'{record["step_milliseconds"]:.1f}',
+        f'{record["tokens_per_second"]:,}',
+      )
+    )
+  columns = ('programs', 'compile s', 'GB copied', 'GB moved', 'temporaries GiB', 'ms', 'tokens/s')
+  title = (
+    f'{model}, {batch} rows of {live} positions per copy of the weights: a step of one device; '
+    f'ms and tokens/s of all at {ROOFLINE:.0%} of the memory bandwidth, without exchanges'
+  )
+  table(title, ('topology', *columns), rows)
+  _print_collectives(records)
+
+
+def _print_collectives(records: list[dict[str, Any]]) -> None:
+  rows = [
+    (
+      record['topology'],
+      collective['kind'],
+      str(collective['number']),
+      f'{collective["bytes"] / 2**20:.2f}',
+      'yes' if collective['crosses_nodes'] else 'no',
+    )
+    for record in records
+    for collective in record.get('collectives', ())
+  ]
+  if rows:
+    columns = ('topology', 'collective', 'number', 'MiB', 'between nodes')
+    table('What a step exchanges, per device', columns, rows)
