@@ -71,6 +71,7 @@ _AT_LEAST_0 = (
   *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
   *_keys('ppo', 'micro_batch_size scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
+  *_keys('ppo', 'importance_clip'),
   *_keys('ppo', 'value_clip_eps entropy_coef skip_if_kl_above skip_if_reward_above'),
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),

@@ -37,6 +37,7 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
+  _check_importance(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -62,6 +63,24 @@ def check_conflicts(s: Settings) -> None:
     raise UserError(
       'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
       'config.reward_shaping.reward_fn.'
+    )
+
+
+def _check_importance(s: Settings) -> None:
+  """Checks that the old log-probs of importance weights are those of the trained policy."""
+  clip = s.ppo.importance_clip
+  if not clip:
+    return
+  if s.rollout.recompute_logprob is False and s.runtime.compute_dtype == 'bfloat16':
+    raise UserError(
+      f'config.rollout.recompute_logprob=False leaves config.ppo.importance_clip={clip} without '
+      'the log-probs of the trained policy, which decoding in bfloat16 rounds; set '
+      'config.rollout.recompute_logprob=None.'
+    )
+  if s.compat.force_eos:
+    raise UserError(
+      f'config.ppo.importance_clip={clip} weighs tokens by the log-probs they were drawn with, and '
+      'config.compat.force_eos puts in tokens that were not drawn; set one of them to 0 or False.'
     )
 
 

@@ -116,6 +116,10 @@ def _check_ranges(s: Settings) -> None:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
     )
+  if s.ppo.importance_clip and s.ppo.importance_clip < 1:  # would scale down tokens of weight 1
+    raise UserError(
+      f'config.ppo.importance_clip={s.ppo.importance_clip} must be at least 1, or 0 for no weights.'
+    )
   if not 0 < s.reward.holdout_fraction < 1:
     raise UserError(
       f'config.reward.holdout_fraction={s.reward.holdout_fraction} must be between 0 and 1.'

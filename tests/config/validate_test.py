@@ -239,6 +239,7 @@ def test_integers_become_floats():
       'config.ppo.minibatch_size=128 is not divisible by config.ppo.micro_batch_size=3',
     ),
     ({'ppo.dual_clip_ratio': 0.5}, 'must be above 1, or 0'),
+    ({'ppo.importance_clip': 0.5}, 'importance_clip=0.5 must be at least 1, or 0 for no weights'),
     ({'reward.threshold_search.entropy_quantile': 1.0}, 'below 1'),
     ({'reward.segmentation.softmax_temperature': 0.0}, 'must be above 0'),
   ],
@@ -329,6 +330,18 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'reward_shaping.spread=auto',
     ),
     ({'ppo.kl_placement': 'loss'}, 'its gradient is 0 on average'),
+    (
+      {
+        'ppo.importance_clip': 2.0,
+        'rollout.recompute_logprob': False,
+        'runtime.compute_dtype': 'bfloat16',
+      },
+      'importance_clip=2.0 without the log-probs of the trained policy',
+    ),
+    (
+      {'ppo.importance_clip': 2.0, 'compat.force_eos': True},
+      'force_eos puts in tokens that were not drawn',
+    ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],
 )
