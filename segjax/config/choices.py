@@ -7,6 +7,7 @@ which import this module, are defined here.
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 
 DTYPES = ('float32', 'bfloat16')
+ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 # What weight decay reaches, by the ends of the parameters' paths: a scale or bias has one value per
 # unit, and an embedding moves only with the tokens that occur.
 DECAYED_WEIGHTS = {'kernels': ('kernel',), 'matrices': ('kernel', 'embedding'), 'all': ('',)}
@@ -36,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   ),
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
+  'rollout.weights_dtype': ROLLOUT_WEIGHTS,
   'reward_shaping.spread': ('auto', *rewards.SPREADS),
   'reward_shaping.redistribute': ('none', 'red'),
   'reward_shaping.red_baseline': rewards.BASELINES,

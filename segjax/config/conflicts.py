@@ -67,8 +67,14 @@ def check_conflicts(s: Settings) -> None:
 
 
 def _check_importance(s: Settings) -> None:
-  """Checks that the old log-probs of importance weights are those of the trained policy."""
+  """Checks that old log-probs are those of the trained policy, and that weights can be had."""
   clip = s.ppo.importance_clip
+  if s.rollout.recompute_logprob is False and s.rollout.weights_dtype == 'int8':
+    raise UserError(
+      'config.rollout.recompute_logprob=False leaves PPO without the log-probs of the trained '
+      'policy: those of decoding with config.rollout.weights_dtype=int8 are of rounded weights; '
+      'set config.rollout.recompute_logprob=None.'
+    )
   if not clip:
     return
   if s.rollout.recompute_logprob is False and s.runtime.compute_dtype == 'bfloat16':

@@ -150,7 +150,8 @@ class RolloutSettings:
   samples_per_prompt: int = 1  # responses per prompt
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
   tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
-  recompute_logprob: bool | None = None  # old log-probs by a full forward; None: in bfloat16 alone
+  weights_dtype: str = 'compute_dtype'  # of the layers in PPO's rollouts; int8: half the size
+  recompute_logprob: bool | None = None  # old log-probs by a full forward; None: bfloat16 or int8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,9 +46,11 @@ def resolve_spread(settings: Settings, granularity: str) -> str:
 
 
 def resolve_recompute_logprob(settings: Settings) -> bool:
-  """Returns rollout.recompute_logprob; by default, whether the network computes in bfloat16."""
-  value = settings.rollout.recompute_logprob
-  return settings.runtime.compute_dtype == 'bfloat16' if value is None else value
+  """Returns rollout.recompute_logprob; by default, whether rollouts are in bfloat16 or int8."""
+  rollout = settings.rollout
+  if rollout.recompute_logprob is not None:
+    return rollout.recompute_logprob
+  return settings.runtime.compute_dtype == 'bfloat16' or rollout.weights_dtype == 'int8'
 
 
 def _check_reward_model(s: Settings) -> None:

@@ -99,6 +99,7 @@ def _generation(s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh) -> l
   """Returns the phases of a rollout; adds its weights and pages to `trees`."""
   longest = s.data.max_prompt_length
   decoder = generate.make_decode_config(config, rollouts.make_sampling(s.rollout), STOP_IDS, mesh)
+  decoder = dataclasses.replace(decoder, weights_dtype=s.rollout.weights_dtype)
   mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
   groups = mesh.shape['data']
   size = decode_sizes.plan_pool(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from segjax.config.settings import RolloutSettings
 from segjax.errors import UserError
 from segjax.model import sharding
+from segjax.model.decode import DecodeConfig
 from segjax.model.generate import (
   GenerationOptions,
   GenerationResult,
@@ -35,6 +36,7 @@ class RolloutSampler:
     log: called with a warning for each response whose logits were not finite.
     on_chunk: called before every chunk of tokens with all responses so far; an exception from it
       ends the generation.
+    weights_dtype: in which the layers decode; one of `choices.ROLLOUT_WEIGHTS`.
   """
 
   config: LlamaConfig
@@ -44,6 +46,7 @@ class RolloutSampler:
   samples_per_prompt: int = 1
   log: Callable[[str], None] = print
   on_chunk: Callable[[GenerationResult], object] = lambda _: None
+  weights_dtype: str = 'compute_dtype'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,12 @@ def make_sampling(settings: RolloutSettings) -> Sampling:
   )
 
 
+def _decode_config(sampler: RolloutSampler) -> DecodeConfig:
+  sampling = make_sampling(sampler.settings)
+  decoder = make_decode_config(sampler.config, sampling, sampler.stop_ids, sampler.mesh)
+  return dataclasses.replace(decoder, weights_dtype=sampler.weights_dtype)
+
+
 def rollout(
   params: Any,
   prompts: PromptBatch,
@@ -110,9 +119,7 @@ def rollout(
     params,
     prompts,
     key,
-    decoder=make_decode_config(
-      sampler.config, make_sampling(sampler.settings), sampler.stop_ids, sampler.mesh
-    ),
+    decoder=_decode_config(sampler),
     mesh=sampler.mesh,
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,

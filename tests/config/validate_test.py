@@ -102,6 +102,12 @@ def test_old_logprobs_are_recomputed_in_bfloat16(dtype, value):
   assert validate.resolve_recompute_logprob(parse.from_config(config)) == expected
 
 
+def test_old_logprobs_are_recomputed_beside_int8_weights():
+  config = presets.default_config()
+  config.rollout.weights_dtype = 'int8'
+  assert validate.resolve_recompute_logprob(parse.from_config(config))
+
+
 @pytest.mark.parametrize('preset', ['llama3_8b_sft', 'llama31_8b_instruct', 'llama3_70b'])
 def test_presets_in_bfloat16_recompute(preset):
   config = importlib.import_module('configs.ppo').get_config(preset)
@@ -337,6 +343,10 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
         'runtime.compute_dtype': 'bfloat16',
       },
       'importance_clip=2.0 without the log-probs of the trained policy',
+    ),
+    (
+      {'rollout.weights_dtype': 'int8', 'rollout.recompute_logprob': False},
+      'weights_dtype=int8 are of rounded weights; set config.rollout.recompute_logprob=None',
     ),
     (
       {'ppo.importance_clip': 2.0, 'compat.force_eos': True},
