@@ -1,5 +1,7 @@
 """Weights in int8: the bound of their error, products, networks and rollouts of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,10 @@ from fixtures import models, training
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segjax.model import quantized, sharding
+from segjax.model.decode_weights import decode_weights
+from segjax.model.generate import make_decode_config
+from segjax.model.mesh import decode_mesh
+from segjax.model.sampling import Sampling
 from segjax.train.scoring import concat_prompt_response, gather_response
 
 
@@ -97,15 +103,26 @@ def test_only_matrices_of_layers_are_rounded():
   }
 
 
-def test_scales_are_split_as_the_columns():
-  """A product then scales its own columns, with nothing exchanged."""
-  layers = quantized.quantize_layers(models.params(models.CONFIG))['backbone']['layers']
-  for name, module in layers.items():
-    if 'kernel' in module:
-      kernel, scale = (
-        sharding.parameter_spec(f'backbone/layers/{name}/{leaf}') for leaf in ('kernel', 'scale')
-      )
-      assert tuple(scale) == (kernel[0], kernel[-1])
+@pytest.mark.parametrize('unrolled', [True, False])
+def test_decode_weights_on_a_mesh_of_their_own(unrolled):
+  """Int8 crosses the devices: the same numbers, split by columns or rows over a group."""
+  mesh = models.mesh(8)
+  params = models.params(models.CONFIG)
+  decoder = make_decode_config(models.CONFIG, Sampling(), models.STOP_IDS, models.mesh(1))
+  decoder = dataclasses.replace(decoder, weights_dtype='int8', unrolled=unrolled)
+  placed = models.place(params, mesh)
+  with jax.set_mesh(decode_mesh(mesh, models.CONFIG.num_key_value_heads, 2)):
+    layers = decode_weights(placed, decoder=decoder).layers
+  expected = quantized.quantize_layers(params)['backbone']['layers']
+  if unrolled:
+    layers = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+  else:
+    # Each device scales its own columns, or sums over rows; nothing is exchanged for a scale.
+    for name, columns in (('query', 16), ('gate', 24), ('output', 32), ('down', 32)):
+      module = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, layers[name])
+      kernel, scale = module['kernel'], module['scale']
+      assert kernel.shape[-1] == scale.shape[-1] == columns
+  jax.tree.map(assert_array_equal, layers, expected)
 
 
 @pytest.mark.campaign
