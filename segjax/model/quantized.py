@@ -36,16 +36,17 @@ def product(
 ) -> Float[Array, 'N O']:
   """Returns x · kernel, or (x · q) scale of an int8 kernel with a scale, in x's dtype.
 
-  Factors are in x's dtype. Every int8 is exact in bfloat16, and the sums are scaled in at least
-  float32, so nothing is lost but what `quantize` rounded.
+  Factors are in x's dtype, in which every int8 is exact, and matrix units add in float32. The scale
+  is applied in at least float32.
   """
+  # Cast where it is used: the stored weights, which the optimizer updates, may be wider. Compilers
+  # for accelerators convert an int8 kernel inside the product: no wide copy of it is written.
+  y = x @ kernel.astype(x.dtype)
   if scale is None:
-    # Cast where it is used: the stored weights, which the optimizer updates, may be wider.
-    return x @ kernel.astype(x.dtype)
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  # Compilers for accelerators convert q inside the product: no wide copy of it is written.
-  y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
-  return (y * jnp.broadcast_to(scale.astype(wide), y.shape)).astype(x.dtype)
+    return y
+  wide = jnp.promote_types(y.dtype, jnp.float32)
+  # Not a float32 product: where devices add their parts of it, they would exchange twice the bytes.
+  return (y.astype(wide) * jnp.broadcast_to(scale.astype(wide), y.shape)).astype(x.dtype)
 
 
 def quantize_layers(params: Any) -> Any:
