@@ -7,6 +7,7 @@ which import this module, are defined here.
 from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 
 DTYPES = ('float32', 'bfloat16')
+ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 # What weight decay reaches, by the ends of the parameters' paths: a scale or bias has one value per
 # unit, and an embedding moves only with the tokens that occur.
 DECAYED_WEIGHTS = {'kernels': ('kernel',), 'matrices': ('kernel', 'embedding'), 'all': ('',)}
@@ -36,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   ),
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
+  'rollout.weights_dtype': ROLLOUT_WEIGHTS,
   'reward_shaping.spread': ('auto', *rewards.SPREADS),
   'reward_shaping.redistribute': ('none', 'red'),
   'reward_shaping.red_baseline': rewards.BASELINES,
@@ -71,6 +73,7 @@ _AT_LEAST_0 = (
   *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
   *_keys('ppo', 'micro_batch_size scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
+  *_keys('ppo', 'importance_clip'),
   *_keys('ppo', 'value_clip_eps entropy_coef skip_if_kl_above skip_if_reward_above'),
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),

@@ -37,6 +37,7 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
+  _check_importance(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -73,6 +74,30 @@ def check_samples(samples: int, max_concurrent: int, section: str = 'config.roll
       f'{section}samples_per_prompt={samples} is more than {section}max_concurrent='
       f'{max_concurrent}: responses to a prompt are decoded together, and share its keys and '
       f'values; set {section}max_concurrent to {samples} or more, or to 0.'
+    )
+
+
+def _check_importance(s: Settings) -> None:
+  """Checks that old log-probs are those of the trained policy, and that weights can be had."""
+  clip = s.ppo.importance_clip
+  if s.rollout.recompute_logprob is False and s.rollout.weights_dtype == 'int8':
+    raise UserError(
+      'config.rollout.recompute_logprob=False leaves PPO without the log-probs of the trained '
+      'policy: those of decoding with config.rollout.weights_dtype=int8 are of rounded weights; '
+      'set config.rollout.recompute_logprob=None.'
+    )
+  if not clip:
+    return
+  if s.rollout.recompute_logprob is False and s.runtime.compute_dtype == 'bfloat16':
+    raise UserError(
+      f'config.rollout.recompute_logprob=False leaves config.ppo.importance_clip={clip} without '
+      'the log-probs of the trained policy, which decoding in bfloat16 rounds; set '
+      'config.rollout.recompute_logprob=None.'
+    )
+  if s.compat.force_eos:
+    raise UserError(
+      f'config.ppo.importance_clip={clip} weighs tokens by the log-probs they were drawn with, and '
+      'config.compat.force_eos puts in tokens that were not drawn; set one of them to 0 or False.'
     )
 
 

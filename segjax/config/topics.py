@@ -70,6 +70,9 @@ It is that of the decode loop in float32. In bfloat16 the two programs round dif
 apart as an update moves the policy, and it comes from a full forward pass;
 rollout.recompute_logprob sets one of them.
 
+ppo.importance_clip=2 multiplies a token's policy loss by min(π_old / π drawn from, 2): truncated
+importance sampling (TIS, in other frameworks a rollout correction), which makes up for a mismatch.
+
 Decoding lays the devices out in groups of its own: rollout.tensor devices hold one copy of the
 policy's weights, split by heads, and decode rows that no other group has. A group sums activations
 in every layer of every step, so it is by default as large as the key heads and the mesh's fsdp and

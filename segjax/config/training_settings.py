@@ -150,7 +150,8 @@ class RolloutSettings:
   samples_per_prompt: int = 1  # responses per prompt
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
   tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
-  recompute_logprob: bool | None = None  # old log-probs by a full forward; None: in bfloat16 alone
+  weights_dtype: str = 'compute_dtype'  # of the layers in PPO's rollouts; int8: half the size
+  recompute_logprob: bool | None = None  # old log-probs by a full forward; None: bfloat16 or int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +201,7 @@ class PPO:
   clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps; 0: none
   clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
   dual_clip_ratio: float = 0.0  # above 1: bounds the loss of bad actions; 0: off
+  importance_clip: float = 0.0  # bound of the weights π_old / π drawn from of tokens; 0: no weights
   value_clip_eps: float = 0.2  # 0: no clipping
   loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
   entropy_coef: float = 0.0  # nats of entropy bonus in the loss

@@ -46,9 +46,11 @@ def resolve_spread(settings: Settings, granularity: str) -> str:
 
 
 def resolve_recompute_logprob(settings: Settings) -> bool:
-  """Returns rollout.recompute_logprob; by default, whether the network computes in bfloat16."""
-  value = settings.rollout.recompute_logprob
-  return settings.runtime.compute_dtype == 'bfloat16' if value is None else value
+  """Returns rollout.recompute_logprob; by default, whether rollouts are in bfloat16 or int8."""
+  rollout = settings.rollout
+  if rollout.recompute_logprob is not None:
+    return rollout.recompute_logprob
+  return settings.runtime.compute_dtype == 'bfloat16' or rollout.weights_dtype == 'int8'
 
 
 def _check_reward_model(s: Settings) -> None:
@@ -115,6 +117,10 @@ def _check_ranges(s: Settings) -> None:
   if 0 < s.ppo.dual_clip_ratio <= 1:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
+    )
+  if s.ppo.importance_clip and s.ppo.importance_clip < 1:  # would scale down tokens of weight 1
+    raise UserError(
+      f'config.ppo.importance_clip={s.ppo.importance_clip} must be at least 1, or 0 for no weights.'
     )
   if not 0 < s.reward.holdout_fraction < 1:
     raise UserError(

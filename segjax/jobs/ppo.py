@@ -101,6 +101,8 @@ def load(stage: Stage) -> Loaded:
     stage.mesh,
     rollout.samples_per_prompt,
     stage.log,
+    # Evaluations and answers read the model as it is saved.
+    weights_dtype=rollout.weights_dtype,
   )
   return Loaded(resolved, paths, recipe, tokenizer, prompts, sampler)
 

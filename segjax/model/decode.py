@@ -37,6 +37,7 @@ class DecodeConfig:
     paged_attention: implementation, see `paged_attention`.
     page_size: positions of a page.
     tensor: devices that share a copy of the weights, see `mesh.decode_mesh`; 0 is its default.
+    weights_dtype: one of `choices.ROLLOUT_WEIGHTS`; see `precision.cast_for_use`.
   """
 
   config: LlamaConfig
@@ -47,6 +48,7 @@ class DecodeConfig:
   paged_attention: str = 'xla'
   page_size: int = 64
   tensor: int = 0
+  weights_dtype: str = 'compute_dtype'
 
 
 class DecodeWeights(NamedTuple):

@@ -29,7 +29,8 @@ def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWe
   converted = _convert(params, decoder=decoder)
   backbone = params['backbone']
   head = converted.head if 'lm_head' not in params else params['lm_head']['kernel']
-  layers = converted.layers if decoder.unrolled else backbone['layers']
+  all_new = decoder.unrolled or decoder.weights_dtype == 'int8'
+  layers = converted.layers if all_new else backbone['layers']
   return jax.tree.map(
     lambda new, old: old if new is None else new,
     converted,
@@ -42,7 +43,7 @@ def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWe
 def _convert(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
   """Returns the weights, with None for each that is a parameter as it is."""
   # Cast first: the exchange between devices then moves the narrow dtype.
-  cast = precision.cast_for_use(params, decoder.config.dtype)
+  cast = precision.cast_for_use(params, decoder.config.dtype, decoder.weights_dtype)
   laid_out = sharding.decode_sharding(cast)  # the weights cross devices here, not in a step
   mesh = sharding.active_mesh()
   one_device = mesh is None or mesh.size == 1
@@ -53,14 +54,20 @@ def _convert(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
       lambda new, old: None if one_device and new.dtype == old.dtype else new, new, old
     )
 
-  backbone, changed = laid_out['backbone'], without_parameters(laid_out, params)
-  layers = changed['backbone']['layers']
+  backbone, layers = laid_out['backbone'], laid_out['backbone']['layers']
   if decoder.unrolled:
     # Sliced here once: XLA for GPUs would copy each slice in every step, before its product.
     layers = tuple(
-      jax.tree.map(lambda leaf, i=i: leaf[i], backbone['layers'])
+      jax.tree.map(lambda leaf, i=i: leaf[i], layers)
       for i in range(decoder.config.num_hidden_layers)
     )
-  tied = decoder.config.tie_word_embeddings
-  head = backbone['embedding'].T if tied else changed['lm_head']['kernel']
-  return DecodeWeights(changed['backbone']['embedding'], layers, changed['backbone']['norm'], head)
+  elif decoder.weights_dtype != 'int8':  # int8 layers are new, with scales that `params` lack
+    layers = without_parameters(layers, params['backbone']['layers'])
+  embedding, norm = (
+    without_parameters(backbone[name], params['backbone'][name]) for name in ('embedding', 'norm')
+  )
+  if decoder.config.tie_word_embeddings:
+    head = backbone['embedding'].T
+  else:
+    head = without_parameters(laid_out['lm_head'], params['lm_head'])['kernel']
+  return DecodeWeights(embedding, layers, norm, head)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from segjax.config.settings import Network
-from segjax.model import sharding
+from segjax.model import quantized, sharding
 from segjax.model.attention import attention
 from segjax.model.embedding import embed
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
@@ -133,8 +133,9 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _']:
     kernel = self.param('kernel', nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
-    # Cast where it is used: the stored weights, which the optimizer updates, may be wider.
-    y = (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], self.features)
+    scale = self.get_variable('params', 'scale')  # None, except in a decode loop of int8 weights
+    y = quantized.product(x.reshape(-1, x.shape[-1]), kernel, scale)
+    y = y.reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       # In float32 for the sake of the gradient, as in `RMSNorm`; the tests forbid rank promotion.

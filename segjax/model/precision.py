@@ -7,8 +7,9 @@ head to the vocabulary: its rounding moves every logit.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from segjax.model import sharding
+from segjax.model import quantized, sharding
 
 _ALWAYS = ('scale', 'bias', 'scalar_head/kernel')
 _TRAINED_HEAD = {False: 'lm_head/kernel', True: 'backbone/embedding'}  # by whether it is tied
@@ -27,8 +28,19 @@ def stored_dtype(path: str, dtype: str, *, trained: bool = False, tied: bool = F
   return 'float32' if dtype == 'bfloat16' and path.endswith(wide) else dtype
 
 
-def cast_for_use(params: Any, dtype: str) -> Any:
-  """Returns the parameters in the dtypes in which a network of this compute dtype reads them."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x.astype(stored_dtype(sharding.path_name(path), dtype)), params
-  )
+def cast_for_use(params: Any, dtype: str, weights_dtype: str = 'compute_dtype') -> Any:
+  """Returns the parameters in the dtypes in which a network of this compute dtype reads them.
+
+  Args:
+    params: of the network.
+    dtype: in which it computes.
+    weights_dtype: 'int8' to read the matrices of the layers in it, see `quantized`.
+  """
+  if weights_dtype == 'int8':
+    params = quantized.quantize_layers(params)  # of the stored weights: a cast would round twice
+
+  def cast(path, x):
+    is_int8 = x.dtype == jnp.int8
+    return x if is_int8 else x.astype(stored_dtype(sharding.path_name(path), dtype))
+
+  return jax.tree_util.tree_map_with_path(cast, params)

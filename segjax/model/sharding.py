@@ -26,10 +26,10 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   # Columns over tensor here, rows over tensor in output and down: between the two products no
   # device needs heads or MLP columns of another.
   (r'layers/(query|key|value|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
-  (r'layers/(query|key|value|gate|up)/bias$', P(None, 'tensor')),
+  (r'layers/(query|key|value|gate|up)/(bias|scale)$', P(None, 'tensor')),
   (r'layers/(output|down)/kernel$', P(None, 'tensor', 'fsdp')),
-  # Added to the sum over tensor, which has the full width.
-  (r'layers/(output|down)/bias$', P(None, None)),
+  # Of the sum over tensor, which has the full width.
+  (r'layers/(output|down)/(bias|scale)$', P(None, None)),
   (r'layers/(attention_norm|mlp_norm)/scale$', P(None, None)),
   (r'backbone/norm/scale$', P(None)),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),

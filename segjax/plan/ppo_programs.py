@@ -106,6 +106,7 @@ def _generation(
     free_bytes: of a device, beside what lives there all the time.
   """
   decoder = rollouts.make_decoder(s.rollout, config, STOP_IDS, mesh)
+  decoder = dataclasses.replace(decoder, weights_dtype=s.rollout.weights_dtype)
   mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, decoder.tensor)
   size = _pool_size(s, decoder, mesh, free_bytes)
   programs = decode_programs(

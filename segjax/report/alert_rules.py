@@ -204,7 +204,7 @@ RULES = (
     ('rollout/logprob_mismatch',),
     lambda mismatch: mismatch.recent > 0.2,
     'responses are sampled from another distribution than the one trained, {0:.2f} nats per token:'
-    ' use rollout.temperature=1, top_p=1 and top_k=0 for unbiased updates',
+    ' use rollout.temperature=1, top_p=1 and top_k=0 for unbiased updates, or ppo.importance_clip',
     after=3,
   ),
   *(

@@ -136,6 +136,12 @@ ENTRIES = (
     'larger: sampling and training disagree; run `configs/selfcheck.py`',
   ),
   Entry(
+    ('policy/importance_mean', 'policy/importance_clipfrac'),
+    'weights π_old / π drawn from, with `ppo.importance_clip`: mean; share of tokens beyond it',
+    '0.9 to 1; below 0.01',
+    'far from it: draw from nearer the policy, `rollout.temperature=1`, `top_p=1`, `top_k=0`',
+  ),
+  Entry(
     ('policy/kl',),
     'KL to the reference in the loss, with `ppo.kl_placement=loss`',
     'as objective/kl',
@@ -162,7 +168,7 @@ ENTRIES = (
     ('rollout/logprob_mismatch', 'rollout/logprob_mismatch_max'),
     '|log-prob when sampled − log-prob unfiltered at temperature 1|, nats per token: mean; maximum',
     '0 for plain sampling; some hundredths in bfloat16',
-    'larger: set `rollout.temperature=1`, `top_p=1`, `top_k=0`',
+    'larger: set `rollout.temperature=1`, `top_p=1`, `top_k=0`, or `ppo.importance_clip=2`',
   ),
   Entry(
     ('eval/reward', 'eval/gold', 'eval/kl', 'eval/length_mean'),

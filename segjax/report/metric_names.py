@@ -64,6 +64,8 @@ METRICS = {
   'policy/ratio_mean': 'Probability ratio, mean',
   'policy/ratio_max_deviation': 'Probability ratio, largest deviation from 1',
   'policy/initial_ratio_deviation': 'Probability ratio, deviation before the first update',
+  'policy/importance_mean': 'Importance weight, mean',
+  'policy/importance_clipfrac': 'Share of tokens at the bound of importance weights',
   'policy/kl': 'KL to the reference in the loss',
   '*/grad_norm': 'Gradient norm',
   '*/weight_norm': 'Weight norm',

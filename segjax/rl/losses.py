@@ -135,6 +135,45 @@ def policy_loss(
   return -average(surrogate), jax.lax.stop_gradient(metrics)
 
 
+def importance_weights(
+  old_logprob: Float[Array, 'B T'],
+  sample_logprob: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  clip: ScalarLike,
+  *,
+  mean: str = 'sequence',
+  count: Float[Array, ''] | None = None,
+) -> tuple[Float[Array, 'B T'], Metrics]:
+  """Truncated importance weights of tokens that were drawn from another distribution q than π_old.
+
+  w = min(π_old / q, clip), without a gradient. As a factor of the advantage w multiplies the whole
+  term of `policy_loss`, since w ≥ 0 commutes with its minima. The mean over tokens y ~ q of
+  (π_old / q) A ∇ ln π is that over y ~ π_old; the truncation bounds the variance for a bias where
+  q is below π_old / clip. Each token is weighted by itself: the prefix before it stays that of q.
+
+  The weights are V-trace's ρ (Espeholt et al. 2018, https://arxiv.org/abs/1802.01561), which
+  rollout engines of another precision need as well (truncated importance sampling, TIS, or rollout
+  correction: Yao et al. 2025, https://fengyao.notion.site/off-policy-rl).
+
+  Args:
+    old_logprob: ln π_old of the sampled tokens: unfiltered, at temperature 1.
+    sample_logprob: ln q of the same tokens: with temperature, filters and rounded weights.
+    mask: True on the response; the weights elsewhere are 1.
+    clip: largest weight, at least 1.
+    mean: one of MEANS, see `batch_mean`.
+    count: divisor of the means, see `batch_mean`.
+
+  Returns:
+    (weights, metrics): averaged like the loss, importance_mean = w and importance_clipfrac = how
+    often π_old / q is beyond the clip.
+  """
+  average = functools.partial(_average, mask=mask, mean=mean, count=count)
+  ratio = jnp.exp(jnp.where(mask, log_ratio(old_logprob, sample_logprob), 0))
+  weights = jnp.minimum(ratio, clip)
+  metrics = {'importance_mean': average(weights), 'importance_clipfrac': average(ratio > clip)}
+  return jax.lax.stop_gradient((weights, metrics))
+
+
 def value_loss(
   value: Float[Array, 'B T'],
   old_value: Float[Array, 'B T'],

@@ -244,6 +244,12 @@ def policy_loss(
   return loss, batch_mean(ratios, mask, mean), batch_mean(beyond, mask, mean)
 
 
+def importance_weights(old_logprob, sample_logprob, clip):
+  """min(π_old / q, clip) of each token."""
+  rows = zip(old_logprob, sample_logprob, strict=True)
+  return [[min(math.exp(p - q), clip) for p, q in zip(*row, strict=True)] for row in rows]
+
+
 def value_loss(value, old_value, return_, mask, clip_eps, mean='sequence'):
   """Half the larger of the clipped and the unclipped squared error."""
   errors = []

@@ -12,7 +12,13 @@ from segjax.model.heads import token_logprobs, values
 from segjax.model.llama import LlamaConfig
 from segjax.model.packed import run_packed
 from segjax.rl import kl
-from segjax.rl.losses import batch_mean, num_terms, policy_loss, value_loss
+from segjax.rl.losses import (
+  batch_mean,
+  importance_weights,
+  num_terms,
+  policy_loss,
+  value_loss,
+)
 from segjax.train import gradient_accumulation
 from segjax.train.gradient_accumulation import LossAndMetrics
 from segjax.train.metrics import Metrics
@@ -65,18 +71,25 @@ def policy_objective(
   ppo, rollout = recipe.ppo, batch.rollout
   mask = _without_empty_slots(rollout.response_mask, slots)
   logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, slots)
-  mean = functools.partial(batch_mean, mask=mask, mean=ppo.loss_aggregation, count=count)
+  averaged = {'mean': ppo.loss_aggregation, 'count': count}
+  mean = functools.partial(batch_mean, mask=mask, **averaged)
+  advantage, importance = batch.advantage, {}
+  if ppo.importance_clip:
+    weights, importance = importance_weights(
+      rollout.old_logprob, rollout.sample_logprob, mask, ppo.importance_clip, **averaged
+    )
+    advantage = advantage * weights
   loss, metrics = policy_loss(
     logprob,
     rollout.old_logprob,
-    batch.advantage,
+    advantage,
     mask,
     clip_eps=ppo.clip_eps or None,  # 0 in the settings: none
     clip_eps_high=ppo.clip_eps_high or None,
     dual_clip=ppo.dual_clip_ratio or None,
-    mean=ppo.loss_aggregation,
-    count=count,
+    **averaged,
   )
+  metrics |= importance
   # The maximum over the pieces of a minibatch is not their sum.
   maxima = {'ratio_max_deviation': metrics.pop('ratio_max_deviation')}
   metrics['entropy'] = mean(policy_entropy)

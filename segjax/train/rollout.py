@@ -36,6 +36,7 @@ class RolloutSampler:
     log: called with a warning for each response whose logits were not finite.
     on_chunk: called before every chunk of tokens with all responses so far; an exception from it
       ends the generation.
+    weights_dtype: in which the layers decode; one of `choices.ROLLOUT_WEIGHTS`.
   """
 
   config: LlamaConfig
@@ -45,10 +46,11 @@ class RolloutSampler:
   samples_per_prompt: int = 1
   log: Callable[[str], None] = print
   on_chunk: Callable[[GenerationResult], object] = lambda _: None
+  weights_dtype: str = 'compute_dtype'
 
   def __post_init__(self):
     # Refused here, before weights are loaded.
-    make_decoder(self.settings, self.config, self.stop_ids, self.mesh)
+    _decoder(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,11 @@ def make_decoder(
   return make_decode_config(config, sampling, stop_ids, mesh, chunk, settings.tensor)
 
 
+def _decoder(sampler: RolloutSampler) -> DecodeConfig:
+  decoder = make_decoder(sampler.settings, sampler.config, sampler.stop_ids, sampler.mesh)
+  return dataclasses.replace(decoder, weights_dtype=sampler.weights_dtype)
+
+
 def rollout(
   params: Any,
   prompts: PromptBatch,
@@ -127,7 +134,7 @@ def rollout(
     params,
     prompts,
     key,
-    decoder=make_decoder(sampler.settings, sampler.config, sampler.stop_ids, sampler.mesh),
+    decoder=_decoder(sampler),
     mesh=sampler.mesh,
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,

@@ -102,6 +102,12 @@ def test_old_logprobs_are_recomputed_in_bfloat16(dtype, value):
   assert validate.resolve_recompute_logprob(parse.from_config(config)) == expected
 
 
+def test_old_logprobs_are_recomputed_beside_int8_weights():
+  config = presets.default_config()
+  config.rollout.weights_dtype = 'int8'
+  assert validate.resolve_recompute_logprob(parse.from_config(config))
+
+
 @pytest.mark.parametrize('preset', ['llama3_8b_sft', 'llama31_8b_instruct', 'llama3_70b'])
 def test_presets_in_bfloat16_recompute(preset):
   config = importlib.import_module('configs.ppo').get_config(preset)
@@ -239,6 +245,7 @@ def test_integers_become_floats():
       'config.ppo.minibatch_size=128 is not divisible by config.ppo.micro_batch_size=3',
     ),
     ({'ppo.dual_clip_ratio': 0.5}, 'must be above 1, or 0'),
+    ({'ppo.importance_clip': 0.5}, 'importance_clip=0.5 must be at least 1, or 0 for no weights'),
     ({'reward.threshold_search.entropy_quantile': 1.0}, 'below 1'),
     ({'reward.segmentation.softmax_temperature': 0.0}, 'must be above 0'),
   ],
@@ -334,6 +341,21 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       r'samples_per_prompt=8 is more than config\.rollout\.max_concurrent=4.*to 8 or more, or to 0',
     ),
     ({'rollout.tensor': -1}, 'rollout.tensor=-1 must be at least 0'),
+      {
+        'ppo.importance_clip': 2.0,
+        'rollout.recompute_logprob': False,
+        'runtime.compute_dtype': 'bfloat16',
+      },
+      'importance_clip=2.0 without the log-probs of the trained policy',
+    ),
+    (
+      {'rollout.weights_dtype': 'int8', 'rollout.recompute_logprob': False},
+      'weights_dtype=int8 are of rounded weights; set config.rollout.recompute_logprob=None',
+    ),
+    (
+      {'ppo.importance_clip': 2.0, 'compat.force_eos': True},
+      'force_eos puts in tokens that were not drawn',
+    ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],
 )

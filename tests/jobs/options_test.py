@@ -172,6 +172,26 @@ def test_stopped_while_held_out_prompts_are_sampled(small, run, paths, tmp_path,
   assert 'policy/loss' in second and 'eval/reward' not in second
 
 
+@pytest.mark.campaign
+def test_rollouts_of_int8_weights(small, run, paths, tmp_path, monkeypatch):
+  """The ratio starts at 1 although others drew the tokens, and an interrupted run goes on."""
+  overrides = {'rollout.weights_dtype': 'int8', 'ppo.importance_clip': 2.0}
+  values = small('ppo', **paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS, **overrides)
+  run(values, tmp_path / 'at once')
+  with monkeypatch.context() as patch, pytest.raises(preemption.PreemptedError, match='step 2 of'):
+    patch.setattr(ppo_trainer, 'held_out_metrics', interrupted(ppo_trainer.held_out_metrics))
+    run(values, tmp_path / 'resumed')
+  run(values, tmp_path / 'resumed')
+  steps = metrics(tmp_path / 'at once', 'ppo')
+  assert steps[1]['policy/initial_ratio_deviation'] < 1e-4
+  assert all(1e-4 < step['rollout/logprob_mismatch'] < 0.1 for step in steps)
+  assert all(0.9 < step['policy/importance_mean'] < 1.1 for step in steps[1:])
+  assert all(step['policy/importance_clipfrac'] == 0 for step in steps[1:])
+  again = metrics(tmp_path / 'resumed', 'ppo')
+  for name in ('objective/reward', 'policy/loss', 'rollout/logprob_mismatch'):
+    assert again[2][name] == steps[2][name]
+
+
 def interrupted(function):
   """Wraps a function so that SIGTERM arrives when it is called."""
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from segjax.config.settings import Optimizer
 from segjax.model import heads, sharding
 from segjax.model.mesh import decode_mesh, make_mesh
+from segjax.model.quantized import quantize_layers
 from segjax.train.optimizer import init_state, make_optimizer
 
 
@@ -32,7 +33,8 @@ def test_every_tensor_matches_one_rule(config, head):
 
 
 def test_every_rule_matches_some_tensor():
-  names = ['opt_state/0/notfinite_count', 'step']
+  decoded = jax.eval_shape(quantize_layers, heads.param_shapes(models.CONFIG, 'language'))
+  names = ['opt_state/0/notfinite_count', 'step', *names_of(decoded)]
   for config in models.CONFIGS.values():
     for head in heads.HEADS:
       params = heads.param_shapes(config, head)

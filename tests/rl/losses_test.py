@@ -15,6 +15,7 @@ from segjax.rl.losses import (
   batch_mean,
   bradley_terry,
   cross_entropy,
+  importance_weights,
   num_terms,
   policy_loss,
   value_loss,
@@ -121,6 +122,84 @@ def test_asymmetric_and_dual_clip_worked():
   assert metrics['clipfrac'] == 1
   gradient = jax.grad(lambda x: policy_loss(x, logprob * 0, advantage, mask, dual_clip=3.0)[0])
   assert_allclose(gradient(logprob), [[0, -down / 4], [0, 0]], rtol=1e-6)
+
+
+def test_importance_weights_golden():
+  """π_old / q is 2, 1 and 0.25; under the mask nothing counts."""
+  old = jnp.log(jnp.array([[0.5, 0.3], [0.9, 0.1]]))
+  drawn = jnp.log(jnp.array([[0.25, 0.3], [jnp.nan, 0.4]]))
+  weights, metrics = importance_weights(old, drawn, TRIANGLE, 1.5)
+  assert_allclose(weights, [[1.5, 1], [1, 0.25]], rtol=1e-6)
+  assert_allclose(metrics['importance_mean'], 0.75, rtol=1e-6)  # ((1.5 + 1) / 2 + 0.25) / 2
+  assert_allclose(metrics['importance_clipfrac'], 0.25)
+  weights, metrics = importance_weights(old, drawn, TRIANGLE, 2.5, mean='token')
+  assert_allclose(metrics['importance_mean'], 3.25 / 3, rtol=1e-6)
+  assert metrics['importance_clipfrac'] == 0
+
+
+@pytest.mark.parametrize('mean', MEANS)
+@given(mask=masks((4, 6)), arrays=numbers((2, 4, 6), size=1))
+def test_importance_weights_equal_oracle(mean, mask, arrays):
+  weights, metrics = run_importance_weights(*corrupted(arrays, mask), mask, mean=mean)
+  expected = oracle.importance_weights(*arrays.tolist(), 1.5)
+  assert_allclose(weights, np.where(mask, expected, 1), rtol=1e-5)
+  average = oracle.batch_mean(expected, mask.tolist(), mean)
+  assert_allclose(metrics['importance_mean'], average, rtol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames='mean')
+def run_importance_weights(old_logprob, sample_logprob, mask, mean):
+  return importance_weights(old_logprob, sample_logprob, mask, 1.5, mean=mean)
+
+
+def test_importance_weights_of_the_policy_itself_are_1():
+  """Also where the clip is 1; the weights are constants, whatever is differentiated."""
+  logprob = POLICY[0]
+  weights, metrics = importance_weights(logprob, logprob, TRIANGLE, 1.0)
+  assert (weights == 1).all()
+  assert metrics['importance_mean'] == 1 and metrics['importance_clipfrac'] == 0
+  far = importance_weights(logprob + 1e3, logprob - 1e3, TRIANGLE, 2.0)[0]
+  assert_allclose(far, [[2, 2], [1, 2]])
+  gradient = jax.grad(lambda x: importance_weights(x, POLICY[1], TRIANGLE, 2.0)[0].sum())
+  assert not gradient(logprob).any()
+
+
+def test_weighted_advantages_weigh_the_terms():
+  """A factor of the advantage is one of the whole term, beyond both clips too."""
+  logprob = jnp.array([[2.0, -2.0, 0.1, 2.0]])
+  advantage, weights = jnp.array([[1.0, 1.0, -1.0, -1.0]]), jnp.array([[0.5, 2.0, 1.5, 3.0]])
+
+  def gradient(advantage):
+    def loss(x):
+      return policy_loss(x, logprob * 0, advantage, jnp.ones((1, 4), bool), dual_clip=3.0)[0]
+
+    return jax.grad(loss)(logprob)
+
+  assert_allclose(gradient(advantage * weights), weights * gradient(advantage), rtol=1e-6)
+
+
+def test_importance_weights_recover_the_gradient_of_the_policy():
+  """Exactly, summed over all tokens that q may draw, unless weights are truncated."""
+  logits, noise, advantage = np.random.default_rng(5).normal(size=(3, 12)).astype(np.float32)
+  old, drawn = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits + 0.5 * noise)
+  mask = jnp.ones((12, 1), bool)  # a response of one token for each of the vocabulary
+
+  def mean_gradient(distribution, clip=None):
+    """Returns Σ_y distribution(y) w A ∇ ln π(y), with q = `drawn`."""
+    weighted = (12 * jnp.exp(distribution) * advantage)[:, None]
+    if clip:
+      weighted *= importance_weights(old[:, None], drawn[:, None], mask, clip)[0]
+
+    def loss(x):
+      return policy_loss(jax.nn.log_softmax(x)[:, None], old[:, None], weighted, mask)[0]
+
+    return -jax.grad(loss)(logits)
+
+  expected = mean_gradient(old)
+  assert_allclose(mean_gradient(drawn, clip=100.0), expected, atol=1e-6)
+  unweighted = np.abs(mean_gradient(drawn) - expected).max()
+  assert unweighted > 0.1 * np.abs(expected).max()
+  assert 1e-3 < np.abs(mean_gradient(drawn, clip=1.2) - expected).max() < unweighted
 
 
 @pytest.mark.parametrize('mean', MEANS)

@@ -183,6 +183,24 @@ def test_entropy_bonus_is_in_the_loss(decode_logprob_rollout):
   assert with_bonus['policy/loss'] == pytest.approx(expected, abs=1e-5)
 
 
+def test_importance_weights_scale_the_loss(decode_logprob_rollout):
+  """Tokens drawn with half the probability of the policy count twice, or up to the clip."""
+  _, experience, _ = decode_logprob_rollout
+  rows = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ROWS[0]]), experience)
+  rollout = rows.rollout
+  drawn = dataclasses.replace(rollout, sample_logprob=rollout.old_logprob - np.log(2))
+  rows, count = dataclasses.replace(rows, rollout=drawn), num_terms(rollout.response_mask)
+  losses = []
+  for recipe in (RECIPE, variant(importance_clip=1.5)):
+    objective = jax.jit(functools.partial(policy_objective, recipe=recipe))
+    loss, metrics = objective(models.params(models.CONFIG), rows, count, KL_COEF)
+    losses.append(float(loss))
+    assert ('importance_mean' in metrics.mean) == (recipe is not RECIPE)
+  assert losses[1] == pytest.approx(1.5 * losses[0], abs=1e-6)
+  assert metrics.mean['importance_mean'] == pytest.approx(1.5)
+  assert metrics.mean['importance_clipfrac'] == 1
+
+
 def test_critic_learns_alone_in_the_warm_up(decode_logprob_rollout):
   _, experience, _ = decode_logprob_rollout
   states, metrics = step(initial_states(), experience, ROWS[0], policy_from=None)
