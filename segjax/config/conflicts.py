@@ -37,6 +37,7 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
+  _check_carry(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -62,6 +63,15 @@ def check_conflicts(s: Settings) -> None:
     raise UserError(
       'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
       'config.reward_shaping.reward_fn.'
+    )
+
+
+def _check_carry(s: Settings) -> None:
+  if s.rollout.carry and s.rollout.samples_per_prompt > 1:
+    raise UserError(
+      f'config.rollout.samples_per_prompt={s.rollout.samples_per_prompt} with rollout.carry=True: '
+      'responses to one prompt would end in different steps, where nothing can compare them; set '
+      'config.rollout.samples_per_prompt=1, or carry=False.'
     )
 
 

@@ -151,6 +151,7 @@ class RolloutSettings:
   max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
   tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
   recompute_logprob: bool | None = None  # old log-probs by a full forward; None: in bfloat16 alone
+  carry: bool = False  # unfinished responses go on in the next rollout, see train/carry.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -329,6 +329,10 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'reward_shaping.spread=auto',
     ),
     ({'ppo.kl_placement': 'loss'}, 'its gradient is 0 on average'),
+    (
+      {'rollout.carry': True, 'rollout.samples_per_prompt': 4},
+      'config.rollout.samples_per_prompt=4 with rollout.carry=True',
+    ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],
 )
