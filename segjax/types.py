@@ -165,6 +165,8 @@ class Rollout:
     old_logprob: log-prob under the sampling policy, unfiltered, at temperature 1.
     attended: True on response tokens that attention sees; None for all.
     sample_logprob: log-prob under the distribution drawn from: temperature, filters, bans.
+    carried: tokens at the start of each response that the policies of earlier rollouts drew; None
+      where no response is carried from one rollout to the next.
   """
 
   prompt_ids: Int[Array, 'B P']
@@ -175,6 +177,7 @@ class Rollout:
   old_logprob: Float[Array, 'B T']
   attended: Bool[Array, 'B T'] | None = None
   sample_logprob: Float[Array, 'B T'] | None = None
+  carried: Int[Array, 'B'] | None = None
 
 
 @_pytree

@@ -43,6 +43,17 @@ def test_convert(bench, tmp_path):
 
 
 @pytest.mark.benchmarks
+def test_carry(bench):
+  record = bench('carry', '--batch=32', '--concurrent=8,32', '--new=256', '--rollouts=6')
+  for each in record['settings']:
+    assert each['ratio'] > 1 and each['carrying']['slots_used'] > 0.9
+    # A response is that many steps old on average, whatever the lengths.
+    assert each['age_mean'] == pytest.approx(each['concurrent'] / 32, rel=0.25)
+    # Prompts and tokens of carried responses are read again.
+    assert each['carrying']['prefilled'] > each['waiting']['prefilled']
+
+
+@pytest.mark.benchmarks
 def test_decode(bench):
   record = bench(
     *('decode', '--shape=tiny', '--batches=2', '--prompt=4', '--new=18', '--ragged-new=20'),

@@ -38,6 +38,7 @@ def check_conflicts(s: Settings) -> None:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
   _check_importance(s)
+  _check_carry(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -98,6 +99,15 @@ def _check_importance(s: Settings) -> None:
     raise UserError(
       f'config.ppo.importance_clip={clip} weighs tokens by the log-probs they were drawn with, and '
       'config.compat.force_eos puts in tokens that were not drawn; set one of them to 0 or False.'
+    )
+
+
+def _check_carry(s: Settings) -> None:
+  if s.rollout.carry and s.rollout.samples_per_prompt > 1:
+    raise UserError(
+      f'config.rollout.samples_per_prompt={s.rollout.samples_per_prompt} with rollout.carry=True: '
+      'responses to one prompt would end in different steps, where nothing can compare them; set '
+      'config.rollout.samples_per_prompt=1, or carry=False.'
     )
 
 

@@ -7,13 +7,18 @@ _SMALLEST = 1e-37  # smaller rates are 0 in float32
 
 
 def check_no_effect(s: Settings) -> None:
-  """Raises UserError if a stage of the run would leave its weights as they are."""
+  """Raises UserError if a stage would leave its weights as they are, or carry no response."""
   for name in ('sft', 'reward'):
     section = getattr(s, name)
     if name in s.stages and section.max_steps:
       check_learning_rate(section.optimizer, section.max_steps, f'{name}.optimizer')
   if 'ppo' in s.stages:
     _check_ppo(s)
+  elif s.rollout.carry:
+    raise UserError(
+      "config.rollout.carry=True has no effect without 'ppo' in config.stages: other stages wait "
+      'for all responses; set it to False.'
+    )
 
 
 def check_learning_rate(optimizer: Optimizer, num_updates: int, key: str) -> None:

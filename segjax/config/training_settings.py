@@ -152,6 +152,7 @@ class RolloutSettings:
   tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
   weights_dtype: str = 'compute_dtype'  # of the layers in PPO's rollouts; int8: half the size
   recompute_logprob: bool | None = None  # old log-probs by a full forward; None: bfloat16 or int8
+  carry: bool = False  # unfinished responses go on in the next rollout, see train/carry.py
 
 
 @dataclasses.dataclass(frozen=True)

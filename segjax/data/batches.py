@@ -262,10 +262,20 @@ def endless_batch_indices(num_rows: int, batch: int, seed: int, step: int) -> np
   Unlike in `batch_indices`, an epoch's tail is part of the next batch, and a batch may be larger
   than the dataset: a few prompts can be sampled from repeatedly.
   """
-  position = np.arange(step * batch, (step + 1) * batch)
+  return stream_rows(num_rows, seed, np.arange(step * batch, (step + 1) * batch))
+
+
+def stream_rows(num_rows: int, seed: int, position: np.ndarray) -> np.ndarray:
+  """Returns the rows at positions of the endless stream of epochs, int64 [N].
+
+  Args:
+    num_rows: number of rows of the dataset.
+    seed: seed of the order.
+    position: integers from 0, in any order, [N].
+  """
   epoch, row = np.divmod(position, num_rows)  # a batch may span several epochs
   orders = {e: _permutation(num_rows, seed, int(e)) for e in np.unique(epoch)}
-  return np.array([orders[e][r] for e, r in zip(epoch, row, strict=True)])
+  return np.array([orders[e][r] for e, r in zip(epoch, row, strict=True)], np.int64)
 
 
 def eval_batches(num_rows: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:

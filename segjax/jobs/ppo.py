@@ -32,6 +32,7 @@ from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
+from segjax.train.carry import Stream, nothing_carried
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import load_custom_reward
 from segjax.train.optimizer import init_state
@@ -126,6 +127,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   models.log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, resolved.reward_spec.normalizer)
   trainer = _make_trainer(stage, loaded, frozen, normalizer)
+  if trainer.stream is not None:
+    states['carried'] = nothing_carried(trainer.stream, stage.mesh)
   states, last = training_loop.train(stage, states, trainer.step, s.ppo.max_steps, SHOW)
   results = {name: last.get(metric) for name, metric in RESULTS.items()}
   card = provenance.card(stage, results, prompts, SHOW)
@@ -218,7 +221,10 @@ def _make_trainer(
     load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
     check_stop=preemption.raise_if_stop_requested,
   )
-  timer = StepTimer()
+  timer, stream = StepTimer(), None
+  if s.rollout.carry:
+    size, max_tokens = s.ppo.rollout_batch_size, sampler.settings.max_new_tokens
+    stream = Stream(train_set, s.seed, stage.key('rollout'), size, max_tokens)
   return Trainer(
     stage=stage,
     frozen=frozen,
@@ -228,6 +234,7 @@ def _make_trainer(
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,
+    stream=stream,
   )
 
 

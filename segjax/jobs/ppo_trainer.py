@@ -18,6 +18,7 @@ from segjax.rl.kl import adaptive_kl_coef
 from segjax.run import preemption, training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
+from segjax.train.carry import Stream
 from segjax.train.collect import Collected, Collector, held_out_metrics
 from segjax.train.metrics import Metrics, combine_updates
 from segjax.train.ppo_step import Minibatch, ppo_step
@@ -54,6 +55,7 @@ class Trainer:
     decode: maps token ids to text.
     responses: keeps responses for report.html.
     timer: of the parts of a step.
+    stream: of the prompts, where responses are carried from one step to the next.
   """
 
   stage: Stage
@@ -64,6 +66,7 @@ class Trainer:
   decode: Callable[[Any], str]
   responses: ResponseLog
   timer: StepTimer
+  stream: Stream | None = None
 
   def step(
     self, states: training_loop.TrainStates, step: int
@@ -75,13 +78,8 @@ class Trainer:
     """
     s, recipe = self.stage.settings, self.collector.recipe
     self.timer.begin()
-    samples = s.rollout.samples_per_prompt
-    rows = endless_batch_indices(
-      len(self.collector.prompts), s.ppo.rollout_batch_size // samples, s.seed, step
-    )
-    key = jax.random.fold_in(self.stage.key('rollout'), step)
     kl_coef = states['kl']['coef']
-    collected = self.collector.collect(self._params(states), rows, key, kl_coef)
+    collected = self._collect(states, step)
     metrics = collected.metrics
     enabled = within_bounds(metrics, ppo=s.ppo)
     if step == 0:
@@ -93,6 +91,8 @@ class Trainer:
         kl_coef, measured, s.ppo.kl_target, s.ppo.rollout_batch_size, s.ppo.kl_horizon
       )
       states['kl'] = {'coef': jnp.where(enabled, new_coef, kl_coef)}
+    if collected.carried is not None:
+      states['carried'] = collected.carried
     self.timer.end('update', states)
     metrics |= {'objective/kl_coef': kl_coef} | updates
     metrics |= throughput.ppo_step(
@@ -100,10 +100,19 @@ class Trainer:
     )
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
       metrics |= self._evaluate(states)
-    answered = np.repeat(rows, samples)
-    self.responses.take(step, s.ppo.max_steps, collected.experience, answered)
+    self.responses.take(step, s.ppo.max_steps, collected.experience, collected.rows)
     self.timer.end('between_steps')
     return states, metrics | self.timer.seconds
+
+  def _collect(self, states: training_loop.TrainStates, step: int) -> Collected:
+    """Samples and scores the responses of a step."""
+    s, params, kl_coef = self.stage.settings, self._params(states), states['kl']['coef']
+    if self.stream is not None:
+      return self.collector.collect_carrying(params, states['carried'], step, self.stream, kl_coef)
+    prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
+    rows = endless_batch_indices(len(self.collector.prompts), prompts, s.seed, step)
+    key = jax.random.fold_in(self.stage.key('rollout'), step)
+    return self.collector.collect(params, rows, key, kl_coef)
 
   def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
     return self.frozen | {name: states[name].params for name in ('policy', 'critic')}
@@ -141,7 +150,12 @@ class Trainer:
         updates.append(metrics.merge(Metrics(mean=efficiency)))
     metrics = combine_updates(updates)
     if 'policy/ratio_max_deviation' in updates[0].max:
-      metrics['policy/initial_ratio_deviation'] = updates[0].max['policy/ratio_max_deviation']
+      first = updates[0].max
+      # Where responses are carried, of the tokens that the present policy drew.
+      metrics['policy/initial_ratio_deviation'] = first.get(
+        'policy/own_ratio_max_deviation', first['policy/ratio_max_deviation']
+      )
+      metrics.pop('policy/own_ratio_max_deviation', None)
     return states | {'policy': policy, 'critic': critic}, metrics
 
   def _evaluate(self, states: training_loop.TrainStates) -> dict[str, Any]:

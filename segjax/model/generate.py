@@ -177,6 +177,7 @@ def generate_requests(
   decoder: DecodeConfig,
   mesh: Mesh,
   max_concurrent: int = 0,
+  at_once: int | None = None,
   enough: int | None = None,
   on_chunk: Callable[[GenerationResult], object] = lambda result: None,
 ) -> Generated:
@@ -191,6 +192,7 @@ def generate_requests(
     decoder: see `make_decode_config`.
     mesh: the devices.
     max_concurrent: see `GenerationOptions`.
+    at_once: maximum of responses decoded at once where more would fit; None for all requests.
     enough: ends the generation once so many responses are done; None waits for all.
     on_chunk: see `generate`.
   """
@@ -199,7 +201,7 @@ def generate_requests(
   size = decode_memory.settle_pool(
     decoder,
     mesh,
-    responses=len(requests),
+    responses=at_once or len(requests),
     longest=longest,
     mean_prompt=sum(prompts.values()) / max(len(requests), 1),
     max_concurrent=max_concurrent,

@@ -207,6 +207,12 @@ RULES = (
     ' use rollout.temperature=1, top_p=1 and top_k=0 for unbiased updates, or ppo.importance_clip',
     after=3,
   ),
+  Rule(
+    ('rollout/age_max',),
+    lambda age: age.recent > 2 * age.first + 2,
+    'responses are carried for longer, up to {0:.0f} steps, so that old policies drew their first'
+    ' tokens. Lower rollout.max_new_tokens or rollout.max_concurrent, or set rollout.carry=False',
+  ),
   *(
     Rule(
       ('objective/reward', held_out),

@@ -131,7 +131,8 @@ ENTRIES = (
   ),
   Entry(
     ('policy/ratio_mean', 'policy/ratio_max_deviation', 'policy/initial_ratio_deviation'),
-    'π / π_old: mean; largest deviation from 1 over all updates; that before the first update',
+    'π / π_old: mean; largest deviation from 1 over all updates; that before the first update, '
+    'of tokens that the present policy drew',
     'the last below 1e-5 in float32, 0.3 in bfloat16',
     'larger: sampling and training disagree; run `configs/selfcheck.py`',
   ),
@@ -169,6 +170,18 @@ ENTRIES = (
     '|log-prob when sampled − log-prob unfiltered at temperature 1|, nats per token: mean; maximum',
     '0 for plain sampling; some hundredths in bfloat16',
     'larger: set `rollout.temperature=1`, `top_p=1`, `top_k=0`, or `ppo.importance_clip=2`',
+  ),
+  Entry(
+    ('rollout/carried_responses', 'rollout/carried_tokens'),
+    'with `rollout.carry`: responses that a step has from the one before; their tokens',
+    'steady; at most `rollout.max_concurrent` responses',
+  ),
+  Entry(
+    ('rollout/older_share', 'rollout/age_mean', 'rollout/age_max'),
+    'with `rollout.carry`: share of the tokens that older policies drew; steps since the responses '
+    'of a step began: mean; maximum',
+    'below 0.6; `rollout.max_concurrent` / `ppo.rollout_batch_size`; a few steps',
+    'larger: lower `rollout.max_concurrent` or `rollout.max_new_tokens`',
   ),
   Entry(
     ('eval/reward', 'eval/gold', 'eval/kl', 'eval/length_mean'),

@@ -13,6 +13,8 @@ from jaxtyping import ScalarLike
 
 from segjax.data.batches import Prompts
 from segjax.model import sharding
+from segjax.train import carry
+from segjax.train.carry import Carried, Stream
 from segjax.train.compat import apply_rollout_compat
 from segjax.train.custom_reward import CustomReward
 from segjax.train.experience import make_experience
@@ -23,11 +25,18 @@ from segjax.types import Experience, Normalizer
 
 
 class Collected(NamedTuple):
-  """Experience on the devices, its metrics, and the rollout with its part on the host."""
+  """Experience on the devices, its metrics, and the rollout with its part on the host.
+
+  Attributes:
+    rows: the row of each response's prompt.
+    carried: what goes on in the next rollout; None where no response is carried.
+  """
 
   experience: Experience
-  metrics: dict[str, jax.Array]
+  metrics: dict[str, Any]
   rollout: CollectedRollout
+  rows: np.ndarray
+  carried: Carried | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +80,50 @@ class Collector:
       kl_coef: coefficient of the KL penalty.
       index: number of each prompt, for its random numbers; 0, 1, ... by default.
     """
-    # A machine that is about to be preempted does not wait for the longest response.
-    sampler = dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
     # On the host, which assigns prompts to the slots of generation.
     batch = self.prompts.gather(rows, np.asarray)
-    collected = rollout(params['policy'], batch, key, sampler, index)
+    collected = rollout(params['policy'], batch, key, self._stopping_sampler(), index)
+    return self._score(params, collected, np.repeat(rows, self.sampler.samples_per_prompt), kl_coef)
+
+  def collect_carrying(
+    self,
+    params: dict[str, Any],
+    carried: Carried,
+    step: int,
+    stream: Stream,
+    kl_coef: ScalarLike,
+  ) -> Collected:
+    """Goes on with the carried responses, starts others, and scores those that are finished.
+
+    Args:
+      params: see `collect`.
+      carried: what the step before has left.
+      step: number of this step.
+      stream: the prompts in their order, and the random numbers.
+      kl_coef: coefficient of the KL penalty.
+    """
+    sampled = carry.rollout(params['policy'], carried, step, stream, self._stopping_sampler())
+    collected = self._score(params, sampled.rollout, sampled.rows, kl_coef)
+    metrics = collected.metrics | sampled.metrics
+    return collected._replace(metrics=metrics, carried=sampled.carried)
+
+  def _stopping_sampler(self) -> RolloutSampler:
+    # A machine that is about to be preempted does not wait for the longest response.
+    return dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
+
+  def _score(
+    self,
+    params: dict[str, Any],
+    collected: CollectedRollout,
+    rows: np.ndarray,
+    kl_coef: ScalarLike,
+  ) -> Collected:
+    """Scores responses to the prompts of `rows`, one row for each."""
     self.on_part('generate', collected.arrays)
     # A collective call: all processes ask at the same points, and stop together.
     self.check_stop()
     collected = apply_rollout_compat(
-      collected, sampler.stop_ids[0], self.recipe.compat, sampler.mesh
+      collected, self.sampler.stop_ids[0], self.recipe.compat, self.sampler.mesh
     )
     outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
     # Dispatched before the user's function runs on the host, so that the two overlap.
@@ -90,12 +133,11 @@ class Collector:
     )
     self.on_part('score', experience)
     self.check_stop()
-    return Collected(experience, metrics, collected)
+    return Collected(experience, metrics, collected, rows)
 
   def prompt_texts(self, rows: np.ndarray) -> list[str]:
-    """Returns the last message of each response's prompt."""
-    repeated = np.repeat(rows, self.sampler.samples_per_prompt)
-    return [self.prompts.messages(row)[-1]['content'] for row in repeated]
+    """Returns the last message of the prompt in each of the rows."""
+    return [self.prompts.messages(row)[-1]['content'] for row in rows]
 
   def _custom_reward(self, collected: CollectedRollout, rows: np.ndarray) -> jax.Array | None:
     if self.custom_reward is None:
@@ -139,6 +181,7 @@ def held_out_metrics(
     'eval/length_mean': collected.metrics['response/length_mean'],
   }
   if gold is not None:
-    pairs = zip(collector.prompt_texts(rows), collected.rollout.texts(decode), strict=True)
+    prompts = collector.prompt_texts(collected.rows)
+    pairs = zip(prompts, collected.rollout.texts(decode), strict=True)
     metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
   return metrics

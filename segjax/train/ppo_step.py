@@ -12,6 +12,7 @@ from segjax.model.heads import token_logprobs, values
 from segjax.model.llama import LlamaConfig
 from segjax.model.packed import run_packed
 from segjax.rl import kl
+from segjax.rl.logprobs import log_ratio
 from segjax.rl.losses import (
   batch_mean,
   importance_weights,
@@ -26,6 +27,7 @@ from segjax.train.optimizer import TrainState, apply_update
 from segjax.train.recipe import PPORecipe
 from segjax.train.scoring import (
   attention_segment_ids,
+  carried_mask,
   concat_prompt_response,
   gather_response,
   take_rows,
@@ -92,6 +94,11 @@ def policy_objective(
   metrics |= importance
   # The maximum over the pieces of a minibatch is not their sum.
   maxima = {'ratio_max_deviation': metrics.pop('ratio_max_deviation')}
+  if rollout.carried is not None:
+    # Apart from the tokens of earlier policies, whose ratio is not 1 before the first update.
+    deviation = jnp.abs(jnp.expm1(log_ratio(logprob, rollout.old_logprob)))
+    is_own = mask & ~carried_mask(rollout)
+    maxima['own_ratio_max_deviation'] = jnp.max(jnp.where(is_own, deviation, 0), initial=0)
   metrics['entropy'] = mean(policy_entropy)
   if ppo.entropy_coef:
     loss = loss - ppo.entropy_coef * metrics['entropy']

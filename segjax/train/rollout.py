@@ -50,7 +50,7 @@ class RolloutSampler:
 
   def __post_init__(self):
     # Refused here, before weights are loaded.
-    _decoder(self)
+    decode_config(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,8 @@ def make_decoder(
   return make_decode_config(config, sampling, stop_ids, mesh, chunk, settings.tensor)
 
 
-def _decoder(sampler: RolloutSampler) -> DecodeConfig:
+def decode_config(sampler: RolloutSampler) -> DecodeConfig:
+  """Returns the static configuration of the sampler's programs."""
   decoder = make_decoder(sampler.settings, sampler.config, sampler.stop_ids, sampler.mesh)
   return dataclasses.replace(decoder, weights_dtype=sampler.weights_dtype)
 
@@ -134,24 +135,43 @@ def rollout(
     params,
     prompts,
     key,
-    decoder=_decoder(sampler),
+    decoder=decode_config(sampler),
     mesh=sampler.mesh,
     options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
     on_chunk=sampler.on_chunk,
   )
+  # A row per response.
+  return place_rollout(PromptBatch(*(np.repeat(x, samples, 0) for x in prompts)), output, sampler)
+
+
+def place_rollout(
+  prompts: PromptBatch,
+  output: GenerationResult,
+  sampler: RolloutSampler,
+  carried: Int[np.ndarray, 'B'] | None = None,
+) -> CollectedRollout:
+  """Puts responses on the mesh, and logs those whose logits were not finite.
+
+  Args:
+    prompts: the prompt of each response, on the host.
+    output: the responses.
+    sampler: how they were sampled.
+    carried: tokens of each that earlier policies drew; None if none was carried.
+
+  Raises:
+    UserError: no response has finite logits.
+  """
   if output.non_finite.all():  # a single row may overflow, and is only logged
     raise UserError(
       'the logits of every response are not finite: the weights of the policy are corrupted; '
       'resume from an earlier checkpoint, or lower the learning rate.'
     )
   for row in np.flatnonzero(output.non_finite):
-    length = int(output.response_mask[row].sum())
-    sampler.log(
-      f'prompt {row // samples}: the logits after {length} tokens of a response are not finite'
-    )
-  prompt_length = np.repeat(prompts.prompt_length, samples).astype(np.int32)  # a row per response
+    prompt, length = row // sampler.samples_per_prompt, int(output.response_mask[row].sum())
+    sampler.log(f'prompt {prompt}: the logits after {length} tokens of a response are not finite')
+  prompt_length = prompts.prompt_length.astype(np.int32)
   arrays = {
-    'prompt_ids': np.repeat(prompts.prompt_ids, samples, axis=0),
+    'prompt_ids': prompts.prompt_ids,
     'prompt_length': prompt_length,
     'response_ids': output.response_ids,
     'response_mask': output.response_mask,
@@ -159,6 +179,8 @@ def rollout(
     'old_logprob': output.logprob,  # unfiltered: PPO compares policies, not ways to sample
     'sample_logprob': output.sample_logprob,
   }
+  if carried is not None:
+    arrays['carried'] = carried
   return CollectedRollout(
     Rollout(**sharding.place_batch(arrays, sampler.mesh)),  # each process places its part
     output.response_ids,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model import host_memory, sharding
 from segjax.model.heads import scores, token_logprobs, values
@@ -51,6 +51,11 @@ def attention_segment_ids(rollout: Rollout) -> Int[Array, 'B S'] | None:
     return None
   prompt = jnp.ones(rollout.prompt_ids.shape, jnp.int32)
   return _concat(prompt, rollout.attended.astype(jnp.int32), rollout.prompt_length)
+
+
+def carried_mask(rollout: Rollout) -> Bool[Array, 'B T']:
+  """Returns True on the tokens that earlier policies drew; `rollout.carried` must not be None."""
+  return jnp.arange(rollout.response_mask.shape[1])[None] < rollout.carried[:, None]
 
 
 def _concat(prompt: Array, response: Array, prompt_length: Int[Array, 'B']) -> Array:
@@ -109,6 +114,9 @@ def score_chunk(
   # update would not be 1, and the KL not 0, before anything is learned.
   if recipe.recompute_logprob:
     old_logprob = window(logprobs('policy', recipe.policy)[0])
+    # The present policy would give tokens that earlier ones drew another log-prob.
+    if rollout.carried is not None:
+      old_logprob = jnp.where(carried_mask(rollout), rollout.old_logprob, old_logprob)
   # An evaluation has no critic, and a run on a custom reward alone no reward model.
   value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in params:

@@ -48,6 +48,7 @@ def _settings(stages, **values):
       },
       'are both 0, which leaves no reward',
     ),
+    ('sft', {'rollout__carry': True}, "rollout.carry=True has no effect without 'ppo'"),
     ('sft', {'sft__max_steps': 1}, 'config.sft.optimizer.warmup_ratio=0.03 leaves'),
     (
       'sft',

@@ -341,6 +341,7 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       r'samples_per_prompt=8 is more than config\.rollout\.max_concurrent=4.*to 8 or more, or to 0',
     ),
     ({'rollout.tensor': -1}, 'rollout.tensor=-1 must be at least 0'),
+    (
       {
         'ppo.importance_clip': 2.0,
         'rollout.recompute_logprob': False,
@@ -355,6 +356,10 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
     (
       {'ppo.importance_clip': 2.0, 'compat.force_eos': True},
       'force_eos puts in tokens that were not drawn',
+    ),
+    (
+      {'rollout.carry': True, 'rollout.samples_per_prompt': 4},
+      'config.rollout.samples_per_prompt=4 with rollout.carry=True',
     ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
   ],

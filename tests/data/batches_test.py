@@ -9,10 +9,12 @@ from segjax import types
 from segjax.data.batches import (
   Ragged,
   batch_indices,
+  endless_batch_indices,
   eval_batches,
   pad_rows,
   select,
   split_holdout,
+  stream_rows,
 )
 from segjax.data.limits import Limits
 from segjax.data.sources import Rows
@@ -210,3 +212,11 @@ def test_batch_must_fit(batch):
 )
 def test_chunks(num_rows, batch, expected):
   assert [(i.tolist(), real) for i, real in eval_batches(num_rows, batch)] == expected
+
+
+def test_rows_of_a_stream_are_those_of_its_batches():
+  """Positions may come in any order, and from any epoch."""
+  batches = np.concatenate([endless_batch_indices(7, 3, 5, step) for step in range(8)])
+  order = np.random.default_rng(0).permutation(24)
+  assert stream_rows(7, 5, order).tolist() == batches[order].tolist()
+  assert [sorted(batches[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3

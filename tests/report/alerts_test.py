@@ -31,6 +31,7 @@ HEALTHY = {
   'objective/reward_std': lambda x: 2.0,
   'reward/clipped': lambda x: 0.001,
   'eval/accuracy': lambda x: 0.5 + 0.2 * x,
+  'rollout/age_max': lambda x: 3.0,
 }
 # A part of the alert, and the curve that causes it.
 UNHEALTHY = {
@@ -72,6 +73,7 @@ UNHEALTHY = {
   'tokens are clipped': {'policy/clipfrac': lambda x: 0.5},
   'deviates from 1': {'policy/initial_ratio_deviation': lambda x: 3.0},
   'sampled from another distribution': {'rollout/logprob_mismatch': lambda x: 0.5},
+  'responses are carried for longer': {'rollout/age_max': lambda x: 3 + 20 * x},
   'while eval/reward falls': {'eval/reward': lambda x: x - 1.5 * x**2},
   'while eval/gold falls': {'eval/gold': lambda x: x - 1.5 * x**2},
   'the loss has risen to 1': {'reward_model/loss': lambda x: 0.69 + 2 * x},

@@ -89,6 +89,28 @@ def test_first_minibatch_is_on_policy(scored_rollout):
   assert metrics['skipped_updates'] == 0
 
 
+@pytest.mark.campaign
+def test_tokens_of_earlier_policies_keep_their_log_probs():
+  """Their ratio is not 1, and is not part of the deviation of sampling from training."""
+  mesh, recipe = models.mesh(1), training.recipe(recompute_logprob=True)
+  params = {name: training.network(name, mesh) for name in training.SEEDS}
+  rollout = training.sample(params['policy'])
+  carried = np.minimum(rollout.response_mask.sum(axis=1), 3).astype(np.int32)
+  is_older = np.arange(training.RESPONSE) < carried[:, None]
+  drawn = np.where(is_older, rollout.arrays.old_logprob - 0.5, rollout.arrays.old_logprob)
+  arrays = dataclasses.replace(rollout.arrays, old_logprob=jnp.asarray(drawn))
+  arrays = dataclasses.replace(arrays, carried=jnp.asarray(carried))
+  outputs = score(params, arrays, rollout.length, recipe=recipe)
+  np.testing.assert_array_equal(outputs.old_logprob[is_older], drawn[is_older])
+  np.testing.assert_allclose(outputs.old_logprob[~is_older], drawn[~is_older], atol=1e-4)
+  assert (np.asarray(outputs.old_logprob) != drawn)[~is_older].any()  # recomputed
+  normalizer = jax.tree.map(jnp.float32, Normalizer())
+  experience, _ = make_experience(arrays, outputs, normalizer, KL_COEF, recipe=recipe)
+  _, metrics = step(initial_states(), experience, ROWS[0])
+  assert metrics['policy/own_ratio_max_deviation'] < 1e-4
+  assert metrics['policy/ratio_max_deviation'] == pytest.approx(np.expm1(0.5), abs=1e-3)
+
+
 def test_later_minibatches_are_off_policy(scored_rollout, caplog):
   _, experience, _ = scored_rollout
   states, deviation = initial_states(), []
