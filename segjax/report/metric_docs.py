@@ -131,8 +131,7 @@ ENTRIES = (
   ),
   Entry(
     ('policy/ratio_mean', 'policy/ratio_max_deviation', 'policy/initial_ratio_deviation'),
-    'π / π_old: mean; largest deviation from 1 over all updates; that before the first update, '
-    'of tokens that the present policy drew',
+    'π / π_old: mean; largest deviation from 1; that before the first update, of its own tokens',
     'the last below 1e-5 in float32, 0.3 in bfloat16',
     'larger: sampling and training disagree; run `configs/selfcheck.py`',
   ),
@@ -174,12 +173,10 @@ ENTRIES = (
   Entry(
     ('rollout/carried_responses', 'rollout/carried_tokens'),
     'with `rollout.carry`: responses that a step has from the one before; their tokens',
-    'steady; at most `rollout.max_concurrent` responses',
   ),
   Entry(
     ('rollout/older_share', 'rollout/age_mean', 'rollout/age_max'),
-    'with `rollout.carry`: share of the tokens that older policies drew; steps since the responses '
-    'of a step began: mean; maximum',
+    'with `rollout.carry`: share of tokens that older policies drew; age in steps: mean; maximum',
     'below 0.6; `rollout.max_concurrent` / `ppo.rollout_batch_size`; a few steps',
     'larger: lower `rollout.max_concurrent` or `rollout.max_new_tokens`',
   ),

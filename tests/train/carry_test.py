@@ -9,7 +9,7 @@ from fixtures import models, training
 
 from segjax.data.batches import Prompts, Ragged, stream_rows
 from segjax.data.sources import Rows
-from segjax.model.generate import GenerationOptions, generate, make_decode_config
+from segjax.model.generate import GenerationOptions, generate
 from segjax.train import carry
 from segjax.train import rollout as rollouts
 from segjax.train.checkpoint import Checkpointer
@@ -22,8 +22,8 @@ ROWS, SEED, KEY = 64, 3, jax.random.key(5)
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
   """Lets rollouts end inside of the short responses of these tests."""
-  make = functools.partial(make_decode_config, chunk=CHUNK)
-  monkeypatch.setattr(rollouts, 'make_decode_config', make)
+  make = functools.partial(rollouts.make_decoder, chunk=CHUNK)
+  monkeypatch.setattr(rollouts, 'make_decoder', make)
 
 
 @functools.cache
