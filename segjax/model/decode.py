@@ -165,23 +165,23 @@ def decode_chunk(
 ) -> tuple[Pages, ChunkOutput]:
   """Samples up to `steps` tokens, at most `decoder.chunk`, for every active row."""
   block = Block(decoder.config, 'decode_')
-  opened = decode_cache.open_cache(cache, rows.table, rows.position, decoder)
+  reader, written = decode_cache.open_cache(cache, rows.table, rows.position, decoder)
 
   def step(carry):
-    j, token, active, opened, output = carry
+    j, token, active, written, output = carry
     position = rows.position + j
 
-    def run_layer(x, layer, index, opened):
-      attend = decode_cache.decode_layer(opened, index, position, j, active, decoder)
+    def run_layer(x, layer, index, written):
+      attend = decode_cache.decode_layer((reader, written), index, position, j, active, decoder)
       inputs = ({'params': layer}, x, position[:, None], attend)
       return block.apply(*inputs, method='with_cache')
 
     # Finished rows run along, since shapes are fixed: their tokens are not recorded.
     x = _embed(weights, token[:, None])
-    x, opened = _through_layers(run_layer, x, opened, weights, decoder)
+    x, written = _through_layers(run_layer, x, written, weights, decoder)
     logits = _logits(weights, x, decoder)
     token, active, output = _draw(j, logits, active, output, rows, decoder)
-    return j + 1, token, active, opened, output
+    return j + 1, token, active, written, output
 
   def unfinished(carry):
     j, _, active, _, _ = carry
@@ -190,9 +190,9 @@ def decode_chunk(
     return more if sharding.splits_rows() else more & jnp.any(active)
 
   # Not a scan: the loop can end early, and nothing here is differentiated.
-  start = (jnp.int32(0), rows.token, rows.active, opened, _empty_output(rows, decoder))
-  _, _, _, opened, output = jax.lax.while_loop(unfinished, step, start)
-  cache = decode_cache.close_cache(opened, rows.position, output.count, decoder)
+  start = (jnp.int32(0), rows.token, rows.active, written, _empty_output(rows, decoder))
+  _, _, _, written, output = jax.lax.while_loop(unfinished, step, start)
+  cache = decode_cache.close_cache(cache, written, rows.table, rows.position, output.count, decoder)
   # The layout it had on entry: donated buffers cannot be reused for another.
   return decode_cache.constrain_pages(cache, decoder.paged_attention), output
 

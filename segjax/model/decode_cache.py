@@ -44,25 +44,21 @@ _VIEW = KeyValue('decode_key', 'decode_value')
 
 
 class _Paged(NamedTuple):
-  """The pages, read and written by a kernel, and the rows' pages."""
+  """The pages of each row; a kernel reads and writes them."""
 
-  pages: Pages
   table: Int[Array, 'B M']
 
 
 class _View(NamedTuple):
-  """The pages, a dense view of those of the rows, and the chunk's own keys and values."""
+  """A dense view of the pages of each row, which a chunk of steps only reads."""
 
-  pages: Pages
-  table: Int[Array, 'B M']
   main: Any  # a KeyValue per layer where layers are unrolled, else one with layers in front
-  recent: Any
   length: Int[Array, 'B']  # positions of `main` that are filled
 
 
 def open_cache(
   cache: Pages, table: Int[Array, 'B M'], length: Int[Array, 'B'], decoder: Any
-) -> _Paged | _View:
+) -> tuple[_Paged | _View, Any]:
   """Prepares the cache for a chunk of decode steps; `close_cache` ends it.
 
   Args:
@@ -70,9 +66,13 @@ def open_cache(
     table: pages of each row.
     length: filled positions of each row.
     decoder: the `decode.DecodeConfig`, as everywhere here.
+
+  Returns:
+    What the steps only read, and what they write: the pages, or a buffer for the chunk's own keys
+    and values.
   """
   if decoder.paged_attention != 'xla':
-    return _Paged(cache, table)
+    return _Paged(table), cache
   layers = range(decoder.config.num_hidden_layers)
 
   def gather(cache, table):
@@ -83,52 +83,65 @@ def open_cache(
   recent = tuple(_empty_buffer(layer, decoder.chunk) for layer in main)
   if not decoder.unrolled:
     main, recent = (jax.tree.map(lambda *x: jnp.stack(x), *each) for each in (main, recent))
-  return _View(cache, table, main, recent, length)
+  return _View(main, length), recent
 
 
 def close_cache(
-  opened: _Paged | _View, position: Int[Array, 'B'], count: Int[Array, 'B'], decoder: Any
+  cache: Pages,
+  written: Any,
+  table: Int[Array, 'B M'],
+  position: Int[Array, 'B'],
+  count: Int[Array, 'B'],
+  decoder: Any,
 ) -> Pages:
-  """Returns the pages, with `count` new positions of each row from `position` on."""
-  if isinstance(opened, _Paged):
-    return opened.pages
-  recent = opened.recent
+  """Returns the pages after a chunk of steps.
+
+  Args:
+    cache: the pages before it.
+    written: what the steps have written, see `open_cache`.
+    table: pages of each row.
+    position: of the first token of the chunk in each row.
+    count: tokens of each row.
+    decoder: see `open_cache`.
+  """
+  if isinstance(written, Pages):
+    return written
   if not decoder.unrolled:
     layers = range(decoder.config.num_hidden_layers)
-    recent = tuple(jax.tree.map(lambda x, i=i: x[i], recent) for i in layers)
+    written = tuple(jax.tree.map(lambda x, i=i: x[i], written) for i in layers)
 
-  def append(cache, recent, table, position, count):
-    for i, layer in enumerate(recent):
+  def append(cache, written, table, position, count):
+    for i, layer in enumerate(written):
       offset = _offset(cache, i, decoder)
       cache = pages.append(cache, layer, table + offset, position, count, trash=offset)
     return cache
 
   layout, rows = _PAGES[decoder.paged_attention], 'decode_rows'
-  return sharding.shard_map_named(
-    append, (layout, (_VIEW,) * len(recent), rows, rows, rows), layout
-  )(opened.pages, recent, opened.table, position, count)
+  names = (layout, (_VIEW,) * len(written), rows, rows, rows)
+  return sharding.shard_map_named(append, names, layout)(cache, written, table, position, count)
 
 
 def decode_layer(
-  opened: _Paged | _View,
+  opened: tuple[_Paged | _View, Any],
   layer: Int[Array, ''] | int,
   position: Int[Array, 'B'],
   step: Int[Array, ''],
   active: Bool[Array, 'B'],
   decoder: Any,
 ) -> Attend:
-  """Returns the attention of one token per row in a layer; it also returns the cache after it.
+  """Returns the attention of one token per row in a layer; it also returns what is written.
 
   Args:
-    opened: see `open_cache`.
+    opened: what is read and what is written, see `open_cache`.
     layer: its number.
     position: of the token in its row.
     step: of the chunk, from 0.
     active: rows that are not active write to page 0 and read one page.
     decoder: see `open_cache`.
   """
-  if isinstance(opened, _View):
-    return lambda *heads: _decode_in_view(heads, opened, layer, step)
+  reader, written = opened
+  if isinstance(reader, _View):
+    return lambda *heads: _decode_in_view(heads, reader, written, layer, step)
 
   def run(heads, cache, rows, layer):
     query, key, value = (x[:, 0] for x in heads)
@@ -143,27 +156,26 @@ def decode_layer(
     return attended[:, None], cache
 
   def attend(*heads):
-    rows, layout = (opened.table, position, active), _PAGES[decoder.paged_attention]
+    rows, layout = (reader.table, position, active), _PAGES[decoder.paged_attention]
     names = ('decode_heads', layout, 'decode_rows', 'scalar')
-    attended, cache = sharding.shard_map_named(run, names, ('decode_heads', layout))(
-      heads, opened.pages, rows, jnp.asarray(layer, jnp.int32)
+    return sharding.shard_map_named(run, names, ('decode_heads', layout))(
+      heads, written, rows, jnp.asarray(layer, jnp.int32)
     )
-    return attended, opened._replace(pages=cache)
 
   return attend
 
 
-def _decode_in_view(heads, opened: _View, layer, step):
+def _decode_in_view(heads, view: _View, written, layer, step):
   query, key, value = heads
-  main, recent = _layer(opened.main, layer), _layer(opened.recent, layer)
+  main, recent = _layer(view.main, layer), _layer(written, layer)
   update = jax.lax.dynamic_update_slice_in_dim
   # All rows write at `step`: a slice update, where positions of their own would scatter.
   recent = KeyValue(
     update(recent.key, key[:, 0, :, :, None].astype(recent.key.dtype), step, axis=3),
     update(recent.value, value[:, 0, :, None].astype(recent.value.dtype), step, axis=2),
   )
-  attended = cached_attention(query[:, 0], main, recent, opened.length, step)
-  return attended[:, None], opened._replace(recent=_with_layer(opened.recent, layer, recent))
+  attended = cached_attention(query[:, 0], main, recent, view.length, step)
+  return attended[:, None], _with_layer(written, layer, recent)
 
 
 def _layer(view, layer) -> KeyValue:
