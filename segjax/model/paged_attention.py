@@ -46,19 +46,17 @@ class PrefillRows(NamedTuple):
 
 
 def select_paged_attention(platform: str, dtype: str, head_dim: int, kv_heads: int) -> str:
-  """Returns the fastest implementation that supports the platform and the sizes.
+  """Returns the implementation for a platform: its kernel in the sizes that it has, else 'xla'.
 
   Args:
     kv_heads: key heads of one device.
   """
-  if dtype != 'bfloat16':
-    return 'xla'
-  # By the compiler for v5p: heads are padded to 128 numbers, and no more; the keys and values of a
-  # position fill whole tiles of 8 rows of 32 bits, or 1, 2 or 4 rows.
+  # By the compiler for v5p. Smaller heads are padded to 128 numbers.
   if platform == 'tpu' and head_dim <= LANES and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
     return 'ragged'
-  # Blocks of Triton have powers of two for sizes, and its products at least 16.
-  if platform in ('gpu', 'cuda') and head_dim >= 16 and head_dim.bit_count() == 1:
+  # Blocks of Triton have powers of two for sizes, and its products are of 16 numbers or more.
+  is_block = head_dim >= 16 and head_dim.bit_count() == 1
+  if platform in ('gpu', 'cuda') and dtype == 'bfloat16' and is_block:
     return 'triton'
   return 'xla'
 
@@ -143,9 +141,14 @@ def _ragged(query, pages, table, length, start, count, blocks):
   # Imported here: Pallas takes half a second to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-  size = query.shape[-1]
+  tokens, heads, size = query.shape
+  kv_heads = pages.key.shape[2] // 2
+  query = query.reshape(tokens, kv_heads, -1, size)
+  group = query.shape[2]
+  # Heads fill the lanes, and in float32 a block of the kernel is short of a tile with one per key.
+  query = jnp.pad(query, ((0, 0), (0, 0), (0, max(0, 2 - group)), (0, LANES - size)))
   output = ragged_paged_attention(
-    jnp.pad(query, ((0, 0), (0, 0), (0, LANES - size))),
+    query.reshape(tokens, -1, LANES),
     pages.key,
     length,
     table,
@@ -153,10 +156,11 @@ def _ragged(query, pages, table, length, start, count, blocks):
     count[None],
     sm_scale=size**-0.5,
     num_kv_pages_per_block=max(1, min(blocks[0], table.shape[1], _BLOCK_PAGES)),
-    num_queries_per_block=min(blocks[1], query.shape[0]),
+    num_queries_per_block=min(blocks[1], tokens),
     vmem_limit_bytes=_VMEM,
   )
-  return output[..., :size]
+  output = output.reshape(tokens, kv_heads, -1, LANES)[:, :, :group, :size]
+  return output.reshape(tokens, heads, size)
 
 
 def positions_at_once(pages: Pages, columns: int, implementation: str) -> int:
