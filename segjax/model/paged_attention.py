@@ -23,6 +23,7 @@ _PROGRAMS = 1024  # that keep a GPU busy: 8 for each of an H100's 132 processors
 _KEYS = 512  # positions of a prefix whose logits exist at once, see `_first_row`
 _BLOCK_PAGES = 16  # at most: each needs scalar registers of the TPU, which has 32
 _VMEM = 64 * 2**20  # bytes of a TPU's vector memory that the kernel may use
+_SMEM = 2**19  # bytes of a TPU's scalar memory, 1 MiB, that a table may take
 
 
 class PrefillRows(NamedTuple):
@@ -78,9 +79,7 @@ def decode_attention(
     interpret: whether to interpret the kernel of 'triton', on any platform, for tests.
   """
   if implementation == 'ragged':
-    batch = query.shape[0]
-    start = jnp.arange(batch + 1, dtype=jnp.int32)
-    return _ragged(query, pages, table, length, start, jnp.int32(batch), _decode_blocks(pages))
+    return _ragged_decode(query, pages, table, length)
   if implementation == 'triton':
     return _triton(query, pages, table, length, interpret)
   view = gather_view(pages, table)
@@ -129,6 +128,20 @@ def _splits(rows: int, columns: int) -> int:
   while rows * splits < _PROGRAMS and splits < columns:
     splits *= 2
   return splits
+
+
+def _ragged_decode(query, pages, table, length):
+  """Attention of one token per row, by the kernel for TPU."""
+  # The kernel keeps the whole table in scalar memory, where a row of it fills whole lanes.
+  rows = max(1, _SMEM // (4 * LANES * -(-table.shape[1] // LANES)))
+  outputs = []
+  for begin in range(0, query.shape[0], rows):
+    part = slice(begin, begin + rows)
+    tokens = query[part]
+    start = jnp.arange(tokens.shape[0] + 1, dtype=jnp.int32)
+    blocks = _decode_blocks(pages)
+    outputs.append(_ragged(tokens, pages, table[part], length[part], start, start[-1], blocks))
+  return jnp.concatenate(outputs)
 
 
 def _ragged(query, pages, table, length, start, count, blocks):

@@ -28,6 +28,7 @@ def by_loops(monkeypatch):
 
   def kernel(query, pages, lengths, tables, starts, count, *, sm_scale, **blocks):
     assert all(size > 0 for size in blocks.values())
+    assert tables.shape[0] * 4 * 128 <= module._SMEM
     assert count[0] > 0  # else the kernel ends before the first page has arrived
     assert np.all(np.diff(starts[: count[0] + 1]) > 0)
     pages = np.asarray(pages, np.float64)
@@ -125,6 +126,12 @@ def test_rows_read_in_parts(monkeypatch, programs):
   """One part, and two parts of a table of three pages; above it was one page a part."""
   monkeypatch.setattr(module, '_PROGRAMS', programs)
   check_decode('triton', 4, 2)
+
+
+def test_tables_beyond_the_scalar_memory(monkeypatch, by_loops):
+  """Two rows of a table at a time, of five."""
+  monkeypatch.setattr(module, '_SMEM', 2 * 4 * 128)
+  check_decode('ragged', 4, 2)
 
 
 @pytest.mark.campaign

@@ -104,6 +104,17 @@ def test_decode(platform, sizes):
   check_pages_stay(platform, config, steps, *heads_of(config, ROWS), *rows)
 
 
+def test_decode_of_as_many_rows_as_fit():
+  """Small models on TPU: the table of 2,048 rows does not fit into the scalar memory."""
+  rows, config = 2048, config_of(heads=4, kv_heads=2)
+
+  def attend(pages, query, *rows):
+    return decode_attention(query, pages, *rows, 'ragged'), pages
+
+  query = shape(rows, 4, 128, dtype='bfloat16')
+  check_pages_stay('tpu', config, attend, query, shape(rows, 128), shape(rows))
+
+
 def chunk_shapes():
   rows = 16
   sizes = (TOKENS,), (rows, COLUMNS), (rows,), (rows + 1,), ()
