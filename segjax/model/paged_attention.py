@@ -2,10 +2,7 @@
 
 'triton' and 'ragged' are Pallas kernels that come with jax, for CUDA and TPU: they read the pages
 up to the length of each row, and no others. 'xla' runs anywhere, and is what they are tested
-against. https://github.com/jax-ml/jax, pallas/ops/gpu/paged_attention.py and
-pallas/ops/tpu/ragged_paged_attention.
-
-Pages are those of `pages`; tables have indices l N + p into all layers.
+against. Pages are those of `pages`; tables have indices l N + p into all layers.
 """
 
 from typing import NamedTuple
@@ -14,15 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from segjax.model import paged_kernels
 from segjax.model.attention import attention
 from segjax.model.pages import Pages, gather_view, page_size
 from segjax.model.splash import LANES
 
 _MASKED = -1e30  # finite: as in `attention`
-_PROGRAMS = 1024  # that keep a GPU busy: 8 for each of an H100's 132 processors
 _KEYS = 512  # positions of a prefix whose logits exist at once, see `_first_row`
-_BLOCK_PAGES = 16  # at most: each needs scalar registers of the TPU, which has 32
-_VMEM = 64 * 2**20  # bytes of a TPU's vector memory that the kernel may use
 
 
 class PrefillRows(NamedTuple):
@@ -46,19 +41,17 @@ class PrefillRows(NamedTuple):
 
 
 def select_paged_attention(platform: str, dtype: str, head_dim: int, kv_heads: int) -> str:
-  """Returns the fastest implementation that supports the platform and the sizes.
+  """Returns the implementation for a platform: its kernel in the sizes that it has, else 'xla'.
 
   Args:
     kv_heads: key heads of one device.
   """
-  if dtype != 'bfloat16':
-    return 'xla'
-  # By the compiler for v5p: heads are padded to 128 numbers, and no more; the keys and values of a
-  # position fill whole tiles of 8 rows of 32 bits, or 1, 2 or 4 rows.
+  # By the compiler for v5p. Smaller heads are padded to 128 numbers.
   if platform == 'tpu' and head_dim <= LANES and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
     return 'ragged'
-  # Blocks of Triton have powers of two for sizes, and its products at least 16.
-  if platform in ('gpu', 'cuda') and head_dim >= 16 and head_dim.bit_count() == 1:
+  # Blocks of Triton have powers of two for sizes, and its products are of 16 numbers or more.
+  is_block = head_dim >= 16 and head_dim.bit_count() == 1
+  if platform in ('gpu', 'cuda') and dtype == 'bfloat16' and is_block:
     return 'triton'
   return 'xla'
 
@@ -80,11 +73,9 @@ def decode_attention(
     interpret: whether to interpret the kernel of 'triton', on any platform, for tests.
   """
   if implementation == 'ragged':
-    batch = query.shape[0]
-    start = jnp.arange(batch + 1, dtype=jnp.int32)
-    return _ragged(query, pages, table, length, start, jnp.int32(batch), _decode_blocks(pages))
+    return paged_kernels.ragged_decode(query, pages, table, length)
   if implementation == 'triton':
-    return _triton(query, pages, table, length, interpret)
+    return paged_kernels.triton_decode(query, pages, table, length, interpret)
   view = gather_view(pages, table)
   batch, heads, size = query.shape
   query = (query * size**-0.5).reshape(batch, view.key.shape[1], -1, size)
@@ -94,101 +85,6 @@ def decode_attention(
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, _MASKED), axis=-1)
   output = jnp.einsum('bkgs,bksh->bkgh', weights.astype(view.value.dtype), view.value)
   return output.reshape(batch, heads, size)
-
-
-def _triton(query, pages, table, length, interpret):
-  # Imported here: Pallas takes half a second to import, and only CUDA needs it.
-  from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-
-  columns = table.shape[1]
-  splits = _splits(query.shape[0] * pages.key.shape[0], columns)
-  # The kernel wants whole parts. Pages beyond the length are not read.
-  table = jnp.pad(table, ((0, 0), (0, -columns % splits)))
-  query = query * query.shape[-1] ** -0.5  # the kernel does not scale
-  return paged_attention(
-    query,
-    pages.key,
-    pages.value,
-    table,
-    length,
-    # Blocks of one page: the kernel reads whole blocks.
-    pages_per_compute_block=1,
-    k_splits=splits,
-    interpret=interpret,
-  )
-
-
-def _splits(rows: int, columns: int) -> int:
-  """Returns in how many parts the pages of a row are read, by as many programs.
-
-  Enough to keep the device busy and no more, because each part writes a partial output.
-
-  Args:
-    rows: programs of one part: B K.
-    columns: of the table.
-  """
-  splits = 1
-  while rows * splits < _PROGRAMS and splits < columns:
-    splits *= 2
-  return splits
-
-
-def _ragged(query, pages, table, length, start, count, blocks):
-  """Attention of the last tokens of each row, by the kernel for TPU.
-
-  Args:
-    blocks: (pages, queries) that are in the vector memory at once. The kernel's own choice looks at
-      `jax.devices()`, which need not be the devices that it is compiled for.
-  """
-  # Imported here: Pallas takes half a second to import, and only TPUs need it.
-  from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-
-  size = query.shape[-1]
-  output = ragged_paged_attention(
-    jnp.pad(query, ((0, 0), (0, 0), (0, LANES - size))),
-    pages.key,
-    length,
-    table,
-    start,
-    count[None],
-    sm_scale=size**-0.5,
-    num_kv_pages_per_block=max(1, min(blocks[0], table.shape[1], _BLOCK_PAGES)),
-    num_queries_per_block=min(blocks[1], query.shape[0]),
-    vmem_limit_bytes=_VMEM,
-  )
-  return output[..., :size]
-
-
-def positions_at_once(pages: Pages, columns: int, implementation: str) -> int:
-  """Returns how many positions of a row a kernel reads at once: the last block it reads whole.
-
-  Args:
-    pages: of one device.
-    columns: of the table of pages.
-  """
-  blocks = min(_decode_blocks(pages)[0], columns, _BLOCK_PAGES) if implementation == 'ragged' else 1
-  return max(1, blocks) * page_size(pages)
-
-
-def _decode_blocks(pages: Pages) -> tuple[int, int]:
-  """Returns (pages, queries) of a block of `_ragged` for one token per row.
-
-  Every query of a block is multiplied with the keys of each of the block's rows, so that there are
-  few: 8. And a row reads whole blocks: of 1 MiB, which hides the memory's latency, or of 512
-  positions, about a response.
-  """
-  _, positions, heads, size = pages.key.shape
-  page_bytes = positions * heads * size * pages.key.dtype.itemsize
-  return min(2**20 // page_bytes, 512 // positions), 8
-
-
-def _prefill_blocks(pages: Pages) -> tuple[int, int]:
-  """Returns (pages, queries) of a block of `_ragged` for many tokens per row.
-
-  Nearly all entries of the kernel's table for TPU v5 and v6 with pages of 64 positions have as many
-  pages as a row, up to 1,024 positions, and 32 queries.
-  """
-  return 1024 // page_size(pages), 32
 
 
 def prefill_attention(
@@ -208,14 +104,9 @@ def prefill_attention(
     pages: with the keys and values of the chunk already written.
     implementation: as in `decode_attention`; 'triton' has no kernel for this and is as 'xla'.
   """
-  is_token = (rows.segment > 0)[:, None, None]
   if implementation == 'ragged':
-    # The kernel fetches the first page also without any row, but waits for it only with one: a
-    # chunk of padding alone is a row of one token.
-    start, length = rows.start.at[1].max(1), rows.length.at[0].max(1)
-    count, blocks = jnp.maximum(rows.count, 1), _prefill_blocks(pages)
-    output = _ragged(query, pages, rows.table, length, start, count, blocks)
-    return jnp.where(is_token, output, 0)
+    output = paged_kernels.ragged_prefill(query, pages, *rows[1:])
+    return jnp.where((rows.segment > 0)[:, None, None], output, 0)
   # Of a row that overflows, other rows in the chunk would see 0 times NaN. Its own next token reads
   # the pages, which keep what is not finite.
   key, value = (jnp.where(jnp.isfinite(x), x, 0) for x in (key, value))

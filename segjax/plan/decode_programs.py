@@ -13,7 +13,7 @@ from segjax.model import decode, decode_sizes, generate
 from segjax.model.decode import DecodeConfig
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
-from segjax.model.paged_attention import positions_at_once
+from segjax.model.paged_kernels import positions_at_once
 from segjax.model.pages import Pages
 from segjax.model.prefill_chunks import Read, prefill_chunks
 from segjax.plan import abstract_arrays

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention as tpu_packag
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as tpu_kernel
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segjax.model import paged_attention as module
+from segjax.model import paged_attention, paged_kernels
 from segjax.model.paged_attention import (
   PrefillRows,
   decode_attention,
@@ -28,6 +28,9 @@ def by_loops(monkeypatch):
 
   def kernel(query, pages, lengths, tables, starts, count, *, sm_scale, **blocks):
     assert all(size > 0 for size in blocks.values())
+    assert tables.shape[0] * 4 * 128 <= paged_kernels._SMEM
+    assert count[0] > 0  # else the kernel ends before the first page has arrived
+    assert np.all(np.diff(starts[: count[0] + 1]) > 0)
     pages = np.asarray(pages, np.float64)
     output = np.full(query.shape, np.nan)  # of tokens of no row: what is in the memory
     for row in range(count[0]):
@@ -121,8 +124,14 @@ def test_decode_attention(by_loops, implementation, heads, kv_heads):
 @pytest.mark.parametrize('programs', [1, 20])
 def test_rows_read_in_parts(monkeypatch, programs):
   """One part, and two parts of a table of three pages; above it was one page a part."""
-  monkeypatch.setattr(module, '_PROGRAMS', programs)
+  monkeypatch.setattr(paged_kernels, '_PROGRAMS', programs)
   check_decode('triton', 4, 2)
+
+
+def test_tables_beyond_the_scalar_memory(monkeypatch, by_loops):
+  """Two rows of a table at a time, of five."""
+  monkeypatch.setattr(paged_kernels, '_SMEM', 2 * 4 * 128)
+  check_decode('ragged', 4, 2)
 
 
 @pytest.mark.campaign
@@ -137,7 +146,7 @@ def test_decode_attention_of_random_rows(interpreted, implementation, seed):
 
 @pytest.mark.parametrize('rows, columns', [(1024, 32), (128, 32), (96, 20), (8, 3), (3, 64)])
 def test_number_of_parts(rows, columns):
-  parts = module._splits(rows, columns)
+  parts = paged_kernels._splits(rows, columns)
   # Enough programs, or a part for each page; half as many would be too few.
   assert rows * parts >= 1024 or parts >= columns
   assert parts == 1 or rows * parts // 2 < 1024
@@ -191,7 +200,7 @@ def check_prefill(implementation, lengths, prefix, tokens):
 @pytest.mark.parametrize('implementation', ['xla', 'ragged'])
 @pytest.mark.parametrize('name', CHUNKS)
 def test_prefill_attention(monkeypatch, by_loops, name, implementation):
-  monkeypatch.setattr(module, '_KEYS', 2 * POSITIONS)  # several blocks, the last with padding
+  monkeypatch.setattr(paged_attention, '_KEYS', 2 * POSITIONS)  # several blocks, also padding
   check_prefill(implementation, *CHUNKS[name])
 
 
@@ -232,7 +241,7 @@ def test_what_is_not_finite_stays_in_its_prompt():
     ('tpu', 'bfloat16', 128, 16, 'ragged'),
     ('tpu', 'bfloat16', 128, 3, 'xla'),
     ('tpu', 'bfloat16', 256, 8, 'xla'),
-    ('tpu', 'float32', 128, 8, 'xla'),
+    ('tpu', 'float32', 128, 8, 'ragged'),
   ],
 )
 def test_select_paged_attention(platform, dtype, head_dim, kv_heads, expected):
