@@ -5,20 +5,23 @@ They change the results of a recipe by rounding only. `tools/plan.py` shows that
 
 from ml_collections import ConfigDict
 
-_PPO_8B = {'ppo.micro_batch_size': 16, 'ppo.scoring_batch_size': 64, 'rollout.max_concurrent': 512}
+_PPO_8B = {'ppo.micro_batch_size': 16, 'ppo.scoring_batch_size': 64}
+# A group of eight decodes within a node, so that no sum of a step leaves it.
+_PPO_70B_GPU = {
+  'ppo.micro_batch_size': 64,
+  'ppo.scoring_batch_size': 64,
+  'rollout.tensor': 8,
+}
 TOPOLOGIES = {
   ('ppo', '8b'): {
     'v5p:2x2x2': _PPO_8B,
-    'v6e:4x4': _PPO_8B | {'rollout.max_concurrent': 256},
-    'v5e:8x8': _PPO_8B | {'ppo.micro_batch_size': 64, 'rollout.max_concurrent': 256},
-    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch_size': 8, 'rollout.max_concurrent': 256},
+    'v6e:4x4': _PPO_8B,
+    'v5e:8x8': _PPO_8B | {'ppo.micro_batch_size': 64},
+    'cuda:8xH100-80GB': _PPO_8B | {'ppo.micro_batch_size': 8},
   },
   ('ppo', '70b'): {
-    'v5p:4x4x8': {
-      'ppo.micro_batch_size': 128,
-      'ppo.scoring_batch_size': 128,
-      'rollout.max_concurrent': 512,
-    },
+    'v5p:4x4x8': {'ppo.micro_batch_size': 128, 'ppo.scoring_batch_size': 128},
+    'cuda:8x8xH100-80GB': _PPO_70B_GPU,
   },
   ('reward', '8b'): {
     'v5p:2x2x2': {'reward.micro_batch_size': 16},

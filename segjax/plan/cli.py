@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from segjax.config import command_line
-from segjax.plan import topologies
+from segjax.plan import cuda_compiler, topologies
 
 if TYPE_CHECKING:
   from segjax.plan.programs import JobPlan
@@ -44,7 +44,9 @@ def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
     print_table()
     return
   settings, preset = command_line.settings_from_flags()
-  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
+  # Without the compiler for GPUs, their programs are compiled for CPU devices.
+  estimate = not cuda_compiler.is_installed()
+  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2], estimate=estimate)
   topologies.prepare(topology)
   from segjax.plan import planner
 

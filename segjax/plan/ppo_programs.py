@@ -37,7 +37,7 @@ _STATES = ('policy state', 'critic state')
 _FROZEN = ('reference', 'reward model')
 
 
-def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float) -> JobPrograms:
+def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float | int) -> JobPrograms:
   """Returns the programs of PPO for networks of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
@@ -62,7 +62,7 @@ def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float) -
   waits_on_host = s.runtime.frozen_params_memory == 'host'
   frozen_names = tuple(name for name in _FROZEN if name in trees)
   resident = (*_STATES, *(() if waits_on_host else frozen_names))
-  left = memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident)
+  left = float(memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident))
   phases = [
     *_generation(s, trained, trees, mesh, left),
     _scoring(s, recipe, trees, mesh),
@@ -127,7 +127,8 @@ def _pool_size(s: Settings, decoder: DecodeConfig, mesh: Mesh, free_bytes: float
   try:
     return decode_memory.plan_pool(decoder, mesh, free_bytes=free_bytes, **arguments)
   except UserError:
-    # A run would be refused; the plan says by how much it does not fit, and what would help.
+    # A run would be refused. With a row per group the plan says by how much it does not fit.
+    arguments['max_concurrent'] = 1
     return decode_memory.plan_pool(decoder, mesh, free_bytes=math.inf, **arguments)
 
 

@@ -99,7 +99,7 @@ class JobPlan:
   """
 
   name: str
-  programs: Callable[[Settings, LlamaConfig, Mesh, float], JobPrograms]
+  programs: Callable[[Settings, LlamaConfig, Mesh, float | int], JobPrograms]
   costs: Callable[[Settings, dict[str, LlamaConfig], Mesh], dict[str, PhaseCost]]
   items_per_step: Callable[[Settings], int]
   items: str
@@ -114,7 +114,7 @@ def lower_phase(phase: Phase, mesh: Mesh) -> Any:
   return abstract_arrays.lower(phase.mesh or mesh, phase.function, phase.arguments, phase.static)
 
 
-def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float) -> JobPrograms:
+def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int) -> JobPrograms:
   """Returns the programs of SFT for a network of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   shape = s.sft.batch_size, s.data.max_length
@@ -136,7 +136,7 @@ def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float) -> Job
   return JobPrograms(trees, [phase], {'policy': trained})
 
 
-def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float) -> JobPrograms:
+def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int) -> JobPrograms:
   """Returns the programs of reward training for networks of these sizes."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)

@@ -14,7 +14,7 @@ from segjax.config.settings import Optimizer, Settings
 from segjax.model.chips import Chip
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.llama import LlamaConfig, num_parameters
-from segjax.model.mesh import mesh_sizes
+from segjax.model.mesh import decode_mesh, mesh_sizes
 
 EPOCH_ROWS = 60_000  # prompts of UltraFeedback
 
@@ -146,7 +146,7 @@ def _trained(
 
 
 def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
-  """Returns the cost of generation: each decode step reads all weights and the filled cache."""
+  """Returns the cost of generation: each decode step reads all weights and the filled pages."""
   prompt, response, batch = (
     s.data.max_prompt_length,
     s.rollout.max_new_tokens,
@@ -162,12 +162,15 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
   itemsize = 2 if config.dtype == 'bfloat16' else 4
   position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
   filled = slots * (prompt + response / 2) * position  # on average half of the response
-  rows = mesh_sizes(mesh).data
-  split = mesh.size // rows
-  # Two sums of activations per layer over all devices that share the weights.
-  sent = 2 * 2 * (split - 1) / split * slots / rows * config.hidden_size * itemsize
+  groups, _, tensor = mesh_sizes(
+    decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, s.rollout.tensor)
+  )
+  rows, others = slots / groups, (tensor - 1) / tensor
+  # Two sums of activations per layer over a group, and float32 logits once, for sampling.
+  sums = config.num_hidden_layers * 2 * 2 * others * rows * config.hidden_size * itemsize
+  logits = others * rows * config.vocab_size / tensor * 4
   return PhaseCost(
     flops=flops / mesh.size,
-    memory=steps * (_weights(config) / split + filled / mesh.size),
-    link=steps * config.num_hidden_layers * sent,
+    memory=steps * (_weights(config) / tensor + filled / mesh.size),
+    link=steps * (sums + logits),
   )

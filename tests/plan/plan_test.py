@@ -37,7 +37,7 @@ SETTINGS = replace(
     'runtime.logprob_chunk_size': 8,
   },
 )
-SMALL = ('cache growth', 'critic update')
+SMALL = ('decode chunk', 'critic update')
 
 
 def with_memory(size):
@@ -122,7 +122,7 @@ def test_estimated_peak_is_that_of_a_new_plan():
 
 @pytest.mark.plan
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
-  names = ('cache growth',)
+  names = ('prefill',)
   first = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
   monkeypatch.setattr(memory, '_compile', None)
   again = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
@@ -170,14 +170,14 @@ def test_a_program_that_does_not_fit_is_compiled_all_the_same():
 def test_a_slice_that_is_too_small_gets_a_plan_and_two_run_at_once():
   command_line = [
     *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:llama3_8b_sft', '--plans='),
-    *('--topology=v6e:2x4', '--phases=cache growth'),
+    *('--topology=v6e:2x2', '--phases=prefill'),
   ]
   start = functools.partial(subprocess.Popen, text=True, stdout=-1, stderr=-1)
   for process in (start(command_line), start(command_line)):
     out, errors = process.communicate()
     assert process.returncode == 1 and 'Traceback' not in errors, errors
-    assert re.search(r'cache growth .* NO\n', out) and out.endswith('it does NOT fit\n')
-    assert '--config.rollout.max_concurrent=512: peak' in out
+    assert re.search(r'prefill .* NO\n', out) and out.endswith('it does NOT fit\n')
+    assert '--config.runtime.frozen_params_memory=host: peak' in out
 
 
 @pytest.mark.parametrize(
