@@ -42,33 +42,39 @@ def add_flags(command: argparse.ArgumentParser) -> None:
   flag = command.add_argument
   flag('--topologies', dest='names', type=lambda text: text.split(','), default=list(TOPOLOGIES))
   flag('--model', choices=SIZES, default='8b')
+  flag('--layers', type=int, default=0, help='of the network; 0: as the model has')
   flag('--batch', type=int, default=128, help='responses at once per copy of the weights')
   flag('--live', type=int, default=460, help='positions that a row has on average')
   flag('--limit', type=int, default=2048, help='positions of the longest row, half of them prompt')
 
 
-def run(names: list[str], model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
+def run(
+  names: list[str], model: str, layers: int, batch: int, live: int, limit: int
+) -> dict[str, Any]:
   """Prints a table; returns the fields of the JSON line. Its parameters are the flags."""
+  sizes = {'model': model, 'layers': layers, 'batch': batch, 'live': live, 'limit': limit}
   if len(names) > 1:
-    sizes = (f'--model={model}', f'--batch={batch}', f'--live={live}', f'--limit={limit}')
     records = [_in_a_process(name, sizes) for name in names]
   else:
-    records = [_measure(names[0], model, batch, live, limit)]
+    records = [_measure(names[0], **sizes)]
   _print(records, model, batch, live)
-  return {'model': model, 'batch': batch, 'live': live, 'limit': limit, 'topologies': records}
+  return sizes | {'topologies': records}
 
 
-def _in_a_process(topology: str, sizes: tuple[str, ...]) -> dict[str, Any]:
+def _in_a_process(topology: str, sizes: dict[str, Any]) -> dict[str, Any]:
   """Returns the record of one topology; a process can describe the chips of one."""
   bench = Path(__file__).resolve().parents[1] / 'bench.py'
-  command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}', *sizes]
+  command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}']
+  command += [f'--{key}={value}' for key, value in sizes.items()]
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise ValueError(f'{topology} could not be measured; its message is above.')
   return json.loads(done.stdout.splitlines()[-1])['topologies'][0]
 
 
-def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
+def _measure(
+  name: str, model: str, layers: int, batch: int, live: int, limit: int
+) -> dict[str, Any]:
   """Returns the record of one topology, in bytes and seconds, each per device."""
   topology = topologies.parse(name, estimate=False)
   try:
@@ -76,7 +82,7 @@ def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[s
   except UserError as error:
     return {'topology': name, 'missing': str(error)}
   began = time.monotonic()
-  rollout = _programs(topology, model, batch, limit)
+  rollout = _programs(topology, _network(model, layers, limit), batch)
   log(f'{name}: attention by {rollout.decoder.paged_attention}, mesh {dict(rollout.mesh.shape)}')
   compiled = {}
   for phase in rollout.phases:
@@ -112,8 +118,13 @@ def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[s
   }
 
 
-def _programs(topology: Topology, model: str, batch: int, limit: int) -> DecodePrograms:
+def _network(model: str, layers: int, limit: int) -> LlamaConfig:
   config = LlamaConfig(*SIZES[model], dtype='bfloat16', max_position_embeddings=limit)
+  return dataclasses.replace(config, num_hidden_layers=layers or config.num_hidden_layers)
+
+
+def _programs(topology: Topology, config: LlamaConfig, batch: int) -> DecodePrograms:
+  limit = config.max_position_embeddings
   mesh = make_mesh(devices=topologies.devices(topology))
   sampling = Sampling(max_new_tokens=limit // 2)
   decoder = make_decode_config(config, sampling, stop_ids=(0,), mesh=mesh)
