@@ -31,6 +31,18 @@ def test_rewards(bench):
   assert record['largest_difference'] < 1e-3
 
 
+def test_compiled_names_what_is_missing(bench, monkeypatch, capsys):
+  monkeypatch.setattr('segjax.plan.topologies.importlib.util.find_spec', lambda name: None)
+  record = bench('compiled', '--model=small', '--topologies=cuda:8x8xH100-80GB')
+  assert record['model'] == 'small' and record['batch'] == 128
+  (topology,) = record['topologies']
+  assert topology['topology'] == 'cuda:8x8xH100-80GB'
+  assert "pip install -e '.[plan]'" in topology['missing']
+  with pytest.raises(SystemExit):
+    bench('compiled', '--topologies=v9:2x2')
+  assert "topology 'v9:2x2' does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.benchmarks
 def test_convert(bench, tmp_path):
   record = bench('convert', '--size=tiny', '--repeats=1', f'--directory={tmp_path}')

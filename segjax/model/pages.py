@@ -101,6 +101,8 @@ def copy_pages(
     begin = layer * pages_per_layer
 
     def copy(x):
+      if pages.value is None:
+        return _copy_one_by_one(x, begin + source, begin + target)
       at = (slice(None),) * axis
       return x.at[(*at, begin + target)].set(x[(*at, begin + source)])
 
@@ -108,6 +110,21 @@ def copy_pages(
 
   # Layer by layer: the pages that are copied exist twice for a moment.
   return jax.lax.fori_loop(0, num_layers, copy_layer, pages)
+
+
+def _copy_one_by_one(x: Array, source: Int[Array, 'n'], target: Int[Array, 'n']) -> Array:
+  """Copies entries of axis 0; to scatter them, XLA for TPUs would give all of x another layout."""
+  slice_in_dim, update = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+  count = len(source)
+  copied = jax.lax.fori_loop(
+    0,
+    count,
+    lambda i, copied: update(copied, slice_in_dim(x, source[i], 1), i, axis=0),
+    jnp.zeros((count, *x.shape[1:]), x.dtype),
+  )
+  return jax.lax.fori_loop(
+    0, count, lambda i, x: update(x, slice_in_dim(copied, i, 1), target[i], axis=0), x
+  )
 
 
 def gather_view(pages: Pages, table: Int[Array, 'B M']) -> KeyValue:

@@ -157,23 +157,24 @@ def _closing(text: str, begin: int) -> int:
   raise ValueError(f'no closing parenthesis: {text}')
 
 
-def arrays(type_text: str) -> list[tuple[str, int]]:
+def arrays(type_text: str, *, everywhere: bool = False) -> list[tuple[str, int]]:
   """Returns (shape such as 'bf16[8,128]', bytes) of each array of a type.
 
-  Bytes are those in the device's main memory: 0 for arrays that a TPU keeps in its vector memory,
-  whose layouts have a memory space S(n).
+  Args:
+    everywhere: False counts bytes in the main memory of the device alone: arrays that a TPU keeps
+      in its vector memory have a memory space S(n) in their layout.
   """
   result = []
   for dtype, dims, layout in _ARRAY.findall(type_text):
     bits = _BITS.get(dtype) or int(re.findall(r'\d+', dtype)[0])
     size = math.prod(int(dim) for dim in dims.split(',') if dim) * bits // 8
-    result.append((f'{dtype}[{dims}]', 0 if 'S(' in layout else size))
+    result.append((f'{dtype}[{dims}]', size if everywhere or 'S(' not in layout else 0))
   return result
 
 
-def num_bytes(type_text: str) -> int:
-  """Returns the bytes of all arrays of a type in the device's main memory."""
-  return sum(size for _, size in arrays(type_text))
+def num_bytes(type_text: str, *, everywhere: bool = False) -> int:
+  """Returns the bytes of all arrays of a type; see `arrays`."""
+  return sum(size for _, size in arrays(type_text, everywhere=everywhere))
 
 
 def device_groups(attributes: str, count: int) -> list[list[int]]:

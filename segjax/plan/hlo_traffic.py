@@ -239,7 +239,8 @@ class TrafficReader:
     kind = instruction.opcode.removesuffix('-start')
     if kind in _COLLECTIVES:
       groups = hlo.device_groups(instruction.attributes, len(self._nodes))
-      size = sum(num_bytes(computation[name].type) for name in instruction.operands)
+      operands = [computation[name].type for name in instruction.operands]
+      size = sum(num_bytes(operand, everywhere=True) for operand in operands)
       size *= len(groups[0]) if kind == 'all-gather' else 1
       yield kind, size, any(len({self._nodes[i] for i in group}) > 1 for group in groups)
     elif instruction.opcode == 'fusion':

@@ -139,16 +139,18 @@ def test_prefill(platform, sizes):
 
 
 @pytest.mark.parametrize('platform', PLATFORMS)
-def test_copy(platform):
+@pytest.mark.parametrize('name', SIZES)
+def test_copy(platform, name):
+  config = config_of(**SIZES[name])
   memory = check_pages_stay(
     platform,
-    config_of(),
+    config,
     lambda pages, *numbers: copy_pages(pages, *numbers, LAYERS),
     shape(ROWS),
     shape(ROWS),
   )
-  # The pages of one layer that are copied: keys and values of 8 heads of 128 numbers of 2 bytes.
-  assert memory.temp_size_in_bytes < 1.1 * ROWS * POSITIONS * 2 * 8 * 128 * 2
+  # The pages of one layer that are copied: keys and values of numbers of 2 bytes, in rows of 128.
+  assert memory.temp_size_in_bytes < 1.1 * ROWS * POSITIONS * 2 * config.num_key_value_heads * 256
 
 
 def test_dense_view_on_cuda():

@@ -27,6 +27,8 @@ def program(text):
 )
 def test_bytes_of_types(text, expected):
   assert hlo.num_bytes(text) == expected
+  in_vector_memory = 64 * 64 * 4 if 'S(1)' in text else 0
+  assert hlo.num_bytes(text, everywhere=True) == expected + in_vector_memory
 
 
 GROUPS = {

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from segjax.config.choices import ROLLOUT_WEIGHTS
 from segjax.errors import UserError
 from segjax.model import decode_sizes
 from segjax.model.chips import GIB
@@ -40,35 +41,68 @@ ROOFLINE = 0.85  # of the bandwidth, which a good program reaches
 def add_flags(command: argparse.ArgumentParser) -> None:
   """Adds the flags of `run`."""
   flag = command.add_argument
-  flag('--topologies', dest='names', type=lambda text: text.split(','), default=list(TOPOLOGIES))
+  flag('--topologies', dest='names', type=_names, default=list(TOPOLOGIES))
   flag('--model', choices=SIZES, default='8b')
+  flag('--layers', type=int, default=0, help='of the network; 0: as the model has')
+  flag('--weights', choices=ROLLOUT_WEIGHTS, default=ROLLOUT_WEIGHTS[0], help='as in rollouts')
   flag('--batch', type=int, default=128, help='responses at once per copy of the weights')
   flag('--live', type=int, default=460, help='positions that a row has on average')
   flag('--limit', type=int, default=2048, help='positions of the longest row, half of them prompt')
 
 
-def run(names: list[str], model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
-  """Prints a table; returns the fields of the JSON line. Its parameters are the flags."""
+def _names(text: str) -> list[str]:
+  for name in text.split(','):
+    try:
+      topologies.parse(name, estimate=False)
+    except UserError as error:
+      raise argparse.ArgumentTypeError(error) from None
+  return text.split(',')
+
+
+def run(names: list[str], **sizes: Any) -> dict[str, Any]:
+  """Prints a table; returns the fields of the JSON line.
+
+  Args:
+    names: of topologies.
+    sizes: the other flags.
+  """
   if len(names) > 1:
-    sizes = (f'--model={model}', f'--batch={batch}', f'--live={live}', f'--limit={limit}')
     records = [_in_a_process(name, sizes) for name in names]
   else:
-    records = [_measure(names[0], model, batch, live, limit)]
-  _print(records, model, batch, live)
-  return {'model': model, 'batch': batch, 'live': live, 'limit': limit, 'topologies': records}
+    records = [_measure(names[0], _Sizes(**sizes))]
+  _print(records, _Sizes(**sizes))
+  return sizes | {'topologies': records}
 
 
-def _in_a_process(topology: str, sizes: tuple[str, ...]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """The flags that are the same for all topologies."""
+
+  model: str
+  layers: int
+  weights: str
+  batch: int
+  live: int
+  limit: int
+
+  @property
+  def config(self) -> LlamaConfig:
+    config = LlamaConfig(*SIZES[self.model], dtype='bfloat16', max_position_embeddings=self.limit)
+    return dataclasses.replace(config, num_hidden_layers=self.layers or config.num_hidden_layers)
+
+
+def _in_a_process(topology: str, sizes: dict[str, Any]) -> dict[str, Any]:
   """Returns the record of one topology; a process can describe the chips of one."""
   bench = Path(__file__).resolve().parents[1] / 'bench.py'
-  command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}', *sizes]
+  command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}']
+  command += [f'--{key}={value}' for key, value in sizes.items()]
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise ValueError(f'{topology} could not be measured; its message is above.')
   return json.loads(done.stdout.splitlines()[-1])['topologies'][0]
 
 
-def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[str, Any]:
+def _measure(name: str, sizes: _Sizes) -> dict[str, Any]:
   """Returns the record of one topology, in bytes and seconds, each per device."""
   topology = topologies.parse(name, estimate=False)
   try:
@@ -76,7 +110,7 @@ def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[s
   except UserError as error:
     return {'topology': name, 'missing': str(error)}
   began = time.monotonic()
-  rollout = _programs(topology, model, batch, limit)
+  rollout = _programs(topology, sizes)
   log(f'{name}: attention by {rollout.decoder.paged_attention}, mesh {dict(rollout.mesh.shape)}')
   compiled = {}
   for phase in rollout.phases:
@@ -95,7 +129,9 @@ def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[s
   }
   nodes = [device.process_index if topology.is_cuda else 0 for device in rollout.mesh.devices.flat]
   cache = cuda_compiler.TARGETS[topology.chip.name].cache if topology.is_cuda else 0
-  reader = TrafficReader(compiled['decode chunk'].as_text(), nodes, rollout.bytes_read(live), cache)
+  reader = TrafficReader(
+    compiled['decode chunk'].as_text(), nodes, rollout.bytes_read(sizes.live), cache
+  )
   step = reader.step()
   # What a chunk does before and after its steps is a part of each of them.
   around = reader.outside()
@@ -112,19 +148,20 @@ def _measure(name: str, model: str, batch: int, live: int, limit: int) -> dict[s
   }
 
 
-def _programs(topology: Topology, model: str, batch: int, limit: int) -> DecodePrograms:
-  config = LlamaConfig(*SIZES[model], dtype='bfloat16', max_position_embeddings=limit)
+def _programs(topology: Topology, sizes: _Sizes) -> DecodePrograms:
+  config, longest = sizes.config, sizes.limit // 2
   mesh = make_mesh(devices=topologies.devices(topology))
-  sampling = Sampling(max_new_tokens=limit // 2)
+  sampling = Sampling(max_new_tokens=sizes.limit - longest)
   decoder = make_decode_config(config, sampling, stop_ids=(0,), mesh=mesh)
+  decoder = dataclasses.replace(decoder, weights_dtype=sizes.weights)
   params = abstract_arrays.params(config, 'language', config.dtype, mesh)
   mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
-  groups, longest = mesh.shape['data'], limit // 2
-  size = decode_sizes.full_pool(batch * groups, groups, longest, decoder)
-  return decode_programs(decoder, mesh, params, size, longest)
+  groups = mesh.shape['data']
+  pool = decode_sizes.full_pool(sizes.batch * groups, groups, longest, decoder)
+  return decode_programs(decoder, mesh, params, pool, longest)
 
 
-def _print(records: list[dict[str, Any]], model: str, batch: int, live: int) -> None:
+def _print(records: list[dict[str, Any]], sizes: _Sizes) -> None:
   rows = []
   for record in records:
     if 'missing' in record:
@@ -145,7 +182,8 @@ def _print(records: list[dict[str, Any]], model: str, batch: int, live: int) -> 
     )
   columns = ('programs', 'compile s', 'GB copied', 'GB moved', 'temporaries GiB', 'ms', 'tokens/s')
   title = (
-    f'{model}, {batch} rows of {live} positions per copy of the weights: a step of one device; '
+    f'{sizes.model}, {sizes.batch} rows of {sizes.live} positions per copy of the weights, '
+    f'{sizes.config.num_hidden_layers} layers in {sizes.weights}: a step of one device; '
     f'ms and tokens/s of all at {ROOFLINE:.0%} of the memory bandwidth, without exchanges'
   )
   table(title, ('topology', *columns), rows)
