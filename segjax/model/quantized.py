@@ -6,8 +6,12 @@ for training: what is rounded here is a copy of the policy.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int8
+
+from segjax.model import sharding
 
 MAX = 127  # of int8; -128 is left out, so that both signs have the same steps
 
@@ -56,6 +60,15 @@ def quantize_layers(params: Any) -> Any:
   """
   layers = dict(params['backbone']['layers'])
   for name in _MATRICES:
-    kernel, scale = quantize(layers[name]['kernel'])
-    layers[name] = {**layers[name], 'kernel': kernel, 'scale': scale}
+    stored = layers[name]['kernel']
+    rounded = dict(zip(('kernel', 'scale'), quantize(stored), strict=True))
+    mesh = jax.typeof(stored).sharding.mesh
+    if not mesh.empty:
+      # Left where the stored weights lie: else the partitioner would first move those, which are
+      # larger, to where the rounded ones are needed.
+      for leaf, x in rounded.items():
+        spec = sharding.parameter_spec(f'layers/{name}/{leaf}')
+        layout = NamedSharding(mesh, sharding.fitted(spec, x.shape, mesh))
+        rounded[leaf] = jax.lax.with_sharding_constraint(x, layout)
+    layers[name] = {**layers[name], **rounded}
   return {**params, 'backbone': {**params['backbone'], 'layers': layers}}

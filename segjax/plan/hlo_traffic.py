@@ -198,11 +198,14 @@ class TrafficReader:
     return total
 
   def _is_view(self, instruction: Instruction, number: int) -> bool:
-    """Whether a fusion in a fusion returns one of its operands as it is."""
+    """Whether a fusion in a fusion returns one of its operands as it is, or in other tiles."""
     if instruction.opcode != 'fusion':
       return False
     fused = self._program.computations[instruction.called[0]]
-    return hlo.viewed(fused, hlo.root(fused)) is hlo.parameter(fused, number)
+    root = hlo.viewed(fused, hlo.root(fused))
+    if root.opcode == 'copy':  # done for what is read of its result, as int8 weights are on TPUs
+      root = hlo.viewed(fused, fused[root.operands[0]])
+    return root is hlo.parameter(fused, number)
 
   def _is_copy(self, computation: Computation, instruction: Instruction) -> bool:
     """Whether an instruction copies, slices or casts an argument, or what a loop carries."""

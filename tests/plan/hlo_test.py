@@ -172,6 +172,22 @@ def test_a_step_reads_slices_and_writes_updates():
   assert reader.outside().moved == 2 * LAYERS * WEIGHT == 2 * reader.outside().copied
 
 
+def test_a_slice_of_other_tiles_is_read_alone():
+  """The product of int8 weights on a TPU: tiles change in a fusion inside its fusion."""
+  tiles = """%tiles (t.0: f32[4,1024,1024]) -> f32[4,1024,1024] {
+  %t.0 = f32[4,1024,1024]{2,1,0} parameter(0)
+  ROOT %t.1 = f32[4,1024,1024]{2,1,0} copy(%t.0)
+}
+
+%product ("""
+  tiled = '%tiled = f32[4,1024,1024]{2,1,0} fusion(%p.1), kind=kLoop, calls=%tiles'
+  text = LOOP.replace('%product (', tiles).replace('LAYER', READ_IN_PLACE)
+  text = text.replace('%zero = s32[] constant(0)', f'{tiled}\n  %zero = s32[] constant(0)')
+  text = text.replace('dynamic-slice(%p.1,', 'dynamic-slice(%tiled,')
+  step = TrafficReader(text, [0], {'f32[4,64,1024]': PAGES}).step()
+  assert (step.moved, step.copied) == (traffic(READ_IN_PLACE).step().moved, 0)
+
+
 def test_results_stay_in_the_cache_of_a_gpu():
   step = traffic(READ_IN_PLACE, cache=ROW).step()
   # Of %y: written and read twice. The loop's own x and the row that is written to its cache are
