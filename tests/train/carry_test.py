@@ -17,7 +17,7 @@ from segjax.train import carry
 from segjax.train import rollout as rollouts
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.rollout import make_decoder
-from segjax.train.scoring import concat_prompt_response
+from segjax.train.scoring import concat_prompt_response, policy_logprobs
 
 BATCH, CHUNK = 8, 4  # responses of a rollout; tokens after which one may end
 ROWS, SEED, KEY = 64, 3, jax.random.key(5)
@@ -59,13 +59,14 @@ def policies():
   return made
 
 
-def run(policies, carried=None, first=0, **values):
+def run(policies, carried=None, first=0, recompute=None, **values):
   """Returns the rollout of each step, with what it leaves on the host."""
   carried = carried or carry.nothing_carried(stream(), models.mesh(1))
   steps = []
   for step, policy in enumerate(policies, first):
     sampler = training.rollout_sampler(**values)
-    sampled = carry.rollout(policy, carried, step, stream(), sampler)
+    again = recompute and functools.partial(recompute, policy)
+    sampled = carry.rollout(policy, carried, step, stream(), sampler, again)
     carried = sampled.carried
     steps.append(sampled._replace(carried=jax.device_get(carried)))
   return steps
@@ -201,6 +202,22 @@ def test_responses_that_wait_for_pages_are_carried(monkeypatch):
   assert_every_prompt_is_answered_once(steps)
   assert sum(waited) > 0
   assert_equal_to_one_generation(steps)
+
+
+def test_recomputed_log_probs_are_those_of_full_forwards_before_the_policy_changes():
+  """Those of tokens that are carried further are not computed again by a later policy."""
+  recipe = training.recipe()
+
+  def recompute(policy, rollout, length):
+    logprob = policy_logprobs(policy, rollout, length, recipe=recipe)
+    return logprob - 1.0  # a mark, and far from the log-probs of decoding
+
+  plain, marked = four_steps(), run(policies(), recompute=recompute)
+  for number, (first, second) in enumerate(zip(plain, marked, strict=True)):
+    np.testing.assert_array_equal(first.rollout.response_ids, second.rollout.response_ids)
+    is_older = first.rollout.response_mask & (drawn_by(number) < number)
+    gap = np.asarray(second.rollout.arrays.old_logprob - first.rollout.arrays.old_logprob)
+    np.testing.assert_allclose(gap, -1.0 * is_older, atol=1e-4)
 
 
 def test_metrics_equal_a_loop():
