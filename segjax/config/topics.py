@@ -86,8 +86,9 @@ ratio and KL penalty are those of the policies that drew it; rollout.recompute_l
 before that policy changes. A response is max_concurrent / rollout_batch_size steps old on average
 (rollout/age_mean). The first steps learn from shorter responses, as the long ones end later; those
 that are unfinished at the end of the run are not learned from. The random numbers depend on the
-position of the prompt in the order of all steps, in place of step and index; which responses a step
-has depends on max_concurrent.
+position of the prompt in the order of all steps, in place of step and index. Which responses a step
+has depends on max_concurrent, and where that is 0 on the free memory: set it for runs that have to
+repeat the same bits. `python tools/bench.py carry` counts the steps of decoding that this saves.
 
 `python tools/bench.py decode` measures the speed against transformers.
 """

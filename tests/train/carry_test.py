@@ -59,12 +59,13 @@ def policies():
   return made
 
 
-def run(policies, carried=None, first=0, recompute=None, **values):
+def run(policies, carried=None, first=0, recompute=None, mesh=None, **values):
   """Returns the rollout of each step, with what it leaves on the host."""
-  carried = carried or carry.nothing_carried(stream(), models.mesh(1))
+  mesh = mesh or models.mesh(1)
+  carried = carried or carry.nothing_carried(stream(), mesh)
   steps = []
   for step, policy in enumerate(policies, first):
-    sampler = training.rollout_sampler(**values)
+    sampler = training.rollout_sampler(mesh, **values)
     again = recompute and functools.partial(recompute, policy)
     sampled = carry.rollout(policy, carried, step, stream(), sampler, again)
     carried = sampled.carried
@@ -202,6 +203,18 @@ def test_responses_that_wait_for_pages_are_carried(monkeypatch):
   assert_every_prompt_is_answered_once(steps)
   assert sum(waited) > 0
   assert_equal_to_one_generation(steps)
+
+
+@pytest.mark.devices
+def test_eight_devices_draw_the_same_responses():
+  """Rollouts may end elsewhere, since the rows divide over the devices; tokens are the same."""
+  mesh = models.mesh(8)
+  placed = models.place(policies()[0], mesh)
+  with jax.set_mesh(mesh):
+    several = run([placed] * 3, mesh=mesh)
+  assert_every_prompt_is_answered_once(several)
+  assert sum(step.metrics['rollout/carried_responses'] for step in several) > 4
+  assert_equal_to_one_generation(several)
 
 
 def test_recomputed_log_probs_are_those_of_full_forwards_before_the_policy_changes():
