@@ -87,13 +87,14 @@ hold more of the weights on each device.
 
 With rollout.carry=True a rollout ends as soon as ppo.rollout_batch_size responses have ended, and
 no device waits for the longest. The others go on in the next step, under the policy that it has
-then, before new prompts are read. Each token keeps the log-probs that it was drawn with, also where
-rollout.recompute_logprob computes those of the others again, so that ratio and KL penalty are those
-of the policies that drew it. A response is max_concurrent / rollout_batch_size steps old on average
+then, before new prompts are read. Each token keeps the log-probs that it was drawn with, so that
+ratio and KL penalty are those of the policies that drew it; rollout.recompute_logprob computes them
+before that policy changes. A response is max_concurrent / rollout_batch_size steps old on average
 (rollout/age_mean). The first steps learn from shorter responses, as the long ones end later; those
 that are unfinished at the end of the run are not learned from. The random numbers depend on the
-position of the prompt in the order of all steps, in place of step and index; which responses a step
-has depends on max_concurrent.
+position of the prompt in the order of all steps, in place of step and index. Which responses a step
+has depends on max_concurrent, and where that is 0 on the free memory: set it for runs that have to
+repeat the same bits. `python tools/bench.py carry` counts the steps of decoding that this saves.
 
 `python tools/bench.py decode` measures the speed against transformers.
 """

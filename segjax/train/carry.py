@@ -3,13 +3,15 @@
 A rollout ends as soon as B responses are done. Those that are not are carried: the next rollout
 prefills their prompts and tokens with the policy, which has changed meanwhile, and goes on with
 them before it takes new prompts from the stream. Each token keeps the log-probs that it was drawn
-with, so that the ratio and the KL penalty are those of the policies that drew it.
+with, so that the ratio and the KL penalty are those of the policies that drew it; where log-probs
+come from a full forward pass, it is one of that policy, before it changes.
 
 The random numbers of a response depend on the seed, the position of its prompt in the stream and
 the token alone. Which responses a step learns from depends on the number of rows decoded too.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,17 @@ from segjax.data.batches import Prompts, stream_rows
 from segjax.model import generate, sharding
 from segjax.model.generate import Generated, GenerationOptions, GenerationResult
 from segjax.model.requests import Partial, Request
-from segjax.train.rollout import CollectedRollout, RolloutSampler, decode_config, place_rollout
+from segjax.train.rollout import (
+  CollectedRollout,
+  RolloutSampler,
+  decode_config,
+  place_arrays,
+  place_rollout,
+)
+from segjax.types import Rollout
+
+# (responses of B rows, tokens of prompt and response or 0 to leave a row out) -> log-probs [B, T].
+Recompute = Callable[[Rollout, np.ndarray], np.ndarray]
 
 
 class Responses(NamedTuple):
@@ -102,7 +114,12 @@ def nothing_carried(stream: Stream, mesh: Mesh) -> Carried:
 
 
 def rollout(
-  params: Any, carried: Carried, step: int, stream: Stream, sampler: RolloutSampler
+  params: Any,
+  carried: Carried,
+  step: int,
+  stream: Stream,
+  sampler: RolloutSampler,
+  recompute: Recompute | None = None,
 ) -> CarriedRollout:
   """Goes on with the carried responses and starts new ones until B are done.
 
@@ -112,40 +129,29 @@ def rollout(
     step: number of this step.
     stream: the prompts.
     sampler: how to sample.
+    recompute: gives the tokens of this policy in responses that are carried other log-probs than
+      those of decoding; None leaves these.
 
   Raises:
     UserError: no response has finite logits.
   """
   state = processes.to_host(carried)
-  cursor, before = int(state.cursor), state.responses
-  before = before.take(before.position >= 0)
-  done, unfinished = before.take(before.is_done), before.take(~before.is_done)
-  # B are done at the end and fewer than B begun: more requests than 2 B never start.
-  new = cursor + np.arange(2 * stream.batch - len(unfinished.position))
-  position = np.concatenate([unfinished.position, new])
-  generated = generate.generate_requests(
-    params,
-    _requests(position, unfinished, stream, sampler),
-    longest=stream.prompts.length,
-    decoder=decode_config(sampler),
-    mesh=sampler.mesh,
-    max_concurrent=sampler.settings.max_concurrent,
-    at_once=stream.batch,  # so that no more are carried
-    enough=stream.batch - len(done.position),
-    on_chunk=sampler.on_chunk,
-  )
-  # Those that were done before come first: no response waits for more than one step.
-  responses = _join(done, _responses(generated, position, unfinished, step))
-  older = np.concatenate([done.count, unfinished.count, np.zeros_like(new, np.int32)])
+  before = state.responses.take(state.responses.position >= 0)
+  state = state._replace(cursor=int(state.cursor), responses=before)
+  responses, older = _go_on(params, state, step, stream, sampler)
   is_batch = responses.is_done & (np.cumsum(responses.is_done) <= stream.batch)
   begun = responses.position[responses.is_done | (responses.count > 0)]
-  cursor = max(cursor, int(begun.max()) + 1)
+  cursor = max(state.cursor, int(begun.max()) + 1)
+  is_left = ~is_batch & (responses.position < cursor)
+  left = responses.take(is_left)
+  if recompute is not None and is_left.any():
+    left = _recompute(left, older[is_left], stream, sampler.mesh, recompute)
   batch, older = responses.take(is_batch), older[is_batch]
   rows = stream.rows(batch.position)
   return CarriedRollout(
     place_rollout(stream.prompts.gather(rows, np.asarray), _result(batch), sampler, older),
     rows,
-    _place(cursor, responses.take(~is_batch & (responses.position < cursor)), stream, sampler.mesh),
+    _place(cursor, left, stream, sampler.mesh),
     {
       'rollout/carried_responses': float((before.count > 0).sum()),
       'rollout/carried_tokens': float(before.count.sum()),
@@ -154,6 +160,38 @@ def rollout(
       'rollout/age_max': float((step - batch.began).max()),
     },
   )
+
+
+def _go_on(
+  params: Any, state: Carried, step: int, stream: Stream, sampler: RolloutSampler
+) -> tuple[Responses, np.ndarray]:
+  """Decodes until B responses are done, those of `state` included.
+
+  Returns:
+    (responses, begun or not; how many tokens of each earlier policies drew).
+  """
+  before = state.responses
+  done, unfinished = before.take(before.is_done), before.take(~before.is_done)
+  new = state.cursor + np.arange(2 * stream.batch - len(unfinished.position))
+  position = np.concatenate([unfinished.position, new])
+  requests = _requests(position, unfinished, stream, sampler)
+  # With those that are done 2 B: B are used, and at most B left, for which the state has room.
+  count = len(position) - len(done.position)
+  generated = generate.generate_requests(
+    params,
+    requests[:count],
+    longest=stream.prompts.length,
+    decoder=decode_config(sampler),
+    mesh=sampler.mesh,
+    max_concurrent=sampler.settings.max_concurrent,
+    at_once=stream.batch,  # more would be carried for longer
+    enough=stream.batch - len(done.position),
+    on_chunk=sampler.on_chunk,
+  )
+  # Those that were done before come first: no response waits for more than one step.
+  responses = _join(done, _responses(generated, position[:count], unfinished, step))
+  older = np.concatenate([done.count, unfinished.count])
+  return responses, np.pad(older, (0, len(responses.count) - len(older)))
 
 
 def _requests(
@@ -209,14 +247,32 @@ def _no_responses(stream: Stream) -> Responses:
   return Responses(integers - 1, integers, integers, *[flags] * 3, ids, logprob, logprob)
 
 
-def _place(cursor: int, responses: Responses, stream: Stream, mesh: Mesh) -> Carried:
-  """Returns the state on the devices, with B rows."""
+def _fill_up(responses: Responses, stream: Stream) -> Responses:
+  """Returns the responses in B rows."""
 
-  def fill_up(x, empty):
+  def join(x, empty):
     return np.concatenate([x, empty[len(x) :]]).astype(empty.dtype)
 
-  full = Responses(*map(fill_up, responses, _no_responses(stream)))
-  return jax.device_put(Carried(np.int32(cursor), full), sharding.replicated(mesh))
+  return Responses(*map(join, responses, _no_responses(stream)))
+
+
+def _recompute(
+  left: Responses, older: np.ndarray, stream: Stream, mesh: Mesh, recompute: Recompute
+) -> Responses:
+  """Replaces the log-probs of all tokens but the first `older` of each response."""
+  full = _fill_up(left, stream)
+  prompts = stream.prompts.gather(stream.rows(np.maximum(full.position, 0)), np.asarray)
+  length = np.where(full.position >= 0, prompts.prompt_length + full.count, 0)
+  logprob = recompute(place_arrays(prompts, _result(full), mesh), length)[: len(older)]
+  column = np.arange(stream.max_tokens)
+  is_new = (older[:, None] <= column) & (column < left.count[:, None])
+  return left._replace(logprob=np.where(is_new, logprob, left.logprob))
+
+
+def _place(cursor: int, responses: Responses, stream: Stream, mesh: Mesh) -> Carried:
+  """Returns the state on the devices."""
+  carried = Carried(np.int32(cursor), _fill_up(responses, stream))
+  return jax.device_put(carried, sharding.replicated(mesh))
 
 
 def _join(first: Responses, second: Responses) -> Responses:

@@ -4,6 +4,7 @@ One path for the steps of PPO and for evaluation.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from segjax.train.custom_reward import CustomReward
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import CollectedRollout, RolloutSampler, rollout
-from segjax.train.scoring import score
+from segjax.train.scoring import policy_logprobs, score
 from segjax.types import Experience, Normalizer
 
 
@@ -102,7 +103,11 @@ class Collector:
       stream: the prompts in their order, and the random numbers.
       kl_coef: coefficient of the KL penalty.
     """
-    sampled = carry.rollout(params['policy'], carried, step, stream, self._stopping_sampler())
+    policy, recompute = params['policy'], None
+    if self.recipe.recompute_logprob:
+      recompute = functools.partial(policy_logprobs, policy, recipe=self.recipe)
+    sampler = self._stopping_sampler()
+    sampled = carry.rollout(policy, carried, step, stream, sampler, recompute)
     collected = self._score(params, sampled.rollout, sampled.rows, kl_coef)
     metrics = collected.metrics | sampled.metrics
     return collected._replace(metrics=metrics, carried=sampled.carried)

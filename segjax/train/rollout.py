@@ -169,10 +169,25 @@ def place_rollout(
   for row in np.flatnonzero(output.non_finite):
     prompt, length = row // sampler.samples_per_prompt, int(output.response_mask[row].sum())
     sampler.log(f'prompt {prompt}: the logits after {length} tokens of a response are not finite')
-  prompt_length = prompts.prompt_length.astype(np.int32)
+  return CollectedRollout(
+    place_arrays(prompts, output, sampler.mesh, carried),
+    output.response_ids,
+    output.response_mask,
+    output.finished,
+    prompts.prompt_length.astype(np.int32) + output.response_mask.sum(axis=1),
+  )
+
+
+def place_arrays(
+  prompts: PromptBatch,
+  output: GenerationResult,
+  mesh: Mesh,
+  carried: Int[np.ndarray, 'B'] | None = None,
+) -> Rollout:
+  """Puts the arrays of a rollout on the mesh; see `place_rollout`."""
   arrays = {
     'prompt_ids': prompts.prompt_ids,
-    'prompt_length': prompt_length,
+    'prompt_length': prompts.prompt_length.astype(np.int32),
     'response_ids': output.response_ids,
     'response_mask': output.response_mask,
     'finished': output.finished,
@@ -181,10 +196,4 @@ def place_rollout(
   }
   if carried is not None:
     arrays['carried'] = carried
-  return CollectedRollout(
-    Rollout(**sharding.place_batch(arrays, sampler.mesh)),  # each process places its part
-    output.response_ids,
-    output.response_mask,
-    output.finished,
-    prompt_length + output.response_mask.sum(axis=1),
-  )
+  return Rollout(**sharding.place_batch(arrays, mesh))  # each process places its part

@@ -4,6 +4,7 @@ Rewards and advantages are computed from their outputs by `train.experience`.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from segjax import processes
 from segjax.model import host_memory, sharding
 from segjax.model.heads import scores, token_logprobs, values
 from segjax.model.llama import RowLayout
@@ -148,22 +150,67 @@ def score(
     recipe: the networks.
   """
   params = host_memory.to_device(params)  # once for all chunks
+  order, chunks = [], []
+  for rows, chunk in _chunks(rollout, length, recipe):
+    order.append(rows)
+    chunks.append(score_chunk(params, *chunk, recipe=recipe))
+  if len(chunks) == 1:
+    return chunks[0]
+  # The inverse of a permutation is its argsort: rows return to their original order.
+  return take_rows(concatenate(chunks), np.argsort(np.concatenate(order)))
+
+
+def policy_logprobs(
+  params: Any, rollout: Rollout, length: Int[np.ndarray, 'B'], *, recipe: PPORecipe
+) -> Float[np.ndarray, 'B T']:
+  """Returns log-probs of responses by full forward passes of the policy, on the host.
+
+  Args:
+    params: parameters of the policy.
+    rollout: the responses.
+    length: tokens of prompt and response together; 0 in rows whose log-probs are not needed.
+    recipe: see `score`.
+  """
+  logprob = np.zeros(rollout.response_mask.shape, np.float32)
+  for rows, chunk in _chunks(rollout, length, recipe):
+    logprob[rows] = processes.to_host(_policy_chunk(params, *chunk, recipe=recipe))
+  return logprob
+
+
+@functools.partial(jax.jit, static_argnames='recipe')
+def _policy_chunk(
+  params: Any,
+  ids: Int[Array, 'B S'],
+  segment_ids: Int[Array, 'B S'] | None,
+  rollout: Rollout,
+  *,
+  recipe: PPORecipe,
+) -> Float[Array, 'B T']:
+  logprob, _ = token_logprobs(params, ids, recipe.policy, RowLayout(segment_ids=segment_ids))
+  return gather_response(logprob, rollout.prompt_length, rollout.response_ids.shape[1])
+
+
+def _chunks(
+  rollout: Rollout, length: Int[np.ndarray, 'B'], recipe: PPORecipe
+) -> Iterator[tuple[np.ndarray, tuple[Array, Array | None, Rollout]]]:
+  """Yields (rows, their token ids, segment ids and arrays) of `ppo.scoring_batch_size` rows.
+
+  A chunk is as wide as its longest row needs; chunks of rows without tokens are left out.
+  """
   ids, segment_ids = _concat_both(rollout)
   total, width = ids.shape
   size = recipe.ppo.scoring_batch_size or total
   order = np.arange(total) if size == total else np.argsort(length, kind='stable')
-  chunks = []
   for rows in order.reshape(-1, size):
     # From the lengths on the host: reading them from a device would wait for all work before.
-    needed = min(-(-int(length[rows].max()) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
+    longest = int(length[rows].max())
+    if not longest:
+      continue
+    needed = min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
     chunk_ids, chunk_segments, chunk = take_rows((ids, segment_ids, rollout), rows)
     if chunk_segments is not None:
       chunk_segments = chunk_segments[:, :needed]
-    chunks.append(score_chunk(params, chunk_ids[:, :needed], chunk_segments, chunk, recipe=recipe))
-  if len(chunks) == 1:
-    return chunks[0]
-  # The inverse of a permutation is its argsort: rows return to their original order.
-  return take_rows(concatenate(chunks), np.argsort(order))
+    yield rows, (chunk_ids[:, :needed], chunk_segments, chunk)
 
 
 @jax.jit

@@ -1,19 +1,23 @@
 """Responses that go on in the next rollout: their tokens, log-probs and order, the saved state."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import models, training
 
 from segjax.data.batches import Prompts, Ragged, stream_rows
 from segjax.data.sources import Rows
+from segjax.model import decode_memory, scheduler
 from segjax.model.generate import GenerationOptions, generate
 from segjax.train import carry
 from segjax.train import rollout as rollouts
 from segjax.train.checkpoint import Checkpointer
-from segjax.train.scoring import concat_prompt_response
+from segjax.train.rollout import make_decoder
+from segjax.train.scoring import concat_prompt_response, policy_logprobs
 
 BATCH, CHUNK = 8, 4  # responses of a rollout; tokens after which one may end
 ROWS, SEED, KEY = 64, 3, jax.random.key(5)
@@ -22,8 +26,7 @@ ROWS, SEED, KEY = 64, 3, jax.random.key(5)
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
   """Lets rollouts end inside of the short responses of these tests."""
-  make = functools.partial(rollouts.make_decoder, chunk=CHUNK)
-  monkeypatch.setattr(rollouts, 'make_decoder', make)
+  monkeypatch.setattr(rollouts, 'make_decoder', functools.partial(make_decoder, chunk=CHUNK))
 
 
 @functools.cache
@@ -56,12 +59,15 @@ def policies():
   return made
 
 
-def run(policies, carried=None, first=0):
+def run(policies, carried=None, first=0, recompute=None, mesh=None, **values):
   """Returns the rollout of each step, with what it leaves on the host."""
-  carried = carried or carry.nothing_carried(stream(), models.mesh(1))
+  mesh = mesh or models.mesh(1)
+  carried = carried or carry.nothing_carried(stream(), mesh)
   steps = []
   for step, policy in enumerate(policies, first):
-    sampled = carry.rollout(policy, carried, step, stream(), training.rollout_sampler())
+    sampler = training.rollout_sampler(mesh, **values)
+    again = recompute and functools.partial(recompute, policy)
+    sampled = carry.rollout(policy, carried, step, stream(), sampler, again)
     carried = sampled.carried
     steps.append(sampled._replace(carried=jax.device_get(carried)))
   return steps
@@ -95,8 +101,8 @@ def drawn_by(number):
   return drawn
 
 
-def policy_logprobs(policy, rollout):
-  """Returns the log-probs of a full forward, [B, T]."""
+def full_forward(policy, rollout):
+  """Returns the log-probs of the responses, [B, T]."""
   full, _ = models.token_logprobs(policy, concat_prompt_response(rollout), models.CONFIG)
   index = np.asarray(rollout.prompt_length)[:, None] + np.arange(training.RESPONSE)
   return np.take_along_axis(np.asarray(full), np.minimum(index, full.shape[1] - 1), axis=1)
@@ -106,7 +112,7 @@ def test_log_probs_are_those_of_the_policies_that_drew_each_token():
   mixed = 0
   for number, step in enumerate(four_steps()):
     rollout, drawn = step.rollout.arrays, drawn_by(number)
-    by_policy = np.stack([policy_logprobs(policy, rollout) for policy in policies()])
+    by_policy = np.stack([full_forward(policy, rollout) for policy in policies()])
     expected = np.take_along_axis(by_policy, drawn[None], axis=0)[0]
     mask = step.rollout.response_mask
     np.testing.assert_allclose(rollout.old_logprob[mask], expected[mask], atol=1e-4)
@@ -123,14 +129,17 @@ def test_log_probs_are_those_of_the_policies_that_drew_each_token():
 
 def test_responses_of_one_policy_do_not_depend_on_where_rollouts_end():
   """While the policy stays as it is, carrying changes neither tokens nor log-probs."""
-  policy = policies()[0]
-  steps = run([policy] * 3)
-  position = np.concatenate([positions(step) for step in steps])
+  steps = run([policies()[0]] * 3)
   assert sum(step.metrics['rollout/carried_responses'] for step in steps) > 4
+  assert_equal_to_one_generation(steps)
+
+
+def assert_equal_to_one_generation(steps):
+  position = np.concatenate([positions(step) for step in steps])
   prompts = stream().prompts.gather(np.concatenate([step.rows for step in steps]), np.asarray)
   sampler = training.rollout_sampler()
   at_once = generate(
-    policy,
+    policies()[0],
     prompts,
     KEY,
     decoder=rollouts.decode_config(sampler),
@@ -145,15 +154,83 @@ def test_responses_of_one_policy_do_not_depend_on_where_rollouts_end():
   np.testing.assert_allclose(logprob, at_once.logprob, atol=1e-4)
 
 
-def test_every_prompt_of_the_stream_is_answered_once():
-  steps, answered = four_steps(), []
+def assert_every_prompt_is_answered_once(steps):
+  answered = []
   for step in steps:
     answered += positions(step).tolist()
     open_ = left(step)
     assert sorted([*answered, *open_]) == list(range(int(step.carried.cursor)))
     assert len(open_) <= training.ROLLOUT.max_concurrent
-    finished = step.rollout.finished
-    assert (finished | (step.rollout.response_mask.sum(axis=1) == training.RESPONSE)).all()
+
+
+def test_every_prompt_of_the_stream_is_answered_once():
+  assert_every_prompt_is_answered_once(four_steps())
+  for step in four_steps():
+    at_limit = step.rollout.response_mask.all(axis=1)
+    assert (step.rollout.finished | at_limit).all()
+
+
+def test_responses_that_break_off_are_not_carried():
+  """Token 5 has a corrupted embedding: prompts with it have empty responses."""
+  broken = jax.tree.map(jnp.copy, policies()[0])
+  broken['backbone']['embedding'] = broken['backbone']['embedding'].at[5].set(np.nan)
+  lines = []
+  steps = run([broken] * 3, log=lines.append)
+  assert_every_prompt_is_answered_once(steps)
+  empty = [i for step in steps for i in np.flatnonzero(~step.rollout.response_mask.any(axis=1))]
+  assert empty and sum('after 0 tokens' in line for line in lines) == len(empty)
+
+
+@pytest.mark.campaign
+def test_responses_that_wait_for_pages_are_carried(monkeypatch):
+  """Rows that give their pages back keep their tokens, wherever the rollout ends."""
+  make = functools.partial(make_decoder, chunk=CHUNK)
+  small_pages = lambda *args: dataclasses.replace(make(*args), page_size=4)  # noqa: E731
+  monkeypatch.setattr(rollouts, 'make_decoder', small_pages)
+  settle, waited = decode_memory.settle_pool, []
+  monkeypatch.setattr(
+    decode_memory, 'settle_pool', lambda *args, **kw: settle(*args, **kw)._replace(pages=12)
+  )
+  reserve = scheduler.Scheduler._reserve
+
+  def counted(self, group):
+    before = len(self._waiting)
+    reserve(self, group)
+    waited.append(len(self._waiting) - before)
+
+  monkeypatch.setattr(scheduler.Scheduler, '_reserve', counted)
+  steps = run([policies()[0]] * 4)
+  assert_every_prompt_is_answered_once(steps)
+  assert sum(waited) > 0
+  assert_equal_to_one_generation(steps)
+
+
+@pytest.mark.devices
+def test_eight_devices_draw_the_same_responses():
+  """Rollouts may end elsewhere, since the rows divide over the devices; tokens are the same."""
+  mesh = models.mesh(8)
+  placed = models.place(policies()[0], mesh)
+  with jax.set_mesh(mesh):
+    several = run([placed] * 3, mesh=mesh)
+  assert_every_prompt_is_answered_once(several)
+  assert sum(step.metrics['rollout/carried_responses'] for step in several) > 4
+  assert_equal_to_one_generation(several)
+
+
+def test_recomputed_log_probs_are_those_of_full_forwards_before_the_policy_changes():
+  """Those of tokens that are carried further are not computed again by a later policy."""
+  recipe = training.recipe()
+
+  def recompute(policy, rollout, length):
+    logprob = policy_logprobs(policy, rollout, length, recipe=recipe)
+    return logprob - 1.0  # a mark, and far from the log-probs of decoding
+
+  plain, marked = four_steps(), run(policies(), recompute=recompute)
+  for number, (first, second) in enumerate(zip(plain, marked, strict=True)):
+    np.testing.assert_array_equal(first.rollout.response_ids, second.rollout.response_ids)
+    is_older = first.rollout.response_mask & (drawn_by(number) < number)
+    gap = np.asarray(second.rollout.arrays.old_logprob - first.rollout.arrays.old_logprob)
+    np.testing.assert_allclose(gap, -1.0 * is_older, atol=1e-4)
 
 
 def test_metrics_equal_a_loop():
