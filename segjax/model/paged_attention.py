@@ -135,7 +135,8 @@ def _first_row(
   tokens, heads, size = query.shape
   kv_heads = pages.key.shape[0]
   wide = jnp.promote_types(query.dtype, jnp.float32)
-  query = (query * size**-0.5).reshape(tokens, kv_heads, heads // kv_heads, size)
+  # Batch dimensions first: XLA for CPU has no product of bfloat16 into float32 in another order.
+  query = (query * size**-0.5).reshape(tokens, kv_heads, -1, size).transpose(1, 2, 0, 3)
   block_pages = min(max(_KEYS // page_size(pages), 1), table.shape[0])
   block = block_pages * page_size(pages)
   table = jnp.pad(table, (0, -table.shape[0] % block_pages))
@@ -145,13 +146,13 @@ def _first_row(
     peak, total, output = carry
     columns = jax.lax.dynamic_slice_in_dim(table, i * block_pages, block_pages)
     view = gather_view(pages, columns[None])
-    logits = jnp.einsum('ckgh,khs->ckgs', query, view.key[0], preferred_element_type=wide)
+    logits = jnp.einsum('kgch,khs->kgcs', query, view.key[0], preferred_element_type=wide)
     mask = i * block + jnp.arange(block)[None] <= position[:, None]
-    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    logits = jnp.where(mask[None, None], logits, _MASKED)
     new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1, keepdims=True))
     weights, scale = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
     added = jnp.einsum(
-      'ckgs,ksh->ckgh', weights.astype(view.value.dtype), view.value[0], preferred_element_type=wide
+      'kgcs,ksh->kgch', weights.astype(view.value.dtype), view.value[0], preferred_element_type=wide
     )
     total = total * scale + jnp.sum(weights, axis=-1, keepdims=True)
     return new_peak, total, output * scale + added
@@ -161,4 +162,5 @@ def _first_row(
   # Every token sees position 0, in the first block: no total is 0.
   start = (one + _MASKED, one, jnp.zeros(query.shape, wide))
   _, total, output = jax.lax.fori_loop(0, blocks, add_block, start)
-  return (output / total).astype(query.dtype).reshape(tokens, heads, size)
+  output = (output / total).astype(query.dtype)
+  return output.transpose(2, 0, 1, 3).reshape(tokens, heads, size)
