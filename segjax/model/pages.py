@@ -136,10 +136,13 @@ def gather_view(pages: Pages, table: Int[Array, 'B M']) -> KeyValue:
   Returns:
     Keys [B, K, h, S] and values [B, K, S, h], S = M P.
   """
-  key, value = pages.key[:, table], pages.value[:, table]  # [K, B, M, P, h]
-  heads, batch, count, positions, size = key.shape
-  key = key.transpose(1, 0, 4, 2, 3).reshape(batch, heads, size, count * positions)
-  value = value.swapaxes(0, 1).reshape(batch, heads, count * positions, size)
+  heads, entries, positions, size = pages.key.shape
+  batch, columns = table.shape
+  # Pages of all heads in one axis: each is copied to its place, without a transpose after it.
+  index = entries * jnp.arange(heads)[None, :, None] + table[:, None]
+  key, value = (x.reshape(-1, positions, size)[index] for x in pages)  # [B, K, M, P, h]
+  key = key.transpose(0, 1, 4, 2, 3).reshape(batch, heads, size, columns * positions)
+  value = value.reshape(batch, heads, columns * positions, size)
   return KeyValue(key, value)
 
 
