@@ -1,12 +1,13 @@
 """Continuous batching on the host; the programs are replaced by what they do to pages."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
 from fixtures import models
 
-from segjax.model import decode, scheduler
+from segjax.model import decode, decode_sizes, scheduler
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.generate import make_decode_config
 from segjax.model.requests import Partial, Request
@@ -104,7 +105,7 @@ def requests(prompt_lengths, samples=1):
 def decoder(chunk=8):
   sampling = Sampling(max_new_tokens=LIMIT)
   config = make_decode_config(models.CONFIG, sampling, models.STOP_IDS, models.mesh(1), chunk)
-  return decode.dataclasses.replace(config, page_size=PAGE)
+  return dataclasses.replace(config, page_size=PAGE)
 
 
 def run(asked, lengths, size, groups=1, enough=None, **values):
@@ -180,8 +181,67 @@ def test_a_partial_response_keeps_its_log_probs():
   asked = requests([5])[0]
   drawn = [token(0, 5), token(0, 6)]
   partial = Partial(np.array(drawn, np.int32), *(np.full(2, x, np.float32) for x in (0.5, 0.25)))
-  asked = decode.dataclasses.replace(asked, response=partial)
+  asked = dataclasses.replace(asked, response=partial)
   result, _ = run([asked], np.array([4]), PoolSize(1, 30, COLUMNS))
   assert result.result.response_ids[0, :4].tolist() == [*drawn, token(0, 7), STOP]
   assert result.result.logprob[0, :4].tolist() == [0.5, 0.5, -7, -8]
   assert result.result.sample_logprob[0, :4].tolist() == [0.25, 0.25, -8, -9]
+
+
+class Counts(scheduler.Programs):
+  """Gives responses their lengths, and counts rows and positions as a kernel reads them."""
+
+  def __init__(self, lengths, page):
+    self.lengths, self.page = lengths, page
+    self.needed = self.read = self.used = self.slots = 0
+    self.shapes = set()
+    self.run = None
+
+  def prefill(self, chunk):
+    self.shapes.add(('prefill', chunk.ids.shape, chunk.rows.table.shape))
+
+  def copy_pages(self, copies):
+    self.shapes.add('copy')
+
+  def decode(self, rows, steps):
+    self.shapes.add(('decode', rows.table.shape))
+    left = np.where(rows.active, self.lengths[rows.key[:, 0]] - rows.count, 0)
+    count = np.minimum(left, steps)
+    for step in range(steps):
+      length = np.where(step < count, rows.position + step + 1, 0)
+      self.needed += length.sum()
+      # Whole pages, and one of each row that is free or done.
+      self.read += np.maximum(-(-length // self.page), 1).sum() * self.page
+    if self.run._waiting:
+      self.used += count.sum()
+      self.slots += steps * len(count)
+    ids = np.ones((len(count), steps), np.int32)
+    logprob, none = np.zeros(ids.shape, np.float32), np.zeros(len(count), bool)
+    return decode.ChunkOutput(ids, logprob, logprob, count, rows.active & (count == left), none)
+
+
+@pytest.mark.parametrize('slots', [pytest.param(128, marks=pytest.mark.campaign), 256])
+def test_rows_are_full_and_positions_are_read_once(slots):
+  """Lengths as those of chat data: prompts of 179 tokens on average, responses of 403."""
+  rng, count = np.random.default_rng(0), 1024
+  prompts = np.clip(rng.lognormal(np.log(130), 0.9, count), 20, 1024).astype(int)
+  lengths = np.clip(rng.lognormal(np.log(330), 0.7, count), 5, 1024).astype(int)
+  sampling = Sampling(max_new_tokens=1024)
+  config = make_decode_config(models.CONFIG, sampling, models.STOP_IDS, models.mesh(1))
+  config = dataclasses.replace(config, paged_attention='triton')
+  asked = [
+    Request(np.ones(n, np.int32), i, np.array([i, 0], np.uint32), 1024)
+    for i, n in enumerate(prompts)
+  ]
+  programs = Counts(lengths, config.page_size)
+  size = decode_sizes.full_pool(slots, 1, 1024, config)
+  # Half of the pages that all rows have at full length are more than these ever need.
+  size = size._replace(pages=size.pages // 2)
+  programs.run = run = scheduler.Scheduler(asked, programs, size, 1, config)
+  while run.is_busy:
+    run.refill()
+    run.step()
+  np.testing.assert_array_equal(run.result.response_mask.sum(axis=1), lengths)
+  assert programs.used > 0.95 * programs.slots
+  assert programs.read < 1.15 * programs.needed
+  assert len(programs.shapes) <= 3  # programs, whatever the lengths
