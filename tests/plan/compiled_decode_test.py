@@ -39,6 +39,16 @@ def test_llama3_8b_on_an_h100():
   assert max(record['temporaries'].values()) < 2**30
 
 
+def test_int8_layers_are_read_as_int8():
+  """Half of the bytes of the layers' matrices, and no copy of them in bfloat16."""
+  layers = 4
+  flags = ('cuda:1xH100-80GB', f'--layers={layers}')
+  wide, narrow = measured(*flags), measured(*flags, '--weights=int8')
+  assert narrow['copied_bytes'] == 0
+  matrices = layers * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
+  assert wide['moved_bytes'] - narrow['moved_bytes'] == pytest.approx(matrices, rel=0.01)
+
+
 SLICES = ('cuda:8xH100-80GB', 'v5p:2x2x2', 'v5e:8x8')
 
 
