@@ -103,6 +103,14 @@ def _weights(config: LlamaConfig) -> int:
   return num_parameters(config) * (2 if config.dtype == 'bfloat16' else 4)
 
 
+def _decode_weights(config: LlamaConfig, weights_dtype: str) -> int:
+  """Returns the bytes of the weights that a decode step reads."""
+  if weights_dtype != 'int8':
+    return _weights(config)
+  others = dataclasses.replace(config, num_hidden_layers=0)
+  return _weights(others) + num_parameters(config) - num_parameters(others)  # a byte per weight
+
+
 def _gathered(config: LlamaConfig, mesh: Mesh) -> float:
   """Returns the bytes that a device sends while the weights are gathered along fsdp once."""
   axes = mesh_sizes(mesh)
@@ -166,11 +174,12 @@ def _generation(s: Settings, config: LlamaConfig, mesh: Mesh) -> PhaseCost:
     decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, s.rollout.tensor)
   )
   rows, others = slots / groups, (tensor - 1) / tensor
+  weights = _decode_weights(config, s.rollout.weights_dtype)
   # Two sums of activations per layer over a group, and float32 logits once, for sampling.
   sums = config.num_hidden_layers * 2 * 2 * others * rows * config.hidden_size * itemsize
   logits = others * rows * config.vocab_size / tensor * 4
   return PhaseCost(
     flops=flops / mesh.size,
-    memory=steps * (_weights(config) / tensor + filled / mesh.size),
+    memory=steps * (weights / tensor + filled / mesh.size),
     link=steps * (sums + logits),
   )

@@ -14,9 +14,17 @@ import pytest
 
 from segjax.config.settings import Network, Settings, replace
 from segjax.errors import UserError
-from segjax.model.llama import make_config
+from segjax.model.llama import make_config, num_parameters
 from segjax.model.mesh import make_mesh
-from segjax.plan import abstract_arrays, memory, planner, programs, suggestions, topologies
+from segjax.plan import (
+  abstract_arrays,
+  memory,
+  planner,
+  programs,
+  roofline,
+  suggestions,
+  topologies,
+)
 from segjax.plan.ppo_programs import PPO
 from segjax.plan.programs import REWARD
 
@@ -47,6 +55,20 @@ def with_memory(size):
 @functools.cache
 def make_plan(settings=SETTINGS, names=SMALL, size=math.inf):
   return planner.make_plan(PPO, settings, with_memory(size), names)
+
+
+def test_int8_weights_halve_what_decoding_reads_of_layers():
+  config = dataclasses.replace(make_config(SETTINGS.network), dtype='bfloat16')
+  mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+  def read(weights_dtype):
+    settings = replace(SETTINGS, **{'rollout.weights_dtype': weights_dtype})
+    costs = roofline.ppo_step(settings, {'policy': config, 'critic': config}, mesh)
+    return costs['generation'].memory
+
+  embeddings = 2 * 512 * 32 + 32  # with the last norm
+  layers = num_parameters(config) - embeddings
+  assert read('compute_dtype') - read('int8') == 64 * layers  # steps
 
 
 def test_names_of_topologies():
