@@ -247,6 +247,8 @@ mesh, steps = make_mesh(data=jax.device_count()), []
 for step in range(4):
   batch = place_batch(batch_indices(16, 8, 0, step), mesh)
   steps.append([[s.index[0].start or 0, s.data.tolist()] for s in batch.addressable_shards])
+# Not a float32; the first process has the largest.
+assert processes.smallest(1e9 + 0.1 - processes.process_index()) == 1e9 + 1.1 - int(sys.argv[2])
 print(json.dumps(steps))
 """
 

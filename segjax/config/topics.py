@@ -45,7 +45,8 @@ computes what a run needs, without the devices.
   runtime.frozen_params_memory=host
       keeps reference and reward model in the host's memory while they are not used.
   rollout.max_concurrent
-      limits the responses that are decoded at once, and with them the key-value cache.
+      limits the responses that are decoded at once, and with them the pages of keys and values; by
+      default these take what the other arrays leave.
 """
 
 PACKING = """\
@@ -58,8 +59,12 @@ tokens. `python tools/bench.py train` measures the gain.
 
 ROLLOUTS = """\
 rollout.max_concurrent responses are decoded at once (continuous batching): when a response ends,
-the next prompt takes its slot. A decoding step costs what the longest response in a slot needs.
-The rollout.samples_per_prompt responses of a prompt share one prefill.
+the next prompt takes its slot. By default there are as many slots as the free memory has room for,
+counted with the mean prompt and half of rollout.max_new_tokens. Keys and values lie in pages of 64
+positions, and a response has those of its tokens alone. Where no page is free, the youngest
+response waits, and is read again later. On GPUs and TPUs a step reads the pages in use; on CPUs it
+costs what the longest response needs. The rollout.samples_per_prompt responses of a prompt share
+one prefill and its full pages.
 
 The random numbers of a response depend on the seed, the step, the index of the prompt and the index
 of the sample alone; the number of slots or devices does not change the responses.

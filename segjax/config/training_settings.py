@@ -148,7 +148,7 @@ class RolloutSettings:
   min_new_tokens: int = 1  # the stop token is not sampled before
   max_new_tokens: int = 1024  # length limit of a response
   samples_per_prompt: int = 1  # responses per prompt
-  max_concurrent: int = 0  # responses decoded at once; 0: the whole rollout
+  max_concurrent: int = 0  # responses decoded at once; 0: as many as the memory has room for
   tensor: int = 0  # devices that decode one row together; 0: as many as divide the key heads
   weights_dtype: str = 'compute_dtype'  # of the layers in PPO's rollouts; int8: half the size
   recompute_logprob: bool | None = None  # old log-probs by a full forward; None: bfloat16 or int8

@@ -115,7 +115,7 @@ def plan_pool(
     raise UserError(_does_not_fit(decoder, longest, need, least, free_bytes))
   room -= _EXTRA_PAGES * need.page
   if max_concurrent:
-    slots = _round_slots(min(max_concurrent, responses), mesh)
+    slots = _round_slots(max_concurrent, responses, mesh)
     fits = _fitting_slots((room - columns * need.page) / need.row, responses, mesh)
     if slots > fits:
       raise UserError(
@@ -126,16 +126,19 @@ def plan_pool(
   else:
     mean_pages = (mean_prompt + decoder.sampling.max_new_tokens / 2) / decoder.page_size + 0.5
     fits = _fitting_slots(room / (need.row + mean_pages * need.page), responses, mesh)
-    slots = min(fits, _round_slots(responses, mesh))
+    slots = min(fits, _round_slots(responses, responses, mesh))
   rows = slots // groups
   # More pages than all rows can fill would never be used.
   pages = int(min(rows * columns, (room - rows * need.row) / need.page))
   return PoolSize(slots, pages + _EXTRA_PAGES, columns)
 
 
-def _round_slots(slots: int, mesh: Mesh) -> int:
-  """Rounds up to what divides over the groups; to all devices, which then sample equal parts."""
-  return decode_sizes.round_up(slots, mesh.size if slots >= mesh.size else mesh.shape['data'])
+def _round_slots(slots: int, responses: int, mesh: Mesh) -> int:
+  """Rounds up to what divides over the groups; over all devices, which then sample equal parts."""
+  groups = mesh.shape['data']
+  slots = decode_sizes.round_up(slots, mesh.size if slots >= mesh.size else groups)
+  # At most the responses: a rollout that carries some has room for as many.
+  return max(min(slots, responses // groups * groups), groups)
 
 
 def _fitting_slots(rows: float, responses: int, mesh: Mesh) -> int:

@@ -89,7 +89,7 @@ def _line(preset: str, plan: dict) -> str:
   cells = (
     f'`{preset}`{about}',
     f'{plan["memory"] / 2**30:.1f}' + ('' if plan['fits'] else ', does NOT fit'),
-    peak('prefill', 'cache', 'decode'),
+    peak('prefill', 'page', 'decode'),
     peak('scoring'),
     peak('update'),
     f'{max(p["seconds"] for p in plan["phases"]):.0f} s',

@@ -8,7 +8,7 @@ from fixtures import models
 from segjax import processes
 from segjax.model import decode_memory
 from segjax.model.decode_memory import plan_pool, settle_pool
-from segjax.model.decode_sizes import PoolSize, max_columns
+from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import num_parameters
@@ -89,8 +89,9 @@ def test_rows_that_are_asked_for_share_what_fits():
 def test_slots_divide_over_the_devices():
   groups = decode_mesh(models.mesh(8), 4, 2)
   assert plan(math.inf, mesh=groups, responses=3) == PoolSize(4, 4 + 2, 4)
-  # From eight on every device samples for as many rows.
-  assert plan(math.inf, mesh=groups, responses=9) == PoolSize(16, 4 * 4 + 2, 4)
+  # From eight on every device samples for as many rows, but never more than there are responses.
+  assert plan(math.inf, mesh=groups, max_concurrent=9) == PoolSize(16, 4 * 4 + 2, 4)
+  assert plan(math.inf, mesh=groups, responses=13) == PoolSize(12, 3 * 4 + 2, 4)
   for pages in (20, 30, 50, 90):
     assert plan(room(pages), mesh=groups).slots % 8 == 0
 
@@ -178,5 +179,9 @@ def test_free_memory_of_this_machine():
   assert 2**20 < eight < one < 2**50
 
 
-def test_longest_rows_have_few_sizes():
-  assert max_columns(LONGEST, decoder()) == 4
+def test_int8_weights_leave_more_room():
+  made = decoder()
+  int8 = dataclasses.replace(made, weights_dtype='int8')
+  sizes = [decode_memory._weight_bytes(each, 1) for each in (made, int8)]
+  layers = 4 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # bytes of the kernels in float32
+  assert sizes[0] - sizes[1] == pytest.approx(0.75 * layers, rel=0.06)  # scales are left

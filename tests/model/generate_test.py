@@ -22,12 +22,12 @@ SAMPLING = Sampling(max_new_tokens=RESPONSE)
 
 
 def run(params, prompts, lengths, seed=0, *, config=models.CONFIG, sampling=SAMPLING, **values):
-  mesh = values.pop('mesh', None) or models.mesh(1)
+  mesh, tensor = values.pop('mesh', None) or models.mesh(1), values.pop('tensor', 0)
   return generate(
     params,
     PromptBatch(np.asarray(prompts), np.asarray(lengths)),
     jax.random.key(seed),
-    decoder=make_decode_config(config, sampling, models.STOP_IDS, mesh),
+    decoder=make_decode_config(config, sampling, models.STOP_IDS, mesh, tensor=tensor),
     mesh=mesh,
     options=GenerationOptions(**values),
   )
@@ -212,18 +212,24 @@ def test_responses_do_not_depend_on_the_order_of_prompts(sampled):
 
 
 @pytest.mark.parametrize(
-  'shape', [(2, 2, 2), pytest.param((4, 2, 1), marks=pytest.mark.devices)], ids=str
+  ('shape', 'tensor'),
+  [
+    ((2, 2, 2), 2),
+    pytest.param((4, 2, 1), 2, marks=pytest.mark.devices),
+    pytest.param((1, 8, 1), 1, marks=pytest.mark.devices),
+    pytest.param((1, 1, 8), 1, marks=pytest.mark.devices),
+  ],
+  ids=str,
 )
-def test_responses_do_not_depend_on_devices(shape):
+def test_responses_do_not_depend_on_devices(shape, tensor):
   """Groups of rows, each with a pool of pages of its own, and heads over the devices of a group."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))
   out = run(params, prompts, LENGTHS)
   mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
-  groups = decode_mesh(mesh, models.CONFIG.num_attention_heads, models.CONFIG.num_key_value_heads)
-  assert groups.shape['data'] == 4 and groups.shape['tensor'] == 2
+  assert decode_mesh(mesh, 4, 2, tensor).shape['data'] == 8 // tensor
   with jax.set_mesh(mesh):
     placed = models.place(params, mesh)
-  again = run(placed, prompts, LENGTHS, mesh=mesh, max_concurrent=5)
+  again = run(placed, prompts, LENGTHS, mesh=mesh, max_concurrent=5, tensor=tensor)
   np.testing.assert_array_equal(again.response_ids, out.response_ids)
   assert_allclose(again.logprob, out.logprob, atol=1e-5)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from segjax.model import decode_sizes
+from segjax.model import decode_memory, decode_sizes
 from segjax.model.attention import attention
 from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
@@ -106,6 +106,26 @@ def test_no_step_gathers_a_weight_where_chips_outnumber_heads(mesh):
   config = dataclasses.replace(LLAMA_8B, num_hidden_layers=3)
   compiled, weights = _decode_chunk(config, mesh)
   assert _moved_weights(compiled, weights) == []
+
+
+def test_temporaries_are_no_more_than_the_memory_check_counts(mesh):
+  config = dataclasses.replace(LLAMA_8B, num_hidden_layers=2)
+  sampling = Sampling(max_new_tokens=512, top_p=0.9)  # bisection needs most
+  decoder = make_decode_config(config, sampling, (128001, 128009), mesh)
+  params = abstract_arrays.params(config, 'language', 'float32', mesh)
+  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads)
+  size = decode_sizes.full_pool(512, 1, 512, decoder)
+  rollout = decode_programs(decoder, mesh, params, size, 512)
+  memory = {
+    phase.name: programs.lower_phase(phase, mesh).compile().memory_analysis()
+    for phase in rollout.phases
+  }
+  counted = decode_memory._bytes(decoder, mesh, size.columns)
+  assert memory['decode weights'].output_size_in_bytes == pytest.approx(counted.weights, rel=0.01)
+  assert memory['decode weights'].temp_size_in_bytes < counted.exchange
+  assert memory['prefill'].temp_size_in_bytes < counted.prefill
+  assert memory['decode chunk'].temp_size_in_bytes < 512 * counted.row
+  assert memory['prefill'].alias_size_in_bytes == pytest.approx(size.pages * counted.page, rel=0.01)
 
 
 def test_gathers_are_detected(mesh):
