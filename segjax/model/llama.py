@@ -179,7 +179,7 @@ class Block(nn.Module):
     return x
 
   def _heads(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _ h']:
-    heads = self._laid_out(x, 'product', 'flat_heads')
+    heads = self._laid_out(x, 'product')
     heads = heads.reshape(*x.shape[:2], -1, self.config.head_dim)
     return self._laid_out(heads, 'heads')
 
@@ -201,7 +201,7 @@ class Block(nn.Module):
 
   def _finish(self, x, attended):
     attended = checkpoint_name(attended, 'attention').reshape(*x.shape[:2], -1)
-    attended = self._laid_out(attended, 'flat_heads', 'product')
+    attended = self._laid_out(attended, 'product')
     # The sum over tensor is needed only for a device's own positions.
     x = checkpoint_name(self._laid_out(x + self.output(attended), 'hidden'), 'residual')
     y = self._laid_out(self.mlp_norm(x), 'gathered')

@@ -248,6 +248,8 @@ class Scheduler:
         youngest = group.live.pop()
         group.pool.release(youngest.pages)
         self._waiting.appendleft(youngest.request)
+        if not self._count[youngest.request]:
+          self._siblings[self._requests[youngest.request].prompt] += 1
 
   def _rows(self, live, row: np.ndarray, index: np.ndarray, size: int) -> DecodeRows:
     """Returns the arguments of a chunk for the live responses `index` in the rows `row`."""

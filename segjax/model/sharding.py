@@ -46,7 +46,6 @@ ACTIVATION_RULES: dict[str, P] = {
   'gathered': P(BATCH, None, None),
   'replicated': P(None),
   'product': P(BATCH, None, 'tensor'),
-  'flat_heads': P(BATCH, None, 'tensor'),
   # Attention needs all positions and no other head: split by heads, it exchanges nothing.
   'heads': P(BATCH, None, 'tensor', None),
   # Split by vocabulary: a softmax exchanges its sums, [B, S], and no device holds [B, S, V].
@@ -66,7 +65,6 @@ ACTIVATION_RULES: dict[str, P] = {
   'decode_hidden': P('data', None, None),
   'decode_gathered': P('data', None, None),
   'decode_product': P('data', None, 'tensor'),
-  'decode_flat_heads': P('data', None, 'tensor'),
   'decode_logits': P('data', None, 'tensor'),
   'decode_heads': P('data', None, 'tensor', None),
   'decode_key': P('data', 'tensor', None, None),

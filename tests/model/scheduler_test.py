@@ -135,6 +135,7 @@ def test_every_response_is_complete(slots, pages, groups, samples):
     assert result.result.response_ids[i, :n].tolist() == expected
     assert result.result.response_mask[i].sum() == n and result.result.finished[i]
     np.testing.assert_array_equal(result.result.logprob[i, :n], -start - np.arange(n))
+  assert set(result._siblings.values()) == {0}
   for group in result._groups:
     assert group.pool.num_free == pages - 1 and not group.prefixes
 
