@@ -60,9 +60,10 @@ class _Group:
     self.reads: list[Read] = []
     self.copies: list[tuple[int, int]] = []
 
-  def drop_prefix(self, prompt: int) -> None:
-    """Gives up the pages of a prompt; live responses keep theirs."""
-    self.pool.release(self.prefixes.pop(prompt, []))
+  def drop_prefixes(self, prompts: list[int] | None = None) -> None:
+    """Gives up the pages of these prompts, or of all; live responses keep theirs."""
+    for prompt in list(self.prefixes) if prompts is None else prompts:
+      self.pool.release(self.prefixes.pop(prompt, []))
 
 
 class Scheduler:
@@ -122,6 +123,11 @@ class Scheduler:
     while self._waiting:
       index = self._waiting[0]
       group = self._group_for(index)
+      if group is None and not any(group.live for group in self._groups):
+        # Nothing ends that would free pages but those of prompts, which are read again.
+        for each in self._groups:
+          each.drop_prefixes()
+        group = self._group_for(index)
       if group is None:
         break
       self._waiting.popleft()
@@ -134,17 +140,18 @@ class Scheduler:
     for group in self._groups:
       group.reads = []
       # Not sooner: until it is copied, a page must not go to another row.
-      for prompt in [prompt for prompt in group.prefixes if not self._siblings[prompt]]:
-        group.drop_prefix(prompt)
+      group.drop_prefixes([prompt for prompt in group.prefixes if not self._siblings[prompt]])
 
   def _prefill_size(self, tokens: int) -> int:
     return decode_sizes.prefill_size(tokens, len(self._groups), self._decoder)
 
   def _group_for(self, index: int) -> _Group | None:
     """Returns the group that the response starts in; None if no group has room."""
+    # A response that goes on reads its prompt again, with the tokens that it has.
+    prompt = self._requests[index].prompt if not self._count[index] else None
 
     def has_room(group):
-      shared = len(group.prefixes.get(self._requests[index].prompt, ()))
+      shared = len(group.prefixes.get(prompt, ()))
       needed = self._pages_needed(index) - max(shared - 1, 0)
       # Each live response takes a page from time to time: without these it would soon be stopped
       # for the sake of the new one.
@@ -153,7 +160,6 @@ class Scheduler:
 
     groups = [group for group in self._groups if has_room(group)]
     # One that has the prompt's pages first, then the emptiest.
-    prompt = self._requests[index].prompt
     return min(groups, key=lambda g: (prompt not in g.prefixes, len(g.live)), default=None)
 
   def _pages_needed(self, index: int) -> int:
@@ -220,7 +226,7 @@ class Scheduler:
     # prompt again.
     broken = [each for each in done if self.result.non_finite[each.request]]
     for each in broken:
-      group.drop_prefix(self._requests[each.request].prompt)
+      group.drop_prefixes([self._requests[each.request].prompt])
     pages = {page for each in broken for page in each.pages}
     group.copies += [(0, page) for page in sorted(pages) if group.pool.is_free(page)]
 
@@ -240,8 +246,7 @@ class Scheduler:
         each.pages += group.pool.allocate(max(missing, 0))
         position += 1
       elif group.prefixes:
-        for prompt in list(group.prefixes):
-          group.drop_prefix(prompt)
+        group.drop_prefixes()
       else:
         # It keeps its tokens, and reads them again later: nothing else changes, since its random
         # numbers depend on no row. The oldest always goes on.

@@ -140,6 +140,20 @@ def test_every_response_is_complete(slots, pages, groups, samples):
     assert group.pool.num_free == pages - 1 and not group.prefixes
 
 
+@pytest.mark.parametrize('seed', range(8))
+def test_no_pool_is_too_small_for_one_response(seed):
+  """Random lengths, samples and groups, in pools that hold little more than the longest row."""
+  rng = np.random.default_rng(seed)
+  prompts = rng.integers(1, 30, rng.integers(1, 8))
+  lengths = rng.integers(1, LIMIT + 1, len(prompts))
+  samples, groups = rng.integers(1, 6), rng.integers(1, 4)
+  size = PoolSize(int(groups * rng.integers(1, 7)), COLUMNS + int(rng.integers(2, 9)), COLUMNS)
+  result, _ = run(requests(prompts, samples), lengths, size, int(groups))
+  np.testing.assert_array_equal(
+    result.result.response_mask.sum(axis=1), np.repeat(lengths, samples)
+  )
+
+
 def test_samples_share_the_pages_of_a_prompt():
   """The prompt is read once, and its full pages are held once."""
   _, alone = run(requests([29]), np.array([9]), PoolSize(1, 200, COLUMNS))
