@@ -266,6 +266,7 @@ def test_reference_exact_runs_through_all_stages(small, run, paths, tmp_path):
   assert (stored['granularity'], stored['entropy_threshold']) == ('segment', 0.0)
 
 
+@pytest.mark.campaign
 def test_rollouts_beyond_the_bounds_are_skipped(small, run, paths, language, tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules[__name__], 'many_words', lambda prompt, response: 1000.0)
   values = {**paths('prompts'), **CUSTOM_REWARD_ALONE, **OPTIONS}

@@ -74,6 +74,7 @@ def test_product_equals_loops(dtype, tolerance):
   assert (np.abs(np.asarray(got, np.float64) - expected) <= tolerance * size).all()
 
 
+@pytest.mark.campaign
 def test_network_is_that_of_the_rounded_weights():
   """And near that of the weights themselves."""
   config, ids = models.TIED, models.ids()

@@ -31,7 +31,7 @@ class Programs(scheduler.Programs):
     self.lengths, self.chunk, self.non_finite = lengths, chunk, non_finite
     self.reads = self.used = self.rows = self.read_tokens = 0
     self.calls = collections.Counter()
-    self.cleaned = []
+    self.cleaned, self.columns = [], []
 
   def prefill(self, chunk):
     self.calls['prefill', chunk.ids.shape] += 1
@@ -58,6 +58,8 @@ class Programs(scheduler.Programs):
 
   def decode(self, rows, steps):
     self.calls['decode', rows.table.shape] += 1
+    longest = int(np.max(rows.position, where=rows.active, initial=0)) + 1
+    self.columns.append((rows.table.shape[1], longest))
     size = len(rows.token)
     ids = np.full((size, self.chunk), STOP, np.int32)
     logprob = np.zeros((size, self.chunk), np.float32)
@@ -201,6 +203,17 @@ def test_a_partial_response_keeps_its_log_probs():
   assert result.result.response_ids[0, :4].tolist() == [*drawn, token(0, 7), STOP]
   assert result.result.logprob[0, :4].tolist() == [0.5, 0.5, -7, -8]
   assert result.result.sample_logprob[0, :4].tolist() == [0.25, 0.25, -8, -9]
+
+
+def test_columns_follow_the_longest_row():
+  """Where all columns are read, the table gets longer with a long row, and shorter after it."""
+  prompts, lengths = np.array([3, 5, 29, 4, 3, 3]), np.array([10, 3, 40, 8, 9, 30])
+  result, programs = run(requests(prompts), lengths, PoolSize(2, 60, COLUMNS))
+  shapes = [shape for name, shape in programs.calls if name == 'decode']
+  assert {columns for _, columns in shapes} == {4, 8, 16, 18}
+  assert result.num_done == len(prompts)
+  for columns, longest in programs.columns:
+    assert longest <= columns * PAGE < max(2 * (longest + 8), PAGE + 1) or columns == COLUMNS
 
 
 class Counts(scheduler.Programs):

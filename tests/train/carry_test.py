@@ -127,6 +127,7 @@ def test_log_probs_are_those_of_the_policies_that_drew_each_token():
   assert mixed > 20
 
 
+@pytest.mark.campaign
 def test_responses_of_one_policy_do_not_depend_on_where_rollouts_end():
   """While the policy stays as it is, carrying changes neither tokens nor log-probs."""
   steps = run([policies()[0]] * 3)
