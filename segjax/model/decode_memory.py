@@ -224,12 +224,14 @@ def _free_bytes(mesh: Mesh) -> float:
 
 def _host_bytes() -> float:
   """Returns the bytes of the host that programs can still get, cached files included."""
-  try:
-    lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
-  except OSError:
-    return float(os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-  fields = dict(line.split(':', 1) for line in lines)
-  return 1024.0 * int(fields['MemAvailable'].split()[0])
+  meminfo = Path('/proc/meminfo')
+  if meminfo.is_file():
+    fields = dict(line.split(':', 1) for line in meminfo.read_text(encoding='utf-8').splitlines())
+    return 1024.0 * int(fields['MemAvailable'].split()[0])
+  # Elsewhere what is free is not told, as on macOS: all of it, or no bound.
+  if 'SC_PHYS_PAGES' not in getattr(os, 'sysconf_names', ()):
+    return math.inf
+  return float(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
 
 
 def _gib(size: float) -> str:

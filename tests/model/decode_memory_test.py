@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import pathlib
 
 import jax
 import pytest
@@ -185,3 +186,11 @@ def test_int8_weights_leave_more_room():
   sizes = [decode_memory._weight_bytes(each, 1) for each in (made, int8)]
   layers = 4 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # bytes of the kernels in float32
   assert sizes[0] - sizes[1] == pytest.approx(0.75 * layers, rel=0.06)  # scales are left
+
+
+def test_memory_of_a_host_that_does_not_tell_what_is_free(monkeypatch):
+  available = decode_memory._host_bytes()
+  monkeypatch.setattr(decode_memory, 'Path', lambda _: pathlib.Path('/does/not/exist'))
+  assert 0 < available <= decode_memory._host_bytes() < math.inf
+  monkeypatch.setattr(decode_memory.os, 'sysconf_names', {})
+  assert decode_memory._host_bytes() == math.inf
