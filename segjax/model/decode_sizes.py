@@ -64,7 +64,7 @@ def full_pool(slots: int, groups: int, longest: int, decoder: DecodeConfig) -> P
 
 
 def prefill_size(tokens: int, groups: int, decoder: DecodeConfig) -> int:
-  """Returns the tokens of a group in a chunk of prompts, where up to `tokens` are left to read."""
+  """Returns the tokens of a group in a chunk of prompts, of which all have `tokens` together."""
   if decoder.paged_attention == 'xla':
     # Each token is multiplied with all keys of the chunk, those of other prompts too.
     return min(max(_next_power_of_two(tokens), 16), _MIN_PREFILL_TOKENS)

@@ -1,6 +1,6 @@
-"""Packs the prompts that are about to be read into chunks of few sizes, on the host."""
+"""Packs the prompts that are about to be read into chunks of one size, on the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +23,7 @@ class Read(NamedTuple):
   pages: list[int]
 
 
-def prefill_chunks(
-  reads: list[list[Read]], columns: int, chunk_size: Callable[[int], int]
-) -> Iterator[PrefillChunk]:
+def prefill_chunks(reads: list[list[Read]], columns: int, size: int) -> Iterator[PrefillChunk]:
   """Yields chunks that read all of `reads`, in order.
 
   A chunk has tokens of several prompts in turn; a prompt is cut only where the chunk ends. So only
@@ -34,13 +32,11 @@ def prefill_chunks(
   Args:
     reads: of each group of rows.
     columns: of the tables of pages.
-    chunk_size: tokens left to read in the group that has most -> tokens per group of the chunk.
+    size: tokens of a group in a chunk.
   """
   pending = [list(group)[::-1] for group in reads]  # the next one is the last
   begin = [0] * len(pending)  # tokens of the next one that earlier chunks have read
   while any(pending):
-    left = [sum(len(read.ids) for read in group) for group in pending]
-    size = chunk_size(max(n - b for n, b in zip(left, begin, strict=True)))
     groups = [_Group(size, columns) for _ in pending]
     for i, (reading, group) in enumerate(zip(groups, pending, strict=True)):
       while group and reading.has_room:

@@ -95,6 +95,8 @@ class Scheduler:
     self._prompt_length = np.array([len(r.prompt_ids) for r in requests])
     self._limit = np.array([r.limit for r in requests])
     self._count = np.array([len(r.response.ids) for r in requests])  # tokens of each response
+    tokens = int((self._prompt_length + self._count).sum())
+    self._prefill_size = decode_sizes.prefill_size(tokens, groups, decoder)
     self.is_done = np.zeros(len(requests), bool)  # finished, or at the limit
     self.result = start_result(requests, decoder.sampling.max_new_tokens, decoder.stop_ids[0])
 
@@ -141,9 +143,6 @@ class Scheduler:
       group.reads = []
       # Not sooner: until it is copied, a page must not go to another row.
       group.drop_prefixes([prompt for prompt in group.prefixes if not self._siblings[prompt]])
-
-  def _prefill_size(self, tokens: int) -> int:
-    return decode_sizes.prefill_size(tokens, len(self._groups), self._decoder)
 
   def _group_for(self, index: int) -> _Group | None:
     """Returns the group that the response starts in; None if no group has room."""

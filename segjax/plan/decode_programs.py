@@ -47,10 +47,8 @@ class DecodePrograms:
     slots, columns = self.size.slots // groups, self.size.columns
     rows = {decode_sizes.chunk_rows(n, slots, decoder) for n in range(1, slots + 1)}
     tables = {decode_sizes.table_columns(n, columns, decoder) for n in range(1, columns + 1)}
-    longest = columns * decoder.page_size
-    prefills = {decode_sizes.prefill_size(n, groups, decoder) for n in range(1, longest + 1)}
-    others = 4  # weights, pages, copies of pages, keys of the responses
-    return len(rows) * len(tables) + len(prefills) + others
+    others = 5  # weights, pages, prefill, copies of pages, keys of the responses
+    return len(rows) * len(tables) + others
 
   def bytes_read(self, live: int) -> dict[str, int]:
     """Returns what a call of a kernel reads of an array of pages on one device, by its shape.
@@ -94,7 +92,7 @@ def decode_programs(
   pages = structs(decode.empty_pages, groups, size.pages, **static)
   tokens = decode_sizes.prefill_size(longest, groups, decoder)
   read = Read(np.zeros(tokens, np.int32), [0] * -(-tokens // decoder.page_size))
-  (prompts,) = prefill_chunks([[read]] * groups, size.columns, lambda _: tokens)
+  (prompts,) = prefill_chunks([[read]] * groups, size.columns, tokens)
   copies = np.zeros((groups, generate.COPIES), np.int32)
   rows = decode.empty_rows(size.slots, size.columns)
   steps = np.int32(decoder.chunk)
