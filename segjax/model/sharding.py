@@ -125,17 +125,14 @@ def active_mesh() -> AbstractMesh | None:
   return None if mesh.empty else mesh
 
 
-def constrain(x: jax.Array, name: str, stack: tuple[None, ...] = ()) -> jax.Array:
-  """Constrains activation `x` to ACTIVATION_RULES[name]; without a mesh it returns x unchanged.
-
-  `stack` has a None for each axis that x has before those of the rule.
-  """
+def constrain(x: jax.Array, name: str) -> jax.Array:
+  """Constrains activation `x` to ACTIVATION_RULES[name]; without a mesh it returns x unchanged."""
   mesh = active_mesh()
   if mesh is None:
     return x
   # Without a constraint the partitioner chooses the layout, and may gather a weight for it.
-  spec = P(*stack, *ACTIVATION_RULES[name])
-  return jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, mesh))
+  spec = fitted(ACTIVATION_RULES[name], x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def shard_map_activations(
