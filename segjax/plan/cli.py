@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from segjax.config import command_line
-from segjax.plan import cuda_compiler, topologies
+from segjax.plan import topologies
 
 if TYPE_CHECKING:
   from segjax.plan.programs import JobPlan
@@ -44,9 +44,7 @@ def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
     print_table()
     return
   settings, preset = command_line.settings_from_flags()
-  # Without the compiler for GPUs, their programs are compiled for CPU devices.
-  estimate = not cuda_compiler.is_installed()
-  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2], estimate=estimate)
+  topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
   topologies.prepare(topology)
   from segjax.plan import planner
 
@@ -85,9 +83,8 @@ def _line(preset: str, plan: dict) -> str:
     sizes = [p['peak'] for p in plan['phases'] if any(word in p['name'] for word in words)]
     return f'{max(sizes) / 2**30:.1f}' if sizes else ''
 
-  about = ' (estimate)' if plan['is_estimate'] else ''
   cells = (
-    f'`{preset}`{about}',
+    f'`{preset}`',
     f'{plan["memory"] / 2**30:.1f}' + ('' if plan['fits'] else ', does NOT fit'),
     peak('prefill', 'page', 'decode'),
     peak('scoring'),

@@ -119,8 +119,6 @@ def print_plan(plan: Plan) -> None:
   chip = plan.topology.chip
   log('')
   _print_memory(plan)
-  if plan.topology.is_estimate:
-    log('estimate: compiled for CPU, which upcasts bfloat16 and has no flash attention')
   trees = [(name, in_gib(size)) for name, size in plan.programs.sizes().items()]
   table('Lives across phases', ('', 'GiB per device'), trees)
   if not math.isnan(chip.flops):
@@ -174,7 +172,6 @@ def to_json(plan: Plan) -> str:
     'job': plan.job.name,
     'topology': plan.topology.name,
     'devices': plan.topology.count,
-    'is_estimate': plan.topology.is_estimate,
     'fits': plan.fits,
     'memory': None if math.isinf(chip.memory) else int(chip.memory),
     'phases': [dataclasses.asdict(m) | {'peak': m.peak} for m in plan.measured],

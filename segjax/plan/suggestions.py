@@ -58,18 +58,18 @@ def suggest_changes(measured: Measured) -> list[str]:
   peak = max(phase.peak for phase in measured.memory)
   lines, selected = [], []
   for change in _changes(measured):
-    alone = estimate_peak([change], measured)
+    alone = peak_with([change], measured)
     if alone < peak:
       lines.append(f'{change}: peak {in_gib(alone)} GiB')
-    if estimate_peak(selected, measured) > measured.limit:
+    if peak_with(selected, measured) > measured.limit:
       # The last value of a key is the smallest that was tried.
       selected = [other for other in selected if other.key != change.key] + [change]
-  together = estimate_peak(selected, measured)
+  together = peak_with(selected, measured)
   verdict = 'they fit' if together <= measured.limit else 'not enough: use more chips'
   return [*lines, f'all of {" ".join(map(str, selected))}: peak {in_gib(together)} GiB, {verdict}']
 
 
-def estimate_peak(changes: list[SettingChange], measured: Measured) -> int:
+def peak_with(changes: list[SettingChange], measured: Measured) -> int:
   """Returns the largest peak of all phases under these changes, in bytes."""
   settings = replace(measured.settings, **{change.key: change.value for change in changes})
   programs = measured.job.programs(settings, measured.network, measured.mesh, measured.limit)

@@ -2,7 +2,7 @@
 
 A topology is written `v5p:2x2x2` (TPU), `cuda:8xH100-80GB`, `cuda:8x8xH100-80GB` (eight nodes of
 eight), or `cpu:8`. libtpu compiles programs for TPUs without a TPU, and jax's CUDA plugin programs
-for GPUs without a GPU. An estimate of a CUDA topology is compiled for CPU devices instead.
+for GPUs without a GPU.
 """
 
 import dataclasses
@@ -31,14 +31,12 @@ class Topology:
   Attributes:
     name: as a user writes it.
     nodes: over which the chips are spread; between nodes the links are slower.
-    is_estimate: the programs are compiled for CPU devices instead.
   """
 
   name: str
   chip: Chip
   count: int
   nodes: int = 1
-  is_estimate: bool = False
 
   @property
   def is_tpu(self) -> bool:
@@ -47,16 +45,12 @@ class Topology:
 
   @property
   def is_cuda(self) -> bool:
-    """Whether the chips are GPUs, and the programs are compiled for them."""
-    return self.chip.name in cuda_compiler.TARGETS and not self.is_estimate
+    """Whether the chips are GPUs."""
+    return self.chip.name in cuda_compiler.TARGETS
 
 
-def parse(name: str, *, estimate: bool = True) -> Topology:
-  """Returns the topology of a name; UserError lists the supported names.
-
-  Args:
-    estimate: whether programs for CUDA are compiled for CPU devices.
-  """
+def parse(name: str) -> Topology:
+  """Returns the topology of a name; UserError lists the supported names."""
   kind, _, shape = name.partition(':')
   if kind in _SLICES and shape in _SLICES[kind]:
     return Topology(name, CHIPS[kind], math.prod(map(int, shape.split('x'))))
@@ -65,7 +59,7 @@ def parse(name: str, *, estimate: bool = True) -> Topology:
   match = re.fullmatch(r'(?:([1-9][0-9]*)x)?([1-9][0-9]*)x(.+)', shape)
   if kind == 'cuda' and match and match[3] in cuda_compiler.TARGETS:
     nodes = int(match[1] or 1)
-    return Topology(name, CHIPS[match[3]], nodes * int(match[2]), nodes, estimate)
+    return Topology(name, CHIPS[match[3]], nodes * int(match[2]), nodes)
   raise UserError(f'topology {name!r} does not exist; use one of\n{_supported()}')
 
 

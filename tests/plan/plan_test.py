@@ -75,8 +75,8 @@ def test_names_of_topologies():
   assert topologies.parse('v5p:4x4x8').count == 128
   assert topologies.parse('v5e:8x8').chip.memory == 15.75 * 2**30
   h100 = topologies.parse('cuda:8xH100-80GB')
-  assert h100.count == 8 and h100.is_estimate and not (h100.is_tpu or h100.is_cuda)
-  nodes = topologies.parse('cuda:4x8xA100-80GB', estimate=False)
+  assert h100.count == 8 and h100.is_cuda and not h100.is_tpu
+  nodes = topologies.parse('cuda:4x8xA100-80GB')
   assert (nodes.nodes, nodes.count, nodes.chip.name) == (4, 32, 'A100-80GB') and nodes.is_cuda
   for name in ('v7:2x2', 'v5p:3x3', 'cuda:8xB7', 'cpu:0', ''):
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_missing_compiler_is_named(monkeypatch):
   with pytest.raises(ValueError, match=r"needs libtpu.*pip install -e '\.\[plan\]'"):
     topologies.prepare(topologies.parse('v5p:2x2x2'))
   with pytest.raises(ValueError, match=r"8xH100-80GB needs jax's CUDA plugin.*'\.\[plan\]'\.$"):
-    topologies.prepare(topologies.parse('cuda:8xH100-80GB', estimate=False))
+    topologies.prepare(topologies.parse('cuda:8xH100-80GB'))
 
 
 @pytest.mark.plan
@@ -128,7 +128,7 @@ def test_too_little_memory_gives_suggestions():
 
 
 @pytest.mark.plan
-def test_estimated_peak_is_that_of_a_new_plan():
+def test_predicted_peak_is_that_of_a_new_plan():
   plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
   measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured, math.inf)
@@ -137,9 +137,9 @@ def test_estimated_peak_is_that_of_a_new_plan():
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
   ):
     change = suggestions.SettingChange(key, value)
-    estimated = suggestions.estimate_peak([change], measured)
-    assert estimated < plan.peak
-    assert estimated == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
+    predicted = suggestions.peak_with([change], measured)
+    assert predicted < plan.peak
+    assert predicted == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
 @pytest.mark.plan

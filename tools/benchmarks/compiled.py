@@ -53,7 +53,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 def _names(text: str) -> list[str]:
   for name in text.split(','):
     try:
-      topologies.parse(name, estimate=False)
+      topologies.parse(name)
     except UserError as error:
       raise argparse.ArgumentTypeError(error) from None
   return text.split(',')
@@ -104,7 +104,7 @@ def _in_a_process(topology: str, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(name: str, sizes: _Sizes) -> dict[str, Any]:
   """Returns the record of one topology, in bytes and seconds, each per device."""
-  topology = topologies.parse(name, estimate=False)
+  topology = topologies.parse(name)
   try:
     topologies.prepare(topology)
   except UserError as error:
