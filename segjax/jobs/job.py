@@ -7,7 +7,7 @@ from typing import Any
 from segjax.config.settings import Settings
 from segjax.data.source_list import parse_sources
 from segjax.errors import UserError
-from segjax.plan.programs import JobPlan
+from segjax.plan.phases import JobPlan
 from segjax.run.stage import Stage
 
 Results = dict[str, Any]  # what a job returns; goes into stage.json

@@ -15,7 +15,7 @@ from segjax.jobs import (
   selfcheck,
   sft,
 )
-from segjax.plan.programs import JobPlan
+from segjax.plan.phases import JobPlan
 
 JOBS = {
   job.name: job

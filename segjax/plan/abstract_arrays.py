@@ -5,6 +5,7 @@ Which program takes which of them is up to `programs` and `ppo_programs`.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,13 +70,19 @@ def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def packing(
-  settings: SFT | RewardTraining | PPO, sequences: int, mesh: Mesh, group: int = 1
-) -> Any:
-  """Returns the shapes of a PackingPlan of this many sequences; None without packing."""
-  # The shapes depend on the number of sequences and not on their lengths, so any lengths do.
-  plan, _ = plan_packing_for(settings, np.ones(sequences, np.int32), group)
+  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, mesh: Mesh, group: int = 1
+) -> tuple[Any, int]:
+  """Returns (shapes of the PackingPlan of these sequences, its pieces); (None, 1) without one."""
+  plan, _ = plan_packing_for(settings, lengths, group)
   layout = sharding.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
+  return shapes, 1 if plan is None else int(plan.count)
+
+
+def signature(arguments: Any) -> Any:
+  """Returns what two trees of shapes have in common if one program serves both."""
+  leaves, structure = jax.tree.flatten(arguments)
+  return structure, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
 
 
 def batch_shape_structs(make: Callable[[], Any], mesh: Mesh) -> Any:
@@ -154,7 +161,7 @@ def compile_program(lowered: Any) -> Any:
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if not is_out_of_memory(error):
+    if not refusal(error):
       raise
     try:
       return lowered.compile(compiler_options=_COMPILE_TOO_LARGE)
@@ -162,6 +169,7 @@ def compile_program(lowered: Any) -> Any:
       raise error from None
 
 
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-  """Returns whether the compiler refused a program because it does not fit."""
-  return 'RESOURCE_EXHAUSTED' in str(error)
+def refusal(error: jax.errors.JaxRuntimeError) -> str:
+  """Returns the compiler's words for a program that does not fit; '' for another error."""
+  # Its first sentences; a table of allocations follows them.
+  return re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2][:200]

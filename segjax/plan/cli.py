@@ -19,14 +19,18 @@ from absl import flags
 
 from segjax.config import command_line
 from segjax.plan import topologies
+from segjax.plan.lengths import KINDS
 
 if TYPE_CHECKING:
-  from segjax.plan.programs import JobPlan
+  from segjax.plan.phases import JobPlan
 
 _TOPOLOGY = flags.DEFINE_string(
   'topology', '', "v5p:2x2x2, v5e:8x8, cuda:8xH100-80GB, cpu:8; empty: the preset's."
 )
 _PHASES = flags.DEFINE_list('phases', [], 'Phases to compile; empty: all.')
+_LENGTHS = flags.DEFINE_enum(
+  'lengths', KINDS[0], KINDS, 'Of the texts that the time of a step is counted with.'
+)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object as the last line.')
 _TABLE = flags.DEFINE_bool('table', False, 'Print a table of all presets, in Markdown.')
 _PLANS = flags.DEFINE_string(
@@ -50,7 +54,7 @@ def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
 
   job = find_plan(settings.stages[-1] if settings.stages else '')
   cache = Path(_PLANS.value) if _PLANS.value else None
-  plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache)
+  plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache, _LENGTHS.value)
   planner.print_plan(plan)
   if _JSON.value:
     print(planner.to_json(plan))

@@ -17,8 +17,9 @@ from segjax.model.paged_kernels import positions_at_once
 from segjax.model.pages import Pages
 from segjax.model.prefill_chunks import Read, prefill_chunks
 from segjax.plan import abstract_arrays
-from segjax.plan.programs import Phase
+from segjax.plan.phases import Phase
 
+DECODE_PHASES = ('decode weights', 'prefill', 'page copies', 'decode chunk')
 _HLO_DTYPES = {'bfloat16': 'bf16', 'float32': 'f32', 'float16': 'f16'}
 
 
@@ -101,6 +102,7 @@ def decode_programs(
   def phase(name, function, *arguments, live=both, passed_in=both):
     return Phase(name, function, arguments, static, live, passed_in, mesh)
 
+  lay_out_name, prefill_name, copies_name, chunk_name = DECODE_PHASES
   return DecodePrograms(
     decoder,
     mesh,
@@ -108,9 +110,9 @@ def decode_programs(
     weights,
     pages,
     [
-      phase('decode weights', lay_out, params, live=(), passed_in=('policy parameters',)),
-      phase('prefill', decode.prefill, weights, pages, prompts),
-      phase('page copies', decode.copy_pages, pages, copies, copies, passed_in=('pages',)),
-      phase('decode chunk', decode.decode_chunk, weights, pages, rows, steps),
+      phase(lay_out_name, lay_out, params, live=(), passed_in=('policy parameters',)),
+      phase(prefill_name, decode.prefill, weights, pages, prompts),
+      phase(copies_name, decode.copy_pages, pages, copies, copies, passed_in=('pages',)),
+      phase(chunk_name, decode.decode_chunk, weights, pages, rows, steps),
     ],
   )

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from jax.sharding import Mesh
 
 from segjax.model.chips import GIB
 from segjax.plan import abstract_arrays
-from segjax.plan.programs import JobPrograms, Phase, lower_phase
+from segjax.plan.phases import JobPrograms, Phase, lower_phase
 from segjax.plan.topologies import Topology
+
+_NOTHING = dict.fromkeys(('arguments', 'temporaries', 'outputs', 'aliased'), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class PhaseMemory:
     aliased: the part of the outputs that is written over arguments.
     resident: what lives on the device during the phase and is not an argument.
     seconds: compile time.
-    refused: the compiler's message if the program cannot fit; the other figures are 0 then.
+    refused: why the program cannot fit: the message of the compiler, which gives no figures then,
+      or that of a run.
   """
 
   name: str
@@ -49,6 +51,8 @@ def measure(
   phase: Phase, program: JobPrograms, mesh: Mesh, topology: Topology, cache: Path | None
 ) -> PhaseMemory:
   """Compiles a phase, or reads from `cache` the result of compiling the same program."""
+  if phase.function is None:
+    return PhaseMemory(phase.name, **_NOTHING, resident=0, seconds=0.0, refused=phase.refused)
   # Lowered on a hit too: the text of the program is the key of the cache.
   lowered = lower_phase(phase, mesh)
   file = cache / f'{_fingerprint(lowered, topology)}.json' if cache else None
@@ -61,7 +65,9 @@ def measure(
       file.write_text(json.dumps(sizes), encoding='utf-8')
   passed_in = sum(abstract_arrays.bytes_per_device(program.trees[name]) for name in phase.passed_in)
   # Trees that are passed in are in the size of the arguments.
-  return PhaseMemory(name=phase.name, resident=live_bytes(phase, program) - passed_in, **sizes)
+  resident = live_bytes(phase, program) - passed_in
+  sizes['refused'] = sizes.get('refused') or phase.refused
+  return PhaseMemory(name=phase.name, resident=resident, **sizes)
 
 
 def live_bytes(phase: Phase, program: JobPrograms) -> int:
@@ -71,15 +77,12 @@ def live_bytes(phase: Phase, program: JobPrograms) -> int:
 
 def _compile(lowered: Any) -> dict[str, Any]:
   began = time.monotonic()
-  empty = dict.fromkeys(('arguments', 'temporaries', 'outputs', 'aliased'), 0)
   try:
     compiled = abstract_arrays.compile_program(lowered)
   except jax.errors.JaxRuntimeError as error:
-    if not abstract_arrays.is_out_of_memory(error):
+    if not (message := abstract_arrays.refusal(error)):
       raise
-    # Its first sentences; a table of allocations follows them.
-    message = re.sub(r'\s+', ' ', str(error)).partition('RESOURCE_EXHAUSTED: ')[2]
-    return empty | {'seconds': time.monotonic() - began, 'refused': message[:200]}
+    return _NOTHING | {'seconds': time.monotonic() - began, 'refused': message}
   analysis = compiled.memory_analysis()
   return {
     'arguments': analysis.argument_size_in_bytes,

@@ -7,15 +7,14 @@ import operator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from segjax.config.settings import Settings
-from segjax.errors import UserError, first_line
+from segjax.errors import UserError
 from segjax.model.llama import num_parameters
 from segjax.model.mesh import check_batch, make_mesh
-from segjax.plan import abstract_arrays, memory, roofline, suggestions, topologies
+from segjax.plan import memory, roofline, suggestions, topologies
+from segjax.plan.lengths import KINDS
 from segjax.plan.memory import PhaseMemory, in_gib
-from segjax.plan.programs import JobPlan, JobPrograms
+from segjax.plan.phases import JobPlan, JobPrograms
 from segjax.plan.topologies import Topology
 from segjax.report.console import log, table
 from segjax.run.models import find_network_config
@@ -62,12 +61,14 @@ def make_plan(
   topology: Topology,
   names: tuple[str, ...] = (),
   cache: Path | None = None,
+  lengths: str = KINDS[0],
 ) -> Plan:
   """Compiles the job's phases for the topology.
 
   Args:
     names: of the phases to compile; empty for all.
     cache: a directory of earlier results.
+    lengths: of the texts of a step, one of `lengths.KINDS`; memory is that of the longest texts.
 
   Raises:
     UserError: a phase does not exist, the sizes of the network are unknown, or a batch does not
@@ -84,15 +85,7 @@ def make_plan(
   for key in job.batch_keys:
     if size := operator.attrgetter(key)(s):
       check_batch(f'config.{key}={size}', size, mesh)
-  try:
-    programs = job.programs(s, network, mesh, topology.chip.memory)
-  except jax.errors.JaxRuntimeError as error:
-    if not abstract_arrays.is_out_of_memory(error):
-      raise
-    raise UserError(
-      f'{topology.name} is too small: {first_line(error)} Use fewer rows at once, such as '
-      f'{" or ".join(f"config.{rows.key}" for rows in job.rows_at_once)}, or more chips.'
-    ) from error
+  programs = job.programs(s, network, mesh, topology.chip.memory, lengths)
   existing = [phase.name for phase in programs.phases]
   for name in names:
     if name not in existing:
@@ -106,7 +99,7 @@ def make_plan(
   plan = Plan(job, topology, programs, measured, costs, job.items_per_step(s), [])
   if plan.fits:
     return plan
-  compiled = suggestions.Measured(job, s, network, mesh, measured, topology.chip.memory)
+  compiled = suggestions.Measured(job, s, network, mesh, measured, topology.chip.memory, lengths)
   lines = suggestions.suggest_changes(compiled)
   return dataclasses.replace(plan, suggestions=lines)
 

@@ -1,35 +1,39 @@
 """The jitted programs of PPO: generation, scoring, rewards, the two updates."""
 
+import collections
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
-from segjax.errors import UserError
-from segjax.model import decode_memory, sharding
-from segjax.model.decode import DecodeConfig
-from segjax.model.decode_sizes import PoolSize
+from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import decode_mesh
 from segjax.plan import abstract_arrays, roofline
-from segjax.plan.decode_programs import decode_programs
-from segjax.plan.programs import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
+from segjax.plan.generation_phases import generation_phases
+from segjax.plan.lengths import TextLengths, draw_lengths
+from segjax.plan.phases import (
+  TOTAL_STEPS,
+  Calls,
+  JobPlan,
+  JobPrograms,
+  Phase,
+  RowsAtOnce,
+)
+from segjax.plan.update_calls import update_calls
 from segjax.run.models import apply_runtime
-from segjax.train import rollout as rollouts
+from segjax.train import throughput
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_spec import override
-from segjax.train.scoring import score_chunk
+from segjax.train.scoring import chunk_rows, score_chunk
 from segjax.train.segmenter import Segmenter
 from segjax.types import Normalizer
-
-STOP_IDS = (0,)  # their number and values change no shape
 
 Trees = dict[str, Any]
 
@@ -37,8 +41,18 @@ _STATES = ('policy state', 'critic state')
 _FROZEN = ('reference', 'reward model')
 
 
-def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float | int) -> JobPrograms:
-  """Returns the programs of PPO for networks of these sizes."""
+def ppo_programs(
+  s: Settings, network: LlamaConfig, mesh: Mesh, memory: float | int, lengths: str
+) -> JobPrograms:
+  """Returns the programs of PPO for networks of these sizes.
+
+  Args:
+    s: the settings.
+    network: of the policy.
+    mesh: the devices.
+    memory: bytes of a device.
+    lengths: of the texts of a step, one of `lengths.KINDS`.
+  """
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
   configs = {'policy': trained, 'critic': trained, 'reference': frozen}
@@ -63,11 +77,18 @@ def ppo_programs(s: Settings, network: LlamaConfig, mesh: Mesh, memory: float | 
   frozen_names = tuple(name for name in _FROZEN if name in trees)
   resident = (*_STATES, *(() if waits_on_host else frozen_names))
   left = float(memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident))
+  texts = draw_lengths(
+    lengths,
+    s.ppo.rollout_batch_size,
+    s.data.max_prompt_length,
+    s.rollout.max_new_tokens,
+    s.rollout.samples_per_prompt,
+  )
   phases = [
-    *_generation(s, trained, trees, mesh, left),
-    _scoring(s, recipe, trees, mesh),
+    *generation_phases(s, trained, trees, texts, mesh, left),
+    _scoring(s, recipe, trees, texts, mesh),
     _rewards(s, recipe, trees, mesh),
-    *_updates(s, recipe, trees, mesh),
+    *_updates(s, recipe, trees, texts, mesh),
   ]
   for i, phase in enumerate(phases):
     always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
@@ -97,42 +118,7 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   return trees
 
 
-def _generation(
-  s: Settings, config: LlamaConfig, trees: Trees, mesh: Mesh, free_bytes: float
-) -> list[Phase]:
-  """Returns the phases of a rollout; adds its weights and pages to `trees`.
-
-  Args:
-    free_bytes: of a device, beside what lives there all the time.
-  """
-  decoder = rollouts.make_decoder(s.rollout, config, STOP_IDS, mesh)
-  decoder = dataclasses.replace(decoder, weights_dtype=s.rollout.weights_dtype)
-  mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, decoder.tensor)
-  size = _pool_size(s, decoder, mesh, free_bytes)
-  programs = decode_programs(
-    decoder, mesh, trees['policy parameters'], size, s.data.max_prompt_length
-  )
-  trees |= {'decode weights': programs.weights, 'pages': programs.pages}
-  return programs.phases
-
-
-def _pool_size(s: Settings, decoder: DecodeConfig, mesh: Mesh, free_bytes: float) -> PoolSize:
-  """Returns the rows and pages that a run would have, with prompts of the maximum length."""
-  arguments = {
-    'responses': s.ppo.rollout_batch_size,
-    'longest': s.data.max_prompt_length,
-    'mean_prompt': s.data.max_prompt_length / s.rollout.samples_per_prompt,
-    'max_concurrent': s.rollout.max_concurrent,
-  }
-  try:
-    return decode_memory.plan_pool(decoder, mesh, free_bytes=free_bytes, **arguments)
-  except UserError:
-    # A run would be refused. With a row per group the plan says by how much it does not fit.
-    arguments['max_concurrent'] = 1
-    return decode_memory.plan_pool(decoder, mesh, free_bytes=math.inf, **arguments)
-
-
-def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
+def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, mesh: Mesh) -> Phase:
   size = s.ppo.scoring_batch_size or s.ppo.rollout_batch_size
   prompt, response = s.data.max_prompt_length, s.rollout.max_new_tokens
   params = {'reference': trees['reference'], 'critic': trees['critic parameters']}
@@ -143,17 +129,26 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   if recipe.recompute_logprob:
     params['policy'] = trees['policy parameters']
     passed_in.append('policy parameters')
-  ids = abstract_arrays.batch(mesh, jnp.int32, size, prompt + response)
   rollout = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.rollout(size, prompt, response), mesh
   )
+
+  def arguments(width):
+    return params, abstract_arrays.batch(mesh, jnp.int32, size, width), None, rollout
+
+  longest = prompt + response
+  widths = collections.Counter(width for _, width in chunk_rows(texts.total, size, longest))
   return Phase(
     'scoring',
     score_chunk,
-    (params, ids, None, rollout),
+    arguments(longest),
     {'recipe': recipe},
     live=('rollout', 'experience'),
     passed_in=tuple(passed_in),
+    calls=tuple(
+      Calls(number, arguments=None if width == longest else arguments(width))
+      for width, number in sorted(widths.items())
+    ),
   )
 
 
@@ -173,20 +168,37 @@ def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   )
 
 
-def _updates(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> list[Phase]:
+def _updates(
+  s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, mesh: Mesh
+) -> list[Phase]:
   rows = _replicated(mesh, s.ppo.minibatch_size)
   coef = _replicated(mesh, dtype=jnp.float32)
-  packing = abstract_arrays.packing(s.ppo, s.ppo.minibatch_size, mesh)
-  static = {'recipe': recipe, 'total_steps': TOTAL_STEPS}
   enabled = _replicated(mesh, dtype=jnp.bool)
-  minibatch = Minibatch(trees['experience'], rows, packing, enabled)
-  policy = (trees['policy state'], minibatch, coef)
-  critic = (trees['critic state'], minibatch)
-  return [
-    Phase(
-      f'{name} update', step, arguments, static, ('experience',), (f'{name} state', 'experience')
+  longest = s.data.max_prompt_length + s.rollout.max_new_tokens
+  epochs = s.ppo.num_ppo_epochs
+  # In the order of the draw, which is random as that of a run.
+  batches = np.tile(texts.total, epochs).reshape(-1, s.ppo.minibatch_size)
+
+  def phase(name, step, head, config, *others):
+    def arguments(packing):
+      minibatch = Minibatch(trees['experience'], rows, packing, enabled)
+      return trees[f'{name} state'], minibatch, *others
+
+    largest, calls = update_calls(arguments, s.ppo, batches, longest, mesh)
+    return Phase(
+      f'{name} update',
+      step,
+      largest,
+      {'recipe': recipe, 'total_steps': TOTAL_STEPS},
+      live=('experience',),
+      passed_in=(f'{name} state', 'experience'),
+      calls=calls,
+      model_flops=epochs * throughput.update(texts.total, config, head)[throughput.FLOPS],
     )
-    for name, step, arguments in (('policy', policy_step, policy), ('critic', critic_step, critic))
+
+  return [
+    phase('policy', policy_step, 'language', recipe.policy, coef),
+    phase('critic', critic_step, 'scalar', recipe.critic),
   ]
 
 

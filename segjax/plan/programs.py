@@ -1,121 +1,31 @@
-"""The jitted programs of a job, with the shapes and layouts of their arguments; SFT, reward model.
+"""The jitted programs of SFT and of reward training.
 
-No array is created: parameters, optimizer states and batches are `jax.ShapeDtypeStruct`s. A phase
-calls the function that the job calls; the order of the calls is that of the job.
+A phase calls the function that the job calls; the order of the calls is that of the job.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings
 from segjax.data.batches import TokenBatch
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays, roofline
-from segjax.plan.roofline import PhaseCost
+from segjax.plan.lengths import draw_lengths
+from segjax.plan.phases import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
+from segjax.plan.update_calls import update_calls
 from segjax.run.models import apply_runtime
+from segjax.train import throughput
 from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
 from segjax.train.reward_step import reward_step
 from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
 
-TOTAL_STEPS = 100  # of the learning rate's schedule; changes no shape
 
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """One program of a job.
-
-  Attributes:
-    function: the jitted function.
-    arguments: trees of shapes.
-    static: its static arguments.
-    live: names in `JobPrograms.trees` of what lives on the devices during the phase.
-    passed_in: names of the live trees, or of their parts, that are among the arguments.
-    mesh: in whose context it runs; None for the training mesh.
-  """
-
-  name: str
-  function: Callable[..., Any]
-  arguments: tuple[Any, ...]
-  static: dict[str, Any]
-  live: tuple[str, ...]
-  passed_in: tuple[str, ...]
-  mesh: Mesh | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class JobPrograms:
-  """The programs of a job and what lives on the devices between them.
-
-  Attributes:
-    trees: trees of shapes that live across phases, by name; 'X parameters' is a part of 'X state'.
-    phases: in the order in which they run.
-    configs: the networks by name, as they are run.
-  """
-
-  trees: dict[str, Any]
-  phases: list[Phase]
-  configs: dict[str, LlamaConfig]
-
-  def sizes(self) -> dict[str, int]:
-    """Returns the bytes per device of each tree; trees that are parts of others are left out."""
-    trees = {k: tree for k, tree in self.trees.items() if not k.endswith(' parameters')}
-    return {name: abstract_arrays.bytes_per_device(tree) for name, tree in trees.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class RowsAtOnce:
-  """A setting that bounds how many rows some phases have on the devices at once.
-
-  Attributes:
-    key: the config key; 0 means all rows.
-    total_key: the key of all rows.
-    phases: names of the phases.
-  """
-
-  key: str
-  total_key: str
-  phases: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class JobPlan:
-  """What the planner needs to know about a job.
-
-  Attributes:
-    name: of the job.
-    programs: (settings, network, mesh, bytes of a device) -> its programs.
-    costs: (settings, networks by name, mesh) -> what each phase of a step costs.
-    items_per_step: (settings) -> prompts or rows that a step takes.
-    items: 'prompts' or 'rows'.
-    batch_keys: keys of batch sizes that are divided over the devices.
-    rows_at_once: settings that trade memory for time, the cheapest first.
-    optimizers: keys of optimizers, whose moments may be stored in fewer bits.
-    has_frozen: whether it has frozen networks, which may be kept in host memory.
-  """
-
-  name: str
-  programs: Callable[[Settings, LlamaConfig, Mesh, float | int], JobPrograms]
-  costs: Callable[[Settings, dict[str, LlamaConfig], Mesh], dict[str, PhaseCost]]
-  items_per_step: Callable[[Settings], int]
-  items: str
-  batch_keys: tuple[str, ...]
-  rows_at_once: tuple[RowsAtOnce, ...]
-  optimizers: tuple[str, ...]
-  has_frozen: bool = False
-
-
-def lower_phase(phase: Phase, mesh: Mesh) -> Any:
-  """Traces the phase and lowers it for the platform of the training mesh's devices."""
-  return abstract_arrays.lower(phase.mesh or mesh, phase.function, phase.arguments, phase.static)
-
-
-def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int) -> JobPrograms:
-  """Returns the programs of SFT for a network of these sizes."""
+def sft_programs(
+  s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int, lengths: str
+) -> JobPrograms:
+  """Returns the programs of SFT for a network of these sizes; see `JobPlan.programs`."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   shape = s.sft.batch_size, s.data.max_length
   trees = {
@@ -124,20 +34,28 @@ def sft_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int) 
       abstract_arrays.batch(mesh, jnp.int32, *shape), abstract_arrays.batch(mesh, jnp.bool_, *shape)
     ),
   }
-  packing = abstract_arrays.packing(s.sft, s.sft.batch_size, mesh)
+  tokens = _row_lengths(s, lengths, s.sft.batch_size)
+  largest, calls = update_calls(
+    lambda packing: (trees['policy state'], trees['rows'], packing),
+    *(s.sft, [tokens], s.data.max_length, mesh),
+  )
   phase = Phase(
     'policy update',
     sft_step,
-    (trees['policy state'], trees['rows'], packing),
+    largest,
     {'config': trained, 'settings': s.sft, 'total_steps': TOTAL_STEPS},
     live=tuple(trees),
     passed_in=tuple(trees),
+    calls=calls,
+    model_flops=throughput.update(tokens, trained, 'language')[throughput.FLOPS],
   )
   return JobPrograms(trees, [phase], {'policy': trained})
 
 
-def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int) -> JobPrograms:
-  """Returns the programs of reward training for networks of these sizes."""
+def reward_programs(
+  s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int, lengths: str
+) -> JobPrograms:
+  """Returns the programs of reward training for networks of these sizes; see `JobPlan.programs`."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
   scorer = SegmentScorer(trained, frozen, Segmenter(s.reward.segmentation))
@@ -150,14 +68,21 @@ def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | in
   )
   live = tuple(trees)
   reference, pairs = trees.get('reference'), trees['pairs']
-  packing = abstract_arrays.packing(s.reward, 2 * s.reward.batch_size, mesh, group=2)
+  tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
+  largest, calls = update_calls(
+    lambda packing: (state, reference, pairs, packing),
+    *(s.reward, [tokens], s.data.max_length, mesh),
+  )
+  work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)
   update = Phase(
     'reward model update',
     reward_step,
-    (state, reference, pairs, packing),
+    largest,
     {'scorer': scorer, 'settings': s.reward, 'total_steps': TOTAL_STEPS},
     live=live,
     passed_in=live,
+    calls=calls,
+    model_flops=work[throughput.FLOPS],
   )
   trees['reward model parameters'] = state.params
   evaluation = Phase(
@@ -167,8 +92,18 @@ def reward_programs(s: Settings, network: LlamaConfig, mesh: Mesh, _: float | in
     {'scorer': scorer},
     live=live,
     passed_in=('reward model parameters', *live[1:]),
+    calls=(),
   )
   return JobPrograms(trees, [update, evaluation], {'reward': trained, 'reference': frozen})
+
+
+def _row_lengths(s: Settings, kind: str, count: int, samples: int = 1) -> np.ndarray:
+  """Returns the tokens of `count` conversations, of which `samples` have the same prompt."""
+  longest, prompt = s.data.max_length, s.data.max_prompt_length
+  if kind == 'maximum':
+    return np.full(count, longest)
+  texts = draw_lengths(kind, count, prompt, longest, samples)
+  return np.minimum(texts.total, longest)
 
 
 SFT = JobPlan(

@@ -5,6 +5,7 @@ shrink in proportion to the rows at once, except for the gradient accumulator.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import batch_devices
 from segjax.plan import abstract_arrays
 from segjax.plan.memory import PhaseMemory, in_gib, live_bytes
-from segjax.plan.programs import JobPlan
+from segjax.plan.phases import JobPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Measured:
 
   Attributes:
     limit: bytes of a device.
+    lengths: of the texts of a step, one of `lengths.KINDS`.
   """
 
   job: JobPlan
@@ -49,13 +51,14 @@ class Measured:
   mesh: Mesh
   memory: list[PhaseMemory]
   limit: float | int
+  lengths: str
 
 
 def suggest_changes(measured: Measured) -> list[str]:
   """Returns a line per change that lowers the peak, and a last one with all that are needed."""
-  if any(phase.refused for phase in measured.memory):
+  if any(phase.refused and not phase.peak for phase in measured.memory):
     return ['use fewer rows at once or more chips: the compiler refused a phase']
-  peak = max(phase.peak for phase in measured.memory)
+  peak = max(math.inf if phase.refused else phase.peak for phase in measured.memory)
   lines, selected = [], []
   for change in _changes(measured):
     alone = peak_with([change], measured)
@@ -69,15 +72,19 @@ def suggest_changes(measured: Measured) -> list[str]:
   return [*lines, f'all of {" ".join(map(str, selected))}: peak {in_gib(together)} GiB, {verdict}']
 
 
-def peak_with(changes: list[SettingChange], measured: Measured) -> int:
-  """Returns the largest peak of all phases under these changes, in bytes."""
+def peak_with(changes: list[SettingChange], measured: Measured) -> float | int:
+  """Returns the largest peak of all phases under these changes, in bytes; inf if one is refused."""
   settings = replace(measured.settings, **{change.key: change.value for change in changes})
-  programs = measured.job.programs(settings, measured.network, measured.mesh, measured.limit)
+  programs = measured.job.programs(
+    settings, measured.network, measured.mesh, measured.limit, measured.lengths
+  )
   memory = {phase.name: phase for phase in measured.memory}
-  peaks = []
+  peaks: list[float | int] = []
   for phase in programs.phases:
     if phase.name not in memory:
       continue
+    if phase.refused:
+      return math.inf
     before = memory[phase.name]
     extra, fixed = before.temporaries + before.outputs - before.aliased, 0
     share = min((change.rows.get(phase.name, 1.0) for change in changes), default=1.0)

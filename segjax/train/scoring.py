@@ -193,24 +193,33 @@ def _policy_chunk(
 def _chunks(
   rollout: Rollout, length: Int[np.ndarray, 'B'], recipe: PPORecipe
 ) -> Iterator[tuple[np.ndarray, tuple[Array, Array | None, Rollout]]]:
-  """Yields (rows, their token ids, segment ids and arrays) of `ppo.scoring_batch_size` rows.
-
-  A chunk is as wide as its longest row needs; chunks of rows without tokens are left out.
-  """
+  """Yields (rows, their token ids, segment ids and arrays) of each of `chunk_rows`."""
   ids, segment_ids = _concat_both(rollout)
-  total, width = ids.shape
-  size = recipe.ppo.scoring_batch_size or total
-  order = np.arange(total) if size == total else np.argsort(length, kind='stable')
-  for rows in order.reshape(-1, size):
-    # From the lengths on the host: reading them from a device would wait for all work before.
-    longest = int(length[rows].max())
-    if not longest:
-      continue
-    needed = min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
+  for rows, needed in chunk_rows(length, recipe.ppo.scoring_batch_size, ids.shape[1]):
     chunk_ids, chunk_segments, chunk = take_rows((ids, segment_ids, rollout), rows)
     if chunk_segments is not None:
       chunk_segments = chunk_segments[:, :needed]
     yield rows, (chunk_ids[:, :needed], chunk_segments, chunk)
+
+
+def chunk_rows(
+  length: Int[np.ndarray, 'B'], size: int, width: int
+) -> Iterator[tuple[Int[np.ndarray, 'N'], int]]:
+  """Yields (rows, their width) of the chunks in which a rollout is scored.
+
+  A chunk is as wide as its longest row needs; chunks of rows without tokens are left out.
+
+  Args:
+    length: tokens of prompt and response together. They are known on the host: reading them from a
+      device would wait for all work before.
+    size: rows of a chunk; 0 for all.
+    width: of the longest row that there may be.
+  """
+  size = size or len(length)
+  order = np.arange(len(length)) if size == len(length) else np.argsort(length, kind='stable')
+  for rows in order.reshape(-1, size):
+    if longest := int(length[rows].max()):
+      yield rows, min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
 
 
 @jax.jit

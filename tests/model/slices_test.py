@@ -15,7 +15,7 @@ from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import BATCH, decode_mesh, make_mesh
 from segjax.model.sampling import Sampling
-from segjax.plan import abstract_arrays, programs
+from segjax.plan import abstract_arrays, phases
 from segjax.plan.decode_programs import decode_programs
 
 pytest.importorskip('libtpu', reason='no libtpu, without which nothing compiles for TPUs')
@@ -66,7 +66,7 @@ def _decode_chunk(config, mesh):
   size = decode_sizes.full_pool(SLOTS, mesh.shape['data'], longest, decoder)
   rollout = decode_programs(decoder, mesh, params, size, longest)
   phase = next(phase for phase in rollout.phases if phase.name == 'decode chunk')
-  return programs.lower_phase(phase, mesh).compile(), rollout.weights
+  return phases.lower_phase(phase, mesh).compile(), rollout.weights
 
 
 def _moved_weights(compiled, weights):
@@ -117,7 +117,7 @@ def test_temporaries_are_no_more_than_the_memory_check_counts(mesh):
   size = decode_sizes.full_pool(512, 1, 512, decoder)
   rollout = decode_programs(decoder, mesh, params, size, 512)
   memory = {
-    phase.name: programs.lower_phase(phase, mesh).compile().memory_analysis()
+    phase.name: phases.lower_phase(phase, mesh).compile().memory_analysis()
     for phase in rollout.phases
   }
   counted = decode_memory._bytes(decoder, mesh, size.columns)

@@ -13,18 +13,19 @@ import jax
 import pytest
 
 from segjax.config.settings import Network, Settings, replace
-from segjax.errors import UserError
 from segjax.model.llama import make_config, num_parameters
 from segjax.model.mesh import make_mesh
 from segjax.plan import (
   abstract_arrays,
+  generation_phases,
   memory,
+  phases,
   planner,
-  programs,
   roofline,
   suggestions,
   topologies,
 )
+from segjax.plan.lengths import KINDS
 from segjax.plan.ppo_programs import PPO
 from segjax.plan.programs import REWARD
 
@@ -112,26 +113,25 @@ def test_peak_is_live_arrays_plus_temporaries_and_outputs():
 
 @pytest.mark.plan
 def test_too_little_memory_gives_suggestions():
-  peak = make_plan().peak
-  plan = make_plan(size=peak - 1)
-  assert make_plan(size=peak).fits and not make_plan(size=peak).suggestions
+  update = functools.partial(make_plan, names=('critic update',))
+  peak = update().peak
+  plan = update(size=peak - 1)
+  assert update(size=peak).fits and not update(size=peak).suggestions
   assert not plan.fits
   text = '\n'.join(plan.suggestions)
   for flag in (
-    'rollout.max_concurrent=8',
     'runtime.frozen_params_memory=host',
     'moments_dtype=bfloat16',
   ):
     assert f'--config.{flag}' in text or flag in text, text
   assert 'they fit' in plan.suggestions[-1]
-  assert 'not enough: use more chips' in make_plan(size=1).suggestions[-1]
 
 
 @pytest.mark.plan
 def test_predicted_peak_is_that_of_a_new_plan():
   plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
-  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured, math.inf)
+  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured, math.inf, KINDS[0])
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
@@ -179,12 +179,30 @@ def test_a_program_that_does_not_fit_is_compiled_all_the_same():
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
     abstract_arrays.compile_program(Lowered('INTERNAL: something else'))
 
-  def refuse(*_):
-    raise jax.errors.JaxRuntimeError(exhausted)
 
-  job = dataclasses.replace(PPO, programs=refuse)
-  with pytest.raises(UserError, match=r'^cpu:8 is too small: RESOURCE_EXHAUSTED.*max_concurrent'):
-    planner.make_plan(job, SETTINGS, TOPOLOGY)
+def test_generation_that_the_compiler_refuses_is_a_row(monkeypatch, capsys):
+  """Layouts are asked of the compiler while the programs are made; nothing else is compiled."""
+
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory\n allocating weights')
+
+  monkeypatch.setattr(generation_phases, 'decode_programs', refuse)
+  plan = planner.make_plan(PPO, SETTINGS, TOPOLOGY, ('decode weights', 'decode chunk'))
+  assert [m.refused for m in plan.measured] == ['out of memory allocating weights'] * 2
+  assert not plan.fits and plan.suggestions
+  planner.print_plan(plan)
+  assert re.search(r'decode chunk .* refused\n', capsys.readouterr().out)
+  assert json.loads(planner.to_json(plan))['fits'] is False
+
+
+@pytest.mark.plan
+def test_pages_that_do_not_fit_are_rows():
+  """A run would be refused; the phase is measured with a row per group, and so are the others."""
+  plan = make_plan(size=1)
+  chunk, update = plan.measured
+  assert 'decoding needs' in chunk.refused and chunk.peak > 0
+  assert not update.refused and update.peak > 0
+  assert not plan.fits and 'not enough: use more chips' in plan.suggestions[-1]
 
 
 @pytest.mark.plan
@@ -198,8 +216,8 @@ def test_a_slice_that_is_too_small_gets_a_plan_and_two_run_at_once():
   for process in (start(command_line), start(command_line)):
     out, errors = process.communicate()
     assert process.returncode == 1 and 'Traceback' not in errors, errors
-    assert re.search(r'prefill .* NO\n', out) and out.endswith('it does NOT fit\n')
-    assert '--config.runtime.frozen_params_memory=host: peak' in out
+    assert re.search(r'prefill .* refused\n', out) and out.endswith('it does NOT fit\n')
+    assert '--config.runtime.frozen_params_memory=host' in out
 
 
 @pytest.mark.parametrize(
@@ -240,9 +258,9 @@ def compiled(name='policy update', **changes):
   """Returns the compiled program of a phase; keys of `changes` have __ for a dot."""
   settings = replace(SETTINGS, **{key.replace('__', '.'): v for key, v in changes.items()})
   mesh = make_mesh(devices=jax.devices())
-  program = PPO.programs(settings, make_config(settings.network), mesh, math.inf)
+  program = PPO.programs(settings, make_config(settings.network), mesh, math.inf, 'ultrafeedback')
   phase = next(p for p in program.phases if p.name == name)
-  return programs.lower_phase(phase, mesh).compile()
+  return phases.lower_phase(phase, mesh).compile()
 
 
 @pytest.mark.plan

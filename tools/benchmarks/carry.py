@@ -19,11 +19,10 @@ from segjax.config.settings import RolloutSettings
 from segjax.data.batches import Prompts, Ragged
 from segjax.data.sources import Rows
 from segjax.model import generate
-from segjax.model.decode import ChunkOutput, DecodeRows
-from segjax.model.decode_cache import PrefillChunk
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import make_mesh
-from segjax.model.scheduler import Programs
+from segjax.plan.lengths import draw_lengths
+from segjax.plan.rollout_counts import CountedPrograms
 from segjax.report.console import table
 from segjax.train import carry
 from segjax.train.rollout import RolloutSampler, rollout
@@ -40,37 +39,6 @@ _NETWORK = LlamaConfig(
   max_position_embeddings=1 << 20,
 )
 _WARM_UP = 3  # steps before the share of carried responses is steady
-
-
-class Lengths(Programs):
-  """Stands for the programs on the devices; counts steps, their tokens and those of prompts."""
-
-  def __init__(self, max_tokens: int):
-    self._max_tokens = max_tokens
-    self.steps, self.tokens, self.prefilled = 0, 0, 0
-
-  def prefill(self, chunk: PrefillChunk) -> None:
-    """Counts the tokens."""
-    self.prefilled += int((chunk.rows.segment > 0).sum())
-
-  def copy_pages(self, copies: Any) -> None:
-    """Copies nothing."""
-
-  def decode(self, rows: DecodeRows, steps: int) -> ChunkOutput:
-    """Gives each row the tokens that its response has left."""
-    left = np.array([self._length(*key) for key in rows.key.tolist()]) - rows.count
-    count = np.where(rows.active, np.minimum(left, steps), 0).astype(np.int32)
-    self.steps += int(count.max())
-    self.tokens += int(count.sum())
-    logprob, no_row = np.zeros((len(count), steps), np.float32), np.zeros(len(count), bool)
-    ids = np.ones(logprob.shape, np.int32)
-    return ChunkOutput(ids, logprob, logprob, count, rows.active & (count == left), no_row)
-
-  @functools.cache  # noqa: B019
-  def _length(self, *key: int) -> int:
-    # A function of the response: it ends after the same token, wherever it is decoded.
-    length = np.random.default_rng(key).lognormal(np.log(330), 0.7)
-    return int(np.clip(length, 5, self._max_tokens + 1))
 
 
 def add_flags(command: argparse.ArgumentParser) -> None:
@@ -139,17 +107,30 @@ def _compare(batch: int, slots: int, new: int, rollouts: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _without_devices(max_tokens: int) -> Iterator[Lengths]:
+def _without_devices(max_tokens: int) -> Iterator[CountedPrograms]:
   """Replaces the programs on the devices while the context is active."""
-  lengths = Lengths(max_tokens)
-  with mock.patch.object(generate, '_DevicePrograms', lambda *_: lengths):
-    yield lengths
+  # Beyond the limit a response does not finish.
+  lengths = functools.partial(_response_lengths, longest=max_tokens + 1)
+  programs = CountedPrograms(lengths)
+  with mock.patch.object(generate, '_DevicePrograms', lambda *_: programs):
+    yield programs
+
+
+def _response_lengths(keys: np.ndarray, longest: int) -> np.ndarray:
+  return np.array([_response_length(*key, longest) for key in keys.tolist()])
+
+
+@functools.cache
+def _response_length(first: int, second: int, longest: int) -> int:
+  # A function of the response: it ends after the same token, wherever it is decoded.
+  length = np.random.default_rng((first, second)).lognormal(np.log(330), 0.7)
+  return int(np.clip(length, 5, longest))
 
 
 def _prompts(count: int) -> Prompts:
   """Returns prompts of the lengths of chat data."""
-  lengths = np.clip(np.random.default_rng(0).lognormal(np.log(130), 0.9, count), 20, 1024)
-  rows = [np.ones(int(length), np.int32) for length in lengths]
+  lengths = draw_lengths('ultrafeedback', count, 1024, 1).prompt
+  rows = [np.ones(length, np.int32) for length in lengths]
   return Prompts(
     tokens=Ragged.from_rows(rows, np.int32),
     row=np.arange(count),

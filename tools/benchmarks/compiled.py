@@ -25,7 +25,7 @@ from segjax.model.sampling import Sampling
 from segjax.plan import abstract_arrays, cuda_compiler, topologies
 from segjax.plan.decode_programs import DecodePrograms, decode_programs
 from segjax.plan.hlo_traffic import TrafficReader
-from segjax.plan.programs import lower_phase
+from segjax.plan.phases import lower_phase
 from segjax.plan.topologies import Topology
 from segjax.report.console import log, table
 

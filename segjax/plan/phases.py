@@ -1,0 +1,140 @@
+"""A job as the planner sees it: its programs, their arguments, and how often a step calls them.
+
+No array is created: parameters, optimizer states and batches are `jax.ShapeDtypeStruct`s.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from segjax.config.settings import Settings
+from segjax.model.llama import LlamaConfig
+from segjax.plan import abstract_arrays
+from segjax.plan.roofline import PhaseCost
+
+TOTAL_STEPS = 100  # of the learning rate's schedule; changes no shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+  """Calls of the program of a phase in a step, with texts of the drawn lengths.
+
+  Attributes:
+    number: of the calls.
+    trips: iterations of its loop whose number only the program knows, on average over the calls.
+    arguments: trees of shapes; None for those of the phase.
+  """
+
+  number: int
+  trips: float = 1
+  arguments: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One program of a job.
+
+  Attributes:
+    function: the jitted function; None if its program cannot be made.
+    arguments: trees of shapes, for the longest texts that there may be.
+    static: its static arguments.
+    live: names in `JobPrograms.trees` of what lives on the devices during the phase.
+    passed_in: names of the live trees, or of their parts, that are among the arguments.
+    mesh: in whose context it runs; None for the training mesh.
+    calls: of a step; none for what is outside of steps.
+    model_flops: of the updates of a step, on real tokens and all devices; 0 for other phases.
+    refused: why it cannot fit, where that is known before its program is compiled.
+  """
+
+  name: str
+  function: Callable[..., Any] | None
+  arguments: tuple[Any, ...]
+  static: dict[str, Any]
+  live: tuple[str, ...]
+  passed_in: tuple[str, ...]
+  mesh: Mesh | None = None
+  calls: tuple[Calls, ...] = (Calls(1),)
+  model_flops: float = 0.0
+  refused: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class JobPrograms:
+  """The programs of a job and what lives on the devices between them.
+
+  Attributes:
+    trees: trees of shapes that live across phases, by name; 'X parameters' is a part of 'X state'.
+    phases: in the order in which they run.
+    configs: the networks by name, as they are run.
+  """
+
+  trees: dict[str, Any]
+  phases: list[Phase]
+  configs: dict[str, LlamaConfig]
+
+  def sizes(self) -> dict[str, int]:
+    """Returns the bytes per device of each tree; trees that are parts of others are left out."""
+    trees = {k: tree for k, tree in self.trees.items() if not k.endswith(' parameters')}
+    return {name: abstract_arrays.bytes_per_device(tree) for name, tree in trees.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsAtOnce:
+  """A setting that bounds how many rows some phases have on the devices at once.
+
+  Attributes:
+    key: the config key; 0 means all rows.
+    total_key: the key of all rows.
+    phases: names of the phases.
+  """
+
+  key: str
+  total_key: str
+  phases: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobPlan:
+  """What the planner needs to know about a job.
+
+  Attributes:
+    name: of the job.
+    programs: (settings, network, mesh, bytes of a device, one of `lengths.KINDS` for the texts of
+      a step) -> its programs.
+    costs: (settings, networks by name, mesh) -> what each phase of a step costs.
+    items_per_step: (settings) -> prompts or rows that a step takes.
+    items: 'prompts' or 'rows'.
+    batch_keys: keys of batch sizes that are divided over the devices.
+    rows_at_once: settings that trade memory for time, the cheapest first.
+    optimizers: keys of optimizers, whose moments may be stored in fewer bits.
+    has_frozen: whether it has frozen networks, which may be kept in host memory.
+  """
+
+  name: str
+  programs: Callable[[Settings, LlamaConfig, Mesh, float | int, str], JobPrograms]
+  costs: Callable[[Settings, dict[str, LlamaConfig], Mesh], dict[str, PhaseCost]]
+  items_per_step: Callable[[Settings], int]
+  items: str
+  batch_keys: tuple[str, ...]
+  rows_at_once: tuple[RowsAtOnce, ...]
+  optimizers: tuple[str, ...]
+  has_frozen: bool = False
+
+
+def refused_phase(name: str, message: str) -> Phase:
+  """Returns a phase whose program cannot be made, for the reason in `message`."""
+  return Phase(name, None, (), {}, live=(), passed_in=(), refused=message)
+
+
+def lower_phase(phase: Phase, mesh: Mesh, arguments: tuple[Any, ...] | None = None) -> Any:
+  """Traces the phase and lowers it for the platform of the training mesh's devices.
+
+  Args:
+    phase: the phase.
+    mesh: of training.
+    arguments: others than those of the phase.
+  """
+  mesh, arguments = phase.mesh or mesh, phase.arguments if arguments is None else arguments
+  return abstract_arrays.lower(mesh, phase.function, arguments, phase.static)
