@@ -72,8 +72,9 @@ def packing(
   settings: SFT | RewardTraining | PPO, sequences: int, mesh: Mesh, group: int = 1
 ) -> Any:
   """Returns the shapes of a PackingPlan of this many sequences; None without packing."""
-  # The shapes depend on the number of sequences and not on their lengths, so any lengths do.
-  plan, _ = plan_packing_for(settings, np.ones(sequences, np.int32), group)
+  # Of the longest lengths, with which the pieces are the largest.
+  lengths = np.full(sequences, settings.packing_length)
+  plan, _ = plan_packing_for(settings, lengths, mesh, group)
   layout = sharding.replicated(mesh)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
 

@@ -75,11 +75,13 @@ class RowsAtOnce:
     key: the config key; 0 means all rows.
     total_key: the key of all rows.
     phases: names of the phases.
+    tokens_key: a key that counts tokens of a device instead, where that is set.
   """
 
   key: str
   total_key: str
   phases: tuple[str, ...]
+  tokens_key: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,11 @@ SFT = JobPlan(
   items_per_step=lambda s: s.sft.batch_size,
   items='rows',
   batch_keys=('sft.batch_size', 'sft.micro_batch_size'),
-  rows_at_once=(RowsAtOnce('sft.micro_batch_size', 'sft.batch_size', ('policy update',)),),
+  rows_at_once=(
+    RowsAtOnce(
+      'sft.micro_batch_size', 'sft.batch_size', ('policy update',), 'sft.micro_batch_tokens'
+    ),
+  ),
   optimizers=('sft.optimizer',),
 )
 REWARD = JobPlan(
@@ -189,7 +195,12 @@ REWARD = JobPlan(
   items='rows',
   batch_keys=('reward.batch_size', 'reward.micro_batch_size'),
   rows_at_once=(
-    RowsAtOnce('reward.micro_batch_size', 'reward.batch_size', ('reward model update',)),
+    RowsAtOnce(
+      'reward.micro_batch_size',
+      'reward.batch_size',
+      ('reward model update',),
+      'reward.micro_batch_tokens',
+    ),
   ),
   optimizers=('reward.optimizer',),
 )
