@@ -104,10 +104,18 @@ class PackingSlots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
-  """A batch in packed pieces: slots with arrays [P, M], of which the first `count` are used."""
+  """A batch in packed pieces: slots with arrays [P, M], of which the first `count` are used.
+
+  `count` is an array, so that other lengths need no other program; None for all P.
+  """
 
   pieces: PackingSlots
-  count: Any
+  count: Any = None
+
+  @property
+  def num_pieces(self) -> int:
+    """The pieces in use, where `count` is on the host."""
+    return len(self.pieces.sequence) if self.count is None else int(self.count)
 
 
 @_pytree

@@ -29,8 +29,9 @@ MEMORY = """\
 Memory of a device in training, and the settings that reduce it. `segjax plan JOB:PRESET`
 computes what a run needs, without the devices.
 
-  ppo.micro_batch_size, reward.micro_batch_size, sft.micro_batch_size
-      split a batch into parts whose accumulated gradients equal those of the whole batch.
+  ppo.micro_batch_tokens, reward.micro_batch_tokens, sft.micro_batch_tokens
+      split a batch into parts of at most that many tokens per device, whose accumulated gradients
+      equal those of the whole batch; micro_batch_size counts their rows instead.
   ppo.scoring_batch_size
       limits the sequences that are scored at once.
   runtime.remat
@@ -51,10 +52,20 @@ computes what a run needs, without the devices.
 
 PACKING = """\
 With ppo.packing_length, reward.packing_length or sft.packing_length set, several sequences share a
-row of that many tokens, and micro_batch_size counts packed rows. An update then costs its real
-tokens instead of the longest sequence times the batch size. Losses and gradients equal those of
-padded rows, and other lengths need no new compilation. perf/packing_efficiency is the share of real
-tokens. `python tools/bench.py train` measures the gain.
+row of about that many tokens. An update then costs its real tokens instead of the longest sequence
+times the batch size. Losses and gradients equal those of padded rows. perf/packing_efficiency is
+the share of real tokens. `python tools/bench.py train` measures the gain.
+
+micro_batch_tokens says how much goes through the network at once: at most that many tokens per
+device, the devices of the tensor axis included. A batch is cut into as few pieces as that allows,
+all of which have about the same number of tokens, in rows that are as narrow as the tokens fit in;
+some 92 % of them are real. Widths are multiples of packing_length / 8, and batches of similar
+lengths share 2 to 6 of them; each is a program that is compiled once. A row holds the longest
+sequence, so a batch must have several sequences for each device that splits rows: where it has
+not, set mesh.tensor.
+
+micro_batch_size counts packed rows of exactly packing_length tokens instead. Other lengths then
+need no new compilation.
 """
 
 ROLLOUTS = """\

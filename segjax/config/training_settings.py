@@ -83,6 +83,7 @@ class SFT:
 
   batch_size: int = 64  # rows per step
   micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole batch
+  micro_batch_tokens: int = 0  # the same in tokens of a device; 0: micro_batch_size
   packing_length: int = 0  # tokens of a row that several conversations share; 0: one per row
   num_epochs: int = 1  # passes over the rows
   max_steps: int = 0  # if positive, replaces num_epochs
@@ -115,6 +116,7 @@ class RewardTraining:
   entropy_cache_dir: str = ''  # directory; the reference runs once over the data, then is freed
   batch_size: int = 128  # pairs per step
   micro_batch_size: int = 0  # pairs, or packed rows, at once; 0: the whole batch
+  micro_batch_tokens: int = 0  # the same in tokens of a device; 0: micro_batch_size
   packing_length: int = 0  # tokens of a row that several responses share; 0: one per row
   num_epochs: int = 1  # passes over the pairs
   max_steps: int = 0  # if positive, replaces num_epochs
@@ -183,6 +185,7 @@ class PPO:
   rollout_batch_size: int = 1024  # responses per rollout
   minibatch_size: int = 128  # responses per update
   micro_batch_size: int = 0  # rows at once, gradients accumulated; 0: the whole minibatch
+  micro_batch_tokens: int = 0  # the same in tokens of a device; 0: micro_batch_size
   packing_length: int = 0  # tokens of a row that several sequences share; 0: one per row
   num_ppo_epochs: int = 1  # passes over each rollout
   eval_every: int = 0  # steps between two samplings of held-out prompts; 0: none

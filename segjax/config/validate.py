@@ -181,25 +181,38 @@ def _check_lengths(s: Settings) -> None:
     )
 
 
+def longest_sequence(s: Settings, section: str) -> tuple[int, str]:
+  """Returns the most tokens of a sequence in sft, reward or ppo, and the keys that say so."""
+  if section != 'ppo':
+    return s.data.max_length, 'data.max_length'
+  longest = s.data.max_prompt_length + s.rollout.max_new_tokens
+  return longest, 'data.max_prompt_length + rollout.max_new_tokens'
+
+
 def _check_packing(s: Settings) -> None:
-  """Checks that packed rows hold the longest sequence and that micro_batch_size counts them."""
-  longest = s.data.max_length, 'data.max_length'
-  ppo = s.data.max_prompt_length + s.rollout.max_new_tokens
-  for section, (size, what), minimum in (
-    ('sft', longest, 1),
-    ('reward', longest, 2),
-    ('ppo', (ppo, 'data.max_prompt_length + rollout.max_new_tokens'), 1),
-  ):
-    width = attrgetter(f'{section}.packing_length')(s)
+  """Checks that packed rows hold the longest sequence, and how many go through at once."""
+  for section, minimum in (('sft', 1), ('reward', 2), ('ppo', 1)):
+    size, what = longest_sequence(s, section)
+    settings = getattr(s, section)
+    width, rows, tokens = (
+      settings.packing_length,
+      settings.micro_batch_size,
+      settings.micro_batch_tokens,
+    )
+    if rows and tokens:
+      raise UserError(
+        f'config.{section}.micro_batch_size={rows} and {section}.micro_batch_tokens={tokens} both '
+        'say what goes through the network at once; set one of them to 0.'
+      )
     if width and section in s.stages and width < size:
       raise UserError(
         f'config.{section}.packing_length={width} is less than {what} = {size}: a sequence could '
         f'be longer than its row; use {size} or more.'
       )
-    if width and attrgetter(f'{section}.micro_batch_size')(s) < minimum:
+    if width and not tokens and rows < minimum:
       raise UserError(
-        f'config.{section}.packing_length={width} needs config.{section}.micro_batch_size of at '
-        f'least {minimum}: the packed rows that go through the network at once.'
+        f'config.{section}.packing_length={width} needs config.{section}.micro_batch_tokens, or '
+        f'micro_batch_size of at least {minimum}: what goes through the network at once.'
       )
 
 

@@ -27,7 +27,7 @@ from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.template_date import with_template_date
-from segjax.run.training_loop import checkpoint_dir
+from segjax.run.training_loop import check_micro_batch, checkpoint_dir
 from segjax.train.custom_reward import load_function
 
 
@@ -131,6 +131,7 @@ def check_batches(job: Job, settings: Settings, mesh: Mesh) -> None:
   for key in job.batch_keys:
     if size := _get(settings, key):
       check_batch(f'config.{key}={size}', size, mesh)
+  check_micro_batch(settings, job.name, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:

@@ -137,7 +137,7 @@ class Trainer:
       order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
       for rows in order.reshape(-1, s.ppo.minibatch_size):
         lengths = collected.rollout.length[rows]
-        packing, efficiency = training_loop.plan_packing_for(s.ppo, lengths)
+        packing, efficiency = training_loop.plan_packing_for(s.ppo, lengths, self.stage.mesh)
         policy, critic, metrics = ppo_step(
           policy,
           critic,

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from segjax.errors import UserError
 
@@ -102,7 +102,7 @@ def mesh_sizes(mesh: Mesh) -> MeshSizes:
   return MeshSizes(*(mesh.shape[axis] for axis in AXES))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
   """Returns over how many devices the batch is split; every global batch is a multiple of it."""
   return math.prod(mesh.shape[axis] for axis in BATCH)
 

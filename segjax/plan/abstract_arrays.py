@@ -73,10 +73,10 @@ def packing(
   settings: SFT | RewardTraining | PPO, lengths: np.ndarray, mesh: Mesh, group: int = 1
 ) -> tuple[Any, int]:
   """Returns (shapes of the PackingPlan of these sequences, its pieces); (None, 1) without one."""
-  plan, _ = plan_packing_for(settings, lengths, group)
+  plan, _ = plan_packing_for(settings, lengths, mesh, group)
   layout = sharding.replicated(mesh)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
-  return shapes, 1 if plan is None else int(plan.count)
+  return shapes, 1 if plan is None else int(plan.num_pieces)
 
 
 def signature(arguments: Any) -> Any:

@@ -88,11 +88,13 @@ class RowsAtOnce:
     key: the config key; 0 means all rows.
     total_key: the key of all rows.
     phases: names of the phases.
+    tokens_key: a key that counts tokens of a device instead, where that is set.
   """
 
   key: str
   total_key: str
   phases: tuple[str, ...]
+  tokens_key: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

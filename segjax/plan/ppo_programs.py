@@ -224,7 +224,12 @@ PPO = JobPlan(
       'ppo.rollout_batch_size',
       ('prefill', 'decode chunk'),
     ),
-    RowsAtOnce('ppo.micro_batch_size', 'ppo.minibatch_size', ('policy update', 'critic update')),
+    RowsAtOnce(
+      'ppo.micro_batch_size',
+      'ppo.minibatch_size',
+      ('policy update', 'critic update'),
+      'ppo.micro_batch_tokens',
+    ),
     RowsAtOnce('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
   ),
   optimizers=('ppo.policy_optimizer', 'ppo.critic_optimizer'),

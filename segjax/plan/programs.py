@@ -113,7 +113,11 @@ SFT = JobPlan(
   items_per_step=lambda s: s.sft.batch_size,
   items='rows',
   batch_keys=('sft.batch_size', 'sft.micro_batch_size'),
-  rows_at_once=(RowsAtOnce('sft.micro_batch_size', 'sft.batch_size', ('policy update',)),),
+  rows_at_once=(
+    RowsAtOnce(
+      'sft.micro_batch_size', 'sft.batch_size', ('policy update',), 'sft.micro_batch_tokens'
+    ),
+  ),
   optimizers=('sft.optimizer',),
 )
 REWARD = JobPlan(
@@ -124,7 +128,12 @@ REWARD = JobPlan(
   items='rows',
   batch_keys=('reward.batch_size', 'reward.micro_batch_size'),
   rows_at_once=(
-    RowsAtOnce('reward.micro_batch_size', 'reward.batch_size', ('reward model update',)),
+    RowsAtOnce(
+      'reward.micro_batch_size',
+      'reward.batch_size',
+      ('reward model update',),
+      'reward.micro_batch_tokens',
+    ),
   ),
   optimizers=('reward.optimizer',),
 )

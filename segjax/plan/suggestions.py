@@ -13,6 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings, replace
+from segjax.config.validate import longest_sequence
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import batch_devices
 from segjax.plan import abstract_arrays
@@ -99,9 +100,14 @@ def _changes(measured: Measured) -> Iterator[SettingChange]:
   job, settings = measured.job, measured.settings
   devices = batch_devices(measured.mesh)
   for at_once in job.rows_at_once:
-    rows = _get(settings, at_once.key) or _get(settings, at_once.total_key)
-    for share in _shares(rows, devices):
-      yield SettingChange(at_once.key, int(rows * share), dict.fromkeys(at_once.phases, share))
+    key, parts = at_once.key, devices
+    rows = _get(settings, key) or _get(settings, at_once.total_key)
+    if at_once.tokens_key and (tokens := _get(settings, at_once.tokens_key)):
+      # A piece has room for a row of the longest sequences on each device.
+      longest, _ = longest_sequence(settings, job.name)
+      key, rows, parts = at_once.tokens_key, tokens, -(-longest * devices // measured.mesh.size)
+    for share in _shares(rows, parts):
+      yield SettingChange(key, int(rows * share), dict.fromkeys(at_once.phases, share))
   if job.has_frozen and settings.runtime.frozen_params_memory == 'device':
     yield SettingChange('runtime.frozen_params_memory', 'host')
   for key in job.optimizers:

@@ -11,10 +11,17 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.no_effect import check_learning_rate
-from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining
-from segjax.data.packing_plan import packing_efficiency, plan_packing
+from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining, Settings
+from segjax.config.validate import longest_sequence
+from segjax.data.packing_plan import (
+  PieceBound,
+  packing_efficiency,
+  plan_level_packing,
+  plan_packing,
+)
 from segjax.errors import UserError
 from segjax.model import chips
+from segjax.model.mesh import batch_devices
 from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
 from segjax.report.profiling import Profiler
@@ -143,7 +150,7 @@ def count_known_steps(settings: SFT | RewardTraining, num_rows: int, section: st
 
 
 def plan_packing_for(
-  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, group: int = 1
+  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, mesh: Mesh, group: int = 1
 ) -> tuple[PackingPlan | None, dict[str, float]]:
   """Returns (how sequences of these lengths are packed, the packing efficiency as a metric).
 
@@ -155,8 +162,33 @@ def plan_packing_for(
   """
   if not settings.packing_length:
     return None, {}
-  packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
+  if settings.micro_batch_tokens:
+    packing = plan_level_packing(lengths, piece_bound(settings, mesh), group)
+  else:
+    packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
   return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
+
+
+def piece_bound(settings: SFT | RewardTraining | PPO, mesh: Mesh) -> PieceBound:
+  """Returns the bound of a packed piece by micro_batch_tokens."""
+  devices = batch_devices(mesh)
+  tokens = settings.micro_batch_tokens * mesh.size // devices
+  return PieceBound(devices, tokens, settings.packing_length)
+
+
+def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
+  """Raises UserError if micro_batch_tokens has no room for the longest sequences on this mesh."""
+  settings = getattr(s, section, None)
+  if not getattr(settings, 'micro_batch_tokens', 0):
+    return
+  bound, (longest, what) = piece_bound(settings, mesh), longest_sequence(s, section)
+  group = 2 if section == 'reward' else 1
+  needed = bound.needed(longest, group) if settings.packing_length else group * longest
+  if bound.tokens < needed:
+    raise UserError(
+      f'config.{section}.micro_batch_tokens={settings.micro_batch_tokens} has no room for rows of '
+      f'{what} = {longest} tokens; use at least {-(-needed * bound.devices // mesh.size)}.'
+    )
 
 
 def prefix_metrics(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:

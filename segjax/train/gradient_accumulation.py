@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from segjax.config.settings import PPO, SFT, RewardTraining
 from segjax.errors import UserError
 from segjax.model import sharding
+from segjax.model.mesh import batch_devices
 from segjax.train.metrics import Metrics
 from segjax.types import PackingPlan, PackingSlots
 
@@ -27,7 +29,8 @@ def value_and_grad(
 ) -> tuple[LossAndMetrics, Any]:
   """Computes Σ_j objective(params, piece_j, *rest, slots=slots_j) and its gradient by `params`.
 
-  The activations of one piece exist at a time; one compiled program serves all pieces.
+  The activations of one piece exist at a time; one compiled program serves all pieces. A batch of
+  one piece holds no float32 sum of gradients.
 
   Args:
     objective: (params, piece, *rest, slots) -> (loss, metrics), all scalars that add up to those
@@ -35,8 +38,8 @@ def value_and_grad(
       `rest`. `Metrics.max` is combined by the maximum instead.
     params: parameters of a network of `segjax.model`, whose layout the gradient keeps.
     batch: a pytree of arrays, rows in axis 0 of each.
-    micro_batch: rows of a piece without packing; 0 for all. Piece j of n holds the rows j, j + n,
-      j + 2n, ... so that no row leaves its device. `slots` is None.
+    micro_batch: rows of a piece without packing, see `rows_at_once`; 0 for all. Piece j of n holds
+      the rows j, j + n, j + 2n, ... so that no row leaves its device. `slots` is None.
     packing: which sequences form a piece, and their slots in its packed rows; a row of the batch
       may be several consecutive sequences. Slots of length 0 are empty, and the objective must
       ignore the rows that it receives for them.
@@ -51,7 +54,7 @@ def value_and_grad(
   evaluate = jax.value_and_grad(objective, has_aux=True)
   if packing is None:
     pieces = _num_pieces(micro_batch, batch)
-    if pieces == 1:  # without a loop no float32 sum of gradients is held
+    if pieces == 1:
       return evaluate(params, batch, *rest, slots=None)
     parts = jax.tree.map(functools.partial(_split, pieces=pieces), batch)
 
@@ -69,7 +72,27 @@ def value_and_grad(
     part = jax.tree.map(lambda x: sharding.constrain_batch(x[rows]), batch)
     return evaluate(params, part, *rest, slots=slots)
 
-  return _accumulate(packed_piece, params, packing.count)
+  if packing.count is not None:
+    return _accumulate(packed_piece, params, packing.count)
+  pieces = len(packing.pieces.sequence)
+  return packed_piece(0) if pieces == 1 else _accumulate(packed_piece, params, pieces)
+
+
+def rows_at_once(settings: SFT | RewardTraining | PPO, rows: int, tokens: int) -> int:
+  """Returns the rows of a piece without packing: micro_batch_size, or those of micro_batch_tokens.
+
+  The latter are the largest number that divides the batch and over the devices; at least one each.
+
+  Args:
+    rows: of the batch.
+    tokens: of a row.
+  """
+  if not settings.micro_batch_tokens:
+    return settings.micro_batch_size
+  mesh = sharding.active_mesh()
+  size, devices = (mesh.size, batch_devices(mesh)) if mesh else (1, 1)
+  most = settings.micro_batch_tokens * size // tokens
+  return max((n for n in range(devices, most + 1, devices) if rows % n == 0), default=devices)
 
 
 def _accumulate(

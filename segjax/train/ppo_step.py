@@ -188,7 +188,7 @@ def policy_step(
     functools.partial(policy_objective, recipe=recipe),
     state.params,
     batch,
-    recipe.ppo.micro_batch_size,
+    _rows_at_once(batch, recipe),
     minibatch.packing,
     count,
     kl_coef,
@@ -210,13 +210,18 @@ def critic_step(
     functools.partial(value_objective, recipe=recipe),
     state.params,
     batch,
-    recipe.ppo.micro_batch_size,
+    _rows_at_once(batch, recipe),
     minibatch.packing,
     count,
   )
   optimizer = recipe.ppo.critic_optimizer
   state, update = apply_update(state, grads, loss, optimizer, total_steps, minibatch.enabled)
   return state, metrics.merge(update)
+
+
+def _rows_at_once(batch: Experience, recipe: PPORecipe) -> int:
+  (rows, prompt), response = batch.rollout.prompt_ids.shape, batch.rollout.response_ids.shape[1]
+  return gradient_accumulation.rows_at_once(recipe.ppo, rows, prompt + response)
 
 
 def ppo_step(

@@ -78,8 +78,10 @@ def reward_step(
       metrics['one_token_segments'] = mean_per_response(one_token_segments(segments))
     return mean(loss), Metrics(metrics)
 
+  tokens = 2 * pairs.chosen.ids.shape[1]
+  micro_batch = gradient_accumulation.rows_at_once(settings, count, tokens)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
-    objective, state.params, pairs, settings.micro_batch_size, packing
+    objective, state.params, pairs, micro_batch, packing
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics.merge(update).flat()

@@ -74,7 +74,7 @@ def sft_step(
     functools.partial(sft_loss, config=config),
     state.params,
     batch,
-    settings.micro_batch_size,
+    gradient_accumulation.rows_at_once(settings, *batch.ids.shape),
     packing,
     num_terms(batch.mask, 'token'),
   )

@@ -190,10 +190,15 @@ def test_integers_become_floats():
     ({'reward.optimizer.beta2': 1.0}, 'beta2=1.0 must be at least 0 and below 1'),
     ({'runtime.frozen_params_memory': 'disk'}, 'runtime.frozen_params_memory'),
     ({'ppo.packing_length': 100, 'stages': ('ppo',)}, 'packing_length=100 is less than .* = 2752'),
-    ({'ppo.packing_length': 4096}, 'needs config.ppo.micro_batch_size of at least 1'),
+    ({'ppo.packing_length': 4096}, 'or micro_batch_size of at least 1'),
+    (
+      {'sft.micro_batch_size': 8, 'sft.micro_batch_tokens': 8192},
+      'config.sft.micro_batch_size=8 and sft.micro_batch_tokens=8192 both say',
+    ),
+    ({'ppo.micro_batch_tokens': -1}, 'ppo.micro_batch_tokens=-1 must be at least 0'),
     (
       {'reward.packing_length': 4096, 'reward.micro_batch_size': 1},
-      'needs config.reward.micro_batch_size of at least 2',
+      'needs .*, or micro_batch_size of at least 2',
     ),
     (
       {

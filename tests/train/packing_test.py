@@ -11,7 +11,7 @@ from fixtures import models, training
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.data.packing_plan import plan_packing
+from segjax.data.packing_plan import PieceBound, plan_level_packing, plan_packing
 from segjax.model import heads, packed, sharding
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
@@ -57,11 +57,18 @@ def ppo_experience():
   return experience, rollout.length
 
 
+def level_plan(lengths, group=1, devices=1):
+  """Returns a plan by tokens: two level pieces on one device, one on eight."""
+  return plan_level_packing(lengths, PieceBound(devices, 64 + 32 * group, WIDTH), group)
+
+
 def run(step, name, packed, mean='sequence', devices=1):
-  """Returns (parameters after an update, metrics), with or without packing."""
+  """Returns (parameters after an update, metrics), without packing, packed or level."""
   mesh = models.mesh(devices)
   rows = 8 if devices == 8 else 2
   plan = functools.partial(plan_packing, rows=rows, width=WIDTH)
+  if packed == 'level':
+    plan = functools.partial(level_plan, devices=devices)
   with jax.set_mesh(mesh):
     if name == 'sft':
       batch = training.conversations(mesh)
@@ -112,22 +119,23 @@ def run(step, name, packed, mean='sequence', devices=1):
 
 
 CASES = [
-  (policy_step, 'policy', 'sequence', 1),
-  pytest.param(policy_step, 'policy', 'sequence', 8, marks=pytest.mark.devices),
-  pytest.param(policy_step, 'policy', 'token', 1, marks=pytest.mark.campaign),
-  pytest.param(critic_step, 'critic', 'sequence', 1, marks=pytest.mark.campaign),
-  (sft_step, 'sft', 'token', 1),
-  pytest.param(reward_step, 'reward', 'sequence', 1, marks=pytest.mark.campaign),
-  pytest.param(reward_step, 'reward', 'sequence', 8, marks=pytest.mark.devices),
+  (policy_step, 'policy', 'sequence', 1, 'fixed'),
+  pytest.param(policy_step, 'policy', 'sequence', 8, 'level', marks=pytest.mark.devices),
+  pytest.param(policy_step, 'policy', 'token', 1, 'fixed', marks=pytest.mark.campaign),
+  pytest.param(critic_step, 'critic', 'sequence', 1, 'level', marks=pytest.mark.campaign),
+  (sft_step, 'sft', 'token', 1, 'level'),
+  pytest.param(reward_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
+  pytest.param(reward_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
+  pytest.param(reward_step, 'reward', 'sequence', 8, 'level', marks=pytest.mark.devices),
 ]
 
 
 @pytest.mark.parametrize(
-  ('step', 'name', 'mean', 'devices'), CASES, ids=lambda x: '' if callable(x) else str(x)
+  ('step', 'name', 'mean', 'devices', 'packed'), CASES, ids=lambda x: '' if callable(x) else str(x)
 )
-def test_packed_step_equals_padded(step, name, mean, devices):
-  expected, expected_metrics = run(step, name, False, mean)
-  parameters, metrics = run(step, name, True, mean, devices)
+def test_packed_step_equals_padded(step, name, mean, devices, packed):
+  expected, expected_metrics = run(step, name, '', mean)
+  parameters, metrics = run(step, name, packed, mean, devices)
   for key, value in expected_metrics.items():
     assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-5, err_msg=key)  # float32
   difference = jax.tree.map(np.subtract, parameters, expected)
@@ -140,7 +148,7 @@ def test_packed_step_equals_padded(step, name, mean, devices):
 
 
 def test_other_lengths_compile_nothing(caplog):
-  run(critic_step, 'critic', True)
+  run(critic_step, 'critic', 'fixed')
   experience, lengths = ppo_experience()
   static = {
     'recipe': training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, micro_batch_size=2)),
@@ -154,3 +162,9 @@ def test_other_lengths_compile_nothing(caplog):
       critic_step(training.state('critic'), Minibatch(experience, rows, plan), **static)
   assert counts[0] < counts[1]
   assert names.count('critic_step') <= 1
+
+
+def test_level_plans_of_the_cases():
+  """Several pieces on one device, one on eight: a loop and a program without one."""
+  lengths = np.array([24, 9, 20, 3, 14, 24, 7, 11])
+  assert [level_plan(lengths, devices=n).num_pieces for n in (1, 8)] == [2, 1]
