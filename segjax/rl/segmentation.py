@@ -101,7 +101,7 @@ def segment_at(
     response_mask: True on the response, one contiguous run that may begin anywhere.
     finished: whether the last token of the response is a stop token.
     granularity: one of GRANULARITIES.
-    min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a scan.
+    min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a loop.
     stop_inside: whether the stop token belongs to the last segment, which then ends at it and is
       scored there; else it lies in none. For 'bandit' it always belongs, since the one reward is
       read at the last token of the response.
