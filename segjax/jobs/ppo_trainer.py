@@ -93,7 +93,7 @@ class Trainer:
       states['kl'] = {'coef': jnp.where(enabled, new_coef, kl_coef)}
     if collected.carried is not None:
       states['carried'] = collected.carried
-    self.timer.end('update', states)
+    self.timer.end('update', updates)  # not the states, which the next step donates
     metrics |= {'objective/kl_coef': kl_coef} | updates
     metrics |= throughput.ppo_step(
       recipe, collected.rollout.length, policy_is_trained=step >= s.critic.warmup_rollouts

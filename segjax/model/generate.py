@@ -197,6 +197,8 @@ def generate_requests(
     on_chunk: see `generate`.
   """
   mesh = _mesh(decoder.config, mesh, decoder.tensor)
+  # Free memory is known once the programs before have ended; the first tokens come after them.
+  jax.block_until_ready(params)
   prompts = {request.prompt: len(request.prompt_ids) for request in requests}
   size = decode_memory.settle_pool(
     decoder,

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from segjax.errors import UserError
 from segjax.report.alerts import AlertMonitor
 from segjax.report.console import ProgressBar, log
 from segjax.report.step_lines import StepLines
-from segjax.report.timing import Completion, compile_seconds, compiles
+from segjax.report.timing import Part, compiles
 from segjax.report.wandb_run import WandbRun
 from segjax.storage import (
   is_before,
@@ -40,15 +39,13 @@ class _Pending:
   """A dispatched step whose metrics have not been read.
 
   Attributes:
-    dispatched: when it was dispatched, monotonic seconds.
-    completion: when it is computed.
+    part: its time, from the completion of the step before it to its own.
     num_compiles: programs compiled so far.
   """
 
   step: int
   metrics: dict[str, Any]
-  dispatched: float
-  completion: Completion
+  part: Part
   num_compiles: int
 
 
@@ -125,8 +122,7 @@ class MetricLog:
     self._stage = bar.stage
     self._lines = StepLines(bar, show, self._options.line_every, self._options.seconds_after)
     self._pending: _Pending | None = None
-    # When the step before the pending one was dispatched, and when it was computed.
-    self._dispatched = self._completed = time.monotonic()
+    self._last_part = Part()
 
   def __enter__(self) -> 'MetricLog':
     return self
@@ -148,7 +144,8 @@ class MetricLog:
   def log(self, step: int, metrics: dict[str, Any]) -> None:
     """Accepts the metrics of `step` and writes those of the step before."""
     pending = self._pending
-    self._pending = _Pending(step, metrics, time.monotonic(), Completion(metrics), compiles())
+    self._last_part = Part(self._last_part, metrics)
+    self._pending = _Pending(step, metrics, self._last_part, compiles())
     self._read(pending)
 
   def flush(self) -> None:
@@ -167,7 +164,9 @@ class MetricLog:
     empty = [k for k, v in values.items() if k.startswith(_MAY_BE_EMPTY) and math.isnan(v)]
     for name in empty:
       del values[name]
-    values |= self._seconds(pending)
+    # Unless the step has measured its parts: then it is their sum.
+    seconds = {'timing/step': pending.part.seconds, 'timing/compile': pending.part.compiling}
+    values = seconds | values
     values |= _rates(values, self._options.peak_flops) | {'perf/num_compiles': pending.num_compiles}
     self._keep(values)
     # JSON has no NaN: a value that is not finite is written as its name.
@@ -183,18 +182,6 @@ class MetricLog:
     self._lines.update(step, values)
     for alert in self._alerts.update(values):
       log(f'warning: step {step + 1}: {alert}', self._stage)
-
-  def _seconds(self, pending: _Pending) -> dict[str, float]:
-    """Returns the seconds of a step: from the completion of the step before it to its own.
-
-    A program that is compiled while the devices compute the step before costs the run no time.
-    """
-    completed = max(pending.completion.wait(), self._completed)
-    begin = max(self._dispatched, self._completed)
-    compiling = compile_seconds(begin, min(pending.dispatched, completed))
-    seconds = completed - self._completed - compiling
-    self._dispatched, self._completed = pending.dispatched, completed
-    return {'timing/step': seconds, 'timing/compile': compiling}
 
   def _keep(self, values: dict[str, float]) -> None:
     self.last = values

@@ -5,6 +5,7 @@ nothing about the devices. `Completion` observes when its results are ready.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -66,40 +67,102 @@ class Completion:
     return self._time
 
 
+class Part:
+  """The time from the end of the part before to when the arrays of this one are ready.
+
+  The host need not wait: numbers are asked for later. While the devices are busy with the part
+  before, neither the host's work nor its compiling takes time of this part.
+
+  Args:
+    before: the part before; None begins the time.
+    arrays: what the part computes; None ends it now.
+  """
+
+  def __init__(self, before: 'Part | None' = None, arrays: Any = None):
+    self._before = before
+    self._dispatched = time.monotonic()
+    self._completion = None if arrays is None else Completion(arrays)
+
+  @functools.cached_property
+  def _times(self) -> tuple[float, float, float]:
+    """(end, seconds without compiling, seconds of compiling); waits for the arrays."""
+    end = self._dispatched if self._completion is None else self._completion.wait()
+    # Parts must not be kept alive by those that follow.
+    before, self._before = self._before, None
+    if before is None:
+      return end, 0.0, 0.0
+    end = max(end, before.end)
+    begin = max(before._dispatched, before.end)
+    compiling = compile_seconds(begin, min(self._dispatched, end))
+    return end, end - before.end - compiling, compiling
+
+  @property
+  def end(self) -> float:
+    """When it ended, in monotonic seconds."""
+    return self._times[0]
+
+  @property
+  def seconds(self) -> float:
+    """Its seconds, without those in which the host compiled and the devices waited."""
+    return self._times[1]
+
+  @property
+  def compiling(self) -> float:
+    """The seconds in which the host compiled and the devices waited."""
+    return self._times[2]
+
+
+class Later:
+  """A number that `float` computes, once arrays are ready."""
+
+  def __init__(self, value: Callable[[], float]):
+    self._value = value
+
+  def __float__(self) -> float:
+    return self._value()
+
+
 def time_evaluation(evaluate: Callable[[], dict[str, Any]], step: Any) -> dict[str, Any]:
   """Returns the metrics of an evaluation with its seconds, which begin when `step` is computed."""
-  timer = StepTimer()
-  jax.block_until_ready(step)
-  timer.begin()
+  before = Part(arrays=step)
   metrics = evaluate()
-  timer.end('evaluate', metrics)
-  return metrics | {'timing/evaluate': timer.seconds['timing/evaluate']}
+  part = Part(before, metrics)
+  return metrics | {'timing/evaluate': Later(lambda: part.seconds)}
 
 
 class StepTimer:
-  """Measures the seconds of each part of a step; a part ends when its arrays are ready.
+  """Measures the seconds of each part of a step, whose numbers are known later.
 
-  The parts of a step add up to its time, without that in which programs were compiled.
-
-  Attributes:
-    seconds: by 'timing/PART'; 'timing/between_steps' is what is spent outside of the other parts.
+  The parts of a step add up to its time; 'timing/between_steps' is what is spent outside of the
+  others.
   """
 
   def __init__(self):
-    self.seconds: dict[str, float] = {}
-    self._last: float | None = None
+    self._parts: dict[str, list[Part]] = {}
+    self._last: Part | None = None
 
   def begin(self) -> None:
     """Begins a step."""
-    self.seconds = {}
+    self._parts = {}
     if self._last is None:  # what came before the first step is no part of any
-      self._last = time.monotonic()
+      self._last = Part()
     self.end('between_steps')
 
   def end(self, part: str, arrays: Any = None) -> None:
-    """Waits for the arrays and ends the part that began when the last one ended."""
-    jax.block_until_ready(arrays)
-    now = time.monotonic()
-    seconds = now - self._last - compile_seconds(self._last, now)
-    name = f'timing/{part}'
-    self.seconds[name], self._last = self.seconds.get(name, 0.0) + seconds, now
+    """Ends the part that began when the last one ended, once its arrays are ready."""
+    self._last = Part(self._last, arrays)
+    self._parts.setdefault(part, []).append(self._last)
+
+  @property
+  def seconds(self) -> dict[str, Later]:
+    """By 'timing/PART', of all parts together as 'timing/step', and of compiling."""
+    every = [part for parts in self._parts.values() for part in parts]
+    return {
+      **{f'timing/{name}': _sum_later(parts, 'seconds') for name, parts in self._parts.items()},
+      'timing/step': _sum_later(every, 'seconds'),
+      'timing/compile': _sum_later(every, 'compiling'),
+    }
+
+
+def _sum_later(parts: list[Part], name: str) -> Later:
+  return Later(lambda: sum(getattr(part, name) for part in parts))

@@ -3,11 +3,11 @@
 Not here: whitening (`masked.whiten`), which looks at the whole batch.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.rl.masked import at_least_float32
+from segjax.rl.recurrences import latest, linear_backwards
 from segjax.types import Segments
 
 
@@ -76,13 +76,7 @@ def macro_gae(
   first = jnp.arange(mask.shape[0]) == jnp.argmax(mask)
   start = mask & (action_start | first)
   advantage = _advantage(reward, value, start, mask, gamma, gae_lambda)
-
-  def step(latest, token):
-    advantage_t, starts = token
-    latest = jnp.where(starts, advantage_t, latest)
-    return latest, latest
-
-  _, advantage = jax.lax.scan(step, jnp.zeros((), advantage.dtype), (advantage, start))
+  advantage = latest(advantage, start, jnp.zeros((), advantage.dtype))
   return jnp.where(mask, advantage, 0)
 
 
@@ -105,20 +99,14 @@ def returns(
 def _advantage(reward, value, start, mask, gamma, gae_lambda):
   """A_j at the first token of each action j; something meaningless at the others.
 
-  Written with what follows a token, γ (V_{j+1} + λ A_{j+1}) and the rewards between, so that the
-  scan carries one number: A_j = R_j + γ (V_{j+1} + λ A_{j+1}) − V_j.
+  With c_t = what A at the tokens before t adds to their own rewards,
+  A_j = c_{t+1} + r_t − V_j at the first token t of action j,
+  c_t = γ (V_j + λ A_j) = γ λ c_{t+1} + γ (λ r_t + (1 − λ) V_j) there, and c_{t+1} + r_t elsewhere.
   """
   reward = jnp.where(mask, at_least_float32(reward), 0)
   value = jnp.where(mask, at_least_float32(value), 0)
-
-  def step(following, token):
-    reward_t, value_t, starts = token
-    following = following + reward_t
-    advantage = following - value_t
-    before = jnp.where(starts, gamma * (value_t + gae_lambda * advantage), following)
-    return before.astype(following.dtype), advantage
-
-  # Not unrolled: XLA on CPU runs the plain loop fastest.
-  following = jnp.zeros((), jnp.promote_types(reward.dtype, value.dtype))
-  _, advantage = jax.lax.scan(step, following, (reward, value, start), reverse=True)
-  return advantage
+  dtype = jnp.promote_types(reward.dtype, value.dtype)
+  factor = jnp.where(start, gamma * gae_lambda, 1).astype(dtype)
+  term = jnp.where(start, gamma * (gae_lambda * reward + (1 - gae_lambda) * value), reward)
+  following = linear_backwards(factor, term.astype(dtype))
+  return jnp.pad(following[1:], (0, 1)) + reward - value

@@ -9,12 +9,12 @@ To add a way of spreading: write it with the common signature (z, segments, resp
 it in SPREADS. z is read at the last token of each segment; what it holds elsewhere is ignored.
 """
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, ScalarLike
+from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.rl.aggregation import sequence_score
 from segjax.rl.masked import at_least_float32
+from segjax.rl.recurrences import latest, rank
 from segjax.types import Segments
 
 BASELINES = ('prompt', 'zero')
@@ -30,7 +30,7 @@ def even_split(
   See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
   """
   # The rank of a segment's last token is the segment's length; z counts at no other.
-  return repeat(at_least_float32(z) / _rank(segments), segments, response_mask)
+  return repeat(at_least_float32(z) / rank(segments.start), segments, response_mask)
 
 
 def repeat(
@@ -40,13 +40,8 @@ def repeat(
   del response_mask
   z = at_least_float32(z)
 
-  # Backwards, each end hands its z on. XLA on CPU runs a scan faster than a search for the ends.
-  def step(latest, token):
-    z_t, ends = token
-    latest = jnp.where(ends, z_t, latest)
-    return latest, latest
-
-  _, reward = jax.lax.scan(step, jnp.zeros((), z.dtype), (z, segments.end), reverse=True)
+  # Backwards, each end hands its z on.
+  reward = latest(z, segments.end, jnp.zeros((), z.dtype), reverse=True)
   return jnp.where(segments.segment_id >= 0, reward, 0)
 
 
@@ -145,13 +140,10 @@ def red(
   score = at_least_float32(score)
   before = prompt_score.astype(score.dtype) if baseline == 'prompt' else jnp.zeros((), score.dtype)
 
-  def step(before, token):
-    score_t, ends = token
-    reward = jnp.where(ends, score_t - before, 0)
-    return jnp.where(ends, score_t, before), reward
-
-  _, reward = jax.lax.scan(step, before, (score, segments.end & response_mask))
-  return reward
+  ends = segments.end & response_mask
+  at_end = latest(score, ends, before)
+  before = jnp.concatenate([before[None], at_end[:-1]])
+  return jnp.where(ends, score - before, 0)
 
 
 def end_penalty(
@@ -264,16 +256,6 @@ def shaped_reward(
 def _last(response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
   """True at the last real token."""
   return response_mask & ~jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
-
-
-def _rank(segments: Segments) -> Int[Array, 'T']:
-  """How many tokens of its segment there are up to each token, itself included; at least 1."""
-
-  def step(rank, starts):
-    rank = jnp.where(starts, 1, rank + 1)
-    return rank, rank
-
-  return jax.lax.scan(step, jnp.zeros((), jnp.int32), segments.start)[1]
 
 
 def _check(field, name, valid) -> None:

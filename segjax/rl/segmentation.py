@@ -5,10 +5,10 @@ Not here: what a segment is worth (`normalizer`, `rewards`), nor how a threshold
 length and sentences, which delimiters end, are the baselines it is compared with.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
+from segjax.rl.recurrences import spaced
 from segjax.types import Segments
 
 GRANULARITIES = ('segment', 'token', 'bandit')
@@ -101,7 +101,7 @@ def segment_at(
     response_mask: True on the response, one contiguous run that may begin anywhere.
     finished: whether the last token of the response is a stop token.
     granularity: one of GRANULARITIES.
-    min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a scan.
+    min_length: n, in tokens; plays no part for 'token' and 'bandit'. Above 1 it costs a loop.
     stop_inside: whether the stop token belongs to the last segment, which then ends at it and is
       scored there; else it lies in none. For 'bandit' it always belongs, since the one reward is
       read at the last token of the response.
@@ -125,7 +125,7 @@ def segment_at(
     start = before_stop
   else:
     start = first | (before_stop & boundary)
-    start = _far_enough(start, first, min_length) if min_length > 1 else start
+    start = spaced(start, min_length) if min_length > 1 else start
   end = content & (_next(start) | ~_next(content))
   segment_id = _running_count(start) - 1
   return Segments(
@@ -167,20 +167,6 @@ def _running_count(mark: Bool[Array, 'T']) -> Int[Array, 'T']:
   within = rows @ jnp.triu(jnp.ones((row, row), jnp.float32))
   before = jnp.cumsum(within[:, -1]) - within[:, -1]
   return (within + before[:, None]).reshape(-1)[:length].astype(jnp.int32)
-
-
-def _far_enough(
-  start: Bool[Array, 'T'], first: Bool[Array, 'T'], min_length: int
-) -> Bool[Array, 'T']:
-  """Drops the starts that would leave the segment before them shorter than min_length."""
-
-  def step(since, token):
-    starts, is_first = token
-    opens = is_first | (starts & (since >= min_length))
-    return jnp.where(opens, 1, since + 1), opens
-
-  # Before the first token the count is arbitrary: no start is there, and the first resets it.
-  return jax.lax.scan(step, jnp.zeros((), jnp.int32), (start, first))[1]
 
 
 def _check_granularity(granularity: str) -> None:

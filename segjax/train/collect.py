@@ -136,7 +136,7 @@ class Collector:
     experience, metrics = make_experience(
       collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, recipe=self.recipe
     )
-    self.on_part('score', experience)
+    self.on_part('score', metrics)
     self.check_stop()
     return Collected(experience, metrics, collected, rows)
 

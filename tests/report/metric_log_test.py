@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.report import metric_log, timing
+from segjax.report import timing
 from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
 
@@ -172,7 +172,7 @@ def test_compiling_is_no_part_of_a_step(tmp_path):
 def test_compiling_while_the_devices_compute_costs_no_time(tmp_path, monkeypatch):
   """Step 1 is dispatched after 4 s of compiling, 3 of which the devices compute step 0."""
   clock = [0.0]
-  monkeypatch.setattr(metric_log, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+  monkeypatch.setattr(timing, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
   monkeypatch.setattr(timing, '_intervals', [(0.0, 1.0), (2.0, 6.0)])
   completions = iter([5.0, 8.0])
   monkeypatch.setattr(timing.Completion, 'wait', lambda _: next(completions))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.platforms import PATHS, jit_by_path
 from fixtures.responses import LENGTH, from_previous, padded
 from fixtures.strategies import corrupted, numbers, responses
 from hypothesis import given
@@ -106,11 +107,11 @@ def test_worked_kl_and_clamp():
   assert_allclose(shaped_reward(dense, kl, mask, kl_coef=0, clip=None)[:4], dense[:4])
 
 
-def test_golden_file(shared_files):
+@pytest.mark.parametrize('path', PATHS)
+def test_golden_file(shared_files, path):
   cases = json.loads((shared_files / 'spec' / 'golden.json').read_text())['dense']
   normalizers = [PUBLISHED[GOLDEN_NAMES[case['model'], case['thr']]] for case in cases]
 
-  @jax.jit
   @jax.vmap
   def run(score, entropy, mask, threshold, parameters):
     # Their token runs merge tokens of entropy exactly 0: threshold 0, not granularity 'token'.
@@ -118,7 +119,7 @@ def test_golden_file(shared_files):
     z = normalize(score, segments, Normalizer(*parameters), None)
     return {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
 
-  reward = run(
+  reward = jit_by_path(run)[path](
     padded([case['values'] for case in cases]),
     jnp.asarray(from_previous(np.array(padded([case['H'] for case in cases])))),
     padded([case['action_mask'] for case in cases], bool),
@@ -133,7 +134,6 @@ def test_golden_file(shared_files):
     assert_allclose(got, expected[row], atol=1e-4, rtol=1e-4, err_msg=str(case))
 
 
-@functools.partial(jax.jit, static_argnames='granularity')
 def run_response(entropy, mask, finished, z, granularity):
   segments = segment(entropy, mask, finished, granularity=granularity)
   rewards = {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
@@ -145,15 +145,19 @@ def run_response(entropy, mask, finished, z, granularity):
   return segments.segment_id, rewards, short, bandits
 
 
-@pytest.mark.parametrize('granularity', GRANULARITIES)
+WAYS = [*((granularity, 'loop') for granularity in GRANULARITIES), ('segment', 'parallel')]
+RUN_RESPONSE = jit_by_path(run_response, static_argnums=4)
+
+
+@pytest.mark.parametrize(('granularity', 'path'), WAYS)
 @given(response=responses(), score=numbers())
-def test_spreads_equal_oracle(granularity, response, score):
+def test_spreads_equal_oracle(path, granularity, response, score):
   entropy_after, entropy, mask, finished = response
   ends = oracle.segment_ends(
     entropy_after.tolist(), mask.tolist(), bool(finished), granularity, 2.0
   )
   z = np.where(np.isin(np.arange(LENGTH), ends), score, np.nan)
-  got = run_response(entropy, mask, finished, z.astype(np.float32), granularity)
+  got = RUN_RESPONSE[path](entropy, mask, finished, z.astype(np.float32), granularity)
   segment_id, rewards, short, bandits = jax.device_get(got)
   for name, reward in rewards.items():
     expected = np.array(oracle.spread(score[ends].tolist(), ends, mask.tolist(), name))
@@ -219,7 +223,6 @@ def test_red_worked():
   assert_allclose(got, [0, 0, 1.5, -0.5, 0, 3, 0])
 
 
-@functools.partial(jax.jit, static_argnames='granularity')
 def run_red(entropy, mask, finished, score, prompt_score, granularity):
   segments = segment(entropy, mask, finished, granularity=granularity, stop_inside=True)
   return segments.end, {
@@ -227,11 +230,14 @@ def run_red(entropy, mask, finished, score, prompt_score, granularity):
   }
 
 
-@pytest.mark.parametrize('granularity', GRANULARITIES)
+RUN_RED = jit_by_path(run_red, static_argnums=5)
+
+
+@pytest.mark.parametrize(('granularity', 'path'), WAYS)
 @given(response=responses(), score=numbers(), prompt_score=numbers(()))
-def test_red_equals_oracle(granularity, response, score, prompt_score):
+def test_red_equals_oracle(path, granularity, response, score, prompt_score):
   _, entropy, mask, finished = response
-  got = run_red(entropy, mask, finished, corrupted(score, mask), prompt_score, granularity)
+  got = RUN_RED[path](entropy, mask, finished, corrupted(score, mask), prompt_score, granularity)
   end, rewards = jax.device_get(got)
   ends = np.flatnonzero(end).tolist()
   for baseline, reward in rewards.items():

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures.platforms import PATHS, jit_by_path
 from fixtures.responses import LENGTH, from_previous, padded
 from fixtures.strategies import corrupted, masks, responses
 from hypothesis import given
@@ -109,7 +110,6 @@ WAYS = [
 ]
 
 
-@jax.jit
 def cut_every_way(entropy, mask, finished, threshold):
   segmented = []
   for granularity, min_length, stop_inside in WAYS:
@@ -118,13 +118,17 @@ def cut_every_way(entropy, mask, finished, threshold):
   return segmented
 
 
+CUT_EVERY_WAY = jit_by_path(cut_every_way)
+
+
+@pytest.mark.parametrize('path', PATHS)
 @given(response=responses(), threshold=st.sampled_from([0.0, 1.75, 2.0]))
-def test_equals_oracle(response, threshold):
+def test_equals_oracle(path, response, threshold):
   entropy_after, entropy, mask, finished = response
   begin, _ = oracle.run_of(mask.tolist())
   # Entropies outside the response and of its first token cannot matter.
   entropy = corrupted(entropy, mask & (np.arange(LENGTH) != begin))
-  every = jax.device_get(cut_every_way(entropy, mask, finished, threshold))
+  every = jax.device_get(CUT_EVERY_WAY[path](entropy, mask, finished, threshold))
   for segments, (granularity, min_length, stop_inside) in zip(every, WAYS, strict=True):
     case = (entropy_after.tolist(), mask.tolist(), bool(finished), granularity, threshold)
     ends = oracle.segment_ends(*case, min_length, stop_inside)
