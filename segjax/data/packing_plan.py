@@ -109,7 +109,7 @@ def plan_level_packing(lengths: np.ndarray, bound: PieceBound, group: int = 1) -
 
 
 def _shapes(lengths: np.ndarray, bound: PieceBound, group: int) -> Iterator[tuple[int, int, int]]:
-  """Yields (pieces, rows of a piece, tokens of a row), those with the least work first."""
+  """Yields (pieces, rows of a piece, tokens of a row): few pieces first, then short rows."""
   total, longest = int(lengths.sum()), int(lengths.max(initial=1))
   for count in itertools.count(math.ceil(total / bound.devices / bound.tokens) or 1):
     level = total / count / bound.devices  # tokens of a piece per device
@@ -177,21 +177,24 @@ def _level_pieces(groups: np.ndarray, count: int, limit: int) -> list[list[int]]
 def _fill_rows(groups: np.ndarray, rows: int, width: int) -> np.ndarray | None:
   """Returns (row, offset) of each sequence of a piece, [2, G g]; None if they do not fit.
 
-  The longest first, each to the emptiest row; or, where rows cannot be level, to the fullest that
-  has room.
+  The longest first, each to the emptiest row. Where that leaves no room, each to the fullest row
+  that has room, of rows as level as possible: from the mean of their tokens to the width in steps.
   """
   lengths = groups.reshape(-1)
-  order = np.argsort(-lengths, kind='stable')
-  for emptiest in (True, False):
+  mean = max(lengths.sum() / rows, lengths.max(initial=0))
+  if mean > width:
+    return None
+  attempts = [(True, width), *((False, room) for room in np.linspace(mean, width, _STEPS).round())]
+  for to_emptiest, room in attempts:
     slots, filled = np.zeros((2, len(lengths)), np.int32), np.zeros(rows, int)
-    for index in order:
-      if emptiest:
+    for index in np.argsort(-lengths, kind='stable'):
+      if to_emptiest:
         row = int(filled.argmin())
       else:
-        row = int(np.where(filled + lengths[index] <= width, filled, -1).argmax())
+        row = int(np.where(filled + lengths[index] <= room, filled, -1).argmax())
       slots[:, index] = row, filled[row]
       filled[row] += lengths[index]
-      if filled[row] > width:
+      if filled[row] > room:
         break
     else:
       return slots
