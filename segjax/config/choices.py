@@ -11,7 +11,7 @@ ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 # What weight decay reaches, by the ends of the parameters' paths: a scale or bias has one value per
 # unit, and an embedding moves only with the tokens that occur.
 DECAYED_WEIGHTS = {'kernels': ('kernel',), 'matrices': ('kernel', 'embedding'), 'all': ('',)}
-ATTENTION = ('xla', 'cudnn', 'splash')
+ATTENTION = ('xla', 'cudnn', 'flash', 'splash')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.

@@ -4,6 +4,7 @@ Not here: projections (`llama`), rotary embeddings (`rope`) and pages (`paged_at
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from segjax.model.splash import LANES, splash
 
 _MASKED = -1e30  # finite: a fully masked row then gives a mean instead of NaN
 _BLOCK = 512  # queries whose logits exist at once, see `_in_blocks`
+_CUDNN_SIZES = range(8, 129, 8)  # of heads
+_FLASH_SIZES = (64, 128)  # of heads; larger ones need more registers than a GPU has
 
 
 def select_implementation(
@@ -25,13 +28,16 @@ def select_implementation(
 ) -> tuple[str, str]:
   """Chooses an implementation for a platform: (name, why the requested one is not used).
 
-  'auto' is splash on TPU, cudnn on CUDA in half precision, and xla elsewhere. The reason is '' for
-  'auto' and for a requested implementation that is supported.
+  'auto' is splash on TPU, cudnn (and so flash in packed rows) on CUDA in half precision, and xla
+  elsewhere. The reason is '' for 'auto' and for a requested implementation that is supported.
   """
+  off_cuda = _refused_on_cuda(platform, dtype)
+  size = f'head_dim={head_dim} is not'
   refused = {
     'xla': '',
     'splash': '' if platform == 'tpu' else f'it is for TPU, and the devices are {platform}',
-    'cudnn': _refused_by_cudnn(platform, dtype, head_dim),
+    'cudnn': off_cuda or ('' if head_dim in _CUDNN_SIZES else f'{size} a multiple of 8 up to 128'),
+    'flash': off_cuda or ('' if head_dim in _FLASH_SIZES else f'{size} one of {_FLASH_SIZES}'),
   }
   if requested == 'auto':
     return next(name for name in ('splash', 'cudnn', 'xla') if not refused[name]), ''
@@ -40,13 +46,11 @@ def select_implementation(
   return 'xla', f'attention={requested}: {refused[requested]}; using xla'
 
 
-def _refused_by_cudnn(platform: str, dtype: str, head_dim: int) -> str:
+def _refused_on_cuda(platform: str, dtype: str) -> str:
   if platform not in ('gpu', 'cuda'):
     return f'it is for CUDA, and the devices are {platform}'
   if dtype not in ('bfloat16', 'float16'):
     return f'it computes in bfloat16 or float16, and compute_dtype={dtype}'
-  if head_dim % 8 or head_dim > 128:
-    return f'head_dim={head_dim} is not a multiple of 8 up to 128'
   return ''
 
 
@@ -61,8 +65,9 @@ def attention(
   """Causal softmax(q kᵀ / √h) v, each key head serving H / K query heads; softmax in float32.
 
   Args:
-    implementation: 'xla' anywhere; 'cudnn' (flash attention) on CUDA; 'splash' (a flash attention
-      too) on TPU. Unsupported shapes are computed by xla, which is logged once.
+    implementation: 'xla' anywhere; 'cudnn' and 'flash' on CUDA; 'splash' on TPU. All but the first
+      are flash attention. cudnn has no packed rows and leaves them to flash. Unsupported shapes are
+      computed by xla, which is logged once.
     segment_ids: a token attends to itself and to earlier tokens with its own id. Tokens of id 0
       attend to nothing and are attended by none; their output is 0. None is one segment per row:
       rows are padded on the right, so that no real token ever sees padding.
@@ -72,15 +77,17 @@ def attention(
   """
   if implementation not in ATTENTION:
     raise UserError(f'attention={implementation!r} is unknown; use one of {ATTENTION}.')
-  implementation = _supported(implementation, query.shape[1], segment_ids is not None)
+  implementation = _supported(implementation, query.shape, segment_ids is not None)
   if implementation == 'cudnn':
     # No mask of padding: causality hides it, and jax would pass a mask on as a bias [S, S].
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation='cudnn')
+  if implementation == 'flash':
+    # Imported here: Pallas takes half a second to import, and only CUDA needs it.
+    from segjax.model.flash import flash
+
+    return _on_each_device(flash)(query, key, value, segment_ids)
   if implementation == 'splash':
-    # A Pallas kernel cannot be partitioned by XLA; rows and heads do not depend on each other.
-    output = sharding.shard_map_activations(splash, ('heads', 'heads', 'heads', 'tokens'), 'heads')(
-      query, key, value, segment_ids
-    )
+    output = _on_each_device(splash)(query, key, value, segment_ids)
   else:
     output = _in_blocks(query, key, value, segment_ids)
   if segment_ids is None:
@@ -89,14 +96,25 @@ def attention(
   return jnp.where(segment_ids[:, :, None, None] > 0, output, 0)
 
 
-def _supported(implementation: str, length: int, has_segments: bool) -> str:
-  """Returns the implementation, or xla if it does not support that length, or segments."""
+def _on_each_device(kernel: Callable[..., Array]) -> Callable[..., Array]:
+  """Returns a Pallas kernel over rows and heads, which do not depend on each other, per device."""
+  # XLA cannot partition it.
+  return sharding.shard_map_activations(kernel, ('heads', 'heads', 'heads', 'tokens'), 'heads')
+
+
+def _supported(implementation: str, shape: tuple[int, ...], has_segments: bool) -> str:
+  """Returns the implementation that computes queries of a shape [B, S, H, h] when one is asked."""
+  length, size = shape[1], shape[3]
   if implementation == 'splash' and length % LANES:
     if length > LANES:  # short prompts are common and cheap: not worth a warning
       _warn_once(f'splash attention needs a multiple of {LANES} tokens; rows of {length} use xla')
     return 'xla'
   if implementation == 'cudnn' and has_segments:
-    _warn_once('cudnn attention does not support packed sequences; packed rows use xla')
+    if size in _FLASH_SIZES:
+      return 'flash'
+    _warn_once(
+      f'neither cudnn nor flash attention supports packed rows with head_dim={size}; they use xla'
+    )
     return 'xla'
   return implementation
 

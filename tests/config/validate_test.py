@@ -165,7 +165,7 @@ def test_integers_become_floats():
       {'runtime.compute_dtype': 'bf16'},
       "runtime.compute_dtype='bf16' is not one of float32, bfloat16",
     ),
-    ({'runtime.attention': 'flash'}, 'runtime.attention'),
+    ({'runtime.attention': 'eager'}, 'runtime.attention'),
     ({'runtime.remat': 'atention'}, "remat: 'atention' is not an activation; use none, full, or"),
     (
       {'runtime.offload_activations': 'full'},

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 
 from segjax.model import attention as module
 from segjax.model.attention import attention
+from segjax.model.flash import flash
 from segjax.model.mesh import make_mesh
 from segjax.model.splash import splash
 
@@ -82,15 +83,29 @@ def test_call_of_cudnn(monkeypatch, caplog):
   output = attention(*arrays(), implementation='cudnn')
   assert_allclose(output, attention(*arrays()), atol=1e-5)  # float32
   assert calls == ['cudnn']
-  # Packed rows never go to cudnn, which would ignore where sequences end.
+
+
+def test_packed_rows_on_cuda(monkeypatch, caplog):
+  """They never go to cudnn, which would ignore where sequences end."""
+
+  def by_xla(*tensors):
+    calls.append(tensors[0].shape)
+    return attention(*tensors[:3], segment_ids=tensors[3])
+
+  calls = []
+  monkeypatch.setattr('segjax.model.flash.flash', by_xla)
   module._warn_once.cache_clear()
-  for _ in range(2):
-    output = attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
-    assert_allclose(output, attention(*arrays(), segment_ids=ATTENDED), atol=0)
-  assert calls == ['cudnn']
+  expected = attention(*arrays(), segment_ids=ATTENDED)
+  for name in ('cudnn', 'cudnn', 'flash'):
+    output = attention(*arrays(), implementation=name, segment_ids=ATTENDED)
+    assert_allclose(output, expected, atol=0)
+  assert calls == [(2, 6, 4, 8)]  # of 'flash': it is known to have been selected
   assert [record.message for record in caplog.records] == [
-    'cudnn attention does not support packed sequences; packed rows use xla'
+    'neither cudnn nor flash attention supports packed rows with head_dim=8; they use xla'
   ]
+  monkeypatch.setattr(module, '_FLASH_SIZES', (8,))
+  attention(*arrays(), implementation='cudnn', segment_ids=ATTENDED)
+  assert len(calls) == 2
 
 
 LONG = 256
@@ -154,11 +169,13 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
 
 
 @pytest.mark.devices
-def test_splash_on_each_device(monkeypatch):
+@pytest.mark.parametrize('name', ['splash', 'flash'])
+def test_kernels_on_each_device(monkeypatch, name):
   """Rows and heads are split; every device runs the kernel on its own."""
   monkeypatch.setattr(module, 'splash', functools.partial(splash, interpret=True))
+  monkeypatch.setattr('segjax.model.flash.flash', functools.partial(flash, interpret=True))
   expected = long_results('xla')[0]
-  run = jax.jit(lambda *tensors: attention(*tensors, 'splash', segment_ids=jnp.asarray(PACKED)))
+  run = jax.jit(lambda *tensors: attention(*tensors, name, segment_ids=jnp.asarray(PACKED)))
   with jax.set_mesh(make_mesh(1, 2, 2, jax.devices()[:4])):
     assert_allclose(run(*long_arrays()), expected, atol=2e-5)  # float32
 
@@ -185,7 +202,10 @@ def test_rows_that_splash_does_not_support_use_xla(caplog):
     ('splash', 'cpu', 'bfloat16', 128, 'xla', 'it is for TPU, and the devices are cpu'),
     ('cudnn', 'tpu', 'bfloat16', 128, 'xla', 'it is for CUDA, and the devices are tpu'),
     ('cudnn', 'gpu', 'float32', 128, 'xla', 'compute_dtype=float32'),
-    ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'head_dim=20'),
+    ('cudnn', 'gpu', 'bfloat16', 20, 'xla', 'head_dim=20 is not a multiple of 8 up to 128'),
+    ('flash', 'gpu', 'bfloat16', 64, 'flash', ''),
+    ('flash', 'gpu', 'bfloat16', 80, 'xla', 'head_dim=80 is not one of (64, 128)'),
+    ('flash', 'cpu', 'bfloat16', 128, 'xla', 'it is for CUDA, and the devices are cpu'),
   ],
 )
 def test_select_implementation(requested, platform, dtype, size, expected, reason):
@@ -207,6 +227,7 @@ def test_softmax_is_in_float32():
 
 def test_unknown_implementation():
   with pytest.raises(
-    ValueError, match=r"attention='flash' is unknown; use one of \('xla', 'cudnn', 'splash'\)"
+    ValueError,
+    match=r"attention='eager' is unknown; use one of \('xla', 'cudnn', 'flash', 'splash'\)",
   ):
-    attention(*arrays(), implementation='flash')
+    attention(*arrays(), implementation='eager')
