@@ -7,7 +7,7 @@
 
 Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b; `,token` or
 `,bandit` after one sets the granularity, and the name of a topology (shared/topologies.py) the
-batch sizes that fit it. `--config.reference_exact=True` reproduces the published code, mistakes
+settings that fit it. `--config.reference_exact=True` reproduces the published code, mistakes
 included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 

@@ -151,7 +151,7 @@ PUBLISHED_RUNS = """\
 
 These presets hold the published hyper-parameters, models and data by hub id (Yin et al. 2025,
 https://arxiv.org/abs/2501.02790). They have not been run at 8B with segjax. The name of a topology
-after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets batch sizes that fit it.
+after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets sizes of batches and mesh that fit it.
 
 --config.reference_exact=True computes as the paper's code does, mistakes included: attention masked
 by the first row of a micro-batch, a forced stop token, no floor of Std(p), and more.
