@@ -58,7 +58,7 @@ class Lengths(Programs):
 
   def decode(self, rows: DecodeRows, steps: int) -> ChunkOutput:
     """Gives each row the tokens that its response has left."""
-    left = np.array([self._length(*key) for key in rows.key.tolist()]) - rows.count
+    left = np.array([self._length(*key) for key in rows.number.tolist()]) - rows.count
     count = np.where(rows.active, np.minimum(left, steps), 0).astype(np.int32)
     self.steps += int(count.max())
     self.tokens += int(count.sum())
