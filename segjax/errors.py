@@ -17,6 +17,10 @@ class UserError(ValueError):
   """
 
 
+class StepAbortedError(Exception):
+  """The run must stop, in a step that has not changed any state yet; in all processes at once."""
+
+
 def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, at most 300 characters; its class if empty.
 

@@ -219,7 +219,7 @@ def _make_trainer(
     recipe,
     normalizer,
     load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
-    check_stop=preemption.raise_if_stop_requested,
+    stop=preemption.stop_requested,
   )
   timer, stream = StepTimer(), None
   if s.rollout.carry:

@@ -11,11 +11,11 @@ import numpy as np
 
 from segjax.config.settings import PPO
 from segjax.data.batches import endless_batch_indices
-from segjax.errors import UserError
+from segjax.errors import StepAbortedError, UserError
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
-from segjax.run import preemption, training_loop
+from segjax.run import training_loop
 from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.carry import Stream
@@ -161,7 +161,7 @@ class Trainer:
   def _evaluate(self, states: training_loop.TrainStates) -> dict[str, Any]:
     metrics = {}
     # If a stop is requested during the evaluation, the finished step has no eval metrics.
-    with contextlib.suppress(preemption.StepAbortedError):
+    with contextlib.suppress(StepAbortedError):
       metrics = held_out_metrics(
         self.eval_collector,
         self._params(states),

@@ -69,7 +69,7 @@ class DecodeRows(NamedTuple):
     position: of that token.
     count: tokens of the response so far.
     limit: maximum of `count`.
-    key: data of the response's own random key.
+    number: of the prompt and of the sample, from which the response's own random key follows.
     active: whether the row holds an unfinished response.
   """
 
@@ -78,7 +78,7 @@ class DecodeRows(NamedTuple):
   position: Int[Array, 'B']
   count: Int[Array, 'B']
   limit: Int[Array, 'B']
-  key: UInt32[Array, 'B 2']
+  number: UInt32[Array, 'B 2']
   active: Bool[Array, 'B']
 
 
@@ -91,13 +91,16 @@ def empty_rows(size: int, columns: int) -> DecodeRows:
     position=zeros.copy(),
     count=zeros.copy(),
     limit=zeros.copy(),
-    key=np.zeros((size, 2), np.uint32),
+    number=np.zeros((size, 2), np.uint32),
     active=np.zeros(size, bool),
   )
 
 
 class ChunkOutput(NamedTuple):
-  """The tokens of a chunk: the first `count` of each row are real."""
+  """The tokens of a chunk: the first `count` of each row are real.
+
+  `stop` says whether any process wants to stop; None where there is one process.
+  """
 
   ids: Int[Array, 'B C']
   logprob: Float[Array, 'B C']
@@ -105,6 +108,7 @@ class ChunkOutput(NamedTuple):
   count: Int[Array, 'B']
   finished: Bool[Array, 'B']  # ended in a stop token
   non_finite: Bool[Array, 'B']  # ended in logits without a finite value
+  stop: Bool[Array, ''] | None = None
 
 
 # For programs that update the cache: without a donation there would be a second one. XLA for GPUs
@@ -160,11 +164,19 @@ def decode_chunk(
   cache: Pages,
   rows: DecodeRows,
   steps: Int[Array, ''],
+  key: UInt32[Array, '2'],
+  wants_stop: Bool[Array, 'N'] | None = None,
   *,
   decoder: DecodeConfig,
 ) -> tuple[Pages, ChunkOutput]:
-  """Samples up to `steps` tokens, at most `decoder.chunk`, for every active row."""
+  """Samples up to `steps` tokens, at most `decoder.chunk`, for every active row.
+
+  Args:
+    key: data of the random key of the generation.
+    wants_stop: a flag of each device, where there are several processes.
+  """
   block = Block(decoder.config, 'decode_')
+  keys = _response_keys(key, rows.number)
   reader, written = decode_cache.open_cache(cache, rows.table, rows.position, decoder)
 
   def step(carry):
@@ -180,7 +192,7 @@ def decode_chunk(
     x = _embed(weights, token[:, None])
     x, written = _through_layers(run_layer, x, written, weights, decoder)
     logits = _logits(weights, x, decoder)
-    token, active, output = _draw(j, logits, active, output, rows, decoder)
+    token, active, output = _draw(j, logits, active, output, rows, keys, decoder)
     return j + 1, token, active, written, output
 
   def unfinished(carry):
@@ -193,6 +205,11 @@ def decode_chunk(
   start = (jnp.int32(0), rows.token, rows.active, written, _empty_output(rows, decoder))
   _, _, _, written, output = jax.lax.while_loop(unfinished, step, start)
   cache = decode_cache.close_cache(cache, written, rows.table, rows.position, output.count, decoder)
+  if wants_stop is not None:
+    # Whole in every process, which then need not exchange the tokens.
+    whole = sharding.replicated(sharding.active_mesh())
+    output = output._replace(stop=jnp.any(wants_stop))
+    output = jax.lax.with_sharding_constraint(output, whole)
   # The layout it had on entry: donated buffers cannot be reused for another.
   return decode_cache.constrain_pages(cache, decoder.paged_attention), output
 
@@ -205,16 +222,22 @@ def _empty_output(rows: DecodeRows, decoder: DecodeConfig) -> ChunkOutput:
   return ChunkOutput(ids, zeros, zeros, jnp.zeros(shape[0], jnp.int32), no_row, no_row)
 
 
-def _draw(j, logits, active, output: ChunkOutput, rows: DecodeRows, decoder: DecodeConfig):
+def _response_keys(key: UInt32[Array, '2'], number: UInt32[Array, 'B 2']) -> Array:
+  """Returns the random key of each response, by its number: no row or other response matters."""
+
+  def fold(prompt, sample):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), prompt), sample)
+
+  return jax.vmap(fold)(number[:, 0], number[:, 1])
+
+
+def _draw(j, logits, active, output: ChunkOutput, rows: DecodeRows, keys, decoder: DecodeConfig):
   """Draws token j of the chunk: (token, rows still active, output with the token recorded)."""
   stop = jnp.asarray(decoder.stop_ids, jnp.int32)
   count = rows.count + j
   non_finite = active & has_no_finite_logit(logits)
   drawing = active & ~non_finite  # such a response ends; the others continue
-  # Keyed by the response and its token, never by the row: neither batch mates nor rows matter.
-  uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(
-    jax.random.wrap_key_data(rows.key), count
-  )
+  uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t)))(keys, count)
   drawn = sample_token(logits, uniform, count, stop, decoder.sampling)
   token = jnp.where(drawing, drawn.token, stop[0])  # padding is a valid id
   finished = drawing & jnp.any(token[:, None] == stop[None], axis=1)

@@ -5,19 +5,17 @@ which pages, is up to `scheduler`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.conflicts import check_samples
-from segjax.errors import UserError
-from segjax.model import decode, decode_memory, decode_sizes
+from segjax.errors import StepAbortedError, UserError
+from segjax.model import agreement, decode, decode_memory, decode_sizes
 from segjax.model.decode import ChunkOutput, DecodeConfig, DecodeRows
 from segjax.model.decode_cache import PrefillChunk
 from segjax.model.decode_weights import decode_weights, runs_unrolled
@@ -41,12 +39,14 @@ class GenerationOptions:
     samples_per_prompt: responses to each prompt, which share the pages of the prompt.
     prompt_index: number of each prompt, [N], for its random numbers; None counts from 0.
     limits: maximum tokens of each response, [N samples]; None is sampling.max_new_tokens for all.
+    stop: see `generate_requests`.
   """
 
   max_concurrent: int = 0
   samples_per_prompt: int = 1
   prompt_index: np.ndarray | None = None
   limits: np.ndarray | None = None
+  stop: Callable[[], bool] = lambda: False
 
   def __post_init__(self):
     check_samples(self.samples_per_prompt, self.max_concurrent, section='')
@@ -137,34 +137,41 @@ def generate(
 
   Raises:
     UserError: a prompt is empty or leaves no room for a response, or the cache does not fit.
+    StepAbortedError: see `generate_requests`.
   """
   decode_sizes.check_prompts(prompts.prompt_length, decoder)
-  requests = make_requests(prompts, key, decoder, options)
+  requests = make_requests(prompts, decoder, options)
   longest = prompts.prompt_ids.shape[1]  # with padding: the same from one batch to the next
   return generate_requests(
     params,
     requests,
+    key,
     longest=longest,
     decoder=decoder,
     mesh=mesh,
     max_concurrent=options.max_concurrent,
+    stop=options.stop,
     on_chunk=on_chunk,
   ).result
 
 
 def make_requests(
-  prompts: PromptBatch, key: jax.Array, decoder: DecodeConfig, options: GenerationOptions
+  prompts: PromptBatch, decoder: DecodeConfig, options: GenerationOptions
 ) -> list[Request]:
   """Returns a request for each response; see `generate`."""
   num_prompts, samples = len(prompts.prompt_ids), options.samples_per_prompt
   index = np.arange(num_prompts) if options.prompt_index is None else options.prompt_index
-  keys = processes.to_host(_response_keys(key, jnp.asarray(index, jnp.uint32), samples))
   max_tokens = decoder.sampling.max_new_tokens
   limits = max_tokens if options.limits is None else np.minimum(options.limits, max_tokens)
   limits = np.broadcast_to(limits, num_prompts * samples)
   ids = [np.asarray(row[:n]) for row, n in zip(*prompts, strict=True)]
   return [
-    Request(ids[i // samples], i // samples, keys[i], int(limits[i]))
+    Request(
+      ids[i // samples],
+      i // samples,
+      np.array([index[i // samples], i % samples], np.uint32),
+      int(limits[i]),
+    )
     for i in range(num_prompts * samples)
   ]
 
@@ -172,6 +179,7 @@ def make_requests(
 def generate_requests(
   params: Any,
   requests: list[Request],
+  key: jax.Array,
   *,
   longest: int,
   decoder: DecodeConfig,
@@ -180,6 +188,7 @@ def generate_requests(
   at_once: int | None = None,
   enough: int | None = None,
   on_chunk: Callable[[GenerationResult], object] = lambda result: None,
+  stop: Callable[[], bool] = lambda: False,
 ) -> Generated:
   """Samples the responses to requests, until all are done or `enough` of them.
 
@@ -188,6 +197,7 @@ def generate_requests(
   Args:
     params: of the policy.
     requests: what to sample, in the order in which it starts.
+    key: see `generate`.
     longest: maximum tokens of a prompt, from which sizes of programs follow.
     decoder: see `make_decode_config`.
     mesh: the devices.
@@ -195,6 +205,10 @@ def generate_requests(
     at_once: maximum of responses decoded at once where more would fit; None for all requests.
     enough: ends the generation once so many responses are done; None waits for all.
     on_chunk: see `generate`.
+    stop: asked before every chunk whether this process wants to end the generation.
+
+  Raises:
+    StepAbortedError: a process wants to stop; all raise it after the same chunk.
   """
   mesh = _mesh(decoder.config, mesh, decoder.tensor)
   # Free memory is known once the programs before have ended; the first tokens come after them.
@@ -210,7 +224,7 @@ def generate_requests(
   )
   # `sharding.constrain` reads the mesh from this context while the programs are traced.
   with jax.set_mesh(mesh):
-    programs = _DevicePrograms(params, size.pages, mesh, decoder)
+    programs = _DevicePrograms(params, size.pages, mesh, decoder, key, stop)
     scheduler = Scheduler(requests, programs, size, mesh.shape['data'], decoder)
     while scheduler.is_busy and (enough is None or scheduler.num_done < enough):
       on_chunk(scheduler.result)
@@ -222,8 +236,17 @@ def generate_requests(
 class _DevicePrograms(Programs):
   """Calls the programs on the devices, and holds the weights and the pages there."""
 
-  def __init__(self, params: Any, num_pages: int, mesh: Mesh, decoder: DecodeConfig):
-    self._decoder, self._groups = decoder, mesh.shape['data']
+  def __init__(
+    self,
+    params: Any,
+    num_pages: int,
+    mesh: Mesh,
+    decoder: DecodeConfig,
+    key: jax.Array,
+    stop: Callable[[], bool],
+  ):
+    self._decoder, self._mesh, self._groups = decoder, mesh, mesh.shape['data']
+    self._key, self._stop = jax.random.key_data(key), stop
     self._weights = decode_weights(params, decoder=decoder)
     self._pages = decode.empty_pages(self._groups, num_pages, decoder=decoder)
 
@@ -242,17 +265,21 @@ class _DevicePrograms(Programs):
       )
 
   def decode(self, rows: DecodeRows, steps: int) -> ChunkOutput:
+    wants_stop = self._stop()
+    placed = agreement.place_flags(wants_stop, self._mesh)
+    if placed is None and wants_stop:
+      raise StepAbortedError
     self._pages, output = decode.decode_chunk(
-      self._weights, self._pages, rows, np.int32(steps), decoder=self._decoder
+      self._weights,
+      self._pages,
+      rows,
+      np.int32(steps),
+      self._key,
+      placed,
+      decoder=self._decoder,
     )
     # One transfer per chunk: the host learns which responses are finished.
-    return processes.to_host(output)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _response_keys(key: jax.Array, index: jax.Array, samples: int) -> jax.Array:
-  """Returns the data of the key of every response, [N samples, 2]."""
-  fold = jax.vmap(jax.random.fold_in, (None, 0))
-  prompt_keys = fold(key, index)
-  keys = jax.vmap(fold, (0, None))(prompt_keys, jnp.arange(samples)).reshape(-1)
-  return jax.random.key_data(keys)
+    output = processes.to_host(output)
+    if output.stop:
+      raise StepAbortedError
+    return output

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from segjax.errors import UserError
 
@@ -39,6 +39,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
     )
   # Not Explicit, the default: it refuses a lookup in a split embedding and split contractions.
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def over_all_devices(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding that splits the first axis of an array over all devices."""
+  return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def decode_mesh(mesh: Mesh, heads: int, kv_heads: int, tensor: int = 0) -> Mesh:

@@ -24,14 +24,14 @@ class Request:
   Attributes:
     prompt_ids: tokens of the prompt, without padding.
     prompt: number of the prompt; requests with one number have the same prompt and share its pages.
-    key: data of the response's random key, uint32[2].
+    number: of the prompt and of the sample, for the random numbers, uint32[2].
     limit: maximum tokens of the response.
     response: tokens that it has already.
   """
 
   prompt_ids: np.ndarray
   prompt: int
-  key: np.ndarray
+  number: np.ndarray
   limit: int
   response: Partial = _NO_TOKENS
 

@@ -267,7 +267,7 @@ class Scheduler:
     rows.position[row] = self._prompt_length[index] + count - 1
     rows.count[row] = count
     rows.limit[row] = self._limit[index]
-    rows.key[row] = [self._requests[i].key for i in index]
+    rows.number[row] = [self._requests[i].number for i in index]
     rows.active[row] = True
     return rows
 

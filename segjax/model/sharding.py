@@ -272,7 +272,7 @@ def batch_sharding(rank: int, mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, _batch_spec(rank))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding that gives every device a full copy."""
   return NamedSharding(mesh, P())
 

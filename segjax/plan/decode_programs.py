@@ -48,7 +48,7 @@ class DecodePrograms:
     slots, columns = self.size.slots // groups, self.size.columns
     rows = {decode_sizes.chunk_rows(n, slots, decoder) for n in range(1, slots + 1)}
     tables = {decode_sizes.table_columns(n, columns, decoder) for n in range(1, columns + 1)}
-    others = 5  # weights, pages, prefill, copies of pages, keys of the responses
+    others = 4  # weights, pages, prefill, copies of pages
     return len(rows) * len(tables) + others
 
   def bytes_read(self, live: int) -> dict[str, int]:
@@ -96,7 +96,7 @@ def decode_programs(
   (prompts,) = prefill_chunks([[read]] * groups, size.columns, tokens)
   copies = np.zeros((groups, generate.COPIES), np.int32)
   rows = decode.empty_rows(size.slots, size.columns)
-  steps = np.int32(decoder.chunk)
+  steps, key = np.int32(decoder.chunk), np.zeros(2, np.uint32)
   both = ('decode weights', 'pages')
 
   def phase(name, function, *arguments, live=both, passed_in=both):
@@ -113,6 +113,6 @@ def decode_programs(
       phase(lay_out_name, lay_out, params, live=(), passed_in=('policy parameters',)),
       phase(prefill_name, decode.prefill, weights, pages, prompts),
       phase(copies_name, decode.copy_pages, pages, copies, copies, passed_in=('pages',)),
-      phase(chunk_name, decode.decode_chunk, weights, pages, rows, steps),
+      phase(chunk_name, decode.decode_chunk, weights, pages, rows, steps, key),
     ],
   )

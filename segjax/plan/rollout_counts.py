@@ -38,7 +38,7 @@ class CountedPrograms(Programs):
     """Sets all counts to 0.
 
     Args:
-      response_length: tokens of the responses whose random keys have these data.
+      response_length: tokens of the responses of these numbers, see `Request.number`.
     """
     self._response_length = response_length
     self.prefills = self.prefilled = self.copies = 0
@@ -55,7 +55,7 @@ class CountedPrograms(Programs):
 
   def decode(self, rows: DecodeRows, steps: int) -> ChunkOutput:
     """Gives each row the tokens that its response has left."""
-    left = self._response_length(rows.key) - rows.count
+    left = self._response_length(rows.number) - rows.count
     count = np.where(rows.active, np.minimum(left, steps), 0).astype(np.int32)
     self.chunks += 1
     self.steps += int(count.max())

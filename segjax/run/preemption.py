@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from segjax import processes
-
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, run again, resumes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -22,10 +20,6 @@ _guests: list[bool] = []  # not empty in a process that the run does not own, as
 
 class PreemptedError(Exception):
   """The run has received a signal and has saved a checkpoint from which it can resume."""
-
-
-class StepAbortedError(Exception):
-  """A signal came in a step that had not changed any state yet."""
 
 
 @contextlib.contextmanager
@@ -71,14 +65,8 @@ def as_guest() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-  """Returns whether this process or another one has received a signal."""
-  return processes.any_process(bool(_received))
-
-
-def raise_if_stop_requested() -> None:
-  """Raises StepAbortedError after a signal; for the parts of a step that change no state."""
-  if stop_requested():
-    raise StepAbortedError
+  """Returns whether this process has received a signal; others need not have."""
+  return bool(_received)
 
 
 def interrupt_on_sigterm() -> None:

@@ -1,6 +1,7 @@
 """A stage of a run, as every job receives it."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ class Stage:
     """Returns a random key for `purpose`, from the run's seed and the stage's name."""
     # crc32, not hash(): the key is the same in every process and on every machine.
     number = zlib.crc32(f'{self.name}/{purpose}'.encode()) & 0x7FFFFFFF
-    return jax.random.fold_in(jax.random.key(self.settings.seed), number)
+    return _key(self.settings.seed, number)
 
   def to_device(self, x: Any) -> jax.Array:
     """Places a batch of the host on the mesh."""
@@ -65,3 +66,9 @@ class Stage:
   def log(self, text: str) -> None:
     """Prints a line with the stage's name on the console."""
     (self.write_log or console.log)(text, self.name)
+
+
+@functools.lru_cache
+def _key(seed: int, number: int) -> jax.Array:
+  """Returns a random key, which is put on the devices once."""
+  return jax.random.fold_in(jax.random.key(seed), number)

@@ -1,6 +1,5 @@
 """The loop over steps that all training jobs share: metrics, checkpoints, resuming, stopping."""
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +18,9 @@ from segjax.data.packing_plan import (
   plan_level_packing,
   plan_packing,
 )
-from segjax.errors import UserError
+from segjax.errors import StepAbortedError, UserError
 from segjax.model import chips
+from segjax.model.agreement import StepAgreement
 from segjax.model.mesh import batch_devices
 from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
@@ -63,19 +63,25 @@ def train(
   metric_log = _make_metric_log(stage, start, num_steps, show)
   profiler = Profiler(stage.directory, settings.profile_steps if processes.is_first() else '')
   done, is_due = start, CheckpointTimer(settings.checkpoint)
+  agree = StepAgreement(stage.mesh)
   try:
     with preemption.handle_signals(stage.log), metric_log:
       for step in range(start, num_steps):
         profiler.before(step + 1)
-        with contextlib.suppress(preemption.StepAbortedError):
+        try:
           states, metrics = step_fn(states, step)
+        except StepAbortedError:  # in all processes
+          must_stop, must_save = True, False
+        else:
           done = step + 1
           profiler.after(done, states)
           metric_log.log(step, metrics)
           stage.refresh()
-        must_stop = preemption.stop_requested()  # collective: every process asks after each step
-        # Clocks differ between processes, and all have to save together.
-        must_save = processes.any_process(is_due(done) and processes.is_first())
+          must_save = is_due.by_steps(done)
+          # Clocks and signals differ between processes, and all have to save and stop together.
+          is_time = not must_save and processes.is_first() and is_due.by_time()
+          must_stop, was_time = agree(preemption.stop_requested(), is_time)
+          must_save |= was_time
         if start < done < num_steps and (must_stop or must_save):  # at the end the model is saved
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
           if stage.mirror.try_push():  # a state on the bucket is never ahead of its metrics
@@ -117,14 +123,21 @@ class CheckpointTimer:
     # Monotonic, because the time of day may be set during the run.
     self._settings, self._last = settings, time.monotonic()
 
-  def __call__(self, done: int) -> bool:
-    every_steps, seconds = self._settings.every_steps, self._settings.every_minutes * 60
-    is_time = seconds > 0 and time.monotonic() - self._last >= seconds
-    if not is_time and not (every_steps and done % every_steps == 0):
-      return False
+  def by_steps(self, done: int) -> bool:
+    """Returns whether to save after `done` steps, whatever the time."""
+    every = self._settings.every_steps
+    return self._begins_anew(every > 0 and done % every == 0)
+
+  def by_time(self) -> bool:
+    """Returns whether to save because of the time since the last save."""
+    seconds = self._settings.every_minutes * 60
+    return self._begins_anew(seconds > 0 and time.monotonic() - self._last >= seconds)
+
+  def _begins_anew(self, is_due: bool) -> bool:
     # A save by steps counts too: the limit is on the work that a crash can lose.
-    self._last = time.monotonic()
-    return True
+    if is_due:
+      self._last = time.monotonic()
+    return is_due
 
 
 def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:

@@ -180,13 +180,14 @@ def _go_on(
   generated = generate.generate_requests(
     params,
     requests[:count],
+    stream.key,
     longest=stream.prompts.length,
     decoder=decode_config(sampler),
     mesh=sampler.mesh,
     max_concurrent=sampler.settings.max_concurrent,
     at_once=stream.batch,  # more would be carried for longer
     enough=stream.batch - len(done.position),
-    on_chunk=sampler.on_chunk,
+    stop=sampler.stop,
   )
   # Those that were done before come first: no response waits for more than one step.
   responses = _join(done, _responses(generated, position[:count], unfinished, step))
@@ -200,7 +201,7 @@ def _requests(
   """Returns requests at these positions, of which the first have the tokens of `unfinished`."""
   prompts = stream.prompts.gather(stream.rows(position), np.asarray)
   options = GenerationOptions(prompt_index=position)
-  requests = generate.make_requests(prompts, stream.key, decode_config(sampler), options)
+  requests = generate.make_requests(prompts, decode_config(sampler), options)
   for i, count in enumerate(unfinished.count):
     tokens = (unfinished.ids, unfinished.logprob, unfinished.sample_logprob)
     response = Partial(*(x[i, :count] for x in tokens))

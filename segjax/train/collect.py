@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import ScalarLike
 
+from segjax import processes
 from segjax.data.batches import Prompts
+from segjax.errors import StepAbortedError
 from segjax.model import sharding
 from segjax.train import carry
 from segjax.train.carry import Carried, Stream
@@ -50,8 +52,8 @@ class Collector:
     recipe: how they are scored and rewarded.
     normalizer: normaliser of segment scores.
     custom_reward: the user's reward, if there is one.
-    check_stop: called between the parts and while responses are sampled; an exception from it
-      abandons the collection, which has changed nothing.
+    stop: asked while responses are sampled whether this process wants to stop; StepAbortedError
+      then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
       dispatched.
   """
@@ -61,7 +63,7 @@ class Collector:
   recipe: PPORecipe
   normalizer: Normalizer
   custom_reward: CustomReward | None = None
-  check_stop: Callable[[], None] = lambda: None
+  stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
 
   def collect(
@@ -114,7 +116,7 @@ class Collector:
 
   def _stopping_sampler(self) -> RolloutSampler:
     # A machine that is about to be preempted does not wait for the longest response.
-    return dataclasses.replace(self.sampler, on_chunk=lambda _: self.check_stop())
+    return dataclasses.replace(self.sampler, stop=self.stop)
 
   def _score(
     self,
@@ -125,8 +127,6 @@ class Collector:
   ) -> Collected:
     """Scores responses to the prompts of `rows`, one row for each."""
     self.on_part('generate', collected.arrays)
-    # A collective call: all processes ask at the same points, and stop together.
-    self.check_stop()
     collected = apply_rollout_compat(
       collected, self.sampler.stop_ids[0], self.recipe.compat, self.sampler.mesh
     )
@@ -136,8 +136,10 @@ class Collector:
     experience, metrics = make_experience(
       collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, recipe=self.recipe
     )
+    # The user's function may have taken long. Several processes would have to agree first.
+    if processes.process_count() == 1 and self.stop():
+      raise StepAbortedError
     self.on_part('score', metrics)
-    self.check_stop()
     return Collected(experience, metrics, collected, rows)
 
   def prompt_texts(self, rows: np.ndarray) -> list[str]:

@@ -34,8 +34,7 @@ class RolloutSampler:
     mesh: the devices.
     samples_per_prompt: responses to each prompt.
     log: called with a warning for each response whose logits were not finite.
-    on_chunk: called before every chunk of tokens with all responses so far; an exception from it
-      ends the generation.
+    stop: asked before every chunk of tokens whether this process wants to end the generation.
     weights_dtype: in which the layers decode; one of `choices.ROLLOUT_WEIGHTS`.
   """
 
@@ -45,7 +44,7 @@ class RolloutSampler:
   mesh: Mesh
   samples_per_prompt: int = 1
   log: Callable[[str], None] = print
-  on_chunk: Callable[[GenerationResult], object] = lambda _: None
+  stop: Callable[[], bool] = lambda: False
   weights_dtype: str = 'compute_dtype'
 
   def __post_init__(self):
@@ -129,6 +128,7 @@ def rollout(
 
   Raises:
     UserError: no response has finite logits.
+    StepAbortedError: see `generate_requests`.
   """
   samples = sampler.samples_per_prompt
   output = generate(
@@ -137,8 +137,7 @@ def rollout(
     key,
     decoder=decode_config(sampler),
     mesh=sampler.mesh,
-    options=GenerationOptions(sampler.settings.max_concurrent, samples, index),
-    on_chunk=sampler.on_chunk,
+    options=GenerationOptions(sampler.settings.max_concurrent, samples, index, stop=sampler.stop),
   )
   # A row per response.
   return place_rollout(PromptBatch(*(np.repeat(x, samples, 0) for x in prompts)), output, sampler)

@@ -67,7 +67,7 @@ class Programs(scheduler.Programs):
     non_finite = np.zeros(size, bool)
     per_group = size // len(self.pages)
     for row in np.flatnonzero(rows.active):
-      pages, prompt = self.pages[row // per_group], int(rows.key[row, 0])
+      pages, prompt = self.pages[row // per_group], int(rows.number[row, 0])
       last, current = int(rows.position[row]), int(rows.token[row])
       for step in range(steps):
         self.rows += 1
@@ -233,7 +233,7 @@ class Counts(scheduler.Programs):
 
   def decode(self, rows, steps):
     self.shapes.add(('decode', rows.table.shape))
-    left = np.where(rows.active, self.lengths[rows.key[:, 0]] - rows.count, 0)
+    left = np.where(rows.active, self.lengths[rows.number[:, 0]] - rows.count, 0)
     count = np.minimum(left, steps)
     for step in range(steps):
       length = np.where(step < count, rows.position + step + 1, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from segjax.errors import StepAbortedError
 from segjax.run import lock, preemption, training_loop
 from segjax.train.optimizer import TrainState
 
@@ -24,7 +25,8 @@ def _train(stage, signal_at=None, number=signal.SIGTERM, in_step=False):
     if step == signal_at:
       os.kill(os.getpid(), number)
       if in_step:
-        preemption.raise_if_stop_requested()
+        assert preemption.stop_requested()
+        raise StepAbortedError
     state = states['sum']
     params = {'kernel': state.params['kernel'] + 1}
     return {'sum': TrainState(state.step + 1, params, {})}, {'loss': jnp.float32(step)}

@@ -1,6 +1,7 @@
 """Collection of experience: custom rewards, stops, held-out metrics, no repeated fetches."""
 
 import dataclasses
+import json
 from unittest import mock
 
 import jax
@@ -8,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import models, training
+from fixtures.transfers import copies_to_host
 
-from segjax import processes
 from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, Ragged
 from segjax.data.sources import Rows
+from segjax.errors import StepAbortedError
 from segjax.jobs.ppo_trainer import Trainer
+from segjax.report.console import ProgressBar
+from segjax.report.metric_log import MetricLog
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
 from segjax.run.stage import Stage
@@ -61,38 +65,40 @@ def collector(prompts):
   )
 
 
-def test_a_step_fetches_no_array_that_the_host_has(collector, params, monkeypatch, tmp_path):
-  """Decoding fetches tokens; after it, ids, masks and lengths stay on the host."""
-  fetched, is_decoding = [], [True]
-  to_host = processes.to_host
-
-  def counting_to_host(tree):
-    if not is_decoding[0]:
-      fetched.append(jax.tree.map(jnp.shape, tree))
-    return to_host(tree)
-
-  def on_part(name, arrays):
-    is_decoding[0] = False
-
-  monkeypatch.setattr(processes, 'to_host', counting_to_host)
-  settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1, max_steps=2)
+def test_steps_copy_nothing_to_the_host_but_tokens_and_metrics(collector, params, tmp_path):
+  """Three steps with the log of their metrics, which begins each copy of a step once it is done."""
+  settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1, max_steps=3)
+  timer = StepTimer()
   trainer = Trainer(
     stage=Stage('ppo', Settings(ppo=settings), tmp_path, models.mesh(1)),
     frozen={name: params[name] for name in ('reference', 'reward')},
-    collector=dataclasses.replace(collector, on_part=on_part),
+    collector=dataclasses.replace(collector, on_part=timer.end),
     eval_collector=collector,
     gold=None,
     decode=decode,
-    responses=mock.Mock(spec=ResponseLog),  # fetches the responses that it keeps
-    timer=StepTimer(),
+    responses=mock.Mock(spec=ResponseLog),  # copies the responses that it keeps
+    timer=timer,
   )
   states = {
     name: init_state(jax.tree.map(jnp.copy, params[name]), training.OPTIMIZER, training.TOTAL)
     for name in ('policy', 'critic')
   }
-  states, metrics = trainer.step(states | {'kl': {'coef': jnp.float32(0.1)}}, 0)
-  assert fetched == [] and not is_decoding[0]
-  assert metrics['skipped_updates'] == 0 and int(states['policy'].step) == 1
+  states |= {'kl': {'coef': jnp.float32(0.1)}}
+  with MetricLog(tmp_path, ProgressBar('ppo', 3), []) as log:
+    for step in range(3):
+      with copies_to_host() as places:
+        states, metrics = trainer.step(states, step)
+        log.log(step, metrics)
+      first = {'ppo_trainer.step'} if step == 0 else {'metric_log._write'}
+      assert set(places) == {'generate.decode'} | first
+  assert int(states['policy'].step) == 3
+  with copies_to_host() as places:
+    assert float(jnp.float32(2)) == 2
+  assert places == ['']  # what is patched is what jax calls
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  for line in lines:
+    parts = [line[f'timing/{part}'] for part in ('between_steps', 'generate', 'score', 'update')]
+    assert sum(parts) == pytest.approx(line['timing/step']) and line['skipped_updates'] == 0
 
 
 def test_custom_rewards_reach_the_experience(collector, params):
@@ -104,12 +110,12 @@ def test_custom_rewards_reach_the_experience(collector, params):
   np.testing.assert_allclose(added, np.where(mask, 0.25, 0), atol=1e-5)  # float32
 
 
-def test_a_stop_abandons_the_collection(collector, params):
-  def check_stop():
-    raise InterruptedError
-
-  with pytest.raises(InterruptedError):
-    stopping = dataclasses.replace(collector, check_stop=check_stop)
+@pytest.mark.parametrize('calls', [1, 3])
+def test_a_stop_abandons_the_collection(collector, params, calls):
+  """Before the first chunk of tokens or before a later one, or else after the user's reward."""
+  asked = iter([False] * (calls - 1) + [True])
+  stopping = dataclasses.replace(collector, stop=lambda: next(asked))
+  with pytest.raises(StepAbortedError):
     stopping.collect(params, np.arange(8), KEY, KL_COEF)
 
 

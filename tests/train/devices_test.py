@@ -148,7 +148,7 @@ def decode_program(params, mesh):
   with jax.set_mesh(mesh):
     weights = decode_weights(params, decoder=decoder)
     pages = decode.empty_pages(mesh.shape['data'], 9, decoder=decoder)
-    arguments = weights, pages, decode.empty_rows(4, 2), np.int32(4)
+    arguments = weights, pages, decode.empty_rows(4, 2), np.int32(4), np.zeros(2, np.uint32)
     return program(decode.decode_chunk, *arguments, decoder=decoder).as_text()
 
 
