@@ -7,6 +7,23 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
+class Rates:
+  """What large programs sustain on one device; assumptions of the plan's times, not measurements.
+
+  Attributes:
+    products: FLOP/s of matrix products in bfloat16.
+    attention: FLOP/s of a fused attention kernel.
+    link: bytes/s that it sends to devices of its node, or of its slice.
+    network: bytes/s that it sends to devices of other nodes.
+  """
+
+  products: float
+  attention: float
+  link: float
+  network: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
   """Specification of one device.
 
@@ -15,6 +32,7 @@ class Chip:
     flops: dense bfloat16 FLOP/s.
     bandwidth: of its memory, bytes/s.
     link: bytes/s that it can send to other devices.
+    rates: what programs sustain of it.
   """
 
   name: str
@@ -22,6 +40,24 @@ class Chip:
   flops: float
   bandwidth: float
   link: float
+  rates: Rates
+
+
+# Hopper: products as large cuBLAS calls reach within the power limit, 61 % of the data sheet, and
+# attention as FlashAttention-3 does with heads of 128 under a causal mask
+# (https://arxiv.org/abs/2407.08608, figure 5, forward and backward). Collectives of NCCL reach 80 %
+# of NVLink and of a 400 Gb/s InfiniBand port for each GPU.
+_HOPPER = Rates(600e12, 450e12, 360e9, 40e9)
+# FlashAttention-2 (https://arxiv.org/abs/2307.08691, figure 4); a 200 Gb/s port for each GPU.
+_AMPERE = Rates(220e12, 170e12, 240e9, 20e9)
+
+
+def _tpu(flops: float, link: float) -> Rates:
+  """Returns what programs sustain of a TPU with this FLOP/s, and bytes/s one way on one link."""
+  # Products as the compiler's own estimates of cycles have them, and half of it in an attention
+  # kernel. A ring along one axis of the torus uses the links in both directions
+  # (https://jax-ml.github.io/scaling-book/sharded: one-way bandwidth of v5e, v5p and v6e).
+  return Rates(0.8 * flops, 0.4 * flops, 2 * link, 2 * link)
 
 
 # TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; memory as the compiler reports it.
@@ -30,13 +66,13 @@ class Chip:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12),
-    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12),
-    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12),
-    Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12),
-    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12),
-    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12),
-    Chip('cpu', math.inf, math.nan, math.nan, math.nan),
+    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12, _tpu(197e12, 45e9)),
+    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12, _tpu(459e12, 90e9)),
+    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12, _tpu(918e12, 90e9)),
+    Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12, _AMPERE),
+    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12, _HOPPER),
+    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12, _HOPPER),
+    Chip('cpu', math.inf, *[math.nan] * 3, Rates(*[math.nan] * 4)),
   )
 }
 

@@ -14,18 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from segjax.plan import hlo
+from segjax.plan import hlo, hlo_collectives
 from segjax.plan.hlo import Computation, Instruction, Program, num_bytes
+from segjax.plan.hlo_bytes import FREE, UPDATE, BytesReader, is_free
+from segjax.plan.hlo_collectives import COLLECTIVES
 
-_COLLECTIVES = {
-  *('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute'),
-  *('collective-broadcast', 'ragged-all-to-all'),
-}
-# They move nothing, or what they move is counted elsewhere.
-_FREE = {
-  *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all'),
-  *('partition-id', 'replica-id', 'opt-barrier', 'domain', 'add-dependency'),
-}
 _NESTED = {'while', 'call', 'conditional', 'async-start'}
 # What only copies or casts; in a fusion also an update that is not done in place.
 _MOVING = {
@@ -35,8 +28,6 @@ _MOVING = {
 _COMPUTING = {
   *('dot', 'convolution', 'reduce', 'reduce-window', 'gather', 'scatter', 'sort', 'custom-call'),
 }
-_PART = {'dynamic-slice', 'slice', 'gather'}  # they read as much as they return
-_UPDATE = {'dynamic-update-slice': 1, 'scatter': -1}  # to the operand that is written
 _SMALL = 2**18  # bytes; copies below it are of tokens and page tables
 
 
@@ -88,7 +79,8 @@ class TrafficReader:
       cache: bytes of the device's L2 cache; 0 for TPUs, whose programs name the memory.
     """
     self._program: Program = hlo.parse(text)
-    self._nodes, self._pages, self._cache = nodes, pages or {}, cache
+    self._memory = BytesReader(self._program, pages)
+    self._nodes, self._cache = nodes, cache
     self._loop = hlo.step_loop(self._program)
 
   def step(self) -> Traffic:
@@ -107,10 +99,11 @@ class TrafficReader:
       in_memory, in_cache = self._bytes(computation, instruction)
       moved, cached = moved + times * in_memory, cached + times * in_cache
       if self._is_copy(computation, instruction):
-        copied += times * self._written(computation, instruction)
-      for kind, size, crosses in self._collectives(computation, instruction):
-        counts[kind, crosses] += times
-        sizes[kind, crosses] += times * size
+        copied += times * self._memory.written(computation, instruction)
+      program = self._program
+      for e in hlo_collectives.exchanges(program, computation, instruction, self._nodes):
+        counts[e.kind, e.crosses_nodes] += times
+        sizes[e.kind, e.crosses_nodes] += times * e.bytes
     collectives = [Collective(kind, sizes[kind, x], n, x) for (kind, x), n in counts.items()]
     return Traffic(moved, copied, cached, sorted(collectives, key=lambda c: -c.bytes))
 
@@ -134,9 +127,9 @@ class TrafficReader:
 
   def _bytes(self, computation: Computation, instruction: Instruction) -> tuple[int, int]:
     """Returns the bytes that an instruction reads and writes in the (main memory, L2 cache)."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith(('-done', '-update')):
+    if is_free(instruction):
       return 0, 0
-    written = self._written(computation, instruction)
+    written = self._memory.written(computation, instruction)
     is_main = (
       self._is_copy(computation, instruction)
       or written < num_bytes(instruction.type)  # an update of what the loop carries
@@ -147,7 +140,7 @@ class TrafficReader:
       if name in instruction.operands[:number]:  # what occurs twice is read once
         continue
       operand = computation[name]
-      size = self._read(instruction, number, operand)
+      size = self._memory.read(instruction, number, operand)
       if (
         _state(computation, name)
         or self._is_copy(computation, hlo.viewed(computation, operand))
@@ -158,61 +151,16 @@ class TrafficReader:
         cached += size
     return main, cached
 
-  def _written(self, computation: Computation, instruction: Instruction) -> int:
-    if instruction.opcode == 'fusion':
-      return _written_by_fusion(self._program.computations[instruction.called[0]], instruction)
-    if instruction.opcode in _UPDATE:
-      return num_bytes(computation[instruction.operands[_UPDATE[instruction.opcode]]].type)
-    sizes = [size for _, size in hlo.arrays(instruction.type)]
-    if instruction.opcode == 'copy-start':  # (result, operand, context)
-      return sizes[0]
-    if instruction.opcode in ('all-gather-start', 'collective-permute-start'):
-      # (operands, results): the operands are not written.
-      return sum(sizes) - sum(num_bytes(computation[name].type) for name in instruction.operands)
-    return sum(sizes)
-
-  def _read(self, instruction: Instruction, number: int, operand: Instruction) -> int:
-    """Returns the bytes that an instruction reads of one of its operands."""
-    size = num_bytes(operand.type)
-    if instruction.opcode == 'fusion':
-      fused = self._program.computations[instruction.called[0]]
-      return min(size, self._read_through(fused, hlo.parameter(fused, number)))
-    if instruction.opcode in _PART:
-      return min(size, num_bytes(instruction.type))
-    if instruction.opcode in _UPDATE and number == 0:
-      return 0
-    if instruction.opcode == 'custom-call':
-      shape = next((shape for shape, _ in hlo.arrays(operand.type)), '')
-      return self._pages.get(shape, size)
-    return size
-
-  def _read_through(self, fused: Computation, source: Instruction) -> int:
-    """Returns the bytes that the instructions of a fusion read of one of them."""
-    total = 0
-    for user in (i for i in fused.values() if source.name in i.operands):
-      number = user.operands.index(source.name)
-      if user.opcode in hlo.VIEWS or self._is_view(user, number):
-        total += self._read_through(fused, user)
-      elif user.opcode != 'tuple':
-        total += self._read(user, number, source)
-    return total
-
-  def _is_view(self, instruction: Instruction, number: int) -> bool:
-    """Whether a fusion in a fusion returns one of its operands as it is, or in other tiles."""
-    if instruction.opcode != 'fusion':
-      return False
-    fused = self._program.computations[instruction.called[0]]
-    root = hlo.viewed(fused, hlo.root(fused))
-    if root.opcode == 'copy':  # done for what is read of its result, as int8 weights are on TPUs
-      root = hlo.viewed(fused, fused[root.operands[0]])
-    return root is hlo.parameter(fused, number)
-
   def _is_copy(self, computation: Computation, instruction: Instruction) -> bool:
     """Whether an instruction copies, slices or casts an argument, or what a loop carries."""
     inside = self._opcodes(instruction)
-    if inside & (_COMPUTING | _COLLECTIVES) or instruction.opcode in _FREE | _NESTED:
+    if inside & (_COMPUTING | COLLECTIVES) or instruction.opcode in FREE | _NESTED:
       return False
-    if self._written(computation, instruction) < _SMALL or self._is_update(instruction):
+    written = self._memory.written(computation, instruction)
+    is_update = instruction.opcode in UPDATE or (
+      instruction.opcode == 'fusion' and written < num_bytes(instruction.type)
+    )
+    if written < _SMALL or is_update:
       return False
     states = [_state(computation, name) for name in instruction.operands]
     large = [state for state in states if state and num_bytes(state.type) >= _SMALL]
@@ -221,54 +169,12 @@ class TrafficReader:
     # Elementwise work on what no step changes is a copy too: a cast, another scale.
     return any(_is_constant(computation, state) for state in large)
 
-  def _is_update(self, instruction: Instruction) -> bool:
-    """Whether an instruction updates an array in place."""
-    if instruction.opcode != 'fusion':
-      return instruction.opcode in _UPDATE
-    fused = self._program.computations[instruction.called[0]]
-    return _written_by_fusion(fused, instruction) < num_bytes(instruction.type)
-
   def _opcodes(self, instruction: Instruction) -> set[str]:
     """Returns the opcodes inside an instruction; arithmetic on scalars does not count."""
     if instruction.opcode != 'fusion':
       return {instruction.opcode}
     fused = self._program.computations[instruction.called[0]].values()
     return set().union(*(self._opcodes(part) for part in fused if re.search(r'\[\d', part.type)))
-
-  def _collectives(
-    self, computation: Computation, instruction: Instruction
-  ) -> Iterator[tuple[str, int, bool]]:
-    """Yields (kind, bytes, whether it crosses nodes) of the collectives in an instruction."""
-    kind = instruction.opcode.removesuffix('-start')
-    if kind in _COLLECTIVES:
-      groups = hlo.device_groups(instruction.attributes, len(self._nodes))
-      operands = [computation[name].type for name in instruction.operands]
-      size = sum(num_bytes(operand, everywhere=True) for operand in operands)
-      size *= len(groups[0]) if kind == 'all-gather' else 1
-      yield kind, size, any(len({self._nodes[i] for i in group}) > 1 for group in groups)
-    elif instruction.opcode == 'fusion':
-      fused = self._program.computations[instruction.called[0]]
-      for part in fused.values():
-        yield from self._collectives(fused, part)
-
-
-def _written_by_fusion(fused: Computation, fusion: Instruction) -> int:
-  """Returns the bytes that a fusion writes; of arrays that it updates in place, the update."""
-  root = hlo.root(fused)
-  results = [fused[name] for name in root.operands] if root.opcode == 'tuple' else [root]
-  sizes = [size for _, size in hlo.arrays(fusion.type)]
-  if len(sizes) != len(results):
-    return sum(sizes)
-  return sum(
-    min(size, _updated_bytes(fused, result)) for size, result in zip(sizes, results, strict=True)
-  )
-
-
-def _updated_bytes(fused: Computation, result: Instruction) -> int:
-  result = hlo.viewed(fused, result)
-  if result.opcode in _UPDATE:
-    result = fused[result.operands[_UPDATE[result.opcode]]]
-  return num_bytes(result.type)
 
 
 def _state(computation: Computation, name: str) -> Instruction | None:
