@@ -80,12 +80,17 @@ TARGETS = {
 
 
 def check_installed(topology: str) -> None:
-  """Raises UserError unless jax's CUDA plugin and the assembler that it calls are installed."""
-  if not (any(importlib.util.find_spec(name) for name in _PLUGINS) and _has_assembler()):
+  """Raises UserError unless `is_installed`."""
+  if not is_installed():
     raise UserError(
       f"{topology} needs jax's CUDA plugin and ptxas, which compile for GPUs on any Linux machine; "
       "install them by pip install -e '.[plan]'."
     )
+
+
+def is_installed() -> bool:
+  """Returns whether jax's CUDA plugin and the assembler that it calls are installed."""
+  return any(importlib.util.find_spec(name) for name in _PLUGINS) and _has_assembler()
 
 
 def _has_assembler() -> bool:
