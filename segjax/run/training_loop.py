@@ -77,11 +77,7 @@ def train(
           profiler.after(done, states)
           metric_log.log(step, metrics)
           stage.refresh()
-          must_save = is_due.by_steps(done)
-          # Clocks and signals differ between processes, and all have to save and stop together.
-          is_time = not must_save and processes.is_first() and is_due.by_time()
-          must_stop, was_time = agree(preemption.stop_requested(), is_time)
-          must_save |= was_time
+          must_stop, must_save = _joint_flags(agree, is_due, done)
         if start < done < num_steps and (must_stop or must_save):  # at the end the model is saved
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
           if stage.mirror.try_push():  # a state on the bucket is never ahead of its metrics
@@ -102,6 +98,15 @@ def train(
     checkpointer.close()
   check_trained(stage, before, states)
   return states, metric_log.last
+
+
+def _joint_flags(agree: StepAgreement, is_due: 'CheckpointTimer', done: int) -> tuple[bool, bool]:
+  """Returns whether to stop and whether to save, the same in all processes."""
+  must_save = is_due.by_steps(done)
+  # Clocks and signals differ between processes, and all have to save and stop together.
+  is_time = not must_save and processes.is_first() and is_due.by_time()
+  must_stop, was_time = agree(preemption.stop_requested(), is_time)
+  return must_stop, must_save or was_time
 
 
 def checkpoint_dir(stage: Stage) -> epath.Path:

@@ -49,11 +49,11 @@ def test_kernels_read_whole_blocks_of_live_positions():
 
 
 @pytest.mark.parametrize('implementation', ['triton', 'ragged'])
-def test_kernels_need_six_programs(implementation):
-  """Weights, keys, pages, prefill, copies of pages, a chunk of steps."""
-  assert programs(implementation).count == 6
+def test_kernels_need_five_programs(implementation):
+  """Weights, pages, prefill, copies of pages, a chunk of steps."""
+  assert programs(implementation).count == 5
 
 
 def test_without_a_kernel_each_width_of_the_table_is_a_program():
   """Widths 1, 2, 4, 8, 16, 20 of the table."""
-  assert programs('xla').count == 6 + 5
+  assert programs('xla').count == 5 + 5
