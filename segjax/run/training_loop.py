@@ -62,22 +62,20 @@ def train(
     stage.log(f'resuming from step {start} of {num_steps}, saved in {directory}')
   metric_log = _make_metric_log(stage, start, num_steps, show)
   profiler = Profiler(stage.directory, settings.profile_steps if processes.is_first() else '')
-  done, is_due = start, CheckpointTimer(settings.checkpoint)
-  agree = StepAgreement(stage.mesh)
+  done, decide = start, StepDecisions(settings.checkpoint, stage.mesh)
   try:
     with preemption.handle_signals(stage.log), metric_log:
       for step in range(start, num_steps):
         profiler.before(step + 1)
         try:
           states, metrics = step_fn(states, step)
-        except StepAbortedError:  # in all processes
-          must_stop, must_save = True, False
-        else:
           done = step + 1
           profiler.after(done, states)
           metric_log.log(step, metrics)
           stage.refresh()
-          must_stop, must_save = _joint_flags(agree, is_due, done)
+          must_stop, must_save = decide(done)
+        except StepAbortedError:  # in all processes
+          must_stop, must_save = True, False
         if start < done < num_steps and (must_stop or must_save):  # at the end the model is saved
           metric_log.flush()  # a resumed run has the metrics of every step before its checkpoint
           if stage.mirror.try_push():  # a state on the bucket is never ahead of its metrics
@@ -100,15 +98,6 @@ def train(
   return states, metric_log.last
 
 
-def _joint_flags(agree: StepAgreement, is_due: 'CheckpointTimer', done: int) -> tuple[bool, bool]:
-  """Returns whether to stop and whether to save, the same in all processes."""
-  must_save = is_due.by_steps(done)
-  # Clocks and signals differ between processes, and all have to save and stop together.
-  is_time = not must_save and processes.is_first() and is_due.by_time()
-  must_stop, was_time = agree(preemption.stop_requested(), is_time)
-  return must_stop, must_save or was_time
-
-
 def checkpoint_dir(stage: Stage) -> epath.Path:
   """Returns the directory of the stage's training states.
 
@@ -121,28 +110,29 @@ def checkpoint_dir(stage: Stage) -> epath.Path:
   return stage.mirror.checkpoint_dir(stage.directory) or epath.Path(stage.directory) / CHECKPOINTS
 
 
-class CheckpointTimer:
-  """Decides after each step whether to save a checkpoint: by steps, or by time since the last."""
+class StepDecisions:
+  """Decides after each step, in all processes alike, whether to stop and whether to save.
 
-  def __init__(self, settings: CheckpointSettings):
+  Checkpoints are saved by steps, or by time since the last one. What several processes have to
+  agree on, signals and the time, comes a step late.
+  """
+
+  def __init__(self, settings: CheckpointSettings, mesh: Mesh):
     # Monotonic, because the time of day may be set during the run.
     self._settings, self._last = settings, time.monotonic()
+    self._agree = StepAgreement(mesh)
 
-  def by_steps(self, done: int) -> bool:
-    """Returns whether to save after `done` steps, whatever the time."""
-    every = self._settings.every_steps
-    return self._begins_anew(every > 0 and done % every == 0)
-
-  def by_time(self) -> bool:
-    """Returns whether to save because of the time since the last save."""
-    seconds = self._settings.every_minutes * 60
-    return self._begins_anew(seconds > 0 and time.monotonic() - self._last >= seconds)
-
-  def _begins_anew(self, is_due: bool) -> bool:
+  def __call__(self, done: int) -> tuple[bool, bool]:
+    """Returns (whether to stop, whether to save) after `done` steps; every process has to ask."""
+    every_steps, seconds = self._settings.every_steps, self._settings.every_minutes * 60
+    by_steps = every_steps > 0 and done % every_steps == 0
+    # Clocks differ: that of the first process counts.
+    is_late = processes.is_first() and 0 < seconds <= time.monotonic() - self._last
     # A save by steps counts too: the limit is on the work that a crash can lose.
-    if is_due:
+    if by_steps or is_late:
       self._last = time.monotonic()
-    return is_due
+    must_stop, by_time = self._agree(preemption.stop_requested(), is_late)
+    return must_stop, by_steps or by_time
 
 
 def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
