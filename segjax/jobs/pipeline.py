@@ -15,10 +15,10 @@ from segjax import processes
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError, first_line
 from segjax.jobs import input_check, run_end, stage_key
+from segjax.jobs.batch_sizes import check_batches, keys_to_lower
 from segjax.jobs.job import Input, Job, Results
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.jobs.run_estimate import RunEstimate
-from segjax.model.mesh import check_batch
 from segjax.report import profiling, stage_history, wandb_run
 from segjax.report.console import format_duration, log
 from segjax.report.html_report import REPORT_FILE, NoPage, Page
@@ -27,7 +27,7 @@ from segjax.run import inputs, stage_record
 from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.template_date import with_template_date
-from segjax.run.training_loop import check_micro_batch, checkpoint_dir
+from segjax.run.training_loop import checkpoint_dir
 from segjax.train.custom_reward import load_function
 
 
@@ -124,14 +124,6 @@ def prepare(
     for key, path in stage_key.function_paths(JOBS[name], settings).items():
       load_function(path, key)
   return stages
-
-
-def check_batches(job: Job, settings: Settings, mesh: Mesh) -> None:
-  """Checks that the batches of the job divide over the mesh; UserError names the key."""
-  for key in job.batch_keys:
-    if size := _get(settings, key):
-      check_batch(f'config.{key}={size}', size, mesh)
-  check_micro_batch(settings, job.name, mesh)
 
 
 def check_complete(stages: list[Stage]) -> None:
@@ -237,10 +229,9 @@ def _run_job(stage: Stage, job: Job, loaded: tuple[Any, ...], started: float) ->
   except jax.errors.JaxRuntimeError as error:
     if not re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', str(error)):
       raise
-    keys = ', '.join(f'config.{key}' for key in job.batch_keys)
     raise UserError(
-      f'{stage.name} ran out of memory ({first_line(error)}); lower {keys}, or see '
-      '`segjax help memory`.'
+      f'{stage.name} ran out of memory ({first_line(error)}); lower '
+      f'{keys_to_lower(job, stage.settings)}, or see `segjax help memory`.'
     ) from error
   results['seconds'] = time.monotonic() - started
   processes.barrier(f'{stage.name} done')

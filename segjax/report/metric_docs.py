@@ -242,13 +242,13 @@ ENTRIES = (
     'tokens per second, without padding; model FLOPs as a share of the peak, on listed chips; '
     'neither counts compiling and evaluations',
     'steady',
-    'slow: set `*.packing_length` or `rollout.max_concurrent`, raise `micro_batch_size`',
+    'slow: set `*.packing_length` or `rollout.max_concurrent`, raise `micro_batch_*`',
   ),
   Entry(
     ('perf/num_compiles', 'perf/peak_memory_gib', 'perf/packing_efficiency'),
     'programs compiled so far; peak memory of a device; share of packed tokens without padding',
     'constant after the first steps',
-    'num_compiles grows: shapes change; please report it',
+    'num_compiles grows at every step: shapes change; please report it',
   ),
   Entry(
     ('skipped_updates',),

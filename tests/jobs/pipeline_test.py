@@ -409,5 +409,17 @@ def test_out_of_memory_names_what_to_lower(small, run, inputs, fake_jobs, tmp_pa
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore')
 
   fake_jobs(sft=job)
-  with pytest.raises(UserError, match=r'^sft ran out of memory .* 9 bytes.\); lower .*micro_batch'):
+  with pytest.raises(
+    UserError, match=r'^sft ran out of memory .* 9 bytes.\); lower .*micro_batch_s'
+  ):
     run(small('sft', **inputs), tmp_path / 'w')
+  config = small('sft', **inputs | {'sft.micro_batch_tokens': 4096})
+  with pytest.raises(UserError, match=r'lower .*config.sft.micro_batch_tokens, or see'):
+    run(config, tmp_path / 'w')
+
+
+def test_pieces_hold_the_longest_sequences(small, run, inputs, tmp_path):
+  changes = inputs | {'sft.micro_batch_tokens': 64, 'data.max_length': 128}
+  message = r'config.sft.micro_batch_tokens=64 has no room .* data.max_length = 128 tokens; use at '
+  with pytest.raises(UserError, match=message + 'least 128'):
+    run(small('sft', **changes), tmp_path / 'w')

@@ -13,6 +13,7 @@ from fixtures import models
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
+from segjax.config.settings import SFT
 from segjax.model import sharding
 from segjax.model.heads import token_logprobs
 from segjax.rl.masked import masked_mean, masked_sum
@@ -179,6 +180,20 @@ def test_activations_of_one_piece_at_a_time():
     n: run.lower(params, batch, n).compile().memory_analysis().temp_size_in_bytes for n in (1, 4)
   }
   assert memory[4] < 0.5 * memory[1], memory
+
+
+@pytest.mark.devices
+def test_rows_by_tokens():
+  """The largest divisor of the batch that fits, and divides over the devices that split rows."""
+  settings = SFT(micro_batch_tokens=100)
+
+  def rows(batch, tokens, settings=settings):
+    return gradient_accumulation.rows_at_once(settings, batch, tokens)
+
+  assert [rows(12, tokens) for tokens in (8, 9, 16, 17, 50, 100, 101)] == [12, 6, 6, 4, 2, 1, 1]
+  assert rows(12, 8, SFT(micro_batch_size=3)) == 3
+  with jax.set_mesh(models.mesh(8)):  # four of them split rows, two each share one
+    assert [rows(24, tokens) for tokens in (33, 34, 66, 67, 200)] == [24, 12, 12, 8, 4]
 
 
 @pytest.mark.parametrize(
