@@ -88,7 +88,7 @@ _AT_LEAST_0 = (
 _AT_LEAST_1 = (
   'max_skipped_steps',
   *_keys('data', 'max_length max_prompt_length'),
-  *_keys('runtime', 'logprob_chunk_size scan_unroll'),
+  *_keys('runtime', 'vocab_chunk_size scan_unroll'),
   *_keys('sft', 'batch_size num_epochs'),
   *_keys('reward', 'batch_size num_epochs'),
   *_keys('reward.segmentation', 'segment_length min_segment_length'),

@@ -77,7 +77,8 @@ _KEYS = {
     'frozen_memory': 'frozen_params_memory',
     'offload': 'offload_activations',
     'unroll': 'scan_unroll',
-    'logprob_chunk': 'logprob_chunk_size',
+    'logprob_chunk': 'vocab_chunk_size',
+    'logprob_chunk_size': 'vocab_chunk_size',
   },
   'evaluate': {
     'samples': 'samples_per_prompt',

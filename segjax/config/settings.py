@@ -62,7 +62,7 @@ class Runtime:
   offload_activations: str = ''  # names of activations kept in host memory
   scan_unroll: int = 1  # layers per iteration of the scan; all is faster for a tiny network on CPU
   attention: str = 'auto'  # auto: splash on TPU, cudnn and flash on CUDA in bfloat16, else xla
-  logprob_chunk_size: int = 256  # positions per row whose logits exist at once
+  vocab_chunk_size: int = 8192  # entries of the vocabulary whose logits exist at once
   round_logits: bool = False  # to compute_dtype before the softmax, as in transformers
 
 

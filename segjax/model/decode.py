@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from segjax.model import decode_cache, heads, pages, sharding
+from segjax.model import decode_cache, fused_head, pages, sharding
 from segjax.model.decode_cache import PrefillChunk
 from segjax.model.llama import Block, LlamaConfig, RMSNorm
 from segjax.model.pages import Pages
@@ -276,6 +276,6 @@ def _logits(weights: DecodeWeights, x, decoder: DecodeConfig):
   """Returns float32 logits [B, V]."""
   hidden = RMSNorm(decoder.config.rms_norm_eps).apply({'params': weights.norm}, x)
   # Split by V first: if the product had complete rows, XLA might gather the head instead of them.
-  logits = heads.logit_product(hidden[:, 0], weights.head, decoder.config.round_logits)
+  logits = fused_head.logit_product(hidden[:, 0], weights.head, decoder.config.round_logits)
   logits = sharding.constrain(logits[:, None], 'decode_logits')[:, 0]
   return sharding.constrain(logits, 'decode_row_logits')  # sampling needs complete rows

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from segjax.errors import UserError
 from segjax.model import sharding
+from segjax.model.fused_head import fused_logprobs, logit_product
 from segjax.model.llama import UNPACKED, Llama, LlamaConfig, RowLayout
-from segjax.rl.logprobs import logprob_and_entropy
 
 HEADS = ('language', 'scalar')
 
@@ -64,7 +64,7 @@ class _Head(nn.Module):
 
   @nn.compact
   def __call__(self, width: int) -> Array:
-    # Only the parameter: `chunked_logprobs` computes the product in chunks.
+    # Only the parameter: `fused_logprobs` computes the product in pieces.
     return self.param('kernel', nn.initializers.normal(self.stddev), (width, self.features))
 
 
@@ -115,15 +115,15 @@ def token_logprobs(
   """log π(ids_t | ids_<t) and the entropy H_t of that distribution, nats, in one pass.
 
   Both are float32 and 0 at the first token of a sequence, which nothing predicts. The projection
-  to the vocabulary runs in chunks of `config.logprob_chunk` positions, recomputed in the backward
-  pass, so that one [B, chunk, V] array is the largest that ever exists.
+  to the vocabulary runs in pieces of `config.vocab_chunk` entries, recomputed in the backward pass,
+  so that one [B, S, piece] array is the largest that ever exists.
   """
   hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
-  # The state at t - 1 predicts token t; nothing follows the last state.
-  logprob, entropy = chunked_logprobs(
-    hidden[:, :-1], kernel, ids[:, 1:], config.logprob_chunk, config.round_logits
-  )
-  return _after_first(logprob, rows.positions), _after_first(entropy, rows.positions)
+  # The state at t - 1 predicts token t; nothing follows the last state, which stays all the same:
+  # positions that divide over the devices need not move.
+  outputs = fused_logprobs(hidden, kernel, jnp.pad(ids[:, 1:], ((0, 0), (0, 1))), config)
+  logprob, entropy = (_after_first(x[:, :-1], rows.positions) for x in outputs)
+  return logprob, entropy
 
 
 def _after_first(
@@ -135,37 +135,6 @@ def _after_first(
   return x if positions is None else jnp.where(positions == 0, 0, x)
 
 
-def chunked_logprobs(
-  hidden: Float[Array, 'B S D'],
-  kernel: Float[Array, 'D V'],
-  target: Int[Array, 'B S'],
-  chunk: int,
-  rounded: bool = False,
-) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
-  """Log-prob of `target` and entropy under softmax(hidden kernel), in chunks along S."""
-  # Gathered along fsdp once, in the compute dtype, instead of once per chunk; then widened again so
-  # that the gradients of the chunks add up in float32.
-  kernel = sharding.constrain(kernel.astype(hidden.dtype), 'head').astype(kernel.dtype)
-
-  # Without the checkpoint the scan would stack the logits of all chunks for the backward pass.
-  @jax.checkpoint
-  def chunk_logprobs(hidden, target):
-    return logprob_and_entropy(project(hidden, kernel, rounded), target)
-
-  batch, length, width = hidden.shape
-  if length <= chunk:
-    return chunk_logprobs(hidden, target)
-  # Chunks of one size share a compiled body; what is added here is cut off at the end.
-  extra = -length % chunk
-  hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(batch, -1, chunk, width)
-  target = jnp.pad(target, ((0, 0), (0, extra))).reshape(batch, -1, chunk)
-  # Chunks of positions, not of all tokens: those would gather rows from other devices.
-  hidden = sharding.constrain(jnp.moveaxis(hidden, 1, 0), 'chunked_hidden')
-  target = sharding.constrain(jnp.moveaxis(target, 1, 0), 'chunked_tokens')
-  _, results = jax.lax.scan(lambda carry, xs: (carry, chunk_logprobs(*xs)), None, (hidden, target))
-  return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in results)
-
-
 def project(
   hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], rounded: bool = False
 ) -> Float[Array, 'B S V']:
@@ -173,41 +142,3 @@ def project(
   # One flat product, for the reason given in `llama.Linear`.
   logits = logit_product(hidden.reshape(-1, hidden.shape[-1]), kernel, rounded)
   return sharding.constrain(logits.reshape(*hidden.shape[:-1], -1), 'logits')
-
-
-def logit_product(
-  hidden: Float[Array, 'N D'], kernel: Float[Array, 'D V'], rounded: bool = False
-) -> Float[Array, 'N V']:
-  """Returns hidden · kernel, multiplied in hidden's dtype, in at least float32.
-
-  Args:
-    rounded: rounds the product to hidden's dtype first. A logit of 20 has a gap of 1/8 to the next
-      bfloat16, so the log-probs of two programs that add in another order differ.
-  """
-  if hidden.dtype != jnp.bfloat16:
-    return hidden @ kernel.astype(hidden.dtype)
-  logits = _float32_product(hidden, kernel)
-  # Not a cast there and back, which XLA may leave out.
-  return jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=7) if rounded else logits
-
-
-@jax.custom_vjp
-def _float32_product(hidden, kernel):
-  # Matrix units add in float32 anyway: this only keeps what they have.
-  return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _product_forward(hidden, kernel):
-  return _float32_product(hidden, kernel), (hidden, kernel)
-
-
-def _product_backward(saved, gradient):
-  # JAX would multiply the float32 gradient: matrix units are slower in float32.
-  hidden, kernel = saved
-  gradient = gradient.astype(hidden.dtype)
-  of_hidden = gradient @ kernel.astype(hidden.dtype).T
-  of_kernel = jnp.matmul(hidden.T, gradient, preferred_element_type=jnp.float32)
-  return of_hidden, of_kernel.astype(kernel.dtype)
-
-
-_float32_product.defvjp(_product_forward, _product_backward)

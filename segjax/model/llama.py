@@ -31,7 +31,7 @@ class LlamaConfig:
       save those.
     offload: such names, saved in the host's memory instead; needs a remat other than 'none'.
     attention: one of `choices.ATTENTION`.
-    logprob_chunk: positions whose logits exist at once, per row.
+    vocab_chunk: entries of the vocabulary whose logits exist at once, of all tokens of a device.
     round_logits: whether logits are rounded to `dtype`, as in transformers.
     scan_unroll: layers that an iteration of the scan holds.
   """
@@ -55,7 +55,7 @@ class LlamaConfig:
   remat: str = 'full'
   offload: str = ''
   attention: str = 'xla'
-  logprob_chunk: int = 256
+  vocab_chunk: int = 8192
   round_logits: bool = False
   scan_unroll: int = 1
 
@@ -273,8 +273,7 @@ class Llama(nn.Module):
 
   def finish(self, x: Float[Array, 'B S D']) -> Float[Array, 'B S D']:
     """The norm after the last layer."""
-    # The heads run over chunks of positions, so that axis must not be split any more.
-    return sharding.constrain(self.norm(x), 'gathered')
+    return sharding.constrain(self.norm(x), 'hidden')
 
   def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> Float[Array, 'B S D']:
     """Hidden state after each token; rows are padded on the right, so no mask is needed."""

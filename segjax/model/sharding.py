@@ -50,11 +50,6 @@ ACTIVATION_RULES: dict[str, P] = {
   'heads': P(BATCH, None, 'tensor', None),
   # Split by vocabulary: a softmax exchanges its sums, [B, S], and no device holds [B, S, V].
   'logits': P(BATCH, None, 'tensor'),
-  # A scan runs over the first axis: split, it would exchange data in every iteration.
-  'chunked_hidden': P(None, BATCH, None, None),
-  'chunked_tokens': P(None, BATCH, None),
-  # As the forward pass uses it: gathered along fsdp, still split by vocabulary.
-  'head': P(None, 'tensor'),
   # Decoding has a mesh of its own, see `mesh.decode_mesh`, and never gathers a weight.
   'scalar': P(),
   'decode_rows': P('data'),

@@ -1,7 +1,7 @@
 """Log-probability of a token, entropy of its distribution, and ratios of log-probabilities.
 
-Not here: the network's head, which calls this on one chunk of the sequence at a time so that the
-[B, T, V] logits never exist together.
+Not here: the network's head, which has log-probs and entropies equal to these without [B, T, V]
+logits that exist together.
 """
 
 import jax

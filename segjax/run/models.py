@@ -117,7 +117,7 @@ def apply_runtime(
     offload=runtime.offload_activations if trained else '',
     scan_unroll=runtime.scan_unroll,
     attention=attention,
-    logprob_chunk=runtime.logprob_chunk_size,
+    vocab_chunk=runtime.vocab_chunk_size,
     round_logits=runtime.round_logits,
   )
   check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading

@@ -43,7 +43,7 @@ SETTINGS = replace(
     'ppo.minibatch_size': 16,
     'ppo.micro_batch_size': 8,
     'ppo.scoring_batch_size': 8,
-    'runtime.logprob_chunk_size': 8,
+    'runtime.vocab_chunk_size': 128,
   },
 )
 SMALL = ('decode chunk', 'critic update')
@@ -269,13 +269,10 @@ def test_no_logits_of_full_rows(name):
   """No array is as large as the logits of one row, except the embedding and the head."""
   network = dataclasses.replace(SETTINGS.network, vocab_size=4096)
   text = compiled(name, network=network).as_text()
-  rows, tokens = 1, 80  # per device, of a micro-batch of eight; prompt and response
-  for shape in set(re.findall(r'f32\[([\d,]+)\]', text)):
-    sizes = [int(n) for n in shape.split(',')]
-    if 4096 in sizes and 32 not in sizes:
-      assert (
-        math.prod(sizes) <= rows * SETTINGS.runtime.logprob_chunk_size * 4096 < tokens * 4096
-      ), shape
+  shapes = [[int(n) for n in shape.split(',')] for shape in re.findall(r'f32\[([\d,]+)\]', text)]
+  tokens, piece = 80, SETTINGS.runtime.vocab_chunk_size  # of a device's row: prompt and response
+  assert [tokens, piece] in shapes
+  assert not [sizes for sizes in shapes if 4096 in sizes and 32 not in sizes]
 
 
 @pytest.mark.plan
