@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from segjax.config.choices import ATTENTION
@@ -72,6 +73,9 @@ def attention(
       attend to nothing and are attended by none; their output is 0. None is one segment per row:
       rows are padded on the right, so that no real token ever sees padding.
 
+  What the backward pass needs to not run the forward pass again is named 'attention', for `remat`:
+  named here and in the kernels, because it is the output as well as sums of the softmax.
+
   Raises:
     UserError: on an unknown implementation.
   """
@@ -89,7 +93,7 @@ def attention(
   if implementation == 'splash':
     output = _on_each_device(splash)(query, key, value, segment_ids)
   else:
-    output = _in_blocks(query, key, value, segment_ids)
+    output = checkpoint_name(_in_blocks(query, key, value, segment_ids), 'attention')
   if segment_ids is None:
     return output
   # Implementations differ in their outputs for tokens of id 0.

@@ -18,6 +18,7 @@ from segjax.config.settings import Network
 from segjax.model import quantized, sharding
 from segjax.model.attention import attention
 from segjax.model.embedding import embed
+from segjax.model.remat import checkpoint_policy
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
 
 
@@ -74,20 +75,6 @@ class RowLayout(NamedTuple):
 
 
 UNPACKED = RowLayout()
-
-
-def _checkpoint_policy(config: LlamaConfig) -> Any:
-  """Returns the policy of `jax.checkpoint` for remat and offload; None saves nothing."""
-  save = [] if config.remat == 'full' else config.remat.split(',')
-  offload = config.offload.split(',') if config.offload else []
-  if not offload:
-    return jax.checkpoint_policies.save_only_these_names(*save) if save else None
-  return jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=save,
-    names_which_can_be_offloaded=offload,
-    offload_src='device',
-    offload_dst='pinned_host',
-  )
 
 
 def make_config(network: Network) -> LlamaConfig:
@@ -200,8 +187,7 @@ class Block(nn.Module):
     )
 
   def _finish(self, x, attended):
-    attended = checkpoint_name(attended, 'attention').reshape(*x.shape[:2], -1)
-    attended = self._laid_out(attended, 'product')
+    attended = self._laid_out(attended.reshape(*x.shape[:2], -1), 'product')
     # The sum over tensor is needed only for a device's own positions.
     x = checkpoint_name(self._laid_out(x + self.output(attended), 'hidden'), 'residual')
     y = self._laid_out(self.mlp_norm(x), 'gathered')
@@ -255,7 +241,7 @@ class Llama(nn.Module):
     block = Block
     if c.remat != 'none':
       # The barriers of prevent_cse are not needed: a scan keeps forward and backward pass apart.
-      block = nn.remat(Block, prevent_cse=False, policy=_checkpoint_policy(c))
+      block = nn.remat(Block, prevent_cse=False, policy=checkpoint_policy(c.remat, c.offload))
     # One traced layer: compile time does not grow with depth, and weights are stacked [L, ...].
     self.layers = nn.scan(
       block,

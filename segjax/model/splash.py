@@ -51,6 +51,8 @@ def _kernel(heads: int, length: int, interpret: bool):
   return library.make_splash_mqa_single_device(
     mask,
     block_sizes=library.BlockSizes(**dict.fromkeys(names + backward, block)),
+    # Its output and its sums: were one of them not saved, the kernel would run again.
+    residual_checkpoint_name='attention',
     interpret=interpret,
   )
 
