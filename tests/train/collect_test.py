@@ -11,7 +11,8 @@ from fixtures import models, training
 
 from segjax import processes
 from segjax.config.settings import Settings
-from segjax.data.batches import Prompts, Ragged
+from segjax.data.batches import Prompts
+from segjax.data.ragged import Ragged
 from segjax.data.sources import Rows
 from segjax.jobs.ppo_trainer import Trainer
 from segjax.report.response_log import ResponseLog
