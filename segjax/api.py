@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.settings import RolloutSettings, Segmentation, SegmentationOverrides, Settings
-from segjax.data.batches import pad_rows
+from segjax.data.ragged import pad_rows
 from segjax.data.sources import Message, as_conversation
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError

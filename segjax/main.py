@@ -41,6 +41,12 @@ _CACHE = flags.DEFINE_string(
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
   'Directory in which compiled programs are kept between runs; empty: none.',
 )
+_TOKEN_CACHE = flags.DEFINE_string(
+  'token_cache_dir',
+  None,
+  'Directory in which the tokens of large data sets are kept between runs; empty: none. Default: '
+  '$SEGJAX_TOKEN_CACHE_DIR, else ~/.cache/segjax/tokens.',
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', 'host:port of the first process; SLURM and Cloud TPU slices need no flags.'
 )
@@ -81,6 +87,8 @@ def main(_: list[str]) -> None:
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  if _TOKEN_CACHE.value is not None:
+    os.environ['SEGJAX_TOKEN_CACHE_DIR'] = _TOKEN_CACHE.value
   processes.initialize(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value, has_tpu()
   )

@@ -9,7 +9,7 @@ numpy arrays and passes each to `to_device`, which a multi-host caller provides.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import types
+from segjax.data.ragged import Ragged
 from segjax.data.sources import Message, Rows, as_prompt
 from segjax.errors import UserError
 
@@ -29,62 +30,6 @@ class TokenBatch(NamedTuple):
 
   ids: jax.Array
   mask: jax.Array
-
-
-def pad_rows(
-  rows: Sequence[Any], width: int, fill: int | float, dtype: Any = np.int32
-) -> tuple[np.ndarray, np.ndarray]:
-  """Pads rows of unequal length on the right to a rectangle.
-
-  Args:
-    rows: B lists or arrays of at most `width` elements.
-    width: columns of the rectangle, W.
-    fill: value of the padding.
-    dtype: of the rectangle.
-
-  Returns:
-    (the padded rows [B, W], mask bool [B, W] that is True on elements of the rows).
-
-  Raises:
-    ValueError: a row is longer than `width`.
-  """
-  padded = np.full((len(rows), width), fill, dtype)
-  mask = np.zeros(padded.shape, bool)
-  for index, row in enumerate(rows):
-    padded[index, : len(row)] = row
-    mask[index, : len(row)] = True  # by length: the id of the padding may be a stop token
-  return padded, mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-  """Rows of unequal length in one flat array; row i is values[offsets[i]:offsets[i + 1]]."""
-
-  # Padded by batch: all rows at the length of the longest may take several times the memory.
-  values: np.ndarray
-  offsets: np.ndarray
-
-  @classmethod
-  def from_rows(cls, rows: Sequence[Any], dtype: Any) -> 'Ragged':
-    """Concatenates rows."""
-    arrays = [np.asarray(row, dtype) for row in rows]
-    lengths = [len(row) for row in arrays]
-    return cls(np.concatenate([np.zeros(0, dtype), *arrays]), np.cumsum([0, *lengths]))
-
-  def __getitem__(self, index: SupportsIndex) -> np.ndarray:
-    return self.values[self.offsets[:-1][index] : self.offsets[1:][index]]
-
-  def take(self, indices: np.ndarray) -> 'Ragged':
-    """Returns the rows at `indices`, in that order."""
-    return Ragged.from_rows([self[i] for i in indices], self.values.dtype)
-
-  def lengths(self, indices: np.ndarray) -> np.ndarray:
-    """Returns the lengths of the rows at `indices`, [B]."""
-    return (self.offsets[1:] - self.offsets[:-1])[indices]
-
-  def pad(self, indices: np.ndarray, length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows at `indices` padded by `pad_rows`, and their mask, [B, length] each."""
-    return pad_rows([self[i] for i in indices], length, fill, self.values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +123,7 @@ class Prompts:
   def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> types.PromptBatch:
     """Returns the prompts at `indices` [B], each array passed to `to_device`."""
     ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
-    lengths = self.tokens.lengths(indices).astype(np.int32)
+    lengths = self.tokens.lengths[indices]
     return types.PromptBatch(to_device(ids), to_device(lengths))
 
   def messages(self, index: SupportsIndex) -> list[Message]:

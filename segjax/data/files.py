@@ -5,6 +5,7 @@ Rows are interpreted by `segjax.data.sources`.
 
 import functools
 import gzip
+import os
 import re
 import zlib
 from collections import defaultdict
@@ -34,6 +35,29 @@ class Opened(NamedTuple):
 
 # Opens the files of a split; limit (0: none) is the number of rows to read from the front of each.
 Opener = Callable[[int], list[Opened]]
+
+
+class Stamp(NamedTuple):
+  """A file with its size, time and number; another file, or another content, has another stamp."""
+
+  path: str
+  size: int
+  time: float
+  number: int = 0
+
+
+def stamps(path: epath.Path) -> list[Stamp]:
+  """Returns the stamp of a file, or of each file in a directory."""
+  entries = sorted(path.rglob('*')) if path.is_dir() else [path]
+  return [_stamp(entry) for entry in entries if not entry.is_dir()]
+
+
+def _stamp(path: epath.Path) -> Stamp:
+  if '://' in str(path):
+    stat = path.stat()
+    return Stamp(str(path), stat.length, stat.mtime)
+  local = os.stat(path)
+  return Stamp(os.path.abspath(path), local.st_size, local.st_mtime_ns, local.st_ino)
 
 
 def find_splits(path: epath.Path, drop_bad: bool = False) -> dict[str, Opener]:

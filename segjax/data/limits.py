@@ -4,9 +4,7 @@ Tokens come from `segjax.data.tokenize`, which applies the limits.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Mapping
 
 from segjax.config.choices import OVERLONG_POLICIES
 from segjax.data.rows import NoRowsLeftError, Rows
@@ -69,9 +67,9 @@ def truncate_response(ids: list[int], length: int, stop_id: int | None) -> tuple
   return [*ids[: length - 1], stop_id], True
 
 
-def new_counts(rows: Rows) -> dict[str, int]:
+def new_counts(num_rows: int) -> dict[str, int]:
   """Returns the counts of a dataset before any row is truncated or dropped."""
-  return {'rows': len(rows), 'truncated': 0, **dict.fromkeys(_DROPPED, 0)}
+  return {'rows': num_rows, 'truncated': 0, **dict.fromkeys(_DROPPED, 0)}
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
@@ -101,18 +99,21 @@ def is_dropped(location: str, length: str, limits: Limits, counts: dict[str, int
   return limits.overlong_policy == 'drop'
 
 
-def fixed_length(
-  tokens: Sequence[np.ndarray], limit: int, rows: Rows, counts: Mapping[str, int]
-) -> int:
+def fixed_length(longest: int, limit: int, rows: Rows, counts: Mapping[str, int]) -> int:
   """Returns the length of the longest row, rounded up so that other data reuse the programs.
+
+  Args:
+    longest: tokens of the longest row; 0 if there is none.
+    limit: of the length.
+    rows: where the rows come from, for the error.
+    counts: what became of them, for the error.
 
   Raises:
     ValueError: no row is left.
   """
-  if not tokens:
+  if not longest:
     raise NoRowsLeftError(
       f'{rows.name}: none of its {len(rows)} rows is left ({describe_counts(counts)}); raise '
       'data.max_length or check the rows.'
     )
-  longest = max(len(ids) for ids in tokens)
   return min(limit, -(-longest // _ROUND) * _ROUND)

@@ -36,6 +36,57 @@ class Reading:
 
 
 AS_THEY_ARE = Reading()
+_DROPPED = 'dropped by data.bad_rows=drop, the first of these rows: '
+
+
+class Remarks:
+  """Logs remarks on rows, the first of each kind.
+
+  Attributes:
+    said: the first text of each kind.
+  """
+
+  def __init__(self, log: Callable[[str], None] | None):
+    self._log = log
+    self.said: dict[str, str] = {}
+
+  def say(self, kind: str, text: str) -> None:
+    """Logs a text unless one of its kind was logged."""
+    if kind not in self.said:
+      self.said[kind] = text
+      if self._log:
+        self._log(text)
+
+
+def read_row(
+  row: Any,
+  location: str,
+  convert: Callable[[Row, str], Item],
+  reading: Reading,
+  say: Callable[[str, str], None],
+) -> Item | None:
+  """Returns convert(row, location), with columns renamed; None for a row that is dropped.
+
+  Args:
+    row: a row, or the error that has its place.
+    say: receives the kind and the text of each remark on the row.
+
+  Raises:
+    UserError: the row cannot be read, and `reading` drops none.
+  """
+  try:
+    if isinstance(row, UserError):
+      raise row
+    row = row_forms.with_columns(row, reading.columns, location)
+    item = convert(row, location)
+  except UserError as error:
+    if not reading.drop_bad:
+      raise
+    say(_DROPPED, f'{_DROPPED}{error}')
+    return None
+  for remark in row_forms.notes(row):
+    say(remark, f'{location}: {remark}, here and in all rows')
+  return item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +105,8 @@ class Rows:
   name: str
   first: int = 0
   reading: Reading = AS_THEY_ARE
+
+  fingerprint = ''  # of rows that cannot be told apart
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -89,29 +142,24 @@ class Rows:
     Raises:
       UserError: a row cannot be read; `NoRowsLeftError` with `reading.drop_bad`, if none can.
     """
-    remarks, first_error = set(), None
-    for index, row in self._indexed():
-      location = self.location(index)
-      try:
-        if isinstance(row, UserError):
-          raise row
-        row = row_forms.with_columns(row, self.reading.columns, location)
-        item = convert(row, location)
-      except UserError as error:
-        if not self.reading.drop_bad:
-          raise
+    remarks = Remarks(self.reading.log)
+    for index, location, row in self.located():
+      item = read_row(row, location, convert, self.reading, remarks.say)
+      if item is None:
         counts['dropped_bad'] = counts.get('dropped_bad', 0) + 1
-        if not first_error:
-          first_error = error
-          self._say(f'dropped by data.bad_rows=drop, the first of these rows: {error}')
-        continue
-      for remark in row_forms.notes(row):
-        if remark not in remarks:
-          remarks.add(remark)
-          self._say(f'{location}: {remark}, here and in all rows')
-      yield index, location, item
-    if first_error and counts['dropped_bad'] == len(self):
-      raise NoRowsLeftError(f'{self.name}: none of its {len(self)} rows can be read; {first_error}')
+      else:
+        yield index, location, item
+    self.check_any_read(remarks, counts)
+
+  def located(self) -> Iterator[tuple[int, str, Any]]:
+    """Yields (index, location, row as it is in the source) of each row, for `read_row`."""
+    return ((index, self.location(index), row) for index, row in self._indexed())
+
+  def check_any_read(self, remarks: 'Remarks', counts: Mapping[str, int]) -> None:
+    """Raises NoRowsLeftError if every row was dropped because it cannot be read."""
+    if counts.get('dropped_bad') and counts['dropped_bad'] == len(self):
+      error = remarks.said[_DROPPED].removeprefix(_DROPPED)
+      raise NoRowsLeftError(f'{self.name}: none of its {len(self)} rows can be read; {error}')
 
   def _indexed(self) -> Iterator[tuple[int, Any]]:
     """Yields (index, row), and names the row where reading the file fails."""
@@ -129,9 +177,43 @@ class Rows:
   def _unchanged(self) -> Iterator[Any]:
     return iter(self.rows)
 
-  def _say(self, text: str) -> None:
-    if self.reading.log:
-      self.reading.log(text)
+
+class LazyRows(Rows):
+  """Rows that are loaded on their first use: where their tokens are cached, never.
+
+  Attributes:
+    fingerprint: what the rows depend on; equal only for equal rows.
+  """
+
+  def __init__(self, load: Callable[[], Rows], fingerprint: str, reading: Reading):
+    vars(self).update(rows=load, reading=reading, fingerprint=fingerprint)
+
+  @functools.cached_property
+  def loaded(self) -> Rows:
+    """The rows."""
+    return self.rows()
+
+  @property
+  def name(self) -> str:
+    """Name of the source in errors."""
+    return self.loaded.name
+
+  def __len__(self) -> int:
+    return len(self.loaded)
+
+  def __getitem__(self, index: int) -> Row:
+    return self.loaded[index]
+
+  def __iter__(self) -> Iterator[Row]:
+    return iter(self.loaded)
+
+  def location(self, index: int) -> str:
+    """Returns file and row for an error."""
+    return self.loaded.location(index)
+
+  def located(self) -> Iterator[tuple[int, str, Any]]:
+    """Yields (index, location, row as it is in the source) of each row, for `read_row`."""
+    return self.loaded.located()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from segjax import processes
-from segjax.data.batches import pad_rows
+from segjax.data.ragged import pad_rows
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError

@@ -37,7 +37,7 @@ def score_pairs(
     score = evaluate_pairs(params, reference, batch, scorer=scorer)
     # The last batch repeats its last pair to be full.
     scores.append(processes.to_host(score)[:num_real])
-  lengths = [np.diff(side.offsets) for side in (pairs.chosen, pairs.rejected)]
+  lengths = [side.lengths for side in (pairs.chosen, pairs.rejected)]
   return np.column_stack([np.concatenate(scores), *lengths])
 
 

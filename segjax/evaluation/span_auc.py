@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from segjax import processes
-from segjax.data.batches import pad_rows
+from segjax.data.ragged import pad_rows
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.types import Segments, Sequences

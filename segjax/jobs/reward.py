@@ -160,7 +160,7 @@ class Trainer:
     """Updates the reward model on a batch of pairs."""
     s, pairs = self.stage.settings, self.train_set
     rows = batch_indices(len(pairs), s.reward.batch_size, s.seed, step)
-    sides = [side.lengths(rows) for side in (pairs.chosen, pairs.rejected)]
+    sides = [side.lengths[rows] for side in (pairs.chosen, pairs.rejected)]
     lengths = np.stack(sides, axis=1).reshape(-1)
     mesh = self.stage.mesh
     packing, efficiency = training_loop.plan_packing_for(s.reward, lengths, mesh, group=2)

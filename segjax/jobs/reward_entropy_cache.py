@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from segjax import processes
-from segjax.data.batches import Pairs, Ragged
+from segjax.data.batches import Pairs
+from segjax.data.ragged import Ragged
 from segjax.errors import UserError, first_line
 from segjax.run import inputs, source_code, stage_record
 from segjax.run.stage import Stage
@@ -45,12 +46,13 @@ def with_entropies(
       _compute(stage, pairs, reference, scorer, partial)
     processes.barrier('entropies')
     stage.log(f'entropies of the reference stored in {path}')
-  middle = int(pairs.chosen.offsets[-1])
-  values = _read(path, middle + int(pairs.rejected.offsets[-1]))
+  sides = pairs.chosen.lengths, pairs.rejected.lengths
+  middle, total = np.cumsum([side.sum() for side in sides])
+  values = _read(path, int(total))
   return dataclasses.replace(
     pairs,
-    chosen_ref_entropy=Ragged(values[:middle], pairs.chosen.offsets),
-    rejected_ref_entropy=Ragged(values[middle:], pairs.rejected.offsets),
+    chosen_ref_entropy=Ragged.end_to_end(values[:middle], sides[0]),
+    rejected_ref_entropy=Ragged.end_to_end(values[middle:], sides[1]),
   )
 
 
@@ -72,8 +74,9 @@ def _read(path: Path, count: int) -> np.ndarray:
 
 def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, path: Path) -> None:
   """Writes float32 entropies in nats: the chosen rows end to end, then the rejected rows."""
-  starts = (0, pairs.chosen.offsets[-1])
-  total = int(starts[1] + pairs.rejected.offsets[-1])
+  lengths = np.concatenate([pairs.chosen.lengths, pairs.rejected.lengths]).astype(np.int64)
+  starts = (np.cumsum(lengths) - lengths).reshape(2, -1)
+  total = int(lengths.sum())
   # A mapped file that outgrows its disk ends the process by a signal.
   check_space(path, total * np.dtype(np.float32).itemsize)
   values = np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=(total,))
@@ -82,10 +85,9 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   for rows, num_real in batches:
     batch = pairs.gather(rows, stage.to_device)
     both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
-    for start, side, entropies in zip(starts, (pairs.chosen, pairs.rejected), both, strict=True):
+    for start, count, entropies in zip(starts, lengths.reshape(2, -1), both, strict=True):
       for row, entropy in zip(rows[:num_real], entropies, strict=False):
-        begin, end = side.offsets[row], side.offsets[row + 1]
-        values[start + begin : start + end] = entropy[: end - begin]
+        values[start[row] : start[row] + count[row]] = entropy[: count[row]]
   values.flush()
 
 
@@ -102,7 +104,8 @@ def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:
   digest = hashlib.sha256(stage_record.content_hash(reference_path).encode())
   digest.update(repr(source_code.versions()).encode())
   for side in (pairs.chosen, pairs.rejected):
-    digest.update(side.values.tobytes())
-    digest.update(side.offsets.tobytes())
+    for row in range(len(side.lengths)):  # not all at once: they may be mapped from a file
+      digest.update(side[row].tobytes())
+    digest.update(side.lengths.tobytes())
   digest.update(scorer.reference.dtype.encode())
   return digest.hexdigest()[:24]

@@ -15,7 +15,7 @@ from segjax.data.limits import Limits, describe_counts
 from segjax.data.pair_rules import PairRules
 from segjax.data.rows import Reading, Rows
 from segjax.data.source_list import parse_sources
-from segjax.data.sources import is_hub_id, load_rows
+from segjax.data.sources import is_hub_id, open_rows
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, excerpt, first_line
 from segjax.hf import reader
@@ -143,7 +143,7 @@ def with_stage_data(settings: Settings, stage: str) -> Settings:
 
 
 def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Rows:
-  """Loads the rows of config.data.
+  """Opens the rows of config.data, see `sources.open_rows`.
 
   Args:
     data: config.data.
@@ -151,7 +151,7 @@ def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Ro
   """
   columns = {ours: theirs for ours, theirs in vars(data.columns).items() if theirs}
   reading = Reading(columns, drop_bad=data.bad_rows == 'drop', log=log)
-  return load_rows(data.path, data.split, data.max_rows, reading)
+  return open_rows(data.path, data.split, data.max_rows, reading)
 
 
 def count_local_rows(data: Data) -> int:

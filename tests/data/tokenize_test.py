@@ -150,7 +150,7 @@ def test_conversation_mask_is_each_turn_with_its_stop(chatml):
   batch = data.gather(np.array([0]))
   ids, mask = np.asarray(batch.ids[0]), np.asarray(batch.mask[0])
   assert chatml.decode(ids[mask], skip_special=False) == 'one<|im_end|>two<|im_end|>'
-  real = int(data.tokens.offsets[-1])
+  real = int(data.tokens.lengths[0])
   assert chatml.decode(ids[:real], skip_special=False).endswith('assistant\ntwo<|im_end|>')
   assert not mask[real:].any()
 
@@ -203,7 +203,7 @@ def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
   monkeypatch.setattr('segjax.data.tokenize._CHUNK', 3)
   parts = tokenize_pairs(rows, llama3, WIDE)
   np.testing.assert_array_equal(complete.chosen.values, parts.chosen.values)
-  np.testing.assert_array_equal(complete.rejected.offsets, parts.rejected.offsets)
+  np.testing.assert_array_equal(complete.rejected.lengths, parts.rejected.lengths)
 
 
 def test_real_pairs(shared_files):

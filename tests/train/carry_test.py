@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from fixtures import models, training
 
-from segjax.data.batches import Prompts, Ragged, stream_rows
+from segjax.data.batches import Prompts, stream_rows
+from segjax.data.ragged import Ragged
 from segjax.data.sources import Rows
 from segjax.model import decode_memory, scheduler
 from segjax.model.generate import GenerationOptions, generate

@@ -12,7 +12,8 @@ from fixtures import models, training
 from fixtures.transfers import copies_to_host
 
 from segjax.config.settings import Settings
-from segjax.data.batches import Prompts, Ragged
+from segjax.data.batches import Prompts
+from segjax.data.ragged import Ragged
 from segjax.data.sources import Rows
 from segjax.errors import StepAbortedError
 from segjax.jobs.ppo_trainer import Trainer

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from segjax.config.settings import RolloutSettings
-from segjax.data.batches import Prompts, Ragged
+from segjax.data.batches import Prompts
+from segjax.data.ragged import Ragged
 from segjax.data.sources import Rows
 from segjax.model import generate
 from segjax.model.llama import LlamaConfig
