@@ -11,14 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from segjax.config.settings import PPO, SFT, Optimizer, RewardTraining, Settings
+from segjax.config.settings import Optimizer, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.model.precision import stored_dtype
-from segjax.run.training_loop import plan_packing_for
 from segjax.train.optimizer import init_state
 from segjax.train.scoring import ModelOutputs
 from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequences
@@ -69,14 +67,10 @@ def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
 
 
-def packing(
-  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, mesh: Mesh, group: int = 1
-) -> tuple[Any, int]:
-  """Returns (shapes of the PackingPlan of these sequences, its pieces); (None, 1) without one."""
-  plan, _ = plan_packing_for(settings, lengths, mesh, group)
+def on_all_devices(tree: Any, mesh: Mesh) -> Any:
+  """Returns the shapes of arrays of which every device has a copy."""
   layout = sharding.replicated(mesh)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), plan)
-  return shapes, 1 if plan is None else int(plan.num_pieces)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 
 def signature(arguments: Any) -> Any:

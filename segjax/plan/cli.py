@@ -1,4 +1,4 @@
-"""Plans a run without its devices: whether it fits, and a lower bound on the time of a step.
+"""Plans a run without its devices: whether it fits, and the time of a step.
 
   segjax plan ppo:llama3_8b_sft,v5p:2x2x2
   segjax plan ppo:llama3_8b_sft --topology=cuda:8xH100-80GB --json
@@ -50,14 +50,14 @@ def main(_: list[str], find_plan: Callable[[str], 'JobPlan']) -> None:
   settings, preset = command_line.settings_from_flags()
   topology = topologies.parse(_TOPOLOGY.value or preset.rpartition(',')[2])
   topologies.prepare(topology)
-  from segjax.plan import planner
+  from segjax.plan import plan_report, planner
 
   job = find_plan(settings.stages[-1] if settings.stages else '')
   cache = Path(_PLANS.value) if _PLANS.value else None
   plan = planner.make_plan(job, settings, topology, tuple(_PHASES.value), cache, _LENGTHS.value)
-  planner.print_plan(plan)
+  plan_report.print_plan(plan)
   if _JSON.value:
-    print(planner.to_json(plan))
+    print(plan_report.to_json(plan))
   if not plan.fits:
     sys.exit(1)
 
@@ -66,8 +66,11 @@ def print_table() -> None:
   """Prints a line for each preset, each from its own process, as jax has one set of devices."""
   from configs.shared import topologies as batch_sizes
 
-  print('| preset | GiB of a device | generation | scoring | updates | slowest compile | a step |')
-  print('|---|---|---|---|---|---|---|', flush=True)
+  columns = (
+    *('preset', 'GiB of a device', 'generation', 'scoring', 'updates', 'compile'),
+    *('generation', 'scoring', 'updates', 'a step', 'bound by', 'tokens/s', 'MFU of updates'),
+  )
+  print(f'| {" | ".join(columns)} |\n{"|---" * len(columns)}|', flush=True)
   for (job, size), by_topology in batch_sizes.TOPOLOGIES.items():
     name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
     for topology in by_topology:
@@ -82,18 +85,26 @@ def print_table() -> None:
       print(_line(preset, json.loads(last[0])), flush=True)
 
 
-def _line(preset: str, plan: dict) -> str:
-  def peak(*words):
-    sizes = [p['peak'] for p in plan['phases'] if any(word in p['name'] for word in words)]
-    return f'{max(sizes) / 2**30:.1f}' if sizes else ''
+_PARTS = (('prefill', 'page', 'decode'), ('scoring', 'rewards'), ('update',))
 
+
+def _line(preset: str, plan: dict) -> str:
+  parts = [
+    [phase for phase in plan['phases'] if any(word in phase['name'] for word in words)]
+    for words in _PARTS
+  ]
+  costs = [[phase['cost'] for phase in part if phase['cost']] for part in parts]
+  slowest = max((cost for part in costs for cost in part), key=lambda c: c['seconds'], default={})
+  seconds, tokens, mfu = (plan[k] for k in ('seconds_per_step', 'tokens_per_second', 'update_mfu'))
   cells = (
     f'`{preset}`',
     f'{plan["memory"] / 2**30:.1f}' + ('' if plan['fits'] else ', does NOT fit'),
-    peak('prefill', 'page', 'decode'),
-    peak('scoring'),
-    peak('update'),
-    f'{max(p["seconds"] for p in plan["phases"]):.0f} s',
-    f'{plan["seconds_per_step"]:.0f} s',
+    *(f'{max(p["peak"] for p in part) / 2**30:.1f}' if part else '' for part in parts),
+    f'{sum(p["compile_seconds"] for p in plan["phases"]):.0f} s',
+    *(f'{sum(cost["seconds"] for cost in part):.1f} s' if part else '' for part in costs),
+    f'{seconds:.1f} s' if seconds else '',
+    slowest.get('bound', ''),
+    f'{tokens:,.0f}' if tokens else '',
+    f'{mfu:.0%}' if mfu else '',
   )
   return f'| {" | ".join(cells)} |'

@@ -51,11 +51,12 @@ class DecodePrograms:
     others = 4  # weights, pages, prefill, copies of pages
     return len(rows) * len(tables) + others
 
-  def bytes_read(self, live: int) -> dict[str, int]:
+  def bytes_read(self, live: float | int, rows: float | None = None) -> dict[str, int]:
     """Returns what a call of a kernel reads of an array of pages on one device, by its shape.
 
     Args:
       live: positions that a row has on average.
+      rows: of a group; None for those of a chunk of steps.
     """
     parts = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), self.pages
@@ -64,7 +65,8 @@ class DecodePrograms:
       return {}
     at_once = positions_at_once(parts, self.size.columns, self.decoder.paged_attention)
     # Of the last block a half is live on average.
-    positions = self.size.slots // self.mesh.shape['data'] * (live + at_once // 2)
+    rows = self.size.slots // self.mesh.shape['data'] if rows is None else rows
+    positions = int(rows * (live + at_once // 2))
     all_pages = math.prod(parts.key.shape) * parts.key.dtype.itemsize
     axis = 0 if parts.value is None else 1  # of pages, before that of positions
     per_position = all_pages // math.prod(parts.key.shape[axis : axis + 2])

@@ -53,15 +53,19 @@ def generation_phases(
     return [refused_phase(name, message) for name in DECODE_PHASES]
   trees |= {'decode weights': programs.weights, 'pages': programs.pages}
   if refused:
-    return [dataclasses.replace(phase, calls=(), refused=refused) for phase in programs.phases]
+    return [dataclasses.replace(phase, calls=None, refused=refused) for phase in programs.phases]
   counts = count_rollout(texts, decoder, size, mesh.shape['data'], samples, carry=s.rollout.carry)
-  calls = {
-    'decode weights': Calls(1),
-    'prefill': Calls(counts.prefills),
-    'page copies': Calls(counts.copies),
-    'decode chunk': Calls(counts.chunks, counts.steps),
-  }
-  return [dataclasses.replace(phase, calls=(calls[phase.name],)) for phase in programs.phases]
+  prefill = programs.bytes_read(counts.read, counts.rows)
+  calls = (
+    Calls(1),
+    Calls(counts.prefills, pages=prefill),
+    Calls(counts.copies),
+    Calls(counts.steps / decoder.chunk, decoder.chunk, pages=programs.bytes_read(counts.live)),
+  )
+  return [
+    dataclasses.replace(phase, calls=each)
+    for phase, each in zip(programs.phases, calls, strict=True)
+  ]
 
 
 def _pool_size(

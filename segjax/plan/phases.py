@@ -4,7 +4,7 @@ No array is created: parameters, optimizer states and batches are `jax.ShapeDtyp
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from segjax.config.settings import Settings
 from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
-from segjax.plan.roofline import PhaseCost
 
 TOTAL_STEPS = 100  # of the learning rate's schedule; changes no shape
 
@@ -22,14 +21,19 @@ class Calls:
   """Calls of the program of a phase in a step, with texts of the drawn lengths.
 
   Attributes:
-    number: of the calls.
+    number: of the calls. Where they have several shapes, those of one shape that do the same work.
     trips: iterations of its loop whose number only the program knows, on average over the calls.
     arguments: trees of shapes; None for those of the phase.
+    pages: what kernels of paged attention read, see `DecodePrograms.bytes_read`.
+    attended: share of the pairs of positions that kernels of attention compute, on average over
+      rows: 1/2 if each has one sequence.
   """
 
-  number: int
-  trips: float = 1
+  number: float | int
+  trips: int = 1
   arguments: tuple[Any, ...] | None = None
+  pages: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  attended: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Phase:
 
   Attributes:
     function: the jitted function; None if its program cannot be made.
-    arguments: trees of shapes, for the longest texts that there may be.
+    arguments: trees of shapes, for the longest texts.
     static: its static arguments.
     live: names in `JobPrograms.trees` of what lives on the devices during the phase.
     passed_in: names of the live trees, or of their parts, that are among the arguments.
     mesh: in whose context it runs; None for the training mesh.
-    calls: of a step; none for what is outside of steps.
+    calls: of a step; None for what is outside of steps.
     model_flops: of the updates of a step, on real tokens and all devices; 0 for other phases.
     refused: why it cannot fit, where that is known before its program is compiled.
   """
@@ -55,8 +59,8 @@ class Phase:
   live: tuple[str, ...]
   passed_in: tuple[str, ...]
   mesh: Mesh | None = None
-  calls: tuple[Calls, ...] = (Calls(1),)
-  model_flops: float = 0.0
+  calls: Calls | None = Calls(1)
+  model_flops: float | int = 0
   refused: str = ''
 
 
@@ -68,11 +72,13 @@ class JobPrograms:
     trees: trees of shapes that live across phases, by name; 'X parameters' is a part of 'X state'.
     phases: in the order in which they run.
     configs: the networks by name, as they are run.
+    tokens: of the texts of a step.
   """
 
   trees: dict[str, Any]
   phases: list[Phase]
   configs: dict[str, LlamaConfig]
+  tokens: int
 
   def sizes(self) -> dict[str, int]:
     """Returns the bytes per device of each tree; trees that are parts of others are left out."""
@@ -105,7 +111,6 @@ class JobPlan:
     name: of the job.
     programs: (settings, network, mesh, bytes of a device, one of `lengths.KINDS` for the texts of
       a step) -> its programs.
-    costs: (settings, networks by name, mesh) -> what each phase of a step costs.
     items_per_step: (settings) -> prompts or rows that a step takes.
     items: 'prompts' or 'rows'.
     batch_keys: keys of batch sizes that are divided over the devices.
@@ -116,7 +121,6 @@ class JobPlan:
 
   name: str
   programs: Callable[[Settings, LlamaConfig, Mesh, float | int, str], JobPrograms]
-  costs: Callable[[Settings, dict[str, LlamaConfig], Mesh], dict[str, PhaseCost]]
   items_per_step: Callable[[Settings], int]
   items: str
   batch_keys: tuple[str, ...]

@@ -1,6 +1,5 @@
 """The jitted programs of PPO: generation, scoring, rewards, the two updates."""
 
-import collections
 import dataclasses
 from typing import Any
 
@@ -13,7 +12,7 @@ from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
-from segjax.plan import abstract_arrays, roofline
+from segjax.plan import abstract_arrays
 from segjax.plan.generation_phases import generation_phases
 from segjax.plan.lengths import TextLengths, draw_lengths
 from segjax.plan.phases import (
@@ -93,7 +92,7 @@ def ppo_programs(
   for i, phase in enumerate(phases):
     always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
     phases[i] = dataclasses.replace(phase, live=(*always, *phase.live))
-  return JobPrograms(trees, phases, configs)
+  return JobPrograms(trees, phases, configs, int(texts.total.sum()))
 
 
 def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
@@ -137,7 +136,9 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     return params, abstract_arrays.batch(mesh, jnp.int32, size, width), None, rollout
 
   longest = prompt + response
-  widths = collections.Counter(width for _, width in chunk_rows(texts.total, size, longest))
+  # The work of a chunk grows with its width: of all widths the mean stands for the others.
+  widths = [width for _, width in chunk_rows(texts.total, size, longest)]
+  mean = min(widths, key=lambda width: abs(width - np.mean(widths)))
   return Phase(
     'scoring',
     score_chunk,
@@ -145,10 +146,7 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     {'recipe': recipe},
     live=('rollout', 'experience'),
     passed_in=tuple(passed_in),
-    calls=tuple(
-      Calls(number, arguments=None if width == longest else arguments(width))
-      for width, number in sorted(widths.items())
-    ),
+    calls=Calls(sum(widths) / mean, arguments=None if mean == longest else arguments(mean)),
   )
 
 
@@ -209,7 +207,6 @@ def _replicated(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDty
 PPO = JobPlan(
   name='ppo',
   programs=ppo_programs,
-  costs=roofline.ppo_step,
   items_per_step=lambda s: s.ppo.rollout_batch_size // s.rollout.samples_per_prompt,
   items='prompts',
   batch_keys=(

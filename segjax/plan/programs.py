@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import Settings
 from segjax.data.batches import TokenBatch
 from segjax.model.llama import LlamaConfig
-from segjax.plan import abstract_arrays, roofline
+from segjax.plan import abstract_arrays
 from segjax.plan.lengths import draw_lengths
 from segjax.plan.phases import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.plan.update_calls import update_calls
@@ -37,7 +37,7 @@ def sft_programs(
   tokens = _row_lengths(s, lengths, s.sft.batch_size)
   largest, calls = update_calls(
     lambda packing: (trees['policy state'], trees['rows'], packing),
-    *(s.sft, [tokens], s.data.max_length, mesh),
+    *(s.sft, tokens[None], s.data.max_length, mesh),
   )
   phase = Phase(
     'policy update',
@@ -49,7 +49,7 @@ def sft_programs(
     calls=calls,
     model_flops=throughput.update(tokens, trained, 'language')[throughput.FLOPS],
   )
-  return JobPrograms(trees, [phase], {'policy': trained})
+  return JobPrograms(trees, [phase], {'policy': trained}, int(tokens.sum()))
 
 
 def reward_programs(
@@ -71,7 +71,7 @@ def reward_programs(
   tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
   largest, calls = update_calls(
     lambda packing: (state, reference, pairs, packing),
-    *(s.reward, [tokens], s.data.max_length, mesh),
+    *(s.reward, tokens[None], s.data.max_length, mesh),
   )
   work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)
   update = Phase(
@@ -92,9 +92,10 @@ def reward_programs(
     {'scorer': scorer},
     live=live,
     passed_in=('reward model parameters', *live[1:]),
-    calls=(),
+    calls=None,
   )
-  return JobPrograms(trees, [update, evaluation], {'reward': trained, 'reference': frozen})
+  configs = {'reward': trained, 'reference': frozen}
+  return JobPrograms(trees, [update, evaluation], configs, int(tokens.sum()))
 
 
 def _row_lengths(s: Settings, kind: str, count: int, samples: int = 1) -> np.ndarray:
@@ -109,7 +110,6 @@ def _row_lengths(s: Settings, kind: str, count: int, samples: int = 1) -> np.nda
 SFT = JobPlan(
   name='sft',
   programs=sft_programs,
-  costs=roofline.sft_step,
   items_per_step=lambda s: s.sft.batch_size,
   items='rows',
   batch_keys=('sft.batch_size', 'sft.micro_batch_size'),
@@ -123,7 +123,6 @@ SFT = JobPlan(
 REWARD = JobPlan(
   name='reward',
   programs=reward_programs,
-  costs=roofline.reward_step,
   items_per_step=lambda s: s.reward.batch_size,
   items='rows',
   batch_keys=('reward.batch_size', 'reward.micro_batch_size'),

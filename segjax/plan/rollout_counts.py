@@ -27,6 +27,8 @@ class CountedPrograms(Programs):
   Attributes:
     prefills: chunks of prompts.
     prefilled: their tokens.
+    rows: of all chunks of prompts, each prompt or part of one.
+    read: positions of these rows, those that earlier chunks have read included.
     copies: calls that copy pages.
     chunks: chunks of decode steps.
     steps: of all chunks.
@@ -41,13 +43,15 @@ class CountedPrograms(Programs):
       response_length: tokens of the responses of these numbers, see `Request.number`.
     """
     self._response_length = response_length
-    self.prefills = self.prefilled = self.copies = 0
+    self.prefills = self.prefilled = self.rows = self.read = self.copies = 0
     self.chunks = self.steps = self.tokens = self.positions = 0
 
   def prefill(self, chunk: PrefillChunk) -> None:
     """Counts the tokens."""
     self.prefills += 1
     self.prefilled += int((chunk.rows.segment > 0).sum())
+    self.rows += int(chunk.rows.count.sum())
+    self.read += int(chunk.rows.length.sum())
 
   def copy_pages(self, copies: list[list[tuple[int, int]]]) -> None:
     """Copies nothing."""
@@ -72,16 +76,20 @@ class RolloutCounts(NamedTuple):
 
   Attributes:
     prefills: chunks of prompts.
+    rows: prompts of a group in one of them, on average.
+    read: positions of such a prompt, on average.
     copies: calls that copy pages.
     chunks: chunks of decode steps.
-    steps: of a chunk, on average.
+    steps: of all chunks.
     live: positions that a row has at a step, on average over all rows, free ones included.
   """
 
   prefills: int
+  rows: float
+  read: float
   copies: int
   chunks: int
-  steps: float
+  steps: int
   live: float
 
 
@@ -121,9 +129,11 @@ def count_rollout(
     unfinished = [request for request in scheduler.unfinished() if len(request.response.ids)]
   return RolloutCounts(
     programs.prefills,
+    programs.rows / programs.prefills / groups,
+    programs.read / programs.rows,
     programs.copies,
     programs.chunks,
-    programs.steps / programs.chunks,
+    programs.steps,
     programs.positions / (programs.steps * size.slots),
   )
 

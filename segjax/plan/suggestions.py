@@ -17,7 +17,7 @@ from segjax.config.validate import longest_sequence
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import batch_devices
 from segjax.plan import abstract_arrays
-from segjax.plan.memory import PhaseMemory, in_gib, live_bytes
+from segjax.plan.phase_plan import PhasePlan, in_gib, live_bytes
 from segjax.plan.phases import JobPlan
 
 
@@ -50,7 +50,7 @@ class Measured:
   settings: Settings
   network: LlamaConfig
   mesh: Mesh
-  memory: list[PhaseMemory]
+  memory: list[PhasePlan]
   limit: float | int
   lengths: str
 

@@ -1,49 +1,71 @@
-"""The shapes of packed updates: of the longest sequences, and of those of drawn lengths."""
+"""The shapes of updates: of the longest sequences, and of those of drawn lengths."""
 
-from collections.abc import Callable, Iterable
+import collections
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from segjax.config.settings import PPO, SFT, RewardTraining
+from segjax.model.flops import attended_pairs
 from segjax.plan import abstract_arrays
 from segjax.plan.phases import Calls
+from segjax.run.training_loop import plan_packing_for
+from segjax.types import PackingPlan
+
+_BLOCK = 128  # tokens; of the attention kernel for CUDA
 
 
 def update_calls(
   arguments: Callable[[Any], tuple[Any, ...]],
   settings: SFT | RewardTraining | PPO,
-  batches: Iterable[np.ndarray],
+  batches: Int[np.ndarray, 'U N'],
   longest: int,
   mesh: Mesh,
-) -> tuple[tuple[Any, ...], tuple[Calls, ...]]:
+) -> tuple[tuple[Any, ...], Calls]:
   """Returns (arguments of an update of the longest sequences, calls of the updates of a step).
+
+  Where the batches of a step have several shapes, those of another than most count by their tokens,
+  padding included.
 
   Args:
     arguments: returns the arguments for the shapes of a PackingPlan, or for None without packing.
     settings: of the stage.
-    batches: tokens of each sequence of each update, [N].
+    batches: tokens of each sequence of each update.
     longest: tokens of the longest sequence that there may be.
     mesh: the devices.
   """
   group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
-  batches = list(batches)
-  largest, _ = abstract_arrays.packing(settings, np.full_like(batches[0], longest), mesh, group)
-  packings: dict[Any, Any] = {}
-  pieces: dict[Any, list[int]] = {}
-  for lengths in batches:
-    packing, count = abstract_arrays.packing(settings, lengths, mesh, group)
-    key = abstract_arrays.signature(packing)
-    packings[key] = packing
-    pieces.setdefault(key, []).append(count)
-  of_largest = abstract_arrays.signature(largest)
-  calls = tuple(
-    Calls(
-      len(counts),
-      sum(counts) / len(counts),
-      None if key == of_largest else arguments(packings[key]),
-    )
-    for key, counts in pieces.items()
+  longest_batch = np.full_like(batches[0], longest)
+  plans = [plan_packing_for(settings, each, mesh, group)[0] for each in (longest_batch, *batches)]
+  if plans[0] is None:
+    return arguments(None), Calls(len(batches))
+  shapes = [abstract_arrays.on_all_devices(plan, mesh) for plan in plans]
+  keys = [abstract_arrays.signature(each) for each in shapes]
+  ((most, _),) = collections.Counter(keys[1:]).most_common(1)
+  usual = keys.index(most, 1)
+  alike = [plan for plan, key in zip(plans[1:], keys[1:], strict=True) if key == most]
+  calls = Calls(
+    number=sum(map(_tokens, plans[1:])) / float(np.mean([_tokens(plan) for plan in alike])),
+    trips=round(np.mean([plan.num_pieces for plan in alike])),
+    arguments=None if most == keys[0] else arguments(shapes[usual]),
+    attended=_attended(alike, mesh),
   )
-  return arguments(largest), calls
+  return arguments(shapes[0]), calls
+
+
+def _tokens(plan: PackingPlan) -> int:
+  """Returns the tokens of the pieces in use, padding included."""
+  return plan.num_pieces * plan.pieces.rows * plan.pieces.width
+
+
+def _attended(plans: list[PackingPlan], mesh: Mesh) -> float:
+  """Returns the share of the pairs of positions in packed rows that the attention computes."""
+  if mesh.devices.flat[0].platform == 'tpu':
+    return 0.5  # splash masks other sequences, and reads all blocks up to the diagonal
+  length = np.concatenate([plan.pieces.length.reshape(-1) for plan in plans])
+  # From the block with the sequence's first token to the block of the token itself.
+  pairs = sum(attended_pairs(int(n)) + n * _BLOCK for n in length)
+  return min(float(pairs) / sum(map(_tokens, plans)) / plans[0].pieces.width, 0.5)

@@ -50,7 +50,7 @@ def test_chunks_of_a_rollout_are_those_of_its_rows():
   positions = sum(
     p * n + n * (n - 1) / 2 for p, n in zip(texts.prompt, texts.response, strict=True)
   )
-  assert counts.live == pytest.approx(positions / (counts.chunks * counts.steps * len(rows)))
+  assert counts.live == pytest.approx(positions / (counts.steps * len(rows)))
   assert counts.copies == 0
   # The samples of a prompt share its pages, but for the last one that is not full.
   assert count(draw_lengths('maximum', 12, 60, 64, 4), 4, samples=4).copies > 0
@@ -65,7 +65,7 @@ def test_carrying_fills_the_rows():
 def test_packed_updates_are_counted_by_their_pieces():
   s = replace(Settings(), **{'ppo.packing_length': 64, 'ppo.micro_batch_size': 4})
   mesh = models.mesh(1)
-  batches = [np.full(8, 64), np.full(8, 16)]  # two pieces of four rows, and one half full
-  arguments, (calls,) = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, mesh)
-  assert (calls.number, calls.trips, calls.arguments) == (2, 1.5, None)
+  batches = np.array([[64] * 8, [16] * 8])  # two pieces of four rows, and one half full
+  arguments, calls = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, mesh)
+  assert (calls.number, calls.trips, calls.arguments) == (2, 2, None)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))

@@ -13,15 +13,15 @@ import jax
 import pytest
 
 from segjax.config.settings import Network, Settings, replace
-from segjax.model.llama import make_config, num_parameters
+from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
 from segjax.plan import (
   abstract_arrays,
   generation_phases,
-  memory,
   phases,
+  plan_report,
   planner,
-  roofline,
+  program_figures,
   suggestions,
   topologies,
 )
@@ -58,20 +58,6 @@ def make_plan(settings=SETTINGS, names=SMALL, size=math.inf):
   return planner.make_plan(PPO, settings, with_memory(size), names)
 
 
-def test_int8_weights_halve_what_decoding_reads_of_layers():
-  config = dataclasses.replace(make_config(SETTINGS.network), dtype='bfloat16')
-  mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-
-  def read(weights_dtype):
-    settings = replace(SETTINGS, **{'rollout.weights_dtype': weights_dtype})
-    costs = roofline.ppo_step(settings, {'policy': config, 'critic': config}, mesh)
-    return costs['generation'].memory
-
-  embeddings = 2 * 512 * 32 + 32  # with the last norm
-  layers = num_parameters(config) - embeddings
-  assert read('compute_dtype') - read('int8') == 64 * layers  # steps
-
-
 def test_names_of_topologies():
   assert topologies.parse('v5p:4x4x8').count == 128
   assert topologies.parse('v5e:8x8').chip.memory == 15.75 * 2**30
@@ -98,8 +84,8 @@ def test_missing_compiler_is_named(monkeypatch):
 @pytest.mark.plan
 def test_peak_is_live_arrays_plus_temporaries_and_outputs():
   plan = make_plan()
-  assert [m.name for m in plan.measured] == list(SMALL)
-  for measured in plan.measured:
+  assert [m.name for m in plan.phases] == list(SMALL)
+  for measured in plan.phases:
     phase = next(p for p in plan.programs.phases if p.name == measured.name)
     live = sum(abstract_arrays.bytes_per_device(plan.programs.trees[name]) for name in phase.live)
     extra = measured.temporaries + measured.outputs - measured.aliased
@@ -131,7 +117,7 @@ def test_too_little_memory_gives_suggestions():
 def test_predicted_peak_is_that_of_a_new_plan():
   plan, network = make_plan(), make_config(SETTINGS.network)
   mesh = make_mesh(devices=jax.devices())
-  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.measured, math.inf, KINDS[0])
+  measured = suggestions.Measured(PPO, SETTINGS, network, mesh, plan.phases, math.inf, KINDS[0])
   for key, value in (
     ('runtime.frozen_params_memory', 'host'),
     ('ppo.critic_optimizer.moments_dtype', 'bfloat16'),
@@ -146,9 +132,9 @@ def test_predicted_peak_is_that_of_a_new_plan():
 def test_same_program_is_compiled_once(tmp_path, monkeypatch):
   names = ('prefill',)
   first = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
-  monkeypatch.setattr(memory, '_compile', None)
+  monkeypatch.setattr(program_figures, '_compile', None)
   again = planner.make_plan(PPO, SETTINGS, TOPOLOGY, names, tmp_path)
-  assert again.measured == first.measured
+  assert again.phases == first.phases
   with pytest.raises(TypeError):  # another program
     planner.make_plan(
       PPO, replace(SETTINGS, **{'rollout.max_concurrent': 8}), TOPOLOGY, names, tmp_path
@@ -174,8 +160,9 @@ def test_a_program_that_does_not_fit_is_compiled_all_the_same():
   assert abstract_arrays.compile_program(lowered) == 'compiled'
   assert lowered.options == [None, {'xla_tpu_no_crash_on_oom': 'true'}]
   # A compiler without that option.
-  refused = memory._compile(Lowered(exhausted, 'INVALID_ARGUMENT: No such compile option'))
-  assert refused['refused'].startswith('E1000: Ran out of memory on HBM.')
+  lowered = Lowered(exhausted, 'INVALID_ARGUMENT: No such compile option')
+  refused = program_figures._compile(lowered, None, TOPOLOGY, [])
+  assert refused.refused.startswith('E1000: Ran out of memory on HBM.')
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
     abstract_arrays.compile_program(Lowered('INTERNAL: something else'))
 
@@ -188,18 +175,18 @@ def test_generation_that_the_compiler_refuses_is_a_row(monkeypatch, capsys):
 
   monkeypatch.setattr(generation_phases, 'decode_programs', refuse)
   plan = planner.make_plan(PPO, SETTINGS, TOPOLOGY, ('decode weights', 'decode chunk'))
-  assert [m.refused for m in plan.measured] == ['out of memory allocating weights'] * 2
+  assert [m.refused for m in plan.phases] == ['out of memory allocating weights'] * 2
   assert not plan.fits and plan.suggestions
-  planner.print_plan(plan)
+  plan_report.print_plan(plan)
   assert re.search(r'decode chunk .* refused\n', capsys.readouterr().out)
-  assert json.loads(planner.to_json(plan))['fits'] is False
+  assert json.loads(plan_report.to_json(plan))['fits'] is False
 
 
 @pytest.mark.plan
 def test_pages_that_do_not_fit_are_rows():
   """A run would be refused; the phase is measured with a row per group, and so are the others."""
   plan = make_plan(size=1)
-  chunk, update = plan.measured
+  chunk, update = plan.phases
   assert 'decoding needs' in chunk.refused and chunk.peak > 0
   assert not update.refused and update.peak > 0
   assert not plan.fits and 'not enough: use more chips' in plan.suggestions[-1]
@@ -247,10 +234,10 @@ def test_settings_that_cannot_be_planned(changes, message):
 )
 def test_other_phases_compile(job, name, changes):
   settings = replace(SETTINGS, **{'reward.batch_size': 8, **changes})
-  (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).measured
+  (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).phases
   assert measured.arguments > 0 and not measured.refused
   if changes:  # the packing plan is one more argument
-    assert measured.arguments > make_plan(names=(name,)).measured[0].arguments
+    assert measured.arguments > make_plan(names=(name,)).phases[0].arguments
 
 
 @functools.cache
