@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -72,11 +73,28 @@ class Program:
     if condition is None:
       return None
     # TPU: a counter from 0 that is compared with a constant.
-    test = root(self.computations[condition[1]])
+    tested = self.computations[condition[1]]
+    test = root(tested)
     if test.opcode != 'compare' or 'direction=LT' not in test.attributes:
       return None
-    limit = self.computations[condition[1]][test.operands[1]]
-    return int(limit.literal) if limit.opcode == 'constant' else None
+    counter, limit = (tested[name] for name in test.operands)
+    if limit.opcode != 'constant':
+      return None
+    return -(-int(limit.literal) // self._increment(loop, counter))
+
+  def _increment(self, loop: Instruction, counter: Instruction) -> int:
+    """Returns what an iteration adds to the counter of a loop; an unrolled loop adds more than 1.
+
+    Args:
+      counter: the element of the loop's state, in the computation of its condition.
+    """
+    index = re.search(r'index=(\d+)', counter.attributes)
+    body = self.computations[loop.called[0]]
+    if index is None or root(body).opcode != 'tuple':
+      return 1
+    added = body[root(body).operands[int(index[1])]]
+    steps = [body[name] for name in added.operands if body[name].opcode == 'constant']
+    return int(steps[0].literal) if added.opcode == 'add' and steps else 1
 
 
 def root(computation: Computation) -> Instruction:
@@ -121,17 +139,26 @@ def parse(text: str) -> Program:
   """Parses the text of a compiled program."""
   computations: dict[str, Computation] = {}
   entry, current = '', None
-  for line in text.splitlines():
-    if line[:1] not in ('', ' ', '}'):
-      match = _HEADER.match(line)
-      current = None
-      if match:
-        current = computations.setdefault(match[2], {})
-        entry = match[2] if match[1] else entry
+  for line in _joined_lines(text):
+    if match := _HEADER.match(line):
+      current = computations.setdefault(match[2], {})
+      entry = match[2] if match[1] else entry
     elif current is not None and (match := _NAME.match(line)):
       instruction = _parse_instruction(bool(match[1]), match[2], line[match.end() :])
       current[instruction.name] = instruction
   return Program(computations, entry)
+
+
+def _joined_lines(text: str) -> Iterator[str]:
+  """Yields headers and instructions; the metadata of a TPU kernel has line breaks of its own."""
+  line = ''
+  for part in text.splitlines():
+    if _HEADER.match(part) or _NAME.match(part) or part == '}':
+      yield line
+      line = part
+    else:
+      line += part
+  yield line
 
 
 def _parse_instruction(is_root: bool, name: str, rest: str) -> Instruction:

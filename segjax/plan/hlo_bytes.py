@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from segjax.plan import hlo
 from segjax.plan.hlo import Computation, Instruction, Program, num_bytes
+from segjax.plan.hlo_collectives import COLLECTIVES
 
 # They move nothing, or what they move is counted elsewhere.
 FREE = {
@@ -111,7 +112,12 @@ def _written_by_fusion(fused: Computation, fusion: Instruction) -> int:
 
 
 def _updated_bytes(fused: Computation, result: Instruction) -> int:
+  """Returns the bytes of a fusion's result that it writes, if not all of them."""
   result = hlo.viewed(fused, result)
+  # What a step of an asynchronous collective passes on, see `hlo_collectives`.
+  is_passed_on = result.opcode in {'parameter', *COLLECTIVES}
+  if is_passed_on or '"AsyncCollectiveDone"' in result.attributes:
+    return 0
   if result.opcode in UPDATE:
     result = fused[result.operands[UPDATE[result.opcode]]]
   return num_bytes(result.type)

@@ -1,6 +1,11 @@
-"""The exchanges between devices in a compiled program."""
+"""The exchanges between devices in a compiled program.
+
+A TPU runs some of them piece by piece: one fusion starts the collective, fusions with other work go
+on with it, and another one ends it. All of them contain it, with the same channel.
+"""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 from segjax.plan import hlo
@@ -49,10 +54,31 @@ def exchanges(
     per_node = min(min(count) for count in counts if len(count) > 1 or not crosses)
     yield Exchange(kind, size, len(groups[0]), per_node, crosses)
   elif instruction.opcode in ('fusion', 'async-start'):
+    if piece(program, instruction)[0] in ('step', 'done'):
+      return
     for name in instruction.called:
       inside = program.computations[name]
       for part in inside.values():
         yield from exchanges(program, inside, part, nodes)
+
+
+def piece(program: Program, instruction: Instruction) -> tuple[str, str]:
+  """Returns the part of a collective that a fusion of a TPU runs, and the collective's channel.
+
+  The part is 'start', 'step' or 'done'; of other instructions both are empty.
+  """
+  if instruction.opcode != 'fusion':
+    return '', ''
+  fused = program.computations[instruction.called[0]].values()
+  attributes = [part.attributes for part in fused]
+  channels = [match[1] for text in attributes if (match := re.search(r'channel_id=(\d+)', text))]
+  if not channels:
+    return '', ''
+  for role in ('Start', 'Done'):
+    if any(f'"AsyncCollective{role}"' in text for text in attributes):
+      return role.lower(), channels[0]
+  is_step = instruction.called[0].startswith('async_collective_fusion')
+  return ('step', channels[0]) if is_step else ('', '')
 
 
 def _per_node(group: list[int], nodes: Sequence[int]) -> list[int]:

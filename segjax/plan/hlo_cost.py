@@ -192,11 +192,16 @@ class _Reader:
     rates = self._chip.rates
     busy = kernel / rates.attention + products / rates.products
     seconds = memory / self._chip.bandwidth
-    if collectives:
+    part, channel = hlo_collectives.piece(self._program, instruction)
+    if part == 'done':
+      schedule.wait(channel)
+    elif collectives:
+      name = channel or instruction.name
       schedule.compute(busy, 0.0)
-      schedule.start(instruction.name, sum(c.seconds for c in collectives), is_collective=True)
-      if not instruction.opcode.endswith('-start') or '"is_sync":true' in instruction.attributes:
-        schedule.wait(instruction.name)
+      schedule.start(name, sum(c.seconds for c in collectives), is_collective=True)
+      is_waited_for_later = instruction.opcode.endswith('-start') or part == 'start'
+      if not is_waited_for_later or '"is_sync":true' in instruction.attributes:
+        schedule.wait(name)
     elif instruction.opcode.endswith('-start'):
       schedule.start(instruction.name, max(busy, seconds), is_collective=False)
     else:

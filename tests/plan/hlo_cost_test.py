@@ -82,6 +82,53 @@ def test_collectives_of_a_device_wait_for_each_other():
   assert cost(two.replace('%y =', '%y = bf16[4,8] bitcast(%x), ')).exposed == gather + reduced
 
 
+TPU_FUSIONS = GEMM + f"""
+%begin (p: bf16[4,8]) -> (bf16[4,8], bf16[8,8]) {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %g = bf16[8,8]{{1,0}} all-gather(%p), channel_id=7, {PAIRS}, dimensions={{0}}
+  ROOT %c = (bf16[4,8]{{1,0}}, bf16[8,8]{{1,0}}) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion.1 (p: bf16[4,8], q: bf16[8,8], x: bf16[4,8], w: bf16[8,16]) -> () {{
+  %x = bf16[4,8]{{1,0}} parameter(2)
+  %w = bf16[8,16]{{1,0}} parameter(3)
+  %d = bf16[4,16]{{1,0}} convolution(%x, %w), dim_labels=bf_io->bf
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %q = bf16[8,8]{{1,0}} parameter(1)
+  %g = bf16[8,8]{{1,0}} all-gather(%p), channel_id=7, {PAIRS}, dimensions={{0}}
+  ROOT %t = (bf16[4,16]{{1,0}}, bf16[4,8]{{1,0}}, bf16[8,8]{{1,0}}) tuple(%d, %p, %g)
+}}
+
+%end (p: bf16[4,8], q: bf16[8,8]) -> bf16[8,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %q = bf16[8,8]{{1,0}} parameter(1)
+  %g = bf16[8,8]{{1,0}} all-gather(%p), channel_id=7, {PAIRS}, dimensions={{0}}
+  ROOT %c = bf16[8,8]{{1,0}} custom-call(%q, %g), custom_call_target="AsyncCollectiveDone"
+}}
+"""
+IN_PIECES = """  %s = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) fusion(%x), kind=kCustom, calls=%begin
+  %p = bf16[4,8]{1,0} get-tuple-element(%s), index=0
+  %q = bf16[8,8]{1,0} get-tuple-element(%s), index=1
+  %f = (bf16[4,16]{1,0}, bf16[4,8]{1,0}, bf16[8,8]{1,0}) fusion(%p, %q, %x, %w), \
+kind=kOutput, calls=%async_collective_fusion.1
+  %r = bf16[8,8]{1,0} get-tuple-element(%f), index=2
+  %e = bf16[8,8]{1,0} fusion(%p, %r), kind=kCustom, calls=%end
+"""
+
+
+def test_a_collective_in_pieces_counts_once():
+  """As on a TPU: it starts, goes on in a fusion with a product, and ends."""
+  whole = cost(IN_PIECES, TPU_FUSIONS)
+  (gather,) = whole.collectives
+  assert (gather.number, gather.bytes, gather.seconds) == (1, 2 * 8 * 8, 64)
+  assert whole.exposed == 0 and whole.seconds == FLOPS
+  product = '  %f = bf16[4,16]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm'
+  steps = IN_PIECES.splitlines(keepends=True)
+  nothing_between = ''.join((*steps[:3], '  %r = bf16[8,8] bitcast(%q)\n', steps[-1], product))
+  assert cost(nothing_between, TPU_FUSIONS).exposed == 64
+
+
 def test_devices_of_a_node_share_what_leaves_it():
   alone = GATHER.replace('WORK', '')
   assert cost(alone, nodes=(0, 1, 0, 1)).collective_seconds == GATHERED / 0.25

@@ -252,3 +252,33 @@ def test_trip_counts(condition, attributes, expected):
     }}
   """)
   assert parsed.trip_count(hlo.root(parsed.computations['main'])) == expected
+
+
+def test_a_loop_that_is_unrolled_counts_in_larger_steps():
+  """As TPU programs gather a matrix piece by piece; a kernel's metadata breaks its line."""
+  parsed = program("""
+    %c (s: (s32[], s32[])) -> pred[] {
+      %s = (s32[], s32[]) parameter(0)
+      %i = s32[] get-tuple-element(%s), index=1
+      %n = s32[] constant(7)
+      ROOT %t = pred[] compare(%i, %n), direction=LT
+    }
+
+    %b (s: (s32[], s32[])) -> (s32[], s32[]) {
+      %s = (s32[], s32[]) parameter(0)
+      %k = s32[] custom-call(%s), frontend_attributes={kernel_metadata={
+    "block": 512
+    }}, metadata={op_name="kernel"}
+      %i = s32[] get-tuple-element(%s), index=1
+      %two = s32[] constant(2)
+      %j = s32[] add(%i, %two)
+      ROOT %t = (s32[], s32[]) tuple(%k, %j)
+    }
+
+    ENTRY %main (s: (s32[], s32[])) -> (s32[], s32[]) {
+      %s = (s32[], s32[]) parameter(0)
+      ROOT %w = (s32[], s32[]) while(%s), condition=%c, body=%b
+    }
+  """)
+  assert parsed.trip_count(hlo.root(parsed.computations['main'])) == 4
+  assert 'op_name="kernel"' in parsed.computations['b']['k'].attributes
