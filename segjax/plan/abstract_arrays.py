@@ -6,7 +6,9 @@ Which program takes which of them is up to `programs` and `ppo_programs`.
 import functools
 import math
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from segjax.config.settings import Optimizer, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
 from segjax.model.precision import stored_dtype
+from segjax.plan.topologies import Topology
 from segjax.train.optimizer import init_state
 from segjax.train.scoring import ModelOutputs
 from segjax.types import Experience, PreferenceBatch, Rollout, Segments, Sequences
@@ -146,21 +149,40 @@ def lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[st
     return traced.lower(lowering_platforms=(_LOWERED_FOR.get(platform, platform),))
 
 
-def compile_program(lowered: Any) -> Any:
+def compile_program(lowered: Any, options: dict[str, str] | None = None) -> Any:
   """Compiles a program, also one that does not fit into the memory of the devices.
+
+  Args:
+    options: of the compiler.
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler refuses the program.
   """
+  options = options or {}
   try:
-    return lowered.compile()
+    return lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if not refusal(error):
       raise
     try:
-      return lowered.compile(compiler_options=_COMPILE_TOO_LARGE)
+      return lowered.compile(compiler_options=options | _COMPILE_TOO_LARGE)
     except jax.errors.JaxRuntimeError:  # another libtpu may not know the option
       raise error from None
+
+
+def compile_with_text(lowered: Any, topology: Topology) -> tuple[Any, str]:
+  """Compiles a program as `compile_program` does; returns it and its text.
+
+  The text of a TPU program is read from the files that the compiler writes: a jax that is older or
+  newer than libtpu may not know all of its instructions.
+  """
+  if not topology.is_tpu:
+    compiled = compile_program(lowered)
+    return compiled, compiled.as_text()
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = compile_program(lowered, {'xla_dump_to': folder, 'xla_dump_hlo_as_text': 'true'})
+    files = sorted(Path(folder).glob('*.after_optimizations.txt'))  # of each attempt
+    return compiled, files[-1].read_text(encoding='utf-8')
 
 
 def refusal(error: jax.errors.JaxRuntimeError) -> str:

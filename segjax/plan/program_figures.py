@@ -75,7 +75,7 @@ def _compile(
 ) -> ProgramFigures:
   began = time.monotonic()
   try:
-    compiled = abstract_arrays.compile_program(lowered)
+    compiled, text = abstract_arrays.compile_with_text(lowered, topology)
   except jax.errors.JaxRuntimeError as error:
     if not (message := abstract_arrays.refusal(error)):
       raise
@@ -84,7 +84,7 @@ def _compile(
   cost = None
   if calls is not None:
     program = hlo_cost.program_cost(
-      compiled.as_text(),
+      text,
       topology.chip,
       nodes,
       calls.trips,
