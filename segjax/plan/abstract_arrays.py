@@ -149,7 +149,7 @@ def lower(mesh: Mesh, function: Any, arguments: tuple[Any, ...], static: dict[st
     return traced.lower(lowering_platforms=(_LOWERED_FOR.get(platform, platform),))
 
 
-def compile_program(lowered: Any, options: dict[str, str] | None = None) -> Any:
+def compile_program(lowered: Any, options: dict[str, Any] | None = None) -> Any:
   """Compiles a program, also one that does not fit into the memory of the devices.
 
   Args:
@@ -180,7 +180,7 @@ def compile_with_text(lowered: Any, topology: Topology) -> tuple[Any, str]:
     compiled = compile_program(lowered)
     return compiled, compiled.as_text()
   with tempfile.TemporaryDirectory() as folder:
-    compiled = compile_program(lowered, {'xla_dump_to': folder, 'xla_dump_hlo_as_text': 'true'})
+    compiled = compile_program(lowered, {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True})
     files = sorted(Path(folder).glob('*.after_optimizations.txt'))  # of each attempt
     return compiled, files[-1].read_text(encoding='utf-8')
 
