@@ -176,7 +176,8 @@ def decode_chunk(
     wants_stop: a flag of each device, where there are several processes.
   """
   block = Block(decoder.config, 'decode_')
-  keys = _response_keys(key, rows.number)
+  # It may lie on the mesh of training.
+  keys = _response_keys(sharding.constrain(key, 'replicated'), rows.number)
   reader, written = decode_cache.open_cache(cache, rows.table, rows.position, decoder)
 
   def step(carry):
