@@ -24,6 +24,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 import segjax
+from segjax import heap
 from segjax.config import command_line, config_files, usage
 from segjax.errors import UserError, one_line
 
@@ -82,6 +83,8 @@ def main(_: list[str]) -> None:
   settings, name = command_line.settings_from_flags()
   log(f'segjax {name}\nstages {", ".join(settings.stages)}')
 
+  if is_cpu_run():
+    heap.keep_freed_memory()
   import jax
 
   if _CACHE.value:
@@ -126,6 +129,12 @@ def has_tpu(devices: Path = Path('/dev')) -> bool:
 def has_gpu(devices: Path = Path('/dev')) -> bool:
   """Returns whether the machine has a GPU of NVIDIA: nvidia0 ..., or dxg under Windows."""
   return any(devices.glob('nvidia[0-9]*')) or (devices / 'dxg').exists()
+
+
+def is_cpu_run(devices: Path = Path('/dev')) -> bool:
+  """Returns whether jax will compute on the CPU: JAX_PLATFORMS says so, or there is no other."""
+  chosen = os.environ.get('JAX_PLATFORMS', '')
+  return chosen == 'cpu' or not (chosen or has_tpu(devices) or has_gpu(devices))
 
 
 def hide_unused_plugins(devices: Path = Path('/dev')) -> None:

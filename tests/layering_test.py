@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'segjax'
 WINGS = (
   *(
     'errors',
+    'heap',
     'lost_peers',
     'types',
     'processes',
