@@ -1,8 +1,9 @@
 """Times the policy update: tokens per second, model FLOPs utilisation, and the gain of packing.
 
 Three minibatches are timed in turn: full rows; ragged rows (their mean length is a quarter of the
-maximum), padded; the same ragged rows, packed. Only real tokens count. Utilisation is the model's
-FLOPs (forward and backward, without remat) over the FLOP/s that matrix products reach here.
+maximum), padded; the same ragged rows, packed into pieces of as many tokens. Only real tokens
+count. Utilisation is the model's FLOPs (forward and backward, without remat) over the FLOP/s that
+matrix products reach here.
 """
 
 import argparse
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
-from segjax.data.packing_plan import packing_efficiency, plan_packing
+from segjax.data.packing_plan import PieceBound, packing_efficiency, plan_level_packing
 from segjax.model import sharding
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
-from segjax.model.mesh import make_mesh
+from segjax.model.mesh import batch_devices, make_mesh
 from segjax.report.console import log, table
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, policy_step
@@ -73,7 +74,9 @@ def run(
   }
   full = np.full(batch, length)
   ragged = _ragged(batch, length)
-  packing = plan_packing(ragged, micro_batch, length)
+  devices = batch_devices(mesh)
+  bound = PieceBound(devices, max(micro_batch // devices, 1) * length, length)
+  packing = plan_level_packing(ragged, bound)
   tasks = {'full': (full, None), 'padded': (ragged, None), 'packed': (ragged, packing)}
   with jax.set_mesh(mesh):
     state = _state(config, ppo, mesh)
