@@ -76,6 +76,7 @@ def print_table() -> None:
     for topology in by_topology:
       preset = f'{job}.py:{name},{topology}'
       flags = (f'--config=configs/{preset}', f'--plans={_PLANS.value}', '--json')
+      flags += (f'--lengths={_LENGTHS.value}',)
       done = subprocess.run(
         [sys.executable, '-m', 'segjax.main', 'plan', *flags], stdout=subprocess.PIPE, text=True
       )

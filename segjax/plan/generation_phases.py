@@ -1,6 +1,7 @@
 """The phases of generation in PPO: programs, sizes of the pools, and how often each is called."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -54,17 +55,23 @@ def generation_phases(
   trees |= {'decode weights': programs.weights, 'pages': programs.pages}
   if refused:
     return [dataclasses.replace(phase, calls=None, refused=refused) for phase in programs.phases]
-  counts = count_rollout(texts, decoder, size, mesh.shape['data'], samples, carry=s.rollout.carry)
-  prefill = programs.bytes_read(counts.read, counts.rows)
-  calls = (
-    Calls(1),
-    Calls(counts.prefills, pages=prefill),
-    Calls(counts.copies),
-    Calls(counts.steps / decoder.chunk, decoder.chunk, pages=programs.bytes_read(counts.live)),
-  )
+
+  @functools.cache
+  def calls() -> dict[str, Calls]:
+    counts = count_rollout(texts, decoder, size, mesh.shape['data'], samples, carry=s.rollout.carry)
+    prefill = programs.bytes_read(counts.read, counts.rows)
+    steps = programs.bytes_read(counts.live)
+    each = (
+      Calls(1),
+      Calls(counts.prefills, pages=prefill),
+      Calls(counts.copies),
+      Calls(counts.steps / decoder.chunk, decoder.chunk, pages=steps),
+    )
+    return dict(zip(DECODE_PHASES, each, strict=True))
+
   return [
-    dataclasses.replace(phase, calls=each)
-    for phase, each in zip(programs.phases, calls, strict=True)
+    dataclasses.replace(phase, calls=functools.partial(lambda name: calls()[name], phase.name))
+    for phase in programs.phases
   ]
 
 

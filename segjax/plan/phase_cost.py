@@ -40,7 +40,7 @@ class PhaseCost:
     return 1 - self.exposed / self.exchange_seconds if self.exchange_seconds else 1.0
 
   def bound(self, chip: Chip) -> str:
-    """Returns what takes the largest part of the time at the rates of the chip."""
+    """Returns what takes the largest part of the time at the rates of the chip; '' for no time."""
     rates = chip.rates
     products = self.flops - self.attention_flops
     parts = {
@@ -48,7 +48,7 @@ class PhaseCost:
       'memory': self.bytes / chip.bandwidth,
       'links': self.exposed,
     }
-    return max(parts, key=lambda name: parts[name])
+    return max(parts, key=lambda name: parts[name]) if self.seconds else ''
 
 
 def cost_of_call(program: ProgramCost) -> PhaseCost:

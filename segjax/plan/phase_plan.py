@@ -55,31 +55,35 @@ def plan_phase(
   """
   if phase.function is None:
     nothing = ProgramFigures()
-    return _phase_plan(phase, nothing, nothing, 0)
+    return _phase_plan(phase, nothing, nothing, None, 0)
   devices = (phase.mesh or mesh).devices.flat
   nodes = [device.process_index if topology.is_cuda else 0 for device in devices]
 
   def figures(arguments, calls: Calls | None):
     return find_figures(lower_phase(phase, mesh, arguments), calls, topology, nodes, cache)
 
-  if phase.calls is None or phase.calls.arguments is None:
-    largest = drawn = figures(phase.arguments, phase.calls)
+  calls = phase.calls() if phase.calls else None
+  if calls is None or calls.arguments is None:
+    largest = drawn = figures(phase.arguments, calls)
   else:
-    largest = figures(phase.arguments, None)
-    drawn = figures(phase.calls.arguments, phase.calls)
+    largest, drawn = figures(phase.arguments, None), figures(calls.arguments, calls)
   passed_in = sum(
     abstract_arrays.bytes_per_device(programs.trees[name]) for name in phase.passed_in
   )
   # Trees that are passed in are in the size of the arguments.
-  return _phase_plan(phase, largest, drawn, live_bytes(phase, programs) - passed_in)
+  cost = drawn.cost.times(calls.number) if drawn.cost and calls else None
+  return _phase_plan(phase, largest, drawn, cost, live_bytes(phase, programs) - passed_in)
 
 
 def _phase_plan(
-  phase: Phase, largest: ProgramFigures, drawn: ProgramFigures, resident: int
+  phase: Phase,
+  largest: ProgramFigures,
+  drawn: ProgramFigures,
+  cost: PhaseCost | None,
+  resident: int,
 ) -> PhasePlan:
   both = (largest,) if drawn is largest else (largest, drawn)
   fullest = max(both, key=lambda figures: figures.peak)
-  cost = drawn.cost
   return PhasePlan(
     phase.name,
     fullest.arguments,
@@ -89,7 +93,7 @@ def _phase_plan(
     resident,
     sum(figures.compile_seconds for figures in both),
     largest.refused or drawn.refused or phase.refused,
-    cost and phase.calls and cost.times(phase.calls.number),
+    cost,
     phase.model_flops,
   )
 

@@ -36,6 +36,11 @@ class Calls:
   attended: float = 0.5
 
 
+def one_call() -> Calls:
+  """Returns one call of a program without loops, with the arguments of its phase."""
+  return Calls(1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
   """One program of a job.
@@ -47,7 +52,7 @@ class Phase:
     live: names in `JobPrograms.trees` of what lives on the devices during the phase.
     passed_in: names of the live trees, or of their parts, that are among the arguments.
     mesh: in whose context it runs; None for the training mesh.
-    calls: of a step; None for what is outside of steps.
+    calls: returns its calls in a step, once they are needed; None for what is outside of steps.
     model_flops: of the updates of a step, on real tokens and all devices; 0 for other phases.
     refused: why it cannot fit, where that is known before its program is compiled.
   """
@@ -59,7 +64,7 @@ class Phase:
   live: tuple[str, ...]
   passed_in: tuple[str, ...]
   mesh: Mesh | None = None
-  calls: Calls | None = Calls(1)
+  calls: Callable[[], Calls] | None = one_call
   model_flops: float | int = 0
   refused: str = ''
 

@@ -146,7 +146,7 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     {'recipe': recipe},
     live=('rollout', 'experience'),
     passed_in=tuple(passed_in),
-    calls=Calls(sum(widths) / mean, arguments=None if mean == longest else arguments(mean)),
+    calls=lambda: Calls(sum(widths) / mean, arguments=None if mean == longest else arguments(mean)),
   )
 
 
@@ -190,7 +190,7 @@ def _updates(
       {'recipe': recipe, 'total_steps': TOTAL_STEPS},
       live=('experience',),
       passed_in=(f'{name} state', 'experience'),
-      calls=calls,
+      calls=lambda: calls,
       model_flops=epochs * throughput.update(texts.total, config, head)[throughput.FLOPS],
     )
 

@@ -46,7 +46,7 @@ def sft_programs(
     {'config': trained, 'settings': s.sft, 'total_steps': TOTAL_STEPS},
     live=tuple(trees),
     passed_in=tuple(trees),
-    calls=calls,
+    calls=lambda: calls,
     model_flops=throughput.update(tokens, trained, 'language')[throughput.FLOPS],
   )
   return JobPrograms(trees, [phase], {'policy': trained}, int(tokens.sum()))
@@ -81,7 +81,7 @@ def reward_programs(
     {'scorer': scorer, 'settings': s.reward, 'total_steps': TOTAL_STEPS},
     live=live,
     passed_in=live,
-    calls=calls,
+    calls=lambda: calls,
     model_flops=work[throughput.FLOPS],
   )
   trees['reward model parameters'] = state.params
