@@ -37,7 +37,7 @@ TOPOLOGIES = {
     'v5p:2x2x2': _ppo(12_288, _ALL),
     'v6e:4x4': _ppo(6144, _PROJECTIONS),
     'v5e:8x8': _ppo(1536, _ALL, **{'mesh.tensor': 2}),
-    'cuda:8xH100-80GB': _ppo(12_288, _PROJECTIONS),
+    'cuda:8xH100-80GB': _ppo(10_240, _ALL),
   },
   ('ppo', '70b'): {
     'v5p:4x4x8': _ppo(768, _ALL, scoring=128, **{'mesh.tensor': 4}),
