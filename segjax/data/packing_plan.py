@@ -10,6 +10,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,22 @@ def plan_level_packing(lengths: np.ndarray, bound: PieceBound, group: int = 1) -
   return _first_fit(lengths.reshape(-1, group), _shapes(lengths, bound, group))
 
 
+def largest_packing(sequences: int, bound: PieceBound, group: int = 1) -> PackingPlan:
+  """Returns an empty plan of the largest pieces that the bound allows, for the memory they need.
+
+  There are two, as a sum over pieces needs more memory than a batch of one.
+
+  Args:
+    sequences: of the batch.
+    bound: of a piece.
+    group: as in `plan_packing`.
+  """
+  rows = max(bound.tokens // bound.packing_length, bound.rows(group))
+  width = bound.tokens // rows // bound.step * bound.step
+  groups = np.zeros((sequences // group, group), int)
+  return _make_plan(groups, rows * bound.devices, width, [[], []], [np.zeros((2, 0))] * 2)
+
+
 def _shapes(lengths: np.ndarray, bound: PieceBound, group: int) -> Iterator[tuple[int, int, int]]:
   """Yields (pieces, rows of a piece, tokens of a row): few pieces first, then short rows."""
   total, longest = int(lengths.sum()), int(lengths.max(initial=1))
@@ -128,22 +145,34 @@ def _first_fit(
 
   Args:
     shapes: (pieces, rows of a piece, tokens of a row).
+    most: see `_make_plan`.
+  """
+  for count, rows, width in shapes:
+    # If no level pieces fit, those do in which each sequence has a row of its own.
+    for limit in (_groups_per_piece(groups, rows), rows // groups.shape[1]):
+      pieces = _level_pieces(groups, count, limit)
+      slots = [_fill_rows(groups[piece], rows, width) for piece in pieces]
+      if pieces and all(slot is not None for slot in slots):
+        return _make_plan(groups, rows, width, pieces, slots, most)
+  raise AssertionError('shapes go on until the groups fit')
+
+
+def _make_plan(
+  groups: np.ndarray,
+  rows: int,
+  width: int,
+  pieces: list[list[int]],
+  slots: list[Any],
+  most: int | None = None,
+) -> PackingPlan:
+  """Returns the plan with these groups in each piece, and (row, offset) of their sequences.
+
+  Args:
     most: pieces of the plan's arrays, of which a number is used that is an array too; None for
       those in use.
   """
-  num_groups, size = groups.shape
-  for count, rows, width in shapes:
-    per_piece = max(min(num_groups, _MAX_PER_ROW * rows // size), 1)
-    # If no level pieces fit, those do in which each sequence has a row of its own.
-    for limit in (per_piece, rows // size):
-      pieces = _level_pieces(groups, count, limit)
-      slots = pieces and [_fill_rows(groups[piece], rows, width) for piece in pieces]
-      if slots and all(slot is not None for slot in slots):
-        break
-    else:
-      continue
-    break
-  shape = most or count, per_piece * size
+  size = groups.shape[1]
+  shape = most or len(pieces), _groups_per_piece(groups, rows) * size
   sequence = np.full(shape, -1, np.int32)  # -1: an empty slot
   row, offset, length = (np.zeros_like(sequence) for _ in range(3))
   for i, (piece, placed) in enumerate(zip(pieces, slots, strict=True)):
@@ -151,17 +180,22 @@ def _first_fit(
     sequence[i, used] = (np.array(piece, int)[:, None] * size + np.arange(size)).reshape(-1)
     length[i, used] = groups[piece].reshape(-1)
     row[i, used], offset[i, used] = placed
-  slots = PackingSlots(sequence, row, offset, length, rows, width, size)
-  return PackingPlan(slots, np.int32(count) if most else None)
+  filled = PackingSlots(sequence, row, offset, length, rows, width, size)
+  return PackingPlan(filled, np.int32(len(pieces)) if most else None)
 
 
-def _level_pieces(groups: np.ndarray, count: int, limit: int) -> list[list[int]] | None:
+def _groups_per_piece(groups: np.ndarray, rows: int) -> int:
+  """Returns the groups that a piece has slots for; all shapes depend on their number alone."""
+  return max(min(len(groups), _MAX_PER_ROW * rows // groups.shape[1]), 1)
+
+
+def _level_pieces(groups: np.ndarray, count: int, limit: int) -> list[list[int]]:
   """Returns the groups of each piece: the longest first, each to the piece of the fewest tokens.
 
-  None if they are more than `limit` groups for each piece.
+  Empty if they are more than `limit` groups for each piece.
   """
   if len(groups) > count * limit:
-    return None
+    return []
   tokens = groups.sum(axis=1)
   pieces: list[list[int]] = [[] for _ in range(count)]
   heap = [(0, piece) for piece in range(count)]

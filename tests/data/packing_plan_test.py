@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from segjax.data.packing_plan import (
   PieceBound,
+  largest_packing,
   packing_efficiency,
   plan_level_packing,
   plan_packing,
@@ -51,7 +52,10 @@ def test_level_pieces_keep_the_bound(lengths, devices, rows, group):
   pieces = packing.pieces
   check_slots(packing, lengths, group)
   assert pieces.rows % devices == 0 and pieces.width % bound.step == 0
+  largest = largest_packing(len(lengths), bound, group).pieces
   assert pieces.rows // devices * pieces.width <= bound.tokens
+  assert largest.rows * largest.width >= pieces.rows * pieces.width - bound.step * pieces.rows
+  assert largest.sequence.shape[1] >= pieces.sequence.shape[1] or largest.rows < pieces.rows
   # With more pieces than the tokens need, rows would have been filled worse than by a half.
   assert packing.num_pieces <= max(1, np.ceil(2 * lengths.sum() / (bound.tokens * devices)) + 1)
 
