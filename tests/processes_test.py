@@ -32,13 +32,13 @@ def _free_port():
     return server.getsockname()[1]
 
 
-def _start(workdir, number, *flags):
+def _start(workdir, number, *flags, stages='demo,sft'):
   """Starts all processes of one run; their output goes to files next to the working directory."""
   port = _free_port()
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': _NO_OPTIMIZATION}
   flags = [*(f'--config.{key}={value}' for key, value in _SMALL.items()), *flags]
   command = [sys.executable, '-m', 'segjax.main', '--config=configs/ppo.py']
-  command += [f'--workdir={workdir}', '--config.stages=demo,sft', *flags]
+  command += [f'--workdir={workdir}', f'--config.stages={stages}', *flags]
   if number > 1:
     command += [f'--coordinator=localhost:{port}', f'--num_processes={number}']
   workers = []
@@ -74,15 +74,15 @@ def _losses(workdir):
   return [json.loads(line)['sft/loss'] for line in lines]
 
 
-def _saved_steps(workdir):
-  directory = workdir / 'sft' / 'checkpoints'
+def _saved_steps(workdir, stage='sft'):
+  directory = workdir / stage / 'checkpoints'
   names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
   return [int(name) for name in names if name.isdecimal()]
 
 
-def _wait_for_a_checkpoint(workdir):
+def _wait_for_a_checkpoint(workdir, stage='sft'):
   end = time.monotonic() + 200
-  while not _saved_steps(workdir):
+  while not _saved_steps(workdir, stage):
     assert time.monotonic() < end, _output(workdir, 0)[-2000:]
     time.sleep(0.05)
 
@@ -101,6 +101,46 @@ def test_two_processes_equal_one_and_a_signal_to_one_stops_both(tmp_path):
   assert _wait(_start(tmp_path / 'two', 2)) == [0, 0]
   assert f'resuming from step {step} of 6' in _output(tmp_path / 'two', 0)
   assert _losses(tmp_path / 'two') == pytest.approx(_losses(tmp_path / 'one'), rel=1e-5)
+
+
+_ROLLOUTS = {
+  'network.hidden_size': 16,
+  'network.num_hidden_layers': 1,
+  'data.max_length': 60,
+  'data.max_prompt_length': 32,
+  'rollout.max_new_tokens': 28,  # in two chunks
+  'ppo.max_steps': 4,
+  'ppo.rollout_batch_size': 8,
+  'ppo.minibatch_size': 4,
+  'ppo.eval_every': 10,
+  'reward_shaping.reward_fn': 'segjax.data.demo_language:gold',
+  'reward_shaping.reward_model_weight': 0.0,
+}
+
+
+def _ppo_metrics(workdir):
+  lines = (workdir / 'ppo' / 'metrics.jsonl').read_text().splitlines()
+  every = [json.loads(line) for line in lines]
+  return [{k: v for k, v in m.items() if not k.startswith(('timing/', 'perf/'))} for m in every]
+
+
+@pytest.mark.processes
+def test_a_signal_to_one_process_ends_the_rollout_of_both(tmp_path):
+  """The flag comes back with the tokens of a chunk; the run that goes on is as if none had come."""
+  flags = [f'--config.{key}={value}' for key, value in _ROLLOUTS.items()]
+  uninterrupted, stopped = tmp_path / 'uninterrupted', tmp_path / 'stopped'
+  assert _wait(_start(uninterrupted, 2, *flags, stages='demo,ppo')) == [0, 0]
+  workers = _start(stopped, 2, *flags, stages='demo,ppo')
+  _wait_for_a_checkpoint(stopped, 'ppo')
+  workers[1].send_signal(signal.SIGTERM)
+  codes = _wait(workers)
+  assert codes == [75, 75], _output(stopped, 0)[-3000:]
+  step = max(_saved_steps(stopped, 'ppo'))
+  for index in range(2):
+    assert f'ppo stopped by a signal: step {step} of 4 is saved' in _output(stopped, index)
+  assert len(_ppo_metrics(stopped)) == step
+  assert _wait(_start(stopped, 2, *flags, stages='demo,ppo')) == [0, 0]
+  assert _ppo_metrics(stopped) == _ppo_metrics(uninterrupted)
 
 
 @pytest.mark.processes
@@ -240,6 +280,7 @@ import json, sys
 import jax, numpy as np
 from segjax import processes
 from segjax.data.batches import batch_indices
+from segjax.model.agreement import StepAgreement
 from segjax.model.mesh import make_mesh
 from segjax.model.sharding import place_batch
 processes.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 60)
@@ -247,6 +288,11 @@ mesh, steps = make_mesh(data=jax.device_count()), []
 for step in range(4):
   batch = place_batch(batch_indices(16, 8, 0, step), mesh)
   steps.append([[s.index[0].start or 0, s.data.tolist()] for s in batch.addressable_shards])
+# The flags of a step come a step late, from any process; those of one process at once.
+agree = StepAgreement(mesh)
+last = processes.process_index() == int(sys.argv[2]) - 1
+agreed = [agree(last and step == 1, False) for step in range(4)]
+assert agreed == [(step == 1 + (int(sys.argv[2]) > 1), False) for step in range(4)], agreed
 # Not a float32; the first process has the largest.
 assert processes.smallest(1e9 + 0.1 - processes.process_index()) == 1e9 + 1.1 - int(sys.argv[2])
 print(json.dumps(steps))
