@@ -1,11 +1,12 @@
 """Refuses token ids for which an embedding has no row; a lookup would return its last row."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from segjax.errors import UserError
-from segjax.model.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +16,14 @@ class EmbeddingRows:
   count: int
   model: str
 
-  def check(self, tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+  def check(self, tokenizer: Any, rows: Sequence[Any]) -> None:
     """Raises UserError if there is an id without an embedding.
 
     Args:
       tokenizer: `transformers` tokenizer, for the error.
-      rows: token ids of texts.
+      rows: token ids of texts, lists or arrays.
     """
-    largest = max((max(ids) for ids in rows if ids), default=0)
+    largest = max((int(np.max(ids)) for ids in rows if len(ids)), default=0)
     if largest >= self.count:
       token = tokenizer.convert_ids_to_tokens(largest)
       raise UserError(
@@ -33,14 +34,14 @@ class EmbeddingRows:
       )
 
 
-def smallest_embedding(networks: dict[str, LlamaConfig]) -> EmbeddingRows:
-  """Returns the rows of the smallest embedding among networks by name."""
+def smallest_embedding(networks: Mapping[str, Any]) -> EmbeddingRows:
+  """Returns the rows of the smallest embedding among networks, `LlamaConfig` by name."""
   model = min(networks, key=lambda name: networks[name].vocab_size)
   return EmbeddingRows(networks[model].vocab_size, model)
 
 
-def check_sampled_ids(policy: LlamaConfig, readers: dict[str, LlamaConfig]) -> None:
-  """Raises UserError if the policy can sample ids that another network cannot read."""
+def check_sampled_ids(policy: Any, readers: Mapping[str, Any]) -> None:
+  """Raises UserError if the policy, a `LlamaConfig`, can sample ids that another cannot read."""
   rows = smallest_embedding(readers)
   if policy.vocab_size > rows.count:
     raise UserError(

@@ -6,7 +6,8 @@ Tokens come from `segjax.data.tokenize`, which applies the limits.
 import dataclasses
 from collections.abc import Mapping
 
-from segjax.config.choices import OVERLONG_POLICIES
+import numpy as np
+
 from segjax.data.rows import NoRowsLeftError, Rows
 from segjax.errors import UserError
 
@@ -31,6 +32,8 @@ class Limits:
   overlong_policy: str = 'truncate_left'
 
   def __post_init__(self):
+    from segjax.config.choices import OVERLONG_POLICIES  # imports jax, which workers do without
+
     if self.overlong_policy not in OVERLONG_POLICIES:
       raise UserError(
         f'data.overlong_policy={self.overlong_policy!r} is unknown; choose one of '
@@ -56,7 +59,7 @@ def pair_lengths(prompt: int, chosen: int, rejected: int, limits: Limits) -> tup
   return prompt, min(chosen, room), min(rejected, room)
 
 
-def truncate_response(ids: list[int], length: int, stop_id: int | None) -> tuple[list[int], bool]:
+def truncate_response(ids: np.ndarray, length: int, stop_id: int | None) -> tuple[np.ndarray, bool]:
   """Returns the first `length` tokens of a response and whether they end in a stop token.
 
   With `stop_id`, the last token of a truncated response is overwritten by it.
@@ -64,7 +67,7 @@ def truncate_response(ids: list[int], length: int, stop_id: int | None) -> tuple
   is_complete = length == len(ids)
   if is_complete or stop_id is None or not length:
     return ids[:length], is_complete
-  return [*ids[: length - 1], stop_id], True
+  return np.append(ids[: length - 1], np.int32(stop_id)), True
 
 
 def new_counts(num_rows: int) -> dict[str, int]:

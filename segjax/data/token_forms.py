@@ -42,7 +42,7 @@ class TokenizedRow(NamedTuple):
   index: int
   location: str
   key: int
-  groups: list[list[list[int]]]
+  groups: list[list[np.ndarray]]
   flags: Any
 
 
@@ -71,7 +71,7 @@ class ConversationRows:
   def limit(self, row: TokenizedRow, counts: dict[str, int]) -> Mapping[str, Any] | None:
     """Returns the fields of a row, None for one that is dropped."""
     (pieces,), limits = row.groups, self.limits
-    ids = np.array([i for piece in pieces for i in piece], np.int32)
+    ids = np.concatenate([np.zeros(0, np.int32), *pieces])
     mask = np.repeat(np.array(row.flags, bool), [len(piece) for piece in pieces])
     is_long = len(ids) > limits.max_length
     if is_long and limits_lib.is_dropped(row.location, f'{len(ids)} tokens', limits, counts):
@@ -141,14 +141,14 @@ class PairRows:
     if not has_words or any(len(s) <= f for s, f in zip(sides, finished, strict=True)):
       counts['dropped_empty'] += 1
       return None
-    if sides[0] == sides[1] and not self.rules.keep_identical:
+    if np.array_equal(*sides) and not self.rules.keep_identical:
       # Its margin is 0 whatever the weights are, so that it has no gradient.
       counts['dropped_identical'] += 1
       return None
     counts['truncated'] += is_truncated
     return {
-      'chosen': prompt + sides[0],
-      'rejected': prompt + sides[1],
+      'chosen': np.concatenate([prompt, sides[0]]),
+      'rejected': np.concatenate([prompt, sides[1]]),
       'chosen_finished': finished[0],
       'rejected_finished': finished[1],
       'prompt_length': len(prompt),
@@ -190,7 +190,7 @@ class PromptRows:
     is_long, length = len(ids) > limit, f'a prompt of {len(ids)} tokens'
     if is_long and limits_lib.is_dropped(row.location, length, self.limits, counts):
       return None
-    if self._special_ids.issuperset(ids):  # the template alone: nothing to answer
+    if self._special_ids.issuperset(ids.tolist()):  # the template alone: nothing to answer
       counts['dropped_empty'] += 1
       return None
     counts['truncated'] += is_long

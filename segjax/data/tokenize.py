@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 
 from segjax.data import limits as limits_lib
-from segjax.data import token_cache
+from segjax.data import token_cache, token_workers
 from segjax.data.batches import Conversations, Pairs, Prompts
 from segjax.data.limits import Limits
 from segjax.data.pair_rules import DEFAULT_RULES, PairRules
@@ -24,6 +24,7 @@ from segjax.data.tokenizer import ChatTokenizer
 
 # Keeps all threads of a fast tokenizer busy; all rows at once would be held as text as well.
 _CHUNK = 1024  # rows tokenized per call
+_MANY = 16 * _CHUNK  # rows, from which on it pays to start processes
 
 
 def tokenize_conversations(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Conversations:
@@ -127,6 +128,11 @@ def _fill(rows: Rows, form: Form, sink: Sink) -> dict[str, Any]:
 
 
 def _tokenize_chunks(rows: Rows, form: Form) -> Iterator[TokenizedChunk]:
+  """Yields the tokens of chunks of rows, in order."""
   located = rows.located()
-  while chunk := list(itertools.islice(located, _CHUNK)):
-    yield tokenize_chunk(form, chunk, rows.reading)
+  chunks = iter(lambda: list(itertools.islice(located, _CHUNK)), [])
+  num_workers = token_workers.count_workers() if len(rows) >= _MANY else 1
+  if num_workers > 1:
+    yield from token_workers.tokenize_chunks(form, chunks, rows.reading, num_workers)
+  else:
+    yield from (tokenize_chunk(form, chunk, rows.reading) for chunk in chunks)

@@ -9,13 +9,14 @@ the model's input and its output; where none does, the ids are those of the whol
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 from etils import epath
 
 from segjax.data import chat_template as templates
-from segjax.data import joined_ids, named_templates, template_checks, tokenizer_files
+from segjax.data import joined_ids, named_templates, template_checks, tokenizer_files, word_ids
 from segjax.data.embedding_rows import EmbeddingRows, smallest_embedding
 from segjax.data.row_forms import PLAIN_TEXT, Message
 from segjax.data.template_checks import TemplateMarks
@@ -24,7 +25,6 @@ from segjax.data.token_texts import token_texts
 from segjax.data.turn_end import find_turn_end
 from segjax.data.turns import TurnSplitter
 from segjax.errors import UserError
-from segjax.model.llama import LlamaConfig
 
 
 class MissingChatTemplateError(UserError):
@@ -58,8 +58,8 @@ class ChatTokenizer:
   sentinel: str = ''
   rows: EmbeddingRows | None = None
 
-  def for_networks(self, networks: dict[str, LlamaConfig]) -> 'ChatTokenizer':
-    """Returns this tokenizer for networks by name: ids that one cannot read are refused.
+  def for_networks(self, networks: Mapping[str, Any]) -> 'ChatTokenizer':
+    """Returns this tokenizer for networks, `LlamaConfig` by name: ids that one lacks are refused.
 
     Stop ids that they cannot read are left out: no policy samples them.
 
@@ -147,29 +147,26 @@ class ChatTokenizer:
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, without added special tokens, by one batch call."""
-    if not texts:
-      return []
-    encoded = self.tokenizer(
-      list(texts),
-      add_special_tokens=False,
-      return_attention_mask=False,
-      return_token_type_ids=False,
-      verbose=False,
-    )
-    return self._checked(encoded['input_ids'])
+    return self._checked(word_ids.encode(self.tokenizer, texts))
 
-  def encode_pieces(self, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """Returns the token ids of each piece of each group; a group is one text in pieces.
+  def encode_pieces(self, groups: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+    """Returns the token ids of each piece of each group, int32; a group is one text in pieces.
 
     Together they are those of the whole text, unless a token of it would span two pieces.
     """
     if self.sentinel:
-      groups_ids = joined_ids.encode_joined(self.tokenizer, groups, self.sentinel)
-      self._checked([ids for pieces in groups_ids for ids in pieces])
-      return groups_ids
-    texts = list(dict.fromkeys(piece for pieces in groups for piece in pieces))
-    ids = dict(zip(texts, self.encode(texts), strict=True))
-    return [[ids[piece] for piece in pieces] for pieces in groups]
+      joined = joined_ids.encode_joined(self.tokenizer, groups, self.sentinel)
+      groups_ids = [[np.array(ids, np.int32) for ids in pieces] for pieces in joined]
+    else:
+      texts = list(dict.fromkeys(piece for pieces in groups for piece in pieces))
+      ids = dict(zip(texts, self._words.encode(texts), strict=True))
+      groups_ids = [[ids[piece] for piece in pieces] for pieces in groups]
+    self._checked([ids for pieces in groups_ids for ids in pieces])
+    return groups_ids
+
+  @functools.cached_property
+  def _words(self) -> word_ids.Encoder:
+    return word_ids.make_encoder(self.tokenizer)
 
   def encode_response(self, prompt: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns the token ids of a text after a prompt, and (first, last + 1) character of each."""
@@ -197,7 +194,7 @@ class ChatTokenizer:
     bos = self.tokenizer.bos_token_id
     return self._checked([[] if bos is None else [bos]])[0]
 
-  def _checked(self, rows: list[list[int]]) -> list[list[int]]:
+  def _checked(self, rows: Any) -> Any:
     if self.rows is not None:
       self.rows.check(self.tokenizer, rows)
     return rows
@@ -210,7 +207,7 @@ class ChatTokenizer:
     """Returns the token ids of one response, stop token last."""
     prompt = self.prompt_text(prompt_messages)
     (response,) = self.response_texts(prompt_messages, prompt, [text])
-    return self.encode_pieces([[prompt, response]])[0][1]
+    return self.encode_pieces([[prompt, response]])[0][1].tolist()
 
   def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
     """Returns the text of token ids, by default without special tokens."""

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -179,3 +181,28 @@ def test_bad_rows_leave_nothing_behind(cache, source, llama3):
   with pytest.raises(ValueError, match=r'rows\.jsonl, row 31: no `chosen`'):
     tokenize_pairs(rows, llama3, LIMITS)
   assert not entries(cache)
+
+
+@pytest.mark.processes
+def test_workers_give_the_same_tokens_lines_and_errors(cache, source, llama3, monkeypatch):
+  bad = [{'prompt': 'a'}, *[dict(row, conversations=[]) for row in ROWS[:2]]]
+  source.write([*ROWS[:20], *bad, *ROWS])
+  expected = [tokenize(source.open(), llama3, LIMITS) for tokenize in KINDS]
+  lines = source.lines
+  monkeypatch.setattr('segjax.data.tokenize._MANY', 1)
+  monkeypatch.setattr('segjax.data.token_workers.count_workers', lambda: 2)
+  monkeypatch.setenv(token_cache.VARIABLE, '')
+  for tokenize, data in zip(KINDS, expected, strict=True):
+    assert_equal(tokenize(source.open(), llama3, LIMITS), data)
+  assert source.lines == lines and len(lines) == 2
+  with pytest.raises(ValueError, match=r'rows\.jsonl, row 21: no `chosen`'):
+    tokenize_pairs(sources.load_rows(str(source.path)), llama3, LIMITS)
+  monkeypatch.setattr('sys.executable', '/bin/false')  # workers that end at once
+  assert_equal(tokenize_pairs(source.open(), llama3, LIMITS), expected[1])
+
+
+@pytest.mark.processes
+def test_workers_do_not_import_jax():
+  script = "import sys, segjax.data.token_workers; print('jax' in sys.modules)"
+  process = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+  assert process.stdout.split() == ['False']

@@ -1,0 +1,126 @@
+"""Token ids of texts by a table of the ids of words, for tokenizers that split texts into words.
+
+Byte-level BPE as Llama-3's splits a text by a regular expression and then makes tokens of each part
+by itself, so that a part that was seen before need not be tokenized again. The library does both
+for every part: its regular expression alone takes several times as long as looking the words up.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_TABLE = 1 << 18  # words; more are forgotten together
+_LONGEST = 40  # characters of a word that is kept
+# No part of a text contains a space that follows another character, under the expressions below.
+# Such a space is a cut where no neighbour can be white space to one engine and none to another.
+_CUT = re.compile(r'(?<=[!-~\w]) (?=[!-~\w])')
+_UNUSUAL = re.compile('[\t\r\x0b\x0c\x1c-\x1f]')
+_GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
+_BYTES = _GPT2 | {'use_regex': False}
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_SPLIT = {'type': 'Split', 'pattern': {'Regex': _LLAMA3}, 'behavior': 'Isolated', 'invert': False}
+_DIGITS = {'type': 'Digits', 'individual_digits': True}
+_SPLITTERS = ([_GPT2], [_SPLIT, _BYTES], [_DIGITS, _GPT2])
+
+
+class Encoder:
+  """Tokenizes texts by the library."""
+
+  def __init__(self, tokenizer: Any):
+    """Keeps the `transformers` tokenizer."""
+    self._tokenizer = tokenizer
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the token ids of each text, int32, without added special tokens."""
+    return [np.array(ids, np.int32) for ids in encode(self._tokenizer, texts)]
+
+
+class WordTable(Encoder):
+  """Tokenizes texts of a tokenizer that `splits_into_words` by the ids of words seen before."""
+
+  def __init__(self, tokenizer: Any):
+    """Starts with no words."""
+    super().__init__(tokenizer)
+    self._ids: dict[str, bytes] = {}  # of a space and the word
+
+  def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the token ids of each text, int32, without added special tokens."""
+    words = [_split(text) for text in texts]
+    firsts = self._encode([parts.pop(0) for parts in words])
+    unknown = [*(set().union(*words) - self._ids.keys())]
+    self._ids.update(zip(unknown, self._encode([f' {word}' for word in unknown]), strict=True))
+    find = self._ids.__getitem__
+    ids = [
+      np.frombuffer(first + b''.join(map(find, parts)), np.int32)
+      for first, parts in zip(firsts, words, strict=True)
+    ]
+    for word in unknown:
+      if len(word) > _LONGEST:
+        del self._ids[word]
+    if len(self._ids) > _TABLE:
+      self._ids.clear()
+    return ids
+
+  def _encode(self, texts: Sequence[str]) -> list[bytes]:
+    """Returns the bytes of the ids of texts; `transformers` would take longer than the library."""
+    core = self._tokenizer.backend_tokenizer
+    core.no_truncation()
+    core.no_padding()
+    encoded = core.encode_batch(texts, add_special_tokens=False)
+    return [np.array(item.ids, np.int32).tobytes() for item in encoded]
+
+
+def make_encoder(tokenizer: Any) -> Encoder:
+  """Returns the fastest encoder that gives the ids of a `transformers` tokenizer."""
+  return (WordTable if splits_into_words(tokenizer) else Encoder)(tokenizer)
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+  """Returns the token ids of each text, without added special tokens, by one batch call."""
+  if not texts:
+    return []
+  return tokenizer(
+    list(texts),
+    add_special_tokens=False,
+    return_attention_mask=False,
+    return_token_type_ids=False,
+    verbose=False,
+  )['input_ids']
+
+
+def splits_into_words(tokenizer: Any) -> bool:
+  """Returns whether a tokenizer's ids of a text are those of its words, by `WordTable`."""
+  core = tokenizer.backend_tokenizer
+  if core.normalizer is not None or core.pre_tokenizer is None or tokenizer.split_special_tokens:
+    return False
+  splitter = json.loads(core.pre_tokenizer.__getstate__())
+  parts = splitter['pretokenizers'] if splitter['type'] == 'Sequence' else [splitter]
+  parts = [{k: v for k, v in part.items() if k != 'trim_offsets'} for part in parts]
+  other_ways = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
+  is_bpe = type(core.model).__name__ == 'BPE'
+  return (
+    parts in _SPLITTERS
+    and is_bpe
+    and not any(getattr(core.model, name) for name in other_ways)
+    and not any(_crosses_words(token) for token in core.get_added_tokens_decoder().values())
+  )
+
+
+def _crosses_words(token: Any) -> bool:
+  """Returns whether an added token may hold white space, or depend on the word that it is in."""
+  has_space = bool(re.search(r'\s', token.content))
+  return has_space or token.lstrip or token.rstrip or token.single_word
+
+
+def _split(text: str) -> list[str]:
+  """Returns the words of a text; all but the first follow a space, which they are without."""
+  is_plain = text.isascii() and not any(pair in text for pair in ('  ', ' \n', '\n '))
+  if is_plain and not _UNUSUAL.search(text) and not text.startswith(' ') and not text.endswith(' '):
+    return text.split(' ')
+  return _CUT.split(text)
