@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from segjax.config.settings import Network, Settings, replace
+from segjax.model.chips import CHIPS
 from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
 from segjax.plan import (
@@ -126,6 +127,36 @@ def test_predicted_peak_is_that_of_a_new_plan():
     predicted = suggestions.peak_with([change], measured)
     assert predicted < plan.peak
     assert predicted == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
+
+
+@pytest.mark.plan
+def test_time_of_a_step(tmp_path):
+  """Arithmetic of packed updates: three forward passes and that of remat, padding included."""
+  settings = replace(
+    SETTINGS,
+    **{'ppo.packing_length': 128, 'ppo.micro_batch_tokens': 128, 'ppo.micro_batch_size': 0},
+    **{'data.max_prompt_length': 64},
+  )
+  h100 = dataclasses.replace(CHIPS['H100-80GB'], memory=math.inf)
+  topology = dataclasses.replace(TOPOLOGY, chip=h100)
+  names, kinds = ('critic update',), ('maximum', 'ultrafeedback')
+  at_limit, drawn = (
+    planner.make_plan(PPO, settings, topology, names, tmp_path, kind) for kind in kinds
+  )
+  (update,) = at_limit.phases
+  assert update.cost.calls == 1 and update.cost.exchanged > 0
+  # 16 texts of 128 tokens in two pieces of a row per device; matrix products alone.
+  model = update.model_flops / TOPOLOGY.count
+  assert 4 / 3 < update.cost.flops / model < 4 / 3 * 1.5
+  assert drawn.phases[0].cost.flops <= update.cost.flops
+  assert drawn.phases[0].model_flops < update.model_flops
+  # What is printed as JSON is what was compiled, and what is kept is read back.
+  again = planner.make_plan(PPO, settings, topology, names, tmp_path, 'maximum')
+  assert again.phases == at_limit.phases
+  record = json.loads(plan_report.to_json(at_limit))
+  assert record['lengths'] == 'maximum' and record['seconds_per_step'] is None
+  assert record['phases'][0]['cost']['bound'] in ('arithmetic', 'memory', 'links')
+  assert 0 < record['update_mfu'] < 1
 
 
 @pytest.mark.plan
