@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from segjax.config.settings import PPO, SFT, RewardTraining
+from segjax.data.packing_plan import largest_packing
 from segjax.model.flops import attended_pairs
 from segjax.plan import abstract_arrays
 from segjax.plan.phases import Calls
-from segjax.run.training_loop import plan_packing_for
+from segjax.run.training_loop import piece_bound, plan_packing_for
 from segjax.types import PackingPlan
 
 _BLOCK = 128  # tokens; of the attention kernel for CUDA
@@ -25,8 +26,9 @@ def update_calls(
   longest: int,
   mesh: Mesh,
 ) -> tuple[tuple[Any, ...], Calls]:
-  """Returns (arguments of an update of the longest sequences, calls of the updates of a step).
+  """Returns (arguments of the largest update, calls of the updates of a step).
 
+  The largest has the longest sequences, or the largest pieces that micro_batch_tokens allows.
   Where the batches of a step have several shapes, those of another than most count by their tokens,
   padding included.
 
@@ -38,10 +40,12 @@ def update_calls(
     mesh: the devices.
   """
   group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
-  longest_batch = np.full_like(batches[0], longest)
-  plans = [plan_packing_for(settings, each, mesh, group)[0] for each in (longest_batch, *batches)]
+  largest = np.full_like(batches[0], longest)
+  plans = [plan_packing_for(settings, each, mesh, group)[0] for each in (largest, *batches)]
   if plans[0] is None:
     return arguments(None), Calls(len(batches))
+  if settings.micro_batch_tokens:
+    plans[0] = largest_packing(len(largest), piece_bound(settings, mesh), group)
   shapes = [abstract_arrays.on_all_devices(plan, mesh) for plan in plans]
   keys = [abstract_arrays.signature(each) for each in shapes]
   ((most, _),) = collections.Counter(keys[1:]).most_common(1)
