@@ -1,4 +1,4 @@
-"""The shapes of updates: of the longest sequences, and of those of drawn lengths."""
+"""The shapes of updates: of the largest pieces, and of those of drawn lengths."""
 
 import collections
 from collections.abc import Callable
@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from segjax.config.settings import PPO, SFT, RewardTraining
+from segjax.data.packing_plan import largest_packing
 from segjax.model.flops import attended_pairs
 from segjax.plan import abstract_arrays
 from segjax.plan.phases import Calls
-from segjax.run.training_loop import plan_packing_for
+from segjax.run.training_loop import piece_bound, plan_packing_for
 from segjax.types import PackingPlan
 
 _BLOCK = 128  # tokens; of the attention kernel for CUDA
@@ -25,7 +26,7 @@ def update_calls(
   longest: int,
   mesh: Mesh,
 ) -> tuple[tuple[Any, ...], Calls]:
-  """Returns (arguments of an update of the longest sequences, calls of the updates of a step).
+  """Returns (arguments of an update of the largest pieces, calls of the updates of a step).
 
   Where the batches of a step have several shapes, those of another than most count by their tokens,
   padding included.
@@ -38,9 +39,9 @@ def update_calls(
     mesh: the devices.
   """
   group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
-  longest_batch = np.full_like(batches[0], longest)
-  plans = [plan_packing_for(settings, each, mesh, group)[0] for each in (longest_batch, *batches)]
-  if plans[0] is None:
+  largest = _largest_plan(settings, np.full_like(batches[0], longest), mesh, group)
+  plans = [largest, *(plan_packing_for(settings, each, mesh, group)[0] for each in batches)]
+  if largest is None:
     return arguments(None), Calls(len(batches))
   shapes = [abstract_arrays.on_all_devices(plan, mesh) for plan in plans]
   keys = [abstract_arrays.signature(each) for each in shapes]
@@ -54,6 +55,16 @@ def update_calls(
     attended=_attended(alike, mesh),
   )
   return arguments(shapes[0]), calls
+
+
+def _largest_plan(
+  settings: SFT | RewardTraining | PPO, longest: Int[np.ndarray, 'N'], mesh: Mesh, group: int
+) -> PackingPlan | None:
+  """Returns the plan of a batch that needs the most memory; None without packing."""
+  if settings.packing_length and settings.micro_batch_tokens:
+    # Not that of the longest sequences, of which few fit into a piece exactly.
+    return largest_packing(len(longest), piece_bound(settings, mesh), group)
+  return plan_packing_for(settings, longest, mesh, group)[0]
 
 
 def _tokens(plan: PackingPlan) -> int:
