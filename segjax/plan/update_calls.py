@@ -1,4 +1,4 @@
-"""The shapes of updates: of the longest sequences, and of those of drawn lengths."""
+"""The shapes of updates: of the largest pieces, and of those of drawn lengths."""
 
 import collections
 from collections.abc import Callable
@@ -40,12 +40,10 @@ def update_calls(
     mesh: the devices.
   """
   group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
-  largest = np.full_like(batches[0], longest)
-  plans = [plan_packing_for(settings, each, mesh, group)[0] for each in (largest, *batches)]
-  if plans[0] is None:
+  largest = _largest_plan(settings, np.full_like(batches[0], longest), mesh, group)
+  plans = [largest, *(plan_packing_for(settings, each, mesh, group)[0] for each in batches)]
+  if largest is None:
     return arguments(None), Calls(len(batches))
-  if settings.micro_batch_tokens:
-    plans[0] = largest_packing(len(largest), piece_bound(settings, mesh), group)
   shapes = [abstract_arrays.on_all_devices(plan, mesh) for plan in plans]
   keys = [abstract_arrays.signature(each) for each in shapes]
   ((most, _),) = collections.Counter(keys[1:]).most_common(1)
@@ -58,6 +56,16 @@ def update_calls(
     attended=_attended(alike, mesh),
   )
   return arguments(shapes[0]), calls
+
+
+def _largest_plan(
+  settings: SFT | RewardTraining | PPO, longest: Int[np.ndarray, 'N'], mesh: Mesh, group: int
+) -> PackingPlan | None:
+  """Returns the plan of a batch that needs the most memory; None without packing."""
+  if settings.packing_length and settings.micro_batch_tokens:
+    # Not that of the longest sequences, of which few fit into a piece exactly.
+    return largest_packing(len(longest), piece_bound(settings, mesh), group)
+  return plan_packing_for(settings, longest, mesh, group)[0]
 
 
 def _tokens(plan: PackingPlan) -> int:

@@ -69,3 +69,15 @@ def test_packed_updates_are_counted_by_their_pieces():
   arguments, calls = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, mesh)
   assert (calls.number, calls.trips, calls.arguments) == (2, 2, None)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))
+
+
+def test_memory_is_that_of_the_largest_pieces():
+  """Pieces as large as the bound allows, and not those of any lengths that were drawn."""
+  s = replace(Settings(), **{'ppo.packing_length': 64, 'ppo.micro_batch_tokens': 200})
+  batches = np.full((2, 8), 40)
+  (largest,), calls = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, models.mesh(1))
+  pieces = largest.pieces
+  assert (pieces.sequence.shape, pieces.rows, pieces.width) == ((2, 8), 3, 64)
+  (usual,) = calls.arguments
+  assert calls.trips == len(usual.pieces.sequence)
+  assert usual.pieces.rows * usual.pieces.width <= 200

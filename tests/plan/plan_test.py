@@ -129,6 +129,23 @@ def test_predicted_peak_is_that_of_a_new_plan():
     assert predicted == pytest.approx(make_plan(replace(SETTINGS, **{key: value})).peak, rel=0.03)
 
 
+def test_tokens_are_lowered_where_they_are_counted():
+  """Down to a row of the longest sequences, of 80 tokens, on each device."""
+  changes = {'ppo.micro_batch_size': 0, 'ppo.micro_batch_tokens': 160}
+  measured = suggestions.Measured(
+    PPO,
+    replace(SETTINGS, **changes),
+    make_config(SETTINGS.network),
+    make_mesh(devices=jax.devices()),
+    [],
+    math.inf,
+    KINDS[0],
+  )
+  flags = [str(change) for change in suggestions._changes(measured)]
+  assert '--config.ppo.micro_batch_tokens=80' in flags
+  assert not any('micro_batch_size' in flag or 'tokens=40' in flag for flag in flags)
+
+
 @pytest.mark.plan
 def test_time_of_a_step(tmp_path):
   """Arithmetic of packed updates: three forward passes and that of remat, padding included."""
@@ -259,7 +276,11 @@ def test_settings_that_cannot_be_planned(changes, message):
   ('job', 'name', 'changes'),
   [
     (PPO, 'rewards', {}),
-    (PPO, 'critic update', {'ppo.packing_length': 80}),
+    (
+      PPO,
+      'critic update',
+      {'ppo.packing_length': 80, 'ppo.micro_batch_size': 0, 'ppo.micro_batch_tokens': 160},
+    ),
     (REWARD, 'held-out pairs', {}),
   ],
 )
