@@ -82,7 +82,9 @@ def test_collectives_of_a_device_wait_for_each_other():
   assert cost(two.replace('%y =', '%y = bf16[4,8] bitcast(%x), ')).exposed == gather + reduced
 
 
-TPU_FUSIONS = GEMM + f"""
+TPU_FUSIONS = (
+  GEMM
+  + f"""
 %begin (p: bf16[4,8]) -> (bf16[4,8], bf16[8,8]) {{
   %p = bf16[4,8]{{1,0}} parameter(0)
   %g = bf16[8,8]{{1,0}} all-gather(%p), channel_id=7, {PAIRS}, dimensions={{0}}
@@ -107,6 +109,7 @@ custom_call_target="AsyncCollectiveStart"
   ROOT %c = bf16[8,8]{{1,0}} custom-call(%q, %g), custom_call_target="AsyncCollectiveDone"
 }}
 """
+)
 IN_PIECES = """  %s = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) fusion(%x), kind=kCustom, calls=%begin
   %p = bf16[4,8]{1,0} get-tuple-element(%s), index=0
   %q = bf16[8,8]{1,0} get-tuple-element(%s), index=1
