@@ -24,7 +24,7 @@ BENCHMARKS = {
   'report': 'report.html of a long run: time to write, size, time to open in Chromium',
   'carry': 'steps of a rollout with rollout.carry and without, counted on the host',
   'decode': 'tokens per second, compared with transformers and with the memory roofline',
-  'compiled': 'decode as compiled for GPUs and TPUs: bytes copied and moved, exchanges; no device',
+  'compiled': 'decode, updates, scoring as compiled for GPUs and TPUs: bytes, exchanges; no device',
 }
 
 

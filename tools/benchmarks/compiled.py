@@ -1,8 +1,9 @@
-"""Compiles the programs of a rollout for chips that the machine need not have, and reads them.
+"""Compiles the programs of PPO for chips that the machine need not have, and reads them.
 
-Prints, for each topology: programs a rollout, bytes that a decode step copies and moves,
-temporaries, collectives, and the tokens per second that 85 % of the memory bandwidth would give.
-Nothing is run: the time of collectives and of the host is not in it. Weights are in bfloat16.
+Prints, for each topology: of decode, programs a rollout, bytes that a step copies and moves,
+temporaries, collectives, and the tokens per second that 85 % of the memory bandwidth would give;
+of the updates and of scoring what `compiled_phases` says. Nothing is run: the time of the host is
+not in it, nor in decode that of collectives. Weights are in bfloat16.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks import compiled_phases
 
 from segjax.config.choices import ROLLOUT_WEIGHTS
 from segjax.errors import UserError
@@ -35,6 +38,7 @@ SIZES = {  # vocabulary, width, MLP, layers, heads, key heads, head size
   '8b': (128256, 4096, 14336, 32, 32, 8, 128),
   '70b': (128256, 8192, 28672, 80, 64, 8, 128),
 }
+PHASES = ('decode', *compiled_phases.PHASES)
 ROOFLINE = 0.85  # of the bandwidth, which a good program reaches
 
 
@@ -42,6 +46,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
   """Adds the flags of `run`."""
   flag = command.add_argument
   flag('--topologies', dest='names', type=_names, default=list(TOPOLOGIES))
+  flag('--phases', type=_phases, default=list(PHASES), help='of ' + ', '.join(PHASES))
   flag('--model', choices=SIZES, default='8b')
   flag('--layers', type=int, default=0, help='of the network; 0: as the model has')
   flag('--weights', choices=ROLLOUT_WEIGHTS, default=ROLLOUT_WEIGHTS[0], help='as in rollouts')
@@ -59,19 +64,31 @@ def _names(text: str) -> list[str]:
   return text.split(',')
 
 
-def run(names: list[str], **sizes: Any) -> dict[str, Any]:
-  """Prints a table; returns the fields of the JSON line.
+def _phases(text: str) -> list[str]:
+  for name in text.split(','):
+    if name not in PHASES:
+      raise argparse.ArgumentTypeError(f'{name!r} is not one of {", ".join(PHASES)}.')
+  return text.split(',')
+
+
+def run(names: list[str], phases: list[str], **sizes: Any) -> dict[str, Any]:
+  """Prints tables; returns the fields of the JSON line.
 
   Args:
     names: of topologies.
+    phases: some of PHASES.
     sizes: the other flags.
   """
   if len(names) > 1:
-    records = [_in_a_process(name, sizes) for name in names]
+    records = [_in_a_process(name, phases, sizes) for name in names]
   else:
-    records = [_measure(names[0], _Sizes(**sizes))]
-  _print(records, _Sizes(**sizes))
-  return sizes | {'topologies': records}
+    records = [_measure(names[0], phases, _Sizes(**sizes))]
+  for record in records:
+    if 'missing' in record:
+      log(record['missing'])
+  _print([record for record in records if 'moved_bytes' in record], _Sizes(**sizes))
+  compiled_phases.print_records(records)
+  return sizes | {'phases': phases, 'topologies': records}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,35 +108,43 @@ class _Sizes:
     return dataclasses.replace(config, num_hidden_layers=self.layers or config.num_hidden_layers)
 
 
-def _in_a_process(topology: str, sizes: dict[str, Any]) -> dict[str, Any]:
+def _in_a_process(topology: str, phases: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
   """Returns the record of one topology; a process can describe the chips of one."""
   bench = Path(__file__).resolve().parents[1] / 'bench.py'
   command = [sys.executable, str(bench), 'compiled', f'--topologies={topology}']
   command += [f'--{key}={value}' for key, value in sizes.items()]
+  command += [f'--phases={",".join(phases)}']
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     raise ValueError(f'{topology} could not be measured; its message is above.')
   return json.loads(done.stdout.splitlines()[-1])['topologies'][0]
 
 
-def _measure(name: str, sizes: _Sizes) -> dict[str, Any]:
+def _measure(name: str, phases: list[str], sizes: _Sizes) -> dict[str, Any]:
   """Returns the record of one topology, in bytes and seconds, each per device."""
   topology = topologies.parse(name)
+  record = {'topology': name, 'devices': topology.count}
   try:
     topologies.prepare(topology)
   except UserError as error:
-    return {'topology': name, 'missing': str(error)}
+    return record | {'missing': str(error)}
+  if 'decode' in phases:
+    record |= _measure_decode(topology, sizes)
+  others = [phase for phase in phases if phase != 'decode']
+  return record | {'updates': compiled_phases.measure(topology, sizes.model, sizes.config, others)}
+
+
+def _measure_decode(topology: Topology, sizes: _Sizes) -> dict[str, Any]:
   began = time.monotonic()
   rollout = _programs(topology, sizes)
-  log(f'{name}: attention by {rollout.decoder.paged_attention}, mesh {dict(rollout.mesh.shape)}')
+  shape = dict(rollout.mesh.shape)
+  log(f'{topology.name}: attention by {rollout.decoder.paged_attention}, mesh {shape}')
   compiled = {}
   for phase in rollout.phases:
     lowered = lower_phase(phase, rollout.mesh)
     compiled[phase.name] = abstract_arrays.compile_program(lowered)
   record = {
-    'topology': name,
-    'devices': topology.count,
-    'mesh': dict(rollout.mesh.shape),
+    'mesh': shape,
     'attention': rollout.decoder.paged_attention,
     'programs': rollout.count,
     'compile_seconds': round(time.monotonic() - began, 1),
@@ -162,11 +187,10 @@ def _programs(topology: Topology, sizes: _Sizes) -> DecodePrograms:
 
 
 def _print(records: list[dict[str, Any]], sizes: _Sizes) -> None:
+  if not records:
+    return
   rows = []
   for record in records:
-    if 'missing' in record:
-      log(record['missing'])
-      continue
     temporaries = max(record['temporaries'].values()) / GIB
     rows.append(
       (
@@ -200,7 +224,7 @@ def _print_collectives(records: list[dict[str, Any]]) -> None:
       'yes' if collective['crosses_nodes'] else 'no',
     )
     for record in records
-    for collective in record.get('collectives', ())
+    for collective in record['collectives']
   ]
   if rows:
     columns = ('topology', 'collective', 'number', 'MiB', 'between nodes')
