@@ -41,10 +41,10 @@ def fused_logprobs(
 
   Args:
     hidden: hidden states, laid out as 'hidden'.
-    kernel: laid out as the parameter that it is, the embedding with tied weights.
+    kernel: laid out as the head's parameter; so is the embedding, transposed.
     target: token ids in [0, V).
-    config: of the network; read are `vocab_chunk`, the entries of the vocabulary in a piece,
-      `round_logits` and `tie_word_embeddings`.
+    config: of the network; `vocab_chunk`, the entries of the vocabulary in a piece, and
+      `round_logits` are read.
   """
   return _forward(hidden, kernel, target, config)[:2]
 
@@ -122,7 +122,7 @@ def _sums_of_piece(
 
 def _forward(hidden, kernel, target, config):
   """Returns log-prob, entropy, m of `_Sums` and ln Σ e^(l - m), [B, S] each."""
-  layout = head_layout(hidden, kernel, config.tie_word_embeddings)
+  layout = head_layout(hidden, kernel)
 
   def shard(hidden, kernel, target):
     pieces = Pieces(kernel, layout, config)
@@ -158,7 +158,7 @@ def _saving_forward(hidden, kernel, target, config):
 def _backward(config, saved, gradients):
   """Returns the gradients of hidden and kernel; of target there is none."""
   hidden, kernel, *of_tokens = saved
-  layout = head_layout(hidden, kernel, config.tie_word_embeddings)
+  layout = head_layout(hidden, kernel)
   of_logprob, of_entropy = gradients
   is_used = not isinstance(of_logprob, SymbolicZero)
   of_tokens.append(of_logprob if is_used else jnp.zeros_like(of_tokens[1]))

@@ -29,7 +29,7 @@ class HeadLayout:
     kernel: layout of the kernel [D, V].
     tokens: layout of what has a number per token [B, S].
     vocabulary: axes that split the vocabulary; each of their devices needs all tokens of the group.
-    weights: axes along which pieces of the kernel are gathered, in `dimension`.
+    width: axes along which pieces of the kernel are gathered; they split D.
   """
 
   mesh: AbstractMesh | None = None
@@ -37,8 +37,7 @@ class HeadLayout:
   kernel: Any = (None, None)
   tokens: Any = (None, None)
   vocabulary: Axes = ()
-  weights: Axes = ()
-  dimension: int = 0
+  width: Axes = ()
 
   @property
   def positions(self) -> Axes:
@@ -53,12 +52,12 @@ class HeadLayout:
   @property
   def summed(self) -> Axes:
     """Axes over which gradients of the kernel are still to be added when their piece is done."""
-    return tuple(a for a in self._rows if a not in self.weights)
+    return tuple(a for a in self._rows if a not in self.width)
 
   @property
   def copies(self) -> int:
     """Number of devices that add the same gradient of a piece: those along no axis of the rows."""
-    return self.size(tuple(a for a in self.weights if a not in self._rows))
+    return self.size(tuple(a for a in self.width if a not in self._rows))
 
   @property
   def _rows(self) -> Axes:
@@ -78,22 +77,15 @@ class HeadLayout:
     )
 
 
-def head_layout(hidden: Array, kernel: Array, tied: bool) -> HeadLayout:
-  """Returns the layout of these arrays by the tables of `sharding`.
-
-  Args:
-    tied: whether the kernel is the embedding, transposed.
-  """
+def head_layout(hidden: Array, kernel: Array) -> HeadLayout:
+  """Returns the layout of these arrays by the tables of `sharding`."""
   mesh = sharding.active_mesh()
   if mesh is None or mesh.size == 1:
     return HeadLayout()
-  rule = sharding.ACTIVATION_RULES['hidden']
-  of_hidden = sharding.fitted(rule, hidden.shape, mesh)
-  spec = sharding.parameter_spec('backbone/embedding' if tied else 'lm_head/kernel')
-  of_kernel = sharding.fitted(type(spec)(*reversed(spec)) if tied else spec, kernel.shape, mesh)
-  width, columns = map(sharding.axes_of, of_kernel)
-  # Along an axis that splits rows too, devices cannot share a product of all their tokens.
-  vocabulary = tuple(a for a in columns if a not in sharding.axes_of(rule[0]))
+  of_hidden = sharding.fitted(sharding.ACTIVATION_RULES['hidden'], hidden.shape, mesh)
+  spec = sharding.parameter_spec('lm_head/kernel')  # of the embedding too, transposed
+  of_kernel = sharding.fitted(spec, kernel.shape, mesh)
+  width, vocabulary = map(sharding.axes_of, of_kernel)
   tokens = [tuple(a for a in sharding.axes_of(e) if a not in vocabulary) for e in of_hidden[:2]]
   return HeadLayout(
     mesh=mesh,
@@ -101,13 +93,12 @@ def head_layout(hidden: Array, kernel: Array, tied: bool) -> HeadLayout:
     kernel=of_kernel,
     tokens=type(spec)(*(axes or None for axes in tokens)),
     vocabulary=vocabulary,
-    weights=tuple(a for a in (*width, *columns) if a not in vocabulary),
-    dimension=0 if width else 1,
+    width=width,
   )
 
 
 class Pieces:
-  """Reads the pieces of a device's part of the kernel, [D, columns of this device].
+  """Reads the pieces of a device's part of the kernel, each with a part of its columns.
 
   The last piece ends where the part ends, so that it may overlap the one before it. What both have
   counts once.
@@ -116,36 +107,34 @@ class Pieces:
   def __init__(self, kernel: Array, layout: HeadLayout, config: LlamaConfig):
     self.kernel, self.layout = kernel, layout
     self.columns = kernel.shape[1]
-    # Parts that are gathered along the vocabulary give a piece columns of each of them.
-    self.parts = layout.size(layout.weights) if layout.dimension else 1
-    self.count = -(-self.columns * self.parts // config.vocab_chunk)
+    self.count = -(-self.columns // config.vocab_chunk)
     # Levelled, and aligned as the chunk is: 128 is the width of a register of TPUs.
     aligned = math.gcd(config.vocab_chunk, 128)
-    self.width = min(self.columns, -(-self.columns // (self.count * aligned)) * aligned)
+    self.size = min(self.columns, -(-self.columns // (self.count * aligned)) * aligned)
 
   def start(self, i: Array | int) -> Array | int:
     """Returns the first column of piece i in the device's part."""
-    return jnp.minimum(i * self.width, self.columns - self.width) if self.count > 1 else 0
+    return jnp.minimum(i * self.size, self.columns - self.size) if self.count > 1 else 0
 
   def read(self, i: Array | int, dtype: Any) -> Float[Array, 'D piece']:
     """Returns piece i in `dtype`, gathered."""
-    piece = jax.lax.dynamic_slice_in_dim(self.kernel, self.start(i), self.width, 1)
-    return gathered(piece.astype(dtype), self.layout.weights, self.layout.dimension)
+    piece = jax.lax.dynamic_slice_in_dim(self.kernel, self.start(i), self.size, 1)
+    return gathered(piece.astype(dtype), self.layout.width, 0)
 
   def write(self, i: Array | int, whole: Array, piece: Float[Array, 'D piece']) -> Array:
     """Returns `whole`, like the device's part, with what devices have for piece i, added up."""
-    piece = scattered(piece, self.layout.weights, self.layout.dimension)
+    piece = scattered(piece, self.layout.width, 0)
     return jax.lax.dynamic_update_slice_in_dim(whole, piece, self.start(i), 1)
 
   def ids(self, i: Array | int) -> Int[Array, '1 piece']:
     """Returns the entries of the vocabulary in piece i, -1 for those that piece i - 1 has too."""
-    column, part = self.start(i) + jnp.arange(self.width), jnp.arange(self.parts)
+    column, first = self.start(i) + jnp.arange(self.size), 0
     if self.layout.vocabulary:
-      part += jax.lax.axis_index(self.layout.vocabulary) * self.parts
-    ids = part[:, None] * self.columns + column[None]
-    if self.count * self.width > self.columns:
-      ids = jnp.where(column[None] >= i * self.width, ids, -1)
-    return ids.reshape(1, -1)
+      first = jax.lax.axis_index(self.layout.vocabulary) * self.columns
+    ids = first + column
+    if self.count * self.size > self.columns:
+      ids = jnp.where(column >= i * self.size, ids, -1)
+    return ids[None]
 
   def loop(self, step: Callable[[Array | int, Any], Any], carry: Any) -> Any:
     """Returns the carry after step(i, carry) for all pieces.

@@ -19,10 +19,10 @@ from segjax.model.mesh import AXES, BATCH, check_batch
 
 # Exactly one rule matches each tensor; none or two is an error. Optimizer moments carry their
 # parameter's path as a suffix, so the same rule applies to them. Stacked layers have L in front.
-# The embedding is split on its vocabulary only: splitting the width too makes the partitioner
-# rematerialise it.
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
-  (r'backbone/embedding$', P(('tensor', 'fsdp'), None)),
+  # As the head, transposed. Devices that have other rows exchange columns of the hidden states of
+  # their tokens; with parts of the vocabulary they would add up rows of all tokens of all devices.
+  (r'backbone/embedding$', P('tensor', 'fsdp')),
   # Columns over tensor here, rows over tensor in output and down: between the two products no
   # device needs heads or MLP columns of another.
   (r'layers/(query|key|value|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
@@ -94,7 +94,6 @@ def fitted(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   entries = []
   for dim, entry in zip(shape, tuple(spec), strict=True):
     axes = list(axes_of(entry))
-    # The last axis is dropped first: an embedding keeps its split over tensor the longest.
     while axes and dim % math.prod(mesh.shape[axis] for axis in axes):
       axes.pop()
     entries.append(tuple(axes) or None)

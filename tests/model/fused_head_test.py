@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from fixtures import models
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
 from segjax.model import fused_head, sharding
@@ -49,23 +48,19 @@ def dense(*sizes):
     return jax.device_get(grads_and_outputs(read, *wide, jnp.asarray(target), weight))
 
 
-def head_config(tied=False, chunk=32):
-  return dataclasses.replace(models.TIED if tied else models.CONFIG, vocab_chunk=chunk)
+def head_config(chunk=32):
+  return dataclasses.replace(models.CONFIG, vocab_chunk=chunk)
 
 
 def fused(config, mesh, hidden, kernel, target, weight):
   """Returns gradients and outputs of `fused_logprobs`, its arguments laid out on the mesh."""
-  spec = sharding.parameter_spec(
-    'backbone/embedding' if config.tie_word_embeddings else 'lm_head/kernel'
-  )
-  spec = P(*reversed(spec)) if config.tie_word_embeddings else spec
 
   def place(x, spec):
     return jax.device_put(x, NamedSharding(mesh, sharding.fitted(spec, x.shape, mesh)))
 
   with jax.set_mesh(mesh):
     hidden = place(hidden, sharding.ACTIVATION_RULES['hidden'])
-    kernel = place(kernel, spec)
+    kernel = place(kernel, sharding.parameter_spec('lm_head/kernel'))
     run = jax.jit(functools.partial(grads_and_outputs, lambda *a: fused_logprobs(*a, config)))
     grads, outputs = run(hidden, kernel, target, weight)
   assert grads[1].sharding.shard_shape(kernel.shape) == kernel.sharding.shard_shape(kernel.shape)
@@ -88,13 +83,12 @@ def test_equals_dense_float64(chunk):
 
 # The last sizes do not divide over the axes of the mesh, which are dropped or split less.
 @pytest.mark.devices
-@pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('chunk', [32, 100])
 @pytest.mark.parametrize(
   'sizes', [(8, 24, 80), (8, 23, 80), (8, 24, 82), (8, 24, 81), (2, 24, 80), (1, 5, 80)]
 )
-def test_eight_devices_equal_dense_float64(tied, chunk, sizes):
-  assert_close(fused(head_config(tied, chunk), models.mesh(8), *arrays(*sizes)), dense(*sizes))
+def test_eight_devices_equal_dense_float64(chunk, sizes):
+  assert_close(fused(head_config(chunk), models.mesh(8), *arrays(*sizes)), dense(*sizes))
 
 
 @pytest.mark.devices

@@ -74,9 +74,9 @@ def test_axes_that_do_not_divide_are_left_out():
   def spec(name, *shape):
     return sharding.parameter_sharding(name, shape, mesh).spec
 
-  assert spec('backbone/embedding', 80, 32) == P(('tensor', 'fsdp'), None)
-  assert spec('backbone/embedding', 82, 32) == P(('tensor',), None)
-  assert spec('backbone/embedding', 81, 32) == P(None, None)
+  assert spec('backbone/embedding', 80, 32) == P(('tensor',), ('fsdp',))
+  assert spec('backbone/embedding', 81, 32) == P(None, ('fsdp',))
+  assert spec('backbone/embedding', 80, 33) == P(('tensor',), None)
   assert spec('lm_head/kernel', 32, 81) == P(('fsdp',), None)
 
 
@@ -167,7 +167,7 @@ def test_weights_and_moments_are_split_alike(config):
   # Per device: the width over fsdp, heads and MLP width over tensor.
   for name, shard in (('query', (2, 16, 16)), ('up', (2, 16, 24)), ('down', (2, 24, 16))):
     assert kernels[name]['kernel'].addressable_shards[0].data.shape == shard
-  assert params['backbone']['embedding'].addressable_shards[0].data.shape == (20, 32)
+  assert params['backbone']['embedding'].addressable_shards[0].data.shape == (40, 16)
 
 
 def assert_moments_follow(state):
