@@ -78,10 +78,16 @@ def num_bytes(shards: list[ShardPlan]) -> int:
 
 
 class ShardWriter:
-  """Opens the files of a plan for writing; several threads may write different parts at once."""
+  """Opens the files of a plan for writing; several threads may write different parts at once.
 
-  def __init__(self, directory: Path, shards: list[ShardPlan]) -> None:
-    self._directory, self._shards = directory, shards
+  Args:
+    directory: of the files.
+    shards: the plan.
+    creates: makes the files, and in the end the index; False writes into those of another process.
+  """
+
+  def __init__(self, directory: Path, shards: list[ShardPlan], *, creates: bool = True) -> None:
+    self._directory, self._shards, self._creates = directory, shards, creates
     self._open: list[int] = []
     self._offsets: dict[str, tuple[int, int]] = {}  # file descriptor, first byte
     self._weight_map: dict[str, str] = {}
@@ -91,10 +97,12 @@ class ShardWriter:
     for number, shard in enumerate(self._shards, 1):
       name = f'model-{number:05d}-of-{count:05d}.safetensors' if count > 1 else WEIGHTS
       # O_EXCL: never into an existing file, whose bytes would mix with these.
-      file = os.open(self._directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+      new = os.O_CREAT | os.O_EXCL if self._creates else 0
+      file = os.open(self._directory / name, os.O_WRONLY | new, 0o666)
       self._open.append(file)
       header = _header(shard)
-      _write_at(file, header, 0)
+      if self._creates:
+        _write_at(file, header, 0)
       offset = len(header)
       for piece in shard:
         self._offsets[piece.name] = file, offset
@@ -111,9 +119,11 @@ class ShardWriter:
     self, kind: type | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
     for file in self._open:
+      if not self._creates:
+        os.fsync(file)  # the other process may be on another machine
       os.close(file)
     # The index is written last: without it the files of a failed export are not a checkpoint.
-    if error is None and len(self._shards) > 1:
+    if error is None and self._creates and len(self._shards) > 1:
       total = num_bytes(self._shards)
       index = {'metadata': {'total_size': total}, 'weight_map': self._weight_map}
       write_json(self._directory / INDEX, index)

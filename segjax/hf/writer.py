@@ -1,23 +1,25 @@
 """Saves our parameter tree as an HF checkpoint: safetensors, config.json, tokenizer files.
 
-One HF tensor at a time is gathered and written, so that host memory does not grow with the model.
+One HF tensor at a time is gathered and written, so that host memory does not grow with the model;
+several processes share the writing, see `process_shares`.
 Tensor names are mapped by `tensor_names`; checkpoints on disk are converted by `convert`.
 """
 
+import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from segjax import storage
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import model_card as cards
-from segjax.hf import shards, tensor_names, tokenizer_writer
+from segjax.hf import process_shares, shards, tensor_names, tokenizer_writer
 from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
 from segjax.hf.config import config_to_hf
 from segjax.hf.tensor_slices import DTYPES, transpose_into
@@ -70,9 +72,9 @@ def save_checkpoint(
 ) -> Path:
   """Writes a checkpoint that transformers loads, atomically; returns its directory.
 
-  All processes must call it: each takes part in gathering, the first writes. A checkpoint in
-  `directory` is replaced, a directory with other files is not. Takes ten parameters: four define
-  the model, most callers leave out the others.
+  All processes must call it: each gathers, and writes its share where all see the directory. A
+  checkpoint in `directory` is replaced, a directory with other files is not. Takes ten parameters:
+  four define the model, most callers leave out the others.
 
   Args:
     directory: directory to write.
@@ -101,18 +103,7 @@ def save_checkpoint(
   if card is not None and origin is not None:
     card = cards.merge(cards.from_source(source, origin), card)
   metadata = Metadata(config, head, common_dtype(dtypes), origin, extra_config, card, tokenizer)
-  tensors = [tensor for shard in planned for tensor in shard]
-  if jax.process_index():
-    for tensor in tensors:  # a collective: the first process waits for it
-      _gather(tensor, by_path[tensor.entry.path])
-  else:
-    with storage.atomic_directory(directory) as partial:
-      with shards.ShardWriter(partial, planned) as files:
-        for tensor in tensors:
-          files.write(tensor.name, 0, _gather(tensor, by_path[tensor.entry.path]))
-      write_metadata(partial, metadata, directory.name)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices('saved')  # not the path, which may differ between hosts
+  _write_files(directory, planned, by_path, metadata)
   return directory
 
 
@@ -198,23 +189,51 @@ def check_tensors(
       )
 
 
+def _write_files(
+  directory: Path, planned: list[shards.ShardPlan], by_path: dict[str, Any], metadata: Metadata
+) -> None:
+  """Writes all files of a checkpoint; every process must call it."""
+  tensors = [
+    (tensor, functools.partial(_device_tensor, tensor, by_path[tensor.entry.path]))
+    for shard in planned
+    for tensor in shard
+  ]
+  with process_shares.shared_directory(directory) as (partial, writers):
+    if not jax.process_index():
+      with shards.ShardWriter(partial, planned) as files:
+        process_shares.barrier('created')
+        process_shares.write_shares(tensors, functools.partial(_write, files), writers)
+        process_shares.barrier('written')  # before the index
+      write_metadata(partial, metadata, directory.name)
+    else:
+      process_shares.barrier('created')
+      with contextlib.ExitStack() as stack:
+        files = None
+        if writers > 1:
+          files = stack.enter_context(shards.ShardWriter(partial, planned, creates=False))
+        process_shares.write_shares(tensors, functools.partial(_write, files), writers)
+      process_shares.barrier('written')
+  process_shares.barrier('saved')
+
+
 @jax.jit
 def _layer(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
   """Returns leaf[layer]; compiled once per shape, where indexing would compile per layer."""
   return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
 
 
-def _gather(tensor: shards.HFTensor, leaf: Any) -> np.ndarray:
-  """Returns one complete HF tensor on the host, in the file's dtype and orientation."""
-  entry = tensor.entry
-  if entry.stacked:
-    leaf = _layer(leaf, tensor.layer) if isinstance(leaf, jax.Array) else leaf[tensor.layer]
-  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-    leaf = multihost_utils.process_allgather(leaf, tiled=True)
-  host = np.asarray(jax.device_get(leaf))
-  out = np.empty(entry.hf_shape, jnp.dtype(DTYPES[tensor.dtype]))
-  if entry.transposed:
+def _device_tensor(tensor: shards.HFTensor, leaf: Any) -> Any:
+  """Returns an HF tensor in our orientation, split over the devices as our tensor is."""
+  if not tensor.entry.stacked:
+    return leaf
+  return _layer(leaf, tensor.layer) if isinstance(leaf, jax.Array) else leaf[tensor.layer]
+
+
+def _write(files: shards.ShardWriter, tensor: shards.HFTensor, host: np.ndarray) -> None:
+  """Writes a tensor in the file's dtype and orientation."""
+  out = np.empty(tensor.entry.hf_shape, jnp.dtype(DTYPES[tensor.dtype]))
+  if tensor.entry.transposed:
     transpose_into(host, out)
   else:
     out[...] = host
-  return out
+  files.write(tensor.name, 0, out)

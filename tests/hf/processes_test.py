@@ -1,6 +1,7 @@
 """Two processes write one checkpoint; a killed one leaves nothing that looks complete."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from fixtures import hf_models
 
-from segjax.hf import convert
+from segjax.hf import convert, reader, writer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,12 +21,18 @@ import sys
 from segjax import processes
 address, index, source, out = sys.argv[1:]
 processes.initialize(address, 2, int(index))
-from segjax.hf import reader, writer
+from segjax.hf import reader, shards, writer
 from segjax.model.mesh import make_mesh
 mesh = make_mesh(2, 2, 2)
 config = reader.load_config(source)
 params = reader.load_params(source, config, 'language', mesh)
 assert not params['lm_head']['kernel'].is_fully_addressable
+write = shards.ShardWriter.write
+def record(self, name, *rest):
+  print('wrote', name, flush=True)
+  write(self, name, *rest)
+
+shards.ShardWriter.write = record
 writer.save_checkpoint(out, params, config, 'language', source=source, max_shard_bytes=20_000)
 """
 
@@ -40,17 +47,33 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   command = [sys.executable, '-c', WORKER, address]
   workers = [
     subprocess.Popen(
-      [*command, str(index), source, tmp_path / 'b'], cwd=REPOSITORY, env=environment
+      [*command, str(index), source, tmp_path / 'b'],
+      **{'cwd': REPOSITORY, 'env': environment, 'stdout': subprocess.PIPE, 'text': True},
     )
     for index in range(2)
   ]
   try:
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
   finally:
     for worker in workers:
       worker.kill()
+  # Each wrote half of the tensors, into the same files as one process alone.
+  first, second = (re.findall('^wrote (.*)$', output, re.MULTILINE) for output in outputs)
+  assert 0 <= len(first) - len(second) <= 1 < len(second) and not set(first) & set(second)
+  config = reader.load_config(source)
+  params = reader.load_params(source, config, 'language')
+  alone = writer.save_checkpoint(
+    tmp_path / 'c', params, config, 'language', source=source, max_shard_bytes=20_000
+  )
+  names = sorted(file.name for file in alone.iterdir())
+  assert len([name for name in names if name.endswith('.safetensors')]) > 2
+  assert sorted(file.name for file in (tmp_path / 'b').iterdir()) == names
+  for name in names:
+    assert (tmp_path / 'b' / name).read_bytes() == (alone / name).read_bytes(), name
   hf_models.assert_same_tensors(source, tmp_path / 'b')
-  assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b']
+  assert hf_models.torch_logits(tmp_path / 'b', hf_models.IDS).shape[0]  # transformers loads it
+  assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b', 'c']
 
 
 HANGING = """
