@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from segjax.data import json_rows
+from segjax.data import arrow_store, json_rows
 from segjax.errors import UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz', '.parquet')
@@ -136,7 +136,7 @@ def _open_all(paths: Sequence[epath.Path], drop_bad: bool, limit: int) -> list[O
   return opened
 
 
-def _from_json(path: epath.Path, limit: int, drop_bad: bool) -> list[json_rows.Row | UserError]:
+def _from_json(path: epath.Path, limit: int, drop_bad: bool) -> Any:
   is_packed = path.suffix == '.gz'
   with path.open('rb') as raw, gzip.open(raw) if is_packed else raw as stream:
     try:
@@ -172,22 +172,20 @@ def _from_parquet(path: epath.Path, limit: int) -> Any:
   import pyarrow.parquet
 
   size = path.stat().length
-  batches, num_bytes, num_rows = [], 0, 0
+  table, num_bytes, num_rows = arrow_store.TableStore(), 0, 0
   with path.open('rb') as stream:
     try:
       file = pyarrow.parquet.ParquetFile(stream)
       _check_row_groups(file.metadata, path)
       for batch in file.iter_batches(_BATCH):
-        batches.append(batch)
+        table.append(batch)
         num_bytes += batch.nbytes
         num_rows += len(batch)
         if num_bytes > max(_UNCHECKED_BYTES, json_rows.MAX_RATIO * size):
           raise UserError(json_rows.describe_ratio(path, size, num_bytes))
         if limit and num_rows >= limit:
           break
-      # Without metadata: features that `datasets` has stored may need a decoder.
-      schema = file.schema_arrow.remove_metadata()
-      table = pyarrow.Table.from_batches(batches, file.schema_arrow).cast(schema)
+      table = table.finish(file.schema_arrow)
     except (pyarrow.ArrowException, OSError, EOFError) as error:
       raise UserError(
         f'{path}: not a parquet file, or damaged: {_reason(error)}; copy it again.'

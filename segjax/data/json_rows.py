@@ -8,11 +8,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from segjax.data.stored_rows import RowStore, StoredRows
 from segjax.errors import UserError, excerpt
 
 Row = dict[str, Any]
 
 MAX_ROW_BYTES = 32 << 20  # the longest conversations are a hundred times shorter
+_IN_MEMORY = 64 << 20  # bytes of text whose rows are kept in memory
 MAX_RATIO = 200  # of unpacked to packed bytes; text packs to a third or a tenth
 _UNCHECKED_BYTES = 4 << 20  # unpacked, at the beginning of a file; their ratio does not matter
 _CHECKED_BYTES = 32 << 20  # unpacked, whose ratio is checked together
@@ -26,6 +28,9 @@ class BoundedStream:
 
   Attributes:
     path: the file, for errors.
+    num_bytes: bytes that were read.
+    line_start: position of the line that was read last.
+    source: the file, if each of its lines can be read again by its position.
   """
 
   def __init__(self, path: Any, stream: Any, packed: Any = None):
@@ -37,25 +42,27 @@ class BoundedStream:
       packed: the file that `stream` unpacks, if it does.
     """
     self.path, self._stream, self._packed = path, stream, packed
-    self._num_bytes, self._next_check = 0, _UNCHECKED_BYTES
+    self.source = None if packed or '://' in str(path) else path
+    self.num_bytes, self.line_start, self._next_check = 0, 0, _UNCHECKED_BYTES
     self._mark = (0, 0)  # bytes, unpacked and packed, at the beginning of the part that is checked
 
   def lines(self) -> Iterator[bytes]:
     """Yields the lines, the first without a byte order mark; ends after one that is too long."""
     while line := self._read_line():
-      if not self._num_bytes:
+      self.line_start = self.num_bytes
+      self.num_bytes += len(line)
+      if not self.line_start:
         if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
           raise UserError(f'{self.path}: the text is UTF-16; save it as UTF-8.')
         line = line.removeprefix(codecs.BOM_UTF8)
-      self._num_bytes += len(line)
-      if self._num_bytes > self._next_check:
+      if self.num_bytes > self._next_check:
         self._check_ratio()
       yield line
       if len(line) > MAX_ROW_BYTES:
         return
 
   def _read_line(self) -> bytes:
-    if self._num_bytes:
+    if self.num_bytes:
       return self._stream.readline(MAX_ROW_BYTES + 1)
     # The first line may be an array of all rows, of which only the first ones are wanted.
     line = self._stream.readline(_CHUNK)
@@ -66,21 +73,21 @@ class BoundedStream:
   def read(self, size: int) -> bytes:
     """Returns the next bytes, at most `size`; b'' at the end."""
     data = self._stream.read(size)
-    self._num_bytes += len(data)
-    if self._num_bytes > self._next_check:
+    self.num_bytes += len(data)
+    if self.num_bytes > self._next_check:
       self._check_ratio()
     return data
 
   def _check_ratio(self) -> None:
-    self._next_check = self._num_bytes + (1 << 20)
+    self._next_check = self.num_bytes + (1 << 20)
     if self._packed is None:
       return
     position = self._packed.tell()
-    unpacked, packed = self._num_bytes - self._mark[0], position - self._mark[1]
+    unpacked, packed = self.num_bytes - self._mark[0], position - self._mark[1]
     if unpacked > MAX_RATIO * packed:
       raise UserError(describe_ratio(self.path, packed, unpacked))
     if unpacked > _CHECKED_BYTES:  # the beginning must not make up for the rest
-      self._mark = self._num_bytes, max(0, position - _READ_AHEAD)
+      self._mark = self.num_bytes, max(0, position - _READ_AHEAD)
 
 
 def describe_ratio(path: Any, packed: int, unpacked: int) -> str:
@@ -92,13 +99,17 @@ def describe_ratio(path: Any, packed: int, unpacked: int) -> str:
   )
 
 
-def read_rows(stream: BoundedStream, limit: int, drop_bad: bool) -> list[Row | UserError]:
+def read_rows(
+  stream: BoundedStream, limit: int, drop_bad: bool
+) -> list[Row | UserError] | StoredRows:
   """Returns the first rows of a stream; 0 reads all.
+
+  Rows of over 64 MiB of text are parsed again when they are used.
 
   Raises:
     UserError: a row is not a JSON object. With `drop_bad`, its place is taken by the error.
   """
-  rows: list[Row | UserError] = []
+  rows = RowStore(stream, _IN_MEMORY)
   for row in _parse(stream):
     if not isinstance(row, dict | UserError):
       location = f'{stream.path}, row {len(rows) + 1}'
@@ -108,9 +119,9 @@ def read_rows(stream: BoundedStream, limit: int, drop_bad: bool) -> list[Row | U
     rows.append(row)
     if len(rows) == limit:
       break
-  if len(rows) == 1 and isinstance(rows[0], dict):
-    _check_object(rows[0], stream.path)
-  return rows
+  if len(rows) == 1 and isinstance(row, dict):
+    _check_object(row, stream.path)
+  return rows.finish()
 
 
 def _parse(stream: BoundedStream) -> Iterator[Any]:
@@ -127,6 +138,7 @@ def _parse(stream: BoundedStream) -> Iterator[Any]:
     number += 1
     location = f'{stream.path}, row {number}'
     if number == 1 and line.lstrip().startswith(b'['):
+      stream.source = None
       yield from _parse_array(line.lstrip()[1:], stream)
       return
     if len(line) > MAX_ROW_BYTES:

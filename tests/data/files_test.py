@@ -9,10 +9,11 @@ import time
 import pytest
 from fixtures.tokenizers import user
 
-from segjax.data import json_rows
+from segjax.data import arrow_store, files, json_rows
 from segjax.data.rows import Reading
 from segjax.data.source_list import Source, parse_sources
 from segjax.data.sources import load_rows
+from segjax.data.stored_rows import StoredRows
 
 ROWS = [{'prompt': f'question {i}'} for i in range(10)]
 
@@ -358,3 +359,40 @@ def test_a_row_has_a_size_limit(tmp_path):
     with pytest.raises(ValueError, match=r'a\.jsonl, row 2: longer than 32 MiB, the limit'):
       load_rows(str(path))
     assert len(load_rows(str(path), limit=1)) == 1
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.json', 'a.parquet'])
+def test_large_files_are_read_row_by_row(tmp_path, monkeypatch, name):
+  """They give the rows of small ones, whole and in parts."""
+  import datasets
+
+  path, rows = tmp_path / name, [{'prompt': f'question {i} é'} for i in range(50)]
+  if name == 'a.parquet':
+    datasets.Dataset.from_list(rows).to_parquet(str(path), batch_size=7)
+  elif name == 'a.json':
+    path.write_text('\ufeff' + json.dumps(rows), encoding='utf-8')
+  else:
+    text = '\ufeff' + '\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n'
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith('gz') else text.encode())
+  monkeypatch.setattr(json_rows, '_IN_MEMORY', 300)
+  monkeypatch.setattr(arrow_store, '_IN_MEMORY', 300)
+  monkeypatch.setattr(files, '_BATCH', 7)
+  loaded = load_rows(str(path))
+  assert name == 'a.parquet' or isinstance(loaded.rows, StoredRows)
+  assert list(loaded) == [loaded[i] for i in range(50)] == rows
+  assert list(load_rows(str(path), 'train[10:30]')) == rows[10:30]
+  assert list(load_rows(str(path), limit=20)) == rows[:20]
+  assert list(load_rows(f'{path}*0.5')) == rows[::2]
+  with pytest.raises(IndexError):
+    loaded[50]
+
+
+def test_bad_lines_of_large_files_are_dropped(tmp_path, monkeypatch):
+  monkeypatch.setattr(json_rows, '_IN_MEMORY', 20)
+  for name in ('a.jsonl', 'a.jsonl.gz'):
+    path = tmp_path / name
+    text = f'{ONE}\n{{"a": \n[1]\n{ONE}\n'
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith('gz') else text.encode())
+    rows = load_rows(str(path), reading=Reading(drop_bad=True))
+    assert isinstance(rows.rows, StoredRows)
+    assert [index for index, _, _ in rows.read(lambda row, location: row, {})] == [0, 3]
