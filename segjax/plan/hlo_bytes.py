@@ -44,6 +44,9 @@ class BytesReader:
     """Returns the bytes that an instruction reads and writes."""
     if is_free(instruction):
       return 0
+    if instruction.opcode == 'async-start':
+      inside = self._program.computations[instruction.called[0]]
+      return sum(self.moved(inside, part) for part in inside.values())
     names = instruction.operands
     numbers = [i for i, name in enumerate(names) if name not in names[:i]]  # read once
     reads = (self.read(instruction, i, computation[names[i]]) for i in numbers)

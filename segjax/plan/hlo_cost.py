@@ -3,8 +3,8 @@
 Seconds are the length of the program's own schedule by list simulation. Instructions run one after
 another, each as long as the slower of its arithmetic and its memory traffic at the rates of
 `model.chips`. A collective that the schedule starts and waits for later runs beside them, and so do
-the prefetches of a TPU; the collectives of a device run one after another. Nothing is charged for
-starting a kernel or for the latency of a link.
+the prefetches of a TPU; the collectives of a device run one after another, and so do prefetches.
+Nothing is charged for starting a kernel or for the latency of a link.
 """
 
 import dataclasses
@@ -89,27 +89,30 @@ def program_cost(
 
 
 class _Schedule:
-  """The clock of a device while it runs a computation, and when its other work is done."""
+  """The clock of a device while it runs a computation, and when its other work is done.
+
+  Prefetches have the part of the memory's bandwidth that instructions leave: their time stands
+  still while an instruction is bound by memory.
+  """
 
   def __init__(self):
     self.clock = self.exposed = 0.0
-    self._link = self._memory = 0.0  # when the collectives and the memory are free again
+    self._link = 0.0  # when the collectives so far are done
+    self._taken = 0.0  # seconds of the memory that instructions took
+    self._prefetched = 0.0  # when the prefetches so far are done, on a clock without these seconds
     self._ends: dict[str, tuple[float, bool]] = {}
 
   def compute(self, arithmetic: float, memory: float) -> None:
     """Advances the clock by an instruction that takes these seconds."""
-    end = self.clock + arithmetic
-    if memory:
-      self._memory = max(self.clock, self._memory) + memory
-      end = max(end, self._memory)
-    self.clock = end
+    self.clock += max(arithmetic, memory)
+    self._taken += memory
 
   def start(self, name: str, seconds: float, *, is_collective: bool) -> None:
-    """Starts a collective or a copy, which runs beside the instructions."""
+    """Starts a collective or a prefetch, which runs beside the instructions."""
     if is_collective:
       end = self._link = max(self.clock, self._link) + seconds
     else:
-      end = self._memory = max(self.clock, self._memory) + seconds
+      end = self._prefetched = max(self.clock - self._taken, self._prefetched) + seconds
     self._ends[name] = end, is_collective
 
   def follow(self, name: str, start: str) -> None:
@@ -119,10 +122,12 @@ class _Schedule:
 
   def wait(self, start: str) -> None:
     """Advances the clock to the end of what was started."""
-    end, is_collective = self._ends.pop(start, (self.clock, False))
-    if is_collective:
-      self.exposed += max(0.0, end - self.clock)
-    self.clock = max(self.clock, end)
+    end, is_collective = self._ends.pop(start, (0.0, False))
+    if not is_collective:
+      end += self._taken
+    left = max(0.0, end - self.clock)
+    self.exposed += left if is_collective else 0.0
+    self.clock += left
 
 
 class _Reader:
