@@ -60,11 +60,6 @@ class ProgramCost:
     """Seconds that the collectives take."""
     return sum((c.seconds for c in self.collectives), 0.0)
 
-  @property
-  def hidden_share(self) -> float:
-    """Share of the collectives' seconds in which the device does other work; 1 without any."""
-    return 1 - self.exposed / self.collective_seconds if self.collectives else 1.0
-
 
 def program_cost(
   text: str,

@@ -37,7 +37,8 @@ class PhaseCost:
   @property
   def hidden(self) -> float:
     """The share of the collectives' time in which the device does other work; 1 without any."""
-    return 1 - self.exposed / self.exchange_seconds if self.exchange_seconds else 1.0
+    seconds = self.exchange_seconds
+    return max(0.0, 1 - self.exposed / seconds) if seconds else 1.0  # rounding may exceed it
 
   def bound(self, chip: Chip) -> str:
     """Returns what takes the largest part of the time at the rates of the chip; '' for no time."""

@@ -44,7 +44,7 @@ def test_an_instruction_takes_the_longer_of_arithmetic_and_memory():
   assert (product.flops, product.bytes, product.seconds) == (FLOPS, MOVED, max(FLOPS, MOVED))
   both = cost(PRODUCT + '  ROOT %z = bf16[4,16]{1,0} copy(%y)')
   assert both.seconds == product.seconds + 2 * 2 * 4 * 16
-  assert both.hidden_share == 1 and both.collectives == ()
+  assert both.exposed == 0 and both.collectives == ()
 
 
 # all-gather of 8 x 16 from 4 x 16: half of 256 bytes comes from the other device.
@@ -57,7 +57,7 @@ SLICE, GATHERED = 2 * 2 * 4 * 16, 128
 
 def test_a_collective_hides_behind_what_runs_until_its_end_is_awaited():
   alone = cost(GATHER.replace('WORK', ''))
-  assert alone.collective_seconds == alone.exposed == GATHERED and alone.hidden_share == 0
+  assert alone.collective_seconds == alone.exposed == GATHERED
   assert alone.seconds == SLICE + GATHERED
   (gather,) = alone.collectives
   assert (gather.kind, gather.number, gather.bytes) == ('all-gather', 1, 2 * 8 * 16)
@@ -66,7 +66,7 @@ def test_a_collective_hides_behind_what_runs_until_its_end_is_awaited():
   part = cost(GATHER.replace('WORK', '  %y = bf16[4,8]{1,0} negate(%x)\n'))
   assert part.exposed == 0 and part.seconds == SLICE + 128  # as long as the collective
   synchronous = GATHER.replace('dimensions={0}', 'dimensions={0}, {"is_sync":true}')
-  assert cost(synchronous.replace('WORK', PRODUCT)).hidden_share == 0
+  assert cost(synchronous.replace('WORK', PRODUCT)).exposed == GATHERED
 
 
 def test_collectives_of_a_device_wait_for_each_other():
@@ -183,7 +183,7 @@ def test_loops_write_one_layer_in_place_and_run_as_often_as_they_say():
   # A collective that is open meanwhile is hidden behind the loop.
   gather = f'  %g = (bf16[4,8], bf16[8,8]) all-gather-start(%x), {PAIRS}\n'
   around = gather + LOOP.replace('KNOWN', '') + '  %h = bf16[8,8] all-gather-done(%g)'
-  assert cost(around, SCAN, trips=7).hidden_share == 1
+  assert cost(around, SCAN, trips=7).exposed == 0
 
 
 CUDNN = """  %o = (bf16[2,4,6,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), \
