@@ -121,3 +121,11 @@ def test_report(bench):
   record = bench('report', '--steps=20', '--responses=10', '--tokens=20', '--long=1')
   assert record['benchmark'] == 'report' and 0 < record['megabytes'] < 1
   assert record['write_seconds'] > 0 and (record['open_seconds'] or 1) > 0
+
+
+@pytest.mark.benchmarks
+def test_data(bench, tmp_path):
+  record = bench('data', '--rows=4000', f'--directory={tmp_path}')
+  assert record['rows'] == 4000 and record['same_batches']
+  assert 0 < record['second_start']['seconds'] < record['first_start']['seconds']
+  assert record['first_start']['peak_gb'] > 0

@@ -22,6 +22,7 @@ BENCHMARKS = {
   'checkpoint_save': 'time for which saving a checkpoint blocks the training loop',
   'kill_resume': 'kills and damaged checkpoints: steps lost, and whether any bit differs',
   'report': 'report.html of a long run: time to write, size, time to open in Chromium',
+  'data': 'rows from the start of a run to its first batch: time, memory, a second start',
   'carry': 'steps of a rollout with rollout.carry and without, counted on the host',
   'decode': 'tokens per second, compared with transformers and with the memory roofline',
   'compiled': 'decode, updates, scoring as compiled for GPUs and TPUs: bytes, exchanges; no device',

@@ -4,7 +4,8 @@ Text is tokenized and truncated by `segjax.data.tokenize`. The order has no stat
 computes the rows of any step from (seed, step) alone, so a run resumes by one integer.
 
 Every dataset pads on the right to ONE length, so that each step compiles once. `gather` makes
-numpy arrays and passes each to `to_device`, which a multi-host caller provides.
+numpy arrays and passes each to `to_device`; by `model.row_placement` a process gathers the rows of
+its own devices alone.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ from segjax.evaluation import reward_bench
 from segjax.evaluation.intervals import wilson
 from segjax.rl.pair_metrics import preference_metrics
 from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
+from segjax.types import PreferenceBatch
 
 
 def score_pairs(
@@ -21,7 +22,7 @@ def score_pairs(
   pairs: Pairs,
   scorer: SegmentScorer,
   batches: Iterable[tuple[np.ndarray, int]],
-  to_device: Callable[[np.ndarray], jax.Array],
+  gather: Callable[[Pairs, np.ndarray], PreferenceBatch],
 ) -> Float[np.ndarray, 'N 4']:
   """Returns (score of chosen, score of rejected, tokens of chosen, tokens of rejected) per pair.
 
@@ -29,11 +30,11 @@ def score_pairs(
     params: parameters of the reward model.
     reference: parameters of the reference; None if segments do not need its entropy.
     batches: `data.batches.eval_batches` over the pairs.
-    to_device: places an array of the host on the devices.
+    gather: (pairs, rows) -> these pairs on the devices.
   """
   scores = []
   for rows, num_real in batches:
-    batch = pairs.gather(rows, to_device)
+    batch = gather(pairs, rows)
     score = evaluate_pairs(params, reference, batch, scorer=scorer)
     # The last batch repeats its last pair to be full.
     scores.append(processes.to_host(score)[:num_real])

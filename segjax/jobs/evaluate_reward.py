@@ -118,7 +118,7 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
         pairs,
         model.scorer,
         inputs.tracked_batches(stage.name, len(pairs), s.evaluate_reward.batch_size, 'pairs'),
-        stage.to_device,
+        stage.gather,
       )
       for pairs, _ in data.pairs
     ]

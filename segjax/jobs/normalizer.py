@@ -174,7 +174,7 @@ def collect_statistics(
   parts = []
   size = stage.settings.normalizer.batch_size
   for rows, num_real in inputs.tracked_batches(stage.name, len(pairs), size):
-    batch = pairs.gather(rows, stage.to_device)
+    batch = stage.gather(pairs, rows)
     arrays = processes.to_host(segment_statistics(params, reference, batch, scorer=scorer))
     # Two sequences per pair; the last batch repeats its last pair to be full.
     position, score, end, response_score = (x[: 2 * num_real] for x in arrays)

@@ -167,7 +167,7 @@ class Trainer:
     state, metrics = reward_step(
       states['reward'],
       self.reference,
-      pairs.gather(rows, self.stage.to_device),
+      self.stage.gather(pairs, rows),
       packing,
       scorer=self.scorer,
       settings=s.reward,
@@ -183,7 +183,7 @@ class Trainer:
   def _evaluate(self, params: Any) -> dict[str, float]:
     batches = eval_batches(len(self.eval_subset), self.stage.settings.reward.batch_size)
     scored = score_pairs(
-      params, self.reference, self.eval_subset, self.scorer, batches, self.stage.to_device
+      params, self.reference, self.eval_subset, self.scorer, batches, self.stage.gather
     )
     return training_loop.prefix_metrics('eval', scored_pair_metrics(scored))
 
@@ -219,7 +219,7 @@ def _evaluate_held_out(
   """Prints a table of the metrics of all held-out pairs; returns them as held_out_NAME."""
   size = stage.settings.reward.batch_size
   batches = inputs.tracked_batches(stage.name, len(held_out), size, 'held-out pairs')
-  scored = score_pairs(params, reference, held_out, scorer, batches, stage.to_device)
+  scored = score_pairs(params, reference, held_out, scorer, batches, stage.gather)
   metrics = scored_pair_metrics(scored)
   rows = [(label, f'{metrics[name]:.3f}') for name, label in _LABELS.items()]
   table(f'{len(held_out)} held-out pairs', ('', ''), rows)

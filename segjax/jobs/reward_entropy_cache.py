@@ -83,7 +83,7 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   size = stage.settings.reward.batch_size
   batches = inputs.tracked_batches(stage.name, len(pairs), size, 'entropies')
   for rows, num_real in batches:
-    batch = pairs.gather(rows, stage.to_device)
+    batch = stage.gather(pairs, rows)
     both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
     for start, count, entropies in zip(starts, lengths.reshape(2, -1), both, strict=True):
       for row, entropy in zip(rows[:num_real], entropies, strict=False):

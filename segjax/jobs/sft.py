@@ -70,7 +70,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     rows = batch_indices(len(train_set), s.sft.batch_size, s.seed, step)
     lengths = train_set.tokens.lengths[rows]
     packing, efficiency = training_loop.plan_packing_for(s.sft, lengths, stage.mesh)
-    batch = train_set.gather(rows, stage.to_device)
+    batch = stage.gather(train_set, rows)
     state, metrics = sft_step(
       states['policy'], batch, packing, config=config, settings=s.sft, total_steps=num_steps
     )
@@ -102,7 +102,7 @@ def _evaluate(
   """Returns loss and entropy on held-out conversations, nats per token."""
   totals: dict[str, float] = {'loss': 0.0, 'entropy': 0.0, 'tokens': 0.0}
   for rows, num_real in eval_batches(len(held_out), stage.settings.sft.batch_size):
-    batch = held_out.gather(rows, stage.to_device)
+    batch = stage.gather(held_out, rows)
     sums = processes.to_host(sft_sums(params, batch, np.int32(num_real), config=config))
     totals = {name: total + float(sums[name]) for name, total in totals.items()}
   return {name: totals[name] / totals['tokens'] for name in ('loss', 'entropy')}

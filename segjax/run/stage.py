@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from segjax.config.settings import Settings
-from segjax.model import sharding
+from segjax.model import row_placement, sharding
 from segjax.report import console
 from segjax.run.bucket_mirror import NoMirror
 
@@ -62,6 +63,10 @@ class Stage:
   def to_device(self, x: Any) -> jax.Array:
     """Places a batch of the host on the mesh."""
     return sharding.place_batch(x, self.mesh)
+
+  def gather(self, dataset: Any, rows: np.ndarray) -> Any:
+    """Places the batch of these rows on the mesh; each process reads the rows of its devices."""
+    return row_placement.place_rows(dataset.gather, rows, self.mesh)
 
   def log(self, text: str) -> None:
     """Prints a line with the stage's name on the console."""
