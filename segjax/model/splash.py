@@ -1,12 +1,15 @@
 """Splash attention: flash attention for TPU, a Pallas kernel that comes with jax.
 
 It runs on the rows and heads of one device, never writes the [S, S] logits, and skips the blocks
-above the diagonal. https://github.com/jax-ml/jax, pallas/ops/tpu/splash_attention
+above the diagonal and those of other sequences. https://github.com/jax-ml/jax,
+pallas/ops/tpu/splash_attention
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LANES = 128  # row lengths and blocks are multiples of it
 _BLOCK = 512
@@ -35,8 +38,8 @@ def splash(
   if segment_ids is None:
     output = jax.vmap(jax.vmap(kernel))(query, key, value)
   else:
-    ids = _segment_ids(segment_ids)
-    output = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(query, key, value, ids)
+    # Not vmap, which turns into a loop in each kernel: the tables of a kernel have no batch.
+    output = jax.lax.map(lambda row: _packed_row(kernel, *row), (query, key, value, segment_ids))
   return output.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
@@ -57,8 +60,49 @@ def _kernel(heads: int, length: int, interpret: bool):
   )
 
 
-def _segment_ids(ids: Int[Array, 'B S']):
+def _packed_row(kernel, query, key, value, ids):
+  """Runs the kernel on a row, [K, G, S, h] and [K, S, h], without blocks of other sequences.
+
+  The kernel skips what is 0 in its tables, and the library makes these of the causal mask alone.
+  """
   from jax.experimental.pallas.ops.tpu import splash_attention as library
 
   ids = ids.astype(jnp.int32)
-  return library.SegmentIds(q=ids, kv=ids)
+  is_met = _met_blocks(ids, kernel.fwd_mask_info.block_mask.shape[-1])
+  parts = kernel.fwd_mask_info, kernel.dq_mask_info
+  kernel = type(kernel)(
+    *(_without_blocks(part, is_met, by_key=False) for part in parts),
+    _without_blocks(kernel.dkv_mask_info, is_met, by_key=True),
+    **kernel.kwargs,
+  )
+  segments = library.SegmentIds(q=ids, kv=ids)
+  return jax.vmap(kernel, (0, 0, 0, None))(query, key, value, segments)
+
+
+def _met_blocks(ids: Int[Array, 'S'], count: int) -> Bool[Array, 'N N']:
+  """Returns in which of N x N blocks of queries and keys a query may see a key, by their ids."""
+  blocks = ids.reshape(count, -1)
+  high = jnp.max(blocks, axis=1)
+  low = jnp.min(jnp.where(blocks > 0, blocks, high[:, None]), axis=1)
+  is_met = (low[:, None] <= high[None]) & (low[None] <= high[:, None]) & (high[None] > 0)
+  # Padding alone sees itself: the kernel divides by the sum of what is seen.
+  return jnp.tril(is_met) | jnp.eye(count, dtype=bool)
+
+
+def _without_blocks(part: Any, is_met: Bool[Array, 'N N'], *, by_key: bool) -> Any:
+  """Returns the part of a kernel's mask with fewer blocks.
+
+  Args:
+    part: a MaskInfo.
+    is_met: blocks to keep.
+    by_key: whether the kernel goes through the queries of each block of keys.
+  """
+  order = (is_met.T if by_key else is_met).reshape(-1)
+  # What is fetched next is of the next block that is kept; the last one is on the diagonal.
+  block = jnp.arange(order.size, dtype=jnp.int32)
+  following = jax.lax.cummin(jnp.where(order, block, order.size - 1), reverse=True)
+  following = jnp.remainder(following, is_met.shape[0]).reshape(is_met.shape)
+  return part._replace(
+    data_next=(following.T if by_key else following)[None].astype(part.data_next.dtype),
+    block_mask=jnp.where(is_met[None], part.block_mask, 0).astype(part.block_mask.dtype),
+  )

@@ -108,9 +108,9 @@ def test_packed_rows_on_cuda(monkeypatch, caplog):
   assert len(calls) == 2
 
 
-LONG = 256
-# Three sequences and padding; one sequence.
-PACKED = np.stack([np.repeat([1, 2, 3, 0], [100, 28, 100, 28]), np.ones(LONG, int)])
+LONG = 384  # three blocks of splash
+# Four sequences and padding; one sequence.
+PACKED = np.stack([np.repeat([1, 2, 3, 4, 0], [100, 28, 128, 100, 28]), np.ones(LONG, int)])
 
 
 def long_arrays():
@@ -119,7 +119,7 @@ def long_arrays():
 
 
 @functools.cache
-def long_results(name):
+def long_gradients(name):
   """Attention in packed rows, and the gradients of a function of it."""
   weight = jnp.asarray(np.random.default_rng(3).normal(size=(2, LONG, 4, 128)), jnp.float32)
 
@@ -131,12 +131,16 @@ def long_results(name):
       output = attention(*tensors, segment_ids=jnp.asarray(PACKED))
     return jnp.sum(output * weight), output
 
-  grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
-  (_, output), grads = jax.jit(grad)(*long_arrays())
+  return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+
+
+@functools.cache
+def long_results(name):
+  (_, output), grads = long_gradients(name)(*long_arrays())
   return output, *grads
 
 
-@pytest.mark.parametrize('sequence', [1, 2, 3])
+@pytest.mark.parametrize('sequence', [2, 3, 4])
 def test_packed_equals_apart(sequence):
   """Forward and backward, each sequence in a row of its own."""
   columns = np.flatnonzero(PACKED[0] == sequence)
@@ -159,12 +163,24 @@ def test_splash_equals_xla():
     assert_allclose(got, expected, atol=2e-5)  # float32
 
 
+def test_splash_skips_blocks_of_other_sequences():
+  """The third sequence fills a block: a NaN there would spread if others saw it."""
+  spoilt = [x.at[0, 128:256].set(jnp.nan) for x in long_arrays()]
+  (_, output), grads = long_gradients('splash')(*spoilt)
+  for got, expected in zip((output, *grads), long_results('splash'), strict=True):
+    assert np.all(np.isnan(got[0, 128:256]))
+    for others in (np.s_[0, :128], np.s_[0, 256:], np.s_[1]):
+      assert_allclose(got[others], expected[others], atol=0)
+
+
 def test_blocks_of_queries_change_nothing(monkeypatch):
   unblocked = long_results('xla')
-  monkeypatch.setattr(module, '_BLOCK', 96)  # the last one is shorter
+  monkeypatch.setattr(module, '_BLOCK', 160)  # the last one is shorter
+  long_gradients.cache_clear()
   long_results.cache_clear()
   for got, expected in zip(long_results('xla'), unblocked, strict=True):
     assert_allclose(got, expected, atol=1e-5)  # float32
+  long_gradients.cache_clear()
   long_results.cache_clear()
 
 
