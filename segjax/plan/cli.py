@@ -2,6 +2,7 @@
 
   segjax plan ppo:llama3_8b_sft,v5p:2x2x2
   segjax plan ppo:llama3_8b_sft --topology=cuda:8xH100-80GB --json
+  segjax plan sft:local --lengths=maximum     the time of texts of the maximum length
   segjax plan --table                         every preset on every topology that has batch sizes
 
 Compiles every phase of the job for the topology, from shapes alone. The exit code is 1 if the run

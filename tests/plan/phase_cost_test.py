@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from segjax.model.chips import CHIPS, Rates
-from segjax.plan import planner, topologies
+from segjax.plan import cli, planner, topologies
 from segjax.plan.hlo_cost import Collectives, ProgramCost
 from segjax.plan.phase_cost import PhaseCost, cost_of_call
 from segjax.plan.phase_plan import PhasePlan
@@ -63,3 +63,17 @@ def test_a_step_is_the_sum_of_its_phases():
   refused = dataclasses.replace(decode, refused='too large')
   assert plan(refused, update, phase('held-out', None)).step_seconds is None
   assert plan(decode).update_mfu is None
+
+
+def test_line_of_the_table():
+  def record(name, peak, seconds):
+    cost = {'seconds': seconds, 'bound': f'{name}s'}
+    return {'name': name, 'peak': peak * 2**30, 'compile_seconds': 2.0, 'cost': cost}
+
+  phases = [record('prefill', 3, 1.0), record('decode chunk', 4, 3.0), record('scoring', 2, 2.5)]
+  figures = {'memory': 8 * 2**30, 'fits': False, 'phases': phases, 'seconds_per_step': 6.5}
+  line = cli._line('ppo', figures | {'tokens_per_second': 1234.5, 'update_mfu': None})
+  assert line == (
+    '| `ppo` | 8.0, does NOT fit | 4.0 | 2.0 |  | 6 s | 4.0 s | 2.5 s |  | 6.5 s | '
+    'decode chunks | 1,234 |  |'
+  )
