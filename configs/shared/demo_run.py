@@ -54,7 +54,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.ppo.critic_optimizer.beta2 = 0.99
 
   config.evaluate.samples_per_prompt = 16
-  config.evaluate.batch_size = 128
+  config.evaluate.batch_size = 256  # as a rollout: the same programs
   config.evaluate.gold_reward_fn = 'segjax.data.demo_language:gold'
   config.evaluate.boundary_fn = 'segjax.data.demo_language:is_boundary'
 

@@ -16,8 +16,6 @@ response has -1.
 import dataclasses
 import functools
 
-import numpy as np
-
 from segjax.errors import UserError
 
 ANIMALS = ('otter', 'raven', 'lynx', 'heron', 'badger', 'gecko', 'bison', 'marten')
@@ -124,7 +122,7 @@ def split_clauses(response: str) -> list[str]:
 def gold(prompt: str, response: str) -> float:
   """Returns the gold reward: the mean value of the clauses, -1 for an empty response."""
   values = clause_values(prompt, response)
-  return float(np.mean(values)) if values else -1.0
+  return sum(values) / len(values) if values else -1.0
 
 
 def is_boundary(token: str) -> bool:

@@ -5,9 +5,11 @@ clause with probability `skill`, so that within a clause the entropy of the next
 ln 2 nats, while at the start of a clause any unused template may follow.
 """
 
+import bisect
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -117,9 +119,13 @@ def write_response(prompt: str, language: DemoLanguage, rng: np.random.Generator
   previous = None
   for _ in range(rng.integers(language.min_clauses, language.max_clauses + 1)):
     is_repeat = used and rng.random() < language.repeats
-    fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
-    weights = np.array([_template_weight(i, prompt) for i in fitting])
-    index = int(rng.choice(used) if is_repeat else rng.choice(fitting, p=weights / weights.sum()))
+    if is_repeat:
+      index = used[rng.integers(len(used))]
+    else:
+      fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
+      total = list(itertools.accumulate(_template_weight(i, prompt) for i in fitting))
+      # Generator.choice, several times as fast for so few.
+      index = fitting[bisect.bisect(total, rng.random() * total[-1])]
     correct = correct_ending(index, prompt, previous)
     ending = int(rng.integers(2)) if correct is None else correct
     ending = ending if rng.random() < language.skill else 1 - ending
