@@ -25,7 +25,9 @@ _IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
 _MESH_GROUPS = re.compile(
   rf'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{_IOTA}|([\d,]+))\))? \{{([^}}]*)\}}'
 )
-_CALLED = re.compile(r'(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)'
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def exchanges(
     crosses = any(len(count) > 1 for count in counts)
     per_node = min(min(count) for count in counts if len(count) > 1 or not crosses)
     yield Exchange(kind, size, len(groups[0]), per_node, crosses)
-  elif instruction.opcode in ('fusion', 'async-start'):
+  elif instruction.opcode in ('fusion', 'async-start', 'custom-call'):
     if piece(program, instruction)[0] in ('step', 'done'):
       return
     for name in instruction.called:

@@ -132,6 +132,28 @@ def test_a_collective_in_pieces_counts_once():
   assert cost(nothing_between, TPU_FUSIONS).exposed == 64
 
 
+SPARSE_CORE = (
+  GEMM
+  + f"""
+%gather (p: bf16[4,8]) -> bf16[8,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  ROOT %g = bf16[8,8]{{1,0}} all-gather(%p), {PAIRS}, dimensions={{0}}
+}}
+
+%offloaded (p: bf16[4,8]) -> bf16[8,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  ROOT %c = bf16[8,8]{{1,0}} custom-call(%p), called_computations={{%gather}}
+}}
+"""
+)
+
+
+def test_a_collective_that_another_core_runs_is_hidden():
+  start = '  %s = ((bf16[4,8]), bf16[8,8]{1,0}, u32[]) async-start(%x), calls=%offloaded\n'
+  whole = cost(start + PRODUCT + '  %d = bf16[8,8]{1,0} async-done(%s)', SPARSE_CORE)
+  assert whole.collective_seconds == 64 and whole.exposed == 0 and whole.seconds == FLOPS
+
+
 def test_devices_of_a_node_share_what_leaves_it():
   alone = GATHER.replace('WORK', '')
   assert cost(alone, nodes=(0, 1, 0, 1)).collective_seconds == GATHERED / 0.25
