@@ -105,6 +105,15 @@ def test_train(bench):
 
 
 @pytest.mark.benchmarks
+def test_train_against_another_checkout(bench):
+  checkout = TOOL.parents[1]
+  sizes = ('--shape=tiny', '--batch=8', '--length=48', '--repeats=1')
+  record = bench('train', *sizes, f'--other={checkout}', '--rounds=1')
+  assert set(record['times_as_fast']) == {'full', 'padded', 'packed'}
+  assert record['other']['padded']['tokens'] == record['padded']['tokens']
+
+
+@pytest.mark.benchmarks
 def test_checkpoint_save(bench, tmp_path):
   record = bench('checkpoint_save', '--gigabytes=0.001', '--repeats=1', f'--directory={tmp_path}')
   assert 0 < record['blocked_seconds'] <= record['written_seconds']

@@ -4,12 +4,21 @@ Three minibatches are timed in turn: full rows; ragged rows (their mean length i
 maximum), padded; the same ragged rows, packed into pieces of as many tokens. Only real tokens
 count. Utilisation is the model's FLOPs (forward and backward, without remat) over the FLOP/s that
 matrix products reach here.
+
+With `--other`, the same minibatches are timed in another checkout too, in turn with this one; the
+ratio is the median over the rounds.
 """
 
 import argparse
 import dataclasses
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +45,7 @@ SIZES = {
   '3b': Network(128_256, 3072, 8192, 28, 24, 8, 4096, tie_word_embeddings=True),
   '8b': Network(128_256, 4096, 14_336, 32, 32, 8, 4096),
 }
+TASKS = ('full', 'padded', 'packed')
 PROMPT_SHARE = 4  # a prompt takes 1 / PROMPT_SHARE of a full row
 
 
@@ -49,9 +59,47 @@ def add_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--remat', default='full')
   command.add_argument('--attention', default='auto')
   command.add_argument('--repeats', type=int, default=5)
+  command.add_argument('--other', type=Path, default=None, help='checkout to compare with')
+  command.add_argument('--rounds', type=int, default=3, help='of both checkouts, in turn')
 
 
-def run(
+def run(other: Path | None, rounds: int, **flags: Any) -> dict:
+  """Prints the table; returns the fields of the JSON line. Its parameters are the flags."""
+  return _measure(**flags) if other is None else _compare(other, rounds, flags)
+
+
+def _compare(other: Path, rounds: int, flags: dict[str, Any]) -> dict:
+  """Returns the last records of both checkouts, and how many times as fast this one is."""
+  arguments = [f'--{k.replace("_", "-")}={v}' for k, v in flags.items() if v is not None]
+  checkouts = Path(__file__).resolve().parents[2], other.resolve()
+  ratios = {name: [] for name in TASKS}
+  for _ in range(rounds):
+    ours, theirs = (_record_of(checkout, arguments) for checkout in checkouts)
+    for name in TASKS:
+      ratios[name].append(theirs[name]['seconds'] / ours[name]['seconds'])
+  ratios = {name: round(statistics.median(x), 3) for name, x in ratios.items()}
+  rows = [
+    (name, *(f'{x[name]["seconds"]} s, {x[name]["percent_of_peak"]} %' for x in (ours, theirs)))
+    for name in TASKS
+  ]
+  table(
+    'policy update, a minibatch and its % of peak, last round; ratio: median of the rounds',
+    ('rows', 'this checkout', str(other), 'ratio'),
+    [(*row, f'{ratios[row[0]]:.2f}') for row in rows],
+  )
+  return ours | {'other': theirs, 'times_as_fast': ratios}
+
+
+def _record_of(checkout: Path, arguments: list[str]) -> dict:
+  command = [sys.executable, str(checkout / 'tools' / 'bench.py'), 'train', *arguments]
+  environment = os.environ | {'PYTHONPATH': str(checkout)}
+  done = subprocess.run(
+    command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(
   shape: str,
   batch: int,
   micro_batch: int,
@@ -61,7 +109,7 @@ def run(
   attention: str,
   repeats: int,
 ) -> dict:
-  """Prints the table; returns the fields of the JSON line. Its parameters are the flags."""
+  """Prints the table of this checkout and returns its record; the parameters are the flags."""
   device = jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
   config, mesh = _network(shape, dtype, remat, attention), make_mesh()
