@@ -206,7 +206,7 @@ def test_a_program_that_does_not_fit_is_compiled_all_the_same():
   exhausted = 'RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM. HLO module: jit_f.\nmore'
   lowered = Lowered(exhausted)
   assert abstract_arrays.compile_program(lowered) == 'compiled'
-  assert lowered.options == [None, {'xla_tpu_no_crash_on_oom': 'true'}]
+  assert lowered.options == [{}, {'xla_tpu_no_crash_on_oom': 'true'}]
   # A compiler without that option.
   lowered = Lowered(exhausted, 'INVALID_ARGUMENT: No such compile option')
   refused = program_figures._compile(lowered, None, TOPOLOGY, [])
