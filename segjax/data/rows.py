@@ -178,44 +178,6 @@ class Rows:
     return iter(self.rows)
 
 
-class LazyRows(Rows):
-  """Rows that are loaded on their first use: where their tokens are cached, never.
-
-  Attributes:
-    fingerprint: what the rows depend on; equal only for equal rows.
-  """
-
-  def __init__(self, load: Callable[[], Rows], fingerprint: str, reading: Reading):
-    vars(self).update(rows=load, reading=reading, fingerprint=fingerprint)
-
-  @functools.cached_property
-  def loaded(self) -> Rows:
-    """The rows."""
-    return self.rows()
-
-  @property
-  def name(self) -> str:
-    """Name of the source in errors."""
-    return self.loaded.name
-
-  def __len__(self) -> int:
-    return len(self.loaded)
-
-  def __getitem__(self, index: int) -> Row:
-    return self.loaded[index]
-
-  def __iter__(self) -> Iterator[Row]:
-    return iter(self.loaded)
-
-  def location(self, index: int) -> str:
-    """Returns file and row for an error."""
-    return self.loaded.location(index)
-
-  def located(self) -> Iterator[tuple[int, str, Any]]:
-    """Yields (index, location, row as it is in the source) of each row, for `read_row`."""
-    return self.loaded.located()
-
-
 @dataclasses.dataclass(frozen=True)
 class JoinedRows(Rows):
   """Rows of several sources one after another; `rows` is their list of `Rows`.

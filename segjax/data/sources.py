@@ -16,14 +16,11 @@ from segjax.data import files, row_forms, splits
 from segjax.data.json_rows import Row
 from segjax.data.ratings import rating_gap
 from segjax.data.row_forms import Message, describe_keys, read_messages
-from segjax.data.rows import AS_THEY_ARE, JoinedRows, LazyRows, Reading, Rows
+from segjax.data.rows import AS_THEY_ARE, JoinedRows, Reading, Rows
 from segjax.data.source_list import Source, parse_sources
 from segjax.errors import UserError
 
 _REMEDY = 'correct the row, or leave such rows out by data.bad_rows=drop'
-# Smaller sources are read again at each start, which takes seconds.
-_MANY_ROWS = 4096
-_MANY_BYTES = 16 << 20
 _HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
 
 
@@ -70,26 +67,6 @@ def load_rows(
   if not len(rows):
     raise UserError(f'{path}: no rows are left by the weights; raise them.')
   return rows
-
-
-def open_rows(path: str, split: str, limit: int, reading: Reading) -> Rows:
-  """Returns the rows of `load_rows`; those of large local sources are loaded on their first use."""
-  sources = parse_sources(path)
-  paths = [epath.Path(source.path).expanduser() for source in sources]
-  if 0 < limit < _MANY_ROWS or not sources or not all(path.exists() for path in paths):
-    return load_rows(path, split, limit, reading)
-  stamps = [files.stamps(path) for path in paths]
-  if sum(stamp.size for part in stamps for stamp in part) < _MANY_BYTES:
-    return load_rows(path, split, limit, reading)
-  weights = [source.weight for source in sources]
-  how = [split, limit, reading.drop_bad, sorted(reading.columns.items())]
-
-  def load() -> Rows:
-    if [files.stamps(path) for path in paths] != stamps:
-      raise UserError(f'{path} has changed since the run has started; start it again.')
-    return load_rows(path, split, limit, reading)
-
-  return LazyRows(load, repr([stamps, weights, how]), reading)
 
 
 def _load(source: Source, split: str, limit: int, reading: Reading) -> list[Rows]:

@@ -11,11 +11,12 @@ from etils import epath
 
 from segjax.config.settings import Compat, Data, RolloutSettings, Settings, replace
 from segjax.data.batches import eval_batches
+from segjax.data.lazy_rows import open_rows
 from segjax.data.limits import Limits, describe_counts
 from segjax.data.pair_rules import PairRules
 from segjax.data.rows import Reading, Rows
 from segjax.data.source_list import parse_sources
-from segjax.data.sources import is_hub_id, open_rows
+from segjax.data.sources import is_hub_id
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, excerpt, first_line
 from segjax.hf import reader
@@ -143,7 +144,7 @@ def with_stage_data(settings: Settings, stage: str) -> Settings:
 
 
 def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Rows:
-  """Opens the rows of config.data, see `sources.open_rows`.
+  """Opens the rows of config.data, see `lazy_rows.open_rows`.
 
   Args:
     data: config.data.

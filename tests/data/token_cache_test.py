@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from segjax.data import sources, token_cache, token_store
+from segjax.data import lazy_rows, sources, token_cache, token_store
 from segjax.data.batches import split_holdout
+from segjax.data.lazy_rows import LazyRows
 from segjax.data.limits import Limits
 from segjax.data.pair_rules import DEFAULT_RULES, PairRules
-from segjax.data.rows import LazyRows, Reading
+from segjax.data.rows import Reading
 from segjax.data.tokenize import tokenize_conversations, tokenize_pairs, tokenize_prompts
 
 LIMITS = Limits(max_length=64, max_prompt_length=32)
@@ -32,7 +33,7 @@ ROWS = [
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
   """The directory of the cache; small sources are kept there too."""
-  monkeypatch.setattr(sources, '_MANY_BYTES', 0)
+  monkeypatch.setattr(lazy_rows, '_MANY_BYTES', 0)
   monkeypatch.setattr('segjax.data.tokenize._CHUNK', 8)
   monkeypatch.setenv(token_cache.VARIABLE, str(tmp_path / 'cache'))
   return tmp_path / 'cache'
@@ -50,7 +51,7 @@ class Source:
 
   def open(self, **reading):
     self.lines = []
-    return sources.open_rows(
+    return lazy_rows.open_rows(
       str(self.path), 'train', 0, Reading(log=self.lines.append, drop_bad=True, **reading)
     )
 
@@ -175,9 +176,24 @@ def test_entries_that_are_not_used_are_removed(cache, source, llama3):
   assert len(entries(cache)) == 1 and old not in entries(cache)
 
 
+def test_rows_of_the_hub_have_the_fingerprint_of_datasets(cache, llama3, monkeypatch):
+  import datasets
+
+  data = datasets.Dataset.from_list([{'prompt': f'hello {i}'} for i in range(30)])
+  monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: data)
+  monkeypatch.setattr(lazy_rows, '_MANY_ROWS', 10)
+  first = tokenize_prompts(lazy_rows.open_rows('owner/name', 'train', 0, Reading()), llama3, LIMITS)
+  monkeypatch.setattr(LazyRows, 'located', None)  # rows are not read again
+  rows = lazy_rows.open_rows('owner/name', 'train', 0, Reading())
+  assert_equal(tokenize_prompts(rows, llama3, LIMITS), first)
+  for path, limit in (('owner/name*0.5', 0), ('owner/name', 20)):
+    assert lazy_rows.open_rows(path, 'train', limit, Reading()).fingerprint != rows.fingerprint
+  assert not lazy_rows.open_rows('owner/name', 'train', 5, Reading()).fingerprint
+
+
 def test_bad_rows_leave_nothing_behind(cache, source, llama3):
   source.write([*ROWS, {'prompt': 'a'}])
-  rows = sources.open_rows(str(source.path), 'train', 0, Reading())
+  rows = lazy_rows.open_rows(str(source.path), 'train', 0, Reading())
   with pytest.raises(ValueError, match=r'rows\.jsonl, row 31: no `chosen`'):
     tokenize_pairs(rows, llama3, LIMITS)
   assert not entries(cache)

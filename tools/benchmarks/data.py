@@ -33,7 +33,7 @@ except ImportError:  # of an earlier commit
   from segjax.data.encoding import Limits, encode_pairs as tokenize_pairs
 try:
   from segjax.data.rows import Reading
-  from segjax.data.sources import open_rows
+  from segjax.data.lazy_rows import open_rows
   rows = open_rows(sys.argv[2], 'train', 0, Reading(log=print))
 except ImportError:
   from segjax.data.sources import load_rows
