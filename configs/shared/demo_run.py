@@ -29,7 +29,8 @@ def assign(config: ConfigDict, last_job: str) -> None:
 
   config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
   config.reward.batch_size = 64
-  config.reward.max_steps = 900
+  config.reward.max_steps = 900  # three epochs
+  config.reward.entropy_cache_dir = 'run'  # else the reference would read every pair three times
   config.reward.holdout_fraction = 0.06
   config.reward.optimizer.learning_rate = 3e-3
   config.reward.optimizer.warmup_ratio = 0.05

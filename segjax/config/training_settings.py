@@ -113,7 +113,7 @@ class RewardTraining:
 
   segmentation: Segmentation = Segmentation()
   threshold_search: ThresholdSearch = ThresholdSearch()
-  entropy_cache_dir: str = ''  # directory; the reference runs once over the data, then is freed
+  entropy_cache_dir: str = ''  # 'run' is the run's; the reference runs once, then is freed
   batch_size: int = 128  # pairs per step
   micro_batch_size: int = 0  # pairs, or packed rows, at once; 0: the whole batch
   micro_batch_tokens: int = 0  # the same in tokens of a device; 0: micro_batch_size

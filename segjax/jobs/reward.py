@@ -61,7 +61,8 @@ class Loaded(NamedTuple):
 def load(stage: Stage) -> Loaded:
   """Loads all but weights."""
   s = stage.settings
-  inputs.check_creatable('config.reward.entropy_cache_dir', s.reward.entropy_cache_dir)
+  if s.reward.entropy_cache_dir != 'run':
+    inputs.check_creatable('config.reward.entropy_cache_dir', s.reward.entropy_cache_dir)
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
   config = models.load_network_config(

@@ -25,6 +25,12 @@ from segjax.train.reward_scoring import SegmentScorer, reference_entropy
 from segjax.types import PreferenceBatch
 
 
+def _folder(stage: Stage) -> Path:
+  """Returns config.reward.entropy_cache_dir; 'run' is a folder of the stage's own directory."""
+  value = stage.settings.reward.entropy_cache_dir
+  return stage.directory / 'entropies' if value == 'run' else Path(value).expanduser()
+
+
 def with_entropies(
   stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: SegmentScorer
 ) -> Pairs:
@@ -34,7 +40,7 @@ def with_entropies(
   that decides its content: the reference's files, the tokens, the compute dtype, and the versions
   of segjax and its libraries.
   """
-  folder = Path(stage.settings.reward.entropy_cache_dir).expanduser()
+  folder = _folder(stage)
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
   if processes.broadcast_from_first(path.exists()):
     stage.log(f'entropies of the reference from {path}')

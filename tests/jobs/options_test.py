@@ -97,8 +97,9 @@ def reward_losses(workdir):
 
 @pytest.mark.campaign
 def test_cached_entropies_are_those_of_the_step(small, run, paths, tmp_path):
-  cache = {'reward.entropy_cache_dir': str(tmp_path / 'cache')}
+  cache = {'reward.entropy_cache_dir': 'run'}
   run(small('reward', **paths('pairs'), **CALIBRATED, **cache), tmp_path / 'cached')
+  assert len(list((tmp_path / 'cached' / 'reward' / 'entropies').glob('*.npy'))) == 1
   run(small('reward', **paths('pairs'), **CALIBRATED), tmp_path / 'computed')
   assert reward_losses(tmp_path / 'computed') == pytest.approx(
     reward_losses(tmp_path / 'cached'), rel=1e-5
