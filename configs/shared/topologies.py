@@ -41,9 +41,9 @@ TOPOLOGIES = {
   },
   ('ppo', '70b'): {
     'v5p:4x4x8': _ppo(768, _ALL, scoring=128, **{'mesh.tensor': 4}),
-    # A group of eight lies within a node: no sum of a layer or of a decode step leaves it, and
-    # between nodes only an eighth of the weights is gathered by each device.
-    'cuda:8x8xH100-80GB': _ppo(1536, _ALL, **{'mesh.tensor': 8, 'rollout.tensor': 8}),
+    # Groups lie within a node: no sum of a layer or of a decode step leaves it, and between nodes
+    # each device gathers only a part of the weights.
+    'cuda:8x8xH100-80GB': _ppo(1536, _ALL, **{'mesh.tensor': 4, 'rollout.tensor': 8}),
   },
   ('reward', '8b'): {
     'v5p:2x2x2': _settings('reward', 12_288, _ALL),
