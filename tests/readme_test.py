@@ -165,9 +165,7 @@ def only_parse(monkeypatch):
   monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_and_stop)
 
 
-_ARGPARSE_TOOLS = [
-  words for words in TOOLS if words[0] not in ('tools/plan.py', 'tools/convert_hf.py')
-]
+_ARGPARSE_TOOLS = [words for words in TOOLS if words[0] != 'tools/convert_hf.py']
 
 
 @pytest.mark.parametrize('words', _ARGPARSE_TOOLS, ids=' '.join)
@@ -180,14 +178,14 @@ def test_tools_take_their_arguments(words, only_parse, monkeypatch):
 
 def test_plans_take_their_arguments():
   """Runs in a new process, because absl defines each flag only once."""
-  plans = [words for words in TOOLS if words[0] == 'tools/plan.py']
+  plans = [words for words in COMMANDS if words[:2] == ['segjax', 'plan']]
   assert plans
   script = (
-    'import runpy, sys\nfrom segjax import main\nfrom segjax.config import command_line\n'
+    'import sys\nfrom segjax import main\nfrom segjax.config import command_line\n'
     'main.run = lambda f: print(command_line.parse_flags(sys.argv))'
   )
   for words in plans:
-    more = f'\nsys.argv = {words!r}\nrunpy.run_path(sys.argv[0], run_name="__main__")'
+    more = f'\nsys.argv = {words!r}\nmain.cli()'
     done = subprocess.run(
       [sys.executable, '-c', script + more], capture_output=True, text=True, cwd=REPOSITORY
     )
