@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from segjax.data.stored_rows import RowStore, StoredRows
+from segjax.data.stored_rows import RowStore, RowText, StoredRows, check_row, too_deep
 from segjax.errors import UserError, excerpt
 
 Row = dict[str, Any]
 
 MAX_ROW_BYTES = 32 << 20  # the longest conversations are a hundred times shorter
-_IN_MEMORY = 64 << 20  # bytes of text whose rows are kept in memory
+_IN_MEMORY = 4 << 20  # bytes of text whose rows are kept in memory
 MAX_RATIO = 200  # of unpacked to packed bytes; text packs to a third or a tenth
 _UNCHECKED_BYTES = 4 << 20  # unpacked, at the beginning of a file; their ratio does not matter
 _CHECKED_BYTES = 32 << 20  # unpacked, whose ratio is checked together
@@ -104,18 +104,26 @@ def read_rows(
 ) -> list[Row | UserError] | StoredRows:
   """Returns the first rows of a stream; 0 reads all.
 
-  Rows of over 64 MiB of text are parsed again when they are used.
+  Rows of over 4 MiB of text are parsed when they are used: only a line that does not look like an
+  object is parsed here.
 
   Raises:
     UserError: a row is not a JSON object. With `drop_bad`, its place is taken by the error.
   """
   rows = RowStore(stream, _IN_MEMORY)
-  for row in _parse(stream):
-    if not isinstance(row, dict | UserError):
-      location = f'{stream.path}, row {len(rows) + 1}'
-      row = UserError(f'{location}: must be a JSON object, not {excerpt(row)}.')
-    if isinstance(row, UserError) and not drop_bad:
-      raise row
+  for row in _read_values(stream):
+    number = len(rows) + 1
+    try:
+      if not isinstance(row, RowText):
+        check_row(row, f'{stream.path}, row {number}')
+      elif not rows.is_large or not _is_braced(row.text):
+        row = row.parse()
+    except UserError as error:
+      if number == 1 and isinstance(row, RowText):
+        _check_one_line(row.text, error.__cause__, stream)
+      if not drop_bad:
+        raise
+      row = error
     rows.append(row)
     if len(rows) == limit:
       break
@@ -124,11 +132,15 @@ def read_rows(
   return rows.finish()
 
 
-def _parse(stream: BoundedStream) -> Iterator[Any]:
-  """Yields each value of an array, or of the lines that are not blank; an error for a bad line."""
-  number, num_blank = 0, 0
+def _is_braced(line: bytes) -> bool:
+  return line.startswith(b'{') and line.endswith((b'}\n', b'}\r\n', b'}'))
+
+
+def _read_values(stream: BoundedStream) -> Iterator[Any]:
+  """Yields each value of an array, or the texts of the lines that are not blank."""
+  path, number, num_blank = str(stream.path), 0, 0
   for line in stream.lines():
-    num_blank = 0 if line.strip() else num_blank + len(line)
+    num_blank = num_blank + len(line) if line.isspace() else 0
     if num_blank > _MAX_BLANK:
       raise UserError(
         f'{stream.path}: over {_MAX_BLANK:,} bytes of blank lines in a row; remove them.'
@@ -136,22 +148,13 @@ def _parse(stream: BoundedStream) -> Iterator[Any]:
     if num_blank:
       continue
     number += 1
-    location = f'{stream.path}, row {number}'
     if number == 1 and line.lstrip().startswith(b'['):
       stream.source = None
       yield from _parse_array(line.lstrip()[1:], stream)
       return
     if len(line) > MAX_ROW_BYTES:
-      raise UserError(_too_long(location))
-    try:
-      yield json.loads(line)
-    except RecursionError:
-      yield UserError(_too_deep(location))
-    except ValueError as error:
-      if number == 1:
-        _check_one_line(line, error, stream)
-      text = excerpt(line[:80].decode('utf-8', 'replace'))
-      yield UserError(f'{location}: not JSON: {error}; the line is {text}.')
+      raise UserError(_too_long(f'{path}, row {number}'))
+    yield RowText(line, path, number)
 
 
 def _parse_array(text: bytes, stream: BoundedStream) -> Iterator[Any]:
@@ -197,7 +200,7 @@ def _decode_value(buffer: str, position: int, location: str) -> tuple[Any, int, 
   try:
     value, end = json.JSONDecoder().raw_decode(buffer, position)
   except RecursionError:
-    raise UserError(_too_deep(location)) from None
+    raise UserError(too_deep(location)) from None
   except ValueError as error:
     at = getattr(error, 'pos', position)
     reason = getattr(error, 'msg', str(error))
@@ -210,7 +213,7 @@ def _skip_space(text: str, position: int) -> int:
   return json.decoder.WHITESPACE.match(text, position).end()
 
 
-def _check_one_line(line: bytes, error: ValueError, stream: BoundedStream) -> None:
+def _check_one_line(line: bytes, error: BaseException | None, stream: BoundedStream) -> None:
   """Raises UserError if the first line opens an object that goes on in the next one."""
   is_open = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
   if is_open and line.lstrip().startswith(b'{') and next(stream.lines(), b'').strip():
@@ -241,7 +244,3 @@ def _check_object(row: Row, path: Any) -> None:
 
 def _too_long(location: str) -> str:
   return f'{location}: longer than {MAX_ROW_BYTES >> 20} MiB, the limit; shorten or remove it.'
-
-
-def _too_deep(location: str) -> str:
-  return f'{location}: not JSON that can be read: nested too deeply; remove the row.'

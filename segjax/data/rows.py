@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from segjax.data import row_forms
 from segjax.data.json_rows import Row
+from segjax.data.stored_rows import RowText
 from segjax.errors import UserError, first_line
 
 Item = TypeVar('Item')
@@ -68,16 +69,14 @@ def read_row(
   """Returns convert(row, location), with columns renamed; None for a row that is dropped.
 
   Args:
-    row: a row, or the error that has its place.
+    row: a row, its text, or the error that has its place.
     say: receives the kind and the text of each remark on the row.
 
   Raises:
     UserError: the row cannot be read, and `reading` drops none.
   """
   try:
-    if isinstance(row, UserError):
-      raise row
-    row = row_forms.with_columns(row, reading.columns, location)
+    row = row_forms.with_columns(_parsed(row), reading.columns, location)
     item = convert(row, location)
   except UserError as error:
     if not reading.drop_bad:
@@ -89,13 +88,20 @@ def read_row(
   return item
 
 
+def _parsed(row: Any) -> Row:
+  """Returns a row as a dict; raises the error that has its place."""
+  if isinstance(row, UserError):
+    raise row
+  return row.parse() if isinstance(row, RowText) else row
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """A sequence of dicts with the name of its source.
 
   Attributes:
-    rows: a list of dicts, or a memory-mapped `datasets.Dataset`; with `reading.drop_bad`, a line
-      that is not a row has its error in its place.
+    rows: a list of dicts, a memory-mapped `datasets.Dataset`, or `StoredRows`, whose rows are
+      texts; with `reading.drop_bad`, a line that is not a row has its error in its place.
     name: name of the source in errors.
     first: number of the first row in its source, from 0.
     reading: how they are read.
@@ -112,13 +118,12 @@ class Rows:
     return len(self.rows)
 
   def __getitem__(self, index: int) -> Row:
-    return row_forms.with_columns(self.rows[index], self.reading.columns, self.location(index))
+    row = _parsed(self.rows[index])
+    return row_forms.with_columns(row, self.reading.columns, self.location(index))
 
   def __iter__(self) -> Iterator[Row]:
     for index, row in self._indexed():
-      if isinstance(row, UserError):
-        raise row
-      yield row_forms.with_columns(row, self.reading.columns, self.location(index))
+      yield row_forms.with_columns(_parsed(row), self.reading.columns, self.location(index))
 
   def location(self, index: int) -> str:
     """Returns file and row for an error: 'train.jsonl, row 12' for index 11."""

@@ -1,47 +1,98 @@
 """Rows as JSON text in a file, of which one at a time is in memory."""
 
+import codecs
 import json
 import os
 import tempfile
 from array import array
-from typing import Any
+from typing import Any, NamedTuple
 
-from segjax.errors import UserError
+from segjax.errors import UserError, excerpt
 from segjax.storage import writing
 
 
+class RowText(NamedTuple):
+  """A row as JSON text, which whoever uses it parses: a process of its own, if there are many.
+
+  Attributes:
+    text: a line; what follows it is not read.
+    path: file of the row, for errors.
+    number: the row's, counted from 1, for errors.
+  """
+
+  text: bytes
+  path: str
+  number: int
+
+  def parse(self) -> dict[str, Any]:
+    """Returns the row; raises UserError if the text is not JSON, or no object."""
+    line = self.text[: self.text.find(b'\n') + 1 or None].removeprefix(codecs.BOM_UTF8)
+    location = f'{self.path}, row {self.number}'
+    try:
+      row = json.loads(line)
+    except RecursionError:
+      raise UserError(too_deep(location)) from None
+    except ValueError as error:
+      start = excerpt(line[:80].decode('utf-8', 'replace'))
+      raise UserError(f'{location}: not JSON: {error}; the line is {start}.') from error
+    check_row(row, location)
+    return row
+
+
+def check_row(row: Any, location: str) -> None:
+  """Raises UserError unless a JSON value is an object."""
+  if not isinstance(row, dict):
+    raise UserError(f'{location}: must be a JSON object, not {excerpt(row)}.')
+
+
+def too_deep(location: str) -> str:
+  """Returns the error on a row whose values are nested too deeply."""
+  return f'{location}: not JSON that can be read: nested too deeply; remove the row.'
+
+
 class StoredRows:
-  """A sequence of rows that are parsed when they are read.
+  """A sequence of the texts of rows, or of the errors in their places.
 
   Attributes:
     starts: position of each row in the file, and the end of the last one.
     errors: what stands in the place of a row that is none, by position.
   """
 
-  def __init__(self, file: Any, starts: array, errors: dict[int, UserError]):
-    """Reads rows from a binary file, which has to stay as it is."""
-    self._file = file
+  def __init__(self, file: Any, path: str, starts: array, errors: dict[int, UserError], first: int):
+    """Reads rows from a binary file, which has to stay as it is.
+
+    Args:
+      file: the texts.
+      path: file of the rows, for errors.
+      starts: see above.
+      errors: see above.
+      first: number of the first row in its file, from 0.
+    """
+    self._file, self._path, self._first = file, path, first
     self.starts, self.errors = starts, errors
 
   def __len__(self) -> int:
     return len(self.starts) - 1
 
-  def __getitem__(self, index: int) -> Any:
+  def __getitem__(self, index: int) -> RowText | UserError:
     index = range(len(self))[index]
     start, end = self.starts[index : index + 2]
     if start in self.errors:
       return self.errors[start]
     # pread: several threads may read.
-    return json.loads(os.pread(self._file.fileno(), end - start, start))
+    text = os.pread(self._file.fileno(), end - start, start)
+    return RowText(text, self._path, self._first + index + 1)
 
   def select(self, indices: range) -> 'StoredRows':
     """Returns the rows at consecutive indices."""
     starts = self.starts[indices.start : indices.stop + 1]
-    return StoredRows(self._file, starts, self.errors)
+    return StoredRows(self._file, self._path, starts, self.errors, self._first + indices.start)
 
 
 class RowStore:
   """Collects the rows of a stream: in a list, and beyond `max_bytes` of text in a file.
+
+  Those in the file are parsed when they are used.
 
   The file is that of the stream if its lines can be read again, else a temporary one, which
   vanishes with the rows.
@@ -57,9 +108,14 @@ class RowStore:
   def __len__(self) -> int:
     return len(self._starts)
 
+  @property
+  def is_large(self) -> bool:
+    """Whether the row that is appended next goes to the file."""
+    return self._stream.num_bytes > self._max_bytes
+
   def append(self, row: Any) -> None:
-    """Appends the row that was read last, or the error in its place."""
-    if self._rows is not None and self._stream.num_bytes > self._max_bytes:
+    """Appends the row that was read last, as its text or parsed, or the error in its place."""
+    if self._rows is not None and self.is_large:
       self._move_to_file()
     if self._rows is None:
       self._store(row, self._stream.line_start)
@@ -78,7 +134,7 @@ class RowStore:
     if not self._stream.source:
       start = self._file.tell()
       with writing(tempfile.gettempdir()):
-        self._file.write(b'\n' if isinstance(row, UserError) else json.dumps(row).encode())
+        self._file.write(_to_text(row))
     if isinstance(row, UserError):
       self._errors[start] = row
     self._starts.append(start)
@@ -93,4 +149,10 @@ class RowStore:
         self._file.flush()
       end = self._file.tell()
     self._starts.append(end)
-    return StoredRows(self._file, self._starts, self._errors)
+    return StoredRows(self._file, str(self._stream.path), self._starts, self._errors, 0)
+
+
+def _to_text(row: Any) -> bytes:
+  if isinstance(row, UserError):
+    return b'\n'
+  return row.text if isinstance(row, RowText) else json.dumps(row).encode()

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 _TABLE = 1 << 18  # words; more are forgotten together
-_LONGEST = 40  # characters of a word that is kept
+_LONGEST = 80  # characters of a word that is kept
 # No part of a text contains a space that follows another character, under the expressions below.
 # Such a space is a cut where no neighbour can be white space to one engine and none to another.
 _CUT = re.compile(r'(?<=[!-~\w]) (?=[!-~\w])')
+# Nor does a part go on after the end of a line with a letter or digit, under Llama-3's expression.
+_LINE = re.compile(r'(?<=\n)(?=[A-Za-z0-9])')
 _UNUSUAL = re.compile('[\t\r\x0b\x0c\x1c-\x1f]')
 _GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
 _BYTES = _GPT2 | {'use_regex': False}
@@ -47,33 +49,51 @@ class WordTable(Encoder):
   def __init__(self, tokenizer: Any):
     """Starts with no words."""
     super().__init__(tokenizer)
-    self._ids: dict[str, bytes] = {}  # of a space and the word
+    core = tokenizer.backend_tokenizer
+    has_lines = _read_splitter(core) == [_SPLIT, _BYTES]
+    self._firsts, self._ids = (_Ids(core, before, has_lines) for before in ('', ' '))
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int32, without added special tokens."""
-    words = [_split(text) for text in texts]
-    firsts = self._encode([parts.pop(0) for parts in words])
-    unknown = [*(set().union(*words) - self._ids.keys())]
-    self._ids.update(zip(unknown, self._encode([f' {word}' for word in unknown]), strict=True))
-    find = self._ids.__getitem__
-    ids = [
-      np.frombuffer(first + b''.join(map(find, parts)), np.int32)
-      for first, parts in zip(firsts, words, strict=True)
-    ]
-    for word in unknown:
-      if len(word) > _LONGEST:
-        del self._ids[word]
-    if len(self._ids) > _TABLE:
-      self._ids.clear()
-    return ids
-
-  def _encode(self, texts: Sequence[str]) -> list[bytes]:
-    """Returns the bytes of the ids of texts; `transformers` would take longer than the library."""
     core = self._tokenizer.backend_tokenizer
     core.no_truncation()
     core.no_padding()
-    encoded = core.encode_batch(texts, add_special_tokens=False)
-    return [np.array(item.ids, np.int32).tobytes() for item in encoded]
+    find, ids = self._ids.__getitem__, []
+    for text in texts:
+      words = _split(text)
+      first = self._firsts[words.pop(0)]
+      ids.append(np.frombuffer(first + b''.join(map(find, words)), np.int32))
+    for table in (self._firsts, self._ids):
+      if len(table) > _TABLE:
+        table.clear()
+    return ids
+
+
+class _Ids(dict[str, bytes]):
+  """Token ids of words as bytes of int32; those of a word that is not there yet are made."""
+
+  def __init__(self, core: Any, before: str, has_lines: bool):
+    """Starts with no words.
+
+    Args:
+      core: the tokenizer of the `tokenizers` library; `transformers` would take longer.
+      before: text before each word, '' or a space.
+      has_lines: no part of a text goes on after the end of a line, under its expression.
+    """
+    self._core, self._before = core, before
+    self._lines = _Ids(core, '', has_lines) if before else self
+    self._has_lines = has_lines
+
+  def __missing__(self, word: str) -> bytes:
+    if self._has_lines and '\n' in word:
+      first, *lines = _LINE.split(word)
+      if lines:  # too many words to keep: any two of them
+        return self[first] + b''.join(map(self._lines.__getitem__, lines))
+    encoded = self._core.encode(self._before + word, add_special_tokens=False)
+    ids = np.array(encoded.ids, np.int32).tobytes()
+    if len(word) <= _LONGEST:
+      self[word] = ids
+    return ids
 
 
 def make_encoder(tokenizer: Any) -> Encoder:
@@ -99,17 +119,21 @@ def splits_into_words(tokenizer: Any) -> bool:
   core = tokenizer.backend_tokenizer
   if core.normalizer is not None or core.pre_tokenizer is None or tokenizer.split_special_tokens:
     return False
-  splitter = json.loads(core.pre_tokenizer.__getstate__())
-  parts = splitter['pretokenizers'] if splitter['type'] == 'Sequence' else [splitter]
-  parts = [{k: v for k, v in part.items() if k != 'trim_offsets'} for part in parts]
   other_ways = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix')
   is_bpe = type(core.model).__name__ == 'BPE'
   return (
-    parts in _SPLITTERS
+    _read_splitter(core) in _SPLITTERS
     and is_bpe
     and not any(getattr(core.model, name) for name in other_ways)
     and not any(_crosses_words(token) for token in core.get_added_tokens_decoder().values())
   )
+
+
+def _read_splitter(core: Any) -> list[dict[str, Any]]:
+  """Returns how a tokenizer splits texts, as the library writes it."""
+  splitter = json.loads(core.pre_tokenizer.__getstate__())
+  parts = splitter['pretokenizers'] if splitter['type'] == 'Sequence' else [splitter]
+  return [{k: v for k, v in part.items() if k != 'trim_offsets'} for part in parts]
 
 
 def _crosses_words(token: Any) -> bool:
@@ -120,7 +144,8 @@ def _crosses_words(token: Any) -> bool:
 
 def _split(text: str) -> list[str]:
   """Returns the words of a text; all but the first follow a space, which they are without."""
-  is_plain = text.isascii() and not any(pair in text for pair in ('  ', ' \n', '\n '))
-  if is_plain and not _UNUSUAL.search(text) and not text.startswith(' ') and not text.endswith(' '):
+  has_runs = '  ' in text or ' \n' in text or '\n ' in text
+  is_plain = text.isascii() and not has_runs and not _UNUSUAL.search(text)
+  if is_plain and not text.startswith(' ') and not text.endswith(' '):
     return text.split(' ')
   return _CUT.split(text)

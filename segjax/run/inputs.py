@@ -156,7 +156,10 @@ def load_config_rows(data: Data, log: Callable[[str], None] | None = None) -> Ro
 
 
 def count_local_rows(data: Data) -> int:
-  """Returns the number of rows of config.data, 0 if they are not local."""
+  """Returns the number of rows of config.data, 0 if they are not local.
+
+  Lines of large files are counted but not parsed, see `json_rows.read_rows`.
+  """
   sources = parse_sources(data.path)
   if not sources or not all(Path(source.path).expanduser().exists() for source in sources):
     return 0

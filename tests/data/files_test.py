@@ -391,8 +391,30 @@ def test_bad_lines_of_large_files_are_dropped(tmp_path, monkeypatch):
   monkeypatch.setattr(json_rows, '_IN_MEMORY', 20)
   for name in ('a.jsonl', 'a.jsonl.gz'):
     path = tmp_path / name
-    text = f'{ONE}\n{{"a": \n[1]\n{ONE}\n'
+    text = f'{ONE}\n{{"a": \n[1]\n{ONE}\n{{"a": }}\n{ONE}'
     path.write_bytes(gzip.compress(text.encode()) if name.endswith('gz') else text.encode())
-    rows = load_rows(str(path), reading=Reading(drop_bad=True))
+    rows, counts = load_rows(str(path), reading=Reading(drop_bad=True)), {}
     assert isinstance(rows.rows, StoredRows)
-    assert [index for index, _, _ in rows.read(lambda row, location: row, {})] == [0, 3]
+    assert [index for index, _, _ in rows.read(lambda row, location: row, counts)] == [0, 3, 5]
+    assert counts == {'dropped_bad': 3}
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz'])
+def test_bad_lines_of_large_files_are_errors(tmp_path, monkeypatch, name):
+  """A line that looks like an object is parsed where it is used; the error is the same."""
+  path = tmp_path / name
+  bad = (f'{{"a": \xff{"b" * 90}}}', '{"a": 1} {}', f'{{"a": {"[" * 9999}}}')
+  for line in (*bad, '{"a": ', '[1]'):
+    data = f'{ONE}\n\n{ONE}\n{line}\n\n{ONE}\n'.encode('latin-1')
+    path.write_bytes(gzip.compress(data) if name.endswith('gz') else data)
+    with pytest.raises(ValueError) as small:
+      load_rows(str(path))
+    with monkeypatch.context() as patch:
+      patch.setattr(json_rows, '_IN_MEMORY', 20)
+      for read in (list, lambda rows: rows[2], lambda rows: list(rows.part(2, 4))):
+        with pytest.raises(ValueError) as large:
+          read(load_rows(str(path)))
+        assert str(large.value) == str(small.value)
+        assert str(small.value).startswith(f'{path}, row 3: ')
+      if line in bad:
+        assert len(load_rows(str(path))) == 4

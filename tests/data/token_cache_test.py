@@ -205,6 +205,7 @@ def test_workers_give_the_same_tokens_lines_and_errors(cache, source, llama3, mo
   source.write([*ROWS[:20], *bad, *ROWS])
   expected = [tokenize(source.open(), llama3, LIMITS) for tokenize in KINDS]
   lines = source.lines
+  monkeypatch.setattr('segjax.data.json_rows._IN_MEMORY', 300)  # rows are sent as text
   monkeypatch.setattr('segjax.data.tokenize._MANY', 1)
   monkeypatch.setattr('segjax.data.token_workers.count_workers', lambda: 2)
   monkeypatch.setenv(token_cache.VARIABLE, '')
