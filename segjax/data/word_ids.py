@@ -19,6 +19,8 @@ _LONGEST = 80  # characters of a word that is kept
 _CUT = re.compile(r'(?<=[!-~\w]) (?=[!-~\w])')
 # Nor does a part go on after the end of a line with a letter or digit, under Llama-3's expression.
 _LINE = re.compile(r'(?<=\n)(?=[A-Za-z0-9])')
+# A mark after letters is the first character of a part.
+_MARK = re.compile(r'([A-Za-z]+)([.,:;!?)]+\n*)')
 _UNUSUAL = re.compile('[\t\r\x0b\x0c\x1c-\x1f]')
 _GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
 _BYTES = _GPT2 | {'use_regex': False}
@@ -50,8 +52,9 @@ class WordTable(Encoder):
     """Starts with no words."""
     super().__init__(tokenizer)
     core = tokenizer.backend_tokenizer
-    has_lines = _read_splitter(core) == [_SPLIT, _BYTES]
-    self._firsts, self._ids = (_Ids(core, before, has_lines) for before in ('', ' '))
+    cuts_lines = _read_splitter(core) == [_SPLIT, _BYTES]
+    self._firsts = _Ids(core, None, cuts_lines)
+    self._ids = _Ids(core, self._firsts, cuts_lines)  # of a space and the word
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the token ids of each text, int32, without added special tokens."""
@@ -72,25 +75,27 @@ class WordTable(Encoder):
 class _Ids(dict[str, bytes]):
   """Token ids of words as bytes of int32; those of a word that is not there yet are made."""
 
-  def __init__(self, core: Any, before: str, has_lines: bool):
+  def __init__(self, core: Any, firsts: '_Ids | None', cuts_lines: bool):
     """Starts with no words.
 
     Args:
       core: the tokenizer of the `tokenizers` library; `transformers` would take longer.
-      before: text before each word, '' or a space.
-      has_lines: no part of a text goes on after the end of a line, under its expression.
+      firsts: those of texts that follow no space; None if these are those.
+      cuts_lines: `_LINE` is a cut.
     """
-    self._core, self._before = core, before
-    self._lines = _Ids(core, '', has_lines) if before else self
-    self._has_lines = has_lines
+    self._core, self._firsts, self._cuts_lines = core, firsts, cuts_lines
 
   def __missing__(self, word: str) -> bytes:
-    if self._has_lines and '\n' in word:
+    firsts = self if self._firsts is None else self._firsts
+    if self._cuts_lines and '\n' in word:
       first, *lines = _LINE.split(word)
       if lines:  # too many words to keep: any two of them
-        return self[first] + b''.join(map(self._lines.__getitem__, lines))
-    encoded = self._core.encode(self._before + word, add_special_tokens=False)
-    ids = np.array(encoded.ids, np.int32).tobytes()
+        return self[first] + b''.join(map(firsts.__getitem__, lines))
+    if mark := _MARK.fullmatch(word):
+      ids = self[mark[1]] + firsts[mark[2]]
+    else:
+      text = word if firsts is self else f' {word}'
+      ids = np.array(self._core.encode(text, add_special_tokens=False).ids, np.int32).tobytes()
     if len(word) <= _LONGEST:
       self[word] = ids
     return ids
@@ -137,9 +142,9 @@ def _read_splitter(core: Any) -> list[dict[str, Any]]:
 
 
 def _crosses_words(token: Any) -> bool:
-  """Returns whether an added token may hold white space, or depend on the word that it is in."""
-  has_space = bool(re.search(r'\s', token.content))
-  return has_space or token.lstrip or token.rstrip or token.single_word
+  """Returns whether an added token may span a cut, or depend on the word that it is in."""
+  has_cut = bool(re.search(r'\s|[A-Za-z][.,:;!?)]', token.content))
+  return has_cut or token.lstrip or token.rstrip or token.single_word
 
 
 def _split(text: str) -> list[str]:

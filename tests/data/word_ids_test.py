@@ -48,6 +48,8 @@ _PARTS = (
     "'s",
     "'LL",
     'word',
+    'word.',
+    'Words),\n',
     'Words',
     '12',
     '1234567',
@@ -94,6 +96,7 @@ def test_other_tokenizers_are_not_split(tokenizers):
   assert_splits(True, lambda core: None)
   for token in (
     AddedToken('a b'),
+    AddedToken('Inc.'),
     AddedToken('ab', lstrip=True),
     AddedToken('ab', single_word=True),
   ):
