@@ -16,10 +16,6 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_REPOSITORY / '.cache' / 
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
-from segjax import heap  # noqa: E402
-
-heap.keep_freed_memory()  # as in a run
-
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

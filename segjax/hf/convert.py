@@ -259,9 +259,10 @@ def _chunk_slices(
   A slice that cut through a chunk would have the chunk read once per slice.
   """
   sizes = list(chunk)
-  if entry.transposed:
+  if len(entry.hf_shape) == 2:
     # Full HF rows are contiguous in the file: one write per strip, not one per row.
-    sizes[-2] = entry.shape[-2]
+    columns = -2 if entry.transposed else -1
+    sizes[columns] = entry.shape[columns]
   slices: list[orbax_stream.Index] = [()]
   for size, step in zip(entry.shape, sizes, strict=True):
     parts = [slice(start, min(start + step, size)) for start in range(0, size, step)]
