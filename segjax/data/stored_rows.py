@@ -1,11 +1,14 @@
 """Rows as JSON text in a file, of which one at a time is in memory."""
 
 import codecs
+import functools
 import json
 import os
 import tempfile
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from segjax.errors import UserError, excerpt
 from segjax.storage import writing
@@ -58,11 +61,18 @@ class StoredRows:
     errors: what stands in the place of a row that is none, by position.
   """
 
-  def __init__(self, file: Any, path: str, starts: array, errors: dict[int, UserError], first: int):
+  def __init__(
+    self,
+    file: Callable[[], BinaryIO],
+    path: str,
+    starts: array,
+    errors: dict[int, UserError],
+    first: int,
+  ):
     """Reads rows from a binary file, which has to stay as it is.
 
     Args:
-      file: the texts.
+      file: returns the file of the texts.
       path: file of the rows, for errors.
       starts: see above.
       errors: see above.
@@ -80,13 +90,20 @@ class StoredRows:
     if start in self.errors:
       return self.errors[start]
     # pread: several threads may read.
-    text = os.pread(self._file.fileno(), end - start, start)
+    text = os.pread(self._file().fileno(), end - start, start)
     return RowText(text, self._path, self._first + index + 1)
 
   def select(self, indices: range) -> 'StoredRows':
     """Returns the rows at consecutive indices."""
     starts = self.starts[indices.start : indices.stop + 1]
     return StoredRows(self._file, self._path, starts, self.errors, self._first + indices.start)
+
+
+# A data set may have more files than a process may have open; a file that is left out is closed
+# when nobody reads from it any more.
+@functools.lru_cache(maxsize=128)
+def _opened(path: str) -> BinaryIO:
+  return Path(path).open('rb')
 
 
 class RowStore:
@@ -125,7 +142,7 @@ class RowStore:
 
   def _move_to_file(self) -> None:
     source, rows, starts = self._stream.source, self._rows, self._starts
-    self._file = source.open('rb') if source else tempfile.TemporaryFile()  # noqa: SIM115
+    self._file = None if source else tempfile.TemporaryFile()  # noqa: SIM115
     self._rows, self._starts = None, array('q')
     for row, start in zip(rows, starts, strict=True):
       self._store(row, start)
@@ -143,13 +160,13 @@ class RowStore:
     """Returns the rows."""
     if self._rows is not None:
       return self._rows
-    end = self._stream.num_bytes
+    end, file = self._stream.num_bytes, functools.partial(_opened, str(self._stream.source))
     if not self._stream.source:
       with writing(tempfile.gettempdir()):
         self._file.flush()
-      end = self._file.tell()
+      end, file = self._file.tell(), lambda: self._file
     self._starts.append(end)
-    return StoredRows(self._file, str(self._stream.path), self._starts, self._errors, 0)
+    return StoredRows(file, str(self._stream.path), self._starts, self._errors, 0)
 
 
 def _to_text(row: Any) -> bytes:
