@@ -306,7 +306,7 @@ def _pack(path, piece, times, end=b''):
 
 MIB = 1 << 20
 LINE = (json.dumps(ROWS[0]) + '\n').encode() * (MIB // 26)
-FEW_ROWS = LINE[: LINE.index(b'\n') + 1] * 3000  # each row takes calls that tests check
+FEW_ROWS = LINE[: LINE.index(b'\n') + 1] * 5000  # each row takes calls that tests check
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_files_that_unpack_to_gigabytes(tmp_path, monkeypatch, piece, times, mes
   start = time.process_time()
   with pytest.raises(ValueError, match=r'bomb\.jsonl\.gz(, |: ).*' + message):
     load_rows(path)
-  assert time.process_time() - start < 2
+  assert time.process_time() - start < 10  # all of it would take minutes
 
 
 def test_max_rows_bounds_what_is_read(tmp_path):
