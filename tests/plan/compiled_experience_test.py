@@ -14,7 +14,7 @@ import sys
 from segjax.config.settings import Network, Settings, replace
 from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
-from segjax.plan import cuda_compiler, ppo_programs, programs
+from segjax.plan import cuda_compiler, phases, ppo_programs
 
 cuda_compiler.prepare()
 settings = replace(
@@ -26,9 +26,10 @@ settings = replace(
   **{'reward_model.segmentation.min_segment_length': 2},
 )
 mesh = make_mesh(1, 1, 1, cuda_compiler.devices('H100-80GB', 1, 1))
-phases = ppo_programs.ppo_programs(settings, make_config(settings.network), mesh, 8e10).phases
-rewards = next(phase for phase in phases if phase.name == 'rewards')
-print(programs.lower_phase(rewards, mesh).compile().as_text())
+network = make_config(settings.network)
+plan = ppo_programs.ppo_programs(settings, network, mesh, 8e10, 'ultrafeedback')
+rewards = next(phase for phase in plan.phases if phase.name == 'rewards')
+print(phases.lower_phase(rewards, mesh).compile().as_text())
 """
 
 
