@@ -168,7 +168,7 @@ def test_no_row_leaves_its_device():
   """Two pieces of 4 rows send what one batch of 4 rows sends: weights."""
   sent, warnings = communication(rows=8, pieces=2)
   expected, _ = communication(rows=4, pieces=1)
-  assert expected['f32[32,40]', 'all-gather'] == 1  # the head, split by vocabulary
+  assert expected['f32[32,32]', 'all-gather'] == 2  # a piece of the head, forward and backward
   assert sent == expected
   assert warnings == []
 
