@@ -42,7 +42,7 @@ def _forward(query, key, value, segment_ids, interpret):
   ids = _ids(query, segment_ids)
   total = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
   run = _call(flash_kernels.forward_kernel, 'flash_forward', (query, total), interpret)
-  return run(query, key, value, ids, _reach(ids)[0])
+  return run(query, key, value, ids, *_reach(ids)[0])
 
 
 def _save_forward(query, key, value, segment_ids, interpret):
@@ -56,12 +56,12 @@ def _backward(interpret, residuals, gradient):
   """Returns the gradients of query, key, value and segment ids, of which there is none."""
   query, key, value, segment_ids, output, total = residuals
   ids = _ids(query, segment_ids)
-  begin, end = _reach(ids)
+  before, after = _reach(ids)
   run = _call(flash_kernels.query_kernel, 'flash_dq', (query, total), interpret)
-  grad_query, delta = run(query, key, value, ids, begin, output, gradient, total)
+  grad_query, delta = run(query, key, value, ids, *before, output, gradient, total)
   # A program for all queries of a key head: their sum takes no memory and no atomics.
   run = _call(flash_kernels.key_kernel, 'flash_dkv', (key, value), interpret)
-  grad_key, grad_value = run(query, key, value, ids, end, gradient, total, delta)
+  grad_key, grad_value = run(query, key, value, ids, *after, gradient, total, delta)
   return grad_query, grad_key, grad_value, None
 
 
@@ -74,10 +74,12 @@ def _ids(query, segment_ids):
   return segment_ids.astype(jnp.int32)
 
 
-def _reach(ids: Int[Array, 'B S']) -> tuple[Int[Array, 'B N'], Int[Array, 'B N']]:
-  """Returns where tokens begin and end that share a sequence with a program's block.
+def _reach(ids: Int[Array, 'B S']) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """Returns which tokens a program's block sees, and which see it: two pairs [B, N], [B, N].
 
-  A block of id 0 alone reaches nothing. Computed here, because a kernel would have to search.
+  Before the block: the first token that shares a sequence with it; and the first from which on all
+  are of one sequence with all of it. After it: 1 + the last such tokens. A block of id 0 alone
+  reaches nothing. Computed here, because a kernel would have to search.
   """
   length, own = ids.shape[1], flash_kernels.OWN
   blocks = jnp.pad(ids, ((0, 0), (0, -length % own))).reshape(ids.shape[0], -1, own)
@@ -87,7 +89,11 @@ def _reach(ids: Int[Array, 'B S']) -> tuple[Int[Array, 'B N'], Int[Array, 'B N']
   is_reached = (tokens >= low) & (tokens <= high) & (tokens > 0)
   position = jnp.arange(length, dtype=jnp.int32)[None, None]
   begin = jnp.min(jnp.where(is_reached, position, length), axis=-1)
-  return begin, jnp.max(jnp.where(is_reached, position + 1, 0), axis=-1)
+  end = jnp.max(jnp.where(is_reached, position + 1, 0), axis=-1)
+  is_one = jnp.all((blocks == high) & (blocks > 0), axis=-1)
+  is_one &= jnp.sum(is_reached, axis=-1) == end - begin
+  start = own * jnp.arange(blocks.shape[1], dtype=jnp.int32)[None]
+  return (begin, jnp.where(is_one, begin, start)), (end, jnp.where(is_one, end, start + own))
 
 
 def _call(kernel, name, outputs, interpret) -> Callable[..., tuple[Array, Array]]:

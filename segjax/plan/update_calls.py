@@ -1,7 +1,7 @@
 """The shapes of updates: of the largest pieces, and of those of drawn lengths."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def update_calls(
     number=sum(map(_tokens, plans[1:])) / float(np.mean([_tokens(plan) for plan in alike])),
     trips=round(np.mean([plan.num_pieces for plan in alike])),
     arguments=None if most == keys[0] else arguments(shapes[usual]),
-    attended=_attended(alike, mesh),
+    attended=attended_share(alike, mesh),
   )
   return arguments(shapes[0]), calls
 
@@ -75,7 +75,7 @@ def _tokens(plan: PackingPlan) -> int:
   return plan.num_pieces * plan.pieces.rows * plan.pieces.width
 
 
-def _attended(plans: list[PackingPlan], mesh: Mesh) -> float:
+def attended_share(plans: Sequence[PackingPlan], mesh: Mesh) -> float:
   """Returns the share of the pairs of positions in packed rows that the attention computes."""
   length = np.concatenate([plan.pieces.length.reshape(-1) for plan in plans])
   others = _OTHERS['tpu' if mesh.devices.flat[0].platform == 'tpu' else 'gpu']

@@ -3,7 +3,8 @@
 Three minibatches are timed in turn: full rows; ragged rows (their mean length is a quarter of the
 maximum), padded; the same ragged rows, packed into pieces of as many tokens. Only real tokens
 count. Utilisation is the model's FLOPs (forward and backward, without remat) over the FLOP/s that
-matrix products reach here.
+matrix products reach here. On a chip that `segjax plan` knows, the time that a plan gives to the same
+program stands beside the measured one; with `--trace`, a profile of an update of each is written.
 
 With `--other`, the same minibatches are timed in another checkout too, in turn with this one; the
 ratio is the median over the rounds.
@@ -12,6 +13,7 @@ ratio is the median over the rounds.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -23,14 +25,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
 from segjax.data.packing_plan import PieceBound, packing_efficiency, plan_level_packing
 from segjax.model import sharding
+from segjax.model.chips import chip_for_kind
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
 from segjax.model.llama import LlamaConfig, make_config, num_parameters
 from segjax.model.mesh import batch_devices, make_mesh
+from segjax.plan.hlo_cost import program_cost
+from segjax.plan.update_calls import attended_share
 from segjax.report.console import log, table
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, policy_step
@@ -52,6 +58,7 @@ PROMPT_SHARE = 4  # a prompt takes 1 / PROMPT_SHARE of a full row
 def add_flags(command: argparse.ArgumentParser) -> None:
   """Adds the flags of `run`."""
   command.add_argument('--shape', choices=SIZES, default='small', help='size of the network')
+  command.add_argument('--layers', type=int, default=0, help='of the network; 0: all of its size')
   command.add_argument('--batch', type=int, default=32, help='sequences per minibatch')
   command.add_argument('--micro-batch', type=int, default=4, help='rows per forward pass')
   command.add_argument('--length', type=int, default=512, help='length of the longest sequence')
@@ -59,6 +66,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
   command.add_argument('--remat', default='full')
   command.add_argument('--attention', default='auto')
   command.add_argument('--repeats', type=int, default=5)
+  command.add_argument('--trace', type=Path, default=None, help='directory for profiles')
   command.add_argument('--other', type=Path, default=None, help='checkout to compare with')
   command.add_argument('--rounds', type=int, default=3, help='of both checkouts, in turn')
 
@@ -101,6 +109,7 @@ def _record_of(checkout: Path, arguments: list[str]) -> dict:
 
 def _measure(
   shape: str,
+  layers: int,
   batch: int,
   micro_batch: int,
   length: int,
@@ -108,11 +117,12 @@ def _measure(
   remat: str,
   attention: str,
   repeats: int,
+  trace: Path | None,
 ) -> dict:
   """Prints the table of this checkout and returns its record; the parameters are the flags."""
   device = jax.devices()[0]
   dtype = dtype or ('float32' if device.platform == 'cpu' else 'bfloat16')
-  config, mesh = _network(shape, dtype, remat, attention), make_mesh()
+  config, mesh = _network(shape, layers, dtype, remat, attention), make_mesh()
   ppo = PPO(minibatch_size=batch, micro_batch_size=micro_batch)
   static = {
     'recipe': PPORecipe(
@@ -139,14 +149,39 @@ def _measure(
         losses[name] = float(metrics.mean['loss'])
         seconds[name].append(time.perf_counter() - begin)
     compiles = policy_step._cache_size() - compiled
+    planned = {}
+    for name, (experience, plan) in experiences.items():
+      arguments = state, Minibatch(experience, rows, plan), np.float32(0)
+      planned[name] = _planned_seconds(arguments, static, mesh)
+      if trace:
+        with jax.profiler.trace(trace / name):
+          state, metrics = policy_step(*arguments, **static)
+          jax.block_until_ready(metrics)
   peak = _matmul_peak(dtype) * mesh.size
-  return _report(config, device, tasks, seconds, peak, compiles, packing_efficiency(packing))
+  return _report(
+    config, device, tasks, seconds, planned, peak, compiles, packing_efficiency(packing)
+  )
 
 
-def _network(shape: str, dtype: str, remat: str, attention: str) -> LlamaConfig:
+def _planned_seconds(arguments: tuple, static: dict[str, Any], mesh: Mesh) -> float:
+  """Returns the time that `segjax plan` gives to the update; nan on a chip that it does not know."""
+  if (chip := chip_for_kind(mesh.devices.flat[0].device_kind)) is None:
+    return math.nan
+  plan = arguments[1].packing
+  text = policy_step.lower(*arguments, **static).compile().as_text()
+  if plan is None:
+    return program_cost(text, chip, [0] * mesh.size).seconds
+  attended = attended_share([plan], mesh)
+  return program_cost(text, chip, [0] * mesh.size, plan.num_pieces, attended=attended).seconds
+
+
+def _network(shape: str, layers: int, dtype: str, remat: str, attention: str) -> LlamaConfig:
   from segjax.model.attention import select_implementation
 
-  config = make_config(SIZES[shape])
+  size = SIZES[shape]
+  config = make_config(
+    dataclasses.replace(size, num_hidden_layers=layers or size.num_hidden_layers)
+  )
   name, reason = select_implementation(attention, jax.devices()[0].platform, dtype, config.head_dim)
   if reason:
     log(reason)
@@ -218,7 +253,7 @@ def _matmul_peak(dtype: str) -> float:
   return 2 * size**3 / best
 
 
-def _report(config, device, tasks, seconds, peak, compiles, efficiency) -> dict:
+def _report(config, device, tasks, seconds, planned, peak, compiles, efficiency) -> dict:
   record, table_rows = {}, []
   for name, (lengths, _) in tasks.items():
     median = statistics.median(seconds[name][1:])
@@ -231,12 +266,15 @@ def _report(config, device, tasks, seconds, peak, compiles, efficiency) -> dict:
       'tokens_per_second': round(lengths.sum() / median, 1),
       'percent_of_peak': round(100 * flops / median / peak, 1),
     }
+    if not math.isnan(planned[name]):
+      record[name]['planned_seconds'] = round(planned[name], 4)
     table_rows.append((name, *map(str, record[name].values())))
   speedup = record['padded']['seconds'] / record['packed']['seconds']
   title = (
     f'policy update, {num_parameters(config) / 1e6:,.0f} M, {config.dtype}, {device.device_kind}'
   )
-  table(title, ('rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak'), table_rows)
+  headers = 'rows', 's', 'first call s', 'tokens', 'tokens/s', '% of peak', 'planned s'
+  table(title, headers[: len(table_rows[0])], table_rows)
   log(f'matrix products reach {peak / 1e12:.3f} TFLOP/s; {config.attention} attention')
   log(f'packing is {speedup:.2f} times as fast as padding; rows are {efficiency:.0%} full')
   return record | {
