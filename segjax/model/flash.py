@@ -98,12 +98,13 @@ def _reach(ids: Int[Array, 'B S']) -> tuple[tuple[Array, Array], tuple[Array, Ar
 
 def _call(kernel, name, outputs, interpret) -> Callable[..., tuple[Array, Array]]:
   """Returns the call of a kernel whose outputs are like these, [B, S, heads, h] the first."""
+  is_forward = kernel is flash_kernels.forward_kernel
   batch, length, heads, _ = outputs[0].shape
   return pl.pallas_call(
     kernel,
     grid=(pl.cdiv(length, flash_kernels.OWN), heads, batch),
     out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
-    compiler_params=flash_kernels.PARAMETERS,
+    compiler_params=flash_kernels.FORWARD if is_forward else flash_kernels.BACKWARD,
     interpret=interpret,
     name=name,
   )

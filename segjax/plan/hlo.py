@@ -49,6 +49,11 @@ class Instruction:
   is_root: bool
   literal: str = ''
 
+  @property
+  def is_fusion(self) -> bool:
+    """Whether it is a fusion, or starts one that ends at another instruction, as on CUDA."""
+    return self.opcode in ('fusion', 'fusion-start')
+
   @functools.cached_property
   def called(self) -> tuple[str, ...]:
     """Names of the computations that it runs; for a loop the body alone."""
@@ -173,7 +178,10 @@ def _parse_instruction(is_root: bool, name: str, rest: str) -> Instruction:
   operands = rest[opcode.end() : close]
   names = tuple(re.findall(r'%([\w.\-]+)', operands))
   literal = operands if opcode[1] in ('parameter', 'constant') else ''
-  return Instruction(name, rest[:end], opcode[1], names, rest[close + 1 :], is_root, literal)
+  result = rest[:end]
+  if opcode[1] == 'fusion-start':  # ((operands), result, context)
+    result = result[_closing(result, 1) + 1 : result.rindex(',')].lstrip(', ')
+  return Instruction(name, result, opcode[1], names, rest[close + 1 :], is_root, literal)
 
 
 def _closing(text: str, begin: int) -> int:

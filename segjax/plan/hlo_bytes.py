@@ -54,7 +54,7 @@ class BytesReader:
 
   def written(self, computation: Computation, instruction: Instruction) -> int:
     """Returns the bytes that an instruction writes."""
-    if instruction.opcode == 'fusion':
+    if instruction.is_fusion:
       return _written_by_fusion(self._program.computations[instruction.called[0]], instruction)
     if instruction.opcode in UPDATE:
       return num_bytes(computation[instruction.operands[UPDATE[instruction.opcode]]].type)
@@ -68,7 +68,7 @@ class BytesReader:
   def read(self, instruction: Instruction, number: int, operand: Instruction) -> int:
     """Returns the bytes that an instruction reads of one of its operands."""
     size = num_bytes(operand.type)
-    if instruction.opcode == 'fusion':
+    if instruction.is_fusion:
       fused = self._program.computations[instruction.called[0]]
       return min(size, self._read_through(fused, hlo.parameter(fused, number)))
     if instruction.opcode in _PART:
@@ -93,7 +93,7 @@ class BytesReader:
 
   def _is_view(self, instruction: Instruction, number: int) -> bool:
     """Whether a fusion in a fusion returns one of its operands as it is, or in other tiles."""
-    if instruction.opcode != 'fusion':
+    if not instruction.is_fusion:
       return False
     fused = self._program.computations[instruction.called[0]]
     root = hlo.viewed(fused, hlo.root(fused))

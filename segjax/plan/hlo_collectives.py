@@ -53,7 +53,7 @@ def exchanges(
     crosses = any(len(count) > 1 for count in counts)
     per_node = min(min(count) for count in counts if len(count) > 1 or not crosses)
     yield Exchange(kind, size, len(groups[0]), per_node, crosses)
-  elif instruction.opcode in ('fusion', 'async-start', 'custom-call'):
+  elif instruction.is_fusion or instruction.opcode in ('async-start', 'custom-call'):
     if piece(program, instruction)[0] in ('step', 'done'):
       return
     for name in instruction.called:
@@ -67,7 +67,7 @@ def piece(program: Program, instruction: Instruction) -> tuple[str, str]:
 
   The part is 'start', 'step' or 'done'; of other instructions both are empty.
   """
-  if instruction.opcode != 'fusion':
+  if not instruction.is_fusion:
     return '', ''
   fused = program.computations[instruction.called[0]].values()
   attributes = [part.attributes for part in fused]

@@ -23,7 +23,7 @@ _KERNEL = re.compile(r'(?:splash|flash)\w*')
 
 def products(program: Program, computation: Computation, instruction: Instruction) -> float:
   """Returns the operations of the matrix products in an instruction, attention kernels apart."""
-  if instruction.opcode == 'fusion':
+  if instruction.is_fusion:
     fused = program.computations[instruction.called[0]]
     return sum((products(program, fused, part) for part in fused.values()), 0.0)
   if instruction.opcode == 'dot':

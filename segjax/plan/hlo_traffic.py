@@ -158,7 +158,7 @@ class TrafficReader:
       return False
     written = self._memory.written(computation, instruction)
     is_update = instruction.opcode in UPDATE or (
-      instruction.opcode == 'fusion' and written < num_bytes(instruction.type)
+      instruction.is_fusion and written < num_bytes(instruction.type)
     )
     if written < _SMALL or is_update:
       return False
@@ -171,7 +171,7 @@ class TrafficReader:
 
   def _opcodes(self, instruction: Instruction) -> set[str]:
     """Returns the opcodes inside an instruction; arithmetic on scalars does not count."""
-    if instruction.opcode != 'fusion':
+    if not instruction.is_fusion:
       return {instruction.opcode}
     fused = self._program.computations[instruction.called[0]].values()
     return set().union(*(self._opcodes(part) for part in fused if re.search(r'\[\d', part.type)))

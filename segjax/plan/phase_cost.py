@@ -46,7 +46,7 @@ class PhaseCost:
     products = self.flops - self.attention_flops
     parts = {
       'arithmetic': products / rates.products + self.attention_flops / rates.attention,
-      'memory': self.bytes / chip.bandwidth,
+      'memory': self.bytes / chip.rates.memory,
       'links': self.exposed,
     }
     return max(parts, key=lambda name: parts[name]) if self.seconds else ''

@@ -18,7 +18,7 @@ from segjax.types import PackingPlan
 
 # Keys that a query meets beside those it sees, because blocks are whole: counted over rows of 2,048
 # and 4,096 tokens of UltraFeedback's lengths with the blocks of `model.splash` and `flash_kernels`.
-_OTHERS = {'tpu': 730, 'gpu': 150}
+_OTHERS = {'tpu': 730, 'gpu': 85}
 
 
 def update_calls(

@@ -6,7 +6,8 @@ from segjax.model.chips import Chip, Rates
 from segjax.plan.hlo_cost import program_cost
 
 # 1 FLOP, 1 byte and 1 byte sent take a second each; attention and other nodes are slower.
-CHIP = Chip('unit', 1.0, 1.0, 1.0, 1.0, Rates(1.0, attention=0.5, link=1.0, network=0.25))
+RATES = Rates(1.0, attention=0.5, memory=1.0, link=1.0, network=0.25)
+CHIP = Chip('unit', 1.0, 1.0, 1.0, 1.0, RATES)
 
 MAIN = """HloModule jit_f, is_scheduled=true
 
@@ -45,6 +46,32 @@ def test_an_instruction_takes_the_longer_of_arithmetic_and_memory():
   both = cost(PRODUCT + '  ROOT %z = bf16[4,16]{1,0} copy(%y)')
   assert both.seconds == product.seconds + 2 * 2 * 4 * 16
   assert both.exposed == 0 and both.collectives == ()
+
+
+WRITE = """
+%write (s.0: bf16[9,4,16], s.1: bf16[4,16], s.2: s32[]) -> bf16[9,4,16] {
+  %s.0 = bf16[9,4,16]{2,1,0} parameter(0)
+  %s.1 = bf16[4,16]{1,0} parameter(1)
+  %s.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %new = bf16[1,4,16]{2,1,0} bitcast(%s.1)
+  ROOT %update = bf16[9,4,16]{2,1,0} dynamic-update-slice(%s.0, %new, %s.2, %zero, %zero)
+}
+"""
+
+
+def test_a_fusion_beside_others_moves_what_the_fusion_alone_does():
+  """XLA for CUDA starts copies into the stack of a scan, and goes on with the next layer."""
+  stack = '  %stack = bf16[9,4,16]{2,1,0} broadcast()\n  %i = s32[] constant(3)\n'
+  operands, called = '(%stack, %y, %i)', 'kind=kLoop, calls=%write'
+  alone = f'  ROOT %z = bf16[9,4,16]{{2,1,0}} fusion{operands}, {called}'
+  start = '((bf16[9,4,16]{2,1,0}, bf16[4,16]{1,0}, s32[]), bf16[9,4,16]{2,1,0}, u32[])'
+  beside = f"""  %start = {start} fusion-start{operands}, {called}
+  ROOT %z = bf16[9,4,16]{{2,1,0}} fusion-done(%start)"""
+  costs = [cost(stack + PRODUCT + part, GEMM + WRITE) for part in (alone, beside)]
+  assert costs[0] == costs[1]
+  index = 4
+  assert costs[0].bytes == cost(stack + PRODUCT).bytes + 2 * 2 * 4 * 16 + index
 
 
 # all-gather of 8 x 16 from 4 x 16: half of 256 bytes comes from the other device.

@@ -3,7 +3,7 @@
 Three minibatches are timed in turn: full rows; ragged rows (their mean length is a quarter of the
 maximum), padded; the same ragged rows, packed into pieces of as many tokens. Only real tokens
 count. Utilisation is the model's FLOPs (forward and backward, without remat) over the FLOP/s that
-matrix products reach here. On a chip that `segjax plan` knows, the time that a plan gives to the same
+matrix products reach here. On a chip that `segjax plan` knows, the time that a plan gives to the
 program stands beside the measured one; with `--trace`, a profile of an update of each is written.
 
 With `--other`, the same minibatches are timed in another checkout too, in turn with this one; the
@@ -164,7 +164,7 @@ def _measure(
 
 
 def _planned_seconds(arguments: tuple, static: dict[str, Any], mesh: Mesh) -> float:
-  """Returns the time that `segjax plan` gives to the update; nan on a chip that it does not know."""
+  """Returns the seconds that `segjax plan` gives to the update; nan on a chip unknown to it."""
   if (chip := chip_for_kind(mesh.devices.flat[0].device_kind)) is None:
     return math.nan
   plan = arguments[1].packing
