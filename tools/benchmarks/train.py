@@ -58,7 +58,7 @@ PROMPT_SHARE = 4  # a prompt takes 1 / PROMPT_SHARE of a full row
 def add_flags(command: argparse.ArgumentParser) -> None:
   """Adds the flags of `run`."""
   command.add_argument('--shape', choices=SIZES, default='small', help='size of the network')
-  command.add_argument('--layers', type=int, default=0, help='of the network; 0: all of its size')
+  command.add_argument('--layers', type=int, default=None, help='default: of the size')
   command.add_argument('--batch', type=int, default=32, help='sequences per minibatch')
   command.add_argument('--micro-batch', type=int, default=4, help='rows per forward pass')
   command.add_argument('--length', type=int, default=512, help='length of the longest sequence')
@@ -109,7 +109,7 @@ def _record_of(checkout: Path, arguments: list[str]) -> dict:
 
 def _measure(
   shape: str,
-  layers: int,
+  layers: int | None,
   batch: int,
   micro_batch: int,
   length: int,
@@ -175,7 +175,7 @@ def _planned_seconds(arguments: tuple, static: dict[str, Any], mesh: Mesh) -> fl
   return program_cost(text, chip, [0] * mesh.size, plan.num_pieces, attended=attended).seconds
 
 
-def _network(shape: str, layers: int, dtype: str, remat: str, attention: str) -> LlamaConfig:
+def _network(shape: str, layers: int | None, dtype: str, remat: str, attention: str) -> LlamaConfig:
   from segjax.model.attention import select_implementation
 
   size = SIZES[shape]
