@@ -105,17 +105,16 @@ def _key_blocks(own, begin, whole):
   return _Blocks(first, jax.lax.div(whole + OTHER - 1, OTHER), jax.lax.div(own.start, OTHER), last)
 
 
-def forward_kernel(query, key, value, ids, begin, whole, output, total):
+def forward_kernel(*refs):
   """Computes the attention of a block of queries, block after block of keys.
 
   Args:
-    query: [B, S, H, h], as is output.
-    key: [B, S, K, h], as is value.
-    ids: [B, S].
-    begin: [B, N], the first key that each block of queries sees.
-    whole: [B, N], the first of the keys before the block that all of its queries see.
-    total: [B, H, S], log₂ of the sum of exponentials, for the backward pass.
+    refs: query, [B, S, H, h]; key and value, [B, S, K, h]; ids, [B, S]; begin, [B, N], the first
+      key that each block of queries sees; whole, [B, N], the first of the keys before the block
+      that all of its queries see; the output, as query; total, [B, H, S], log₂ of the sum of
+      exponentials, for the backward pass.
   """
+  query, key, value, ids, begin, whole, output, total = refs
   own, head, block = _own_tokens(query.shape[1])
   key_head, scale = jax.lax.div(head, query.shape[2] // key.shape[2]), query.shape[3] ** -0.5
   q, own_ids = own.load(query, head), own.load(ids)
