@@ -131,15 +131,24 @@ def empty_pages(groups: int, num_pages: int, *, decoder: DecodeConfig) -> Pages:
   return decode_cache.constrain_pages(empty, decoder.paged_attention)
 
 
-@_jit_in_place
+@functools.partial(_jit_in_place, static_argnames=('decoder', 'prefix_blocks'))
 def prefill(
-  weights: DecodeWeights, cache: Pages, chunk: PrefillChunk, *, decoder: DecodeConfig
+  weights: DecodeWeights,
+  cache: Pages,
+  chunk: PrefillChunk,
+  *,
+  decoder: DecodeConfig,
+  prefix_blocks: int | None = None,
 ) -> Pages:
-  """Writes the keys and values of a chunk of prompts into their pages."""
+  """Writes the keys and values of a chunk of prompts into their pages.
+
+  Args:
+    prefix_blocks: of the chunk's rows, see `paged_attention.prefix_blocks`; None fits any chunk.
+  """
   block = Block(decoder.config, 'decode_')
 
   def run_layer(x, layer, index, cache):
-    attend = decode_cache.prefill_layer(cache, chunk, index, decoder)
+    attend = decode_cache.prefill_layer(cache, chunk, index, decoder, prefix_blocks)
     inputs = ({'params': layer}, x, chunk.position, attend)
     return block.apply(*inputs, method='with_cache')
 

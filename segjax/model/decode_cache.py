@@ -191,7 +191,11 @@ def _with_layer(view, layer, new: KeyValue):
 
 
 def prefill_layer(
-  cache: Pages, chunk: PrefillChunk, layer: Int[Array, ''] | int, decoder: Any
+  cache: Pages,
+  chunk: PrefillChunk,
+  layer: Int[Array, ''] | int,
+  decoder: Any,
+  prefix_blocks: int | None = None,
 ) -> Attend:
   """Returns the attention of a chunk of prompts in a layer; it also returns the pages after it."""
 
@@ -205,7 +209,8 @@ def prefill_layer(
     key, value = _zero_unless(is_token, key, value)
     cache = pages.write(cache, key, value, index, position % decoder.page_size)
     rows = rows._replace(table=rows.table + offset)
-    attended = prefill_attention(query, key, value, cache, rows, decoder.paged_attention)
+    inputs = (query, key, value, cache, rows, decoder.paged_attention)
+    attended = prefill_attention(*inputs, prefix_blocks)
     return attended[None], cache
 
   def attend(*heads):

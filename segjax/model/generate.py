@@ -21,7 +21,7 @@ from segjax.model.decode_cache import PrefillChunk
 from segjax.model.decode_weights import decode_weights, runs_unrolled
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import decode_mesh
-from segjax.model.paged_attention import select_paged_attention
+from segjax.model.paged_attention import prefix_blocks, select_paged_attention
 from segjax.model.requests import GenerationResult, Request
 from segjax.model.sampling import Sampling
 from segjax.model.scheduler import Programs, Scheduler
@@ -251,7 +251,11 @@ class _DevicePrograms(Programs):
     self._pages = decode.empty_pages(self._groups, num_pages, decoder=decoder)
 
   def prefill(self, chunk: PrefillChunk) -> None:
-    self._pages = decode.prefill(self._weights, self._pages, chunk, decoder=self._decoder)
+    decoder = self._decoder
+    blocks = prefix_blocks(chunk.rows, decoder.page_size, decoder.paged_attention)
+    self._pages = decode.prefill(
+      self._weights, self._pages, chunk, decoder=decoder, prefix_blocks=blocks
+    )
 
   def copy_pages(self, copies: list[list[tuple[int, int]]]) -> None:
     # Calls of one size; page 0 is copied to itself where a group has fewer.

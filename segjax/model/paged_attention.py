@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from segjax.model import paged_kernels
@@ -18,6 +19,7 @@ from segjax.model.splash import LANES
 
 _MASKED = -1e30  # finite: as in `attention`
 _KEYS = 512  # positions of a prefix whose logits exist at once, see `_first_row`
+_BLOCK_COUNTS = (0, 1, 2, 4)  # of `_KEYS`, for which there are programs
 
 
 class PrefillRows(NamedTuple):
@@ -94,6 +96,7 @@ def prefill_attention(
   pages: Pages,
   rows: PrefillRows,
   implementation: str,
+  blocks: int | None = None,
 ) -> Float[Array, 'C H h']:
   """Causal softmax(q kᵀ / √h) v of a chunk of tokens, each over its own row up to itself.
 
@@ -103,6 +106,7 @@ def prefill_attention(
     key: of the tokens of the chunk.
     pages: with the keys and values of the chunk already written.
     implementation: as in `decode_attention`; 'triton' has no kernel for this and is as 'xla'.
+    blocks: see `prefix_blocks`; 'ragged' reads by lengths and needs none.
   """
   if implementation == 'ragged':
     output = paged_kernels.ragged_prefill(query, pages, *rows[1:])
@@ -113,11 +117,51 @@ def prefill_attention(
   inside = attention(query[None], key[None], value[None], segment_ids=rows.segment[None])[0]
 
   def with_prefix():
-    first = _first_row(query, pages, rows.table[0], rows.length[0], prefix)
-    return jnp.where((rows.segment == 1)[:, None, None], first, inside)
+    first = _first_row(query, pages, rows.table[0], rows.length[0], prefix, blocks)
+    # With `blocks` there may be no prefix here, but in another group of rows.
+    return jnp.where(((rows.segment == 1) & (prefix > 0))[:, None, None], first, inside)
 
   prefix = rows.length[0] - rows.start[1]
-  return jax.lax.cond(prefix > 0, with_prefix, lambda: inside)
+  if blocks is None:
+    return jax.lax.cond(prefix > 0, with_prefix, lambda: inside)
+  return with_prefix() if blocks else inside
+
+
+def block_counts(columns: int, page_size: int, implementation: str) -> tuple[int | None, ...]:
+  """Returns the values of `prefix_blocks`, in order; each is a program.
+
+  Args:
+    columns: of the table of pages.
+  """
+  if implementation != 'triton':
+    return (None,)
+  most = -(-columns // _block_pages(columns, page_size))
+  last = most if most <= _BLOCK_COUNTS[-1] else None
+  return (*(n for n in _BLOCK_COUNTS if n < (last or most)), last)
+
+
+def prefix_blocks(rows: PrefillRows, page_size: int, implementation: str) -> int | None:
+  """Returns how many blocks of keys `prefill_attention` reads for the rows that have a prefix.
+
+  A GPU is empty whenever the host waits for a condition of its program: in each layer once for the
+  branch, and before each block. So the host, which knows the lengths, chooses the program.
+
+  Args:
+    rows: on the host, with groups of rows in front.
+
+  Returns:
+    0 where no row has a prefix; None where the program itself has to find out: for long prefixes,
+    of which few blocks more than needed would cost as much as waiting, and where nothing waits.
+  """
+  columns = rows.table.shape[-1]
+  length = np.where(rows.length[:, 0] > rows.start[:, 1], rows.length[:, 0], 0)
+  needed = -(-int(length.max()) // (page_size * _block_pages(columns, page_size)))
+  counts = block_counts(columns, page_size, implementation)
+  return next(n for n in counts if n is None or n >= needed)
+
+
+def _block_pages(columns: int, page_size: int) -> int:
+  return min(max(_KEYS // page_size, 1), columns)
 
 
 def _first_row(
@@ -126,6 +170,7 @@ def _first_row(
   table: Int[Array, 'M'],
   length: Int[Array, ''],
   prefix: Int[Array, ''],
+  blocks: int | None,
 ) -> Float[Array, 'C H h']:
   """Attention of tokens at positions prefix, prefix + 1, ... to one row, block after block of keys.
 
@@ -137,8 +182,11 @@ def _first_row(
   wide = jnp.promote_types(query.dtype, jnp.float32)
   # Batch dimensions first: XLA for CPU has no product of bfloat16 into float32 in another order.
   query = (query * size**-0.5).reshape(tokens, kv_heads, -1, size).transpose(1, 2, 0, 3)
-  block_pages = min(max(_KEYS // page_size(pages), 1), table.shape[0])
+  block_pages = _block_pages(table.shape[0], page_size(pages))
   block = block_pages * page_size(pages)
+  # What another row has left in pages beyond the length need not be finite.
+  is_read = page_size(pages) * jnp.arange(table.shape[0]) < length
+  table = jnp.where(is_read, table, table[0])
   table = jnp.pad(table, (0, -table.shape[0] % block_pages))
   position = prefix + jnp.arange(tokens)
 
@@ -158,7 +206,7 @@ def _first_row(
     return new_peak, total, output * scale + added
 
   one = jnp.zeros((*query.shape[:-1], 1), wide)
-  blocks = (length + block - 1) // block
+  blocks = (length + block - 1) // block if blocks is None else blocks
   # Every token sees position 0, in the first block: no total is 0.
   start = (one + _MASKED, one, jnp.zeros(query.shape, wide))
   _, total, output = jax.lax.fori_loop(0, blocks, add_block, start)

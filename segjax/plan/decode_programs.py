@@ -13,6 +13,7 @@ from segjax.model import decode, decode_sizes, generate
 from segjax.model.decode import DecodeConfig
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
+from segjax.model.paged_attention import block_counts
 from segjax.model.paged_kernels import positions_at_once
 from segjax.model.pages import Pages
 from segjax.model.prefill_chunks import Read, prefill_chunks
@@ -48,7 +49,8 @@ class DecodePrograms:
     slots, columns = self.size.slots // groups, self.size.columns
     rows = {decode_sizes.chunk_rows(n, slots, decoder) for n in range(1, slots + 1)}
     tables = {decode_sizes.table_columns(n, columns, decoder) for n in range(1, columns + 1)}
-    others = 4  # weights, pages, prefill, copies of pages
+    prefills = block_counts(columns, decoder.page_size, decoder.paged_attention)
+    others = 3 + len(prefills)  # weights, pages, copies of pages
     return len(rows) * len(tables) + others
 
   def bytes_read(self, live: float | int, rows: float | None = None) -> dict[str, int]:
@@ -98,11 +100,14 @@ def decode_programs(
   (prompts,) = prefill_chunks([[read]] * groups, size.columns, tokens)
   copies = np.zeros((groups, generate.COPIES), np.int32)
   rows = decode.empty_rows(size.slots, size.columns)
+  # Most chunks begin within a prompt, and few prompts are longer than a block.
+  counts = block_counts(size.columns, decoder.page_size, decoder.paged_attention)
+  blocks = 1 if 1 in counts else None
   steps, key = np.int32(decoder.chunk), np.zeros(2, np.uint32)
   both = ('decode weights', 'pages')
 
-  def phase(name, function, *arguments, live=both, passed_in=both):
-    return Phase(name, function, arguments, static, live, passed_in, mesh)
+  def phase(name, function, *arguments, live=both, passed_in=both, **more):
+    return Phase(name, function, arguments, static | more, live, passed_in, mesh)
 
   lay_out_name, prefill_name, copies_name, chunk_name = DECODE_PHASES
   return DecodePrograms(
@@ -113,7 +118,7 @@ def decode_programs(
     pages,
     [
       phase(lay_out_name, lay_out, params, live=(), passed_in=('policy parameters',)),
-      phase(prefill_name, decode.prefill, weights, pages, prompts),
+      phase(prefill_name, decode.prefill, weights, pages, prompts, prefix_blocks=blocks),
       phase(copies_name, decode.copy_pages, pages, copies, copies, passed_in=('pages',)),
       phase(chunk_name, decode.decode_chunk, weights, pages, rows, steps, key),
     ],

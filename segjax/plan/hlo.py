@@ -142,6 +142,18 @@ def step_loop(program: Program) -> Instruction:
   return next((loop for loop in loops if program.trip_count(loop) is None), loops[0])
 
 
+def host_waits(program: Program) -> int:
+  """Returns how many instructions of a program for GPUs have a condition that the host waits for.
+
+  XLA copies the condition to the host, once for a branch and before each iteration of a loop, and
+  the device runs empty meanwhile. A loop of known length has no such copies.
+  """
+  instructions = [i for c in program.computations.values() for i in c.values()]
+  branches = sum(i.opcode == 'conditional' for i in instructions)
+  loops = [i for i in instructions if i.opcode == 'while']
+  return branches + sum(program.trip_count(loop) is None for loop in loops)
+
+
 def parse(text: str) -> Program:
   """Parses the text of a compiled program."""
   computations: dict[str, Computation] = {}

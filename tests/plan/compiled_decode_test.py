@@ -50,6 +50,14 @@ def test_int8_layers_are_read_as_int8():
   assert wide['moved_bytes'] - narrow['moved_bytes'] == pytest.approx(matrices, rel=0.01)
 
 
+def test_no_layer_waits_for_the_host():
+  """Of a chunk of steps the loop over steps alone; a step reads its condition once."""
+  record = measured('cuda:1xH100-80GB', '--layers=4')
+  waits = record['host_waits']
+  assert waits['prefill'] == 0 and waits['page copies'] == 0
+  assert waits['decode chunk'] == 1
+
+
 SLICES = ('cuda:8xH100-80GB', 'v5p:2x2x2', 'v5e:8x8')
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import pytest
 from fixtures import models
 
 from segjax.model.decode_sizes import PoolSize
@@ -48,10 +47,14 @@ def test_kernels_read_whole_blocks_of_live_positions():
   assert programs('xla').bytes_read(LIVE) == {}
 
 
-@pytest.mark.parametrize('implementation', ['triton', 'ragged'])
-def test_kernels_need_five_programs(implementation):
+def test_the_kernel_for_tpu_needs_five_programs():
   """Weights, pages, prefill, copies of pages, a chunk of steps."""
-  assert programs(implementation).count == 5
+  assert programs('ragged').count == 5
+
+
+def test_each_number_of_blocks_of_prefixes_is_a_program():
+  """0, 1, 2, 3 of 8 pages, for rows of 20."""
+  assert programs('triton').count == 4 + 4
 
 
 def test_without_a_kernel_each_width_of_the_table_is_a_program():

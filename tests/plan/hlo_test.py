@@ -252,6 +252,21 @@ def test_trip_counts(condition, attributes, expected):
     }}
   """)
   assert parsed.trip_count(hlo.root(parsed.computations['main'])) == expected
+  assert hlo.host_waits(parsed) == (expected is None)
+
+
+def test_the_host_waits_for_a_branch():
+  parsed = program("""
+    %c (s: s32[]) -> s32[] {
+      ROOT %s = s32[] parameter(0)
+    }
+
+    ENTRY %main (i: s32[]) -> s32[] {
+      %i = s32[] parameter(0)
+      ROOT %r = s32[] conditional(%i, %i, %i), branch_computations={%c, %c}
+    }
+  """)
+  assert hlo.host_waits(parsed) == 1
 
 
 def test_a_loop_that_is_unrolled_counts_in_larger_steps():

@@ -3,7 +3,8 @@
 Prints, for each topology: of decode, programs a rollout, bytes that a step copies and moves,
 temporaries, collectives, and the tokens per second that 85 % of the memory bandwidth would give;
 of the updates and of scoring what `compiled_phases` says. Nothing is run: the time of the host is
-not in it, nor in decode that of collectives. Weights are in bfloat16.
+not in it, nor in decode that of collectives. Weights are in bfloat16. The JSON line also has, for
+GPUs, the conditions of each program of decode that the host waits for.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from segjax.model.generate import make_decode_config
 from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import decode_mesh, make_mesh
 from segjax.model.sampling import Sampling
-from segjax.plan import abstract_arrays, cuda_compiler, topologies
+from segjax.plan import abstract_arrays, cuda_compiler, hlo, topologies
 from segjax.plan.decode_programs import DecodePrograms, decode_programs
 from segjax.plan.hlo_traffic import TrafficReader
 from segjax.plan.phases import lower_phase
@@ -152,6 +153,10 @@ def _measure_decode(topology: Topology, sizes: _Sizes) -> dict[str, Any]:
       key: program.memory_analysis().temp_size_in_bytes for key, program in compiled.items()
     },
   }
+  if topology.is_cuda:
+    record['host_waits'] = {
+      key: hlo.host_waits(hlo.parse(program.as_text())) for key, program in compiled.items()
+    }
   nodes = [device.process_index if topology.is_cuda else 0 for device in rollout.mesh.devices.flat]
   cache = cuda_compiler.TARGETS[topology.chip.name].cache if topology.is_cuda else 0
   reader = TrafficReader(
