@@ -145,7 +145,10 @@ def test_greedy_takes_the_likeliest_token_of_the_full_forward():
   [
     Sampling(max_new_tokens=1, min_new_tokens=0),
     pytest.param(Sampling(max_new_tokens=1, min_new_tokens=1), marks=pytest.mark.campaign),
-    Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0.7, top_k=40, top_p=0.8),
+    pytest.param(
+      Sampling(max_new_tokens=1, min_new_tokens=1, temperature=0.7, top_k=40, top_p=0.8),
+      marks=pytest.mark.campaign,
+    ),
   ],
   ids=['plain', 'stops_banned', 'filtered'],
 )
@@ -176,6 +179,7 @@ def test_samples_follow_the_distribution(sampling):
   assert_allclose(out.sample_logprob[:, 0], np.log(expected[out.response_ids[:, 0]]), atol=1e-4)
 
 
+@pytest.mark.campaign
 def test_bfloat16_decodes_near_its_own_forward():
   """In bfloat16, the decode loop and the full forward agree within its rounding."""
   config = dataclasses.replace(models.CONFIG, dtype='bfloat16')
@@ -190,7 +194,7 @@ def test_bfloat16_decodes_near_its_own_forward():
   assert difference[out.response_mask].mean() < 0.03
 
 
-@pytest.mark.parametrize('slots', [1, 3])
+@pytest.mark.parametrize('slots', [pytest.param(1, marks=pytest.mark.campaign), 3])
 def test_responses_do_not_depend_on_max_concurrent(sampled, slots):
   """One slot, refilled seven times, or eight at once: the same tokens."""
   config, params, prompts, out = sampled
@@ -245,6 +249,7 @@ def test_limits_end_each_response(sampled):
   np.testing.assert_array_equal(again.finished, out.finished & (length <= limits))
 
 
+@pytest.mark.campaign
 def test_scanned_layers_equal_unrolled_ones():
   """Accelerators scan the layers."""
   params, prompts = models.params(models.CONFIG), models.ids(shape=(models.BATCH, PROMPT))

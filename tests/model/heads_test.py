@@ -18,6 +18,7 @@ def dense(params, ids, config):
   return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in logprob_and_entropy(logits, ids[:, 1:]))
 
 
+@pytest.mark.campaign  # model/fused_head_test.py has the function by itself
 @pytest.mark.parametrize('config', models.CONFIGS.values(), ids=models.CONFIGS)
 def test_chunked_head_equals_dense(config):
   params, ids = models.params(config), jnp.asarray(models.ids())

@@ -26,6 +26,7 @@ def step(state, count, mesh=None, losses=None):
   return state
 
 
+@pytest.mark.campaign
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
   uninterrupted = training.copied(step(training.state('policy'), 3))
   checkpoints = Checkpointer(tmp_path, keep=2)

@@ -66,6 +66,7 @@ def collector(prompts):
   )
 
 
+@pytest.mark.campaign
 def test_steps_copy_nothing_to_the_host_but_tokens_and_metrics(collector, params, tmp_path):
   """Three steps with the log of their metrics, which begins each copy of a step once it is done."""
   settings = dataclasses.replace(RECIPE.ppo, minibatch_size=8, num_ppo_epochs=1, max_steps=3)

@@ -264,6 +264,7 @@ def test_rollouts_do_not_rematerialise(name):
   assert scored(8).warnings[name] == []
 
 
+@pytest.mark.devices
 def test_same_rollout():
   one, eight = scored(1).rollout, scored(8).rollout
   for name in ('prompt_ids', 'prompt_length', 'response_ids', 'response_mask', 'finished'):

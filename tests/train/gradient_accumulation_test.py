@@ -103,6 +103,7 @@ def test_pieces_equal_the_full_batch(pieces):
   assert_same(accumulated(pieces), accumulated(1), 1e-6, 5e-6)
 
 
+@pytest.mark.campaign
 def test_pieces_equal_the_full_batch_in_float64():
   with jax.enable_x64(True):
     config = dataclasses.replace(models.CONFIG, dtype='float64')

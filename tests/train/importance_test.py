@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from fixtures import models, training
 from jax.flatten_util import ravel_pytree
 
@@ -14,6 +15,7 @@ from segjax.train.ppo_step import policy_objective
 from segjax.types import Experience, Rollout, Segments
 
 
+@pytest.mark.campaign
 def test_weights_recover_the_gradient_of_the_policy():
   """The mean over all tokens that int8 weights may draw is that over those of the policy.
 
