@@ -13,7 +13,7 @@ class Rates:
   Attributes:
     products: FLOP/s of matrix products in bfloat16.
     attention: FLOP/s of a fused attention kernel.
-    memory: bytes/s that it reads and writes.
+    memory: share of the memory's bandwidth.
     link: bytes/s that it sends to devices of its node, or of its slice.
     network: bytes/s that it sends to devices of other nodes.
   """
@@ -44,32 +44,27 @@ class Chip:
   link: float
   rates: Rates
 
-
-def _hopper(bandwidth: float) -> Rates:
-  """Returns what programs sustain of a Hopper GPU with this bandwidth of its memory."""
-  # Measured on one H100 SXM: products are the mean over policy updates of 6 layers of 8B, within
-  # the power limit (one product alone reaches 800); kernels of `model.flash_kernels` and of cuDNN,
-  # forward and backward, in rows of 2,048 tokens; a copy has 89 % of the memory's bandwidth. Not
-  # measured: collectives of NCCL reach 80 % of NVLink and of a 400 Gb/s InfiniBand port per GPU.
-  return Rates(690e12, 380e12, 0.89 * bandwidth, 360e9, 40e9)
+  @property
+  def sustained_bandwidth(self) -> float:
+    """Bytes/s that large programs read and write."""
+    return self.rates.memory * self.bandwidth
 
 
+# Measured on one H100 SXM: products are the mean over policy updates of 6 layers of 8B, within the
+# power limit (one product alone reaches 800); kernels of `model.flash_kernels` and of cuDNN, both
+# ways, in rows of 2,048 tokens; a copy has 89 % of the memory's bandwidth. Not measured: NCCL's
+# collectives reach 80 % of NVLink and of a 400 Gb/s InfiniBand port for each GPU.
+_HOPPER = Rates(690e12, 380e12, 0.89, 360e9, 40e9)
 # FlashAttention-2 (https://arxiv.org/abs/2307.08691, figure 4); a 200 Gb/s port for each GPU.
-_AMPERE = Rates(220e12, 170e12, 0.89 * 2.039e12, 240e9, 20e9)
+_AMPERE = Rates(220e12, 170e12, 0.89, 240e9, 20e9)
 
 
-def _tpu(flops: float, bandwidth: float, link: float) -> Rates:
-  """Returns what programs sustain of a TPU.
-
-  Args:
-    flops: FLOP/s.
-    bandwidth: of the memory, bytes/s.
-    link: bytes/s one way on one link.
-  """
+def _tpu(flops: float, link: float) -> Rates:
+  """Returns what programs sustain of a TPU with this FLOP/s, and bytes/s one way on one link."""
   # Products near the compiler's own estimates of cycles (scoring: 80 % of peak on v5e, 89 % on
   # v5p), and half of it in an attention kernel. A ring along one axis of the torus uses the links
   # in both directions (https://jax-ml.github.io/scaling-book/sharded has one-way bandwidths).
-  return Rates(0.8 * flops, 0.4 * flops, bandwidth, 2 * link, 2 * link)
+  return Rates(0.8 * flops, 0.4 * flops, 1.0, 2 * link, 2 * link)
 
 
 # TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; memory as the compiler reports it.
@@ -78,12 +73,12 @@ def _tpu(flops: float, bandwidth: float, link: float) -> Rates:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12, _tpu(197e12, 0.819e12, 45e9)),
-    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12, _tpu(459e12, 2.765e12, 90e9)),
-    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12, _tpu(918e12, 1.64e12, 90e9)),
+    Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12, _tpu(197e12, 45e9)),
+    Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12, _tpu(459e12, 90e9)),
+    Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12, _tpu(918e12, 90e9)),
     Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12, _AMPERE),
-    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12, _hopper(3.35e12)),
-    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12, _hopper(4.8e12)),
+    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12, _HOPPER),
+    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12, _HOPPER),
     Chip('cpu', math.inf, *[math.nan] * 3, Rates(*[math.nan] * 5)),
   )
 }

@@ -191,7 +191,7 @@ class _Reader:
     products = hlo_flops.products(self._program, computation, instruction)
     rates = self._chip.rates
     busy = kernel / rates.attention + products / rates.products
-    seconds = memory / rates.memory
+    seconds = memory / self._chip.sustained_bandwidth
     part, channel = hlo_collectives.piece(self._program, instruction)
     if part == 'done':
       schedule.wait(channel)

@@ -46,7 +46,7 @@ class PhaseCost:
     products = self.flops - self.attention_flops
     parts = {
       'arithmetic': products / rates.products + self.attention_flops / rates.attention,
-      'memory': self.bytes / chip.rates.memory,
+      'memory': self.bytes / chip.sustained_bandwidth,
       'links': self.exposed,
     }
     return max(parts, key=lambda name: parts[name]) if self.seconds else ''

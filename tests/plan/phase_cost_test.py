@@ -13,7 +13,7 @@ from segjax.plan.phases import JobPrograms, Phase
 from segjax.plan.ppo_programs import PPO
 
 CHIP = dataclasses.replace(
-  CHIPS['cpu'], flops=100.0, bandwidth=10.0, rates=Rates(50.0, 25.0, 10.0, 5.0, 1.0)
+  CHIPS['cpu'], flops=100.0, bandwidth=10.0, rates=Rates(50.0, 25.0, 1.0, 5.0, 1.0)
 )
 
 
