@@ -26,7 +26,7 @@ def _with_placeholders(settings: Any) -> dict[str, Any]:
       value = _with_placeholders(value)
     elif value is None:
       kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-      value = config_dict.placeholder(kind)
+      value = config_dict.placeholder(typing.get_origin(kind) or kind)
     values[key] = value
   return values
 

@@ -12,6 +12,9 @@ from segjax.config.training_settings import (
   SFT,
   Compat,
   Critic,
+  Lora,
+  LoraOverrides,
+  LoraSettings,
   NormalizerFit,
   Optimizer,
   RewardModelSettings,
@@ -29,6 +32,9 @@ __all__ = [
   'SFT',
   'Compat',
   'Critic',
+  'Lora',
+  'LoraOverrides',
+  'LoraSettings',
   'NormalizerFit',
   'Optimizer',
   'RewardModelSettings',
@@ -200,6 +206,7 @@ class Settings:
   reference: Model = Model()
   reward_model: RewardModelSettings = RewardModelSettings()
   critic: Critic = Critic()
+  lora: LoraSettings = LoraSettings()
   data: Data = Data()
   sft: SFT = SFT()
   reward: RewardTraining = RewardTraining()

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 from segjax.config import parse, settings, training_settings
 from segjax.config.choices import CHOICES, MINIMUMS
-from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
+from segjax.config.settings import (
+  Lora,
+  LoraOverrides,
+  LoraSettings,
+  Segmentation,
+  SegmentationOverrides,
+  Settings,
+)
 
 _WIDTH = 100
 
@@ -34,10 +41,11 @@ def all_settings() -> list[Setting]:
   """Returns every setting in the order of the source."""
   comments = _comments(settings) | _comments(training_settings)
   # An override means the same as the field that it replaces.
-  for field in dataclasses.fields(SegmentationOverrides):
-    comments[SegmentationOverrides.__name__, field.name] = comments[
-      Segmentation.__name__, field.name
-    ]
+  for overriding, kind in ((SegmentationOverrides, Segmentation), (LoraOverrides, Lora)):
+    for field in dataclasses.fields(overriding):
+      comments[overriding.__name__, field.name] = comments[kind.__name__, field.name]
+  for field in dataclasses.fields(Lora):  # inherited
+    comments[LoraSettings.__name__, field.name] = comments[Lora.__name__, field.name]
   return list(_walk(Settings(), '', comments))
 
 

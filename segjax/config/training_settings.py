@@ -4,6 +4,12 @@
 """
 
 import dataclasses
+import math
+
+# Matrices of a layer that may have an adapter, by their names in HF checkpoints; and peft's name
+# for all of them.
+LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+ALL_LINEAR = 'all-linear'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,41 @@ class Critic:
 
   init: str = 'policy'  # or reward_model, or a path of its own
   warmup_rollouts: int = 0  # rollouts before the policy is trained too
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) of a frozen network."""
+
+  rank: int = 0  # columns of A and rows of B; 0: all weights are trained
+  alpha: float = 32.0  # the product of A and B is multiplied by alpha / rank
+  targets: tuple[str, ...] = (ALL_LINEAR,)  # or names: q_proj,k_proj,v_proj,o_proj,gate_proj, ...
+  rs: bool = False  # alpha / sqrt(rank) instead, as in rank-stabilised LoRA (arXiv 2312.03732)
+
+  @property
+  def scale(self) -> float:
+    """Factor of x A B."""
+    return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOverrides:
+  """Fields of `Lora` for one network alone; None keeps them."""
+
+  rank: int | None = None
+  alpha: float | None = None
+  targets: tuple[str, ...] | None = None
+  rs: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings(Lora):
+  """Adapters instead of full training, of all trained networks or of each."""
+
+  learning_rate_factor: float = 10.0  # of the optimizers of networks that have adapters
+  policy: LoraOverrides = LoraOverrides()
+  critic: LoraOverrides = LoraOverrides()
+  reward: LoraOverrides = LoraOverrides()
 
 
 @dataclasses.dataclass(frozen=True)

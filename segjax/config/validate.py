@@ -7,7 +7,7 @@ fix.
 import datetime
 from operator import attrgetter
 
-from segjax.config import conflicts, no_effect, renamed
+from segjax.config import conflicts, lora, no_effect, renamed
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
 from segjax.config.field_checks import check_choice, check_minimum
 from segjax.config.settings import Settings, replace
@@ -33,6 +33,7 @@ def validate(settings: Settings) -> None:
   _check_divisibility(settings)
   _check_packing(settings)
   renamed.check_metric(settings.checkpoint.best_metric, 'config.checkpoint.best_metric=')
+  lora.check_lora(settings)
   conflicts.check_conflicts(settings)
   no_effect.check_no_effect(settings)
 

@@ -55,7 +55,7 @@ class DecodeWeights(NamedTuple):
   """The policy's weights in the compute dtype, laid out for decoding."""
 
   embedding: Float[Array, 'V D']
-  layers: Any  # a tuple of layers where they are unrolled, else stacked
+  layers: Any  # collections of `Block`: a tuple of layers where they are unrolled, else stacked
   norm: Any
   head: Float[Array, 'D V']
 
@@ -149,7 +149,7 @@ def prefill(
 
   def run_layer(x, layer, index, cache):
     attend = decode_cache.prefill_layer(cache, chunk, index, decoder, prefix_blocks)
-    inputs = ({'params': layer}, x, chunk.position, attend)
+    inputs = (layer, x, chunk.position, attend)
     return block.apply(*inputs, method='with_cache')
 
   x = _embed(weights, chunk.ids)
@@ -195,7 +195,7 @@ def decode_chunk(
 
     def run_layer(x, layer, index, written):
       attend = decode_cache.decode_layer((reader, written), index, position, j, active, decoder)
-      inputs = ({'params': layer}, x, position[:, None], attend)
+      inputs = (layer, x, position[:, None], attend)
       return block.apply(*inputs, method='with_cache')
 
     # Finished rows run along, since shapes are fixed: their tokens are not recorded.

@@ -7,6 +7,7 @@ import jax
 
 from segjax.model import precision, sharding
 from segjax.model.decode import DecodeConfig, DecodeWeights
+from segjax.model.lora import ADAPTER
 
 _MAX_UNROLLED = 32  # layers on a CPU; compiling more of them one by one takes too long
 
@@ -30,7 +31,7 @@ def decode_weights(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWe
   backbone = params['backbone']
   head = converted.head if 'lm_head' not in params else params['lm_head']['kernel']
   all_new = decoder.unrolled or decoder.weights_dtype == 'int8'
-  layers = converted.layers if all_new else backbone['layers']
+  layers = converted.layers if all_new else _layers(params)
   return jax.tree.map(
     lambda new, old: old if new is None else new,
     converted,
@@ -54,7 +55,7 @@ def _convert(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
       lambda new, old: None if one_device and new.dtype == old.dtype else new, new, old
     )
 
-  backbone, layers = laid_out['backbone'], laid_out['backbone']['layers']
+  backbone, layers = laid_out['backbone'], _layers(laid_out)
   if decoder.unrolled:
     # Sliced here once: XLA for GPUs would copy each slice in every step, before its product.
     layers = tuple(
@@ -62,7 +63,7 @@ def _convert(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
       for i in range(decoder.config.num_hidden_layers)
     )
   elif decoder.weights_dtype != 'int8':  # int8 layers are new, with scales that `params` lack
-    layers = without_parameters(layers, params['backbone']['layers'])
+    layers = without_parameters(layers, _layers(params))
   embedding, norm = (
     without_parameters(backbone[name], params['backbone'][name]) for name in ('embedding', 'norm')
   )
@@ -71,3 +72,10 @@ def _convert(params: dict[str, Any], *, decoder: DecodeConfig) -> DecodeWeights:
   else:
     head = without_parameters(laid_out['lm_head'], params['lm_head'])['kernel']
   return DecodeWeights(embedding, layers, norm, head)
+
+
+def _layers(params: dict[str, Any]) -> dict[str, Any]:
+  """Returns the layers as collections of `llama.Block`: their parameters and adapters."""
+  layers = {'params': params['backbone']['layers']}
+  # Not merged into the matrices, whose rounding to bfloat16 would lose a small change.
+  return layers | ({ADAPTER: params[ADAPTER]['layers']} if ADAPTER in params else {})

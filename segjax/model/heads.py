@@ -1,7 +1,8 @@
 """Heads of the network: log-prob and entropy of tokens, or a scalar at every token.
 
 The full [B, S, V] logits are never formed here, except by `logits`, which is for tests and
-inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...}.
+inspection. Parameters are plain nested dicts: {'backbone': ..., 'lm_head' or 'scalar_head': ...},
+and {'adapter': ...} of a network that has adapters, see `lora`.
 
 Rows are one sequence each, padded on the right, unless a `llama.RowLayout` is given: then a
 row may hold several sequences, each with positions from 0, or tokens of id 0, which no other token
@@ -20,6 +21,7 @@ from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.fused_head import fused_logprobs, logit_product
 from segjax.model.llama import UNPACKED, Llama, LlamaConfig, RowLayout
+from segjax.model.lora import ADAPTER, adapter_shapes, variables
 
 HEADS = ('language', 'scalar')
 
@@ -81,16 +83,19 @@ def init_params(key: Array, config: LlamaConfig, head: str) -> Params:
 
 
 def param_shapes(config: LlamaConfig, head: str) -> Params:
-  """Returns the tree of parameter shapes; no parameter is allocated."""
+  """Returns the tree of parameter shapes, of adapters too; no parameter is allocated."""
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)  # a typed key has a dtype of its own
-  return jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
+  shapes = jax.eval_shape(functools.partial(init_params, config=config, head=head), key)
+  if config.lora is None:
+    return shapes
+  return shapes | {ADAPTER: adapter_shapes(shapes['backbone']['layers'], config.lora)}
 
 
 def scores(
   params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S']:
   """The scalar head read AT each token, float32: a reward model's score of the text so far."""
-  return ScalarModel(config).apply({'params': params}, ids, rows)
+  return ScalarModel(config).apply(variables(params), ids, rows)
 
 
 def values(
@@ -105,7 +110,7 @@ def logits(
   params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
+  hidden, kernel = LanguageModel(config).apply(variables(params), ids, rows)
   return project(hidden, kernel, config.round_logits)
 
 
@@ -118,7 +123,7 @@ def token_logprobs(
   to the vocabulary runs in pieces of `config.vocab_chunk` entries, recomputed in the backward pass,
   so that one [B, S, piece] array is the largest that ever exists.
   """
-  hidden, kernel = LanguageModel(config).apply({'params': params}, ids, rows)
+  hidden, kernel = LanguageModel(config).apply(variables(params), ids, rows)
   # The state at t - 1 predicts token t; nothing follows the last state, which stays all the same:
   # positions that divide over the devices need not move.
   outputs = fused_logprobs(hidden, kernel, jnp.pad(ids[:, 1:], ((0, 0), (0, 1))), config)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from segjax.config.settings import Network
-from segjax.model import quantized, sharding
+from segjax.config.settings import Lora, Network
+from segjax.model import lora, quantized, sharding
 from segjax.model.attention import attention
 from segjax.model.embedding import embed
 from segjax.model.remat import checkpoint_policy
@@ -35,6 +35,7 @@ class LlamaConfig:
     vocab_chunk: entries of the vocabulary whose logits exist at once, of all tokens of a device.
     round_logits: whether logits are rounded to `dtype`, as in transformers.
     scan_unroll: layers that an iteration of the scan holds.
+    lora: of the network's adapters; None for a network without.
   """
 
   vocab_size: int
@@ -59,6 +60,7 @@ class LlamaConfig:
   vocab_chunk: int = 8192
   round_logits: bool = False
   scan_unroll: int = 1
+  lora: Lora | None = None
 
 
 class RowLayout(NamedTuple):
@@ -111,11 +113,15 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """x W (+ b) in x's dtype; the leading axes are flattened, which XLA on CPU runs faster."""
+  """x W (+ b) in x's dtype; the leading axes are flattened, which XLA on CPU runs faster.
+
+  Where the collection of adapters has a pair for it, their product is added, see `lora`.
+  """
 
   features: int
   use_bias: bool
   stddev: float
+  adapter: Lora | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _']:
@@ -123,6 +129,9 @@ class Linear(nn.Module):
     scale = self.get_variable('params', 'scale')  # None, except in a decode loop of int8 weights
     y = quantized.product(x.reshape(-1, x.shape[-1]), kernel, scale)
     y = y.reshape(*x.shape[:-1], self.features)
+    if self.has_variable(lora.ADAPTER, 'a'):
+      pair = (self.get_variable(lora.ADAPTER, name) for name in 'ab')
+      y = lora.adapted(x, y, *pair, self.adapter.scale)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       # In float32 for the sake of the gradient, as in `RMSNorm`; the tests forbid rank promotion.
@@ -144,7 +153,7 @@ class Block(nn.Module):
     c = self.config
 
     def linear(features, use_bias):
-      return Linear(features, use_bias, c.initializer_range)
+      return Linear(features, use_bias, c.initializer_range, c.lora)
 
     self.attention_norm = RMSNorm(c.rms_norm_eps)
     self.query = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
@@ -245,7 +254,7 @@ class Llama(nn.Module):
     # One traced layer: compile time does not grow with depth, and weights are stacked [L, ...].
     self.layers = nn.scan(
       block,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, lora.ADAPTER: 0},
       split_rngs={'params': True},  # else all layers would start with equal weights
       in_axes=nn.broadcast,  # positions and segment_ids are shared by the layers
       length=c.num_hidden_layers,

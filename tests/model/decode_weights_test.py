@@ -39,9 +39,10 @@ def test_only_what_changes_is_copied(name, unrolled, devices):
   assert (weights.head is head) == (is_kept and not tied)
   if unrolled:
     assert len(weights.layers) == config.num_hidden_layers
-    stacked = jax.tree.map(lambda *layers: np.stack(layers), *weights.layers)
+    layers = [layer['params'] for layer in weights.layers]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
   else:
-    stacked = weights.layers
+    stacked = weights.layers['params']
     same = [
       a is b for a, b in zip(*map(jax.tree.leaves, (stacked, backbone['layers'])), strict=True)
     ]

@@ -119,7 +119,8 @@ def test_decode_weights_on_a_mesh_of_their_own(unrolled):
   expected = quantized.quantize_layers(params)['backbone']['layers']
   if unrolled:
     layers = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-  else:
+  layers = layers['params']
+  if not unrolled:
     # Each device scales its own columns, or sums over rows; nothing is exchanged for a scale.
     for name, columns in (('query', 16), ('gate', 24), ('output', 32), ('down', 32)):
       module = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, layers[name])
