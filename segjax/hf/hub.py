@@ -3,6 +3,7 @@
 The caller decides which checkpoints are readable. jax is not imported.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def download(
       f'{name} could not be downloaded ({_reason(error)}); run it again: files that are complete '
       'are not fetched again.'
     ) from error
+
+
+def id_of(directory: Path) -> str:
+  """Returns the hub id of a directory of huggingface_hub's cache, '' for another directory."""
+  match = re.search(r'/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$', directory.as_posix())
+  return f'{match[1]}/{match[2]}' if match else ''
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from segjax.report.console import track
 from segjax.report.response_log import ResponseRecord, write_records
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights
 from segjax.storage import make_directory, write_text_atomically
 from segjax.train.rollout import RolloutSampler, rollout
 
@@ -98,7 +99,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     counts.update(prompts.counts)
     inputs.log_dataset(prompts, stage.log)
     if model is None:  # not before the first prompts are validated: loading takes minutes
-      params = models.load_params(path, network, 'language', s.runtime, stage.mesh)
+      params = Weights(s.runtime, stage.mesh).frozen(path, network, 'language')
       model = AnswerModel(stage, network, tokenizer, rollout_settings, params)
     new_answers = _answer(model, prompts, [questions[i] for i in open_questions], turn)
     for row, number in enumerate(open_questions):

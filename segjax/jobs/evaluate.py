@@ -30,11 +30,13 @@ from segjax.jobs.job import (
   Job,
   data_input,
 )
+from segjax.model.llama import LlamaConfig
 from segjax.report.console import log
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import escape_control, print_response
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import (
@@ -76,11 +78,12 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   s = stage.settings
   gold, is_boundary = load_eval_functions(s.evaluate)
   resolved, tokenizer, collector = loaded
-  params = models.load_models(resolved, tuple(models.HEADS), s.runtime, stage.mesh)
+  weights = Weights(s.runtime, stage.mesh)
+  params = models.load_models(resolved, tuple(models.HEADS), weights)
 
   def sample(name: str) -> EvaluatedResponses:
     responses = sample_responses(
-      collector,
+      with_policy(collector, resolved.configs[name]),
       params | {'policy': params[name]},
       stage.key('samples'),
       s.evaluate,
@@ -112,7 +115,9 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
   """Returns how responses to the held-out prompts are sampled and scored."""
   s, configs = stage.settings, resolved.configs
   # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
-  recipe = models.make_recipe(s, configs, configs['policy'], resolved.reward_spec, tokenizer)
+  recipe = models.make_recipe(
+    s, configs, configs['policy'], resolved.reward_spec, tokenizer, resolved.paths
+  )
   recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
@@ -124,6 +129,15 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
     recipe,
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+  )
+
+
+def with_policy(collector: Collector, network: LlamaConfig) -> Collector:
+  """Returns the collector for responses of another network, whose adapters may be others."""
+  return dataclasses.replace(
+    collector,
+    sampler=dataclasses.replace(collector.sampler, config=network),
+    recipe=dataclasses.replace(collector.recipe, policy=network),
   )
 
 

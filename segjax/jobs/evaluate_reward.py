@@ -39,6 +39,7 @@ from segjax.report.console import table
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_rewards
@@ -100,11 +101,11 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
   """
   s = stage.settings
   model, data = loaded
-  params = models.load_params(model.path, model.scorer.reward, 'scalar', s.runtime, stage.mesh)
+  weights = Weights(s.runtime, stage.mesh)
+  params = weights.frozen(model.path, model.scorer.reward, 'scalar')
   reference = None
   if model.reference is not None:
-    network = model.scorer.reference
-    reference = models.load_params(model.reference, network, 'language', s.runtime, stage.mesh)
+    reference = weights.frozen(model.reference, model.scorer.reference, 'language')
   figures = {
     'pairs_read': sum(len(pairs) for pairs, _ in data.pairs),
     'responses_read': len(data.spans),

@@ -25,6 +25,7 @@ from segjax.rl import normalizer
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights
 from segjax.storage import make_directory, write_text_atomically
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
@@ -99,12 +100,11 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """
   s = stage.settings
   source, reference_path, spec, scorer, pairs = loaded
-  params = models.load_params(source, scorer.reward, 'scalar', s.runtime, stage.mesh)
+  weights = Weights(s.runtime, stage.mesh)
+  params = weights.frozen(source, scorer.reward, 'scalar')
   reference = None
   if scorer.segmenter.needs_entropy:
-    reference = models.load_params(
-      reference_path, scorer.reference, 'language', s.runtime, stage.mesh
-    )
+    reference = weights.frozen(reference_path, scorer.reference, 'language')
   statistics = collect_statistics(stage, params, reference, pairs, scorer)
   options = {
     'weighting': s.normalizer.weighting,

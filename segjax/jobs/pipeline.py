@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.config.lora import with_adapter_rates
 from segjax.config.settings import Settings, replace
 from segjax.errors import UserError, first_line
 from segjax.jobs import input_check, run_end, stage_key
@@ -165,7 +166,7 @@ def connect_stage(job: Job, settings: Settings, workdir: Path) -> Settings:
       if value:
         values[item.key] = value
         break
-  return replace(settings, **values)
+  return with_adapter_rates(replace(settings, **values))
 
 
 def _earlier_stages(name: str, settings: Settings) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate, run_end
 from segjax.jobs.job import (
   COMMON,
@@ -32,6 +31,7 @@ from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
+from segjax.run.weights import Trainable, Weights, log_memory, save_network
 from segjax.train.carry import Stream, nothing_carried
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import load_custom_reward
@@ -80,16 +80,12 @@ def load(stage: Stage) -> Loaded:
     'critic': critic_directory(s.critic.init, resolved.paths),
   }
   tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
-  heads = models.HEADS | {'critic': 'scalar'}
-  trained = {
-    name: models.load_network_config(
-      path, s.runtime, stage.mesh, stage.log, trained=True, head=heads[name]
-    )
-    for name, path in paths.items()
-  }
+  trained = {name: models.load_trained_config(stage, name, path) for name, path in paths.items()}
   configs = resolved.configs | {'policy': trained['policy']}
   tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
-  recipe = models.make_recipe(s, configs, trained['critic'], resolved.reward_spec, tokenizer)
+  recipe = models.make_recipe(
+    s, configs, trained['critic'], resolved.reward_spec, tokenizer, resolved.paths | paths
+  )
   networks = resolved.configs | {'critic': trained['critic']}
   rollout = inputs.fit_rollout(s.rollout, networks, stage.log)
   limits = inputs.prompt_limits(s.data, networks, rollout.max_new_tokens, stage.log)
@@ -121,12 +117,15 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
   names = ('reference', 'reward')
-  frozen = models.load_models(resolved, names, s.runtime, stage.mesh, on_host=on_host)
-  states = _init_states(stage, paths, recipe)
-  trees = {'policy': states['policy'], 'critic': states['critic']} | frozen
-  models.log_memory(trees, stage.mesh, stage.log)
+  weights = Weights(s.runtime, stage.mesh)
+  frozen = models.load_models(resolved, names, weights, on_host=on_host)
+  networks = _load_trained(stage, paths, recipe, weights)
+  states = _init_states(stage, networks)
+  bases = {name: network.base for name, network in networks.items()}
+  trees = {'policy': states['policy'], 'critic': states['critic'], 'bases': bases} | frozen
+  log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, resolved.reward_spec.normalizer)
-  trainer = _make_trainer(stage, loaded, frozen, normalizer)
+  trainer = _make_trainer(stage, loaded, frozen, bases, normalizer)
   if trainer.stream is not None:
     states['carried'] = nothing_carried(trainer.stream, stage.mesh)
   states, last = training_loop.train(stage, states, trainer.step, s.ppo.max_steps, SHOW)
@@ -136,10 +135,9 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     ('policy', recipe.policy, 'language', stage.model_directory),
     ('critic', recipe.critic, 'scalar', stage.directory / 'critic'),
   ):
-    params = states[name].params
-    save_checkpoint(
+    save_network(
       directory,
-      params,
+      states[name].params,
       config,
       head,
       source=paths[name],
@@ -180,18 +178,23 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   )
 
 
-def _init_states(
-  stage: Stage, paths: dict[str, Path], recipe: PPORecipe
-) -> training_loop.TrainStates:
-  """Loads policy and critic and returns the states before the first step."""
+def _load_trained(
+  stage: Stage, paths: dict[str, Path], recipe: PPORecipe, weights: Weights
+) -> dict[str, Trainable]:
+  """Loads policy and critic."""
+  networks = {
+    'policy': weights.trained(paths['policy'], recipe.policy, 'language', stage.key('adapter')),
+    'critic': weights.trained(paths['critic'], recipe.critic, 'scalar', stage.key('head')),
+  }
+  for name, network in networks.items():
+    stage.log(f'training {network.describe()} of the {name}')
+  return networks
+
+
+def _init_states(stage: Stage, networks: dict[str, Trainable]) -> training_loop.TrainStates:
+  """Returns the states before the first step."""
   s, per_step = stage.settings, updates_per_step(stage.settings.ppo)
-  policy = models.load_params(
-    paths['policy'], recipe.policy, 'language', s.runtime, stage.mesh, trained=True
-  )
-  key = stage.key('head')
-  critic = models.load_params(
-    paths['critic'], recipe.critic, 'scalar', s.runtime, stage.mesh, key=key, trained=True
-  )
+  policy, critic = (networks[name].params for name in ('policy', 'critic'))
   # The policy is not updated while the critic warms up, so its schedule is shorter.
   policy_steps = s.ppo.max_steps - s.critic.warmup_rollouts
   return {
@@ -209,6 +212,7 @@ def _make_trainer(
   stage: Stage,
   loaded: Loaded,
   frozen: dict[str, Any],
+  bases: dict[str, Any],
   normalizer: Normalizer,
 ) -> Trainer:
   s, (_, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
@@ -228,6 +232,7 @@ def _make_trainer(
   return Trainer(
     stage=stage,
     frozen=frozen,
+    bases=bases,
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
     gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
@@ -259,6 +264,7 @@ JOB = Job(
     'reference',
     'reward_model',
     'critic',
+    'lora',
     'rollout',
     'reward_shaping',
     'ppo',

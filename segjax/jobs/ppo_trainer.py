@@ -49,6 +49,7 @@ class Trainer:
 
   Attributes:
     frozen: parameters of reference and reward model.
+    bases: of 'policy' and 'critic', what adapters are added to; {} where all is trained.
     collector: samples and scores training prompts.
     eval_collector: samples and scores held-out prompts.
     gold: (prompt, response) -> true reward, for eval/gold.
@@ -60,6 +61,7 @@ class Trainer:
 
   stage: Stage
   frozen: dict[str, Any]
+  bases: dict[str, Any]
   collector: Collector
   eval_collector: Collector
   gold: Callable[[str, str], float] | None
@@ -115,7 +117,8 @@ class Trainer:
     return self.collector.collect(params, rows, key, kl_coef)
 
   def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
-    return self.frozen | {name: states[name].params for name in ('policy', 'critic')}
+    trained = {name: states[name].params for name in ('policy', 'critic')}
+    return self.frozen | {name: self.bases[name] | params for name, params in trained.items()}
 
   def _update(
     self, states: training_loop.TrainStates, collected: Collected, step: int, enabled: jax.Array
@@ -131,16 +134,16 @@ class Trainer:
     s, recipe = self.stage.settings, self.collector.recipe
     per_step = updates_per_step(s.ppo)
     is_warmup = step < s.critic.warmup_rollouts
-    policy, critic, updates = states['policy'], states['critic'], []
+    networks, updates = {name: states[name] for name in ('policy', 'critic')}, []
     for epoch in range(s.ppo.num_ppo_epochs):
       # The order depends on seed, step and epoch alone: a resumed run repeats it.
       order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
       for rows in order.reshape(-1, s.ppo.minibatch_size):
         lengths = collected.rollout.length[rows]
         packing, efficiency = training_loop.plan_packing_for(s.ppo, lengths, self.stage.mesh)
-        policy, critic, metrics = ppo_step(
-          policy,
-          critic,
+        networks, metrics = ppo_step(
+          networks,
+          self.bases,
           Minibatch(collected.experience, rows, packing, enabled),
           states['kl']['coef'],
           recipe=recipe,
@@ -156,7 +159,7 @@ class Trainer:
         'policy/own_ratio_max_deviation', first['policy/ratio_max_deviation']
       )
       metrics.pop('policy/own_ratio_max_deviation', None)
-    return states | {'policy': policy, 'critic': critic}, metrics
+    return states | networks, metrics
 
   def _evaluate(self, states: training_loop.TrainStates) -> dict[str, Any]:
     metrics = {}

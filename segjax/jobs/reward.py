@@ -17,7 +17,6 @@ from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.evaluation.intervals import wilson
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
-from segjax.hf.writer import save_checkpoint
 from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.model.llama import LlamaConfig
@@ -27,12 +26,13 @@ from segjax.report.timing import time_evaluation
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights, log_memory, save_network
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec, throughput
 from segjax.train.optimizer import init_state
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.reward_spec import RewardSpec
-from segjax.train.reward_step import reward_step
+from segjax.train.reward_step import FrozenParams, reward_step
 
 # Printed on the console, the first two next to the progress bar; curves of the model card.
 SHOW = ('reward_model/loss', 'reward_model/accuracy', 'reward_model/segments')
@@ -65,9 +65,7 @@ def load(stage: Stage) -> Loaded:
     inputs.check_creatable('config.reward.entropy_cache_dir', s.reward.entropy_cache_dir)
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
-  config = models.load_network_config(
-    source, s.runtime, stage.mesh, stage.log, trained=True, head='scalar'
-  )
+  config = models.load_trained_config(stage, 'reward', source)
   reward_spec.check_tokenizer(source, reference_path)
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   scorer = make_scorer(
@@ -102,36 +100,37 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
       f'config.reward.rating_margin_coef={s.reward.rating_margin_coef}, but no pair has '
       'ratings; set it to 0, or provide `chosen_rating` and `rejected_rating`.'
     )
-  reference = None
+  weights, reference = Weights(s.runtime, stage.mesh), None
   if scorer.segmenter.needs_entropy:
-    reference = models.load_params(
-      reference_path, scorer.reference, 'language', s.runtime, stage.mesh
-    )
+    reference = weights.frozen(reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, tokenizer)
     if s.reward.entropy_cache_dir:
       pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
-      reference = None  # frees its memory for training
+      reference = None
+      weights.forget()  # frees its memory for training
   train_set, held_out = split_holdout(pairs, s.reward.holdout_fraction, s.seed)
   stage.log(f'{len(held_out)} pairs held out by prompt')
   num_steps = training_loop.count_steps(s.reward, len(train_set), 'reward')
-  key = stage.key('head')
-  params = models.load_params(
-    source, config, 'scalar', s.runtime, stage.mesh, key=key, trained=True
-  )
-  states = {'reward': init_state(params, s.reward.optimizer, num_steps, stage.key('rounding'))}
-  trees = states | ({'reference': reference} if reference else {})
-  models.log_memory(trees, stage.mesh, stage.log)
+  network = weights.trained(source, config, 'scalar', stage.key('head'))
+  stage.log(f'training {network.describe()}')
+  states = {
+    'reward': init_state(network.params, s.reward.optimizer, num_steps, stage.key('rounding'))
+  }
+  trees = {'reference': reference, 'base': network.base}
+  log_memory(states | trees, stage.mesh, stage.log)
   eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_PAIRS)))
-  trainer = Trainer(stage, scorer, reference, train_set, eval_subset, num_steps)
+  frozen = FrozenParams(reference, network.base)
+  trainer = Trainer(stage, scorer, frozen, train_set, eval_subset, num_steps)
   states, last = training_loop.train(stage, states, trainer.step, num_steps, SHOW)
-  params = states['reward'].params
+  trained = states['reward'].params
+  params = network.base | trained
   if processes.is_first():
     write_text_atomically(stage.directory / HELD_OUT_FILE, json.dumps(held_out.row.tolist()))
   metrics = _evaluate_held_out(stage, params, reference, held_out, scorer)
   results = {'loss': last.get('reward_model/loss')} | metrics
   card = provenance.card(stage, results, pairs, SHOW)
-  save_checkpoint(
-    stage.model_directory, params, config, 'scalar', source=source, card=card, tokenizer=tokenizer
+  save_network(
+    stage.model_directory, trained, config, 'scalar', source=source, card=card, tokenizer=tokenizer
   )
   if processes.is_first():
     _write_reward_spec(stage.model_directory, source, scorer.segmenter.segmentation)
@@ -143,14 +142,15 @@ class Trainer:
   """The steps of reward training.
 
   Attributes:
-    reference: its parameters, if segments need its entropy and no cache has it.
+    frozen: parameters of the base, and of the reference if segments need its entropy and no cache
+      has it.
     eval_subset: held-out pairs for eval/*.
     num_steps: of the learning rate's schedule.
   """
 
   stage: Stage
   scorer: SegmentScorer
-  reference: Any
+  frozen: FrozenParams
   train_set: Pairs
   eval_subset: Pairs
   num_steps: int
@@ -167,24 +167,25 @@ class Trainer:
     packing, efficiency = training_loop.plan_packing_for(s.reward, lengths, mesh, group=2)
     state, metrics = reward_step(
       states['reward'],
-      self.reference,
+      self.frozen,
       self.stage.gather(pairs, rows),
       packing,
       scorer=self.scorer,
       settings=s.reward,
       total_steps=self.num_steps,
     )
-    frozen = self.scorer.reference if self.reference else None
+    reference = self.scorer.reference if self.frozen.reference else None
     metrics = training_loop.prefix_metrics('reward_model', metrics) | efficiency
-    metrics |= throughput.update(lengths, self.scorer.reward, 'scalar', frozen)
+    metrics |= throughput.update(lengths, self.scorer.reward, 'scalar', reference)
     if s.reward.eval_every and (step + 1) % s.reward.eval_every == 0:
-      metrics |= time_evaluation(lambda: self._evaluate(state.params), step=metrics)
+      params = self.frozen.base | state.params
+      metrics |= time_evaluation(lambda: self._evaluate(params), step=metrics)
     return {'reward': state}, metrics
 
   def _evaluate(self, params: Any) -> dict[str, float]:
     batches = eval_batches(len(self.eval_subset), self.stage.settings.reward.batch_size)
     scored = score_pairs(
-      params, self.reference, self.eval_subset, self.scorer, batches, self.stage.gather
+      params, self.frozen.reference, self.eval_subset, self.scorer, batches, self.stage.gather
     )
     return training_loop.prefix_metrics('eval', scored_pair_metrics(scored))
 
@@ -251,7 +252,7 @@ JOB = Job(
   name='reward',
   load=load,
   run=run,
-  sections=(*COMMON, 'policy', 'reference', 'reward', 'compat'),
+  sections=(*COMMON, 'policy', 'reference', 'lora', 'reward', 'compat'),
   inputs=(POLICY, REFERENCE, data_input('pairs')),
   outputs=('model', HELD_OUT_FILE),
   batch_keys=programs.REWARD.batch_keys,

@@ -240,18 +240,20 @@ def _rewards(granularity: str) -> CheckResult:
 def update(fixture: Fixture, micro_batch: int = 0) -> tuple[Any, Any, dict[str, Any]]:
   """Returns (parameters of the policy, of the critic, metrics) after one update on all rows."""
   ppo = dataclasses.replace(_PPO, micro_batch_size=micro_batch)
-  states = (
-    init_state(jax.tree.map(jnp.copy, fixture.params[name]), _OPTIMIZER, 10)  # the step donates it
+  states = {
+    # The step donates it.
+    name: init_state(jax.tree.map(jnp.copy, fixture.params[name]), _OPTIMIZER, 10)
     for name in ('policy', 'critic')
-  )
-  policy, critic, metrics = ppo_step(
-    *states,
+  }
+  states, metrics = ppo_step(
+    states,
+    {},
     Minibatch(fixture.experience, np.arange(_ROWS)),
     jnp.float32(ppo.kl_coef),
     recipe=dataclasses.replace(fixture.recipe, ppo=ppo),
     total_steps=10,
   )
-  return policy.params, critic.params, jax.device_get(metrics.flat())
+  return states['policy'].params, states['critic'].params, jax.device_get(metrics.flat())
 
 
 @functools.partial(jax.jit, static_argnames='config')

@@ -15,13 +15,13 @@ from segjax.data.batches import (
 )
 from segjax.data.tokenize import tokenize_conversations
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.hf.writer import save_checkpoint
 from segjax.jobs import run_end
 from segjax.jobs.job import COMMON, POLICY, Job, data_input
 from segjax.model.llama import LlamaConfig
 from segjax.plan import programs
 from segjax.run import inputs, models, provenance, training_loop
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights, log_memory, save_network
 from segjax.train import throughput
 from segjax.train.optimizer import init_state
 from segjax.train.sft_step import sft_step, sft_sums
@@ -43,7 +43,7 @@ def load(stage: Stage) -> Loaded:
   """Loads all but weights."""
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
-  config = models.load_network_config(source, s.runtime, stage.mesh, stage.log, trained=True)
+  config = models.load_trained_config(stage, 'policy', source)
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   tokenizer = tokenizer.for_networks({'policy': config})
   limits = inputs.length_limits(s.data, config, stage.log)
@@ -64,7 +64,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   train_set, held_out = split_holdout(dataset, s.sft.holdout_fraction, s.seed)
   eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_ROWS)))
   num_steps = training_loop.count_steps(s.sft, len(train_set), 'sft')
-  params = models.load_params(source, config, 'language', s.runtime, stage.mesh, trained=True)
+  network = Weights(s.runtime, stage.mesh).trained(source, config, 'language', stage.key('adapter'))
+  stage.log(f'training {network.describe()}')
 
   def step_fn(states, step):
     rows = batch_indices(len(train_set), s.sft.batch_size, s.seed, step)
@@ -72,25 +73,32 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     packing, efficiency = training_loop.plan_packing_for(s.sft, lengths, stage.mesh)
     batch = stage.gather(train_set, rows)
     state, metrics = sft_step(
-      states['policy'], batch, packing, config=config, settings=s.sft, total_steps=num_steps
+      states['policy'],
+      batch,
+      packing,
+      network.base,
+      config=config,
+      settings=s.sft,
+      total_steps=num_steps,
     )
     metrics = training_loop.prefix_metrics('sft', metrics)
     if s.sft.eval_every and (step + 1) % s.sft.eval_every == 0:
-      evaluated = _evaluate(stage, state.params, eval_subset, config)
+      evaluated = _evaluate(stage, network.base | state.params, eval_subset, config)
       metrics |= training_loop.prefix_metrics('eval', evaluated)
     return {'policy': state}, metrics | efficiency | throughput.update(lengths, config, 'language')
 
-  states = {'policy': init_state(params, s.sft.optimizer, num_steps, stage.key('rounding'))}
-  models.log_memory(states, stage.mesh, stage.log)
+  states = {'policy': init_state(network.params, s.sft.optimizer, num_steps, stage.key('rounding'))}
+  log_memory(states | {'base': network.base}, stage.mesh, stage.log)
   states, last = training_loop.train(stage, states, step_fn, num_steps, SHOW)
   results = {'loss': last.get('sft/loss')}
   if len(held_out):
     results['held_out_rows'] = len(held_out)
-    results['held_out_loss'] = _evaluate(stage, states['policy'].params, held_out, config)['loss']
+    params = network.base | states['policy'].params
+    results['held_out_loss'] = _evaluate(stage, params, held_out, config)['loss']
     stage.log(f'loss on {len(held_out)} held-out rows {results["held_out_loss"]:.3f}')
   card = provenance.card(stage, {name: last.get(name) for name in SHOW}, dataset, SHOW)
   params = states['policy'].params
-  save_checkpoint(
+  save_network(
     stage.model_directory, params, config, 'language', source=source, card=card, tokenizer=tokenizer
   )
   return {'steps': num_steps, 'rows': len(train_set)} | results
@@ -112,7 +120,7 @@ JOB = Job(
   name='sft',
   load=load,
   run=run,
-  sections=(*COMMON, 'policy', 'sft'),
+  sections=(*COMMON, 'policy', 'lora', 'sft'),
   inputs=(POLICY, data_input('sft')),
   outputs=('model',),
   batch_keys=programs.SFT.batch_keys,

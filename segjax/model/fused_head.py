@@ -150,14 +150,17 @@ def _forward(hidden, kernel, target, config):
 
 
 def _saving_forward(hidden, kernel, target, config):
+  # A frozen kernel, that of a base with adapters, needs no gradient: half of the backward pass.
+  trained = () if kernel.perturbed else None
   hidden, kernel, target = hidden.value, kernel.value, target.value
   logprob, entropy, *normalizer = _forward(hidden, kernel, target, config)
-  return (logprob, entropy), (hidden, kernel, target, entropy, *normalizer)
+  return (logprob, entropy), (trained, hidden, kernel, target, entropy, *normalizer)
 
 
 def _backward(config, saved, gradients):
-  """Returns the gradients of hidden and kernel; of target there is none."""
-  hidden, kernel, *of_tokens = saved
+  """Returns the gradients of hidden and of a trained kernel; of target there is none."""
+  trained, hidden, kernel, *of_tokens = saved
+  is_trained = trained is not None
   layout = head_layout(hidden, kernel)
   of_logprob, of_entropy = gradients
   is_used = not isinstance(of_logprob, SymbolicZero)
@@ -175,18 +178,23 @@ def _backward(config, saved, gradients):
       piece = pieces.read(i, x.dtype)
       logits = logit_product(x, piece, config.round_logits)
       of_logits = _of_logits(logits, pieces.ids(i), *of_tokens).astype(x.dtype)
-      of_kernel = pieces.write(i, of_kernel, _product(x.T, of_logits))
+      if is_trained:
+        of_kernel = pieces.write(i, of_kernel, _product(x.T, of_logits))
       return of_x + _product(of_logits, piece.T), of_kernel
 
-    zeros = jnp.zeros(x.shape, _wide(x)), jnp.zeros(kernel.shape, _wide(x))
-    of_x, of_kernel = pieces.loop(step, zeros)
+    zeros = jnp.zeros(x.shape, _wide(x))
+    of_kernel = jnp.zeros(kernel.shape, _wide(x)) if is_trained else None
+    of_x, of_kernel = pieces.loop(step, (zeros, of_kernel))
     of_x = of_x.astype(x.dtype).reshape(len(hidden), -1, hidden.shape[-1])
     of_x = jax.lax.psum(scattered(of_x, layout.positions, 1), layout.replicated)
-    of_kernel = jax.lax.psum(of_kernel, layout.summed) / layout.copies
-    return of_x, of_kernel.astype(kernel.dtype)
+    if is_trained:
+      of_kernel = jax.lax.psum(of_kernel, layout.summed) / layout.copies
+      of_kernel = of_kernel.astype(kernel.dtype)
+    return of_x, of_kernel
 
   inputs = (layout.hidden, layout.kernel, *[layout.tokens] * len(of_tokens))
-  mapped = layout.over_shards(shard, inputs, (layout.hidden, layout.kernel))
+  outputs = layout.hidden, layout.kernel if is_trained else None
+  mapped = layout.over_shards(shard, inputs, outputs)
   return *mapped(hidden, kernel, *of_tokens), None
 
 

@@ -9,7 +9,9 @@ row may hold several sequences, each with positions from 0, or tokens of id 0, w
 sees (the attention masks of published runs; Yin et al. 2025, https://arxiv.org/abs/2501.02790).
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,43 +23,11 @@ from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.fused_head import fused_logprobs, logit_product
 from segjax.model.llama import UNPACKED, Llama, LlamaConfig, RowLayout
-from segjax.model.lora import ADAPTER, adapter_shapes, variables
+from segjax.model.lora import ADAPTER, STACKED, adapter_shapes, backbone_variables, stack
 
 HEADS = ('language', 'scalar')
 
 Params = dict[str, Any]
-
-
-class LanguageModel(nn.Module):
-  """Backbone and the projection to the vocabulary, which is the embedding if weights are tied."""
-
-  config: LlamaConfig
-
-  @nn.compact
-  def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> tuple[Array, Array]:
-    """Hidden states [B, S, D] and the head's kernel [D, V]."""
-    backbone = Llama(self.config, name='backbone')
-    hidden = backbone(ids, rows)
-    if self.config.tie_word_embeddings:
-      return hidden, backbone.embedding.T
-    return hidden, _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(
-      hidden.shape[-1]
-    )
-
-
-class ScalarModel(nn.Module):
-  """Backbone and a bias-free scalar head: reward model or critic."""
-
-  config: LlamaConfig
-
-  @nn.compact
-  def __call__(self, ids: Int[Array, 'B S'], rows: RowLayout = UNPACKED) -> Float[Array, 'B S']:
-    hidden = Llama(self.config, name='backbone')(ids, rows)
-    width = hidden.shape[-1]
-    kernel = _Head(1, 1 / (width + 1), name='scalar_head')(width)
-    # In bfloat16 a score would be rounded by up to 0.4 % before scores are compared.
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return (hidden.astype(dtype) @ kernel.astype(dtype))[..., 0]
 
 
 class _Head(nn.Module):
@@ -70,16 +40,27 @@ class _Head(nn.Module):
     return self.param('kernel', nn.initializers.normal(self.stddev), (width, self.features))
 
 
-def _module(config: LlamaConfig, head: str) -> nn.Module:
-  if head not in HEADS:
-    raise UserError(f'head={head!r} is not one of {HEADS}.')
-  return LanguageModel(config) if head == 'language' else ScalarModel(config)
+class _Network(nn.Module):
+  """Backbone and head, to draw their parameters."""
+
+  config: LlamaConfig
+  head: str
+
+  @nn.compact
+  def __call__(self, ids: Int[Array, 'B S']) -> None:
+    width = Llama(self.config, name='backbone')(ids).shape[-1]
+    if self.head == 'scalar':
+      _Head(1, 1 / (width + 1), name='scalar_head')(width)
+    elif not self.config.tie_word_embeddings:
+      _Head(self.config.vocab_size, self.config.initializer_range, name='lm_head')(width)
 
 
 def init_params(key: Array, config: LlamaConfig, head: str) -> Params:
   """Draws parameters: N(0, initializer_range), the scalar head N(0, 1 / (D + 1))."""
+  if head not in HEADS:
+    raise UserError(f'head={head!r} is not one of {HEADS}.')
   # The parameters do not depend on the length of these ids.
-  return nn.unbox(_module(config, head).init(key, jnp.zeros((1, 2), jnp.int32)))['params']
+  return nn.unbox(_Network(config, head).init(key, jnp.zeros((1, 2), jnp.int32)))['params']
 
 
 def param_shapes(config: LlamaConfig, head: str) -> Params:
@@ -91,27 +72,71 @@ def param_shapes(config: LlamaConfig, head: str) -> Params:
   return shapes | {ADAPTER: adapter_shapes(shapes['backbone']['layers'], config.lora)}
 
 
+def hidden_states(
+  params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
+) -> Float[Array, 'B S D']:
+  """The backbone's output at each token, which the functions `read_*` turn into theirs."""
+  return Llama(config).apply(backbone_variables(params), ids, rows)
+
+
+def shared_hidden_states(
+  networks: Sequence[tuple[Params, LlamaConfig]],
+  ids: Int[Array, 'B S'],
+  rows: RowLayout = UNPACKED,
+) -> tuple[Float[Array, 'B S D'], ...]:
+  """`hidden_states` of n networks of one base, in one pass over its weights.
+
+  Args:
+    networks: parameters and config of each; the backbone of the first is read.
+    ids: the tokens.
+    rows: how they form sequences.
+  """
+  (params, config), n = networks[0], len(networks)
+  if n == 1:
+    return (hidden_states(params, ids, config, rows),)
+  adapters = [(own, network.lora) for own, network in networks]
+  shared = {'backbone': params['backbone'], ADAPTER: stack(adapters)}
+  # Row i belongs to network i mod n: copies of a row are on its device.
+  ids, rows = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (ids, rows))
+  hidden = hidden_states(shared, ids, dataclasses.replace(config, lora=STACKED), rows)
+  hidden = hidden.reshape(-1, n, *hidden.shape[1:])
+  return tuple(sharding.constrain(hidden[:, i], 'hidden') for i in range(n))
+
+
 def scores(
   params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S']:
   """The scalar head read AT each token, float32: a reward model's score of the text so far."""
-  return ScalarModel(config).apply(variables(params), ids, rows)
+  return read_scores(hidden_states(params, ids, config, rows), params)
+
+
+def read_scores(hidden: Float[Array, 'B S D'], params: Params) -> Float[Array, 'B S']:
+  """Returns `scores` of hidden states."""
+  # In bfloat16 a score would be rounded by up to 0.4 % before scores are compared.
+  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  return (hidden.astype(dtype) @ params['scalar_head']['kernel'].astype(dtype))[..., 0]
 
 
 def values(
   params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S']:
   """The scalar head read at the state BEFORE each token, float32; 0 for a sequence's first."""
-  score = scores(params, ids, config, rows)
-  return _after_first(score[:, :-1], rows.positions)
+  return read_values(hidden_states(params, ids, config, rows), params, rows)
+
+
+def read_values(
+  hidden: Float[Array, 'B S D'], params: Params, rows: RowLayout = UNPACKED
+) -> Float[Array, 'B S']:
+  """Returns `values` of hidden states."""
+  return _after_first(read_scores(hidden, params)[:, :-1], rows.positions)
 
 
 def logits(
   params: Params, ids: Int[Array, 'B S'], config: LlamaConfig, rows: RowLayout = UNPACKED
 ) -> Float[Array, 'B S V']:
   """All next-token logits, float32. For tests and inspection: the array is huge."""
-  hidden, kernel = LanguageModel(config).apply(variables(params), ids, rows)
-  return project(hidden, kernel, config.round_logits)
+  hidden = hidden_states(params, ids, config, rows)
+  return project(hidden, _vocabulary_kernel(params), config.round_logits)
 
 
 def token_logprobs(
@@ -123,12 +148,29 @@ def token_logprobs(
   to the vocabulary runs in pieces of `config.vocab_chunk` entries, recomputed in the backward pass,
   so that one [B, S, piece] array is the largest that ever exists.
   """
-  hidden, kernel = LanguageModel(config).apply(variables(params), ids, rows)
+  return read_logprobs(hidden_states(params, ids, config, rows), params, ids, config, rows)
+
+
+def read_logprobs(
+  hidden: Float[Array, 'B S D'],
+  params: Params,
+  ids: Int[Array, 'B S'],
+  config: LlamaConfig,
+  rows: RowLayout = UNPACKED,
+) -> tuple[Float[Array, 'B S'], Float[Array, 'B S']]:
+  """Returns `token_logprobs` of hidden states."""
   # The state at t - 1 predicts token t; nothing follows the last state, which stays all the same:
   # positions that divide over the devices need not move.
-  outputs = fused_logprobs(hidden, kernel, jnp.pad(ids[:, 1:], ((0, 0), (0, 1))), config)
+  target = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+  outputs = fused_logprobs(hidden, _vocabulary_kernel(params), target, config)
   logprob, entropy = (_after_first(x[:, :-1], rows.positions) for x in outputs)
   return logprob, entropy
+
+
+def _vocabulary_kernel(params: Params) -> Float[Array, 'D V']:
+  """Returns the kernel of the head to the vocabulary, which is the embedding if it is tied."""
+  head = params.get('lm_head')
+  return params['backbone']['embedding'].T if head is None else head['kernel']
 
 
 def _after_first(

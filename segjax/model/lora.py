@@ -21,6 +21,7 @@ from segjax.model import sharding
 Params = dict[str, Any]
 
 ADAPTER = 'adapter'  # in a tree of parameters, and Flax's collection
+HEAD = 'scalar_head'  # is trained beside adapters
 # Our names of the matrices, by HF's.
 MATRICES = {
   'q_proj': 'query',
@@ -33,12 +34,14 @@ MATRICES = {
 }
 
 
-def variables(params: Params) -> dict[str, Any]:
-  """Returns the parameters of a network as the collections of its Flax module."""
-  if ADAPTER not in params:
-    return {'params': params}
-  others = {name: value for name, value in params.items() if name != ADAPTER}
-  return {'params': others, ADAPTER: {'backbone': params[ADAPTER]}}
+def backbone_variables(params: Params) -> dict[str, Any]:
+  """Returns the parameters and adapters of a network as the collections of `llama.Llama`."""
+  adapter = {ADAPTER: params[ADAPTER]} if ADAPTER in params else {}
+  return {'params': params['backbone'], **adapter}
+
+
+# Of the network that `stack` makes, whose scales are in B.
+STACKED = Lora(rank=1, alpha=1.0)
 
 
 def adapter_shapes(layers: Any, lora: Lora) -> dict[str, Any]:

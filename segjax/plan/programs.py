@@ -17,7 +17,7 @@ from segjax.plan.update_calls import update_calls
 from segjax.run.models import apply_runtime
 from segjax.train import throughput
 from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
-from segjax.train.reward_step import reward_step
+from segjax.train.reward_step import FrozenParams, reward_step
 from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
 
@@ -70,7 +70,7 @@ def reward_programs(
   reference, pairs = trees.get('reference'), trees['pairs']
   tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
   largest, calls = update_calls(
-    lambda packing: (state, reference, pairs, packing),
+    lambda packing: (state, FrozenParams(reference), pairs, packing),
     *(s.reward, tokens[None], s.data.max_length, mesh),
   )
   work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)

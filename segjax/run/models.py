@@ -1,17 +1,16 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
 import dataclasses
-import functools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution
+from segjax.config.lora import resolve_lora
 from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data import demo_rows
@@ -24,11 +23,11 @@ from segjax.model import host_memory
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
 from segjax.model.mesh import check_heads
-from segjax.model.precision import stored_dtype
-from segjax.report.console import NO_BREAK
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
+from segjax.run.stage import Stage
+from segjax.run.weights import Weights, check_adapter, names_on_one_base
 from segjax.train import reward_spec
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_spec import RewardSpec
@@ -36,6 +35,7 @@ from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
+TRAINED_HEADS = {'policy': 'language', 'critic': 'scalar', 'reward': 'scalar'}
 
 LogFn = Callable[[str], None]
 
@@ -60,20 +60,41 @@ def load_network_config(
   mesh: Mesh,
   log: LogFn,
   *,
-  trained: bool = False,
   head: str = 'language',
 ) -> LlamaConfig:
-  """Loads the network of `directory`, with the fields that config.runtime sets.
+  """Loads the network of `directory`, a frozen one, with the fields that config.runtime sets.
 
   Raises:
     UserError: its weights are not those of the network with this head, by the headers of their
       files; its heads cannot be divided over the mesh's tensor axis.
   """
-  config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=trained)
+  config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=False)
   reader.open_headers(directory, config, head)
   if reason:
     log(reason)
   return config
+
+
+def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaConfig:
+  """Loads the network of `directory`, to be trained as config.lora says.
+
+  Args:
+    stage: the stage.
+    network: 'policy', 'critic' or 'reward'.
+    directory: of the first weights.
+
+  Raises:
+    UserError: see `load_network_config`; or the directory holds an adapter of another kind.
+  """
+  s, head = stage.settings, TRAINED_HEADS[network]
+  stored = reader.load_config(directory)
+  lora = resolve_lora(s, network)
+  check_adapter(directory, stored.lora, lora, network)
+  reader.open_headers(directory, stored, head)
+  config, reason = apply_runtime(stored, s.runtime, stage.mesh, trained=True)
+  if reason:
+    stage.log(reason)
+  return dataclasses.replace(config, lora=lora)
 
 
 def find_network_config(settings: Settings) -> LlamaConfig | None:
@@ -122,52 +143,6 @@ def apply_runtime(
   )
   check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading
   return config, reason
-
-
-def load_params(
-  directory: Path,
-  config: LlamaConfig,
-  head: str,
-  runtime: Runtime,
-  mesh: Mesh,
-  *,
-  key: jax.Array | None = None,
-  trained: bool = False,
-) -> Any:
-  """Loads the parameters of `directory`, in config.runtime.param_dtype if they are trained.
-
-  Norms and heads stay in float32, see `model.precision`.
-
-  Args:
-    head: 'language' or 'scalar'.
-    key: draws a scalar head where the checkpoint has none.
-  """
-  # Frozen weights are only read: cast at loading, they need no copy in another dtype.
-  dtype = runtime.param_dtype if trained else runtime.compute_dtype
-  dtype_of = functools.partial(
-    stored_dtype, dtype=dtype, trained=trained, tied=config.tie_word_embeddings
-  )
-  # NaN in one weight is NaN in every score: refused before the first step.
-  return reader.load_params(
-    directory, config, head, mesh=mesh, dtype=dtype_of, key=key, strict=True
-  )
-
-
-def log_memory(trees: dict[str, Any], mesh: Mesh, log: LogFn) -> None:
-  """Logs the memory of each tree per device; activations come on top, see `tools/plan.py`."""
-  sizes = {
-    # A single shard: the other devices hold as much.
-    name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-    for name, tree in trees.items()
-  }
-  stats = mesh.local_devices[0].memory_stats() or {}  # none on CPU
-  limit = f', of {_memory(stats["bytes_limit"])}' if 'bytes_limit' in stats else ''
-  parts = ', '.join(f'{name}{NO_BREAK}{_memory(size)}' for name, size in sizes.items())
-  log(f'memory per device: {parts}{limit}')
-
-
-def _memory(size: int) -> str:
-  return f'{size / 2**30:.1f}{NO_BREAK}GiB' if size >= 2**30 else f'{size / 2**20:.1f}{NO_BREAK}MiB'
 
 
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
@@ -234,7 +209,7 @@ def load_network_configs(
 
 
 def load_models(
-  models: Models, names: Sequence[str], runtime: Runtime, mesh: Mesh, *, on_host: bool = False
+  models: Models, names: Sequence[str], weights: Weights, *, on_host: bool = False
 ) -> dict[str, Any]:
   """Loads the frozen parameters of the named models that exist.
 
@@ -246,10 +221,12 @@ def load_models(
   for name in names:
     if name not in models.paths:
       continue  # a run on a custom reward has no reward model
-    directory, config = models.paths[name], models.configs[name]
-    params = load_params(directory, config, HEADS[name], runtime, mesh)
-    # One model at a time moves to the host, so that the devices never hold all of them.
-    trees[name] = host_memory.to_host(params) if on_host else params
+    params = weights.frozen(models.paths[name], models.configs[name], HEADS[name])
+    if on_host:
+      # One model at a time moves to the host, so that the devices never hold all of them.
+      params = host_memory.to_host(params)
+      weights.forget()
+    trees[name] = params
   return trees
 
 
@@ -259,8 +236,18 @@ def make_recipe(
   critic: LlamaConfig,
   spec: RewardSpec,
   tokenizer: ChatTokenizer,
+  paths: dict[str, Path],
 ) -> PPORecipe:
-  """Returns the constants of a PPO run or an evaluation."""
+  """Returns the constants of a PPO run or an evaluation.
+
+  Args:
+    settings: of the run.
+    configs: of the networks but the critic.
+    critic: of the critic.
+    spec: how responses are segmented and scores are normalised.
+    tokenizer: of the policy.
+    paths: directories of the networks that are scored.
+  """
   others = {name: network for name, network in configs.items() if name != 'policy'}
   check_sampled_ids(configs['policy'], others | {'critic': critic})
   segmentation = spec.segmentation
@@ -278,6 +265,7 @@ def make_recipe(
     ppo=settings.ppo,
     compat=settings.compat,
     recompute_logprob=resolve_recompute_logprob(settings),
+    one_base=names_on_one_base(paths, configs | {'critic': critic}),
   )
 
 

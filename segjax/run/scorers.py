@@ -12,6 +12,7 @@ from segjax.errors import UserError
 from segjax.evaluation.annotate import Annotator
 from segjax.model.llama import LlamaConfig
 from segjax.run import inputs, models
+from segjax.run.weights import Weights
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.segmenter import make_segmenter
@@ -89,9 +90,9 @@ def load_annotator(
   configs = models.load_network_configs(paths, settings.runtime, mesh, log)
   tokenizer = tokenizer.for_networks(configs)
   models.warn_of_boundaries(segmentation, configs['reference'], log)
+  weights = Weights(settings.runtime, mesh)
   params = {
-    name: models.load_params(path, configs[name], models.HEADS[name], settings.runtime, mesh)
-    for name, path in paths.items()
+    name: weights.frozen(path, configs[name], models.HEADS[name]) for name, path in paths.items()
   }
   return Annotator(
     tokenizer=tokenizer,

@@ -26,8 +26,9 @@ def value_and_grad(
   micro_batch: int,
   packing: PackingPlan | None,
   *rest: Any,
+  base: Any = None,
 ) -> tuple[LossAndMetrics, Any]:
-  """Computes Σ_j objective(params, piece_j, *rest, slots=slots_j) and its gradient by `params`.
+  """Computes Σ_j objective(base | params, piece_j, *rest, slots=slots_j), and d / d params.
 
   The activations of one piece exist at a time; one compiled program serves all pieces. A batch of
   one piece holds no float32 sum of gradients.
@@ -43,6 +44,7 @@ def value_and_grad(
     packing: which sequences form a piece, and their slots in its packed rows; a row of the batch
       may be several consecutive sequences. Slots of length 0 are empty, and the objective must
       ignore the rows that it receives for them.
+    base: frozen parameters of the network, beside those that are trained.
 
   Returns:
     ((loss, metrics), gradient), the gradient in the dtypes of the parameters; it is accumulated in
@@ -51,7 +53,7 @@ def value_and_grad(
   Raises:
     UserError: the arrays differ in rows, or micro_batch does not divide them.
   """
-  evaluate = jax.value_and_grad(objective, has_aux=True)
+  evaluate = jax.value_and_grad(_of_trained(objective, base), has_aux=True)
   if packing is None:
     pieces = _num_pieces(micro_batch, batch)
     if pieces == 1:
@@ -76,6 +78,12 @@ def value_and_grad(
     return _accumulate(packed_piece, params, packing.count)
   pieces = len(packing.pieces.sequence)
   return packed_piece(0) if pieces == 1 else _accumulate(packed_piece, params, pieces)
+
+
+def _of_trained(objective: Objective, base: Any) -> Objective:
+  if not base:
+    return objective
+  return lambda params, *rest, slots: objective(base | params, *rest, slots=slots)
 
 
 def rows_at_once(settings: SFT | RewardTraining | PPO, rows: int, tokens: int) -> int:

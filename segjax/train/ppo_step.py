@@ -167,6 +167,7 @@ def policy_step(
   state: TrainState,
   minibatch: Minibatch,
   kl_coef: ScalarLike,
+  base: Any = None,
   *,
   recipe: PPORecipe,
   total_steps: int,
@@ -177,6 +178,7 @@ def policy_step(
     state: state of the policy; donated.
     minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
+    base: frozen parameters of the network, where adapters are trained.
     recipe: network, loss and optimizer.
     total_steps: updates of the policy in the whole run.
   """
@@ -192,6 +194,7 @@ def policy_step(
     minibatch.packing,
     count,
     kl_coef,
+    base=base,
   )
   optimizer = recipe.ppo.policy_optimizer
   state, update = apply_update(state, grads, loss, optimizer, total_steps, minibatch.enabled)
@@ -200,7 +203,12 @@ def policy_step(
 
 @functools.partial(jax.jit, static_argnames=('recipe', 'total_steps'), donate_argnames='state')
 def critic_step(
-  state: TrainState, minibatch: Minibatch, *, recipe: PPORecipe, total_steps: int
+  state: TrainState,
+  minibatch: Minibatch,
+  base: Any = None,
+  *,
+  recipe: PPORecipe,
+  total_steps: int,
 ) -> tuple[TrainState, Metrics]:
   """Updates the critic on a minibatch; see `policy_step`."""
   batch = take_rows(minibatch.experience, minibatch.rows)
@@ -213,6 +221,7 @@ def critic_step(
     _rows_at_once(batch, recipe),
     minibatch.packing,
     count,
+    base=base,
   )
   optimizer = recipe.ppo.critic_optimizer
   state, update = apply_update(state, grads, loss, optimizer, total_steps, minibatch.enabled)
@@ -225,38 +234,43 @@ def _rows_at_once(batch: Experience, recipe: PPORecipe) -> int:
 
 
 def ppo_step(
-  policy: TrainState,
-  critic: TrainState,
+  states: dict[str, TrainState],
+  bases: dict[str, Any],
   minibatch: Minibatch,
   kl_coef: ScalarLike,
   *,
   recipe: PPORecipe,
   total_steps: int,
   policy_from: int | None = 0,
-) -> tuple[TrainState, TrainState, Metrics]:
+) -> tuple[dict[str, TrainState], Metrics]:
   """Updates policy and critic on a minibatch; donates both states.
 
   Metrics have the prefixes policy/ and critic/; `skipped_updates` counts the updates that were
   skipped because they were not finite or not enabled.
 
   Args:
-    policy: state of the policy.
-    critic: state of the critic.
+    states: of 'policy' and 'critic'.
+    bases: frozen parameters of those that are trained by adapters.
     minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: networks, losses and optimizers.
     total_steps: updates of the critic in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
+  policy, critic = states['policy'], states['critic']
   # Two programs, so that the warm-up of the critic does not compile the policy's.
   policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
     # The policy's schedule starts with its first update, not in the warm-up of the critic.
+    steps = total_steps - policy_from
     policy, policy_metrics = policy_step(
-      policy, minibatch, kl_coef, recipe=recipe, total_steps=total_steps - policy_from
+      policy, minibatch, kl_coef, bases.get('policy'), recipe=recipe, total_steps=steps
     )
     skipped += policy_metrics.sum.pop('skipped_updates')  # one count for both networks
-  critic, critic_metrics = critic_step(critic, minibatch, recipe=recipe, total_steps=total_steps)
+  critic, critic_metrics = critic_step(
+    critic, minibatch, bases.get('critic'), recipe=recipe, total_steps=total_steps
+  )
   skipped += critic_metrics.sum.pop('skipped_updates')
   metrics = policy_metrics.prefix('policy').merge(critic_metrics.prefix('critic'))
-  return policy, critic, metrics.merge(Metrics(sum={'skipped_updates': skipped}))
+  metrics = metrics.merge(Metrics(sum={'skipped_updates': skipped}))
+  return {'policy': policy, 'critic': critic}, metrics

@@ -1,7 +1,7 @@
 """The reward model's training step: Bradley-Terry loss on aggregated segment scores."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,25 @@ def margins(pairs: PreferenceBatch, settings: RewardTraining) -> Float[Array, 'B
   return constant + settings.rating_margin_coef * gap
 
 
+class FrozenParams(NamedTuple):
+  """Parameters that reward training reads.
+
+  Attributes:
+    reference: of the reference; None where no entropies are needed.
+    base: of the reward model's own network, where adapters are trained.
+  """
+
+  reference: Any = None
+  base: Any = None
+
+
 # Donated: the state of a large model would not fit twice, before and after the update.
 @functools.partial(
   jax.jit, static_argnames=('scorer', 'settings', 'total_steps'), donate_argnames='state'
 )
 def reward_step(
   state: TrainState,
-  reference: Any,
+  frozen: FrozenParams,
   pairs: PreferenceBatch,
   packing: PackingPlan | None = None,
   *,
@@ -45,7 +57,7 @@ def reward_step(
 
   Args:
     state: state of the reward model; donated.
-    reference: parameters of the reference; None where no entropies are needed.
+    frozen: parameters that are not trained.
     pairs: the batch.
     packing: how the 2B sequences, chosen and rejected in turn, are packed; None for one per row.
     scorer: networks and segmentation.
@@ -56,7 +68,7 @@ def reward_step(
 
   def objective(params, pairs, *, slots):
     # One forward pass for both sides: two would gather the weights twice.
-    score, segments = pair_scores(params, reference, pairs, scorer, slots)
+    score, segments = pair_scores(params, frozen.reference, pairs, scorer, slots)
     margin = score[:, 0] - score[:, 1]
     loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
     # An empty slot holds a copy of row 0, which must not count again.
@@ -81,7 +93,7 @@ def reward_step(
   tokens = 2 * pairs.chosen.ids.shape[1]
   micro_batch = gradient_accumulation.rows_at_once(settings, count, tokens)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
-    objective, state.params, pairs, micro_batch, packing
+    objective, state.params, pairs, micro_batch, packing, base=frozen.base
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics.merge(update).flat()

@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from segjax import processes
 from segjax.model import host_memory, sharding
-from segjax.model.heads import scores, token_logprobs, values
+from segjax.model.heads import (
+  read_logprobs,
+  read_scores,
+  read_values,
+  shared_hidden_states,
+  token_logprobs,
+)
 from segjax.model.llama import RowLayout
 from segjax.train.recipe import PPORecipe
 from segjax.types import Rollout
@@ -91,7 +97,7 @@ def score_chunk(
   *,
   recipe: PPORecipe,
 ) -> ModelOutputs:
-  """Runs one forward pass of each network over prompts and responses.
+  """Runs one forward pass of each network, or of each group of one base, over the rollout.
 
   Args:
     params: parameters of 'policy', 'reference' and, where present, 'reward' and 'critic'. The
@@ -103,28 +109,30 @@ def score_chunk(
   """
 
   layout = RowLayout(segment_ids=segment_ids)
+  configs = {name: getattr(recipe, name) for name in _run_networks(params, recipe)}
+  hidden = {}
+  for names in recipe.groups(configs):
+    networks = [(params[name], configs[name]) for name in names]
+    hidden |= zip(names, shared_hidden_states(networks, ids, layout), strict=True)
 
-  def logprobs(name, config):
-    return token_logprobs(params[name], ids, config, layout)
+  def logprobs(name):
+    return read_logprobs(hidden[name], params[name], ids, configs[name], layout)
 
   def window(x):
     return gather_response(x, rollout.prompt_length, rollout.response_ids.shape[1])
 
-  ref_logprob, ref_entropy = logprobs('reference', recipe.reference)
+  ref_logprob, ref_entropy = logprobs('reference')
   old_logprob = rollout.old_logprob
-  # In bfloat16 the decode loop rounds differently from this forward pass: the first ratio of the
-  # update would not be 1, and the KL not 0, before anything is learned.
-  if recipe.recompute_logprob:
-    old_logprob = window(logprobs('policy', recipe.policy)[0])
+  if 'policy' in configs:
+    old_logprob = window(logprobs('policy')[0])
     # The present policy would give tokens that earlier ones drew another log-prob.
     if rollout.carried is not None:
       old_logprob = jnp.where(carried_mask(rollout), rollout.old_logprob, old_logprob)
-  # An evaluation has no critic, and a run on a custom reward alone no reward model.
   value = score = jnp.zeros(ids.shape, jnp.float32)
-  if 'critic' in params:
-    value = values(params['critic'], ids, recipe.critic, layout)
-  if recipe.reward is not None:
-    score = scores(params['reward'], ids, recipe.reward, layout)
+  if 'critic' in configs:
+    value = read_values(hidden['critic'], params['critic'], layout)
+  if 'reward' in configs:
+    score = read_scores(hidden['reward'], params['reward'])
   return ModelOutputs(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),  # as in a rollout
     ref_logprob=window(ref_logprob),
@@ -133,6 +141,20 @@ def score_chunk(
     value=window(value),
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
   )
+
+
+def _run_networks(params: dict[str, Any], recipe: PPORecipe) -> list[str]:
+  """Returns the networks that `score_chunk` runs."""
+  is_run = {
+    'reference': True,
+    # In bfloat16 the decode loop rounds differently from this forward pass: the first ratio of the
+    # update would not be 1, and the KL not 0, before anything is learned.
+    'policy': recipe.recompute_logprob,
+    # An evaluation has no critic, and a run on a custom reward alone no reward model.
+    'critic': 'critic' in params,
+    'reward': recipe.reward is not None,
+  }
+  return [name for name, value in is_run.items() if value]
 
 
 def score(

@@ -64,12 +64,16 @@ def sft_step(
   state: TrainState,
   batch: TokenBatch,
   packing: PackingPlan | None = None,
+  base: Any = None,
   *,
   config: LlamaConfig,
   settings: SFT,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """Updates the network on a batch of conversations, packed where `packing` is not None."""
+  """Updates the network on a batch of conversations, packed where `packing` is not None.
+
+  `base` has the frozen parameters of the network, where adapters are trained.
+  """
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(sft_loss, config=config),
     state.params,
@@ -77,6 +81,7 @@ def sft_step(
     gradient_accumulation.rows_at_once(settings, *batch.ids.shape),
     packing,
     num_terms(batch.mask, 'token'),
+    base=base,
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics.merge(update).flat()

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +14,6 @@ from segjax.train.recipe import PPORecipe
 
 # `report.metric_log` replaces these two metrics by rates.
 TOKENS, FLOPS = 'perf/tokens', 'perf/flops'
-
-_FORWARD_AND_BACKWARD = 3  # cost in forward passes
 
 
 def ppo_step(
@@ -27,15 +26,14 @@ def ppo_step(
     lengths: tokens of prompt and response, [B].
     policy_is_trained: False while the critic warms up.
   """
-  updates = _FORWARD_AND_BACKWARD * recipe.ppo.num_ppo_epochs
-  policy = 1 + recipe.recompute_logprob + updates * policy_is_trained
+  epochs = recipe.ppo.num_ppo_epochs
   passes = [
-    (recipe.policy, 'language', policy),
-    (recipe.reference, 'language', 1),
-    (recipe.critic, 'scalar', 1 + updates),
+    _Passes(recipe.policy, 'language', 1 + recipe.recompute_logprob, epochs * policy_is_trained),
+    _Passes(recipe.reference, 'language', 1),
+    _Passes(recipe.critic, 'scalar', 1, epochs),
   ]
   if recipe.reward is not None:
-    passes.append((recipe.reward, 'scalar', 1))
+    passes.append(_Passes(recipe.reward, 'scalar', 1))
   return _work(lengths, passes)
 
 
@@ -43,14 +41,29 @@ def update(
   lengths: np.ndarray, trained: LlamaConfig, head: str, frozen: LlamaConfig | None = None
 ) -> dict[str, float]:
   """Returns the work of one update, and of a forward pass of a frozen language model, if any."""
-  passes = [(trained, head, _FORWARD_AND_BACKWARD)]
+  passes = [_Passes(trained, head, updates=1)]
   if frozen is not None:
-    passes.append((frozen, 'language', 1))
+    passes.append(_Passes(frozen, 'language', 1))
   return _work(lengths, passes)
 
 
-def _work(lengths: np.ndarray, passes: Sequence[tuple[LlamaConfig, str, int]]) -> dict[str, float]:
+class _Passes(NamedTuple):
+  """How often a network reads the tokens of a step: in forward passes, and in updates."""
+
+  config: LlamaConfig
+  head: str
+  forward: int = 0
+  updates: int = 0
+
+
+def _work(lengths: np.ndarray, passes: Sequence[_Passes]) -> dict[str, float]:
   tokens = float(np.sum(lengths))
   pairs = sum(attended_pairs(int(length)) for length in lengths)
-  flops = sum(times * forward_flops(config, tokens, pairs, head) for config, head, times in passes)
+  flops = 0.0
+  for config, head, forward, updates in passes:
+    once = forward_flops(config, tokens, pairs, head)
+    # A backward pass multiplies twice as much; of frozen matrices it needs no gradient.
+    attention = forward_flops(config, 0, pairs, 'none')
+    update = 3 * once if config.lora is None else 2 * once + attention
+    flops += forward * once + updates * update
   return {TOKENS: tokens, FLOPS: flops}

@@ -12,7 +12,7 @@ from segjax.config.settings import Runtime
 from segjax.hf import placement, reader, tensor_slices
 from segjax.model import heads, sharding
 from segjax.model.mesh import make_mesh
-from segjax.run import models as run_models
+from segjax.run import weights
 
 # Float32 on both sides; only the order of sums differs.
 TOLERANCE = 1e-4
@@ -38,7 +38,7 @@ def test_a_run_keeps_norms_and_heads_in_float32(llama3, trained):
   runtime = Runtime(compute_dtype='bfloat16', param_dtype='bfloat16')
   config = reader.load_config(llama3)
   arguments = llama3, config, 'language', runtime, make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  params = run_models.load_params(*arguments, trained=trained)
+  params = weights.load_params(*arguments, trained=trained)
   dtypes = {
     sharding.path_name(path): str(leaf.dtype)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)

@@ -25,4 +25,4 @@ def test_weights_that_are_not_finite_are_refused(small, language, one_device, tm
   safetensors.numpy.save_file(weights, directory / 'model.safetensors')
   config = models.load_network_config(directory, runtime, one_device, print, head=head)
   with pytest.raises(UserError, match=r'spoilt: NaN or infinity in tensor model\.norm\.weight'):
-    models.load_params(directory, config, head, runtime, one_device)
+    weights.load_params(directory, config, head, runtime, one_device)

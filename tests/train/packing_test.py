@@ -15,7 +15,7 @@ from segjax.data.packing_plan import PieceBound, plan_level_packing, plan_packin
 from segjax.model import heads, packed, sharding
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
-from segjax.train.reward_step import reward_step
+from segjax.train.reward_step import FrozenParams, reward_step
 from segjax.train.scoring import score
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
@@ -92,7 +92,9 @@ def run(step, name, packed, mean='sequence', devices=1):
       length = np.where(np.stack(has, 1), np.stack(ends, 1), 1).reshape(-1)
       settings = dataclasses.replace(training.REWARD, micro_batch_size=rows if packed else 0)
       state, metrics = reward_step(
-        *(training.state('reward', mesh), training.network('reference', mesh), pairs),
+        training.state('reward', mesh),
+        FrozenParams(training.network('reference', mesh)),
+        pairs,
         plan(length, group=2) if packed else None,
         scorer=training.SCORER,
         settings=settings,

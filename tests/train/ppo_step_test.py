@@ -53,15 +53,16 @@ def decode_logprob_rollout():
 
 
 def step(states, experience, rows, recipe=RECIPE, **values):
-  policy, critic, metrics = ppo_step(
-    *states,
+  states, metrics = ppo_step(
+    dict(zip(('policy', 'critic'), states, strict=True)),
+    {},
     Minibatch(experience, rows),
     KL_COEF,
     recipe=recipe,
     total_steps=training.TOTAL,
     **values,
   )
-  return [policy, critic], jax.device_get(metrics.flat())
+  return list(states.values()), jax.device_get(metrics.flat())
 
 
 def host_part(rollout):

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 
 from segjax.rl import oracle
 from segjax.train.reward_scoring import evaluate_pairs, pair_scores, segment_statistics
-from segjax.train.reward_step import reward_step
+from segjax.train.reward_step import FrozenParams, reward_step
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +103,7 @@ def test_learns_one_batch(networks, caplog):
     for _ in range(12):
       state, metrics = reward_step(
         state,
-        networks['reference'],
+        FrozenParams(networks['reference']),
         pairs,
         scorer=training.SCORER,
         settings=training.REWARD,
