@@ -22,8 +22,8 @@ from segjax.hf import hub
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+ADAPTER, ADAPTER_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'  # of peft
 
-_ADAPTER = 'adapter_config.json'  # of PEFT
 # Headers of real checkpoints take 100 bytes a tensor; the largest Llama has 1,138 tensors.
 _MAX_HEADER_BYTES, _MAX_TENSORS = 16 << 20, 50_000
 
@@ -103,8 +103,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object of a checkpoint; a UserError names the file if it is missing or invalid."""
   if not path.exists():
-    if path.name == CONFIG and (path.parent / _ADAPTER).exists():
-      raise UserError(_describe_adapter(path.parent))
+    if path.name == CONFIG:
+      refuse_adapter(path.parent)
     raise UserError(f'{path} does not exist; is {path.parent} an HF checkpoint?')
   return json_files.read_object(path, fix='fetch it again')
 
@@ -145,7 +145,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
   if (directory / WEIGHTS).is_file():
     return Checkpoint(directory, read_header(directory / WEIGHTS))
   if not (directory / INDEX).is_file():
-    raise UserError(_no_weights(str(directory), [file.name for file in directory.iterdir()]))
+    refuse_adapter(directory)
+    raise UserError(no_weights(str(directory), [file.name for file in directory.iterdir()]))
   tensors: dict[str, TensorHeader] = {}
   for shard, names in sorted(_shard_files(directory / INDEX).items()):
     if not (directory / shard).is_file():
@@ -259,32 +260,31 @@ def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
   kind = config.get('model_type', 'llama')
   if kind != 'llama':
     raise UserError(f'{name}: model_type is {kind!r}; only llama models are read.')
-  if not {WEIGHTS, INDEX} & set(files):
-    raise UserError(_no_weights(name, files))
+  if not ({WEIGHTS, INDEX} & set(files) or {ADAPTER, ADAPTER_WEIGHTS} <= set(files)):
+    raise UserError(no_weights(name, files))
 
 
-def _describe_adapter(location: str | Path) -> str:
-  """Returns the error for an adapter of PEFT, with the fix."""
-  return (
-    f'{location} holds a PEFT adapter ({_ADAPTER}), not a model; merge it into its base model '
-    'once: python -c "from peft import AutoPeftModelForCausalLM as M; '
-    f"M.from_pretrained('{location}').merge_and_unload().save_pretrained('OUT')\", and copy the "
-    "base model's tokenizer files to OUT."
-  )
+def refuse_adapter(directory: Path) -> None:
+  """Raises UserError, with the fix, if a directory holds an adapter and not a whole model."""
+  if (directory / ADAPTER).is_file():
+    raise UserError(
+      f'{directory} holds an adapter ({ADAPTER}), not a whole model; make one of it and its base '
+      f'by `segjax convert merge {directory} OUT`.'
+    )
 
 
-def _no_weights(location: str, files: Iterable[str]) -> str:
+def no_weights(location: str, files: Iterable[str]) -> str:
   """Returns the error for a checkpoint without safetensors, with the fix."""
   files = sorted(files)
-  if _ADAPTER in files:
-    return _describe_adapter(location)
-  pickled = [file for file in files if re.fullmatch(r'pytorch_model.*\.bin.*', file)]
+  pickled = [file for file in files if re.fullmatch(r'(pytorch|adapter)_model.*\.bin.*', file)]
   if pickled:
+    package, name = ('peft', 'AutoPeft') if ADAPTER in files else ('transformers', 'Auto')
     return (
       f'{location}/{pickled[0]} is a pickle, which may run any code when loaded, so it is not '
-      'read. If you trust it, convert it once: python -c "from transformers import '
-      f"AutoModelForCausalLM as M; M.from_pretrained('{location}').save_pretrained('OUT')\" "
-      '(AutoModelForSequenceClassification for a reward model).'
+      f'read. If you trust it, convert it once: python -c "from {package} import '
+      f"{name}ModelForCausalLM as M; M.from_pretrained('{location}').save_pretrained('OUT')\" "
+      f'({name}ModelForSequenceClassification for a reward model).'
     )
   shown = ', '.join(files[:8]) or 'nothing'
-  return f'{location} has neither {WEIGHTS} nor {INDEX}; it holds {shown}.'
+  lacks = f'no {ADAPTER_WEIGHTS}' if ADAPTER in files else f'neither {WEIGHTS} nor {INDEX}'
+  return f'{location} has {lacks}; it holds {shown}.'

@@ -69,7 +69,9 @@ def merge(base: Card, over: Card) -> Card:
   return dataclasses.replace(base, **{k: v for k, v in vars(over).items() if v})
 
 
-def write_card(directory: Path, card: Card, *, name: str, head: str, with_template: bool) -> None:
+def write_card(
+  directory: Path, card: Card, *, name: str, head: str, with_template: bool, base: str = ''
+) -> None:
   """Writes README.md, and segjax_config.json and curves.png if the card has them.
 
   Existing ones in the directory, as after an import, are shown as if they were the card's.
@@ -80,16 +82,18 @@ def write_card(directory: Path, card: Card, *, name: str, head: str, with_templa
     name: name of the model, in title and snippet.
     head: 'language' or 'scalar'.
     with_template: whether the tokenizer has a chat template.
+    base: directory or hub id of an adapter's base; '' for a whole model.
   """
   _write_files(directory, card)
   card = _with_record(card, _record(directory))
   task = 'text-generation' if head == 'language' else 'text-classification'
   metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
-  lines = ['---', *_front_matter(card, name, task, metrics), '---', '', f'# {name}', '']
+  lines = ['---', *_front_matter(card, name, task, metrics, base), '---', '', f'# {name}', '']
   kind = 'language model' if head == 'language' else 'model with a scalar head'
-  origin = f', trained from {_code(card.base_model)}' if card.base_model else ''
+  what = f'A Llama {kind}' + (f' as a LoRA adapter of {_code(base)}' if base else '')
+  origin = f', trained from {_code(card.base_model)}' if card.base_model not in ('', base) else ''
   lines += [
-    f'A Llama {kind}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
+    f'{what}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',
     '',
     *([f'Stage: {card.stage}', ''] if card.stage else []),
     *([f'Recipe: {_code(card.recipe)}', ''] if card.recipe else []),
@@ -102,7 +106,10 @@ def write_card(directory: Path, card: Card, *, name: str, head: str, with_templa
     lines += ['## Metrics', '', f'| metric{on} | value |', '|---|---|']
     lines += [f'| {_cell(key)} | {value:.6g} |' for key, value in metrics.items()] + ['']
   snippet = _SCORE if head == 'scalar' else _CHAT if with_template else _COMPLETE
-  lines += ['## Usage', '', '```python', snippet.replace('NAME', json.dumps(name)), '```', '']
+  snippet = snippet.replace('NAME', json.dumps(name))
+  for before, after in _WITH_PEFT if base else ():
+    snippet = snippet.replace(before, after)
+  lines += ['## Usage', '', '```python', snippet, '```', '']
   lines += _provenance(card.record)
   (directory / FILE).write_text('\n'.join(lines), encoding='utf-8')
 
@@ -176,13 +183,15 @@ def _fenced(text: Any, language: str) -> list[str]:
   return [f'{fence}{language}', text, fence, '']
 
 
-def _front_matter(card: Card, name: str, task: str, metrics: Mapping[str, float]) -> list[str]:
+def _front_matter(
+  card: Card, name: str, task: str, metrics: Mapping[str, float], base: str
+) -> list[str]:
   """Returns the metadata block; JSON strings, numbers and lists are valid YAML."""
   license_ = card.license or ('other' if card.license_name else 'unknown')
   fields: dict[str, Any] = {
-    'library_name': 'transformers',
+    'library_name': 'peft' if base else 'transformers',
     'pipeline_tag': task,
-    'tags': ['segjax', 'rlhf', *([card.stage] if card.stage else [])],
+    'tags': ['segjax', 'rlhf', *(['lora'] if base else []), *([card.stage] if card.stage else [])],
     'license': license_,
     'license_name': card.license_name,
     'license_link': card.license_link,
@@ -264,3 +273,27 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 
 inputs = tokenizer('Once upon a time', return_tensors='pt')
 print(model(inputs['input_ids']).logits)  # the score at the last token"""
+
+# The same with an adapter on its base: which tokens end a text, and how many scores there are, is
+# not what the base has.
+_WITH_PEFT = (
+  (
+    'from transformers import AutoModelForCausalLM, AutoTokenizer',
+    'from peft import AutoPeftModelForCausalLM\n'
+    'from transformers import AutoTokenizer, GenerationConfig',
+  ),
+  (
+    'from transformers import AutoModelForSequenceClassification, AutoTokenizer',
+    'from peft import AutoPeftModelForSequenceClassification\n'
+    'from transformers import AutoTokenizer',
+  ),
+  (
+    '= AutoModelForCausalLM.from_pretrained(model_name)',
+    '= AutoPeftModelForCausalLM.from_pretrained(model_name)\n'
+    'model.generation_config = GenerationConfig.from_pretrained(model_name)',
+  ),
+  (
+    '= AutoModelForSequenceClassification.from_pretrained(model_name)',
+    '= AutoPeftModelForSequenceClassification.from_pretrained(model_name, num_labels=1)',
+  ),
+)

@@ -8,15 +8,19 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
+from segjax.errors import UserError
+from segjax.hf.checkpoint import Checkpoint
 from segjax.hf.tensor_names import TensorMapping
-from segjax.hf.tensor_slices import Index, SliceReader
+from segjax.hf.tensor_slices import Index, SliceReader, describe_not_finite
 from segjax.model import sharding
 
 PIECE_BYTES = 1 << 24  # bytes of a tensor that are read and transferred at once
@@ -24,6 +28,43 @@ THREADS = min(4, os.cpu_count() or 1)
 
 # XLA on CPU copies a buffer whose address is not a multiple of it.
 _ALIGNMENT = 64  # bytes
+
+
+def load_tensors(
+  checkpoint: Checkpoint,
+  entries: Sequence[TensorMapping],
+  dtypes: Sequence[np.dtype],
+  mesh: Mesh | None,
+  strict: bool,
+) -> dict[str, Any]:
+  """Returns the tree of these tensors of ours on their devices.
+
+  Args:
+    checkpoint: holds their HF tensors.
+    entries: the tensors.
+    dtypes: of each of them.
+    mesh: None puts everything on the default device.
+    strict: refuse NaN and infinity among the weights, instead of logging a warning.
+
+  Raises:
+    UserError: there are such weights.
+  """
+  tree: dict[str, Any] = {}
+  files = SliceReader(checkpoint)
+  with ThreadPoolExecutor(THREADS) as pool:
+    for entry, dtype in zip(entries, dtypes, strict=True):
+      *parents, name = entry.path.split('/')
+      place = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+      place[name] = load_tensor(files, entry, mesh, dtype, pool)
+      files.release()  # mapped pages count as memory of the process
+  if files.not_finite:
+    message = describe_not_finite(files.not_finite)
+    if strict:
+      raise UserError(
+        f'{message}; these weights give NaN for every text, use an earlier checkpoint.'
+      )
+    logging.warning('%s', message)
+  return tree
 
 
 def load_tensor(

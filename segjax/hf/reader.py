@@ -13,11 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from segjax.errors import UserError
 from segjax.hf import placement, tensor_names
+from segjax.hf.adapter import (
+  Adapter,
+  base_directory,
+  is_adapter,
+  load_trained,
+  open_weights,
+  read_adapter,
+)
 from segjax.hf.checkpoint import (
   CONFIG,
   INDEX,
@@ -25,10 +32,12 @@ from segjax.hf.checkpoint import (
   Checkpoint,
   open_checkpoint,
   read_json,
+  refuse_adapter,
   resolve_checkpoint,
   without_wrapper,
 )
 from segjax.hf.config import config_from_hf, head_name
+from segjax.hf.tensor_names import list_tensors
 from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
@@ -38,13 +47,19 @@ __all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve_c
 Params = dict[str, Any]
 
 _IGNORED = r'(^|\.)rotary_emb\.inv_freq$'  # a buffer in old checkpoints
-_SHOWN = 5  # names in an error message
 _SCALAR_HEAD = 'scalar_head/kernel'
 
 
 def load_config(path: str | Path, **runtime: Any) -> LlamaConfig:
-  """Returns the network of a checkpoint or hub id; `runtime` sets dtype, remat, attention."""
-  return config_from_hf(resolve_checkpoint(path), **runtime)
+  """Returns the network of a checkpoint or hub id; `runtime` sets dtype, remat, attention.
+
+  That of an adapter is the one of its base, with `lora`.
+  """
+  directory = resolve_checkpoint(path)
+  if not is_adapter(directory):
+    return config_from_hf(directory, **runtime)
+  adapter = read_adapter(directory)
+  return config_from_hf(base_directory(adapter), lora=adapter.lora, **runtime)
 
 
 def load_params(
@@ -59,7 +74,7 @@ def load_params(
   """Loads the parameters of a checkpoint, cast on the way and sharded by `sharding`'s table.
 
   A scalar head that the checkpoint lacks is drawn from N(0, 1 / (D + 1)²); a language model's head
-  is left out of a scalar model.
+  is left out of a scalar model. Those of an adapter are its base's and its own, in float32.
 
   Args:
     path: local directory or hub id.
@@ -75,8 +90,17 @@ def load_params(
     ValueError: tensors are missing, unexpected or have a wrong shape, or a scalar head has to be
       drawn without a key.
   """
+  directory = resolve_checkpoint(path)
+  if is_adapter(directory):
+    adapter = _open_adapter(directory, head)
+    # First: it is small, and what is wrong with it is known before the base is read.
+    trained = load_trained(adapter, config, mesh, strict=strict)
+    if adapter.has_score:
+      key = jax.random.key(0)  # of a head that the adapter's replaces
+    base = base_directory(adapter)
+    return load_params(base, config, head, mesh, dtype, key, strict) | trained
   dtype_of = dtype if callable(dtype) else lambda _: dtype
-  checkpoint, entries = open_model(path, config, head)
+  checkpoint, entries = open_model(directory, config, head)
   for entry in entries:
     if dtype_of(entry.path) not in ('', *DTYPES.values()):
       raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
@@ -89,23 +113,10 @@ def load_params(
   dtypes = [
     resolve_dtype(checkpoint, entry, dtype_of(entry.path)) for entry in entries
   ]  # before any is read
-  params: Params = {}
-  files = SliceReader(checkpoint)
-  with ThreadPoolExecutor(placement.THREADS) as pool:
-    for entry, entry_dtype in zip(entries, dtypes, strict=True):
-      leaf = placement.load_tensor(files, entry, mesh, entry_dtype, pool)
-      _insert(params, entry.path, leaf)
-      files.release()  # mapped pages count as memory of the process
-  if files.not_finite:
-    message = describe_not_finite(files.not_finite)
-    if strict:
-      raise UserError(
-        f'{message}; these weights give NaN for every text, use an earlier checkpoint.'
-      )
-    logging.warning('%s', message)
+  params = placement.load_tensors(checkpoint, entries, dtypes, mesh, strict)
   if fresh:
     own = dtype_of(_SCALAR_HEAD) or params['backbone']['embedding'].dtype
-    _insert(params, _SCALAR_HEAD, init_scalar_head(key, config.hidden_size, own, mesh))
+    params['scalar_head'] = {'kernel': init_scalar_head(key, config.hidden_size, own, mesh)}
   return params
 
 
@@ -117,8 +128,9 @@ def open_model(
   Only if a tied model has a head in its file, that is read, and compared with the embedding.
 
   Raises:
-    ValueError: tensors are missing, unexpected or have a wrong shape.
+    ValueError: tensors are missing, unexpected or have a wrong shape, or it is an adapter.
   """
+  refuse_adapter(resolve_checkpoint(path))
   checkpoint, entries = open_headers(path, config, head)
   if head == 'language' and config.tie_word_embeddings:
     _check_tied(checkpoint)
@@ -128,7 +140,7 @@ def open_model(
 def open_headers(
   path: str | Path, config: LlamaConfig, head: str
 ) -> tuple[Checkpoint, tuple[tensor_names.TensorMapping, ...]]:
-  """Opens a checkpoint and returns it with the tensors of ours that it holds.
+  """Opens a checkpoint, or the base of an adapter, and returns it with the tensors of ours in it.
 
   These are all tensors of the model, except a scalar head if the checkpoint has none. Names and
   shapes are checked by the headers alone. A language model's head is not part of a scalar model.
@@ -141,13 +153,30 @@ def open_headers(
   Raises:
     ValueError: tensors are missing, unexpected or have a wrong shape.
   """
-  checkpoint = without_wrapper(open_checkpoint(resolve_checkpoint(path)))
+  directory = resolve_checkpoint(path)
+  if is_adapter(directory):
+    adapter = _open_adapter(directory, head)
+    open_weights(adapter, config)
+    directory = base_directory(adapter)
+  checkpoint = without_wrapper(open_checkpoint(directory))
   score = head_name(read_json(checkpoint.directory / CONFIG))
   entries = tensor_names.tensor_mappings(config, head, score)
   if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
     entries = entries[:-1]  # the scalar head is the last one of the table
   _check(checkpoint, entries, head)
   return checkpoint, entries
+
+
+def has_scalar_head(path: str | Path, config: LlamaConfig) -> bool:
+  """Returns whether a checkpoint, an adapter or its base has a scalar head, by the headers alone.
+
+  Raises:
+    ValueError: tensors are missing, unexpected or have a wrong shape.
+  """
+  directory = resolve_checkpoint(path)
+  entries = open_headers(directory, config, 'scalar')[1]
+  own = is_adapter(directory) and read_adapter(directory).has_score
+  return own or entries[-1].path == _SCALAR_HEAD
 
 
 def resolve_dtype(
@@ -189,6 +218,17 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMa
   return describe_not_finite(files.not_finite) if files.not_finite else ''
 
 
+def _open_adapter(directory: Path, head: str) -> Adapter:
+  """Returns the description of an adapter; ValueError if it is not that of the head."""
+  adapter = read_adapter(directory)
+  if adapter.has_score and head == 'language':
+    raise UserError(
+      f'{directory} holds the scalar head of a reward model or critic; name an adapter of a '
+      'language model.'
+    )
+  return adapter
+
+
 def _check(
   checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...], head: str
 ) -> None:
@@ -201,7 +241,7 @@ def _check(
     single = checkpoint.directory / WEIGHTS
     file = single if single.is_file() else checkpoint.directory / INDEX
     raise UserError(
-      f'{file} lacks {_list_tensors(missing)} of a {head} model; check {CONFIG} against the files '
+      f'{file} lacks {list_tensors(missing)} of a {head} model; check {CONFIG} against the files '
       '(number of layers, tie_word_embeddings) and the requested head.'
     )
   # A head may be left over: of a reward model its language head, of a tied model a copy of the
@@ -213,7 +253,7 @@ def _check(
   ]
   if extra:
     raise UserError(
-      f'{tensors[extra[0]].file} holds {_list_tensors(extra)} that a {head} model with its '
+      f'{tensors[extra[0]].file} holds {list_tensors(extra)} that a {head} model with its '
       f'{CONFIG} does not have; check the number of layers, attention_bias, mlp_bias and the '
       'requested head.'
     )
@@ -238,15 +278,3 @@ def _check_tied(checkpoint: Checkpoint) -> None:
       f'{checkpoint.tensors[head].file}: tensor {head} is not {embedding}, although {CONFIG} ties '
       'them (tie_word_embeddings); set it to false to use the head, or remove the head.'
     )
-
-
-def _list_tensors(names: list[str]) -> str:
-  more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-  return f'tensor{"s" if len(names) > 1 else ""} {", ".join(names[:_SHOWN])}{more}'
-
-
-def _insert(tree: Params, path: str, leaf: jax.Array) -> None:
-  *parents, name = path.split('/')
-  for parent in parents:
-    tree = tree.setdefault(parent, {})
-  tree[name] = leaf

@@ -5,12 +5,15 @@ The table is used in both directions: by `reader` to load and by `writer` to sav
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 
 HEADS = ('language', 'scalar')
 SCORE = 'score'  # HF's name of the scalar head's module
+
+_SHOWN = 5  # names in an error message
 
 # Our path, HF's name, our shape, and the condition of its existence. Kernels are [in, out] here
 # and [out, in] in HF files. L layers, stacked on axis 0 here and separate tensors there; V
@@ -164,3 +167,9 @@ def hf_name(path: str, layer: int | None = None, score: str = SCORE) -> str:
       f'layer={layer} does not fit tensor {path!r}; only stacked tensors have layers.'
     )
   return templates[0].format(layer=layer, score=score)
+
+
+def list_tensors(names: Sequence[str]) -> str:
+  """Returns the first names, and how many more there are, for an error message."""
+  more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+  return f'tensor{"s" if len(names) > 1 else ""} {", ".join(names[:_SHOWN])}{more}'

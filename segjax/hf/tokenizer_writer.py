@@ -11,6 +11,7 @@ from typing import Any
 
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf import shards
+from segjax.hf.adapter_config import tokenizer_directory
 from segjax.hf.checkpoint import read_json
 
 GENERATION = 'generation_config.json'
@@ -38,7 +39,11 @@ _CONFIG, _SPECIAL_TOKENS = 'tokenizer_config.json', 'special_tokens_map.json'
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-  """Copies tokenizer files, templates, generation_config.json and licence, byte for byte."""
+  """Copies tokenizer files, templates, generation_config.json and licence, byte for byte.
+
+  Those of an adapter without a tokenizer are its base's.
+  """
+  source = tokenizer_directory(source)
   for name in FILES:
     if (source / name).is_dir():
       shutil.copytree(source / name, target / name)

@@ -20,7 +20,15 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import model_card as cards
 from segjax.hf import process_shares, shards, tensor_names, tokenizer_writer
-from segjax.hf.checkpoint import CONFIG, INDEX, read_json, resolve_checkpoint
+from segjax.hf.adapter_config import config_directory
+from segjax.hf.checkpoint import (
+  ADAPTER,
+  ADAPTER_WEIGHTS,
+  CONFIG,
+  INDEX,
+  read_json,
+  resolve_checkpoint,
+)
 from segjax.hf.config import config_to_hf
 from segjax.hf.tensor_slices import DTYPES, transpose_into
 from segjax.model.llama import LlamaConfig
@@ -29,7 +37,10 @@ from segjax.model.sharding import path_name
 REWARD_SPEC_FILE = 'segment_reward.json'  # see `train.reward_spec`
 NUMPY_TO_SAFETENSORS = {numpy: safetensors for safetensors, numpy in DTYPES.items()}
 # A directory that holds other files is more than a checkpoint and is not replaced.
-REPLACEABLE = (*tokenizer_writer.FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES)
+REPLACEABLE = (
+  *(*tokenizer_writer.FILES, CONFIG, INDEX, REWARD_SPEC_FILE, *cards.DOC_FILES),
+  *(ADAPTER, ADAPTER_WEIGHTS),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +126,7 @@ def check_dtype(dtype: str) -> None:
 
 def write_metadata(directory: Path, metadata: Metadata, name: str) -> None:
   """Writes everything but the weights; config.json, without which nothing loads, comes last."""
-  extra = dict(metadata.extra or {})
+  origin, extra = metadata.origin, dict(metadata.extra or {})
   if metadata.tokenizer is not None:
     size = metadata.config.vocab_size
     extra |= tokenizer_writer.special_ids(metadata.tokenizer, size, metadata.head)
@@ -123,11 +134,11 @@ def write_metadata(directory: Path, metadata: Metadata, name: str) -> None:
     metadata.config,
     metadata.head,
     dtype=metadata.dtype,
-    base_config=None if metadata.origin is None else read_json(metadata.origin / CONFIG),
+    base_config=None if origin is None else read_json(config_directory(origin) / CONFIG),
     extra=extra,
   )
-  if metadata.origin is not None:
-    tokenizer_writer.copy_tokenizer(metadata.origin, directory)
+  if origin is not None:
+    tokenizer_writer.copy_tokenizer(origin, directory)
   if metadata.tokenizer is not None:
     tokenizer_writer.write_template(directory, metadata.tokenizer.chat_template)
   has_ids = metadata.tokenizer is None and (directory / tokenizer_writer.GENERATION).exists()

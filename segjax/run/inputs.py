@@ -20,6 +20,7 @@ from segjax.data.sources import is_hub_id
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError, load_tokenizer
 from segjax.errors import UserError, excerpt, first_line
 from segjax.hf import reader
+from segjax.hf.adapter_config import tokenizer_directory
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import track
 
@@ -109,11 +110,14 @@ def load_chat_tokenizer(directory: Path, data: Data, fallback: Path | None = Non
     fallback: checkpoint with the same tokenizer, read if `directory` has no chat template.
   """
   try:
-    return load_tokenizer(str(directory), data.chat_template, data.template_date)
+    return load_tokenizer(
+      str(tokenizer_directory(directory)), data.chat_template, data.template_date
+    )
   except MissingChatTemplateError:
     if fallback is None:
       raise
-    return load_tokenizer(str(fallback), data.chat_template, data.template_date)
+    other = tokenizer_directory(fallback)
+    return load_tokenizer(str(other), data.chat_template, data.template_date)
 
 
 def log_other_template(
@@ -121,7 +125,7 @@ def log_other_template(
 ) -> None:
   """Logs a warning if the model of `directory` was made with another chat template."""
   try:
-    other = load_tokenizer(str(directory), date=data.template_date)
+    other = load_tokenizer(str(tokenizer_directory(directory)), date=data.template_date)
   except UserError:
     return  # it has no template, so that it says nothing about how it was trained
   messages = [{'role': 'user', 'content': 'A question'}]

@@ -18,7 +18,7 @@ from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-from segjax.hf import reader, tensor_names
+from segjax.hf import reader
 from segjax.model import host_memory
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
@@ -197,14 +197,11 @@ def load_network_configs(
     name: load_network_config(path, runtime, mesh, log, head=HEADS[name])
     for name, path in paths.items()
   }
-  if 'reward' in paths:
-    # Reads only the headers of the files.
-    tensors = reader.open_headers(paths['reward'], configs['reward'], 'scalar')[1]
-    if len(tensors) < len(tensor_names.tensor_mappings(configs['reward'], 'scalar')):
-      raise UserError(
-        f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '
-        'from it by the reward job.'
-      )
+  if 'reward' in paths and not reader.has_scalar_head(paths['reward'], configs['reward']):
+    raise UserError(
+      f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '
+      'from it by the reward job.'
+    )
   return configs
 
 

@@ -22,6 +22,7 @@ from segjax.config.field_checks import check_choice, check_minimum, typed
 from segjax.config.settings import RewardModelSettings, Segmentation, SegmentationOverrides
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError, excerpt
+from segjax.hf.adapter_config import tokenizer_directory
 from segjax.rl.normalizer import KINDS, PUBLISHED
 from segjax.storage import write_text_atomically
 from segjax.types import Normalizer
@@ -240,7 +241,8 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
     other: directory of the second model.
     sha256: hash of the first model's tokenizer, if known; '' reads its files.
   """
-  if (sha256 or tokenizer_fingerprint(str(directory))) != tokenizer_fingerprint(str(other)):
+  own, theirs = (tokenizer_directory(path) for path in (directory, other))
+  if (sha256 or tokenizer_fingerprint(str(own))) != tokenizer_fingerprint(str(theirs)):
     raise UserError(
       f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
       'all models of a run must share one tokenizer.'

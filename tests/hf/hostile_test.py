@@ -104,8 +104,8 @@ def test_headers(tmp_path):
 def test_an_adapter_says_how_to_merge_it(tmp_path):
   (tmp_path / 'adapter_config.json').write_text('{"base_model_name_or_path": "owner/name"}')
   safetensors.numpy.save_file({'a': np.zeros(1)}, tmp_path / 'adapter_model.safetensors')
-  for function in (reader.load_config, checkpoint.open_checkpoint):
-    refuse(lambda function=function: function(tmp_path), 'a PEFT adapter', 'merge_and_unload()')
+  refuse(lambda: checkpoint.open_checkpoint(tmp_path), 'holds an adapter', 'segjax convert merge')
+  refuse(lambda: reader.load_config(tmp_path), 'peft_type=None is not LORA', 'merge_and_unload')
 
 
 @pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'base_model.model.', 'bare'])

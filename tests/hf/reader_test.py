@@ -107,7 +107,7 @@ def test_each_byte_is_requested_once(sizes, llama3, monkeypatch):
       super().__init__(checkpoint)
       readers.append(self)
 
-  monkeypatch.setattr(reader, 'SliceReader', CountingReader)
+  monkeypatch.setattr(placement, 'SliceReader', CountingReader)
   config = reader.load_config(llama3)
   reader.load_params(llama3, config, 'language', make_mesh(*sizes))
   assert readers[0].requested == 4 * reader.open_checkpoint(llama3).num_parameters()
