@@ -69,7 +69,7 @@ _AT_LEAST_0 = (
   *_keys('reward', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
   *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
   *_keys('critic', 'warmup_rollouts'),
-  *_keys('lora', 'rank policy.rank critic.rank reward.rank'),
+  *_keys('lora', 'rank sft.rank reward.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),
   *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),

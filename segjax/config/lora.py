@@ -8,12 +8,12 @@ from segjax.config.settings import Lora, Settings, replace
 from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
 from segjax.errors import UserError
 
-# Networks that jobs train, each by the optimizers of `choices.OPTIMIZERS`.
-_NETWORKS = dict(zip(OPTIMIZERS, ('policy', 'reward', 'policy', 'critic'), strict=True))
+# The network of each optimizer: of the jobs sft and reward, and the two of PPO.
+_NETWORKS = dict(zip(OPTIMIZERS, ('sft', 'reward', 'policy', 'critic'), strict=True))
 
 
 def resolve_lora(s: Settings, network: str) -> Lora | None:
-  """Returns the adapter of a trained network, 'policy', 'critic' or 'reward'; None: full training.
+  """Returns the adapter of a network of `LoraSettings`, None if all of it is trained.
 
   The targets are matrices in the order of `LORA_TARGETS`.
   """
@@ -43,7 +43,7 @@ def with_adapter_rates(s: Settings) -> Settings:
 
 def check_lora(s: Settings) -> None:
   """Raises UserError if an adapter has no matrix, or one that no layer has."""
-  for network in dict.fromkeys(_NETWORKS.values()):
+  for network in _NETWORKS.values():
     own = getattr(s.lora, network)
     key = 'config.lora' if own.targets is None else f'config.lora.{network}'
     targets = s.lora.targets if own.targets is None else own.targets

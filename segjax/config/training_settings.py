@@ -89,9 +89,10 @@ class LoraSettings(Lora):
   """Adapters instead of full training, of all trained networks or of each."""
 
   learning_rate_factor: float = 10.0  # of the optimizers of networks that have adapters
+  sft: LoraOverrides = LoraOverrides()
+  reward: LoraOverrides = LoraOverrides()
   policy: LoraOverrides = LoraOverrides()
   critic: LoraOverrides = LoraOverrides()
-  reward: LoraOverrides = LoraOverrides()
 
 
 @dataclasses.dataclass(frozen=True)

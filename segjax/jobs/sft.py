@@ -43,7 +43,7 @@ def load(stage: Stage) -> Loaded:
   """Loads all but weights."""
   s = stage.settings
   source = inputs.resolve_checkpoint(s.policy.path, 'policy.path')
-  config = models.load_trained_config(stage, 'policy', source)
+  config = models.load_trained_config(stage, 'sft', source)
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   tokenizer = tokenizer.for_networks({'policy': config})
   limits = inputs.length_limits(s.data, config, stage.log)

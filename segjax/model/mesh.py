@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from segjax.errors import UserError
@@ -38,7 +39,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = Non
       'devices exactly; set one axis to -1 to take what the others leave.'
     )
   # Not Explicit, the default: it refuses a lookup in a split embedding and split contractions.
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  axis_types = (AxisType.Auto,) * 3
+  try:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
+  except NotImplementedError:
+    # No axis is a product of axes of the slice, as 2 on 4x4x8: each lies on a part of one then.
+    arranged = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=axis_types)
 
 
 def over_all_devices(mesh: Mesh) -> NamedSharding:

@@ -35,7 +35,7 @@ from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
-TRAINED_HEADS = {'policy': 'language', 'critic': 'scalar', 'reward': 'scalar'}
+TRAINED_HEADS = {'sft': 'language', 'policy': 'language', 'critic': 'scalar', 'reward': 'scalar'}
 
 LogFn = Callable[[str], None]
 
@@ -80,7 +80,7 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
 
   Args:
     stage: the stage.
-    network: 'policy', 'critic' or 'reward'.
+    network: a network of `LoraSettings`.
     directory: of the first weights.
 
   Raises:

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from segjax.config.settings import Lora, Runtime
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-from segjax.hf import adapter as adapters
-from segjax.hf import hub, reader
+from segjax.hf import adapter_config, hub, reader
+from segjax.hf.adapter import load_trained
 from segjax.hf.adapter_writer import save_adapter
 from segjax.hf.model_card import Card
 from segjax.hf.writer import save_checkpoint
@@ -63,11 +63,11 @@ class Weights:
       config: the network.
       head: 'language' or 'scalar'.
     """
-    if not adapters.is_adapter(directory):
+    if not adapter_config.is_adapter(directory):
       return self._checkpoint(directory, config, head)
-    adapter = adapters.read_adapter(directory)
-    own = adapters.load_trained(adapter, config, self._mesh)
-    return self._below(adapters.base_directory(adapter), config, head) | own
+    adapter = adapter_config.read_adapter(directory)
+    own = load_trained(adapter, config, self._mesh)
+    return self._below(adapter_config.base_directory(adapter), config, head) | own
 
   def trained(
     self, directory: Path, config: LlamaConfig, head: str, key: jax.Array | None = None
@@ -83,10 +83,10 @@ class Weights:
     if config.lora is None:
       return Trainable(load_params(directory, config, head, self._runtime, self._mesh, key), {})
     path, own = directory, {}
-    if adapters.is_adapter(directory):
-      adapter = adapters.read_adapter(directory)
-      path = adapters.base_directory(adapter)
-      own = adapters.load_trained(adapter, config, self._mesh)
+    if adapter_config.is_adapter(directory):
+      adapter = adapter_config.read_adapter(directory)
+      path = adapter_config.base_directory(adapter)
+      own = load_trained(adapter, config, self._mesh)
     base = self._below(path, config, head)
     if not own:
       layers, adapter_key = base['backbone']['layers'], jax.random.fold_in(key, 1)
@@ -175,9 +175,9 @@ def check_adapter(directory: Path, stored: Lora | None, lora: Lora | None, netwo
 
 def base_directory(directory: Path) -> Path:
   """Returns the checkpoint that holds the weights of a directory: an adapter's base, or itself."""
-  if not adapters.is_adapter(directory):
+  if not adapter_config.is_adapter(directory):
     return directory.resolve()
-  return adapters.base_directory(adapters.read_adapter(directory)).resolve()
+  return adapter_config.base_directory(adapter_config.read_adapter(directory)).resolve()
 
 
 def names_on_one_base(paths: dict[str, Path], configs: dict[str, LlamaConfig]) -> tuple[str, ...]:
@@ -221,8 +221,10 @@ def save_network(
   if config.lora is None:
     save_checkpoint(directory, params, config, head, **others)
     return
-  is_adapter = adapters.is_adapter(source)
-  base = adapters.read_adapter(source).base if is_adapter else hub.id_of(source) or str(source)
+  is_adapter = adapter_config.is_adapter(source)
+  base = (
+    adapter_config.read_adapter(source).base if is_adapter else hub.id_of(source) or str(source)
+  )
   save_adapter(directory, params, config, head, base=base, **others)
 
 
