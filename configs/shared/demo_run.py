@@ -27,6 +27,9 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
+  # Adapters change what a network knows, and the demo's begins with random weights.
+  config.lora.sft.rank = 0
+
   config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
   config.reward.batch_size = 64
   config.reward.max_steps = 900  # three epochs

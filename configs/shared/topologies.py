@@ -32,17 +32,23 @@ def _ppo(tokens: int, remat: str, scoring: int = 64, **others: Any) -> dict[str,
   return _settings('ppo', tokens, remat, **others) | {'ppo.scoring_batch_size': scoring}
 
 
+# Adapters, whose base is the only network in full.
+_LORA = {'lora.rank': 64}
+
 TOPOLOGIES = {
   ('ppo', '8b'): {
     'v5p:2x2x2': _ppo(12_288, _ALL),
     'v6e:4x4': _ppo(6144, _PROJECTIONS),
     'v5e:8x8': _ppo(1536, _ALL, **{'mesh.tensor': 2}),
     'cuda:8xH100-80GB': _ppo(10_240, _ALL),
+    'cuda:1xH100-80GB': _ppo(12_288, _ALL, scoring=32, **_LORA),
+    'v5e:2x4': _ppo(2048, _PROJECTIONS, scoring=32, **_LORA),
   },
   ('ppo', '70b'): {
     'v5p:4x4x8': _ppo(768, _ALL, scoring=128, **{'mesh.tensor': 4}),
     # Groups lie within a node: no sum of a layer or of a decode step leaves it, and between nodes
     # each device gathers only a part of the weights.
+    'cuda:8xH100-80GB': _ppo(2048, _ALL, scoring=32, **_LORA),
     'cuda:8x8xH100-80GB': _ppo(1536, _ALL, **{'mesh.tensor': 4, 'rollout.tensor': 8}),
   },
   ('reward', '8b'): {

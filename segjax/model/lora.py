@@ -44,6 +44,11 @@ def backbone_variables(params: Params) -> dict[str, Any]:
 STACKED = Lora(rank=1, alpha=1.0)
 
 
+def trained_params(params: Params) -> Params:
+  """Returns the part of the parameters that is trained beside a frozen base."""
+  return {name: params[name] for name in (ADAPTER, HEAD) if name in params}
+
+
 def adapter_shapes(layers: Any, lora: Lora) -> dict[str, Any]:
   """Returns the shapes of the adapters of stacked layers: A [L, in, r] and B [L, r, out]."""
   shapes = {}

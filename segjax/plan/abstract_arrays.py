@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import Optimizer, Settings
 from segjax.model import heads, sharding
 from segjax.model.llama import LlamaConfig
+from segjax.model.lora import ADAPTER, trained_params
 from segjax.model.precision import stored_dtype
 from segjax.plan.topologies import Topology
 from segjax.train.optimizer import init_state
@@ -51,9 +52,10 @@ def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh, *, trained: b
   dtype_of = functools.partial(
     stored_dtype, dtype=dtype, trained=trained, tied=config.tie_word_embeddings
   )
-  shapes = jax.tree_util.tree_map_with_path(
-    lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype_of(sharding.path_name(path))),
-    heads.param_shapes(config, head),
+  shapes = heads.param_shapes(config, head)
+  adapter = {ADAPTER: shapes.pop(ADAPTER)} if config.lora else {}  # float32, as they are loaded
+  shapes = adapter | jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(x.shape, dtype_of(sharding.path_name(path))), shapes
   )
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 
@@ -61,6 +63,8 @@ def params(config: LlamaConfig, head: str, dtype: str, mesh: Mesh, *, trained: b
 def state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settings, mesh: Mesh):
   """Returns the shapes of a network's TrainState."""
   weights = params(config, head, settings.runtime.param_dtype, mesh, trained=True)
+  if config.lora:
+    weights = trained_params(weights)
   shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), weights)
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 

@@ -117,7 +117,7 @@ def decode_programs(
     weights,
     pages,
     [
-      phase(lay_out_name, lay_out, params, live=(), passed_in=('policy parameters',)),
+      phase(lay_out_name, lay_out, params, live=(), passed_in=('sampled parameters',)),
       phase(prefill_name, decode.prefill, weights, pages, prompts, prefix_blocks=blocks),
       phase(copies_name, decode.copy_pages, pages, copies, copies, passed_in=('pages',)),
       phase(chunk_name, decode.decode_chunk, weights, pages, rows, steps, key),

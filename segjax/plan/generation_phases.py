@@ -46,7 +46,7 @@ def generation_phases(
   size, refused = _pool_size(s, decoder, mesh, texts, free_bytes)
   longest, samples = s.data.max_prompt_length, s.rollout.samples_per_prompt
   try:
-    programs = decode_programs(decoder, mesh, trees['policy parameters'], size, longest)
+    programs = decode_programs(decoder, mesh, trees['sampled parameters'], size, longest)
   except jax.errors.JaxRuntimeError as error:
     # The compiler gives the layout of weights and pages, which the other programs read.
     if not (message := abstract_arrays.refusal(error)):

@@ -74,7 +74,7 @@ class JobPrograms:
   """The programs of a job and what lives on the devices between them.
 
   Attributes:
-    trees: trees of shapes that live across phases, by name; 'X parameters' is a part of 'X state'.
+    trees: trees of shapes that live across phases, by name; 'X parameters' is a part of others.
     phases: in the order in which they run.
     configs: the networks by name, as they are run.
     tokens: of the texts of a step.

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from segjax.config.lora import resolve_lora
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
+from segjax.model.lora import trained_params
 from segjax.plan import abstract_arrays
 from segjax.plan.generation_phases import generation_phases
 from segjax.plan.lengths import TextLengths, draw_lengths
@@ -52,22 +54,19 @@ def ppo_programs(
     memory: bytes of a device.
     lengths: of the texts of a step, one of `lengths.KINDS`.
   """
-  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
-  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
-  configs = {'policy': trained, 'critic': trained, 'reference': frozen}
-  if s.reward_shaping.reward_model_weight:
-    configs['reward'] = frozen
+  configs = _networks(s, network, mesh)
   recipe = PPORecipe(
-    policy=trained,
-    reference=frozen,
+    policy=configs['policy'],
+    reference=configs['reference'],
     reward=configs.get('reward'),
-    critic=trained,
+    critic=configs['critic'],
     segmenter=Segmenter(override(Segmentation(), s.reward_model.segmentation)),
     spread='even_split',
     shaping=s.reward_shaping,
     ppo=s.ppo,
     compat=s.compat,
     recompute_logprob=resolve_recompute_logprob(s),
+    one_base=_on_one_base(configs),
   )
   trees = _trees(s, configs, mesh)
   # Training states stay on the devices all the time, and so do frozen networks unless they wait
@@ -84,7 +83,7 @@ def ppo_programs(
     s.rollout.samples_per_prompt,
   )
   phases = [
-    *generation_phases(s, trained, trees, texts, mesh, left),
+    *generation_phases(s, configs['policy'], trees, texts, mesh, left),
     _scoring(s, recipe, trees, texts, mesh),
     _rewards(s, recipe, trees, mesh),
     *_updates(s, recipe, trees, texts, mesh),
@@ -93,6 +92,25 @@ def ppo_programs(
     always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
     phases[i] = dataclasses.replace(phase, live=(*always, *phase.live))
   return JobPrograms(trees, phases, configs, int(texts.total.sum()))
+
+
+def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaConfig]:
+  """Returns the networks; a reward model with adapters has those of `config.lora.reward`."""
+  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
+  configs = {'policy': trained, 'critic': trained, 'reference': frozen}
+  if s.reward_shaping.reward_model_weight:
+    configs['reward'] = frozen
+  others = configs.keys() - {'reference'}
+  return configs | {
+    name: dataclasses.replace(configs[name], lora=resolve_lora(s, name)) for name in others
+  }
+
+
+def _on_one_base(configs: dict[str, LlamaConfig]) -> tuple[str, ...]:
+  """Returns the networks that add adapters to the reference, and itself; () if none does."""
+  names = tuple(name for name, config in configs.items() if config.lora)
+  return ('reference', *names) if names else ()
 
 
 def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
@@ -113,7 +131,12 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
     ),
   }
   if 'reward' in configs:
-    trees['reward model'] = abstract_arrays.params(configs['reward'], 'scalar', dtype, mesh)
+    reward = abstract_arrays.params(configs['reward'], 'scalar', dtype, mesh)
+    trees['reward model'] = trained_params(reward) if configs['reward'].lora else reward
+  # Parts of the others: what the backbone of adapters is, and what generation reads.
+  trees['base parameters'] = {'backbone': trees['reference']['backbone']}
+  base = trees['reference'] if configs['policy'].lora else {}
+  trees['sampled parameters'] = base | policy.params
   return trees
 
 
@@ -178,9 +201,13 @@ def _updates(
   batches = np.tile(texts.total, epochs).reshape(-1, s.ppo.minibatch_size)
 
   def phase(name, step, head, config, *others):
+    # The critic does not read the head to the vocabulary.
+    tree = 'reference' if head == 'language' else 'base parameters'
+    base, base_name = ([trees[tree]], (tree,)) if config.lora else ([], ())
+
     def arguments(packing):
       minibatch = Minibatch(trees['experience'], rows, packing, enabled)
-      return trees[f'{name} state'], minibatch, *others
+      return trees[f'{name} state'], minibatch, *others, *base
 
     largest, calls = update_calls(arguments, s.ppo, batches, longest, mesh)
     return Phase(
@@ -189,7 +216,7 @@ def _updates(
       largest,
       {'recipe': recipe, 'total_steps': TOTAL_STEPS},
       live=('experience',),
-      passed_in=(f'{name} state', 'experience'),
+      passed_in=(f'{name} state', 'experience', *base_name),
       calls=lambda: calls,
       model_flops=epochs * throughput.update(texts.total, config, head)[throughput.FLOPS],
     )

@@ -3,10 +3,13 @@
 A phase calls the function that the job calls; the order of the calls is that of the job.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from segjax.config.lora import resolve_lora
 from segjax.config.settings import Settings
 from segjax.data.batches import TokenBatch
 from segjax.model.llama import LlamaConfig
@@ -26,7 +29,7 @@ def sft_programs(
   s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int, lengths: str
 ) -> JobPrograms:
   """Returns the programs of SFT for a network of these sizes; see `JobPlan.programs`."""
-  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  trained, frozen = _networks(s, network, mesh, 'sft')
   shape = s.sft.batch_size, s.data.max_length
   trees = {
     'policy state': abstract_arrays.state(trained, 'language', s.sft.optimizer, s, mesh),
@@ -34,9 +37,13 @@ def sft_programs(
       abstract_arrays.batch(mesh, jnp.int32, *shape), abstract_arrays.batch(mesh, jnp.bool_, *shape)
     ),
   }
+  base = ()
+  if trained.lora:
+    trees['base'] = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
+    base = (trees['base'],)
   tokens = _row_lengths(s, lengths, s.sft.batch_size)
   largest, calls = update_calls(
-    lambda packing: (trees['policy state'], trees['rows'], packing),
+    lambda packing: (trees['policy state'], trees['rows'], packing, *base),
     *(s.sft, tokens[None], s.data.max_length, mesh),
   )
   phase = Phase(
@@ -56,21 +63,24 @@ def reward_programs(
   s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int, lengths: str
 ) -> JobPrograms:
   """Returns the programs of reward training for networks of these sizes; see `JobPlan.programs`."""
-  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
-  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
+  trained, frozen = _networks(s, network, mesh, 'reward')
   scorer = SegmentScorer(trained, frozen, Segmenter(s.reward.segmentation))
   state = abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
   trees = {'reward model state': state}
+  weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
   if scorer.segmenter.needs_entropy and not s.reward.entropy_cache_dir:
-    trees['reference'] = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
+    trees['reference'] = weights
+  elif trained.lora:
+    trees['base'] = {'backbone': weights['backbone']}
   trees['pairs'] = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.pairs(s.reward.batch_size, s.data.max_length), mesh
   )
   live = tuple(trees)
   reference, pairs = trees.get('reference'), trees['pairs']
+  base = {'backbone': weights['backbone']} if trained.lora else {}
   tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
   largest, calls = update_calls(
-    lambda packing: (state, FrozenParams(reference), pairs, packing),
+    lambda packing: (state, FrozenParams(reference, base), pairs, packing),
     *(s.reward, tokens[None], s.data.max_length, mesh),
   )
   work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)
@@ -88,7 +98,7 @@ def reward_programs(
   evaluation = Phase(
     'held-out pairs',
     evaluate_pairs,
-    (state.params, reference, pairs),
+    (base | state.params, reference, pairs),
     {'scorer': scorer},
     live=live,
     passed_in=('reward model parameters', *live[1:]),
@@ -96,6 +106,15 @@ def reward_programs(
   )
   configs = {'reward': trained, 'reference': frozen}
   return JobPrograms(trees, [update, evaluation], configs, int(tokens.sum()))
+
+
+def _networks(
+  s: Settings, network: LlamaConfig, mesh: Mesh, name: str
+) -> tuple[LlamaConfig, LlamaConfig]:
+  """Returns the trained network, with the adapters of config.lora.`name`, and a frozen one."""
+  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
+  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
+  return dataclasses.replace(trained, lora=resolve_lora(s, name)), frozen
 
 
 def _row_lengths(s: Settings, kind: str, count: int, samples: int = 1) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from segjax.config.settings import PPO, Compat, RewardShaping
 from segjax.model.llama import LlamaConfig
+from segjax.model.lora import trained_params
 from segjax.train.segmenter import Segmenter
 
 
@@ -17,7 +19,8 @@ class PPORecipe:
     critic: the critic; not read where no values are computed, as in an evaluation.
     spread: a name in `rl.rewards.SPREADS`.
     recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
-    one_base: networks that add adapters to one base, and are scored in one pass over its weights.
+    one_base: networks that add adapters to the reference's weights, and itself; they are scored in
+      one pass over these weights. () where none does.
   """
 
   policy: LlamaConfig
@@ -37,3 +40,14 @@ class PPORecipe:
     together = tuple(name for name in names if name in self.one_base)
     alone = [(name,) for name in names if name not in self.one_base]
     return [together, *alone] if together else alone
+
+  def own_params(self, params: dict[str, Any]) -> dict[str, Any]:
+    """Returns parameters by name, with those of the shared base in the reference alone."""
+    others = [name for name in self.one_base if name in params and name != 'reference']
+    return params | {name: trained_params(params[name]) for name in others}
+
+  def with_base(self, name: str, params: dict[str, Any]) -> Any:
+    """Returns the parameters of a network out of `own_params`."""
+    if name not in self.one_base:
+      return params[name]
+    return params['reference'] | trained_params(params[name])

@@ -100,8 +100,8 @@ def score_chunk(
   """Runs one forward pass of each network, or of each group of one base, over the rollout.
 
   Args:
-    params: parameters of 'policy', 'reference' and, where present, 'reward' and 'critic'. The
-      policy is run only with `recipe.recompute_logprob`.
+    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward' and 'critic'.
+      The policy is run only with `recipe.recompute_logprob`.
     ids: `concat_prompt_response` of the rollout.
     segment_ids: `attention_segment_ids` of the rollout.
     rollout: the rows to score.
@@ -110,7 +110,7 @@ def score_chunk(
 
   layout = RowLayout(segment_ids=segment_ids)
   configs = {name: getattr(recipe, name) for name in _run_networks(params, recipe)}
-  hidden = {}
+  params, hidden = {name: recipe.with_base(name, params) for name in configs}, {}
   for names in recipe.groups(configs):
     networks = [(params[name], configs[name]) for name in names]
     hidden |= zip(names, shared_hidden_states(networks, ids, layout), strict=True)
@@ -171,7 +171,7 @@ def score(
     length: tokens of prompt and response together.
     recipe: the networks.
   """
-  params = host_memory.to_device(params)  # once for all chunks
+  params = host_memory.to_device(recipe.own_params(params))  # once for all chunks
   order, chunks = [], []
   for rows, chunk in _chunks(rollout, length, recipe):
     order.append(rows)
