@@ -200,6 +200,7 @@ def test_refuses_before_downloading(repository, message, hub):
   assert not hub.fetched
 
 
+@pytest.mark.campaign  # two processes download
 def test_an_adapter_and_its_base(hub, cache, tmp_path):
   source = hf_models.write(tmp_path / 'source')
   own = hf_models.write_adapter(tmp_path / 'own', source, base_model_name_or_path='owner/base')
