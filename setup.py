@@ -76,6 +76,7 @@ setup(
     'test': [
       'beartype',  # checks the shape annotations while testing
       'hypothesis',
+      'peft',  # parity of adapters
       'pytest',
       'pytest-xdist',  # tests in several processes
       'ruff',

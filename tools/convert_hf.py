@@ -1,4 +1,4 @@
-"""Converts checkpoints: import HF OUT, export CHECKPOINT OUT, verify HF [CHECKPOINT], inspect HF.
+"""Converts checkpoints: import HF OUT, export CHECKPOINT OUT, merge ADAPTER OUT, verify, inspect.
 
 Equals `segjax convert ...`; implemented in `segjax.hf`.
 """

@@ -30,7 +30,14 @@ from segjax.hf.tensor_names import TensorMapping
 from segjax.model.llama import LlamaConfig
 from segjax.model.lora import ADAPTER, MATRICES
 
-__all__ = ['Adapter', 'base_directory', 'is_adapter', 'read_adapter', 'tokenizer_directory']
+__all__ = [
+  'ADAPTER',
+  'Adapter',
+  'base_directory',
+  'is_adapter',
+  'read_adapter',
+  'tokenizer_directory',
+]
 
 PREFIX = 'base_model.model.'  # of peft's wrappers, before the names of the base
 

@@ -54,7 +54,8 @@ def save_adapter(
     UserError: `trained` and config do not agree, or `directory` must not be replaced.
   """
   directory = Path(directory).expanduser().absolute()
-  storage.check_target(directory, writer.REPLACEABLE, overwrite=True, source=source)
+  for read in (source, Path(base)):  # a hub id is no directory, and differs from each
+    storage.check_target(directory, writer.REPLACEABLE, overwrite=True, source=read)
   entries = adapters.tensor_mappings(config, config.lora, SCORE if head == 'scalar' else '')
   flat = jax.tree_util.tree_flatten_with_path(trained)[0]
   leaves = {path_name(path): leaf for path, leaf in flat}

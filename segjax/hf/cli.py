@@ -85,9 +85,10 @@ def _numbers(value: Any, name: str = '') -> dict[str, float]:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog=prog, description='Converts HF checkpoints to segjax checkpoints (Orbax) and back.'
+    prog=prog,
+    description='Converts HF checkpoints to segjax checkpoints (Orbax) and back; merges adapters.',
   )
-  commands = parser.add_subparsers(required=True, metavar='import|export|verify|inspect')
+  commands = parser.add_subparsers(required=True, metavar='import|export|merge|verify|inspect')
 
   add = _command(commands, 'import', _import, 'import an HF checkpoint as a segjax checkpoint')
   add('hf', metavar='HF', help='directory or hub id')
@@ -115,6 +116,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   card('--license', default='', help="the hub's identifier (default the source's)")
   card('--license_name', default='')
   card('--license_link', default='')
+
+  add = _command(commands, 'merge', _merge, 'make an HF checkpoint of a LoRA adapter and its base')
+  add('adapter', metavar='ADAPTER', help='directory or hub id')
+  add('out', metavar='OUT', help='directory to write')
+  add('--dtype', default='', help="dtype of the files (default the base's)")
+  add('--overwrite', action='store_true', help='replace a checkpoint at OUT')
 
   add = _command(commands, 'verify', _verify, "compare logits with transformers' (needs torch)")
   add('hf', metavar='HF', help='directory or hub id')
@@ -181,6 +188,15 @@ def _export(flags: argparse.Namespace) -> int:
       progress=progress,
     )
   _print_done('exported', out, start)
+  return 0
+
+
+def _merge(flags: argparse.Namespace) -> int:
+  from segjax.hf import merge
+
+  start = time.perf_counter()
+  out = merge.merge_adapter(flags.adapter, flags.out, dtype=flags.dtype, overwrite=flags.overwrite)
+  _print_done('merged', out, start)
   return 0
 
 

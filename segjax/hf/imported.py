@@ -13,7 +13,7 @@ from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
 from segjax.hf import model_card as cards
 from segjax.hf import shards, tokenizer_writer, writer
-from segjax.hf.checkpoint import CONFIG, read_json, resolve_checkpoint
+from segjax.hf.checkpoint import CONFIG, read_json, refuse_adapter, resolve_checkpoint
 
 DESCRIPTION, PARAMS, SOURCE = 'segjax.json', 'params', 'hf'
 HEADS = {'policy': 'language', 'reward': 'scalar', 'critic': 'scalar'}  # by role
@@ -82,6 +82,7 @@ def read_description(checkpoint: Path, source: str | Path, role: str) -> ExportS
         'HF checkpoint that it was trained from and its role.'
       )
     origin = resolve_checkpoint(source)
+    refuse_adapter(origin)
     return ExportSource(checkpoint, origin, role, cards.from_source(source, origin), False)
   record = read_json(file)
   if record.get('version') != _VERSION or record.get('role') not in HEADS:

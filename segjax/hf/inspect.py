@@ -1,4 +1,4 @@
-"""Summarizes an HF checkpoint as text, from config.json and tensor headers only.
+"""Summarizes an HF checkpoint or adapter as text, from its config and tensor headers only.
 
 Whether it can be loaded is checked by `reader`. jax is not imported.
 """
@@ -7,10 +7,13 @@ import collections
 from pathlib import Path
 from typing import Any
 
+from segjax.hf.adapter_config import is_adapter, read_adapter
 from segjax.hf.checkpoint import (
+  ADAPTER_WEIGHTS,
   CONFIG,
   Checkpoint,
   open_checkpoint,
+  read_header,
   read_json,
   resolve_checkpoint,
   rope_parameters,
@@ -37,13 +40,11 @@ def inspect(path: str | Path) -> str:
   Raises:
     ValueError: files are missing or invalid; see `checkpoint.open_checkpoint`.
   """
-  checkpoint = open_checkpoint(resolve_checkpoint(path))
+  directory = resolve_checkpoint(path)
+  if is_adapter(directory):
+    return _describe_adapter(directory)
+  checkpoint = open_checkpoint(directory)
   raw = read_json(checkpoint.directory / CONFIG)
-  width = max(map(len, checkpoint.tensors), default=0)
-  lines = [
-    f'{name:{width}}  {tensor.dtype:4}  {list(tensor.shape)}'
-    for name, tensor in checkpoint.tensors.items()
-  ]
   rows = {
     'model': f'{raw.get("model_type")} ({_join(raw.get("architectures")) or "no architecture"})',
     'sizes': _select(raw, _SIZES),
@@ -55,6 +56,30 @@ def inspect(path: str | Path) -> str:
     'other files': _other_files(checkpoint.directory),
     'weights': _weights(checkpoint),
   }
+  return _table(checkpoint, rows)
+
+
+def _describe_adapter(directory: Path) -> str:
+  adapter = read_adapter(directory)
+  lora = adapter.lora
+  checkpoint = Checkpoint(directory, read_header(directory / ADAPTER_WEIGHTS))
+  rows = {
+    'adapter': f'rank {lora.rank} of {", ".join(lora.targets)}',
+    'scale': f'alpha {lora.alpha:g} / {"√" if lora.rs else ""}rank = {lora.scale:g}',
+    'base': adapter.base,
+    'scores': 'scalar head' if adapter.has_score else '',
+    'other files': _other_files(directory),
+    'weights': _weights(checkpoint),
+  }
+  return _table(checkpoint, rows)
+
+
+def _table(checkpoint: Checkpoint, rows: dict[str, str]) -> str:
+  width = max(map(len, checkpoint.tensors), default=0)
+  lines = [
+    f'{name:{width}}  {tensor.dtype:4}  {list(tensor.shape)}'
+    for name, tensor in checkpoint.tensors.items()
+  ]
   return '\n'.join([*lines, '', *(f'{name:12}  {row}' for name, row in rows.items() if row)])
 
 

@@ -85,7 +85,7 @@ def write_card(
     base: directory or hub id of an adapter's base; '' for a whole model.
   """
   _write_files(directory, card)
-  card = _with_record(card, _record(directory))
+  card = _with_record(card, read_record(directory))
   task = 'text-generation' if head == 'language' else 'text-classification'
   metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
   lines = ['---', *_front_matter(card, name, task, metrics, base), '---', '', f'# {name}', '']
@@ -122,7 +122,7 @@ def _write_files(directory: Path, card: Card) -> None:
     (directory / CURVES).write_bytes(card.curves)
 
 
-def _record(directory: Path) -> dict[str, Any]:
+def read_record(directory: Path) -> dict[str, Any]:
   """Returns the content of segjax_config.json, empty if it is missing or not written by segjax."""
   try:
     record = json.loads((directory / RECORD).read_text(encoding='utf-8'))

@@ -11,7 +11,7 @@ from typing import Any
 
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf import shards
-from segjax.hf.adapter_config import tokenizer_directory
+from segjax.hf.adapter_config import config_directory, tokenizer_directory
 from segjax.hf.checkpoint import read_json
 
 GENERATION = 'generation_config.json'
@@ -35,20 +35,24 @@ FILES = (
 )
 
 _TEMPLATE, _TEMPLATE_JSON, _MORE_TEMPLATES = FILES[7], FILES[8], FILES[6]
+_NOT_OF_TOKENIZER = (GENERATION, *FILES[:5])
 _CONFIG, _SPECIAL_TOKENS = 'tokenizer_config.json', 'special_tokens_map.json'
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
   """Copies tokenizer files, templates, generation_config.json and licence, byte for byte.
 
-  Those of an adapter without a tokenizer are its base's.
+  Those of an adapter without a tokenizer are its base's, and so is what it lacks of the others.
   """
-  source = tokenizer_directory(source)
+  own = tokenizer_directory(source)
   for name in FILES:
-    if (source / name).is_dir():
-      shutil.copytree(source / name, target / name)
-    elif (source / name).is_file():
-      shutil.copyfile(source / name, target / name)
+    file = own / name
+    if name in _NOT_OF_TOKENIZER and not file.is_file():
+      file = config_directory(source) / name
+    if file.is_dir():
+      shutil.copytree(file, target / name)
+    elif file.is_file():
+      shutil.copyfile(file, target / name)
 
 
 def has_template(directory: Path) -> bool:

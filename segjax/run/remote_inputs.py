@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 
 from segjax.data.sources import is_hub_id
+from segjax.hf.adapter_config import is_adapter
 from segjax.hf.checkpoint import open_checkpoint
 
 _TIMEOUT = 10.0  # seconds
@@ -57,7 +58,8 @@ def cached_checkpoint(name: str) -> str | None:
 
   with contextlib.suppress(Exception):  # not there, or a part of it is missing
     directory = huggingface_hub.snapshot_download(name, local_files_only=True)
-    open_checkpoint(directory)
+    if not is_adapter(Path(directory)):
+      open_checkpoint(directory)
     if (Path(directory) / 'tokenizer.json').exists():
       return directory
   return None

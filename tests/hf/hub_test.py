@@ -15,12 +15,12 @@ import pytest
 from fixtures import hf_models
 from huggingface_hub import constants
 
-from segjax.hf import checkpoint
+from segjax.hf import checkpoint, reader
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESOLVE = """
 import sys
-from segjax.hf import checkpoint
+from segjax.hf import checkpoint, reader
 print(checkpoint.resolve_checkpoint(sys.argv[1]))
 """
 REVISION = '1' * 40
@@ -183,6 +183,10 @@ def test_unreachable_hub(monkeypatch):
     ({'files': {'pytorch_model.bin': b''}}, "is a pickle.*from_pretrained('owner/a')"),
     ({'files': {'model.gguf': b''}}, 'has neither model.safetensors'),
     (
+      {'files': {'adapter_config.json': b'', 'adapter_model.bin': b''}},
+      'is a pickle.*AutoPeftModelForCausalLM',
+    ),
+    (
       {'files': {'model.safetensors': b''}, 'config': {'model_type': 'mixtral'}},
       "model_type is 'mixtral'; only llama",
     ),
@@ -194,6 +198,28 @@ def test_refuses_before_downloading(repository, message, hub):
   error = _error('owner/a')
   assert all(part in error for part in message.split('.*'))
   assert not hub.fetched
+
+
+@pytest.mark.campaign  # two processes download
+def test_an_adapter_and_its_base(hub, cache, tmp_path):
+  source = hf_models.write(tmp_path / 'source')
+  own = hf_models.write_adapter(tmp_path / 'own', source, base_model_name_or_path='owner/base')
+  hub.repositories |= {
+    'owner/base': {'files': _files(source)},
+    'owner/own': {'files': _files(own), 'config': {'peft': {'task_type': 'CAUSAL_LM'}}},
+  }
+  for process in [_start(hub, name, cache) for name in hub.repositories]:
+    assert process.wait(60) == 0, process.stderr.read()
+  config = reader.load_config('owner/own')
+  assert config.lora.rank == 4
+  here = json.loads((own / 'adapter_config.json').read_text())
+  (own / 'adapter_config.json').write_text(
+    json.dumps(here | {'base_model_name_or_path': str(source)})
+  )
+  hf_models.assert_same_params(
+    reader.load_params('owner/own', config, 'language'),
+    reader.load_params(own, config, 'language'),
+  )
 
 
 def test_remote_code_is_never_trusted():

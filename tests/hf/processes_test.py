@@ -10,18 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures import hf_models
+from fixtures import hf_models, tokenizers
 
-from segjax.hf import convert, reader, writer
+from segjax.hf import adapter, convert, reader, writer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 WORKER = """
 import sys
+from pathlib import Path
 from segjax import processes
-address, index, source, out = sys.argv[1:]
+address, index, source, out, own = sys.argv[1:]
 processes.initialize(address, 2, int(index))
-from segjax.hf import reader, shards, writer
+from segjax.data.tokenizer import load_tokenizer
+from segjax.hf import adapter, adapter_writer, model_card, reader, shards, writer
 from segjax.model.mesh import make_mesh
 mesh = make_mesh(2, 2, 2)
 config = reader.load_config(source)
@@ -34,12 +36,21 @@ def record(self, name, *rest):
 
 shards.ShardWriter.write = record
 writer.save_checkpoint(out, params, config, 'language', source=source, max_shard_bytes=20_000)
+config = reader.load_config(own)
+trained = adapter.load_trained(adapter.read_adapter(Path(own)), config, mesh)
+assert not trained['adapter']['layers']['query']['a'].is_fully_addressable
+others = {'card': model_card.Card(), 'tokenizer': load_tokenizer(source)}
+adapter_writer.save_adapter(
+  Path(own + '-saved'), trained, config, 'language', base=source, source=Path(source), **others
+)
 """
 
 
 @pytest.mark.processes
 def test_two_processes_write_one_checkpoint(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'biases')
+  tokenizers.write_tokenizer(source)
+  own = hf_models.write_adapter(tmp_path / 'd', source)
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'
@@ -47,7 +58,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   command = [sys.executable, '-c', WORKER, address]
   workers = [
     subprocess.Popen(
-      [*command, str(index), source, tmp_path / 'b'],
+      [*command, str(index), source, tmp_path / 'b', own],
       **{'cwd': REPOSITORY, 'env': environment, 'stdout': subprocess.PIPE, 'text': True},
     )
     for index in range(2)
@@ -73,7 +84,9 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     assert (tmp_path / 'b' / name).read_bytes() == (alone / name).read_bytes(), name
   hf_models.assert_same_tensors(source, tmp_path / 'b')
   assert hf_models.torch_logits(tmp_path / 'b', hf_models.IDS).shape[0]  # transformers loads it
-  assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b', 'c']
+  hf_models.assert_same_tensors(own, tmp_path / 'd-saved')
+  assert adapter.read_adapter(tmp_path / 'd-saved').base == str(source)
+  assert sorted(file.name for file in tmp_path.iterdir()) == ['a', 'b', 'c', 'd', 'd-saved']
 
 
 HANGING = """
