@@ -9,8 +9,9 @@ from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 # What weight decay reaches, by the ends of the parameters' paths: a scale or bias has one value per
-# unit, and an embedding moves only with the tokens that occur.
-DECAYED_WEIGHTS = {'kernels': ('kernel',), 'matrices': ('kernel', 'embedding'), 'all': ('',)}
+# unit, and an embedding moves only with the tokens that occur. A and B of adapters are kernels.
+_KERNELS = ('kernel', '/a', '/b')
+DECAYED_WEIGHTS = {'kernels': _KERNELS, 'matrices': (*_KERNELS, 'embedding'), 'all': ('',)}
 ATTENTION = ('xla', 'cudnn', 'flash', 'splash')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the

@@ -17,6 +17,7 @@ from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
 from segjax.evaluation.intervals import wilson
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
+from segjax.hf.adapter_config import tokenizer_directory
 from segjax.jobs import reward_calibration, reward_entropy_cache
 from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.model.llama import LlamaConfig
@@ -229,7 +230,7 @@ def _evaluate_held_out(
 
 
 def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation) -> None:
-  fingerprint = tokenizer_fingerprint(str(source))
+  fingerprint = tokenizer_fingerprint(str(tokenizer_directory(source)))
   spec = RewardSpec(segmentation, normalizer=None, tokenizer_sha256=fingerprint)
   reward_spec.write_spec(directory, spec)
 

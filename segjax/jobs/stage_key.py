@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.config.settings import Settings
+from segjax.hf.adapter_config import base_directory, is_adapter, read_adapter
 from segjax.jobs.job import Input, Job
 from segjax.jobs.registry import JOBS
 from segjax.run import remote_inputs, source_code, stage_record
@@ -84,5 +85,9 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
 def _content(item: Input, path: str, skip: tuple[str, ...]) -> str:
   local = Path(path).expanduser()
   if local.exists():
-    return stage_record.content_hash(local, skip)
+    content = stage_record.content_hash(local, skip)
+    if not item.is_rows and is_adapter(local):
+      base = base_directory(read_adapter(local))
+      content += f' on {stage_record.content_hash(base, skip)}'
+    return content
   return remote_inputs.identify(path, item.is_rows)

@@ -223,7 +223,9 @@ def save_network(
     return
   is_adapter = adapter_config.is_adapter(source)
   base = (
-    adapter_config.read_adapter(source).base if is_adapter else hub.id_of(source) or str(source)
+    adapter_config.read_adapter(source).base
+    if is_adapter
+    else hub.id_of(source) or str(source.absolute())
   )
   save_adapter(directory, params, config, head, base=base, **others)
 

@@ -20,9 +20,9 @@ def test_weights_that_are_not_finite_are_refused(small, language, one_device, tm
     runs.reward_model(language / 'model', directory, Normalizer(), Segmentation())
   else:
     shutil.copytree(language / 'model', directory)
-  weights = safetensors.numpy.load_file(directory / 'model.safetensors')
-  weights['model.norm.weight'] = weights['model.norm.weight'] * np.float32(np.nan)
-  safetensors.numpy.save_file(weights, directory / 'model.safetensors')
+  tensors = safetensors.numpy.load_file(directory / 'model.safetensors')
+  tensors['model.norm.weight'] = tensors['model.norm.weight'] * np.float32(np.nan)
+  safetensors.numpy.save_file(tensors, directory / 'model.safetensors')
   config = models.load_network_config(directory, runtime, one_device, print, head=head)
   with pytest.raises(UserError, match=r'spoilt: NaN or infinity in tensor model\.norm\.weight'):
     weights.load_params(directory, config, head, runtime, one_device)
