@@ -132,6 +132,15 @@ def config_directory(directory: Path) -> Path:
   return base_directory(read_adapter(directory)) if is_adapter(directory) else directory
 
 
+def is_local(directory: Path) -> bool:
+  """Returns whether a directory is a checkpoint, or an adapter whose base need not be downloaded."""
+  if not directory.is_dir():
+    return False
+  return (
+    not is_adapter(directory) or _local_base(read_adapter(directory).base, directory) is not None
+  )
+
+
 def tokenizer_directory(directory: Path) -> Path:
   """Returns where the tokenizer of a checkpoint is: of an adapter without one, at its base."""
   return directory if (directory / _TOKENIZER).is_file() else config_directory(directory)

@@ -19,6 +19,7 @@ from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
+from segjax.hf.adapter_config import is_local
 from segjax.model import host_memory
 from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig, make_config
@@ -104,7 +105,7 @@ def find_network_config(settings: Settings) -> LlamaConfig | None:
   sizes are unknown.
   """
   path = settings.policy.path or settings.reward_model.path
-  if path and Path(path).expanduser().is_dir():
+  if path and is_local(Path(path).expanduser()):
     return reader.load_config(Path(path).expanduser())
   network = settings.network
   if not network.vocab_size and 'demo' in settings.stages:

@@ -221,12 +221,9 @@ def save_network(
   if config.lora is None:
     save_checkpoint(directory, params, config, head, **others)
     return
-  is_adapter = adapter_config.is_adapter(source)
-  base = (
-    adapter_config.read_adapter(source).base
-    if is_adapter
-    else hub.id_of(source) or str(source.absolute())
-  )
+  base = hub.id_of(source) or str(source.absolute())
+  if adapter_config.is_adapter(source):
+    base = adapter_config.read_adapter(source).base  # one adapter, not one on another
   save_adapter(directory, params, config, head, base=base, **others)
 
 
