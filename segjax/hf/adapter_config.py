@@ -133,12 +133,10 @@ def config_directory(directory: Path) -> Path:
 
 
 def is_local(directory: Path) -> bool:
-  """Returns whether a directory is a checkpoint, or an adapter whose base need not be downloaded."""
-  if not directory.is_dir():
-    return False
-  return (
-    not is_adapter(directory) or _local_base(read_adapter(directory).base, directory) is not None
-  )
+  """Returns whether a checkpoint, or an adapter with its base, can be read without a download."""
+  if not directory.is_dir() or not is_adapter(directory):
+    return directory.is_dir()
+  return _local_base(read_adapter(directory).base, directory) is not None
 
 
 def tokenizer_directory(directory: Path) -> Path:

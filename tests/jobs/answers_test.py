@@ -64,7 +64,7 @@ def test_alpaca_eval_list_and_overlong_prompts(ask):
 
 
 def test_other_files_are_refused_before_the_model_is_loaded(ask, monkeypatch):
-  monkeypatch.setattr(answers.models, 'load_params', lambda *_: pytest.fail('loaded'))
+  monkeypatch.setattr(answers.Weights, 'frozen', lambda *_: pytest.fail('loaded'))
   with pytest.raises(ValueError, match=r'questions.jsonl, row 1: not a question of a known judge'):
     ask([{'text': 'a'}])
 

@@ -9,7 +9,7 @@ from fixtures import runs
 
 from segjax.config.settings import Segmentation
 from segjax.errors import UserError
-from segjax.run import models
+from segjax.run import models, weights
 from segjax.types import Normalizer
 
 
