@@ -41,7 +41,7 @@ TOPOLOGIES = {
     'v6e:4x4': _ppo(6144, _PROJECTIONS),
     'v5e:8x8': _ppo(1536, _ALL, **{'mesh.tensor': 2}),
     'cuda:8xH100-80GB': _ppo(10_240, _ALL),
-    'cuda:1xH100-80GB': _ppo(12_288, _ALL, scoring=32, **_LORA),
+    'cuda:1xH100-80GB': _ppo(12_288, _ALL, scoring=16, **_LORA),
     'v5e:2x4': _ppo(2048, _PROJECTIONS, scoring=32, **_LORA),
   },
   ('ppo', '70b'): {

@@ -130,8 +130,9 @@ class Linear(nn.Module):
     y = quantized.product(x.reshape(-1, x.shape[-1]), kernel, scale)
     y = y.reshape(*x.shape[:-1], self.features)
     if self.has_variable(lora.ADAPTER, 'a'):
-      pair = (self.get_variable(lora.ADAPTER, name) for name in 'ab')
-      y = lora.adapted(x, y, *pair, self.adapter.scale)
+      names = [name for name in ('a', 'b', 'own') if self.has_variable(lora.ADAPTER, name)]
+      pair = {name: self.get_variable(lora.ADAPTER, name) for name in names}
+      y = lora.adapted(x, y, pair, self.adapter.scale)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))
       # In float32 for the sake of the gradient, as in `RMSNorm`; the tests forbid rank promotion.

@@ -40,7 +40,7 @@ def backbone_variables(params: Params) -> dict[str, Any]:
   return {'params': params['backbone'], **adapter}
 
 
-# Of the network that `stack` makes, whose scales are in B.
+# Of the network that `stack` makes, whose scales are in 'own'.
 STACKED = Lora(rank=1, alpha=1.0)
 
 
@@ -98,22 +98,26 @@ def place(trained: Params, mesh: Mesh) -> Params:
 
 
 def adapted(
-  x: Float[Array, 'R S I'], y: Float[Array, 'R S O'], a: Array, b: Array, scale: float
+  x: Float[Array, 'R S I'], y: Float[Array, 'R S O'], pair: dict[str, Array], scale: float
 ) -> Float[Array, 'R S O']:
   """Returns y + scale · (x A) B in y's dtype.
 
-  With A [n, in, r] and B [n, r, out] of n networks, row i of x belongs to network i mod n.
+  Args:
+    x: what the matrix multiplies.
+    y: its product.
+    pair: 'a' and 'b'; those of several networks have 'own' too, see `stack`.
+    scale: of `Lora`.
   """
-  down, up = a.astype(x.dtype), b.astype(x.dtype)
+  a, b = (pair[name].astype(x.dtype) for name in 'ab')
+  narrow = x.reshape(-1, x.shape[-1]) @ a
+  if 'own' in pair:
+    of_row = pair['own'].astype(x.dtype)[:, None]
+    by_network = narrow.reshape(-1, len(of_row), x.shape[1], a.shape[1])
+    narrow = (by_network * of_row).reshape(narrow.shape)
   # Scaled where it is narrow, and added in y's dtype, so that a compiler can add y inside the
-  # product with B: passes over arrays as wide as y would cost a third of an update.
-  if a.ndim == 3:
-    rows = x.reshape(-1, len(a), *x.shape[1:])
-    narrow = jnp.einsum('mnsi,nir->mnsr', rows, down) * jnp.asarray(scale, x.dtype)
-    change = jnp.einsum('mnsr,nro->mnso', narrow, up).reshape(y.shape)
-    return y + change
-  narrow = (x.reshape(-1, x.shape[-1]) @ down) * jnp.asarray(scale, x.dtype)
-  return (y.reshape(-1, y.shape[-1]) + narrow @ up).reshape(y.shape)
+  # product with B.
+  narrow = narrow * jnp.asarray(scale, x.dtype)
+  return (y.reshape(-1, y.shape[-1]) + narrow @ b).reshape(y.shape)
 
 
 def merge(params: Params, lora: Lora) -> Params:
@@ -130,34 +134,27 @@ def merge(params: Params, lora: Lora) -> Params:
 
 
 def stack(networks: Sequence[tuple[Params, Lora | None]]) -> dict[str, Any]:
-  """Returns adapters of n networks as one, for `adapted`: A [L, n, in, r] and B [L, n, r, out].
+  """Returns the adapters of n networks side by side, for rows of which i belongs to i mod n.
 
-  Ranks are filled up with zeros, and so are matrices that a network has no adapter for. Scales are
-  in B.
+  A is [L, in, R] and B [L, R, out], with R the sum of the ranks. 'own' [L, n, R] has a network's
+  scale for its own columns of x A, and 0 for those of the others: as R is small, computing all of
+  them costs less than bringing rows of a network together.
   """
-  pairs = [
-    {name: (pair, lora) for name, pair in params.get(ADAPTER, {'layers': {}})['layers'].items()}
-    for params, lora in networks
-  ]
   stacked = {}
-  for name in dict.fromkeys(name for network in pairs for name in network):
-    present = [network[name][0] for network in pairs if name in network]
-    rank = max(pair['a'].shape[-1] for pair in present)
-    a, b = present[0]['a'], present[0]['b']
-    empty = jnp.zeros((*a.shape[:-1], rank), a.dtype), jnp.zeros((len(b), rank, b.shape[-1]))
-    filled = []
-    for network in pairs:
-      if name not in network:
-        filled.append(empty)
-        continue
-      pair, lora = network[name]
-      missing = rank - pair['a'].shape[-1]
-      filled.append(
-        (
-          jnp.pad(pair['a'], ((0, 0), (0, 0), (0, missing))),
-          jnp.pad(pair['b'] * lora.scale, ((0, 0), (0, missing), (0, 0))),
-        )
-      )
-    a, b = (jnp.stack(parts, axis=1) for parts in zip(*filled, strict=True))
-    stacked[name] = {'a': a, 'b': b}
+  for name in dict.fromkeys(
+    name for params, _ in networks for name in params.get(ADAPTER, {}).get('layers', {})
+  ):
+    pairs, own = [], []
+    for number, (params, lora) in enumerate(networks):
+      pair = params.get(ADAPTER, {}).get('layers', {}).get(name)
+      if pair is not None:
+        pairs.append(pair)
+        depth, _, rank = pair['a'].shape
+        column = lora.scale * (jnp.arange(len(networks)) == number)
+        own.append(jnp.broadcast_to(column[:, None], (depth, len(networks), rank)))
+    stacked[name] = {
+      'a': jnp.concatenate([pair['a'] for pair in pairs], axis=2),
+      'b': jnp.concatenate([pair['b'] for pair in pairs], axis=1),
+      'own': jnp.concatenate(own, axis=2),
+    }
   return {'layers': stacked}

@@ -25,7 +25,7 @@ from segjax.model.llama import RowLayout
 from segjax.train.recipe import PPORecipe
 from segjax.types import Rollout
 
-_WIDTH_MULTIPLE = 256  # tokens; chunks are padded to a multiple of it
+_SMALLEST_STEP = 128  # tokens, between the widths of chunks
 
 
 class ModelOutputs(NamedTuple):
@@ -241,7 +241,9 @@ def chunk_rows(
   order = np.arange(len(length)) if size == len(length) else np.argsort(length, kind='stable')
   for rows in order.reshape(-1, size):
     if longest := int(length[rows].max()):
-      yield rows, min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, width)
+      # Four widths from one power of two to the next: few programs, and little padding.
+      step = max(_SMALLEST_STEP, 1 << longest.bit_length() - 3)
+      yield rows, min(-(-longest // step) * step, width)
 
 
 @jax.jit
