@@ -19,7 +19,7 @@ def resolve_lora(s: Settings, network: str) -> Lora | None:
   """
   fields = {field.name: getattr(s.lora, field.name) for field in dataclasses.fields(Lora)}
   own = {k: value for k, value in vars(getattr(s.lora, network)).items() if value is not None}
-  lora = Lora(**fields | own)
+  lora = Lora(**fields | {name: own[name] for name in own if name in fields})
   if not lora.rank:
     return None
   everything = ALL_LINEAR in lora.targets
@@ -37,7 +37,9 @@ def with_adapter_rates(s: Settings) -> Settings:
     if resolve_lora(s, network):
       section, _, name = optimizer.partition('.')
       rate = getattr(getattr(s, section), name).learning_rate
-      rates[f'{optimizer}.learning_rate'] = rate * s.lora.learning_rate_factor
+      own = getattr(s.lora, network).learning_rate_factor
+      factor = s.lora.learning_rate_factor if own is None else own
+      rates[f'{optimizer}.learning_rate'] = rate * factor
   return replace(s, **rates)
 
 

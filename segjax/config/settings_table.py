@@ -41,11 +41,11 @@ def all_settings() -> list[Setting]:
   """Returns every setting in the order of the source."""
   comments = _comments(settings) | _comments(training_settings)
   # An override means the same as the field that it replaces.
-  for overriding, kind in ((SegmentationOverrides, Segmentation), (LoraOverrides, Lora)):
-    for field in dataclasses.fields(overriding):
-      comments[overriding.__name__, field.name] = comments[kind.__name__, field.name]
   for field in dataclasses.fields(Lora):  # inherited
     comments[LoraSettings.__name__, field.name] = comments[Lora.__name__, field.name]
+  for overriding, kind in ((SegmentationOverrides, Segmentation), (LoraOverrides, LoraSettings)):
+    for field in dataclasses.fields(overriding):
+      comments[overriding.__name__, field.name] = comments[kind.__name__, field.name]
   return list(_walk(Settings(), '', comments))
 
 

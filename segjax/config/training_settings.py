@@ -76,12 +76,13 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class LoraOverrides:
-  """Fields of `Lora` for one network alone; None keeps them."""
+  """The same for one network alone; None keeps the value of all."""
 
   rank: int | None = None
   alpha: float | None = None
   targets: tuple[str, ...] | None = None
   rs: bool | None = None
+  learning_rate_factor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

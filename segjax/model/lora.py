@@ -111,9 +111,9 @@ def adapted(
   a, b = (pair[name].astype(x.dtype) for name in 'ab')
   narrow = x.reshape(-1, x.shape[-1]) @ a
   if 'own' in pair:
-    of_row = pair['own'].astype(x.dtype)[:, None]
-    by_network = narrow.reshape(-1, len(of_row), x.shape[1], a.shape[1])
-    narrow = (by_network * of_row).reshape(narrow.shape)
+    own = pair['own'].astype(x.dtype)[None, :, None]
+    by_network = narrow.reshape(-1, own.shape[1], x.shape[1], a.shape[1])
+    narrow = (by_network * own).reshape(narrow.shape)
   # Scaled where it is narrow, and added in y's dtype, so that a compiler can add y inside the
   # product with B.
   narrow = narrow * jnp.asarray(scale, x.dtype)
