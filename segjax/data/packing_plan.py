@@ -31,11 +31,14 @@ class PieceBound:
     devices: over which rows are split; those of the tensor axis share rows.
     tokens: of a piece per device of these.
     packing_length: tokens of a row, about; no sequence is longer.
+    widens: whether rows may be wider, so that fewer pieces do; not where attention costs the square
+      of a row.
   """
 
   devices: int
   tokens: int
   packing_length: int
+  widens: bool = True
 
   @property
   def step(self) -> int:
@@ -50,6 +53,19 @@ class PieceBound:
   def needed(self, longest: int, group: int) -> int:
     """Returns the least that `tokens` must be for groups of sequences of this length."""
     return self.rows(group) * _round_up(longest, self.step)
+
+  @property
+  def widest(self) -> int:
+    """The most tokens of a row."""
+    return self.tokens if self.widens else _round_up(self.packing_length, self.step)
+
+  def row_counts(self, level: float, group: int) -> range:
+    """Returns how many rows `level` tokens of a device may be cut into, the preferred first."""
+    fewest = self.rows(group)
+    if self.widens:  # then fewer and wider rows
+      return range(max(int(level // self.packing_length), fewest), fewest - 1, -1)
+    first = max(math.ceil(level / self.packing_length), fewest)
+    return range(first, max(self.tokens // self.packing_length, fewest) + 1)
 
 
 def plan_packing(lengths: np.ndarray, rows: int, width: int, group: int = 1) -> PackingPlan:
@@ -89,7 +105,8 @@ def plan_level_packing(lengths: np.ndarray, bound: PieceBound, group: int = 1) -
   lengths: on how many pieces there are, rows per device and the width, a multiple of
   packing_length / 8. For rows per device r a width is between packing_length and its
   (1 + 1 / r)-fold, so a number of pieces has at most 8 / r + 2 shapes for each r, and the spread of
-  a batch's tokens leaves few of them: of 128 UltraFeedback-like responses 2 to 6.
+  a batch's tokens leaves few of them: of 128 UltraFeedback-like responses 2 to 6. Where rows must
+  not be wider than packing_length, there are more of them, or more pieces.
 
   Args:
     lengths: tokens of each sequence, [N].
@@ -120,7 +137,7 @@ def largest_packing(sequences: int, bound: PieceBound, group: int = 1) -> Packin
     group: as in `plan_packing`.
   """
   rows = max(bound.tokens // bound.packing_length, bound.rows(group))
-  width = bound.tokens // rows // bound.step * bound.step
+  width = min(bound.tokens // rows // bound.step * bound.step, bound.widest)
   groups = np.zeros((sequences // group, group), int)
   return _make_plan(groups, rows * bound.devices, width, [[], []], [np.zeros((2, 0))] * 2)
 
@@ -130,11 +147,10 @@ def _shapes(lengths: np.ndarray, bound: PieceBound, group: int) -> Iterator[tupl
   total, longest = int(lengths.sum()), int(lengths.max(initial=1))
   for count in itertools.count(math.ceil(total / bound.devices / bound.tokens) or 1):
     level = total / count / bound.devices  # tokens of a piece per device
-    fewest = bound.rows(group)
-    for rows in range(max(int(level // bound.packing_length), fewest), fewest - 1, -1):
+    for rows in bound.row_counts(level, group):
       width = _round_up(max(level / rows, longest), bound.step)
       for wider in (width, width + bound.step):  # level rows may not fit into the first
-        if rows * wider <= bound.tokens:
+        if rows * wider <= bound.tokens and wider <= bound.widest:
           yield count, rows * bound.devices, wider
 
 

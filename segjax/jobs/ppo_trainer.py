@@ -140,7 +140,9 @@ class Trainer:
       order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
       for rows in order.reshape(-1, s.ppo.minibatch_size):
         lengths = collected.rollout.length[rows]
-        packing, efficiency = training_loop.plan_packing_for(s.ppo, lengths, self.stage.mesh)
+        packing, efficiency = training_loop.plan_packing_for(
+          s.ppo, lengths, self.stage.mesh, recipe.policy
+        )
         networks, metrics = ppo_step(
           networks,
           self.bases,

@@ -164,8 +164,9 @@ class Trainer:
     rows = batch_indices(len(pairs), s.reward.batch_size, s.seed, step)
     sides = [side.lengths[rows] for side in (pairs.chosen, pairs.rejected)]
     lengths = np.stack(sides, axis=1).reshape(-1)
-    mesh = self.stage.mesh
-    packing, efficiency = training_loop.plan_packing_for(s.reward, lengths, mesh, group=2)
+    packing, efficiency = training_loop.plan_packing_for(
+      s.reward, lengths, self.stage.mesh, self.scorer.reward, group=2
+    )
     state, metrics = reward_step(
       states['reward'],
       self.frozen,

@@ -70,7 +70,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   def step_fn(states, step):
     rows = batch_indices(len(train_set), s.sft.batch_size, s.seed, step)
     lengths = train_set.tokens.lengths[rows]
-    packing, efficiency = training_loop.plan_packing_for(s.sft, lengths, stage.mesh)
+    packing, efficiency = training_loop.plan_packing_for(s.sft, lengths, stage.mesh, config)
     batch = stage.gather(train_set, rows)
     state, metrics = sft_step(
       states['policy'],

@@ -100,6 +100,15 @@ def attention(
   return jnp.where(segment_ids[:, :, None, None] > 0, output, 0)
 
 
+def skips_other_segments(implementation: str, length: int, head_dim: int) -> bool:
+  """Returns whether packed rows of `length` tokens cost what their sequences do.
+
+  Otherwise they cost the square of their length: flash attention leaves out blocks in which no
+  query and key belong together, xla does not.
+  """
+  return _supported(implementation, (1, length, 1, head_dim), has_segments=True) != 'xla'
+
+
 def _on_each_device(kernel: Callable[..., Array]) -> Callable[..., Array]:
   """Returns a Pallas kernel over rows and heads, which do not depend on each other, per device."""
   # XLA cannot partition it.

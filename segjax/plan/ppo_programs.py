@@ -209,7 +209,7 @@ def _updates(
       minibatch = Minibatch(trees['experience'], rows, packing, enabled)
       return trees[f'{name} state'], minibatch, *others, *base
 
-    largest, calls = update_calls(arguments, s.ppo, batches, longest, mesh)
+    largest, calls = update_calls(arguments, s.ppo, batches, longest, mesh, config)
     return Phase(
       f'{name} update',
       step,

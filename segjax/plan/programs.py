@@ -44,7 +44,7 @@ def sft_programs(
   tokens = _row_lengths(s, lengths, s.sft.batch_size)
   largest, calls = update_calls(
     lambda packing: (trees['policy state'], trees['rows'], packing, *base),
-    *(s.sft, tokens[None], s.data.max_length, mesh),
+    *(s.sft, tokens[None], s.data.max_length, mesh, trained),
   )
   phase = Phase(
     'policy update',
@@ -81,7 +81,7 @@ def reward_programs(
   tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
   largest, calls = update_calls(
     lambda packing: (state, FrozenParams(reference, base), pairs, packing),
-    *(s.reward, tokens[None], s.data.max_length, mesh),
+    *(s.reward, tokens[None], s.data.max_length, mesh, trained),
   )
   work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)
   update = Phase(

@@ -1,6 +1,7 @@
 """The shapes of updates: of the largest pieces, and of those of drawn lengths."""
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Int
 from segjax.config.settings import PPO, SFT, RewardTraining
 from segjax.data.packing_plan import largest_packing
 from segjax.model.flops import attended_pairs
+from segjax.model.llama import LlamaConfig
 from segjax.plan import abstract_arrays
 from segjax.plan.phases import Calls
 from segjax.run.training_loop import piece_bound, plan_packing_for
@@ -27,6 +29,7 @@ def update_calls(
   batches: Int[np.ndarray, 'U N'],
   longest: int,
   mesh: Mesh,
+  network: LlamaConfig,
 ) -> tuple[tuple[Any, ...], Calls]:
   """Returns (arguments of the largest update, calls of the updates of a step).
 
@@ -40,10 +43,16 @@ def update_calls(
     batches: tokens of each sequence of each update.
     longest: tokens of the longest sequence that there may be.
     mesh: the devices.
+    network: that is trained.
   """
   group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
-  largest = _largest_plan(settings, np.full_like(batches[0], longest), mesh, group)
-  plans = [largest, *(plan_packing_for(settings, each, mesh, group)[0] for each in batches)]
+  plan = functools.partial(plan_packing_for, settings, mesh=mesh, network=network, group=group)
+  if settings.packing_length and settings.micro_batch_tokens:
+    # Not that of the longest sequences, of which few fit into a piece exactly.
+    largest = largest_packing(batches.shape[1], piece_bound(settings, mesh, network), group)
+  else:
+    largest, _ = plan(np.full_like(batches[0], longest))
+  plans = [largest, *(plan(each)[0] for each in batches)]
   if largest is None:
     return arguments(None), Calls(len(batches))
   shapes = [abstract_arrays.on_all_devices(plan, mesh) for plan in plans]
@@ -58,16 +67,6 @@ def update_calls(
     attended=attended_share(alike, mesh),
   )
   return arguments(shapes[0]), calls
-
-
-def _largest_plan(
-  settings: SFT | RewardTraining | PPO, longest: Int[np.ndarray, 'N'], mesh: Mesh, group: int
-) -> PackingPlan | None:
-  """Returns the plan of a batch that needs the most memory; None without packing."""
-  if settings.packing_length and settings.micro_batch_tokens:
-    # Not that of the longest sequences, of which few fit into a piece exactly.
-    return largest_packing(len(longest), piece_bound(settings, mesh), group)
-  return plan_packing_for(settings, longest, mesh, group)[0]
 
 
 def _tokens(plan: PackingPlan) -> int:

@@ -1,5 +1,6 @@
 """The loop over steps that all training jobs share: metrics, checkpoints, resuming, stopping."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from segjax.data.packing_plan import (
 from segjax.errors import StepAbortedError, UserError
 from segjax.model import chips
 from segjax.model.agreement import StepAgreement
+from segjax.model.attention import skips_other_segments
+from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import batch_devices
 from segjax.report.console import ProgressBar
 from segjax.report.metric_log import MetricLog, Options, TooManySkippedStepsError
@@ -158,7 +161,11 @@ def count_known_steps(settings: SFT | RewardTraining, num_rows: int, section: st
 
 
 def plan_packing_for(
-  settings: SFT | RewardTraining | PPO, lengths: np.ndarray, mesh: Mesh, group: int = 1
+  settings: SFT | RewardTraining | PPO,
+  lengths: np.ndarray,
+  mesh: Mesh,
+  network: LlamaConfig,
+  group: int = 1,
 ) -> tuple[PackingPlan | None, dict[str, float]]:
   """Returns (how sequences of these lengths are packed, the packing efficiency as a metric).
 
@@ -166,22 +173,26 @@ def plan_packing_for(
 
   Args:
     lengths: tokens of each sequence, [N].
+    mesh: the devices.
+    network: that is trained.
     group: number of consecutive sequences that stay in one piece: 2 for pairs.
   """
   if not settings.packing_length:
     return None, {}
   if settings.micro_batch_tokens:
-    packing = plan_level_packing(lengths, piece_bound(settings, mesh), group)
+    packing = plan_level_packing(lengths, piece_bound(settings, mesh, network), group)
   else:
     packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
   return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
 
 
-def piece_bound(settings: SFT | RewardTraining | PPO, mesh: Mesh) -> PieceBound:
+def piece_bound(
+  settings: SFT | RewardTraining | PPO, mesh: Mesh, network: LlamaConfig
+) -> PieceBound:
   """Returns the bound of a packed piece by micro_batch_tokens."""
-  devices = batch_devices(mesh)
-  tokens = settings.micro_batch_tokens * mesh.size // devices
-  return PieceBound(devices, tokens, settings.packing_length)
+  width = settings.packing_length
+  widens = skips_other_segments(network.attention, width, network.head_dim)
+  return dataclasses.replace(_room(settings, mesh), widens=widens)
 
 
 def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
@@ -189,7 +200,7 @@ def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
   settings = getattr(s, section, None)
   if not getattr(settings, 'micro_batch_tokens', 0):
     return
-  bound, (longest, what) = piece_bound(settings, mesh), longest_sequence(s, section)
+  bound, (longest, what) = _room(settings, mesh), longest_sequence(s, section)
   group = 2 if section == 'reward' else 1
   needed = bound.needed(longest, group) if settings.packing_length else group * longest
   if bound.tokens < needed:
@@ -197,6 +208,12 @@ def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
       f'config.{section}.micro_batch_tokens={settings.micro_batch_tokens} has no room for rows of '
       f'{what} = {longest} tokens; use at least {-(-needed * bound.devices // mesh.size)}.'
     )
+
+
+def _room(settings: SFT | RewardTraining | PPO, mesh: Mesh) -> PieceBound:
+  devices = batch_devices(mesh)
+  tokens = settings.micro_batch_tokens * mesh.size // devices
+  return PieceBound(devices, tokens, settings.packing_length)
 
 
 def prefix_metrics(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -44,16 +44,17 @@ def test_every_sequence_has_a_slot_of_its_own(lengths, rows, group):
   check_slots(packing, lengths, group)
 
 
-@given(LENGTHS, st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2]))
-def test_level_pieces_keep_the_bound(lengths, devices, rows, group):
+@given(LENGTHS, st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2]), st.booleans())
+def test_level_pieces_keep_the_bound(lengths, devices, rows, group, widens):
   lengths = np.array(lengths[: len(lengths) // group * group])
-  bound = PieceBound(devices, max(rows, group) * WIDTH + 5, WIDTH)
+  bound = PieceBound(devices, max(rows, group) * WIDTH + 5, WIDTH, widens)
   packing = plan_level_packing(lengths, bound, group)
   pieces = packing.pieces
   check_slots(packing, lengths, group)
   assert pieces.rows % devices == 0 and pieces.width % bound.step == 0
   largest = largest_packing(len(lengths), bound, group).pieces
   assert pieces.rows // devices * pieces.width <= bound.tokens
+  assert widens or pieces.width <= WIDTH
   assert largest.rows * largest.width >= pieces.rows * pieces.width - bound.step * pieces.rows
   assert largest.sequence.shape[1] >= pieces.sequence.shape[1] or largest.rows < pieces.rows
   # With more pieces than the tokens need, rows would have been filled worse than by a half.
@@ -103,6 +104,15 @@ def test_pieces_of_chats_are_level(devices, tokens, num_pieces, num_shapes):
   assert real / computed > 0.9
   assert len(shapes) <= num_shapes
   assert {count for count, _, _ in shapes} <= {num_pieces, num_pieces - 1}
+
+
+def test_rows_that_must_not_widen():
+  """Four full rows do not hold these exactly: one row of all does, and so do two pieces."""
+  lengths = np.array([20] * 6)
+  wide = plan_level_packing(lengths, PieceBound(1, 4 * WIDTH, WIDTH)).pieces
+  narrow = plan_level_packing(lengths, PieceBound(1, 4 * WIDTH, WIDTH, widens=False)).pieces
+  assert (len(wide.row), wide.rows, wide.width) == (1, 3, 40)
+  assert (len(narrow.row), narrow.rows, narrow.width) == (2, 3, 20)
 
 
 def test_too_long_and_too_few_rows():

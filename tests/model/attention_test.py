@@ -231,6 +231,21 @@ def test_select_implementation(requested, platform, dtype, size, expected, reaso
   assert bool(reason) == bool(why)
 
 
+@pytest.mark.parametrize(
+  ('name', 'length', 'size', 'expected'),
+  [
+    ('xla', 2048, 128, False),
+    ('splash', 2048, 128, True),
+    ('splash', 100, 128, False),
+    ('cudnn', 2048, 128, True),
+    ('cudnn', 2048, 80, False),
+    ('flash', 2048, 64, True),
+  ],
+)
+def test_flash_attention_skips_other_segments(name, length, size, expected):
+  assert module.skips_other_segments(name, length, size) == expected
+
+
 def test_softmax_is_in_float32():
   """1 + 2⁻⁹ rounds to 1 in bfloat16, yet many such keys move the mean."""
   query, key, value = arrays(dtype=jnp.bfloat16)

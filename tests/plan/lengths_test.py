@@ -66,7 +66,9 @@ def test_packed_updates_are_counted_by_their_pieces():
   s = replace(Settings(), **{'ppo.packing_length': 64, 'ppo.micro_batch_size': 4})
   mesh = models.mesh(1)
   batches = np.array([[64] * 8, [16] * 8])  # two pieces of four rows, and one half full
-  arguments, calls = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, mesh)
+  arguments, calls = update_calls.update_calls(
+    lambda p: (p,), s.ppo, batches, 64, mesh, models.CONFIG
+  )
   assert (calls.number, calls.trips, calls.arguments) == (2, 2, None)
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(arguments))
 
@@ -75,7 +77,9 @@ def test_memory_is_that_of_the_largest_pieces():
   """Pieces as large as the bound allows, and not those of any lengths that were drawn."""
   s = replace(Settings(), **{'ppo.packing_length': 64, 'ppo.micro_batch_tokens': 200})
   batches = np.full((2, 8), 40)
-  (largest,), calls = update_calls.update_calls(lambda p: (p,), s.ppo, batches, 64, models.mesh(1))
+  (largest,), calls = update_calls.update_calls(
+    lambda p: (p,), s.ppo, batches, 64, models.mesh(1), models.CONFIG
+  )
   pieces = largest.pieces
   assert (pieces.sequence.shape, pieces.rows, pieces.width) == ((2, 8), 3, 64)
   (usual,) = calls.arguments

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
 from segjax.data.packing_plan import PieceBound, packing_efficiency, plan_level_packing
 from segjax.model import sharding
+from segjax.model.attention import select_implementation, skips_other_segments
 from segjax.model.chips import chip_for_kind
 from segjax.model.flops import attended_pairs, forward_flops
 from segjax.model.heads import init_params
@@ -133,7 +134,8 @@ def _measure(
   full = np.full(batch, length)
   ragged = _ragged(batch, length)
   devices = batch_devices(mesh)
-  bound = PieceBound(devices, max(micro_batch // devices, 1) * length, length)
+  widens = skips_other_segments(config.attention, length, config.head_dim)
+  bound = PieceBound(devices, max(micro_batch // devices, 1) * length, length, widens)
   packing = plan_level_packing(ragged, bound)
   tasks = {'full': (full, None), 'padded': (ragged, None), 'packed': (ragged, packing)}
   with jax.set_mesh(mesh):
@@ -176,8 +178,6 @@ def _planned_seconds(arguments: tuple, static: dict[str, Any], mesh: Mesh) -> fl
 
 
 def _network(shape: str, layers: int | None, dtype: str, remat: str, attention: str) -> LlamaConfig:
-  from segjax.model.attention import select_implementation
-
   size = SIZES[shape]
   config = make_config(
     dataclasses.replace(size, num_hidden_layers=layers or size.num_hidden_layers)
