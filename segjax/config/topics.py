@@ -55,6 +55,28 @@ computes what a run needs, without the devices.
       default these take what the other arrays leave.
 """
 
+ADAPTERS = """\
+With lora.rank=16 every trained network is its first weights, frozen, and adapters of rank 16 beside
+their matrices: y = x W + (alpha / rank) x A B. lora.sft, lora.reward, lora.policy and lora.critic
+change rank, alpha, targets, rs and learning_rate_factor of one network; rank=0 trains it in full.
+
+  base          The frozen weights are loaded once, in runtime.compute_dtype, for all networks of a
+                run that have the same ones: policy, reference, critic and a reward model that was
+                trained by adapters. They are scored in one pass over these weights.
+  rates         Learning rates of networks with adapters are multiplied by
+                lora.learning_rate_factor, 10: the presets' are those of full training.
+  what is kept  Training states hold adapters, scalar heads and their moments. A finished model is a
+                directory in the form of peft, adapter_model.safetensors and adapter_config.json,
+                whose README.md says how transformers loads it; base_model_name_or_path is the base,
+                a directory or hub id, and may be changed there after it was moved.
+  where         Any path of a checkpoint may be such a directory, of peft too. A network that is
+                trained from one goes on with it, so that rank, alpha, targets and rs must be its
+                own; the result is one adapter of the same base.
+  without       `segjax convert merge ADAPTER OUT` writes a plain checkpoint, W + (alpha / rank) A B
+                in the dtype of the base: bfloat16 rounds away what is below 1/256 of a weight.
+  sampling      Adapters are carried beside the weights, and not merged, for the same reason.
+"""
+
 PACKING = """\
 With ppo.packing_length, reward.packing_length or sft.packing_length set, several sequences share a
 row of about that many tokens. An update then costs its real tokens instead of the longest sequence
@@ -178,6 +200,8 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
       Use models that were trained from one base model.
   DIRECTORY has no segment_reward.json
       Run `segjax normalizer:local` on the reward model.
+  DIRECTORY is an adapter, and config.lora.policy trains all weights
+      Train it further with the settings that the line names, or merge it; `segjax help adapters`.
   DIRECTORY has no scalar head
       It is a language model; train a reward model with `segjax reward:local`.
   out of memory
@@ -192,6 +216,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
 TOPICS = {
   'rows': ROWS,
   'memory': MEMORY,
+  'adapters': ADAPTERS,
   'packing': PACKING,
   'rollouts': ROLLOUTS,
   'buckets': BUCKETS,
