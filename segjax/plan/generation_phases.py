@@ -1,8 +1,8 @@
 """The phases of generation in PPO: programs, sizes of the pools, and how often each is called."""
 
-import dataclasses
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,8 +32,8 @@ def generation_phases(
   texts: TextLengths,
   mesh: Mesh,
   free_bytes: float,
-) -> list[Phase]:
-  """Returns the phases of a rollout; adds its weights and pages to `trees`.
+) -> tuple[list[Phase], int]:
+  """Returns (phases of a rollout, responses at once); adds its weights and pages to `trees`.
 
   Args:
     texts: lengths of a rollout. As in a run, rows and pages follow from the memory that is left and
@@ -41,7 +41,7 @@ def generation_phases(
     free_bytes: of a device, beside what lives there all the time.
   """
   decoder = rollouts.make_decoder(s.rollout, config, STOP_IDS, mesh)
-  decoder = dataclasses.replace(decoder, weights_dtype=s.rollout.weights_dtype)
+  decoder = replace(decoder, weights_dtype=s.rollout.weights_dtype)
   mesh = decode_mesh(mesh, config.num_attention_heads, config.num_key_value_heads, decoder.tensor)
   size, refused = _pool_size(s, decoder, mesh, texts, free_bytes)
   longest, samples = s.data.max_prompt_length, s.rollout.samples_per_prompt
@@ -51,10 +51,11 @@ def generation_phases(
     # The compiler gives the layout of weights and pages, which the other programs read.
     if not (message := abstract_arrays.refusal(error)):
       raise
-    return [refused_phase(name, message) for name in DECODE_PHASES]
+    return [refused_phase(name, message) for name in DECODE_PHASES], 0
   trees |= {'decode weights': programs.weights, 'pages': programs.pages}
   if refused:
-    return [dataclasses.replace(phase, calls=None, refused=refused) for phase in programs.phases]
+    phases = [replace(phase, calls=None, refused=refused) for phase in programs.phases]
+    return phases, 0
 
   @functools.cache
   def calls() -> dict[str, Calls]:
@@ -69,10 +70,11 @@ def generation_phases(
     )
     return dict(zip(DECODE_PHASES, each, strict=True))
 
-  return [
-    dataclasses.replace(phase, calls=functools.partial(lambda name: calls()[name], phase.name))
+  phases = [
+    replace(phase, calls=functools.partial(lambda name: calls()[name], phase.name))
     for phase in programs.phases
   ]
+  return phases, size.slots
 
 
 def _pool_size(

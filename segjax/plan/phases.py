@@ -78,12 +78,14 @@ class JobPrograms:
     phases: in the order in which they run.
     configs: the networks by name, as they are run.
     tokens: of the texts of a step.
+    responses_at_once: that all devices together decode; 0 for a job without rollouts.
   """
 
   trees: dict[str, Any]
   phases: list[Phase]
   configs: dict[str, LlamaConfig]
   tokens: int
+  responses_at_once: int = 0
 
   def sizes(self) -> dict[str, int]:
     """Returns the bytes per device of each tree; trees that are parts of others are left out."""

@@ -20,6 +20,8 @@ def print_plan(plan: Plan) -> None:
   _print_memory(plan)
   trees = [(name, in_gib(size)) for name, size in plan.programs.sizes().items()]
   table('Lives across phases', ('', 'GiB per device'), trees)
+  if at_once := plan.programs.responses_at_once:
+    log(f'{at_once:,} responses are decoded at once')
   if any(phase.cost for phase in plan.phases):
     _print_time(plan)
   for phase in plan.phases:
@@ -102,6 +104,7 @@ def to_json(plan: Plan) -> str:
     'memory': None if math.isinf(chip.memory) else int(chip.memory),
     'phases': [_record(phase, plan) for phase in plan.phases],
     'trees': plan.programs.sizes(),
+    'responses_at_once': plan.programs.responses_at_once,
     'suggestions': plan.suggestions,
     'seconds_per_step': plan.step_seconds,
     'tokens_per_second': plan.tokens_per_second,

@@ -82,8 +82,9 @@ def ppo_programs(
     s.rollout.max_new_tokens,
     s.rollout.samples_per_prompt,
   )
+  generation, at_once = generation_phases(s, configs['policy'], trees, texts, mesh, left)
   phases = [
-    *generation_phases(s, configs['policy'], trees, texts, mesh, left),
+    *generation,
     _scoring(s, recipe, trees, texts, mesh),
     _rewards(s, recipe, trees, mesh),
     *_updates(s, recipe, trees, texts, mesh),
@@ -91,7 +92,7 @@ def ppo_programs(
   for i, phase in enumerate(phases):
     always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
     phases[i] = dataclasses.replace(phase, live=(*always, *phase.live))
-  return JobPrograms(trees, phases, configs, int(texts.total.sum()))
+  return JobPrograms(trees, phases, configs, int(texts.total.sum()), at_once)
 
 
 def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaConfig]:
