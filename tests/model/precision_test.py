@@ -50,7 +50,7 @@ def test_decoding_reads_norms_as_training_does():
   weights = decode_weights(models.params(config), decoder=decoder)
   assert float32_paths(weights._asdict()) == {
     'norm/scale',
-    *(f'layers/{n}/{norm}/scale' for n in (0, 1) for norm in ('attention_norm', 'mlp_norm')),
+    *(f'layers/{n}/params/{norm}/scale' for n in (0, 1) for norm in ('attention_norm', 'mlp_norm')),
   }
 
 

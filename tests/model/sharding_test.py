@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import models
+from fixtures import adapters, models
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +35,7 @@ def test_every_tensor_matches_one_rule(config, head):
 def test_every_rule_matches_some_tensor():
   decoded = jax.eval_shape(quantize_layers, heads.param_shapes(models.CONFIG, 'language'))
   names = ['opt_state/0/notfinite_count', 'step', *names_of(decoded)]
-  for config in models.CONFIGS.values():
+  for config in (*models.CONFIGS.values(), adapters.config()):
     for head in heads.HEADS:
       params = heads.param_shapes(config, head)
       names += names_of(params) + names_of(

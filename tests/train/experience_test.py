@@ -236,7 +236,7 @@ def test_experience_equals_oracle(granularity, spread):
 
 def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch):
   """Rows return in their original order, whatever width they were scored at."""
-  monkeypatch.setattr(scoring, '_WIDTH_MULTIPLE', 4)
+  monkeypatch.setattr(scoring, '_SMALLEST_STEP', 4)
   widths, real = [], scoring.score_chunk
 
   def recording(params, ids, *rest, **static):
