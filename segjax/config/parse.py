@@ -40,6 +40,8 @@ def check_key(key: str) -> None:
   last = key.rpartition('.')[2]
   near = difflib.get_close_matches(key, leaves, n=2, cutoff=0.6)
   near += [leaf for leaf in leaves if difflib.get_close_matches(last, [leaf.rpartition('.')[2]])]
+  # The right name in the wrong section first.
+  near.sort(key=lambda leaf: leaf.rpartition('.')[2] != last)
   near = list(dict.fromkeys(near))[:3]
   hint = f'; did you mean {" or ".join("config." + name for name in near)}?' if near else '.'
   raise UserError(f'config.{key} does not exist{hint}')

@@ -120,6 +120,7 @@ def test_presets_in_bfloat16_recompute(preset):
     ('ppo.kl_coeff', r'config.ppo.kl_coeff does not exist; did you mean config.ppo.kl_coef'),
     ('ppoo.kl_coef', 'did you mean config.ppo.kl_coef'),
     ('learning_rate', 'config.sft.optimizer.learning_rate'),
+    ('network.remat', 'did you mean config.runtime.remat'),
     (
       'reward.optimizer.learningrate',
       'did you mean config.reward.optimizer.learning_rate',
