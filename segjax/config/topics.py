@@ -34,6 +34,9 @@ MEMORY = """\
 Memory of a device in training, and the settings that reduce it. `segjax plan JOB:PRESET`
 computes what a run needs, without the devices.
 
+  lora.rank
+      trains adapters of that rank beside a frozen base, which all networks of the same directory
+      share; gradients and moments exist for the adapters alone.
   ppo.micro_batch_tokens, reward.micro_batch_tokens, sft.micro_batch_tokens
       split a batch into parts of at most that many tokens per device, whose accumulated gradients
       equal those of the whole batch; micro_batch_size counts their rows instead.
