@@ -27,8 +27,11 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.sft.optimizer.warmup_ratio = 0.05
   config.sft.optimizer.beta2 = 0.99
 
-  # Adapters change what a network knows, and the demo's begins with random weights.
+  # Adapters change what a network knows, and the demo's begins with random weights. At width 64 a
+  # reward model of rank 8 is right in 92 % of the pairs instead of 95 %, which PPO exploits.
   config.lora.sft.rank = 0
+  config.lora.reward.rank = 0
+  config.lora.learning_rate_factor = 4.0
 
   config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
   config.reward.batch_size = 64
