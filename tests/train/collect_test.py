@@ -74,6 +74,7 @@ def test_steps_copy_nothing_to_the_host_but_tokens_and_metrics(collector, params
   trainer = Trainer(
     stage=Stage('ppo', Settings(ppo=settings), tmp_path, models.mesh(1)),
     frozen={name: params[name] for name in ('reference', 'reward')},
+    bases={'policy': {}, 'critic': {}},
     collector=dataclasses.replace(collector, on_part=timer.end),
     eval_collector=collector,
     gold=None,

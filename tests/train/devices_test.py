@@ -23,7 +23,7 @@ from segjax.model.mesh import decode_mesh
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
-from segjax.train.reward_step import reward_step
+from segjax.train.reward_step import FrozenParams, reward_step
 from segjax.train.rollout import make_sampling
 from segjax.train.scoring import score, score_chunk
 from segjax.train.sft_step import sft_step
@@ -115,7 +115,7 @@ def reward(devices):
   mesh = models.mesh(devices)
   with jax.set_mesh(mesh):
     states = {'reward': training.state('reward', mesh)}
-    arguments = training.network('reference', mesh), training.pairs(mesh)
+    arguments = FrozenParams(training.network('reference', mesh)), training.pairs(mesh)
     static = {'scorer': training.SCORER, 'settings': training.REWARD}
     static |= {'total_steps': training.TOTAL}
     return train(mesh, reward_step, states, *arguments, **static)
@@ -198,7 +198,12 @@ def ppo(devices):
     static = {'recipe': training.recipe(), 'total_steps': training.TOTAL}
     arguments = (lambda step: Minibatch(experience, rows[step])), KL_COEF
     jitted = {policy_step: ('policy',), critic_step: ('critic',)}
-    return train(mesh, ppo_step, states, *arguments, jitted=jitted, **static)
+    return train(mesh, update_both, states, *arguments, jitted=jitted, **static)
+
+
+def update_both(policy, critic, *arguments, **static):
+  states, metrics = ppo_step({'policy': policy, 'critic': critic}, {}, *arguments, **static)
+  return *states.values(), metrics
 
 
 TRAININGS = {
