@@ -51,13 +51,13 @@ def _child(source: str, dtype: str) -> None:
   import jax
   import jax.numpy as jnp
 
-  from segjax.hf import reader
+  from segjax.hf import placement, reader
   from segjax.model.mesh import make_mesh
 
   mesh = make_mesh(1, 2, 4)
   jnp.zeros(1).block_until_ready()
-  readers, make_reader = [], reader.SliceReader
-  reader.SliceReader = lambda files: readers.append(make_reader(files)) or readers[-1]
+  readers, make_reader = [], placement.SliceReader
+  placement.SliceReader = lambda files: readers.append(make_reader(files)) or readers[-1]
   base = peak = _anonymous()
   done = threading.Event()
 
