@@ -31,7 +31,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   # reward model of rank 8 is right in 92 % of the pairs instead of 95 %, which PPO exploits.
   config.lora.sft.rank = 0
   config.lora.reward.rank = 0
-  config.lora.learning_rate_factor = 4.0
+  config.lora.learning_rate_factor = 2.5
 
   config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
   config.reward.batch_size = 64
