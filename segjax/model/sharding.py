@@ -32,10 +32,11 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'layers/(output|down)/(bias|scale)$', P(None, None)),
   (r'layers/(attention_norm|mlp_norm)/scale$', P(None, None)),
   (r'backbone/norm/scale$', P(None)),
-  # Of adapters, A is split as the input of its matrix and B as the output.
+  # Of adapters, A is split as the input of its matrix and B as the output; where that leaves fsdp,
+  # it splits the rank, or each device would hold half of the moments in full.
   (r'layers/(query|key|value|gate|up)/a$', P(None, 'fsdp', None)),
-  (r'layers/(query|key|value|gate|up)/b$', P(None, None, 'tensor')),
-  (r'layers/(output|down)/a$', P(None, 'tensor', None)),
+  (r'layers/(query|key|value|gate|up)/b$', P(None, 'fsdp', 'tensor')),
+  (r'layers/(output|down)/a$', P(None, 'tensor', 'fsdp')),
   (r'layers/(output|down)/b$', P(None, None, 'fsdp')),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
   (r'scalar_head/kernel$', P(None, None)),  # one column, too small to split

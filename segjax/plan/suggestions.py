@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from segjax.config.lora import resolve_lora
 from segjax.config.settings import Settings, replace
 from segjax.config.validate import longest_sequence
 from segjax.model.llama import LlamaConfig
@@ -108,7 +109,8 @@ def _changes(measured: Measured) -> Iterator[SettingChange]:
       key, rows, parts = at_once.tokens_key, tokens, -(-longest * devices // measured.mesh.size)
     for share in _shares(rows, parts):
       yield SettingChange(key, int(rows * share), dict.fromkeys(at_once.phases, share))
-  if job.has_frozen and settings.runtime.frozen_params_memory == 'device':
+  has_base = any(resolve_lora(settings, name) for name in ('policy', 'critic'))
+  if job.has_frozen and settings.runtime.frozen_params_memory == 'device' and not has_base:
     yield SettingChange('runtime.frozen_params_memory', 'host')
   for key in job.optimizers:
     if _get(settings, f'{key}.moments_dtype') == 'float32':
