@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
@@ -109,3 +110,16 @@ def test_groups_stay_where_devices_are_connected(platform, per_process, per_slic
   mesh = Mesh(chips, AXES, axis_types=(AxisType.Auto,) * 3)
   assert decode_mesh(mesh, 4, 4).shape['tensor'] == tensor
   assert decode_mesh(mesh, 4, 4, tensor=4).shape['tensor'] == 4  # slower, and legal
+
+
+def test_an_axis_may_lie_on_a_part_of_an_axis_of_the_slice(monkeypatch):
+  """A slice of 4x4x8 has no axes whose product is 2, and `jax.make_mesh` refuses it."""
+
+  def refuse(*_, **__):
+    raise NotImplementedError('Failed to find assignment for logical_axis_index 2 of size 2')
+
+  monkeypatch.setattr(jax, 'make_mesh', refuse)
+  mesh = make_mesh(1, -1, 2)
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': len(jax.devices()) // 2, 'tensor': 2}
+  assert set(mesh.devices.flat) == set(jax.devices())
+  assert mesh.axis_types == (AxisType.Auto,) * 3
