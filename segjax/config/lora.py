@@ -1,6 +1,8 @@
 """Which networks are trained by adapters, and at which learning rates."""
 
 import dataclasses
+from operator import attrgetter
+from typing import Any
 
 from segjax.config.choices import OPTIMIZERS
 from segjax.config.field_checks import check_choice
@@ -17,14 +19,20 @@ def resolve_lora(s: Settings, network: str) -> Lora | None:
 
   The targets are matrices in the order of `LORA_TARGETS`.
   """
-  fields = {field.name: getattr(s.lora, field.name) for field in dataclasses.fields(Lora)}
-  own = {k: value for k, value in vars(getattr(s.lora, network)).items() if value is not None}
-  lora = Lora(**fields | {name: own[name] for name in own if name in fields})
+  values = _values(s, network)
+  del values['learning_rate_factor']
+  lora = Lora(**values)
   if not lora.rank:
     return None
   everything = ALL_LINEAR in lora.targets
   targets = tuple(name for name in LORA_TARGETS if everything or name in lora.targets)
   return dataclasses.replace(lora, targets=targets)
+
+
+def _values(s: Settings, network: str) -> dict[str, Any]:
+  """Returns the settings of a network: its own where they are set, else those of all."""
+  own = vars(getattr(s.lora, network))
+  return {name: getattr(s.lora, name) if own[name] is None else own[name] for name in own}
 
 
 def with_adapter_rates(s: Settings) -> Settings:
@@ -35,27 +43,23 @@ def with_adapter_rates(s: Settings) -> Settings:
   rates = {}
   for optimizer, network in _NETWORKS.items():
     if resolve_lora(s, network):
-      section, _, name = optimizer.partition('.')
-      rate = getattr(getattr(s, section), name).learning_rate
-      own = getattr(s.lora, network).learning_rate_factor
-      factor = s.lora.learning_rate_factor if own is None else own
-      rates[f'{optimizer}.learning_rate'] = rate * factor
+      key = f'{optimizer}.learning_rate'
+      rates[key] = attrgetter(key)(s) * _values(s, network)['learning_rate_factor']
   return replace(s, **rates)
 
 
 def check_lora(s: Settings) -> None:
   """Raises UserError if an adapter has no matrix, or one that no layer has."""
   for network in _NETWORKS.values():
-    own = getattr(s.lora, network)
-    key = 'config.lora' if own.targets is None else f'config.lora.{network}'
-    targets = s.lora.targets if own.targets is None else own.targets
-    for name in targets:
+    values, is_own = _values(s, network), getattr(s.lora, network).targets is not None
+    key = f'config.lora.{network}' if is_own else 'config.lora'
+    for name in values['targets']:
       check_choice(f'{key}.targets', name, (ALL_LINEAR, *LORA_TARGETS))
-    rank = s.lora.rank if own.rank is None else own.rank
-    if rank and not targets:
+    if values['rank'] and not values['targets']:
       raise UserError(
-        f'{key}.targets is empty, but the {network} has adapters of rank {rank}; name matrices out '
-        f'of {",".join(LORA_TARGETS)}, or all-linear, or set the rank to 0 to train all weights.'
+        f'{key}.targets is empty, but the {network} has adapters of rank {values["rank"]}; name '
+        f'matrices out of {",".join(LORA_TARGETS)}, or all-linear, or set the rank to 0 to train '
+        'all weights.'
       )
   on_host = s.runtime.frozen_params_memory == 'host'
   if on_host and any(resolve_lora(s, network) for network in ('policy', 'critic')):

@@ -39,8 +39,8 @@ from segjax.hf.checkpoint import (
 from segjax.hf.config import config_from_hf, head_name
 from segjax.hf.tensor_names import list_tensors
 from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
-from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
+from segjax.model.lora import HEAD, place
 
 __all__ = ['DTYPES', 'load_config', 'load_params', 'open_checkpoint', 'resolve_checkpoint']
 
@@ -204,9 +204,7 @@ def init_scalar_head(key: jax.Array, width: int, dtype: Any, mesh: Mesh | None =
   if mesh is None:
     return kernel
   # Every process draws the same kernel from the key and places its own part.
-  host = np.asarray(kernel)
-  target = sharding.parameter_sharding(_SCALAR_HEAD, host.shape, mesh)
-  return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
+  return place({HEAD: {'kernel': kernel}}, mesh)[HEAD]['kernel']
 
 
 def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...]) -> str:

@@ -69,11 +69,15 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
   """Returns what the stage's inputs hold, by key: hashes of local files, versions of others."""
   # A file that the job itself writes into an input must not count as a change of that input.
   skip = job.rewrites[1:] if job.rewrites else ()
-  contents = {}
+  contents, bases = {}, {}
   for item in job.inputs:
     for key, path in item.paths(operator.attrgetter(item.key)(stage.settings)).items():
       if path and path not in item.keywords:
         contents[key] = _content(item, path, skip)
+        if not item.is_rows and is_adapter(directory := Path(path).expanduser()):
+          bases.setdefault(base_directory(read_adapter(directory)), f'base of {key}')
+  # Adapters mostly share a base, which is large: it is read once.
+  contents |= {key: stage_record.content_hash(base, skip) for base, key in bases.items()}
   if 'data' in job.sections and '{' not in stage.settings.data.chat_template:
     template = Path(stage.settings.data.chat_template).expanduser()
     contents['data.chat_template'] = (
@@ -85,9 +89,5 @@ def _inputs(stage: Stage, job: Job) -> dict[str, str]:
 def _content(item: Input, path: str, skip: tuple[str, ...]) -> str:
   local = Path(path).expanduser()
   if local.exists():
-    content = stage_record.content_hash(local, skip)
-    if not item.is_rows and is_adapter(local):
-      base = base_directory(read_adapter(local))
-      content += f' on {stage_record.content_hash(base, skip)}'
-    return content
+    return stage_record.content_hash(local, skip)
   return remote_inputs.identify(path, item.is_rows)

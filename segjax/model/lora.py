@@ -140,16 +140,14 @@ def stack(networks: Sequence[tuple[Params, Lora | None]]) -> dict[str, Any]:
   scale for its own columns of x A, and 0 for those of the others: as R is small, computing all of
   them costs less than bringing rows of a network together.
   """
+  adapters = [params.get(ADAPTER, {'layers': {}})['layers'] for params, _ in networks]
   stacked = {}
-  for name in dict.fromkeys(
-    name for params, _ in networks for name in params.get(ADAPTER, {}).get('layers', {})
-  ):
+  for name in dict.fromkeys(name for layers in adapters for name in layers):
     pairs, own = [], []
-    for number, (params, lora) in enumerate(networks):
-      pair = params.get(ADAPTER, {}).get('layers', {}).get(name)
-      if pair is not None:
-        pairs.append(pair)
-        depth, _, rank = pair['a'].shape
+    for number, (layers, (_, lora)) in enumerate(zip(adapters, networks, strict=True)):
+      if name in layers:
+        pairs.append(layers[name])
+        depth, _, rank = layers[name]['a'].shape
         column = lora.scale * (jnp.arange(len(networks)) == number)
         own.append(jnp.broadcast_to(column[:, None], (depth, len(networks), rank)))
     stacked[name] = {

@@ -71,6 +71,9 @@ def test_every_stage_adds_adapters_to_one_base(
     assert adapter.base == base and adapter.lora.rank == 2
     assert adapter.has_score == (name in ('reward/model', 'ppo/critic'))
     assert not (directory / 'config.json').exists()
+  # The base counts as an input, and is read once for all adapters.
+  inputs = json.loads((tmp_path / 'a' / 'ppo' / 'stage.json').read_text())['key']['inputs']
+  assert [name for name in inputs if name.startswith('base of ')] == ['base of policy.path']
   # PPO has gone on with the adapter of SFT, not begun a second one.
   before, after = (_tensors(tmp_path / 'a' / name) for name in ('sft/model', 'ppo/model'))
   assert before.keys() == after.keys()
