@@ -31,6 +31,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   # reward model of rank 8 is right in 92 % of the pairs instead of 95 %, which PPO exploits.
   config.lora.sft.rank = 0
   config.lora.reward.rank = 0
+  config.lora.dpo.rank = 0
   config.lora.learning_rate_factor = 2.5
 
   config.reward.segmentation.entropy_threshold = 1.0  # nats; a clause starts above 1.5
@@ -40,6 +41,12 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.reward.holdout_fraction = 0.06
   config.reward.optimizer.learning_rate = 3e-3
   config.reward.optimizer.warmup_ratio = 0.05
+
+  config.dpo.batch_size = 64
+  config.dpo.max_steps = 300  # one epoch
+  config.dpo.holdout_fraction = 0.06
+  config.dpo.optimizer.learning_rate = 1e-3
+  config.dpo.optimizer.warmup_ratio = 0.05
 
   config.normalizer.max_pairs = 2048
   config.normalizer.batch_size = 128

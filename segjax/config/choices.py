@@ -17,7 +17,13 @@ OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
 ACTIVATIONS = ('hidden', 'query', 'key', 'value', 'attention', 'residual', 'gate', 'up')
-OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
+OPTIMIZERS = (
+  'sft.optimizer',
+  'reward.optimizer',
+  'dpo.optimizer',
+  'ppo.policy_optimizer',
+  'ppo.critic_optimizer',
+)
 
 _SEGMENTATION = {
   'granularity': segmentation.GRANULARITIES,
@@ -67,10 +73,18 @@ _AT_LEAST_0 = (
   'log_every',
   *_keys('data', 'max_rows'),
   *_keys('sft', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
-  *_keys('reward', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
-  *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
+  *(
+    key
+    for section in ('reward', 'dpo')
+    for key in _keys(
+      section,
+      'max_steps micro_batch_size micro_batch_tokens packing_length eval_every margin '
+      'rating_margin_coef label_smoothing',
+    )
+  ),
+  *_keys('reward', 'threshold_search.target_segment_length'),
   *_keys('critic', 'warmup_rollouts'),
-  *_keys('lora', 'rank sft.rank reward.rank policy.rank critic.rank'),
+  *_keys('lora', 'rank sft.rank reward.rank dpo.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),
   *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),
@@ -93,6 +107,7 @@ _AT_LEAST_1 = (
   *_keys('runtime', 'vocab_chunk_size scan_unroll'),
   *_keys('sft', 'batch_size num_epochs'),
   *_keys('reward', 'batch_size num_epochs'),
+  *_keys('dpo', 'batch_size num_epochs'),
   *_keys('reward.segmentation', 'segment_length min_segment_length'),
   *_keys('reward_model.segmentation', 'segment_length min_segment_length'),
   *_keys('reward.threshold_search', 'num_samples batch_size max_new_tokens'),

@@ -8,7 +8,7 @@ _SMALLEST = 1e-37  # smaller rates are 0 in float32
 
 def check_no_effect(s: Settings) -> None:
   """Raises UserError if a stage would leave its weights as they are, or carry no response."""
-  for name in ('sft', 'reward'):
+  for name in ('sft', 'reward', 'dpo'):
     section = getattr(s, name)
     if name in s.stages and section.max_steps:
       check_learning_rate(section.optimizer, section.max_steps, f'{name}.optimizer')

@@ -9,6 +9,7 @@ from typing import Any
 
 from segjax.config.ppo_settings import PPO, Compat, RewardShaping, RolloutSettings
 from segjax.config.training_settings import (
+  DPO,
   SFT,
   Critic,
   Lora,
@@ -16,6 +17,7 @@ from segjax.config.training_settings import (
   LoraSettings,
   NormalizerFit,
   Optimizer,
+  PairTraining,
   RewardModelSettings,
   RewardTraining,
   Segmentation,
@@ -25,6 +27,7 @@ from segjax.config.training_settings import (
 )
 
 __all__ = [
+  'DPO',
   'PPO',
   'SFT',
   'Compat',
@@ -34,6 +37,7 @@ __all__ = [
   'LoraSettings',
   'NormalizerFit',
   'Optimizer',
+  'PairTraining',
   'RewardModelSettings',
   'RewardShaping',
   'RewardTraining',
@@ -208,6 +212,7 @@ class Settings:
   sft: SFT = SFT()
   reward: RewardTraining = RewardTraining()
   normalizer: NormalizerFit = NormalizerFit()
+  dpo: DPO = DPO()
   rollout: RolloutSettings = RolloutSettings()
   reward_shaping: RewardShaping = RewardShaping()
   ppo: PPO = PPO()

@@ -12,6 +12,8 @@ from segjax.rl.advantages import returns as lambda_returns
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
+from segjax.rl.lm_rewards import KINDS as LM_REWARDS
+from segjax.rl.lm_rewards import implicit_reward, pool, token_reward
 from segjax.rl.logprobs import logprob_and_entropy
 from segjax.rl.losses import (
   batch_mean,
@@ -57,6 +59,7 @@ from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold
 __all__ = [
   'AGGREGATIONS',
   'ESTIMATORS',
+  'LM_REWARDS',
   'PUBLISHED',
   'SPREADS',
   'action_starts',
@@ -78,6 +81,7 @@ __all__ = [
   'fixed_length_boundary',
   'gae',
   'huber_fit',
+  'implicit_reward',
   'k1',
   'k2',
   'k3',
@@ -91,6 +95,7 @@ __all__ = [
   'normalize',
   'num_terms',
   'policy_loss',
+  'pool',
   'preference_metrics',
   'r_squared',
   'red',
@@ -103,6 +108,7 @@ __all__ = [
   'threshold_curve',
   'threshold_for_length',
   'threshold_for_quantile',
+  'token_reward',
   'value_loss',
   'whiten',
 ]

@@ -36,7 +36,13 @@ from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
-TRAINED_HEADS = {'sft': 'language', 'policy': 'language', 'critic': 'scalar', 'reward': 'scalar'}
+TRAINED_HEADS = {
+  'sft': 'language',
+  'reward': 'scalar',
+  'dpo': 'language',
+  'policy': 'language',
+  'critic': 'scalar',
+}
 
 LogFn = Callable[[str], None]
 

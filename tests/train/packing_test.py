@@ -15,7 +15,7 @@ from segjax.data.packing_plan import PieceBound, plan_level_packing, plan_packin
 from segjax.model import heads, packed, sharding
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.scoring import score
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
@@ -91,7 +91,7 @@ def run(step, name, packed, mean='sequence', devices=1):
       has = [np.asarray(side.response_mask).any(axis=1) for side in (pairs.chosen, pairs.rejected)]
       length = np.where(np.stack(has, 1), np.stack(ends, 1), 1).reshape(-1)
       settings = dataclasses.replace(training.REWARD, micro_batch_size=rows if packed else 0)
-      state, metrics = reward_step(
+      state, metrics = preference_step(
         training.state('reward', mesh),
         FrozenParams(training.network('reference', mesh)),
         pairs,
@@ -126,9 +126,9 @@ CASES = [
   pytest.param(policy_step, 'policy', 'token', 1, 'fixed', marks=pytest.mark.campaign),
   pytest.param(critic_step, 'critic', 'sequence', 1, 'level', marks=pytest.mark.campaign),
   (sft_step, 'sft', 'token', 1, 'level'),
-  pytest.param(reward_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
-  pytest.param(reward_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
-  pytest.param(reward_step, 'reward', 'sequence', 8, 'level', marks=pytest.mark.devices),
+  pytest.param(preference_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
+  pytest.param(preference_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
+  pytest.param(preference_step, 'reward', 'sequence', 8, 'level', marks=pytest.mark.devices),
 ]
 
 

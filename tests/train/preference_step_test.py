@@ -12,8 +12,8 @@ from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
 from segjax.rl import oracle
-from segjax.train.reward_scoring import evaluate_pairs, pair_scores, segment_statistics
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.train.preference_step import FrozenParams, preference_step
+from segjax.train.reward_scoring import evaluate_pairs, segment_statistics
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +89,7 @@ def test_no_gradient_reaches_the_reference(networks):
   pairs = training.pairs()
 
   def loss(reference):
-    score, _ = pair_scores(networks['reward'], reference, pairs, training.SCORER)
+    score, _ = training.SCORER.score_pairs(networks['reward'], reference, pairs)
     return jnp.sum(score**2)
 
   grads = jax.jit(jax.grad(loss))(networks['reference'])
@@ -101,7 +101,7 @@ def test_learns_one_batch(networks, caplog):
   pairs = training.pairs()
   with compiled(caplog) as names:
     for _ in range(12):
-      state, metrics = reward_step(
+      state, metrics = preference_step(
         state,
         FrozenParams(networks['reference']),
         pairs,
@@ -110,7 +110,7 @@ def test_learns_one_batch(networks, caplog):
         total_steps=training.TOTAL,
       )
       history.append(jax.device_get(metrics))
-  assert names.count('reward_step') <= 1
+  assert names.count('preference_step') <= 1
   score = expected_scores(networks, 'segment')
   margin = score[:, 0] - score[:, 1]
   losses = [math.log1p(math.exp(-x)) for x in margin]
