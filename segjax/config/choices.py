@@ -4,7 +4,7 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
+from segjax.rl import aggregation, kl, lm_rewards, losses, normalizer, rewards, segmentation
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -48,6 +48,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'reward_shaping.spread': ('auto', *rewards.SPREADS),
   'reward_shaping.redistribute': ('none', 'red'),
   'reward_shaping.red_baseline': rewards.BASELINES,
+  'reward_shaping.lm_reward.kind': ('off', *lm_rewards.KINDS),
+  'reward_shaping.lm_reward.level': lm_rewards.LEVELS,
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
   'ppo.kl_estimator': tuple(kl.ESTIMATORS),
@@ -86,7 +88,7 @@ _AT_LEAST_0 = (
   *_keys('critic', 'warmup_rollouts'),
   *_keys('lora', 'rank sft.rank reward.rank dpo.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),
-  *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
+  *_keys('reward_shaping', 'reward_clip std_floor_ratio lm_reward.coef lm_reward.clip'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
   *_keys('ppo', 'importance_clip'),

@@ -7,7 +7,7 @@ command line assigns the rest. `parse` turns the result into `Settings`.
 import dataclasses
 from typing import Any
 
-from segjax.config.ppo_settings import PPO, Compat, RewardShaping, RolloutSettings
+from segjax.config.ppo_settings import PPO, Compat, LMReward, RewardShaping, RolloutSettings
 from segjax.config.training_settings import (
   DPO,
   SFT,
@@ -32,6 +32,7 @@ __all__ = [
   'SFT',
   'Compat',
   'Critic',
+  'LMReward',
   'Lora',
   'LoraOverrides',
   'LoraSettings',

@@ -84,7 +84,8 @@ it in full.
 PACKING = """\
 With packing_length of sft, reward, dpo or ppo set, several sequences share a row of about that many
 tokens. An update then costs its real tokens instead of the longest sequence times the batch size.
-Losses and gradients equal those of padded rows. perf/packing_efficiency is the share of real tokens. `python tools/bench.py train` measures the gain.
+Losses and gradients equal those of padded rows. perf/packing_efficiency is the share of real
+tokens. `python tools/bench.py train` measures the gain.
 
 micro_batch_tokens says how much goes through the network at once: at most that many tokens per
 device, the devices of the tensor axis included. A batch is cut into as few pieces as that allows,

@@ -24,6 +24,7 @@ from segjax.evaluation.policy_figures import (
 from segjax.jobs import demo, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
+  LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   REFERENCE,
   TRAINED_POLICY,
@@ -263,6 +264,7 @@ JOB = Job(
     # Without PPO in the same run, only the user knows what the policy is compared with.
     dataclasses.replace(REFERENCE, only_after='ppo'),
     OPTIONAL_REWARD_MODEL,
+    LM_REWARD,
     data_input('held_out'),
   ),
   functions=lambda s: (

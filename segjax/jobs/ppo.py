@@ -19,6 +19,7 @@ from segjax.errors import UserError
 from segjax.jobs import evaluate, run_end
 from segjax.jobs.job import (
   COMMON,
+  LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   POLICY,
   REFERENCE,
@@ -116,7 +117,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
-  names = ('reference', 'reward')
+  names = ('reference', 'reward', 'reward_lm')
   weights = Weights(s.runtime, stage.mesh)
   frozen = models.load_models(resolved, names, weights, on_host=on_host)
   networks = _load_trained(stage, paths, recipe, weights)
@@ -172,9 +173,11 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
     length = f' {segmentation.segment_length}'
     boundary = f' by {segmentation.boundary}{detail.get(segmentation.boundary, length)}'
   red = ', redistributed' if recipe.shaping.redistribute == 'red' else ''
+  lm = recipe.shaping.lm_reward
+  added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
   return (
     f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{red}, '
-    f'spread {recipe.spread}'
+    f'spread {recipe.spread}{added}'
   )
 
 
@@ -274,6 +277,7 @@ JOB = Job(
     POLICY,
     REFERENCE,
     OPTIONAL_REWARD_MODEL,
+    LM_REWARD,
     Input('critic.init', keywords=CRITICS),
     data_input('prompts'),
   ),

@@ -132,10 +132,11 @@ def experience(size: int, prompt: int, response: int) -> Experience:
   )
 
 
-def model_outputs(size: int, response: int) -> ModelOutputs:
+def model_outputs(size: int, response: int, *, has_lm: bool) -> ModelOutputs:
   """Returns log-probs, entropies, values and scores of responses."""
   tokens = jnp.zeros((size, response), jnp.float32)
-  return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0])
+  lm_logprob = tokens if has_lm else None
+  return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0], lm_logprob=lm_logprob)
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:

@@ -39,7 +39,8 @@ from segjax.types import Normalizer
 Trees = dict[str, Any]
 
 _STATES = ('policy state', 'critic state')
-_FROZEN = ('reference', 'reward model')
+_FROZEN = ('reference', 'reward model', 'reward language model')
+_ADAPTERS_OF = {'reward_lm': 'dpo'}  # in config.lora, where that is not the network's name
 
 
 def ppo_programs(
@@ -66,6 +67,7 @@ def ppo_programs(
     ppo=s.ppo,
     compat=s.compat,
     recompute_logprob=resolve_recompute_logprob(s),
+    reward_lm=configs.get('reward_lm'),
     one_base=_on_one_base(configs),
   )
   trees = _trees(s, configs, mesh)
@@ -96,15 +98,18 @@ def ppo_programs(
 
 
 def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaConfig]:
-  """Returns the networks; a reward model with adapters has those of `config.lora.reward`."""
+  """Returns the networks; those that reward have the adapters of `config.lora.reward` and `dpo`."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
   configs = {'policy': trained, 'critic': trained, 'reference': frozen}
   if s.reward_shaping.reward_model_weight:
     configs['reward'] = frozen
+  if s.reward_shaping.lm_reward.kind != 'off':
+    configs['reward_lm'] = frozen
   others = configs.keys() - {'reference'}
   return configs | {
-    name: dataclasses.replace(configs[name], lora=resolve_lora(s, name)) for name in others
+    name: dataclasses.replace(configs[name], lora=resolve_lora(s, _ADAPTERS_OF.get(name, name)))
+    for name in others
   }
 
 
@@ -131,9 +136,13 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
       lambda: abstract_arrays.experience(*sizes), mesh
     ),
   }
-  if 'reward' in configs:
-    reward = abstract_arrays.params(configs['reward'], 'scalar', dtype, mesh)
-    trees['reward model'] = trained_params(reward) if configs['reward'].lora else reward
+  for name, tree, head in (
+    ('reward', 'reward model', 'scalar'),
+    ('reward_lm', 'reward language model', 'language'),
+  ):
+    if name in configs:
+      params = abstract_arrays.params(configs[name], head, dtype, mesh)
+      trees[tree] = trained_params(params) if configs[name].lora else params
   # Parts of the others: what the backbone of adapters is, and what generation reads.
   trees['base parameters'] = {'backbone': trees['reference']['backbone']}
   base = trees['reference'] if configs['policy'].lora else {}
@@ -146,9 +155,10 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
   prompt, response = s.data.max_prompt_length, s.rollout.max_new_tokens
   params = {'reference': trees['reference'], 'critic': trees['critic parameters']}
   passed_in = ['reference', 'critic parameters']
-  if 'reward model' in trees:
-    params['reward'] = trees['reward model']
-    passed_in.append('reward model')
+  for name, tree in (('reward', 'reward model'), ('reward_lm', 'reward language model')):
+    if tree in trees:
+      params[name] = trees[tree]
+      passed_in.append(tree)
   if recipe.recompute_logprob:
     params['policy'] = trees['policy parameters']
     passed_in.append('policy parameters')
@@ -176,7 +186,10 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
 
 def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   outputs = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.model_outputs(s.ppo.rollout_batch_size, s.rollout.max_new_tokens), mesh
+    lambda: abstract_arrays.model_outputs(
+      s.ppo.rollout_batch_size, s.rollout.max_new_tokens, has_lm=recipe.reward_lm is not None
+    ),
+    mesh,
   )
   coef = _replicated(mesh, dtype=jnp.float32)
   normalizer = jax.tree.map(lambda _: coef, Normalizer())

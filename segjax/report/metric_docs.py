@@ -19,6 +19,13 @@ ENTRIES = (
     'flat: check `reward/segment_mean`, raise the learning rate; rises alone: see `eval/*`',
   ),
   Entry(
+    ('objective/lm_reward',),
+    'the part of it that `reward_shaping.lm_reward` gives; with kind=teacher, coef=1 and without a '
+    'clip minus KL(π ‖ teacher), nats',
+    'rises',
+    'flat while the reward rises: raise `reward_shaping.lm_reward.coef`',
+  ),
+  Entry(
     ('objective/reward_std',),
     'standard deviation of that reward over the responses of a rollout',
     'well above 0',

@@ -47,6 +47,7 @@ METRICS = {
   'objective/kl': 'KL to the reference, nats per response',
   'objective/kl_coef': 'KL coefficient',
   'objective/kl_token_max': 'Largest KL of a token, nats',
+  'objective/lm_reward': 'Reward by the language model, per response',
   'objective/reward_std': 'Reward before KL, standard deviation over responses',
   'objective/advantage_abs_max': 'Largest absolute advantage of a token',
   'objective/entropy': 'Surprisal of the responses, nats per response',

@@ -35,6 +35,7 @@ class ModelOutputs(NamedTuple):
     ref_entropy: entropy of the reference, nats.
     score: the reward model's raw output.
     prompt_score: the reward model's output at the last token of the prompt.
+    lm_logprob: log-prob under the language model that rewards; None without one.
   """
 
   old_logprob: Float[Array, 'B T']
@@ -43,6 +44,7 @@ class ModelOutputs(NamedTuple):
   score: Float[Array, 'B T']
   value: Float[Array, 'B T']
   prompt_score: Float[Array, 'B']
+  lm_logprob: Float[Array, 'B T'] | None = None
 
 
 def concat_prompt_response(rollout: Rollout) -> Int[Array, 'B S']:
@@ -100,8 +102,8 @@ def score_chunk(
   """Runs one forward pass of each network, or of each group of one base, over the rollout.
 
   Args:
-    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward' and 'critic'.
-      The policy is run only with `recipe.recompute_logprob`.
+    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward', 'reward_lm'
+      and 'critic'. The policy is run only with `recipe.recompute_logprob`.
     ids: `concat_prompt_response` of the rollout.
     segment_ids: `attention_segment_ids` of the rollout.
     rollout: the rows to score.
@@ -140,6 +142,7 @@ def score_chunk(
     score=window(score),
     value=window(value),
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
+    lm_logprob=window(logprobs('reward_lm')[0]) if 'reward_lm' in configs else None,
   )
 
 
@@ -153,6 +156,7 @@ def _run_networks(params: dict[str, Any], recipe: PPORecipe) -> list[str]:
     # An evaluation has no critic, and a run on a custom reward alone no reward model.
     'critic': 'critic' in params,
     'reward': recipe.reward is not None,
+    'reward_lm': recipe.reward_lm is not None,
   }
   return [name for name, value in is_run.items() if value]
 

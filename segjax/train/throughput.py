@@ -34,6 +34,8 @@ def ppo_step(
   ]
   if recipe.reward is not None:
     passes.append(_Passes(recipe.reward, 'scalar', 1))
+  if recipe.reward_lm is not None:
+    passes.append(_Passes(recipe.reward_lm, 'language', 1))
   return _work(lengths, passes)
 
 

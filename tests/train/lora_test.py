@@ -98,8 +98,11 @@ def test_before_any_update_the_policy_is_the_reference_bit_for_bit():
 
 def test_one_pass_scores_as_networks_by_themselves():
   base, trees = trained(adapters.adapter, models.mesh(1))
-  together = scored(base, trees, recipe())
-  alone = scored(base, trees, recipe(one_base=()))
+  own = adapters.adapter(models.params(models.CONFIG), adapters.SOME, 4)
+  trees['reward_lm'] = models.place(own, models.mesh(1))
+  config = adapters.config(adapters.SOME)
+  together = scored(base, trees, recipe(reward_lm=config, one_base=(*NAMES, 'reward_lm')))
+  alone = scored(base, trees, recipe(reward_lm=config, one_base=()))
   mask = np.asarray(rollout().arrays.response_mask)
   for name, ours, theirs in zip(together._fields, together, alone, strict=True):
     at = mask if ours.ndim == 2 else slice(None)
