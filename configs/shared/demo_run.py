@@ -43,9 +43,9 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.reward.optimizer.warmup_ratio = 0.05
 
   config.dpo.batch_size = 64
-  config.dpo.max_steps = 300  # one epoch
+  config.dpo.max_steps = 600  # two epochs
   config.dpo.holdout_fraction = 0.06
-  config.dpo.optimizer.learning_rate = 1e-3
+  config.dpo.optimizer.learning_rate = 3e-3
   config.dpo.optimizer.warmup_ratio = 0.05
 
   config.normalizer.max_pairs = 2048

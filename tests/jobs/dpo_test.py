@@ -22,7 +22,7 @@ from segjax.run import models, weights
 from segjax.train.scoring import concat_prompt_response
 
 STAGES = ('dpo', 'ppo', 'evaluate')
-COEF, CLIP = 0.05, 0.01
+COEF, CLIP = 0.05, 0.005
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,8 @@ from fixtures import models, training
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.rl import oracle
+from segjax.rl import oracle, oracle_lm_rewards
+from segjax.train.implicit_scoring import ImplicitScorer
 from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.reward_scoring import evaluate_pairs, segment_statistics
 
@@ -52,6 +53,25 @@ def test_scores_equal_oracle(networks, granularity):
   reference = networks['reference'] if granularity == 'segment' else None
   got = evaluate_pairs(networks['reward'], reference, training.pairs(), scorer=scorer)
   assert_allclose(got, expected_scores(networks, granularity), atol=1e-5)  # float32
+
+
+IMPLICIT = ImplicitScorer(models.CONFIG, models.CONFIG, beta=0.1)
+
+
+def test_implicit_rewards_equal_oracle(networks):
+  policy = models.place(models.params(models.CONFIG, seed=4), models.mesh(1))
+  pairs = training.pairs()
+  got = evaluate_pairs(policy, networks['reference'], pairs, scorer=IMPLICIT)
+  for side, sequences in enumerate((pairs.chosen, pairs.rejected)):
+    ours, theirs = (
+      np.asarray(models.token_logprobs(params, sequences.ids, models.CONFIG)[0]).tolist()
+      for params in (policy, networks['reference'])
+    )
+    mask = np.asarray(sequences.response_mask).tolist()
+    expected = [
+      oracle_lm_rewards.implicit_reward(*rows, 0.1) for rows in zip(ours, theirs, mask, strict=True)
+    ]
+    assert_allclose(got[:, side], expected, atol=1e-5)  # float32
 
 
 def test_longer_padding_changes_nothing(networks):
