@@ -4,11 +4,17 @@
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/dpo.py:llama3_8b_sft
 
-Presets: demo (the demo up to SFT, then this job), local, llama3_8b_sft, llama31_8b_instruct,
-llama3_70b.
-The reference is the policy before training unless config.reference.path names another one. The
-trained policy may also reward each token in PPO: `--config.reward_shaping.lm_reward.kind=implicit`.
+Presets: demo (the demo up to SFT and this job), local, llama3_8b_sft, llama31_8b_instruct,
+llama3_70b. The reference is the policy before training unless config.reference.path names another.
 Method: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
+
+The trained policy may reward each token in PPO, beside a reward model with one score at the end
+(reinforced token optimization, Zhong et al. 2024, https://arxiv.org/abs/2404.18922):
+
+  python -m segjax.main --config=configs/ppo.py:local,bandit ... \\
+    --config.reward_shaping.lm_reward.kind=implicit \\
+    --config.reward_shaping.lm_reward.path=DPO_MODEL \\
+    --config.reward_shaping.lm_reward.coef=0.05 --config.reward_shaping.lm_reward.clip=0.05
 """
 
 from ml_collections import ConfigDict
