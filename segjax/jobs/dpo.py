@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from segjax.data.batches import Pairs
 from segjax.jobs import pair_training
-from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.plan import programs
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
@@ -59,19 +58,4 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   return pair_training.run(stage, network, scorer, pairs, weights, reference)
 
 
-JOB = Job(
-  name='dpo',
-  load=load,
-  run=run,
-  sections=(*COMMON, 'policy', 'reference', 'lora', 'dpo', 'compat'),
-  inputs=(POLICY, REFERENCE, data_input('pairs')),
-  outputs=('model', pair_training.HELD_OUT_FILE),
-  batch_keys=programs.DPO.batch_keys,
-  summary=('held_out_accuracy',),
-  num_networks=2,
-  tokens_per_step=lambda s: 2 * s.dpo.batch_size * s.data.max_length,
-  num_steps=lambda s, rows: pair_training.count_steps(s, rows, 'dpo'),
-  passes=lambda s: 4.0,  # an update, and the reference
-  headline=pair_training.headline,
-  plan=programs.DPO,
-)
+JOB = pair_training.make_job(programs.DPO, load, run)

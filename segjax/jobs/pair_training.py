@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import PairTraining, Settings
+from segjax.config.settings import PairTraining
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation.intervals import wilson
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
+from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.model.llama import LlamaConfig
+from segjax.plan.phases import JobPlan
 from segjax.report.console import table
 from segjax.report.timing import time_evaluation
 from segjax.run import inputs, provenance, training_loop
@@ -109,7 +112,8 @@ def run(
   eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_PAIRS)))
   frozen = FrozenParams(reference, trainable.base)
   trainer = Trainer(stage, network, scorer, frozen, train_set, eval_subset, num_steps)
-  show = shown_metrics(group)
+  third = 'segments' if group == 'reward_model' else 'chosen_reward'
+  show = f'{group}/loss', f'{group}/accuracy', f'{group}/{third}'  # the first two beside the bar
   states, last = training_loop.train(stage, states, trainer.step, num_steps, show)
   params = states[stage.name].params
   if processes.is_first():
@@ -121,12 +125,6 @@ def run(
     stage.model_directory, params, config, head, source=source, card=card, tokenizer=tokenizer
   )
   return {'steps': num_steps, 'held_out_pairs': len(held_out)} | results
-
-
-def shown_metrics(group: str) -> tuple[str, ...]:
-  """Returns the metrics on the console, the first two next to the bar; curves of the card."""
-  third = 'segments' if group == 'reward_model' else 'chosen_reward'
-  return f'{group}/loss', f'{group}/accuracy', f'{group}/{third}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +198,32 @@ def _evaluate_held_out(
   return {f'held_out_{name}': value for name, value in metrics.items()}
 
 
-def headline(stage: Stage, results: dict[str, Any]) -> str:
-  """Returns how often the chosen response of a held-out pair scores higher."""
+def make_job(
+  plan: JobPlan,
+  load: Callable[[Stage], Any],
+  run: Callable[..., dict[str, Any]],
+) -> Job:
+  """Returns the job of the plan's name, which reads the section of that name."""
+  name = plan.name
+  return Job(
+    name=name,
+    load=load,
+    run=run,
+    sections=(*COMMON, 'policy', 'reference', 'lora', name, 'compat'),
+    inputs=(POLICY, REFERENCE, data_input('pairs')),
+    outputs=('model', HELD_OUT_FILE),
+    batch_keys=plan.batch_keys,
+    summary=('held_out_accuracy',),
+    num_networks=2,
+    tokens_per_step=lambda s: 2 * getattr(s, name).batch_size * s.data.max_length,
+    num_steps=lambda s, rows: _count_steps(getattr(s, name), rows, name),
+    passes=lambda s: 4.0,  # an update, and the reference
+    headline=_headline,
+    plan=plan,
+  )
+
+
+def _headline(stage: Stage, results: dict[str, Any]) -> str:
   share, total = results['held_out_accuracy'], results['held_out_pairs']
   low, high = wilson(share * total, total)
   score = 'scores higher' if stage.name == 'reward' else 'has the higher implicit reward'
@@ -211,8 +233,6 @@ def headline(stage: Stage, results: dict[str, Any]) -> str:
   )
 
 
-def count_steps(settings: Settings, rows: int, section: str) -> int:
-  """Returns the steps of a section's job for a number of rows, 0 if both are unknown."""
-  training = getattr(settings, section)
-  held_out = math.ceil(training.holdout_fraction * rows)  # at least: prompts stay whole
-  return training_loop.count_known_steps(training, rows - held_out, section)
+def _count_steps(settings: PairTraining, rows: int, section: str) -> int:
+  held_out = math.ceil(settings.holdout_fraction * rows)  # at least: prompts stay whole
+  return training_loop.count_known_steps(settings, rows - held_out, section)

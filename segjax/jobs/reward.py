@@ -11,7 +11,6 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.hf.adapter_config import tokenizer_directory
 from segjax.jobs import pair_training, reward_calibration, reward_entropy_cache
-from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
 from segjax.plan import programs
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
@@ -103,19 +102,4 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
-JOB = Job(
-  name='reward',
-  load=load,
-  run=run,
-  sections=(*COMMON, 'policy', 'reference', 'lora', 'reward', 'compat'),
-  inputs=(POLICY, REFERENCE, data_input('pairs')),
-  outputs=('model', pair_training.HELD_OUT_FILE),
-  batch_keys=programs.REWARD.batch_keys,
-  summary=('held_out_accuracy',),
-  num_networks=2,
-  tokens_per_step=lambda s: 2 * s.reward.batch_size * s.data.max_length,
-  num_steps=lambda s, rows: pair_training.count_steps(s, rows, 'reward'),
-  passes=lambda s: 4.0,  # an update, and the reference
-  headline=pair_training.headline,
-  plan=programs.REWARD,
-)
+JOB = pair_training.make_job(programs.REWARD, load, run)

@@ -48,7 +48,9 @@ def implicit(
   """ln π_lm − ln π_ref: what a token adds to the `implicit_reward` of a model trained by DPO.
 
   See Zhong et al. 2024 (reinforced token optimization, RTO), https://arxiv.org/abs/2404.18922,
-  which adds it to the reward of a reward model at the last token, and to the KL penalty.
+  which adds it to the reward of a reward model at the last token, and to the KL penalty. Alone, at
+  c per nat and a KL penalty of β per nat, its optimum is π ∝ π_ref (π_lm / π_ref)^(c / β): π_lm
+  itself at c = β, and beyond it where c is larger.
   """
   del old_logprob
   return k1(logprob, ref_logprob)
