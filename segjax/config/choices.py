@@ -13,6 +13,7 @@ ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 _KERNELS = ('kernel', '/a', '/b')
 DECAYED_WEIGHTS = {'kernels': _KERNELS, 'matrices': (*_KERNELS, 'embedding'), 'all': ('',)}
 ATTENTION = ('xla', 'cudnn', 'flash', 'splash')
+LANGUAGES = ('describe', 'requests', 'delayed', 'bifurcation')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
@@ -29,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'runtime.param_dtype': DTYPES,
   'runtime.frozen_params_memory': ('device', 'host'),
   'runtime.attention': ('auto', *ATTENTION),
+  'demo.language': LANGUAGES,
   'data.overlong_policy': OVERLONG_POLICIES,
   'data.bad_rows': ('error', 'drop'),
   'reward_model.normalizer': (
