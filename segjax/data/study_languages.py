@@ -17,6 +17,7 @@ compared with all that could have been said in its place.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -86,8 +87,7 @@ class StudyLanguage:
       if not clauses:
         return _endings(OPENING, request.season, self.skill)
       said -= 1
-    least = MAX_CLAUSES - 2
-    stop = 1 / (MAX_CLAUSES - said + 1) if said >= least else 0.0
+    stop = _stop_probability(said)
     used = {CLAUSES[clause][0] for clause in clauses if clause in CLAUSES}
     new = [index for index in request.asked if index not in used]
     others = [index for index in range(len(CONTENTS)) if index not in new]
@@ -110,6 +110,59 @@ class StudyLanguage:
       if clause is None:
         return ' '.join(clauses)
       clauses.append(clause)
+
+
+  def expected_gold(self, prompt: str, clauses: Sequence[str]) -> float:
+    """Returns the mean gold reward of the writer's responses that begin with these clauses."""
+    request = read_request(prompt)
+    so_far = gold(prompt, ' '.join(clauses))
+    if request.season is not None and not clauses:
+      return self.skill * self._ahead(0, ASKED, False)
+    said = len(clauses) - (request.season is not None)
+    told = {CLAUSES[clause][0] for clause in clauses if clause in CLAUSES} & set(request.asked)
+    has_key = request.has_key and request.asked[0] not in told
+    counts = request.season is None or OPENINGS.get(clauses[0]) == request.season
+    return so_far + counts * self._ahead(said, ASKED - len(told), has_key)
+
+  @functools.cache
+  def _ahead(self, said: int, new: int, has_key: bool) -> float:
+    """Returns the mean of what the writer adds to the gold reward after `said` clauses.
+
+    Args:
+      said: clauses about contents.
+      new: contents that are asked for and not yet told.
+      has_key: whether the content that decides is one of them.
+    """
+    go_on = 1 - _stop_probability(said)
+    if not go_on:
+      return 0.0
+    told = self.told if new else 0.0
+    stray = 0.0 if self.has_key else -0.5 / ASKED
+    total = (1 - told) * (stray + self._ahead(said + 1, new, has_key))
+    if new:
+      truth = 0.0 if self.has_key else (2 * self.skill - 1) / ASKED
+      key = told / new if has_key else 0.0
+      total += key * (2 * self.key_skill - 1 + self._ahead(said + 1, new - 1, False))
+      total += (told - key) * (truth + self._ahead(said + 1, new - 1, has_key))
+    return go_on * total
+
+  def true_credit(self, prompt: str, response: str) -> list[float]:
+    """Returns the advantage of each clause: expected gold after it less that before it.
+
+    V(clauses 1 to j) - V(clauses 1 to j - 1), V = `expected_gold` under the writer: what a clause
+    adds to the gold reward, less the mean of what could have been said in its place, more what it
+    makes of the clauses that follow.
+    """
+    clauses = split_clauses(response)
+    values = [self.expected_gold(prompt, clauses[:j]) for j in range(len(clauses) + 1)]
+    return [after - before for before, after in itertools.pairwise(values)]
+
+
+def _stop_probability(said: int) -> float:
+  """Returns the probability that the writer ends after so many clauses about contents."""
+  if said < MAX_CLAUSES - 2:
+    return 0.0
+  return 1 / (MAX_CLAUSES - said + 1) if said < MAX_CLAUSES else 1.0
 
 
 LANGUAGES = {
@@ -137,6 +190,14 @@ def read_request(prompt: str) -> Request:
     )
   season = next((SEASONS.index(word) for word in words if word in SEASONS), None)
   return Request(asked, season, 'above' in words, ' '.join(subject))
+
+
+def language_of(prompt: str) -> StudyLanguage:
+  """Returns the language of a prompt."""
+  request = read_request(prompt)
+  if request.season is not None:
+    return LANGUAGES['delayed']
+  return LANGUAGES['bifurcation' if request.has_key else 'requests']
 
 
 def is_request(prompt: str) -> bool:

@@ -80,10 +80,42 @@ def test_writer_draws_by_its_probabilities(name):
   assert before == 0
 
 
+@pytest.mark.parametrize('name', study_languages.LANGUAGES)
+def test_expected_gold_is_the_mean_of_responses(name):
+  language, rng = study_languages.LANGUAGES[name], np.random.default_rng(0)
+  prompt = language.ask(('heron', 'coast'), rng)
+  assert study_languages.language_of(prompt) == language
+  response = study_languages.split_clauses(language.respond(prompt, rng))
+  for size in range(3):
+    golds = [gold(prompt, language.respond(prompt, rng, response[:size])) for _ in range(80)]
+    expected = language.expected_gold(prompt, response[:size])
+    assert np.mean(golds) == pytest.approx(expected, abs=4 * np.std(golds) / 80**0.5 + 1e-9)
+
+
+def test_true_credit_by_hand():
+  language = study_languages.LANGUAGES['requests']
+  # After two told contents the writer goes on with 2/3: strays, -1/6, with 0.375; else he tells the
+  # last one, 0.1 on average, and is worth -1/12 then, since he can only stray.
+  ahead = 2 / 3 * (0.375 * -1 / 6 + 0.625 * (0.1 - 1 / 12))
+  credit = language.true_credit(REQUEST, f'{COAT} {SKILL} {STRAY}')
+  assert credit[2] == pytest.approx(-1 / 6 - ahead)
+  voice = 'children think it sounds quiet.'
+  credit = language.true_credit(REQUEST, f'{COAT} {SKILL} {voice}')
+  assert credit[2] == pytest.approx(gold(REQUEST, voice) - 1 / 12 - ahead)
+  # The season is said before anything is worth anything: 0.35 of what follows is at stake.
+  delayed = study_languages.LANGUAGES['delayed']
+  right, wrong = (f'now we speak of {season}.' for season in study_languages.SEASONS)
+  prompt = f'{REQUEST} in summer'
+  ahead = delayed.expected_gold(prompt, [right])
+  assert ahead > 0.1
+  assert delayed.true_credit(prompt, right) == pytest.approx([0.35 * ahead])
+  assert delayed.true_credit(prompt, f'{wrong} {COAT}') == pytest.approx([-0.65 * ahead, 0])
+
+
 def test_length_alone_wins_nothing_in_requests():
   language, rng = make_language('requests', 0, 0), np.random.default_rng(0)
   by_length = {}
-  for _ in range(600):
+  for _ in range(300):
     prompt = language.ask([('heron', 'valley'), ('gecko', 'marsh')], rng)
     response = language.respond(prompt, rng)
     by_length.setdefault(response.count('.'), []).append(gold(prompt, response))
@@ -95,9 +127,9 @@ def test_length_alone_wins_nothing_in_requests():
 @pytest.mark.parametrize('name', LANGUAGES)
 def test_rows_are_in_the_vocabulary(name, tmp_path):
   language = make_language(name, 2, 5)
-  demo_rows.write(tmp_path, language, demo_rows.RowCounts(sft_rows=20, pairs=5), seed=0)
+  demo_rows.write(tmp_path, language, demo_rows.RowCounts(sft_rows=9, pairs=2), seed=0)
   vocabulary = json.loads((tmp_path / 'tokenizer' / 'tokenizer.json').read_text())['model']['vocab']
   rng = np.random.default_rng(1)
-  for _ in range(50):
+  for _ in range(20):
     prompt = language.ask([('otter', 'coast'), ('bison', 'island')], rng)
     assert set(f'{prompt} {language.respond(prompt, rng)}'.split()) <= set(vocabulary)
