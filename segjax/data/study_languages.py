@@ -111,7 +111,6 @@ class StudyLanguage:
         return ' '.join(clauses)
       clauses.append(clause)
 
-
   def expected_gold(self, prompt: str, clauses: Sequence[str]) -> float:
     """Returns the mean gold reward of the writer's responses that begin with these clauses."""
     request = read_request(prompt)
@@ -124,7 +123,6 @@ class StudyLanguage:
     counts = request.season is None or OPENINGS.get(clauses[0]) == request.season
     return so_far + counts * self._ahead(said, ASKED - len(told), has_key)
 
-  @functools.cache
   def _ahead(self, said: int, new: int, has_key: bool) -> float:
     """Returns the mean of what the writer adds to the gold reward after `said` clauses.
 
