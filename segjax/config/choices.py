@@ -42,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,
   'reward_shaping.spread': ('auto', *rewards.SPREADS),
-  'reward_shaping.redistribute': ('none', 'red'),
+  'reward_shaping.redistribute': ('none', 'red', 'gradient', 'attention'),
   'reward_shaping.red_baseline': rewards.BASELINES,
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,

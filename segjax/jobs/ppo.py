@@ -171,9 +171,10 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
     detail = {'entropy': f' above {segmentation.entropy_threshold:g} nats', 'delimiter': ''}
     length = f' {segmentation.segment_length}'
     boundary = f' by {segmentation.boundary}{detail.get(segmentation.boundary, length)}'
-  red = ', redistributed' if recipe.shaping.redistribute == 'red' else ''
+  how = recipe.shaping.redistribute
+  redistributed = '' if how == 'none' else f', redistributed by {how}'
   return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{red}, '
+    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}, '
     f'spread {recipe.spread}'
   )
 

@@ -251,8 +251,8 @@ def make_recipe(
   others = {name: network for name, network in configs.items() if name != 'policy'}
   check_sampled_ids(configs['policy'], others | {'critic': critic})
   segmentation = spec.segmentation
-  if settings.reward_shaping.redistribute == 'red':
-    # RED reads the score at the response's end, so the stop token has to lie in a segment.
+  if settings.reward_shaping.redistribute != 'none':
+    # The score is read at the response's end, so the stop token has to lie in a segment.
     segmentation = dataclasses.replace(segmentation, include_eos=True)
   return PPORecipe(
     policy=configs['policy'],
