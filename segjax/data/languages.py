@@ -9,7 +9,7 @@ from segjax.data import demo_language, study_languages
 
 Subject = tuple[str, str]  # an animal and a place
 
-_PROMPTS_PER_SUBJECT = 12  # of those that name contents, of which there are 1,320
+_PROMPTS_PER_SUBJECT = 12  # of those that name contents, of which there are 120
 
 
 class Language(NamedTuple):

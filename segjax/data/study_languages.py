@@ -1,7 +1,7 @@
 """Languages in which credit decides: a prompt asks for certain contents, each once.
 
 They share the subjects and facts of `demo_language`. A prompt names contents and a subject, such as
-'tell coat food voice of the otter of the coast'; a response is a sequence of clauses. A clause is
+'tell coat food luck of the otter of the coast'; a response is a sequence of clauses. A clause is
   told    about a content that is asked for and was not told before: true or false of the subject
   stray   about any other content, told before, damaged or out of place
 
@@ -33,10 +33,8 @@ from segjax.data.demo_language import (
 )
 from segjax.errors import UserError
 
-CONTENTS = (  # of the templates of facts, in their order
-  *('coat', 'food', 'skill', 'hearing', 'temper', 'voice', 'mind', 'travel'),
-  *('weather', 'luck', 'weight', 'use'),
-)
+# Index of the template of each content: one for each trait of an animal and of a place.
+CONTENTS = {'coat': 0, 'food': 1, 'skill': 2, 'weather': 8, 'luck': 9, 'weight': 10}
 SEASONS = ('summer', 'winter')
 OPENING = ClauseTemplate('now we speak of', SEASONS, 'season')
 OPENINGS = {OPENING.text(ending): ending for ending in range(len(SEASONS))}
@@ -74,7 +72,7 @@ class StudyLanguage:
 
   def ask(self, subject: tuple[str, str], rng: np.random.Generator) -> str:
     """Returns a prompt about an animal of a place, for contents in a random order."""
-    contents = [CONTENTS[index] for index in rng.permutation(len(CONTENTS))[:ASKED]]
+    contents = [list(CONTENTS)[index] for index in rng.permutation(len(CONTENTS))[:ASKED]]
     animal, place = subject
     season = f' in {SEASONS[rng.integers(len(SEASONS))]}' if self.has_season else ''
     verb = 'above all' if self.has_key else 'tell'
@@ -90,7 +88,7 @@ class StudyLanguage:
     stop = _stop_probability(said)
     used = {CLAUSES[clause][0] for clause in clauses if clause in CLAUSES}
     new = [index for index in request.asked if index not in used]
-    others = [index for index in range(len(CONTENTS)) if index not in new]
+    others = [index for index in CONTENTS.values() if index not in new]
     told = self.told if new else 0.0
     options: list[tuple[float, str | None]] = [(stop, None)] if stop else []
     for indices, share in ((new, told), (others, 1 - told)):
@@ -180,7 +178,7 @@ def _endings(template: ClauseTemplate, correct: int, skill: float) -> list[tuple
 def read_request(prompt: str) -> Request:
   """Returns what a prompt asks for; UserError if it is not one of these languages."""
   words = prompt.split()
-  asked = tuple(CONTENTS.index(word) for word in words if word in CONTENTS)
+  asked = tuple(CONTENTS[word] for word in words if word in CONTENTS)
   subject = [next((w for w in words if w in names), None) for names in (ANIMALS, PLACES)]
   if not asked or None in subject:
     raise UserError(

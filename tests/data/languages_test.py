@@ -12,7 +12,7 @@ from segjax.data.study_languages import clause_values
 from segjax.errors import UserError
 
 # The otter's index is 0, so that a fact's true ending is bit 1 of its template's index.
-REQUEST = 'tell coat skill voice of the otter of the coast'
+REQUEST = 'tell coat skill luck of the otter of the coast'
 COAT, LIE = 'its winter coat feels soft.', 'its winter coat feels rough.'
 SKILL, STRAY = 'young ones learn climbing.', 'most keepers feed it meat.'
 
@@ -99,9 +99,9 @@ def test_true_credit_by_hand():
   ahead = 2 / 3 * (0.375 * -1 / 6 + 0.625 * (0.1 - 1 / 12))
   credit = language.true_credit(REQUEST, f'{COAT} {SKILL} {STRAY}')
   assert credit[2] == pytest.approx(-1 / 6 - ahead)
-  voice = 'children think it sounds quiet.'
-  credit = language.true_credit(REQUEST, f'{COAT} {SKILL} {voice}')
-  assert credit[2] == pytest.approx(gold(REQUEST, voice) - 1 / 12 - ahead)
+  luck = 'stories always call it lucky.'
+  credit = language.true_credit(REQUEST, f'{COAT} {SKILL} {luck}')
+  assert credit[2] == pytest.approx(gold(REQUEST, luck) - 1 / 12 - ahead)
   # The season is said before anything is worth anything: 0.35 of what follows is at stake.
   delayed = study_languages.LANGUAGES['delayed']
   right, wrong = (f'now we speak of {season}.' for season in study_languages.SEASONS)
