@@ -6,6 +6,7 @@ from segjax.errors import UserError
 from segjax.jobs import (
   answers,
   chat,
+  credit,
   demo,
   evaluate,
   evaluate_reward,
@@ -24,6 +25,7 @@ JOBS = {
     sft.JOB,
     reward.JOB,
     normalizer.JOB,
+    credit.JOB,
     ppo.JOB,
     evaluate.JOB,
     evaluate_reward.JOB,

@@ -10,6 +10,7 @@ STAGES = {
   'sft': 'Supervised fine-tuning',
   'reward': 'Reward model',
   'normalizer': 'Reward normaliser',
+  'credit': 'Credit of dense rewards',
   'ppo': 'PPO',
   'evaluate': 'Evaluation',
   'evaluate_reward': 'Evaluation of the reward model',
