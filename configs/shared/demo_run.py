@@ -72,7 +72,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
 
   config.evaluate.samples_per_prompt = 16
   config.evaluate.batch_size = 256  # as a rollout: the same programs
-  config.evaluate.gold_reward_fn = 'segjax.data.demo_language:gold'
+  config.evaluate.gold_reward_fn = 'segjax.data.languages:gold'
   config.evaluate.boundary_fn = 'segjax.data.demo_language:is_boundary'
 
 

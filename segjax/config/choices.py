@@ -13,6 +13,7 @@ ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 _KERNELS = ('kernel', '/a', '/b')
 DECAYED_WEIGHTS = {'kernels': _KERNELS, 'matrices': (*_KERNELS, 'embedding'), 'all': ('',)}
 ATTENTION = ('xla', 'cudnn', 'flash', 'splash')
+LANGUAGES = ('describe', 'requests', 'delayed', 'bifurcation')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
@@ -35,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'runtime.param_dtype': DTYPES,
   'runtime.frozen_params_memory': ('device', 'host'),
   'runtime.attention': ('auto', *ATTENTION),
+  'demo.language': LANGUAGES,
   'data.overlong_policy': OVERLONG_POLICIES,
   'data.bad_rows': ('error', 'drop'),
   'reward_model.normalizer': (
@@ -46,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,
   'reward_shaping.spread': ('auto', *rewards.SPREADS),
-  'reward_shaping.redistribute': ('none', 'red'),
+  'reward_shaping.redistribute': ('none', 'red', 'gradient', 'attention'),
   'reward_shaping.red_baseline': rewards.BASELINES,
   'reward_shaping.lm_reward.kind': ('off', *lm_rewards.KINDS),
   'reward_shaping.lm_reward.level': lm_rewards.LEVELS,

@@ -157,17 +157,18 @@ def check_normalizer(kind: str, granularity: str, key: str) -> None:
 
 def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> None:
   """Raises UserError if differences of the score would not sum to the score of the response."""
-  if s.reward_shaping.redistribute == 'none':
+  how = s.reward_shaping.redistribute
+  if how == 'none':
     return
   if granularity == 'bandit' or s.reward_shaping.spread == 'bandit':
     raise UserError(
-      'config.reward_shaping.redistribute=red distributes one score over segments, and bandit '
+      f'config.reward_shaping.redistribute={how} distributes one score over segments, and bandit '
       'has one; set config.reward_model.segmentation.granularity=token or segment, and '
       'reward_shaping.spread=auto.'
     )
   if w_mean:
     raise UserError(
-      'config.reward_shaping.redistribute=red takes differences of one score, which a normalizer '
+      f'config.reward_shaping.redistribute={how} takes parts of one score, which a normalizer '
       'by position would change from segment to segment; use '
       'config.reward_model.normalizer=none, or a scalar one.'
     )

@@ -44,6 +44,7 @@ class RewardShaping:
   length_norm: bool = False  # divide the dense rewards by the response's length
   std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
   redistribute: str = 'none'  # red: a segment earns the difference of the score over it
+  attention_share: float = 1.0  # of the score, with redistribute=attention; the rest at the end
   red_baseline: str = 'prompt'  # the score before the first segment
   reward_model_weight: float = 1.0  # factor of the reward model in the sum with reward_fn
   reward_fn: str = ''  # 'module:function' of (prompt, response); see train/custom_reward.py

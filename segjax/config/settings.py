@@ -182,10 +182,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-  """The built-in language (segjax/data/demo_language.py) of the demo."""
+  """The built-in language (segjax/data/languages.py) of the demo."""
 
-  min_clauses: int = 2  # of a response
-  max_clauses: int = 5  # of a response
+  language: str = 'describe'  # whose gold reward is a mean over clauses; others are for studies
+  min_clauses: int = 2  # of a response of the language describe
+  max_clauses: int = 5  # the same
   sft_rows: int = 4096  # conversations for SFT
   pairs: int = 8192  # preference pairs
 

@@ -140,6 +140,11 @@ def _check_ranges(s: Settings) -> None:
       raise UserError(
         f'config.{section}.holdout_fraction={fraction} must be at least 0 and below 1.'
       )
+  if not 0 <= s.reward_shaping.attention_share <= 1:
+    raise UserError(
+      f'config.reward_shaping.attention_share={s.reward_shaping.attention_share} must be from 0 '
+      'to 1.'
+    )
   if not 0 < s.rollout.top_p <= 1:
     raise UserError(f'config.rollout.top_p={s.rollout.top_p} must be above 0 and at most 1.')
   _check_shares(s)

@@ -13,8 +13,13 @@ remark, -1 for a false fact, an unfitting remark, a repeated clause or a damaged
 response has -1.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
 
 from segjax.errors import UserError
 
@@ -128,3 +133,64 @@ def gold(prompt: str, response: str) -> float:
 def is_boundary(token: str) -> bool:
   """Returns whether a clause ends with this token."""
   return token.endswith('.')
+
+
+def ask(subjects: Sequence[tuple[str, str]], rng: np.random.Generator) -> str:
+  """Returns a prompt about one of the subjects."""
+  question = QUESTIONS[rng.integers(len(QUESTIONS))]
+  return question.format(*subjects[rng.integers(len(subjects))])
+
+
+@functools.lru_cache(maxsize=16384)
+def _template_weight(index: int, prompt: str) -> float:
+  """Returns the writer's sampling weight of template `index`, which depends on the subject."""
+  animal, place = subject(prompt)
+  subjects = {'animal': ANIMALS.index(animal), 'place': PLACES.index(place)}
+  about = TEMPLATES[index].about
+  if about not in subjects:
+    return 2.5
+  return 4.0 if subjects[about] >> (index + 1) % 3 & 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """The writer of the responses, who knows the language only in part.
+
+  Within a clause the entropy of the next token is at most ln 2 nats, while at the start of a clause
+  any unused template may follow.
+
+  Attributes:
+    min_clauses: of a response.
+    max_clauses: of a response.
+    skill: probability of the correct ending of a clause.
+    repeats: probability that a clause repeats an earlier template.
+  """
+
+  min_clauses: int = 2
+  max_clauses: int = 5
+  skill: float = 0.65
+  repeats: float = 0.3
+
+  def respond(self, prompt: str, rng: np.random.Generator) -> str:
+    """Samples a response."""
+    clauses: list[str] = []
+    unused = list(range(len(TEMPLATES)))
+    used: list[int] = []
+    previous = None
+    for _ in range(rng.integers(self.min_clauses, self.max_clauses + 1)):
+      is_repeat = used and rng.random() < self.repeats
+      if is_repeat:
+        index = used[rng.integers(len(used))]
+      else:
+        fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
+        total = list(itertools.accumulate(_template_weight(i, prompt) for i in fitting))
+        # Generator.choice, several times as fast for so few.
+        index = fitting[bisect.bisect(total, rng.random() * total[-1])]
+      correct = correct_ending(index, prompt, previous)
+      ending = int(rng.integers(2)) if correct is None else correct
+      ending = ending if rng.random() < self.skill else 1 - ending
+      clauses.append(TEMPLATES[index].text(ending))
+      unused = [i for i in unused if i != index]
+      used.append(index)
+      previous = index
+    return ' '.join(clauses)

@@ -1,32 +1,16 @@
-"""Writes rows and a tokenizer of the demo's language, in the form of a user's own.
+"""Writes rows and a tokenizer of a built-in language, in the form of a user's own."""
 
-The writer of the responses knows the language only in part: it chooses the correct ending of a
-clause with probability `skill`, so that within a clause the entropy of the next token is at most
-ln 2 nats, while at the start of a clause any unused template may follow.
-"""
-
-import bisect
 import dataclasses
-import functools
 import gzip
-import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segjax.data.demo_language import (
-  ANIMALS,
-  CLAUSES,
-  PLACES,
-  QUESTIONS,
-  TEMPLATES,
-  correct_ending,
-  gold,
-  split_clauses,
-  subject,
-)
+from segjax.data.demo_language import ANIMALS, CLAUSES, PLACES, QUESTIONS, split_clauses
+from segjax.data.languages import Language, gold
 from segjax.storage import make_directory, writing
 
 SPECIAL_TOKENS = (
@@ -46,105 +30,58 @@ CHAT_TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoLanguage:
-  """How rows are written.
+class RowCounts:
+  """How many rows are written, and how pairs are labelled.
 
   Attributes:
-    min_clauses: minimum number of clauses per response.
-    max_clauses: maximum number of clauses per response.
     sft_rows: number of conversations.
     pairs: number of preferences.
-    skill: probability of the correct ending of a clause.
-    repeats: probability that a clause repeats an earlier template.
     broken: probability that a clause of a pair is damaged (a word lost, or two swapped).
     sharpness: the label of a pair prefers a by σ(sharpness (gold(a) - gold(b))).
     gap: minimum difference of the gold rewards of a pair.
   """
 
-  min_clauses: int = 2
-  max_clauses: int = 5
-  sft_rows: int = 4096
-  pairs: int = 8192
-  skill: float = 0.65
-  repeats: float = 0.3
+  sft_rows: int
+  pairs: int
   broken: float = 0.08
   sharpness: float = 5.0
   gap: float = 0.4
 
 
-def write(directory: Path, language: DemoLanguage, seed: int) -> None:
+def write(directory: Path, language: Language, counts: RowCounts, seed: int) -> None:
   """Writes the tokenizer (HF form) and sft, pairs, prompts and held_out rows (JSONL, gzipped).
 
   The held-out prompts ask about (animal, place) pairs that no other row mentions.
   """
   make_directory(directory)
-  write_tokenizer(directory / 'tokenizer')
+  write_tokenizer(directory / 'tokenizer', language.words)
   rng = np.random.default_rng(seed)
   combinations = [(a, p) for a in ANIMALS for p in PLACES]
   order = rng.permutation(len(combinations))
   held_out = [combinations[i] for i in order[: len(order) // 4]]
   train = [combinations[i] for i in order[len(order) // 4 :]]
 
-  def prompt():
-    return QUESTIONS[rng.integers(len(QUESTIONS))].format(*train[rng.integers(len(train))])
-
   sft = []
-  for _ in range(language.sft_rows):
-    text = prompt()
-    sft.append({'messages': _chat(text, write_response(text, language, rng))})
-  pairs = [_pair(prompt(), language, rng) for _ in range(language.pairs)]
+  for _ in range(counts.sft_rows):
+    prompt = language.ask(train, rng)
+    sft.append({'messages': _chat(prompt, language.respond(prompt, rng))})
+  pairs = [_pair(language, language.ask(train, rng), counts, rng) for _ in range(counts.pairs)]
   _write_rows(directory / 'sft.jsonl.gz', sft)
   _write_rows(directory / 'pairs.jsonl.gz', pairs)
   for name, subjects in (('prompts', train), ('held_out', held_out)):
-    rows = [{'prompt': question.format(*pair)} for pair in subjects for question in QUESTIONS]
+    rows = [{'prompt': text} for pair in subjects for text in language.questions(pair, rng)]
     _write_rows(directory / f'{name}.jsonl.gz', rows)
 
 
-@functools.lru_cache(maxsize=16384)
-def _template_weight(index: int, prompt: str) -> float:
-  """Returns the writer's sampling weight of template `index`, which depends on the subject."""
-  animal, place = subject(prompt)
-  subjects = {'animal': ANIMALS.index(animal), 'place': PLACES.index(place)}
-  about = TEMPLATES[index].about
-  if about not in subjects:
-    return 2.5
-  return 4.0 if subjects[about] >> (index + 1) % 3 & 1 else 1.0
-
-
-def write_response(prompt: str, language: DemoLanguage, rng: np.random.Generator) -> str:
-  """Samples a response of the language's writer."""
-  clauses: list[str] = []
-  unused = list(range(len(TEMPLATES)))
-  used: list[int] = []
-  previous = None
-  for _ in range(rng.integers(language.min_clauses, language.max_clauses + 1)):
-    is_repeat = used and rng.random() < language.repeats
-    if is_repeat:
-      index = used[rng.integers(len(used))]
-    else:
-      fitting = [i for i in unused if clauses or TEMPLATES[i].about in ('animal', 'place')]
-      total = list(itertools.accumulate(_template_weight(i, prompt) for i in fitting))
-      # Generator.choice, several times as fast for so few.
-      index = fitting[bisect.bisect(total, rng.random() * total[-1])]
-    correct = correct_ending(index, prompt, previous)
-    ending = int(rng.integers(2)) if correct is None else correct
-    ending = ending if rng.random() < language.skill else 1 - ending
-    clauses.append(TEMPLATES[index].text(ending))
-    unused = [i for i in unused if i != index]
-    used.append(index)
-    previous = index
-  return ' '.join(clauses)
-
-
-def _pair(prompt: str, language: DemoLanguage, rng: np.random.Generator) -> dict[str, Any]:
+def _pair(
+  language: Language, prompt: str, counts: RowCounts, rng: np.random.Generator
+) -> dict[str, Any]:
   """Samples two responses, labelled by a Bradley-Terry judge of their gold rewards."""
   difference = 0.0
-  while abs(difference) < language.gap:
-    first, second = (
-      _damage(write_response(prompt, language, rng), language.broken, rng) for _ in range(2)
-    )
+  while abs(difference) < counts.gap:
+    first, second = (_damage(language.respond(prompt, rng), counts.broken, rng) for _ in range(2))
     difference = gold(prompt, first) - gold(prompt, second)
-  margin = language.sharpness * difference
+  margin = counts.sharpness * difference
   if rng.random() >= 1 / (1 + np.exp(-margin)):
     first, second = second, first
   return {'messages': _chat(prompt), 'chosen': first, 'rejected': second}
@@ -176,12 +113,17 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
 
 
-def write_tokenizer(directory: Path) -> None:
-  """Writes a tokenizer with one token per word, Llama-3's special tokens and chat template."""
+def write_tokenizer(directory: Path, more_words: Iterable[str] = ()) -> None:
+  """Writes a tokenizer with one token per word, Llama-3's special tokens and chat template.
+
+  Args:
+    directory: to write.
+    more_words: of the language, beside those of `demo_language`.
+  """
   from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  words = {'user', 'assistant', 'system', *ANIMALS, *PLACES}
+  words = {'user', 'assistant', 'system', *ANIMALS, *PLACES, *more_words}
   for text in (*QUESTIONS, *CLAUSES):
     words.update(text.replace('{}', '').split())
   vocabulary = [*SPECIAL_TOKENS, '<|unknown|>', *sorted(words)]

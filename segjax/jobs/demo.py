@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from segjax import processes
-from segjax.data import demo_language, demo_rows
+from segjax.data import demo_rows, languages
 from segjax.data.sources import load_rows
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.tokenizer_writer import copy_tokenizer
@@ -30,13 +30,12 @@ _RESULTS_FILE = 'results.json'
 def run(stage: Stage) -> dict[str, Any]:
   """Writes `rows/` (see `data.demo_rows.write`) and `model/`, with random weights."""
   s = stage.settings.demo
-  language = demo_rows.DemoLanguage(
-    min_clauses=s.min_clauses, max_clauses=s.max_clauses, sft_rows=s.sft_rows, pairs=s.pairs
-  )
+  language = languages.make_language(s.language, s.min_clauses, s.max_clauses)
+  counts = demo_rows.RowCounts(s.sft_rows, s.pairs)
   rows = stage.directory / 'rows'
   for _ in track(stage.name, ('rows',), 1, 'rows'):
     if processes.is_first():
-      demo_rows.write(rows, language, stage.settings.seed)
+      demo_rows.write(rows, language, counts, stage.settings.seed)
     processes.barrier('rows')
     stage.mirror.push_and_wait()  # every process reads what the first has written
   tokenizer = load_tokenizer(str(rows / 'tokenizer'))
@@ -127,7 +126,7 @@ def best_possible_accuracy(rows: Path, held_out: list[int]) -> float:
   for index in held_out:
     row = pairs[index]
     prompt = row['messages'][-1]['content']
-    chosen, rejected = (demo_language.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
+    chosen, rejected = (languages.gold(prompt, row[side]) for side in ('chosen', 'rejected'))
     agreed += (chosen > rejected) + 0.5 * (chosen == rejected)
   return agreed / len(held_out)
 

@@ -58,11 +58,18 @@ class Loaded(NamedTuple):
 
 
 def load(stage: Stage) -> Loaded:
+  """Loads all but weights; logs a warning if there is nothing to compare."""
+  loaded = load_collector(stage)
+  paths = loaded.models.paths
+  if paths['policy'].samefile(paths['reference']):
+    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
+  return loaded
+
+
+def load_collector(stage: Stage) -> Loaded:
   """Loads all but weights."""
   s = stage.settings
   resolved = models.resolve_models(s, stage.mesh, stage.log)
-  if resolved.paths['policy'].samefile(resolved.paths['reference']):
-    stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
   tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
   tokenizer = tokenizer.for_networks(resolved.configs)
   return Loaded(resolved, tokenizer, _make_collector(stage, resolved, tokenizer))

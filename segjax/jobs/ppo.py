@@ -172,11 +172,11 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
     detail = {'entropy': f' above {segmentation.entropy_threshold:g} nats', 'delimiter': ''}
     length = f' {segmentation.segment_length}'
     boundary = f' by {segmentation.boundary}{detail.get(segmentation.boundary, length)}'
-  red = ', redistributed' if recipe.shaping.redistribute == 'red' else ''
-  lm = recipe.shaping.lm_reward
+  how, lm = recipe.shaping.redistribute, recipe.shaping.lm_reward
+  redistributed = '' if how == 'none' else f', redistributed by {how}'
   added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
   return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{red}, '
+    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}, '
     f'spread {recipe.spread}{added}'
   )
 

@@ -6,6 +6,7 @@ from segjax.errors import UserError
 from segjax.jobs import (
   answers,
   chat,
+  credit,
   demo,
   dpo,
   evaluate,
@@ -26,6 +27,7 @@ JOBS = {
     reward.JOB,
     normalizer.JOB,
     dpo.JOB,
+    credit.JOB,
     ppo.JOB,
     evaluate.JOB,
     evaluate_reward.JOB,

@@ -11,6 +11,7 @@ STAGES = {
   'reward': 'Reward model',
   'normalizer': 'Reward normaliser',
   'dpo': 'Direct preference optimization',
+  'credit': 'Credit of dense rewards',
   'ppo': 'PPO',
   'evaluate': 'Evaluation',
   'evaluate_reward': 'Evaluation of the reward model',

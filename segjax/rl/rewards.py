@@ -63,7 +63,12 @@ def bandit(
 ) -> Float[Array, 'T']:
   """The last real token of the response, stop token included, gets the aggregate of all z."""
   score = sequence_score(z, segments, aggregation, temperature=temperature)
-  return jnp.where(_last(response_mask), score, 0)
+  return jnp.where(last_token(response_mask), score, 0)
+
+
+def last_token(response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """True at the last real token."""
+  return response_mask & ~jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
 
 
 SPREADS = {'even_split': even_split, 'repeat': repeat, 'end_only': end_only, 'bandit': bandit}
@@ -179,7 +184,7 @@ def end_penalty(
   if kind == 'per_token':
     return jnp.where(response_mask & ~finished, value, dense)
   if kind == 'at_eos':
-    return dense + jnp.where(_last(response_mask) & ~finished, value, 0)
+    return dense + jnp.where(last_token(response_mask) & ~finished, value, 0)
   return dense
 
 
@@ -251,11 +256,6 @@ def shaped_reward(
     dense = jnp.clip(dense, -clip, clip)
   reward = dense - jnp.maximum(kl_coef, 0) * at_least_float32(kl)
   return jnp.where(response_mask, reward, 0)
-
-
-def _last(response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
-  """True at the last real token."""
-  return response_mask & ~jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
 
 
 def _check(field, name, valid) -> None:

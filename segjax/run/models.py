@@ -16,6 +16,7 @@ from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data import demo_rows
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
+from segjax.data.languages import make_language
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
@@ -113,13 +114,14 @@ def find_network_config(settings: Settings) -> LlamaConfig | None:
     return reader.load_config(Path(path).expanduser())
   network = settings.network
   if not network.vocab_size and 'demo' in settings.stages:
-    network = dataclasses.replace(network, vocab_size=_demo_vocab_size())
+    network = dataclasses.replace(network, vocab_size=_demo_vocab_size(settings.demo.language))
   return make_config(network) if network.vocab_size else None
 
 
-def _demo_vocab_size() -> int:
+def _demo_vocab_size(language: str) -> int:
+  words = make_language(language, 1, 1).words
   with tempfile.TemporaryDirectory() as directory:
-    demo_rows.write_tokenizer(Path(directory))
+    demo_rows.write_tokenizer(Path(directory), words)
     tokenizer = json.loads((Path(directory) / 'tokenizer.json').read_text(encoding='utf-8'))
   return len(tokenizer['model']['vocab'])
 
@@ -259,8 +261,8 @@ def make_recipe(
   others = {name: network for name, network in configs.items() if name != 'policy'}
   check_sampled_ids(configs['policy'], others | {'critic': critic})
   segmentation = spec.segmentation
-  if settings.reward_shaping.redistribute == 'red':
-    # RED reads the score at the response's end, so the stop token has to lie in a segment.
+  if settings.reward_shaping.redistribute != 'none':
+    # The score is read at the response's end, so the stop token has to lie in a segment.
     segmentation = dataclasses.replace(segmentation, include_eos=True)
   return PPORecipe(
     policy=configs['policy'],

@@ -14,6 +14,7 @@ from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import RewardShaping
 from segjax.rl.lm_rewards import pool, token_reward
 from segjax.rl.normalizer import normalize
+from segjax.rl.redistribution import by_attention
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
 from segjax.train.compat import padded_length_threshold
 from segjax.train.recipe import PPORecipe
@@ -30,23 +31,27 @@ def segment_z(
 ) -> Float[Array, 'B T']:
   """Returns z, the normalised score of each segment, read at its last token.
 
-  z = (score - Mean(p)) / Std(p). With redistribute=red, z is what a segment adds to the normalised
-  score of its response.
+  z = (score - Mean(p)) / Std(p). With a redistribution, z is the part of a segment in the
+  normalised score of its response.
   """
   if shaping.redistribute == 'none':
     floor = resolve_std_floor_ratio(shaping)
     return jax.vmap(functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor))(
       outputs.score, segments
     )
-  # Mean and Std of p = 1 at every position: only then do the differences add up to the score.
+  # Mean and Std of p = 1 at every position: only then do the parts add up to the score.
   mean, std = normalizer.b_mean, jnp.maximum(normalizer.b_std, 1e-6)
+  score, before = (outputs.score - mean) / std, (outputs.prompt_score - mean) / std
+  mask = rollout.response_mask
+  if outputs.attribution is not None:
+    part = jnp.where(mask, outputs.attribution, 0) / std
+    if shaping.redistribute == 'attention':
+      share_out = functools.partial(by_attention, share=shaping.attention_share)
+      part = jax.vmap(share_out)(outputs.attribution, score, mask)
+    # A segment earns the sum of its tokens' parts, the difference of the running sum.
+    score, before = jnp.cumsum(part, axis=1), jnp.zeros_like(before)
   difference = functools.partial(red, baseline=shaping.red_baseline)
-  return jax.vmap(difference)(
-    (outputs.score - mean) / std,
-    (outputs.prompt_score - mean) / std,
-    segments,
-    rollout.response_mask,
-  )
+  return jax.vmap(difference)(score, before, segments, mask)
 
 
 def dense_rewards(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from segjax import processes
 from segjax.model import host_memory, sharding
+from segjax.model.attribution import ATTRIBUTIONS
 from segjax.model.heads import (
   read_logprobs,
   read_scores,
@@ -36,6 +37,8 @@ class ModelOutputs(NamedTuple):
     score: the reward model's raw output.
     prompt_score: the reward model's output at the last token of the prompt.
     lm_logprob: log-prob under the language model that rewards; None without one.
+    attribution: what each token contributes to the score of the response, where
+      reward_shaping.redistribute needs it.
   """
 
   old_logprob: Float[Array, 'B T']
@@ -45,6 +48,7 @@ class ModelOutputs(NamedTuple):
   value: Float[Array, 'B T']
   prompt_score: Float[Array, 'B']
   lm_logprob: Float[Array, 'B T'] | None = None
+  attribution: Float[Array, 'B T'] | None = None
 
 
 def concat_prompt_response(rollout: Rollout) -> Int[Array, 'B S']:
@@ -133,8 +137,12 @@ def score_chunk(
   value = score = jnp.zeros(ids.shape, jnp.float32)
   if 'critic' in configs:
     value = read_values(hidden['critic'], params['critic'], layout)
+  attribution = None
   if 'reward' in configs:
     score = read_scores(hidden['reward'], params['reward'])
+    if attribute := ATTRIBUTIONS.get(recipe.shaping.redistribute):
+      last = rollout.prompt_length + jnp.sum(rollout.response_mask, axis=1) - 1
+      attribution = window(attribute(params['reward'], ids, last, configs['reward']))
   return ModelOutputs(
     old_logprob=jnp.where(rollout.response_mask, old_logprob, 0.0),  # as in a rollout
     ref_logprob=window(ref_logprob),
@@ -143,6 +151,7 @@ def score_chunk(
     value=window(value),
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
     lm_logprob=window(logprobs('reward_lm')[0]) if 'reward_lm' in configs else None,
+    attribution=attribution,
   )
 
 

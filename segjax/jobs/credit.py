@@ -1,0 +1,256 @@
+"""Ranks methods of dense reward by the credit that they give to the clauses of responses.
+
+The language's own credit is known (`data.study_languages`), so that no PPO run is needed. A method
+is a line of `METHODS`: settings of the rewards, which go the way of PPO itself.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from segjax import processes
+from segjax.config.conflicts import check_conflicts
+from segjax.config.settings import Settings, replace
+from segjax.data import demo_language, study_languages
+from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError, one_line
+from segjax.evaluation.credit_accuracy import ClauseCredit, credit_accuracy, share_on
+from segjax.evaluation.intervals import format_interval
+from segjax.jobs import evaluate
+from segjax.jobs.job import COMMON, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
+from segjax.report.console import table
+from segjax.run import models
+from segjax.run.stage import Stage
+from segjax.run.weights import Weights
+from segjax.storage import write_text_atomically
+from segjax.train import reward_spec
+from segjax.train.collect import Collector
+from segjax.train.experience import make_experience
+from segjax.train.recipe import PPORecipe
+from segjax.train.rollout import CollectedRollout
+from segjax.train.scoring import score
+from segjax.types import Normalizer
+
+_SHAPING, _CUT = 'reward_shaping', 'reward_model.segmentation'
+_SEGMENTS, _TOKENS = {f'{_CUT}.granularity': 'segment'}, {f'{_CUT}.granularity': 'token'}
+# Parts of one score: a normaliser by position would change it from segment to segment.
+_ONE_SCORE = {'reward_model.normalizer': 'none'}
+
+METHODS: dict[str, dict[str, Any]] = {
+  'as configured': {},
+  'no normaliser': {'reward_model.normalizer': 'none'},
+  'spread: end_only': {f'{_SHAPING}.spread': 'end_only'},
+  'spread: repeat': {f'{_SHAPING}.spread': 'repeat'},
+  'cut: segments': _SEGMENTS | {f'{_SHAPING}.spread': 'even_split'},
+  'cut: sentences': _SEGMENTS | {f'{_CUT}.boundary': 'delimiter'},
+  'cut: 4 tokens': _SEGMENTS | {f'{_CUT}.boundary': 'fixed_length', f'{_CUT}.segment_length': 4},
+  'cut: tokens': _TOKENS | {f'{_SHAPING}.spread': 'even_split'},
+  'cut: none': {f'{_CUT}.granularity': 'bandit', f'{_SHAPING}.spread': 'bandit'} | _ONE_SCORE,
+  **{
+    f'{how}: {unit}': granularity | _ONE_SCORE | {f'{_SHAPING}.redistribute': how}
+    for how in ('red', 'gradient', 'attention')
+    for unit, granularity in (('segments', _SEGMENTS), ('tokens', _TOKENS))
+  },
+}
+
+
+class Method(NamedTuple):
+  """How rewards are computed."""
+
+  recipe: PPORecipe
+  normalizer: Normalizer
+
+
+class Clauses(NamedTuple):
+  """The clauses of R responses, N of them.
+
+  Attributes:
+    of_token: clause of each token of a response, counted over all responses; -1 outside. A stop
+      token belongs to the last clause.
+    ends: True on the last token of each clause, where its worth is decided.
+    truth: true credit.
+    response: index of the clause's response.
+  """
+
+  of_token: Int[np.ndarray, 'R T']
+  ends: Bool[np.ndarray, 'R T']
+  truth: Float[np.ndarray, 'N']
+  response: Int[np.ndarray, 'N']
+
+
+def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
+  """Samples responses of the policy and compares the credit of each of `METHODS` with the true one.
+
+  The advantage is the return to go, Σ_{s ≥ t} reward_s, that of GAE with λ = 1 and no critic.
+
+  Returns:
+    The figures of each method, also written to `credit.json`, and the number of clauses.
+  """
+  s, collector = stage.settings, loaded.collector
+  _check_language(collector)
+  methods = _make_methods(stage, loaded)
+  params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
+  rows = np.repeat(np.arange(len(collector.prompts)), s.evaluate.samples_per_prompt)
+  rows = rows[: len(rows) // stage.mesh.size * stage.mesh.size]
+  rollout = collector.collect(params, rows, stage.key('samples'), jnp.float32(0)).rollout
+  clauses = _find_clauses(collector.prompt_texts(rows), rollout, loaded.tokenizer)
+  outputs = _make_scorer(params, rollout, collector.recipe)
+  figures = {}
+  for name, (recipe, normalizer) in methods.items():
+    experience, _ = make_experience(
+      rollout.arrays,
+      outputs(recipe.shaping.redistribute),
+      normalizer,
+      jnp.float32(0),
+      recipe=recipe,
+    )
+    reward, advantage = processes.to_host((experience.reward, experience.advantage))
+    figures[name] = _compare(reward, advantage, clauses, s.seed)
+  if processes.is_first():
+    record = json.dumps(figures, indent=2) + '\n'
+    write_text_atomically(stage.directory / 'credit.json', record)
+  return {'methods': figures, 'clauses': len(clauses.truth), 'responses': len(rows)}
+
+
+def _check_language(collector: Collector) -> None:
+  prompt = collector.prompt_texts(np.arange(1))[0]
+  if not study_languages.is_request(prompt):
+    raise UserError(
+      f'config.data.path has prompts such as {prompt!r}, whose true credit is not known; use those '
+      f'of config.demo.language={", ".join(study_languages.LANGUAGES)}.'
+    )
+
+
+def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
+  """Returns the methods; those that the reward model cannot serve are left out with a line."""
+  methods = {}
+  for name, changes in METHODS.items():
+    s = replace(stage.settings, **{'ppo.gamma': 1.0, 'ppo.gae_lambda': 1.0, **changes})
+    s = replace(s, **{'ppo.gae_level': 'token', 'ppo.whiten': False})
+    try:
+      methods[name] = _make_method(s, loaded)
+    except UserError as error:
+      stage.log(f'{name} is left out: {one_line(error)}')
+  return methods
+
+
+def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
+  paths, configs = loaded.models.paths, loaded.models.configs
+  check_conflicts(s)
+  spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
+  recipe = models.make_recipe(s, configs, configs['policy'], spec, loaded.tokenizer, paths)
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
+  return Method(recipe, jax.tree.map(jnp.float32, spec.normalizer))
+
+
+def _make_scorer(
+  params: dict[str, Any], rollout: CollectedRollout, recipe: PPORecipe
+) -> Callable[[str], Any]:
+  """Returns a function of reward_shaping.redistribute, the only choice that scoring reads."""
+
+  @functools.cache
+  def outputs(redistribute):
+    shaping = dataclasses.replace(recipe.shaping, redistribute=redistribute)
+    own = dataclasses.replace(recipe, shaping=shaping)
+    return score(params, rollout.arrays, rollout.length, recipe=own)
+
+  return lambda how: outputs(how if how in ('gradient', 'attention') else 'none')
+
+
+def _find_clauses(
+  prompts: list[str], rollout: CollectedRollout, tokenizer: ChatTokenizer
+) -> Clauses:
+  ids, mask = rollout.response_ids, rollout.response_mask
+  content = mask.copy()
+  content[np.arange(len(ids)), mask.sum(1) - 1] &= ~rollout.finished
+  is_end = {i: demo_language.is_boundary(tokenizer.decode([i])) for i in np.unique(ids[content])}
+  of_token, ends = np.full(ids.shape, -1), np.zeros(ids.shape, bool)
+  truth, response = [], []
+  for row, prompt in enumerate(prompts):
+    texts = study_languages.language_of(prompt)
+    credit = texts.true_credit(prompt, tokenizer.decode(ids[row][mask[row]]))
+    if not credit:
+      continue
+    size = int(content[row].sum())
+    ends[row, :size] = [is_end[i] for i in ids[row, :size]]
+    ends[row, size - 1] = True
+    index = np.cumsum(ends[row]) - ends[row]
+    of_token[row] = np.where(mask[row], len(truth) + np.minimum(index, len(credit) - 1), -1)
+    truth += credit
+    response += [row] * len(credit)
+  return Clauses(of_token, ends, np.array(truth), np.array(response))
+
+
+def _compare(
+  reward: Float[np.ndarray, 'R T'],
+  advantage: Float[np.ndarray, 'R T'],
+  clauses: Clauses,
+  seed: int,
+) -> dict[str, Any]:
+  """Returns the figures of a method: of its rewards, and of advantages with the prefix."""
+  inside = clauses.of_token >= 0
+  index, count = clauses.of_token[inside], len(clauses.truth)
+  size = np.bincount(index, minlength=count)
+  total, mean = (np.bincount(index, x[inside], count) for x in (reward, advantage))
+  of_reward = credit_accuracy(ClauseCredit(total, clauses.truth, clauses.response), seed)
+  of_advantage = credit_accuracy(ClauseCredit(mean / size, clauses.truth, clauses.response), seed)
+  return {
+    **of_reward,
+    'on_deciding_token': share_on(np.where(inside, reward, 0), clauses.ends, seed),
+    **{f'advantage_{name}': value for name, value in of_advantage.items()},
+  }
+
+
+def print_table(results: dict[str, Any]) -> None:
+  """Prints the methods, the best first.
+
+  ranks: Spearman's correlation within a response, of rewards and of the return to go. signs: share
+  of clauses with the right one. error: 1 is that of no credit. decides: share of the credit on the
+  last token of a clause.
+  """
+  columns = {
+    'spearman': 'ranks',
+    'sign': 'signs',
+    'error': 'error',
+    'on_deciding_token': 'decides',
+    'advantage_spearman': 'return to go',
+  }
+  ranked = sorted(results['methods'].items(), key=lambda item: -(item[1]['spearman']['mean'] or 0))
+
+  def cell(key, estimate):
+    # Intervals of all would not fit the width of a terminal.
+    estimate = estimate if key.endswith('spearman') else estimate | {'low': None}
+    return format_interval(estimate, 2)
+
+  rows = [(name, *(cell(key, figures[key]) for key in columns)) for name, figures in ranked]
+  title = f'Credit of {results["clauses"]:,} clauses against the true one, means [95 % intervals]'
+  table(title, ('', *columns.values()), rows)
+
+
+JOB = Job(
+  name='credit',
+  load=evaluate.load_collector,
+  run=run,
+  sections=(
+    *COMMON,
+    'policy',
+    'reference',
+    'reward_model',
+    'rollout',
+    'reward_shaping',
+    'ppo',
+    'evaluate',
+  ),
+  inputs=(POLICY, REFERENCE, REWARD_MODEL, data_input('held_out')),
+  outputs=('credit.json',),
+  print_table=print_table,
+  summary=('clauses',),
+  num_networks=3,
+)
