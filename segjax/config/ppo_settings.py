@@ -66,9 +66,12 @@ class PPO:
   kl_horizon: int = 10_000  # sequences over which kl_coef is adapted
   skip_if_kl_above: float = 0.0  # nats per response; no update on such a rollout; 0: off
   skip_if_reward_above: float = 0.0  # the same for a token's largest reward before clipping
-  gae_level: str = 'token'  # segment: one action is a segment
+  estimator: str = 'gae'  # of advantages; the others have no critic, see rl/critic_free.py
+  gae_level: str = 'token'  # segment: one action is a segment; border: λ decays between segments
   gamma: float = 1.0  # discount of advantages per action
   gae_lambda: float = 0.95  # weight of longer returns in GAE
+  lambda_length_factor: float = 0.0  # α: the policy's λ is 1 - 1 / (α actions); 0: gae_lambda
+  value_gae_lambda: float | None = None  # λ of what the critic learns; None: gae_lambda
   whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
   clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps; 0: none
   clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
@@ -80,6 +83,11 @@ class PPO:
   data: StageData = StageData()
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)
   critic_optimizer: Optimizer = Optimizer(learning_rate=9e-6)
+
+  @property
+  def has_critic(self) -> bool:
+    """Whether advantages come from the values of a critic."""
+    return self.estimator == 'gae'
 
 
 @dataclasses.dataclass(frozen=True)

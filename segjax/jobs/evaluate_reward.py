@@ -282,5 +282,5 @@ JOB = Job(
   batch_keys=('evaluate_reward.batch_size',),
   summary=('pairs_read', 'responses_read'),
   print_table=print_table,
-  num_networks=2,
+  num_networks=lambda s: 2,
 )
