@@ -193,16 +193,16 @@ class Experience:
   """A rollout with scores, rewards and advantages: the input of the PPO update.
 
   `value_mask` marks the states whose value the critic learns: the response, or the first token of
-  each action where actions are segments.
+  each action where actions are segments. It, `value` and `return_` are None without a critic.
   """
 
   rollout: Rollout
   ref_logprob: Float[Array, 'B T']
   ref_entropy: Float[Array, 'B T']
   score: Float[Array, 'B T']
-  value: Float[Array, 'B T']
   segments: Segments
   reward: Float[Array, 'B T']
   advantage: Float[Array, 'B T']
-  return_: Float[Array, 'B T']
-  value_mask: Bool[Array, 'B T']
+  value: Float[Array, 'B T'] | None = None
+  return_: Float[Array, 'B T'] | None = None
+  value_mask: Bool[Array, 'B T'] | None = None

@@ -4,7 +4,16 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
+from segjax.rl import (
+  advantages,
+  aggregation,
+  critic_free,
+  kl,
+  losses,
+  normalizer,
+  rewards,
+  segmentation,
+)
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -48,7 +57,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
   'ppo.kl_estimator': tuple(kl.ESTIMATORS),
   'ppo.kl_placement': ('reward', 'loss'),
-  'ppo.gae_level': ('token', 'segment'),
+  'ppo.estimator': ('gae', *critic_free.ESTIMATORS),
+  'ppo.gae_level': tuple(advantages.GAE_LEVELS),
   'ppo.loss_aggregation': losses.MEANS,
   **{
     f'{section}.segmentation.{name}': names
@@ -77,7 +87,7 @@ _AT_LEAST_0 = (
   *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
-  *_keys('ppo', 'importance_clip'),
+  *_keys('ppo', 'importance_clip lambda_length_factor value_gae_lambda'),
   *_keys('ppo', 'value_clip_eps entropy_coef skip_if_kl_above skip_if_reward_above'),
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),

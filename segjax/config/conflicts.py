@@ -39,6 +39,7 @@ def check_conflicts(s: Settings) -> None:
   check_redistribution(s, granularity)
   _check_importance(s)
   _check_carry(s)
+  _check_estimator(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -108,6 +109,24 @@ def _check_carry(s: Settings) -> None:
       f'config.rollout.samples_per_prompt={s.rollout.samples_per_prompt} with rollout.carry=True: '
       'responses to one prompt would end in different steps, where nothing can compare them; set '
       'config.rollout.samples_per_prompt=1, or carry=False.'
+    )
+
+
+def _check_estimator(s: Settings) -> None:
+  """Checks that an estimator without a critic has something to compare a response with."""
+  estimator = s.ppo.estimator
+  if s.ppo.has_critic or 'ppo' not in s.stages:
+    return
+  if estimator == 'reinforce_plus_plus':
+    if not s.ppo.whiten:
+      raise UserError(
+        'config.ppo.estimator=reinforce_plus_plus with whiten=False has no baseline; set '
+        'config.ppo.whiten=True, or another estimator.'
+      )
+  elif s.rollout.samples_per_prompt < 2:
+    raise UserError(
+      f'config.ppo.estimator={estimator} compares the responses to a prompt, and '
+      f'config.rollout.samples_per_prompt={s.rollout.samples_per_prompt}; set it to 2 or more.'
     )
 
 

@@ -1,4 +1,4 @@
-"""Typed, frozen settings of a run; their defaults live here and in `training_settings`.
+"""Typed, frozen settings of a run; defaults live here, in `training_settings`, `ppo_settings`.
 
 A config file starts from `presets.default_config()`, assigns what its preset changes, and the
 command line assigns the rest. `parse` turns the result into `Settings`.
@@ -7,10 +7,9 @@ command line assigns the rest. `parse` turns the result into `Settings`.
 import dataclasses
 from typing import Any
 
+from segjax.config.ppo_settings import PPO, Compat, RewardShaping, RolloutSettings
 from segjax.config.training_settings import (
-  PPO,
   SFT,
-  Compat,
   Critic,
   Lora,
   LoraOverrides,
@@ -18,9 +17,7 @@ from segjax.config.training_settings import (
   NormalizerFit,
   Optimizer,
   RewardModelSettings,
-  RewardShaping,
   RewardTraining,
-  RolloutSettings,
   Segmentation,
   SegmentationOverrides,
   StageData,

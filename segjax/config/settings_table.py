@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from segjax.config import parse, settings, training_settings
+from segjax.config import parse, ppo_settings, settings, training_settings
 from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.settings import (
   Lora,
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 def all_settings() -> list[Setting]:
   """Returns every setting in the order of the source."""
-  comments = _comments(settings) | _comments(training_settings)
+  comments = _comments(settings) | _comments(training_settings) | _comments(ppo_settings)
   # An override means the same as the field that it replaces.
   for field in dataclasses.fields(Lora):  # inherited
     comments[LoraSettings.__name__, field.name] = comments[Lora.__name__, field.name]

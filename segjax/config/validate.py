@@ -145,9 +145,9 @@ def _check_ranges(s: Settings) -> None:
 
 def _check_shares(s: Settings) -> None:
   ratios = [f'{key}.{name}' for key in OPTIMIZERS for name in ('warmup_ratio', 'min_lr_ratio')]
-  for key in ('ppo.gamma', 'ppo.gae_lambda', *ratios):
+  for key in ('ppo.gamma', 'ppo.gae_lambda', 'ppo.value_gae_lambda', *ratios):
     value = attrgetter(key)(s)
-    if not 0 <= value <= 1:
+    if value is not None and not 0 <= value <= 1:
       raise UserError(f'config.{key}={value} must be from 0 to 1.')
   for key in (f'{key}.{name}' for key in OPTIMIZERS for name in ('beta1', 'beta2')):
     value = attrgetter(key)(s)

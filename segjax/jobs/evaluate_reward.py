@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from segjax import processes
+from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import Settings
-from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.batches import Pairs
 from segjax.data.limits import describe_counts
 from segjax.data.source_list import parse_sources
@@ -282,5 +282,5 @@ JOB = Job(
   batch_keys=('evaluate_reward.batch_size',),
   summary=('pairs_read', 'responses_read'),
   print_table=print_table,
-  num_networks=2,
+  num_networks=lambda s: 2,
 )

@@ -119,23 +119,25 @@ def rollout(size: int, prompt: int, response: int) -> Rollout:
   )
 
 
-def experience(size: int, prompt: int, response: int) -> Experience:
+def experience(size: int, prompt: int, response: int, *, has_critic: bool) -> Experience:
   """Returns the experience of PPO."""
   zeros = rollout(size, prompt, response)
-  mask, tokens = zeros.response_mask, zeros.response_ids
-  names = ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_')
+  mask, tokens, floats = zeros.response_mask, zeros.response_ids, zeros.old_logprob
+  names = ('ref_logprob', 'ref_entropy', 'score', 'reward', 'advantage')
+  learned = {'value': floats, 'return_': floats, 'value_mask': mask} if has_critic else {}
   return Experience(
     rollout=zeros,
-    **dict.fromkeys(names, zeros.old_logprob),
+    **dict.fromkeys(names, floats),
     segments=Segments(mask, mask, tokens, zeros.prompt_length),
-    value_mask=mask,
+    **learned,
   )
 
 
-def model_outputs(size: int, response: int) -> ModelOutputs:
-  """Returns log-probs, entropies, values and scores of responses."""
+def model_outputs(size: int, response: int, *, has_critic: bool) -> ModelOutputs:
+  """Returns log-probs, entropies, scores and, with a critic, values of responses."""
   tokens = jnp.zeros((size, response), jnp.float32)
-  return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0])
+  value = tokens if has_critic else None
+  return ModelOutputs(*[tokens] * 4, value=value, prompt_score=tokens[:, 0])
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:

@@ -137,7 +137,7 @@ SFT = JobPlan(
       'sft.micro_batch_size', 'sft.batch_size', ('policy update',), 'sft.micro_batch_tokens'
     ),
   ),
-  optimizers=('sft.optimizer',),
+  optimizers=lambda s: ('sft.optimizer',),
 )
 REWARD = JobPlan(
   name='reward',
@@ -153,5 +153,5 @@ REWARD = JobPlan(
       'reward.micro_batch_tokens',
     ),
   ),
-  optimizers=('reward.optimizer',),
+  optimizers=lambda s: ('reward.optimizer',),
 )

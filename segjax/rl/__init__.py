@@ -5,11 +5,24 @@ This list is the public interface; other names of the modules may change. vmap w
 Values in `segjax.types`: `Segments`, `Normalizer`.
 """
 
-from segjax.rl.advantages import action_starts, gae, macro_gae
+from segjax.rl.advantages import (
+  action_starts,
+  border_gae,
+  gae,
+  length_adaptive_lambda,
+  macro_gae,
+)
 
 # `segjax.rl.advantages` is the module.
 from segjax.rl.advantages import returns as lambda_returns
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
+from segjax.rl.critic_free import (
+  dr_grpo,
+  group_norm,
+  leave_one_out,
+  reinforce_plus_plus,
+  return_to_go,
+)
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
 from segjax.rl.logprobs import logprob_and_entropy
@@ -64,11 +77,13 @@ __all__ = [
   'bandit',
   'batch_mean',
   'bin_moments',
+  'border_gae',
   'bradley_terry',
   'content_mask',
   'cross_entropy',
   'delimiter_boundary',
   'dense_reward',
+  'dr_grpo',
   'end_only',
   'end_penalty',
   'even_split',
@@ -77,11 +92,14 @@ __all__ = [
   'fit_regression',
   'fixed_length_boundary',
   'gae',
+  'group_norm',
   'huber_fit',
   'k1',
   'k2',
   'k3',
   'lambda_returns',
+  'leave_one_out',
+  'length_adaptive_lambda',
   'length_penalty',
   'logprob_and_entropy',
   'macro_gae',
@@ -94,8 +112,10 @@ __all__ = [
   'preference_metrics',
   'r_squared',
   'red',
+  'reinforce_plus_plus',
   'relative_position',
   'repeat',
+  'return_to_go',
   'segment',
   'segment_at',
   'sequence_score',

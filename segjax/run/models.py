@@ -233,7 +233,6 @@ def load_models(
 def make_recipe(
   settings: Settings,
   configs: dict[str, LlamaConfig],
-  critic: LlamaConfig,
   spec: RewardSpec,
   tokenizer: ChatTokenizer,
   paths: dict[str, Path],
@@ -242,14 +241,13 @@ def make_recipe(
 
   Args:
     settings: of the run.
-    configs: of the networks but the critic.
-    critic: of the critic.
+    configs: of the networks by name, with 'critic' if there is one.
     spec: how responses are segmented and scores are normalised.
     tokenizer: of the policy.
     paths: directories of the networks that are scored.
   """
   others = {name: network for name, network in configs.items() if name != 'policy'}
-  check_sampled_ids(configs['policy'], others | {'critic': critic})
+  check_sampled_ids(configs['policy'], others)
   segmentation = spec.segmentation
   if settings.reward_shaping.redistribute != 'none':
     # The score is read at the response's end, so the stop token has to lie in a segment.
@@ -258,14 +256,15 @@ def make_recipe(
     policy=configs['policy'],
     reference=configs['reference'],
     reward=configs.get('reward'),
-    critic=critic,
+    critic=configs.get('critic'),
     segmenter=make_segmenter(segmentation, tokenizer),
     spread=resolve_spread(settings, segmentation.granularity),
     shaping=settings.reward_shaping,
     ppo=settings.ppo,
     compat=settings.compat,
     recompute_logprob=resolve_recompute_logprob(settings),
-    one_base=names_on_one_base(paths, configs | {'critic': critic}),
+    one_base=names_on_one_base(paths, configs),
+    samples_per_prompt=settings.rollout.samples_per_prompt,
   )
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import Runtime, Segmentation, Settings
-from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation.annotate import Annotator

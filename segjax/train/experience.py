@@ -5,19 +5,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Float, ScalarLike
 
-from segjax.config.settings import PPO
 from segjax.rl import kl
-from segjax.rl.advantages import action_starts, gae, macro_gae, returns
 from segjax.rl.masked import whiten
 from segjax.rl.rewards import shaped_reward
+from segjax.train.estimators import estimate_advantages
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_shaping import dense_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import segment_batch
-from segjax.types import Experience, Normalizer, Rollout, Segments
+from segjax.types import Experience, Normalizer, Rollout
 
 
 @functools.partial(jax.jit, static_argnames='recipe')
@@ -32,8 +31,8 @@ def make_experience(
 ) -> tuple[Experience, dict[str, Array]]:
   """Computes the rewards and advantages of a rollout, and its metrics.
 
-  reward_t = clip(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the rollout. With
-  ppo.kl_placement=loss the reward has no KL term.
+  reward_t = clip(dense_t) - kl_coef · kl_t, advantage by ppo.estimator, whitened over the rollout.
+  With ppo.kl_placement=loss the reward has no KL term.
 
   Args:
     rollout: the responses.
@@ -60,37 +59,21 @@ def make_experience(
   )
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](outputs.old_logprob, outputs.ref_logprob)
   reward = jax.vmap(shape)(dense, token_kl, mask)
-  advantage, value_mask = _advantages(reward, outputs.value, segments, mask, ppo)
+  estimate = estimate_advantages(reward, outputs.value, segments, mask, recipe)
   experience = Experience(
     rollout=rollout,
     ref_logprob=outputs.ref_logprob,
     ref_entropy=outputs.ref_entropy,
     score=outputs.score,
-    value=outputs.value,
     segments=segments,
     reward=reward,
-    advantage=whiten(advantage, mask) if ppo.whiten else advantage,
-    return_=returns(advantage, outputs.value, value_mask),  # of advantages before whitening
-    value_mask=value_mask,
+    advantage=whiten(estimate.advantage, mask) if ppo.whiten else estimate.advantage,
+    value=outputs.value,
+    return_=estimate.return_,
+    value_mask=estimate.value_mask,
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   metrics = rollout_metrics(experience, dense, penalty, recipe)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   return experience, metrics
-
-
-def _advantages(
-  reward: Float[Array, 'B T'],
-  value: Float[Array, 'B T'],
-  segments: Segments,
-  mask: Bool[Array, 'B T'],
-  ppo: PPO,
-) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-  """Returns (advantages, mask of the states whose value the critic learns)."""
-  constants = {'gamma': ppo.gamma, 'gae_lambda': ppo.gae_lambda}
-  if ppo.gae_level == 'token':
-    return jax.vmap(functools.partial(gae, **constants))(reward, value, mask), mask
-  # Segments are actions: nothing is decided inside one, so values there have no target.
-  starts = jax.vmap(action_starts)(segments, mask)
-  return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts

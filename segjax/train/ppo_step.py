@@ -243,34 +243,38 @@ def ppo_step(
   total_steps: int,
   policy_from: int | None = 0,
 ) -> tuple[dict[str, TrainState], Metrics]:
-  """Updates policy and critic on a minibatch; donates both states.
+  """Updates the policy, and the critic if there is one, on a minibatch; donates their states.
 
   Metrics have the prefixes policy/ and critic/; `skipped_updates` counts the updates that were
   skipped because they were not finite or not enabled.
 
   Args:
-    states: of 'policy' and 'critic'.
+    states: of 'policy' and, where there is one, 'critic'.
     bases: frozen parameters of those that are trained by adapters.
     minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: networks, losses and optimizers.
-    total_steps: updates of the critic in the whole run.
+    total_steps: updates in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
-  policy, critic = states['policy'], states['critic']
+  states, metrics, skipped = dict(states), Metrics(), 0
   # Two programs, so that the warm-up of the critic does not compile the policy's.
-  policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
     # The policy's schedule starts with its first update, not in the warm-up of the critic.
-    steps = total_steps - policy_from
-    policy, policy_metrics = policy_step(
-      policy, minibatch, kl_coef, bases.get('policy'), recipe=recipe, total_steps=steps
+    states['policy'], update = policy_step(
+      states['policy'],
+      minibatch,
+      kl_coef,
+      bases.get('policy'),
+      recipe=recipe,
+      total_steps=total_steps - policy_from,
     )
-    skipped += policy_metrics.sum.pop('skipped_updates')  # one count for both networks
-  critic, critic_metrics = critic_step(
-    critic, minibatch, bases.get('critic'), recipe=recipe, total_steps=total_steps
-  )
-  skipped += critic_metrics.sum.pop('skipped_updates')
-  metrics = policy_metrics.prefix('policy').merge(critic_metrics.prefix('critic'))
-  metrics = metrics.merge(Metrics(sum={'skipped_updates': skipped}))
-  return {'policy': policy, 'critic': critic}, metrics
+    skipped += update.sum.pop('skipped_updates')  # one count for both networks
+    metrics = metrics.merge(update.prefix('policy'))
+  if recipe.critic is not None:
+    states['critic'], update = critic_step(
+      states['critic'], minibatch, bases.get('critic'), recipe=recipe, total_steps=total_steps
+    )
+    skipped += update.sum.pop('skipped_updates')
+    metrics = metrics.merge(update.prefix('critic'))
+  return states, metrics.merge(Metrics(sum={'skipped_updates': skipped}))

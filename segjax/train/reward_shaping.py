@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import RewardShaping
-from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.rl.normalizer import normalize
 from segjax.rl.redistribution import by_attention
 from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from segjax.config import parse, presets, settings
+from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import (
   Optimizer,
   RewardShaping,
@@ -15,7 +16,6 @@ from segjax.config.settings import (
   SegmentationOverrides,
   Settings,
 )
-from segjax.config.training_settings import resolve_std_floor_ratio
 
 
 def test_default_config_holds_every_default():

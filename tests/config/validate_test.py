@@ -368,6 +368,14 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'config.rollout.samples_per_prompt=4 with rollout.carry=True',
     ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
+    (
+      {'stages': ('ppo',), 'ppo.estimator': 'group_norm'},
+      r'group_norm compares .* config\.rollout\.samples_per_prompt=1; set it to 2 or more\.',
+    ),
+    (
+      {'stages': ('ppo',), 'ppo.estimator': 'reinforce_plus_plus', 'ppo.whiten': False},
+      'whiten=False has no baseline; set config.ppo.whiten=True',
+    ),
   ],
 )
 def test_contradictions_are_refused_with_the_fix(values, message):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import Network, RewardShaping, Segmentation
-from segjax.config.training_settings import resolve_std_floor_ratio
 from segjax.data import demo_rows
 from segjax.data.batches import eval_batches
 from segjax.data.span_annotations import TokenizedSpans
