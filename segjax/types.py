@@ -126,14 +126,14 @@ class Sequences:
     ids: token ids; the padding may be any valid id.
     response_mask: True on the response tokens, stop token included.
     finished: True where the response's last token is a stop token.
-    ref_entropy: entropy of the reference's distribution that each token was drawn from, in nats,
-      where it was computed beforehand.
+    ref_signal: what boundaries read of the reference at each token, entropy or log-prob, where it
+      was computed beforehand; aligned like a log-prob, in nats.
   """
 
   ids: Int[Array, 'B S']
   response_mask: Bool[Array, 'B S']
   finished: Bool[Array, 'B']
-  ref_entropy: Float[Array, 'B S'] | None = None
+  ref_signal: Float[Array, 'B S'] | None = None
 
 
 @_pytree

@@ -4,7 +4,7 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, kl, losses, normalizer, rewards, segmentation
+from segjax.rl import aggregation, cuts, kl, losses, normalizer, rewards, segmentation
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -21,7 +21,7 @@ OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.
 
 _SEGMENTATION = {
   'granularity': segmentation.GRANULARITIES,
-  'boundary': segmentation.CUTS,
+  'boundary': tuple(cuts.CUTS),
   'aggregation': tuple(aggregation.AGGREGATIONS),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -69,6 +69,8 @@ _AT_LEAST_0 = (
   *_keys('sft', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
   *_keys('reward', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
   *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
+  *_keys('reward.segmentation', 'jump_threshold shuffle_seed'),
+  *_keys('reward_model.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('critic', 'warmup_rollouts'),
   *_keys('lora', 'rank sft.rank reward.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),

@@ -110,11 +110,13 @@ def _check_ranges(s: Settings) -> None:
       'below 1.'
     )
   for section in ('reward', 'reward_model'):
-    temperature = getattr(s, section).segmentation.softmax_temperature
+    segmentation, key = getattr(s, section).segmentation, f'config.{section}.segmentation'
+    temperature = segmentation.softmax_temperature
     if temperature is not None and temperature <= 0:
-      raise UserError(
-        f'config.{section}.segmentation.softmax_temperature={temperature} must be above 0.'
-      )
+      raise UserError(f'{key}.softmax_temperature={temperature} must be above 0.')
+    probability = segmentation.probability_threshold
+    if probability is not None and not 0 < probability <= 1:
+      raise UserError(f'{key}.probability_threshold={probability} must be above 0 and at most 1.')
   if 0 < s.ppo.dual_clip_ratio <= 1:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'

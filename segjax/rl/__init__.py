@@ -10,6 +10,7 @@ from segjax.rl.advantages import action_starts, gae, macro_gae
 # `segjax.rl.advantages` is the module.
 from segjax.rl.advantages import returns as lambda_returns
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
+from segjax.rl.cuts import CUTS
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
 from segjax.rl.logprobs import logprob_and_entropy
@@ -47,8 +48,6 @@ from segjax.rl.rewards import (
 )
 from segjax.rl.segmentation import (
   content_mask,
-  delimiter_boundary,
-  fixed_length_boundary,
   segment,
   segment_at,
 )
@@ -56,6 +55,7 @@ from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold
 
 __all__ = [
   'AGGREGATIONS',
+  'CUTS',
   'ESTIMATORS',
   'PUBLISHED',
   'SPREADS',
@@ -67,7 +67,6 @@ __all__ = [
   'bradley_terry',
   'content_mask',
   'cross_entropy',
-  'delimiter_boundary',
   'dense_reward',
   'end_only',
   'end_penalty',
@@ -75,7 +74,6 @@ __all__ = [
   'fit_constant',
   'fit_quality',
   'fit_regression',
-  'fixed_length_boundary',
   'gae',
   'huber_fit',
   'k1',

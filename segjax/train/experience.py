@@ -16,7 +16,7 @@ from segjax.train.recipe import PPORecipe
 from segjax.train.reward_shaping import dense_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
-from segjax.train.segmenter import segment_batch
+from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Experience, Normalizer, Rollout, Segments
 
 
@@ -47,9 +47,12 @@ def make_experience(
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
   # Under force_eos the last token of every response is a stop token.
   has_eos = rollout.finished | recipe.compat.force_eos
-  # By the frozen reference: the cuts of a text stay the same while the policy changes.
   segments = segment_batch(
-    rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
+    rollout.response_ids,
+    mask,
+    has_eos,
+    boundary_signal(outputs, recipe.segmenter),
+    recipe.segmenter,
   )
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
   dense = dense_rewards(z, segments, rollout, custom_reward, recipe=recipe)
@@ -78,6 +81,13 @@ def make_experience(
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   return experience, metrics
+
+
+def boundary_signal(outputs: ModelOutputs, segmenter: Segmenter) -> Float[Array, 'B T']:
+  """Returns what boundaries read of each token, `Segmenter.signal`."""
+  # Of frozen networks: the cuts of a text stay the same while the policy changes.
+  by_name = {'logprob': outputs.ref_logprob, 'score': outputs.score}
+  return by_name.get(segmenter.signal, outputs.ref_entropy)
 
 
 def _advantages(

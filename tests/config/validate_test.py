@@ -304,6 +304,30 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'min_segment_length=4 has no effect with granularity=bandit',
     ),
     (
+      {'reward.segmentation.boundary': 'score_jump'},
+      'reward.segmentation.boundary=score_jump .* none before training',
+    ),
+    (
+      {
+        'reward_model.segmentation.boundary': 'score_jump',
+        'reward_shaping.reward_model_weight': 0.0,
+        'reward_shaping.reward_fn': 'math:sqrt',
+      },
+      'reward_model.segmentation.boundary=score_jump .* use another boundary',
+    ),
+    (
+      {'reward.segmentation.boundary': 'function'},
+      "reward.segmentation: boundary=function needs .* set boundary_fn='module:function'",
+    ),
+    (
+      {'reward.segmentation.boundary_fn': 'm:f'},
+      "boundary_fn='m:f' has no effect with boundary=entropy",
+    ),
+    (
+      {'reward_model.segmentation.probability_threshold': 1.5},
+      'probability_threshold=1.5 must be above 0 and at most 1',
+    ),
+    (
       {
         'reward_model.segmentation.granularity': 'token',
         'reward_model.segmentation.boundary': 'delimiter',
