@@ -4,7 +4,7 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, cuts, kl, losses, normalizer, rewards, segmentation
+from segjax.rl import aggregation, cuts, kl, losses, normalizer, rewards, segmentation, spreads
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -39,7 +39,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,
-  'reward_shaping.spread': ('auto', *rewards.SPREADS),
+  'reward_shaping.spread': ('auto', *spreads.SPREADS),
+  'reward_shaping.credit': spreads.CREDITS,
   'reward_shaping.redistribute': ('none', 'red'),
   'reward_shaping.red_baseline': rewards.BASELINES,
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,

@@ -42,6 +42,7 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
+  check_credit(s, granularity)
   _check_importance(s)
   _check_carry(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
@@ -163,6 +164,16 @@ def check_normalizer(kind: str, granularity: str, key: str) -> None:
     raise UserError(
       f'{key} {kind} depends on the position of a segment in the response, and '
       'granularity=bandit has one segment; use scalar.'
+    )
+
+
+def check_credit(s: Settings, granularity: str) -> None:
+  """Raises UserError if there is one segment to share the credit, or one reward to come of it."""
+  if s.reward_shaping.credit == 'min' and 'bandit' in (granularity, s.reward_shaping.spread):
+    raise UserError(
+      'config.reward_shaping.credit=min weighs the segments of a response against each other, and '
+      'bandit has one reward; set config.reward_model.segmentation.granularity=token or segment '
+      'and reward_shaping.spread=auto, or credit=sum.'
     )
 
 

@@ -214,6 +214,8 @@ class RewardShaping:
 
   spread: str = 'auto'  # auto: even_split for segment and token, bandit for bandit
   length_norm: bool = False  # divide the dense rewards by the response's length
+  credit: str = 'sum'  # min: the worse a segment of a response, the more of its reward counts
+  credit_temperature: float = 0.1  # of credit=min, in the unit of z; small: the worst alone
   std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
   redistribute: str = 'none'  # red: a segment earns the difference of the score over it
   red_baseline: str = 'prompt'  # the score before the first segment

@@ -39,7 +39,7 @@ def validate(settings: Settings) -> None:
 
 
 def resolve_spread(settings: Settings, granularity: str) -> str:
-  """Returns the name in `rl.rewards.SPREADS` by which z is spread, for a granularity."""
+  """Returns the name in `rl.spreads.SPREADS` by which z is spread, for a granularity."""
   name = settings.reward_shaping.spread
   if name == 'auto':
     return 'bandit' if granularity == 'bandit' else 'even_split'
@@ -117,6 +117,11 @@ def _check_ranges(s: Settings) -> None:
     probability = segmentation.probability_threshold
     if probability is not None and not 0 < probability <= 1:
       raise UserError(f'{key}.probability_threshold={probability} must be above 0 and at most 1.')
+  if s.reward_shaping.credit_temperature <= 0:
+    raise UserError(
+      f'config.reward_shaping.credit_temperature={s.reward_shaping.credit_temperature} must be '
+      'above 0.'
+    )
   if 0 < s.ppo.dual_clip_ratio <= 1:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'

@@ -177,9 +177,10 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
     }
     options = CUTS[segmentation.boundary].options
     boundary = f' by {segmentation.boundary}' + ''.join(detail.get(name, '') for name in options)
+  credit = ', min credit' if recipe.shaping.credit == 'min' else ''
   red = ', redistributed' if recipe.shaping.redistribute == 'red' else ''
   return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{red}, '
+    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{red}{credit}, '
     f'spread {recipe.spread}'
   )
 

@@ -34,22 +34,21 @@ from segjax.rl.normalizer import (
   relative_position,
 )
 from segjax.rl.pair_metrics import preference_metrics
-from segjax.rl.rewards import (
-  SPREADS,
-  bandit,
-  dense_reward,
-  end_only,
-  end_penalty,
-  even_split,
-  length_penalty,
-  red,
-  repeat,
-  shaped_reward,
-)
+from segjax.rl.rewards import end_penalty, length_penalty, red, shaped_reward
 from segjax.rl.segmentation import (
   content_mask,
   segment,
   segment_at,
+)
+from segjax.rl.spreads import (
+  SPREADS,
+  bandit,
+  dense_reward,
+  end_only,
+  entropy_weighted,
+  even_split,
+  min_credit,
+  repeat,
 )
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
@@ -70,6 +69,7 @@ __all__ = [
   'dense_reward',
   'end_only',
   'end_penalty',
+  'entropy_weighted',
   'even_split',
   'fit_constant',
   'fit_quality',
@@ -86,6 +86,7 @@ __all__ = [
   'masked_mean',
   'masked_sum',
   'mean_std',
+  'min_credit',
   'normalize',
   'num_terms',
   'policy_loss',

@@ -55,7 +55,7 @@ def make_experience(
     recipe.segmenter,
   )
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
-  dense = dense_rewards(z, segments, rollout, custom_reward, recipe=recipe)
+  dense = dense_rewards(z, segments, rollout, outputs.ref_entropy, custom_reward, recipe=recipe)
   shape = functools.partial(
     shaped_reward,
     kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
