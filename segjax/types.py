@@ -193,7 +193,8 @@ class Experience:
   """A rollout with scores, rewards and advantages: the input of the PPO update.
 
   `value_mask` marks the states whose value the critic learns: the response, or the first token of
-  each action where actions are segments.
+  each action where actions are segments. `learn_mask` marks the tokens that the policy is trained
+  on; None for the whole response.
   """
 
   rollout: Rollout
@@ -206,3 +207,9 @@ class Experience:
   advantage: Float[Array, 'B T']
   return_: Float[Array, 'B T']
   value_mask: Bool[Array, 'B T']
+  learn_mask: Bool[Array, 'B T'] | None = None
+
+  @property
+  def policy_mask(self) -> Bool[Array, 'B T']:
+    """True on the tokens that the policy is trained on."""
+    return self.rollout.response_mask if self.learn_mask is None else self.learn_mask

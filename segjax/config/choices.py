@@ -4,7 +4,17 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, cuts, kl, losses, normalizer, rewards, segmentation, spreads
+from segjax.rl import (
+  aggregation,
+  cuts,
+  kl,
+  learned_tokens,
+  losses,
+  normalizer,
+  rewards,
+  segmentation,
+  spreads,
+)
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -49,6 +59,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'ppo.kl_placement': ('reward', 'loss'),
   'ppo.gae_level': ('token', 'segment'),
   'ppo.loss_aggregation': losses.MEANS,
+  'ppo.learn_on': learned_tokens.LEARN_ON,
   **{
     f'{section}.segmentation.{name}': names
     for section in ('reward', 'reward_model')

@@ -42,7 +42,7 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
-  check_credit(s, granularity)
+  check_segments(s, granularity)
   _check_importance(s)
   _check_carry(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
@@ -167,8 +167,13 @@ def check_normalizer(kind: str, granularity: str, key: str) -> None:
     )
 
 
-def check_credit(s: Settings, granularity: str) -> None:
-  """Raises UserError if there is one segment to share the credit, or one reward to come of it."""
+def check_segments(s: Settings, granularity: str) -> None:
+  """Raises UserError if a setting of PPO needs several segments or rewards, and there is one."""
+  if s.ppo.learn_on == 'segment_starts' and granularity == 'bandit':
+    raise UserError(
+      'config.ppo.learn_on=segment_starts leaves the first token of each response, since '
+      'granularity=bandit has one segment; set config.ppo.learn_on=all or high_ref_entropy.'
+    )
   if s.reward_shaping.credit == 'min' and 'bandit' in (granularity, s.reward_shaping.spread):
     raise UserError(
       'config.reward_shaping.credit=min weighs the segments of a response against each other, and '

@@ -261,6 +261,8 @@ class PPO:
   importance_clip: float = 0.0  # bound of the weights π_old / π drawn from of tokens; 0: no weights
   value_clip_eps: float = 0.2  # 0: no clipping
   loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
+  learn_on: str = 'all'  # tokens of the policy's loss, see rl/learned_tokens.py
+  learn_share: float = 0.2  # of a rollout's tokens, for learn_on=high_ref_entropy
   entropy_coef: float = 0.0  # nats of entropy bonus in the loss
   data: StageData = StageData()
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)

@@ -151,6 +151,8 @@ def _check_shares(s: Settings) -> None:
     value = attrgetter(key)(s)
     if not 0 <= value <= 1:
       raise UserError(f'config.{key}={value} must be from 0 to 1.')
+  if not 0 < s.ppo.learn_share <= 1:
+    raise UserError(f'config.ppo.learn_share={s.ppo.learn_share} must be above 0 and at most 1.')
   for key in (f'{key}.{name}' for key in OPTIMIZERS for name in ('beta1', 'beta2')):
     value = attrgetter(key)(s)
     if not 0 <= value < 1:

@@ -13,6 +13,7 @@ from segjax.rl.aggregation import AGGREGATIONS, sequence_score
 from segjax.rl.cuts import CUTS
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
+from segjax.rl.learned_tokens import high_entropy_tokens
 from segjax.rl.logprobs import logprob_and_entropy
 from segjax.rl.losses import (
   batch_mean,
@@ -75,6 +76,7 @@ __all__ = [
   'fit_quality',
   'fit_regression',
   'gae',
+  'high_entropy_tokens',
   'huber_fit',
   'k1',
   'k2',

@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float, ScalarLike
 from segjax.config.settings import PPO
 from segjax.rl import kl
 from segjax.rl.advantages import action_starts, gae, macro_gae, returns
-from segjax.rl.masked import whiten
+from segjax.rl.learned_tokens import high_entropy_tokens
+from segjax.rl.masked import masked_mean, whiten
 from segjax.rl.rewards import shaped_reward
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_shaping import dense_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
-from segjax.train.segmenter import Segmenter, segment_batch
+from segjax.train.segmenter import segment_batch
 from segjax.types import Experience, Normalizer, Rollout, Segments
 
 
@@ -45,15 +46,7 @@ def make_experience(
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
-  # Under force_eos the last token of every response is a stop token.
-  has_eos = rollout.finished | recipe.compat.force_eos
-  segments = segment_batch(
-    rollout.response_ids,
-    mask,
-    has_eos,
-    boundary_signal(outputs, recipe.segmenter),
-    recipe.segmenter,
-  )
+  segments = _segments(rollout, outputs, recipe)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
   dense = dense_rewards(z, segments, rollout, outputs.ref_entropy, custom_reward, recipe=recipe)
   shape = functools.partial(
@@ -75,19 +68,41 @@ def make_experience(
     advantage=whiten(advantage, mask) if ppo.whiten else advantage,
     return_=returns(advantage, outputs.value, value_mask),  # of advantages before whitening
     value_mask=value_mask,
+    learn_mask=_learn_mask(outputs.ref_entropy, segments, mask, ppo),
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   metrics = rollout_metrics(experience, dense, penalty, recipe)
+  if experience.learn_mask is not None:
+    metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   return experience, metrics
 
 
-def boundary_signal(outputs: ModelOutputs, segmenter: Segmenter) -> Float[Array, 'B T']:
-  """Returns what boundaries read of each token, `Segmenter.signal`."""
-  # Of frozen networks: the cuts of a text stay the same while the policy changes.
-  by_name = {'logprob': outputs.ref_logprob, 'score': outputs.score}
-  return by_name.get(segmenter.signal, outputs.ref_entropy)
+def _segments(rollout: Rollout, outputs: ModelOutputs, recipe: PPORecipe) -> Segments:
+  """Returns the segments of each response."""
+  # By frozen networks: the cuts of a text stay the same while the policy changes.
+  signals = {'logprob': outputs.ref_logprob, 'score': outputs.score}
+  return segment_batch(
+    rollout.response_ids,
+    rollout.response_mask,
+    # Under force_eos the last token of every response is a stop token.
+    rollout.finished | recipe.compat.force_eos,
+    signals.get(recipe.segmenter.signal, outputs.ref_entropy),
+    recipe.segmenter,
+  )
+
+
+def _learn_mask(
+  ref_entropy: Float[Array, 'B T'], segments: Segments, mask: Bool[Array, 'B T'], ppo: PPO
+) -> Bool[Array, 'B T'] | None:
+  """Returns the tokens of the rollout that the policy is trained on; None for all."""
+  if ppo.learn_on == 'segment_starts':
+    return segments.start
+  if ppo.learn_on == 'high_ref_entropy':
+    # By the reference: the entropies of the sampling policy are not known without another pass.
+    return high_entropy_tokens(ref_entropy, mask, ppo.learn_share)
+  return None
 
 
 def _advantages(

@@ -330,6 +330,11 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       {'reward_shaping.credit': 'min', 'reward_shaping.spread': 'bandit'},
       'reward_shaping.credit=min weighs .* or credit=sum',
     ),
+    ({'ppo.learn_share': 0.0}, 'ppo.learn_share=0.0 must be above 0 and at most 1'),
+    (
+      {'ppo.learn_on': 'segment_starts', 'reward_model.segmentation.granularity': 'bandit'},
+      'learn_on=segment_starts leaves .*; set config.ppo.learn_on=all',
+    ),
     ({'reward_shaping.credit_temperature': 0.0}, 'credit_temperature=0.0 must be above 0'),
     (
       {'reward_model.segmentation.probability_threshold': 1.5},

@@ -114,8 +114,11 @@ def test_cuts_in_every_stage(small, run, paths, tmp_path, boundary):
   assert 1 < step['segments/per_response'] < step['response/length_mean']
   if boundary != 'function':
     return
-  # The second run cuts by the scores of the model of the first.
+  # The second run cuts by the scores of the model of the first, and learns from few tokens.
   jumps = {
+    'reward_shaping.spread': 'entropy_weighted',
+    'reward_shaping.credit': 'min',
+    'ppo.learn_on': 'segment_starts',
     'reward_model.path': str(tmp_path / 'run' / 'reward' / 'model'),
     'reward_model.segmentation.boundary': 'score_jump',
     'reward_model.segmentation.jump_threshold': 0.1,
@@ -123,6 +126,8 @@ def test_cuts_in_every_stage(small, run, paths, tmp_path, boundary):
   run(small('ppo', **paths('pairs'), **jumps), tmp_path / 'jumps')
   (other, *_) = metrics(tmp_path / 'jumps', 'ppo')
   assert 1 < other['segments/per_response'] < other['response/length_mean']
+  share = other['segments/per_response'] / other['response/length_mean']
+  assert other['policy/learned_share'] == pytest.approx(share)
 
 
 def reward_losses(workdir):
