@@ -8,11 +8,14 @@ from segjax.rl import (
   advantages,
   aggregation,
   critic_free,
+  cuts,
   kl,
+  learned_tokens,
   losses,
   normalizer,
   rewards,
   segmentation,
+  spreads,
 )
 
 DTYPES = ('float32', 'bfloat16')
@@ -31,7 +34,7 @@ OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.
 
 _SEGMENTATION = {
   'granularity': segmentation.GRANULARITIES,
-  'boundary': segmentation.CUTS,
+  'boundary': tuple(cuts.CUTS),
   'aggregation': tuple(aggregation.AGGREGATIONS),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -50,7 +53,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,
-  'reward_shaping.spread': ('auto', *rewards.SPREADS),
+  'reward_shaping.spread': ('auto', *spreads.SPREADS),
+  'reward_shaping.credit': spreads.CREDITS,
   'reward_shaping.redistribute': ('none', 'red', 'gradient', 'attention'),
   'reward_shaping.red_baseline': rewards.BASELINES,
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
@@ -60,6 +64,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'ppo.estimator': ('gae', *critic_free.ESTIMATORS),
   'ppo.gae_level': tuple(advantages.GAE_LEVELS),
   'ppo.loss_aggregation': losses.MEANS,
+  'ppo.learn_on': learned_tokens.LEARN_ON,
   **{
     f'{section}.segmentation.{name}': names
     for section in ('reward', 'reward_model')
@@ -81,6 +86,8 @@ _AT_LEAST_0 = (
   *_keys('sft', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
   *_keys('reward', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
   *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
+  *_keys('reward.segmentation', 'jump_threshold shuffle_seed'),
+  *_keys('reward_model.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('critic', 'warmup_rollouts'),
   *_keys('lora', 'rank sft.rank reward.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),

@@ -31,6 +31,8 @@ class RewardShaping:
 
   spread: str = 'auto'  # auto: even_split for segment and token, bandit for bandit
   length_norm: bool = False  # divide the dense rewards by the response's length
+  credit: str = 'sum'  # min: the worse a segment of a response, the more of its reward counts
+  credit_temperature: float = 0.1  # of credit=min, in the unit of z; small: the worst alone
   std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
   redistribute: str = 'none'  # red: a segment earns the difference of the score over it
   attention_share: float = 1.0  # of the score, with redistribute=attention; the rest at the end
@@ -80,6 +82,8 @@ class PPO:
   importance_clip: float = 0.0  # bound of the weights π_old / π drawn from of tokens; 0: no weights
   value_clip_eps: float = 0.2  # 0: no clipping
   loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
+  learn_on: str = 'all'  # tokens of the policy's loss, see rl/learned_tokens.py
+  learn_share: float = 0.2  # of a rollout's tokens, for learn_on=high_ref_entropy
   entropy_coef: float = 0.0  # nats of entropy bonus in the loss
   data: StageData = StageData()
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)

@@ -41,8 +41,8 @@ from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import (
   load_custom_reward,
-  load_function,
   load_number_function,
+  load_token_function,
 )
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
@@ -158,7 +158,7 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
   if settings.gold_reward_fn:
     gold = load_number_function(settings.gold_reward_fn, 'evaluate.gold_reward_fn')
   if settings.boundary_fn:
-    boundary = load_function(settings.boundary_fn, 'evaluate.boundary_fn')
+    boundary = load_token_function(settings.boundary_fn, 'evaluate.boundary_fn')
   return gold, boundary
 
 
@@ -275,6 +275,7 @@ JOB = Job(
   functions=lambda s: (
     'evaluate.gold_reward_fn',
     'evaluate.boundary_fn',
+    'reward_model.segmentation.boundary_fn',
     'reward_shaping.reward_fn',
   ),
   outputs=('results.json',),

@@ -29,6 +29,7 @@ from segjax.jobs.job import (
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
+from segjax.rl.cuts import CUTS
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.run.weights import Trainable, Weights, log_memory, save_network
@@ -162,13 +163,20 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   segmentation = recipe.segmenter.segmentation
   boundary = ''
   if segmentation.granularity == 'segment':
-    detail = {'entropy': f' above {segmentation.entropy_threshold:g} nats', 'delimiter': ''}
-    length = f' {segmentation.segment_length}'
-    boundary = f' by {segmentation.boundary}{detail.get(segmentation.boundary, length)}'
+    detail = {
+      'entropy_threshold': f' above {segmentation.entropy_threshold:g} nats',
+      'segment_length': f' {segmentation.segment_length}',
+      'probability_threshold': f' below {segmentation.probability_threshold:g}',
+      'jump_threshold': f' above {segmentation.jump_threshold:g}',
+    }
+    options = CUTS[segmentation.boundary].options
+    boundary = f' by {segmentation.boundary}' + ''.join(detail.get(name, '') for name in options)
+  credit = ', min credit' if recipe.shaping.credit == 'min' else ''
   how = recipe.shaping.redistribute
   redistributed = '' if how == 'none' else f', redistributed by {how}'
   return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}, '
+    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}'
+    f'{credit}, '
     f'spread {recipe.spread}'
   )
 
@@ -247,7 +255,7 @@ def _headline(stage: Stage, results: dict[str, Any]) -> str:
 
 def _functions(settings: Settings) -> tuple[str, ...]:
   gold = ('evaluate.gold_reward_fn',) if settings.ppo.eval_every else ()  # of eval/gold
-  return ('reward_shaping.reward_fn', *gold)
+  return ('reward_shaping.reward_fn', 'reward_model.segmentation.boundary_fn', *gold)
 
 
 JOB = Job(

@@ -86,9 +86,9 @@ def load(stage: Stage) -> Loaded:
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Responses are segmented by config.reward.segmentation, with the entropy of config.reference.path
-  if it needs one. Writes `model/` with segment_reward.json, which has no normaliser yet, and
-  `held_out.json`.
+  Responses are segmented by config.reward.segmentation, with the entropies or log-probs of
+  config.reference.path if it reads any. Writes `model/` with segment_reward.json, which has no
+  normaliser yet, and `held_out.json`.
 
   Returns:
     steps, loss, held_out_pairs, and held_out_NAME for each of `rl.preference_metrics`.
@@ -102,11 +102,11 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
       'ratings; set it to 0, or provide `chosen_rating` and `rejected_rating`.'
     )
   weights, reference = Weights(s.runtime, stage.mesh), None
-  if scorer.segmenter.needs_entropy:
+  if scorer.segmenter.needs_reference:
     reference = weights.frozen(reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, tokenizer)
     if s.reward.entropy_cache_dir:
-      pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
+      pairs = reward_entropy_cache.with_ref_signals(stage, pairs, reference, reference_path, scorer)
       reference = None
       weights.forget()  # frees its memory for training
   train_set, held_out = split_holdout(pairs, s.reward.holdout_fraction, s.seed)
@@ -143,8 +143,7 @@ class Trainer:
   """The steps of reward training.
 
   Attributes:
-    frozen: parameters of the base, and of the reference if segments need its entropy and no cache
-      has it.
+    frozen: parameters of the base, and of the reference if boundaries read it and no cache does.
     eval_subset: held-out pairs for eval/*.
     num_steps: of the learning rate's schedule.
   """
@@ -256,6 +255,7 @@ JOB = Job(
   run=run,
   sections=(*COMMON, 'policy', 'reference', 'lora', 'reward', 'compat'),
   inputs=(POLICY, REFERENCE, data_input('pairs')),
+  functions=lambda s: ('reward.segmentation.boundary_fn',),
   outputs=('model', HELD_OUT_FILE),
   batch_keys=programs.REWARD.batch_keys,
   summary=('held_out_accuracy',),

@@ -68,7 +68,7 @@ def reward_programs(
   state = abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
   trees = {'reward model state': state}
   weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
-  if scorer.segmenter.needs_entropy and not s.reward.entropy_cache_dir:
+  if scorer.segmenter.needs_reference and not s.reward.entropy_cache_dir:
     trees['reference'] = weights
   elif trained.lora:
     trees['base'] = {'backbone': weights['backbone']}

@@ -23,8 +23,10 @@ from segjax.rl.critic_free import (
   reinforce_plus_plus,
   return_to_go,
 )
+from segjax.rl.cuts import CUTS
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
+from segjax.rl.learned_tokens import high_entropy_tokens
 from segjax.rl.logprobs import logprob_and_entropy
 from segjax.rl.losses import (
   batch_mean,
@@ -46,29 +48,27 @@ from segjax.rl.normalizer import (
   relative_position,
 )
 from segjax.rl.pair_metrics import preference_metrics
-from segjax.rl.rewards import (
+from segjax.rl.rewards import end_penalty, length_penalty, red, shaped_reward
+from segjax.rl.segmentation import (
+  content_mask,
+  segment,
+  segment_at,
+)
+from segjax.rl.spreads import (
   SPREADS,
   bandit,
   dense_reward,
   end_only,
-  end_penalty,
+  entropy_weighted,
   even_split,
-  length_penalty,
-  red,
+  min_credit,
   repeat,
-  shaped_reward,
-)
-from segjax.rl.segmentation import (
-  content_mask,
-  delimiter_boundary,
-  fixed_length_boundary,
-  segment,
-  segment_at,
 )
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
 __all__ = [
   'AGGREGATIONS',
+  'CUTS',
   'ESTIMATORS',
   'PUBLISHED',
   'SPREADS',
@@ -81,18 +81,18 @@ __all__ = [
   'bradley_terry',
   'content_mask',
   'cross_entropy',
-  'delimiter_boundary',
   'dense_reward',
   'dr_grpo',
   'end_only',
   'end_penalty',
+  'entropy_weighted',
   'even_split',
   'fit_constant',
   'fit_quality',
   'fit_regression',
-  'fixed_length_boundary',
   'gae',
   'group_norm',
+  'high_entropy_tokens',
   'huber_fit',
   'k1',
   'k2',
@@ -106,6 +106,7 @@ __all__ = [
   'masked_mean',
   'masked_sum',
   'mean_std',
+  'min_credit',
   'normalize',
   'num_terms',
   'policy_loss',

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from segjax.config.conflicts import check_redistribution
+from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
 from segjax.config.settings import Report, Runtime, Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
@@ -165,6 +165,7 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
   # Before the weights are loaded, which takes minutes for a large model.
+  check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])

@@ -5,10 +5,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, ScalarLike
+from jaxtyping import Array, Bool, Float, ScalarLike
 
+from segjax.config.settings import PPO
 from segjax.rl import kl
-from segjax.rl.masked import whiten
+from segjax.rl.learned_tokens import high_entropy_tokens
+from segjax.rl.masked import masked_mean, whiten
 from segjax.rl.rewards import shaped_reward
 from segjax.train.estimators import estimate_advantages
 from segjax.train.recipe import PPORecipe
@@ -16,7 +18,7 @@ from segjax.train.reward_shaping import dense_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import segment_batch
-from segjax.types import Experience, Normalizer, Rollout
+from segjax.types import Experience, Normalizer, Rollout, Segments
 
 
 @functools.partial(jax.jit, static_argnames='recipe')
@@ -44,14 +46,9 @@ def make_experience(
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
-  # Under force_eos the last token of every response is a stop token.
-  has_eos = rollout.finished | recipe.compat.force_eos
-  # By the frozen reference: the cuts of a text stay the same while the policy changes.
-  segments = segment_batch(
-    rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
-  )
+  segments = _segments(rollout, outputs, recipe)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
-  dense = dense_rewards(z, segments, rollout, custom_reward, recipe=recipe)
+  dense = dense_rewards(z, segments, rollout, outputs.ref_entropy, custom_reward, recipe=recipe)
   shape = functools.partial(
     shaped_reward,
     kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
@@ -71,9 +68,38 @@ def make_experience(
     value=outputs.value,
     return_=estimate.return_,
     value_mask=estimate.value_mask,
+    learn_mask=_learn_mask(outputs.ref_entropy, segments, mask, ppo),
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   metrics = rollout_metrics(experience, dense, penalty, recipe)
+  if experience.learn_mask is not None:
+    metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   return experience, metrics
+
+
+def _segments(rollout: Rollout, outputs: ModelOutputs, recipe: PPORecipe) -> Segments:
+  """Returns the segments of each response."""
+  # By frozen networks: the cuts of a text stay the same while the policy changes.
+  signals = {'logprob': outputs.ref_logprob, 'score': outputs.score}
+  return segment_batch(
+    rollout.response_ids,
+    rollout.response_mask,
+    # Under force_eos the last token of every response is a stop token.
+    rollout.finished | recipe.compat.force_eos,
+    signals.get(recipe.segmenter.signal, outputs.ref_entropy),
+    recipe.segmenter,
+  )
+
+
+def _learn_mask(
+  ref_entropy: Float[Array, 'B T'], segments: Segments, mask: Bool[Array, 'B T'], ppo: PPO
+) -> Bool[Array, 'B T'] | None:
+  """Returns the tokens of the rollout that the policy is trained on; None for all."""
+  if ppo.learn_on == 'segment_starts':
+    return segments.start
+  if ppo.learn_on == 'high_ref_entropy':
+    # By the reference: the entropies of the sampling policy are not known without another pass.
+    return high_entropy_tokens(ref_entropy, mask, ppo.learn_share)
+  return None

@@ -62,6 +62,8 @@ def policy_objective(
 ) -> LossAndMetrics:
   """Computes the clipped surrogate, less the entropy bonus, plus the KL penalty if in the loss.
 
+  Each is a mean over the tokens of `Experience.policy_mask`.
+
   Args:
     params: parameters of the policy.
     batch: rows of the minibatch.
@@ -71,7 +73,7 @@ def policy_objective(
     slots: slots of the sequences in packed rows; None for one row per sequence.
   """
   ppo, rollout = recipe.ppo, batch.rollout
-  mask = _without_empty_slots(rollout.response_mask, slots)
+  mask = _without_empty_slots(batch.policy_mask, slots)
   logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, slots)
   averaged = {'mean': ppo.loss_aggregation, 'count': count}
   mean = functools.partial(batch_mean, mask=mask, **averaged)
@@ -185,7 +187,7 @@ def policy_step(
   # The rows are an argument, so that all minibatches of a run share one program.
   batch = take_rows(minibatch.experience, minibatch.rows)
   # Of the minibatch: a mean per piece would weigh a sequence by how full its piece is.
-  count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_aggregation)
+  count = num_terms(batch.policy_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(policy_objective, recipe=recipe),
     state.params,

@@ -17,7 +17,7 @@ class PPORecipe:
   Attributes:
     reward: the reward model; None where rewards come from a custom reward alone.
     critic: the critic; None if `ppo.has_critic` is False.
-    spread: a name in `rl.rewards.SPREADS`.
+    spread: a name in `rl.spreads.SPREADS`.
     recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
     one_base: networks that add adapters to the reference's weights, and itself; they are scored in
       one pass over these weights. () where none does.

@@ -1,7 +1,7 @@
 """Computes one reward per token from the scores of a rollout, before the clip and the KL penalty.
 
-Applies functions of `rl` in this order: normalise or redistribute, spread, mix with a custom
-reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
+Applies functions of `rl` in this order: normalise or redistribute, credit, spread, mix with a
+custom reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools
@@ -14,7 +14,8 @@ from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import RewardShaping
 from segjax.rl.normalizer import normalize
 from segjax.rl.redistribution import by_attention
-from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
+from segjax.rl.rewards import end_penalty, length_penalty, red
+from segjax.rl.spreads import dense_reward, min_credit
 from segjax.train.compat import padded_length_threshold
 from segjax.train.recipe import PPORecipe
 from segjax.train.scoring import ModelOutputs
@@ -57,31 +58,42 @@ def dense_rewards(
   z: Float[Array, 'B T'],
   segments: Segments,
   rollout: Rollout,
+  ref_entropy: Float[Array, 'B T'],
   custom_reward: Float[Array, 'B T'] | None,
   *,
   recipe: PPORecipe,
 ) -> Float[Array, 'B T']:
   """Returns the reward of each token, before the clip and the KL penalty.
 
-  dense = reward_model_weight · spread(z) + reward_fn_weight · custom_reward, then the penalties
-  for missing EOS and for length.
+  dense = reward_model_weight · spread(credit(z)) + reward_fn_weight · custom_reward, then the
+  penalties for missing EOS and for length.
 
   Args:
     z: `segment_z`.
     segments: the segments.
     rollout: the responses.
+    ref_entropy: entropy of the reference, nats.
     custom_reward: the user's reward of each token, if there is one.
-    recipe: weights, spread and penalties.
+    recipe: weights, credit, spread and penalties.
   """
   shaping, segmentation = recipe.shaping, recipe.segmenter.segmentation
-  spread_out = functools.partial(
-    dense_reward,
-    spread=recipe.spread,
-    length_norm=shaping.length_norm,
-    aggregation=segmentation.aggregation,
-    temperature=segmentation.softmax_temperature,
-  )
-  dense = shaping.reward_model_weight * jax.vmap(spread_out)(z, segments, rollout.response_mask)
+
+  def spread_out(z, segments, mask, entropy):
+    if shaping.credit == 'min':
+      z = min_credit(z, segments, shaping.credit_temperature)
+    return dense_reward(
+      z,
+      segments,
+      mask,
+      spread=recipe.spread,
+      length_norm=shaping.length_norm,
+      aggregation=segmentation.aggregation,
+      temperature=segmentation.softmax_temperature,
+      entropy=entropy,
+    )
+
+  dense = jax.vmap(spread_out)(z, segments, rollout.response_mask, ref_entropy)
+  dense = shaping.reward_model_weight * dense
   if custom_reward is not None:
     dense = dense + shaping.reward_fn_weight * custom_reward
   if recipe.compat.bandit_skips_penalties and recipe.spread == 'bandit':
