@@ -126,14 +126,14 @@ class Sequences:
     ids: token ids; the padding may be any valid id.
     response_mask: True on the response tokens, stop token included.
     finished: True where the response's last token is a stop token.
-    ref_entropy: entropy of the reference's distribution that each token was drawn from, in nats,
-      where it was computed beforehand.
+    ref_signal: what boundaries read of the reference at each token, entropy or log-prob, where it
+      was computed beforehand; aligned like a log-prob, in nats.
   """
 
   ids: Int[Array, 'B S']
   response_mask: Bool[Array, 'B S']
   finished: Bool[Array, 'B']
-  ref_entropy: Float[Array, 'B S'] | None = None
+  ref_signal: Float[Array, 'B S'] | None = None
 
 
 @_pytree
@@ -193,16 +193,23 @@ class Experience:
   """A rollout with scores, rewards and advantages: the input of the PPO update.
 
   `value_mask` marks the states whose value the critic learns: the response, or the first token of
-  each action where actions are segments.
+  each action where actions are segments. It, `value` and `return_` are None without a critic.
+  `learn_mask` marks the tokens that the policy is trained on; None for the whole response.
   """
 
   rollout: Rollout
   ref_logprob: Float[Array, 'B T']
   ref_entropy: Float[Array, 'B T']
   score: Float[Array, 'B T']
-  value: Float[Array, 'B T']
   segments: Segments
   reward: Float[Array, 'B T']
   advantage: Float[Array, 'B T']
-  return_: Float[Array, 'B T']
-  value_mask: Bool[Array, 'B T']
+  value: Float[Array, 'B T'] | None = None
+  return_: Float[Array, 'B T'] | None = None
+  value_mask: Bool[Array, 'B T'] | None = None
+  learn_mask: Bool[Array, 'B T'] | None = None
+
+  @property
+  def policy_mask(self) -> Bool[Array, 'B T']:
+    """True on the tokens that the policy is trained on."""
+    return self.rollout.response_mask if self.learn_mask is None else self.learn_mask

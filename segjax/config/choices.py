@@ -4,7 +4,20 @@ Choices come from the table of the code that implements them; those of the netwo
 which import this module, are defined here.
 """
 
-from segjax.rl import aggregation, kl, lm_rewards, losses, normalizer, rewards, segmentation
+from segjax.rl import (
+  advantages,
+  aggregation,
+  critic_free,
+  cuts,
+  kl,
+  learned_tokens,
+  lm_rewards,
+  losses,
+  normalizer,
+  rewards,
+  segmentation,
+  spreads,
+)
 
 DTYPES = ('float32', 'bfloat16')
 ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
@@ -28,7 +41,7 @@ OPTIMIZERS = (
 
 _SEGMENTATION = {
   'granularity': segmentation.GRANULARITIES,
-  'boundary': segmentation.CUTS,
+  'boundary': tuple(cuts.CUTS),
   'aggregation': tuple(aggregation.AGGREGATIONS),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -47,7 +60,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,
-  'reward_shaping.spread': ('auto', *rewards.SPREADS),
+  'reward_shaping.spread': ('auto', *spreads.SPREADS),
+  'reward_shaping.credit': spreads.CREDITS,
   'reward_shaping.redistribute': ('none', 'red', 'gradient', 'attention'),
   'reward_shaping.red_baseline': rewards.BASELINES,
   'reward_shaping.lm_reward.kind': ('off', *lm_rewards.KINDS),
@@ -56,8 +70,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
   'ppo.kl_estimator': tuple(kl.ESTIMATORS),
   'ppo.kl_placement': ('reward', 'loss'),
-  'ppo.gae_level': ('token', 'segment'),
+  'ppo.estimator': ('gae', *critic_free.ESTIMATORS),
+  'ppo.gae_level': tuple(advantages.GAE_LEVELS),
   'ppo.loss_aggregation': losses.MEANS,
+  'ppo.learn_on': learned_tokens.LEARN_ON,
   **{
     f'{section}.segmentation.{name}': names
     for section in ('reward', 'reward_model')
@@ -87,13 +103,15 @@ _AT_LEAST_0 = (
     )
   ),
   *_keys('reward', 'threshold_search.target_segment_length'),
+  *_keys('reward.segmentation', 'jump_threshold shuffle_seed'),
+  *_keys('reward_model.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('critic', 'warmup_rollouts'),
   *_keys('lora', 'rank sft.rank reward.rank dpo.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),
   *_keys('reward_shaping', 'reward_clip std_floor_ratio lm_reward.coef lm_reward.clip'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
-  *_keys('ppo', 'importance_clip'),
+  *_keys('ppo', 'importance_clip lambda_length_factor value_gae_lambda'),
   *_keys('ppo', 'value_clip_eps entropy_coef skip_if_kl_above skip_if_reward_above'),
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),

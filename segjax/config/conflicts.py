@@ -6,6 +6,10 @@ Single values are checked by `validate`. Jobs check again once a stored reward m
 from segjax.config.settings import LMReward, Segmentation, SegmentationOverrides, Settings
 from segjax.errors import UserError
 from segjax.rl import normalizer
+from segjax.rl.cuts import CUTS
+
+# Boundaries that the threshold of the entropy decides.
+_BY_ENTROPY = tuple(name for name, cut in CUTS.items() if cut.signal == 'entropy')
 
 
 def check_conflicts(s: Settings) -> None:
@@ -18,17 +22,18 @@ def check_conflicts(s: Settings) -> None:
     )
   if search.target_segment_length or search.entropy_quantile:
     for key, value, needed in (
-      ('granularity', segmentation.granularity, 'segment'),
-      ('boundary', segmentation.boundary, 'entropy'),
+      ('granularity', segmentation.granularity, ('segment',)),
+      ('boundary', segmentation.boundary, _BY_ENTROPY),
     ):
-      if value != needed:
+      if value not in needed:
         raise UserError(
           'config.reward.threshold_search looks for an entropy threshold, which '
           f'{key}={value} does not use; '
-          f'set config.reward.segmentation.{key}={needed}, or both targets to 0.'
+          f'set config.reward.segmentation.{key}={needed[0]}, or both targets to 0.'
         )
   for section in ('reward', 'reward_model'):
     check_segmentation(getattr(s, section).segmentation, f'config.{section}.segmentation')
+  _check_score_jump(s)
   granularity = segmentation.granularity if 'reward' in s.stages else ''
   granularity = s.reward_model.segmentation.granularity or granularity
   if 'normalizer' in s.stages:
@@ -37,8 +42,10 @@ def check_conflicts(s: Settings) -> None:
   if name.startswith('published:') and normalizer.PUBLISHED[name.partition(':')[2]].w_mean:
     check_normalizer('regression', granularity, f'config.reward_model.normalizer={name}:')
   check_redistribution(s, granularity)
+  check_segments(s, granularity)
   _check_importance(s)
   _check_carry(s)
+  _check_estimator(s)
   if s.ppo.kl_placement == 'loss' and s.ppo.kl_estimator == 'k1':
     raise UserError(
       'config.ppo.kl_placement=loss with kl_estimator=k1: its gradient is 0 on average; set '
@@ -133,8 +140,54 @@ def _check_carry(s: Settings) -> None:
     )
 
 
+def _check_estimator(s: Settings) -> None:
+  """Checks that an estimator without a critic has something to compare a response with."""
+  estimator = s.ppo.estimator
+  if s.ppo.has_critic or 'ppo' not in s.stages:
+    return
+  if estimator == 'reinforce_plus_plus':
+    if not s.ppo.whiten:
+      raise UserError(
+        'config.ppo.estimator=reinforce_plus_plus with whiten=False has no baseline; set '
+        'config.ppo.whiten=True, or another estimator.'
+      )
+  elif s.rollout.samples_per_prompt < 2:
+    raise UserError(
+      f'config.ppo.estimator={estimator} compares the responses to a prompt, and '
+      f'config.rollout.samples_per_prompt={s.rollout.samples_per_prompt}; set it to 2 or more.'
+    )
+
+
+def _check_score_jump(s: Settings) -> None:
+  """Checks that boundaries that read a reward model's scores have one that is trained."""
+  if s.reward.segmentation.boundary == 'score_jump':
+    raise UserError(
+      'config.reward.segmentation.boundary=score_jump cuts where the score of a trained reward '
+      'model jumps, and there is none before training; use another boundary here, and score_jump '
+      'as config.reward_model.segmentation.boundary.'
+    )
+  if s.reward_model.segmentation.boundary == 'score_jump' and (
+    not s.reward_shaping.reward_model_weight
+  ):
+    raise UserError(
+      'config.reward_model.segmentation.boundary=score_jump cuts by the score of a reward model, '
+      'which config.reward_shaping.reward_model_weight=0 leaves out; use another boundary.'
+    )
+
+
 def check_segmentation(segmentation: Segmentation | SegmentationOverrides, key: str) -> None:
-  """Raises UserError if a setting of boundaries is changed that the granularity does not use."""
+  """Raises UserError if a setting of boundaries is missing, or changed where it is not used."""
+  boundary, path = segmentation.boundary, segmentation.boundary_fn
+  if boundary == 'function' and path == '':
+    raise UserError(
+      f"{key}: boundary=function needs a function of a token's text; set "
+      "boundary_fn='module:function'."
+    )
+  if path and boundary not in (None, 'function'):
+    raise UserError(
+      f'{key}: boundary_fn={path!r} has no effect with boundary={boundary}; set '
+      'boundary=function, or empty it.'
+    )
   if segmentation.granularity not in ('token', 'bandit'):
     return
   for name, default in (('boundary', 'entropy'), ('min_segment_length', 1)):
@@ -152,6 +205,21 @@ def check_normalizer(kind: str, granularity: str, key: str) -> None:
     raise UserError(
       f'{key} {kind} depends on the position of a segment in the response, and '
       'granularity=bandit has one segment; use scalar.'
+    )
+
+
+def check_segments(s: Settings, granularity: str) -> None:
+  """Raises UserError if a setting of PPO needs several segments or rewards, and there is one."""
+  if s.ppo.learn_on == 'segment_starts' and granularity == 'bandit':
+    raise UserError(
+      'config.ppo.learn_on=segment_starts leaves the first token of each response, since '
+      'granularity=bandit has one segment; set config.ppo.learn_on=all or high_ref_entropy.'
+    )
+  if s.reward_shaping.credit == 'min' and 'bandit' in (granularity, s.reward_shaping.spread):
+    raise UserError(
+      'config.reward_shaping.credit=min weighs the segments of a response against each other, and '
+      'bandit has one reward; set config.reward_model.segmentation.granularity=token or segment '
+      'and reward_shaping.spread=auto, or credit=sum.'
     )
 
 

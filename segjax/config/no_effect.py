@@ -1,5 +1,7 @@
 """Checks for settings under which a stage trains for nothing; each message gives the fix."""
 
+from operator import attrgetter
+
 from segjax.config.settings import Optimizer, Settings
 from segjax.errors import UserError
 
@@ -42,12 +44,16 @@ def check_learning_rate(optimizer: Optimizer, num_updates: int, key: str) -> Non
 
 
 def frozen_networks(s: Settings) -> list[str]:
-  """Returns the networks of PPO whose learning rate is 0."""
-  optimizers = {'policy': s.ppo.policy_optimizer, 'critic': s.ppo.critic_optimizer}
+  """Returns the networks that PPO would train, but for a learning rate of 0."""
+  optimizers = {'policy': s.ppo.policy_optimizer}
+  if s.ppo.has_critic:
+    optimizers['critic'] = s.ppo.critic_optimizer
   return [name for name, value in optimizers.items() if value.learning_rate < _SMALLEST]
 
 
 def _check_ppo(s: Settings) -> None:
+  if not s.ppo.has_critic:
+    _check_no_critic(s)
   steps = s.ppo.max_steps - s.critic.warmup_rollouts
   if steps <= 0:
     raise UserError(
@@ -55,7 +61,7 @@ def _check_ppo(s: Settings) -> None:
       f'config.ppo.max_steps={s.ppo.max_steps} for the policy; make it smaller.'
     )
   frozen = frozen_networks(s)
-  if frozen != ['policy']:  # it alone may be frozen, to train a critic
+  if frozen != ['policy'] or not s.ppo.has_critic:  # it alone may be frozen, to train a critic
     per_step = s.ppo.num_ppo_epochs * (s.ppo.rollout_batch_size // s.ppo.minibatch_size)
     check_learning_rate(s.ppo.policy_optimizer, steps * per_step, 'ppo.policy_optimizer')
   weights = s.reward_shaping.reward_model_weight, s.reward_shaping.reward_fn_weight
@@ -64,3 +70,21 @@ def _check_ppo(s: Settings) -> None:
       'config.reward_shaping.reward_model_weight and reward_shaping.reward_fn_weight are both 0, '
       'which leaves no reward; set one of them.'
     )
+
+
+def _check_no_critic(s: Settings) -> None:
+  """Raises UserError if what only a critic reads is set.
+
+  Presets set learning rates, gae_lambda and value_clip_eps, which may therefore stay.
+  """
+  defaults = Settings()
+  keys = ['ppo.gae_level', 'ppo.lambda_length_factor', 'ppo.value_gae_lambda']
+  keys += [f'critic.{name}' for name in vars(defaults.critic)]
+  keys += [f'lora.critic.{name}' for name in vars(defaults.lora.critic)]
+  for key in keys:
+    value, default = attrgetter(key)(s), attrgetter(key)(defaults)
+    if value != default:
+      raise UserError(
+        f'config.{key}={value} has no effect with ppo.estimator={s.ppo.estimator}, which has no '
+        f'critic; set it to {default!r}, or config.ppo.estimator=gae.'
+      )

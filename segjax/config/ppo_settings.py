@@ -42,6 +42,8 @@ class RewardShaping:
 
   spread: str = 'auto'  # auto: even_split for segment and token, bandit for bandit
   length_norm: bool = False  # divide the dense rewards by the response's length
+  credit: str = 'sum'  # min: the worse a segment of a response, the more of its reward counts
+  credit_temperature: float = 0.1  # of credit=min, in the unit of z; small: the worst alone
   std_floor_ratio: float = 0.01  # Std(p) is at least this times b_std; 0: no floor
   redistribute: str = 'none'  # red: a segment earns the difference of the score over it
   attention_share: float = 1.0  # of the score, with redistribute=attention; the rest at the end
@@ -79,9 +81,12 @@ class PPO:
   kl_horizon: int = 10_000  # sequences over which kl_coef is adapted
   skip_if_kl_above: float = 0.0  # nats per response; no update on such a rollout; 0: off
   skip_if_reward_above: float = 0.0  # the same for a token's largest reward before clipping
-  gae_level: str = 'token'  # segment: one action is a segment
+  estimator: str = 'gae'  # of advantages; the others have no critic, see rl/critic_free.py
+  gae_level: str = 'token'  # segment: one action is a segment; border: λ decays between segments
   gamma: float = 1.0  # discount of advantages per action
   gae_lambda: float = 0.95  # weight of longer returns in GAE
+  lambda_length_factor: float = 0.0  # α: the policy's λ is 1 - 1 / (α actions); 0: gae_lambda
+  value_gae_lambda: float | None = None  # λ of what the critic learns; None: gae_lambda
   whiten: bool = True  # advantages to mean 0, variance 1 over the rollout
   clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps and 1 + clip_eps; 0: none
   clip_eps_high: float = 0.0  # upper side of the clip; 0: clip_eps
@@ -89,10 +94,17 @@ class PPO:
   importance_clip: float = 0.0  # bound of the weights π_old / π drawn from of tokens; 0: no weights
   value_clip_eps: float = 0.2  # 0: no clipping
   loss_aggregation: str = 'sequence'  # mean over each sequence, then over sequences; or token
+  learn_on: str = 'all'  # tokens of the policy's loss, see rl/learned_tokens.py
+  learn_share: float = 0.2  # of a rollout's tokens, for learn_on=high_ref_entropy
   entropy_coef: float = 0.0  # nats of entropy bonus in the loss
   data: StageData = StageData()
   policy_optimizer: Optimizer = Optimizer(learning_rate=5e-7)
   critic_optimizer: Optimizer = Optimizer(learning_rate=9e-6)
+
+  @property
+  def has_critic(self) -> bool:
+    """Whether advantages come from the values of a critic."""
+    return self.estimator == 'gae'
 
 
 @dataclasses.dataclass(frozen=True)

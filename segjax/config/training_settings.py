@@ -17,7 +17,7 @@ class Segmentation:
   """Boundaries of segments in a response, and the aggregation of their scores."""
 
   granularity: str = 'segment'  # token: each token is a segment; bandit: the response is one
-  boundary: str = 'entropy'  # where segments begin, with granularity=segment
+  boundary: str = 'entropy'  # where segments begin, with granularity=segment; see rl/cuts.py
   entropy_threshold: float = 2.0  # nats, of the reference's next-token distribution
   segment_length: int = 16  # tokens, for boundary=fixed_length
   delimiters: str = '.!?\n'  # characters that end a segment, for boundary=delimiter
@@ -25,6 +25,10 @@ class Segmentation:
   include_eos: bool = False  # whether the stop token belongs to the last segment, or to none
   aggregation: str = 'mean'  # of segment scores to the response's score
   softmax_temperature: float = 1.0  # of aggregation=softmax
+  boundary_fn: str = ''  # 'module:function' of a token's text, for boundary=function
+  probability_threshold: float = 0.9  # of a token under the reference, for boundary=low_probability
+  jump_threshold: float = 1.0  # of the raw score, token to token, for boundary=score_jump
+  shuffle_seed: int = 0  # other cuts for every text, for boundary=shuffled_entropy and random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,10 @@ class SegmentationOverrides:
   include_eos: bool | None = None
   aggregation: str | None = None
   softmax_temperature: float | None = None
+  boundary_fn: str | None = None
+  probability_threshold: float | None = None
+  jump_threshold: float | None = None
+  shuffle_seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

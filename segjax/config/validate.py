@@ -40,7 +40,7 @@ def validate(settings: Settings) -> None:
 
 
 def resolve_spread(settings: Settings, granularity: str) -> str:
-  """Returns the name in `rl.rewards.SPREADS` by which z is spread, for a granularity."""
+  """Returns the name in `rl.spreads.SPREADS` by which z is spread, for a granularity."""
   name = settings.reward_shaping.spread
   if name == 'auto':
     return 'bandit' if granularity == 'bandit' else 'even_split'
@@ -111,11 +111,18 @@ def _check_ranges(s: Settings) -> None:
       'below 1.'
     )
   for section in ('reward', 'reward_model'):
-    temperature = getattr(s, section).segmentation.softmax_temperature
+    segmentation, key = getattr(s, section).segmentation, f'config.{section}.segmentation'
+    temperature = segmentation.softmax_temperature
     if temperature is not None and temperature <= 0:
-      raise UserError(
-        f'config.{section}.segmentation.softmax_temperature={temperature} must be above 0.'
-      )
+      raise UserError(f'{key}.softmax_temperature={temperature} must be above 0.')
+    probability = segmentation.probability_threshold
+    if probability is not None and not 0 < probability <= 1:
+      raise UserError(f'{key}.probability_threshold={probability} must be above 0 and at most 1.')
+  if s.reward_shaping.credit_temperature <= 0:
+    raise UserError(
+      f'config.reward_shaping.credit_temperature={s.reward_shaping.credit_temperature} must be '
+      'above 0.'
+    )
   if 0 < s.ppo.dual_clip_ratio <= 1:
     raise UserError(
       f'config.ppo.dual_clip_ratio={s.ppo.dual_clip_ratio} must be above 1, or 0 for none.'
@@ -152,10 +159,12 @@ def _check_ranges(s: Settings) -> None:
 
 def _check_shares(s: Settings) -> None:
   ratios = [f'{key}.{name}' for key in OPTIMIZERS for name in ('warmup_ratio', 'min_lr_ratio')]
-  for key in ('ppo.gamma', 'ppo.gae_lambda', *ratios):
+  for key in ('ppo.gamma', 'ppo.gae_lambda', 'ppo.value_gae_lambda', *ratios):
     value = attrgetter(key)(s)
-    if not 0 <= value <= 1:
+    if value is not None and not 0 <= value <= 1:
       raise UserError(f'config.{key}={value} must be from 0 to 1.')
+  if not 0 < s.ppo.learn_share <= 1:
+    raise UserError(f'config.ppo.learn_share={s.ppo.learn_share} must be above 0 and at most 1.')
   for key in (f'{key}.{name}' for key in OPTIMIZERS for name in ('beta1', 'beta2')):
     value = attrgetter(key)(s)
     if not 0 <= value < 1:

@@ -63,8 +63,8 @@ class Pairs:
     rating_gap: rating of the chosen response minus that of the rejected one, float32 [N], NaN
       for rows without ratings.
     truncated: which pairs were truncated, bool [N].
-    chosen_ref_entropy: entropies of the tokens under the reference, in nats, if they are cached.
-    rejected_ref_entropy: the same for the rejected side.
+    chosen_ref_signal: `Sequences.ref_signal` of the tokens, if it is cached.
+    rejected_ref_signal: the same for the rejected side.
   """
 
   chosen: Ragged
@@ -79,8 +79,8 @@ class Pairs:
   pad_id: int
   counts: dict[str, int]
   truncated: np.ndarray | None = None
-  chosen_ref_entropy: Ragged | None = None
-  rejected_ref_entropy: Ragged | None = None
+  chosen_ref_signal: Ragged | None = None
+  rejected_ref_signal: Ragged | None = None
 
   def __len__(self) -> int:
     return len(self.group)
@@ -91,15 +91,15 @@ class Pairs:
     `rating_gap` is None if no row of the dataset has ratings.
     """
 
-    def side(tokens: Ragged, finished: np.ndarray, entropy: Ragged | None) -> types.Sequences:
+    def side(tokens: Ragged, finished: np.ndarray, signal: Ragged | None) -> types.Sequences:
       ids, is_real = tokens.pad(indices, self.length, self.pad_id)
       is_response = np.arange(self.length) >= self.prompt_length[indices][:, None]
-      cached = None if entropy is None else to_device(entropy.pad(indices, self.length, 0)[0])
+      cached = None if signal is None else to_device(signal.pad(indices, self.length, 0)[0])
       mask = is_real & is_response
       return types.Sequences(to_device(ids), to_device(mask), to_device(finished[indices]), cached)
 
-    chosen = side(self.chosen, self.chosen_finished, self.chosen_ref_entropy)
-    rejected = side(self.rejected, self.rejected_finished, self.rejected_ref_entropy)
+    chosen = side(self.chosen, self.chosen_finished, self.chosen_ref_signal)
+    rejected = side(self.rejected, self.rejected_finished, self.rejected_ref_signal)
     has_ratings = not np.isnan(self.rating_gap).all()  # of all rows: None is another program
     return types.PreferenceBatch(
       chosen, rejected, to_device(self.rating_gap[indices]) if has_ratings else None

@@ -9,7 +9,7 @@ the model's input and its output; where none does, the ids are those of the whol
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -225,6 +225,12 @@ class ChatTokenizer:
     added = self.tokenizer.added_tokens_decoder
     return {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
+  def ids_where(self, is_chosen: Callable[[str], bool]) -> tuple[int, ...]:
+    """Returns the ids of tokens whose text is chosen, sorted; special tokens are excluded."""
+    ids = sorted({*self.tokenizer.get_vocab().values()} - self.special_ids)
+    texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return tuple(i for i, text in zip(ids, texts, strict=True) if is_chosen(text))
+
   def ids_ending_in(self, delimiters: Sequence[str]) -> tuple[int, ...]:
     """Returns the ids of tokens whose text ends in a delimiter, ignoring trailing spaces, sorted.
 
@@ -237,12 +243,8 @@ class ChatTokenizer:
     Raises:
       ValueError: no token ends in any of them.
     """
-    ids = sorted({*self.tokenizer.get_vocab().values()} - self.special_ids)
-    texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     ends = tuple(delimiters)
-    matches = tuple(
-      i for i, text in zip(ids, texts, strict=True) if text.rstrip(' ').endswith(ends)
-    )
+    matches = self.ids_where(lambda text: text.rstrip(' ').endswith(ends))
     if not matches:
       raise UserError(
         f'segmentation.delimiters={list(ends)}: no token ends in one of them; choose others, or '

@@ -38,7 +38,7 @@ class Annotator:
 
   Attributes:
     tokenizer: shared by the models.
-    reference: the model whose entropies segment.
+    reference: the model whose entropies segment, or log-probs.
     reward: the reward model; None if segments have no scores.
     params: parameters of 'reference' and, where present, 'reward'.
     segmenter: how texts are segmented.
@@ -215,10 +215,11 @@ def _token_outputs(
   std_floor_ratio: float | None,
 ) -> tuple[Float[Array, 'B S'], Int[Array, 'B S'], Float[Array, 'B S'], Float[Array, 'B S']]:
   ids, mask = sequences.ids, sequences.response_mask
-  _, entropy = token_logprobs(params['reference'], ids, reference)
-  segments = segment_batch(ids, mask, sequences.finished, entropy, segmenter)
+  logprob, entropy = token_logprobs(params['reference'], ids, reference)
   # Without a reward model the zeros only complete the outputs; nothing reads them.
   score = entropy * 0 if reward is None else scores(params['reward'], ids, reward)
+  signal = {'logprob': logprob, 'score': score}.get(segmenter.signal, entropy)
+  segments = segment_batch(ids, mask, sequences.finished, signal, segmenter)
   z = jax.vmap(functools.partial(normalize, std_floor_ratio=std_floor_ratio), (0, 0, None))
   return entropy, segments.segment_id, score, z(score, segments, normalizer)
 

@@ -12,7 +12,6 @@ from segjax.evaluation import repetition
 from segjax.evaluation.intervals import clustered_interval
 from segjax.evaluation.win_rates import length_controlled, outcomes, win_rate
 from segjax.rl.segmentation import content_mask
-from segjax.train.custom_reward import call_function, describe_call
 from segjax.types import Experience
 
 
@@ -118,9 +117,7 @@ def boundary_f1(
   # One call per distinct token: the user's function may be slow.
   by_id = {}
   for token in np.unique(rollout.response_ids):
-    text = tokenizer.decode([token])
-    call = describe_call(is_boundary, f'the token {text!r}')
-    by_id[token] = call_function(bool, call, call_function(is_boundary, call, text))
+    by_id[token] = is_boundary(tokenizer.decode([token]))
   true = np.vectorize(by_id.get)(rollout.response_ids).astype(bool) & inner
   predicted = experience.segments.end & inner
   return float(2 * (true & predicted).sum() / max(true.sum() + predicted.sum(), 1))

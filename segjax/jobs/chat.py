@@ -234,5 +234,5 @@ JOB = Job(
     dataclasses.replace(REWARD_MODEL, is_required=never),
   ),
   has_files=False,
-  num_networks=2,
+  num_networks=lambda s: 2,
 )

@@ -72,7 +72,7 @@ def _row(stage: Stage, notes: dict[str, None]) -> tuple[str, ...]:
   job, settings = JOBS[stage.name], stage.settings
   config = find_network_config(settings)
   size = _count(num_parameters(config)) if config else '?'
-  networks = f'{job.num_networks} x {size}'
+  networks = f'{job.num_networks(settings)} x {size}'
   if config:
     settings = _limit_lengths(settings, config, 'rollout' in job.sections, notes)
   if job.tokens_per_step is None:

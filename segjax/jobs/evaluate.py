@@ -30,6 +30,7 @@ from segjax.jobs.job import (
   TRAINED_POLICY,
   Job,
   data_input,
+  uses_lm_reward,
 )
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import log
@@ -42,8 +43,8 @@ from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import (
   load_custom_reward,
-  load_function,
   load_number_function,
+  load_token_function,
 )
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
@@ -122,11 +123,11 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
   """Returns how responses to the held-out prompts are sampled and scored."""
   s, configs = stage.settings, resolved.configs
-  # The critic is not run. A batch is scored at once, as large as config.evaluate.batch_size.
-  recipe = models.make_recipe(
-    s, configs, configs['policy'], resolved.reward_spec, tokenizer, resolved.paths
-  )
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
+  recipe = models.make_recipe(s, configs, resolved.reward_spec, tokenizer, resolved.paths)
+  # Nothing reads advantages: no critic is run, and a batch may have any responses to a prompt. It
+  # is scored at once, as large as config.evaluate.batch_size.
+  ppo = dataclasses.replace(s.ppo, scoring_batch_size=0, estimator='reinforce_plus_plus')
+  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
@@ -159,7 +160,7 @@ def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable |
   if settings.gold_reward_fn:
     gold = load_number_function(settings.gold_reward_fn, 'evaluate.gold_reward_fn')
   if settings.boundary_fn:
-    boundary = load_function(settings.boundary_fn, 'evaluate.boundary_fn')
+    boundary = load_token_function(settings.boundary_fn, 'evaluate.boundary_fn')
   return gold, boundary
 
 
@@ -277,6 +278,7 @@ JOB = Job(
   functions=lambda s: (
     'evaluate.gold_reward_fn',
     'evaluate.boundary_fn',
+    'reward_model.segmentation.boundary_fn',
     'reward_shaping.reward_fn',
   ),
   outputs=('results.json',),
@@ -284,5 +286,5 @@ JOB = Job(
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,
   after_run=demo.update_results,
-  num_networks=3,
+  num_networks=lambda s: 3 + uses_lm_reward(s),
 )

@@ -96,7 +96,7 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
     `spans` (`span_auc.figures`), and whether the spans' rewards are `normalized`.
 
   Raises:
-    UserError: text is segmented by entropy and config.reference.path is empty, or a file cannot be
+    UserError: boundaries read the reference and config.reference.path is empty, or a file cannot be
       read; both before weights are loaded.
   """
   s = stage.settings
@@ -205,7 +205,7 @@ def load_reward_model(
     reference = inputs.resolve_checkpoint(settings.reference.path, 'reference.path')
   spec = reward_spec.resolve_spec(overrides, path, reference or path)
   tokenizer = inputs.load_chat_tokenizer(path, settings.data, fallback=reference)
-  if not make_segmenter(spec.segmentation, tokenizer).needs_entropy:
+  if not make_segmenter(spec.segmentation, tokenizer).needs_reference:
     reference = None
   config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']
   scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
@@ -278,9 +278,10 @@ JOB = Job(
     Input('evaluate_reward.pairs', is_required=never, is_list=True, is_rows=True),
     Input('evaluate_reward.spans', is_required=never, is_rows=True),
   ),
+  functions=lambda s: ('reward_model.segmentation.boundary_fn',),
   outputs=('results.json',),
   batch_keys=('evaluate_reward.batch_size',),
   summary=('pairs_read', 'responses_read'),
   print_table=print_table,
-  num_networks=2,
+  num_networks=lambda s: 2,
 )

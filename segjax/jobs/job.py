@@ -84,7 +84,7 @@ class Job:
     print_table: (results) -> None, called at the end of the run.
     after_run: (stage, results of all stages, time.monotonic() at the start) -> None, called at
       the end of the run.
-    num_networks: networks that it holds at once, trained and frozen.
+    num_networks: (settings) -> networks that it holds at once, trained and frozen.
     tokens_per_step: (settings) -> maximum number of tokens in a step, prompts and responses; None
       for a job without steps.
     num_steps: (settings, number of rows) -> number of steps; 0 means unknown in both.
@@ -106,7 +106,7 @@ class Job:
   summary: tuple[str, ...] = ()
   print_table: Callable[[Results], None] | None = None
   after_run: Callable[[Stage, dict[str, Results], float], None] | None = None
-  num_networks: int = 1
+  num_networks: Callable[[Settings], int] = lambda settings: 1
   tokens_per_step: Callable[[Settings], int] | None = None
   num_steps: Callable[[Settings, int], int] | None = None
   passes: Callable[[Settings], float] = lambda settings: 1.0

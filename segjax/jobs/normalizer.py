@@ -103,7 +103,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   weights = Weights(s.runtime, stage.mesh)
   params = weights.frozen(source, scorer.reward, 'scalar')
   reference = None
-  if scorer.segmenter.needs_entropy:
+  if scorer.segmenter.needs_reference:
     reference = weights.frozen(reference_path, scorer.reference, 'language')
   statistics = collect_statistics(stage, params, reference, pairs, scorer)
   options = {
@@ -240,11 +240,12 @@ JOB = Job(
   run=run,
   sections=(*COMMON, 'reference', 'reward_model', 'normalizer', 'compat'),
   inputs=(REWARD_MODEL, REFERENCE, data_input('pairs')),
+  functions=lambda s: ('reward_model.segmentation.boundary_fn',),
   outputs=(BINS_FILE,),
   rewrites=('reward_model.path', reward_spec.REWARD_SPEC_FILE),
   batch_keys=('normalizer.batch_size',),
   summary=('segments',),
-  num_networks=2,
+  num_networks=lambda s: 2,
   tokens_per_step=lambda s: 2 * s.normalizer.batch_size * s.data.max_length,
   num_steps=_num_steps,
   passes=lambda s: 2.0,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import PairTraining
+from segjax.config.settings import PairTraining, Settings
 from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
 from segjax.data.tokenize import tokenize_pairs
 from segjax.data.tokenizer import ChatTokenizer
@@ -202,6 +202,7 @@ def make_job(
   plan: JobPlan,
   load: Callable[[Stage], Any],
   run: Callable[..., dict[str, Any]],
+  functions: Callable[[Settings], tuple[str, ...]] = lambda settings: (),
 ) -> Job:
   """Returns the job of the plan's name, which reads the section of that name."""
   name = plan.name
@@ -211,10 +212,11 @@ def make_job(
     run=run,
     sections=(*COMMON, 'policy', 'reference', 'lora', name, 'compat'),
     inputs=(POLICY, REFERENCE, data_input('pairs')),
+    functions=functions,
     outputs=('model', HELD_OUT_FILE),
     batch_keys=plan.batch_keys,
     summary=('held_out_accuracy',),
-    num_networks=2,
+    num_networks=lambda s: 2,
     tokens_per_step=lambda s: 2 * getattr(s, name).batch_size * s.data.max_length,
     num_steps=lambda s, rows: _count_steps(getattr(s, name), rows, name),
     passes=lambda s: 4.0,  # an update, and the reference

@@ -1,4 +1,4 @@
-"""PPO on dense segment rewards: loads the models and prompts, trains, writes policy and critic.
+"""PPO on dense segment rewards: loads models and prompts, trains, writes the policy and critic.
 
 The steps themselves are in `ppo_trainer`.
 """
@@ -26,10 +26,12 @@ from segjax.jobs.job import (
   Input,
   Job,
   data_input,
+  uses_lm_reward,
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
+from segjax.rl.cuts import CUTS
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.run.weights import Trainable, Weights, log_memory, save_network
@@ -57,7 +59,7 @@ class Loaded(NamedTuple):
 
   Attributes:
     models: the frozen models.
-    paths: directories of the trained networks, 'policy' and 'critic'.
+    paths: directories of the trained networks, 'policy' and, if there is one, 'critic'.
     recipe: constants of the run.
     tokenizer: of the policy.
     prompts: the prompts.
@@ -76,20 +78,16 @@ def load(stage: Stage) -> Loaded:
   """Loads all but weights."""
   s = stage.settings
   resolved = models.resolve_models(s, stage.mesh, stage.log)
-  paths = {
-    'policy': resolved.paths['policy'],
-    'critic': critic_directory(s.critic.init, resolved.paths),
-  }
+  paths = {'policy': resolved.paths['policy']}
+  if s.ppo.has_critic:
+    paths['critic'] = critic_directory(s.critic.init, resolved.paths)
   tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
   trained = {name: models.load_trained_config(stage, name, path) for name, path in paths.items()}
-  configs = resolved.configs | {'policy': trained['policy']}
-  tokenizer = tokenizer.for_networks(configs | {'critic': trained['critic']})
-  recipe = models.make_recipe(
-    s, configs, trained['critic'], resolved.reward_spec, tokenizer, resolved.paths | paths
-  )
-  networks = resolved.configs | {'critic': trained['critic']}
-  rollout = inputs.fit_rollout(s.rollout, networks, stage.log)
-  limits = inputs.prompt_limits(s.data, networks, rollout.max_new_tokens, stage.log)
+  configs = resolved.configs | trained
+  tokenizer = tokenizer.for_networks(configs)
+  recipe = models.make_recipe(s, configs, resolved.reward_spec, tokenizer, resolved.paths | paths)
+  rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
+  limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
   sampler = RolloutSampler(
@@ -106,7 +104,7 @@ def load(stage: Stage) -> Loaded:
 
 
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
-  """Trains config.policy.path on the prompts of config.data.path; writes `model/` and `critic/`.
+  """Trains config.policy.path on the prompts of config.data.path; writes `model/`, and `critic/`.
 
   Returns:
     steps, and the metrics of the last step in `RESULTS`.
@@ -123,7 +121,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   networks = _load_trained(stage, paths, recipe, weights)
   states = _init_states(stage, networks)
   bases = {name: network.base for name, network in networks.items()}
-  trees = {'policy': states['policy'], 'critic': states['critic'], 'bases': bases} | frozen
+  trees = {name: states[name] for name in networks} | {'bases': bases} | frozen
   log_memory(trees, stage.mesh, stage.log)
   normalizer = jax.tree.map(jnp.float32, resolved.reward_spec.normalizer)
   trainer = _make_trainer(stage, loaded, frozen, bases, normalizer)
@@ -132,15 +130,13 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   states, last = training_loop.train(stage, states, trainer.step, s.ppo.max_steps, SHOW)
   results = {name: last.get(metric) for name, metric in RESULTS.items()}
   card = provenance.card(stage, results, prompts, SHOW)
-  for name, config, head, directory in (
-    ('policy', recipe.policy, 'language', stage.model_directory),
-    ('critic', recipe.critic, 'scalar', stage.directory / 'critic'),
-  ):
+  directories = {'policy': stage.model_directory, 'critic': stage.directory / 'critic'}
+  for name in networks:
     save_network(
-      directory,
+      directories[name],
       states[name].params,
-      config,
-      head,
+      getattr(recipe, name),
+      models.TRAINED_HEADS[name],
       source=paths[name],
       card=card,
       tokenizer=tokenizer,
@@ -169,25 +165,34 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   segmentation = recipe.segmenter.segmentation
   boundary = ''
   if segmentation.granularity == 'segment':
-    detail = {'entropy': f' above {segmentation.entropy_threshold:g} nats', 'delimiter': ''}
-    length = f' {segmentation.segment_length}'
-    boundary = f' by {segmentation.boundary}{detail.get(segmentation.boundary, length)}'
+    detail = {
+      'entropy_threshold': f' above {segmentation.entropy_threshold:g} nats',
+      'segment_length': f' {segmentation.segment_length}',
+      'probability_threshold': f' below {segmentation.probability_threshold:g}',
+      'jump_threshold': f' above {segmentation.jump_threshold:g}',
+    }
+    options = CUTS[segmentation.boundary].options
+    boundary = f' by {segmentation.boundary}' + ''.join(detail.get(name, '') for name in options)
+  credit = ', min credit' if recipe.shaping.credit == 'min' else ''
   how, lm = recipe.shaping.redistribute, recipe.shaping.lm_reward
   redistributed = '' if how == 'none' else f', redistributed by {how}'
   added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
   return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}, '
-    f'spread {recipe.spread}{added}'
+    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}'
+    f'{credit}, spread {recipe.spread}{added}'
   )
 
 
 def _load_trained(
   stage: Stage, paths: dict[str, Path], recipe: PPORecipe, weights: Weights
 ) -> dict[str, Trainable]:
-  """Loads policy and critic."""
+  """Loads the policy, and the critic if there is one."""
+  keys = {'policy': 'adapter', 'critic': 'head'}
   networks = {
-    'policy': weights.trained(paths['policy'], recipe.policy, 'language', stage.key('adapter')),
-    'critic': weights.trained(paths['critic'], recipe.critic, 'scalar', stage.key('head')),
+    name: weights.trained(
+      path, getattr(recipe, name), models.TRAINED_HEADS[name], stage.key(keys[name])
+    )
+    for name, path in paths.items()
   }
   for name, network in networks.items():
     stage.log(f'training {network.describe()} of the {name}')
@@ -197,18 +202,16 @@ def _load_trained(
 def _init_states(stage: Stage, networks: dict[str, Trainable]) -> training_loop.TrainStates:
   """Returns the states before the first step."""
   s, per_step = stage.settings, updates_per_step(stage.settings.ppo)
-  policy, critic = (networks[name].params for name in ('policy', 'critic'))
+  optimizers = {'policy': s.ppo.policy_optimizer, 'critic': s.ppo.critic_optimizer}
   # The policy is not updated while the critic warms up, so its schedule is shorter.
-  policy_steps = s.ppo.max_steps - s.critic.warmup_rollouts
-  return {
-    'policy': init_state(
-      policy, s.ppo.policy_optimizer, policy_steps * per_step, stage.key('rounding of policy')
-    ),
-    'critic': init_state(
-      critic, s.ppo.critic_optimizer, s.ppo.max_steps * per_step, stage.key('rounding of critic')
-    ),
-    'kl': {'coef': jnp.float32(s.ppo.kl_coef)},
+  steps = {'policy': s.ppo.max_steps - s.critic.warmup_rollouts, 'critic': s.ppo.max_steps}
+  states = {
+    name: init_state(
+      network.params, optimizers[name], steps[name] * per_step, stage.key(f'rounding of {name}')
+    )
+    for name, network in networks.items()
   }
+  return states | {'kl': {'coef': jnp.float32(s.ppo.kl_coef)}}
 
 
 def _make_trainer(
@@ -254,7 +257,7 @@ def _headline(stage: Stage, results: dict[str, Any]) -> str:
 
 def _functions(settings: Settings) -> tuple[str, ...]:
   gold = ('evaluate.gold_reward_fn',) if settings.ppo.eval_every else ()  # of eval/gold
-  return ('reward_shaping.reward_fn', *gold)
+  return ('reward_shaping.reward_fn', 'reward_model.segmentation.boundary_fn', *gold)
 
 
 JOB = Job(
@@ -285,13 +288,13 @@ JOB = Job(
   outputs=('model', 'critic'),
   batch_keys=PLAN.batch_keys,
   summary=('reward', 'kl'),
-  num_networks=4,
+  num_networks=lambda s: 3 + s.ppo.has_critic + uses_lm_reward(s),
   tokens_per_step=lambda s: (
     s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   ),
   num_steps=lambda s, rows: s.ppo.max_steps,
   # Sampling and scoring by three networks; updates of policy and critic.
-  passes=lambda s: 4.0 + 2 * 3 * s.ppo.num_ppo_epochs,
+  passes=lambda s: 3.0 + s.ppo.has_critic + (1 + s.ppo.has_critic) * 3 * s.ppo.num_ppo_epochs,
   headline=_headline,
   plan=PLAN,
 )

@@ -49,7 +49,8 @@ class Trainer:
 
   Attributes:
     frozen: parameters of reference and reward model.
-    bases: of 'policy' and 'critic', what adapters are added to; {} where all is trained.
+    bases: of 'policy' and, if there is one, 'critic': what adapters are added to; {} where all is
+      trained.
     collector: samples and scores training prompts.
     eval_collector: samples and scores held-out prompts.
     gold: (prompt, response) -> true reward, for eval/gold.
@@ -117,8 +118,7 @@ class Trainer:
     return self.collector.collect(params, rows, key, kl_coef)
 
   def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
-    trained = {name: states[name].params for name in ('policy', 'critic')}
-    return self.frozen | {name: self.bases[name] | params for name, params in trained.items()}
+    return self.frozen | {name: base | states[name].params for name, base in self.bases.items()}
 
   def _update(
     self, states: training_loop.TrainStates, collected: Collected, step: int, enabled: jax.Array
@@ -134,7 +134,7 @@ class Trainer:
     s, recipe = self.stage.settings, self.collector.recipe
     per_step = updates_per_step(s.ppo)
     is_warmup = step < s.critic.warmup_rollouts
-    networks, updates = {name: states[name] for name in ('policy', 'critic')}, []
+    networks, updates = {name: states[name] for name in self.bases}, []
     for epoch in range(s.ppo.num_ppo_epochs):
       # The order depends on seed, step and epoch alone: a resumed run repeats it.
       order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)

@@ -58,9 +58,9 @@ def load(stage: Stage) -> Loaded:
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
 
-  Responses are segmented by config.reward.segmentation, with the entropy of config.reference.path
-  if it needs one. Writes `model/` with segment_reward.json, which has no normaliser yet, and
-  `held_out.json`.
+  Responses are segmented by config.reward.segmentation, with the entropies or log-probs of
+  config.reference.path if it reads any. Writes `model/` with segment_reward.json, which has no
+  normaliser yet, and `held_out.json`.
 
   Returns:
     See `pair_training.run`.
@@ -69,11 +69,11 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   network, reference_path, scorer, pairs = loaded
   pair_training.check_ratings(stage, pairs)
   weights, reference = Weights(s.runtime, stage.mesh), None
-  if scorer.segmenter.needs_entropy:
+  if scorer.segmenter.needs_reference:
     reference = weights.frozen(reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, network.tokenizer)
     if s.reward.entropy_cache_dir:
-      pairs = reward_entropy_cache.with_entropies(stage, pairs, reference, reference_path, scorer)
+      pairs = reward_entropy_cache.with_ref_signals(stage, pairs, reference, reference_path, scorer)
       reference = None
       weights.forget()  # frees its memory for training
   results = pair_training.run(stage, network, scorer, pairs, weights, reference)
@@ -102,4 +102,6 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
-JOB = pair_training.make_job(programs.REWARD, load, run)
+JOB = pair_training.make_job(
+  programs.REWARD, load, run, functions=lambda s: ('reward.segmentation.boundary_fn',)
+)

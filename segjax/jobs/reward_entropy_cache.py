@@ -1,4 +1,4 @@
-"""Caches the reference's entropies over a dataset of pairs on disk.
+"""Caches the reference's entropies, or log-probs, over a dataset of pairs on disk.
 
 The reference is frozen: a second epoch, or a second reward model on the same data, reads the cache
 instead of running it, and the reference need not stay in memory during training.
@@ -21,7 +21,7 @@ from segjax.errors import UserError, first_line
 from segjax.run import inputs, source_code, stage_record
 from segjax.run.stage import Stage
 from segjax.storage import atomic_file, check_space, make_directory
-from segjax.train.reward_scoring import SegmentScorer, reference_entropy
+from segjax.train.reward_scoring import SegmentScorer, reference_signal
 from segjax.types import PreferenceBatch
 
 
@@ -31,19 +31,20 @@ def _folder(stage: Stage) -> Path:
   return stage.directory / 'entropies' if value == 'run' else Path(value).expanduser()
 
 
-def with_entropies(
+def with_ref_signals(
   stage: Stage, pairs: Pairs, reference: Any, reference_path: Path, scorer: SegmentScorer
 ) -> Pairs:
-  """Returns the pairs with the entropy of every token, from config.reward.entropy_cache_dir.
+  """Returns the pairs with what boundaries read, from config.reward.entropy_cache_dir.
 
-  Computes and stores the entropies if they are not there. The file's name is a hash of everything
-  that decides its content: the reference's files, the tokens, the compute dtype, and the versions
-  of segjax and its libraries.
+  That is the entropy or the log-prob of every token. Computes and stores these if they are not
+  there. The file's name is a hash of everything that decides its content: which of the two, the
+  reference's files, the tokens, the compute dtype, and the versions of segjax and its libraries.
   """
+  what = {'entropy': 'entropies', 'logprob': 'log-probs'}[scorer.segmenter.signal]
   folder = _folder(stage)
   path = folder / f'{_name(pairs, reference_path, scorer)}.npy'
   if processes.broadcast_from_first(path.exists()):
-    stage.log(f'entropies of the reference from {path}')
+    stage.log(f'{what} of the reference from {path}')
   else:
     make_directory(folder)
     # Each process writes all of it: the computation needs every host's devices, and another run may
@@ -51,19 +52,19 @@ def with_entropies(
     with atomic_file(path, tag=f'.{processes.process_index()}-{os.getpid()}') as partial:
       _compute(stage, pairs, reference, scorer, partial)
     processes.barrier('entropies')
-    stage.log(f'entropies of the reference stored in {path}')
+    stage.log(f'{what} of the reference stored in {path}')
   sides = pairs.chosen.lengths, pairs.rejected.lengths
   middle, total = np.cumsum([side.sum() for side in sides])
   values = _read(path, int(total))
   return dataclasses.replace(
     pairs,
-    chosen_ref_entropy=Ragged.end_to_end(values[:middle], sides[0]),
-    rejected_ref_entropy=Ragged.end_to_end(values[middle:], sides[1]),
+    chosen_ref_signal=Ragged.end_to_end(values[:middle], sides[0]),
+    rejected_ref_signal=Ragged.end_to_end(values[middle:], sides[1]),
   )
 
 
 def _read(path: Path, count: int) -> np.ndarray:
-  """Opens a cache of `count` entropies.
+  """Opens a cache of `count` numbers.
 
   Raises:
     UserError: the file is damaged, or was written by something else.
@@ -79,7 +80,7 @@ def _read(path: Path, count: int) -> np.ndarray:
 
 
 def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, path: Path) -> None:
-  """Writes float32 entropies in nats: the chosen rows end to end, then the rejected rows."""
+  """Writes float32 numbers in nats: the chosen rows end to end, then the rejected rows."""
   lengths = np.concatenate([pairs.chosen.lengths, pairs.rejected.lengths]).astype(np.int64)
   starts = (np.cumsum(lengths) - lengths).reshape(2, -1)
   total = int(lengths.sum())
@@ -91,9 +92,9 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
   for rows, num_real in batches:
     batch = stage.gather(pairs, rows)
     both = processes.to_host(_both_sides(reference, batch, scorer=scorer))
-    for start, count, entropies in zip(starts, lengths.reshape(2, -1), both, strict=True):
-      for row, entropy in zip(rows[:num_real], entropies, strict=False):
-        values[start[row] : start[row] + count[row]] = entropy[: count[row]]
+    for start, count, side in zip(starts, lengths.reshape(2, -1), both, strict=True):
+      for row, signal in zip(rows[:num_real], side, strict=False):
+        values[start[row] : start[row] + count[row]] = signal[: count[row]]
   values.flush()
 
 
@@ -101,9 +102,7 @@ def _compute(stage: Stage, pairs: Pairs, reference: Any, scorer: SegmentScorer, 
 def _both_sides(
   reference: Any, batch: PreferenceBatch, *, scorer: SegmentScorer
 ) -> tuple[Any, Any]:
-  return tuple(
-    reference_entropy(reference, side, scorer) for side in (batch.chosen, batch.rejected)
-  )
+  return tuple(reference_signal(reference, side, scorer) for side in (batch.chosen, batch.rejected))
 
 
 def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:
@@ -113,5 +112,5 @@ def _name(pairs: Pairs, reference_path: Path, scorer: SegmentScorer) -> str:
     for row in range(len(side.lengths)):  # not all at once: they may be mapped from a file
       digest.update(side[row].tobytes())
     digest.update(side.lengths.tobytes())
-  digest.update(scorer.reference.dtype.encode())
+  digest.update(f'{scorer.reference.dtype} {scorer.segmenter.signal}'.encode())
   return digest.hexdigest()[:24]

@@ -11,8 +11,8 @@ import numpy as np
 
 from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
 from segjax.model.llama import make_config
-from segjax.rl import oracle
-from segjax.rl.rewards import SPREADS
+from segjax.rl import oracle, oracle_spreads
+from segjax.rl.spreads import SPREADS
 from segjax.train.custom_reward import token_rewards
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
@@ -98,7 +98,7 @@ def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread
   shaping = RewardShaping()
   fitted = tuple(float(x) for x in jax.tree.leaves(position_normalizer()))
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
-  logprob, ref_logprob, _, score_, values, _ = (np.asarray(x).tolist() for x in scored)
+  logprob, ref_logprob, entropy, score_, values, _ = (np.asarray(x).tolist() for x in scored)
   # The oracle reads the entropy of the NEXT token at each one.
   after = np.pad(np.asarray(scored.ref_entropy)[:, 1:], ((0, 0), (0, 1))).tolist()
   floor = shaping.std_floor_ratio * fitted[3]
@@ -106,7 +106,10 @@ def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread
   for b in range(_ROWS):
     ends = oracle.segment_ends(after[b], mask[b], finished[b], granularity, 2.0)
     z = oracle.segment_z(score_[b], ends, fitted, floor)
-    dense = oracle.spread(z, ends, mask[b], spread)
+    if spread == 'entropy_weighted':
+      dense = oracle_spreads.entropy_weighted(z, ends, mask[b], entropy[b])
+    else:
+      dense = oracle.spread(z, ends, mask[b], spread)
     kl = [p - q for p, q in zip(logprob[b], ref_logprob[b], strict=True)]
     reward = oracle.shaped_reward(dense, kl, mask[b], _PPO.kl_coef, shaping.reward_clip)
     rows.append(reward)

@@ -119,24 +119,29 @@ def rollout(size: int, prompt: int, response: int) -> Rollout:
   )
 
 
-def experience(size: int, prompt: int, response: int) -> Experience:
+def experience(size: int, prompt: int, response: int, *, has_critic: bool) -> Experience:
   """Returns the experience of PPO."""
   zeros = rollout(size, prompt, response)
-  mask, tokens = zeros.response_mask, zeros.response_ids
-  names = ('ref_logprob', 'ref_entropy', 'score', 'value', 'reward', 'advantage', 'return_')
+  mask, tokens, floats = zeros.response_mask, zeros.response_ids, zeros.old_logprob
+  names = ('ref_logprob', 'ref_entropy', 'score', 'reward', 'advantage')
+  learned = {'value': floats, 'return_': floats, 'value_mask': mask} if has_critic else {}
   return Experience(
     rollout=zeros,
-    **dict.fromkeys(names, zeros.old_logprob),
+    **dict.fromkeys(names, floats),
     segments=Segments(mask, mask, tokens, zeros.prompt_length),
-    value_mask=mask,
+    **learned,
   )
 
 
-def model_outputs(size: int, response: int, *, has_lm: bool) -> ModelOutputs:
-  """Returns log-probs, entropies, values and scores of responses."""
+def model_outputs(size: int, response: int, *, has_critic: bool, has_lm: bool) -> ModelOutputs:
+  """Returns log-probs, entropies, scores and, with these networks, values and others' log-probs."""
   tokens = jnp.zeros((size, response), jnp.float32)
-  lm_logprob = tokens if has_lm else None
-  return ModelOutputs(*[tokens] * 5, prompt_score=tokens[:, 0], lm_logprob=lm_logprob)
+  return ModelOutputs(
+    *[tokens] * 4,
+    value=tokens if has_critic else None,
+    prompt_score=tokens[:, 0],
+    lm_logprob=tokens if has_lm else None,
+  )
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:

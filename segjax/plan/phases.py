@@ -122,7 +122,7 @@ class JobPlan:
     items: 'prompts' or 'rows'.
     batch_keys: keys of batch sizes that are divided over the devices.
     rows_at_once: settings that trade memory for time, the cheapest first.
-    optimizers: keys of optimizers, whose moments may be stored in fewer bits.
+    optimizers: (settings) -> keys of optimizers, whose moments may be stored in fewer bits.
     has_frozen: whether it has frozen networks, which may be kept in host memory.
   """
 
@@ -132,7 +132,7 @@ class JobPlan:
   items: str
   batch_keys: tuple[str, ...]
   rows_at_once: tuple[RowsAtOnce, ...]
-  optimizers: tuple[str, ...]
+  optimizers: Callable[[Settings], tuple[str, ...]]
   has_frozen: bool = False
 
 

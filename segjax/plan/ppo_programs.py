@@ -1,4 +1,4 @@
-"""The jitted programs of PPO: generation, scoring, rewards, the two updates."""
+"""The jitted programs of PPO: generation, scoring, rewards, the updates."""
 
 import dataclasses
 from typing import Any
@@ -60,7 +60,7 @@ def ppo_programs(
     policy=configs['policy'],
     reference=configs['reference'],
     reward=configs.get('reward'),
-    critic=configs['critic'],
+    critic=configs.get('critic'),
     segmenter=Segmenter(override(Segmentation(), s.reward_model.segmentation)),
     spread='even_split',
     shaping=s.reward_shaping,
@@ -69,13 +69,16 @@ def ppo_programs(
     recompute_logprob=resolve_recompute_logprob(s),
     reward_lm=configs.get('reward_lm'),
     one_base=_on_one_base(configs),
+    samples_per_prompt=s.rollout.samples_per_prompt,
   )
   trees = _trees(s, configs, mesh)
   # Training states stay on the devices all the time, and so do frozen networks unless they wait
   # in host memory, from which scoring alone fetches them.
   waits_on_host = s.runtime.frozen_params_memory == 'host'
-  frozen_names = tuple(name for name in _FROZEN if name in trees)
-  resident = (*_STATES, *(() if waits_on_host else frozen_names))
+  states, frozen_names = (
+    tuple(name for name in names if name in trees) for names in (_STATES, _FROZEN)
+  )
+  resident = (*states, *(() if waits_on_host else frozen_names))
   left = float(memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident))
   texts = draw_lengths(
     lengths,
@@ -92,7 +95,7 @@ def ppo_programs(
     *_updates(s, recipe, trees, texts, mesh),
   ]
   for i, phase in enumerate(phases):
-    always = (*_STATES, *frozen_names) if phase.name == 'scoring' else resident
+    always = (*states, *frozen_names) if phase.name == 'scoring' else resident
     phases[i] = dataclasses.replace(phase, live=(*always, *phase.live))
   return JobPrograms(trees, phases, configs, int(texts.total.sum()), at_once)
 
@@ -101,7 +104,9 @@ def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaC
   """Returns the networks; those that reward have the adapters of `config.lora.reward` and `dpo`."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
-  configs = {'policy': trained, 'critic': trained, 'reference': frozen}
+  configs = {'policy': trained, 'reference': frozen}
+  if s.ppo.has_critic:
+    configs['critic'] = trained
   if s.reward_shaping.reward_model_weight:
     configs['reward'] = frozen
   if s.reward_shaping.lm_reward.kind != 'off':
@@ -124,16 +129,15 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   sizes = s.ppo.rollout_batch_size, s.data.max_prompt_length, s.rollout.max_new_tokens
   dtype = s.runtime.compute_dtype
   policy = abstract_arrays.state(configs['policy'], 'language', s.ppo.policy_optimizer, s, mesh)
-  critic = abstract_arrays.state(configs['critic'], 'scalar', s.ppo.critic_optimizer, s, mesh)
-  trees = {
-    'policy state': policy,
-    'critic state': critic,
-    'policy parameters': policy.params,
-    'critic parameters': critic.params,
+  trees = {'policy state': policy, 'policy parameters': policy.params}
+  if 'critic' in configs:
+    critic = abstract_arrays.state(configs['critic'], 'scalar', s.ppo.critic_optimizer, s, mesh)
+    trees |= {'critic state': critic, 'critic parameters': critic.params}
+  trees |= {
     'reference': abstract_arrays.params(configs['reference'], 'language', dtype, mesh),
     'rollout': abstract_arrays.batch_shape_structs(lambda: abstract_arrays.rollout(*sizes), mesh),
     'experience': abstract_arrays.batch_shape_structs(
-      lambda: abstract_arrays.experience(*sizes), mesh
+      lambda: abstract_arrays.experience(*sizes, has_critic=s.ppo.has_critic), mesh
     ),
   }
   for name, tree, head in (
@@ -153,15 +157,16 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
 def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, mesh: Mesh) -> Phase:
   size = s.ppo.scoring_batch_size or s.ppo.rollout_batch_size
   prompt, response = s.data.max_prompt_length, s.rollout.max_new_tokens
-  params = {'reference': trees['reference'], 'critic': trees['critic parameters']}
-  passed_in = ['reference', 'critic parameters']
-  for name, tree in (('reward', 'reward model'), ('reward_lm', 'reward language model')):
-    if tree in trees:
-      params[name] = trees[tree]
-      passed_in.append(tree)
+  passed_in = {'reference': 'reference'}
+  if recipe.critic is not None:
+    passed_in['critic'] = 'critic parameters'
+  if recipe.reward is not None:
+    passed_in['reward'] = 'reward model'
+  if recipe.reward_lm is not None:
+    passed_in['reward_lm'] = 'reward language model'
   if recipe.recompute_logprob:
-    params['policy'] = trees['policy parameters']
-    passed_in.append('policy parameters')
+    passed_in['policy'] = 'policy parameters'
+  params = {name: trees[tree] for name, tree in passed_in.items()}
   rollout = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.rollout(size, prompt, response), mesh
   )
@@ -179,7 +184,7 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     arguments(longest),
     {'recipe': recipe},
     live=('rollout', 'experience'),
-    passed_in=tuple(passed_in),
+    passed_in=tuple(passed_in.values()),
     calls=lambda: Calls(sum(widths) / mean, arguments=None if mean == longest else arguments(mean)),
   )
 
@@ -187,7 +192,10 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
 def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   outputs = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.model_outputs(
-      s.ppo.rollout_batch_size, s.rollout.max_new_tokens, has_lm=recipe.reward_lm is not None
+      s.ppo.rollout_batch_size,
+      s.rollout.max_new_tokens,
+      has_critic=s.ppo.has_critic,
+      has_lm=recipe.reward_lm is not None,
     ),
     mesh,
   )
@@ -235,10 +243,10 @@ def _updates(
       model_flops=epochs * throughput.update(texts.total, config, head)[throughput.FLOPS],
     )
 
-  return [
-    phase('policy', policy_step, 'language', recipe.policy, coef),
-    phase('critic', critic_step, 'scalar', recipe.critic),
-  ]
+  phases = [phase('policy', policy_step, 'language', recipe.policy, coef)]
+  if recipe.critic is not None:
+    phases.append(phase('critic', critic_step, 'scalar', recipe.critic))
+  return phases
 
 
 def _replicated(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -270,6 +278,6 @@ PPO = JobPlan(
     ),
     RowsAtOnce('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
   ),
-  optimizers=('ppo.policy_optimizer', 'ppo.critic_optimizer'),
+  optimizers=lambda s: ('ppo.policy_optimizer', *['ppo.critic_optimizer'] * s.ppo.has_critic),
   has_frozen=True,
 )

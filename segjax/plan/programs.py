@@ -72,7 +72,7 @@ def reward_programs(
   trees = {'reward model state': state}
   weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
   base = {'backbone': weights['backbone']} if trained.lora else {}
-  if scorer.segmenter.needs_entropy and not s.reward.entropy_cache_dir:
+  if scorer.segmenter.needs_reference and not s.reward.entropy_cache_dir:
     trees['reference'] = weights
   elif base:
     trees['base'] = base
@@ -187,7 +187,7 @@ SFT = JobPlan(
       'sft.micro_batch_size', 'sft.batch_size', ('policy update',), 'sft.micro_batch_tokens'
     ),
   ),
-  optimizers=('sft.optimizer',),
+  optimizers=lambda s: ('sft.optimizer',),
 )
 
 
@@ -201,7 +201,7 @@ def _plan_pairs(section: str, programs: Callable[..., JobPrograms], update: str)
     items='rows',
     batch_keys=(total, rows),
     rows_at_once=(RowsAtOnce(rows, total, (update,), f'{section}.micro_batch_tokens'),),
-    optimizers=(f'{section}.optimizer',),
+    optimizers=lambda s: (f'{section}.optimizer',),
   )
 
 

@@ -112,7 +112,7 @@ def _changes(measured: Measured) -> Iterator[SettingChange]:
   has_base = any(resolve_lora(settings, name) for name in ('policy', 'critic'))
   if job.has_frozen and settings.runtime.frozen_params_memory == 'device' and not has_base:
     yield SettingChange('runtime.frozen_params_memory', 'host')
-  for key in job.optimizers:
+  for key in job.optimizers(settings):
     if _get(settings, f'{key}.moments_dtype') == 'float32':
       yield SettingChange(f'{key}.moments_dtype', 'bfloat16')
   if settings.runtime.param_dtype == 'float32':

@@ -108,8 +108,8 @@ ENTRIES = (
     'one segment per response or per token: set `reward.threshold_search`',
   ),
   Entry(
-    ('policy/loss', 'policy/entropy'),
-    'clipped surrogate loss; entropy of the policy at the trained tokens, nats',
+    ('policy/loss', 'policy/entropy', 'policy/learned_share'),
+    'clipped surrogate loss; entropy of the policy at the trained tokens, nats; share of these',
     'loss around 0; entropy falls slowly',
     'entropy near 0: raise `ppo.kl_coef`',
   ),

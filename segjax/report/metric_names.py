@@ -65,6 +65,7 @@ METRICS = {
   'segments/length_mean': 'Tokens per segment',
   'policy/loss': 'Policy loss',
   'policy/entropy': 'Entropy of the policy, nats per token',
+  'policy/learned_share': 'Share of tokens that the policy is trained on',
   'policy/approx_kl': 'KL of the update, nats per token',
   'policy/clipfrac': 'Share of tokens at the clip',
   'policy/dual_clipfrac': 'Share of tokens at the dual clip',

@@ -5,13 +5,28 @@ This list is the public interface; other names of the modules may change. vmap w
 Values in `segjax.types`: `Segments`, `Normalizer`.
 """
 
-from segjax.rl.advantages import action_starts, gae, macro_gae
+from segjax.rl.advantages import (
+  action_starts,
+  border_gae,
+  gae,
+  length_adaptive_lambda,
+  macro_gae,
+)
 
 # `segjax.rl.advantages` is the module.
 from segjax.rl.advantages import returns as lambda_returns
 from segjax.rl.aggregation import AGGREGATIONS, sequence_score
+from segjax.rl.critic_free import (
+  dr_grpo,
+  group_norm,
+  leave_one_out,
+  reinforce_plus_plus,
+  return_to_go,
+)
+from segjax.rl.cuts import CUTS
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
+from segjax.rl.learned_tokens import high_entropy_tokens
 from segjax.rl.lm_rewards import KINDS as LM_REWARDS
 from segjax.rl.lm_rewards import implicit_reward, pool, token_reward
 from segjax.rl.logprobs import logprob_and_entropy
@@ -35,29 +50,27 @@ from segjax.rl.normalizer import (
   relative_position,
 )
 from segjax.rl.pair_metrics import preference_metrics
-from segjax.rl.rewards import (
+from segjax.rl.rewards import end_penalty, length_penalty, red, shaped_reward
+from segjax.rl.segmentation import (
+  content_mask,
+  segment,
+  segment_at,
+)
+from segjax.rl.spreads import (
   SPREADS,
   bandit,
   dense_reward,
   end_only,
-  end_penalty,
+  entropy_weighted,
   even_split,
-  length_penalty,
-  red,
+  min_credit,
   repeat,
-  shaped_reward,
-)
-from segjax.rl.segmentation import (
-  content_mask,
-  delimiter_boundary,
-  fixed_length_boundary,
-  segment,
-  segment_at,
 )
 from segjax.rl.threshold import threshold_curve, threshold_for_length, threshold_for_quantile
 
 __all__ = [
   'AGGREGATIONS',
+  'CUTS',
   'ESTIMATORS',
   'LM_REWARDS',
   'PUBLISHED',
@@ -67,31 +80,37 @@ __all__ = [
   'bandit',
   'batch_mean',
   'bin_moments',
+  'border_gae',
   'bradley_terry',
   'content_mask',
   'cross_entropy',
-  'delimiter_boundary',
   'dense_reward',
+  'dr_grpo',
   'end_only',
   'end_penalty',
+  'entropy_weighted',
   'even_split',
   'fit_constant',
   'fit_quality',
   'fit_regression',
-  'fixed_length_boundary',
   'gae',
+  'group_norm',
+  'high_entropy_tokens',
   'huber_fit',
   'implicit_reward',
   'k1',
   'k2',
   'k3',
   'lambda_returns',
+  'leave_one_out',
+  'length_adaptive_lambda',
   'length_penalty',
   'logprob_and_entropy',
   'macro_gae',
   'masked_mean',
   'masked_sum',
   'mean_std',
+  'min_credit',
   'normalize',
   'num_terms',
   'policy_loss',
@@ -99,8 +118,10 @@ __all__ = [
   'preference_metrics',
   'r_squared',
   'red',
+  'reinforce_plus_plus',
   'relative_position',
   'repeat',
+  'return_to_go',
   'segment',
   'segment_at',
   'sequence_score',

@@ -1,10 +1,11 @@
-"""Advantages and returns of one sequence of rewards, over tokens or over macro-actions.
+"""Advantages and returns of one sequence by the values of a critic, over tokens or macro-actions.
 
-Not here: whitening (`masked.whiten`), which looks at the whole batch.
+Not here: estimators without a critic (`critic_free`), and whitening (`masked.whiten`), which looks
+at the whole batch.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, ScalarLike
+from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
 from segjax.rl.masked import at_least_float32
 from segjax.rl.recurrences import latest, linear_backwards
@@ -73,11 +74,74 @@ def macro_gae(
     A_j at every token of action j, in at least float32; 0 outside the mask, where rewards and
     values may be anything.
   """
-  first = jnp.arange(mask.shape[0]) == jnp.argmax(mask)
-  start = mask & (action_start | first)
+  start = with_first(action_start, mask)
   advantage = _advantage(reward, value, start, mask, gamma, gae_lambda)
   advantage = latest(advantage, start, jnp.zeros((), advantage.dtype))
   return jnp.where(mask, advantage, 0)
+
+
+def border_gae(
+  reward: Float[Array, 'T'],
+  value: Float[Array, 'T'],
+  action_start: Bool[Array, 'T'],
+  mask: Bool[Array, 'T'],
+  *,
+  gamma: ScalarLike = 1.0,
+  gae_lambda: ScalarLike = 0.95,
+) -> Float[Array, 'T']:
+  """Advantage of each token, with a λ that decays only from one macro-action to the next.
+
+  δ_t = r_t + γ V_{t+1} − V_t
+  A_t = δ_t + γ λ_t A_{t+1},  λ_t = λ if token t + 1 starts an action, else 1
+
+  Within an action the TD errors add up, so that A_t bootstraps from the values at the starts of
+  later actions alone, while its baseline stays that of the token. With every token a start this is
+  `gae`. After the abstract of Gong et al. 2026 (SAE), https://arxiv.org/abs/2601.07320, which cuts
+  at improbable tokens.
+
+  Args:
+    reward: reward of each token.
+    value: V_t, read at the state that token t was sampled from.
+    action_start: True on the first token of each action, see `action_starts`.
+    mask: True on the tokens that the policy chose, in any pattern.
+    gamma: discount γ from token to token.
+    gae_lambda: λ.
+
+  Returns:
+    A_t; 0 outside the mask, where rewards and values may be anything.
+  """
+  decay = jnp.where(action_start, gae_lambda, 1)
+  return jnp.where(mask, _advantage(reward, value, mask, mask, gamma, decay), 0)
+
+
+def token_gae(
+  reward: Float[Array, 'T'],
+  value: Float[Array, 'T'],
+  action_start: Bool[Array, 'T'],
+  mask: Bool[Array, 'T'],
+  *,
+  gamma: ScalarLike = 1.0,
+  gae_lambda: ScalarLike = 0.95,
+) -> Float[Array, 'T']:
+  """`gae`, with the signature of the others."""
+  del action_start
+  return gae(reward, value, mask, gamma=gamma, gae_lambda=gae_lambda)
+
+
+GAE_LEVELS = {'token': token_gae, 'segment': macro_gae, 'border': border_gae}
+
+
+def length_adaptive_lambda(num_actions: Int[Array, ''], factor: ScalarLike) -> Float[Array, '']:
+  """λ = 1 − 1 / (α l), at least 0: the longer the response, the farther its advantages look.
+
+  A TD error weighs λ^k in the advantage k actions before, and Σ_k λ^k = 1 / (1 − λ) = α l. See Yue
+  et al. 2025 (VAPO), https://arxiv.org/abs/2504.05118, with l in tokens and α = 0.05.
+
+  Args:
+    num_actions: l, the actions from each of which to the next λ decays.
+    factor: α, above 0.
+  """
+  return jnp.maximum(1 - 1 / (factor * jnp.maximum(num_actions, 1)), 0)
 
 
 def action_starts(segments: Segments, response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
@@ -87,6 +151,12 @@ def action_starts(segments: Segments, response_mask: Bool[Array, 'T']) -> Bool[A
   is read at these tokens alone, so it is to be trained at these alone.
   """
   return segments.start | (response_mask & (segments.segment_id < 0))
+
+
+def with_first(action_start: Bool[Array, 'T'], mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """The starts under the mask, of which its first token always is one."""
+  first = jnp.arange(mask.shape[0]) == jnp.argmax(mask)
+  return mask & (action_start | first)
 
 
 def returns(

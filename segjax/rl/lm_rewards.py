@@ -114,7 +114,7 @@ def token_reward(
 def pool(reward: Float[Array, 'T'], segments: Segments) -> Float[Array, 'T']:
   """The sum of the rewards over each segment, read at its last token; 0 at all others.
 
-  `rewards.dense_reward` spreads such sums again.
+  `spreads.dense_reward` spreads such sums again.
 
   Args:
     reward: reward of each token.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.rl.masked import at_least_float32
-from segjax.rl.rewards import last_token
+from segjax.rl.spreads import last_token
 
 
 def by_attention(

@@ -1,115 +1,23 @@
-"""Turns the scores of segments into the one reward per token that the policy is trained on.
+"""Redistributes, penalises and clamps the rewards of one response.
 
-Not here: the normalisation (`normalizer`) and the KL estimate (`kl`).
+Not here: the normalisation (`normalizer`), what the tokens of a segment get (`spreads`) and the KL
+estimate (`kl`).
 
-The order of application: `dense_reward` (or `red`), `end_penalty`, `length_penalty`, then
+The order of application: `spreads.dense_reward` (or `red`), `end_penalty`, `length_penalty`, then
 `shaped_reward`, which clamps and takes off the KL penalty.
-
-To add a way of spreading: write it with the common signature (z, segments, response_mask) and name
-it in SPREADS. z is read at the last token of each segment; what it holds elsewhere is ignored.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-from segjax.rl.aggregation import sequence_score
 from segjax.rl.masked import at_least_float32
-from segjax.rl.recurrences import latest, rank
+from segjax.rl.recurrences import latest
+from segjax.rl.spreads import check_name, last_token
 from segjax.types import Segments
 
 BASELINES = ('prompt', 'zero')
 END_PENALTIES = ('off', 'per_token', 'at_eos')
 LENGTH_PENALTIES = ('off', 'threshold', 'linear')
-
-
-def even_split(
-  z: Float[Array, 'T'], segments: Segments, response_mask: Bool[Array, 'T']
-) -> Float[Array, 'T']:
-  """Each of a segment's n tokens gets z / n: over a segment they sum to z.
-
-  See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
-  """
-  # The rank of a segment's last token is the segment's length; z counts at no other.
-  return repeat(at_least_float32(z) / rank(segments.start), segments, response_mask)
-
-
-def repeat(
-  z: Float[Array, 'T'], segments: Segments, response_mask: Bool[Array, 'T']
-) -> Float[Array, 'T']:
-  """Each token of a segment gets z, undivided."""
-  del response_mask
-  z = at_least_float32(z)
-
-  # Backwards, each end hands its z on.
-  reward = latest(z, segments.end, jnp.zeros((), z.dtype), reverse=True)
-  return jnp.where(segments.segment_id >= 0, reward, 0)
-
-
-def end_only(
-  z: Float[Array, 'T'], segments: Segments, response_mask: Bool[Array, 'T']
-) -> Float[Array, 'T']:
-  """The last token of a segment gets z, the others 0."""
-  del response_mask
-  return jnp.where(segments.end, at_least_float32(z), 0)
-
-
-def bandit(
-  z: Float[Array, 'T'],
-  segments: Segments,
-  response_mask: Bool[Array, 'T'],
-  *,
-  aggregation: str = 'mean',
-  temperature: ScalarLike = 1.0,
-) -> Float[Array, 'T']:
-  """The last real token of the response, stop token included, gets the aggregate of all z."""
-  score = sequence_score(z, segments, aggregation, temperature=temperature)
-  return jnp.where(last_token(response_mask), score, 0)
-
-
-def last_token(response_mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
-  """True at the last real token."""
-  return response_mask & ~jnp.concatenate([response_mask[1:], jnp.zeros_like(response_mask[:1])])
-
-
-SPREADS = {'even_split': even_split, 'repeat': repeat, 'end_only': end_only, 'bandit': bandit}
-
-
-def dense_reward(
-  z: Float[Array, 'T'],
-  segments: Segments,
-  response_mask: Bool[Array, 'T'],
-  *,
-  spread: str = 'even_split',
-  length_norm: bool = False,
-  aggregation: str = 'mean',
-  temperature: ScalarLike = 1.0,
-) -> Float[Array, 'T']:
-  """Spreads the normalised rewards of the segments over the tokens.
-
-  Args:
-    z: normalised reward, read at the last token of each segment.
-    segments: the segments of the response.
-    response_mask: True on the response, stop token included.
-    spread: one of SPREADS.
-    length_norm: also divide by the number of response tokens, stop token included.
-    aggregation: what 'bandit' makes of several segments, one of `aggregation.AGGREGATIONS`; the
-      other spreads have no use for it.
-    temperature: of the aggregation 'softmax', in the unit of z.
-
-  Returns:
-    The reward of each token; 0 outside the response, and everywhere if it has no segment.
-
-  Raises:
-    ValueError: on an unknown spread or aggregation.
-  """
-  _check('spread', spread, SPREADS)
-  options = {}
-  if spread == 'bandit':
-    options = {'aggregation': aggregation, 'temperature': temperature}
-  reward = SPREADS[spread](z, segments, response_mask, **options)
-  if length_norm:
-    reward = reward / jnp.maximum(jnp.sum(response_mask), 1)
-  return reward
 
 
 def red(
@@ -141,7 +49,7 @@ def red(
   Raises:
     ValueError: on an unknown baseline.
   """
-  _check('baseline', baseline, BASELINES)
+  check_name('baseline', baseline, BASELINES)
   score = at_least_float32(score)
   before = prompt_score.astype(score.dtype) if baseline == 'prompt' else jnp.zeros((), score.dtype)
 
@@ -179,7 +87,7 @@ def end_penalty(
   Raises:
     ValueError: on an unknown kind.
   """
-  _check('end_penalty', kind, END_PENALTIES)
+  check_name('end_penalty', kind, END_PENALTIES)
   dense = jnp.where(response_mask, at_least_float32(dense), 0)
   if kind == 'per_token':
     return jnp.where(response_mask & ~finished, value, dense)
@@ -216,7 +124,7 @@ def length_penalty(
   Raises:
     ValueError: on an unknown kind.
   """
-  _check('length_penalty', kind, LENGTH_PENALTIES)
+  check_name('length_penalty', kind, LENGTH_PENALTIES)
   dense = jnp.where(response_mask, at_least_float32(dense), 0)
   if kind == 'threshold':
     return jnp.where(response_mask & (jnp.sum(response_mask) > threshold), value, dense)
@@ -256,8 +164,3 @@ def shaped_reward(
     dense = jnp.clip(dense, -clip, clip)
   reward = dense - jnp.maximum(kl_coef, 0) * at_least_float32(kl)
   return jnp.where(response_mask, reward, 0)
-
-
-def _check(field, name, valid) -> None:
-  if name not in valid:
-    raise ValueError(f'{field}={name!r} is unknown; use one of {tuple(valid)}.')

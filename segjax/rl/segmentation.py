@@ -1,8 +1,8 @@
-"""Cuts one response into segments: by the entropy of the reference model, by length, by delimiters.
+"""Cuts one response into segments, at marked tokens or by the entropy of the reference model.
 
-Not here: what a segment is worth (`normalizer`, `rewards`), nor how a threshold is chosen
-(`threshold`). Entropy is the cut of Yin et al. 2025, https://arxiv.org/abs/2501.02790; fixed
-length and sentences, which delimiters end, are the baselines it is compared with.
+Not here: other ways to mark tokens (`cuts`), what a segment is worth (`normalizer`, `rewards`), nor
+how a threshold is chosen (`threshold`). Entropy is the cut of Yin et al. 2025,
+https://arxiv.org/abs/2501.02790.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from segjax.rl.recurrences import spaced
 from segjax.types import Segments
 
 GRANULARITIES = ('segment', 'token', 'bandit')
-CUTS = ('entropy', 'fixed_length', 'delimiter')
 
 
 def content_mask(
@@ -117,7 +116,7 @@ def segment_at(
   _check_granularity(granularity)
   stop_inside = stop_inside or granularity == 'bandit'
   content = content_mask(response_mask, finished, stop_inside=stop_inside)
-  first = content & ~_previous(content)
+  first = content & ~previous(content)
   before_stop = content_mask(response_mask, finished)
   if granularity == 'bandit':
     start = first
@@ -136,24 +135,9 @@ def segment_at(
   )
 
 
-def fixed_length_boundary(response_mask: Bool[Array, 'T'], length: int) -> Bool[Array, 'T']:
-  """Marks every `length`-th token of the response, the first included, for `segment_at`.
-
-  Raises:
-    ValueError: on a length below 1.
-  """
-  if length < 1:
-    raise ValueError(f'length={length} is below 1; every segment has a token.')
-  index = jnp.arange(response_mask.shape[0]) - jnp.argmax(response_mask)
-  return response_mask & (index % length == 0)
-
-
-def delimiter_boundary(is_delimiter: Bool[Array, 'T']) -> Bool[Array, 'T']:
-  """Marks the tokens that follow a delimiter and are none, for `segment_at`.
-
-  A run of delimiters stays together, at the end of the segment that it closes.
-  """
-  return _previous(is_delimiter) & ~is_delimiter
+def previous(mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
+  """mask_{t−1}; False before the beginning."""
+  return jnp.concatenate([jnp.zeros_like(mask[:1]), mask[:-1]])
 
 
 def _running_count(mark: Bool[Array, 'T']) -> Int[Array, 'T']:
@@ -177,8 +161,3 @@ def _check_granularity(granularity: str) -> None:
 def _next(mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
   """mask_{t+1}; False past the end."""
   return jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
-
-
-def _previous(mask: Bool[Array, 'T']) -> Bool[Array, 'T']:
-  """mask_{t−1}; False before the beginning."""
-  return jnp.concatenate([jnp.zeros_like(mask[:1]), mask[:-1]])

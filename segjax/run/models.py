@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from segjax.config.conflicts import check_redistribution
+from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
 from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
@@ -170,6 +170,7 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
   # Before the weights are loaded, which takes minutes for a large model.
+  check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   lm_reward = settings.reward_shaping.lm_reward
   if lm_reward.kind != 'off':
@@ -243,7 +244,6 @@ def load_models(
 def make_recipe(
   settings: Settings,
   configs: dict[str, LlamaConfig],
-  critic: LlamaConfig,
   spec: RewardSpec,
   tokenizer: ChatTokenizer,
   paths: dict[str, Path],
@@ -252,14 +252,13 @@ def make_recipe(
 
   Args:
     settings: of the run.
-    configs: of the networks but the critic.
-    critic: of the critic.
+    configs: of the networks by name, with 'critic' if there is one.
     spec: how responses are segmented and scores are normalised.
     tokenizer: of the policy.
     paths: directories of the networks that are scored.
   """
   others = {name: network for name, network in configs.items() if name != 'policy'}
-  check_sampled_ids(configs['policy'], others | {'critic': critic})
+  check_sampled_ids(configs['policy'], others)
   segmentation = spec.segmentation
   if settings.reward_shaping.redistribute != 'none':
     # The score is read at the response's end, so the stop token has to lie in a segment.
@@ -269,7 +268,7 @@ def make_recipe(
     reference=configs['reference'],
     reward=configs.get('reward'),
     reward_lm=configs.get('reward_lm'),
-    critic=critic,
+    critic=configs.get('critic'),
     segmenter=make_segmenter(segmentation, tokenizer),
     spread=resolve_spread(settings, segmentation.granularity),
     # The same programs serve a model in another directory.
@@ -277,7 +276,8 @@ def make_recipe(
     ppo=settings.ppo,
     compat=settings.compat,
     recompute_logprob=resolve_recompute_logprob(settings),
-    one_base=names_on_one_base(paths, configs | {'critic': critic}),
+    one_base=names_on_one_base(paths, configs),
+    samples_per_prompt=settings.rollout.samples_per_prompt,
   )
 
 

@@ -41,16 +41,16 @@ def make_scorer(
     log: called with a line of text.
 
   Raises:
-    UserError: text is segmented by entropy and there is no reference.
+    UserError: boundaries read the reference and there is none.
   """
   segmenter = make_segmenter(segmentation, tokenizer)
   models.warn_of_boundaries(segmentation, reward, log)
   if reference is not None:
     network = models.load_network_config(reference, runtime, mesh, log)
-  elif segmenter.needs_entropy:
+  elif segmenter.needs_reference:
     raise UserError(
-      'config.reference.path is empty, but this reward model segments by the entropy of its '
-      'reference; give the SFT model that it was trained with.'
+      'config.reference.path is empty, but this reward model segments by the '
+      f'{segmenter.signal} of its reference; give the SFT model that it was trained with.'
     )
   else:
     network = reward  # not run

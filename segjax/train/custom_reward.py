@@ -29,6 +29,8 @@ PARAMETERS = {
   'reward_shaping.reward_fn': ('prompt', 'response'),
   'evaluate.gold_reward_fn': ('prompt', 'response'),
   'evaluate.boundary_fn': ('token',),
+  'reward.segmentation.boundary_fn': ('token',),
+  'reward_model.segmentation.boundary_fn': ('token',),
 }
 
 # (prompts, response_ids [B, T], response_mask [B, T]) -> reward of each token [B, T].
@@ -118,6 +120,23 @@ def load_number_function(path: str, key: str) -> Callable[[str, str], float]:
     return _parse_number(call_function(function, call, prompt, response), call, 'a finite number.')
 
   return number
+
+
+def load_token_function(path: str, key: str) -> Callable[[str], bool]:
+  """Loads a function of a token's text that says whether a segment ends there.
+
+  Calling what is returned raises UserError where the function raises.
+
+  Raises:
+    UserError: see `load_function`.
+  """
+  function = load_function(path, key)
+
+  def ends(text: str) -> bool:
+    call = describe_call(function, f'the token {text!r}')
+    return call_function(bool, call, call_function(function, call, text))
+
+  return ends
 
 
 def describe_call(function: Callable[..., Any], subject: str) -> str:

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, ScalarLike
 
 from segjax.config.settings import PPO
 from segjax.rl import kl
-from segjax.rl.advantages import action_starts, gae, macro_gae, returns
-from segjax.rl.masked import whiten
+from segjax.rl.learned_tokens import high_entropy_tokens
+from segjax.rl.masked import masked_mean, whiten
 from segjax.rl.rewards import shaped_reward
+from segjax.train.estimators import estimate_advantages
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_shaping import dense_rewards, lm_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
@@ -32,8 +33,8 @@ def make_experience(
 ) -> tuple[Experience, dict[str, Array]]:
   """Computes the rewards and advantages of a rollout, and its metrics.
 
-  reward_t = clip(dense_t) - kl_coef · kl_t, advantage by GAE, whitened over the rollout. With
-  ppo.kl_placement=loss the reward has no KL term.
+  reward_t = clip(dense_t) - kl_coef · kl_t, advantage by ppo.estimator, whitened over the rollout.
+  With ppo.kl_placement=loss the reward has no KL term.
 
   Args:
     rollout: the responses.
@@ -45,15 +46,12 @@ def make_experience(
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
-  # Under force_eos the last token of every response is a stop token.
-  has_eos = rollout.finished | recipe.compat.force_eos
-  # By the frozen reference: the cuts of a text stay the same while the policy changes.
-  segments = segment_batch(
-    rollout.response_ids, mask, has_eos, outputs.ref_entropy, recipe.segmenter
-  )
+  segments = _segments(rollout, outputs, recipe)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
   lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
-  dense = dense_rewards(z, segments, rollout, custom_reward, lm_reward, recipe=recipe)
+  dense = dense_rewards(
+    z, segments, rollout, outputs.ref_entropy, custom_reward, lm_reward, recipe=recipe
+  )
   shape = functools.partial(
     shaped_reward,
     kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
@@ -61,21 +59,24 @@ def make_experience(
   )
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](outputs.old_logprob, outputs.ref_logprob)
   reward = jax.vmap(shape)(dense, token_kl, mask)
-  advantage, value_mask = _advantages(reward, outputs.value, segments, mask, ppo)
+  estimate = estimate_advantages(reward, outputs.value, segments, mask, recipe)
   experience = Experience(
     rollout=rollout,
     ref_logprob=outputs.ref_logprob,
     ref_entropy=outputs.ref_entropy,
     score=outputs.score,
-    value=outputs.value,
     segments=segments,
     reward=reward,
-    advantage=whiten(advantage, mask) if ppo.whiten else advantage,
-    return_=returns(advantage, outputs.value, value_mask),  # of advantages before whitening
-    value_mask=value_mask,
+    advantage=whiten(estimate.advantage, mask) if ppo.whiten else estimate.advantage,
+    value=outputs.value,
+    return_=estimate.return_,
+    value_mask=estimate.value_mask,
+    learn_mask=_learn_mask(outputs.ref_entropy, segments, mask, ppo),
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   metrics = rollout_metrics(experience, dense, penalty, recipe)
+  if experience.learn_mask is not None:
+    metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   if lm_reward is not None:
@@ -83,17 +84,27 @@ def make_experience(
   return experience, metrics
 
 
-def _advantages(
-  reward: Float[Array, 'B T'],
-  value: Float[Array, 'B T'],
-  segments: Segments,
-  mask: Bool[Array, 'B T'],
-  ppo: PPO,
-) -> tuple[Float[Array, 'B T'], Bool[Array, 'B T']]:
-  """Returns (advantages, mask of the states whose value the critic learns)."""
-  constants = {'gamma': ppo.gamma, 'gae_lambda': ppo.gae_lambda}
-  if ppo.gae_level == 'token':
-    return jax.vmap(functools.partial(gae, **constants))(reward, value, mask), mask
-  # Segments are actions: nothing is decided inside one, so values there have no target.
-  starts = jax.vmap(action_starts)(segments, mask)
-  return jax.vmap(functools.partial(macro_gae, **constants))(reward, value, starts, mask), starts
+def _segments(rollout: Rollout, outputs: ModelOutputs, recipe: PPORecipe) -> Segments:
+  """Returns the segments of each response."""
+  # By frozen networks: the cuts of a text stay the same while the policy changes.
+  signals = {'logprob': outputs.ref_logprob, 'score': outputs.score}
+  return segment_batch(
+    rollout.response_ids,
+    rollout.response_mask,
+    # Under force_eos the last token of every response is a stop token.
+    rollout.finished | recipe.compat.force_eos,
+    signals.get(recipe.segmenter.signal, outputs.ref_entropy),
+    recipe.segmenter,
+  )
+
+
+def _learn_mask(
+  ref_entropy: Float[Array, 'B T'], segments: Segments, mask: Bool[Array, 'B T'], ppo: PPO
+) -> Bool[Array, 'B T'] | None:
+  """Returns the tokens of the rollout that the policy is trained on; None for all."""
+  if ppo.learn_on == 'segment_starts':
+    return segments.start
+  if ppo.learn_on == 'high_ref_entropy':
+    # By the reference: the entropies of the sampling policy are not known without another pass.
+    return high_entropy_tokens(ref_entropy, mask, ppo.learn_share)
+  return None

@@ -62,6 +62,8 @@ def policy_objective(
 ) -> LossAndMetrics:
   """Computes the clipped surrogate, less the entropy bonus, plus the KL penalty if in the loss.
 
+  Each is a mean over the tokens of `Experience.policy_mask`.
+
   Args:
     params: parameters of the policy.
     batch: rows of the minibatch.
@@ -71,7 +73,7 @@ def policy_objective(
     slots: slots of the sequences in packed rows; None for one row per sequence.
   """
   ppo, rollout = recipe.ppo, batch.rollout
-  mask = _without_empty_slots(rollout.response_mask, slots)
+  mask = _without_empty_slots(batch.policy_mask, slots)
   logprob, policy_entropy = _run_model(token_logprobs, params, rollout, recipe.policy, slots)
   averaged = {'mean': ppo.loss_aggregation, 'count': count}
   mean = functools.partial(batch_mean, mask=mask, **averaged)
@@ -185,7 +187,7 @@ def policy_step(
   # The rows are an argument, so that all minibatches of a run share one program.
   batch = take_rows(minibatch.experience, minibatch.rows)
   # Of the minibatch: a mean per piece would weigh a sequence by how full its piece is.
-  count = num_terms(batch.rollout.response_mask, recipe.ppo.loss_aggregation)
+  count = num_terms(batch.policy_mask, recipe.ppo.loss_aggregation)
   (loss, metrics), grads = gradient_accumulation.value_and_grad(
     functools.partial(policy_objective, recipe=recipe),
     state.params,
@@ -243,34 +245,38 @@ def ppo_step(
   total_steps: int,
   policy_from: int | None = 0,
 ) -> tuple[dict[str, TrainState], Metrics]:
-  """Updates policy and critic on a minibatch; donates both states.
+  """Updates the policy, and the critic if there is one, on a minibatch; donates their states.
 
   Metrics have the prefixes policy/ and critic/; `skipped_updates` counts the updates that were
   skipped because they were not finite or not enabled.
 
   Args:
-    states: of 'policy' and 'critic'.
+    states: of 'policy' and, where there is one, 'critic'.
     bases: frozen parameters of those that are trained by adapters.
     minibatch: the rows to learn from.
     kl_coef: coefficient of the KL penalty, read with ppo.kl_placement=loss.
     recipe: networks, losses and optimizers.
-    total_steps: updates of the critic in the whole run.
+    total_steps: updates in the whole run.
     policy_from: updates of the critic before the policy's first; None leaves the policy as it is.
   """
-  policy, critic = states['policy'], states['critic']
+  states, metrics, skipped = dict(states), Metrics(), 0
   # Two programs, so that the warm-up of the critic does not compile the policy's.
-  policy_metrics, skipped = Metrics(), 0
   if policy_from is not None:
     # The policy's schedule starts with its first update, not in the warm-up of the critic.
-    steps = total_steps - policy_from
-    policy, policy_metrics = policy_step(
-      policy, minibatch, kl_coef, bases.get('policy'), recipe=recipe, total_steps=steps
+    states['policy'], update = policy_step(
+      states['policy'],
+      minibatch,
+      kl_coef,
+      bases.get('policy'),
+      recipe=recipe,
+      total_steps=total_steps - policy_from,
     )
-    skipped += policy_metrics.sum.pop('skipped_updates')  # one count for both networks
-  critic, critic_metrics = critic_step(
-    critic, minibatch, bases.get('critic'), recipe=recipe, total_steps=total_steps
-  )
-  skipped += critic_metrics.sum.pop('skipped_updates')
-  metrics = policy_metrics.prefix('policy').merge(critic_metrics.prefix('critic'))
-  metrics = metrics.merge(Metrics(sum={'skipped_updates': skipped}))
-  return {'policy': policy, 'critic': critic}, metrics
+    skipped += update.sum.pop('skipped_updates')  # one count for both networks
+    metrics = metrics.merge(update.prefix('policy'))
+  if recipe.critic is not None:
+    states['critic'], update = critic_step(
+      states['critic'], minibatch, bases.get('critic'), recipe=recipe, total_steps=total_steps
+    )
+    skipped += update.sum.pop('skipped_updates')
+    metrics = metrics.merge(update.prefix('critic'))
+  return states, metrics.merge(Metrics(sum={'skipped_updates': skipped}))

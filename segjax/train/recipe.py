@@ -17,17 +17,18 @@ class PPORecipe:
   Attributes:
     reward: the reward model; None where rewards have other sources alone.
     reward_lm: the language model that rewards tokens as `shaping.lm_reward` says; None without one.
-    critic: the critic; not read where no values are computed, as in an evaluation.
-    spread: a name in `rl.rewards.SPREADS`.
+    critic: the critic; None if `ppo.has_critic` is False.
+    spread: a name in `rl.spreads.SPREADS`.
     recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
     one_base: networks that add adapters to the reference's weights, and itself; they are scored in
       one pass over these weights. () where none does.
+    samples_per_prompt: responses to one prompt, in adjacent rows of a rollout.
   """
 
   policy: LlamaConfig
   reference: LlamaConfig
   reward: LlamaConfig | None
-  critic: LlamaConfig
+  critic: LlamaConfig | None
   segmenter: Segmenter
   spread: str
   shaping: RewardShaping
@@ -36,6 +37,7 @@ class PPORecipe:
   recompute_logprob: bool = False
   reward_lm: LlamaConfig | None = None
   one_base: tuple[str, ...] = ()
+  samples_per_prompt: int = 1
 
   def groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Returns the networks of these names in groups of those that are run together."""

@@ -46,7 +46,7 @@ class SegmentScorer(PairScorer):
 
   Attributes:
     reward: the reward model.
-    reference: the model whose entropies segment; not run where they are not needed.
+    reference: the model whose entropies or log-probs segment; not run where none are needed.
   """
 
   reward: LlamaConfig
@@ -75,19 +75,20 @@ class SegmentScorer(PairScorer):
     return score.reshape(-1, 2), figures
 
 
-def reference_entropy(
+def reference_signal(
   reference: Any, sequences: Sequences, scorer: SegmentScorer, slots: PackingSlots | None = None
 ) -> Float[Array, 'B S']:
-  """Returns the reference's entropy at every token, in nats; zeros where it is not needed.
+  """Returns what boundaries read of the reference, in nats; zeros where they read nothing.
 
-  Returns `sequences.ref_entropy` itself if it was computed beforehand.
+  That is the entropy or the log-prob of every token, as `Segmenter.signal` says. Returns
+  `sequences.ref_signal` itself if it was computed beforehand.
   """
-  if sequences.ref_entropy is not None:
-    return sequences.ref_entropy
-  if not scorer.segmenter.needs_entropy:
+  if sequences.ref_signal is not None:
+    return sequences.ref_signal
+  if not scorer.segmenter.needs_reference:
     return jnp.zeros(sequences.ids.shape, jnp.float32)
-  _, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, slots)
-  return jax.lax.stop_gradient(entropy)
+  logprob, entropy = run_packed(token_logprobs, reference, sequences.ids, scorer.reference, slots)
+  return jax.lax.stop_gradient(entropy if scorer.segmenter.signal == 'entropy' else logprob)
 
 
 def score_sequences(
@@ -98,14 +99,16 @@ def score_sequences(
   slots: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
   """Returns (the reward model's score at every token, the segments)."""
+  signal = reference_signal(reference, sequences, scorer, slots)
+  score = run_packed(scores, params, sequences.ids, scorer.reward, slots)
   segments = segment_batch(
     sequences.ids,
     sequences.response_mask,
     sequences.finished,
-    reference_entropy(reference, sequences, scorer, slots),
+    score if scorer.segmenter.signal == 'score' else signal,
     scorer.segmenter,
   )
-  return run_packed(scores, params, sequences.ids, scorer.reward, slots), segments
+  return score, segments
 
 
 def interleave(pairs: PreferenceBatch) -> Sequences:

@@ -1,7 +1,7 @@
 """Computes one reward per token from the scores of a rollout, before the clip and the KL penalty.
 
-Applies functions of `rl` in this order: normalise or redistribute, spread, mix with other rewards,
-penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
+Applies functions of `rl` in this order: normalise or redistribute, credit, spread, mix with other
+rewards, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools
@@ -15,7 +15,8 @@ from segjax.config.settings import RewardShaping
 from segjax.rl.lm_rewards import pool, token_reward
 from segjax.rl.normalizer import normalize
 from segjax.rl.redistribution import by_attention
-from segjax.rl.rewards import dense_reward, end_penalty, length_penalty, red
+from segjax.rl.rewards import end_penalty, length_penalty, red
+from segjax.rl.spreads import dense_reward, min_credit
 from segjax.train.compat import padded_length_threshold
 from segjax.train.recipe import PPORecipe
 from segjax.train.scoring import ModelOutputs
@@ -58,6 +59,7 @@ def dense_rewards(
   z: Float[Array, 'B T'],
   segments: Segments,
   rollout: Rollout,
+  ref_entropy: Float[Array, 'B T'],
   custom_reward: Float[Array, 'B T'] | None,
   lm_reward: Float[Array, 'B T'] | None = None,
   *,
@@ -65,19 +67,23 @@ def dense_rewards(
 ) -> Float[Array, 'B T']:
   """Returns the reward of each token, before the clip and the KL penalty.
 
-  dense = reward_model_weight · spread(z) + reward_fn_weight · custom_reward + lm_reward, then the
-  penalties for missing EOS and for length.
+  dense = reward_model_weight · spread(credit(z)) + reward_fn_weight · custom_reward + lm_reward,
+  then the penalties for missing EOS and for length.
 
   Args:
     z: `segment_z`.
     segments: the segments.
     rollout: the responses.
+    ref_entropy: entropy of the reference, nats.
     custom_reward: the user's reward of each token, if there is one.
     lm_reward: `lm_rewards`, if a language model rewards tokens.
-    recipe: weights, spread and penalties.
+    recipe: weights, credit, spread and penalties.
   """
   shaping = recipe.shaping
-  dense = shaping.reward_model_weight * _spread(z, segments, rollout, recipe)
+  if shaping.credit == 'min':
+    weigh = functools.partial(min_credit, temperature=shaping.credit_temperature)
+    z = jax.vmap(weigh)(z, segments)
+  dense = shaping.reward_model_weight * _spread(z, segments, rollout, ref_entropy, recipe)
   if custom_reward is not None:
     dense = dense + shaping.reward_fn_weight * custom_reward
   if lm_reward is not None:
@@ -92,10 +98,8 @@ def lm_rewards(
 ) -> Float[Array, 'B T'] | None:
   """Returns the rewards by the language model `recipe.reward_lm`, as `shaping.lm_reward` says.
 
-  None without such a model.
-
-  With level=segment their sums over the segments are spread as the scores of a reward model are; a
-  token outside of them, such as the stop token, keeps its own.
+  None without such a model. With level=segment their sums over the segments are spread as the
+  scores of a reward model are; a token outside of all, such as the stop token, keeps its own.
   """
   if recipe.reward_lm is None:
     return None
@@ -111,23 +115,34 @@ def lm_rewards(
   )
   if settings.level == 'token':
     return reward
-  spread = _spread(jax.vmap(pool)(reward, segments), segments, rollout, recipe)
+  pooled = jax.vmap(pool)(reward, segments)
+  spread = _spread(pooled, segments, rollout, outputs.ref_entropy, recipe)
   return spread + jnp.where(segments.segment_id < 0, reward, 0)
 
 
 def _spread(
-  z: Float[Array, 'B T'], segments: Segments, rollout: Rollout, recipe: PPORecipe
+  z: Float[Array, 'B T'],
+  segments: Segments,
+  rollout: Rollout,
+  ref_entropy: Float[Array, 'B T'],
+  recipe: PPORecipe,
 ) -> Float[Array, 'B T']:
   """Spreads what each segment earns over its tokens."""
   segmentation = recipe.segmenter.segmentation
-  spread_out = functools.partial(
-    dense_reward,
-    spread=recipe.spread,
-    length_norm=recipe.shaping.length_norm,
-    aggregation=segmentation.aggregation,
-    temperature=segmentation.softmax_temperature,
-  )
-  return jax.vmap(spread_out)(z, segments, rollout.response_mask)
+
+  def spread_out(z, segments, mask, entropy):
+    return dense_reward(
+      z,
+      segments,
+      mask,
+      spread=recipe.spread,
+      length_norm=recipe.shaping.length_norm,
+      aggregation=segmentation.aggregation,
+      temperature=segmentation.softmax_temperature,
+      entropy=entropy,
+    )
+
+  return jax.vmap(spread_out)(z, segments, rollout.response_mask, ref_entropy)
 
 
 def _penalize(

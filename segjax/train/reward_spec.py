@@ -23,12 +23,13 @@ from segjax.config.settings import RewardModelSettings, Segmentation, Segmentati
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError, excerpt
 from segjax.hf.adapter_config import tokenizer_directory
+from segjax.rl.cuts import CUTS
 from segjax.rl.normalizer import KINDS, PUBLISHED
 from segjax.storage import write_text_atomically
 from segjax.types import Normalizer
 
 REWARD_SPEC_FILE = 'segment_reward.json'
-VERSION = 3
+VERSION = 4
 # Present names of fields, by those that version 2 wrote.
 _VERSION_2 = {
   'cut': 'boundary',
@@ -36,6 +37,8 @@ _VERSION_2 = {
   'min_length': 'min_segment_length',
   'temperature': 'softmax_temperature',
 }
+# Fields that version 3 did not have; nothing read them.
+_SINCE_4 = ('boundary_fn', 'probability_threshold', 'jump_threshold', 'shuffle_seed')
 _FIX = (
   'correct it, fit it again with the normalizer job, or remove the file and set granularity, '
   'threshold and normaliser in config.reward_model'
@@ -100,14 +103,16 @@ def read_spec(directory: Path, *, with_normalizer: bool = True) -> RewardSpec | 
 def _upgrade(record: dict[str, Any], path: Path) -> dict[str, Any]:
   """Returns the record of an earlier version with the present names."""
   version = record.get('version')
-  if isinstance(version, bool) or version not in (2, VERSION):
+  if isinstance(version, bool) or version not in (2, 3, VERSION):
     raise UserError(f'{path}: version={version!r} is not {VERSION}; {_FIX}.')
-  if version == VERSION:
-    return record
-  record = {_VERSION_2.get(name, name): value for name, value in record.items()}
-  stop_token = record.pop('stop_token', None)
-  check_choice(f'{path}: stop_token', str(stop_token), ('inside', 'outside'))
-  return record | {'include_eos': stop_token == 'inside'}
+  if version == 2:
+    record = {_VERSION_2.get(name, name): value for name, value in record.items()}
+    stop_token = record.pop('stop_token', None)
+    check_choice(f'{path}: stop_token', str(stop_token), ('inside', 'outside'))
+    record |= {'include_eos': stop_token == 'inside'}
+  if version < VERSION:
+    record |= {name: getattr(Segmentation(), name) for name in _SINCE_4}
+  return record
 
 
 def _check_names(record: dict[str, Any], names: set[str], prefix: str) -> None:
@@ -131,8 +136,10 @@ def _parse_segmentation(record: dict[str, Any], path: Path) -> Segmentation:
       check_choice(label, values[name], CHOICES[key])
     if key in MINIMUMS:
       check_minimum(label, values[name], MINIMUMS[key])
-  _check_float32(f'{path}: entropy_threshold', values['entropy_threshold'])
-  _check_positive(f'{path}: softmax_temperature', values['softmax_temperature'])
+  for name in ('entropy_threshold', 'jump_threshold'):
+    _check_float32(f'{path}: {name}', values[name])
+  for name in ('softmax_temperature', 'probability_threshold'):
+    _check_positive(f'{path}: {name}', values[name])
   segmentation = Segmentation(**values)
   check_segmentation(segmentation, str(path))
   return segmentation
@@ -172,9 +179,11 @@ def describe_extreme_boundaries(segmentation: Segmentation, vocab_size: int) -> 
   if segmentation.boundary == 'delimiter' and not segmentation.delimiters:
     return 'delimiters is empty, so every response is one segment'
   threshold, largest = segmentation.entropy_threshold, math.log(vocab_size)
-  if segmentation.boundary == 'entropy' and threshold <= 0:
+  if CUTS[segmentation.boundary].signal != 'entropy':
+    return ''
+  if threshold <= 0:
     return f'entropy_threshold={threshold:g} nats cuts at every token'
-  if segmentation.boundary == 'entropy' and threshold >= largest:
+  if threshold >= largest:
     return (
       f'entropy_threshold={threshold:g} nats cuts nowhere: the entropy over {vocab_size} tokens is '
       f'at most {largest:.2f}'
@@ -224,10 +233,8 @@ def missing_fields(segmentation: SegmentationOverrides) -> list[str]:
   missing, key = [], 'config.reward_model.segmentation'
   if segmentation.granularity is None:
     missing.append(f'{key}.granularity (segment, token or bandit)')
-  needs_threshold = segmentation.granularity in (None, 'segment') and segmentation.boundary in (
-    None,
-    'entropy',
-  )
+  cut = CUTS[segmentation.boundary or Segmentation().boundary]
+  needs_threshold = segmentation.granularity in (None, 'segment') and cut.signal == 'entropy'
   if needs_threshold and segmentation.entropy_threshold is None:
     missing.append(f'{key}.entropy_threshold (nats)')
   return missing

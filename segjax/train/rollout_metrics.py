@@ -57,7 +57,6 @@ def rollout_metrics(
     'objective/ref_entropy': masked_mean(experience.ref_entropy, mask),
     'reward/token_abs_max': largest(dense, mask),
     'objective/advantage_abs_max': largest(experience.advantage, mask),
-    'critic/return_abs_max': largest(experience.return_, experience.value_mask),
     'reward/segment_mean': masked_sum(dense, mask) / jnp.maximum(jnp.sum(segments.end), 1),
     'response/length_mean': jnp.mean(length),
     'response/length_max': jnp.max(length),
@@ -65,10 +64,11 @@ def rollout_metrics(
     'segments/per_response': jnp.mean(segments.num_segments.astype(jnp.float32)),
     'segments/length_mean': _segment_length(segments),
     **_logprob_mismatch(rollout),
-    'critic/explained_variance': _explained_variance(
-      experience.value, experience.return_, experience.value_mask
-    ),
   }
+  if recipe.critic is not None:
+    return_, learned = experience.return_, experience.value_mask
+    metrics['critic/return_abs_max'] = largest(return_, learned)
+    metrics['critic/explained_variance'] = _explained_variance(experience.value, return_, learned)
   if recipe.segmenter.segmentation.granularity == 'segment':
     metrics['segments/one_token'] = jnp.mean(one_token_segments(segments).astype(jnp.float32))
   if clip := recipe.shaping.reward_clip:
@@ -113,7 +113,8 @@ def within_bounds(metrics: dict[str, Array], ppo: PPO) -> Bool[Array, '']:
   be finite and within `ppo.skip_if_kl_above` and `ppo.skip_if_reward_above`, where 0 sets no bound.
   """
   is_within = jnp.bool(True)
-  for name in ('objective/rlhf_reward', 'objective/advantage_abs_max', 'critic/return_abs_max'):
+  learned = ('objective/rlhf_reward', 'objective/advantage_abs_max')
+  for name in (*learned, 'critic/return_abs_max') if ppo.has_critic else learned:
     is_within &= jnp.isfinite(metrics[name])
   for name, bound in (
     ('objective/kl', ppo.skip_if_kl_above),

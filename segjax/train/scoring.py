@@ -35,6 +35,7 @@ class ModelOutputs(NamedTuple):
   Attributes:
     ref_entropy: entropy of the reference, nats.
     score: the reward model's raw output.
+    value: the critic's; None without a critic.
     prompt_score: the reward model's output at the last token of the prompt.
     lm_logprob: log-prob under the language model that rewards; None without one.
     attribution: what each token contributes to the score of the response, where
@@ -45,7 +46,7 @@ class ModelOutputs(NamedTuple):
   ref_logprob: Float[Array, 'B T']
   ref_entropy: Float[Array, 'B T']
   score: Float[Array, 'B T']
-  value: Float[Array, 'B T']
+  value: Float[Array, 'B T'] | None
   prompt_score: Float[Array, 'B']
   lm_logprob: Float[Array, 'B T'] | None = None
   attribution: Float[Array, 'B T'] | None = None
@@ -115,7 +116,7 @@ def score_chunk(
   """
 
   layout = RowLayout(segment_ids=segment_ids)
-  configs = {name: getattr(recipe, name) for name in _run_networks(params, recipe)}
+  configs = {name: getattr(recipe, name) for name in _run_networks(recipe)}
   params, hidden = {name: recipe.with_base(name, params) for name in configs}, {}
   for names in recipe.groups(configs):
     networks = [(params[name], configs[name]) for name in names]
@@ -134,9 +135,9 @@ def score_chunk(
     # The present policy would give tokens that earlier ones drew another log-prob.
     if rollout.carried is not None:
       old_logprob = jnp.where(carried_mask(rollout), rollout.old_logprob, old_logprob)
-  value = score = jnp.zeros(ids.shape, jnp.float32)
+  score, value = jnp.zeros(ids.shape, jnp.float32), None
   if 'critic' in configs:
-    value = read_values(hidden['critic'], params['critic'], layout)
+    value = window(read_values(hidden['critic'], params['critic'], layout))
   attribution = None
   if 'reward' in configs:
     score = read_scores(hidden['reward'], params['reward'])
@@ -148,22 +149,21 @@ def score_chunk(
     ref_logprob=window(ref_logprob),
     ref_entropy=window(ref_entropy),
     score=window(score),
-    value=window(value),
+    value=value,
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
     lm_logprob=window(logprobs('reward_lm')[0]) if 'reward_lm' in configs else None,
     attribution=attribution,
   )
 
 
-def _run_networks(params: dict[str, Any], recipe: PPORecipe) -> list[str]:
+def _run_networks(recipe: PPORecipe) -> list[str]:
   """Returns the networks that `score_chunk` runs."""
   is_run = {
     'reference': True,
     # In bfloat16 the decode loop rounds differently from this forward pass: the first ratio of the
     # update would not be 1, and the KL not 0, before anything is learned.
     'policy': recipe.recompute_logprob,
-    # An evaluation has no critic, and a run on a custom reward alone no reward model.
-    'critic': 'critic' in params,
+    'critic': recipe.critic is not None,
     'reward': recipe.reward is not None,
     'reward_lm': recipe.reward_lm is not None,
   }

@@ -1,4 +1,4 @@
-"""Segments batches of responses by the functions of `rl.segmentation` that the settings select."""
+"""Segments batches of responses by the functions of `rl.cuts` that the settings select."""
 
 import dataclasses
 import functools
@@ -10,34 +10,56 @@ from jaxtyping import Array, Bool, Float, Int
 
 from segjax.config.settings import Segmentation
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.rl.aggregation import sequence_score
-from segjax.rl.segmentation import delimiter_boundary, fixed_length_boundary, segment_at
+from segjax.rl.cuts import CUTS, Response
+from segjax.rl.segmentation import segment_at
+from segjax.train.custom_reward import load_token_function
 from segjax.types import Segments
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-  """A segmentation, with the token ids that end a segment if its boundary is delimiter."""
+  """A segmentation, with the ids of tokens that end a segment if its boundary is in their text."""
 
   segmentation: Segmentation
-  delimiter_ids: tuple[int, ...] = ()  # hashable: static in jitted functions
+  closing_ids: tuple[int, ...] = ()  # hashable: static in jitted functions
 
   @property
-  def needs_entropy(self) -> bool:
-    """Whether the entropies of the reference are needed."""
-    return self.segmentation.granularity == 'segment' and self.segmentation.boundary == 'entropy'
+  def signal(self) -> str:
+    """What boundaries read of each token, as in `rl.cuts.Cut`; '' for nothing."""
+    s = self.segmentation
+    return CUTS[s.boundary].signal if s.granularity == 'segment' else ''
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the reference has to be run."""
+    return self.signal in ('entropy', 'logprob')
 
   @property
   def threshold(self) -> float | None:
     """Entropy in nats above which a segment begins; None for other boundaries."""
-    return self.segmentation.entropy_threshold if self.needs_entropy else None
+    is_entropy = self.segmentation.boundary == 'entropy' and self.needs_reference
+    return self.segmentation.entropy_threshold if is_entropy else None
 
 
 def make_segmenter(segmentation: Segmentation, tokenizer: ChatTokenizer) -> Segmenter:
-  """Returns the segmenter for texts in the ids of `tokenizer`."""
-  is_delimited = segmentation.granularity == 'segment' and segmentation.boundary == 'delimiter'
-  # Only where it is used: a vocabulary without a match is an error.
-  ids = tokenizer.ids_ending_in(segmentation.delimiters) if is_delimited else ()
+  """Returns the segmenter for texts in the ids of `tokenizer`.
+
+  Raises:
+    UserError: the boundary is in the text, and no token of the vocabulary has any.
+  """
+  ids = ()
+  if segmentation.granularity == 'segment' and segmentation.boundary == 'delimiter':
+    ids = tokenizer.ids_ending_in(segmentation.delimiters)
+  elif segmentation.granularity == 'segment' and segmentation.boundary == 'function':
+    path, key = segmentation.boundary_fn, 'reward_model.segmentation.boundary_fn'
+    ids = tokenizer.ids_where(load_token_function(path, key))
+    if not ids:
+      raise UserError(
+        f'config.{key}={path!r} is true of no token of the vocabulary; return True where a segment '
+        'ends.'
+      )
   return Segmenter(segmentation, ids)
 
 
@@ -45,35 +67,36 @@ def segment_batch(
   ids: Int[Array, 'B T'],
   response_mask: Bool[Array, 'B T'],
   finished: Bool[Array, 'B'],
-  entropy: Float[Array, 'B T'],
+  signal: Float[Array, 'B T'],
   segmenter: Segmenter,
 ) -> Segments:
   """Returns the segments of each row.
 
   Args:
-    ids: tokens, read if the boundary is delimiter.
+    ids: tokens.
     response_mask: True on the response, stop token included.
     finished: whether the response's last token is a stop token.
-    entropy: entropy of the distribution each token was drawn from, in nats, read if the boundary
-      is entropy.
+    signal: the number of each token that `segmenter.signal` names; anything where it names none.
     segmenter: how to segment.
   """
-  s = segmenter.segmentation
-  if s.boundary == 'fixed_length':
-    boundary = jax.vmap(functools.partial(fixed_length_boundary, length=s.segment_length))(
-      response_mask
+  s, cut = segmenter.segmentation, CUTS[segmenter.segmentation.boundary]
+  closes = _is_one_of(ids, segmenter.closing_ids)
+  options = {name: getattr(s, name) for name in cut.options}
+
+  def segments(mask, finished, signal, ids, closes):
+    boundary = mask  # not read
+    if s.granularity == 'segment':
+      boundary = cut.function(Response(mask, finished, signal, ids, closes), **options)
+    return segment_at(
+      boundary,
+      mask,
+      finished,
+      granularity=s.granularity,
+      min_length=1 if 'min_segment_length' in options else s.min_segment_length,
+      stop_inside=s.include_eos,
     )
-  elif s.boundary == 'delimiter':
-    boundary = jax.vmap(delimiter_boundary)(_is_one_of(ids, segmenter.delimiter_ids))
-  else:
-    boundary = entropy > s.entropy_threshold  # strictly, as in the paper
-  divide = functools.partial(
-    segment_at,
-    granularity=s.granularity,
-    min_length=s.min_segment_length,
-    stop_inside=s.include_eos,
-  )
-  return jax.vmap(divide)(boundary, response_mask, finished)
+
+  return jax.vmap(segments)(response_mask, finished, signal, ids, closes)
 
 
 def sequence_scores(

@@ -30,8 +30,9 @@ def ppo_step(
   passes = [
     _Passes(recipe.policy, 'language', 1 + recipe.recompute_logprob, epochs * policy_is_trained),
     _Passes(recipe.reference, 'language', 1),
-    _Passes(recipe.critic, 'scalar', 1, epochs),
   ]
+  if recipe.critic is not None:
+    passes.append(_Passes(recipe.critic, 'scalar', 1, epochs))
   if recipe.reward is not None:
     passes.append(_Passes(recipe.reward, 'scalar', 1))
   if recipe.reward_lm is not None:

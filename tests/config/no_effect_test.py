@@ -15,6 +15,9 @@ def _settings(stages, **values):
   return parse.from_config(config)
 
 
+PAIRS = {'rollout__samples_per_prompt': 2}
+
+
 @pytest.mark.parametrize(
   'stage, values, message',
   [
@@ -47,6 +50,26 @@ def _settings(stages, **values):
         'reward_shaping__reward_fn_weight': 0.0,
       },
       'are both 0, which leaves no reward',
+    ),
+    (
+      'ppo',
+      {'ppo__estimator': 'rloo', 'critic__warmup_rollouts': 1, **PAIRS},
+      'config.critic.warmup_rollouts=1 has no effect with ppo.estimator=rloo, which has no critic;',
+    ),
+    (
+      'ppo',
+      {'ppo__estimator': 'dr_grpo', 'ppo__gae_level': 'border', **PAIRS},
+      "ppo.gae_level=border has no effect .* set it to 'token', or config.ppo.estimator=gae.",
+    ),
+    (
+      'ppo',
+      {'ppo__estimator': 'reinforce_plus_plus', 'lora__critic__rank': 8},
+      'config.lora.critic.rank=8 has no effect',
+    ),
+    (
+      'ppo',
+      {'ppo__estimator': 'rloo', 'ppo__policy_optimizer__learning_rate': 0.0, **PAIRS},
+      'config.ppo.policy_optimizer.learning_rate=0 changes no weight',
     ),
     ('sft', {'rollout__carry': True}, "rollout.carry=True has no effect without 'ppo'"),
     ('sft', {'sft__max_steps': 1}, 'config.sft.optimizer.warmup_ratio=0.03 leaves'),

@@ -227,7 +227,10 @@ def test_integers_become_floats():
     ),
     ({'normalizer.kind': 'linear'}, 'is not one of auto, none, global, last, scalar, regression'),
     ({'normalizer.weighting': 'bins'}, 'is not one of uniform, count'),
-    ({'reward_shaping.spread': 'even'}, 'is not one of auto, even_split, repeat, end_only, bandit'),
+    (
+      {'reward_shaping.spread': 'even'},
+      'is not one of auto, even_split, repeat, end_only, entropy_',
+    ),
     ({'reward_shaping.redistribute': 'green'}, 'is not one of none, red'),
     ({'reward_shaping.red_baseline': 'one'}, 'is not one of prompt, zero'),
     ({'reward_shaping.missing_eos_penalty': 'on'}, 'is not one of off, per_token, at_eos'),
@@ -305,6 +308,40 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
         'reward.segmentation.min_segment_length': 4,
       },
       'min_segment_length=4 has no effect with granularity=bandit',
+    ),
+    (
+      {'reward.segmentation.boundary': 'score_jump'},
+      'reward.segmentation.boundary=score_jump .* none before training',
+    ),
+    (
+      {
+        'reward_model.segmentation.boundary': 'score_jump',
+        'reward_shaping.reward_model_weight': 0.0,
+        'reward_shaping.reward_fn': 'math:sqrt',
+      },
+      'reward_model.segmentation.boundary=score_jump .* use another boundary',
+    ),
+    (
+      {'reward.segmentation.boundary': 'function'},
+      "reward.segmentation: boundary=function needs .* set boundary_fn='module:function'",
+    ),
+    (
+      {'reward.segmentation.boundary_fn': 'm:f'},
+      "boundary_fn='m:f' has no effect with boundary=entropy",
+    ),
+    (
+      {'reward_shaping.credit': 'min', 'reward_shaping.spread': 'bandit'},
+      'reward_shaping.credit=min weighs .* or credit=sum',
+    ),
+    ({'ppo.learn_share': 0.0}, 'ppo.learn_share=0.0 must be above 0 and at most 1'),
+    (
+      {'ppo.learn_on': 'segment_starts', 'reward_model.segmentation.granularity': 'bandit'},
+      'learn_on=segment_starts leaves .*; set config.ppo.learn_on=all',
+    ),
+    ({'reward_shaping.credit_temperature': 0.0}, 'credit_temperature=0.0 must be above 0'),
+    (
+      {'reward_model.segmentation.probability_threshold': 1.5},
+      'probability_threshold=1.5 must be above 0 and at most 1',
     ),
     (
       {
@@ -391,6 +428,14 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'config.rollout.samples_per_prompt=4 with rollout.carry=True',
     ),
     ({'reward_shaping.reward_model_weight': 0.0}, 'name a config.reward_shaping.reward_fn'),
+    (
+      {'stages': ('ppo',), 'ppo.estimator': 'group_norm'},
+      r'group_norm compares .* config\.rollout\.samples_per_prompt=1; set it to 2 or more\.',
+    ),
+    (
+      {'stages': ('ppo',), 'ppo.estimator': 'reinforce_plus_plus', 'ppo.whiten': False},
+      'whiten=False has no baseline; set config.ppo.whiten=True',
+    ),
   ],
 )
 def test_contradictions_are_refused_with_the_fix(values, message):

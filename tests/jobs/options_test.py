@@ -91,6 +91,45 @@ def test_calibrated_and_cached_reward_model(small, run, paths, tmp_path, capsys)
   assert all(0 <= line['eval/accuracy'] <= 1 for line in metrics(tmp_path / 'one', 'reward'))
 
 
+CUTS = {
+  # Of 112 tokens, an untrained model gives each about 1 / 112.
+  'low_probability': {'reward.segmentation.probability_threshold': 1 / 112},
+  'function': {'reward.segmentation.boundary_fn': 'segjax.data.demo_language:is_boundary'},
+  'shuffled_entropy': CALIBRATED,
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('boundary', CUTS)
+def test_cuts_in_every_stage(small, run, paths, tmp_path, boundary):
+  values = {'reward.segmentation.boundary': boundary, 'reward.entropy_cache_dir': 'run'}
+  values |= CUTS[boundary]
+  stages = small('reward', 'normalizer', 'ppo', 'evaluate', **paths('pairs'), **values)
+  run(stages, tmp_path / 'run')
+  stored = json.loads((tmp_path / 'run' / 'reward' / 'model' / 'segment_reward.json').read_text())
+  assert stored['boundary'] == boundary and stored['normalizer']['kind'] == 'regression'
+  caches = list((tmp_path / 'run' / 'reward' / 'entropies').glob('*.npy'))
+  assert len(caches) == (boundary != 'function')
+  (step, *_) = metrics(tmp_path / 'run', 'ppo')
+  assert 1 < step['segments/per_response'] < step['response/length_mean']
+  if boundary != 'function':
+    return
+  # The second run cuts by the scores of the model of the first, and learns from few tokens.
+  jumps = {
+    'reward_shaping.spread': 'entropy_weighted',
+    'reward_shaping.credit': 'min',
+    'ppo.learn_on': 'segment_starts',
+    'reward_model.path': str(tmp_path / 'run' / 'reward' / 'model'),
+    'reward_model.segmentation.boundary': 'score_jump',
+    'reward_model.segmentation.jump_threshold': 0.1,
+  }
+  run(small('ppo', **paths('pairs'), **jumps), tmp_path / 'jumps')
+  (other, *_) = metrics(tmp_path / 'jumps', 'ppo')
+  assert 1 < other['segments/per_response'] < other['response/length_mean']
+  share = other['segments/per_response'] / other['response/length_mean']
+  assert other['policy/learned_share'] == pytest.approx(share)
+
+
 def reward_losses(workdir):
   return [line['reward_model/loss'] for line in metrics(workdir, 'reward')]
 

@@ -1,10 +1,17 @@
 """Reading a cache of entropies."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from fixtures import training
 
+from segjax.config.settings import Segmentation
+from segjax.data.batches import Pairs
+from segjax.data.ragged import Ragged
 from segjax.errors import UserError
 from segjax.jobs import reward_entropy_cache
+from segjax.train.segmenter import Segmenter
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,18 @@ def test_a_damaged_cache_is_named(tmp_path, values):
     np.save(path, values)
   with pytest.raises(UserError, match=r'cache.npy .*; remove it'):
     reward_entropy_cache._read(path, 3)
+
+
+def test_log_probs_are_not_taken_for_entropies(tmp_path):
+  rows = Ragged.from_rows([[1, 2], [3]], np.int32)
+  none = np.zeros(2)
+  pairs = Pairs(rows, rows, none, none, none, none, none, none, 4, 0, {})
+  scorers = [
+    dataclasses.replace(training.SCORER, segmenter=Segmenter(Segmentation(boundary=boundary)))
+    for boundary in ('entropy', 'low_probability', 'random')
+  ]
+  name, other, same = (reward_entropy_cache._name(pairs, tmp_path, scorer) for scorer in scorers)
+  assert name == same != other
 
 
 def test_a_sound_cache(tmp_path):

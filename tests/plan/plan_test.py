@@ -82,6 +82,24 @@ def test_missing_compiler_is_named(monkeypatch):
     topologies.prepare(topologies.parse('cuda:8xH100-80GB'))
 
 
+def test_a_run_without_a_critic_plans_fewer_bytes():
+  """Neither its state, nor its update, nor an array for it in a rollout; the rest is the same."""
+  network, mesh = make_config(SETTINGS.network), make_mesh(devices=jax.devices())
+  without = replace(SETTINGS, **{'ppo.estimator': 'reinforce_plus_plus'})
+  full, fewer = (
+    PPO.programs(settings, network, mesh, 2**40, KINDS[0]) for settings in (SETTINGS, without)
+  )
+  sizes, smaller = full.sizes(), fewer.sizes()
+  assert sizes.pop('critic state') > 0
+  assert smaller.keys() == sizes.keys()
+  assert {name for name in sizes if smaller[name] != sizes[name]} == {'experience'}
+  assert smaller['experience'] < sizes['experience']
+  names = [phase.name for phase in full.phases]
+  assert [phase.name for phase in fewer.phases] == [n for n in names if n != 'critic update']
+  assert not any('critic' in name for phase in fewer.phases for name in phase.live)
+  assert not any('critic' in key for key in PPO.optimizers(without))
+
+
 @pytest.mark.plan
 def test_peak_is_live_arrays_plus_temporaries_and_outputs():
   plan = make_plan()

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
-from segjax.rl import oracle
-from segjax.rl.advantages import action_starts, gae, macro_gae, returns
+from segjax.rl import oracle, oracle_advantages
+from segjax.rl.advantages import (
+  action_starts,
+  border_gae,
+  gae,
+  length_adaptive_lambda,
+  macro_gae,
+  returns,
+)
 from segjax.rl.segmentation import segment
 
 
@@ -57,7 +64,8 @@ def run(reward, value, mask, start, gamma, gae_lambda):
   advantage = gae(reward, value, mask, **options)
   by_token = macro_gae(reward, value, mask, mask, **options)
   by_action = macro_gae(reward, value, start, mask, **options)
-  return advantage, returns(advantage, value, mask), by_token, by_action
+  by_border = border_gae(reward, value, start, mask, **options)
+  return advantage, returns(advantage, value, mask), by_token, by_action, by_border
 
 
 RUN = jit_by_path(run)
@@ -69,7 +77,7 @@ def test_equals_oracle(path, constants, reward, value, mask, start):
   """Any mask, so that between the policy's tokens there are others, and any actions."""
   reward, value = np.where(mask, (reward, value), 0)
   got = RUN[path](corrupted(reward, mask), corrupted(value, mask), mask, start, *constants)
-  advantage, return_, by_token, by_action = jax.device_get(got)
+  advantage, return_, by_token, by_action, by_border = jax.device_get(got)
   expected = oracle.gae(reward.tolist(), value.tolist(), mask.tolist(), *constants)
   assert_allclose(advantage, expected, atol=1e-4)
   assert_allclose(return_, expected + value, atol=1e-4)
@@ -78,6 +86,10 @@ def test_equals_oracle(path, constants, reward, value, mask, start):
     reward.tolist(), value.tolist(), start.tolist(), mask.tolist(), *constants
   )
   assert_allclose(by_action, expected, atol=1e-4)
+  expected = oracle_advantages.border_gae(
+    reward.tolist(), value.tolist(), start.tolist(), mask.tolist(), *constants
+  )
+  assert_allclose(by_border, expected, atol=1e-4)
   # Others' tokens are passed over: without them nothing changes.
   alone = oracle.gae(reward[mask].tolist(), value[mask].tolist(), [True] * mask.sum(), *constants)
   assert_allclose(advantage[mask], alone, atol=1e-4)
@@ -109,6 +121,28 @@ def test_macro_actions_worked():
   # The first token starts an action, whether it is said or not.
   got = macro_gae(reward, value, start.at[0].set(False), mask, gamma=0.5, gae_lambda=0.5)
   assert_allclose(got, [3.875, 3.875, 0, 3.5, -2, 0])
+
+
+def test_borders_worked():
+  """Two tokens, a tool's answer, one token, then the stop token: borders before the last two."""
+  mask = jnp.array([True, True, False, True, True, False])
+  start = jnp.array([True, False, True, True, True, True])
+  reward = jnp.array([1, 2, jnp.nan, 4, 0, jnp.nan])
+  value = jnp.array([0.5, 3, jnp.nan, 1, 2, jnp.nan])
+  got = border_gae(reward, value, start, mask, gamma=0.5, gae_lambda=0.5)
+  # A_4 = 0 - 2; A_3 = 4 + .5 * 2 - 1 + .25 (-2) = 3.5; A_1 = 2 + .5 * 1 - 3 + .25 * 3.5 = .375;
+  # A_0 = 1 + .5 * 3 - .5 + .5 * .375, without λ.
+  assert_allclose(got, [2.1875, 0.375, 0, 3.5, -2, 0])
+  every = border_gae(reward, value, mask, mask, gamma=0.5, gae_lambda=0.5)
+  assert_allclose(every, gae(reward, value, mask, gamma=0.5, gae_lambda=0.5))
+
+
+@pytest.mark.parametrize(
+  'count, factor, expected', [(100, 0.05, 0.8), (10, 0.05, 0.0), (0, 2, 0.5)]
+)
+def test_lambda_grows_with_the_length(count, factor, expected):
+  """1 - 1 / 5; 1 - 1 / .5 is below 0; an empty response counts as one action."""
+  assert_allclose(length_adaptive_lambda(jnp.array(count), factor), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(('finished', 'stop_token'), [(True, True), (False, False)])

@@ -14,8 +14,8 @@ from numpy.testing import assert_allclose
 from segjax.rl import oracle, oracle_lm_rewards
 from segjax.rl.lm_rewards import implicit_reward, pool, token_reward
 from segjax.rl.losses import bradley_terry
-from segjax.rl.rewards import dense_reward
 from segjax.rl.segmentation import segment
+from segjax.rl.spreads import dense_reward
 
 
 def test_dpo_golden():

@@ -13,21 +13,20 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
-from segjax.rl import oracle
+from segjax.rl import oracle, oracle_spreads
 from segjax.rl.aggregation import AGGREGATIONS
 from segjax.rl.normalizer import PUBLISHED, normalize
 from segjax.rl.rewards import (
   BASELINES,
   END_PENALTIES,
   LENGTH_PENALTIES,
-  SPREADS,
-  dense_reward,
   end_penalty,
   length_penalty,
   red,
   shaped_reward,
 )
 from segjax.rl.segmentation import GRANULARITIES, segment
+from segjax.rl.spreads import SPREADS, dense_reward
 from segjax.types import Normalizer
 
 from .normalizer_test import GOLDEN_NAMES, fields
@@ -117,7 +116,7 @@ def test_golden_file(shared_files, path):
     # Their token runs merge tokens of entropy exactly 0: threshold 0, not granularity 'token'.
     segments = segment(entropy, mask, jnp.array(True), entropy_threshold=threshold)
     z = normalize(score, segments, Normalizer(*parameters), None)
-    return {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
+    return {name: dense_reward(z, segments, mask, spread=name) for name in GOLDEN_SPREADS.values()}
 
   reward = jit_by_path(run)[path](
     padded([case['values'] for case in cases]),
@@ -136,8 +135,9 @@ def test_golden_file(shared_files, path):
 
 def run_response(entropy, mask, finished, z, granularity):
   segments = segment(entropy, mask, finished, granularity=granularity)
-  rewards = {name: dense_reward(z, segments, mask, spread=name) for name in SPREADS}
-  short = {name: dense_reward(z, segments, mask, spread=name, length_norm=True) for name in SPREADS}
+  spread_out = functools.partial(dense_reward, z, segments, mask, entropy=entropy)
+  rewards = {name: spread_out(spread=name) for name in SPREADS}
+  short = {name: spread_out(spread=name, length_norm=True) for name in SPREADS}
   bandits = {
     name: dense_reward(z, segments, mask, spread='bandit', aggregation=name, temperature=0.5)
     for name in AGGREGATIONS
@@ -160,7 +160,11 @@ def test_spreads_equal_oracle(path, granularity, response, score):
   got = RUN_RESPONSE[path](entropy, mask, finished, z.astype(np.float32), granularity)
   segment_id, rewards, short, bandits = jax.device_get(got)
   for name, reward in rewards.items():
-    expected = np.array(oracle.spread(score[ends].tolist(), ends, mask.tolist(), name))
+    lists = score[ends].tolist(), ends, mask.tolist()
+    if name == 'entropy_weighted':
+      expected = np.array(oracle_spreads.entropy_weighted(*lists, entropy.tolist()))
+    else:
+      expected = np.array(oracle.spread(*lists, name))
     assert_allclose(reward, expected, atol=1e-5)
     assert_allclose(short[name], expected / max(mask.sum(), 1), atol=1e-5)
     assert not reward[~mask].any()  # exactly 0
@@ -168,10 +172,10 @@ def test_spreads_equal_oracle(path, granularity, response, score):
     expected = oracle.spread(score[ends].tolist(), ends, mask.tolist(), 'bandit', name, 0.5)
     assert_allclose(reward, expected, atol=1e-5)
   for index, end in enumerate(ends):
-    for name in ('even_split', 'end_only'):
+    for name in ('even_split', 'end_only', 'entropy_weighted'):
       assert_allclose(np.sum(rewards[name][segment_id == index]), score[end], atol=1e-5)
   # Outside the segments there is nothing, not even on the stop token.
-  for name in ('even_split', 'repeat', 'end_only'):
+  for name in ('even_split', 'repeat', 'end_only', 'entropy_weighted'):
     assert not rewards[name][segment_id < 0].any()
 
 
@@ -296,7 +300,7 @@ def test_no_segment_no_reward(spread):
   @jax.vmap
   def run(garbage, mask, kl):
     segments = segment(garbage, mask, jnp.array(True))
-    dense = dense_reward(garbage, segments, mask, spread=spread, length_norm=True)
+    dense = dense_reward(garbage, segments, mask, spread=spread, length_norm=True, entropy=garbage)
     dense = end_penalty(dense, mask, jnp.array(True), kind='per_token', value=-1.0)
     dense = length_penalty(dense, mask, kind='linear', value=-1.0, threshold=1)
     dense += red(garbage, jnp.array(jnp.nan), segments, mask)
@@ -327,7 +331,7 @@ def test_precision():
   segments = segment(jnp.zeros(3), mask, jnp.array(False))
   half = jnp.ones(3, jnp.bfloat16)
   for spread in SPREADS:
-    dense = dense_reward(half, segments, mask, spread=spread, length_norm=True)
+    dense = dense_reward(half, segments, mask, spread=spread, length_norm=True, entropy=half)
     assert dense.dtype == jnp.float32
   assert shaped_reward(half, half, mask, kl_coef=0.1).dtype == jnp.float32
   assert red(half, half[0], segments, mask).dtype == jnp.float32

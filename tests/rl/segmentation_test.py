@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fixtures.platforms import PATHS, jit_by_path
 from fixtures.responses import LENGTH, from_previous, padded
-from fixtures.strategies import corrupted, masks, responses
+from fixtures.strategies import corrupted, responses
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -16,10 +16,7 @@ from segjax.rl import oracle
 from segjax.rl.segmentation import (
   GRANULARITIES,
   content_mask,
-  delimiter_boundary,
-  fixed_length_boundary,
   segment,
-  segment_at,
 )
 
 
@@ -146,33 +143,6 @@ def test_equals_oracle(path, response, threshold):
       assert all(np.diff(starts) >= min_length)
 
 
-@jax.jit
-def cut_by_text(is_delimiter, mask, finished):
-  by_length = [fixed_length_boundary(mask, length) for length in (1, 3, LENGTH)]
-  marks = [*by_length, delimiter_boundary(is_delimiter)]
-  return [segment_at(mark, mask, finished).start for mark in marks]
-
-
-@given(response=responses(), is_delimiter=masks())
-def test_fixed_length_and_delimiters(response, is_delimiter):
-  _, _, mask, finished = response
-  begin, stop = oracle.run_of(mask.tolist())
-  content = range(begin, stop - bool(finished))
-  *by_length, by_delimiter = jax.device_get(cut_by_text(is_delimiter, mask, finished))
-  for length, start in zip((1, 3, LENGTH), by_length, strict=True):
-    assert np.flatnonzero(start).tolist() == list(content[::length])
-  follows = [t for t in content if t == begin or (is_delimiter[t - 1] and not is_delimiter[t])]
-  assert np.flatnonzero(by_delimiter).tolist() == follows
-
-
-def test_worked_delimiters():
-  # a b . . c ! d <stop>: the run of stops stays together.
-  is_delimiter = jnp.array([0, 0, 1, 1, 0, 1, 0, 0], bool)
-  boundary = delimiter_boundary(is_delimiter)
-  segments = segment_at(boundary, jnp.ones(8, bool), jnp.array(True))
-  assert segments.segment_id.tolist() == [0, 0, 0, 0, 1, 1, 2, -1]
-
-
 def test_worked_min_length():
   # Cuts are wanted before 1, 2, 3, 6, 7. That before 1 would leave one token, so would that
   # before 3; the last segment is as short as it comes out.
@@ -227,8 +197,6 @@ def test_bad_settings_raise():
     segment(jnp.zeros(3), mask, finished, granularity='word')
   with pytest.raises(ValueError, match='min_length=0'):
     segment(jnp.zeros(3), mask, finished, min_length=0)
-  with pytest.raises(ValueError, match='length=0'):
-    fixed_length_boundary(mask, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Eight devices (data 2, fsdp 2, tensor 2) equal one device, and communicate little."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -20,6 +21,7 @@ from segjax.model import decode
 from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.mesh import decode_mesh
+from segjax.rl.critic_free import ESTIMATORS
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
@@ -292,6 +294,24 @@ def test_same_experience():
     assert_allclose(eight.metrics[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
   segments, length = (one.metrics[k] for k in ('segments/per_response', 'response/length_mean'))
   assert 1 < segments < length - 1  # segments are neither single tokens nor the full response
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+def test_same_advantages_of_groups(estimator):
+  """Two prompts of four responses, each group on several devices."""
+  ppo = dataclasses.replace(training.PPO_SETTINGS, estimator=estimator, whiten=False)
+  recipe, advantages = training.recipe(ppo=ppo, samples_per_prompt=4), []
+  for devices in (1, 8):
+    sampled = scored(devices)
+    outputs = sampled.outputs._replace(value=None)
+    with jax.set_mesh(models.mesh(devices)):
+      experience, _ = make_experience(sampled.rollout, outputs, NORMALIZER, KL_COEF, recipe=recipe)
+    advantages.append(np.asarray(experience.advantage))
+    assert experience.advantage.sharding == sampled.experience.advantage.sharding
+  one, eight = advantages
+  assert np.abs(one).max() > 0.1
+  assert_allclose(eight, one, rtol=1e-4, atol=1e-4)  # float32 sums in another order
 
 
 def computations(text):

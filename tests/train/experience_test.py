@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 from segjax.config.settings import PPO, RewardShaping
 from segjax.model import host_memory
-from segjax.rl import oracle
+from segjax.rl import oracle, oracle_advantages
 from segjax.train import scoring
 from segjax.train.experience import make_experience
 from segjax.train.rollout_metrics import within_bounds, z_by_position
@@ -109,10 +109,11 @@ def test_frozen_models_in_host_memory(params, rollout, length):
   assert {x.sharding.memory_kind for x in jax.tree.leaves(on_host)} == kinds  # still on the host
 
 
-def test_evaluation_has_no_critic(params, rollout, length):
-  frozen = {name: params[name] for name in ('reference', 'reward', 'reward_lm')}
-  outputs = score(frozen, rollout, length, recipe=RECIPE)
-  assert not np.any(outputs.value)
+def test_no_values_without_a_critic(params, rollout, length):
+  frozen = {name: params[name] for name in ('reference', 'reward')}
+  ppo = dataclasses.replace(training.PPO_SETTINGS, estimator='reinforce_plus_plus')
+  outputs = score(frozen, rollout, length, recipe=training.recipe(ppo=ppo))
+  assert outputs.value is None
 
 
 def test_take_rows(rollout):
@@ -242,6 +243,44 @@ def test_experience_equals_oracle(granularity, spread):
   assert_allclose(metrics['critic/explained_variance'], explained, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+  'level, changes',
+  [('border', {}), ('token', {'value_gae_lambda': 1.0}), ('token', {'lambda_length_factor': 0.5})],
+)
+def test_policy_and_critic_have_their_own_lambda(plain_outputs, level, changes):
+  ppo = dataclasses.replace(training.PPO_SETTINGS, whiten=False, gae_level=level, **changes)
+  experience, _ = experience_of(plain_outputs, ppo)
+  batch, segments = plain_outputs[0], experience.segments
+  for row, mask in enumerate(batch.mask.tolist()):
+    reward, value = np.asarray(experience.reward[row]).tolist(), batch.value[row].tolist()
+    gae_lambda = critic_lambda = ppo.gae_lambda
+    if ppo.lambda_length_factor:
+      gae_lambda = max(1 - 1 / (0.5 * max(sum(mask), 1)), 0)
+    if ppo.value_gae_lambda is not None:
+      critic_lambda = ppo.value_gae_lambda
+    starts = mask
+    if level == 'border':  # the stop token is outside all segments
+      starts = np.asarray(segments.start[row] | (segments.segment_id[row] < 0)).tolist()
+    advantage, target = (
+      oracle_advantages.border_gae(reward, value, starts, mask, ppo.gamma, x)
+      for x in (gae_lambda, critic_lambda)
+    )
+    assert_allclose(experience.advantage[row], advantage, atol=2e-4)
+    assert_allclose(experience.return_[row], np.where(mask, np.add(target, value), 0), atol=2e-4)
+
+
+def test_groups_are_adjacent_rows(plain_outputs):
+  """The first four responses are to one prompt, the others do not count."""
+  ppo = dataclasses.replace(training.PPO_SETTINGS, whiten=False, estimator='rloo')
+  experience, metrics = experience_of(plain_outputs, ppo, samples_per_prompt=4)
+  rewards = np.asarray(experience.reward[:4]).tolist()
+  masks = plain_outputs[0].mask[:4].tolist()
+  expected = oracle_advantages.leave_one_out(rewards, masks, ppo.gamma)
+  assert_allclose(experience.advantage[:4], expected, atol=2e-4)
+  assert experience.value is experience.return_ is experience.value_mask is None
+  assert not any('critic' in name for name in metrics) and within_bounds(metrics, ppo)
+
+
 def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch):
   """Rows return in their original order, whatever width they were scored at."""
   monkeypatch.setattr(scoring, '_SMALLEST_STEP', 4)
@@ -267,14 +306,17 @@ def plain_outputs():
   return scored_batch()
 
 
-def experience_of(scored, ppo=training.PPO_SETTINGS, **changed):
+def experience_of(scored, ppo=training.PPO_SETTINGS, samples_per_prompt=1, **changed):
   """Returns (experience, metrics) with outputs of the networks changed."""
   _, rollout, outputs = scored
   recipe = training.recipe(
-    segmenter=training.segmenter('segment', 2.0), ppo=ppo, shaping=RewardShaping(reward_clip=0.0)
+    segmenter=training.segmenter('segment', 2.0),
+    ppo=ppo,
+    shaping=RewardShaping(reward_clip=0.0),
+    samples_per_prompt=samples_per_prompt,
   )
   normalizer = Normalizer(*map(jnp.float32, NORMALIZER))
-  outputs = outputs._replace(**changed)
+  outputs = outputs._replace(**({} if ppo.has_critic else {'value': None}), **changed)
   return make_experience(rollout, outputs, normalizer, jnp.float32(0.1), recipe=recipe)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from fixtures import models, training
 from fixtures.compiles import compiled
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from segjax.data.packing_plan import PieceBound, plan_level_packing, plan_packing
 from segjax.model import heads, packed, sharding
+from segjax.rl.learned_tokens import high_entropy_tokens
 from segjax.train.experience import make_experience
 from segjax.train.implicit_scoring import ImplicitScorer
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
@@ -45,16 +46,22 @@ def test_packed_outputs_equal_padded_ones(function):
 
 @functools.cache
 def ppo_experience():
-  """Returns (experience, tokens of each prompt with its response)."""
+  """Returns (experience, tokens of each prompt with its response); half of them are learned."""
   mesh = models.mesh(1)
+  ppo = dataclasses.replace(training.PPO_SETTINGS, learn_on='high_ref_entropy', learn_share=0.5)
   with jax.set_mesh(mesh):
-    recipe = training.recipe()
+    recipe = training.recipe(ppo=ppo)
     params = {name: training.network(name, mesh) for name in training.SEEDS}
     rollout = training.sample(params['policy'], mesh)
     outputs = score(params, rollout.arrays, rollout.length, recipe=recipe)
-    experience, _ = make_experience(
+    experience, metrics = make_experience(
       rollout.arrays, outputs, NORMALIZER, np.float32(0.1), recipe=recipe
     )
+  mask = rollout.response_mask
+  assert_array_equal(
+    experience.learn_mask, high_entropy_tokens(experience.ref_entropy, jnp.asarray(mask), 0.5)
+  )
+  assert_allclose(metrics['policy/learned_share'], experience.learn_mask.sum() / mask.sum())
   return experience, rollout.length
 
 

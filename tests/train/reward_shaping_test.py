@@ -57,7 +57,9 @@ def dense(
   z = segment_z(outputs, segments, rollout, NORMALIZER, recipe.shaping)
   custom = None if custom is None else jnp.asarray(custom, jnp.float32)
   lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
-  return np.asarray(dense_rewards(z, segments, rollout, custom, lm_reward, recipe=recipe))
+  entropy = jnp.tile(jnp.array([1.0, 3.0]), (2, 3))
+  rewards = dense_rewards(z, segments, rollout, entropy, custom, lm_reward, recipe=recipe)
+  return np.asarray(rewards)
 
 
 def test_plain():
@@ -65,6 +67,15 @@ def test_plain():
   assert_allclose(dense('bandit'), [[0, 0, 0, 0, 0.5, 0], [0, 0, 0, 0, 0, 0.5]])
   by_length = dense(length_norm=True)
   assert_allclose(by_length * [[5], [6]], dense(), rtol=1e-6)
+
+
+def test_entropy_weights_and_min_credit():
+  assert_allclose(dense('entropy_weighted'), dense() * np.tile([0.5, 1.5], 3))
+  # z is 0 and 1 in the first response, 0.5, -0.5 and 1.5 in the second.
+  weight = np.exp(-np.array([0.5, -0.5, 1.5]) / 0.5)
+  expected = [0, 1 / (1 + np.exp(2)), *np.array([0.5, -0.5, 1.5]) * weight / weight.sum()]
+  at_ends = dense('end_only', credit='min', credit_temperature=0.5)
+  assert_allclose(at_ends[[0, 0, 1, 1, 1], [1, 3, 1, 3, 5]], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('baseline', ['prompt', 'zero'])

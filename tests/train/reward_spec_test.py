@@ -70,7 +70,7 @@ def test_file_has_the_documented_form(model):
     ),
   )
   assert json.loads((model / 'segment_reward.json').read_text()) == {
-    'version': 3,
+    'version': 4,
     'granularity': 'segment',
     'boundary': 'entropy',
     'entropy_threshold': 1.5,
@@ -80,6 +80,10 @@ def test_file_has_the_documented_form(model):
     'include_eos': False,
     'aggregation': 'mean',
     'softmax_temperature': 1.0,
+    'boundary_fn': '',
+    'probability_threshold': 0.9,
+    'jump_threshold': 1.0,
+    'shuffle_seed': 0,
     'normalizer': {
       'kind': 'regression',
       'w_mean': 0.1,
@@ -89,6 +93,17 @@ def test_file_has_the_documented_form(model):
     },
     'tokenizer_sha256': SHA256,
   }
+
+
+def test_version_3_is_still_read(model):
+  written = RewardSpec(Segmentation(entropy_threshold=1.5), None, tokenizer_sha256=SHA256)
+  reward_spec.write_spec(model, written)
+  file = model / 'segment_reward.json'
+  record = json.loads(file.read_text()) | {'version': 3}
+  for name in ('boundary_fn', 'probability_threshold', 'jump_threshold', 'shuffle_seed'):
+    del record[name]
+  file.write_text(json.dumps(record))
+  assert reward_spec.read_spec(model) == written
 
 
 @pytest.mark.parametrize('normalizer, kind', [(FITTED, 'scalar'), (None, '')])
@@ -128,14 +143,18 @@ def test_invalid_file_raises(model, text):
     ('segment_length', 0, 'must be at least 1'),
     ('min_segment_length', -1, 'must be at least 1'),
     ('delimiters', ['.'], 'must be of type str'),
+    ('boundary_fn', None, 'must be of type str'),
+    ('probability_threshold', 0, 'must be above 0'),
+    ('jump_threshold', -1.0, 'must be at least 0'),
+    ('shuffle_seed', -1, 'must be at least 0'),
     ('include_eos', 1, 'must be of type bool'),
     ('include_eos', 'no', 'must be of type bool'),
     ('softmax_temperature', 0, 'must be above 0'),
     ('softmax_temperature', math.inf, 'must be finite'),
     ('tokenizer_sha256', 'abc', 'is not a SHA-256'),
     ('tokenizer_sha256', None, 'must be of type str'),
-    ('version', 4, 'is not 3'),
-    ('version', True, 'is not 3'),
+    ('version', 5, 'is not 4'),
+    ('version', True, 'is not 4'),
     ('normalizer', 1.0, 'is neither null nor an object'),
     ('normalizer.kind', 'regresion', "did you mean 'regression'"),
     ('normalizer.kind', 3, 'must be of type str'),

@@ -1,12 +1,17 @@
 """Segments by every kind of boundary and granularity."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import training
 
 from segjax.config.settings import Segmentation
+from segjax.train import reward_scoring
 from segjax.train.segmenter import Segmenter, segment_batch, sequence_scores
+from segjax.types import Sequences
 
 IDS = np.array([[5, 9, 6, 5, 9, 9, 6, 2], [9, 5, 6, 2, 0, 0, 0, 0]], np.int32)  # 9 '.', 2 stop
 MASK = np.array([[1] * 8, [1] * 4 + [0] * 4], bool)
@@ -30,6 +35,8 @@ def segment_rows(delimiter_ids=(), **values):
     ({'granularity': 'bandit'}, [[0] * 8, [0] * 4]),
     ({'boundary': 'fixed_length', 'segment_length': 3}, [[0, 0, 0, 1, 1, 1, 2, -1], [0, 0, 0, -1]]),
     ({'boundary': 'delimiter'}, [[0, 0, 1, 1, 1, 1, 2, -1], [0, 1, 1, -1]]),
+    ({'boundary': 'function'}, [[0, 0, 1, 1, 1, 2, 3, -1], [0, 1, 1, -1]]),
+    ({'boundary': 'score_jump', 'jump_threshold': 3.0}, [[0, 1, 1, 1, 1, 1, 1, -1], [0, 0, 0, -1]]),
   ],
   ids=lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else '',
 )
@@ -39,10 +46,22 @@ def test_segments(values, expected):
   assert rows == [expected[0], expected[1] + [-1] * 4]
 
 
-def test_only_entropy_needs_the_reference():
-  assert Segmenter(Segmentation()).needs_entropy
-  for values in ({'granularity': 'token'}, {'granularity': 'bandit'}, {'boundary': 'delimiter'}):
-    assert not Segmenter(Segmentation(**values)).needs_entropy
+def test_some_boundaries_need_the_reference():
+  for boundary in ('entropy', 'low_probability', 'shuffled_entropy', 'random'):
+    assert Segmenter(Segmentation(boundary=boundary)).needs_reference
+    assert not Segmenter(Segmentation('token', boundary)).needs_reference
+  for boundary in ('delimiter', 'function', 'fixed_length', 'score_jump'):
+    assert not Segmenter(Segmentation(boundary=boundary)).needs_reference
+
+
+@pytest.mark.parametrize('boundary, expected', [('entropy', 2.0), ('low_probability', -1.0)])
+def test_the_reference_is_read_for_what_boundaries_need(monkeypatch, boundary, expected):
+  read = lambda *_: (jnp.full((2, 8), -1.0), jnp.full((2, 8), 2.0))  # noqa: E731
+  monkeypatch.setattr(reward_scoring, 'run_packed', read)
+  sequences = Sequences(jnp.asarray(IDS), jnp.asarray(MASK), jnp.array([True, True]))
+  segmenter = Segmenter(Segmentation(boundary=boundary))
+  scorer = dataclasses.replace(training.SCORER, segmenter=segmenter)
+  assert (reward_scoring.reference_signal({}, sequences, scorer) == expected).all()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,14 @@ def test_a_step_of_ppo_counts_the_passes_that_it_computes(recompute, is_trained,
   assert work['perf/flops'] == language * _forward('language') + scalar * _forward('scalar')
 
 
+def test_a_step_without_a_critic_counts_none():
+  both = (
+    throughput.ppo_step(recipe, LENGTHS, policy_is_trained=True)['perf/flops']
+    for recipe in (RECIPE, dataclasses.replace(RECIPE, critic=None))
+  )
+  assert next(both) - next(both) == (1 + 2 * 3) * _forward('scalar')
+
+
 def test_an_update_counts_three_passes_and_the_reference():
   work = throughput.update(LENGTHS, RECIPE.reward, 'scalar', RECIPE.reference)
   assert work['perf/flops'] == 3 * _forward('scalar') + _forward('language')

@@ -15,8 +15,9 @@ from segjax.rl import oracle
 from segjax.rl.advantages import gae
 from segjax.rl.kl import k1
 from segjax.rl.normalizer import PUBLISHED, normalize
-from segjax.rl.rewards import dense_reward, shaped_reward
+from segjax.rl.rewards import shaped_reward
 from segjax.rl.segmentation import segment
+from segjax.rl.spreads import dense_reward
 
 NORMALIZER = PUBLISHED['llama3_8b_sft/segment']
 STD_FLOOR_RATIO = 0.01  # of b_std
