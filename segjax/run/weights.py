@@ -96,6 +96,7 @@ class Weights:
     if head == 'scalar' and HEAD not in own:
       own[HEAD] = self._first_head(base, config, key)
     if head == 'language' and config.lora.train_head and LM_HEAD not in own:
+      # A copy, in float32 as other trained heads: a step donates it, and the base stays.
       own[LM_HEAD] = jax.tree.map(lambda x: jnp.array(x, jnp.float32), base[LM_HEAD])
     return Trainable(own, base)
 
