@@ -11,6 +11,7 @@ from segjax.config.ppo_settings import PPO, Compat, RewardShaping, RolloutSettin
 from segjax.config.training_settings import (
   SFT,
   Critic,
+  LanguageLoraOverrides,
   Lora,
   LoraOverrides,
   LoraSettings,
@@ -29,6 +30,7 @@ __all__ = [
   'SFT',
   'Compat',
   'Critic',
+  'LanguageLoraOverrides',
   'Lora',
   'LoraOverrides',
   'LoraSettings',

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from segjax.config import parse, ppo_settings, settings, training_settings
 from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.settings import (
+  LanguageLoraOverrides,
   Lora,
   LoraOverrides,
   LoraSettings,
@@ -43,7 +44,11 @@ def all_settings() -> list[Setting]:
   # An override means the same as the field that it replaces.
   for field in dataclasses.fields(Lora):  # inherited
     comments[LoraSettings.__name__, field.name] = comments[Lora.__name__, field.name]
-  for overriding, kind in ((SegmentationOverrides, Segmentation), (LoraOverrides, LoraSettings)):
+  for overriding, kind in (
+    (SegmentationOverrides, Segmentation),
+    (LoraOverrides, LoraSettings),
+    (LanguageLoraOverrides, LoraSettings),
+  ):
     for field in dataclasses.fields(overriding):
       comments[overriding.__name__, field.name] = comments[kind.__name__, field.name]
   return list(_walk(Settings(), '', comments))

@@ -137,7 +137,8 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   }
   if 'reward' in configs:
     reward = abstract_arrays.params(configs['reward'], 'scalar', dtype, mesh)
-    trees['reward model'] = trained_params(reward) if configs['reward'].lora else reward
+    lora = configs['reward'].lora
+    trees['reward model'] = trained_params(reward, lora) if lora else reward
   # Parts of the others: what the backbone of adapters is, and what generation reads.
   trees['base parameters'] = {'backbone': trees['reference']['backbone']}
   base = trees['reference'] if configs['policy'].lora else {}
