@@ -13,6 +13,7 @@ from typing import Any
 from segjax import json_files
 from segjax.report import metric_docs, metric_names, plots, response_log
 from segjax.report.metric_log import METRICS_FILE
+from segjax.report.study_charts import study_charts
 from segjax.storage import is_before, read_json_lines
 
 # Title and metrics of the charts that are shown first; the metrics of a chart share its axes, so
@@ -72,6 +73,7 @@ def stage_charts(directory: Path) -> Charts:
     *_main_charts(directory.name, steps, series),
     *_normalizer_charts(directory),
     *_segment_charts(directory),
+    *(Chart(title, drawing, note=note) for title, note, drawing in study_charts(directory)),
   ]
   in_main = {name for _, names in MAIN for name in names if name in series}
   others = sorted((name for name in series if name not in in_main), key=lambda n: (_prefix(n), n))

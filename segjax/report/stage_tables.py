@@ -9,6 +9,7 @@ from typing import Any
 
 from segjax.data.limits import describe_counts
 from segjax.evaluation.intervals import format_interval
+from segjax.evaluation.study_summary import END, FIGURES, describe_level
 from segjax.report import metric_names
 
 _MIN_WIDTH = 1e-9  # of a scale: all values may be equal
@@ -157,6 +158,84 @@ def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
   return [*tables, Table('Files', 'what was read of each', ('', 'rows'), rows)]
 
 
+def _study(results: Mapping[str, Any]) -> list[Table]:
+  """Returns, for each language, gold by level, differences to the baseline, and other figures."""
+  tables, levels = [], [*sorted(results['levels'], key=float), END]
+  for language, part in results['summary'].items():
+    arms = part['arms']
+    gold = [
+      Row(
+        name,
+        (
+          *_counts(x),
+          *(_reached(x, w) for w in levels),
+          format_value(x['iqm_end']),
+          format_value(x['area']),
+        ),
+      )
+      for name, x in arms.items()
+    ]
+    note = 'means [95 %] over seeds; in parentheses how many seeds reached this KL, if not all'
+    columns = (
+      '',
+      'cells',
+      'diverged',
+      *map(describe_level, levels),
+      'IQM at the end',
+      'mean over KL',
+    )
+    tables.append(Table(f'{language}: gold reward at equal KL', note, columns, gold))
+    tables += _differences(language, part['comparisons'])
+    rows = [
+      Row(name, tuple(format_value(x[key], digits) for key, _, digits in FIGURES))
+      for name, x in arms.items()
+    ]
+    columns = ('', *(label for _, label, _ in FIGURES))
+    tables.append(Table(f'{language}: other figures', 'means over cells', columns, rows))
+  return tables
+
+
+def _differences(
+  language: str, comparisons: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Table]:
+  """Returns a table of the differences to the baseline for each place where gold is read."""
+  tables = []
+  for where, group in comparisons.items():
+    end = _largest_end({c['arm']: c['difference'] for c in group})
+    rows = [
+      Row(
+        c['arm'],
+        (
+          format_value(c['difference']),
+          format_value(c['difference']['n']),
+          *(format_value(c[key]) for key in ('improvement', 'p', 'adjusted_p')),
+        ),
+        _marks({'after': c['difference']}, (-end, end)),
+        0.5,
+      )
+      for c in group
+    ]
+    baseline = group[0]['baseline'] if group else ''
+    note = (
+      'paired by seed; P: a run of the arm is better; p: random signs of the seeds’ differences'
+    )
+    columns = ('', 'difference [95 %]', 'seeds', 'P', 'p', 'p after Holm')
+    title = f'{language}: gold minus that of {baseline}, {describe_level(where)}'
+    tables.append(Table(title, note, columns, rows))
+  return tables
+
+
+def _reached(figures: Mapping[str, Any], where: str) -> str:
+  gold = figures['gold'][where]
+  is_complete = gold['n'] == figures['gold'][END]['n']
+  return format_value(gold) + ('' if is_complete else f' ({gold["n"]})')
+
+
+def _counts(figures: Mapping[str, Any]) -> tuple[str, str]:
+  failed = f', {figures["failed"]} failed' if figures['failed'] else ''
+  return f'{figures["cells"]}{failed}', f'{figures["diverged"]}'
+
+
 def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) -> tuple[Mark, ...]:
   """Returns the marks of the values that have an interval, on a scale that holds all of them."""
   intervals = {
@@ -182,4 +261,5 @@ def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], Sequence[Table]]] = {
   'evaluate': _evaluate,
   'evaluate_reward': _evaluate_reward,
+  'study': _study,
 }

@@ -1,0 +1,50 @@
+"""The arms of the shipped studies, and the constants that each arm tunes.
+
+A line adds an arm: 'NAME KEY=VALUE KEY=VALUE ...', what it changes of the demo's settings.
+"""
+
+# Yardsticks: the gold reward as PPO's reward, and the best of n responses of the SFT model.
+YARDSTICKS = (
+  'gold reward_shaping.reward_fn={gold} reward_shaping.reward_model_weight=0',
+  'best_of_n stages=evaluate evaluate.samples_per_prompt=64',
+)
+ARMS = {
+  'granularity': (
+    'segment',
+    'token reward.segmentation.granularity=token',
+    'bandit reward.segmentation.granularity=bandit',
+    'sentence reward.segmentation.boundary=delimiter',
+    # As long as a clause on average.
+    'fixed_length reward.segmentation.boundary=fixed_length reward.segmentation.segment_length=5',
+    *YARDSTICKS,
+  ),
+  'normalizer': (
+    'regression',
+    'none normalizer.kind=none',
+    'global normalizer.kind=global',
+    'last normalizer.kind=last',
+    'scalar normalizer.kind=scalar',
+  ),
+  'spread': (
+    'even_split',
+    'end_only reward_shaping.spread=end_only',
+    'repeat reward_shaping.spread=repeat',
+  ),
+  'threshold': tuple(
+    f'threshold_{threshold} reward.segmentation.entropy_threshold={threshold}'
+    for threshold in (1.0, 0.25, 0.5, 1.5, 2.0, 2.5, 3.0)
+  ),
+  'estimator': (
+    'gae_token',
+    'gae_segment ppo.gae_level=segment',
+  ),
+}
+# Each study begins with the same arm, under a name of its own.
+ARMS['all'] = (*ARMS['granularity'], *(line for name in list(ARMS)[1:] for line in ARMS[name][1:]))
+
+# The scale of the rewards differs between arms, so the factor of KL has the widest range.
+GRID = (
+  'ppo.policy_optimizer.learning_rate=1e-3|2e-3',
+  'ppo.kl_coef=0.05|0.15|0.45',
+  'ppo.clip_eps=0.1|0.2',
+)
