@@ -8,9 +8,10 @@ and probability of improvement are those of Agarwal et al. 2021, https://arxiv.o
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, Num
 from scipy.special import ndtr, stdtrit
 
 from segjax.evaluation.intervals import percentile_interval
@@ -30,7 +31,8 @@ class Comparison:
 
   Attributes:
     difference: of the means, arm - baseline, with its interval; n counts the seeds that have both.
-    improvement: probability that a run of the arm is better than one of the baseline.
+    improvement: probability that a run of the arm is better than one of the baseline, with its
+      interval.
     p: of the hypothesis that the sign of each seed's difference is chance; None below two seeds.
     adjusted_p: after Holm, among the comparisons that are made together; None outside of them.
   """
@@ -38,7 +40,7 @@ class Comparison:
   arm: str
   baseline: str
   difference: Estimate
-  improvement: float | None
+  improvement: Estimate
   p: float | None
   adjusted_p: float | None = None
 
@@ -56,14 +58,13 @@ def compare(
   """
   seeds = sorted(set(values) & set(others))
   differences = [values[seed] - others[seed] for seed in seeds]
-  means = np.array([np.mean(x) for x in differences])
-  pairs = [[float(np.mean(side[seed])) for seed in seeds] for side in (values, others)]
+  pairs = [np.array([np.mean(side[seed]) for seed in seeds]) for side in (values, others)]
   return Comparison(
     arm,
     baseline,
     hierarchical_interval(differences),
-    probability_of_improvement(*pairs) if seeds else None,
-    sign_flip_p(means) if len(seeds) > 1 else None,
+    probability_of_improvement(*pairs),
+    sign_flip_p(pairs[0] - pairs[1]) if len(seeds) > 1 else None,
   )
 
 
@@ -87,10 +88,19 @@ def hierarchical_interval(values: Sequence[Prompts], seed: int = 0) -> Estimate:
   mean = np.mean([np.mean(x) for x in values]) if count else np.nan
   if count < MIN_SEEDS:
     return percentile_interval(mean, np.zeros(0), count)
-  draws = hierarchical_draws(values, np.random.default_rng(seed))
+  return _expanded_interval(mean, hierarchical_draws(values, np.random.default_rng(seed)), count)
+
+
+def _expanded_interval(value: Any, draws: Float[np.ndarray, 'D'], count: int) -> Estimate:
+  """Returns a statistic of `count` seeds with its expanded percentiles."""
   tail = expanded_tail(count)
   low, high = np.quantile(draws, [tail, 1 - tail])
-  return {'mean': float(mean), 'low': float(low), 'high': float(high), 'n': count}
+  return {'mean': float(value), 'low': float(low), 'high': float(high), 'n': count}
+
+
+def _seed_draws(count: int) -> Int[np.ndarray, 'D S']:
+  """Returns the seeds of each draw of a bootstrap of seeds."""
+  return np.random.default_rng(0).integers(count, size=(NUM_DRAWS, count))
 
 
 def hierarchical_draws(
@@ -145,16 +155,35 @@ def with_holm(comparisons: Sequence[Comparison], family: Sequence[str]) -> list[
   return [dataclasses.replace(c, adjusted_p=adjusted.get(c.arm)) for c in comparisons]
 
 
-def iqm(values: Sequence[float | int]) -> float:
-  """Returns the interquartile mean: without the floor(n / 4) lowest and as many highest values."""
-  cut = len(values) // 4
-  return float(np.mean(np.sort(values)[cut : len(values) - cut]))
+def iqm(values: Num[np.ndarray, '*D S']) -> Num[np.ndarray, '*D']:
+  """Returns the interquartile mean: without the floor(S / 4) lowest and as many highest values."""
+  count = values.shape[-1]
+  cut = count // 4
+  return np.asarray(np.sort(values, -1)[..., cut : count - cut].mean(-1))
 
 
-def probability_of_improvement(values: Sequence[float], others: Sequence[float]) -> float:
-  """Returns P(X > Y) + P(X = Y) / 2 over all pairs of a run of each arm."""
-  difference = np.sign(np.subtract.outer(np.asarray(values, float), np.asarray(others, float)))
-  return float((1 + difference.mean()) / 2)
+def iqm_interval(values: Num[np.ndarray, 'S']) -> Estimate:
+  """Returns `iqm` with its 95 % interval, by resampling seeds; none below MIN_SEEDS."""
+  count = len(values)
+  if count < MIN_SEEDS:
+    return percentile_interval(float(iqm(values)) if count else np.nan, np.zeros(0), count)
+  return _expanded_interval(iqm(values), iqm(values[_seed_draws(count)]), count)
+
+
+def probability_of_improvement(
+  values: Num[np.ndarray, 'S'], others: Num[np.ndarray, 'S']
+) -> Estimate:
+  """Returns P(X > Y) + P(X = Y) / 2 over all pairs of a run of each arm, and its 95 % interval.
+
+  Seeds are resampled, and with them the runs of both arms; below MIN_SEEDS there is no interval.
+  """
+  count = len(values)
+  wins = (1 + np.sign(np.subtract.outer(values, others))) / 2
+  if count < MIN_SEEDS:
+    return percentile_interval(wins.mean() if count else np.nan, np.zeros(0), count)
+  drawn = _seed_draws(count)
+  draws = wins[drawn[:, :, None], drawn[:, None, :]].mean((1, 2))
+  return _expanded_interval(wins.mean(), draws, count)
 
 
 def verdict(comparison: Comparison, where: str) -> str:

@@ -106,7 +106,7 @@ def arm_figures(cells: Sequence[Record], levels: Sequence[str]) -> dict[str, Any
     'gold': {where: _gold(cells, where) for where in (*levels, END)},
   }
   ends = [cell['gold_end'] for cell in cells if 'gold_end' in cell]
-  figures['iqm_end'] = study_statistics.iqm(ends) if ends else None
+  figures['iqm_end'] = study_statistics.iqm_interval(np.array(ends, float))
   areas = [cell['area'] for cell in cells if 'area' in cell]
   figures['area'] = float(np.mean(areas)) if areas else None
   for key, *_ in FIGURES:

@@ -227,8 +227,8 @@ def _differences(
 
 def _reached(figures: Mapping[str, Any], where: str) -> str:
   gold = figures['gold'][where]
-  is_complete = gold['n'] == figures['gold'][END]['n']
-  return format_value(gold) + ('' if is_complete else f' ({gold["n"]})')
+  is_partial = 0 < gold['n'] < figures['gold'][END]['n']
+  return format_value(gold) + (f' ({gold["n"]})' if is_partial else '')
 
 
 def _counts(figures: Mapping[str, Any]) -> tuple[str, str]:
