@@ -1,7 +1,7 @@
 """Reads what a study compares: its arms, seeds, languages, and the constants that it tunes.
 
-An arm is a line 'NAME KEY=VALUE KEY=VALUE ...' of the config. In a value {gold} stands for the
-gold reward of the language, as 'module:function'.
+An arm is a line 'NAME KEY=VALUE KEY=VALUE ...' of the config. The values {gold} and {boundary} are
+functions of the language, 'module:function': its gold reward, and where its clauses end.
 """
 
 import ast
@@ -22,7 +22,6 @@ Overrides = dict[str, Any]  # settings by dotted key
 
 # The module of each language, with its `gold` and `is_boundary`.
 LANGUAGES = {'describe': 'segjax.data.demo_language'}
-GOLD, BOUNDARY = 'gold', 'is_boundary'
 
 FIRST_TUNING_SEED = 100  # what is tuned on a seed is never judged by it
 MIN_SEEDS = 3  # of an interval over seeds
@@ -213,18 +212,23 @@ def tuning_trials(study: Study) -> list[Overrides]:
 
 def language_overrides(language: str) -> Overrides:
   """Returns the settings of a run on one of `LANGUAGES`."""
-  module = LANGUAGES[language]
+  functions = _functions(language)
   overrides = {
-    'evaluate.gold_reward_fn': f'{module}:{GOLD}',
-    'evaluate.boundary_fn': f'{module}:{BOUNDARY}',
+    'evaluate.gold_reward_fn': functions['{gold}'],
+    'evaluate.boundary_fn': functions['{boundary}'],
   }
   return overrides | ({} if language == Study().languages[0] else {'demo.language': language})
 
 
 def resolve(overrides: Overrides, language: str) -> Overrides:
-  """Returns the overrides with {gold} replaced by the gold reward of the language."""
-  gold = f'{LANGUAGES[language]}:{GOLD}'
-  return {k: v.replace('{gold}', gold) if isinstance(v, str) else v for k, v in overrides.items()}
+  """Returns the overrides with the functions of the language in place of {gold} and {boundary}."""
+  functions = _functions(language)
+  return {k: functions.get(v, v) if isinstance(v, str) else v for k, v in overrides.items()}
+
+
+def _functions(language: str) -> dict[str, str]:
+  module = LANGUAGES[language]
+  return {'{gold}': f'{module}:gold', '{boundary}': f'{module}:is_boundary'}
 
 
 def child_settings(settings: Settings, overrides: Overrides, what: str) -> Settings:

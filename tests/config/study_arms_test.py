@@ -21,6 +21,10 @@ def test_a_line_is_an_arm():
   assert study_arms.resolve(gold.overrides, 'describe') == {
     'reward_shaping.reward_fn': 'segjax.data.demo_language:gold'
   }
+  assert study_arms.resolve({'a.b': '{boundary}', 'c': 1.0}, 'describe') == {
+    'a.b': 'segjax.data.demo_language:is_boundary',
+    'c': 1.0,
+  }
   (best,) = study_arms.parse_arms(('best_of_n stages=evaluate evaluate.samples_per_prompt=64',))
   assert best.stages == ('evaluate',) and best.is_yardstick and not best.is_trained
 
