@@ -15,17 +15,25 @@ from segjax.evaluation.study_statistics import Comparison, Estimate
 Record = dict[str, Any]
 
 END = 'end'  # beside the levels of KL: the end of training
-# Means over an arm's cells: key of a record, label, digits.
-FIGURES = (
-  ('reward_accuracy', 'RM accuracy', 3),
-  ('best_accuracy', 'best possible', 3),
-  ('kl_end', 'KL at the end', 1),
-  ('length', 'length', 1),
-  ('segments', 'segments', 1),
-  ('eos_rate', 'EOS', 3),
-  ('repetition', 'repeated 4-grams', 3),
-  ('seconds', 'seconds', 0),
-)
+# Figures of an arm by table: counts of its cells, then means over them: key, label, digits.
+FIGURES = {
+  'runs': (
+    ('cells', 'cells', 0),
+    ('failed', 'failed', 0),
+    ('diverged', 'diverged', 0),
+    ('seconds', 'seconds', 0),
+    ('reward_accuracy', 'accuracy of the reward model', 3),
+    ('best_accuracy', 'best possible', 3),
+  ),
+  'policies at the end': (
+    ('area', 'mean gold over KL', 3),
+    ('kl_end', 'KL, nats', 1),
+    ('length', 'length', 1),
+    ('segments', 'segments', 1),
+    ('eos_rate', 'EOS', 3),
+    ('repetition', 'repeated 4-grams', 3),
+  ),
+}
 
 
 def summarize(
@@ -99,20 +107,19 @@ def _prompts(cells: Sequence[Record], where: str) -> dict[int, np.ndarray]:
 def arm_figures(cells: Sequence[Record], levels: Sequence[str]) -> dict[str, Any]:
   """Returns the figures of an arm: counts, gold by level and at the end, and other means."""
   count = collections.Counter(cell['status'] for cell in cells)
+  ends = np.array([cell['gold_end'] for cell in cells if 'gold_end' in cell], float)
   figures: dict[str, Any] = {
+    'gold': {where: _gold(cells, where) for where in (*levels, END)},
+    'iqm_end': study_statistics.iqm_interval(ends),
+  }
+  for key, *_ in (figure for group in FIGURES.values() for figure in group):
+    values = [cell[key] for cell in cells if cell.get(key) is not None]
+    figures[key] = float(np.mean(values)) if values else None
+  return figures | {
     'cells': len(cells),
     'diverged': count['diverged'],
     'failed': count['failed'],
-    'gold': {where: _gold(cells, where) for where in (*levels, END)},
   }
-  ends = [cell['gold_end'] for cell in cells if 'gold_end' in cell]
-  figures['iqm_end'] = study_statistics.iqm_interval(np.array(ends, float))
-  areas = [cell['area'] for cell in cells if 'area' in cell]
-  figures['area'] = float(np.mean(areas)) if areas else None
-  for key, *_ in FIGURES:
-    values = [cell[key] for cell in cells if cell.get(key) is not None]
-    figures[key] = float(np.mean(values)) if values else None
-  return figures
 
 
 def _gold(cells: Sequence[Record], where: str) -> Estimate:

@@ -18,7 +18,7 @@ from segjax.jobs.study_plan import Plan, load, write_identity
 from segjax.jobs.study_pool import Outcome
 from segjax.jobs.study_tuning import Constants
 from segjax.report import study_charts
-from segjax.report.console import format_duration, log, table
+from segjax.report.console import format_duration, table
 from segjax.report.stage_tables import stage_tables
 from segjax.run.stage import Stage
 
@@ -94,13 +94,10 @@ def _tune(stage: Stage, plan: Plan) -> Constants:
 
 
 def print_table(results: Results) -> None:
-  """Prints the tables, then the verdicts."""
+  """Prints the tables."""
   for content in stage_tables('study', results):
     rows = [(row.label, *row.cells) for row in content.rows]
     table(content.title, content.columns, rows)
-  for language, part in results['summary'].items():
-    for verdict in part['verdicts']:
-      log(f'{language}: {verdict}')
 
 
 def headline(stage: Stage, results: Results) -> str:

@@ -159,39 +159,28 @@ def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
 
 
 def _study(results: Mapping[str, Any]) -> list[Table]:
-  """Returns, for each language, gold by level, differences to the baseline, and other figures."""
+  """Returns for each language verdicts, gold by level, differences to the baseline, the rest."""
   tables, levels = [], [*sorted(results['levels'], key=float), END]
   for language, part in results['summary'].items():
     arms = part['arms']
+    note = 'a difference is claimed where its interval excludes 0'
+    verdicts = [Row(text, ()) for text in part['verdicts']]
+    tables.append(Table(f'{language}: verdicts', note, ('',), verdicts))
     gold = [
-      Row(
-        name,
-        (
-          *_counts(x),
-          *(_reached(x, w) for w in levels),
-          format_value(x['iqm_end']),
-          format_value(x['area']),
-        ),
-      )
+      Row(name, (*(_reached(x, where) for where in levels), format_value(x['iqm_end'], 2)))
       for name, x in arms.items()
     ]
     note = 'means [95 %] over seeds; in parentheses how many seeds reached this KL, if not all'
-    columns = (
-      '',
-      'cells',
-      'diverged',
-      *map(describe_level, levels),
-      'IQM at the end',
-      'mean over KL',
-    )
+    columns = ('', *map(describe_level, levels), 'IQM at the end')
     tables.append(Table(f'{language}: gold reward at equal KL', note, columns, gold))
     tables += _differences(language, part['comparisons'])
-    rows = [
-      Row(name, tuple(format_value(x[key], digits) for key, _, digits in FIGURES))
-      for name, x in arms.items()
-    ]
-    columns = ('', *(label for _, label, _ in FIGURES))
-    tables.append(Table(f'{language}: other figures', 'means over cells', columns, rows))
+    for title, group in FIGURES.items():
+      rows = [
+        Row(name, tuple(format_value(x[key], digits) for key, _, digits in group))
+        for name, x in arms.items()
+      ]
+      columns = ('', *(label for _, label, _ in group))
+      tables.append(Table(f'{language}: {title}', 'means over cells', columns, rows))
   return tables
 
 
@@ -206,9 +195,10 @@ def _differences(
       Row(
         c['arm'],
         (
-          format_value(c['difference']),
+          format_value(c['difference'], 2),
           format_value(c['difference']['n']),
-          *(format_value(c[key]) for key in ('improvement', 'p', 'adjusted_p')),
+          format_value(c['improvement'], 2),
+          *(format_value(c[key]) for key in ('p', 'adjusted_p')),
         ),
         _marks({'after': c['difference']}, (-end, end)),
         0.5,
@@ -228,12 +218,7 @@ def _differences(
 def _reached(figures: Mapping[str, Any], where: str) -> str:
   gold = figures['gold'][where]
   is_partial = 0 < gold['n'] < figures['gold'][END]['n']
-  return format_value(gold) + (f' ({gold["n"]})' if is_partial else '')
-
-
-def _counts(figures: Mapping[str, Any]) -> tuple[str, str]:
-  failed = f', {figures["failed"]} failed' if figures['failed'] else ''
-  return f'{figures["cells"]}{failed}', f'{figures["diverged"]}'
+  return format_value(gold, 2) + (f' ({gold["n"]})' if is_partial else '')
 
 
 def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) -> tuple[Mark, ...]:

@@ -1,6 +1,6 @@
-"""Writes the tables of a study as Markdown, with the verdicts above them."""
+"""Writes the tables of a study as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from segjax.report.stage_tables import Table, stage_tables
@@ -8,20 +8,19 @@ from segjax.report.stage_tables import Table, stage_tables
 
 def markdown(title: str, results: Mapping[str, Any]) -> str:
   """Returns table.md of a study's results."""
-  lines = [f'# {title}', '', results['progress']]
-  for language, part in results['summary'].items():
-    lines += ['', f'## {language}', '']
-    lines += [f'* {verdict}' for verdict in part['verdicts']]
+  lines = [f'# {title}', '', f'{results["progress"]}.']
   for table in stage_tables('study', results):
-    lines += ['', *_table(table)]
+    lines += ['', f'## {table.title}', '', f'{table.note[:1].upper()}{table.note[1:]}.', '']
+    lines += _rows(table)
   return '\n'.join(lines) + '\n'
 
 
-def _table(table: Table) -> list[str]:
+def _rows(table: Table) -> list[str]:
+  if len(table.columns) == 1:
+    return [f'* {row.label}' for row in table.rows]
   rows = [table.columns, ['---', *('---:' for _ in table.columns[1:])]]
-  rows += [(row.label, *row.cells) for row in table.rows]
-  return [f'### {table.title}', '', f'{table.note}.', '', *map(_line, rows)]
+  return [_line(row) for row in (*rows, *((row.label, *row.cells) for row in table.rows))]
 
 
-def _line(cells: Any) -> str:
-  return '| ' + ' | '.join(str(cell).replace('|', r'\|') for cell in cells) + ' |'
+def _line(cells: Sequence[str]) -> str:
+  return '| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |'
