@@ -48,6 +48,7 @@ class Chart:
     note: what was measured on which data, and the step of the last value.
     legend: (name, value) of each series, in the order of their colours; () for a single one.
     description: of its metric, with the metric's key.
+    is_wide: whether it is as wide as the page.
   """
 
   title: str
@@ -56,6 +57,7 @@ class Chart:
   note: str = ''
   legend: tuple[tuple[str, str], ...] = ()
   description: str = ''
+  is_wide: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,12 @@ def stage_charts(directory: Path) -> Charts:
   """Draws the charts of a stage's metrics, normaliser and responses, as far as it has any."""
   steps, series = read_metrics(directory / METRICS_FILE)
   main = [
+    Chart(title, drawing, note=note, is_wide=True)
+    for title, note, drawing in study_charts(directory)
+  ] or [
     *_main_charts(directory.name, steps, series),
     *_normalizer_charts(directory),
     *_segment_charts(directory),
-    *(Chart(title, drawing, note=note) for title, note, drawing in study_charts(directory)),
   ]
   in_main = {name for _, names in MAIN for name in names if name in series}
   others = sorted((name for name in series if name not in in_main), key=lambda n: (_prefix(n), n))

@@ -103,7 +103,7 @@ def forest_png(rows: Sequence[Interval], x: str) -> bytes:
 
 def _forest_layout(rows: Sequence[Interval]) -> Layout:
   height = 0.62 + 0.27 * len(rows)
-  return Layout((5.6, height), (0.24, 0.5 / height, 0.74, 1 - 0.6 / height))
+  return Layout((7.2, height), (0.19, 0.5 / height, 0.64, 1 - 0.6 / height))
 
 
 def _draw_forest(rows: Sequence[Interval], palette: Palette) -> Callable[[Any], None]:
