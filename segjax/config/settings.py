@@ -194,7 +194,7 @@ class Study:
   only: tuple[str, ...] = ()  # names of the arms to run; empty: all of them
   baseline: str = ''  # the arm that all others are compared with; empty: the first
   seeds: tuple[str, ...] = ('0:9',)  # below 100; first:last, or one by one: 0,1,5
-  languages: tuple[str, ...] = ('describe',)  # of the built-in ones
+  languages: tuple[str, ...] = ('requests',)  # built-in ones, see demo.language
   kl_levels: tuple[str, ...] = ('4', '8', '12')  # nats per response at which gold is compared
   main_level: str = '8'  # the one of them that verdicts are about
   grid: tuple[str, ...] = ()  # 'KEY=VALUE|VALUE|...': constants that are tuned for each arm

@@ -1,7 +1,7 @@
 """Reads what a study compares: its arms, seeds, languages, and the constants that it tunes.
 
 An arm is a line 'NAME KEY=VALUE KEY=VALUE ...' of the config. The values {gold} and {boundary} are
-functions of the language, 'module:function': its gold reward, and where its clauses end.
+those of config.evaluate.gold_reward_fn and evaluate.boundary_fn.
 """
 
 import ast
@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from segjax.config import parse
+from segjax.config.choices import LANGUAGES
 from segjax.config.field_checks import check_choice
 from segjax.config.load import load_settings
 from segjax.config.settings import Settings, Study
 from segjax.errors import UserError
 
 Overrides = dict[str, Any]  # settings by dotted key
-
-# The module of each language, with its `gold` and `is_boundary`.
-LANGUAGES = {'describe': 'segjax.data.demo_language'}
 
 FIRST_TUNING_SEED = 100  # what is tuned on a seed is never judged by it
 MIN_SEEDS = 3  # of an interval over seeds
@@ -176,7 +174,7 @@ def check_study(study: Study) -> None:
   if not study.languages:
     raise UserError(f'config.study.languages is empty; use names out of {", ".join(LANGUAGES)}.')
   for name in study.languages:
-    check_choice('config.study.languages', name, tuple(LANGUAGES))
+    check_choice('config.study.languages', name, LANGUAGES)
   check_choice('config.study.main_level', study.main_level, study.kl_levels)
   kl_levels(study)
 
@@ -210,25 +208,11 @@ def tuning_trials(study: Study) -> list[Overrides]:
   return [points[index] for index in sorted(chosen)]
 
 
-def language_overrides(language: str) -> Overrides:
-  """Returns the settings of a run on one of `LANGUAGES`."""
-  functions = _functions(language)
-  overrides = {
-    'evaluate.gold_reward_fn': functions['{gold}'],
-    'evaluate.boundary_fn': functions['{boundary}'],
-  }
-  return overrides | ({} if language == Study().languages[0] else {'demo.language': language})
-
-
-def resolve(overrides: Overrides, language: str) -> Overrides:
-  """Returns the overrides with the functions of the language in place of {gold} and {boundary}."""
-  functions = _functions(language)
+def resolve(overrides: Overrides, settings: Settings) -> Overrides:
+  """Returns the overrides with the functions of the settings in place of {gold} and {boundary}."""
+  evaluate = settings.evaluate
+  functions = {'{gold}': evaluate.gold_reward_fn, '{boundary}': evaluate.boundary_fn}
   return {k: functions.get(v, v) if isinstance(v, str) else v for k, v in overrides.items()}
-
-
-def _functions(language: str) -> dict[str, str]:
-  module = LANGUAGES[language]
-  return {'{gold}': f'{module}:gold', '{boundary}': f'{module}:is_boundary'}
 
 
 def child_settings(settings: Settings, overrides: Overrides, what: str) -> Settings:

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.special import ndtr, stdtrit
 
+from segjax.config.study_arms import MIN_SEEDS
 from segjax.evaluation.intervals import percentile_interval
 
 NUM_DRAWS = 10_000  # of a bootstrap: the expanded percentiles of few seeds lie far out
-MIN_SEEDS = 3  # of an interval
 LEVEL = 0.95
 _MAX_EXACT = 14  # seeds up to which all assignments of signs are counted
 

@@ -24,7 +24,6 @@ from segjax.config.study_arms import (
   Arm,
   Overrides,
   child_settings,
-  language_overrides,
   resolve,
 )
 from segjax.jobs import demo, evaluate, normalizer, ppo, reward, sft
@@ -172,7 +171,7 @@ class Graph:
     """Returns the settings of a run of all stages, in which all contradictions are seen."""
     key = json.dumps([arm.name, language, overrides], sort_keys=True)
     if key not in self._checked:
-      values = language_overrides(language) | resolve(overrides, language)
+      values = resolve(overrides, self._settings) | {'demo.language': language}
       has_model = values.get('reward_shaping.reward_model_weight') != 0
       values['stages'] = (*BASE, *(('reward', 'normalizer') if has_model else ()), *arm.stages)
       settings = child_settings(self._settings, values, f'arm {arm.name!r}')

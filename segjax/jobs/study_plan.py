@@ -89,6 +89,11 @@ def load(stage: Stage) -> Plan:
     raise UserError(
       f'config.stages={",".join(s.stages)}: a study makes runs of its own; use stages=study.'
     )
+  if not s.evaluate.gold_reward_fn:
+    raise UserError(
+      'config.evaluate.gold_reward_fn is empty, and a study compares gold rewards; set it to '
+      'segjax.data.languages:gold.'
+    )
   check_study(s.study)
   arms, workdir = select_arms(s.study), stage.directory.parent
   _check_identity(workdir, s, arms)

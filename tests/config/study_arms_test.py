@@ -6,7 +6,7 @@ import pytest
 
 from configs.shared import study_arms as shipped
 from segjax.config import study_arms
-from segjax.config.settings import Study
+from segjax.config.settings import Settings, Study, replace
 from segjax.errors import UserError
 
 STUDY = Study(
@@ -18,13 +18,12 @@ def test_a_line_is_an_arm():
   a, b, gold = study_arms.parse_arms(STUDY.arms)
   assert (a.name, a.overrides, a.stages) == ('a', {}, ('ppo', 'evaluate'))
   assert b.overrides == {'ppo.kl_coef': 0.1, 'ppo.whiten': False}
-  assert study_arms.resolve(gold.overrides, 'describe') == {
-    'reward_shaping.reward_fn': 'segjax.data.demo_language:gold'
-  }
-  assert study_arms.resolve({'a.b': '{boundary}', 'c': 1.0}, 'describe') == {
-    'a.b': 'segjax.data.demo_language:is_boundary',
-    'c': 1.0,
-  }
+  settings = replace(
+    Settings(), **{'evaluate.gold_reward_fn': 'm:gold', 'evaluate.boundary_fn': 'm:e'}
+  )
+  assert study_arms.resolve(gold.overrides, settings) == {'reward_shaping.reward_fn': 'm:gold'}
+  values = {'a.b': '{boundary}', 'c': 1.0, 'd': 'text'}
+  assert study_arms.resolve(values, settings) == {'a.b': 'm:e', 'c': 1.0, 'd': 'text'}
   (best,) = study_arms.parse_arms(('best_of_n stages=evaluate evaluate.samples_per_prompt=64',))
   assert best.stages == ('evaluate',) and best.is_yardstick and not best.is_trained
 

@@ -36,7 +36,7 @@ def cells(settings, tmp_path):
   graph = Graph(settings, tmp_path)
 
   def make(seed=0, **constants):
-    return {arm.name: graph.cell(arm, 'describe', seed, constants) for arm in parse_arms(LINES)}
+    return {arm.name: graph.cell(arm, 'requests', seed, constants) for arm in parse_arms(LINES)}
 
   return make
 
@@ -77,7 +77,7 @@ def test_constants_change_the_cell_alone_and_seeds_everything(cells):
 def test_hashes_do_not_depend_on_where_runs_lie_or_how_many_run_at_once(settings, tmp_path, cells):
   arm = parse_arms(LINES)[0]
   elsewhere = Graph(replace(settings, **{'study.jobs': 7}), tmp_path / 'elsewhere')
-  moved = elsewhere.cell(arm, 'describe', 0).node
+  moved = elsewhere.cell(arm, 'requests', 0).node
   assert moved.directory.name == cells()['segment'].node.directory.name
 
 
@@ -149,11 +149,11 @@ def test_constants_are_chosen_by_the_mean_over_seeds(tmp_path):
   trials = [{'ppo.kl_coef': 0.1}, {'ppo.kl_coef': 0.2}, {'ppo.kl_coef': 0.3}]
   areas = [[0.1, 0.4], [0.2, 0.35], [0.9, None]]  # the last one has a run that failed
   records = {
-    ('describe', 'segment', number): [{} if area is None else {'area': area} for area in group]
+    ('requests', 'segment', number): [{} if area is None else {'area': area} for area in group]
     for number, group in enumerate(areas)
   }
   tuned = study_tuning.choose(trials, records)
-  entry = tuned['describe']['segment']
+  entry = tuned['requests']['segment']
   assert entry['choice'] == {'ppo.kl_coef': 0.2}
   assert [trial['mean'] for trial in entry['trials']] == [
     pytest.approx(0.25),
@@ -164,8 +164,8 @@ def test_constants_are_chosen_by_the_mean_over_seeds(tmp_path):
   assert json.loads((tmp_path / 'tuning.json').read_text())['seeds'] == [100, 101]
   segment, token, *_, best = parse_arms(LINES)
   path = tmp_path / 'tuning.json'
-  assert study_tuning.read(path, [segment, best], ['describe']) == {
-    ('describe', 'segment'): {'ppo.kl_coef': 0.2}
+  assert study_tuning.read(path, [segment, best], ['requests']) == {
+    ('requests', 'segment'): {'ppo.kl_coef': 0.2}
   }
-  with pytest.raises(UserError, match="no choice for arm 'token' on 'describe'"):
-    study_tuning.read(path, [token], ['describe'])
+  with pytest.raises(UserError, match="no choice for arm 'token' on 'requests'"):
+    study_tuning.read(path, [token], ['requests'])

@@ -46,7 +46,7 @@ def test_a_study_of_three_arms_of_which_one_fails(run, tmp_path, monkeypatch):
   values.update_from_flattened_dict(TINY)
   settings = parse.from_config(values)
   with pytest.raises(
-    UserError, match=r'3 of 9 cells failed, .*wrong describe seed 0: config.critic.init='
+    UserError, match=r'3 of 9 cells failed, .*wrong requests seed 0: config.critic.init='
   ):
     run(settings)
   directory = tmp_path / 'study'
@@ -73,13 +73,13 @@ def test_a_study_of_three_arms_of_which_one_fails(run, tmp_path, monkeypatch):
   text = (directory / 'results.jsonl').read_text()
   assert [json.loads(line) for line in text.splitlines()] == kept
   assert results['progress'] == '6 of 6 cells'
-  (comparison,) = results['summary']['describe']['comparisons']['end']
+  (comparison,) = results['summary']['requests']['comparisons']['end']
   assert comparison['arm'] == 'end_only' and comparison['difference']['n'] == 3
   page = (tmp_path / 'report.html').read_text()
-  assert 'Gold reward over KL, describe' in page and 'gold minus that of even_split' in page
-  assert (directory / 'gold_over_kl-describe.png').exists()
+  assert 'Gold reward over KL, requests' in page and 'gold minus that of even_split' in page
+  assert (directory / 'gold_over_kl-requests.png').exists()
   responses = [json.loads(line) for line in (directory / 'samples.jsonl').read_text().splitlines()]
-  assert {row['model'] for row in responses} == {'even_split, describe', 'end_only, describe'}
+  assert {row['model'] for row in responses} == {'even_split, requests', 'end_only, requests'}
   # More processes at once change no key.
   key = stage_record.stored_key(directory)
   assert run(replace(again, **{'study.jobs': 3}))['study'] == results
