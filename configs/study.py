@@ -1,18 +1,22 @@
 """Studies: arms of settings, compared over seeds at equal KL.
 
   python -m segjax.main --config=configs/study.py:granularity --workdir=runs/study \\
-    --config.study.jobs=2 --config.study.trials=6
+    --config.study.jobs=2
 
-Presets: granularity, normalizer, spread, threshold, estimator, all, credit. The first compares
-rewards for segments, tokens and whole responses, with controls; the next ones change one part of
-the method; credit is configs/credit.py, which trains no policy. Dense rewards may lose in other
-languages: `--config.study.languages=requests,delayed,bifurcation`.
+Presets: granularity, normalizer, spread, threshold, redistribution, estimator, all, credit. The
+first compares rewards for segments, tokens and whole responses, with controls; the next ones change
+one part of the method; credit is configs/credit.py, which trains no policy.
 
-Each cell, an arm on a seed, is an ordinary run in runs/, and what arms share is made once. Finished
-runs are kept: the same command goes on where it was stopped, and more seeds or arms cost only their
-own cells. study/table.md has the comparison, and narrows as cells come in. An arm of one's own is a
-line in a config file that starts from this one: `config.study.arms += ('gentle ppo.kl_coef=1',)`.
-Good practice: Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
+First each arm tries the same constants on seeds that are not shown (study/tuning.json;
+`--config.study.trials=0` leaves it out). Each cell, an arm on a seed, is an ordinary run in runs/,
+and what arms share is made once. Finished runs are kept: the same command goes on where it was
+stopped, and more seeds or arms cost only their own cells. study/table.md has the comparison, and
+narrows as cells come in. Dense rewards may lose in other languages:
+`--config.study.languages=requests,delayed,bifurcation`.
+
+An arm of one's own is a line in a config file that starts from this one:
+`config.study.arms += ('gentle ppo.kl_coef=1',)`. Good practice: Agarwal et al. 2021,
+https://arxiv.org/abs/2108.13264. On a GPU, several runs need XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +36,7 @@ def get_config(preset: str = 'granularity') -> ConfigDict:
   config.stages = ('study',)
   config.study.arms = study_arms.ARMS[name]
   config.study.grid = study_arms.GRID
+  config.study.trials = 6
   config.study.seeds = ('0:9',) if name == 'granularity' else ('0:4',)
   config.sft.max_steps = 400  # contents are looked up in the prompt, which takes longer to learn
   config.ppo.eval_every = 3  # points of the curve of gold over KL

@@ -252,5 +252,5 @@ JOB = Job(
   outputs=('credit.json',),
   print_table=print_table,
   summary=('clauses',),
-  num_networks=3,
+  num_networks=lambda s: 3,
 )

@@ -30,6 +30,7 @@ TINY = {
   'evaluate.samples_per_prompt': 1,
   'study.seeds': ('0:2',),
   'study.jobs': 2,
+  'study.trials': 0,
   # The third arm's own runs stop at once.
   'study.arms': (
     'even_split',
