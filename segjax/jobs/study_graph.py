@@ -138,12 +138,12 @@ class Graph:
     self._checked: dict[str, Settings] = {}
 
   def cell(self, arm: Arm, language: str, seed: int, constants: Overrides | None = None) -> Cell:
-    """Returns the cell of an arm, with constants in place of its own.
+    """Returns the cell of an arm with some constants; what the arm itself sets stays.
 
     Raises:
       UserError: the settings of one of its runs contradict each other.
     """
-    overrides = arm.overrides | (constants or {})
+    overrides = (constants or {}) | arm.overrides
     full = replace(self._whole_run(arm, language, overrides), seed=seed)
     where = f'{language} seed {seed}'
     base = self._node('base', where, replace(full, stages=BASE), {}, ())

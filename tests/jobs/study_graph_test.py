@@ -74,6 +74,14 @@ def test_constants_change_the_cell_alone_and_seeds_everything(cells):
   }
 
 
+def test_what_an_arm_sets_is_not_tuned(settings, tmp_path):
+  (arm,) = parse_arms(('gentle ppo.kl_coef=1.0',))
+  cell = Graph(settings, tmp_path).cell(
+    arm, 'requests', 0, {'ppo.kl_coef': 0.1, 'ppo.clip_eps': 0.3}
+  )
+  assert (cell.node.settings.ppo.kl_coef, cell.node.settings.ppo.clip_eps) == (1.0, 0.3)
+
+
 def test_hashes_do_not_depend_on_where_runs_lie_or_how_many_run_at_once(settings, tmp_path, cells):
   arm = parse_arms(LINES)[0]
   elsewhere = Graph(replace(settings, **{'study.jobs': 7}), tmp_path / 'elsewhere')
