@@ -15,6 +15,7 @@ from segjax.jobs import (
   reward,
   selfcheck,
   sft,
+  study,
 )
 from segjax.plan.phases import JobPlan
 
@@ -32,6 +33,7 @@ JOBS = {
     answers.JOB,
     selfcheck.JOB,
     chat.JOB,
+    study.JOB,
   )
 }
 
