@@ -54,6 +54,7 @@ setup(
     'pyarrow',  # parquet files
     'pyyaml',  # the header of model cards
     'safetensors>=0.6',  # HF weights; older ones do not list tensors by offset
+    'scipy',  # quantiles for the intervals of studies; jax brings it
     'tensorboardX',  # metric curves
     'tensorstore',  # arrays of training checkpoints, streamed
     'tokenizers',  # the tokenizer of the built-in demo

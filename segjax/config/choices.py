@@ -116,6 +116,7 @@ _AT_LEAST_0 = (
   *_keys('evaluate', 'num_printed'),
   *_keys('checkpoint', 'every_steps every_minutes max_failures'),
   *_keys('report', 'every_steps eval_responses'),
+  *_keys('study', 'trials'),
   # A learning rate of 0 freezes a network; `no_effect` refuses it where nothing else is trained.
   *(
     f'{optimizer}.{name}'
@@ -144,5 +145,6 @@ _AT_LEAST_1 = (
   *_keys('checkpoint', 'max_to_keep'),
   *_keys('report', 'responses_per_rollout'),
   *_keys('demo', 'sft_rows pairs'),
+  *_keys('study', 'jobs'),
 )
 MINIMUMS: dict[str, int] = dict.fromkeys(_AT_LEAST_0, 0) | dict.fromkeys(_AT_LEAST_1, 1)

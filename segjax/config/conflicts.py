@@ -14,27 +14,11 @@ _BY_ENTROPY = tuple(name for name, cut in CUTS.items() if cut.signal == 'entropy
 
 def check_conflicts(s: Settings) -> None:
   """Raises UserError if two settings contradict each other."""
-  search, segmentation = s.reward.threshold_search, s.reward.segmentation
-  if search.target_segment_length and search.entropy_quantile:
-    raise UserError(
-      'config.reward.threshold_search has both target_segment_length and entropy_quantile; '
-      'set one of them to 0.'
-    )
-  if search.target_segment_length or search.entropy_quantile:
-    for key, value, needed in (
-      ('granularity', segmentation.granularity, ('segment',)),
-      ('boundary', segmentation.boundary, _BY_ENTROPY),
-    ):
-      if value not in needed:
-        raise UserError(
-          'config.reward.threshold_search looks for an entropy threshold, which '
-          f'{key}={value} does not use; '
-          f'set config.reward.segmentation.{key}={needed[0]}, or both targets to 0.'
-        )
+  _check_threshold_search(s)
   for section in ('reward', 'reward_model'):
     check_segmentation(getattr(s, section).segmentation, f'config.{section}.segmentation')
   _check_score_jump(s)
-  granularity = segmentation.granularity if 'reward' in s.stages else ''
+  granularity = s.reward.segmentation.granularity if 'reward' in s.stages else ''
   granularity = s.reward_model.segmentation.granularity or granularity
   if 'normalizer' in s.stages:
     check_normalizer(s.normalizer.kind, granularity, 'config.normalizer.kind')
@@ -95,6 +79,27 @@ def _check_rewards(s: Settings) -> None:
       f'{key}.path={lm.path!r} is the reference too, so that all its rewards are 0; name the model '
       'that was trained from it, or another config.reference.path.'
     )
+
+
+def _check_threshold_search(s: Settings) -> None:
+  """Checks that there is one target, and a threshold to look for."""
+  search, segmentation = s.reward.threshold_search, s.reward.segmentation
+  if search.target_segment_length and search.entropy_quantile:
+    raise UserError(
+      'config.reward.threshold_search has both target_segment_length and entropy_quantile; '
+      'set one of them to 0.'
+    )
+  if search.target_segment_length or search.entropy_quantile:
+    for key, value, needed in (
+      ('granularity', segmentation.granularity, ('segment',)),
+      ('boundary', segmentation.boundary, _BY_ENTROPY),
+    ):
+      if value not in needed:
+        raise UserError(
+          'config.reward.threshold_search looks for an entropy threshold, which '
+          f'{key}={value} does not use; '
+          f'set config.reward.segmentation.{key}={needed[0]}, or both targets to 0.'
+        )
 
 
 def check_samples(samples: int, max_concurrent: int, section: str = 'config.rollout.') -> None:

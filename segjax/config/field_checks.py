@@ -27,8 +27,10 @@ def typed(key: str, value: Any, kind: Any) -> Any:
       return None
     kind = next(member for member in typing.get_args(kind) if member is not types.NoneType)
   if typing.get_origin(kind) is tuple:
-    parts = [value] if isinstance(value, str) else value
-    return tuple(name.strip() for part in parts for name in part.split(',') if name.strip())
+    parts = value if isinstance(value, tuple | list) else [value]
+    # The command line reads 0,1 as numbers.
+    names = (name.strip() for part in parts for name in str(part).split(','))
+    return tuple(name for name in names if name)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = _as_float(key, value)
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

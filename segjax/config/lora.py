@@ -30,7 +30,10 @@ def resolve_lora(s: Settings, network: str) -> Lora | None:
 
 
 def _values(s: Settings, network: str) -> dict[str, Any]:
-  """Returns the settings of a network: its own where they are set, else those of all."""
+  """Returns the settings of a network: its own where they are set, else those of all.
+
+  One with a scalar head has no train_head.
+  """
   own = vars(getattr(s.lora, network))
   return {name: getattr(s.lora, name) if own[name] is None else own[name] for name in own}
 
@@ -48,8 +51,23 @@ def with_adapter_rates(s: Settings) -> Settings:
   return replace(s, **rates)
 
 
+def check_head(lora: Lora | None, tied: bool) -> None:
+  """Raises UserError if a head is to be trained that a network does not have.
+
+  Args:
+    lora: of the network.
+    tied: whether its embedding is its head to the vocabulary.
+  """
+  if lora and lora.train_head and tied:
+    raise UserError(
+      'config.lora.train_head=True, but the embedding of this network is its head, as '
+      'tie_word_embeddings says, and stays frozen beside adapters; set it to False, or train all '
+      'weights by config.lora.rank=0.'
+    )
+
+
 def check_lora(s: Settings) -> None:
-  """Raises UserError if an adapter has no matrix, or one that no layer has."""
+  """Raises UserError if an adapter has no matrix, or one that no layer has, or no head to train."""
   for network in _NETWORKS.values():
     values, is_own = _values(s, network), getattr(s.lora, network).targets is not None
     key = f'config.lora.{network}' if is_own else 'config.lora'
@@ -61,6 +79,7 @@ def check_lora(s: Settings) -> None:
         f'matrices out of {",".join(LORA_TARGETS)}, or all-linear, or set the rank to 0 to train '
         'all weights.'
       )
+    check_head(resolve_lora(s, network), s.network.tie_word_embeddings)
   on_host = s.runtime.frozen_params_memory == 'host'
   if on_host and any(resolve_lora(s, network) for network in ('policy', 'critic')):
     raise UserError(

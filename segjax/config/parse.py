@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import typing
+from operator import attrgetter
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -56,6 +57,14 @@ def setting_keys(cls: type = Settings, prefix: str = '') -> tuple[str, ...]:
       setting_keys(kind, f'{prefix}{key}.') if dataclasses.is_dataclass(kind) else (prefix + key,)
     )
   return names
+
+
+def changed_values(settings: Settings) -> dict[str, Any]:
+  """Returns the settings that differ from their defaults, by dotted key."""
+  values, defaults = (
+    {key: attrgetter(key)(s) for key in setting_keys()} for s in (settings, Settings())
+  )
+  return {key: value for key, value in values.items() if value != defaults[key]}
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

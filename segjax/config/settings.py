@@ -12,6 +12,7 @@ from segjax.config.training_settings import (
   DPO,
   SFT,
   Critic,
+  LanguageLoraOverrides,
   Lora,
   LoraOverrides,
   LoraSettings,
@@ -33,6 +34,7 @@ __all__ = [
   'Compat',
   'Critic',
   'LMReward',
+  'LanguageLoraOverrides',
   'Lora',
   'LoraOverrides',
   'LoraSettings',
@@ -192,6 +194,25 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Study:
+  """A comparison of arms over seeds and languages; each cell is a run in its own directory."""
+
+  arms: tuple[str, ...] = ()  # 'NAME KEY=VALUE KEY=VALUE ...': the settings that an arm changes
+  only: tuple[str, ...] = ()  # names of the arms to run; empty: all of them
+  baseline: str = ''  # the arm that all others are compared with; empty: the first
+  seeds: tuple[str, ...] = ('0:9',)  # below 100; first:last, or one by one: 0,1,5
+  languages: tuple[str, ...] = ('requests',)  # built-in ones, see demo.language
+  kl_levels: tuple[str, ...] = ('4', '8', '12')  # nats per response at which gold is compared
+  main_level: str = '8'  # the one of them that verdicts are about
+  grid: tuple[str, ...] = ()  # 'KEY=VALUE|VALUE|...': constants that are tuned for each arm
+  trials: int = 0  # points of the grid that each arm tries; 0: the constants of the config
+  tuning_seeds: tuple[str, ...] = ('100:101',)  # from 100 on
+  tuning_file: str = ''  # tuning.json of an earlier study, in place of trials
+  runs: str = ''  # directory of the runs, which several studies may share; empty: WORKDIR/runs
+  jobs: int = 1  # runs at once; results do not depend on it
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """All settings of a run; each job reads the sections it needs."""
 
@@ -225,6 +246,7 @@ class Settings:
   checkpoint: CheckpointSettings = CheckpointSettings()
   report: Report = Report()
   demo: Demo = Demo()
+  study: Study = Study()
 
 
 def replace(settings: Any, **values: Any) -> Any:

@@ -18,6 +18,7 @@ from segjax.config import parse, ppo_settings, settings, training_settings
 from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.settings import (
   DPO,
+  LanguageLoraOverrides,
   Lora,
   LoraOverrides,
   LoraSettings,
@@ -47,7 +48,11 @@ def all_settings() -> list[Setting]:
   for kind, base in ((LoraSettings, Lora), (RewardTraining, PairTraining), (DPO, PairTraining)):
     for field in dataclasses.fields(base):
       comments.setdefault((kind.__name__, field.name), comments[base.__name__, field.name])
-  for overriding, kind in ((SegmentationOverrides, Segmentation), (LoraOverrides, LoraSettings)):
+  for overriding, kind in (
+    (SegmentationOverrides, Segmentation),
+    (LoraOverrides, LoraSettings),
+    (LanguageLoraOverrides, LoraSettings),
+  ):
     for field in dataclasses.fields(overriding):
       comments[overriding.__name__, field.name] = comments[kind.__name__, field.name]
   return list(_walk(Settings(), '', comments))

@@ -62,20 +62,21 @@ ADAPTERS = """\
 With lora.rank=16 every trained network is its first weights, frozen, and adapters of rank 16 beside
 their matrices: y = x W + (alpha / rank) x A B. lora.sft, lora.reward, lora.dpo, lora.policy and
 lora.critic change rank, alpha, targets, rs and learning_rate_factor of one network; rank=0 trains
-it in full.
+it in full. A scalar head is trained with them, the head to the vocabulary with
+lora.train_head=True.
 
   base          The frozen weights are loaded once, in runtime.compute_dtype, for all networks of a
                 run that have the same ones: policy, reference, critic and a reward model that was
                 trained by adapters. They are scored in one pass over these weights.
   rates         Learning rates of networks with adapters are multiplied by
                 lora.learning_rate_factor, 10: the presets' are those of full training.
-  what is kept  Training states hold adapters, scalar heads and their moments. A finished model is a
-                directory in the form of peft, adapter_model.safetensors and adapter_config.json,
+  what is kept  Training states hold adapters, trained heads and their moments. A finished model is
+                a directory in the form of peft, adapter_model.safetensors and adapter_config.json,
                 whose README.md says how transformers loads it; base_model_name_or_path is the base,
                 a directory or hub id, and may be changed there after it was moved.
   where         Any path of a checkpoint may be such a directory, of peft too. A network that is
                 trained from one goes on with it, so that rank, alpha, targets and rs must be its
-                own; the result is one adapter of the same base.
+                own, and a trained head is trained on; the result is one adapter of the same base.
   without       `segjax convert merge ADAPTER OUT` writes a plain checkpoint, W + (alpha / rank) A B
                 in the dtype of the base: bfloat16 rounds away what is below 1/256 of a weight.
   sampling      Adapters are carried beside the weights, and not merged, for the same reason.

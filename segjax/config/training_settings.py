@@ -75,6 +75,7 @@ class Lora:
   alpha: float = 32.0  # the product of A and B is multiplied by alpha / rank
   targets: tuple[str, ...] = (ALL_LINEAR,)  # or names: q_proj,k_proj,v_proj,o_proj,gate_proj, ...
   rs: bool = False  # alpha / sqrt(rank) instead, as in rank-stabilised LoRA (arXiv 2312.03732)
+  train_head: bool = False  # a language model's head in full too, peft's modules_to_save
 
   @property
   def scale(self) -> float:
@@ -94,14 +95,21 @@ class LoraOverrides:
 
 
 @dataclasses.dataclass(frozen=True)
+class LanguageLoraOverrides(LoraOverrides):
+  """The same for a language model; a scalar head is always trained."""
+
+  train_head: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraSettings(Lora):
   """Adapters instead of full training, of all trained networks or of each."""
 
   learning_rate_factor: float = 10.0  # of the optimizers of networks that have adapters
-  sft: LoraOverrides = LoraOverrides()
+  sft: LanguageLoraOverrides = LanguageLoraOverrides()
   reward: LoraOverrides = LoraOverrides()
-  dpo: LoraOverrides = LoraOverrides()
-  policy: LoraOverrides = LoraOverrides()
+  dpo: LanguageLoraOverrides = LanguageLoraOverrides()
+  policy: LanguageLoraOverrides = LanguageLoraOverrides()
   critic: LoraOverrides = LoraOverrides()
 
 

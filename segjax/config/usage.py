@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 
 from segjax.config import config_files, topics
 from segjax.errors import UserError
@@ -39,7 +40,8 @@ def overview() -> str:
   for config in config_files.shipped_configs():
     lines.append(f'  {config.name:<18}{config.docstring.splitlines()[0]}')
     if names := presets(config):
-      lines.append(f'{"":<20}presets: {", ".join(names)}')
+      first, *rest = textwrap.wrap(', '.join(names), 70)
+      lines += [f'{"":<20}presets: {first}', *(f'{"":<29}{line}' for line in rest)]
   lines += ['', 'commands:']
   lines += [f'  {command:<22}{text}' for command, text in COMMANDS.items()]
   return '\n'.join([*lines, '', _EXAMPLES])

@@ -57,6 +57,23 @@ def response_figures(responses: EvaluatedResponses) -> dict[str, Any]:
   return figures
 
 
+def by_response(sampled: dict[str, EvaluatedResponses]) -> dict[str, Any]:
+  """Returns length, score and gold reward of every response by model, and its prompt's index.
+
+  Scores and gold rewards only where there are any.
+  """
+  columns: dict[str, Any] = {}
+  for name, responses in sampled.items():
+    columns['prompt'] = responses.prompt.tolist()
+    values = {
+      'length': responses.experience.rollout.response_mask.sum(1),
+      'score': responses.score,
+      'gold': responses.gold,
+    }
+    columns[name] = {k: np.round(x, 6).tolist() for k, x in values.items() if x is not None}
+  return columns
+
+
 def _content(e: Experience) -> list[np.ndarray]:
   """Returns the tokens of each response, without the stop token."""
   rows = zip(e.rollout.response_ids, e.rollout.response_mask, e.rollout.finished, strict=True)

@@ -41,19 +41,21 @@ __all__ = [
 
 PREFIX = 'base_model.model.'  # of peft's wrappers, before the names of the base
 
-_SCALAR_HEAD = 'scalar_head/kernel'
+# Of the heads, that of the other kind of network.
+_OTHER_HEAD = {'language': 'scalar_head/kernel', 'scalar': 'lm_head/kernel'}
 
 
 def tensor_mappings(config: LlamaConfig, lora: Lora, score: str = '') -> tuple[TensorMapping, ...]:
-  """Returns the tensors of an adapter: A and B of each matrix, and then the scalar head.
+  """Returns the tensors of an adapter: A and B of each matrix, and then a head that is trained.
 
   Args:
     config: the network of the base.
     lora: rank and matrices.
     score: HF's name of the scalar head's module; '' for an adapter without one.
   """
-  scalar = tensor_names.tensor_mappings(config, 'scalar', score or SCORE)
-  by_path = {entry.path: entry for entry in scalar}
+  head = 'scalar' if score else 'language'
+  whole = tensor_names.tensor_mappings(config, head, score or SCORE)
+  by_path = {entry.path: entry for entry in whole}
   entries = []
   for target in lora.targets:
     name = MATRICES[target]
@@ -66,7 +68,8 @@ def tensor_mappings(config: LlamaConfig, lora: Lora, score: str = '') -> tuple[T
       template = kernel.template.replace('.weight', f'.{theirs}.weight')
       path = f'{ADAPTER}/layers/{name}/{ours}'
       entries.append(dataclasses.replace(kernel, path=path, template=template, shape=shape))
-  return (*entries, by_path[_SCALAR_HEAD]) if score else tuple(entries)
+  # The head, where there is one of its own, is the last of the table.
+  return (*entries, whole[-1]) if score or lora.train_head else tuple(entries)
 
 
 def open_weights(
@@ -99,25 +102,33 @@ def open_weights(
 
 
 def load_trained(
-  adapter: Adapter, config: LlamaConfig, mesh: Mesh | None, *, strict: bool = True
+  adapter: Adapter, config: LlamaConfig, head: str, mesh: Mesh | None, *, strict: bool = True
 ) -> dict[str, Any]:
-  """Loads the adapter, and the scalar head if it has one, in float32.
+  """Loads the adapter, and a head beside it that is the network's, in float32.
 
   Args:
     adapter: the description.
     config: the network of the base.
+    head: 'language' or 'scalar', of the network.
     mesh: None puts everything on the default device.
     strict: refuse NaN and infinity among the weights, instead of logging a warning.
 
   Returns:
-    The trees 'adapter' and 'scalar_head' of the network's parameters, see `model.lora`.
+    The trees 'adapter' and 'scalar_head' or 'lm_head' of the network's parameters, see
+    `model.lora`.
 
   Raises:
     UserError: tensors are missing, unexpected or have a wrong shape.
   """
   opened, entries = open_weights(adapter, config)
+  entries = of_network(entries, head)
   dtypes = [np.dtype(np.float32)] * len(entries)
   return placement.load_tensors(opened, entries, dtypes, mesh, strict)
+
+
+def of_network(entries: tuple[TensorMapping, ...], head: str) -> tuple[TensorMapping, ...]:
+  """Returns the tensors of an adapter that a network with this head reads."""
+  return tuple(entry for entry in entries if entry.path != _OTHER_HEAD[head])
 
 
 def _plain_name(name: str) -> str:

@@ -18,7 +18,7 @@ from segjax.hf.checkpoint import read_json, resolve_checkpoint
 
 CONFIG, WEIGHTS = checkpoint.ADAPTER, checkpoint.ADAPTER_WEIGHTS
 
-SCORE = 'score'  # transformers' name of the scalar head
+SCORE, LM_HEAD = 'score', 'lm_head'  # transformers' names of the heads
 # peft adds both names to the adapters of classifiers; a Llama has no module of the second.
 _CLASSIFIER = 'classifier'
 _TOKENIZER = 'tokenizer.json'
@@ -66,7 +66,7 @@ class Adapter:
   Attributes:
     directory: the directory.
     base: directory or hub id of the base, as adapter_config.json has it.
-    lora: rank, scale and matrices.
+    lora: rank, scale and matrices, and whether a head to the vocabulary is trained.
     has_score: whether it holds a scalar head.
   """
 
@@ -113,7 +113,9 @@ def read_adapter(directory: Path) -> Adapter:
       f'{file}: revision={excerpt(raw["revision"])} of {base} is not downloaded; set {_BASE} to a '
       'directory that holds it.'
     )
-  return Adapter(directory, base, _read_lora(file, raw), _has_score(file, raw, directory, base))
+  has_score, train_head = _read_heads(file, raw, directory, base)
+  lora = dataclasses.replace(_read_lora(file, raw), train_head=train_head)
+  return Adapter(directory, base, lora, has_score)
 
 
 def base_directory(adapter: Adapter) -> Path:
@@ -209,19 +211,27 @@ def _read_targets(file: Path, value: Any) -> tuple[str, ...]:
   return tuple(name for name in LORA_TARGETS if name in names.values())
 
 
-def _has_score(file: Path, raw: dict[str, Any], directory: Path, base: str) -> bool:
+def _read_heads(file: Path, raw: dict[str, Any], directory: Path, base: str) -> tuple[bool, bool]:
+  """Returns whether an adapter holds a scalar head, and whether a head to the vocabulary."""
   names = raw.get('modules_to_save') or []
   if not isinstance(names, list):
     raise UserError(f'{file}: modules_to_save={excerpt(names)} is not a list of names; correct it.')
+  if names == [LM_HEAD]:
+    if read_json(_find_base(base, directory) / checkpoint.CONFIG).get('tie_word_embeddings'):
+      raise UserError(
+        f'{file}: modules_to_save={excerpt(names)}, but the embedding of {base} is its head '
+        f'(tie_word_embeddings), and only another head is read; {_MERGE}, untied.'
+      )
+    return False, True
   others = [name for name in names if name not in (SCORE, _CLASSIFIER)]
   if others:
     head = read_json(_find_base(base, directory) / checkpoint.CONFIG).get('value_head_prefix')
     if others != [head]:
       raise UserError(
-        f'{file}: modules_to_save={excerpt(names)}: of whole modules {SCORE} alone is read; '
-        f'{_MERGE}.'
+        f'{file}: modules_to_save={excerpt(names)}: of whole modules {SCORE} or {LM_HEAD} alone '
+        f'is read; {_MERGE}.'
       )
-  return bool(others) or SCORE in names
+  return bool(others) or SCORE in names, False
 
 
 def _is_number(value: Any) -> bool:

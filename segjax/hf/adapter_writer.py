@@ -16,7 +16,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf import adapter as adapters
 from segjax.hf import model_card as cards
 from segjax.hf import process_shares, shards, tokenizer_writer, writer
-from segjax.hf.adapter_config import CONFIG, SCORE, WEIGHTS
+from segjax.hf.adapter_config import CONFIG, LM_HEAD, SCORE, WEIGHTS
 from segjax.hf.tensor_slices import transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
@@ -42,7 +42,8 @@ def save_adapter(
 
   Args:
     directory: to write.
-    trained: {'adapter': ...}, and {'scalar_head': ...} of a scalar model; may be sharded.
+    trained: {'adapter': ...}, and {'scalar_head': ...} of a scalar model, {'lm_head': ...} of a
+      language model with `lora.train_head`; may be sharded.
     config: the network, with `lora`.
     head: 'language' or 'scalar'.
     base: directory or hub id of the base, for adapter_config.json.
@@ -78,6 +79,7 @@ def save_adapter(
 
 def _description(lora: Lora, head: str, base: str) -> dict[str, Any]:
   """Returns the fields of peft's LoraConfig; those that are left out have its defaults."""
+  whole = [SCORE] if head == 'scalar' else [LM_HEAD] if lora.train_head else None
   return {
     'base_model_name_or_path': base,
     'bias': 'none',
@@ -86,7 +88,7 @@ def _description(lora: Lora, head: str, base: str) -> dict[str, Any]:
     'init_lora_weights': True,
     'lora_alpha': int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
     'lora_dropout': 0.0,
-    'modules_to_save': [SCORE] if head == 'scalar' else None,
+    'modules_to_save': whole,
     'peft_type': 'LORA',
     'r': lora.rank,
     'target_modules': list(lora.targets),

@@ -68,6 +68,7 @@ def _describe_adapter(directory: Path) -> str:
     'scale': f'alpha {lora.alpha:g} / {"√" if lora.rs else ""}rank = {lora.scale:g}',
     'base': adapter.base,
     'scores': 'scalar head' if adapter.has_score else '',
+    'vocabulary': 'a head of its own' if lora.train_head else '',
     'other files': _other_files(directory),
     'weights': _weights(checkpoint),
   }

@@ -29,7 +29,7 @@ def merge_adapter(
   Args:
     source: directory or hub id of the adapter.
     out: directory to write.
-    dtype: dtype of the files; '' keeps that of each tensor of the base, and of the adapter's scalar
+    dtype: dtype of the files; '' keeps that of each tensor of the base, and of the adapter's
       head.
     overwrite: replace a checkpoint at `out`.
 
@@ -56,8 +56,8 @@ def merge_adapter(
     if stem + 'a' in by_path:
       leaf = _Sum(leaf, by_path[stem + 'a'], by_path[stem + 'b'], adapter.lora.scale)
     leaves[entry.path] = leaf
-  if adapter.has_score:
-    leaves[own_entries[-1].path] = by_path[own_entries[-1].path]
+  heads = [entry.path for entry in adapters.of_network(own_entries, head)]
+  leaves |= {path: by_path[path] for path in heads if not path.startswith(adapters.ADAPTER)}
   others = {'source': directory, 'card': _card(adapter, base), 'tokenizer': _tokenizer(directory)}
   writer.save_checkpoint(out, leaves, config, head, dtype=dtype, **others)
   spec = directory / writer.REWARD_SPEC_FILE

@@ -94,7 +94,7 @@ def load_params(
   if is_adapter(directory):
     adapter = _open_adapter(directory, head)
     # First: it is small, and what is wrong with it is known before the base is read.
-    trained = load_trained(adapter, config, mesh, strict=strict)
+    trained = load_trained(adapter, config, head, mesh, strict=strict)
     if adapter.has_score:
       key = jax.random.key(0)  # of a head that the adapter's replaces
     base = base_directory(adapter)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from segjax import processes
-from segjax.config.conflicts import check_conflicts
+from segjax.config.conflicts import check_conflicts, check_redistribution, check_segments
 from segjax.config.settings import Settings, replace
 from segjax.data import demo_language, study_languages
 from segjax.data.tokenizer import ChatTokenizer
@@ -48,9 +48,15 @@ METHODS: dict[str, dict[str, Any]] = {
   'no normaliser': {'reward_model.normalizer': 'none'},
   'spread: end_only': {f'{_SHAPING}.spread': 'end_only'},
   'spread: repeat': {f'{_SHAPING}.spread': 'repeat'},
+  'spread: entropy_weighted': {f'{_SHAPING}.spread': 'entropy_weighted'},
+  'min credit': {f'{_SHAPING}.credit': 'min'},
   'cut: segments': _SEGMENTS | {f'{_SHAPING}.spread': 'even_split'},
   'cut: sentences': _SEGMENTS | {f'{_CUT}.boundary': 'delimiter'},
   'cut: 4 tokens': _SEGMENTS | {f'{_CUT}.boundary': 'fixed_length', f'{_CUT}.segment_length': 4},
+  'cut: low probability': _SEGMENTS | {f'{_CUT}.boundary': 'low_probability'},
+  'cut: score jumps': _SEGMENTS | {f'{_CUT}.boundary': 'score_jump'},
+  'cut: shuffled': _SEGMENTS | {f'{_CUT}.boundary': 'shuffled_entropy'},
+  'cut: random': _SEGMENTS | {f'{_CUT}.boundary': 'random'},
   'cut: tokens': _TOKENS | {f'{_SHAPING}.spread': 'even_split'},
   'cut: none': {f'{_CUT}.granularity': 'bandit', f'{_SHAPING}.spread': 'bandit'} | _ONE_SCORE,
   **{
@@ -132,10 +138,8 @@ def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
   """Returns the methods; those that the reward model cannot serve are left out with a line."""
   methods = {}
   for name, changes in METHODS.items():
-    s = replace(stage.settings, **{'ppo.gamma': 1.0, 'ppo.gae_lambda': 1.0, **changes})
-    s = replace(s, **{'ppo.gae_level': 'token', 'ppo.whiten': False})
     try:
-      methods[name] = _make_method(s, loaded)
+      methods[name] = _make_method(replace(stage.settings, **changes), loaded)
     except UserError as error:
       stage.log(f'{name} is left out: {one_line(error)}')
   return methods
@@ -145,8 +149,12 @@ def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
   paths, configs = loaded.models.paths, loaded.models.configs
   check_conflicts(s)
   spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
-  recipe = models.make_recipe(s, configs, configs['policy'], spec, loaded.tokenizer, paths)
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, scoring_batch_size=0))
+  check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  check_segments(s, spec.segmentation.granularity)
+  recipe = models.make_recipe(s, configs, spec, loaded.tokenizer, paths)
+  # The return to go, as it is: no critic, and no baseline of the batch.
+  ppo = {'estimator': 'reinforce_plus_plus', 'whiten': False, 'gamma': 1.0, 'scoring_batch_size': 0}
+  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, **ppo), samples_per_prompt=1)
   return Method(recipe, jax.tree.map(jnp.float32, spec.normalizer))
 
 
@@ -249,6 +257,7 @@ JOB = Job(
     'evaluate',
   ),
   inputs=(POLICY, REFERENCE, REWARD_MODEL, data_input('held_out')),
+  functions=lambda s: ('reward_model.segmentation.boundary_fn',),
   outputs=('credit.json',),
   print_table=print_table,
   summary=('clauses',),

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from typing import Any
 
+from segjax.config import parse
 from segjax.config.settings import Settings, replace
 from segjax.jobs import input_check, pipeline
 from segjax.jobs.registry import JOBS
@@ -31,8 +31,8 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
     log(json.dumps(dataclasses.asdict(settings), indent=2))
   else:
     log('settings that differ from their defaults (all of them: --dry_run=full)')
-    for key, value in changed_settings(settings).items():
-      log(f'  --config.{key}={value}')
+    for key, value in parse.changed_values(settings).items():
+      log(f'  --config.{key}={",".join(value) if isinstance(value, tuple) else value}')
   log('')
   notes: dict[str, None] = {}  # in order, each once
   columns = ('stage', 'networks x parameters', 'steps', 'tokens a step', 'total tokens')
@@ -48,23 +48,6 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   if unchecked:
     log(f'not checked, because it is not on this machine: {", ".join(unchecked)}')
   log('dry run: the settings are consistent; no weights were loaded and nothing was written')
-
-
-def changed_settings(settings: Settings) -> dict[str, Any]:
-  """Returns the settings that differ from their defaults, by dotted key."""
-  defaults = _flat(dataclasses.asdict(Settings()))
-  values = _flat(dataclasses.asdict(settings))
-  return {key: value for key, value in values.items() if value != defaults[key]}
-
-
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  leaves = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      leaves |= _flat(value, f'{prefix}{name}.')
-    else:
-      leaves[prefix + name] = ','.join(value) if isinstance(value, tuple) else value
-  return leaves
 
 
 def _row(stage: Stage, notes: dict[str, None]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
+  by_response,
   gains,
   pairwise_win_rates,
   response_figures,
@@ -48,6 +49,8 @@ from segjax.train.custom_reward import (
 )
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
+
+RESPONSES_FILE = 'responses.json'  # the figures of each response, see `by_response`
 
 
 class Loaded(NamedTuple):
@@ -117,6 +120,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     write_text_atomically(stage.directory / 'results.json', record)
+    columns = json.dumps(by_response(sampled))
+    write_text_atomically(stage.directory / RESPONSES_FILE, columns + '\n')
   return figures
 
 
@@ -281,7 +286,7 @@ JOB = Job(
     'reward_model.segmentation.boundary_fn',
     'reward_shaping.reward_fn',
   ),
-  outputs=('results.json',),
+  outputs=('results.json', RESPONSES_FILE),
   batch_keys=('evaluate.batch_size',),
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,

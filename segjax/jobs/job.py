@@ -72,6 +72,7 @@ class Job:
     name: its name in config.stages; also the stage's directory.
     run: (stage, what `load` returns) -> results; does the work. Without `load`: (stage) -> results.
     sections: the sections of the settings that determine its results.
+    without_effect: keys in these sections that do not.
     inputs: the checkpoints and rows that it reads.
     load: reads all of them but weights, and writes nothing. It runs before an earlier output of the
       stage is moved away, and on the first rows before the first stage and in a dry run.
@@ -96,6 +97,7 @@ class Job:
   name: str
   run: Callable[..., Results]
   sections: tuple[str, ...]
+  without_effect: tuple[str, ...] = ()
   inputs: tuple[Input, ...] = ()
   load: Callable[[Stage], Any] | None = None
   functions: Callable[[Settings], tuple[str, ...]] = lambda settings: ()

@@ -17,6 +17,7 @@ from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.jobs import evaluate, run_end
+from segjax.jobs.describe_rewards import describe_rewards
 from segjax.jobs.job import (
   COMMON,
   LM_REWARD,
@@ -30,8 +31,8 @@ from segjax.jobs.job import (
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
+from segjax.report.held_out_log import HeldOutLog
 from segjax.report.timing import StepTimer
-from segjax.rl.cuts import CUTS
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.run.weights import Trainable, Weights, log_memory, save_network
@@ -160,29 +161,6 @@ def critic_directory(init: str, paths: dict[str, Path]) -> Path:
   return paths['reward']
 
 
-def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
-  """Returns granularity, boundaries, normaliser and spread of the rewards as a line."""
-  segmentation = recipe.segmenter.segmentation
-  boundary = ''
-  if segmentation.granularity == 'segment':
-    detail = {
-      'entropy_threshold': f' above {segmentation.entropy_threshold:g} nats',
-      'segment_length': f' {segmentation.segment_length}',
-      'probability_threshold': f' below {segmentation.probability_threshold:g}',
-      'jump_threshold': f' above {segmentation.jump_threshold:g}',
-    }
-    options = CUTS[segmentation.boundary].options
-    boundary = f' by {segmentation.boundary}' + ''.join(detail.get(name, '') for name in options)
-  credit = ', min credit' if recipe.shaping.credit == 'min' else ''
-  how, lm = recipe.shaping.redistribute, recipe.shaping.lm_reward
-  redistributed = '' if how == 'none' else f', redistributed by {how}'
-  added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
-  return (
-    f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}'
-    f'{credit}, spread {recipe.spread}{added}'
-  )
-
-
 def _load_trained(
   stage: Stage, paths: dict[str, Path], recipe: PPORecipe, weights: Weights
 ) -> dict[str, Trainable]:
@@ -244,6 +222,7 @@ def _make_trainer(
     gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
+    held_out=HeldOutLog(stage.directory),
     timer=timer,
     stream=stream,
   )

@@ -12,6 +12,7 @@ import numpy as np
 from segjax.config.settings import PPO
 from segjax.data.batches import endless_batch_indices
 from segjax.errors import StepAbortedError, UserError
+from segjax.report.held_out_log import HeldOutLog
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
 from segjax.rl.kl import adaptive_kl_coef
@@ -56,6 +57,7 @@ class Trainer:
     gold: (prompt, response) -> true reward, for eval/gold.
     decode: maps token ids to text.
     responses: keeps responses for report.html.
+    held_out: keeps the gold reward of each held-out prompt.
     timer: of the parts of a step.
     stream: of the prompts, where responses are carried from one step to the next.
   """
@@ -68,6 +70,7 @@ class Trainer:
   gold: Callable[[str, str], float] | None
   decode: Callable[[Any], str]
   responses: ResponseLog
+  held_out: HeldOutLog
   timer: StepTimer
   stream: Stream | None = None
 
@@ -82,6 +85,8 @@ class Trainer:
     s, recipe = self.stage.settings, self.collector.recipe
     self.timer.begin()
     kl_coef = states['kl']['coef']
+    if step == 0 and self.gold is not None:
+      self._evaluate(states, HeldOutLog.BEFORE)  # where the curve of gold over KL begins
     collected = self._collect(states, step)
     metrics = collected.metrics
     enabled = within_bounds(metrics, ppo=s.ppo)
@@ -102,7 +107,7 @@ class Trainer:
       recipe, collected.rollout.length, policy_is_trained=step >= s.critic.warmup_rollouts
     )
     if s.ppo.eval_every and (step + 1) % s.ppo.eval_every == 0:
-      metrics |= self._evaluate(states)
+      metrics |= self._evaluate(states, step)
     self.responses.take(step, s.ppo.max_steps, collected.experience, collected.rows)
     self.timer.end('between_steps')
     return states, metrics | self.timer.seconds
@@ -163,11 +168,11 @@ class Trainer:
       metrics.pop('policy/own_ratio_max_deviation', None)
     return states | networks, metrics
 
-  def _evaluate(self, states: training_loop.TrainStates) -> dict[str, Any]:
+  def _evaluate(self, states: training_loop.TrainStates, step: int) -> dict[str, Any]:
     metrics = {}
     # If a stop is requested during the evaluation, the finished step has no eval metrics.
     with contextlib.suppress(StepAbortedError):
-      metrics = held_out_metrics(
+      metrics, gold = held_out_metrics(
         self.eval_collector,
         self._params(states),
         self.stage.key('held out'),
@@ -175,5 +180,7 @@ class Trainer:
         self.gold,
         self.decode,
       )
+      if self.gold is not None:
+        self.held_out.write(step, float(metrics['eval/kl']), gold)
     self.timer.end('evaluate', metrics)
     return metrics

@@ -16,6 +16,7 @@ from segjax.jobs import (
   reward,
   selfcheck,
   sft,
+  study,
 )
 from segjax.plan.phases import JobPlan
 
@@ -34,6 +35,7 @@ JOBS = {
     answers.JOB,
     selfcheck.JOB,
     chat.JOB,
+    study.JOB,
   )
 }
 

@@ -5,7 +5,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from segjax.config.settings import Settings
+from segjax.config.settings import Settings, replace
 from segjax.hf.adapter_config import base_directory, is_adapter, read_adapter
 from segjax.jobs.job import Input, Job
 from segjax.jobs.registry import JOBS
@@ -55,7 +55,8 @@ def _settings(stage: Stage, job: Job) -> dict[str, Any]:
 
   A run that was moved to another directory therefore still reuses its stages.
   """
-  values = dataclasses.asdict(stage.settings)
+  defaults = {key: operator.attrgetter(key)(Settings()) for key in job.without_effect}
+  values = dataclasses.asdict(replace(stage.settings, **defaults))
   return _relative_to(stage.directory.parent, {name: values[name] for name in job.sections})
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from segjax.config.lora import check_head
 from segjax.config.settings import Lora, Network
 from segjax.model import lora, quantized, sharding
 from segjax.model.attention import attention
@@ -61,6 +62,9 @@ class LlamaConfig:
   round_logits: bool = False
   scan_unroll: int = 1
   lora: Lora | None = None
+
+  def __post_init__(self):
+    check_head(self.lora, self.tie_word_embeddings)
 
 
 class RowLayout(NamedTuple):

@@ -2,8 +2,9 @@
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685. Parameters of a network with adapters are those
 of its base, and {'adapter': {'layers': {'query': {'a': A, 'b': B}, ...}}} beside them. What is
-trained, adapters and a scalar head, is a tree of its own, and `base | trained` is the network: one
-base serves any number of networks, and is neither donated nor differentiated.
+trained, adapters and a head, is a tree of its own, and `base | trained` is the network: one base
+serves any number of networks, and is neither donated nor differentiated. A scalar head is always
+trained, a head to the vocabulary with `train_head`; then it replaces the base's.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from segjax.model import sharding
 Params = dict[str, Any]
 
 ADAPTER = 'adapter'  # in a tree of parameters, and Flax's collection
-HEAD = 'scalar_head'  # is trained beside adapters
+HEAD, LM_HEAD = 'scalar_head', 'lm_head'
 # Our names of the matrices, by HF's.
 MATRICES = {
   'q_proj': 'query',
@@ -44,9 +45,10 @@ def backbone_variables(params: Params) -> dict[str, Any]:
 STACKED = Lora(rank=1, alpha=1.0)
 
 
-def trained_params(params: Params) -> Params:
+def trained_params(params: Params, lora: Lora) -> Params:
   """Returns the part of the parameters that is trained beside a frozen base."""
-  return {name: params[name] for name in (ADAPTER, HEAD) if name in params}
+  names = (ADAPTER, HEAD, LM_HEAD) if lora.train_head else (ADAPTER, HEAD)
+  return {name: params[name] for name in names if name in params}
 
 
 def adapter_shapes(layers: Any, lora: Lora) -> dict[str, Any]:

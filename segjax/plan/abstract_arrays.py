@@ -64,7 +64,7 @@ def state(config: LlamaConfig, head: str, optimizer: Optimizer, settings: Settin
   """Returns the shapes of a network's TrainState."""
   weights = params(config, head, settings.runtime.param_dtype, mesh, trained=True)
   if config.lora:
-    weights = trained_params(weights)
+    weights = trained_params(weights, config.lora)
   shapes = jax.eval_shape(lambda params: init_state(params, optimizer, 100), weights)
   return with_shardings(shapes, sharding.tree_shardings(shapes, mesh))
 

@@ -146,7 +146,8 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   ):
     if name in configs:
       params = abstract_arrays.params(configs[name], head, dtype, mesh)
-      trees[tree] = trained_params(params) if configs[name].lora else params
+      lora = configs[name].lora
+      trees[tree] = trained_params(params, lora) if lora else params
   # Parts of the others: what the backbone of adapters is, and what generation reads.
   trees['base parameters'] = {'backbone': trees['reference']['backbone']}
   base = trees['reference'] if configs['policy'].lora else {}

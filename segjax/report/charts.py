@@ -13,6 +13,7 @@ from typing import Any
 from segjax import json_files
 from segjax.report import metric_docs, metric_names, plots, response_log
 from segjax.report.metric_log import METRICS_FILE
+from segjax.report.study_charts import study_charts
 from segjax.storage import is_before, read_json_lines
 
 # Title and metrics of the charts that are shown first; the metrics of a chart share its axes, so
@@ -47,6 +48,7 @@ class Chart:
     note: what was measured on which data, and the step of the last value.
     legend: (name, value) of each series, in the order of their colours; () for a single one.
     description: of its metric, with the metric's key.
+    is_wide: whether it is as wide as the page.
   """
 
   title: str
@@ -55,6 +57,7 @@ class Chart:
   note: str = ''
   legend: tuple[tuple[str, str], ...] = ()
   description: str = ''
+  is_wide: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,9 @@ def stage_charts(directory: Path) -> Charts:
   """Draws the charts of a stage's metrics, normaliser and responses, as far as it has any."""
   steps, series = read_metrics(directory / METRICS_FILE)
   main = [
+    Chart(title, drawing, note=note, is_wide=True)
+    for title, note, drawing in study_charts(directory)
+  ] or [
     *_main_charts(directory.name, steps, series),
     *_normalizer_charts(directory),
     *_segment_charts(directory),

@@ -25,6 +25,7 @@ from segjax.report import (
   response_data,
   response_log,
   stage_history,
+  study_charts,
   summary,
 )
 from segjax.report.console import log
@@ -130,7 +131,8 @@ class Page:
   def _stage_charts(self, name: str) -> charts.Charts:
     """Returns the stage's charts, drawn again only if the files they show have changed."""
     directory = self._workdir / name
-    files = (METRICS_FILE, response_log.RESPONSES_FILE, 'normalizer.json')
+    study = (study_charts.RESULTS_FILE, study_charts.SUMMARY_FILE)
+    files = (METRICS_FILE, response_log.RESPONSES_FILE, 'normalizer.json', *study)
     stats = [path.stat() for file in files if (path := directory / file).exists()]
     version = [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats]
     if self._charts.get(name, (None,))[0] != version:

@@ -16,6 +16,7 @@ STAGES = {
   'evaluate': 'Evaluation',
   'evaluate_reward': 'Evaluation of the reward model',
   'answers': 'Answers for a judge',
+  'study': 'Study',
 }
 
 # By the part of a metric's name before the first slash.

@@ -17,10 +17,10 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import ArrayLike
 
-from segjax.report.thinning import MAX_POINTS, downsample, running_mean
+from segjax.report.thinning import MAX_POINTS, downsample, rounded, running_mean
 
 
-class _Palette(NamedTuple):
+class Palette(NamedTuple):
   """The colours of one kind of output; `series` are those of curves, in order."""
 
   series: tuple[str, ...]
@@ -36,20 +36,28 @@ _VARIABLES = {f'#0000{i:02x}': f'var(--series-{i})' for i in range(1, 7)} | {
   '#000013': 'var(--warn)',
 }
 _PLACEHOLDER = re.compile('|'.join(_VARIABLES))
-_PAGE = _Palette(tuple(_VARIABLES)[:6], *list(_VARIABLES)[6:])
+PAGE = Palette(tuple(_VARIABLES)[:6], *list(_VARIABLES)[6:])
 # The light theme of page.css, for a PNG cannot change.
-_CARD = _Palette(
+CARD = Palette(
   ('#0b62c4', '#d9650f', '#12876f', '#9a4fb5', '#8a7416', '#c2375b'),
   *('#5c6670', '#e3e6e9', '#b4510a'),
 )
 _SVG = 'http://www.w3.org/2000/svg'
 _LINK = 'http://www.w3.org/1999/xlink'
-_INCHES = (4.1, 2.05)
-# Fixed axes, [left, bottom, width, height]: a layout engine takes as long as drawing.
-_AXES = (0.13, 0.215, 0.855, 0.745)
 _PANEL_INCHES = (3.2, 2.2)
 _PANEL_COLUMNS = 3
 _SMOOTH_FROM = 40  # points from which on a curve is drawn with its running mean
+
+
+class Layout(NamedTuple):
+  """Inches of a drawing, and its axes as shares of them: left, bottom, width, height."""
+
+  inches: tuple[float, float]
+  axes: tuple[float, float, float, float]
+
+
+# Fixed axes: a layout engine takes as long as drawing.
+_CHART = Layout((4.1, 2.05), (0.13, 0.215, 0.855, 0.745))
 
 
 class Drawing(NamedTuple):
@@ -71,7 +79,7 @@ Series = tuple[str, str, ArrayLike, ArrayLike]  # name, unit, x, y: what is unde
 def curve(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> Drawing:
   """Draws lines over steps; `label` describes them to a screen reader."""
   points = [(name, '', *downsample(x, y)) for name, y in series.items()]
-  return _draw(label, 'step', points, lambda axes: _draw_curves(axes, x, series, _PAGE))
+  return draw_svg(label, 'step', points, lambda axes: _draw_curves(axes, x, series, PAGE))
 
 
 def stacked(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> Drawing:
@@ -82,13 +90,13 @@ def stacked(x: ArrayLike, series: Mapping[str, ArrayLike], label: str) -> Drawin
   means = {name: [float(np.mean(y[part])) for part in parts] for name, y in values.items()}
 
   def draw(axes: Any) -> None:
-    colours = list(itertools.islice(itertools.cycle(_PAGE.series), len(means)))
+    colours = list(itertools.islice(itertools.cycle(PAGE.series), len(means)))
     axes.stackplot(centers, *means.values(), colors=colours, alpha=0.85, linewidth=0)
     axes.margins(x=0)
     axes.set_ylim(bottom=0)
     _integer_steps(axes)
 
-  return _draw(label, 'step', [(name, 's', centers, y) for name, y in means.items()], draw)
+  return draw_svg(label, 'step', [(name, 's', centers, y) for name, y in means.items()], draw)
 
 
 def histogram(
@@ -111,14 +119,14 @@ def histogram(
   share = 100 * count / max(len(values), 1)
 
   def draw(axes: Any) -> None:
-    axes.stairs(share, edges, fill=True, color=_PAGE.series[0], alpha=0.85)
+    axes.stairs(share, edges, fill=True, color=PAGE.series[0], alpha=0.85)
     if mark is not None:
-      axes.axvline(mark, color=_PAGE.series[1], linewidth=1.4, linestyle=(0, (4, 3)))
+      axes.axvline(mark, color=PAGE.series[1], linewidth=1.4, linestyle=(0, (4, 3)))
     axes.set_ylabel('%')
     axes.set_ylim(bottom=0)
 
   centers = (edges[:-1] + edges[1:]) / 2
-  return _draw(label, unit, [('share', '%', centers, share)], draw)
+  return draw_svg(label, unit, [('share', '%', centers, share)], draw)
 
 
 def fit(
@@ -137,7 +145,7 @@ def fit(
   line = np.linspace(0.005, 1, 200)
 
   def draw(axes: Any) -> None:
-    first, second = _PAGE.series[:2]
+    first, second = PAGE.series[:2]
     axes.scatter(position, observed, s=size, color=first, alpha=0.55, linewidth=0)
     axes.plot(line, w * np.log(line) + b, color=second, linewidth=1.6)
     axes.set_xlim(0, 1.02)
@@ -145,13 +153,12 @@ def fit(
   fitted = w * np.log(np.maximum(position, 1e-9)) + b
   points = [('bin', '', position, observed), ('fit', '', position, fitted)]
   points.append(('scores in the bin', '', position, count))
-  return _draw(label, 'p, relative position', points, draw)
+  return draw_svg(label, 'p, relative position', points, draw)
 
 
 def render_png(x: ArrayLike, series: Mapping[str, ArrayLike]) -> bytes:
   """Returns a PNG with a panel for each series over steps; the same values give the same bytes."""
   with _matplotlib():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(_PANEL_COLUMNS, len(series))
@@ -160,17 +167,36 @@ def render_png(x: ArrayLike, series: Mapping[str, ArrayLike]) -> bytes:
     figure = Figure(inches, dpi=100, layout='constrained')
     for number, (name, y) in enumerate(series.items(), 1):
       axes = figure.add_subplot(rows, columns, number)
-      _style(axes, _CARD)
-      _draw_curves(axes, x, {name: y}, _CARD)
+      _style(axes, CARD)
+      _draw_curves(axes, x, {name: y}, CARD)
       axes.set_title(name, fontsize=9, parse_math=False)
       axes.set_xlabel('step', fontsize=8)
-    out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out, metadata={'Software': None})
+    return _png(figure)
+
+
+def draw_png(x: str, draw: Callable[[Any], None], layout: Layout) -> bytes:
+  """Returns a PNG of what `draw` puts on the axes it is called with."""
+  with _matplotlib():
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout.inches, dpi=130)
+    axes = figure.add_axes(layout.axes)
+    _style(axes, CARD)
+    draw(axes)
+    axes.set_xlabel(x, labelpad=2)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  out = io.BytesIO()
+  FigureCanvasAgg(figure).print_png(out, metadata={'Software': None})
   return out.getvalue()
 
 
 def _draw_curves(
-  axes: Any, x: ArrayLike, series: Mapping[str, ArrayLike], palette: _Palette
+  axes: Any, x: ArrayLike, series: Mapping[str, ArrayLike], palette: Palette
 ) -> None:
   """Draws lines; a long one faintly, with its running mean over a 25th of its points on top."""
   for colour, y in zip(itertools.cycle(palette.series), series.values(), strict=False):
@@ -187,25 +213,27 @@ def _draw_curves(
   _integer_steps(axes)
 
 
-def _draw(label: str, x: str, points: list[Series], draw: Callable[[Any], None]) -> Drawing:
+def draw_svg(
+  label: str, x: str, points: list[Series], draw: Callable[[Any], None], layout: Layout = _CHART
+) -> Drawing:
   """Returns what `draw` puts on the axes it is called with, with the points under the pointer."""
   with _matplotlib(**{'svg.fonttype': 'none', 'svg.hashsalt': label}):
     from matplotlib.figure import Figure
 
-    figure = Figure(_INCHES)
-    axes = figure.add_axes(_AXES)
+    figure = Figure(layout.inches)
+    axes = figure.add_axes(layout.axes)
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
-    _style(axes, _PAGE)
+    _style(axes, PAGE)
     draw(axes)
     axes.set_xlabel(x, labelpad=2)
     raw = io.BytesIO()
     figure.savefig(raw, format='svg', metadata={'Date': None})
     shown = {
-      'box': [_AXES[0], _AXES[0] + _AXES[2]],
+      'box': [layout.axes[0], layout.axes[0] + layout.axes[2]],
       'range': [float(end) for end in axes.get_xlim()],
       'x': x,
-      'series': [(name, unit, _rounded(xs, 9), _rounded(ys, 5)) for name, unit, xs, ys in points],
+      'series': [(name, unit, rounded(xs, 9), rounded(ys, 5)) for name, unit, xs, ys in points],
     }
   return Drawing(_inline(raw.getvalue(), label), shown)
 
@@ -225,7 +253,7 @@ def _matplotlib(**style: Any) -> Iterator[None]:
     logger.setLevel(level)
 
 
-def _style(axes: Any, palette: _Palette) -> None:
+def _style(axes: Any, palette: Palette) -> None:
   from matplotlib.ticker import MaxNLocator
 
   axes.spines[['top', 'right', 'left']].set_visible(False)
@@ -261,12 +289,6 @@ def _integer_steps(axes: Any) -> None:
   from matplotlib.ticker import MaxNLocator
 
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-
-
-def _rounded(values: ArrayLike, digits: int) -> list[float | None]:
-  """Returns values with this many significant digits; None where JSON has no number for them."""
-  values = np.asarray(values, float)
-  return [float(f'{x:.{digits}g}') if math.isfinite(x) else None for x in values]
 
 
 def _tick(value: float | int, _: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from segjax.data.limits import describe_counts
 from segjax.evaluation.intervals import format_interval
+from segjax.evaluation.study_summary import END, FIGURES, describe_level
 from segjax.report import metric_names
 
 _MIN_WIDTH = 1e-9  # of a scale: all values may be equal
@@ -157,6 +158,69 @@ def _evaluate_reward(results: Mapping[str, Any]) -> list[Table]:
   return [*tables, Table('Files', 'what was read of each', ('', 'rows'), rows)]
 
 
+def _study(results: Mapping[str, Any]) -> list[Table]:
+  """Returns for each language verdicts, gold by level, differences to the baseline, the rest."""
+  tables, levels = [], [*sorted(results['levels'], key=float), END]
+  for language, part in results['summary'].items():
+    arms = part['arms']
+    note = 'a difference is claimed where its interval excludes 0'
+    verdicts = [Row(text, ()) for text in part['verdicts']]
+    tables.append(Table(f'{language}: verdicts', note, ('',), verdicts))
+    gold = [
+      Row(name, (*(_reached(x, where) for where in levels), format_value(x['iqm_end'], 2)))
+      for name, x in arms.items()
+    ]
+    note = 'means [95 %] over seeds; in parentheses how many seeds reached this KL, if not all'
+    columns = ('', *map(describe_level, levels), 'IQM at the end')
+    tables.append(Table(f'{language}: gold reward at equal KL', note, columns, gold))
+    tables += _differences(language, part['comparisons'])
+    for title, group in FIGURES.items():
+      rows = [
+        Row(name, tuple(format_value(x[key], digits) for key, _, digits in group))
+        for name, x in arms.items()
+      ]
+      columns = ('', *(label for _, label, _ in group))
+      tables.append(Table(f'{language}: {title}', 'means over cells', columns, rows))
+  return tables
+
+
+def _differences(
+  language: str, comparisons: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Table]:
+  """Returns a table of the differences to the baseline for each place where gold is read."""
+  tables = []
+  for where, group in comparisons.items():
+    end = _largest_end({c['arm']: c['difference'] for c in group})
+    rows = [
+      Row(
+        c['arm'],
+        (
+          format_value(c['difference'], 2),
+          format_value(c['difference']['n']),
+          format_value(c['improvement'], 2),
+          *(format_value(c[key]) for key in ('p', 'adjusted_p')),
+        ),
+        _marks({'after': c['difference']}, (-end, end)),
+        0.5,
+      )
+      for c in group
+    ]
+    baseline = group[0]['baseline'] if group else ''
+    note = (
+      'paired by seed; P: a run of the arm is better; p: random signs of the seeds’ differences'
+    )
+    columns = ('', 'difference [95 %]', 'seeds', 'P', 'p', 'p after Holm')
+    title = f'{language}: gold minus that of {baseline}, {describe_level(where)}'
+    tables.append(Table(title, note, columns, rows))
+  return tables
+
+
+def _reached(figures: Mapping[str, Any], where: str) -> str:
+  gold = figures['gold'][where]
+  is_partial = 0 < gold['n'] < figures['gold'][END]['n']
+  return format_value(gold, 2) + (f' ({gold["n"]})' if is_partial else '')
+
+
 def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) -> tuple[Mark, ...]:
   """Returns the marks of the values that have an interval, on a scale that holds all of them."""
   intervals = {
@@ -182,4 +246,5 @@ def _marks(values: Mapping[str, Any], scale: tuple[float, float] | None = None) 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], Sequence[Table]]] = {
   'evaluate': _evaluate,
   'evaluate_reward': _evaluate_reward,
+  'study': _study,
 }

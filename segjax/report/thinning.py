@@ -1,6 +1,7 @@
 """Thins long series to as many points as a chart can show, and smooths them."""
 
 import itertools
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,3 +36,9 @@ def running_mean(y: np.ndarray, width: int) -> np.ndarray:
   index = np.arange(len(y))
   low, high = np.maximum(index - width // 2, 0), np.minimum(index + width // 2 + 1, len(y))
   return (total[high] - total[low]) / (high - low)
+
+
+def rounded(values: ArrayLike, digits: int) -> list[float | None]:
+  """Returns values with this many significant digits; None where JSON has no number for them."""
+  values = np.asarray(values, float)
+  return [float(f'{x:.{digits}g}') if math.isfinite(x) else None for x in values]

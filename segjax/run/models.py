@@ -95,7 +95,10 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   s, head = stage.settings, TRAINED_HEADS[network]
   stored = reader.load_config(directory)
   lora = resolve_lora(s, network)
-  check_adapter(directory, stored.lora, lora, network)
+  kept = stored.lora
+  if kept and head == 'scalar':
+    kept = dataclasses.replace(kept, train_head=False)  # it leaves the head to the vocabulary
+  check_adapter(directory, kept, lora, network)
   reader.open_headers(directory, stored, head)
   config, reason = apply_runtime(stored, s.runtime, stage.mesh, trained=True)
   if reason:

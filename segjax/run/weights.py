@@ -22,8 +22,8 @@ from segjax.hf.adapter_writer import save_adapter
 from segjax.hf.model_card import Card
 from segjax.hf.writer import save_checkpoint
 from segjax.model.llama import LlamaConfig
-from segjax.model.lora import ADAPTER, HEAD, init_adapter
-from segjax.model.precision import stored_dtype
+from segjax.model.lora import ADAPTER, HEAD, LM_HEAD, init_adapter
+from segjax.model.precision import cast_for_use, stored_dtype
 from segjax.report.console import NO_BREAK
 
 Params = dict[str, Any]
@@ -66,13 +66,15 @@ class Weights:
     if not adapter_config.is_adapter(directory):
       return self._checkpoint(directory, config, head)
     adapter = adapter_config.read_adapter(directory)
-    own = load_trained(adapter, config, self._mesh)
+    own = load_trained(adapter, config, head, self._mesh)
+    if LM_HEAD in own:
+      own[LM_HEAD] = cast_for_use(own[LM_HEAD], self._runtime.compute_dtype)  # it is large
     return self._below(adapter_config.base_directory(adapter), config, head) | own
 
   def trained(
     self, directory: Path, config: LlamaConfig, head: str, key: jax.Array | None = None
   ) -> Trainable:
-    """Returns a network to be trained: adapters and a scalar head if config.lora, else all of it.
+    """Returns a network to be trained: adapters and a head if config.lora, else all of it.
 
     Args:
       directory: of the first weights; an adapter's are trained further.
@@ -86,15 +88,17 @@ class Weights:
     if adapter_config.is_adapter(directory):
       adapter = adapter_config.read_adapter(directory)
       path = adapter_config.base_directory(adapter)
-      own = load_trained(adapter, config, self._mesh)
+      own = load_trained(adapter, config, head, self._mesh)
     base = self._below(path, config, head)
     if not own:
       layers, adapter_key = base['backbone']['layers'], jax.random.fold_in(key, 1)
       own = {ADAPTER: init_adapter(adapter_key, layers, config.lora, self._mesh)}
     if head == 'scalar' and HEAD not in own:
       own[HEAD] = self._first_head(base, config, key)
-    kept = (ADAPTER, HEAD) if head == 'scalar' else (ADAPTER,)  # a policy needs no scalar head
-    return Trainable({name: own[name] for name in kept}, base)
+    if head == 'language' and config.lora.train_head and LM_HEAD not in own:
+      # A copy, in float32 as other trained heads: a step donates it, and the base stays.
+      own[LM_HEAD] = jax.tree.map(lambda x: jnp.array(x, jnp.float32), base[LM_HEAD])
+    return Trainable(own, base)
 
   def forget(self) -> None:
     """Drops what is loaded; arrays that are still used live on."""
@@ -102,8 +106,10 @@ class Weights:
 
   def _below(self, directory: Path, config: LlamaConfig, head: str) -> Params:
     """Returns the base of an adapter, which a language model on the same base shares."""
-    own = head == 'scalar' and reader.has_scalar_head(directory, config)
-    return self._checkpoint(directory, config, 'scalar' if own else 'language')
+    if head == 'language' or reader.has_scalar_head(directory, config):
+      return self._checkpoint(directory, config, head)
+    shared = self._checkpoint(directory, config, 'language')
+    return {name: tree for name, tree in shared.items() if name != LM_HEAD}
 
   def _checkpoint(self, directory: Path, config: LlamaConfig, head: str) -> Params:
     name = directory.resolve(), head
@@ -158,13 +164,15 @@ def check_adapter(directory: Path, stored: Lora | None, lora: Lora | None, netwo
     lora: of config.lora for the network.
     network: its name in config.lora.
   """
-  if stored is None or stored == lora:
+  # An adapter that has left the head of its base may be trained further with one.
+  if stored is None or (lora and stored in (lora, dataclasses.replace(lora, train_head=False))):
     return
   merge = f'merge it: segjax convert merge {directory} OUT'
   settings = ' '.join(
     f'--config.lora.{network}.{name}={",".join(value) if isinstance(value, tuple) else value}'
     for name, value in vars(stored).items()
     if lora is None or value != getattr(lora, name)
+    if name != 'train_head' or value
   )
   wanted = 'trains all weights' if lora is None else 'asks for another one'
   raise UserError(

@@ -164,12 +164,13 @@ def held_out_metrics(
   kl_coef: ScalarLike,
   gold: Callable[[str, str], float] | None,
   decode: Callable[[Any], str],
-) -> dict[str, Any]:
-  """Returns eval/reward, eval/kl, eval/length_mean and, with `gold`, eval/gold.
+) -> tuple[dict[str, Any], np.ndarray]:
+  """Returns eval/reward, eval/kl, eval/length_mean and, with `gold`, eval/gold; gold by prompt.
 
-  All are means over the responses of one rollout, whose prompts are repeated to fill it. With the
-  same key its prompts and random numbers are the same at every step, so that steps can be compared;
-  its size is that of training, so that no other program is compiled.
+  The latter is the mean over a prompt's responses, [P]; [0] without `gold`. The metrics are means
+  over the responses of one rollout, whose prompts are repeated to fill it. With the same key its
+  prompts and random numbers are the same at every step, so that steps can be compared; its size is
+  that of training, so that no other program is compiled.
 
   Args:
     collector: collector of the held-out prompts.
@@ -188,8 +189,10 @@ def held_out_metrics(
     'eval/kl': collected.metrics['objective/kl'],
     'eval/length_mean': collected.metrics['response/length_mean'],
   }
-  if gold is not None:
-    prompts = collector.prompt_texts(collected.rows)
-    pairs = zip(prompts, collected.rollout.texts(decode), strict=True)
-    metrics['eval/gold'] = float(np.mean([gold(prompt, text) for prompt, text in pairs]))
-  return metrics
+  if gold is None:
+    return metrics, np.zeros(0)
+  prompts = collector.prompt_texts(collected.rows)
+  pairs = zip(prompts, collected.rollout.texts(decode), strict=True)
+  values = np.array([gold(prompt, text) for prompt, text in pairs], float)
+  metrics['eval/gold'] = float(np.mean(values))
+  return metrics, np.bincount(collected.rows, values) / np.bincount(collected.rows)

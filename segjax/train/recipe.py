@@ -6,7 +6,6 @@ from typing import Any
 
 from segjax.config.settings import PPO, Compat, RewardShaping
 from segjax.model.llama import LlamaConfig
-from segjax.model.lora import trained_params
 from segjax.train.segmenter import Segmenter
 
 
@@ -46,12 +45,15 @@ class PPORecipe:
     return [together, *alone] if together else alone
 
   def own_params(self, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns parameters by name, with those of the shared base in the reference alone."""
+    """Returns parameters by name, with the backbone of a shared base in the reference alone."""
     others = [name for name in self.one_base if name in params and name != 'reference']
-    return params | {name: trained_params(params[name]) for name in others}
+    return params | {
+      name: {part: tree for part, tree in params[name].items() if part != 'backbone'}
+      for name in others
+    }
 
   def with_base(self, name: str, params: dict[str, Any]) -> Any:
     """Returns the parameters of a network out of `own_params`."""
     if name not in self.one_base:
       return params[name]
-    return params['reference'] | trained_params(params[name])
+    return params['reference'] | params[name]

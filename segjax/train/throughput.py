@@ -66,7 +66,11 @@ def _work(lengths: np.ndarray, passes: Sequence[_Passes]) -> dict[str, float]:
   for config, head, forward, updates in passes:
     once = forward_flops(config, tokens, pairs, head)
     # A backward pass multiplies twice as much; of frozen matrices it needs no gradient.
-    attention = forward_flops(config, 0, pairs, 'none')
-    update = 3 * once if config.lora is None else 2 * once + attention
+    if config.lora is None:
+      update = 3 * once
+    else:
+      update = 2 * once + forward_flops(config, 0, pairs, 'none')
+      if config.lora.train_head and head == 'language':
+        update += once - forward_flops(config, tokens, pairs, 'none')
     flops += forward * once + updates * update
   return {TOKENS: tokens, FLOPS: flops}

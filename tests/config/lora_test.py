@@ -5,10 +5,11 @@ import math
 import pytest
 
 from segjax.config import parse, presets
-from segjax.config.lora import resolve_lora, with_adapter_rates
-from segjax.config.settings import Lora
+from segjax.config.lora import check_lora, resolve_lora, with_adapter_rates
+from segjax.config.settings import Lora, replace
 from segjax.config.training_settings import LORA_TARGETS
 from segjax.errors import UserError
+from segjax.model.llama import LlamaConfig
 
 
 def settings(**values):
@@ -29,6 +30,22 @@ def test_a_network_may_differ_from_the_others():
   assert resolve_lora(s, 'sft') == Lora(8, 32.0, LORA_TARGETS)
   assert resolve_lora(s, 'reward').targets == ('q_proj', 'v_proj')  # in the order of the table
   assert resolve_lora(s, 'policy').scale == 2
+
+
+def test_a_head_is_trained_of_language_models_alone():
+  s = settings(rank=8, train_head=True, sft__train_head=False)
+  names = ('sft', 'reward', 'dpo', 'policy', 'critic')
+  assert [name for name in names if resolve_lora(s, name).train_head] == ['dpo', 'policy']
+  assert not hasattr(s.lora.critic, 'train_head') and not hasattr(s.lora.reward, 'train_head')
+  with pytest.raises(
+    UserError, match=r'config\.lora\.train_head=True, but the embedding of .* set'
+  ):
+    LlamaConfig(64, 8, 8, 1, 1, 1, 8, tie_word_embeddings=True, lora=resolve_lora(s, 'policy'))
+  tied = replace(s, **{'network.tie_word_embeddings': True})
+  with pytest.raises(UserError, match='tie_word_embeddings says'):
+    check_lora(tied)
+  # All weights, and with them the embedding.
+  check_lora(replace(tied, **{'lora.dpo.rank': 0, 'lora.policy.rank': 0}))
 
 
 def test_scale_is_that_of_peft():

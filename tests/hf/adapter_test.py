@@ -1,6 +1,7 @@
 """Adapters in peft's form, without peft: `peft_test` compares with it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -34,6 +35,13 @@ def scored(llama3, tmp_path_factory):
   """An adapter with a scalar head; tests must not change it."""
   directory = tmp_path_factory.mktemp('adapters') / 'scored'
   return hf_models.write_adapter(directory, llama3, 'scalar', use_rslora=True)
+
+
+@pytest.fixture(scope='module')
+def headed(llama3, tmp_path_factory):
+  """An adapter with a head to the vocabulary; tests must not change it."""
+  directory = tmp_path_factory.mktemp('adapters') / 'headed'
+  return hf_models.write_adapter(directory, llama3, modules_to_save=['lm_head'])
 
 
 def _change(source, target, change=lambda tensors: tensors, **fields):
@@ -85,9 +93,9 @@ def test_parameters_are_those_of_base_and_adapter(small, llama3):
 def test_devices_hold_their_part(scored):
   config, mesh = reader.load_config(scored), make_mesh(1, 2, 4)
   description = adapter.read_adapter(scored)
-  whole = adapter.load_trained(description, config, None)
+  whole = adapter.load_trained(description, config, 'scalar', None)
   assert set(whole) == {'adapter', 'scalar_head'}
-  spread = adapter.load_trained(description, config, mesh)
+  spread = adapter.load_trained(description, config, 'scalar', mesh)
   hf_models.assert_same_params(spread, whole)
   placed = lora.place(whole, mesh)
   assert jax.tree.map(lambda x: x.sharding, spread) == jax.tree.map(lambda x: x.sharding, placed)
@@ -115,6 +123,36 @@ def test_a_scalar_head_is_the_adapters(scored, small, llama3, tmp_path):
   np.testing.assert_array_equal(head[:, 0], hf_models.tensors(base)['score.weight'][0])
 
 
+def test_a_head_to_the_vocabulary_is_the_adapters(headed, tmp_path):
+  config, own = reader.load_config(headed), hf_models.tensors(headed)
+  assert config.lora == Lora(4, 8.0, TARGETS, train_head=True)
+  kernel = own['base_model.model.lm_head.weight'].T
+  params = reader.load_params(headed, config, 'language')
+  np.testing.assert_array_equal(params['lm_head']['kernel'], kernel)
+  assert set(reader.load_params(headed, config, 'scalar', key=jax.random.key(0))) == {
+    *('backbone', 'adapter', 'scalar_head')
+  }
+  merged = hf_models.tensors(merge.merge_adapter(headed, tmp_path / 'merged'))
+  np.testing.assert_array_equal(merged['lm_head.weight'], kernel.T)
+  assert 'vocabulary    a head of its own' in inspect.inspect(headed).splitlines()
+  tied = hf_models.write(tmp_path / 'tied', 'llama32')
+  bad = _change(headed, tmp_path / 'bad', base_model_name_or_path=str(tied))
+  _refuse(lambda: reader.load_config(bad), "modules_to_save=['lm_head'], but the embedding of")
+
+
+def test_a_head_to_the_vocabulary_is_saved(tmp_path):
+  base = hf_models.write(tmp_path / 'base', vocab_size=320)
+  tokenizers.write_tokenizer(base)
+  own = hf_models.write_adapter(tmp_path / 'own', base, modules_to_save=['lm_head'])
+  config, out = reader.load_config(own), tmp_path / 'out'
+  trained = adapter.load_trained(adapter.read_adapter(own), config, 'language', None)
+  save = {'source': base, 'card': model_card.Card(), 'tokenizer': load_tokenizer(str(base))}
+  adapter_writer.save_adapter(out, trained, config, 'language', base=str(base), **save)
+  hf_models.assert_same_tensors(out, own)
+  assert adapter.read_adapter(out) == adapter.Adapter(out, str(base), config.lora, False)
+  assert json.loads((out / adapter.CONFIG).read_text())['modules_to_save'] == ['lm_head']
+
+
 @pytest.mark.parametrize('wrapper', ['raw', 'bare'])
 def test_names_of_other_savers(wrapper, scored, tmp_path):
   """A state of the whole wrapper has the adapter's name; a backbone without a head no `model.`."""
@@ -128,7 +166,8 @@ def test_names_of_other_savers(wrapper, scored, tmp_path):
   other = _change(scored, tmp_path / 'a', rename)
   config = reader.load_config(scored)
   first, second = (
-    adapter.load_trained(adapter.read_adapter(path), config, None) for path in (other, scored)
+    adapter.load_trained(adapter.read_adapter(path), config, 'scalar', None)
+    for path in (other, scored)
   )
   hf_models.assert_same_params(first, second)
 
@@ -140,7 +179,7 @@ def test_what_is_saved_is_read_again(scored, llama3, tmp_path):
   (base / 'LICENSE').write_text('L')
   config = reader.load_config(scored)
   config = dataclasses.replace(config, vocab_size=320)  # of the tokenizer
-  trained = adapter.load_trained(adapter.read_adapter(scored), config, make_mesh(1, 2, 4))
+  trained = adapter.load_trained(adapter.read_adapter(scored), config, 'scalar', make_mesh(1, 2, 4))
   out = tmp_path / 'out'
   out.mkdir()
   (out / 'config.json').write_text('{}')  # a checkpoint, which is replaced
@@ -227,7 +266,7 @@ def test_merged_in_bfloat16_is_rounded_once(tmp_path):
     ({'new_config': {'a': 1}}, ['new_config=']),
     ({'init_lora_weights': 'pissa'}, ["init_lora_weights='pissa'", 'path_initial_model']),
     ({'init_lora_weights': 'loftq'}, ["init_lora_weights='loftq'"]),
-    ({'modules_to_save': ['lm_head']}, ["modules_to_save=['lm_head']", 'score alone']),
+    ({'modules_to_save': ['score', 'lm_head']}, ["['score', 'lm_head']", 'score or lm_head alone']),
     ({'modules_to_save': 'score'}, ["modules_to_save='score'"]),
     ({'target_modules': ['q_proj', 'lm_head']}, ["target_modules has 'lm_head'"]),
     ({'target_modules': ['model.embed_tokens']}, ["'model.embed_tokens'", 'q_proj, k_proj']),
@@ -310,7 +349,8 @@ def _bad_weights(name):
 def test_weights_that_are_not_read(name, parts, small, llama3, tmp_path):
   bad = _change(small, tmp_path / 'bad', _bad_weights(name))
   config, description = reader.load_config(bad), adapter.read_adapter(bad)
-  _refuse(lambda: adapter.load_trained(description, config, None), str(bad), *parts)
+  load = functools.partial(adapter.load_trained, description, config, 'language', None)
+  _refuse(load, str(bad), *parts)
   if name != 'nan':
     _refuse(lambda: reader.open_headers(bad, config, 'language'), str(bad), *parts)
 
@@ -319,13 +359,14 @@ def test_files_that_are_missing(small, tmp_path):
   bad = _change(small, tmp_path / 'bad')
   config, description = reader.load_config(bad), adapter.read_adapter(bad)
   (bad / adapter.WEIGHTS).rename(bad / 'adapter_model.bin')
+  load = functools.partial(adapter.load_trained, description, config, 'language', None)
   _refuse(
-    lambda: adapter.load_trained(description, config, None),
+    load,
     'adapter_model.bin is a pickle',
     'from peft import AutoPeftModelForCausalLM',
   )
   (bad / 'adapter_model.bin').unlink()
-  _refuse(lambda: adapter.load_trained(description, config, None), f'no {adapter.WEIGHTS}')
+  _refuse(load, f'no {adapter.WEIGHTS}')
 
 
 def test_where_the_base_is(small, llama3, tmp_path, monkeypatch):
@@ -371,22 +412,24 @@ def test_inspected_and_refused_by_other_conversions(scored, llama3, tmp_path, ca
 
 
 @pytest.mark.campaign  # compiles two networks in float64
-def test_gradients_are_the_projections_of_the_full_models(small, tmp_path):
-  """dA = s dW Bᵀ and dB = s Aᵀ dW, with dW the gradient of the merged network."""
+def test_gradients_are_the_projections_of_the_full_models(headed):
+  """dA = s dW Bᵀ and dB = s Aᵀ dW, with dW the gradient of the merged network; of a head dW."""
   with jax.enable_x64(True):
-    config = dataclasses.replace(reader.load_config(small), dtype='float64', vocab_chunk=64)
+    config = dataclasses.replace(reader.load_config(headed), dtype='float64', vocab_chunk=64)
     params = jax.tree.map(
-      lambda x: x.astype(jnp.float64), reader.load_params(small, config, 'language')
+      lambda x: x.astype(jnp.float64), reader.load_params(headed, config, 'language')
     )
-    trained = {'adapter': params.pop('adapter')}
+    trained = {name: params.pop(name) for name in ('adapter', 'lm_head')}
 
     def loss(network, config):
       return -jnp.sum(heads.token_logprobs(network, jnp.asarray(hf_models.IDS), config)[0])
 
-    grads = jax.jit(jax.grad(lambda own: loss(params | own, config)))(trained)['adapter']
+    grads = jax.jit(jax.grad(lambda own: loss(params | own, config)))(trained)
     plain = dataclasses.replace(config, lora=None)
     merged = lora.merge(params | trained, config.lora)
     full = jax.jit(jax.grad(lambda network: loss(network, plain)))(merged)
+    of_head = full['lm_head']['kernel']
+    np.testing.assert_allclose(grads['lm_head']['kernel'], of_head, rtol=1e-6, atol=1e-6)
     scale = config.lora.scale
     for name, pair in trained['adapter']['layers'].items():
       weight = full['backbone']['layers'][name]['kernel']
@@ -394,6 +437,6 @@ def test_gradients_are_the_projections_of_the_full_models(small, tmp_path):
         'a': scale * jnp.einsum('lio,lro->lir', weight, pair['b']),
         'b': scale * jnp.einsum('lir,lio->lro', pair['a'], weight),
       }
-      for key, gradient in grads['layers'][name].items():
+      for key, gradient in grads['adapter']['layers'][name].items():
         assert np.abs(gradient).max() > 1e-3
         np.testing.assert_allclose(gradient, expected[key], rtol=1e-6, atol=1e-6)

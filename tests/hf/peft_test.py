@@ -18,7 +18,7 @@ from segjax.config.settings import Lora, Optimizer
 from segjax.config.training_settings import LORA_TARGETS
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf import adapter, adapter_writer, merge, model_card, reader
-from segjax.model import heads
+from segjax.model import heads, lora
 from segjax.train.optimizer import apply_update, init_state
 
 pytestmark = pytest.mark.campaign
@@ -76,6 +76,7 @@ def _without_warnings_of_keys():
 
 
 ALL = {'target_modules': 'all-linear'}
+HEADED = ALL | {'modules_to_save': ['lm_head']}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,7 @@ ALL = {'target_modules': 'all-linear'}
     ('llama3', 'language', 'language', ALL),
     ('llama31', 'language', 'language', {'target_modules': ['q_proj', 'v_proj']}),
     ('llama32', 'language', 'language', ALL | {'use_rslora': True, 'r': 3}),
+    ('llama3', 'language', 'language', HEADED),
     ('biases', 'language', 'language', {'target_modules': ['self_attn.k_proj', 'down_proj']}),
     ('llama3', 'language', 'scalar', ALL | {'use_rslora': True}),
     ('llama3', 'scalar', 'scalar', {'target_modules': ['o_proj', 'up_proj', 'gate_proj']}),
@@ -100,7 +102,7 @@ def test_outputs_both_ways(peft, kind, base_head, head, fields, tmp_path):
   config = dataclasses.replace(reader.load_config(tmp_path / 'theirs'), remat='none')
   params = reader.load_params(tmp_path / 'theirs', config, head)
   _assert_close(_our_outputs(params, config, head), expected)
-  trained = {key: params[key] for key in ('adapter', 'scalar_head') if key in params}
+  trained = lora.trained_params(params, config.lora)
   ours = tmp_path / 'ours'
   adapter_writer.save_adapter(
     ours,
@@ -145,8 +147,10 @@ def test_a_drawn_adapter_is_the_base(peft, rs, llama3, tmp_path):
   np.testing.assert_array_equal(ours, plain)
 
 
-@pytest.mark.parametrize(('rs', 'weight_decay'), [(False, 0.0), (True, 0.1)])
-def test_two_optimizer_steps_equal_pefts(peft, rs, weight_decay, llama3, tmp_path):
+@pytest.mark.parametrize(
+  ('fields', 'weight_decay'), [(ALL, 0.0), (ALL | {'use_rslora': True}, 0.1), (HEADED, 0.1)]
+)
+def test_two_optimizer_steps_equal_pefts(peft, fields, weight_decay, llama3, tmp_path):
   """The same batch, AdamW and clipping on the same adapter of a frozen base."""
   settings = Optimizer(
     learning_rate=1e-2,
@@ -156,11 +160,11 @@ def test_two_optimizer_steps_equal_pefts(peft, rs, weight_decay, llama3, tmp_pat
     decayed_weights='all',
     max_grad_norm=1.0,
   )
-  model = _wrapped(peft, llama3, 'language', target_modules='all-linear', use_rslora=rs)
+  model = _wrapped(peft, llama3, 'language', **fields)
   model.save_pretrained(tmp_path / 'before')
   config = dataclasses.replace(reader.load_config(tmp_path / 'before'), remat='none')
   params = reader.load_params(tmp_path / 'before', config, 'language')
-  base, trained = params, {'adapter': params.pop('adapter')}
+  base, trained = params, lora.trained_params(params, config.lora)
 
   @jax.jit
   def step(state):
@@ -188,7 +192,8 @@ def test_two_optimizer_steps_equal_pefts(peft, rs, weight_decay, llama3, tmp_pat
     np.testing.assert_allclose(float(metrics.mean['grad_norm']), float(norm), rtol=1e-4)
     optimizer.step()
   model.save_pretrained(tmp_path / 'after')
-  expected = adapter.load_trained(adapter.read_adapter(tmp_path / 'after'), config, None)
+  after = adapter.read_adapter(tmp_path / 'after')
+  expected = adapter.load_trained(after, config, 'language', None)
   moved = 0
   for before, ours, theirs in zip(
     *(jax.tree.leaves(tree) for tree in (trained, state.params, expected)), strict=True
@@ -199,17 +204,21 @@ def test_two_optimizer_steps_equal_pefts(peft, rs, weight_decay, llama3, tmp_pat
   assert moved > 1e-2
 
 
-@pytest.mark.parametrize('head', ['language', 'scalar'])
-def test_the_card_runs(peft, head, tmp_path):
+@pytest.mark.parametrize(
+  ('head', 'fields'),
+  [('language', {}), ('language', {'modules_to_save': ['lm_head']}), ('scalar', {})],
+  ids=['language', 'headed', 'scalar'],
+)
+def test_the_card_runs(peft, head, fields, tmp_path):
   """The code of README.md loads what was written, and says what peft's model says."""
   base = hf_models.write(tmp_path / 'base', vocab_size=320)
   tokenizers.write_tokenizer(base)
-  own = hf_models.write_adapter(tmp_path / 'theirs', base, head)
+  own = hf_models.write_adapter(tmp_path / 'theirs', base, head, **fields)
   config = reader.load_config(own)
   tokenizer = load_tokenizer(str(base))
   adapter_writer.save_adapter(
     tmp_path / 'mine',
-    adapter.load_trained(adapter.read_adapter(own), config, None),
+    adapter.load_trained(adapter.read_adapter(own), config, head, None),
     config,
     head,
     base=str(base),
@@ -228,6 +237,11 @@ def test_the_card_runs(peft, head, tmp_path):
     assert set(tokenizer.stop_ids) <= set(names['model'].generation_config.eos_token_id)
     new = names['outputs'][0, names['inputs']['input_ids'].shape[1] :]
     assert printed.getvalue().rstrip('\n') == tokenizer.decode(new).rstrip('\n') and len(new)
+    params = reader.load_params(own, config, head)
+    logits = heads.logits(params, jnp.asarray(names['inputs']['input_ids'].numpy()), config)
+    with torch.no_grad():
+      theirs = names['model'](names['inputs']['input_ids']).logits.numpy()
+    _assert_close(np.asarray(logits), theirs)
   else:
     ids = names['inputs']['input_ids'].numpy()
     score = heads.scores(reader.load_params(own, config, head), jnp.asarray(ids), config)[0, -1]

@@ -37,8 +37,9 @@ def record(self, name, *rest):
 shards.ShardWriter.write = record
 writer.save_checkpoint(out, params, config, 'language', source=source, max_shard_bytes=20_000)
 config = reader.load_config(own)
-trained = adapter.load_trained(adapter.read_adapter(Path(own)), config, mesh)
+trained = adapter.load_trained(adapter.read_adapter(Path(own)), config, 'language', mesh)
 assert not trained['adapter']['layers']['query']['a'].is_fully_addressable
+assert not trained['lm_head']['kernel'].is_fully_addressable
 others = {'card': model_card.Card(), 'tokenizer': load_tokenizer(source)}
 adapter_writer.save_adapter(
   Path(own + '-saved'), trained, config, 'language', base=source, source=Path(source), **others
@@ -50,7 +51,7 @@ adapter_writer.save_adapter(
 def test_two_processes_write_one_checkpoint(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'biases')
   tokenizers.write_tokenizer(source)
-  own = hf_models.write_adapter(tmp_path / 'd', source)
+  own = hf_models.write_adapter(tmp_path / 'd', source, modules_to_save=['lm_head'])
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     address = f'localhost:{probe.getsockname()[1]}'

@@ -12,6 +12,7 @@ from segjax.jobs import ppo_trainer
 pytestmark = pytest.mark.campaign
 
 RANK = {'lora.rank': 2, 'lora.alpha': 4.0, 'lora.learning_rate_factor': 1.0}
+HEADED = {'lora.train_head': True}
 STAGES = ('sft', 'reward', 'normalizer', 'ppo', 'evaluate')
 
 
@@ -43,8 +44,9 @@ def _items(directory):
   return list(record['tree_metadata'])
 
 
+@pytest.mark.parametrize('more', [{}, HEADED], ids=['adapters', 'headed'])
 def test_every_stage_adds_adapters_to_one_base(
-  values, run, language, tmp_path, monkeypatch, capsys
+  more, values, run, language, tmp_path, monkeypatch, capsys
 ):
   seen, step = [], ppo_trainer.Trainer.step
 
@@ -60,7 +62,7 @@ def test_every_stage_adds_adapters_to_one_base(
 
   with monkeypatch.context() as patch:
     patch.setattr(ppo_trainer.Trainer, 'step', watched)
-    run(values(), tmp_path / 'a')
+    run(values(**more), tmp_path / 'a')
   assert seen == [True] * 3
   out = capsys.readouterr().out
   assert 'parameters' in out and 'beside a base of' in out
@@ -70,6 +72,7 @@ def test_every_stage_adds_adapters_to_one_base(
     adapter = adapter_config.read_adapter(directory)
     assert adapter.base == base and adapter.lora.rank == 2
     assert adapter.has_score == (name in ('reward/model', 'ppo/critic'))
+    assert adapter.lora.train_head == (bool(more) and not adapter.has_score)
     assert not (directory / 'config.json').exists()
   # The base counts as an input, and is read once for all adapters.
   inputs = json.loads((tmp_path / 'a' / 'ppo' / 'stage.json').read_text())['key']['inputs']
@@ -82,7 +85,7 @@ def test_every_stage_adds_adapters_to_one_base(
 
 
 def test_a_resumed_run_gives_the_same_bits(values, run, tmp_path, monkeypatch, capsys):
-  run(values(), tmp_path / 'whole')
+  run(values(**HEADED), tmp_path / 'whole')
   step = ppo_trainer.Trainer.step
 
   def interrupted(self, states, number):
@@ -92,13 +95,14 @@ def test_a_resumed_run_gives_the_same_bits(values, run, tmp_path, monkeypatch, c
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(ppo_trainer.Trainer, 'step', interrupted)
-    run(values(), tmp_path / 'stopped')
+    run(values(**HEADED), tmp_path / 'stopped')
   saved = sorted((tmp_path / 'stopped' / 'ppo' / 'checkpoints').glob('*/policy'))
   assert saved
   names = _items(saved[-1])
-  assert names and all('adapter' in name for name in names)
+  assert names and all('adapter' in name or 'lm_head' in name for name in names)
+  assert any('lm_head' in name for name in names)
   capsys.readouterr()
-  run(values(), tmp_path / 'stopped')
+  run(values(**HEADED), tmp_path / 'stopped')
   assert 'resuming from step' in capsys.readouterr().out
   for name in ('model', 'critic'):
     first, second = (_tensors(tmp_path / d / 'ppo' / name) for d in ('whole', 'stopped'))

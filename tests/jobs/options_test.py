@@ -233,10 +233,13 @@ def test_rollouts_of_int8_weights(small, run, paths, tmp_path, monkeypatch):
 
 
 def interrupted(function):
-  """Wraps a function so that SIGTERM arrives when it is called."""
+  """Wraps a function so that SIGTERM arrives in its second call; the first precedes training."""
+  calls = []
 
   def call(*args):
-    os.kill(os.getpid(), signal.SIGTERM)
+    calls.append(args)
+    if len(calls) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
     return function(*args)
 
   return call

@@ -98,8 +98,8 @@ def test_networks_of_one_base_are_read_in_one_pass(packed, devices):
 @pytest.mark.parametrize('unrolled', [True, False], ids=['unrolled', 'scanned'])
 def test_decoding_carries_adapters(unrolled):
   """Greedy tokens and their log-probs are those of the merged network."""
-  params, config = models.params(models.CONFIG), adapters.config()
-  with_adapter = params | adapters.adapter(params)
+  params, config = models.params(models.CONFIG), adapters.config(adapters.HEADED)
+  with_adapter = params | adapters.adapter(params, adapters.HEADED)
   prompts = PromptBatch(models.ids(seed=5, shape=(4, 6)), np.array([6, 2, 5, 3], np.int32))
   results = []
   for tree, network in ((with_adapter, config), (lora.merge(with_adapter, config.lora), None)):
@@ -130,5 +130,12 @@ def test_a_frozen_head_has_no_gradient_in_the_program():
   text = str(jax.make_jaxpr(jax.grad(loss))(trained, params))
   width, vocabulary = models.CONFIG.hidden_size, models.CONFIG.vocab_size
   assert f'f32[{width},{vocabulary}] = broadcast_in_dim' not in text
+  headed = {'adapter': trained['adapter'], 'lm_head': params['lm_head']}  # trained with them
+  np.testing.assert_allclose(
+    jax.grad(loss)(headed, params)['lm_head']['kernel'],
+    of_all['lm_head']['kernel'],
+    rtol=2e-4,
+    atol=2e-4,
+  )
   full = str(jax.make_jaxpr(jax.grad(lambda tree: loss(tree, {})))(params | trained))
   assert f'f32[{width},{vocabulary}] = broadcast_in_dim' in full

@@ -12,7 +12,7 @@ import sys
 import jax
 import pytest
 
-from segjax.config.settings import Network, Settings, replace
+from segjax.config.settings import Lora, Network, Settings, replace
 from segjax.model.chips import CHIPS
 from segjax.model.llama import make_config
 from segjax.model.mesh import make_mesh
@@ -114,6 +114,17 @@ def test_peak_is_live_arrays_plus_temporaries_and_outputs():
   # Weight and two moments, split over eight devices except for norms and step counts.
   weights = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
   assert abstract_arrays.bytes_per_device(state) == pytest.approx(3 * 4 * weights / 8, rel=0.1)
+
+
+def test_a_trained_head_is_planned_in_float32_with_its_moments():
+  mesh, sizes = make_mesh(1, 8, 1), []
+  s = replace(SETTINGS, **{'runtime.param_dtype': 'bfloat16'})
+  for train_head in (False, True):
+    lora = Lora(4, 8.0, ('q_proj',), train_head=train_head)
+    config = dataclasses.replace(make_config(s.network), lora=lora)
+    state = abstract_arrays.state(config, 'language', s.ppo.policy_optimizer, s, mesh)
+    sizes.append(abstract_arrays.bytes_per_device(state))
+  assert sizes[1] - sizes[0] == 3 * 4 * s.network.hidden_size * s.network.vocab_size / 8
 
 
 @pytest.mark.plan

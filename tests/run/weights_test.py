@@ -18,12 +18,13 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope='module')
 def directories(language, tmp_path_factory):
-  """A checkpoint, an adapter of it, and one with a scalar head."""
+  """A checkpoint, an adapter of it, one with a scalar head, one with a head to the vocabulary."""
   root, base = tmp_path_factory.mktemp('adapters'), language / 'model'
   return {
     'base': base,
     'adapter': hf_models.write_adapter(root / 'adapter', base),
     'scored': hf_models.write_adapter(root / 'scored', base, 'scalar'),
+    'headed': hf_models.write_adapter(root / 'headed', base, modules_to_save=['lm_head']),
   }
 
 
@@ -49,7 +50,7 @@ def test_networks_share_the_arrays_of_their_base(weights, directories):
     assert all(jax.tree.leaves(same))
   assert set(policy.params) == {'adapter'}
   assert set(critic.params) == {'adapter', 'scalar_head'}
-  assert set(reward) == {'backbone', 'lm_head', 'adapter', 'scalar_head'}
+  assert set(reward) == {'backbone', 'adapter', 'scalar_head'}
   # A step donates what it trains: two networks have no array of it in common.
   arrays = [id(x) for tree in (policy, critic) for x in jax.tree.leaves(tree.params)]
   assert len(set(arrays)) == len(arrays)
@@ -67,6 +68,33 @@ def test_an_adapter_is_trained_further(weights, directories):
   critic = weights.trained(directories['scored'], config, 'scalar', KEY)
   reward = weights.frozen(directories['scored'], config, 'scalar')
   jax.tree.map(np.testing.assert_array_equal, critic.params['scalar_head'], reward['scalar_head'])
+
+
+def test_a_head_is_trained_beside_adapters(weights, directories):
+  kind = dataclasses.replace(KIND, train_head=True)
+  base, headed = directories['base'], directories['headed']
+  network = weights.trained(base, _network(base, kind), 'language', KEY)
+  assert set(network.params) == {'adapter', 'lm_head'}
+  # A step donates it, and the base's stays; the first policy is the reference.
+  ours, theirs = network.params['lm_head']['kernel'], network.base['lm_head']['kernel']
+  assert ours is not theirs and ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
+  np.testing.assert_array_equal(ours, theirs)
+  narrow = Weights(Runtime(compute_dtype='bfloat16'), models.mesh(1))
+  trained = narrow.trained(base, _network(base, kind), 'language', KEY)
+  assert trained.params['lm_head']['kernel'].dtype == 'float32'
+  # One that was trained is a frozen network's, and goes on; a critic leaves it.
+  config = reader.load_config(headed)
+  assert config.lora == kind
+  own = hf_models.tensors(headed)['base_model.model.lm_head.weight'].T
+  for params in (
+    weights.frozen(headed, config, 'language'),
+    weights.trained(headed, config, 'language', KEY).params,
+  ):
+    np.testing.assert_array_equal(params['lm_head']['kernel'], own)
+  assert narrow.frozen(headed, config, 'language')['lm_head']['kernel'].dtype == 'bfloat16'
+  critic = weights.trained(headed, _network(headed, KIND), 'scalar', KEY)
+  assert set(critic.params) == {'adapter', 'scalar_head'}
+  assert set(critic.base) == {'backbone'}
 
 
 def test_all_weights_of_a_checkpoint_are_trained(weights, directories):
@@ -97,8 +125,15 @@ def test_an_adapter_of_another_kind_is_refused(directories, lora, message):
   check_adapter(directories['base'], None, lora, 'policy')
 
 
+def test_an_adapter_may_get_a_head_and_not_lose_one(directories):
+  headed = dataclasses.replace(KIND, train_head=True)
+  check_adapter(directories['adapter'], KIND, headed, 'policy')
+  with pytest.raises(UserError, match=r'set --config\.lora\.policy\.train_head=True, or merge it'):
+    check_adapter(directories['headed'], headed, KIND, 'policy')
+
+
 def test_which_networks_are_on_one_base(directories):
-  base, adapter, scored = directories.values()
+  base, adapter, scored, _ = directories.values()
   assert base_directory(adapter) == base_directory(base) == base.resolve()
   plain, with_adapter = _network(base), _network(base, KIND)
   paths = {'policy': base, 'reference': base, 'reward': scored, 'critic': base}

@@ -130,9 +130,9 @@ def test_held_out_metrics_compare_between_steps(collector, params):
     pairs.append((prompt, response))
     return len(pairs)
 
-  metrics = held_out_metrics(collector, params, KEY, KL_COEF, gold, decode)
+  metrics, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, gold, decode)
   assert [prompt for prompt, _ in pairs] == [f'prompt {i}' for i in range(8)]
   assert metrics['eval/gold'] == np.mean(np.arange(1, 9))
-  assert metrics == held_out_metrics(collector, params, KEY, KL_COEF, None, decode) | {
-    'eval/gold': metrics['eval/gold']
-  }
+  np.testing.assert_array_equal(by_prompt, np.arange(1, 9))
+  again, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, None, decode)
+  assert metrics == again | {'eval/gold': metrics['eval/gold']} and not len(by_prompt)

@@ -26,9 +26,12 @@ HEADS = {
 
 
 def recipe(**values):
-  """Returns the recipe of four networks on one base, of which the reference has no adapter."""
-  with_adapter = adapters.config()
-  networks = (with_adapter, models.CONFIG, adapters.config(adapters.SOME), with_adapter)
+  """Returns the recipe of four networks on one base, of which the reference has no adapter.
+
+  The policy has a head of its own to the vocabulary.
+  """
+  with_adapter, policy = adapters.config(), adapters.config(adapters.HEADED)
+  networks = (policy, models.CONFIG, adapters.config(adapters.SOME), with_adapter)
   values = {
     'recompute_logprob': True,
     'one_base': NAMES,
@@ -47,7 +50,7 @@ def trained(make, mesh):
   """Returns what is trained of policy, critic and reward model; `make` makes the adapters."""
   base = models.params(models.CONFIG)
   trees = {
-    'policy': make(base, seed=1),
+    'policy': make(base, adapters.HEADED, 1),
     'critic': make(base, seed=2) | HEADS['critic'],
     'reward': make(base, adapters.SOME, 3) | HEADS['reward'],
   }
@@ -57,6 +60,17 @@ def trained(make, mesh):
 @functools.cache
 def rollout():
   return training.sample(training.network('policy', models.mesh(1)))
+
+
+def test_a_policy_without_a_head_of_its_own_has_its_bases():
+  base = models.params(models.CONFIG)
+  own = base | adapters.adapter(base)
+  tuned = base | adapters.adapter(base, adapters.HEADED, 1)
+  names = recipe()
+  passed = names.own_params({'reference': tuned, 'policy': own})
+  assert passed['reference'] is tuned and 'backbone' not in passed['policy']
+  policy = names.with_base('policy', passed)
+  assert policy['lm_head'] is base['lm_head'] and policy['adapter'] is own['adapter']
 
 
 def scored(base, trees, recipe):
@@ -150,7 +164,7 @@ def whole_batch():
 def test_an_update_moves_adapters_and_head_alone():
   params, (before, after), _ = whole_batch()
   jax.tree.map(np.testing.assert_array_equal, before, after)
-  assert set(params['policy']) == {lora.ADAPTER}
+  assert set(params['policy']) == {lora.ADAPTER, lora.LM_HEAD}
   assert set(params['critic']) == {lora.ADAPTER, lora.HEAD}
   _, trees = trained(adapters.adapter, models.mesh(1))
   for name in ('policy', 'critic'):

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fixtures import training
+from fixtures import adapters, training
 
 from segjax.model.flops import forward_flops
 from segjax.train import throughput
@@ -35,6 +35,15 @@ def test_a_step_without_a_critic_counts_none():
     for recipe in (RECIPE, dataclasses.replace(RECIPE, critic=None))
   )
   assert next(both) - next(both) == (1 + 2 * 3) * _forward('scalar')
+
+
+@pytest.mark.parametrize('trains_head', [False, True])
+def test_gradients_of_frozen_matrices_are_not_computed(trains_head):
+  config = adapters.config(adapters.HEADED if trains_head else adapters.ALL)
+  work = throughput.update(LENGTHS, config, 'language')
+  head = 2 * 8.0 * config.hidden_size * config.vocab_size
+  attention = forward_flops(config, 0, 6.0 + 15.0, 'none')
+  assert work['perf/flops'] == 2 * _forward('language') + attention + trains_head * head
 
 
 def test_an_update_counts_three_passes_and_the_reference():
