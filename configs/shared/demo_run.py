@@ -33,6 +33,7 @@ def assign(config: ConfigDict, last_job: str) -> None:
   # its head maps as few as 64 hidden units to 112 tokens.
   config.lora.sft.rank = 0
   config.lora.reward.rank = 0
+  config.lora.dpo.rank = 0
   config.lora.train_head = True
   config.lora.learning_rate_factor = 2.5
 
@@ -43,6 +44,15 @@ def assign(config: ConfigDict, last_job: str) -> None:
   config.reward.holdout_fraction = 0.06
   config.reward.optimizer.learning_rate = 3e-3
   config.reward.optimizer.warmup_ratio = 0.05
+
+  # At 0.1 a response of 17 tokens would have to differ from the other by tens of nats, and both
+  # become unlikely.
+  config.dpo.beta = 1.0
+  config.dpo.batch_size = 64
+  config.dpo.max_steps = 300  # one epoch
+  config.dpo.holdout_fraction = 0.06
+  config.dpo.optimizer.learning_rate = 3e-3
+  config.dpo.optimizer.warmup_ratio = 0.05
 
   config.normalizer.max_pairs = 2048
   config.normalizer.batch_size = 128

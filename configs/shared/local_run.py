@@ -10,6 +10,7 @@ def assign(config: ConfigDict) -> None:
   """Assigns how many rows go through the networks at once; a smaller batch goes as a whole."""
   config.sft.micro_batch_size = 16
   config.reward.micro_batch_size = 16
+  config.dpo.micro_batch_size = 16
   config.ppo.micro_batch_size = 16
   config.ppo.scoring_batch_size = 64
   config.rollout.max_concurrent = 256

@@ -11,6 +11,7 @@ from segjax.rl import (
   cuts,
   kl,
   learned_tokens,
+  lm_rewards,
   losses,
   normalizer,
   rewards,
@@ -30,7 +31,13 @@ OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
 # Activations of a layer, in order, that can be saved for the backward pass: its input, the
 # projections with rotary positions, the attention output, its sum with the input, the MLP's halves.
 ACTIVATIONS = ('hidden', 'query', 'key', 'value', 'attention', 'residual', 'gate', 'up')
-OPTIMIZERS = ('sft.optimizer', 'reward.optimizer', 'ppo.policy_optimizer', 'ppo.critic_optimizer')
+OPTIMIZERS = (
+  'sft.optimizer',
+  'reward.optimizer',
+  'dpo.optimizer',
+  'ppo.policy_optimizer',
+  'ppo.critic_optimizer',
+)
 
 _SEGMENTATION = {
   'granularity': segmentation.GRANULARITIES,
@@ -57,6 +64,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'reward_shaping.credit': spreads.CREDITS,
   'reward_shaping.redistribute': ('none', 'red', 'gradient', 'attention'),
   'reward_shaping.red_baseline': rewards.BASELINES,
+  'reward_shaping.lm_reward.kind': ('off', *lm_rewards.KINDS),
+  'reward_shaping.lm_reward.level': lm_rewards.LEVELS,
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
   'ppo.kl_estimator': tuple(kl.ESTIMATORS),
@@ -84,14 +93,22 @@ _AT_LEAST_0 = (
   'log_every',
   *_keys('data', 'max_rows'),
   *_keys('sft', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
-  *_keys('reward', 'max_steps micro_batch_size micro_batch_tokens packing_length eval_every'),
-  *_keys('reward', 'margin rating_margin_coef threshold_search.target_segment_length'),
+  *(
+    key
+    for section in ('reward', 'dpo')
+    for key in _keys(
+      section,
+      'max_steps micro_batch_size micro_batch_tokens packing_length eval_every margin '
+      'rating_margin_coef label_smoothing',
+    )
+  ),
+  *_keys('reward', 'threshold_search.target_segment_length'),
   *_keys('reward.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('reward_model.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('critic', 'warmup_rollouts'),
-  *_keys('lora', 'rank sft.rank reward.rank policy.rank critic.rank'),
+  *_keys('lora', 'rank sft.rank reward.rank dpo.rank policy.rank critic.rank'),
   *_keys('rollout', 'temperature top_k max_concurrent tensor min_new_tokens'),
-  *_keys('reward_shaping', 'reward_clip std_floor_ratio'),
+  *_keys('reward_shaping', 'reward_clip std_floor_ratio lm_reward.coef lm_reward.clip'),
   *_keys('ppo', 'micro_batch_size micro_batch_tokens scoring_batch_size packing_length eval_every'),
   *_keys('ppo', 'kl_coef kl_target gamma gae_lambda clip_eps clip_eps_high dual_clip_ratio'),
   *_keys('ppo', 'importance_clip lambda_length_factor value_gae_lambda'),
@@ -113,6 +130,7 @@ _AT_LEAST_1 = (
   *_keys('runtime', 'vocab_chunk_size scan_unroll'),
   *_keys('sft', 'batch_size num_epochs'),
   *_keys('reward', 'batch_size num_epochs'),
+  *_keys('dpo', 'batch_size num_epochs'),
   *_keys('reward.segmentation', 'segment_length min_segment_length'),
   *_keys('reward_model.segmentation', 'segment_length min_segment_length'),
   *_keys('reward.threshold_search', 'num_samples batch_size max_new_tokens'),

@@ -3,7 +3,7 @@
 Single values are checked by `validate`. Jobs check again once a stored reward model is read.
 """
 
-from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
+from segjax.config.settings import LMReward, Segmentation, SegmentationOverrides, Settings
 from segjax.errors import UserError
 from segjax.rl import normalizer
 from segjax.rl.cuts import CUTS
@@ -52,10 +52,32 @@ def check_conflicts(s: Settings) -> None:
       'config.compat.first_row_attention_mask masks padded rows, and config.ppo.packing_length '
       'packs them; set one of them to False or 0.'
     )
-  if not s.reward_shaping.reward_model_weight and not s.reward_shaping.reward_fn:
+  _check_rewards(s)
+
+
+def _check_rewards(s: Settings) -> None:
+  """Checks that there is a reward, and that a language model that rewards has an effect."""
+  shaping, lm, key = s.reward_shaping, s.reward_shaping.lm_reward, 'config.reward_shaping.lm_reward'
+  if lm.kind == 'off':
+    if not shaping.reward_model_weight and not shaping.reward_fn:
+      raise UserError(
+        'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
+        f'config.reward_shaping.reward_fn, or set {key}.kind.'
+      )
+    for name, value in vars(lm).items():
+      if value != getattr(LMReward(), name):
+        raise UserError(
+          f'{key}.{name}={value} has no effect with kind=off; set {key}.kind=implicit or teacher, '
+          f'or leave {name} out.'
+        )
+    return
+  if not lm.coef:
+    raise UserError(f'{key}.coef=0 makes all rewards of the model 0; set it, or kind=off.')
+  reference = s.reference.path or s.policy.path
+  if lm.kind == 'implicit' and lm.path and lm.path == reference:
     raise UserError(
-      'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
-      'config.reward_shaping.reward_fn.'
+      f'{key}.path={lm.path!r} is the reference too, so that all its rewards are 0; name the model '
+      'that was trained from it, or another config.reference.path.'
     )
 
 

@@ -10,8 +10,8 @@ from segjax.config.settings import Lora, Settings, replace
 from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
 from segjax.errors import UserError
 
-# The network of each optimizer: of the jobs sft and reward, and the two of PPO.
-_NETWORKS = dict(zip(OPTIMIZERS, ('sft', 'reward', 'policy', 'critic'), strict=True))
+# The network of each optimizer: of the jobs sft, reward and dpo, and the two of PPO.
+_NETWORKS = dict(zip(OPTIMIZERS, ('sft', 'reward', 'dpo', 'policy', 'critic'), strict=True))
 
 
 def resolve_lora(s: Settings, network: str) -> Lora | None:

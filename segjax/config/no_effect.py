@@ -10,7 +10,7 @@ _SMALLEST = 1e-37  # smaller rates are 0 in float32
 
 def check_no_effect(s: Settings) -> None:
   """Raises UserError if a stage would leave its weights as they are, or carry no response."""
-  for name in ('sft', 'reward'):
+  for name in ('sft', 'reward', 'dpo'):
     section = getattr(s, name)
     if name in s.stages and section.max_steps:
       check_learning_rate(section.optimizer, section.max_steps, f'{name}.optimizer')
@@ -64,7 +64,8 @@ def _check_ppo(s: Settings) -> None:
   if frozen != ['policy'] or not s.ppo.has_critic:  # it alone may be frozen, to train a critic
     per_step = s.ppo.num_ppo_epochs * (s.ppo.rollout_batch_size // s.ppo.minibatch_size)
     check_learning_rate(s.ppo.policy_optimizer, steps * per_step, 'ppo.policy_optimizer')
-  if not s.reward_shaping.reward_model_weight and not s.reward_shaping.reward_fn_weight:
+  weights = s.reward_shaping.reward_model_weight, s.reward_shaping.reward_fn_weight
+  if not any(weights) and s.reward_shaping.lm_reward.kind == 'off':
     raise UserError(
       'config.reward_shaping.reward_model_weight and reward_shaping.reward_fn_weight are both 0, '
       'which leaves no reward; set one of them.'

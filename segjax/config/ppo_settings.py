@@ -26,6 +26,17 @@ class RolloutSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LMReward:
+  """A language model that rewards tokens, beside a reward model or alone."""
+
+  path: str = ''  # HF directory or hub id, with the tokenizer of the policy
+  kind: str = 'off'  # implicit: log π_lm - log π_ref, as of DPO; teacher: log π_lm - log π_old
+  coef: float = 1.0  # reward per nat; RTO has 0.05
+  clip: float = 0.0  # largest size of such a reward of a token, RTO has 0.05; 0: none
+  level: str = 'token'  # segment: the sum over a segment goes through reward_shaping.spread
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardShaping:
   """From scores to one reward per token: normalise, spread, mix, penalise, clamp."""
 
@@ -40,6 +51,7 @@ class RewardShaping:
   reward_model_weight: float = 1.0  # factor of the reward model in the sum with reward_fn
   reward_fn: str = ''  # 'module:function' of (prompt, response); see train/custom_reward.py
   reward_fn_weight: float = 1.0  # factor of reward_fn
+  lm_reward: LMReward = LMReward()
   missing_eos_penalty: str = 'off'  # of unfinished responses; per_token replaces rewards
   missing_eos_penalty_value: float = -0.05  # reward of each token, or added at the end
   length_penalty: str = 'off'  # past length_threshold; threshold replaces rewards

@@ -7,8 +7,9 @@ command line assigns the rest. `parse` turns the result into `Settings`.
 import dataclasses
 from typing import Any
 
-from segjax.config.ppo_settings import PPO, Compat, RewardShaping, RolloutSettings
+from segjax.config.ppo_settings import PPO, Compat, LMReward, RewardShaping, RolloutSettings
 from segjax.config.training_settings import (
+  DPO,
   SFT,
   Critic,
   LanguageLoraOverrides,
@@ -17,6 +18,7 @@ from segjax.config.training_settings import (
   LoraSettings,
   NormalizerFit,
   Optimizer,
+  PairTraining,
   RewardModelSettings,
   RewardTraining,
   Segmentation,
@@ -26,16 +28,19 @@ from segjax.config.training_settings import (
 )
 
 __all__ = [
+  'DPO',
   'PPO',
   'SFT',
   'Compat',
   'Critic',
+  'LMReward',
   'LanguageLoraOverrides',
   'Lora',
   'LoraOverrides',
   'LoraSettings',
   'NormalizerFit',
   'Optimizer',
+  'PairTraining',
   'RewardModelSettings',
   'RewardShaping',
   'RewardTraining',
@@ -230,6 +235,7 @@ class Settings:
   sft: SFT = SFT()
   reward: RewardTraining = RewardTraining()
   normalizer: NormalizerFit = NormalizerFit()
+  dpo: DPO = DPO()
   rollout: RolloutSettings = RolloutSettings()
   reward_shaping: RewardShaping = RewardShaping()
   ppo: PPO = PPO()

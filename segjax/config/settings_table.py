@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 from segjax.config import parse, ppo_settings, settings, training_settings
 from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.settings import (
+  DPO,
   LanguageLoraOverrides,
   Lora,
   LoraOverrides,
   LoraSettings,
+  PairTraining,
+  RewardTraining,
   Segmentation,
   SegmentationOverrides,
   Settings,
@@ -42,8 +45,9 @@ def all_settings() -> list[Setting]:
   """Returns every setting in the order of the source."""
   comments = _comments(settings) | _comments(training_settings) | _comments(ppo_settings)
   # An override means the same as the field that it replaces.
-  for field in dataclasses.fields(Lora):  # inherited
-    comments[LoraSettings.__name__, field.name] = comments[Lora.__name__, field.name]
+  for kind, base in ((LoraSettings, Lora), (RewardTraining, PairTraining), (DPO, PairTraining)):
+    for field in dataclasses.fields(base):
+      comments.setdefault((kind.__name__, field.name), comments[base.__name__, field.name])
   for overriding, kind in (
     (SegmentationOverrides, Segmentation),
     (LoraOverrides, LoraSettings),

@@ -5,7 +5,7 @@ data.path names a .jsonl, .json (either may be .gz) or .parquet file, a director
 `datasets`, a directory with a file per split (train.jsonl, or shards train-00000-of-00002.jsonl),
 or a hub id; or several of them, joined by commas: 'a.jsonl*2,shards/*.jsonl,owner/name*0.5'. A
 number after * says how often each row is read. In a run of several stages sft.data.path,
-reward.data.path, ppo.data.path, ... and their data.split replace data.path for one stage.
+reward.data.path, dpo.data.path, ... and their data.split replace data.path for one stage.
 
 A row has one of these forms; other keys are ignored:
 
@@ -37,7 +37,7 @@ computes what a run needs, without the devices.
   lora.rank
       trains adapters of that rank beside a frozen base, which all networks of the same directory
       share; gradients and moments exist for the adapters alone.
-  ppo.micro_batch_tokens, reward.micro_batch_tokens, sft.micro_batch_tokens
+  sft.micro_batch_tokens, reward.micro_batch_tokens, dpo.micro_batch_tokens, ppo.micro_batch_tokens
       split a batch into parts of at most that many tokens per device, whose accumulated gradients
       equal those of the whole batch; micro_batch_size counts their rows instead.
   ppo.scoring_batch_size
@@ -60,9 +60,10 @@ computes what a run needs, without the devices.
 
 ADAPTERS = """\
 With lora.rank=16 every trained network is its first weights, frozen, and adapters of rank 16 beside
-their matrices: y = x W + (alpha / rank) x A B. lora.sft, lora.reward, lora.policy and lora.critic
-change rank, alpha, targets, rs and learning_rate_factor of one network; rank=0 trains it in full.
-A scalar head is trained with them, the head to the vocabulary with lora.train_head=True.
+their matrices: y = x W + (alpha / rank) x A B. lora.sft, lora.reward, lora.dpo, lora.policy and
+lora.critic change rank, alpha, targets, rs and learning_rate_factor of one network; rank=0 trains
+it in full. A scalar head is trained with them, the head to the vocabulary with
+lora.train_head=True.
 
   base          The frozen weights are loaded once, in runtime.compute_dtype, for all networks of a
                 run that have the same ones: policy, reference, critic and a reward model that was
@@ -82,10 +83,10 @@ A scalar head is trained with them, the head to the vocabulary with lora.train_h
 """
 
 PACKING = """\
-With ppo.packing_length, reward.packing_length or sft.packing_length set, several sequences share a
-row of about that many tokens. An update then costs its real tokens instead of the longest sequence
-times the batch size. Losses and gradients equal those of padded rows. perf/packing_efficiency is
-the share of real tokens. `python tools/bench.py train` measures the gain.
+With packing_length of sft, reward, dpo or ppo set, several sequences share a row of about that many
+tokens. An update then costs its real tokens instead of the longest sequence times the batch size.
+Losses and gradients equal those of padded rows. perf/packing_efficiency is the share of real
+tokens. `python tools/bench.py train` measures the gain.
 
 micro_batch_tokens says how much goes through the network at once: at most that many tokens per
 device, the devices of the tensor axis included. A batch is cut into as few pieces as that allows,

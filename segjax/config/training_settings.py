@@ -108,6 +108,7 @@ class LoraSettings(Lora):
   learning_rate_factor: float = 10.0  # of the optimizers of networks that have adapters
   sft: LanguageLoraOverrides = LanguageLoraOverrides()
   reward: LoraOverrides = LoraOverrides()
+  dpo: LanguageLoraOverrides = LanguageLoraOverrides()
   policy: LanguageLoraOverrides = LanguageLoraOverrides()
   critic: LoraOverrides = LoraOverrides()
 
@@ -167,12 +168,9 @@ class ThresholdSearch:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardTraining:
-  """Training of the segment reward model on pairs."""
+class PairTraining:
+  """Training on preference pairs."""
 
-  segmentation: Segmentation = Segmentation()
-  threshold_search: ThresholdSearch = ThresholdSearch()
-  entropy_cache_dir: str = ''  # 'run' is the run's; the reference runs once, then is freed
   batch_size: int = 128  # pairs per step
   micro_batch_size: int = 0  # pairs, or packed rows, at once; 0: the whole batch
   micro_batch_tokens: int = 0  # the same in tokens of a device; 0: micro_batch_size
@@ -183,8 +181,26 @@ class RewardTraining:
   eval_every: int = 0  # steps between evaluations on at most 512 held-out pairs; 0: none
   margin: float = 0.0  # in the Bradley-Terry loss
   rating_margin_coef: float = 0.0  # times the difference of the pair's ratings, added to margin
+  label_smoothing: float = 0.0  # share of the pairs taken to be labelled the wrong way round
   data: StageData = StageData()
   optimizer: Optimizer = Optimizer(learning_rate=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTraining(PairTraining):
+  """Training of the segment reward model on pairs."""
+
+  segmentation: Segmentation = Segmentation()
+  threshold_search: ThresholdSearch = ThresholdSearch()
+  entropy_cache_dir: str = ''  # 'run' is the run's; the reference runs once, then is freed
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(PairTraining):
+  """Direct Preference Optimization of the policy on pairs (https://arxiv.org/abs/2305.18290)."""
+
+  beta: float = 0.1  # reward of a response per nat of log π - log π_ref
+  optimizer: Optimizer = Optimizer(learning_rate=5e-7)
 
 
 @dataclasses.dataclass(frozen=True)

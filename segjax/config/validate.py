@@ -18,6 +18,7 @@ _AT_ONCE = {
   'ppo.rollout_batch_size': ('ppo.scoring_batch_size',),
   'ppo.minibatch_size': ('ppo.micro_batch_size',),
   'reward.batch_size': ('reward.micro_batch_size',),
+  'dpo.batch_size': ('dpo.micro_batch_size',),
   'sft.batch_size': ('sft.micro_batch_size',),
 }
 
@@ -130,10 +131,16 @@ def _check_ranges(s: Settings) -> None:
     raise UserError(
       f'config.ppo.importance_clip={s.ppo.importance_clip} must be at least 1, or 0 for no weights.'
     )
-  if not 0 < s.reward.holdout_fraction < 1:
-    raise UserError(
-      f'config.reward.holdout_fraction={s.reward.holdout_fraction} must be between 0 and 1.'
-    )
+  for section in ('reward', 'dpo'):
+    fraction = getattr(s, section).holdout_fraction
+    if not 0 < fraction < 1:
+      raise UserError(f'config.{section}.holdout_fraction={fraction} must be between 0 and 1.')
+    # At 1/2 both orders of a pair are as good, and beyond it the rejected response is preferred.
+    smoothing = getattr(s, section).label_smoothing
+    if smoothing >= 0.5:
+      raise UserError(f'config.{section}.label_smoothing={smoothing} must be below 0.5.')
+  if s.dpo.beta <= 0:
+    raise UserError(f'config.dpo.beta={s.dpo.beta} must be above 0.')
   for section in ('sft', 'ppo'):
     fraction = getattr(s, section).holdout_fraction
     if not 0 <= fraction < 1:
@@ -197,7 +204,7 @@ def _check_lengths(s: Settings) -> None:
 
 
 def longest_sequence(s: Settings, section: str) -> tuple[int, str]:
-  """Returns the most tokens of a sequence in sft, reward or ppo, and the keys that say so."""
+  """Returns the most tokens of a sequence in a training job, and the keys that say so."""
   if section != 'ppo':
     return s.data.max_length, 'data.max_length'
   longest = s.data.max_prompt_length + s.rollout.max_new_tokens
@@ -206,7 +213,7 @@ def longest_sequence(s: Settings, section: str) -> tuple[int, str]:
 
 def _check_packing(s: Settings) -> None:
   """Checks that packed rows hold the longest sequence, and how many go through at once."""
-  for section, minimum in (('sft', 1), ('reward', 2), ('ppo', 1)):
+  for section, minimum in (('sft', 1), ('reward', 2), ('dpo', 2), ('ppo', 1)):
     size, what = longest_sequence(s, section)
     settings = getattr(s, section)
     width, rows, tokens = (

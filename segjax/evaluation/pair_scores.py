@@ -1,4 +1,4 @@
-"""Scores of preference pairs by a reward model, and figures of these scores."""
+"""Scores of preference pairs by a reward model or by DPO, and figures of these scores."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from segjax.data.batches import Pairs
 from segjax.evaluation import reward_bench
 from segjax.evaluation.intervals import wilson
 from segjax.rl.pair_metrics import preference_metrics
-from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
+from segjax.train.reward_scoring import PairScorer, evaluate_pairs
 from segjax.types import PreferenceBatch
 
 
@@ -20,15 +20,15 @@ def score_pairs(
   params: Any,
   reference: Any,
   pairs: Pairs,
-  scorer: SegmentScorer,
+  scorer: PairScorer,
   batches: Iterable[tuple[np.ndarray, int]],
   gather: Callable[[Pairs, np.ndarray], PreferenceBatch],
 ) -> Float[np.ndarray, 'N 4']:
   """Returns (score of chosen, score of rejected, tokens of chosen, tokens of rejected) per pair.
 
   Args:
-    params: parameters of the reward model.
-    reference: parameters of the reference; None if segments do not need its entropy.
+    params: parameters of the network that scores.
+    reference: parameters of the reference; None where it is not run.
     batches: `data.batches.eval_batches` over the pairs.
     gather: (pairs, rows) -> these pairs on the devices.
   """

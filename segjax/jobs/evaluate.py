@@ -25,11 +25,13 @@ from segjax.evaluation.policy_figures import (
 from segjax.jobs import demo, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
+  LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   REFERENCE,
   TRAINED_POLICY,
   Job,
   data_input,
+  uses_lm_reward,
 )
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import log
@@ -275,6 +277,7 @@ JOB = Job(
     # Without PPO in the same run, only the user knows what the policy is compared with.
     dataclasses.replace(REFERENCE, only_after='ppo'),
     OPTIONAL_REWARD_MODEL,
+    LM_REWARD,
     data_input('held_out'),
   ),
   functions=lambda s: (
@@ -288,5 +291,5 @@ JOB = Job(
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,
   after_run=demo.update_results,
-  num_networks=lambda s: 3,
+  num_networks=lambda s: 3 + uses_lm_reward(s),
 )

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from segjax.config.settings import replace
 from segjax.data.limits import NoRowsLeftError
-from segjax.jobs.job import Input, needs_reward_model
+from segjax.jobs.job import LM_REWARD, Input, needs_reward_model
 from segjax.jobs.registry import JOBS
 from segjax.run import inputs, remote_inputs
 from segjax.run.stage import Stage
 
 _FIRST_ROWS = 64
+# Inputs in whose place the policy that they are trained from is checked.
+_POLICIES = ('policy.path', 'reference.path', LM_REWARD.key)
 
 
 def _ignore(text: str, name: str) -> None:
@@ -84,7 +86,7 @@ def _load_first_rows(stage: Stage) -> None:
 def _find_local(item: Input, path: str, stage: Stage, earlier: dict[str, Stage]) -> str | None:
   """Returns the path to check in place of an input; '' for none, None if it cannot be checked."""
   if writer := _writer(path, stage, earlier):
-    if item.key in ('policy.path', 'reference.path') and writer.settings.policy.path:
+    if item.key in _POLICIES and writer.settings.policy.path:
       return _find_local(item, writer.settings.policy.path, stage, earlier)
     # Rewards may also come from a function alone.
     return '' if item.is_required is needs_reward_model else None

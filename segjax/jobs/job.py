@@ -34,6 +34,7 @@ class Input:
       sources, the value is the user's.
     only_after: a job; if it is not among the earlier stages, only the user's value is used.
     is_required: (settings) -> whether the job cannot run without it.
+    is_read: (settings) -> whether the job would read it; if not, no earlier stage provides it.
     keywords: values that are not paths.
     is_list: the value holds sources as `data.source_list` describes them.
     is_rows: the value names rows, not a checkpoint.
@@ -43,6 +44,7 @@ class Input:
   sources: tuple[str, ...] = ()
   only_after: str = ''
   is_required: Callable[[Settings], bool] = always
+  is_read: Callable[[Settings], bool] = always
   keywords: tuple[str, ...] = ()
   is_list: bool = False
   is_rows: bool = False
@@ -129,6 +131,20 @@ def needs_reward_model(settings: Settings) -> bool:
 
 REWARD_MODEL = Input('reward_model.path', ('reward/model', 'config.reward_model.path'))
 OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_reward_model)
+
+
+def uses_lm_reward(settings: Settings) -> bool:
+  """Returns whether a language model rewards the tokens of PPO."""
+  return settings.reward_shaping.lm_reward.kind != 'off'
+
+
+_LM_REWARD = 'reward_shaping.lm_reward.path'
+LM_REWARD = Input(
+  _LM_REWARD,
+  (f'config.{_LM_REWARD}', 'dpo/model'),
+  is_required=uses_lm_reward,
+  is_read=uses_lm_reward,
+)
 
 
 def data_input(rows: str, is_required: Callable[[Settings], bool] = always) -> Input:

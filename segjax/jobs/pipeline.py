@@ -160,7 +160,7 @@ def connect_stage(job: Job, settings: Settings, workdir: Path) -> Settings:
   settings = inputs.with_stage_data(settings, job.name)
   earlier = _earlier_stages(job.name, settings)
   values = {}
-  for item in job.inputs:
+  for item in (item for item in job.inputs if item.is_read(settings)):
     for source in _active_sources(item, earlier):
       value = _source_value(source, settings, workdir, earlier)
       if value:

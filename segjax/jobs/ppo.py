@@ -19,12 +19,14 @@ from segjax.errors import UserError
 from segjax.jobs import evaluate, run_end
 from segjax.jobs.job import (
   COMMON,
+  LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   POLICY,
   REFERENCE,
   Input,
   Job,
   data_input,
+  uses_lm_reward,
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
@@ -114,7 +116,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
-  names = ('reference', 'reward')
+  names = ('reference', 'reward', 'reward_lm')
   weights = Weights(s.runtime, stage.mesh)
   frozen = models.load_models(resolved, names, weights, on_host=on_host)
   networks = _load_trained(stage, paths, recipe, weights)
@@ -173,12 +175,12 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
     options = CUTS[segmentation.boundary].options
     boundary = f' by {segmentation.boundary}' + ''.join(detail.get(name, '') for name in options)
   credit = ', min credit' if recipe.shaping.credit == 'min' else ''
-  how = recipe.shaping.redistribute
+  how, lm = recipe.shaping.redistribute, recipe.shaping.lm_reward
   redistributed = '' if how == 'none' else f', redistributed by {how}'
+  added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
   return (
     f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}'
-    f'{credit}, '
-    f'spread {recipe.spread}'
+    f'{credit}, spread {recipe.spread}{added}'
   )
 
 
@@ -280,6 +282,7 @@ JOB = Job(
     POLICY,
     REFERENCE,
     OPTIONAL_REWARD_MODEL,
+    LM_REWARD,
     Input('critic.init', keywords=CRITICS),
     data_input('prompts'),
   ),
@@ -287,7 +290,7 @@ JOB = Job(
   outputs=('model', 'critic'),
   batch_keys=PLAN.batch_keys,
   summary=('reward', 'kl'),
-  num_networks=lambda s: 3 + s.ppo.has_critic,
+  num_networks=lambda s: 3 + s.ppo.has_critic + uses_lm_reward(s),
   tokens_per_step=lambda s: (
     s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   ),

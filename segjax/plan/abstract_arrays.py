@@ -133,11 +133,15 @@ def experience(size: int, prompt: int, response: int, *, has_critic: bool) -> Ex
   )
 
 
-def model_outputs(size: int, response: int, *, has_critic: bool) -> ModelOutputs:
-  """Returns log-probs, entropies, scores and, with a critic, values of responses."""
+def model_outputs(size: int, response: int, *, has_critic: bool, has_lm: bool) -> ModelOutputs:
+  """Returns log-probs, entropies, scores and, with these networks, values and others' log-probs."""
   tokens = jnp.zeros((size, response), jnp.float32)
-  value = tokens if has_critic else None
-  return ModelOutputs(*[tokens] * 4, value=value, prompt_score=tokens[:, 0])
+  return ModelOutputs(
+    *[tokens] * 4,
+    value=tokens if has_critic else None,
+    prompt_score=tokens[:, 0],
+    lm_logprob=tokens if has_lm else None,
+  )
 
 
 def pairs(size: int, length: int) -> PreferenceBatch:

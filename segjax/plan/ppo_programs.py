@@ -39,7 +39,8 @@ from segjax.types import Normalizer
 Trees = dict[str, Any]
 
 _STATES = ('policy state', 'critic state')
-_FROZEN = ('reference', 'reward model')
+_FROZEN = ('reference', 'reward model', 'reward language model')
+_ADAPTERS_OF = {'reward_lm': 'dpo'}  # in config.lora, where that is not the network's name
 
 
 def ppo_programs(
@@ -66,6 +67,7 @@ def ppo_programs(
     ppo=s.ppo,
     compat=s.compat,
     recompute_logprob=resolve_recompute_logprob(s),
+    reward_lm=configs.get('reward_lm'),
     one_base=_on_one_base(configs),
     samples_per_prompt=s.rollout.samples_per_prompt,
   )
@@ -99,7 +101,7 @@ def ppo_programs(
 
 
 def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaConfig]:
-  """Returns the networks; a reward model with adapters has those of `config.lora.reward`."""
+  """Returns the networks; those that reward have the adapters of `config.lora.reward` and `dpo`."""
   trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
   frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
   configs = {'policy': trained, 'reference': frozen}
@@ -107,9 +109,12 @@ def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaC
     configs['critic'] = trained
   if s.reward_shaping.reward_model_weight:
     configs['reward'] = frozen
+  if s.reward_shaping.lm_reward.kind != 'off':
+    configs['reward_lm'] = frozen
   others = configs.keys() - {'reference'}
   return configs | {
-    name: dataclasses.replace(configs[name], lora=resolve_lora(s, name)) for name in others
+    name: dataclasses.replace(configs[name], lora=resolve_lora(s, _ADAPTERS_OF.get(name, name)))
+    for name in others
   }
 
 
@@ -135,10 +140,13 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
       lambda: abstract_arrays.experience(*sizes, has_critic=s.ppo.has_critic), mesh
     ),
   }
-  if 'reward' in configs:
-    reward = abstract_arrays.params(configs['reward'], 'scalar', dtype, mesh)
-    lora = configs['reward'].lora
-    trees['reward model'] = trained_params(reward, lora) if lora else reward
+  for name, tree, head in (
+    ('reward', 'reward model', 'scalar'),
+    ('reward_lm', 'reward language model', 'language'),
+  ):
+    if name in configs:
+      params, lora = abstract_arrays.params(configs[name], head, dtype, mesh), configs[name].lora
+      trees[tree] = trained_params(params, lora) if lora else params
   # Parts of the others: what the backbone of adapters is, and what generation reads.
   trees['base parameters'] = {'backbone': trees['reference']['backbone']}
   base = trees['reference'] if configs['policy'].lora else {}
@@ -154,6 +162,8 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     passed_in['critic'] = 'critic parameters'
   if recipe.reward is not None:
     passed_in['reward'] = 'reward model'
+  if recipe.reward_lm is not None:
+    passed_in['reward_lm'] = 'reward language model'
   if recipe.recompute_logprob:
     passed_in['policy'] = 'policy parameters'
   params = {name: trees[tree] for name, tree in passed_in.items()}
@@ -182,7 +192,10 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
 def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
   outputs = abstract_arrays.batch_shape_structs(
     lambda: abstract_arrays.model_outputs(
-      s.ppo.rollout_batch_size, s.rollout.max_new_tokens, has_critic=s.ppo.has_critic
+      s.ppo.rollout_batch_size,
+      s.rollout.max_new_tokens,
+      has_critic=s.ppo.has_critic,
+      has_lm=recipe.reward_lm is not None,
     ),
     mesh,
   )

@@ -1,9 +1,11 @@
-"""The jitted programs of SFT and of reward training.
+"""The jitted programs of SFT, of reward training and of DPO.
 
 A phase calls the function that the job calls; the order of the calls is that of the job.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,9 @@ from segjax.plan.phases import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtO
 from segjax.plan.update_calls import update_calls
 from segjax.run.models import apply_runtime
 from segjax.train import throughput
-from segjax.train.reward_scoring import SegmentScorer, evaluate_pairs
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.train.implicit_scoring import ImplicitScorer
+from segjax.train.preference_step import FrozenParams, preference_step
+from segjax.train.reward_scoring import PairScorer, SegmentScorer, evaluate_pairs
 from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
 
@@ -68,43 +71,90 @@ def reward_programs(
   state = abstract_arrays.state(trained, 'scalar', s.reward.optimizer, s, mesh)
   trees = {'reward model state': state}
   weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
+  base = {'backbone': weights['backbone']} if trained.lora else {}
   if scorer.segmenter.needs_reference and not s.reward.entropy_cache_dir:
     trees['reference'] = weights
-  elif trained.lora:
-    trees['base'] = {'backbone': weights['backbone']}
+  elif base:
+    trees['base'] = base
+  job = _PairJob('reward', 'reward model', 'scalar', trained, base)
+  return _pair_programs(s, job, scorer, trees, mesh, lengths)
+
+
+def dpo_programs(
+  s: Settings, network: LlamaConfig, mesh: Mesh, _: float | int, lengths: str
+) -> JobPrograms:
+  """Returns the programs of DPO for networks of these sizes; see `JobPlan.programs`."""
+  trained, frozen = _networks(s, network, mesh, 'dpo')
+  scorer = ImplicitScorer(trained, frozen, s.dpo.beta)
+  weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
+  state = abstract_arrays.state(trained, 'language', s.dpo.optimizer, s, mesh)
+  trees = {'policy state': state, 'reference': weights}
+  job = _PairJob('dpo', 'policy', 'language', trained, weights if trained.lora else {})
+  return _pair_programs(s, job, scorer, trees, mesh, lengths)
+
+
+class _PairJob(NamedTuple):
+  """Section, and the name, head, network and frozen base of what is trained on pairs."""
+
+  section: str
+  name: str
+  head: str
+  network: LlamaConfig
+  base: Any
+
+
+def _pair_programs(
+  s: Settings,
+  job: _PairJob,
+  scorer: PairScorer,
+  trees: dict[str, Any],
+  mesh: Mesh,
+  lengths: str,
+) -> JobPrograms:
+  """Returns the update on pairs and the evaluation of held-out ones.
+
+  Args:
+    s: the settings.
+    job: what is trained.
+    scorer: how pairs are scored.
+    trees: its state, and the frozen networks.
+    mesh: the devices.
+    lengths: of the texts.
+  """
+  settings = getattr(s, job.section)
   trees['pairs'] = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.pairs(s.reward.batch_size, s.data.max_length), mesh
+    lambda: abstract_arrays.pairs(settings.batch_size, s.data.max_length), mesh
   )
   live = tuple(trees)
-  reference, pairs = trees.get('reference'), trees['pairs']
-  base = {'backbone': weights['backbone']} if trained.lora else {}
-  tokens = _row_lengths(s, lengths, 2 * s.reward.batch_size, samples=2)
+  state, reference, pairs = trees[live[0]], trees.get('reference'), trees['pairs']
+  tokens = _row_lengths(s, lengths, 2 * settings.batch_size, samples=2)
   largest, calls = update_calls(
-    lambda packing: (state, FrozenParams(reference, base), pairs, packing),
-    *(s.reward, tokens[None], s.data.max_length, mesh, trained),
+    lambda packing: (state, FrozenParams(reference, job.base), pairs, packing),
+    *(settings, tokens[None], s.data.max_length, mesh, job.network),
   )
-  work = throughput.update(tokens, trained, 'scalar', frozen if reference else None)
+  frozen = scorer.reference if reference else None
   update = Phase(
-    'reward model update',
-    reward_step,
+    f'{job.name} update',
+    preference_step,
     largest,
-    {'scorer': scorer, 'settings': s.reward, 'total_steps': TOTAL_STEPS},
+    {'scorer': scorer, 'settings': settings, 'total_steps': TOTAL_STEPS},
     live=live,
     passed_in=live,
     calls=lambda: calls,
-    model_flops=work[throughput.FLOPS],
+    model_flops=throughput.update(tokens, job.network, job.head, frozen)[throughput.FLOPS],
   )
-  trees['reward model parameters'] = state.params
+  parameters = f'{job.name} parameters'
+  trees[parameters] = state.params
   evaluation = Phase(
     'held-out pairs',
     evaluate_pairs,
-    (base | state.params, reference, pairs),
+    (job.base | state.params, reference, pairs),
     {'scorer': scorer},
     live=live,
-    passed_in=('reward model parameters', *live[1:]),
+    passed_in=(parameters, *live[1:]),
     calls=None,
   )
-  configs = {'reward': trained, 'reference': frozen}
+  configs = {job.name.split()[0]: job.network, 'reference': scorer.reference}
   return JobPrograms(trees, [update, evaluation], configs, int(tokens.sum()))
 
 
@@ -139,19 +189,21 @@ SFT = JobPlan(
   ),
   optimizers=lambda s: ('sft.optimizer',),
 )
-REWARD = JobPlan(
-  name='reward',
-  programs=reward_programs,
-  items_per_step=lambda s: s.reward.batch_size,
-  items='rows',
-  batch_keys=('reward.batch_size', 'reward.micro_batch_size'),
-  rows_at_once=(
-    RowsAtOnce(
-      'reward.micro_batch_size',
-      'reward.batch_size',
-      ('reward model update',),
-      'reward.micro_batch_tokens',
-    ),
-  ),
-  optimizers=lambda s: ('reward.optimizer',),
-)
+
+
+def _plan_pairs(section: str, programs: Callable[..., JobPrograms], update: str) -> JobPlan:
+  """Returns the plan of a job that trains on pairs, whose phase `update` has micro-batches."""
+  rows, total = f'{section}.micro_batch_size', f'{section}.batch_size'
+  return JobPlan(
+    name=section,
+    programs=programs,
+    items_per_step=lambda s: getattr(s, section).batch_size,
+    items='rows',
+    batch_keys=(total, rows),
+    rows_at_once=(RowsAtOnce(rows, total, (update,), f'{section}.micro_batch_tokens'),),
+    optimizers=lambda s: (f'{section}.optimizer',),
+  )
+
+
+REWARD = _plan_pairs('reward', reward_programs, 'reward model update')
+DPO = _plan_pairs('dpo', dpo_programs, 'policy update')

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from segjax.config.settings import PPO, SFT, RewardTraining
+from segjax.config.settings import PPO, SFT, PairTraining
 from segjax.data.packing_plan import largest_packing
 from segjax.model.flops import attended_pairs
 from segjax.model.llama import LlamaConfig
@@ -25,7 +25,7 @@ _OTHERS = {'tpu': 730, 'gpu': 85}
 
 def update_calls(
   arguments: Callable[[Any], tuple[Any, ...]],
-  settings: SFT | RewardTraining | PPO,
+  settings: SFT | PairTraining | PPO,
   batches: Int[np.ndarray, 'U N'],
   longest: int,
   mesh: Mesh,
@@ -45,7 +45,7 @@ def update_calls(
     mesh: the devices.
     network: that is trained.
   """
-  group = 2 if isinstance(settings, RewardTraining) else 1  # responses of a pair
+  group = 2 if isinstance(settings, PairTraining) else 1  # responses of a pair
   plan = functools.partial(plan_packing_for, settings, mesh=mesh, network=network, group=group)
   if settings.packing_length and settings.micro_batch_tokens:
     # Not that of the longest sequences, of which few fit into a piece exactly.

@@ -230,7 +230,7 @@ RULES = (
       lambda loss: loss.recent > 1.5 * loss.first + 0.1,
       'the loss has risen to {0:.2f}. Lower the learning rate, or raise warmup_ratio',
     )
-    for name in ('sft/loss', 'reward_model/loss')
+    for name in ('sft/loss', 'reward_model/loss', 'dpo/loss')
   ),
   Rule(
     ('reward_model/segments', 'reward_model/one_token_segments'),
@@ -252,7 +252,7 @@ RULES = (
       ' empty or equal',
       after=3,
     )
-    for name in ('sft', 'reward_model')
+    for name in ('sft', 'reward_model', 'dpo')
   ),
   Rule(
     ('reward_model/accuracy', 'eval/accuracy'),

@@ -27,8 +27,8 @@ MAIN = (
   ('Share of responses that end by themselves', ('response/eos_rate',)),
   ('Policy loss', ('policy/loss',)),
   ('Critic loss', ('critic/loss',)),
-  ('Loss', ('sft/loss', 'reward_model/loss', 'eval/loss')),
-  ('Accuracy', ('reward_model/accuracy', 'eval/accuracy')),
+  ('Loss', ('sft/loss', 'reward_model/loss', 'dpo/loss', 'eval/loss')),
+  ('Accuracy', ('reward_model/accuracy', 'dpo/accuracy', 'eval/accuracy')),
 )
 TIMING = ('generate', 'score', 'update', 'evaluate', 'between_steps')  # parts of a step, in order
 _TIMING = 'timing/'

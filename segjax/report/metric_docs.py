@@ -3,30 +3,13 @@
 The names of an entry may be patterns: * stands for any text.
 """
 
-import dataclasses
 import fnmatch
 import textwrap
 
 from segjax.config import renamed
 from segjax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """A metric, or several that are read together.
-
-  Attributes:
-    names: names or patterns.
-    description: what the metrics are; with several names, in their order.
-    healthy: values of a run without problems.
-    remedy: what to do about other values.
-  """
-
-  names: tuple[str, ...]
-  description: str
-  healthy: str = ''
-  remedy: str = ''
-
+from segjax.report.metric_entry import Entry
+from segjax.report.training_metric_docs import TRAINING_ENTRIES
 
 ENTRIES = (
   Entry(
@@ -34,6 +17,13 @@ ENTRIES = (
     'dense reward of a response: the sum over its tokens, before KL',
     'rises, then levels off',
     'flat: check `reward/segment_mean`, raise the learning rate; rises alone: see `eval/*`',
+  ),
+  Entry(
+    ('objective/lm_reward',),
+    'the part of it that `reward_shaping.lm_reward` gives; with kind=teacher, coef=1 and without a '
+    'clip minus KL(π ‖ teacher), nats',
+    'rises',
+    'flat while the reward rises: raise `reward_shaping.lm_reward.coef`',
   ),
   Entry(
     ('objective/reward_std',),
@@ -186,43 +176,7 @@ ENTRIES = (
     'rises with objective/reward',
     'falls: the reward model is exploited; use `checkpoint.best_metric=eval/reward`',
   ),
-  Entry(
-    ('eval/accuracy', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
-    'reward model on held-out pairs, every `reward.eval_every` steps',
-    'accuracy above length_baseline_accuracy',
-    'falls while reward_model/accuracy rises: fewer epochs',
-  ),
-  Entry(
-    ('eval/loss', 'eval/entropy'),
-    'the same as in training on held-out rows, every `reward.eval_every` or `sft.eval_every` '
-    'steps: Bradley-Terry loss, or cross-entropy and entropy',
-    'falls with the training loss',
-    'rises while the training loss falls: fewer epochs',
-  ),
-  Entry(
-    ('sft/loss', 'sft/entropy'),
-    'SFT: cross-entropy and entropy, nats per token',
-    'falls',
-    'rises: lower the learning rate',
-  ),
-  Entry(
-    ('reward_model/loss',),
-    'reward model: Bradley-Terry loss, ln 2 at the start',
-    'falls',
-    'rises: lower the learning rate',
-  ),
-  Entry(
-    (
-      'reward_model/accuracy',
-      'reward_model/margin',
-      'reward_model/segments',
-      'reward_model/one_token_segments',
-    ),
-    'reward model: share of pairs whose chosen response scores higher; mean difference; segments '
-    'of a response; those of them that are one token',
-    'accuracy 0.65 to 0.8 on human pairs',
-    '0.5: check the learning rate, the chat template, and the pairs',
-  ),
+  *TRAINING_ENTRIES,
   Entry(
     ('timing/compile',),
     'seconds of a step in which the devices waited for programs to be traced and compiled; in no '

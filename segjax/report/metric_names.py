@@ -10,6 +10,7 @@ STAGES = {
   'sft': 'Supervised fine-tuning',
   'reward': 'Reward model',
   'normalizer': 'Reward normaliser',
+  'dpo': 'Direct preference optimization',
   'credit': 'Credit of dense rewards',
   'ppo': 'PPO',
   'evaluate': 'Evaluation',
@@ -21,6 +22,7 @@ STAGES = {
 # By the part of a metric's name before the first slash.
 GROUPS = {
   'critic': 'Critic',
+  'dpo': 'Direct preference optimization',
   'eval': 'Held-out data, during training',
   'objective': 'Reward and KL',
   'other': 'Other',
@@ -35,6 +37,9 @@ GROUPS = {
   'timing': 'Seconds of a step',
 }
 
+# Groups that are measured on the data that is trained on.
+_OF_DATA = ('objective', 'response', 'segments', 'reward', 'reward_model', 'dpo', 'sft')
+
 # A metric's name, and where it matters the unit; * in a key stands for {} in the name.
 METRICS = {
   'objective/reward': 'Reward before KL, per response',
@@ -44,6 +49,7 @@ METRICS = {
   'objective/kl': 'KL to the reference, nats per response',
   'objective/kl_coef': 'KL coefficient',
   'objective/kl_token_max': 'Largest KL of a token, nats',
+  'objective/lm_reward': 'Reward by the language model, per response',
   'objective/reward_std': 'Reward before KL, standard deviation over responses',
   'objective/advantage_abs_max': 'Largest absolute advantage of a token',
   'objective/entropy': 'Surprisal of the responses, nats per response',
@@ -103,6 +109,11 @@ METRICS = {
   'reward_model/margin': 'Margin of the scores',
   'reward_model/segments': 'Segments per response',
   'reward_model/one_token_segments': 'Segments of one token, per response',
+  'dpo/loss': 'Loss',
+  'dpo/accuracy': 'Accuracy of the implicit reward',
+  'dpo/margin': 'Margin of the implicit rewards',
+  'dpo/chosen_reward': 'Implicit reward of the chosen response',
+  'dpo/rejected_reward': 'Implicit reward of the rejected response',
   'timing/generate': 'Sampling',
   'timing/score': 'Scoring',
   'timing/update': 'Updates',
@@ -195,13 +206,12 @@ def metric_scope(stage: str, key: str) -> str:
     return ''
   if prefix == 'eval':
     return f'held-out {_data(stage)}, during training'
-  is_of_data = prefix in ('objective', 'response', 'segments', 'reward', 'reward_model', 'sft')
-  return f'training {_data(stage)}' if is_of_data else ''
+  return f'training {_data(stage)}' if prefix in _OF_DATA else ''
 
 
 def _data(stage: str) -> str:
   """Returns what a stage is trained on."""
-  return {'sft': 'rows', 'reward': 'pairs'}.get(stage, 'prompts')
+  return {'sft': 'rows', 'reward': 'pairs', 'dpo': 'pairs'}.get(stage, 'prompts')
 
 
 def _readable(key: str) -> str:

@@ -48,6 +48,13 @@ RULES = (
     ' Balance the lengths of the pairs, or train longer',
   ),
   ResultRule(
+    'dpo',
+    ('held_out_accuracy',),
+    lambda accuracy: accuracy < 0.55,
+    'the implicit reward is right in {0:.0%} of the held-out pairs, near chance. Check the pairs'
+    ' and the chat template, train longer, or raise dpo.optimizer.learning_rate',
+  ),
+  ResultRule(
     'evaluate',
     ('after.eos_rate',),
     lambda rate: rate < 0.5,

@@ -94,12 +94,13 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
   if not figures and 'ppo' in names:
     figures += _training_figures(workdir / 'ppo' / METRICS_FILE)
   label = "Reward model's accuracy"
-  trained = results.get('reward', {})
-  if (accuracy := trained.get('held_out_accuracy')) is not None:
-    scope = f'{trained.get("held_out_pairs", 0):,} held-out pairs'
-    chance = trained.get('held_out_length_baseline_accuracy')
-    note = '' if chance is None else f'{format_value(chance)} by preferring the longer response'
-    figures.append(KeyFigure(label, scope, format_value(accuracy), note))
+  for name, title in (('reward', label), ('dpo', 'Accuracy of the implicit reward')):
+    trained = results.get(name, {})
+    if (accuracy := trained.get('held_out_accuracy')) is not None:
+      scope = f'{trained.get("held_out_pairs", 0):,} held-out pairs'
+      chance = trained.get('held_out_length_baseline_accuracy')
+      note = '' if chance is None else f'{format_value(chance)} by preferring the longer response'
+      figures.append(KeyFigure(title, scope, format_value(accuracy), note))
   if pairs := results.get('evaluate_reward', {}).get('pairs'):
     accuracy = pairs['all']['accuracy']
     subsets = list(pairs['subsets'])

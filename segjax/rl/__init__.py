@@ -27,6 +27,8 @@ from segjax.rl.cuts import CUTS
 from segjax.rl.huber import huber_fit, r_squared
 from segjax.rl.kl import ESTIMATORS, adaptive_kl_coef, k1, k2, k3
 from segjax.rl.learned_tokens import high_entropy_tokens
+from segjax.rl.lm_rewards import KINDS as LM_REWARDS
+from segjax.rl.lm_rewards import implicit_reward, pool, token_reward
 from segjax.rl.logprobs import logprob_and_entropy
 from segjax.rl.losses import (
   batch_mean,
@@ -70,6 +72,7 @@ __all__ = [
   'AGGREGATIONS',
   'CUTS',
   'ESTIMATORS',
+  'LM_REWARDS',
   'PUBLISHED',
   'SPREADS',
   'action_starts',
@@ -94,6 +97,7 @@ __all__ = [
   'group_norm',
   'high_entropy_tokens',
   'huber_fit',
+  'implicit_reward',
   'k1',
   'k2',
   'k3',
@@ -110,6 +114,7 @@ __all__ = [
   'normalize',
   'num_terms',
   'policy_loss',
+  'pool',
   'preference_metrics',
   'r_squared',
   'red',
@@ -124,6 +129,7 @@ __all__ = [
   'threshold_curve',
   'threshold_for_length',
   'threshold_for_quantile',
+  'token_reward',
   'value_loss',
   'whiten',
 ]

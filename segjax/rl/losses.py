@@ -64,13 +64,26 @@ def bradley_terry(
   chosen: Float[Array, 'B'],
   rejected: Float[Array, 'B'],
   margin: Float[Array, 'B'] | ScalarLike = 0.0,
+  label_smoothing: float = 0.0,
 ) -> Float[Array, 'B']:
-  """Loss of each pair: −ln σ(chosen − rejected − margin).
+  """Loss of each pair: −(1 − ε) ln σ(x) − ε ln σ(−x),  x = chosen − rejected − margin.
 
   One loss on the scores of two whole responses (`aggregation.sequence_score`), not a mean of
-  losses over segments. See Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+  losses over segments. See Yin et al. 2025, https://arxiv.org/abs/2501.02790. On scores
+  `lm_rewards.implicit_reward` it is that of DPO (Rafailov et al. 2023,
+  https://arxiv.org/abs/2305.18290), with ε conservative DPO (Mitchell 2023,
+  https://ericmitchell.ai/cdpo.pdf), with a margin DPO with an offset (Amini et al. 2024,
+  https://arxiv.org/abs/2402.10571).
+
+  Args:
+    chosen: score of the preferred response.
+    rejected: score of the other one.
+    margin: by how much the first should be larger.
+    label_smoothing: ε, probability that a pair is labelled the wrong way round; below 1/2.
   """
-  return jax.nn.softplus(at_least_float32(rejected) - at_least_float32(chosen) + margin)
+  excess = at_least_float32(rejected) - at_least_float32(chosen) + margin
+  loss = jax.nn.softplus(excess)
+  return loss - label_smoothing * excess if label_smoothing else loss
 
 
 def policy_loss(

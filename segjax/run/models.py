@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
-from segjax.config.settings import Report, Runtime, Segmentation, Settings
+from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data import demo_rows
 from segjax.data.batches import Prompts
@@ -36,8 +36,11 @@ from segjax.train.reward_spec import RewardSpec
 from segjax.train.segmenter import make_segmenter
 from segjax.types import Normalizer
 
-HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar'}
-TRAINED_HEADS = {'sft': 'language', 'policy': 'language', 'critic': 'scalar', 'reward': 'scalar'}
+HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'reward_lm': 'language'}
+TRAINED_HEADS = {
+  **dict.fromkeys(('sft', 'dpo', 'policy'), 'language'),
+  **dict.fromkeys(('reward', 'critic'), 'scalar'),
+}
 
 LogFn = Callable[[str], None]
 
@@ -46,7 +49,8 @@ class Models(NamedTuple):
   """The models that a run names, before their weights are loaded.
 
   Attributes:
-    paths: their directories, by name: 'policy', 'reference', and 'reward' if there is one.
+    paths: their directories, by name: 'policy', 'reference', and 'reward' and 'reward_lm' if there
+      are any.
     reward_spec: how responses are segmented and scores are normalised.
     configs: their networks, by name.
   """
@@ -152,9 +156,10 @@ def apply_runtime(
 
 
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
-  """Returns the policy, reference and reward model of the config.
+  """Returns the policy, reference and the models of the config that reward.
 
-  Without config.reward_model.path there is no 'reward' model: rewards come from a function.
+  Without config.reward_model.path there is no 'reward' model: rewards come from a function, or from
+  the language model 'reward_lm' of config.reward_shaping.lm_reward.
   """
   paths = {
     'policy': resolve_checkpoint(settings.policy.path, 'policy.path'),
@@ -170,6 +175,11 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   # Before the weights are loaded, which takes minutes for a large model.
   check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  lm_reward = settings.reward_shaping.lm_reward
+  if lm_reward.kind != 'off':
+    key = 'reward_shaping.lm_reward.path'
+    paths['reward_lm'] = resolve_checkpoint(lm_reward.path, key)
+    reward_spec.check_tokenizer(paths['reward_lm'], paths['policy'])
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
   configs = load_network_configs(paths, settings.runtime, mesh, log)
@@ -224,7 +234,7 @@ def load_models(
   trees = {}
   for name in names:
     if name not in models.paths:
-      continue  # a run on a custom reward has no reward model
+      continue  # rewards have other sources
     params = weights.frozen(models.paths[name], models.configs[name], HEADS[name])
     if on_host:
       # One model at a time moves to the host, so that the devices never hold all of them.
@@ -260,10 +270,12 @@ def make_recipe(
     policy=configs['policy'],
     reference=configs['reference'],
     reward=configs.get('reward'),
+    reward_lm=configs.get('reward_lm'),
     critic=configs.get('critic'),
     segmenter=make_segmenter(segmentation, tokenizer),
     spread=resolve_spread(settings, segmentation.granularity),
-    shaping=settings.reward_shaping,
+    # The same programs serve a model in another directory.
+    shaping=replace(settings.reward_shaping, **{'lm_reward.path': ''}),
     ppo=settings.ppo,
     compat=settings.compat,
     recompute_logprob=resolve_recompute_logprob(settings),

@@ -50,6 +50,7 @@ def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -
   """Returns a description of how the stage trained its model, for JSON."""
   s = stage.settings
   paths = {name: getattr(s, name).path for name in ('policy', 'reference', 'reward_model')}
+  paths['lm_reward'] = s.reward_shaping.lm_reward.path
   return {
     'stage': stage.name,
     'recipe': recipe,

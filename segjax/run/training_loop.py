@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from segjax import processes
 from segjax.config.no_effect import check_learning_rate
-from segjax.config.settings import PPO, SFT, CheckpointSettings, RewardTraining, Settings
+from segjax.config.settings import PPO, SFT, CheckpointSettings, PairTraining, Settings
 from segjax.config.validate import longest_sequence
 from segjax.data.packing_plan import (
   PieceBound,
@@ -138,7 +138,7 @@ class StepDecisions:
     return must_stop, by_steps or by_time
 
 
-def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
+def count_steps(settings: SFT | PairTraining, num_rows: int, section: str) -> int:
   """Returns max_steps if positive, otherwise the number of full batches in all epochs.
 
   Raises:
@@ -155,13 +155,13 @@ def count_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> 
   return num_steps
 
 
-def count_known_steps(settings: SFT | RewardTraining, num_rows: int, section: str) -> int:
+def count_known_steps(settings: SFT | PairTraining, num_rows: int, section: str) -> int:
   """Returns `count_steps` for a dry run; without local rows max_steps, 0 if they decide."""
   return count_steps(settings, num_rows, section) if num_rows else settings.max_steps
 
 
 def plan_packing_for(
-  settings: SFT | RewardTraining | PPO,
+  settings: SFT | PairTraining | PPO,
   lengths: np.ndarray,
   mesh: Mesh,
   network: LlamaConfig,
@@ -186,9 +186,7 @@ def plan_packing_for(
   return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
 
 
-def piece_bound(
-  settings: SFT | RewardTraining | PPO, mesh: Mesh, network: LlamaConfig
-) -> PieceBound:
+def piece_bound(settings: SFT | PairTraining | PPO, mesh: Mesh, network: LlamaConfig) -> PieceBound:
   """Returns the bound of a packed piece by micro_batch_tokens."""
   width = settings.packing_length
   widens = skips_other_segments(network.attention, width, network.head_dim)
@@ -201,7 +199,7 @@ def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
   if not getattr(settings, 'micro_batch_tokens', 0):
     return
   bound, (longest, what) = _room(settings, mesh), longest_sequence(s, section)
-  group = 2 if section == 'reward' else 1
+  group = 2 if isinstance(settings, PairTraining) else 1
   needed = bound.needed(longest, group) if settings.packing_length else group * longest
   if bound.tokens < needed:
     raise UserError(
@@ -210,7 +208,7 @@ def check_micro_batch(s: Settings, section: str, mesh: Mesh) -> None:
     )
 
 
-def _room(settings: SFT | RewardTraining | PPO, mesh: Mesh) -> PieceBound:
+def _room(settings: SFT | PairTraining | PPO, mesh: Mesh) -> PieceBound:
   devices = batch_devices(mesh)
   tokens = settings.micro_batch_tokens * mesh.size // devices
   return PieceBound(devices, tokens, settings.packing_length)

@@ -77,7 +77,8 @@ class Collector:
     """Samples `sampler.samples_per_prompt` responses to each prompt and scores them.
 
     Args:
-      params: parameters by name: 'policy', 'reference' and, where present, 'reward' and 'critic'.
+      params: parameters by name: 'policy', 'reference' and, where present, 'reward', 'reward_lm'
+        and 'critic'.
       rows: rows of `prompts`.
       key: random key of this rollout.
       kl_coef: coefficient of the KL penalty.

@@ -14,7 +14,7 @@ from segjax.rl.masked import masked_mean, whiten
 from segjax.rl.rewards import shaped_reward
 from segjax.train.estimators import estimate_advantages
 from segjax.train.recipe import PPORecipe
-from segjax.train.reward_shaping import dense_rewards, segment_z
+from segjax.train.reward_shaping import dense_rewards, lm_rewards, segment_z
 from segjax.train.rollout_metrics import rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import segment_batch
@@ -48,7 +48,10 @@ def make_experience(
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
   segments = _segments(rollout, outputs, recipe)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
-  dense = dense_rewards(z, segments, rollout, outputs.ref_entropy, custom_reward, recipe=recipe)
+  lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
+  dense = dense_rewards(
+    z, segments, rollout, outputs.ref_entropy, custom_reward, lm_reward, recipe=recipe
+  )
   shape = functools.partial(
     shaped_reward,
     kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
@@ -76,6 +79,8 @@ def make_experience(
     metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
+  if lm_reward is not None:
+    metrics['objective/lm_reward'] = jnp.mean(jnp.sum(lm_reward, axis=1))
   return experience, metrics
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from segjax.config.settings import PPO, SFT, RewardTraining
+from segjax.config.settings import PPO, SFT, PairTraining
 from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.mesh import batch_devices
@@ -86,7 +86,7 @@ def _of_trained(objective: Objective, base: Any) -> Objective:
   return lambda params, *rest, slots: objective(base | params, *rest, slots=slots)
 
 
-def rows_at_once(settings: SFT | RewardTraining | PPO, rows: int, tokens: int) -> int:
+def rows_at_once(settings: SFT | PairTraining | PPO, rows: int, tokens: int) -> int:
   """Returns the rows of a piece without packing: micro_batch_size, or those of micro_batch_tokens.
 
   The latter are the largest number that divides the batch and over the devices; at least one each.

@@ -14,7 +14,8 @@ class PPORecipe:
   """The networks, how responses are segmented, how scores become rewards, how PPO learns.
 
   Attributes:
-    reward: the reward model; None where rewards come from a custom reward alone.
+    reward: the reward model; None where rewards have other sources alone.
+    reward_lm: the language model that rewards tokens as `shaping.lm_reward` says; None without one.
     critic: the critic; None if `ppo.has_critic` is False.
     spread: a name in `rl.spreads.SPREADS`.
     recompute_logprob: takes `old_logprob` from a full forward pass instead of the decode loop.
@@ -33,6 +34,7 @@ class PPORecipe:
   ppo: PPO
   compat: Compat = dataclasses.field(default_factory=Compat)
   recompute_logprob: bool = False
+  reward_lm: LlamaConfig | None = None
   one_base: tuple[str, ...] = ()
   samples_per_prompt: int = 1
 

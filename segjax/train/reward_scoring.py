@@ -1,8 +1,9 @@
 """Computes the segment scores of a reward model, for sequences and pairs, raw or normalised.
 
-Used by the reward step, the fit of the normaliser and every evaluation of a reward model.
+Used by the training step, the fit of the normaliser and every evaluation of a reward model.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any
@@ -15,12 +16,32 @@ from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig
 from segjax.model.packed import run_packed
 from segjax.rl.normalizer import normalize, relative_position
+from segjax.train.rollout_metrics import one_token_segments
 from segjax.train.segmenter import Segmenter, segment_batch, sequence_scores
 from segjax.types import Normalizer, PackingSlots, PreferenceBatch, Segments, Sequences
 
 
+class PairScorer(abc.ABC):
+  """How pairs of responses are scored; hashable, as it is a static argument."""
+
+  reference: LlamaConfig
+
+  @abc.abstractmethod
+  def score_pairs(
+    self, params: Any, reference: Any, pairs: PreferenceBatch, slots: PackingSlots | None = None
+  ) -> tuple[Float[Array, 'B 2'], dict[str, Float[Array, 'B']]]:
+    """Returns (scores of chosen and rejected, other figures of each pair by name).
+
+    Args:
+      params: parameters of the network that scores.
+      reference: parameters of the reference; None where it is not run.
+      pairs: the pairs.
+      slots: of the 2B sequences, chosen and rejected in turn; None for one per row.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
-class SegmentScorer:
+class SegmentScorer(PairScorer):
   """How sequences are segmented and scored.
 
   Attributes:
@@ -36,6 +57,22 @@ class SegmentScorer:
   def networks(self) -> dict[str, LlamaConfig]:
     """The networks by name."""
     return {'reward model': self.reward, 'reference': self.reference}
+
+  def score_pairs(
+    self, params: Any, reference: Any, pairs: PreferenceBatch, slots: PackingSlots | None = None
+  ) -> tuple[Float[Array, 'B 2'], dict[str, Float[Array, 'B']]]:
+    """Returns (aggregated scores of chosen and rejected, segments of a response of each pair)."""
+    # One forward pass of 2B sequences: two would gather the weights twice.
+    score, segments = score_sequences(params, reference, interleave(pairs), self, slots)
+
+    def mean_of_both(x):
+      return jnp.sum(x.reshape(-1, 2), axis=1) / 2
+
+    figures = {'segments': mean_of_both(segments.num_segments)}
+    if self.segmenter.segmentation.granularity == 'segment':
+      figures['one_token_segments'] = mean_of_both(one_token_segments(segments))
+    score = sequence_scores(score, segments, self.segmenter.segmentation)
+    return score.reshape(-1, 2), figures
 
 
 def reference_signal(
@@ -74,19 +111,7 @@ def score_sequences(
   return score, segments
 
 
-def pair_scores(
-  params: Any,
-  reference: Any,
-  pairs: PreferenceBatch,
-  scorer: SegmentScorer,
-  slots: PackingSlots | None = None,
-) -> tuple[Float[Array, 'B 2'], Segments]:
-  """Returns the aggregated scores of chosen and rejected, from one forward pass of 2B sequences."""
-  score, segments = score_sequences(params, reference, _interleave(pairs), scorer, slots)
-  return sequence_scores(score, segments, scorer.segmenter.segmentation).reshape(-1, 2), segments
-
-
-def _interleave(pairs: PreferenceBatch) -> Sequences:
+def interleave(pairs: PreferenceBatch) -> Sequences:
   """Returns 2B rows, chosen and rejected in turn, so that no row leaves its device."""
   return jax.tree.map(
     lambda chosen, rejected: jnp.stack([chosen, rejected], 1).reshape(-1, *chosen.shape[1:]),
@@ -97,10 +122,10 @@ def _interleave(pairs: PreferenceBatch) -> Sequences:
 
 @functools.partial(jax.jit, static_argnames='scorer')
 def evaluate_pairs(
-  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: SegmentScorer
+  params: Any, reference: Any, pairs: PreferenceBatch, *, scorer: PairScorer
 ) -> Float[Array, 'B 2']:
   """Returns the scores of chosen and rejected, in one compiled program."""
-  return pair_scores(params, reference, pairs, scorer)[0]
+  return scorer.score_pairs(params, reference, pairs)[0]
 
 
 @functools.partial(jax.jit, static_argnames='scorer')
@@ -113,7 +138,7 @@ def segment_statistics(
     (relative position of each token's segment, score, whether a segment ends there, aggregated
     score of the response).
   """
-  score, segments = score_sequences(params, reference, _interleave(pairs), scorer)
+  score, segments = score_sequences(params, reference, interleave(pairs), scorer)
   response_score = sequence_scores(score, segments, scorer.segmenter.segmentation)
   return jax.vmap(relative_position)(segments), score, segments.end, response_score
 

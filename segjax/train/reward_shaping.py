@@ -1,7 +1,7 @@
 """Computes one reward per token from the scores of a rollout, before the clip and the KL penalty.
 
-Applies functions of `rl` in this order: normalise or redistribute, credit, spread, mix with a
-custom reward, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
+Applies functions of `rl` in this order: normalise or redistribute, credit, spread, mix with other
+rewards, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from segjax.config.ppo_settings import resolve_std_floor_ratio
 from segjax.config.settings import RewardShaping
+from segjax.rl.lm_rewards import pool, token_reward
 from segjax.rl.normalizer import normalize
 from segjax.rl.redistribution import by_attention
 from segjax.rl.rewards import end_penalty, length_penalty, red
@@ -60,13 +61,14 @@ def dense_rewards(
   rollout: Rollout,
   ref_entropy: Float[Array, 'B T'],
   custom_reward: Float[Array, 'B T'] | None,
+  lm_reward: Float[Array, 'B T'] | None = None,
   *,
   recipe: PPORecipe,
 ) -> Float[Array, 'B T']:
   """Returns the reward of each token, before the clip and the KL penalty.
 
-  dense = reward_model_weight · spread(credit(z)) + reward_fn_weight · custom_reward, then the
-  penalties for missing EOS and for length.
+  dense = reward_model_weight · spread(credit(z)) + reward_fn_weight · custom_reward + lm_reward,
+  then the penalties for missing EOS and for length.
 
   Args:
     z: `segment_z`.
@@ -74,31 +76,73 @@ def dense_rewards(
     rollout: the responses.
     ref_entropy: entropy of the reference, nats.
     custom_reward: the user's reward of each token, if there is one.
+    lm_reward: `lm_rewards`, if a language model rewards tokens.
     recipe: weights, credit, spread and penalties.
   """
-  shaping, segmentation = recipe.shaping, recipe.segmenter.segmentation
+  shaping = recipe.shaping
+  if shaping.credit == 'min':
+    weigh = functools.partial(min_credit, temperature=shaping.credit_temperature)
+    z = jax.vmap(weigh)(z, segments)
+  dense = shaping.reward_model_weight * _spread(z, segments, rollout, ref_entropy, recipe)
+  if custom_reward is not None:
+    dense = dense + shaping.reward_fn_weight * custom_reward
+  if lm_reward is not None:
+    dense = dense + lm_reward
+  if recipe.compat.bandit_skips_penalties and recipe.spread == 'bandit':
+    return dense
+  return _penalize(dense, rollout, recipe)
+
+
+def lm_rewards(
+  outputs: ModelOutputs, segments: Segments, rollout: Rollout, *, recipe: PPORecipe
+) -> Float[Array, 'B T'] | None:
+  """Returns the rewards by the language model `recipe.reward_lm`, as `shaping.lm_reward` says.
+
+  None without such a model. With level=segment their sums over the segments are spread as the
+  scores of a reward model are; a token outside of all, such as the stop token, keeps its own.
+  """
+  if recipe.reward_lm is None:
+    return None
+  settings = recipe.shaping.lm_reward
+  reward = token_reward(
+    outputs.lm_logprob,
+    outputs.ref_logprob,
+    outputs.old_logprob,
+    rollout.response_mask,
+    kind=settings.kind,
+    coef=settings.coef,
+    clip=settings.clip or None,  # 0 in the settings: none
+  )
+  if settings.level == 'token':
+    return reward
+  pooled = jax.vmap(pool)(reward, segments)
+  spread = _spread(pooled, segments, rollout, outputs.ref_entropy, recipe)
+  return spread + jnp.where(segments.segment_id < 0, reward, 0)
+
+
+def _spread(
+  z: Float[Array, 'B T'],
+  segments: Segments,
+  rollout: Rollout,
+  ref_entropy: Float[Array, 'B T'],
+  recipe: PPORecipe,
+) -> Float[Array, 'B T']:
+  """Spreads what each segment earns over its tokens."""
+  segmentation = recipe.segmenter.segmentation
 
   def spread_out(z, segments, mask, entropy):
-    if shaping.credit == 'min':
-      z = min_credit(z, segments, shaping.credit_temperature)
     return dense_reward(
       z,
       segments,
       mask,
       spread=recipe.spread,
-      length_norm=shaping.length_norm,
+      length_norm=recipe.shaping.length_norm,
       aggregation=segmentation.aggregation,
       temperature=segmentation.softmax_temperature,
       entropy=entropy,
     )
 
-  dense = jax.vmap(spread_out)(z, segments, rollout.response_mask, ref_entropy)
-  dense = shaping.reward_model_weight * dense
-  if custom_reward is not None:
-    dense = dense + shaping.reward_fn_weight * custom_reward
-  if recipe.compat.bandit_skips_penalties and recipe.spread == 'bandit':
-    return dense
-  return _penalize(dense, rollout, recipe)
+  return jax.vmap(spread_out)(z, segments, rollout.response_mask, ref_entropy)
 
 
 def _penalize(

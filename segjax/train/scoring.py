@@ -37,6 +37,7 @@ class ModelOutputs(NamedTuple):
     score: the reward model's raw output.
     value: the critic's; None without a critic.
     prompt_score: the reward model's output at the last token of the prompt.
+    lm_logprob: log-prob under the language model that rewards; None without one.
     attribution: what each token contributes to the score of the response, where
       reward_shaping.redistribute needs it.
   """
@@ -47,6 +48,7 @@ class ModelOutputs(NamedTuple):
   score: Float[Array, 'B T']
   value: Float[Array, 'B T'] | None
   prompt_score: Float[Array, 'B']
+  lm_logprob: Float[Array, 'B T'] | None = None
   attribution: Float[Array, 'B T'] | None = None
 
 
@@ -105,8 +107,8 @@ def score_chunk(
   """Runs one forward pass of each network, or of each group of one base, over the rollout.
 
   Args:
-    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward' and 'critic'.
-      The policy is run only with `recipe.recompute_logprob`.
+    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward', 'reward_lm'
+      and 'critic'. The policy is run only with `recipe.recompute_logprob`.
     ids: `concat_prompt_response` of the rollout.
     segment_ids: `attention_segment_ids` of the rollout.
     rollout: the rows to score.
@@ -149,6 +151,7 @@ def score_chunk(
     score=window(score),
     value=value,
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
+    lm_logprob=window(logprobs('reward_lm')[0]) if 'reward_lm' in configs else None,
     attribution=attribution,
   )
 
@@ -162,6 +165,7 @@ def _run_networks(recipe: PPORecipe) -> list[str]:
     'policy': recipe.recompute_logprob,
     'critic': recipe.critic is not None,
     'reward': recipe.reward is not None,
+    'reward_lm': recipe.reward_lm is not None,
   }
   return [name for name, value in is_run.items() if value]
 

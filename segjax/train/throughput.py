@@ -35,6 +35,8 @@ def ppo_step(
     passes.append(_Passes(recipe.critic, 'scalar', 1, epochs))
   if recipe.reward is not None:
     passes.append(_Passes(recipe.reward, 'scalar', 1))
+  if recipe.reward_lm is not None:
+    passes.append(_Passes(recipe.reward_lm, 'language', 1))
   return _work(lengths, passes)
 
 

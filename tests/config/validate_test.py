@@ -19,6 +19,9 @@ PRESETS = [
   ('ppo', 'llama31_8b_instruct,bandit'),
   ('sft', 'demo'),
   ('sft', 'local'),
+  ('dpo', 'demo'),
+  ('dpo', 'local'),
+  ('dpo', 'llama3_8b_sft'),
   ('reward', 'demo,bandit'),
   ('reward', 'local,token'),
   ('reward', 'llama3_8b_sft'),
@@ -379,6 +382,26 @@ def test_a_batch_goes_at_once_if_it_is_smaller_than_the_limit():
       'reward_shaping.spread=auto',
     ),
     ({'ppo.kl_placement': 'loss'}, 'its gradient is 0 on average'),
+    ({'reward_shaping.reward_model_weight': 0.0}, r'leaves no reward; .* set .*lm_reward\.kind'),
+    (
+      {'reward_shaping.lm_reward.path': 'x'},
+      r'lm_reward\.path=x has no effect with kind=off; set .*kind=implicit or teacher',
+    ),
+    (
+      {'reward_shaping.lm_reward.kind': 'teacher', 'reward_shaping.lm_reward.coef': 0.0},
+      r'lm_reward\.coef=0 makes all rewards of the model 0',
+    ),
+    (
+      {
+        'reward_shaping.lm_reward.kind': 'implicit',
+        'reward_shaping.lm_reward.path': 'x',
+        'policy.path': 'x',
+      },
+      r"lm_reward\.path='x' is the reference too, so that all its rewards are 0",
+    ),
+    ({'dpo.label_smoothing': 0.5}, r'config\.dpo\.label_smoothing=0.5 must be below 0.5'),
+    ({'dpo.beta': 0.0}, r'config\.dpo\.beta=0.0 must be above 0'),
+    ({'dpo.holdout_fraction': 0.0}, r'config\.dpo\.holdout_fraction=0.0 must be between 0 and 1'),
     (
       {'rollout.samples_per_prompt': 8, 'rollout.max_concurrent': 4},
       r'samples_per_prompt=8 is more than config\.rollout\.max_concurrent=4.*to 8 or more, or to 0',

@@ -28,7 +28,7 @@ from segjax.plan import (
 )
 from segjax.plan.lengths import KINDS
 from segjax.plan.ppo_programs import PPO
-from segjax.plan.programs import REWARD
+from segjax.plan.programs import DPO, REWARD
 
 TOPOLOGY = topologies.parse('cpu:8')
 SETTINGS = replace(
@@ -311,14 +311,26 @@ def test_settings_that_cannot_be_planned(changes, message):
       {'ppo.packing_length': 80, 'ppo.micro_batch_size': 0, 'ppo.micro_batch_tokens': 160},
     ),
     (REWARD, 'held-out pairs', {}),
+    (DPO, 'policy update', {}),
   ],
 )
 def test_other_phases_compile(job, name, changes):
-  settings = replace(SETTINGS, **{'reward.batch_size': 8, **changes})
+  settings = replace(SETTINGS, **{'reward.batch_size': 8, 'dpo.batch_size': 8, **changes})
   (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).phases
   assert measured.arguments > 0 and not measured.refused
   if changes:  # the packing plan is one more argument
     assert measured.arguments > make_plan(names=(name,)).phases[0].arguments
+
+
+@pytest.mark.plan
+def test_a_language_model_that_rewards_is_planned():
+  lm_reward = {'reward_shaping.lm_reward.kind': 'implicit', 'reward_shaping.lm_reward.path': 'x'}
+  with_model = make_plan(replace(SETTINGS, **lm_reward), ('scoring',))
+  without = make_plan(names=('scoring',))
+  sizes = with_model.programs.sizes()
+  assert sizes['reward language model'] == without.programs.sizes()['reference']
+  (more,), (fewer,) = with_model.phases, without.phases
+  assert more.arguments > fewer.arguments and not more.refused
 
 
 @functools.cache

@@ -32,6 +32,8 @@ HEALTHY = {
   'reward/clipped': lambda x: 0.001,
   'eval/accuracy': lambda x: 0.5 + 0.2 * x,
   'rollout/age_max': lambda x: 3.0,
+  'dpo/loss': lambda x: 0.68 - 0.3 * x,
+  'dpo/grad_norm': lambda x: 1.0,
 }
 # A part of the alert, and the curve that causes it.
 UNHEALTHY = {
@@ -65,6 +67,7 @@ UNHEALTHY = {
   'gradient is zero, 0e+00: nothing is learned. Check the rows': {
     'reward_model/grad_norm': lambda x: 0.0
   },
+  'gradient is zero, 1e-08: nothing is learned': {'dpo/grad_norm': lambda x: 1e-8},
   'overfits': {'eval/accuracy': lambda x: 0.5 + x - 1.2 * x**2},
   'entropy is collapsing': {'policy/entropy': lambda x: 1.4 * (1 - x) ** 2},
   'fewer responses end': {'response/eos_rate': lambda x: 0.9 - 0.35 * x},
@@ -77,7 +80,8 @@ UNHEALTHY = {
   'while eval/reward falls': {'eval/reward': lambda x: x - 1.5 * x**2},
   'while eval/gold falls': {'eval/gold': lambda x: x - 1.5 * x**2},
   'the loss has risen to 1': {'reward_model/loss': lambda x: 0.69 + 2 * x},
-  'the loss has risen to 2.97': {'sft/loss': lambda x: 1.9 + 2 * x},
+  'the loss has risen to 1.1': {'dpo/loss': lambda x: 0.68 + 5 * x},
+  'the loss has risen to 2.9': {'sft/loss': lambda x: 1.9 + 2 * x},
   'that of chance': {'reward_model/accuracy': lambda x: 0.5},
 }
 

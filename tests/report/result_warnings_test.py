@@ -20,6 +20,7 @@ def figures(before=None, after=None):
 GOOD = {
   'normalizer': {'kind': 'regression', 'r2_mean': 0.3, 'r2_std': 0.1},
   'reward': {'held_out_accuracy': 0.7, 'held_out_length_baseline_accuracy': 0.6},
+  'dpo': {'held_out_accuracy': 0.7},
   'evaluate': figures(),
   'sft': {'steps': 4, 'loss': None},
 }
@@ -32,6 +33,7 @@ BAD = (
     {'held_out_accuracy': 0.6, 'held_out_length_baseline_accuracy': 0.7},
     'is 60%; that of choosing the longer response is 70%',
   ),
+  ('dpo', {'held_out_accuracy': 0.52}, 'implicit reward is right in 52%'),
   ('evaluate', {'after': {'eos_rate': 0.0}}, 'only 0% of the responses end'),
   ('evaluate', figures(after={'gold': -1.0}), 'has fallen from -0.20 to -1.00'),
 )

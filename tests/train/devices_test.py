@@ -25,7 +25,7 @@ from segjax.rl.critic_free import ESTIMATORS
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.rollout import make_sampling
 from segjax.train.scoring import score, score_chunk
 from segjax.train.sft_step import sft_step
@@ -120,7 +120,7 @@ def reward(devices):
     arguments = FrozenParams(training.network('reference', mesh)), training.pairs(mesh)
     static = {'scorer': training.SCORER, 'settings': training.REWARD}
     static |= {'total_steps': training.TOTAL}
-    return train(mesh, reward_step, states, *arguments, **static)
+    return train(mesh, preference_step, states, *arguments, **static)
 
 
 def num_required(function):

@@ -27,13 +27,18 @@ from segjax.train.scoring import (
 )
 from segjax.types import Normalizer, Rollout, Segments
 
+RECIPE = training.recipe(reward_lm=models.CONFIG)
+ONE_BATCH = dataclasses.replace(
+  RECIPE, ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0)
+)
 NORMALIZER = (0.2, -0.1, 0.3, 0.8)  # w_mean, w_std, b_mean, b_std
 
 
 @pytest.fixture(scope='module')
 def params():
   mesh = models.mesh(1)
-  return {name: training.network(name, mesh) for name in training.SEEDS}
+  networks = {name: training.network(name, mesh) for name in training.SEEDS}
+  return networks | {'reward_lm': models.place(models.params(models.CONFIG, seed=4), mesh)}
 
 
 @pytest.fixture(scope='module')
@@ -65,12 +70,13 @@ def test_join_and_window_equal_a_loop(rollout):
 
 
 def test_outputs_equal_windows_of_full_forwards(params, rollout, length):
-  outputs = score(params, rollout, length, recipe=training.recipe())
+  outputs = score(params, rollout, length, recipe=RECIPE)
   ids = jax.jit(concat_prompt_response)(rollout)
   logprob, entropy = models.token_logprobs(params['reference'], ids, models.CONFIG)
   expected = {
     'ref_logprob': logprob,
     'ref_entropy': entropy,
+    'lm_logprob': models.token_logprobs(params['reward_lm'], ids, models.CONFIG)[0],
     'score': models.scores(params['reward'], ids, models.CONFIG),
     'value': models.values(params['critic'], ids, models.CONFIG),
   }
@@ -83,20 +89,22 @@ def test_outputs_equal_windows_of_full_forwards(params, rollout, length):
 
 def test_chunks_equal_one_batch(params, rollout, length, caplog):
   with compiled(caplog) as names:
-    chunks = score(params, rollout, length, recipe=training.recipe())
+    chunks = score(params, rollout, length, recipe=RECIPE)
   assert names.count('score_chunk') <= 1
-  one_batch = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, length, recipe=one_batch)
+  expected = score(params, rollout, length, recipe=ONE_BATCH)
   # float32, matrix products with another number of rows.
-  jax.tree.map(functools.partial(assert_allclose, atol=3e-5), chunks, expected)
+  close = functools.partial(assert_allclose, atol=3e-5)
+  jax.tree.map(close, chunks, expected)
 
 
 def test_frozen_models_in_host_memory(params, rollout, length):
-  expected = score(params, rollout, length, recipe=training.recipe())
-  on_host = {name: host_memory.to_host(params[name]) for name in ('reference', 'reward')}
+  expected = score(params, rollout, length, recipe=RECIPE)
+  on_host = {
+    name: host_memory.to_host(params[name]) for name in ('reference', 'reward', 'reward_lm')
+  }
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(on_host)}
   assert kinds == {'pinned_host'}
-  moved = score(params | on_host, rollout, length, recipe=training.recipe())
+  moved = score(params | on_host, rollout, length, recipe=RECIPE)
   jax.tree.map(np.testing.assert_array_equal, moved, expected)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(on_host)} == kinds  # still on the host
 
@@ -283,11 +291,10 @@ def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch)
     return real(params, ids, *rest, **static)
 
   monkeypatch.setattr(scoring, 'score_chunk', recording)
-  narrow = score(params, rollout, length, recipe=training.recipe())
+  narrow = score(params, rollout, length, recipe=RECIPE)
   monkeypatch.undo()
   assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE
-  one_batch = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, scoring_batch_size=0))
-  expected = score(params, rollout, length, recipe=one_batch)
+  expected = score(params, rollout, length, recipe=ONE_BATCH)
   mask = np.asarray(rollout.response_mask)
   for name in ('ref_logprob', 'ref_entropy', 'score', 'value'):
     got, want = np.asarray(getattr(narrow, name)), np.asarray(getattr(expected, name))

@@ -112,16 +112,15 @@ def test_before_any_update_the_policy_is_the_reference_bit_for_bit():
 
 def test_one_pass_scores_as_networks_by_themselves():
   base, trees = trained(adapters.adapter, models.mesh(1))
-  together = scored(base, trees, recipe())
-  alone = scored(base, trees, recipe(one_base=()))
+  own = adapters.adapter(models.params(models.CONFIG), adapters.SOME, 4)
+  trees['reward_lm'] = models.place(own, models.mesh(1))
+  config = adapters.config(adapters.SOME)
+  together = scored(base, trees, recipe(reward_lm=config, one_base=(*NAMES, 'reward_lm')))
+  alone = scored(base, trees, recipe(reward_lm=config, one_base=()))
   mask = np.asarray(rollout().arrays.response_mask)
-  assert together.attribution is alone.attribution is None
-  outputs = zip(together._fields[:-1], together[:-1], alone[:-1], strict=True)
-  for name, ours, theirs in outputs:
+  for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
     at = mask if ours.ndim == 2 else slice(None)
-    np.testing.assert_allclose(
-      np.asarray(ours)[at], np.asarray(theirs)[at], rtol=0, atol=3e-5, err_msg=name
-    )
+    np.testing.assert_allclose(np.asarray(ours)[at], np.asarray(theirs)[at], rtol=0, atol=3e-5)
 
 
 def updated(devices=1, micro_batch=0, packed=False):

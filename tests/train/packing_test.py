@@ -15,8 +15,9 @@ from segjax.data.packing_plan import PieceBound, plan_level_packing, plan_packin
 from segjax.model import heads, packed, sharding
 from segjax.rl.learned_tokens import high_entropy_tokens
 from segjax.train.experience import make_experience
+from segjax.train.implicit_scoring import ImplicitScorer
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.scoring import score
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
@@ -89,7 +90,7 @@ def run(step, name, packed, mean='sequence', devices=1):
         settings=settings,
         total_steps=training.TOTAL,
       )
-    elif name == 'reward':
+    elif name in ('reward', 'dpo'):
       pairs = training.pairs(mesh)
       ends = [
         models.LENGTH - np.argmax(np.asarray(side.response_mask)[:, ::-1], axis=1)
@@ -98,12 +99,13 @@ def run(step, name, packed, mean='sequence', devices=1):
       has = [np.asarray(side.response_mask).any(axis=1) for side in (pairs.chosen, pairs.rejected)]
       length = np.where(np.stack(has, 1), np.stack(ends, 1), 1).reshape(-1)
       settings = dataclasses.replace(training.REWARD, micro_batch_size=rows if packed else 0)
-      state, metrics = reward_step(
-        training.state('reward', mesh),
+      scorer = ImplicitScorer(models.CONFIG, models.CONFIG, 0.1) if name == 'dpo' else None
+      state, metrics = preference_step(
+        training.state('policy' if name == 'dpo' else 'reward', mesh),
         FrozenParams(training.network('reference', mesh)),
         pairs,
         plan(length, group=2) if packed else None,
-        scorer=training.SCORER,
+        scorer=scorer or training.SCORER,
         settings=settings,
         total_steps=training.TOTAL,
       )
@@ -133,9 +135,10 @@ CASES = [
   pytest.param(policy_step, 'policy', 'token', 1, 'fixed', marks=pytest.mark.campaign),
   pytest.param(critic_step, 'critic', 'sequence', 1, 'level', marks=pytest.mark.campaign),
   (sft_step, 'sft', 'token', 1, 'level'),
-  pytest.param(reward_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
-  pytest.param(reward_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
-  pytest.param(reward_step, 'reward', 'sequence', 8, 'level', marks=pytest.mark.devices),
+  pytest.param(preference_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
+  pytest.param(preference_step, 'dpo', 'sequence', 1, 'level', marks=pytest.mark.campaign),
+  pytest.param(preference_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
+  pytest.param(preference_step, 'reward', 'sequence', 8, 'level', marks=pytest.mark.devices),
 ]
 
 
@@ -148,7 +151,7 @@ def test_packed_step_equals_padded(step, name, mean, devices, packed):
   for key, value in expected_metrics.items():
     assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-5, err_msg=key)  # float32
   difference = jax.tree.map(np.subtract, parameters, expected)
-  before = training.copied(training.state('policy' if name == 'sft' else name).params)
+  before = training.copied(training.state('policy' if name in ('sft', 'dpo') else name).params)
   moved = jax.tree.map(np.subtract, expected, before)
   norms = [
     np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(tree))) for tree in (difference, moved)

@@ -1,13 +1,15 @@
 """Dense rewards from scores: the order of the steps, and the effect of each option."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import training
+from fixtures import models, training
 from numpy.testing import assert_allclose
 
-from segjax.config.settings import Compat, RewardShaping, Segmentation
-from segjax.train.reward_shaping import dense_rewards, segment_z
+from segjax.config.settings import Compat, LMReward, RewardShaping, Segmentation
+from segjax.train.reward_shaping import dense_rewards, lm_rewards, segment_z
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Rollout
@@ -17,16 +19,26 @@ MASK = np.array([[1, 1, 1, 1, 1, 0], [1] * 6], bool)
 FINISHED = np.array([True, False])
 SCORE = np.array([[9, 1, 9, 3, 6, 9], [9, 2, 9, 0, 9, 4]], np.float32)
 PROMPT_SCORE = np.array([0.5, -1.0], np.float32)
+# Log-probs by the language model that rewards; the reference's are 0, the policy's too.
+LM_LOGPROB = np.array([[-1, -3, 1, 1, 2, 9], [-0.5, 0, 0, 0, 0, 0]], np.float32)
 NORMALIZER = Normalizer(*map(jnp.float32, (0.0, 0.0, 1.0, 2.0)))
 
 
-def dense(spread='even_split', custom=None, compat=Compat(), include_eos=False, **shaping):  # noqa: B008
+def dense(
+  spread='even_split',
+  custom=None,
+  compat=Compat(),  # noqa: B008
+  include_eos=False,
+  lm=None,
+  **shaping,
+):
   segmentation = Segmentation(boundary='fixed_length', segment_length=2, include_eos=include_eos)
   recipe = training.recipe(
     spread=spread,
     segmenter=Segmenter(segmentation),
-    shaping=RewardShaping(std_floor_ratio=0.0, **shaping),
+    shaping=RewardShaping(std_floor_ratio=0.0, lm_reward=lm or LMReward(), **shaping),
     compat=compat,
+    reward_lm=None if lm is None else models.CONFIG,
   )
   zeros = jnp.zeros(MASK.shape)
   rollout = Rollout(
@@ -40,11 +52,14 @@ def dense(spread='even_split', custom=None, compat=Compat(), include_eos=False, 
   segments = segment_batch(
     rollout.response_ids, rollout.response_mask, rollout.finished, zeros, recipe.segmenter
   )
-  outputs = ModelOutputs(*[zeros] * 3, jnp.asarray(SCORE), zeros, jnp.asarray(PROMPT_SCORE))
+  scores = jnp.asarray(SCORE), zeros, jnp.asarray(PROMPT_SCORE)
+  outputs = ModelOutputs(*[zeros] * 3, *scores, lm_logprob=jnp.asarray(LM_LOGPROB))
   z = segment_z(outputs, segments, rollout, NORMALIZER, recipe.shaping)
   custom = None if custom is None else jnp.asarray(custom, jnp.float32)
+  lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
   entropy = jnp.tile(jnp.array([1.0, 3.0]), (2, 3))
-  return np.asarray(dense_rewards(z, segments, rollout, entropy, custom, recipe=recipe))
+  rewards = dense_rewards(z, segments, rollout, entropy, custom, lm_reward, recipe=recipe)
+  return np.asarray(rewards)
 
 
 def test_plain():
@@ -82,6 +97,17 @@ def test_custom_rewards_are_mixed_by_weights():
   mixed = dense(custom=custom, reward_fn_weight=0.5, reward_model_weight=2.0)
   assert_allclose(mixed, 2 * dense() + 0.5 * custom, rtol=1e-6)
   assert_allclose(dense(custom=custom, reward_model_weight=0.0), custom)
+
+
+def test_a_language_model_rewards_tokens_or_segments():
+  by_token = np.where(MASK, np.clip(0.5 * LM_LOGPROB, -1, 1), 0)
+  lm = LMReward('', 'implicit', coef=0.5, clip=1.0)
+  assert_allclose(dense(lm=lm), dense() + by_token, rtol=1e-6)
+  assert_allclose(dense(lm=lm, reward_model_weight=0.0), by_token)
+  # -1/2 and -1 over the first segment, 1 over the second; the stop token keeps its own 1.
+  by_segment = dense(lm=dataclasses.replace(lm, level='segment'), reward_model_weight=0.0)
+  assert_allclose(by_segment[0], [-0.75, -0.75, 0.5, 0.5, 1, 0])
+  assert_allclose(by_segment.sum(axis=1), by_token.sum(axis=1))
 
 
 def test_penalties_come_after_the_mix():

@@ -11,9 +11,10 @@ from fixtures import models, training
 from fixtures.compiles import compiled
 from numpy.testing import assert_allclose
 
-from segjax.rl import oracle
-from segjax.train.reward_scoring import evaluate_pairs, pair_scores, segment_statistics
-from segjax.train.reward_step import FrozenParams, reward_step
+from segjax.rl import oracle, oracle_lm_rewards
+from segjax.train.implicit_scoring import ImplicitScorer
+from segjax.train.preference_step import FrozenParams, preference_step
+from segjax.train.reward_scoring import evaluate_pairs, segment_statistics
 
 
 @pytest.fixture(scope='module')
@@ -54,6 +55,25 @@ def test_scores_equal_oracle(networks, granularity):
   assert_allclose(got, expected_scores(networks, granularity), atol=1e-5)  # float32
 
 
+IMPLICIT = ImplicitScorer(models.CONFIG, models.CONFIG, beta=0.1)
+
+
+def test_implicit_rewards_equal_oracle(networks):
+  policy = models.place(models.params(models.CONFIG, seed=4), models.mesh(1))
+  pairs = training.pairs()
+  got = evaluate_pairs(policy, networks['reference'], pairs, scorer=IMPLICIT)
+  for side, sequences in enumerate((pairs.chosen, pairs.rejected)):
+    ours, theirs = (
+      np.asarray(models.token_logprobs(params, sequences.ids, models.CONFIG)[0]).tolist()
+      for params in (policy, networks['reference'])
+    )
+    mask = np.asarray(sequences.response_mask).tolist()
+    expected = [
+      oracle_lm_rewards.implicit_reward(*rows, 0.1) for rows in zip(ours, theirs, mask, strict=True)
+    ]
+    assert_allclose(got[:, side], expected, atol=1e-5)  # float32
+
+
 def test_longer_padding_changes_nothing(networks):
   short, long = (
     evaluate_pairs(
@@ -89,7 +109,7 @@ def test_no_gradient_reaches_the_reference(networks):
   pairs = training.pairs()
 
   def loss(reference):
-    score, _ = pair_scores(networks['reward'], reference, pairs, training.SCORER)
+    score, _ = training.SCORER.score_pairs(networks['reward'], reference, pairs)
     return jnp.sum(score**2)
 
   grads = jax.jit(jax.grad(loss))(networks['reference'])
@@ -101,7 +121,7 @@ def test_learns_one_batch(networks, caplog):
   pairs = training.pairs()
   with compiled(caplog) as names:
     for _ in range(12):
-      state, metrics = reward_step(
+      state, metrics = preference_step(
         state,
         FrozenParams(networks['reference']),
         pairs,
@@ -110,7 +130,7 @@ def test_learns_one_batch(networks, caplog):
         total_steps=training.TOTAL,
       )
       history.append(jax.device_get(metrics))
-  assert names.count('reward_step') <= 1
+  assert names.count('preference_step') <= 1
   score = expected_scores(networks, 'segment')
   margin = score[:, 0] - score[:, 1]
   losses = [math.log1p(math.exp(-x)) for x in margin]

@@ -1,4 +1,4 @@
-"""The reward model's training step: Bradley-Terry loss on aggregated segment scores."""
+"""The training step on preference pairs: Bradley-Terry loss of a reward model, or of DPO."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from segjax.config.settings import RewardTraining
+from segjax.config.settings import PairTraining
 from segjax.rl.losses import bradley_terry
 from segjax.train import gradient_accumulation
 from segjax.train.metrics import Metrics
 from segjax.train.optimizer import TrainState, apply_update
-from segjax.train.reward_scoring import SegmentScorer, pair_scores
-from segjax.train.rollout_metrics import one_token_segments
+from segjax.train.reward_scoring import PairScorer
 from segjax.types import PackingPlan, PreferenceBatch
 
 
-def margins(pairs: PreferenceBatch, settings: RewardTraining) -> Float[Array, 'B']:
+def margins(pairs: PreferenceBatch, settings: PairTraining) -> Float[Array, 'B']:
   """Returns the margin of each pair: margin + rating_margin_coef · (difference of ratings)."""
   constant = jnp.full(pairs.chosen.finished.shape, settings.margin, jnp.float32)
   if pairs.rating_gap is None or not settings.rating_margin_coef:
@@ -28,11 +27,11 @@ def margins(pairs: PreferenceBatch, settings: RewardTraining) -> Float[Array, 'B
 
 
 class FrozenParams(NamedTuple):
-  """Parameters that reward training reads.
+  """Parameters that training on pairs reads.
 
   Attributes:
-    reference: of the reference; None where no entropies are needed.
-    base: of the reward model's own network, where adapters are trained.
+    reference: of the reference; None where it is not run.
+    base: of the trained network, where adapters are trained.
   """
 
   reference: Any = None
@@ -43,51 +42,42 @@ class FrozenParams(NamedTuple):
 @functools.partial(
   jax.jit, static_argnames=('scorer', 'settings', 'total_steps'), donate_argnames='state'
 )
-def reward_step(
+def preference_step(
   state: TrainState,
   frozen: FrozenParams,
   pairs: PreferenceBatch,
   packing: PackingPlan | None = None,
   *,
-  scorer: SegmentScorer,
-  settings: RewardTraining,
+  scorer: PairScorer,
+  settings: PairTraining,
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """Updates the reward model: loss = -mean log σ(score(chosen) - score(rejected) - margin).
+  """Updates a network: loss = -mean log σ(score(chosen) - score(rejected) - margin).
 
   Args:
-    state: state of the reward model; donated.
+    state: state of the trained network; donated.
     frozen: parameters that are not trained.
     pairs: the batch.
     packing: how the 2B sequences, chosen and rejected in turn, are packed; None for one per row.
-    scorer: networks and segmentation.
+    scorer: networks, and how they score a response.
     settings: loss and optimizer.
     total_steps: updates in the whole run.
   """
   count = len(pairs.chosen.finished)  # of the full batch, so that the means of pieces add up
 
   def objective(params, pairs, *, slots):
-    # One forward pass for both sides: two would gather the weights twice.
-    score, segments = pair_scores(params, frozen.reference, pairs, scorer, slots)
+    score, figures = scorer.score_pairs(params, frozen.reference, pairs, slots)
     margin = score[:, 0] - score[:, 1]
-    loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings))
+    smoothing = settings.label_smoothing
+    loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings), smoothing)
     # An empty slot holds a copy of row 0, which must not count again.
     is_pair = jnp.ones(margin.shape, bool) if slots is None else slots.sequence[::2] >= 0
 
     def mean(x):
       return jnp.sum(jnp.where(is_pair, x, 0)) / count
 
-    def mean_per_response(x):
-      return mean(jnp.sum(x.reshape(-1, 2), axis=1)) / 2
-
-    metrics = {
-      'loss': mean(loss),
-      'accuracy': mean(margin > 0),
-      'margin': mean(margin),
-      'segments': mean_per_response(segments.num_segments),
-    }
-    if scorer.segmenter.segmentation.granularity == 'segment':
-      metrics['one_token_segments'] = mean_per_response(one_token_segments(segments))
+    metrics = {'loss': mean(loss), 'accuracy': mean(margin > 0), 'margin': mean(margin)}
+    metrics |= {name: mean(value) for name, value in figures.items()}
     return mean(loss), Metrics(metrics)
 
   tokens = 2 * pairs.chosen.ids.shape[1]
