@@ -24,7 +24,7 @@ from segjax.errors import UserError, one_line
 from segjax.evaluation.credit_accuracy import ClauseCredit, credit_accuracy, share_on
 from segjax.evaluation.intervals import format_interval
 from segjax.jobs import evaluate
-from segjax.jobs.job import COMMON, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
+from segjax.jobs.job import COMMON, LM_REWARD, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.report.console import table
 from segjax.run import models
 from segjax.run.stage import Stage
@@ -256,7 +256,7 @@ JOB = Job(
     'ppo',
     'evaluate',
   ),
-  inputs=(POLICY, REFERENCE, REWARD_MODEL, data_input('held_out')),
+  inputs=(POLICY, REFERENCE, REWARD_MODEL, LM_REWARD, data_input('held_out')),
   functions=lambda s: ('reward_model.segmentation.boundary_fn',),
   outputs=('credit.json',),
   print_table=print_table,

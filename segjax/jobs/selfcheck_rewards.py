@@ -98,7 +98,7 @@ def _by_loops(responses: Rollout, scored: ModelOutputs, granularity: str, spread
   shaping = RewardShaping()
   fitted = tuple(float(x) for x in jax.tree.leaves(position_normalizer()))
   mask, finished = (np.asarray(x).tolist() for x in (responses.response_mask, responses.finished))
-  logprob, ref_logprob, entropy, score_, values, _ = (np.asarray(x).tolist() for x in scored)
+  logprob, ref_logprob, entropy, score_, values = (np.asarray(x).tolist() for x in scored[:5])
   # The oracle reads the entropy of the NEXT token at each one.
   after = np.pad(np.asarray(scored.ref_entropy)[:, 1:], ((0, 0), (0, 1))).tolist()
   floor = shaping.std_floor_ratio * fitted[3]

@@ -145,8 +145,7 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
     ('reward_lm', 'reward language model', 'language'),
   ):
     if name in configs:
-      params = abstract_arrays.params(configs[name], head, dtype, mesh)
-      lora = configs[name].lora
+      params, lora = abstract_arrays.params(configs[name], head, dtype, mesh), configs[name].lora
       trees[tree] = trained_params(params, lora) if lora else params
   # Parts of the others: what the backbone of adapters is, and what generation reads.
   trees['base parameters'] = {'backbone': trees['reference']['backbone']}

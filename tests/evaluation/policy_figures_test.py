@@ -31,7 +31,7 @@ def _experience(ids, ends, mask, finished):
   zeros, length = jnp.zeros(ids.shape), jnp.ones(len(ids), jnp.int32)
   rollout = Rollout(ids, length, ids, mask, jnp.array(finished), zeros)
   segments = Segments(ends, ends, jnp.zeros(ids.shape, jnp.int32), ends.sum(1))
-  return Experience(rollout, zeros, zeros, zeros, zeros, segments, zeros, zeros, zeros, mask)
+  return Experience(rollout, zeros, zeros, zeros, segments, reward=zeros, advantage=zeros)
 
 
 @pytest.mark.parametrize(

@@ -281,9 +281,8 @@ def test_same_rollout():
 
 def test_same_experience():
   one, eight = scored(1), scored(8)
-  for name in one.outputs._fields:
-    got, expected = getattr(eight.outputs, name), getattr(one.outputs, name)
-    assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=name)  # float32
+  # float32
+  jax.tree.map(functools.partial(assert_allclose, rtol=1e-5, atol=1e-5), eight.outputs, one.outputs)
   for name in ('start', 'end', 'segment_id', 'num_segments'):
     got, expected = (getattr(run.experience.segments, name) for run in (eight, one))
     np.testing.assert_array_equal(got, expected, err_msg=name)
