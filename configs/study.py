@@ -41,5 +41,6 @@ def get_config(preset: str = 'granularity') -> ConfigDict:
   config.sft.max_steps = 400  # contents are looked up in the prompt, which takes longer to learn
   config.ppo.eval_every = 3  # points of the curve of gold over KL
   config.ppo.holdout_fraction = 0.25
+  config.evaluate.samples_per_prompt = 4  # of 144 prompts
   config.evaluate.num_printed = 0
   return config

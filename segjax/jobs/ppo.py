@@ -31,7 +31,6 @@ from segjax.jobs.job import (
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
-from segjax.report.held_out_log import HeldOutLog
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.stage import Stage
@@ -222,7 +221,6 @@ def _make_trainer(
     gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
-    held_out=HeldOutLog(stage.directory),
     timer=timer,
     stream=stream,
   )

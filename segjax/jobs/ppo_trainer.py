@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,6 @@ class Trainer:
     gold: (prompt, response) -> true reward, for eval/gold.
     decode: maps token ids to text.
     responses: keeps responses for report.html.
-    held_out: keeps the gold reward of each held-out prompt.
     timer: of the parts of a step.
     stream: of the prompts, where responses are carried from one step to the next.
   """
@@ -70,7 +70,6 @@ class Trainer:
   gold: Callable[[str, str], float] | None
   decode: Callable[[Any], str]
   responses: ResponseLog
-  held_out: HeldOutLog
   timer: StepTimer
   stream: Stream | None = None
 
@@ -168,6 +167,11 @@ class Trainer:
       metrics.pop('policy/own_ratio_max_deviation', None)
     return states | networks, metrics
 
+  @functools.cached_property
+  def _held_out(self) -> HeldOutLog:
+    """Keeps the gold reward of each held-out prompt."""
+    return HeldOutLog(self.stage.directory)
+
   def _evaluate(self, states: training_loop.TrainStates, step: int) -> dict[str, Any]:
     metrics = {}
     # If a stop is requested during the evaluation, the finished step has no eval metrics.
@@ -181,6 +185,6 @@ class Trainer:
         self.decode,
       )
       if self.gold is not None:
-        self.held_out.write(step, float(metrics['eval/kl']), gold)
+        self._held_out.write(step, float(metrics['eval/kl']), gold)
     self.timer.end('evaluate', metrics)
     return metrics

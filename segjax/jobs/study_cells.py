@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from segjax import json_files
+from segjax.evaluation.intervals import clustered_interval
 from segjax.evaluation.study_curves import Curve, best_of_n, first_reached
 from segjax.jobs import demo
 from segjax.jobs.evaluate import RESPONSES_FILE
@@ -27,8 +28,8 @@ _SKIPPED = 'max_skipped_steps'  # in the message of a run that its updates stopp
 def read_cell(cell: Cell, levels: list[float], error: str) -> Record:
   """Returns the record of a cell that has ended.
 
-  A cell has diverged if its updates were not finite, or if it ended with less gold reward than the
-  SFT model has; it has failed if it stopped for any other reason.
+  A cell has diverged if its updates were not finite, or if it ended below the gold reward of the
+  SFT model (`has_lost`); it has failed if it stopped for any other reason.
 
   Args:
     levels: of KL, in nats.
@@ -61,16 +62,16 @@ def read_cell(cell: Cell, levels: list[float], error: str) -> Record:
       np.array(scored['score']), np.array(scored['gold']), np.array(responses['prompt'])
     )
     gold = curve.gold[-1]
-  before, after = float(_by_prompt(responses, 'before').mean()), results['after']
+  before, after = _by_prompt(responses, 'before'), results['after']
   seconds = [
     stage_history.load_stage(directory / stage)['results']['seconds'] for stage in cell.arm.stages
   ]
   return (
     record
     | {
-      'status': DIVERGED if gold.mean() < before else DONE,
+      'status': DIVERGED if has_lost(before, gold) else DONE,
       'source': evaluation['key']['versions'].get('segjax source', ''),
-      'gold_before': before,
+      'gold_before': float(before.mean()),
       'gold_end': float(gold.mean()),
       'kl_end': after['kl_nats'] if cell.arm.is_trained else float(curve.kl[-1]),
       'area': curve.area(max(levels)),
@@ -83,6 +84,12 @@ def read_cell(cell: Cell, levels: list[float], error: str) -> Record:
     | _reward_model_figures(cell)
     | _curve_figures(curve, levels if cell.arm.is_trained else [], gold)
   )
+
+
+def has_lost(before: np.ndarray, after: np.ndarray) -> bool:
+  """Returns whether gold reward fell: the 95 % interval over prompts of its gain is below 0."""
+  high = clustered_interval(after - before, np.arange(len(before)))['high']
+  return high is not None and high < 0
 
 
 def _curve_figures(curve: Curve, levels: list[float], gold: np.ndarray) -> Record:

@@ -9,6 +9,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
+  by_response,
   gains,
   pairwise_win_rates,
   response_figures,
@@ -97,3 +98,16 @@ def test_gains_are_paired_differences():
   (name,) = figures = gains(after, before)
   assert name == 'gold_gain' and figures[name]['mean'] == 1.5
   assert figures[name]['high'] - figures[name]['low'] == pytest.approx(2 * 1.96 * 0.5)
+
+
+def test_figures_of_each_response_are_kept_by_model():
+  experience = _experience([[0, 1, 2]] * 2, [[0, 0, 1]] * 2, [[1, 1, 1], [1, 1, 0]], [True, False])
+  before = EvaluatedResponses(
+    experience, None, np.array([0, 1]), ['p', 'q'], ['ab.', 'ab'], np.array([0.25, -1.0])
+  )
+  columns = by_response({'before': before, 'after': before._replace(score=np.array([1.0, 2.0]))})
+  assert columns == {
+    'prompt': [0, 1],
+    'before': {'length': [3, 2], 'gold': [0.25, -1.0]},
+    'after': {'length': [3, 2], 'score': [1.0, 2.0], 'gold': [0.25, -1.0]},
+  }

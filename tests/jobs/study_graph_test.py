@@ -3,6 +3,7 @@
 import json
 import runpy
 
+import numpy as np
 import pytest
 
 from configs import study as config
@@ -10,7 +11,7 @@ from segjax.config import parse
 from segjax.config.settings import replace
 from segjax.config.study_arms import parse_arms
 from segjax.errors import UserError
-from segjax.jobs import study_plan, study_tuning
+from segjax.jobs import study_cells, study_plan, study_tuning
 from segjax.jobs.study_graph import Graph, run_values
 from segjax.model.mesh import make_mesh
 from segjax.run.stage import Stage
@@ -178,3 +179,11 @@ def test_constants_are_chosen_by_the_mean_over_seeds(tmp_path):
   }
   with pytest.raises(UserError, match="no choice for arm 'token' on 'requests'"):
     study_tuning.read(path, [token], ['requests'])
+
+
+def test_a_run_has_diverged_only_if_it_fell_beyond_chance():
+  before = np.linspace(-1, 1, 20)
+  noise = 0.1 * np.cos(np.arange(20))
+  assert study_cells.has_lost(before, before + noise - 0.2)
+  assert not study_cells.has_lost(before, before + noise - 0.01)
+  assert not study_cells.has_lost(before, before + 0.5)

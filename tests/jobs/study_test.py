@@ -57,8 +57,8 @@ def test_a_study_of_three_arms_of_which_one_fails(run, tmp_path, monkeypatch):
   assert {statuses['wrong', seed] for seed in range(3)} == {'failed'}
   assert 'failed' not in {status for (arm, _), status in statuses.items() if arm != 'wrong'}
   for record in records[:2]:
-    # 18 of 72 prompts are held out, of which 16 responses are sampled; 24 evaluate the end.
-    assert len(record['prompts']['end']) == 24 and record['curve'][0][0] == 0
+    # Twelve subjects are held out, each with twelve prompts.
+    assert len(record['prompts']['end']) == 144 and record['curve'][0][0] == 0
     assert record['settings'] in ({}, {'reward_shaping.spread': 'end_only'})
   table = (directory / 'table.md').read_text()
   assert '9 of 9 cells.' in table and '| wrong | 3 | 3 | 0 |' in table
