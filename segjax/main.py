@@ -2,7 +2,7 @@
 
 segjax JOB[:PRESET] [--workdir=...] [--config.KEY=VALUE ...]
 python -m segjax.main --config=configs/JOB.py[:PRESET] ...     the same
-segjax --help | --version | settings | metrics | help | plan | convert
+segjax --help | --version | settings | metrics | help | plan | convert | replay
 
 Stages are run by `segjax.jobs.pipeline`. jax is imported only if a run starts.
 """
@@ -177,6 +177,12 @@ def cli() -> None:
     from segjax.hf import cli
 
     raise SystemExit(cli.main(arguments[1:]))
+  if arguments[:1] == ['replay']:
+    hide_unused_plugins()
+    sys.path.insert(0, os.getcwd())  # reward functions are modules of the working directory
+    from segjax.jobs import replay
+
+    raise SystemExit(replay.main(arguments[1:]))
   run_main = main
   if arguments[:1] == ['plan']:
     del sys.argv[1], arguments[0]

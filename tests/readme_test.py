@@ -64,7 +64,9 @@ RUNS = [
 ]
 TOOLS = [words[1:] for words in COMMANDS if words[0] == 'python' and words[1].startswith('tools/')]
 ANSWERS = [
-  words[1:] for words in COMMANDS if words[0] == 'segjax' and words[1] not in ('convert', 'plan')
+  words[1:]
+  for words in COMMANDS
+  if words[0] == 'segjax' and words[1] not in ('convert', 'plan', 'replay')
 ]
 
 

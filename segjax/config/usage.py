@@ -12,6 +12,7 @@ COMMANDS = {
   'metrics [NAME]': 'what each metric is, its healthy range, and remedies',
   'help TOPIC': ', '.join(topics.TOPICS),
   'plan JOB[:PRESET]': 'memory and time of each phase, without the devices',
+  'replay RUN STEP': 'a step of a run computed again: the same to the bit, or what differs',
   'convert ...': 'checkpoints: import, export, verify, inspect',
 }
 

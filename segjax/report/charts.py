@@ -12,7 +12,7 @@ from typing import Any
 
 from segjax import json_files
 from segjax.report import metric_docs, metric_names, plots, response_log
-from segjax.report.metric_log import METRICS_FILE
+from segjax.report.metric_log import HASHES, METRICS_FILE
 from segjax.report.study_charts import study_charts
 from segjax.storage import is_before, read_json_lines
 
@@ -105,6 +105,7 @@ def read_metrics(path: Path) -> tuple[list[int], dict[str, list[float]]]:
   """
   rows = [row for row in read_json_lines(path) if is_before(row, sys.maxsize)]
   names = dict.fromkeys(name for row in rows for name in row if name != 'step')
+  names = [name for name in names if not name.startswith(HASHES)]
   values = {name: [float(row.get(name, 'nan')) for row in rows] for name in sorted(names)}
   return [row['step'] + 1 for row in rows], values
 

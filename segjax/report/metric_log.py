@@ -30,6 +30,7 @@ from segjax.storage import (
 from segjax.train.throughput import FLOPS, TOKENS
 
 METRICS_FILE = 'metrics.jsonl'
+HASHES = 'weights/'  # prefix of metrics that have no curve
 
 _MAY_BE_EMPTY = 'reward/by_position/'  # NaN where no segment is in that tenth: not logged
 
@@ -174,11 +175,12 @@ class MetricLog:
     with writing(self._file.name):
       self._file.write(json.dumps({'step': step} | record) + '\n')
       self._file.flush()
-    for name, value in values.items():
+    curves = {k: v for k, v in values.items() if not k.startswith(HASHES)}
+    for name, value in curves.items():
       if math.isfinite(value):
         self._curves.add_scalar(name, value, step)
     if self._wandb is not None:
-      self._wandb.log(step, values)
+      self._wandb.log(step, curves)
     self._lines.update(step, values)
     for alert in self._alerts.update(values):
       log(f'warning: step {step + 1}: {alert}', self._stage)

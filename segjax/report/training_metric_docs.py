@@ -4,6 +4,11 @@ from segjax.report.metric_entry import Entry
 
 TRAINING_ENTRIES = (
   Entry(
+    ('weights/*',),
+    'hash of the trained weights of a network after the step, modulo 2^32: equal in runs that '
+    'computed the same to the bit; `segjax replay RUN STEP` computes a step again',
+  ),
+  Entry(
     ('eval/accuracy', 'eval/margin', 'eval/length_baseline_accuracy', 'eval/ece'),
     'reward model, or implicit reward of DPO, on held-out pairs, every `*.eval_every` steps',
     'accuracy above length_baseline_accuracy',

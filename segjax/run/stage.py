@@ -36,6 +36,7 @@ class Stage:
     seconds_after: (seconds of this stage in total) -> about those of the stages after it; None if
       unknown.
     command: how the run was started.
+    last_step: steps after which training ends without a result; 0 for all.
     write_log: receives a line and the stage's name; None prints them on the console.
   """
 
@@ -47,6 +48,7 @@ class Stage:
   refresh: Callable[[], None] = lambda: None
   seconds_after: Callable[[float], float | None] = lambda _: None
   command: Command = dataclasses.field(default_factory=Command)
+  last_step: int = 0
   write_log: Callable[[str, str], None] | None = None
 
   @property

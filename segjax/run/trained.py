@@ -4,7 +4,8 @@ from segjax import processes
 from segjax.errors import UserError
 from segjax.report.metric_log import METRICS_FILE
 from segjax.run.stage import Stage
-from segjax.train.checkpoint import TrainStates, checksums
+from segjax.train.checkpoint import TrainStates
+from segjax.train.checksums import checksums
 
 
 def check_trained(stage: Stage, before: dict[str, int], states: TrainStates) -> None:

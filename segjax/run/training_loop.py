@@ -31,12 +31,17 @@ from segjax.report.profiling import Profiler
 from segjax.run import preemption, stage_record
 from segjax.run.stage import Stage
 from segjax.run.trained import check_trained
-from segjax.train.checkpoint import Checkpointer, TrainStates, checksums
+from segjax.train.checkpoint import Checkpointer, TrainStates
+from segjax.train.checksums import checksums, weight_hashes
 from segjax.types import PackingPlan
 
 StepFn = Callable[[TrainStates, int], tuple[TrainStates, dict[str, Any]]]
 
 CHECKPOINTS = 'checkpoints'  # a stage's folder of training states
+
+
+class LastStepReached(Exception):
+  """`stage.last_step` steps are done, which are fewer than those of the run."""
 
 
 def train(
@@ -55,6 +60,7 @@ def train(
   Raises:
     TooManySkippedStepsError: config.max_skipped_steps in a row; the last good state is saved.
     PreemptedError: the run has received a signal; the states are saved.
+    LastStepReached: see `Stage.last_step`.
     UserError: every step was skipped.
   """
   settings, directory = stage.settings, checkpoint_dir(stage)
@@ -68,13 +74,13 @@ def train(
   done, decide = start, StepDecisions(settings.checkpoint, stage.mesh)
   try:
     with preemption.handle_signals(stage.log), metric_log:
-      for step in range(start, num_steps):
+      for step in range(start, min(num_steps, stage.last_step or num_steps)):
         profiler.before(step + 1)
         try:
           states, metrics = step_fn(states, step)
           done = step + 1
           profiler.after(done, states)
-          metric_log.log(step, metrics)
+          metric_log.log(step, metrics | weight_hashes(states))
           stage.refresh()
           must_stop, must_save = decide(done)
         except StepAbortedError:  # in all processes
@@ -85,8 +91,7 @@ def train(
             checkpointer.save(done, states, metric_log.evaluated | metric_log.last)
         if must_stop and done < num_steps:
           checkpointer.settle()  # the process ends: waits for the write
-          message = _stop_message(stage.name, checkpointer.latest(), done, num_steps)
-          raise preemption.PreemptedError(message)
+          raise _preempted(stage.name, checkpointer.latest(), done, num_steps)
   except TooManySkippedStepsError as error:
     # The jitted step kept the state from before each skipped update, so this state is good.
     stage.mirror.try_push()
@@ -97,8 +102,14 @@ def train(
   finally:
     profiler.close()
     checkpointer.close()
-  check_trained(stage, before, states)
+  _check_end(stage, before, states, is_last=done == num_steps)
   return states, metric_log.last
+
+
+def _check_end(stage: Stage, before: dict[str, int], states: TrainStates, *, is_last: bool) -> None:
+  if not is_last:
+    raise LastStepReached
+  check_trained(stage, before, states)
 
 
 def checkpoint_dir(stage: Stage) -> epath.Path:
@@ -252,7 +263,11 @@ def _peak_flops(mesh: Mesh) -> float:
   return chip.flops * mesh.size if chip else 0.0
 
 
-def _stop_message(name: str, saved: int | None, done: int, num_steps: int) -> str:
+def _preempted(
+  name: str, saved: int | None, done: int, num_steps: int
+) -> preemption.PreemptedError:
   state = f'step {saved} of {num_steps} is saved' if saved else 'nothing is saved'
   lost = '' if saved == done else f' ({done} were done)'
-  return f'{name} stopped by a signal: {state}{lost}; repeat the command to resume'
+  return preemption.PreemptedError(
+    f'{name} stopped by a signal: {state}{lost}; repeat the command to resume'
+  )

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jaxtyping import Array, UInt
 
 from segjax import processes, storage
 from segjax.errors import UserError, first_line, system_cause
 from segjax.train import orbax_log
+from segjax.train.checksums import item_checksums
 from segjax.train.optimizer import TrainState
 
 TrainStates = dict[str, Any]  # a TrainState per model and other state of the run, by name
@@ -108,7 +107,7 @@ class Checkpointer:
     items = _items(states)
     # Summed on the devices: a host of a large run holds only a part of the arrays.
     # A collective program: every process has to save, not only the first.
-    sums = processes.to_host(jax.jit(_checksums)(items))
+    sums = processes.to_host(jax.jit(item_checksums)(items))
     manifest = {
       'step': step,
       'items': {name: int(value) for name, value in sums.items()},
@@ -206,7 +205,7 @@ class Checkpointer:
     restored = self._manager.restore(step, args=self._ocp.args.Composite(**targets))
     items = {name: restored[name] for name in names if name != _MANIFEST}
     # Orbax may read changed bytes, or an item of another step, without an error.
-    sums = processes.to_host(jax.jit(_checksums)(items))
+    sums = processes.to_host(jax.jit(item_checksums)(items))
     damaged = [name for name, value in sums.items() if int(value) != manifest['items'][name]]
     if damaged:
       raise OSError(f'{", ".join(damaged)}: wrong checksum')
@@ -266,34 +265,6 @@ def _states(items: dict[str, Any], like: TrainStates) -> TrainStates:
       rest = items[f'{name}_optimizer']
       states[name] = dataclasses.replace(state, params=items[name], **rest)
   return states
-
-
-def checksums(states: TrainStates) -> dict[str, int]:
-  """Returns a checksum of the parameters of each training state, by name."""
-  params = {name: state.params for name, state in states.items() if isinstance(state, TrainState)}
-  return {k: int(v) for k, v in processes.to_host(jax.jit(_checksums)(params)).items()}
-
-
-def _checksums(items: dict[str, Any]) -> dict[str, UInt[Array, '']]:
-  """Returns Σ_leaf 31^leaf · Σ bits modulo 2³² of each item, which does not depend on sharding."""
-  # Integer sums are exact in any order; a sum of floats would change with the mesh.
-
-  def checksum(item):
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(item):
-      # By 31, so that two leaves in exchanged places give another sum.
-      total = total * jnp.uint32(31) + jnp.sum(_bits(leaf), dtype=jnp.uint32)
-    return total
-
-  return {name: checksum(item) for name, item in items.items()}
-
-
-def _bits(x: Array) -> Array:
-  """Returns the bits of every number, as unsigned integers of the same size."""
-  if x.dtype == bool:
-    return x.astype(jnp.uint32)  # a bool cannot be bitcast
-  size = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # 8 bytes: two uint32
-  return jax.lax.bitcast_convert_type(x, size)
 
 
 def _abstract(x: jax.Array) -> Any:
