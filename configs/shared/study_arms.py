@@ -54,9 +54,12 @@ ARMS = {
     'gae_border ppo.gae_level=border',
     # Decoupled and length-adaptive λ.
     'gae_adaptive ppo.lambda_length_factor=0.05 ppo.value_gae_lambda=1.0',
+    'rloo ppo.estimator=rloo rollout.samples_per_prompt=8',
+    # As published: the group is the only scale of the advantages, and KL is a term of the loss.
     *(
-      f'{name} ppo.estimator={name} rollout.samples_per_prompt=8'
-      for name in ('rloo', 'group_norm', 'dr_grpo')
+      f'{name} ppo.estimator={name} rollout.samples_per_prompt=8 ppo.whiten=False '
+      'ppo.kl_placement=loss ppo.kl_estimator=k3'
+      for name in ('group_norm', 'dr_grpo')
     ),
     'reinforce_plus_plus ppo.estimator=reinforce_plus_plus',
     'learn_on_entropy ppo.learn_on=high_ref_entropy',
