@@ -36,7 +36,8 @@ from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
-from segjax.types import Normalizer
+from segjax.train.shapley import segment_worth, shapley_values
+from segjax.types import Experience, Normalizer
 
 _SHAPING, _CUT = 'reward_shaping', 'reward_model.segmentation'
 _SEGMENTS, _TOKENS = {f'{_CUT}.granularity': 'segment'}, {f'{_CUT}.granularity': 'token'}
@@ -65,6 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
     for unit, granularity in (('segments', _SEGMENTS), ('tokens', _TOKENS))
   },
 }
+
+_SHAPLEY_CUTS = 'red: segments'  # the method whose segments and reward model have Shapley values
+_SHAPLEY_ORDERS = 8
 
 
 class Method(NamedTuple):
@@ -119,10 +123,25 @@ def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
     )
     reward, advantage = processes.to_host((experience.reward, experience.advantage))
     figures[name] = _compare(reward, advantage, clauses, s.seed)
+    if name == _SHAPLEY_CUTS:
+      reward = _shapley_rewards(params['reward'], experience, recipe, s.seed)
+      to_go = reward[:, ::-1].cumsum(1)[:, ::-1]
+      figures['shapley: segments'] = _compare(reward, to_go, clauses, s.seed)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     write_text_atomically(stage.directory / 'credit.json', record)
   return {'methods': figures, 'clauses': len(clauses.truth), 'responses': len(rows)}
+
+
+def _shapley_rewards(
+  params: Any, experience: Experience, recipe: PPORecipe, seed: int
+) -> Float[np.ndarray, 'R T']:
+  """Returns the Shapley value of each segment, at its last token: a yardstick, not a method."""
+  segments = processes.to_host(experience.segments)
+  worth = segment_worth(params, experience.rollout, experience.segments.segment_id, recipe.reward)
+  values = shapley_values(worth, segments.num_segments, _SHAPLEY_ORDERS, seed)
+  index = np.maximum(segments.segment_id, 0)
+  return np.where(segments.end, np.take_along_axis(values, index, axis=1), 0)
 
 
 def _check_language(collector: Collector) -> None:

@@ -54,7 +54,7 @@ def test_methods_are_compared_without_a_run_of_ppo(small, run, tmp_path, capsys)
   reward_model = _reward_model(small, run, tmp_path)
   changes = REQUESTS | {'reward_model.path': reward_model, 'evaluate.samples_per_prompt': 2}
   results = run(small('demo', 'credit', **changes), tmp_path / 'run')['credit']
-  assert set(results['methods']) == set(credit.METHODS)
+  assert set(results['methods']) == {*credit.METHODS, 'shapley: segments'}
   record = json.loads((tmp_path / 'run' / 'credit' / 'credit.json').read_text())
   assert record == results['methods']
   assert record['spread: end_only']['on_deciding_token']['mean'] > 0.3

@@ -11,7 +11,6 @@ from segjax.config.settings import PPO, RolloutSettings, Settings
 from segjax.data.batches import endless_batch_indices
 from segjax.errors import UserError
 from segjax.jobs.ppo_trainer import Trainer, check_first_rollout
-from segjax.report.held_out_log import HeldOutLog
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
 from segjax.run.stage import Stage
@@ -33,18 +32,7 @@ def test_a_step_without_carrying_has_prompts_and_random_numbers_of_its_own(tmp_p
   collector.collect.side_effect = InterruptedError
   responses = mock.Mock(spec=ResponseLog)
   bases = {'policy': {'base': 'weights'}, 'critic': {}}
-  trainer = Trainer(
-    stage,
-    {},
-    bases,
-    collector,
-    collector,
-    None,
-    str,
-    responses,
-    mock.Mock(spec=HeldOutLog),
-    StepTimer(),
-  )
+  trainer = Trainer(stage, {}, bases, collector, collector, None, str, responses, StepTimer())
   networks = {name: mock.Mock(params={name: 'trained'}) for name in ('policy', 'critic')}
   with pytest.raises(InterruptedError):
     trainer.step(networks | {'kl': {'coef': 0.1}}, 5)
