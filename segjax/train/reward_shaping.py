@@ -42,17 +42,16 @@ def segment_z(
     )
   # Mean and Std of p = 1 at every position: only then do the parts add up to the score.
   mean, std = normalizer.b_mean, jnp.maximum(normalizer.b_std, 1e-6)
-  score, before = (outputs.score - mean) / std, (outputs.prompt_score - mean) / std
-  mask = rollout.response_mask
-  if outputs.attribution is not None:
-    part = jnp.where(mask, outputs.attribution, 0) / std
-    if shaping.redistribute == 'attention':
-      share_out = functools.partial(by_attention, share=shaping.attention_share)
-      part = jax.vmap(share_out)(outputs.attribution, score, mask)
-    # A segment earns the sum of its tokens' parts, the difference of the running sum.
-    score, before = jnp.cumsum(part, axis=1), jnp.zeros_like(before)
-  difference = functools.partial(red, baseline=shaping.red_baseline)
-  return jax.vmap(difference)(score, before, segments, mask)
+  score, mask = (outputs.score - mean) / std, rollout.response_mask
+  if shaping.redistribute == 'red':
+    before = (outputs.prompt_score - mean) / std
+    difference = functools.partial(red, baseline=shaping.red_baseline)
+    return jax.vmap(difference)(score, before, segments, mask)
+  part = jnp.where(mask, outputs.attribution, 0) / std
+  if shaping.redistribute == 'attention':
+    share_out = functools.partial(by_attention, share=shaping.attention_share)
+    part = jax.vmap(share_out)(outputs.attribution, score, mask)
+  return jax.vmap(pool)(part, segments)
 
 
 def dense_rewards(
