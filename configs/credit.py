@@ -21,5 +21,6 @@ def get_config(preset: str = 'requests') -> ConfigDict:
   config.demo.language = name
   config.sft.max_steps = 400  # contents are looked up in the prompt, which takes longer to learn
   config.reward.segmentation.granularity = granularity or 'segment'
+  config.evaluate.credit_fn = 'segjax.data.languages:true_credit'
   config.evaluate.samples_per_prompt = 4
   return config

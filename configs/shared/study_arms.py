@@ -16,7 +16,6 @@ ARMS = {
     # Controls. A full stop ends a clause of the built-in languages: these are the true boundaries.
     'sentence reward.segmentation.boundary=delimiter',
     'shuffled_cuts reward.segmentation.boundary=shuffled_entropy',
-    'random_cuts reward.segmentation.boundary=random',
     # As long as a clause on average.
     'fixed_length reward.segmentation.boundary=fixed_length reward.segmentation.segment_length=5',
     *YARDSTICKS,
@@ -72,6 +71,6 @@ ARMS['all'] = (*ARMS['granularity'], *(line for name in list(ARMS)[1:] for line 
 # The scale of the rewards differs between arms, so the factor of KL has the widest range.
 GRID = (
   'ppo.policy_optimizer.learning_rate=1e-3|2e-3',
-  'ppo.kl_coef=0.05|0.15|0.45',
+  'ppo.kl_coef=0.05|0.15|0.45|1.35',
   'ppo.clip_eps=0.1|0.2',
 )

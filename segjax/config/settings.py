@@ -138,6 +138,7 @@ class Evaluate:
   batch_size: int = 64  # sequences at once
   gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward, if available
   boundary_fn: str = ''  # 'module:function' of a token's text -> whether a segment ends there
+  credit_fn: str = ''  # 'module:function' of (prompt, response) -> true credit of each of these
   num_printed: int = 3  # responses printed with their segments
   data: StageData = StageData()
 

@@ -5,6 +5,7 @@ those of config.evaluate.gold_reward_fn and evaluate.boundary_fn.
 """
 
 import ast
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
@@ -195,7 +196,8 @@ def kl_levels(study: Study) -> list[float]:
 def tuning_trials(study: Study) -> list[Overrides]:
   """Returns the points of the grid that every arm tries, the same for all.
 
-  They are drawn without replacement by a fixed seed; all of them where the grid has no more.
+  All of them where the grid has no more. Else they are drawn one by one, each among the points
+  whose values have been drawn the fewest times, so that every value of a constant is tried.
   """
   axes = []
   for line in study.grid:
@@ -204,8 +206,14 @@ def tuning_trials(study: Study) -> list[Overrides]:
   points = [dict(point) for point in itertools.product(*axes)]
   if len(points) <= study.trials:
     return points
-  chosen = np.random.default_rng(0).choice(len(points), study.trials, replace=False)
-  return [points[index] for index in sorted(chosen)]
+  left = [points[index] for index in np.random.default_rng(0).permutation(len(points))]
+  chosen: list[Overrides] = []
+  drawn: collections.Counter = collections.Counter()
+  while len(chosen) < study.trials:
+    chosen.append(min(left, key=lambda point: sum(drawn[item] for item in point.items())))
+    left.remove(chosen[-1])
+    drawn.update(chosen[-1].items())
+  return chosen
 
 
 def resolve(overrides: Overrides, settings: Settings) -> Overrides:

@@ -57,3 +57,10 @@ def gold(prompt: str, response: str) -> float:
   """Returns the gold reward of a response, by the language of the prompt."""
   is_request = study_languages.is_request(prompt)
   return (study_languages if is_request else demo_language).gold(prompt, response)
+
+
+def true_credit(prompt: str, response: str) -> list[float]:
+  """Returns the true credit of each clause of a response; [] in describe, where it is not known."""
+  if not study_languages.is_request(prompt):
+    return []
+  return study_languages.language_of(prompt).true_credit(prompt, response)

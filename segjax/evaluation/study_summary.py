@@ -22,8 +22,13 @@ FIGURES = {
     ('failed', 'failed', 0),
     ('diverged', 'diverged', 0),
     ('seconds', 'seconds', 0),
+  ),
+  'rewards of the SFT model’s clauses against their true credit': (
     ('reward_accuracy', 'accuracy of the reward model', 3),
     ('best_accuracy', 'best possible', 3),
+    ('credit_sign', 'right signs', 2),
+    ('credit_on_deciding_token', 'share on deciding tokens', 2),
+    ('credit_advantage_spearman', 'ranks of the return to go', 2),
   ),
   'policies at the end': (
     ('area', 'mean gold over KL', 3),
@@ -105,12 +110,15 @@ def _prompts(cells: Sequence[Record], where: str) -> dict[int, np.ndarray]:
 
 
 def arm_figures(cells: Sequence[Record], levels: Sequence[str]) -> dict[str, Any]:
-  """Returns the figures of an arm: counts, gold by level and at the end, and other means."""
+  """Returns the figures of an arm: counts, gold by level and at the end, credit, other means."""
   count = collections.Counter(cell['status'] for cell in cells)
   ends = np.array([cell['gold_end'] for cell in cells if 'gold_end' in cell], float)
   figures: dict[str, Any] = {
     'gold': {where: _gold(cells, where) for where in (*levels, END)},
     'iqm_end': study_statistics.iqm_interval(ends),
+    'credit': study_statistics.hierarchical_interval(
+      [np.array([cell['credit']], float) for cell in cells if cell.get('credit') is not None]
+    ),
   }
   for key, *_ in (figure for group in FIGURES.values() for figure in group):
     values = [cell[key] for cell in cells if cell.get(key) is not None]

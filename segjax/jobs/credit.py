@@ -1,7 +1,7 @@
 """Ranks methods of dense reward by the credit that they give to the clauses of responses.
 
-The language's own credit is known (`data.study_languages`), so that no PPO run is needed. A method
-is a line of `METHODS`: settings of the rewards, which go the way of PPO itself.
+The true credit is that of config.evaluate.credit_fn, so that no PPO run is needed. A method is a
+line of `METHODS`: settings of the rewards, which go the way of PPO itself.
 """
 
 import dataclasses
@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from segjax import processes
 from segjax.config.conflicts import check_conflicts, check_redistribution, check_segments
 from segjax.config.settings import Settings, replace
-from segjax.data import demo_language, study_languages
-from segjax.data.tokenizer import ChatTokenizer
-from segjax.errors import UserError, one_line
-from segjax.evaluation.credit_accuracy import ClauseCredit, credit_accuracy, share_on
+from segjax.data import study_languages
+from segjax.errors import UserError, excerpt, one_line
+from segjax.evaluation.clause_credit import clause_figures, find_clauses
 from segjax.evaluation.intervals import format_interval
-from segjax.jobs import evaluate
+from segjax.jobs import evaluate, evaluate_functions
 from segjax.jobs.job import COMMON, LM_REWARD, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.report.console import table
 from segjax.run import models
@@ -31,7 +30,6 @@ from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
-from segjax.train.collect import Collector
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import CollectedRollout
@@ -78,39 +76,34 @@ class Method(NamedTuple):
   normalizer: Normalizer
 
 
-class Clauses(NamedTuple):
-  """The clauses of R responses, N of them.
-
-  Attributes:
-    of_token: clause of each token of a response, counted over all responses; -1 outside. A stop
-      token belongs to the last clause.
-    ends: True on the last token of each clause, where its worth is decided.
-    truth: true credit.
-    response: index of the clause's response.
-  """
-
-  of_token: Int[np.ndarray, 'R T']
-  ends: Bool[np.ndarray, 'R T']
-  truth: Float[np.ndarray, 'N']
-  response: Int[np.ndarray, 'N']
+def load(stage: Stage) -> evaluate.Loaded:
+  """Loads all but weights, and checks that a true credit is given."""
+  evaluate_functions.load_credit(stage.settings.evaluate)
+  return evaluate.load_collector(stage)
 
 
 def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
   """Samples responses of the policy and compares the credit of each of `METHODS` with the true one.
 
-  The advantage is the return to go, Σ_{s ≥ t} reward_s, that of GAE with λ = 1 and no critic.
-
   Returns:
     The figures of each method, also written to `credit.json`, and the number of clauses.
   """
   s, collector = stage.settings, loaded.collector
-  _check_language(collector)
+  is_boundary, true_credit = evaluate_functions.load_credit(s.evaluate)
   methods = _make_methods(stage, loaded)
   params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
   rows = np.repeat(np.arange(len(collector.prompts)), s.evaluate.samples_per_prompt)
   rows = rows[: len(rows) // stage.mesh.size * stage.mesh.size]
   rollout = collector.collect(params, rows, stage.key('samples'), jnp.float32(0)).rollout
-  clauses = _find_clauses(collector.prompt_texts(rows), rollout, loaded.tokenizer)
+  prompts = collector.prompt_texts(rows)
+  on_host = processes.to_host(rollout.arrays)
+  clauses = find_clauses(prompts, on_host, loaded.tokenizer.decode, is_boundary, true_credit)
+  if not len(clauses.truth):
+    raise UserError(
+      f'config.evaluate.credit_fn={s.evaluate.credit_fn} knows no credit of responses to prompts '
+      f'such as {excerpt(prompts[0])}; use prompts of config.demo.language='
+      f'{", ".join(study_languages.LANGUAGES)}, or a function of your own.'
+    )
   outputs = _make_scorer(params, rollout, collector.recipe)
   figures = {}
   for name, (recipe, normalizer) in methods.items():
@@ -121,12 +114,10 @@ def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
       jnp.float32(0),
       recipe=recipe,
     )
-    reward, advantage = processes.to_host((experience.reward, experience.advantage))
-    figures[name] = _compare(reward, advantage, clauses, s.seed)
+    figures[name] = clause_figures(processes.to_host(experience.reward), clauses, s.seed)
     if name == _SHAPLEY_CUTS:
       reward = _shapley_rewards(params['reward'], experience, recipe, s.seed)
-      to_go = reward[:, ::-1].cumsum(1)[:, ::-1]
-      figures['shapley: segments'] = _compare(reward, to_go, clauses, s.seed)
+      figures['shapley: segments'] = clause_figures(reward, clauses, s.seed)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     write_text_atomically(stage.directory / 'credit.json', record)
@@ -142,15 +133,6 @@ def _shapley_rewards(
   values = shapley_values(worth, segments.num_segments, _SHAPLEY_ORDERS, seed)
   index = np.maximum(segments.segment_id, 0)
   return np.where(segments.end, np.take_along_axis(values, index, axis=1), 0)
-
-
-def _check_language(collector: Collector) -> None:
-  prompt = collector.prompt_texts(np.arange(1))[0]
-  if not study_languages.is_request(prompt):
-    raise UserError(
-      f'config.data.path has prompts such as {prompt!r}, whose true credit is not known; use those '
-      f'of config.demo.language={", ".join(study_languages.LANGUAGES)}.'
-    )
 
 
 def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
@@ -171,9 +153,9 @@ def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
   check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   check_segments(s, spec.segmentation.granularity)
   recipe = models.make_recipe(s, configs, spec, loaded.tokenizer, paths)
-  # The return to go, as it is: no critic, and no baseline of the batch.
-  ppo = {'estimator': 'reinforce_plus_plus', 'whiten': False, 'gamma': 1.0, 'scoring_batch_size': 0}
-  recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(s.ppo, **ppo), samples_per_prompt=1)
+  # Rewards alone are read: no critic is run.
+  ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
+  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)
   return Method(recipe, jax.tree.map(jnp.float32, spec.normalizer))
 
 
@@ -189,50 +171,6 @@ def _make_scorer(
     return score(params, rollout.arrays, rollout.length, recipe=own)
 
   return lambda how: outputs(how if how in ('gradient', 'attention') else 'none')
-
-
-def _find_clauses(
-  prompts: list[str], rollout: CollectedRollout, tokenizer: ChatTokenizer
-) -> Clauses:
-  ids, mask = rollout.response_ids, rollout.response_mask
-  content = mask.copy()
-  content[np.arange(len(ids)), mask.sum(1) - 1] &= ~rollout.finished
-  is_end = {i: demo_language.is_boundary(tokenizer.decode([i])) for i in np.unique(ids[content])}
-  of_token, ends = np.full(ids.shape, -1), np.zeros(ids.shape, bool)
-  truth, response = [], []
-  for row, prompt in enumerate(prompts):
-    texts = study_languages.language_of(prompt)
-    credit = texts.true_credit(prompt, tokenizer.decode(ids[row][mask[row]]))
-    if not credit:
-      continue
-    size = int(content[row].sum())
-    ends[row, :size] = [is_end[i] for i in ids[row, :size]]
-    ends[row, size - 1] = True
-    index = np.cumsum(ends[row]) - ends[row]
-    of_token[row] = np.where(mask[row], len(truth) + np.minimum(index, len(credit) - 1), -1)
-    truth += credit
-    response += [row] * len(credit)
-  return Clauses(of_token, ends, np.array(truth), np.array(response))
-
-
-def _compare(
-  reward: Float[np.ndarray, 'R T'],
-  advantage: Float[np.ndarray, 'R T'],
-  clauses: Clauses,
-  seed: int,
-) -> dict[str, Any]:
-  """Returns the figures of a method: of its rewards, and of advantages with the prefix."""
-  inside = clauses.of_token >= 0
-  index, count = clauses.of_token[inside], len(clauses.truth)
-  size = np.bincount(index, minlength=count)
-  total, mean = (np.bincount(index, x[inside], count) for x in (reward, advantage))
-  of_reward = credit_accuracy(ClauseCredit(total, clauses.truth, clauses.response), seed)
-  of_advantage = credit_accuracy(ClauseCredit(mean / size, clauses.truth, clauses.response), seed)
-  return {
-    **of_reward,
-    'on_deciding_token': share_on(np.where(inside, reward, 0), clauses.ends, seed),
-    **{f'advantage_{name}': value for name, value in of_advantage.items()},
-  }
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -263,7 +201,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 JOB = Job(
   name='credit',
-  load=evaluate.load_collector,
+  load=load,
   run=run,
   sections=(
     *COMMON,
@@ -276,7 +214,11 @@ JOB = Job(
     'evaluate',
   ),
   inputs=(POLICY, REFERENCE, REWARD_MODEL, LM_REWARD, data_input('held_out')),
-  functions=lambda s: ('reward_model.segmentation.boundary_fn',),
+  functions=lambda s: (
+    'evaluate.credit_fn',
+    'evaluate.boundary_fn',
+    'reward_model.segmentation.boundary_fn',
+  ),
   outputs=('credit.json',),
   print_table=print_table,
   summary=('clauses',),

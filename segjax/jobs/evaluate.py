@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import Evaluate
+from segjax.config.settings import Evaluate, Settings
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.evaluation.clause_credit import clause_figures, find_clauses
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
@@ -22,7 +23,7 @@ from segjax.evaluation.policy_figures import (
   pairwise_win_rates,
   response_figures,
 )
-from segjax.jobs import demo, evaluate_summary
+from segjax.jobs import demo, evaluate_functions, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
   LM_REWARD,
@@ -42,11 +43,7 @@ from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
-from segjax.train.custom_reward import (
-  load_custom_reward,
-  load_number_function,
-  load_token_function,
-)
+from segjax.train.custom_reward import load_custom_reward
 from segjax.train.rollout import RolloutSampler
 from segjax.train.segmenter import sequence_scores
 
@@ -64,6 +61,8 @@ class Loaded(NamedTuple):
 def load(stage: Stage) -> Loaded:
   """Loads all but weights; logs a warning if there is nothing to compare."""
   loaded = load_collector(stage)
+  if stage.settings.evaluate.credit_fn:
+    evaluate_functions.load_credit(stage.settings.evaluate)
   paths = loaded.models.paths
   if paths['policy'].samefile(paths['reference']):
     stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
@@ -85,10 +84,12 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   Returns:
     The figures of both, also written to `results.json`: score of the reward model, gold reward
     where config.evaluate.gold_reward_fn is set, KL, length, segments, EOS rate, repetition; and of
-    the policy its gains and win rates over the reference (`policy_figures`).
+    the policy its gains and win rates over the reference (`policy_figures`). With
+    config.evaluate.credit_fn, 'credit' of 'before' says how well the dense rewards of the
+    reference's clauses agree with their true credit (`clause_credit`).
   """
   s = stage.settings
-  gold, is_boundary = load_eval_functions(s.evaluate)
+  gold, is_boundary = evaluate_functions.load_gold_and_boundary(s.evaluate)
   resolved, tokenizer, collector = loaded
   weights = Weights(s.runtime, stage.mesh)
   params = models.load_models(resolved, tuple(models.HEADS), weights)
@@ -101,6 +102,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
       s.evaluate,
       lambda count: inputs.tracked_batches(stage.name, count, s.evaluate.batch_size, name),
       tokenizer.decode,
+      # The reference has no KL to itself but roundings, which would rank clauses without reward.
+      s.ppo.kl_coef if name == 'policy' else 0.0,
     )
     return _with_gold(responses, gold)
 
@@ -108,6 +111,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   figures = {name: response_figures(responses) for name, responses in sampled.items()}
   figures['after'] |= gains(sampled['after'], sampled['before'])
   figures['after'] |= pairwise_win_rates(sampled['after'], sampled['before'], s.seed)
+  if s.evaluate.credit_fn:
+    figures['before'] |= _credit(sampled['before'], tokenizer, s)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
@@ -155,18 +160,12 @@ def with_policy(collector: Collector, network: LlamaConfig) -> Collector:
   )
 
 
-def load_eval_functions(settings: Evaluate) -> tuple[Callable | None, Callable | None]:
-  """Loads the gold and boundary functions of config.evaluate; None for those that are not set.
-
-  Raises:
-    UserError: a function cannot be loaded, or takes other parameters.
-  """
-  gold = boundary = None
-  if settings.gold_reward_fn:
-    gold = load_number_function(settings.gold_reward_fn, 'evaluate.gold_reward_fn')
-  if settings.boundary_fn:
-    boundary = load_token_function(settings.boundary_fn, 'evaluate.boundary_fn')
-  return gold, boundary
+def _credit(responses: EvaluatedResponses, tokenizer: ChatTokenizer, s: Settings) -> dict[str, Any]:
+  """Returns {'credit': figures} of the dense rewards, where the true credit is known, or {}."""
+  is_boundary, true_credit = evaluate_functions.load_credit(s.evaluate)
+  e = responses.experience
+  clauses = find_clauses(responses.prompts, e.rollout, tokenizer.decode, is_boundary, true_credit)
+  return {'credit': clause_figures(e.reward, clauses, s.seed)} if len(clauses.truth) else {}
 
 
 def sample_responses(
@@ -176,16 +175,18 @@ def sample_responses(
   settings: Evaluate,
   batches: Callable[[int], Iterable[tuple[np.ndarray, int]]],
   decode: Callable[[Any], str],
+  kl_coef: float,
 ) -> EvaluatedResponses:
   """Samples `settings.samples_per_prompt` responses of params['policy'] to every prompt.
 
   Args:
-    collector: prompts, sampling and scoring; its KL coefficient is that of its recipe.
+    collector: prompts, sampling and scoring.
     params: parameters by name.
     key: the same for each model, so that equal models give equal responses.
     settings: config.evaluate.
     batches: (number of responses) -> their batches, as `data.batches.eval_batches` yields them.
     decode: maps token ids to text, without special tokens.
+    kl_coef: of the KL penalty in the rewards.
 
   Returns:
     The responses, on the host, in the order of the prompts.
@@ -198,9 +199,7 @@ def sample_responses(
   parts = []
   for number, (rows, real) in enumerate(batches(len(repeated))):
     index = number * settings.batch_size + np.arange(len(rows))
-    experience, *_ = collector.collect(
-      params, repeated[rows], key, jnp.float32(recipe.ppo.kl_coef), index
-    )
+    experience, *_ = collector.collect(params, repeated[rows], key, jnp.float32(kl_coef), index)
     arrays = experience, sequence_score(experience.score, experience.segments)
     parts.append(jax.tree.map(lambda x, real=real: x[:real], processes.to_host(arrays)))
   experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
@@ -283,6 +282,7 @@ JOB = Job(
   functions=lambda s: (
     'evaluate.gold_reward_fn',
     'evaluate.boundary_fn',
+    'evaluate.credit_fn',
     'reward_model.segmentation.boundary_fn',
     'reward_shaping.reward_fn',
   ),

@@ -16,7 +16,7 @@ from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
-from segjax.jobs import evaluate, run_end
+from segjax.jobs import evaluate_functions, run_end
 from segjax.jobs.describe_rewards import describe_rewards
 from segjax.jobs.job import (
   COMMON,
@@ -218,7 +218,7 @@ def _make_trainer(
     bases=bases,
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
-    gold=evaluate.load_eval_functions(s.evaluate)[0] if s.ppo.eval_every else None,
+    gold=evaluate_functions.load_gold_and_boundary(s.evaluate)[0] if s.ppo.eval_every else None,
     decode=tokenizer.decode,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,

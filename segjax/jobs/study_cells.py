@@ -82,6 +82,7 @@ def read_cell(cell: Cell, levels: list[float], error: str) -> Record:
       'seconds': sum(seconds),
     }
     | _reward_model_figures(cell)
+    | (_credit_figures(results['before']) if cell.arm.is_trained else {})
     | _curve_figures(curve, levels if cell.arm.is_trained else [], gold)
   )
 
@@ -102,6 +103,16 @@ def _curve_figures(curve: Curve, levels: list[float], gold: np.ndarray) -> Recor
     ],
     'at_kl': {name: None if x is None else float(x.mean()) for name, x in at.items()},
     'prompts': prompts | {'end': _rounded(gold)},
+  }
+
+
+def _credit_figures(before: Record) -> Record:
+  """Returns how well the arm's rewards of the SFT model's clauses agree with their true credit."""
+  credit = before.get('credit', {})
+  return {
+    'credit' if key == 'spearman' else f'credit_{key}': credit[key]['mean']
+    for key in ('spearman', 'advantage_spearman', 'sign', 'on_deciding_token')
+    if key in credit
   }
 
 

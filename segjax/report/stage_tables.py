@@ -167,11 +167,20 @@ def _study(results: Mapping[str, Any]) -> list[Table]:
     verdicts = [Row(text, ()) for text in part['verdicts']]
     tables.append(Table(f'{language}: verdicts', note, ('',), verdicts))
     gold = [
-      Row(name, (*(_reached(x, where) for where in levels), format_value(x['iqm_end'], 2)))
+      Row(
+        name,
+        (
+          *(_reached(x, where) for where in levels),
+          *(format_value(x[key], 2) for key in ('iqm_end', 'credit')),
+        ),
+      )
       for name, x in arms.items()
     ]
-    note = 'means [95 %] over seeds; in parentheses how many seeds reached this KL, if not all'
-    columns = ('', *map(describe_level, levels), 'IQM at the end')
+    note = (
+      'means [95 %] over seeds; in parentheses how many seeds reached this KL, if not all; credit: '
+      'Spearman’s correlation of the rewards of the SFT model’s clauses with their true credit'
+    )
+    columns = ('', *map(describe_level, levels), 'IQM at the end', 'credit')
     tables.append(Table(f'{language}: gold reward at equal KL', note, columns, gold))
     tables += _differences(language, part['comparisons'])
     for title, group in FIGURES.items():

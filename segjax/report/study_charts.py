@@ -8,7 +8,7 @@ from typing import Any
 from segjax import json_files
 from segjax.report import study_plots
 from segjax.report.plots import Drawing
-from segjax.report.study_plots import Band, Interval
+from segjax.report.study_plots import Band, CreditPoint, Interval
 from segjax.storage import atomic_file, read_json_lines
 
 RESULTS_FILE = 'results.jsonl'
@@ -25,14 +25,20 @@ def study_charts(directory: Path) -> Iterator[tuple[str, str, Drawing]]:
     title = f'Differences, {language}'
     note = 'paired by seed; 95 % intervals by resampling seeds, then prompts'
     yield title, note, study_plots.forest_svg(rows, title, x)
+  for language, (y, points) in read_credit(directory).items():
+    title = f'Gold reward and credit, {language}'
+    note = 'means over seeds with 95 % intervals'
+    yield title, note, study_plots.credit_svg(points, title, y)
 
 
 def write_pngs(directory: Path) -> None:
-  """Writes gold_over_kl-LANGUAGE.png and differences-LANGUAGE.png."""
+  """Writes gold_over_kl-LANGUAGE.png, differences-LANGUAGE.png and credit-LANGUAGE.png."""
   for language, bands in read_bands(directory).items():
     _write(directory / f'gold_over_kl-{language}.png', study_plots.curves_png(bands))
   for language, (x, rows) in read_differences(directory).items():
     _write(directory / f'differences-{language}.png', study_plots.forest_png(rows, x))
+  for language, (y, points) in read_credit(directory).items():
+    _write(directory / f'credit-{language}.png', study_plots.credit_png(points, y))
 
 
 def read_bands(directory: Path) -> dict[str, dict[str, Band]]:
@@ -61,6 +67,28 @@ def read_differences(directory: Path) -> dict[str, tuple[str, list[Interval]]]:
       baseline = comparisons[0]['baseline']
       found[language] = f'gold reward minus that of {baseline}, at {where} nats', rows
   return found
+
+
+def read_credit(directory: Path) -> dict[str, tuple[str, list[CreditPoint]]]:
+  """Returns (name of the axis, credit and gold of each arm at the end) by language."""
+  path = directory / SUMMARY_FILE
+  if not path.exists():
+    return {}
+  found = {}
+  for language, part in json_files.read_object(path).items():
+    points = [
+      CreditPoint(arm, _ends(x['credit']), _ends(x['gold']['end']))
+      for arm, x in part['arms'].items()
+      if None not in (x['credit']['low'], x['gold']['end']['low'])
+    ]
+    if points:
+      found[language] = 'gold reward at the end', points
+  return found
+
+
+def _ends(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
+  mean, low, high = (float(estimate[key]) for key in ('mean', 'low', 'high'))
+  return mean, low, high
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

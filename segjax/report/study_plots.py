@@ -78,13 +78,17 @@ def _draw_curves(bands: Mapping[str, Band], palette: Palette) -> Callable[[Any],
       axes.fill_between(b.kl, b.low, b.high, color=colour, alpha=0.13, linewidth=0)
     axes.margins(x=0.01)
     axes.set_ylabel('gold reward')
-    legend = axes.legend(
-      loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, handlelength=1.6
-    )
-    for text in legend.get_texts():
-      text.set_color(palette.muted)
+    _legend(axes, palette)
 
   return draw
+
+
+def _legend(axes: Any, palette: Palette) -> None:
+  legend = axes.legend(
+    loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, handlelength=1.6
+  )
+  for text in legend.get_texts():
+    text.set_color(palette.muted)
 
 
 def forest_svg(rows: Sequence[Interval], label: str, x: str) -> Drawing:
@@ -124,3 +128,47 @@ def _fixed(positions: np.ndarray) -> Any:
   from matplotlib.ticker import FixedLocator
 
   return FixedLocator(positions)
+
+
+class CreditPoint(NamedTuple):
+  """Credit of an arm's rewards and gold of its policies, each as mean, low, high."""
+
+  arm: str
+  credit: tuple[float, float, float]
+  gold: tuple[float, float, float]
+
+
+def credit_svg(points: Sequence[CreditPoint], label: str, y: str) -> Drawing:
+  """Draws gold of each arm over the credit of its rewards."""
+  series: list[Series] = [(p.arm, '', [p.credit[0]], [p.gold[0]]) for p in points]
+  return plots.draw_svg(label, _CREDIT, series, _draw_credit(points, y, plots.PAGE), _CURVES)
+
+
+def credit_png(points: Sequence[CreditPoint], y: str) -> bytes:
+  """Draws the same as a PNG."""
+  return plots.draw_png(_CREDIT, _draw_credit(points, y, plots.CARD), _CURVES)
+
+
+_CREDIT = 'rank correlation of the rewards of clauses with their true credit'
+
+
+def _draw_credit(points: Sequence[CreditPoint], y: str, palette: Palette) -> Callable[[Any], None]:
+  def draw(axes: Any) -> None:
+    styles = itertools.cycle(itertools.product('os^', palette.series))
+    for point, (marker, colour) in zip(points, styles, strict=False):
+      errors = [[[m - low], [high - m]] for m, low, high in (point.credit, point.gold)]
+      axes.errorbar(
+        [point.credit[0]],
+        [point.gold[0]],
+        xerr=errors[0],
+        yerr=errors[1],
+        fmt=marker,
+        color=colour,
+        markersize=5,
+        elinewidth=0.8,
+        label=point.arm,
+      )
+    axes.set_ylabel(y)
+    _legend(axes, palette)
+
+  return draw

@@ -28,6 +28,7 @@ _VALID = 'a finite number, a list of one per token, or a list of (end, number).'
 PARAMETERS = {
   'reward_shaping.reward_fn': ('prompt', 'response'),
   'evaluate.gold_reward_fn': ('prompt', 'response'),
+  'evaluate.credit_fn': ('prompt', 'response'),
   'evaluate.boundary_fn': ('token',),
   'reward.segmentation.boundary_fn': ('token',),
   'reward_model.segmentation.boundary_fn': ('token',),
@@ -120,6 +121,26 @@ def load_number_function(path: str, key: str) -> Callable[[str, str], float]:
     return _parse_number(call_function(function, call, prompt, response), call, 'a finite number.')
 
   return number
+
+
+def load_numbers_function(path: str, key: str) -> Callable[[str, str], list[float]]:
+  """Loads a function of (prompt, response) that returns numbers, such as one for each clause.
+
+  What is returned raises UserError where the function raises or returns something else.
+
+  Raises:
+    UserError: see `load_function`.
+  """
+  function = load_function(path, key)
+
+  def numbers(prompt: str, response: str) -> list[float]:
+    call = describe_call(function, f'the prompt {excerpt(prompt)}')
+    returned = call_function(function, call, prompt, response)
+    if not isinstance(returned, list | tuple):
+      raise UserError(f'{call} returned {excerpt(returned)}; return a list of finite numbers.')
+    return [_parse_number(value, call, 'a list of finite numbers.') for value in returned]
+
+  return numbers
 
 
 def load_token_function(path: str, key: str) -> Callable[[str], bool]:

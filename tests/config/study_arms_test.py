@@ -1,5 +1,6 @@
 """Arms, seeds and trials of a study, and the one line for each wrong one."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -88,4 +89,7 @@ def test_all_arms_try_the_same_points_of_the_grid():
   some = study_arms.tuning_trials(Study(grid=grid, trials=4))
   assert len(some) == 4 and all(point in everything for point in some)
   assert some == study_arms.tuning_trials(Study(grid=grid, trials=4))
+  for key, size in (('ppo.kl_coef', 3), ('ppo.clip_eps', 2)):
+    counts = collections.Counter(point[key] for point in some)
+    assert len(counts) == size and max(counts.values()) - min(counts.values()) <= 1
   assert study_arms.tuning_trials(Study()) == []

@@ -1,11 +1,11 @@
 """The user's functions and the table of an evaluation."""
 
 from segjax.config.settings import Evaluate
-from segjax.jobs import evaluate, evaluate_summary
+from segjax.jobs import evaluate_functions, evaluate_summary
 
 
 def test_functions_are_loaded_by_name():
-  gold, boundary = evaluate.load_eval_functions(
+  gold, boundary = evaluate_functions.load_gold_and_boundary(
     Evaluate(gold_reward_fn='operator:eq', boundary_fn='')
   )
   assert gold('a', 'a') and boundary is None

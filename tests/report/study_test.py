@@ -22,6 +22,7 @@ def _record(arm, seed, gold, **changes):
     'curve': [[0.0, -0.2], [9.0 + seed, gold]],
     'gold_end': gold + 0.2,
     'area': gold / 2,
+    'credit': gold,
     'length': 18.0,
     'seconds': 100.0,
   }
@@ -63,15 +64,15 @@ def test_table_in_markdown(results):
   lines = text.splitlines()
   assert lines[:3] == ['# Study', '', '9 of 12 cells.']
   assert '* gold and segment: no verdict from 1 seed at 8 nats' in lines
-  assert '| gold | 0.90 | 0.90 (1) | 1.10 | 1.10 |' in lines
+  assert '| gold | 0.90 | 0.90 (1) | 1.10 | 1.10 | 0.90 |' in lines
   head = '|  | difference [95 %] | seeds | P | p | p after Holm |'
   assert lines.count(head) == 3
-  assert '| gold | 3 | 1 | 0 | 100 |  |  |' in lines
+  assert '| gold | 3 | 1 | 0 | 100 |' in lines
 
 
 def test_tables_of_the_page_show_the_differences_on_one_scale(results):
   tables = stage_tables('study', results)
-  assert [len(table.rows) for table in tables] == [4, 3, 2, 2, 2, 3, 3]
+  assert [len(table.rows) for table in tables] == [4, 3, 2, 2, 2, 3, 3, 3]
   bandit, gold = tables[2].rows
   (mark,) = bandit.marks
   assert mark.high < 0.5 and bandit.middle == 0.5 and gold.marks == ()
@@ -98,7 +99,11 @@ def test_charts_are_read_from_the_files(records, results, tmp_path):
   (tmp_path / 'results.jsonl').write_text(lines)
   study_charts.write_summary(tmp_path, results['summary'])
   titles = [title for title, _, _ in study_charts.study_charts(tmp_path)]
-  assert titles == ['Gold reward over KL, describe', 'Differences, describe']
+  assert titles == [
+    'Gold reward over KL, describe',
+    'Differences, describe',
+    'Gold reward and credit, describe',
+  ]
   study_charts.write_pngs(tmp_path)
-  for name in ('gold_over_kl-describe.png', 'differences-describe.png'):
+  for name in ('gold_over_kl-describe.png', 'differences-describe.png', 'credit-describe.png'):
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
