@@ -139,6 +139,7 @@ class Evaluate:
   gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward, if available
   boundary_fn: str = ''  # 'module:function' of a token's text -> whether a segment ends there
   credit_fn: str = ''  # 'module:function' of (prompt, response) -> true credit of each of these
+  continuations: int = 0  # of a clause's start and end, whose gold is the true credit; 0: credit_fn
   num_printed: int = 3  # responses printed with their segments
   data: StageData = StageData()
 

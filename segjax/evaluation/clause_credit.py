@@ -1,7 +1,6 @@
 """The credit that dense rewards give to the clauses of responses, beside the true credit.
 
-A clause is a part of a response that config.evaluate.boundary_fn ends; what it is truly worth is
-said by config.evaluate.credit_fn.
+A clause is a part of a response that config.evaluate.boundary_fn ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,39 +30,48 @@ class Clauses(NamedTuple):
   response: Int[np.ndarray, 'N']
 
 
-def find_clauses(
-  prompts: Sequence[str],
-  rollout: Rollout,
-  decode: Callable[[Any], str],
-  is_boundary: Callable[[str], bool],
-  true_credit: Callable[[str, str], list[float]],
-) -> Clauses:
-  """Returns the clauses of a rollout whose true credit is known.
+def clause_ends(
+  rollout: Rollout, decode: Callable[[Any], str], is_boundary: Callable[[str], bool]
+) -> Bool[np.ndarray, 'R T']:
+  """Returns where clauses end: the last token of a response, without its stop token, ends one.
 
   Args:
-    prompts: of each response.
     rollout: arrays on the host.
     decode: maps token ids to text, without special tokens.
     is_boundary: of a token's text, whether a clause ends there.
-    true_credit: of (prompt, response), the credit of each clause; [] where it is not known.
   """
   ids, mask = rollout.response_ids, rollout.response_mask
-  content = mask.copy()
-  content[np.arange(len(ids)), mask.sum(1) - 1] &= ~rollout.finished
+  rows, content = np.arange(len(ids)), mask.copy()
+  content[rows, mask.sum(1) - 1] &= ~rollout.finished
   is_end = {i: is_boundary(decode([i])) for i in np.unique(ids[content])}
-  of_token, ends = np.full(ids.shape, -1), np.zeros(ids.shape, bool)
+  ends = np.vectorize(is_end.get, otypes=[bool])(ids) & content
+  size = content.sum(1)
+  ends[rows[size > 0], size[size > 0] - 1] = True
+  return ends
+
+
+def make_clauses(
+  response_mask: Bool[np.ndarray, 'R T'],
+  ends: Bool[np.ndarray, 'R T'],
+  credit: Sequence[Sequence[float]],
+) -> Clauses:
+  """Returns the clauses whose true credit is known.
+
+  Args:
+    response_mask: True on responses, stop tokens included.
+    ends: see `clause_ends`.
+    credit: true credit of each clause of each response; [] where it is not known.
+  """
+  of_token = np.full(ends.shape, -1)
   truth, response = [], []
-  for row, prompt in enumerate(prompts):
-    size = int(content[row].sum())
-    credit = true_credit(prompt, decode(ids[row][mask[row]])) if size else []
-    if not credit:
-      continue
-    ends[row, :size] = [is_end[i] for i in ids[row, :size]]
-    ends[row, size - 1] = True
-    index = np.cumsum(ends[row]) - ends[row]
-    of_token[row] = np.where(mask[row], len(truth) + np.minimum(index, len(credit) - 1), -1)
-    truth += credit
-    response += [row] * len(credit)
+  for row, values in enumerate(credit):
+    if len(values):
+      index = np.minimum(np.cumsum(ends[row]) - ends[row], len(values) - 1)
+      of_token[row] = np.where(response_mask[row], len(truth) + index, -1)
+      truth += values
+      response += [row] * len(values)
+  is_known = np.array([len(values) > 0 for values in credit])
+  ends = ends & is_known[:, None]
   return Clauses(of_token, ends, np.array(truth, float), np.array(response, int))
 
 

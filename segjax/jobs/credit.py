@@ -1,7 +1,8 @@
 """Ranks methods of dense reward by the credit that they give to the clauses of responses.
 
-The true credit is that of config.evaluate.credit_fn, so that no PPO run is needed. A method is a
-line of `METHODS`: settings of the rewards, which go the way of PPO itself.
+The true credit is that of config.evaluate.credit_fn, or of continuations that the policy samples,
+so that no PPO run is needed. A method is a line of `METHODS`: settings of the rewards, which go the
+way of PPO itself.
 """
 
 import dataclasses
@@ -17,19 +18,25 @@ from jaxtyping import Float
 
 from segjax import processes
 from segjax.config.conflicts import check_conflicts, check_redistribution, check_segments
-from segjax.config.settings import Settings, replace
+from segjax.config.settings import Evaluate, Settings, replace
 from segjax.data import study_languages
 from segjax.errors import UserError, excerpt, one_line
-from segjax.evaluation.clause_credit import clause_figures, find_clauses
+from segjax.evaluation.clause_credit import (
+  Clauses,
+  clause_ends,
+  clause_figures,
+  make_clauses,
+)
 from segjax.evaluation.intervals import format_interval
 from segjax.jobs import evaluate, evaluate_functions
 from segjax.jobs.job import COMMON, LM_REWARD, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.report.console import table
-from segjax.run import models
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
+from segjax.train.continuations import Prefix, continuation_credit, prefix_values
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import CollectedRollout
@@ -42,8 +49,9 @@ _SEGMENTS, _TOKENS = {f'{_CUT}.granularity': 'segment'}, {f'{_CUT}.granularity':
 # Parts of one score: a normaliser by position would change it from segment to segment.
 _ONE_SCORE = {'reward_model.normalizer': 'none'}
 
+CONFIGURED = 'as configured'
 METHODS: dict[str, dict[str, Any]] = {
-  'as configured': {},
+  CONFIGURED: {},
   'no normaliser': {'reward_model.normalizer': 'none'},
   'spread: end_only': {f'{_SHAPING}.spread': 'end_only'},
   'spread: repeat': {f'{_SHAPING}.spread': 'repeat'},
@@ -78,8 +86,25 @@ class Method(NamedTuple):
 
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights, and checks that a true credit is given."""
-  evaluate_functions.load_credit(stage.settings.evaluate)
+  _load_functions(stage.settings.evaluate)
   return evaluate.load_collector(stage)
+
+
+def _load_functions(settings: Evaluate) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+  """Returns what a response is worth, and what says where a clause ends; None for segments.
+
+  The worth is the true credit of each clause, or the gold reward where continuations are sampled.
+  """
+  if settings.continuations:
+    gold, is_boundary = evaluate_functions.load_gold_and_boundary(settings)
+    if gold is None:
+      raise UserError(
+        f'config.evaluate.continuations={settings.continuations} asks what continuations earn; set '
+        "evaluate.gold_reward_fn to 'module:function'."
+      )
+    return gold, is_boundary
+  is_boundary, true_credit = evaluate_functions.load_credit(settings)
+  return true_credit, is_boundary
 
 
 def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
@@ -89,39 +114,75 @@ def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
     The figures of each method, also written to `credit.json`, and the number of clauses.
   """
   s, collector = stage.settings, loaded.collector
-  is_boundary, true_credit = evaluate_functions.load_credit(s.evaluate)
   methods = _make_methods(stage, loaded)
   params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
   rows = np.repeat(np.arange(len(collector.prompts)), s.evaluate.samples_per_prompt)
   rows = rows[: len(rows) // stage.mesh.size * stage.mesh.size]
   rollout = collector.collect(params, rows, stage.key('samples'), jnp.float32(0)).rollout
-  prompts = collector.prompt_texts(rows)
-  on_host = processes.to_host(rollout.arrays)
-  clauses = find_clauses(prompts, on_host, loaded.tokenizer.decode, is_boundary, true_credit)
-  if not len(clauses.truth):
-    raise UserError(
-      f'config.evaluate.credit_fn={s.evaluate.credit_fn} knows no credit of responses to prompts '
-      f'such as {excerpt(prompts[0])}; use prompts of config.demo.language='
-      f'{", ".join(study_languages.LANGUAGES)}, or a function of your own.'
-    )
   outputs = _make_scorer(params, rollout, collector.recipe)
+
+  def experience_of(method: Method) -> Experience:
+    scored = outputs(method.recipe.shaping.redistribute)
+    recipe = method.recipe
+    return make_experience(
+      rollout.arrays, scored, method.normalizer, jnp.float32(0), recipe=recipe
+    )[0]
+
+  clauses = _find_clauses(stage, loaded, params['policy'], experience_of(methods[CONFIGURED]), rows)
   figures = {}
-  for name, (recipe, normalizer) in methods.items():
-    experience, _ = make_experience(
-      rollout.arrays,
-      outputs(recipe.shaping.redistribute),
-      normalizer,
-      jnp.float32(0),
-      recipe=recipe,
-    )
+  for name, method in methods.items():
+    experience = experience_of(method)
     figures[name] = clause_figures(processes.to_host(experience.reward), clauses, s.seed)
     if name == _SHAPLEY_CUTS:
-      reward = _shapley_rewards(params['reward'], experience, recipe, s.seed)
+      reward = _shapley_rewards(params['reward'], experience, method.recipe, s.seed)
       figures['shapley: segments'] = clause_figures(reward, clauses, s.seed)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     write_text_atomically(stage.directory / 'credit.json', record)
   return {'methods': figures, 'clauses': len(clauses.truth), 'responses': len(rows)}
+
+
+def _find_clauses(
+  stage: Stage, loaded: evaluate.Loaded, policy: Any, experience: Experience, rows: np.ndarray
+) -> Clauses:
+  """Returns the clauses of the responses, or their segments, with their true credit.
+
+  Args:
+    policy: parameters of the policy, which samples continuations.
+    experience: of the responses.
+    rows: the row of each response's prompt.
+  """
+  settings, collector, decode = stage.settings.evaluate, loaded.collector, loaded.tokenizer.decode
+  worth, is_boundary = _load_functions(settings)
+  rollout, segment_end = processes.to_host((experience.rollout, experience.segments.end))
+  ends = segment_end if is_boundary is None else clause_ends(rollout, decode, is_boundary)
+  prompts = collector.prompt_texts(rows)
+  ids, mask = rollout.response_ids, rollout.response_mask
+  values = [worth(prompt, decode(x[m])) for prompt, x, m in zip(prompts, ids, mask, strict=True)]
+  if not settings.continuations:
+    if not any(values):
+      raise UserError(
+        f'config.evaluate.credit_fn={settings.credit_fn} knows no credit of responses to prompts '
+        f'such as {excerpt(prompts[0])}; use prompts of config.demo.language='
+        f'{", ".join(study_languages.LANGUAGES)}, or evaluate.continuations with any gold reward.'
+      )
+    return make_clauses(mask, ends, values)
+  texts = dict(zip(rows.tolist(), prompts, strict=True))
+
+  def value(prefixes: list[Prefix]) -> np.ndarray:
+    return prefix_values(
+      policy,
+      functools.partial(collector.prompts.gather, to_device=np.asarray),
+      prefixes,
+      lambda row, response: worth(texts[row], decode(response)),
+      key=stage.key('continuations'),
+      sampler=dataclasses.replace(collector.sampler, samples_per_prompt=settings.continuations),
+      batches=inputs.tracked_batches(
+        stage.name, len(prefixes), settings.batch_size, 'continuations'
+      ),
+    )
+
+  return make_clauses(mask, ends, continuation_credit(rows, ids, ends, values, value))
 
 
 def _shapley_rewards(
@@ -142,6 +203,8 @@ def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
     try:
       methods[name] = _make_method(replace(stage.settings, **changes), loaded)
     except UserError as error:
+      if name == CONFIGURED:
+        raise
       stage.log(f'{name} is left out: {one_line(error)}')
   return methods
 
@@ -216,6 +279,7 @@ JOB = Job(
   inputs=(POLICY, REFERENCE, REWARD_MODEL, LM_REWARD, data_input('held_out')),
   functions=lambda s: (
     'evaluate.credit_fn',
+    'evaluate.gold_reward_fn',
     'evaluate.boundary_fn',
     'reward_model.segmentation.boundary_fn',
   ),

@@ -14,7 +14,7 @@ from segjax import processes
 from segjax.config.settings import Evaluate, Settings
 from segjax.data.tokenize import tokenize_prompts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.evaluation.clause_credit import clause_figures, find_clauses
+from segjax.evaluation.clause_credit import clause_ends, clause_figures, make_clauses
 from segjax.evaluation.policy_figures import (
   EvaluatedResponses,
   boundary_f1,
@@ -164,7 +164,9 @@ def _credit(responses: EvaluatedResponses, tokenizer: ChatTokenizer, s: Settings
   """Returns {'credit': figures} of the dense rewards, where the true credit is known, or {}."""
   is_boundary, true_credit = evaluate_functions.load_credit(s.evaluate)
   e = responses.experience
-  clauses = find_clauses(responses.prompts, e.rollout, tokenizer.decode, is_boundary, true_credit)
+  ends = clause_ends(e.rollout, tokenizer.decode, is_boundary)
+  credit = list(map(true_credit, responses.prompts, responses.texts))
+  clauses = make_clauses(e.rollout.response_mask, ends, credit)
   return {'credit': clause_figures(e.reward, clauses, s.seed)} if len(clauses.truth) else {}
 
 

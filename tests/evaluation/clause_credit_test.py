@@ -7,7 +7,7 @@ import pytest
 
 from segjax.data import demo_language, demo_rows, languages, study_languages
 from segjax.data.tokenizer import load_tokenizer
-from segjax.evaluation.clause_credit import Clauses, clause_figures, find_clauses
+from segjax.evaluation.clause_credit import Clauses, clause_ends, clause_figures, make_clauses
 from segjax.types import Rollout
 
 PROMPT = 'tell coat skill luck of the otter of the coast'
@@ -32,9 +32,9 @@ def test_clauses_are_those_of_the_true_credit(tmp_path):
   rollout = jax.tree.map(np.asarray, rollout)
   # The last prompt is of a language whose true credit is not known.
   prompts = [PROMPT] * 3 + ['describe the otter of the coast']
-  clauses = find_clauses(
-    prompts, rollout, tokenizer.decode, demo_language.is_boundary, languages.true_credit
-  )
+  ends = clause_ends(rollout, tokenizer.decode, demo_language.is_boundary)
+  credit = [languages.true_credit(*pair) for pair in zip(prompts, (*TEXTS, TEXTS[0]), strict=True)]
+  clauses = make_clauses(rollout.response_mask, ends, credit)
   assert clauses.of_token.tolist() == [
     [0] * 5 + [1] * 5 + [-1] * 2,  # the stop token belongs to the last clause
     [2] * 5 + [3] * 2 + [-1] * 5,

@@ -1,0 +1,119 @@
+"""True credit for any gold reward: what continuations of a response earn before and after a clause.
+
+V(prefix) is the mean gold reward of K responses that the policy samples from a prefix on, and the
+credit of a clause is V after it less V before it. It is the estimate of Kazemnejad et al. 2024
+(VinePPO), https://arxiv.org/abs/2410.01679.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from segjax.model.generate import GenerationOptions, generate
+from segjax.train.rollout import RolloutSampler, decode_config
+from segjax.types import PromptBatch
+
+
+class Prefix(NamedTuple):
+  """A prompt, as a row of the prompts, and the tokens of a response to it so far."""
+
+  prompt: int
+  ids: tuple[int, ...]
+
+
+def continuation_credit(
+  prompt: Int[np.ndarray, 'R'],
+  response_ids: Int[np.ndarray, 'R T'],
+  ends: Bool[np.ndarray, 'R T'],
+  gold: Sequence[float],
+  value: Callable[[list[Prefix]], Sequence[float]],
+) -> list[list[float]]:
+  """Returns the credit of each clause of each response.
+
+  V(clauses 1 to j) - V(clauses 1 to j - 1), where all clauses are worth the response's own gold
+  reward.
+
+  Args:
+    prompt: row of each response's prompt.
+    response_ids: tokens of the responses.
+    ends: True on the last token of each clause.
+    gold: gold reward of each response.
+    value: of prefixes. Each is asked for once, however many responses begin with it.
+  """
+  before = []
+  for row, ids, is_end in zip(prompt, response_ids, ends, strict=True):
+    sizes = [0, *np.flatnonzero(is_end) + 1][: int(is_end.sum())]
+    before.append([Prefix(int(row), tuple(ids[:size].tolist())) for size in sizes])
+  distinct = list(dict.fromkeys(itertools.chain(*before)))
+  values = dict(zip(distinct, value(distinct), strict=True))
+  return [
+    np.diff([*(values[prefix] for prefix in prefixes), whole]).tolist() if prefixes else []
+    for prefixes, whole in zip(before, gold, strict=True)
+  ]
+
+
+def prefix_values(
+  params: Any,
+  prompts: Callable[[np.ndarray], PromptBatch],
+  prefixes: Sequence[Prefix],
+  gold: Callable[[int, list[int]], float],
+  *,
+  key: jax.Array,
+  sampler: RolloutSampler,
+  batches: Iterable[tuple[np.ndarray, int]],
+) -> Float[np.ndarray, 'N']:
+  """Returns the mean gold reward of `sampler.samples_per_prompt` continuations of each prefix.
+
+  A response is as long as one that is sampled at once: config.rollout.max_new_tokens, the prefix
+  included. The continuations of a prefix share its pages of the cache.
+
+  Args:
+    params: of the policy.
+    prompts: of rows, on the host.
+    prefixes: N of them.
+    gold: of (row of the prompt, tokens of the response).
+    key: random key.
+    sampler: how to sample.
+    batches: of 0 to N - 1: (indices, how many of them are not padding).
+  """
+  samples, limit = sampler.samples_per_prompt, sampler.settings.max_new_tokens
+  values = np.empty(len(prefixes))
+  for number, (rows, real) in enumerate(batches):
+    chosen = [prefixes[row] for row in rows]
+    result = generate(
+      params,
+      _join(prompts(np.array([prefix.prompt for prefix in chosen])), chosen, limit),
+      jax.random.fold_in(key, number),
+      decoder=decode_config(sampler),
+      mesh=sampler.mesh,
+      options=GenerationOptions(
+        sampler.settings.max_concurrent,
+        samples,
+        limits=np.repeat([limit - len(prefix.ids) for prefix in chosen], samples),
+      ),
+    )
+    for place, prefix in enumerate(chosen[:real]):
+      group = range(place * samples, (place + 1) * samples)
+      values[rows[place]] = np.mean(
+        [
+          gold(
+            prefix.prompt, [*prefix.ids, *result.response_ids[i][result.response_mask[i]].tolist()]
+          )
+          for i in group
+        ]
+      )
+  return values
+
+
+def _join(prompts: PromptBatch, prefixes: Sequence[Prefix], room: int) -> PromptBatch:
+  """Returns the prompts with the prefixes behind them, padded to one width for any prefixes."""
+  ids = np.pad(np.asarray(prompts.prompt_ids), ((0, 0), (0, room)))
+  length = np.array(prompts.prompt_length)
+  for row, prefix in enumerate(prefixes):
+    ids[row, length[row] : length[row] + len(prefix.ids)] = prefix.ids
+    length[row] += len(prefix.ids)
+  return PromptBatch(ids, length)
