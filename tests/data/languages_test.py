@@ -73,10 +73,10 @@ def test_writer_draws_by_its_probabilities(name):
     for p, clause in language.next_clauses(prompt, begin)
   )
   draws = []
-  for _ in range(200):
+  for _ in range(100):
     clauses = study_languages.split_clauses(language.respond(prompt, rng, begin))
     draws.append(gold(prompt, ' '.join(clauses[: len(begin) + 1])))
-  assert np.mean(draws) == pytest.approx(expected, abs=4 * np.std(draws) / 200**0.5)
+  assert np.mean(draws) == pytest.approx(expected, abs=4 * np.std(draws) / 100**0.5)
   assert before == 0
 
 
@@ -87,9 +87,9 @@ def test_expected_gold_is_the_mean_of_responses(name):
   assert study_languages.language_of(prompt) == language
   response = study_languages.split_clauses(language.respond(prompt, rng))
   for size in range(3):
-    golds = [gold(prompt, language.respond(prompt, rng, response[:size])) for _ in range(80)]
+    golds = [gold(prompt, language.respond(prompt, rng, response[:size])) for _ in range(40)]
     expected = language.expected_gold(prompt, response[:size])
-    assert np.mean(golds) == pytest.approx(expected, abs=4 * np.std(golds) / 80**0.5 + 1e-9)
+    assert np.mean(golds) == pytest.approx(expected, abs=4 * np.std(golds) / 40**0.5 + 1e-9)
 
 
 def test_true_credit_by_hand():

@@ -207,13 +207,13 @@ def test_many_chunks_give_the_same_as_one(llama3, monkeypatch):
 
 
 def test_real_pairs(shared_files):
-  rows = load_rows(str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'), limit=200)
+  rows = load_rows(str(shared_files / 'data' / 'hh_harmless' / 'pairs.jsonl.gz'), limit=60)
   template = '{{ bos_token }}' + tokenizers.CHATML.replace('<|im_end|>', '</s>')
   chat = load_tokenizer(str(shared_files / 'models' / 'stories260k-hf'), template)
   data = tokenize_pairs(rows, chat, Limits(512, 384))
   counts = data.counts
   dropped = sum(counts[k] for k in counts if k.startswith('dropped'))
-  assert counts['rows'] == 200 == len(data) + dropped
+  assert counts['rows'] == 60 == len(data) + dropped
   assert data.length <= 512 and counts['truncated'] > 0
   batch = data.gather(np.arange(len(data)))
   for side in (batch.chosen, batch.rejected):
@@ -225,8 +225,8 @@ def test_real_pairs(shared_files):
   is_complete = data.prompt_length < 384
   assert (np.asarray(batch.chosen.ids)[is_complete, 0] == 1).all()
   assert ((np.asarray(batch.chosen.ids) == 1).sum(axis=1) <= 1).all()
-  assert len(tokenize_prompts(rows, chat, Limits(512, 384))) == 200
-  assert len(tokenize_conversations(rows, chat, Limits(512, 384))) > 190
+  assert len(tokenize_prompts(rows, chat, Limits(512, 384))) == 60
+  assert len(tokenize_conversations(rows, chat, Limits(512, 384))) > 55
 
 
 def test_describe_counts():

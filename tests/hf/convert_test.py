@@ -197,6 +197,7 @@ def test_a_critic_draws_its_head_by_seed_and_a_reward_model_does_not(llama3, tmp
   assert not (tmp_path / 'e').exists()
 
 
+@pytest.mark.campaign
 def test_the_published_snippet_works_on_an_exported_policy(shared_files, tmp_path):
   source = tmp_path / 'a'
   shutil.copytree(shared_files / 'models' / 'stories260k-hf', source)

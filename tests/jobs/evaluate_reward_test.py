@@ -40,6 +40,7 @@ def inputs(language, small, one_device, tmp_path_factory):
   return {'reward_model.path': str(workdir / 'reward' / 'model'), 'reference.path': model}, rows
 
 
+@pytest.mark.campaign
 def test_job_agrees_with_training(small, run, inputs, tmp_path):
   """The held-out pairs have the figures that reward training computed for them."""
   paths, pairs = inputs
@@ -75,6 +76,7 @@ def _parent(paths):
   return Path(paths['reward_model.path']).parent
 
 
+@pytest.mark.campaign
 def test_missing_reference_is_an_error_before_anything_is_loaded(small, run, inputs):
   paths, pairs = inputs
   overrides = {'reward_model.path': paths['reward_model.path'], 'data.path': pairs}
@@ -82,6 +84,7 @@ def test_missing_reference_is_an_error_before_anything_is_loaded(small, run, inp
     run(small('evaluate_reward', **overrides))
 
 
+@pytest.mark.campaign
 def test_files_of_the_wrong_form_are_named(small, run, inputs, tmp_path):
   wrong = tmp_path / 'wrong.jsonl'
   wrong.write_text('{"text": "a"}\n')
