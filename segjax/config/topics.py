@@ -80,10 +80,13 @@ lora.train_head=True.
   without       `segjax convert merge ADAPTER OUT` writes a plain checkpoint, W + (alpha / rank) A B
                 in the dtype of the base: bfloat16 rounds away what is below 1/256 of a weight.
   sampling      Adapters are carried beside the weights, and not merged, for the same reason.
-  a laptop      SmolLM2-135M-Instruct, rows up to 128 tokens, rank 16 on two cores:
-                reward.optimizer.learning_rate=3e-5, reward.packing_length=256,
-                reward.micro_batch_size=4, data.max_length=256, data.max_prompt_length=160 and
-                runtime.remat=none.
+  a laptop      SmolLM2-135M-Instruct, rank 16, short rows, two cores: data.max_length=256,
+                data.max_prompt_length=160, runtime.remat=none, and of reward and ppo
+                packing_length=256, micro_batch_size=4. reward: batch_size=16, num_epochs=2,
+                optimizer.learning_rate=5e-5, threshold_search.target_segment_length=2. normalizer:
+                kind=global, max_pairs=96. ppo: max_steps=10, rollout_batch_size=32,
+                minibatch_size=8, policy_optimizer.learning_rate=5e-5,
+                critic_optimizer.learning_rate=3e-5, and rollout.max_new_tokens=64.
 """
 
 PACKING = """\
