@@ -275,8 +275,8 @@ JOB = Job(
   ),
   inputs=(
     TRAINED_POLICY,
-    # Without PPO in the same run, only the user knows what the policy is compared with.
-    dataclasses.replace(REFERENCE, only_after='ppo'),
+    # Without PPO or DPO in the same run, only the user knows what the policy is compared with.
+    dataclasses.replace(REFERENCE, only_after=('ppo', 'dpo')),
     OPTIONAL_REWARD_MODEL,
     LM_REWARD,
     data_input('held_out'),

@@ -32,7 +32,7 @@ class Input:
     sources: where its value comes from; the first source that exists is used. 'config.KEY' is a
       value set by the user, 'JOB/PATH' the output of an earlier stage of the same run. Without
       sources, the value is the user's.
-    only_after: a job; if it is not among the earlier stages, only the user's value is used.
+    only_after: jobs; if none is among the earlier stages, only the user's value is used.
     is_required: (settings) -> whether the job cannot run without it.
     is_read: (settings) -> whether the job would read it; if not, no earlier stage provides it.
     keywords: values that are not paths.
@@ -42,7 +42,7 @@ class Input:
 
   key: str
   sources: tuple[str, ...] = ()
-  only_after: str = ''
+  only_after: tuple[str, ...] = ()
   is_required: Callable[[Settings], bool] = always
   is_read: Callable[[Settings], bool] = always
   keywords: tuple[str, ...] = ()
@@ -119,8 +119,8 @@ class Job:
 COMMON = ('seed', 'runtime', 'data')  # sections of every job that runs a network on data
 
 POLICY = Input('policy.path', ('sft/model', 'config.policy.path', 'demo/model'))
-TRAINED_POLICY = Input('policy.path', ('ppo/model', *POLICY.sources))
-# The policy before PPO, unless the user names another one.
+TRAINED_POLICY = Input('policy.path', ('ppo/model', 'dpo/model', *POLICY.sources))
+# The policy before PPO or DPO, unless the user names another one.
 REFERENCE = Input('reference.path', ('config.reference.path', *POLICY.sources))
 
 

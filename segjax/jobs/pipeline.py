@@ -174,7 +174,7 @@ def _earlier_stages(name: str, settings: Settings) -> tuple[str, ...]:
 
 
 def _active_sources(item: Input, earlier: tuple[str, ...]) -> tuple[str, ...]:
-  if item.only_after and item.only_after not in earlier:
+  if item.only_after and not set(item.only_after) & set(earlier):
     return (f'config.{item.key}',)
   return item.sources
 

@@ -43,6 +43,8 @@ def test_a_local_run_starts_from_the_paths_of_the_config(small):
   assert _paths(s, 'reward') == ('/w/sft/model', '/w/sft/model', '', 'rows')
   assert _paths(s, 'ppo') == ('/w/sft/model', '/w/sft/model', '/w/reward/model', 'rows')
   assert _paths(s, 'evaluate')[:2] == ('/w/ppo/model', '/w/sft/model')
+  s = small('sft', 'dpo', 'evaluate', **{'policy.path': 'base', 'data.path': 'rows'})
+  assert _paths(s, 'evaluate')[:2] == ('/w/dpo/model', '/w/sft/model')
 
 
 def test_one_job_reads_what_the_config_names(small):
