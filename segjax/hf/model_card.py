@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.data.sources import is_hub_id
+from segjax.hf import card_snippets
 
 FILE, RECORD, CURVES = 'README.md', 'segjax_config.json', 'curves.png'
 DOC_FILES = (FILE, RECORD, CURVES)  # documentation; loading a model reads none of them
@@ -105,11 +106,7 @@ def write_card(
     on = f' ({_cell(card.dataset)})' if card.dataset else ''
     lines += ['## Metrics', '', f'| metric{on} | value |', '|---|---|']
     lines += [f'| {_cell(key)} | {value:.6g} |' for key, value in metrics.items()] + ['']
-  snippet = _SCORE if head == 'scalar' else _CHAT if with_template else _COMPLETE
-  snippet = snippet.replace('NAME', json.dumps(name))
-  for before, after in _WITH_PEFT if base else ():
-    snippet = snippet.replace(before, after)
-  lines += ['## Usage', '', '```python', snippet, '```', '']
+  lines += card_snippets.usage(name, head, with_template, base, card.record)
   lines += _provenance(card.record)
   (directory / FILE).write_text('\n'.join(lines), encoding='utf-8')
 
@@ -236,64 +233,3 @@ def _metadata(directory: Path) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   return is_number and math.isfinite(value)
-
-
-_CHAT = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model_name = NAME
-model = AutoModelForCausalLM.from_pretrained(model_name)
-tokenizer = AutoTokenizer.from_pretrained(model_name)
-
-messages = [{'role': 'user', 'content': 'Why is the sky blue?'}]
-text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-inputs = tokenizer(text, return_tensors='pt', add_special_tokens=False)
-outputs = model.generate(
-  inputs['input_ids'], attention_mask=inputs['attention_mask'], max_new_tokens=128
-)
-print(tokenizer.decode(outputs[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True))"""
-
-_COMPLETE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model_name = NAME
-model = AutoModelForCausalLM.from_pretrained(model_name)
-tokenizer = AutoTokenizer.from_pretrained(model_name)
-
-inputs = tokenizer('Once upon a time', return_tensors='pt')
-outputs = model.generate(inputs['input_ids'], max_new_tokens=50)
-print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
-
-_SCORE = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model_name = NAME
-model = AutoModelForSequenceClassification.from_pretrained(model_name)
-tokenizer = AutoTokenizer.from_pretrained(model_name)
-
-inputs = tokenizer('Once upon a time', return_tensors='pt')
-print(model(inputs['input_ids']).logits)  # the score at the last token"""
-
-# The same with an adapter on its base: which tokens end a text, and how many scores there are, is
-# not what the base has.
-_WITH_PEFT = (
-  (
-    'from transformers import AutoModelForCausalLM, AutoTokenizer',
-    'from peft import AutoPeftModelForCausalLM\n'
-    'from transformers import AutoTokenizer, GenerationConfig',
-  ),
-  (
-    'from transformers import AutoModelForSequenceClassification, AutoTokenizer',
-    'from peft import AutoPeftModelForSequenceClassification\n'
-    'from transformers import AutoTokenizer',
-  ),
-  (
-    '= AutoModelForCausalLM.from_pretrained(model_name)',
-    '= AutoPeftModelForCausalLM.from_pretrained(model_name)\n'
-    'model.generation_config = GenerationConfig.from_pretrained(model_name)',
-  ),
-  (
-    '= AutoModelForSequenceClassification.from_pretrained(model_name)',
-    '= AutoPeftModelForSequenceClassification.from_pretrained(model_name, num_labels=1)',
-  ),
-)
