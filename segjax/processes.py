@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,26 @@ def broadcast_from_first(value: Any) -> Any:
   buffer = np.zeros(size, np.uint8)
   buffer[: min(size, len(data))] = data[:size]  # read only from the first process
   return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)))
+
+
+def in_first(compute: Callable[[], Any]) -> Any:
+  """Returns in all processes what `compute` returns in the first, which JSON can hold.
+
+  Raises:
+    UserError: `compute` has raised it; in all processes.
+  """
+  if process_count() == 1:
+    return compute()
+  value, error = None, None
+  if is_first():
+    try:
+      value = compute()
+    except UserError as raised:
+      error = str(raised)
+  value, error = broadcast_from_first((value, error))
+  if error is not None:
+    raise UserError(error)
+  return value
 
 
 def any_process(flag: bool) -> bool:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from absl import flags
 from fixtures import runs
@@ -26,7 +25,9 @@ from segjax.config import parse, usage
 from segjax.config.settings import Segmentation, Settings
 from segjax.data.sources import as_conversation, as_pair, as_prompt
 from segjax.jobs import dry_run, pipeline
-from segjax.train.custom_reward import load_function, token_rewards
+from segjax.train.custom_reward import parse_token_rewards
+from segjax.train.response_functions import Response
+from segjax.train.user_functions import load_function
 from segjax.types import Normalizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -257,13 +258,9 @@ def test_reward_function_example(tmp_path, monkeypatch):
   monkeypatch.delitem(sys.modules, 'my_rules', raising=False)
   function = load_function('my_rules:reward', 'reward_shaping.reward_fn')
   response = 'a. Sorry. b'
-  ids = np.array([[ord(c) for c in response]])
-  rewards = token_rewards(
-    function, [''], ids, ids > 0, lambda ids: ''.join(map(chr, map(int, ids)))
-  )
-  expected = np.zeros(len(response))
-  expected[[1, 8, 10]] = 0.1, 0.1, -1
-  np.testing.assert_allclose(rewards[0], expected, atol=1e-6)
+  letters = Response(0, '', list(map(ord, response)), response, '', lambda ids: list(map(chr, ids)))
+  rewards = parse_token_rewards(function('', response), letters)
+  assert rewards == [(1, 0.1), (8, 0.1), (10, -1)]
   assert function('', 'no sentence') == []
   sys.modules.pop('my_rules')
 

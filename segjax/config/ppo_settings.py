@@ -51,6 +51,10 @@ class RewardShaping:
   reward_model_weight: float = 1.0  # factor of the reward model in the sum with reward_fn
   reward_fn: str = ''  # 'module:function' of (prompt, response); see train/custom_reward.py
   reward_fn_weight: float = 1.0  # factor of reward_fn
+  reward_fn_concurrency: int = 0  # calls at once; 0: 64 of a coroutine function, else 1
+  reward_fn_timeout: float = 0.0  # seconds of a call, in a thread that may go on; 0: no limit
+  reward_fn_retries: int = 0  # further calls after one that fails, after 1, 2, 4, ... seconds
+  reward_fn_on_error: str = 'stop'  # zero: a response whose last call fails has no such reward
   lm_reward: LMReward = LMReward()
   missing_eos_penalty: str = 'off'  # of unfinished responses; per_token replaces rewards
   missing_eos_penalty_value: float = -0.05  # reward of each token, or added at the end

@@ -136,7 +136,7 @@ class Evaluate:
 
   samples_per_prompt: int = 1  # responses per prompt
   batch_size: int = 64  # sequences at once
-  gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward, if available
+  gold_reward_fn: str = ''  # 'module:function' of (prompt, response) -> gold reward; as reward_fn
   boundary_fn: str = ''  # 'module:function' of a token's text -> whether a segment ends there
   credit_fn: str = ''  # 'module:function' of (prompt, response) -> true credit of each of these
   continuations: int = 0  # of a clause's start and end, whose gold is the true credit; 0: credit_fn

@@ -19,6 +19,7 @@ import numpy as np
 
 from segjax import types
 from segjax.data.ragged import Ragged
+from segjax.data.rows import LocatedRow
 from segjax.data.sources import Message, Rows, as_prompt
 from segjax.errors import UserError
 
@@ -127,10 +128,15 @@ class Prompts:
     lengths = self.tokens.lengths[indices]
     return types.PromptBatch(to_device(ids), to_device(lengths))
 
+  def columns(self, index: SupportsIndex) -> LocatedRow:
+    """Returns the row of data that the prompt comes from."""
+    row = int(self.row[index])
+    return LocatedRow(self.source[row], self.source.location(row))
+
   def messages(self, index: SupportsIndex) -> list[Message]:
     """Returns the prompt as written, not truncated, for display."""
-    row = int(self.row[index])
-    return as_prompt(self.source[row], self.source.location(row))
+    row = self.columns(index)
+    return as_prompt(row, row.location)
 
 
 def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -17,6 +17,26 @@ from segjax.errors import UserError, first_line
 Item = TypeVar('Item')
 
 
+class MissingColumnError(KeyError):
+  """A row lacks a column that a function of the user's reads."""
+
+  def __str__(self) -> str:
+    return self.args[0]  # a KeyError would quote it
+
+
+class LocatedRow(dict):
+  """The columns of a row; the error of one that it lacks says which row it is."""
+
+  def __init__(self, row: Row, location: str):
+    super().__init__(row)
+    self.location = location
+
+  def __missing__(self, name: str) -> Any:
+    raise MissingColumnError(
+      f'{self.location} has no column {name!r}; {row_forms.describe_keys(self)}'
+    )
+
+
 class NoRowsLeftError(UserError):
   """Every row was dropped."""
 

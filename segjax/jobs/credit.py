@@ -39,7 +39,7 @@ from segjax.train import reward_spec
 from segjax.train.continuations import Prefix, continuation_credit, prefix_values
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
-from segjax.train.rollout import CollectedRollout
+from segjax.train.rollout import CollectedRollout, response_tokens
 from segjax.train.scoring import score
 from segjax.train.shapley import segment_worth, shapley_values
 from segjax.types import Experience, Normalizer
@@ -86,25 +86,18 @@ class Method(NamedTuple):
 
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights, and checks that a true credit is given."""
-  _load_functions(stage.settings.evaluate)
+  _check_functions(stage.settings.evaluate)
   return evaluate.load_collector(stage)
 
 
-def _load_functions(settings: Evaluate) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-  """Returns what a response is worth, and what says where a clause ends; None for segments.
-
-  The worth is the true credit of each clause, or the gold reward where continuations are sampled.
-  """
-  if settings.continuations:
-    gold, is_boundary = evaluate_functions.load_gold_and_boundary(settings)
-    if gold is None:
-      raise UserError(
-        f'config.evaluate.continuations={settings.continuations} asks what continuations earn; set '
-        "evaluate.gold_reward_fn to 'module:function'."
-      )
-    return gold, is_boundary
-  is_boundary, true_credit = evaluate_functions.load_credit(settings)
-  return true_credit, is_boundary
+def _check_functions(settings: Evaluate) -> None:
+  if not settings.continuations:
+    evaluate_functions.check_credit(settings)
+  elif not settings.gold_reward_fn:
+    raise UserError(
+      f'config.evaluate.continuations={settings.continuations} asks what continuations earn; set '
+      "evaluate.gold_reward_fn to 'module:function'."
+    )
 
 
 def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
@@ -153,28 +146,29 @@ def _find_clauses(
     rows: the row of each response's prompt.
   """
   settings, collector, decode = stage.settings.evaluate, loaded.collector, loaded.tokenizer.decode
-  worth, is_boundary = _load_functions(settings)
+  # The gold reward of each response, or the true credit of each of its clauses.
+  make = evaluate_functions.load_gold if settings.continuations else evaluate_functions.load_credit
+  worth, is_boundary = make(stage.settings, decode), evaluate_functions.load_boundary(settings)
   rollout, segment_end = processes.to_host((experience.rollout, experience.segments.end))
   ends = segment_end if is_boundary is None else clause_ends(rollout, decode, is_boundary)
-  prompts = collector.prompt_texts(rows)
   ids, mask = rollout.response_ids, rollout.response_mask
-  values = [worth(prompt, decode(x[m])) for prompt, x, m in zip(prompts, ids, mask, strict=True)]
+  responses = collector.responses(rows, response_tokens(rollout))
+  values = worth(responses)
   if not settings.continuations:
     if not any(values):
       raise UserError(
         f'config.evaluate.credit_fn={settings.credit_fn} knows no credit of responses to prompts '
-        f'such as {excerpt(prompts[0])}; use prompts of config.demo.language='
+        f'such as {excerpt(responses.prompts[0])}; use prompts of config.demo.language='
         f'{", ".join(study_languages.LANGUAGES)}, or evaluate.continuations with any gold reward.'
       )
     return make_clauses(mask, ends, values)
-  texts = dict(zip(rows.tolist(), prompts, strict=True))
 
   def value(prefixes: list[Prefix]) -> np.ndarray:
     return prefix_values(
       policy,
       functools.partial(collector.prompts.gather, to_device=np.asarray),
       prefixes,
-      lambda row, response: worth(texts[row], decode(response)),
+      lambda rows, ids: worth(collector.responses(rows, ids)),
       key=stage.key('continuations'),
       sampler=dataclasses.replace(collector.sampler, samples_per_prompt=settings.continuations),
       batches=inputs.tracked_batches(

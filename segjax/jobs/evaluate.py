@@ -44,7 +44,8 @@ from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
 from segjax.train.custom_reward import load_custom_reward
-from segjax.train.rollout import RolloutSampler
+from segjax.train.response_functions import Responses
+from segjax.train.rollout import RolloutSampler, response_tokens
 from segjax.train.segmenter import sequence_scores
 
 RESPONSES_FILE = 'responses.json'  # the figures of each response, see `by_response`
@@ -62,7 +63,7 @@ def load(stage: Stage) -> Loaded:
   """Loads all but weights; logs a warning if there is nothing to compare."""
   loaded = load_collector(stage)
   if stage.settings.evaluate.credit_fn:
-    evaluate_functions.load_credit(stage.settings.evaluate)
+    evaluate_functions.check_credit(stage.settings.evaluate)
   paths = loaded.models.paths
   if paths['policy'].samefile(paths['reference']):
     stage.log('warning: config.policy.path and reference.path are one model: nothing differs')
@@ -89,8 +90,9 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     reference's clauses agree with their true credit (`clause_credit`).
   """
   s = stage.settings
-  gold, is_boundary = evaluate_functions.load_gold_and_boundary(s.evaluate)
   resolved, tokenizer, collector = loaded
+  gold = evaluate_functions.load_gold(s, tokenizer.decode)
+  is_boundary = evaluate_functions.load_boundary(s.evaluate)
   weights = Weights(s.runtime, stage.mesh)
   params = models.load_models(resolved, tuple(models.HEADS), weights)
 
@@ -105,14 +107,16 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
       # The reference has no KL to itself but roundings, which would rank clauses without reward.
       s.ppo.kl_coef if name == 'policy' else 0.0,
     )
-    return _with_gold(responses, gold)
+    if gold is None:
+      return responses
+    return responses._replace(gold=np.array(gold(_asked(responses, collector))))
 
   sampled = {'before': sample('reference'), 'after': sample('policy')}
   figures = {name: response_figures(responses) for name, responses in sampled.items()}
   figures['after'] |= gains(sampled['after'], sampled['before'])
   figures['after'] |= pairwise_win_rates(sampled['after'], sampled['before'], s.seed)
   if s.evaluate.credit_fn:
-    figures['before'] |= _credit(sampled['before'], tokenizer, s)
+    figures['before'] |= _credit(sampled['before'], loaded, s)
   if is_boundary is not None:
     figures['before']['boundary_f1'] = boundary_f1(
       sampled['before'].experience, tokenizer, is_boundary
@@ -147,7 +151,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
     RolloutSampler(recipe.policy, rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
     recipe,
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
-    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+    load_custom_reward(s.reward_shaping, tokenizer.decode),
   )
 
 
@@ -160,12 +164,16 @@ def with_policy(collector: Collector, network: LlamaConfig) -> Collector:
   )
 
 
-def _credit(responses: EvaluatedResponses, tokenizer: ChatTokenizer, s: Settings) -> dict[str, Any]:
+def _asked(responses: EvaluatedResponses, collector: Collector) -> Responses:
+  """Returns the responses for functions of the user's."""
+  return collector.responses(responses.prompt, response_tokens(responses.experience.rollout))
+
+
+def _credit(responses: EvaluatedResponses, loaded: Loaded, s: Settings) -> dict[str, Any]:
   """Returns {'credit': figures} of the dense rewards, where the true credit is known, or {}."""
-  is_boundary, true_credit = evaluate_functions.load_credit(s.evaluate)
-  e = responses.experience
-  ends = clause_ends(e.rollout, tokenizer.decode, is_boundary)
-  credit = list(map(true_credit, responses.prompts, responses.texts))
+  decode, e = loaded.tokenizer.decode, responses.experience
+  ends = clause_ends(e.rollout, decode, evaluate_functions.load_boundary(s.evaluate))
+  credit = evaluate_functions.load_credit(s, decode)(_asked(responses, loaded.collector))
   clauses = make_clauses(e.rollout.response_mask, ends, credit)
   return {'credit': clause_figures(e.reward, clauses, s.seed)} if len(clauses.truth) else {}
 
@@ -206,22 +214,14 @@ def sample_responses(
     parts.append(jax.tree.map(lambda x, real=real: x[:real], processes.to_host(arrays)))
   experience, scores = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
   rollout = experience.rollout
-  responses = zip(rollout.response_ids, rollout.response_mask, strict=True)
   return EvaluatedResponses(
     experience=experience,
     score=scores if recipe.reward is not None else None,
     prompt=repeated,
     prompts=collector.prompt_texts(repeated),
-    texts=[decode(ids[mask]) for ids, mask in responses],
+    texts=[decode(ids) for ids in response_tokens(rollout)],
     gold=None,
   )
-
-
-def _with_gold(sampled: EvaluatedResponses, gold: Callable | None) -> EvaluatedResponses:
-  if gold is None:
-    return sampled
-  pairs = zip(sampled.prompts, sampled.texts, strict=True)
-  return sampled._replace(gold=np.array([gold(prompt, text) for prompt, text in pairs]))
 
 
 def _print_responses(

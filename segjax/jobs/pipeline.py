@@ -29,7 +29,7 @@ from segjax.run.bucket_mirror import NoMirror
 from segjax.run.stage import Command, Stage
 from segjax.run.template_date import with_template_date
 from segjax.run.training_loop import checkpoint_dir
-from segjax.train.custom_reward import load_function
+from segjax.train.user_functions import load_function
 
 
 def run(

@@ -205,7 +205,7 @@ def _make_trainer(
     sampler,
     recipe,
     normalizer,
-    load_custom_reward(s.reward_shaping.reward_fn, tokenizer.decode),
+    load_custom_reward(s.reward_shaping, tokenizer.decode),
     stop=preemption.stop_requested,
   )
   timer, stream = StepTimer(), None
@@ -218,8 +218,7 @@ def _make_trainer(
     bases=bases,
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
-    gold=evaluate_functions.load_gold_and_boundary(s.evaluate)[0] if s.ppo.eval_every else None,
-    decode=tokenizer.decode,
+    gold=evaluate_functions.load_gold(s, tokenizer.decode) if s.ppo.eval_every else None,
     responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,
     stream=stream,

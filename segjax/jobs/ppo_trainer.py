@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.carry import Stream
 from segjax.train.collect import Collected, Collector, held_out_metrics
+from segjax.train.custom_reward import Gold
 from segjax.train.metrics import Metrics, combine_updates
 from segjax.train.ppo_step import Minibatch, ppo_step
 from segjax.train.rollout_metrics import within_bounds
@@ -55,8 +55,7 @@ class Trainer:
       trained.
     collector: samples and scores training prompts.
     eval_collector: samples and scores held-out prompts.
-    gold: (prompt, response) -> true reward, for eval/gold.
-    decode: maps token ids to text.
+    gold: true rewards of responses, for eval/gold.
     responses: keeps responses for report.html.
     timer: of the parts of a step.
     stream: of the prompts, where responses are carried from one step to the next.
@@ -67,8 +66,7 @@ class Trainer:
   bases: dict[str, Any]
   collector: Collector
   eval_collector: Collector
-  gold: Callable[[str, str], float] | None
-  decode: Callable[[Any], str]
+  gold: Gold | None
   responses: ResponseLog
   timer: StepTimer
   stream: Stream | None = None
@@ -119,7 +117,7 @@ class Trainer:
     prompts = s.ppo.rollout_batch_size // s.rollout.samples_per_prompt
     rows = endless_batch_indices(len(self.collector.prompts), prompts, s.seed, step)
     key = jax.random.fold_in(self.stage.key('rollout'), step)
-    return self.collector.collect(params, rows, key, kl_coef)
+    return self.collector.collect(params, rows, key, kl_coef, step=step)
 
   def _params(self, states: training_loop.TrainStates) -> dict[str, Any]:
     return self.frozen | {name: base | states[name].params for name, base in self.bases.items()}
@@ -182,7 +180,7 @@ class Trainer:
         self.stage.key('held out'),
         states['kl']['coef'],
         self.gold,
-        self.decode,
+        step,
       )
       if self.gold is not None:
         self._held_out.write(step, float(metrics['eval/kl']), gold)

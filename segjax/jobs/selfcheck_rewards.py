@@ -13,9 +13,10 @@ from segjax.config.settings import PPO, Network, RewardShaping, Segmentation
 from segjax.model.llama import make_config
 from segjax.rl import oracle, oracle_spreads
 from segjax.rl.spreads import SPREADS
-from segjax.train.custom_reward import token_rewards
+from segjax.train.custom_reward import parse_token_rewards, token_rewards
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
+from segjax.train.response_functions import ResponseFunction, Responses
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter
 from segjax.types import Normalizer, Rollout
@@ -45,8 +46,10 @@ def reward_roundtrip_error() -> float:
   """Returns the largest error with which a custom reward of 0.7 reaches the experience."""
   responses, scored = _random_scores(np.random.default_rng(6))
   ids, mask = jax.device_get((responses.response_ids, responses.response_mask))
-  custom_reward = token_rewards(lambda prompt, response: 0.7, [''] * len(ids), ids, mask, str)
   shaping = RewardShaping(reward_model_weight=0.0)
+  reward = ResponseFunction(lambda prompt, response: 0.7, parse_token_rewards, str, shaping)
+  asked = Responses([''] * len(ids), [x[m] for x, m in zip(ids, mask, strict=True)])
+  custom_reward = token_rewards(reward(asked).values, mask)
   recipe = dataclasses.replace(_plain_recipe(Segmentation(), 'even_split'), shaping=shaping)
   experience, _ = make_experience(
     responses,

@@ -29,7 +29,6 @@ from segjax.config.study_arms import (
 from segjax.jobs import demo, evaluate, normalizer, ppo, reward, sft
 from segjax.run import source_code
 from segjax.storage import atomic_directory, make_directory, write_text_atomically
-from segjax.train.custom_reward import load_function
 
 JOBS = {
   job.name: job for job in (demo.JOB, sft.JOB, reward.JOB, normalizer.JOB, ppo.JOB, evaluate.JOB)
@@ -43,6 +42,7 @@ _CONFIG = '''"""One run of a study: {name}.
 """
 
 from segjax.config import presets
+from segjax.train.user_functions import load_function
 
 VALUES = {values}
 

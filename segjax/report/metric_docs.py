@@ -78,6 +78,12 @@ ENTRIES = (
     'larger: raise `reward_clip`, or lower `reward_fn_weight` or `reward_model_weight`',
   ),
   Entry(
+    ('reward/failed_calls',),
+    'responses whose last call of `reward_shaping.reward_fn` failed, with reward_fn_on_error=zero',
+    '0',
+    'above 0: raise `reward_fn_timeout` or `reward_fn_retries`; the console names the first',
+  ),
+  Entry(
     ('reward/by_position/*',),
     'mean normalised score z of the segments in the k-th tenth of a response',
     'the same for all k at the start',

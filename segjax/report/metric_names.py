@@ -57,6 +57,7 @@ METRICS = {
   'reward/segment_mean': 'Reward of a segment before KL',
   'reward/token_abs_max': 'Largest absolute reward of a token',
   'reward/clipped': 'Share of token rewards that are clipped',
+  'reward/failed_calls': 'Responses without a reward by reward_fn',
   'reward/by_position/*': 'Normalised score, tenth {} of a response',
   'response/length_mean': 'Response length, tokens',
   'response/length_max': 'Longest response, tokens',

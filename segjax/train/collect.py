@@ -5,7 +5,7 @@ One path for the steps of PPO and for evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +19,11 @@ from segjax.model import sharding
 from segjax.train import carry
 from segjax.train.carry import Carried, Stream
 from segjax.train.compat import apply_rollout_compat
-from segjax.train.custom_reward import CustomReward
+from segjax.train.custom_reward import CustomReward, Gold, token_rewards
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
-from segjax.train.rollout import CollectedRollout, RolloutSampler, rollout
+from segjax.train.response_functions import Responses
+from segjax.train.rollout import CollectedRollout, RolloutSampler, response_tokens, rollout
 from segjax.train.scoring import policy_logprobs, score
 from segjax.types import Experience, Normalizer
 
@@ -73,6 +74,7 @@ class Collector:
     key: jax.Array,
     kl_coef: ScalarLike,
     index: np.ndarray | None = None,
+    step: int | None = None,
   ) -> Collected:
     """Samples `sampler.samples_per_prompt` responses to each prompt and scores them.
 
@@ -83,11 +85,13 @@ class Collector:
       key: random key of this rollout.
       kl_coef: coefficient of the KL penalty.
       index: number of each prompt, for its random numbers; 0, 1, ... by default.
+      step: number of the training step, for the user's reward.
     """
     # On the host, which assigns prompts to the slots of generation.
     batch = self.prompts.gather(rows, np.asarray)
     collected = rollout(params['policy'], batch, key, self._stopping_sampler(), index)
-    return self._score(params, collected, np.repeat(rows, self.sampler.samples_per_prompt), kl_coef)
+    repeated = np.repeat(rows, self.sampler.samples_per_prompt)
+    return self._score(params, collected, repeated, kl_coef, step)
 
   def collect_carrying(
     self,
@@ -111,7 +115,7 @@ class Collector:
       recompute = functools.partial(policy_logprobs, policy, recipe=self.recipe)
     sampler = self._stopping_sampler()
     sampled = carry.rollout(policy, carried, step, stream, sampler, recompute)
-    collected = self._score(params, sampled.rollout, sampled.rows, kl_coef)
+    collected = self._score(params, sampled.rollout, sampled.rows, kl_coef, step)
     metrics = collected.metrics | sampled.metrics
     return collected._replace(metrics=metrics, carried=sampled.carried)
 
@@ -125,6 +129,7 @@ class Collector:
     collected: CollectedRollout,
     rows: np.ndarray,
     kl_coef: ScalarLike,
+    step: int | None,
   ) -> Collected:
     """Scores responses to the prompts of `rows`, one row for each."""
     self.on_part('generate', collected.arrays)
@@ -133,7 +138,7 @@ class Collector:
     )
     outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
     # Dispatched before the user's function runs on the host, so that the two overlap.
-    custom_reward = self._custom_reward(collected, rows)
+    custom_reward, calls = self._custom_reward(collected, rows, step)
     experience, metrics = make_experience(
       collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, recipe=self.recipe
     )
@@ -141,20 +146,46 @@ class Collector:
     if processes.process_count() == 1 and self.stop():
       raise StepAbortedError
     self.on_part('score', metrics)
-    return Collected(experience, metrics, collected, rows)
+    return Collected(experience, metrics | calls, collected, rows)
 
-  def prompt_texts(self, rows: np.ndarray) -> list[str]:
+  def prompt_texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
     """Returns the last message of the prompt in each of the rows."""
     return [self.prompts.messages(row)[-1]['content'] for row in rows]
 
-  def _custom_reward(self, collected: CollectedRollout, rows: np.ndarray) -> jax.Array | None:
-    if self.custom_reward is None:
-      return None
-    # Every process calls it for all rows, and places the rows of its own devices.
-    reward = self.custom_reward(
-      self.prompt_texts(rows), collected.response_ids, collected.response_mask
+  def responses(
+    self, rows: Sequence[int] | np.ndarray, ids: Sequence[Any], step: int | None = None
+  ) -> Responses:
+    """Returns responses to the prompts of `rows` for functions of the user's.
+
+    Args:
+      rows: the row of each response's prompt.
+      ids: tokens of each response, without padding.
+      step: number of the training step.
+    """
+    return Responses(
+      prompts=self.prompt_texts(rows),
+      ids=ids,
+      row=lambda index: self.prompts.columns(rows[index]),
+      messages=lambda index: self.prompts.messages(rows[index]),
+      step=step,
     )
-    return sharding.place_batch(reward, self.sampler.mesh)
+
+  def _custom_reward(
+    self, collected: CollectedRollout, rows: np.ndarray, step: int | None
+  ) -> tuple[jax.Array | None, dict[str, Any]]:
+    """Returns the user's reward of each token, if there is one, and metrics of its calls."""
+    if self.custom_reward is None:
+      return None, {}
+    results = self.custom_reward(self.responses(rows, response_tokens(collected), step))
+    if results.failures:
+      self.sampler.log(
+        f'warning: {len(results.failures)} of {len(rows)} responses have no reward by '
+        f'reward_shaping.reward_fn; the first: {results.failures[0]}'
+      )
+    reward = token_rewards(results.values, collected.response_mask)
+    is_counted = self.recipe.shaping.reward_fn_on_error == 'zero'
+    metrics = {'reward/failed_calls': len(results.failures)} if is_counted else {}
+    return sharding.place_batch(reward, self.sampler.mesh), metrics
 
 
 def held_out_metrics(
@@ -162,8 +193,8 @@ def held_out_metrics(
   params: dict[str, Any],
   key: jax.Array,
   kl_coef: ScalarLike,
-  gold: Callable[[str, str], float] | None,
-  decode: Callable[[Any], str],
+  gold: Gold | None,
+  step: int,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Returns eval/reward, eval/kl, eval/length_mean and, with `gold`, eval/gold; gold by prompt.
 
@@ -177,13 +208,13 @@ def held_out_metrics(
     params: see `Collector.collect`.
     key: the same at every step.
     kl_coef: coefficient of the KL penalty.
-    gold: (prompt, response) -> true reward; None without one.
-    decode: maps token ids to text, without special tokens.
+    gold: true rewards of responses; None without any.
+    step: number of the training step, for the user's functions.
   """
   count = collector.recipe.ppo.rollout_batch_size // collector.sampler.samples_per_prompt
   # Always the first prompts in order: a random choice would add noise to the curve.
   rows = np.arange(count) % len(collector.prompts)
-  collected = collector.collect(params, rows, key, kl_coef)
+  collected = collector.collect(params, rows, key, kl_coef, step=step)
   metrics = {
     'eval/reward': collected.metrics['objective/reward'],
     'eval/kl': collected.metrics['objective/kl'],
@@ -191,8 +222,7 @@ def held_out_metrics(
   }
   if gold is None:
     return metrics, np.zeros(0)
-  prompts = collector.prompt_texts(collected.rows)
-  pairs = zip(prompts, collected.rollout.texts(decode), strict=True)
-  values = np.array([gold(prompt, text) for prompt, text in pairs], float)
+  ids = response_tokens(collected.rollout)
+  values = np.array(gold(collector.responses(collected.rows, ids, step)), float)
   metrics['eval/gold'] = float(np.mean(values))
   return metrics, np.bincount(collected.rows, values) / np.bincount(collected.rows)

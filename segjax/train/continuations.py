@@ -60,7 +60,7 @@ def prefix_values(
   params: Any,
   prompts: Callable[[np.ndarray], PromptBatch],
   prefixes: Sequence[Prefix],
-  gold: Callable[[int, list[int]], float],
+  gold: Callable[[list[int], list[list[int]]], Sequence[float]],
   *,
   key: jax.Array,
   sampler: RolloutSampler,
@@ -75,7 +75,7 @@ def prefix_values(
     params: of the policy.
     prompts: of rows, on the host.
     prefixes: N of them.
-    gold: of (row of the prompt, tokens of the response).
+    gold: of (row of the prompt, tokens) of responses.
     key: random key.
     sampler: how to sample.
     batches: of 0 to N - 1: (indices, how many of them are not padding).
@@ -96,16 +96,11 @@ def prefix_values(
         limits=np.repeat([limit - len(prefix.ids) for prefix in chosen], samples),
       ),
     )
-    for place, prefix in enumerate(chosen[:real]):
-      group = range(place * samples, (place + 1) * samples)
-      values[rows[place]] = np.mean(
-        [
-          gold(
-            prefix.prompt, [*prefix.ids, *result.response_ids[i][result.response_mask[i]].tolist()]
-          )
-          for i in group
-        ]
-      )
+    repeated = [prefix for prefix in chosen[:real] for _ in range(samples)]
+    continuations = zip(repeated, result.response_ids, result.response_mask, strict=False)
+    responses = [[*prefix.ids, *ids[mask].tolist()] for prefix, ids, mask in continuations]
+    rewards = gold([prefix.prompt for prefix in repeated], responses)
+    values[rows[:real]] = np.reshape(rewards, (real, samples)).mean(1)
   return values
 
 

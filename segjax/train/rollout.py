@@ -73,10 +73,11 @@ class CollectedRollout:
   finished: Bool[np.ndarray, 'B']
   length: Int[np.ndarray, 'B']
 
-  def texts(self, decode: Callable[[Any], str]) -> list[str]:
-    """Returns the responses as text; `decode` maps token ids to text."""
-    rows = zip(self.response_ids, self.response_mask, strict=True)
-    return [decode(ids[mask]) for ids, mask in rows]  # the padding has the id of a stop token
+
+def response_tokens(rollout: CollectedRollout | Rollout) -> list[np.ndarray]:
+  """Returns the tokens of each response of a rollout on the host, without padding."""
+  # The padding has the id of a stop token.
+  return [x[mask] for x, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
 
 
 def make_sampling(settings: RolloutSettings) -> Sampling:

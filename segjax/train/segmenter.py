@@ -14,7 +14,7 @@ from segjax.errors import UserError
 from segjax.rl.aggregation import sequence_score
 from segjax.rl.cuts import CUTS, Response
 from segjax.rl.segmentation import segment_at
-from segjax.train.custom_reward import load_token_function
+from segjax.train.user_functions import load_token_function
 from segjax.types import Segments
 
 

@@ -1,14 +1,6 @@
-"""The user's functions and the table of an evaluation."""
+"""The table of an evaluation."""
 
-from segjax.config.settings import Evaluate
-from segjax.jobs import evaluate_functions, evaluate_summary
-
-
-def test_functions_are_loaded_by_name():
-  gold, boundary = evaluate_functions.load_gold_and_boundary(
-    Evaluate(gold_reward_fn='operator:eq', boundary_fn='')
-  )
-  assert gold('a', 'a') and boundary is None
+from segjax.jobs import evaluate_summary
 
 
 def test_figures_fit_a_page(capsys):

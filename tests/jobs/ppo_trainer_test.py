@@ -32,12 +32,12 @@ def test_a_step_without_carrying_has_prompts_and_random_numbers_of_its_own(tmp_p
   collector.collect.side_effect = InterruptedError
   responses = mock.Mock(spec=ResponseLog)
   bases = {'policy': {'base': 'weights'}, 'critic': {}}
-  trainer = Trainer(stage, {}, bases, collector, collector, None, str, responses, StepTimer())
+  trainer = Trainer(stage, {}, bases, collector, collector, None, responses, StepTimer())
   networks = {name: mock.Mock(params={name: 'trained'}) for name in ('policy', 'critic')}
   with pytest.raises(InterruptedError):
     trainer.step(networks | {'kl': {'coef': 0.1}}, 5)
-  (params, rows, key, kl_coef), _ = collector.collect.call_args
+  (params, rows, key, kl_coef), options = collector.collect.call_args
   policy, critic = {'base': 'weights', 'policy': 'trained'}, {'critic': 'trained'}
   assert params == {'policy': policy, 'critic': critic} and kl_coef == 0.1
   np.testing.assert_array_equal(rows, endless_batch_indices(7, 3, 4, 5))
-  assert key == jax.random.fold_in(stage.key('rollout'), 5)
+  assert key == jax.random.fold_in(stage.key('rollout'), 5) and options == {'step': 5}

@@ -24,14 +24,15 @@ from segjax.report.timing import StepTimer
 from segjax.run.stage import Stage
 from segjax.train.collect import Collector, held_out_metrics
 from segjax.train.optimizer import init_state
+from segjax.train.response_functions import Results
 from segjax.types import Normalizer
 
 RECIPE = training.recipe(ppo=dataclasses.replace(training.PPO_SETTINGS, rollout_batch_size=8))
 KEY, KL_COEF = jax.random.key(0), np.float32(0.1)
 
 
-def decode(ids):
-  return ' '.join(map(str, ids))
+def a_quarter_per_token(responses):
+  return Results([[(token, 0.25) for token in range(len(ids))] for ids in responses.ids], [])
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +63,7 @@ def collector(prompts):
     training.rollout_sampler(),
     RECIPE,
     jax.tree.map(jnp.float32, Normalizer()),
-    custom_reward=lambda texts, ids, mask: np.where(mask, 0.25, 0).astype(np.float32),
+    custom_reward=a_quarter_per_token,
   )
 
 
@@ -78,7 +79,6 @@ def test_steps_copy_nothing_to_the_host_but_tokens_and_metrics(collector, params
     collector=dataclasses.replace(collector, on_part=timer.end),
     eval_collector=collector,
     gold=None,
-    decode=decode,
     responses=mock.Mock(spec=ResponseLog),  # copies the responses that it keeps
     timer=timer,
   )
@@ -123,16 +123,20 @@ def test_a_stop_abandons_the_collection(collector, params, calls):
 
 
 def test_held_out_metrics_compare_between_steps(collector, params):
-  """The same key gives the same figures; `gold` sees each prompt with its response."""
-  pairs = []
+  """The same key gives the same figures; `gold` sees each prompt with its row and the step."""
 
-  def gold(prompt, response):
-    pairs.append((prompt, response))
-    return len(pairs)
+  def gold(responses):
+    assert responses.prompts == [f'prompt {i}' for i in range(8)] and responses.step == 3
+    assert [responses.row(i)['prompt'] for i in range(8)] == responses.prompts
+    assert responses.messages(7) == [{'role': 'user', 'content': 'prompt 7'}]
+    with pytest.raises(
+      KeyError, match=r"^rows.jsonl, row 3 has no column 'answer'; its keys are pr"
+    ):
+      responses.row(2)['answer']
+    return list(range(1, 9))
 
-  metrics, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, gold, decode)
-  assert [prompt for prompt, _ in pairs] == [f'prompt {i}' for i in range(8)]
+  metrics, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, gold, 3)
   assert metrics['eval/gold'] == np.mean(np.arange(1, 9))
   np.testing.assert_array_equal(by_prompt, np.arange(1, 9))
-  again, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, None, decode)
+  again, by_prompt = held_out_metrics(collector, params, KEY, KL_COEF, None, 3)
   assert metrics == again | {'eval/gold': metrics['eval/gold']} and not len(by_prompt)

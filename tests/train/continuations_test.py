@@ -76,9 +76,9 @@ def test_greedy_continuations_of_a_greedy_response_are_its_rest():
   ]
   seen = []
 
-  def gold(row, ids):
-    seen.append((row, ids))
-    return float(sum(ids))
+  def gold(rows, responses):
+    seen.extend(zip(rows, responses, strict=True))
+    return [float(sum(ids)) for ids in responses]
 
   values = prefix_values(
     params,

@@ -1,4 +1,4 @@
-"""Custom rewards: loading by name, every form of the returned value, assignment to tokens."""
+"""Custom rewards: every form of the returned value, assignment to tokens, errors that name both."""
 
 import functools
 import urllib.error
@@ -9,12 +9,14 @@ from fixtures import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from segjax.config.settings import RewardShaping
 from segjax.data.tokenizer import ChatTokenizer, load_tokenizer
 from segjax.errors import UserError
-from segjax.train.custom_reward import load_function, load_number_function, token_rewards
+from segjax.train.custom_reward import load_gold, parse_token_rewards, token_rewards
+from segjax.train.response_functions import ResponseFunction, Responses
 
 LENGTH = 24
-LOAD = "give 'module:function'"
+SETTINGS = RewardShaping()
 
 
 @pytest.fixture(scope='module')
@@ -33,11 +35,18 @@ def padded(chat, texts, length=LENGTH, fill=7):
   return ids, mask
 
 
+def rewards_of(function, prompts, ids, mask, decode):
+  """Returns the rewards of tokens [B, T]."""
+  reward = ResponseFunction(function, parse_token_rewards, decode, SETTINGS)
+  tokens = [row[real] for row, real in zip(ids, mask, strict=True)]
+  return token_rewards(reward(Responses(prompts, tokens)).values, mask)
+
+
 def response_rewards(chat, texts, function):
   """Returns the rewards of each response without padding, whose rewards must be 0."""
   ids, mask = padded(chat, texts)
   prompts = [f'prompt {row}' for row in range(len(texts))]
-  rewards = token_rewards(function, prompts, ids, mask, chat.decode)
+  rewards = rewards_of(function, prompts, ids, mask, chat.decode)
   assert rewards.dtype == np.float32 and rewards.shape == ids.shape
   assert (rewards[~mask] == 0).all()
   return [row[real].tolist() for row, real in zip(rewards, mask, strict=True)]
@@ -79,7 +88,7 @@ def test_numbers(chat, value, expected):
 def test_unfinished_response_is_rewarded_at_its_last_token(chat):
   ids, mask = padded(chat, ['one two'])
   mask[0, mask[0].sum() - 1] = False  # without the stop token
-  rewards = token_rewards(lambda prompt, response: 2, ['p'], ids, mask, chat.decode)
+  rewards = rewards_of(lambda prompt, response: 2, ['p'], ids, mask, chat.decode)
   assert np.flatnonzero(rewards[0]).tolist() == [mask[0].sum() - 1]
 
 
@@ -109,12 +118,10 @@ def test_function_is_not_called_for_an_empty_response(chat):
 
 def test_stop_token_alone_is_an_empty_text(chat):
   ids, mask = np.full((1, 4), chat.stop_ids[0]), np.array([[True, False, False, False]])
-  rewards = token_rewards(
-    lambda prompt, text: 1 if text == '' else 2, ['p'], ids, mask, chat.decode
-  )
+  rewards = rewards_of(lambda prompt, text: 1 if text == '' else 2, ['p'], ids, mask, chat.decode)
   assert rewards.tolist() == [[1, 0, 0, 0]]
   with pytest.raises(ValueError, match='from 1 to 0'):
-    token_rewards(lambda prompt, text: [(1, 1)], ['p'], ids, mask, chat.decode)
+    rewards_of(lambda prompt, text: [(1, 1)], ['p'], ids, mask, chat.decode)
 
 
 def test_pairs_worked_example(chat):
@@ -143,7 +150,7 @@ def test_response_that_breaks_off_inside_a_character(chat):
   text = chat.decode(ids[0])
   assert text == 'a�'
   mask = np.ones((1, 3), bool)
-  rewards = token_rewards(lambda prompt, response: [(1, 1), (2, 2)], ['p'], ids, mask, chat.decode)
+  rewards = rewards_of(lambda prompt, response: [(1, 1), (2, 2)], ['p'], ids, mask, chat.decode)
   assert rewards[0, 0] == 1 and rewards[0, 1:].sum() == 2
 
 
@@ -155,22 +162,23 @@ def test_pair_is_assigned_to_the_token_that_completes_its_text(chat, text, data)
   bytes_after = np.cumsum([len(name) for name in chat.tokenizer.convert_ids_to_tokens(tokens)])
   expected = int(np.searchsorted(bytes_after, len(text[:end].encode())))
   ids, mask = np.array([tokens]), np.ones((1, len(tokens)), bool)
-  rewards = token_rewards(lambda prompt, response: [(end, 1)], ['p'], ids, mask, chat.decode)
+  rewards = rewards_of(lambda prompt, response: [(end, 1)], ['p'], ids, mask, chat.decode)
   assert np.flatnonzero(rewards[0]).tolist() == [expected]
 
 
-def test_few_texts_are_decoded(chat):
-  text, calls = 'the quick brown fox ' * 20, []
+def test_tokens_that_were_seen_are_not_decoded_again(chat):
+  calls = []
 
   def decode(ids):
     calls.append(len(ids))
     return chat.decode(ids)
 
-  ids, mask = padded(chat, [text], length=512)
+  ids, mask = padded(chat, ['the quick brown fox ' * 20] * 2, length=512)
   ends = [(end, 1) for end in range(20, 401, 20)]
-  rewards = token_rewards(lambda prompt, response: ends, ['p'], ids, mask, decode)
-  assert rewards.sum() == 20 and mask.sum() > 100
-  assert len(calls) < 90 and len(set(calls)) >= len(calls) - 1  # only the full text twice
+  rewards = rewards_of(lambda prompt, response: ends, ['p'] * 2, ids, mask, decode)
+  assert rewards.sum() == 40 and mask.sum() > 200
+  # Of the second response, the whole text, and its first token, which alone may lose a space.
+  assert len(calls) < 60 and calls[-3:] == [161, 1, 0]
 
 
 def test_token_texts_are_passed_to_a_tokens_parameter(chat):
@@ -220,7 +228,7 @@ def test_invalid_values_name_the_function_and_the_prompt(chat, value, message):
   with pytest.raises(
     ValueError, match=rf"custom_reward_test:.*reward_fn on .*'why{{40,}}\.\.\. {message}"
   ):
-    token_rewards(reward_fn, ['wh' + 'y' * 200], ids, mask, chat.decode)
+    rewards_of(reward_fn, ['wh' + 'y' * 200], ids, mask, chat.decode)
 
 
 @pytest.mark.parametrize(
@@ -243,32 +251,31 @@ def test_exceptions_name_the_function_the_prompt_and_the_cause(chat, error, word
     match=rf"^{__name__}:.*reward_fn on the prompt 'hello' raised {words} in line \d+ of "
     r'custom_reward_test.py; correct the function \(SEGJAX_TRACEBACK=1',
   ) as caught:
-    token_rewards(reward_fn, ['hello'], ids, mask, chat.decode)
+    rewards_of(reward_fn, ['hello'], ids, mask, chat.decode)
   assert caught.value.__cause__ is error and '\n' not in str(caught.value)
 
 
-def test_number_functions_raise_one_line(tmp_path, monkeypatch):
+def test_gold_functions_raise_one_line(tmp_path, monkeypatch, chat):
   (tmp_path / 'gold_rules.py').write_text(
     'def number(prompt, response): return {"a": 2, "b": None, "c": float("nan")}[response]\n'
-    'def swapped(text): return 1\n'
     'def many(*texts, tokens=None): return 1\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  number = load_number_function('gold_rules:number', 'evaluate.gold_reward_fn')
-  assert number('p', 'a') == 2
+
+  def gold(name, text):
+    function = load_gold(
+      f'gold_rules:{name}', RewardShaping(reward_fn_on_error='zero'), chat.decode
+    )
+    return function(Responses(['p'], chat.encode([text])))
+
+  assert gold('number', 'a') == [2] and gold('many', 'a') == [1]
   for response, words in (
     ('b', 'returned None; return a finite number'),
     ('c', 'returned nan; return a finite number'),
     ('d', "raised KeyError: 'd' in line 1 of gold_rules.py; correct"),
   ):
     with pytest.raises(UserError, match=rf"^gold_rules:number on the prompt 'p' {words}"):
-      number('p', response)
-  assert load_number_function('gold_rules:many', 'k')('p', 'r') == 1
-  with pytest.raises(
-    UserError,
-    match=r"config.evaluate.gold_reward_fn='gold_rules:swapped' is called with \(prompt, r",
-  ):
-    load_number_function('gold_rules:swapped', 'evaluate.gold_reward_fn')
+      gold('number', response)
 
 
 def test_functions_without_signature_or_name(chat):
@@ -278,37 +285,3 @@ def test_functions_without_signature_or_name(chat):
   nameless = functools.partial(lambda value, prompt, response: value, 'x')
   with pytest.raises(ValueError, match=r'^functools\.partial'):
     response_rewards(chat, ['one'], nameless)
-
-
-def test_load_function():
-  assert load_function('math:sqrt', 'k')(4) == 2
-  assert load_function('collections:OrderedDict.fromkeys', 'k')('a') == {'a': None}
-
-
-@pytest.mark.parametrize(
-  'path, message',
-  [
-    ('no.such.module:f', f"No module named 'no'.*{LOAD}"),
-    ('math:no_such', f"has no attribute 'no_such'.*{LOAD}"),
-    ('math', LOAD),
-    ('math:', LOAD),
-    (':sqrt', LOAD),
-    ('', LOAD),
-    ('math:pi', 'is a float and cannot be called'),
-  ],
-)
-def test_load_function_names_the_key(path, message):
-  with pytest.raises(ValueError, match=rf'^config\.reward_shaping\.reward_fn=.*{message}'):
-    load_function(path, 'reward_shaping.reward_fn')
-
-
-def test_a_module_that_fails_to_import(tmp_path, monkeypatch):
-  (tmp_path / 'broken_module.py').write_text('def f(:\n')
-  (tmp_path / 'raising_module.py').write_text('raise KeyError("x")\n')
-  (tmp_path / 'exiting_module.py').write_text('raise SystemExit(1)\n')
-  monkeypatch.syspath_prepend(tmp_path)
-  modules = {'broken': SyntaxError, 'raising': KeyError, 'exiting': SystemExit}
-  for name, cause in modules.items():
-    with pytest.raises(ValueError, match=f'{name}.*{cause.__name__}.*{LOAD}') as caught:
-      load_function(f'{name}_module:f', 'reward_shaping.reward_fn')
-    assert isinstance(caught.value.__cause__, cause)
