@@ -17,6 +17,7 @@ WINGS = (
     'types',
     'processes',
     'json_files',
+    'verifiers',
     'storage',
     'rl',
     'config',
