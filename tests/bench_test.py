@@ -31,6 +31,12 @@ def test_rewards(bench):
   assert record['largest_difference'] < 1e-3
 
 
+@pytest.mark.benchmarks
+def test_reward_calls(bench):
+  record = bench('reward_calls', '--responses=8', '--seconds=0.01', '--length=32', '--pairs=3')
+  assert record['thread_judge_seconds'] > 0.01 and record['pairs_ms_per_response'] > 0
+
+
 def test_compiled_names_what_is_missing(bench, monkeypatch, capsys):
   monkeypatch.setattr('segjax.plan.topologies.importlib.util.find_spec', lambda name: None)
   record = bench('compiled', '--model=small', '--topologies=cuda:8x8xH100-80GB')

@@ -16,6 +16,7 @@ from pathlib import Path
 
 BENCHMARKS = {
   'rewards': 'from scores to advantages, compared with loops over Python lists',
+  'reward_calls': 'a judge that waits, many at once, and rewards of parts of a text',
   'convert': 'HF checkpoints to Orbax and back, compared with cp: throughput and memory',
   'train': 'the policy update: tokens per second, model FLOPs utilisation, packing and padding',
   'metric_log': 'time that metrics take per step, and whether memory grows',
