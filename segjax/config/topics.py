@@ -7,7 +7,7 @@ or a hub id; or several of them, joined by commas: 'a.jsonl*2,shards/*.jsonl,own
 number after * says how often each row is read. In a run of several stages sft.data.path,
 reward.data.path, dpo.data.path, ... and their data.split replace data.path for one stage.
 
-A row has one of these forms; other keys are ignored:
+A row has one of these forms; other keys are for reward functions (`segjax help functions`):
 
   conversations   messages [{role, content}, ...]; conversations [{from, value}, ...] as in ShareGPT
                   (sft trains on the assistant's turns; ppo leaves out the last answer)
@@ -28,6 +28,35 @@ Tokens of data of 16 MiB or more are kept in ~/.cache/segjax/tokens (--token_cac
 SEGJAX_TOKEN_CACHE_DIR; empty: nowhere): a later run with the same files, tokenizer, template and
 limits reads them, and not the rows. The directory may be removed at any time; what was not used for
 30 days is removed when other tokens are written.
+"""
+
+FUNCTIONS = """\
+reward_shaping.reward_fn and evaluate.gold_reward_fn name a function, 'module:function', which is
+called with (prompt, response): the prompt's last message and the response, as text. It also gets
+what it has a parameter for, by name:
+
+  row        the columns of the row of data, as in row['answer']; data.columns renames them
+  messages   the whole prompt: [{role, content}, ...]
+  tokens     the text that each token adds; they join to the response
+  step       number of the training step, from 0; None outside of training
+
+reward_fn returns a number, earned at the last token; one number per token; or [(end, value), ...],
+earned by the text up to character `end`. gold_reward_fn returns a number. Ready ones, which read
+row['answer'], row['pattern'], row['max_words'], row['script'] or the text alone, are
+segjax.verifiers:exact_answer, numeric_answer (as in GSM8K), regular_expression, valid_json,
+word_limit, script and same_script.
+
+  name_batch          is called once, with lists in place of prompt, response, row, messages and
+                      tokens, and returns a list
+  async def           runs on an event loop, reward_shaping.reward_fn_concurrency calls at once
+  any other           is called in turn, or in threads with reward_fn_concurrency above 1 or a time
+                      limit. A thread past its limit goes on: limit the client of a service, too.
+  a call that fails   or takes longer than reward_shaping.reward_fn_timeout seconds is repeated
+                      reward_fn_retries times, after 1, 2, 4, ... seconds. Then the run ends in one
+                      line with the prompt; with reward_fn_on_error=zero the response has no such
+                      reward, and reward/failed_calls counts it. A gold reward always ends the run.
+
+Of several hosts the first one calls, once for each response; the others wait for its results.
 """
 
 MEMORY = """\
@@ -227,6 +256,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
 
 TOPICS = {
   'rows': ROWS,
+  'functions': FUNCTIONS,
   'memory': MEMORY,
   'adapters': ADAPTERS,
   'packing': PACKING,

@@ -170,6 +170,7 @@ OPTIONS = {
 CUSTOM_REWARD_ALONE = {
   'reward_shaping.reward_fn': CUSTOM_REWARD,
   'reward_shaping.reward_model_weight': 0.0,
+  'reward_shaping.reward_fn_on_error': 'zero',
 }
 
 
@@ -182,6 +183,7 @@ def test_custom_reward_alone_needs_no_reward_model(small, run, paths, tmp_path):
   assert 'policy/loss' not in steps[0] and 'critic/loss' in steps[0]
   assert 'policy/loss' in steps[1] and steps[1]['policy/initial_ratio_deviation'] < 1e-4
   assert steps[0]['objective/reward'] > 0
+  assert [step['reward/failed_calls'] for step in steps] == [0, 0, 0]
   # The KL is far above its target once the policy has moved, so the coefficient rises.
   assert steps[2]['objective/kl_coef'] != steps[0]['objective/kl_coef']
   assert all(step['skipped_updates'] == 0 for step in steps)

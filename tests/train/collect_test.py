@@ -32,7 +32,9 @@ KEY, KL_COEF = jax.random.key(0), np.float32(0.1)
 
 
 def a_quarter_per_token(responses):
-  return Results([[(token, 0.25) for token in range(len(ids))] for ids in responses.ids], [])
+  """Returns 0.25 for each token, and nothing for response 5."""
+  values = [[(token, 0.25) for token in range(len(ids))] for ids in responses.ids]
+  return Results([*values[:5], None, *values[6:]], ['judge on the prompt x took longer'])
 
 
 @pytest.fixture(scope='module')
@@ -105,10 +107,17 @@ def test_steps_copy_nothing_to_the_host_but_tokens_and_metrics(collector, params
 
 
 def test_custom_rewards_reach_the_experience(collector, params):
+  lines = []
+  sampler = dataclasses.replace(collector.sampler, log=lines.append)
+  collector = dataclasses.replace(collector, sampler=sampler)
   collected = collector.collect(params, np.arange(8), KEY, KL_COEF)
+  assert lines == [
+    'warning: 1 of 8 responses have no reward by reward_shaping.reward_fn; the first: judge on the '
+    'prompt x took longer'
+  ]
   without = dataclasses.replace(collector, custom_reward=None)
   plain = without.collect(params, np.arange(8), KEY, KL_COEF)
-  mask = collected.rollout.response_mask
+  mask = collected.rollout.response_mask & (np.arange(8) != 5)[:, None]
   added = np.asarray(collected.experience.reward - plain.experience.reward)
   np.testing.assert_allclose(added, np.where(mask, 0.25, 0), atol=1e-5)  # float32
 

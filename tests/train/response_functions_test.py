@@ -79,44 +79,40 @@ def test_a_batch_function_gets_all_at_once():
   assert call(function, Responses(['a'], [[]]), is_batch=True).values == [None]
 
 
-def running(kind, times):
-  """Returns a function that notes how many calls run at once, as coroutine or not."""
-  state = {'now': 0, 'most': 0}
+class Counted:
+  """Counts the calls that run at once; in threads, each waits for two others."""
 
-  def change(by):
-    state['now'] += by
-    state['most'] = max(state['most'], state['now'])
+  def __init__(self):
+    self.now = self.most = 0
+    self.lock, self.barrier = threading.Lock(), threading.Barrier(3)
 
-  lock = threading.Lock()
+  def change(self, by):
+    with self.lock:
+      self.now += by
+      self.most = max(self.most, self.now)
 
-  def plain(prompt, response):
-    with lock:
-      change(1)
-    time.sleep(times[prompt])
-    with lock:
-      change(-1)
+  def plain(self, prompt, response):
+    self.change(1)
+    self.barrier.wait(timeout=10)
+    self.change(-1)
     return ord(prompt)
 
-  async def coroutine(prompt, response):
-    change(1)
-    await asyncio.sleep(times[prompt])
-    change(-1)
+  async def coroutine(self, prompt, response):
+    self.change(1)
+    await asyncio.sleep(0.01)
+    self.change(-1)
     return ord(prompt)
 
-  return {'plain': plain, 'coroutine': coroutine}[kind], state
 
-
-@pytest.mark.parametrize('kind', ['plain', 'coroutine'])
-def test_at_most_so_many_calls_run_at_once_and_results_keep_their_order(kind):
-  letters = 'abcdefgh'
-  times = {letter: 0.01 * (8 - number) for number, letter in enumerate(letters)}
-  function, state = running(kind, times)
-  responses = Responses(list(letters), [[65]] * 8)
-  assert call(function, responses, concurrency=3).values == list(map(ord, letters))
-  assert state == {'now': 0, 'most': 3}
-  function, state = running(kind, times)
-  assert call(function, responses).values == list(map(ord, letters))
-  assert state['most'] == {'plain': 1, 'coroutine': 8}[kind]
+@pytest.mark.parametrize(
+  'kind, concurrency, most', [('plain', 3, 3), ('coroutine', 3, 3), ('coroutine', 0, 9)]
+)
+def test_so_many_calls_run_at_once_and_results_keep_their_order(kind, concurrency, most):
+  counted, letters = Counted(), 'abcdefghi'
+  responses = Responses(list(letters), [[65]] * 9)
+  values = call(getattr(counted, kind), responses, concurrency=concurrency).values
+  assert values == list(map(ord, letters))
+  assert counted.now == 0 and counted.most == most
 
 
 def test_by_default_a_plain_function_runs_in_the_calling_thread():
@@ -184,18 +180,27 @@ def test_a_value_of_no_use_is_asked_for_again():
   assert call(lambda prompt, response: next(values), retries=1).values == [1, None, 2, 3]
 
 
-@pytest.mark.parametrize('kind', ['plain', 'coroutine'])
-def test_a_call_past_its_time_limit_fails(kind):
-  function, _ = running(kind, {'a': 0, 'c': 1, 'd': 0})
+def slow_for_c(prompt, response):
+  time.sleep(5 if prompt == 'c' else 0)
+  return ord(prompt)
+
+
+async def async_slow_for_c(prompt, response):
+  await asyncio.sleep(5 if prompt == 'c' else 0)
+  return ord(prompt)
+
+
+@pytest.mark.parametrize('function', [slow_for_c, async_slow_for_c])
+def test_a_call_past_its_time_limit_fails(function):
   begin = time.perf_counter()
-  values, (text,) = call(function, timeout=0.05, on_error='zero')
-  assert values == [97, None, None, 100] and time.perf_counter() - begin < 0.9
-  assert text.endswith(
-    "on the prompt 'c' took longer than config.reward_shaping.reward_fn_timeout=0.05 s; raise it, "
-    'or set reward_fn_retries or reward_fn_on_error=zero.'
+  values, (text,) = call(function, timeout=0.3, on_error='zero')
+  assert values == [97, None, None, 100] and time.perf_counter() - begin < 5
+  assert text == (
+    f"{__name__}:{function.__name__} on the prompt 'c' took longer than config.reward_shaping."
+    'reward_fn_timeout=0.3 s; raise it, or set reward_fn_retries or reward_fn_on_error=zero.'
   )
   with pytest.raises(UserError, match='took longer'):
-    call(function, timeout=0.05)
+    call(function, Responses(['c'], [[67]]), timeout=0.01)
 
 
 def test_the_first_failure_ends_the_other_calls():
