@@ -154,6 +154,17 @@ class EvaluateReward:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+  """Several responses to each prompt, of which the best are rows for sft."""
+
+  samples_per_prompt: int = 8  # responses to each prompt
+  keep: int = 1  # of them, the best that end by themselves
+  rank_by: str = 'score'  # of the reward model; or reward: the sum of the dense rewards of PPO
+  batch_size: int = 64  # responses at once, those to a prompt together
+  data: StageData = StageData()
+
+
+@dataclasses.dataclass(frozen=True)
 class Answers:
   """Answers to the questions of public judges."""
 
@@ -244,6 +255,7 @@ class Settings:
   compat: Compat = Compat()
   evaluate: Evaluate = Evaluate()
   evaluate_reward: EvaluateReward = EvaluateReward()
+  sample: Sample = Sample()
   answers: Answers = Answers()
   checkpoint: CheckpointSettings = CheckpointSettings()
   report: Report = Report()

@@ -10,7 +10,7 @@ from segjax.errors import UserError
 COMMANDS = {
   'settings [SECTION]': 'every config key with its default, description and choices',
   'metrics [NAME]': 'what each metric is, its healthy range, and remedies',
-  'help TOPIC': ', '.join(topics.TOPICS),
+  'help TOPIC': 'explains ' + ', '.join(list(topics.TOPICS)[:5]) + ', ...',
   'plan JOB[:PRESET]': 'memory and time of each phase, without the devices',
   'replay RUN STEP': 'a step of a run computed again: the same to the bit, or what differs',
   'convert ...': 'checkpoints: import, export, verify, inspect',

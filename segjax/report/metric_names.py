@@ -14,6 +14,7 @@ STAGES = {
   'credit': 'Credit of dense rewards',
   'ppo': 'PPO',
   'evaluate': 'Evaluation',
+  'sample': 'Samples',
   'evaluate_reward': 'Evaluation of the reward model',
   'answers': 'Answers for a judge',
   'study': 'Study',
