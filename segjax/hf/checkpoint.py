@@ -18,6 +18,7 @@ from segjax import json_files
 from segjax.data.sources import is_hub_id
 from segjax.errors import UserError, excerpt
 from segjax.hf import hub
+from segjax.hf.families import find_family
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
@@ -78,7 +79,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
   Raises:
     ValueError: for a missing directory, an unknown or gated hub id, a hub that cannot be reached,
-      and, before any download, a model that is not a Llama or has no safetensors.
+      and, before any download, a model of a family that is not read, or without safetensors.
   """
   try:
     path = Path(name).expanduser()
@@ -257,9 +258,7 @@ def _shard_files(index: Path) -> dict[str, list[str]]:
 
 def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
   """Raises ValueError if the hub's listing of `name` is not a checkpoint that is read here."""
-  kind = config.get('model_type', 'llama')
-  if kind != 'llama':
-    raise UserError(f'{name}: model_type is {kind!r}; only llama models are read.')
+  find_family(name, config, 'llama')
   if not ({WEIGHTS, INDEX} & set(files) or {ADAPTER, ADAPTER_WEIGHTS} <= set(files)):
     raise UserError(no_weights(name, files))
 

@@ -29,7 +29,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
   ('backbone/layers/value/kernel', _LAYER + 'self_attn.v_proj.weight', 'L D K', ''),
   ('backbone/layers/value/bias', _LAYER + 'self_attn.v_proj.bias', 'L K', 'attention_bias'),
   ('backbone/layers/output/kernel', _LAYER + 'self_attn.o_proj.weight', 'L Q D', ''),
-  ('backbone/layers/output/bias', _LAYER + 'self_attn.o_proj.bias', 'L D', 'attention_bias'),
+  ('backbone/layers/output/bias', _LAYER + 'self_attn.o_proj.bias', 'L D', 'output_bias'),
   ('backbone/layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 'L D', ''),
   ('backbone/layers/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 'L D M', ''),
   ('backbone/layers/gate/bias', _LAYER + 'mlp.gate_proj.bias', 'L M', 'mlp_bias'),
@@ -127,6 +127,7 @@ def tensor_mappings(
   present = {
     '': True,
     'attention_bias': config.attention_bias,
+    'output_bias': config.output_bias,
     'mlp_bias': config.mlp_bias,
     'language': head == 'language' and not config.tie_word_embeddings,
     'scalar': head == 'scalar',

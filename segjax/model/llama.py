@@ -1,7 +1,8 @@
-"""Llama-3 in Flax Linen: RMSNorm, RoPE with Llama-3.1 scaling, grouped queries, SwiGLU.
+"""Llama-3 and its kin in Flax Linen: RMSNorm, RoPE with scalings, grouped queries, SwiGLU.
 
-The backbone only, tokens to hidden states: `heads` turns those into log-probs or scores, `decode`
-samples. The layout of the weights in HF files is in `hf.tensor_names`.
+What sets the other families apart are flags of `LlamaConfig`. The backbone only, tokens to hidden
+states: `heads` turns those into log-probs or scores, `decode` samples. The layout of the weights in
+HF files is in `hf.tensor_names`.
 """
 
 import dataclasses
@@ -28,6 +29,10 @@ class LlamaConfig:
   """Sizes of the network (HF's names) and how it is run.
 
   Attributes:
+    family: of the checkpoint, one of `choices.FAMILIES`; nothing here depends on it but the names
+      of tensors and classes in files.
+    attention_bias: of query, key and value.
+    output_bias: of the projection of the heads back to the width.
     remat: activations saved for the backward pass: 'none' recomputes nothing and saves all, 'full'
       recomputes each layer from its input, and names of `choices.ACTIVATIONS`, joined by commas,
       save those.
@@ -51,7 +56,9 @@ class LlamaConfig:
   rope_theta: float = 500_000.0
   rope_scaling: RopeScaling | None = None
   tie_word_embeddings: bool = False
+  family: str = 'llama'
   attention_bias: bool = False
+  output_bias: bool = False
   mlp_bias: bool = False
   initializer_range: float = 0.02
   dtype: str = 'float32'
@@ -86,7 +93,8 @@ UNPACKED = RowLayout()
 def make_config(network: Network) -> LlamaConfig:
   """Returns the config of a network of these sizes, to be trained from random weights."""
   sizes = dataclasses.asdict(network)
-  return LlamaConfig(head_dim=network.hidden_size // network.num_attention_heads, **sizes)
+  head_dim = sizes.pop('head_dim') or network.hidden_size // network.num_attention_heads
+  return LlamaConfig(head_dim=head_dim, attention_bias=network.family == 'qwen2', **sizes)
 
 
 def num_parameters(config: LlamaConfig) -> int:
@@ -95,7 +103,9 @@ def num_parameters(config: LlamaConfig) -> int:
   per_layer = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
   per_layer += 3 * width * config.intermediate_size + 2 * width  # MLP and two norms
   if config.attention_bias:
-    per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads) + width
+    per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads)
+  if config.output_bias:
+    per_layer += width
   if config.mlp_bias:
     per_layer += 2 * config.intermediate_size + width
   embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
@@ -164,7 +174,7 @@ class Block(nn.Module):
     self.query = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
     self.key = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
     self.value = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
-    self.output = linear(c.hidden_size, c.attention_bias)
+    self.output = linear(c.hidden_size, c.output_bias)
     self.mlp_norm = RMSNorm(c.rms_norm_eps)
     self.gate = linear(c.intermediate_size, c.mlp_bias)
     self.up = linear(c.intermediate_size, c.mlp_bias)
