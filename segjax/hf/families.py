@@ -38,6 +38,7 @@ FAMILIES = {
     _NO_BIAS,
   ),
   'qwen2': Family('Qwen2', _QWEN, _NO_BIAS | {'attention_bias': True}),
+  'qwen3': Family('Qwen3', _QWEN | {'head_dim': 128}, {'mlp_bias': False, 'qk_norm': True}),
 }
 
 READ = f'{", ".join(tuple(FAMILIES)[:-1])} and {tuple(FAMILIES)[-1]} models are read'

@@ -17,7 +17,7 @@ _SHOWN = 5  # names in an error message
 
 # Our path, HF's name, our shape, and the condition of its existence. Kernels are [in, out] here
 # and [out, in] in HF files. L layers, stacked on axis 0 here and separate tensors there; V
-# vocabulary, D width, Q query heads x head size, K key/value heads x head size, M MLP width.
+# vocabulary, D width, H head size, Q query heads x H, K key/value heads x H, M MLP width.
 _LAYER = 'model.layers.{layer}.'
 _TABLE: tuple[tuple[str, str, str, str], ...] = (
   ('backbone/embedding', 'model.embed_tokens.weight', 'V D', ''),
@@ -28,6 +28,8 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
   ('backbone/layers/key/bias', _LAYER + 'self_attn.k_proj.bias', 'L K', 'attention_bias'),
   ('backbone/layers/value/kernel', _LAYER + 'self_attn.v_proj.weight', 'L D K', ''),
   ('backbone/layers/value/bias', _LAYER + 'self_attn.v_proj.bias', 'L K', 'attention_bias'),
+  ('backbone/layers/query_norm/scale', _LAYER + 'self_attn.q_norm.weight', 'L H', 'qk_norm'),
+  ('backbone/layers/key_norm/scale', _LAYER + 'self_attn.k_norm.weight', 'L H', 'qk_norm'),
   ('backbone/layers/output/kernel', _LAYER + 'self_attn.o_proj.weight', 'L Q D', ''),
   ('backbone/layers/output/bias', _LAYER + 'self_attn.o_proj.bias', 'L D', 'output_bias'),
   ('backbone/layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 'L D', ''),
@@ -129,6 +131,7 @@ def tensor_mappings(
     'attention_bias': config.attention_bias,
     'output_bias': config.output_bias,
     'mlp_bias': config.mlp_bias,
+    'qk_norm': config.qk_norm,
     'language': head == 'language' and not config.tie_word_embeddings,
     'scalar': head == 'scalar',
   }
@@ -136,6 +139,7 @@ def tensor_mappings(
     'L': config.num_hidden_layers,
     'V': config.vocab_size,
     'D': config.hidden_size,
+    'H': config.head_dim,
     'Q': config.num_attention_heads * config.head_dim,
     'K': config.num_key_value_heads * config.head_dim,
     'M': config.intermediate_size,
