@@ -29,7 +29,7 @@ class Family:
 _NO_BIAS = dict.fromkeys(('attention_bias', 'output_bias', 'mlp_bias'), False)
 _QWEN = {'num_key_value_heads': 32, 'max_position_embeddings': 32768, 'use_sliding_window': False}
 
-# As in transformers 5. SmolLM2 is a Llama, Mathstral and Codestral are Mistrals.
+# As in transformers 5. SmolLM2 is a Llama.
 FAMILIES = {
   'llama': Family('Llama'),
   'mistral': Family(
@@ -39,6 +39,7 @@ FAMILIES = {
   ),
   'qwen2': Family('Qwen2', _QWEN, _NO_BIAS | {'attention_bias': True}),
   'qwen3': Family('Qwen3', _QWEN | {'head_dim': 128}, {'mlp_bias': False, 'qk_norm': True}),
+  'phi3': Family('Phi3', {'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5}, _NO_BIAS),
 }
 
 READ = f'{", ".join(tuple(FAMILIES)[:-1])} and {tuple(FAMILIES)[-1]} models are read'

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from segjax.config.lora import check_head
+from segjax.config.lora import check_fits
 from segjax.config.settings import Lora, Network
 from segjax.model import lora, sharding
 from segjax.model.attention import attention
@@ -73,7 +73,7 @@ class LlamaConfig:
   lora: Lora | None = None
 
   def __post_init__(self):
-    check_head(self.lora, self.tie_word_embeddings)
+    check_fits(self.lora, self.family, self.tie_word_embeddings)
 
 
 class RowLayout(NamedTuple):

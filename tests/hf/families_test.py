@@ -27,6 +27,8 @@ VARIANTS = {
   'qwen2': ('qwen2', {'tie_word_embeddings': False, 'num_key_value_heads': 4}),
   'qwen2, window': ('qwen2', {'use_sliding_window': True, 'sliding_window': 16}),
   'qwen3': ('qwen3', {'tie_word_embeddings': True, 'attention_bias': False, 'head_dim': 12}),
+  'phi3': ('phi3', {'tie_word_embeddings': True, 'num_key_value_heads': 4}),
+  'phi3, window': ('phi3', {'sliding_window': 16}),
 }
 
 
