@@ -7,14 +7,9 @@ from typing import Any
 from segjax.config.choices import OPTIMIZERS
 from segjax.config.field_checks import check_choice
 from segjax.config.settings import Lora, Settings, replace
-from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
+from segjax.config.training_settings import ALL_LINEAR, FUSED_TARGETS, LORA_TARGETS
 from segjax.errors import UserError
 
-# Matrices that are one in the checkpoints of family phi3, by its name there.
-FUSED_TARGETS = {
-  'qkv_proj': ('q_proj', 'k_proj', 'v_proj'),
-  'gate_up_proj': ('gate_proj', 'up_proj'),
-}
 # The network of each optimizer: of the jobs sft, reward and dpo, and the two of PPO.
 _NETWORKS = dict(zip(OPTIMIZERS, ('sft', 'reward', 'dpo', 'policy', 'critic'), strict=True))
 

@@ -10,9 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from segjax.config.lora import FUSED_TARGETS
 from segjax.config.settings import Lora
-from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
+from segjax.config.training_settings import ALL_LINEAR, FUSED_TARGETS, LORA_TARGETS
 from segjax.errors import UserError, excerpt
 from segjax.hf import checkpoint
 from segjax.hf.checkpoint import read_json, resolve_checkpoint

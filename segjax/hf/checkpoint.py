@@ -34,6 +34,8 @@ ITEM_SIZE = {'F64': 8, 'F32': 4, 'BF16': 2, 'F16': 2}  # the dtypes that weights
 _BACKBONE, _EMBEDDING = 'model.', 'embed_tokens.weight'
 _BARE = (_EMBEDDING, 'layers.', 'norm.')
 
+_ORIGINAL = 'original_max_position_embeddings'
+
 _HUB_FILES = (
   *('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt'),
   *('README.md', 'LICENSE*'),  # for the model card of a model trained from it
@@ -117,7 +119,8 @@ def rope_parameters(raw: dict[str, Any], location: str = CONFIG) -> dict[str, An
 
   The forms are rope_theta with rope_scaling (whose type may be spelled 'type') and
   rope_parameters. As in transformers 5, rope_scaling takes precedence over rope_parameters, a
-  theta inside over one outside, and θ defaults to 10000. `location` names the file in errors.
+  theta inside over one outside, an original length outside (Phi-3's) over one inside, and θ
+  defaults to 10000. `location` names the file in errors.
   """
   rope = {}
   for key in ('rope_scaling', 'rope_parameters'):
@@ -130,6 +133,8 @@ def rope_parameters(raw: dict[str, Any], location: str = CONFIG) -> dict[str, An
   for key, default in (('rope_theta', 10_000.0), ('partial_rotary_factor', 1.0)):
     if rope.get(key) is None:
       rope[key] = default if raw.get(key) is None else raw[key]
+  if rope['rope_type'] != 'default' and raw.get(_ORIGINAL) is not None:
+    rope[_ORIGINAL] = raw[_ORIGINAL]
   return rope
 
 

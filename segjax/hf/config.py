@@ -30,7 +30,8 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
   """Returns the network that a config.json describes; missing keys have transformers' defaults.
 
   A network whose tokens see only a window of those before them is read with as many positions as
-  that window: in shorter sequences every token sees all before it.
+  that window: up to there every token sees all before it. One with 'longrope' is read with its
+  original positions, for which the short factors are.
 
   Args:
     source: the parsed JSON, a config.json, or the directory that holds it.
@@ -59,6 +60,10 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
     )
   longest, window = _positions(location, raw)
   rope = checkpoint.rope_parameters(raw, location)
+  theta = number(location, rope, 'rope_theta')
+  scaling = read_scaling(location, rope, longest, head_dim)
+  if scaling and scaling.kind == 'longrope':
+    window = min(window, scaling.original_max_position_embeddings)
   bias = flag(location, raw, 'attention_bias')
   fields = {key: int(raw[key]) for key in _REQUIRED} | {
     'family': family,
@@ -66,8 +71,8 @@ def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> Llama
     'head_dim': head_dim,
     'max_position_embeddings': min(longest, window),
     'rms_norm_eps': number(location, raw, 'rms_norm_eps', 1e-6),
-    'rope_theta': number(location, rope, 'rope_theta'),
-    'rope_scaling': read_scaling(location, rope, longest),
+    'rope_theta': theta,
+    'rope_scaling': scaling,
     'tie_word_embeddings': flag(location, raw, 'tie_word_embeddings'),
     'attention_bias': bias,
     'output_bias': bias,
@@ -182,14 +187,7 @@ def config_to_hf(
     )
   family = FAMILIES[config.family]
   base = {k: v for k, v in (base_config or {}).items() if k not in _DROPPED}
-  others = ('architectures', 'hidden_act', 'model_type', 'rope_scaling', *family.fixed)
-  written = {
-    'architectures': [f'{family.classes}ForCausalLM'],
-    'model_type': config.family,
-    'hidden_act': 'silu',
-    'rope_scaling': scaling_to_hf(config.rope_scaling),
-    **{key: getattr(config, key) for key in _OWNED if key not in others},
-  }
+  written = _network_to_hf(config)
   longest, window = _positions(checkpoint.CONFIG, with_defaults(config.family, base))
   if base_config is None and 'sliding_window' in family.defaults:
     written['sliding_window'] = None
@@ -206,3 +204,21 @@ def config_to_hf(
   if dtype or base_dtype:
     written['torch_dtype'] = dtype or base_dtype
   return dict.fromkeys(_SPECIAL_IDS) | base | written | (extra or {})
+
+
+def _network_to_hf(config: LlamaConfig) -> dict[str, Any]:
+  """Returns the keys of config.json that describe a language model of this network."""
+  family, scaling = FAMILIES[config.family], config.rope_scaling
+  others = ('architectures', 'hidden_act', 'model_type', 'rope_scaling', *family.fixed)
+  written = {
+    'architectures': [f'{family.classes}ForCausalLM'],
+    'model_type': config.family,
+    'hidden_act': 'silu',
+    'rope_scaling': scaling_to_hf(scaling),
+    **{key: getattr(config, key) for key in _OWNED if key not in others},
+  }
+  if scaling and scaling.kind == 'longrope':
+    original = scaling.original_max_position_embeddings
+    written['original_max_position_embeddings'] = original
+    written['max_position_embeddings'] = round(scaling.factor * original)
+  return written

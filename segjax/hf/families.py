@@ -39,7 +39,14 @@ FAMILIES = {
   ),
   'qwen2': Family('Qwen2', _QWEN, _NO_BIAS | {'attention_bias': True}),
   'qwen3': Family('Qwen3', _QWEN | {'head_dim': 128}, {'mlp_bias': False, 'qk_norm': True}),
-  'phi3': Family('Phi3', {'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5}, _NO_BIAS),
+  'phi3': Family(
+    'Phi3',
+    {
+      **dict.fromkeys(('max_position_embeddings', 'original_max_position_embeddings'), 4096),
+      'rms_norm_eps': 1e-5,
+    },
+    _NO_BIAS,
+  ),
 }
 
 READ = f'{", ".join(tuple(FAMILIES)[:-1])} and {tuple(FAMILIES)[-1]} models are read'

@@ -164,11 +164,12 @@ class Block(nn.Module):
   def _project(self, x, positions):
     c = self.config
     frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    rope = positions, frequency, c.rope_scaling.attention_factor if c.rope_scaling else 1.0
     # The norm still works on a part of the positions; the products need all of them.
     y = self._laid_out(self.attention_norm(x), 'gathered')
-    query = rotate(self._heads(self.query(y), self.query_norm), positions, frequency)
+    query = rotate(self._heads(self.query(y), self.query_norm), *rope)
     # Rotated before it is cached: a position never changes, so no step rotates old keys.
-    key = rotate(self._heads(self.key(y), self.key_norm), positions, frequency)
+    key = rotate(self._heads(self.key(y), self.key_norm), *rope)
     value = self._heads(self.value(y))
     return (
       # `remat` and `offload` choose by these names; without a policy they do nothing.

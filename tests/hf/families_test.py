@@ -28,6 +28,7 @@ VARIANTS = {
   'qwen2, window': ('qwen2', {'use_sliding_window': True, 'sliding_window': 16}),
   'qwen3': ('qwen3', {'tie_word_embeddings': True, 'attention_bias': False, 'head_dim': 12}),
   'phi3': ('phi3', {'tie_word_embeddings': True, 'num_key_value_heads': 4}),
+  'phi3, plain': ('phi3', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4}}),
   'phi3, window': ('phi3', {'sliding_window': 16}),
 }
 
@@ -129,3 +130,46 @@ def test_missing_keys_have_the_defaults_of_transformers(kind):
 def test_a_network_from_settings_survives_its_config_file(family):
   config = make_config(Network(family=family, vocab_size=64))
   assert config_from_hf(config_to_hf(config, 'language')) == config
+
+
+RAW_LONGROPE = {
+  'model_type': 'phi3',
+  'vocab_size': 64,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 64,
+  'original_max_position_embeddings': 16,
+  'rope_scaling': {'type': 'su', 'short_factor': [1, 1, 1, 2], 'long_factor': [1, 2, 4, 8]},
+}
+
+
+def test_longrope_has_the_positions_of_its_short_factors():
+  config = config_from_hf(RAW_LONGROPE)
+  assert config.max_position_embeddings == 16
+  # sqrt(1 + ln(64 / 16) / ln 16) = sqrt(1.5)
+  assert config.rope_scaling.attention_factor == pytest.approx(1.5**0.5)
+  for base in (None, RAW_LONGROPE):
+    written = config_to_hf(config, 'language', base_config=base)
+    assert config_from_hf(written) == config
+    assert (written['max_position_embeddings'], written['rope_scaling']['type']) == (64, 'longrope')
+    assert (
+      transformers.Phi3Config(**written).rope_parameters['original_max_position_embeddings'] == 16
+    )
+
+
+def test_an_attention_factor_of_its_own_is_kept():
+  scaling = RAW_LONGROPE['rope_scaling'] | {'attention_factor': 1.25}
+  config = config_from_hf(RAW_LONGROPE | {'rope_scaling': scaling})
+  assert config.rope_scaling.attention_factor == 1.25
+  assert config_from_hf(config_to_hf(config, 'language')) == config
+
+
+@pytest.mark.parametrize('value', [None, 'all', [1, 1, 1], [1, 1, 1, 0], [1, 1, 1, '2']])
+def test_refuses_factors_of_longrope(value):
+  scaling = RAW_LONGROPE['rope_scaling'] | {'short_factor': value}
+  with pytest.raises(
+    ValueError, match='needs short_factor, 4 positive numbers for a head_dim of 8'
+  ):
+    config_from_hf(RAW_LONGROPE | {'rope_scaling': scaling})
