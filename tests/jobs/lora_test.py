@@ -35,7 +35,7 @@ def values(small, language):
     'checkpoint.every_steps': 1,
     'ppo.max_steps': 3,
   }
-  return lambda **more: small(*STAGES, **paths, **RANK, **more)
+  return lambda **more: small(*STAGES, **(paths | RANK | more))
 
 
 def _tensors(directory):
