@@ -5,8 +5,8 @@
   python -m segjax.main --config=configs/dpo.py:llama3_8b_sft
 
 Presets: demo (the demo up to SFT and this job), local, llama3_8b_sft, llama31_8b_instruct,
-llama3_70b. The reference is the policy before training unless config.reference.path names another.
-Method: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
+llama3_70b, phi3_mini. The reference is the policy before training unless config.reference.path
+names another. Method: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
 
 The trained policy may reward each token in PPO, beside a reward model with one score at the end
 (reinforced token optimization, Zhong et al. 2024, https://arxiv.org/abs/2404.18922):
@@ -39,7 +39,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.network.update(model_sizes.SIZES[name]())
     config.policy.path = model_sizes.HUB.get(name, {}).get('policy', '')
     config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
-    config.data.max_length = 2048
+    config.data.max_length = min(2048, config.network.max_position_embeddings)
     config.data.max_prompt_length = 1728
     config.dpo.packing_length = 2048
     config.dpo.micro_batch_tokens = 4096

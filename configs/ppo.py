@@ -5,10 +5,10 @@
     --config.policy.path=... --config.reward_model.path=... --config.data.path=...
   python -m segjax.main --config=configs/ppo.py:llama3_8b_sft,v5p:2x2x2        the published run
 
-Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b; `,token` or
-`,bandit` after one sets the granularity, and the name of a topology (shared/topologies.py) the
-settings that fit it. `--config.reference_exact=True` reproduces the published code, mistakes
-included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini;
+`,token` or `,bandit` after one sets the granularity, and the name of a topology
+(shared/topologies.py) the settings that fit it. `--config.reference_exact=True` reproduces the
+published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +52,7 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
     config.reward_model.path = model_sizes.HUB[name]['reward_model'].format(granularity)
     config.reward_model.normalizer = f'published:{name}/{granularity}'
   config.reward_model.segmentation.granularity = granularity
-  config.reward_model.segmentation.entropy_threshold = 2.0  # nats
+  config.reward_model.segmentation.entropy_threshold = model_sizes.entropy_threshold(name)
 
   config.rollout.max_new_tokens = 1024
   config.ppo.max_steps = 59
@@ -68,6 +68,11 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.ppo.critic_optimizer.learning_rate = 9e-6
   config.checkpoint.every_steps = 5
 
+  if name == 'phi3_mini':
+    config.ppo.max_steps = 118  # two passes over the prompts
+    config.data.max_prompt_length = 1023  # published: 1024, one more than its window leaves
+    threshold = '@1.75' if granularity == 'segment' else ''
+    config.reward_model.normalizer = f'published:phi3_mini_instruct/{granularity}{threshold}'
   if (name, granularity) == ('llama3_8b_sft', 'token'):
     config.reward_shaping.length_norm = True
   if (name, granularity) == ('llama31_8b_instruct', 'segment'):

@@ -4,8 +4,8 @@
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/reward.py:llama3_8b_sft
 
-Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct, llama3_70b;
-`,token` or `,bandit` after one sets the granularity, and the name of a topology
+Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct, llama3_70b,
+phi3_mini; `,token` or `,bandit` after one sets the granularity, and the name of a topology
 (shared/topologies.py) the settings that fit it. `--config.reference_exact=True` reproduces the
 published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
@@ -33,9 +33,10 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.network.update(model_sizes.SIZES[name]())
     config.policy.path = model_sizes.HUB.get(name, {}).get('policy', '')
     config.data.path = 'hendrydong/preference_700K'
-    config.data.max_length = 2048
+    # Phi-3's window is one token less than the paper's pairs have at most.
+    config.data.max_length = min(2048, config.network.max_position_embeddings)
     config.data.max_prompt_length = 1728
-    config.reward.segmentation.entropy_threshold = 2.0  # nats
+    config.reward.segmentation.entropy_threshold = model_sizes.entropy_threshold(name)
     config.reward.batch_size = 128
     config.reward.num_epochs = 1
     config.reward.optimizer.learning_rate = 1e-6

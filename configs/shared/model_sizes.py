@@ -1,4 +1,4 @@
-"""Sizes of the Llama family, and the published models by hub id.
+"""Sizes of networks, and the published models by hub id.
 
 The demo builds a network of these sizes; --dry_run and plan use them if there is no checkpoint.
 """
@@ -12,6 +12,10 @@ HUB = {
   'llama31_8b_instruct': {
     'policy': 'meta-llama/Llama-3.1-8B-Instruct',
     'reward_model': 'yyqoni/meta-llama-3.1-instruct-8b-{}-rm-700k',
+  },
+  'phi3_mini': {
+    'policy': 'microsoft/Phi-3-mini-4k-instruct',
+    'reward_model': 'yyqoni/Phi-3-mini-4k-instruct-{}-rm-700k',
   },
 }
 
@@ -68,4 +72,29 @@ def llama3_70b() -> dict:
   }
 
 
-SIZES = {'llama3_8b_sft': llama3_8b, 'llama31_8b_instruct': llama31_8b, 'llama3_70b': llama3_70b}
+def phi3_mini() -> dict:
+  """Returns the sizes of Phi-3-mini-4k, with the positions of its sliding window."""
+  return {
+    'family': 'phi3',
+    'vocab_size': 32_064,
+    'hidden_size': 3072,
+    'intermediate_size': 8192,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 32,
+    'max_position_embeddings': 2047,
+    'rope_theta': 10_000.0,
+  }
+
+
+SIZES = {
+  'llama3_8b_sft': llama3_8b,
+  'llama31_8b_instruct': llama31_8b,
+  'llama3_70b': llama3_70b,
+  'phi3_mini': phi3_mini,
+}
+
+
+def entropy_threshold(name: str) -> float:
+  """Returns the threshold of the paper's runs with a model, in nats."""
+  return 1.75 if name == 'phi3_mini' else 2.0

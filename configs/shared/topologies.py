@@ -73,4 +73,5 @@ def names(job: str, name: str) -> tuple[str, ...]:
 
 
 def _size(name: str) -> str:
-  return '70b' if '70b' in name else '8b'
+  """Returns the size of `TOPOLOGIES` that a model has, or the name of one of another size."""
+  return next((size for size in ('70b', '8b') if size in name), name)

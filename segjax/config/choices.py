@@ -25,6 +25,7 @@ ROLLOUT_WEIGHTS = ('compute_dtype', 'int8')
 # unit, and an embedding moves only with the tokens that occur. A and B of adapters are kernels.
 _KERNELS = ('kernel', '/a', '/b')
 DECAYED_WEIGHTS = {'kernels': _KERNELS, 'matrices': (*_KERNELS, 'embedding'), 'all': ('',)}
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'phi3')  # as model_type of config.json
 ATTENTION = ('xla', 'cudnn', 'flash', 'splash')
 LANGUAGES = ('describe', 'requests', 'delayed', 'bifurcation')
 OVERLONG_POLICIES = ('truncate_left', 'drop', 'error')
@@ -49,6 +50,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'runtime.param_dtype': DTYPES,
   'runtime.frozen_params_memory': ('device', 'host'),
   'runtime.attention': ('auto', *ATTENTION),
+  'network.family': FAMILIES,
   'demo.language': LANGUAGES,
   'data.overlong_policy': OVERLONG_POLICIES,
   'data.bad_rows': ('error', 'drop'),

@@ -7,7 +7,7 @@ from typing import Any
 from segjax.config.choices import OPTIMIZERS
 from segjax.config.field_checks import check_choice
 from segjax.config.settings import Lora, Settings, replace
-from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
+from segjax.config.training_settings import ALL_LINEAR, FUSED_TARGETS, LORA_TARGETS
 from segjax.errors import UserError
 
 # The network of each optimizer: of the jobs sft, reward and dpo, and the two of PPO.
@@ -51,13 +51,21 @@ def with_adapter_rates(s: Settings) -> Settings:
   return replace(s, **rates)
 
 
-def check_head(lora: Lora | None, tied: bool) -> None:
-  """Raises UserError if a head is to be trained that a network does not have.
+def check_fits(lora: Lora | None, family: str, tied: bool) -> None:
+  """Raises UserError if adapters are of what a network does not have.
 
   Args:
     lora: of the network.
+    family: of the network.
     tied: whether its embedding is its head to the vocabulary.
   """
+  for fused, parts in FUSED_TARGETS.items() if lora and family == 'phi3' else ():
+    missing = [name for name in parts if name not in lora.targets]
+    if 0 < len(missing) < len(parts):
+      raise UserError(
+        f'config.lora.targets={",".join(lora.targets)} lacks {",".join(missing)} of {fused}, one '
+        f'matrix in checkpoints of family phi3; name all of {",".join(parts)}, or none.'
+      )
   if lora and lora.train_head and tied:
     raise UserError(
       'config.lora.train_head=True, but the embedding of this network is its head, as '
@@ -79,7 +87,7 @@ def check_lora(s: Settings) -> None:
         f'matrices out of {",".join(LORA_TARGETS)}, or all-linear, or set the rank to 0 to train '
         'all weights.'
       )
-    check_head(resolve_lora(s, network), s.network.tie_word_embeddings)
+    check_fits(resolve_lora(s, network), s.network.family, s.network.tie_word_embeddings)
   on_host = s.runtime.frozen_params_memory == 'host'
   if on_host and any(resolve_lora(s, network) for network in ('policy', 'critic')):
     raise UserError(

@@ -215,7 +215,7 @@ process saves and stops all of them.
 
 PUBLISHED_RUNS = """\
   segjax reward:llama3_8b_sft         or llama3_8b_sft,token and llama3_8b_sft,bandit
-  segjax ppo:llama3_8b_sft            or llama31_8b_instruct
+  segjax ppo:llama3_8b_sft            or llama31_8b_instruct, phi3_mini
 
 These presets hold the published hyper-parameters, models and data by hub id (Yin et al. 2025,
 https://arxiv.org/abs/2501.02790). They have not been run at 8B with segjax. The name of a topology

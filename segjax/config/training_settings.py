@@ -9,6 +9,8 @@ import math
 # Matrices of a layer that may have an adapter, by their names in HF checkpoints; and peft's name
 # for all of them.
 LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+# Matrices that are one in the checkpoints of family phi3, by its name there.
+FUSED_TARGETS = {'qkv_proj': LORA_TARGETS[:3], 'gate_up_proj': LORA_TARGETS[4:6]}
 ALL_LINEAR = 'all-linear'
 
 

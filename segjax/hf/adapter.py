@@ -16,6 +16,7 @@ from segjax.errors import UserError
 from segjax.hf import checkpoint, placement, tensor_names
 from segjax.hf.adapter_config import (
   CONFIG,
+  MERGE,
   SCORE,
   WEIGHTS,
   Adapter,
@@ -27,6 +28,7 @@ from segjax.hf.adapter_config import (
 from segjax.hf.checkpoint import Checkpoint
 from segjax.hf.config import head_name
 from segjax.hf.tensor_names import TensorMapping
+from segjax.hf.tensor_slices import SliceReader
 from segjax.model.llama import LlamaConfig
 from segjax.model.lora import ADAPTER, MATRICES
 
@@ -45,13 +47,16 @@ PREFIX = 'base_model.model.'  # of peft's wrappers, before the names of the base
 _OTHER_HEAD = {'language': 'scalar_head/kernel', 'scalar': 'lm_head/kernel'}
 
 
-def tensor_mappings(config: LlamaConfig, lora: Lora, score: str = '') -> tuple[TensorMapping, ...]:
+def tensor_mappings(
+  config: LlamaConfig, lora: Lora, score: str = '', *, blocks: bool = True
+) -> tuple[TensorMapping, ...]:
   """Returns the tensors of an adapter: A and B of each matrix, and then a head that is trained.
 
   Args:
     config: the network of the base.
     lora: rank and matrices.
     score: HF's name of the scalar head's module; '' for an adapter without one.
+    blocks: of fused matrices, see `adapter_config.Adapter`.
   """
   head = 'scalar' if score else 'language'
   whole = tensor_names.tensor_mappings(config, head, score or SCORE)
@@ -61,13 +66,18 @@ def tensor_mappings(config: LlamaConfig, lora: Lora, score: str = '') -> tuple[T
     name = MATRICES[target]
     kernel = by_path[f'backbone/layers/{name}/kernel']
     depth, inner, outer = kernel.shape
-    for ours, theirs, shape in (
-      ('a', 'lora_A', (depth, inner, lora.rank)),
-      ('b', 'lora_B', (depth, lora.rank, outer)),
+    parts = [entry.path for entry in whole if entry.template == kernel.template]
+    # The rank of the matrix in the files, and where that of this part begins in it.
+    rank, begin = lora.rank, 0
+    if blocks:
+      rank, begin = len(parts) * rank, parts.index(kernel.path) * rank
+    for ours, theirs, shape, hf_whole, place in (
+      ('a', 'lora_A', (depth, inner, lora.rank), (rank, inner), (begin, 0)),
+      ('b', 'lora_B', (depth, lora.rank, outer), (kernel.hf_shape[0], rank), (kernel.row, begin)),
     ):
       template = kernel.template.replace('.weight', f'.{theirs}.weight')
       path = f'{ADAPTER}/layers/{name}/{ours}'
-      entries.append(dataclasses.replace(kernel, path=path, template=template, shape=shape))
+      entries.append(TensorMapping(path, template, shape, True, True, hf_whole, place))
   # The head, where there is one of its own, is the last of the table.
   return (*entries, whole[-1]) if score or lora.train_head else tuple(entries)
 
@@ -96,7 +106,7 @@ def open_weights(
   if adapter.has_score:
     own = head_name(checkpoint.read_json(base_directory(adapter) / checkpoint.CONFIG))
     score = own if f'{own}.weight' in tensors else SCORE
-  entries = tensor_mappings(config, adapter.lora, score)
+  entries = tensor_mappings(config, adapter.lora, score, blocks=adapter.blocks)
   _check(adapter, tensors, entries)
   return Checkpoint(adapter.directory, tensors), entries
 
@@ -121,9 +131,28 @@ def load_trained(
     UserError: tensors are missing, unexpected or have a wrong shape.
   """
   opened, entries = open_weights(adapter, config)
+  check_blocks(opened, entries)
   entries = of_network(entries, head)
   dtypes = [np.dtype(np.float32)] * len(entries)
   return placement.load_tensors(opened, entries, dtypes, mesh, strict)
+
+
+def check_blocks(opened: Checkpoint, entries: tuple[TensorMapping, ...]) -> None:
+  """Raises UserError if B of a fused matrix has more than the blocks of ours, see `Adapter`."""
+  files = SliceReader(opened)
+  for entry in entries:
+    own, rank = entry.part[-1], entry.hf_shape[-1]
+    if not entry.path.endswith('/b') or own == slice(0, rank):
+      continue
+    depth, _, outer = entry.shape
+    rows = dataclasses.replace(entry, shape=(depth, rank, outer), begin=(entry.row, 0))
+    b = files.read(rows, (slice(None),) * 3, np.dtype(np.float32))
+    b[:, own] = 0
+    if b.any():
+      raise UserError(
+        f'{opened.directory / CONFIG}: by rank_pattern {entry.hf_name()} is block-diagonal, but '
+        f'other elements are not 0, not read; {MERGE}.'
+      )
 
 
 def of_network(entries: tuple[TensorMapping, ...], head: str) -> tuple[TensorMapping, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segjax.config.settings import Lora
-from segjax.config.training_settings import ALL_LINEAR, LORA_TARGETS
+from segjax.config.training_settings import ALL_LINEAR, FUSED_TARGETS, LORA_TARGETS
 from segjax.errors import UserError, excerpt
 from segjax.hf import checkpoint
 from segjax.hf.checkpoint import read_json, resolve_checkpoint
@@ -56,7 +56,7 @@ _KNOWN = {
 }
 # Other ways to draw A and B subtract their product from the base.
 _KEEP_BASE = (None, True, False, 'gaussian', 'eva', 'orthogonal')
-_MERGE = 'merge it into its base by peft (merge_and_unload), and use that checkpoint'
+MERGE = 'merge it into its base by peft (merge_and_unload), and use that checkpoint'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,15 @@ class Adapter:
     base: directory or hub id of the base, as adapter_config.json has it.
     lora: rank, scale and matrices, and whether a head to the vocabulary is trained.
     has_score: whether it holds a scalar head.
+    blocks: whether A and B of a matrix that is fused in the base's files consist of those of its
+      parts, A of one above the other, B of blocks on the diagonal; else the parts share A.
   """
 
   directory: Path
   base: str
   lora: Lora
   has_score: bool
+  blocks: bool = False
 
 
 def is_adapter(directory: Path) -> bool:
@@ -90,15 +93,20 @@ def read_adapter(directory: Path) -> Adapter:
   file = directory / CONFIG
   raw = read_json(file)
   if raw.get('peft_type') != 'LORA':
-    raise UserError(f'{file}: peft_type={excerpt(raw.get("peft_type"))} is not LORA; {_MERGE}.')
+    raise UserError(f'{file}: peft_type={excerpt(raw.get("peft_type"))} is not LORA; {MERGE}.')
+  lora = _read_lora(file, raw)
+  patterns = block_patterns(lora)
+  blocks = bool(raw.get('rank_pattern')) and raw.items() >= patterns.items()
   for key, value in raw.items():
+    if blocks and key in patterns:
+      continue
     # Fields of later versions: numbers and names take effect by a switch.
     unknown = key not in _KNOWN and (value is True or (isinstance(value, dict | list) and value))
     if unknown or (key in _REFUSED and value):
       what = _REFUSED.get(key, 'something that is not known here')
-      raise UserError(f'{file}: {key}={excerpt(value)} asks for {what}, not read; {_MERGE}.')
+      raise UserError(f'{file}: {key}={excerpt(value)} asks for {what}, not read; {MERGE}.')
   if raw.get('bias', 'none') != 'none':
-    raise UserError(f"{file}: bias={excerpt(raw['bias'])} is not 'none', not read; {_MERGE}.")
+    raise UserError(f"{file}: bias={excerpt(raw['bias'])} is not 'none', not read; {MERGE}.")
   drawn = raw.get('init_lora_weights')
   if drawn not in _KEEP_BASE:
     raise UserError(
@@ -114,8 +122,27 @@ def read_adapter(directory: Path) -> Adapter:
       'directory that holds it.'
     )
   has_score, train_head = _read_heads(file, raw, directory, base)
-  lora = dataclasses.replace(_read_lora(file, raw), train_head=train_head)
-  return Adapter(directory, base, lora, has_score)
+  lora = dataclasses.replace(lora, train_head=train_head)
+  return Adapter(directory, base, lora, has_score, blocks)
+
+
+def block_patterns(lora: Lora) -> dict[str, dict[str, Any]]:
+  """Returns peft's rank_pattern and alpha_pattern of an adapter of blocks, see `Adapter`.
+
+  A fused matrix of n parts has rank n r, and an alpha with which the scale is that of the others.
+  """
+  counts = {name: len(parts) for name, parts in FUSED_TARGETS.items() if parts[0] in lora.targets}
+  factor = math.sqrt if lora.rs else float
+  return {
+    'rank_pattern': {name: n * lora.rank for name, n in counts.items()},
+    'alpha_pattern': {name: factor(n) * lora.alpha for name, n in counts.items()},
+  }
+
+
+def fused_targets(targets: tuple[str, ...]) -> list[str]:
+  """Returns the names of the matrices in a base whose files have fused ones."""
+  fused = {part: name for name, parts in FUSED_TARGETS.items() for part in parts}
+  return list(dict.fromkeys(fused.get(name, name) for name in targets))
 
 
 def base_directory(adapter: Adapter) -> Path:
@@ -202,13 +229,15 @@ def _read_targets(file: Path, value: Any) -> tuple[str, ...]:
       f'{", ".join(LORA_TARGETS)}.'
     )
   names = {name: name.rpartition('.')[2] for name in value}
+  known = (*LORA_TARGETS, *FUSED_TARGETS)
   for name, matrix in names.items():
-    if matrix not in LORA_TARGETS:
+    if matrix not in known:
       raise UserError(
         f'{file}: target_modules has {excerpt(name)}, but adapters are read of '
-        f'{", ".join(LORA_TARGETS)} alone; {_MERGE}.'
+        f'{", ".join(known)} alone; {MERGE}.'
       )
-  return tuple(name for name in LORA_TARGETS if name in names.values())
+  parts = [part for name in names.values() for part in FUSED_TARGETS.get(name, (name,))]
+  return tuple(name for name in LORA_TARGETS if name in parts)
 
 
 def _read_heads(file: Path, raw: dict[str, Any], directory: Path, base: str) -> tuple[bool, bool]:
@@ -220,7 +249,7 @@ def _read_heads(file: Path, raw: dict[str, Any], directory: Path, base: str) -> 
     if read_json(_find_base(base, directory) / checkpoint.CONFIG).get('tie_word_embeddings'):
       raise UserError(
         f'{file}: modules_to_save={excerpt(names)}, but the embedding of {base} is its head '
-        f'(tie_word_embeddings), and only another head is read; {_MERGE}, untied.'
+        f'(tie_word_embeddings), and only another head is read; {MERGE}, untied.'
       )
     return False, True
   others = [name for name in names if name not in (SCORE, _CLASSIFIER)]
@@ -229,7 +258,7 @@ def _read_heads(file: Path, raw: dict[str, Any], directory: Path, base: str) -> 
     if others != [head]:
       raise UserError(
         f'{file}: modules_to_save={excerpt(names)}: of whole modules {SCORE} or {LM_HEAD} alone '
-        f'is read; {_MERGE}.'
+        f'is read; {MERGE}.'
       )
   return bool(others) or SCORE in names, False
 

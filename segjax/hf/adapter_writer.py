@@ -11,12 +11,11 @@ import numpy as np
 import safetensors.numpy
 
 from segjax import storage
-from segjax.config.settings import Lora
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.hf import adapter as adapters
 from segjax.hf import model_card as cards
-from segjax.hf import process_shares, shards, tokenizer_writer, writer
-from segjax.hf.adapter_config import CONFIG, LM_HEAD, SCORE, WEIGHTS
+from segjax.hf import process_shares, shards, tensor_names, tokenizer_writer, writer
+from segjax.hf.adapter_config import CONFIG, LM_HEAD, SCORE, WEIGHTS, block_patterns, fused_targets
 from segjax.hf.tensor_slices import transpose_into
 from segjax.model.llama import LlamaConfig
 from segjax.model.sharding import path_name
@@ -73,12 +72,13 @@ def save_adapter(
       cards.write_card(
         partial, card, name=directory.name, head=head, with_template=has_template, base=base
       )
-      shards.write_json(partial / CONFIG, _description(config.lora, head, base))
+      shards.write_json(partial / CONFIG, _description(config, head, base))
   process_shares.barrier('saved')
 
 
-def _description(lora: Lora, head: str, base: str) -> dict[str, Any]:
+def _description(config: LlamaConfig, head: str, base: str) -> dict[str, Any]:
   """Returns the fields of peft's LoraConfig; those that are left out have its defaults."""
+  lora, fused = config.lora, tensor_names.fuses(config)
   whole = [SCORE] if head == 'scalar' else [LM_HEAD] if lora.train_head else None
   return {
     'base_model_name_or_path': base,
@@ -91,9 +91,10 @@ def _description(lora: Lora, head: str, base: str) -> dict[str, Any]:
     'modules_to_save': whole,
     'peft_type': 'LORA',
     'r': lora.rank,
-    'target_modules': list(lora.targets),
+    'target_modules': fused_targets(lora.targets) if fused else list(lora.targets),
     'task_type': _TASKS[head],
     'use_rslora': lora.rs,
+    **(block_patterns(lora) if fused else {}),
   }
 
 
@@ -101,9 +102,9 @@ def _write_weights(file: Path, hosts: dict[Any, np.ndarray]) -> None:
   tensors = {}
   for entry, host in hosts.items():
     for layer, name in enumerate(entry.hf_names()):
-      out = np.empty(entry.hf_shape, np.float32)
-      transpose_into(host[layer] if entry.stacked else host, out)
-      tensors[adapters.PREFIX + name] = out
+      # Zeros: each of our tensors is a block of that of a fused matrix.
+      out = tensors.setdefault(adapters.PREFIX + name, np.zeros(entry.hf_shape, np.float32))
+      transpose_into(host[layer] if entry.stacked else host, out[entry.part])
   safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
 
 

@@ -18,6 +18,7 @@ from segjax import json_files
 from segjax.data.sources import is_hub_id
 from segjax.errors import UserError, excerpt
 from segjax.hf import hub
+from segjax.hf.families import find_family
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
@@ -32,6 +33,8 @@ ITEM_SIZE = {'F64': 8, 'F32': 4, 'BF16': 2, 'F16': 2}  # the dtypes that weights
 # Names of a backbone's tensors, with and without the prefix of a language model.
 _BACKBONE, _EMBEDDING = 'model.', 'embed_tokens.weight'
 _BARE = (_EMBEDDING, 'layers.', 'norm.')
+
+_ORIGINAL = 'original_max_position_embeddings'
 
 _HUB_FILES = (
   *('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt'),
@@ -78,7 +81,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
   Raises:
     ValueError: for a missing directory, an unknown or gated hub id, a hub that cannot be reached,
-      and, before any download, a model that is not a Llama or has no safetensors.
+      and, before any download, a model of a family that is not read, or without safetensors.
   """
   try:
     path = Path(name).expanduser()
@@ -116,7 +119,8 @@ def rope_parameters(raw: dict[str, Any], location: str = CONFIG) -> dict[str, An
 
   The forms are rope_theta with rope_scaling (whose type may be spelled 'type') and
   rope_parameters. As in transformers 5, rope_scaling takes precedence over rope_parameters, a
-  theta inside over one outside, and θ defaults to 10000. `location` names the file in errors.
+  theta inside over one outside, an original length outside (Phi-3's) over one inside, and θ
+  defaults to 10000. `location` names the file in errors.
   """
   rope = {}
   for key in ('rope_scaling', 'rope_parameters'):
@@ -129,6 +133,8 @@ def rope_parameters(raw: dict[str, Any], location: str = CONFIG) -> dict[str, An
   for key, default in (('rope_theta', 10_000.0), ('partial_rotary_factor', 1.0)):
     if rope.get(key) is None:
       rope[key] = default if raw.get(key) is None else raw[key]
+  if rope['rope_type'] != 'default' and raw.get(_ORIGINAL) is not None:
+    rope[_ORIGINAL] = raw[_ORIGINAL]
   return rope
 
 
@@ -257,9 +263,7 @@ def _shard_files(index: Path) -> dict[str, list[str]]:
 
 def _check_listing(name: str, files: list[str], config: dict[str, Any]) -> None:
   """Raises ValueError if the hub's listing of `name` is not a checkpoint that is read here."""
-  kind = config.get('model_type', 'llama')
-  if kind != 'llama':
-    raise UserError(f'{name}: model_type is {kind!r}; only llama models are read.')
+  find_family(name, config, 'llama')
   if not ({WEIGHTS, INDEX} & set(files) or {ADAPTER, ADAPTER_WEIGHTS} <= set(files)):
     raise UserError(no_weights(name, files))
 

@@ -3,19 +3,18 @@
 Names and shapes of tensors are mapped by `tensor_names`.
 """
 
-import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 from segjax.errors import UserError
 from segjax.hf import checkpoint
+from segjax.hf.config_fields import MAX, flag, number, size
+from segjax.hf.families import FAMILIES, find_family, with_defaults
+from segjax.hf.rope_config import read_scaling, scaling_to_hf
 from segjax.hf.tensor_names import HEADS, SCORE
 from segjax.model.llama import LlamaConfig
-from segjax.model.rope import RopeScaling
 
-_ROPE_TYPES = ('default', 'linear', 'llama3')
 _REQUIRED = (
   'vocab_size',
   'hidden_size',
@@ -23,62 +22,72 @@ _REQUIRED = (
   'num_hidden_layers',
   'num_attention_heads',
 )
-# Larger values are of a damaged file. Positions are counted in int32.
-_MAX = {
-  'vocab_size': 1 << 24,
-  'hidden_size': 1 << 20,
-  'intermediate_size': 1 << 24,
-  'num_hidden_layers': 4096,
-  'num_attention_heads': 1 << 16,
-  'num_key_value_heads': 1 << 16,
-  'head_dim': 1 << 16,
-  'max_position_embeddings': (1 << 31) - 1,
-  'original_max_position_embeddings': (1 << 31) - 1,
-}
 # The key of the number of experts in Mixtral's, Qwen's and DeepSeek's configs.
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts')
 
 
 def config_from_hf(source: dict[str, Any] | str | Path, **runtime: Any) -> LlamaConfig:
-  """Returns the network that a config.json describes; missing keys have HF Llama's defaults.
+  """Returns the network that a config.json describes; missing keys have transformers' defaults.
+
+  A network whose tokens see only a window of those before them is read with as many positions as
+  that window: up to there every token sees all before it. One with 'longrope' is read with its
+  original positions, for which the short factors are.
 
   Args:
     source: the parsed JSON, a config.json, or the directory that holds it.
     runtime: fields of LlamaConfig that are not in the file: dtype, remat, attention.
 
   Raises:
-    ValueError: the model is not a Llama, or not one that this network computes exactly.
+    ValueError: the model is not of a family that is read, or not one that this network computes
+      exactly.
   """
   location, raw = 'config', source
   if not isinstance(source, dict):
     file = Path(source)
     file = file / checkpoint.CONFIG if file.is_dir() else file
     location, raw = str(file), checkpoint.read_json(file)
+  family = find_family(location, raw)
+  raw = with_defaults(family, raw)
   _check_supported(location, raw)
   heads = raw['num_attention_heads']
-  head_dim = _size(location, raw, 'head_dim', raw['hidden_size'] // heads)
-  kv_heads = _size(location, raw, 'num_key_value_heads', heads)
+  head_dim = size(location, raw, 'head_dim', raw['hidden_size'] // heads)
+  kv_heads = size(location, raw, 'num_key_value_heads', heads)
   if heads % kv_heads or head_dim % 2 or (not raw.get('head_dim') and raw['hidden_size'] % heads):
     raise UserError(
       f'{location}: hidden_size={raw["hidden_size"]}, num_attention_heads={heads}, '
       f'num_key_value_heads={kv_heads}, head_dim={head_dim} do not fit: heads are a multiple of '
       'key/value heads, head_dim is even, and without head_dim heads divide hidden_size.'
     )
-  longest = _size(location, raw, 'max_position_embeddings', 2048)
+  longest, window = _positions(location, raw)
   rope = checkpoint.rope_parameters(raw, location)
+  theta = number(location, rope, 'rope_theta')
+  scaling = read_scaling(location, rope, longest, head_dim)
+  if scaling and scaling.kind == 'longrope':
+    window = min(window, scaling.original_max_position_embeddings)
+  bias = flag(location, raw, 'attention_bias')
   fields = {key: int(raw[key]) for key in _REQUIRED} | {
+    'family': family,
     'num_key_value_heads': kv_heads,
     'head_dim': head_dim,
-    'max_position_embeddings': longest,
-    'rms_norm_eps': _number(location, raw, 'rms_norm_eps', 1e-6),
-    'rope_theta': _number(location, rope, 'rope_theta'),
-    'rope_scaling': _rope_scaling(location, rope, longest),
-    'tie_word_embeddings': _flag(location, raw, 'tie_word_embeddings'),
-    'attention_bias': _flag(location, raw, 'attention_bias'),
-    'mlp_bias': _flag(location, raw, 'mlp_bias'),
-    'initializer_range': _number(location, raw, 'initializer_range', 0.02),
+    'max_position_embeddings': min(longest, window),
+    'rms_norm_eps': number(location, raw, 'rms_norm_eps', 1e-6),
+    'rope_theta': theta,
+    'rope_scaling': scaling,
+    'tie_word_embeddings': flag(location, raw, 'tie_word_embeddings'),
+    'attention_bias': bias,
+    'output_bias': bias,
+    'mlp_bias': flag(location, raw, 'mlp_bias'),
+    'initializer_range': number(location, raw, 'initializer_range', 0.02),
   }
-  return LlamaConfig(**(fields | runtime))
+  return LlamaConfig(**(fields | FAMILIES[family].fixed | runtime))
+
+
+def _positions(location: str, raw: dict[str, Any]) -> tuple[int, int]:
+  """Returns a network's positions, and how many tokens a token sees, itself included."""
+  longest = size(location, raw, 'max_position_embeddings', 2048)
+  if raw.get('sliding_window') is None or not raw.get('use_sliding_window', True):
+    return longest, longest
+  return longest, size(location, raw, 'sliding_window', longest)
 
 
 def head_name(raw: dict[str, Any]) -> str:
@@ -91,39 +100,8 @@ def head_name(raw: dict[str, Any]) -> str:
   return name
 
 
-def _size(location: str, raw: dict[str, Any], key: str, default: int) -> int:
-  """Returns the positive integer raw[key]; `default` if it is absent, null or 0."""
-  value = raw.get(key) or default
-  if not _is_number(value) or not 0 < value <= _MAX[key] or value != int(value):
-    raise UserError(f'{location}: {key} is {value!r}; it must be an integer from 1 to {_MAX[key]}.')
-  return int(value)
-
-
-def _number(location: str, raw: dict[str, Any], key: str, default: float | None = None) -> float:
-  """Returns the positive number raw[key]; `default`, if provided, if it is absent or null."""
-  value = default if raw.get(key) is None else raw[key]
-  if not _is_number(value) or not 0 < value < math.inf:
-    raise UserError(f'{location}: {key} is {value!r}; it must be a positive number.')
-  return float(value)
-
-
-def _flag(location: str, raw: dict[str, Any], key: str) -> bool:
-  """Returns raw[key]; False if it is absent or null. A text such as "false" would count as true."""
-  value = raw.get(key)
-  if value is not None and not isinstance(value, bool):
-    raise UserError(f'{location}: {key} is {value!r}; it must be true or false.')
-  return bool(value)
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check_supported(location: str, raw: dict[str, Any]) -> None:
-  """Raises ValueError unless the model is a Llama that this network computes."""
-  kind = raw.get('model_type')
-  if kind != 'llama':
-    raise UserError(f'{location}: model_type is {kind!r}; only llama models are read.')
+  """Raises ValueError unless the model is one that this network computes."""
   quantization = raw.get('quantization_config')
   if quantization:
     method = quantization.get('quant_method') if isinstance(quantization, dict) else None
@@ -134,11 +112,6 @@ def _check_supported(location: str, raw: dict[str, Any]) -> None:
   activation = raw.get('hidden_act') or 'silu'
   if activation not in ('silu', 'swish'):
     raise UserError(f'{location}: hidden_act is {activation!r}; only silu (SwiGLU) is computed.')
-  window = raw.get('sliding_window')
-  if window is not None and raw.get('use_sliding_window', True):
-    raise UserError(
-      f'{location}: sliding_window is {window!r}; only attention to all earlier tokens is computed.'
-    )
   for key in _EXPERTS:
     if (raw.get(key) or 1) != 1:
       raise UserError(
@@ -146,45 +119,8 @@ def _check_supported(location: str, raw: dict[str, Any]) -> None:
       )
   for key in _REQUIRED:
     if raw.get(key) is None:
-      raise UserError(f'{location}: {key} is missing; it must be an integer from 1 to {_MAX[key]}.')
-    _size(location, raw, key, 0)
-
-
-def _rope_scaling(location: str, rope: dict[str, Any], longest: int) -> RopeScaling | None:
-  """Returns the scaling of normalized RoPE parameters; None for plain RoPE."""
-  kind = rope['rope_type']
-  if kind not in _ROPE_TYPES:
-    raise UserError(
-      f'{location}: rope type {kind!r} is not computed; {", ".join(_ROPE_TYPES)} are.'
-    )
-  nested = [key for key, value in rope.items() if isinstance(value, dict)]
-  if nested:
-    raise UserError(
-      f'{location}: RoPE of its own for {nested[0]!r} layers is not computed; only one for all is.'
-    )
-  if rope['partial_rotary_factor'] != 1:
-    raise UserError(
-      f'{location}: partial_rotary_factor={rope["partial_rotary_factor"]} is not computed; only 1, '
-      'the rotation of the whole head, is.'
-    )
-  if kind == 'default':
-    return None
-  needed = ['factor'] + ['low_freq_factor', 'high_freq_factor'] * (kind == 'llama3')
-  for key in needed:
-    if not _is_number(rope.get(key)) or not 0 < rope[key] < math.inf:
-      raise UserError(
-        f'{location}: rope type {kind!r} needs {key}, a positive number; it is {rope.get(key)!r}.'
-      )
-  if kind == 'linear':
-    return RopeScaling('linear', float(rope['factor']))
-  low, high = float(rope['low_freq_factor']), float(rope['high_freq_factor'])
-  if low >= high:
-    raise UserError(
-      f"{location}: rope type 'llama3' needs low_freq_factor below high_freq_factor; found {low:g} "
-      f'and {high:g}.'
-    )
-  original = _size(location, rope, 'original_max_position_embeddings', longest)
-  return RopeScaling('llama3', float(rope['factor']), low, high, original)
+      raise UserError(f'{location}: {key} is missing; it must be an integer from 1 to {MAX[key]}.')
+    size(location, raw, key, 0)
 
 
 # Keys of a base config.json that config_to_hf replaces; others are copied.
@@ -229,8 +165,8 @@ def config_to_hf(
 ) -> dict[str, Any]:
   """Returns the config.json of a model, in a form that transformers 4 and 5 both read.
 
-  RoPE is written as rope_theta and rope_scaling, the only form that both read; a scalar head as
-  LlamaForSequenceClassification with one label.
+  RoPE is written as rope_theta and rope_scaling, the only form that both read; a scalar head as a
+  ...ForSequenceClassification with one label.
 
   Args:
     config: the network.
@@ -249,22 +185,17 @@ def config_to_hf(
     raise UserError(
       f'extra config key {conflicting[0]!r} is determined by the model; leave it out.'
     )
+  family = FAMILIES[config.family]
   base = {k: v for k, v in (base_config or {}).items() if k not in _DROPPED}
-  fields = {
-    key: getattr(config, key)
-    for key in _OWNED
-    if key not in ('architectures', 'hidden_act', 'model_type', 'rope_scaling')
-  }
-  written = {
-    'architectures': ['LlamaForCausalLM'],
-    'model_type': 'llama',
-    'hidden_act': 'silu',
-    'rope_scaling': _rope_to_hf(config.rope_scaling),
-    **fields,
-  }
+  written = _network_to_hf(config)
+  longest, window = _positions(checkpoint.CONFIG, with_defaults(config.family, base))
+  if base_config is None and 'sliding_window' in family.defaults:
+    written['sliding_window'] = None
+  elif base_config and min(longest, window) == config.max_position_embeddings:
+    written['max_position_embeddings'] = longest  # the window, which is copied, limits them
   if head == 'scalar':
     written |= {
-      'architectures': ['LlamaForSequenceClassification'],
+      'architectures': [f'{family.classes}ForSequenceClassification'],
       'id2label': {'0': 'LABEL_0'},
       'label2id': {'LABEL_0': 0},
       'value_head_prefix': SCORE,
@@ -275,10 +206,19 @@ def config_to_hf(
   return dict.fromkeys(_SPECIAL_IDS) | base | written | (extra or {})
 
 
-def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  if scaling is None:
-    return None
-  if scaling.kind == 'linear':
-    return {'rope_type': 'linear', 'factor': scaling.factor}
-  fields = dataclasses.asdict(scaling)
-  return {'rope_type': fields.pop('kind'), **fields}
+def _network_to_hf(config: LlamaConfig) -> dict[str, Any]:
+  """Returns the keys of config.json that describe a language model of this network."""
+  family, scaling = FAMILIES[config.family], config.rope_scaling
+  others = ('architectures', 'hidden_act', 'model_type', 'rope_scaling', *family.fixed)
+  written = {
+    'architectures': [f'{family.classes}ForCausalLM'],
+    'model_type': config.family,
+    'hidden_act': 'silu',
+    'rope_scaling': scaling_to_hf(scaling),
+    **{key: getattr(config, key) for key in _OWNED if key not in others},
+  }
+  if scaling and scaling.kind == 'longrope':
+    original = scaling.original_max_position_embeddings
+    written['original_max_position_embeddings'] = original
+    written['max_position_embeddings'] = round(scaling.factor * original)
+  return written

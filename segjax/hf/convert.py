@@ -234,7 +234,7 @@ def _make_sink(
   def write(index: orbax_stream.Index, host: np.ndarray) -> int:
     layers = range(index[0].start, index[0].stop) if entry.stacked else [0]
     # The HF row at which the slice begins decides the position of its bytes in the file.
-    first = index[-1 if entry.transposed else int(entry.stacked)].start
+    first = entry.row + index[-1 if entry.transposed else int(entry.stacked)].start
     for layer, piece in zip(layers, host if entry.stacked else [host], strict=True):
       # HF rows are our columns: a view, which is transposed strip by strip.
       rows = piece.T if entry.transposed else piece

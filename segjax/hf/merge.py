@@ -47,6 +47,7 @@ def merge_adapter(
   checkpoint, entries = reader.open_model(base, config, head)
   storage.check_space(out, sum(tensor.num_bytes for tensor in checkpoint.tensors.values()))
   own, own_entries = adapters.open_weights(adapter, config)
+  adapters.check_blocks(own, own_entries)
   files, own_files = SliceReader(checkpoint), SliceReader(own)
   by_path = {entry.path: _Tensor(own, own_files, entry) for entry in own_entries}
   leaves = {}

@@ -91,7 +91,7 @@ def write_card(
   metrics = {k: v for k, v in card.metrics.items() if _is_finite(v)}
   lines = ['---', *_front_matter(card, name, task, metrics, base), '---', '', f'# {name}', '']
   kind = 'language model' if head == 'language' else 'model with a scalar head'
-  what = f'A Llama {kind}' + (f' as a LoRA adapter of {_code(base)}' if base else '')
+  what = f'A {kind}' + (f' as a LoRA adapter of {_code(base)}' if base else '')
   origin = f', trained from {_code(card.base_model)}' if card.base_model not in ('', base) else ''
   lines += [
     f'{what}{origin}, exported by segjax (segment-level RLHF, [paper]({_PAPER})).',

@@ -211,8 +211,9 @@ def find_not_finite(checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMa
   """Reads every weight once; returns a message about NaN and infinity, '' if there are none."""
   files = SliceReader(checkpoint)
   with ThreadPoolExecutor(placement.THREADS) as pool:
+    names = {name: None for entry in entries for name in entry.hf_names()}
     # list() waits, and raises the first error.
-    list(pool.map(files.check, [name for entry in entries for name in entry.hf_names()]))
+    list(pool.map(files.check, names))
   return describe_not_finite(files.not_finite) if files.not_finite else ''
 
 

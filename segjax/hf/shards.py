@@ -24,7 +24,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-  """An HF tensor to write: layer `layer` of our tensor `entry`, or all of it."""
+  """An HF tensor to write, or a part of one: layer `layer` of our tensor `entry`, or all of it."""
 
   entry: tensor_names.TensorMapping
   layer: int
@@ -38,6 +38,16 @@ class HFTensor:
   @property
   def num_bytes(self) -> int:
     """Number of bytes of its data."""
+    return math.prod(self.entry.part_shape) * ITEM_SIZE[self.dtype]
+
+  @property
+  def first_byte(self) -> int:
+    """Byte of the HF tensor at which its data begin."""
+    return self.entry.row * math.prod(self.entry.hf_shape[1:]) * ITEM_SIZE[self.dtype]
+
+  @property
+  def hf_bytes(self) -> int:
+    """Number of bytes of the HF tensor."""
     return math.prod(self.entry.hf_shape) * ITEM_SIZE[self.dtype]
 
 
@@ -50,7 +60,8 @@ def plan_shards(
   """Returns the HF tensors of each file, in the order of their bytes.
 
   Files are filled from the embedding through the layers to the head. Within a file, wider dtypes
-  come first, which keeps every tensor aligned, then names are sorted, as safetensors does.
+  come first, which keeps every tensor aligned, then names are sorted, as safetensors does. The
+  parts of an HF tensor follow each other.
 
   Args:
     tensors: the model's entries with safetensors' names of their dtypes.
@@ -64,7 +75,7 @@ def plan_shards(
   size = 0
   # Our tensors hold all layers; by layer, the tensors of one are in the same file or two.
   for piece in before + sorted(layers, key=lambda piece: piece.layer) + after:
-    if shards[-1] and size + piece.num_bytes > max_shard_bytes:
+    if shards[-1] and not piece.first_byte and size + piece.hf_bytes > max_shard_bytes:
       shards.append([])
       size = 0
     shards[-1].append(piece)
@@ -105,7 +116,7 @@ class ShardWriter:
         _write_at(file, header, 0)
       offset = len(header)
       for piece in shard:
-        self._offsets[piece.name] = file, offset
+        self._offsets.setdefault(piece.name, (file, offset))
         self._weight_map[piece.name] = name
         offset += piece.num_bytes
     return self
@@ -140,11 +151,12 @@ def _header(shard: ShardPlan) -> bytes:
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   offset = 0
   for piece in shard:
-    header[piece.name] = {
-      'dtype': piece.dtype,
-      'shape': list(piece.entry.hf_shape),
-      'data_offsets': [offset, offset + piece.num_bytes],
-    }
+    if not piece.first_byte:
+      header[piece.name] = {
+        'dtype': piece.dtype,
+        'shape': list(piece.entry.hf_shape),
+        'data_offsets': [offset, offset + piece.hf_bytes],
+      }
     offset += piece.num_bytes
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)  # aligns the data of every dtype

@@ -60,7 +60,10 @@ class SliceReader:
     layers, inner = (ranges[0], ranges[1:]) if entry.stacked else (range(1), ranges)
     if entry.transposed:
       inner = inner[::-1]  # HF kernels are [out, in]
-    window = tuple(slice(part.start, part.stop) for part in inner)
+    window = tuple(
+      slice(own.start + part.start, own.start + part.stop)
+      for own, part in zip(entry.part, inner, strict=True)
+    )
     for target, layer in zip(out if entry.stacked else [out], layers, strict=True):
       piece = self._piece(entry.hf_name(layer), window)
       if entry.transposed:

@@ -24,6 +24,7 @@ from segjax.hf.checkpoint import (
   without_wrapper,
 )
 from segjax.hf.config import config_from_hf, head_name
+from segjax.hf.families import FAMILIES, find_family
 from segjax.model import heads
 from segjax.model.llama import Llama, LlamaConfig, RowLayout
 
@@ -257,18 +258,17 @@ def _transformers(origin: Path, head: str, headless: bool, dtype: str) -> Output
     )
   import transformers
 
+  raw = read_json(origin / CONFIG)
+  classes = f'{FAMILIES[find_family(CONFIG, raw)].classes}For'
   load = functools.partial(_load, origin=origin, dtype=getattr(torch, dtype))
   if head == 'language':
-    model = load(transformers.LlamaForCausalLM)
+    model = load(getattr(transformers, f'{classes}CausalLM'))
     project = model.lm_head
   else:
-    # value_head_prefix may name the head differently.
-    name = head_name(read_json(origin / CONFIG))
-    model = load(
-      transformers.LlamaForSequenceClassification,
-      num_labels=1,
-      key_mapping=None if name == 'score' else {rf'^{name}\.': 'score.'},
-    )
+    name = head_name(raw)  # value_head_prefix may name the head differently
+    key_mapping = None if name == 'score' else {rf'^{name}\.': 'score.'}
+    scalar = getattr(transformers, f'{classes}SequenceClassification')
+    model = load(scalar, num_labels=1, key_mapping=key_mapping)
     project = model.score
 
   def outputs(ids: Tokens, positions: Tokens) -> Iterator[np.ndarray]:

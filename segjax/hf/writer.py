@@ -242,9 +242,9 @@ def _device_tensor(tensor: shards.HFTensor, leaf: Any) -> Any:
 
 def _write(files: shards.ShardWriter, tensor: shards.HFTensor, host: np.ndarray) -> None:
   """Writes a tensor in the file's dtype and orientation."""
-  out = np.empty(tensor.entry.hf_shape, jnp.dtype(DTYPES[tensor.dtype]))
+  out = np.empty(tensor.entry.part_shape, jnp.dtype(DTYPES[tensor.dtype]))
   if tensor.entry.transposed:
     transpose_into(host, out)
   else:
     out[...] = host
-  files.write(tensor.name, 0, out)
+  files.write(tensor.name, tensor.first_byte, out)

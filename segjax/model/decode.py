@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from segjax.model import decode_cache, fused_head, pages, sharding
 from segjax.model.decode_cache import PrefillChunk
-from segjax.model.llama import Block, LlamaConfig, RMSNorm
+from segjax.model.layers import RMSNorm
+from segjax.model.llama import Block, LlamaConfig
 from segjax.model.pages import Pages
 from segjax.model.sampling import Sampling, has_no_finite_logit, sample_token
 

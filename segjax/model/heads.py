@@ -186,6 +186,6 @@ def project(
   hidden: Float[Array, 'B S D'], kernel: Float[Array, 'D V'], rounded: bool = False
 ) -> Float[Array, 'B S V']:
   """Returns float32 logits of hidden states of any dtype, split over the vocabulary."""
-  # One flat product, for the reason given in `llama.Linear`.
+  # One flat product, for the reason given in `layers.Linear`.
   logits = logit_product(hidden.reshape(-1, hidden.shape[-1]), kernel, rounded)
   return sharding.constrain(logits.reshape(*hidden.shape[:-1], -1), 'logits')

@@ -1,7 +1,8 @@
-"""Llama-3 in Flax Linen: RMSNorm, RoPE with Llama-3.1 scaling, grouped queries, SwiGLU.
+"""Llama-3 and its kin in Flax Linen: RMSNorm, RoPE with scalings, grouped queries, SwiGLU.
 
-The backbone only, tokens to hidden states: `heads` turns those into log-probs or scores, `decode`
-samples. The layout of the weights in HF files is in `hf.tensor_names`.
+What sets the other families apart are flags of `LlamaConfig`. The backbone only, tokens to hidden
+states: `heads` turns those into log-probs or scores, `decode` samples. The layout of the weights in
+HF files is in `hf.tensor_names`.
 """
 
 import dataclasses
@@ -9,16 +10,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from segjax.config.lora import check_head
+from segjax.config.lora import check_fits
 from segjax.config.settings import Lora, Network
-from segjax.model import lora, quantized, sharding
+from segjax.model import lora, sharding
 from segjax.model.attention import attention
 from segjax.model.embedding import embed
+from segjax.model.layers import Linear, RMSNorm
 from segjax.model.remat import checkpoint_policy
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
 
@@ -28,6 +29,11 @@ class LlamaConfig:
   """Sizes of the network (HF's names) and how it is run.
 
   Attributes:
+    family: of the checkpoint, one of `choices.FAMILIES`; nothing here depends on it but the names
+      of tensors and classes in files.
+    attention_bias: of query, key and value.
+    output_bias: of the projection of the heads back to the width.
+    qk_norm: whether each head's query and key are normalised before they are rotated.
     remat: activations saved for the backward pass: 'none' recomputes nothing and saves all, 'full'
       recomputes each layer from its input, and names of `choices.ACTIVATIONS`, joined by commas,
       save those.
@@ -51,8 +57,11 @@ class LlamaConfig:
   rope_theta: float = 500_000.0
   rope_scaling: RopeScaling | None = None
   tie_word_embeddings: bool = False
+  family: str = 'llama'
   attention_bias: bool = False
+  output_bias: bool = False
   mlp_bias: bool = False
+  qk_norm: bool = False
   initializer_range: float = 0.02
   dtype: str = 'float32'
   remat: str = 'full'
@@ -64,7 +73,7 @@ class LlamaConfig:
   lora: Lora | None = None
 
   def __post_init__(self):
-    check_head(self.lora, self.tie_word_embeddings)
+    check_fits(self.lora, self.family, self.tie_word_embeddings)
 
 
 class RowLayout(NamedTuple):
@@ -86,7 +95,9 @@ UNPACKED = RowLayout()
 def make_config(network: Network) -> LlamaConfig:
   """Returns the config of a network of these sizes, to be trained from random weights."""
   sizes = dataclasses.asdict(network)
-  return LlamaConfig(head_dim=network.hidden_size // network.num_attention_heads, **sizes)
+  head_dim = sizes.pop('head_dim') or network.hidden_size // network.num_attention_heads
+  flags = {'attention_bias': network.family == 'qwen2', 'qk_norm': network.family == 'qwen3'}
+  return LlamaConfig(head_dim=head_dim, **flags, **sizes)
 
 
 def num_parameters(config: LlamaConfig) -> int:
@@ -95,54 +106,15 @@ def num_parameters(config: LlamaConfig) -> int:
   per_layer = 2 * width * heads * (config.num_attention_heads + config.num_key_value_heads)
   per_layer += 3 * width * config.intermediate_size + 2 * width  # MLP and two norms
   if config.attention_bias:
-    per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads) + width
+    per_layer += heads * (config.num_attention_heads + 2 * config.num_key_value_heads)
+  if config.output_bias:
+    per_layer += width
+  if config.qk_norm:
+    per_layer += 2 * heads
   if config.mlp_bias:
     per_layer += 2 * config.intermediate_size + width
   embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
   return embeddings + config.num_hidden_layers * per_layer + width
-
-
-class RMSNorm(nn.Module):
-  """x / √(mean(x²) + ε) · scale, in float32."""
-
-  epsilon: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # float64 stays, for tests
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-    # One rounding, and the gradient of the scale, a sum over all tokens, adds up in float32.
-    return (wide * jnp.broadcast_to(scale.astype(wide.dtype), x.shape)).astype(x.dtype)
-
-
-class Linear(nn.Module):
-  """x W (+ b) in x's dtype; the leading axes are flattened, which XLA on CPU runs faster.
-
-  Where the collection of adapters has a pair for it, their product is added, see `lora`.
-  """
-
-  features: int
-  use_bias: bool
-  stddev: float
-  adapter: Lora | None = None
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _']:
-    kernel = self.param('kernel', nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
-    scale = self.get_variable('params', 'scale')  # None, except in a decode loop of int8 weights
-    y = quantized.product(x.reshape(-1, x.shape[-1]), kernel, scale)
-    y = y.reshape(*x.shape[:-1], self.features)
-    if self.has_variable(lora.ADAPTER, 'a'):
-      names = [name for name in ('a', 'b', 'own') if self.has_variable(lora.ADAPTER, name)]
-      pair = {name: self.get_variable(lora.ADAPTER, name) for name in names}
-      y = lora.adapted(x, y, pair, self.adapter.scale)
-    if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      # In float32 for the sake of the gradient, as in `RMSNorm`; the tests forbid rank promotion.
-      wide = jnp.promote_types(y.dtype, jnp.float32)
-      y = (y.astype(wide) + jnp.broadcast_to(bias.astype(wide), y.shape)).astype(x.dtype)
-    return y
 
 
 class Block(nn.Module):
@@ -164,7 +136,9 @@ class Block(nn.Module):
     self.query = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
     self.key = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
     self.value = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
-    self.output = linear(c.hidden_size, c.attention_bias)
+    self.output = linear(c.hidden_size, c.output_bias)
+    self.query_norm = RMSNorm(c.rms_norm_eps) if c.qk_norm else None
+    self.key_norm = RMSNorm(c.rms_norm_eps) if c.qk_norm else None
     self.mlp_norm = RMSNorm(c.rms_norm_eps)
     self.gate = linear(c.intermediate_size, c.mlp_bias)
     self.up = linear(c.intermediate_size, c.mlp_bias)
@@ -179,19 +153,23 @@ class Block(nn.Module):
       x = sharding.constrain(x, f'{self.layout}{name}')
     return x
 
-  def _heads(self, x: Float[Array, 'B S _']) -> Float[Array, 'B S _ h']:
+  def _heads(
+    self, x: Float[Array, 'B S _'], norm: RMSNorm | None = None
+  ) -> Float[Array, 'B S _ h']:
     heads = self._laid_out(x, 'product')
     heads = heads.reshape(*x.shape[:2], -1, self.config.head_dim)
-    return self._laid_out(heads, 'heads')
+    heads = self._laid_out(heads, 'heads')
+    return heads if norm is None else norm(heads)
 
   def _project(self, x, positions):
     c = self.config
     frequency = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    rope = positions, frequency, c.rope_scaling.attention_factor if c.rope_scaling else 1.0
     # The norm still works on a part of the positions; the products need all of them.
     y = self._laid_out(self.attention_norm(x), 'gathered')
-    query = rotate(self._heads(self.query(y)), positions, frequency)
+    query = rotate(self._heads(self.query(y), self.query_norm), *rope)
     # Rotated before it is cached: a position never changes, so no step rotates old keys.
-    key = rotate(self._heads(self.key(y)), positions, frequency)
+    key = rotate(self._heads(self.key(y), self.key_norm), *rope)
     value = self._heads(self.value(y))
     return (
       # `remat` and `offload` choose by these names; without a policy they do nothing.

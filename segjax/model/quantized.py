@@ -56,7 +56,7 @@ def product(
 def quantize_layers(params: Any) -> Any:
   """Returns the parameters of a network with the matrices of its layers in int8.
 
-  Each int8 'kernel' [L, in, out] has a 'scale' [L, out] beside it, as `llama.Linear` reads it.
+  Each int8 'kernel' [L, in, out] has a 'scale' [L, out] beside it, as `layers.Linear` reads it.
   """
   layers = dict(params['backbone']['layers'])
   for name in _MATRICES:

@@ -30,7 +30,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'layers/(output|down)/kernel$', P(None, 'tensor', 'fsdp')),
   # Of the sum over tensor, which has the full width.
   (r'layers/(output|down)/(bias|scale)$', P(None, None)),
-  (r'layers/(attention_norm|mlp_norm)/scale$', P(None, None)),
+  (r'layers/(attention|query|key|mlp)_norm/scale$', P(None, None)),
   (r'backbone/norm/scale$', P(None)),
   # Of adapters, A is split as the input of its matrix and B as the output; where that leaves fsdp,
   # it splits the rank, or each device would hold half of the moments in full.

@@ -180,8 +180,8 @@ def length_limits(data: Data, config: LlamaConfig, log: Callable[[str], None]) -
     return Limits(data.max_length, data.max_prompt_length, data.overlong_policy)
   max_prompt = max(1, data.max_prompt_length * positions // data.max_length)
   log(
-    f'rows are limited to {positions} tokens, the model’s max_position_embeddings '
-    f'(config.data.max_length={data.max_length})'
+    f'rows are limited to {positions} tokens, the model’s max_position_embeddings (or what its '
+    f'sliding window or longrope leaves of them; config.data.max_length={data.max_length})'
   )
   return Limits(positions, max_prompt, data.overlong_policy)
 

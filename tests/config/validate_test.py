@@ -17,6 +17,8 @@ PRESETS = [
   ('ppo', 'llama31_8b_instruct'),
   ('ppo', 'llama31_8b_instruct,token'),
   ('ppo', 'llama31_8b_instruct,bandit'),
+  ('ppo', 'phi3_mini'),
+  ('ppo', 'phi3_mini,token'),
   ('sft', 'demo'),
   ('sft', 'local'),
   ('dpo', 'demo'),
@@ -28,6 +30,7 @@ PRESETS = [
   ('reward', 'llama3_8b_sft,token'),
   ('reward', 'llama31_8b_instruct'),
   ('reward', 'llama31_8b_instruct,bandit'),
+  ('reward', 'phi3_mini'),
   ('selfcheck', ''),
   ('normalizer', 'demo'),
   ('normalizer', 'local'),
@@ -57,6 +60,27 @@ def test_presets_are_consistent(file, preset):
     assert granularity in [segmentation.granularity for segmentation in segmentations]
   if preset == 'local':
     assert resolved.stages == (file,)
+
+
+@pytest.mark.parametrize(
+  'granularity, normalizer',
+  [('segment', 'segment@1.75'), ('token', 'token'), ('bandit', 'bandit')],
+)
+def test_published_recipe_of_phi3(granularity, normalizer):
+  """Two passes over 60,917 prompts are 118 rollouts; the window of 2,047 holds all of a row."""
+  config = importlib.import_module('configs.ppo').get_config(f'phi3_mini,{granularity}')
+  s = parse.from_config(config)
+  assert s.ppo.max_steps == 2 * 60_917 // s.ppo.rollout_batch_size
+  assert s.reward_model.normalizer == f'published:phi3_mini_instruct/{normalizer}'
+  assert s.reward_model.path == f'yyqoni/Phi-3-mini-4k-instruct-{granularity}-rm-700k'
+  assert s.reward_model.segmentation.entropy_threshold == 1.75
+  assert s.ppo.value_clip_eps == {'segment': 0.25, 'token': 0.25, 'bandit': 0.2}[granularity]
+  assert (s.reward_shaping.length_norm, s.reward_shaping.length_penalty) == (False, 'off')
+  positions = s.network.max_position_embeddings
+  assert s.data.max_prompt_length + s.rollout.max_new_tokens == positions == 2047
+  reward = importlib.import_module('configs.reward').get_config(f'phi3_mini,{granularity}')
+  assert reward.reward.segmentation.entropy_threshold == 1.75
+  assert reward.data.max_length == positions
 
 
 @pytest.mark.parametrize('granularity', ['segment', 'token', 'bandit'])

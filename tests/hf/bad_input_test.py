@@ -134,7 +134,6 @@ DAMAGES = {
     _config(quantization_config={'quant_method': 'gptq'}),
     ['config.json', 'quantization_config (gptq)'],
   ),
-  'sliding window': (_config(sliding_window=16), ['config.json', 'sliding_window is 16']),
   'experts': (_config(num_local_experts=8), ['config.json', 'num_local_experts is 8']),
   'other model': (_config(model_type='mixtral'), ['config.json', "model_type is 'mixtral'"]),
   'more layers': (

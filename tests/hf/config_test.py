@@ -79,7 +79,8 @@ def test_runtime_fields():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'model_type': 'mistral'}, "model_type is 'mistral'; only llama"),
+    ({'model_type': 'gemma'}, "model_type is 'gemma'; only llama, .* are read"),
+    ({'model_type': ['llama']}, r"model_type is \['llama'\]"),
     ({'model_type': None}, 'model_type is None'),
     ({'quantization_config': {'quant_method': 'awq'}}, r'quantization_config \(awq\)'),
     ({'hidden_act': 'gelu'}, "hidden_act is 'gelu'"),
@@ -98,7 +99,7 @@ def test_runtime_fields():
     ({'head_dim': '8'}, "head_dim is '8'"),
     ({'num_key_value_heads': 1.5}, r'num_key_value_heads is 1\.5'),
     ({'num_hidden_layers': True}, 'num_hidden_layers is True'),
-    ({'sliding_window': 4096}, 'sliding_window is 4096; only attention to all'),
+    ({'sliding_window': '4096'}, "sliding_window is '4096'; it must be an integer"),
     ({'num_local_experts': 8}, 'num_local_experts is 8; mixtures of experts'),
     ({'model_type': 'mixtral', 'num_local_experts': 8}, "model_type is 'mixtral'"),
     ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor=0\.5 is not computed'),
@@ -114,7 +115,7 @@ def test_refuses(change, message, tmp_path):
 def test_accepts_what_changes_nothing():
   same = {'sliding_window': None, 'num_experts': 1, 'hidden_act': 'swish', 'pretraining_tp': 2}
   assert config_from_hf(RAW | same) == config_from_hf(RAW)
-  unused = {'sliding_window': 4096, 'use_sliding_window': False, 'quantization_config': None}
+  unused = {'sliding_window': 16, 'use_sliding_window': False, 'quantization_config': None}
   assert config_from_hf(RAW | unused) == config_from_hf(RAW)
 
 

@@ -90,6 +90,9 @@ HEADED = ALL | {'modules_to_save': ['lm_head']}
     ('llama3', 'language', 'scalar', ALL | {'use_rslora': True}),
     ('llama3', 'scalar', 'scalar', {'target_modules': ['o_proj', 'up_proj', 'gate_proj']}),
     ('llama32', 'language', 'scalar', {'target_modules': ['k_proj'], 'lora_alpha': 3}),
+    ('qwen3', 'language', 'scalar', ALL),
+    ('phi3', 'language', 'language', ALL | {'use_rslora': True}),
+    ('phi3', 'scalar', 'scalar', {'target_modules': ['qkv_proj', 'down_proj']}),
   ],
 )
 def test_outputs_both_ways(peft, kind, base_head, head, fields, tmp_path):
@@ -120,8 +123,10 @@ def test_outputs_both_ways(peft, kind, base_head, head, fields, tmp_path):
   with _without_warnings_of_keys():
     again = peft.PeftModel.from_pretrained(MODELS[head].from_pretrained(base, num_labels=1), ours)
     by_name = automatic.from_pretrained(ours, num_labels=1)
-  np.testing.assert_array_equal(_their_outputs(again), expected)
-  np.testing.assert_array_equal(_their_outputs(by_name), expected)
+  # Sums over the blocks of a fused matrix have more terms, of which the others are 0.
+  same = _assert_close if kind == 'phi3' else np.testing.assert_array_equal
+  same(_their_outputs(again), expected)
+  same(_their_outputs(by_name), expected)
   merged = merge.merge_adapter(ours, tmp_path / 'merged')
   _assert_close(_their_outputs(MODELS[head].from_pretrained(merged)), expected)
   plain = reader.load_config(merged, remat='none')

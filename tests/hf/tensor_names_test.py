@@ -34,25 +34,6 @@ def test_hf_names_are_distinct():
   assert len(set(names)) == len(names) == 3 + 9 * 3
 
 
-def test_hf_name():
-  assert (
-    tensor_names.hf_name('backbone/layers/query/kernel', 7)
-    == 'model.layers.7.self_attn.q_proj.weight'
-  )
-  assert tensor_names.hf_name('backbone/embedding') == 'model.embed_tokens.weight'
-  assert tensor_names.hf_name('scalar_head/kernel') == 'score.weight'
-  assert tensor_names.hf_name('scalar_head/kernel', score='v') == 'v.weight'
-
-
-def test_hf_name_refuses():
-  with pytest.raises(ValueError, match=r"'backbone/gate' is not in the table"):
-    tensor_names.hf_name('backbone/gate')
-  with pytest.raises(ValueError, match='only stacked tensors have layers'):
-    tensor_names.hf_name('backbone/norm/scale', 0)
-  with pytest.raises(ValueError, match='layer=None'):
-    tensor_names.hf_name('backbone/layers/query/kernel')
-
-
 @pytest.mark.parametrize(
   ('shape', 'stacked', 'transposed', 'index', 'max_bytes'),
   [

@@ -1,13 +1,17 @@
 """The pipeline with adapters: every stage on one base, resumed to the same bits."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from segjax.hf import adapter_config
+from segjax.hf import adapter_config, reader
+from segjax.hf.writer import save_checkpoint
 from segjax.jobs import ppo_trainer
+from segjax.model.heads import init_params
 
 pytestmark = pytest.mark.campaign
 
@@ -31,7 +35,7 @@ def values(small, language):
     'checkpoint.every_steps': 1,
     'ppo.max_steps': 3,
   }
-  return lambda **more: small(*STAGES, **paths, **RANK, **more)
+  return lambda **more: small(*STAGES, **(paths | RANK | more))
 
 
 def _tensors(directory):
@@ -82,6 +86,20 @@ def test_every_stage_adds_adapters_to_one_base(
   assert before.keys() == after.keys()
   assert any(np.any(before[name] != after[name]) for name in before)
   assert json.loads((tmp_path / 'a' / 'evaluate' / 'results.json').read_text())
+
+
+def test_adapters_of_a_base_whose_files_fuse_matrices(values, run, language, tmp_path):
+  source, base = language / 'model', tmp_path / 'phi3'
+  config = dataclasses.replace(reader.load_config(source), family='phi3')
+  params = init_params(jax.random.key(7), config, 'language')
+  save_checkpoint(base, params, config, 'language', source=source)
+  run(values(**{'policy.path': str(base)}), tmp_path / 'a')
+  for name in ('sft/model', 'reward/model', 'ppo/model', 'ppo/critic'):
+    adapter = adapter_config.read_adapter(tmp_path / 'a' / name)
+    assert adapter.blocks and adapter.lora.rank == 2
+  before, after = (_tensors(tmp_path / 'a' / name) for name in ('sft/model', 'ppo/model'))
+  assert before.keys() == after.keys()
+  assert any(np.any(before[name] != after[name]) for name in before if 'qkv_proj' in name)
 
 
 def test_a_resumed_run_gives_the_same_bits(values, run, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,10 @@ from numpy.testing import assert_allclose
 
 from segjax.config.settings import Network
 from segjax.model import heads
+from segjax.model.layers import Linear, RMSNorm
 from segjax.model.llama import (
   Block,
-  Linear,
   Llama,
-  RMSNorm,
   RowLayout,
   make_config,
   num_parameters,

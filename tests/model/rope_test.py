@@ -65,7 +65,7 @@ def test_frequencies_equal_transformers(name, head_dim):
 
 
 def test_unknown_rope_type_is_refused():
-  with pytest.raises(ValueError, match=r"'yarn' is not one of default, linear, llama3"):
+  with pytest.raises(ValueError, match=r"'yarn' is not one of default, linear, llama3, longrope"):
     rope_frequencies(8, 500_000.0, RopeScaling('yarn', 2.0))
 
 
