@@ -87,18 +87,18 @@ class Model:
 class Network:
   """Sizes of the demo's network; for other runs, sizes that --dry_run and plan assume."""
 
-  family: str = 'llama'  # of the checkpoint that it becomes
   vocab_size: int = 0  # 0: the tokenizer's
   hidden_size: int = 64  # width of the residual stream
   intermediate_size: int = 192  # width of the MLP
   num_hidden_layers: int = 2  # layers
   num_attention_heads: int = 4  # query heads
   num_key_value_heads: int = 2  # key and value heads
-  head_dim: int = 0  # width of a head; 0: hidden_size / num_attention_heads
   max_position_embeddings: int = 256  # positions
   rope_theta: float = 500_000.0  # base of the rotary frequencies
   tie_word_embeddings: bool = False  # input and output embeddings share weights
   initializer_range: float = 0.02  # standard deviation of random weights
+  head_dim: int = 0  # width of a head; 0: hidden_size / num_attention_heads
+  family: str = 'llama'  # of the checkpoint that it becomes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from segjax.config.study_arms import (
 from segjax.jobs import demo, evaluate, normalizer, ppo, reward, sft
 from segjax.run import source_code
 from segjax.storage import atomic_directory, make_directory, write_text_atomically
+from segjax.train.user_functions import load_function
 
 JOBS = {
   job.name: job for job in (demo.JOB, sft.JOB, reward.JOB, normalizer.JOB, ppo.JOB, evaluate.JOB)
@@ -42,7 +43,6 @@ _CONFIG = '''"""One run of a study: {name}.
 """
 
 from segjax.config import presets
-from segjax.train.user_functions import load_function
 
 VALUES = {values}
 
