@@ -309,6 +309,7 @@ LINE = (json.dumps(ROWS[0]) + '\n').encode() * (MIB // 26)
 FEW_ROWS = LINE[: LINE.index(b'\n') + 1] * 5000  # each row takes calls that tests check
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
   'piece, times, message',
   [

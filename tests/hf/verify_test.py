@@ -92,6 +92,7 @@ def test_narrow_dtypes_and_provided_tokens(tmp_path):
   assert not verify.verify(source, ids=ids, tolerance=0.0).passed
 
 
+@pytest.mark.campaign
 def test_imported_checkpoints(tmp_path):
   source = hf_models.write(tmp_path / 'a', 'llama31')
   stored = convert.import_checkpoint(source, tmp_path / 'b')

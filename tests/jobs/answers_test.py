@@ -33,6 +33,7 @@ def ask(language, small, run, tmp_path):
   return run_job
 
 
+@pytest.mark.campaign
 def test_two_turns_of_mt_bench_are_equal_when_run_again(ask):
   results, file = ask(MT)
   lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -45,6 +46,7 @@ def test_two_turns_of_mt_bench_are_equal_when_run_again(ask):
   assert ask(MT, 'b')[1].read_bytes() == file.read_bytes()
 
 
+@pytest.mark.campaign
 def test_temperatures_by_category(ask):
   sampled = ask(MT, 'c', **{'answers.category_temperatures': True})[1].read_text()
   texts = [json.loads(line)['choices'][0]['turns'][0] for line in sampled.splitlines()]

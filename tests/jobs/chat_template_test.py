@@ -149,6 +149,7 @@ def test_a_policy_with_another_template_is_said(
   assert capsys.readouterr().out.count('was made with another chat template') == 1
 
 
+@pytest.mark.campaign
 def test_a_reward_model_with_another_template_is_said(small, run, language, tmp_path, capsys):
   reward = runs.reward_model(
     language / 'model', tmp_path / 'rm', runs.Normalizer(), runs.Segmentation(entropy_threshold=1.0)

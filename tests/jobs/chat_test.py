@@ -52,6 +52,7 @@ def test_answers_segments_and_a_new_conversation(talk):
   assert 'chat        done in' in out
 
 
+@pytest.mark.campaign
 def test_the_oldest_turns_are_dropped(talk):
   out = talk(*['describe the badger of the island'] * 8)
   assert '(dropped the 2 oldest messages' in out

@@ -67,6 +67,7 @@ def test_wrong_configs_name_the_key(config, overrides, message):
     load_settings(config, overrides)
 
 
+@pytest.mark.campaign
 def test_runs_jobs_outside_the_main_thread(tmp_path, capsys):
   config = {'stages': ('demo', 'sft'), **runs.SIZES}
   config |= {

@@ -21,6 +21,7 @@ def chats(language):
     return [json.loads(line) for line in file]
 
 
+@pytest.mark.campaign
 def test_held_out_and_bad_rows_of_another_form(small, run, language, tmp_path, chats, capsys):
   names = {'user': 'human', 'assistant': 'gpt', 'system': 'system'}
   rows = [

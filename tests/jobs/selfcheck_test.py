@@ -44,6 +44,7 @@ def test_a_violated_invariant_is_named(values, make_stage, monkeypatch):
     selfcheck.run(make_stage('selfcheck', values))
 
 
+@pytest.mark.campaign
 def test_oracle_detects_a_wrong_reward(monkeypatch):
   real = selfcheck_rewards.make_experience
 

@@ -23,6 +23,7 @@ def params():
   return models.params(models.CONFIG, head='scalar')
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize('config', [models.CONFIG, adapters.config()], ids=['plain', 'adapter'])
 def test_gradient_is_the_change_of_the_score_to_first_order(params, config):
   if config.lora:

@@ -90,6 +90,7 @@ def test_the_longest_row_with_a_prefix_decides():
   assert blocks(2049, prefix=1) is None and blocks(100, 1, 'xla') is None
 
 
+@pytest.mark.campaign
 def test_prompts_of_several_groups():
   """Prompts over two and three chunks beside short ones and none: the same bits in all pages."""
   mesh = decode_mesh(models.mesh(8), 4, 2)

@@ -178,6 +178,7 @@ def test_weighted_advantages_weigh_the_terms():
   assert_allclose(gradient(advantage * weights), weights * gradient(advantage), rtol=1e-6)
 
 
+@pytest.mark.campaign
 def test_importance_weights_recover_the_gradient_of_the_policy():
   """Exactly, summed over all tokens that q may draw, unless weights are truncated."""
   logits, noise, advantage = np.random.default_rng(5).normal(size=(3, 12)).astype(np.float32)

@@ -109,6 +109,7 @@ def full_forward(policy, rollout):
   return np.take_along_axis(np.asarray(full), np.minimum(index, full.shape[1] - 1), axis=1)
 
 
+@pytest.mark.campaign
 def test_log_probs_are_those_of_the_policies_that_drew_each_token():
   mixed = 0
   for number, step in enumerate(four_steps()):

@@ -66,6 +66,7 @@ def test_eight_devices_then_four_then_one(tmp_path):
   )
 
 
+@pytest.mark.campaign
 def test_restores_onto_another_mesh_and_keeps_the_last(tmp_path):
   checkpoints = Checkpointer(tmp_path, keep=2)
   states = {'policy': training.state('policy'), 'critic': training.state('critic')}

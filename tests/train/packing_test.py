@@ -159,6 +159,7 @@ def test_packed_step_equals_padded(step, name, mean, devices, packed):
   assert norms[0] < 1e-3 * norms[1]
 
 
+@pytest.mark.campaign
 def test_other_lengths_compile_nothing(caplog):
   run(critic_step, 'critic', 'fixed')
   experience, lengths = ppo_experience()

@@ -198,6 +198,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference(decode_logprob_rollout):
   assert after['policy/kl'] < before['policy/kl']
 
 
+@pytest.mark.campaign
 def test_entropy_bonus_is_in_the_loss(decode_logprob_rollout):
   _, experience, _ = decode_logprob_rollout
   _, without_bonus = step(initial_states(), experience, ROWS[0])

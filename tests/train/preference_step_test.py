@@ -116,6 +116,7 @@ def test_no_gradient_reaches_the_reference(networks):
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.campaign
 def test_learns_one_batch(networks, caplog):
   state, history = training.state('reward'), []
   pairs = training.pairs()

@@ -59,6 +59,7 @@ def test_sampling_reads_the_settings():
   assert len(read) == 5
 
 
+@pytest.mark.campaign
 def test_concurrency_does_not_change_responses():
   params = training.network('policy', models.mesh(1))
   odd = training.sample(params, settings=dataclasses.replace(training.ROLLOUT, max_concurrent=3))
