@@ -59,7 +59,7 @@ def _time_judge(judge: Callable, count: int, concurrency: int) -> float:
   settings = RewardShaping(reward_fn_concurrency=concurrency)
   function = ResponseFunction(judge, parse_token_rewards, lambda ids: str(ids[0]), settings)
   begin = time.perf_counter()
-  values = function(Responses([''] * count, np.arange(count)[:, None])).values
+  values = function(Responses([''] * count, list(np.arange(count)[:, None]))).values
   elapsed = time.perf_counter() - begin
   assert values == [[(0, float(number))] for number in range(count)]
   return elapsed
