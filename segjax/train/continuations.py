@@ -34,8 +34,8 @@ def continuation_credit(
 ) -> list[list[float]]:
   """Returns the credit of each clause of each response.
 
-  V(clauses 1 to j) - V(clauses 1 to j - 1), where all clauses are worth the response's own gold
-  reward.
+  V(clauses 1 to j) - V(clauses 1 to j - 1): what a clause is worth, not that the response ended
+  there. Only where no token is left, V is the response's own gold reward.
 
   Args:
     prompt: row of each response's prompt.
@@ -44,16 +44,17 @@ def continuation_credit(
     gold: gold reward of each response.
     value: of prefixes. Each is asked for once, however many responses begin with it.
   """
-  before = []
-  for row, ids, is_end in zip(prompt, response_ids, ends, strict=True):
-    sizes = [0, *np.flatnonzero(is_end) + 1][: int(is_end.sum())]
-    before.append([Prefix(int(row), tuple(ids[:size].tolist())) for size in sizes])
-  distinct = list(dict.fromkeys(itertools.chain(*before)))
-  values = dict(zip(distinct, value(distinct), strict=True))
-  return [
-    np.diff([*(values[prefix] for prefix in prefixes), whole]).tolist() if prefixes else []
-    for prefixes, whole in zip(before, gold, strict=True)
+  limit = response_ids.shape[1]
+  prefixes, values = [], {}
+  for row, ids, is_end, whole in zip(prompt, response_ids, ends, gold, strict=True):
+    sizes = [0, *np.flatnonzero(is_end) + 1] if is_end.any() else []
+    prefixes.append([Prefix(int(row), tuple(ids[:size].tolist())) for size in sizes])
+    values |= {prefix: whole for prefix in prefixes[-1] if len(prefix.ids) == limit}
+  distinct = [
+    prefix for prefix in dict.fromkeys(itertools.chain(*prefixes)) if prefix not in values
   ]
+  values |= dict(zip(distinct, value(distinct), strict=True))
+  return [np.diff([float(values[prefix]) for prefix in own]).tolist() for own in prefixes]
 
 
 def prefix_values(

@@ -20,8 +20,9 @@ PROMPTS = (
 
 def test_credit_is_the_difference_of_values_and_shared_prefixes_are_asked_once():
   ids = np.array([[5, 6, 7, 8, 0], [5, 6, 9, 0, 0], [5, 6, 7, 0, 0], [4, 0, 0, 0, 0]])
+  ids[2] = [5, 6, 7, 8, 9]  # up to the limit
   ends = np.zeros((4, 5), bool)
-  ends[0, [1, 3]] = ends[1, [1, 2]] = ends[2, 2] = True
+  ends[0, [1, 3]] = ends[1, [1, 2]] = ends[2, [2, 4]] = True
   asked = []
 
   def value(prefixes):
@@ -29,8 +30,9 @@ def test_credit_is_the_difference_of_values_and_shared_prefixes_are_asked_once()
     return [prefix.prompt + len(prefix.ids) for prefix in prefixes]
 
   credit = continuation_credit(np.array([0, 0, 1, 1]), ids, ends, [10.0, 20.0, 30.0, 40.0], value)
-  assert credit == [[2, 8], [2, 18], [29], []]
-  assert asked == [Prefix(0, ()), Prefix(0, (5, 6)), Prefix(1, ())]
+  assert credit == [[2, 2], [2, 1], [3, 26], []]  # 30 for all of the third
+  first = [Prefix(0, ids) for ids in ((), (5, 6), (5, 6, 7, 8), (5, 6, 9))]
+  assert asked == [*first, Prefix(1, ()), Prefix(1, (5, 6, 7))]
 
 
 def test_many_continuations_of_the_writer_give_its_true_credit():
