@@ -49,6 +49,7 @@ from segjax.train.rollout import RolloutSampler, response_tokens
 from segjax.train.segmenter import sequence_scores
 
 RESPONSES_FILE = 'responses.json'  # the figures of each response, see `by_response`
+CREDIT = ('spearman', 'advantage_spearman', 'sign', 'on_deciding_token')  # of `clause_figures`
 
 
 class Loaded(NamedTuple):
@@ -86,8 +87,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     The figures of both, also written to `results.json`: score of the reward model, gold reward
     where config.evaluate.gold_reward_fn is set, KL, length, segments, EOS rate, repetition; and of
     the policy its gains and win rates over the reference (`policy_figures`). With
-    config.evaluate.credit_fn, 'credit' of 'before' says how well the dense rewards of the
-    reference's clauses agree with their true credit (`clause_credit`).
+    config.evaluate.credit_fn, credit_spearman and others of 'before' say how well the dense rewards
+    of the reference's clauses agree with their true credit (`clause_credit`).
   """
   s = stage.settings
   resolved, tokenizer, collector = loaded
@@ -170,12 +171,13 @@ def _asked(responses: EvaluatedResponses, collector: Collector) -> Responses:
 
 
 def _credit(responses: EvaluatedResponses, loaded: Loaded, s: Settings) -> dict[str, Any]:
-  """Returns {'credit': figures} of the dense rewards, where the true credit is known, or {}."""
+  """Returns the figures `CREDIT` of the dense rewards; {} where no true credit is known."""
   decode, e = loaded.tokenizer.decode, responses.experience
   ends = clause_ends(e.rollout, decode, evaluate_functions.load_boundary(s.evaluate))
   credit = evaluate_functions.load_credit(s, decode)(_asked(responses, loaded.collector))
   clauses = make_clauses(e.rollout.response_mask, ends, credit)
-  return {'credit': clause_figures(e.reward, clauses, s.seed)} if len(clauses.truth) else {}
+  figures = clause_figures(e.reward, clauses, s.seed) if len(clauses.truth) else {}
+  return {f'credit_{name}': figures[name] for name in CREDIT if figures}
 
 
 def sample_responses(

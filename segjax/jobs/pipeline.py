@@ -43,7 +43,7 @@ def run(
     started: time.monotonic() at the start of the process.
     config_name: title of report.html.
   """
-  results, estimate = {}, RunEstimate(stages)
+  results, estimate, has_report = {}, RunEstimate(stages), False
   written = [stage.name for stage in stages if JOBS[stage.name].has_files]
   input_check.check(stages)  # before the first one starts, which may take hours
   with Page(workdir, config_name, written) if written else NoPage() as page:
@@ -64,7 +64,7 @@ def run(
       with jax.set_mesh(stage.mesh):
         results[name] = run_stage(stage)
       estimate.record(name, results[name]['seconds'])
-      page.write()
+      has_report = page.write()
   if not processes.is_first():
     return results
   for name in results:
@@ -79,7 +79,7 @@ def run(
     for stage in stages
     if (headline := JOBS[stage.name].headline)
   ]
-  report = workdir / REPORT_FILE if written else None
+  report = workdir / REPORT_FILE if has_report else None
   run_end.log_end(headlines, time.monotonic() - started, report)
   return results
 

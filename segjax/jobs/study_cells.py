@@ -11,8 +11,7 @@ import numpy as np
 from segjax import json_files
 from segjax.evaluation.intervals import clustered_interval
 from segjax.evaluation.study_curves import Curve, best_of_n, first_reached
-from segjax.jobs import demo
-from segjax.jobs.evaluate import RESPONSES_FILE
+from segjax.jobs import demo, evaluate
 from segjax.jobs.study_graph import Cell
 from segjax.report import stage_history
 from segjax.report.held_out_log import read_held_out
@@ -49,7 +48,7 @@ def read_cell(cell: Cell, levels: list[float], error: str) -> Record:
   directory = cell.node.directory
   evaluation = stage_history.load_stage(directory / 'evaluate')
   results = evaluation['results']
-  responses = json_files.read_object(directory / 'evaluate' / RESPONSES_FILE)
+  responses = json_files.read_object(directory / 'evaluate' / evaluate.RESPONSES_FILE)
   if cell.arm.is_trained:
     points = read_held_out(directory / 'ppo')
     curve = first_reached(
@@ -108,11 +107,10 @@ def _curve_figures(curve: Curve, levels: list[float], gold: np.ndarray) -> Recor
 
 def _credit_figures(before: Record) -> Record:
   """Returns how well the arm's rewards of the SFT model's clauses agree with their true credit."""
-  credit = before.get('credit', {})
   return {
-    'credit' if key == 'spearman' else f'credit_{key}': credit[key]['mean']
-    for key in ('spearman', 'advantage_spearman', 'sign', 'on_deciding_token')
-    if key in credit
+    'credit' if name == 'spearman' else f'credit_{name}': before[f'credit_{name}']['mean']
+    for name in evaluate.CREDIT
+    if f'credit_{name}' in before
   }
 
 

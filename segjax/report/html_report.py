@@ -79,24 +79,25 @@ class Page:
     if processes.is_first() and self._clock() >= self._due:
       self.write()
 
-  def write(self, state: str = 'running') -> None:
-    """Writes the page now. A failure is logged, and does not stop the run.
+  def write(self, state: str = 'running') -> bool:
+    """Writes the page now; returns whether it was. A failure is logged and does not stop the run.
 
     Args:
       state: 'running' or 'stopped', of the stage that has begun, unless it is finished.
     """
     if not processes.is_first():
-      return
-    begun = self._clock()
+      return False
+    begun, is_written = self._clock(), True
     try:
       write_text_atomically(self._workdir / REPORT_FILE, self._html(state))
     except Exception as error:  # the run matters more than its report
-      path = self._workdir / REPORT_FILE
+      is_written, path = False, self._workdir / REPORT_FILE
       log(f'warning: {path} was not written: {type(error).__name__}: {error}')
     now = self._clock()
     # The longest time so far: a page whose charts are all unchanged takes less than the next one.
     self._max_seconds = max(self._max_seconds, now - begun)
     self._due = now + self._max_seconds / _MAX_SHARE
+    return is_written
 
   def _html(self, state: str) -> str:
     present = self._unfinished(state)
@@ -152,8 +153,9 @@ class NoPage(contextlib.nullcontext):
   def refresh(self) -> None:
     """Does nothing."""
 
-  def write(self, state: str = 'running') -> None:
+  def write(self, state: str = 'running') -> bool:
     """Does nothing."""
+    return False
 
 
 def write_responses(path: Path, title: str, annotated: Iterable[AnnotatedResponse]) -> int:

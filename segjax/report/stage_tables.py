@@ -32,6 +32,10 @@ EVALUATION = {
   'distinct_1': ('Share of distinct tokens', 3),
   'distinct_2': ('Share of distinct pairs', 3),
   'boundary_f1': ('F1 of segment boundaries', 3),
+  'credit_spearman': ('Rewards against true credit, ranks', 3),
+  'credit_advantage_spearman': ('Returns to go against it, ranks', 3),
+  'credit_sign': ('Rewards with the sign of the credit', 3),
+  'credit_on_deciding_token': ('Share of rewards on deciding tokens', 3),
 }
 
 

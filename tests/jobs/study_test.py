@@ -60,6 +60,8 @@ def test_a_study_of_three_arms_of_which_one_fails(run, tmp_path, monkeypatch):
     # Twelve subjects are held out, each with twelve prompts.
     assert len(record['prompts']['end']) == 144 and record['curve'][0][0] == 0
     assert record['settings'] in ({}, {'reward_shaping.spread': 'end_only'})
+  logs = [path.read_text() for path in (tmp_path / 'runs').glob('*/log.txt')]
+  assert len(logs) == 18 and not any('was not written' in text for text in logs)
   table = (directory / 'table.md').read_text()
   assert '9 of 9 cells.' in table and '| wrong | 3 | 3 | 0 |' in table
   kinds = sorted(path.name.partition('-')[0] for path in (tmp_path / 'runs').iterdir())

@@ -137,7 +137,7 @@ def test_writing_takes_at_most_one_percent_of_the_time(workdir):
 
 def test_a_page_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys):
   write_lines(tmp_path / 'ppo' / 'samples.jsonl', [{'step': 0}])
-  html_report.Page(tmp_path, '', ['ppo']).write()
+  assert not html_report.Page(tmp_path, '', ['ppo']).write()
   assert 'report.html was not written: KeyError' in capsys.readouterr().out
 
 
