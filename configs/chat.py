@@ -4,7 +4,9 @@
     [--config.reward_model.path=REWARD_MODEL]
 
 Answers are streamed. /segments shows the last answer in segments by the policy's entropies and,
-with a reward model, their rewards. Sampling is set by config.rollout:
+with a reward model, their rewards. /again samples the answer anew from its worst segment on and
+keeps the best of eight, if it scores higher. After `/best 8` each answer is the best of eight,
+after `/best 8 segments` each of its segments is. Sampling is set by config.rollout:
 `--config.rollout.temperature=0.7`.
 """
 

@@ -6,6 +6,8 @@
 
 `sample/responses.jsonl` has them all; `sample/best.jsonl` is what
 `segjax sft:local --config.data.path=runs/mine/sample/best.jsonl` trains on (rejection sampling).
+With `--config.sample.search=segment` each segment is the best of samples_per_prompt, and there is
+one response to a prompt.
 """
 
 from ml_collections import ConfigDict

@@ -70,6 +70,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'reward_shaping.lm_reward.level': lm_rewards.LEVELS,
   'reward_shaping.reward_fn_on_error': ('stop', 'zero'),
   'sample.rank_by': ('score', 'reward'),
+  'sample.search': ('response', 'segment'),
   'reward_shaping.missing_eos_penalty': rewards.END_PENALTIES,
   'reward_shaping.length_penalty': rewards.LENGTH_PENALTIES,
   'ppo.kl_estimator': tuple(kl.ESTIMATORS),
@@ -153,4 +154,8 @@ _AT_LEAST_1 = (
   *_keys('demo', 'sft_rows pairs'),
   *_keys('study', 'jobs'),
 )
-MINIMUMS: dict[str, int] = dict.fromkeys(_AT_LEAST_0, 0) | dict.fromkeys(_AT_LEAST_1, 1)
+MINIMUMS: dict[str, int] = {
+  **dict.fromkeys(_AT_LEAST_0, 0),
+  **dict.fromkeys(_AT_LEAST_1, 1),
+  'sample.segment_tokens': 2,  # the last of a segment that goes on is drawn again
+}

@@ -164,6 +164,8 @@ class Sample:
   rank_by: str = 'score'  # of the reward model; or reward: the sum of the dense rewards of PPO
   batch_size: int = 64  # responses at once, those to a prompt together
   data: StageData = StageData()
+  search: str = 'response'  # best of samples_per_prompt whole responses; segment: of each segment
+  segment_tokens: int = 64  # of the continuations in which search=segment finds the next segment
 
 
 @dataclasses.dataclass(frozen=True)

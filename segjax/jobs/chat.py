@@ -5,35 +5,38 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from segjax import processes
 from segjax.config.settings import RolloutSettings
 from segjax.data.sources import Message
-from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation import annotate
 from segjax.evaluation.annotate import Annotator
+from segjax.jobs.chat_answers import (
+  BestOf,
+  best_reply,
+  check_searchable,
+  reply,
+  worst_segment,
+)
 from segjax.jobs.job import POLICY, REWARD_MODEL, Job, never
-from segjax.model.generate import GenerationResult, generate
 from segjax.report import segment_table
 from segjax.report.console import log
 from segjax.run import inputs
 from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
-from segjax.train.rollout import make_decoder
-from segjax.types import PromptBatch
 
-_CHUNK = 4  # tokens generated between two pieces of streamed text
 _SURROGATES = re.compile('[\ud800-\udfff]')  # undecodable bytes, see PEP 383
 HELP = (
-  '/segments shows the last answer in segments, /new starts again, /quit or Ctrl-D ends; Ctrl-C '
+  '/segments shows the last answer in segments, /again answers anew from its worst segment on, '
+  '/best N [segments] answers by the best of N, /new starts again, /quit or Ctrl-D ends; Ctrl-C '
   'stops an answer'
 )
+_AGAIN = 8  # answers of which /again keeps the best
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -109,6 +112,7 @@ class _Conversation:
   def __init__(self, annotator: Annotator, rollout: RolloutSettings, key: jax.Array):
     self._annotator, self._rollout, self._key = annotator, rollout, key
     self._messages: list[Message] = []
+    self._best = BestOf()
     self.num_answers = 0
 
   def handle(self, line: str) -> None:
@@ -121,6 +125,13 @@ class _Conversation:
       self._messages = []
     elif line == '/segments':
       _print_segments(self._annotator, self._messages)
+    elif line == '/again':
+      self._answer_again()
+    elif line.startswith('/best'):
+      best = BestOf.parse(line)
+      if best.samples > 1:
+        check_searchable(self._annotator, self._rollout)
+      self._best = best
     elif line.startswith('/'):
       log(HELP)
     else:
@@ -128,11 +139,44 @@ class _Conversation:
 
   def _answer(self, line: str) -> None:
     messages = self._truncate([*self._messages, {'role': 'user', 'content': line}])
-    key = jax.random.fold_in(self._key, self.num_answers)
-    answer = reply(self._annotator, messages, self._rollout, key, _write)
+    arguments = self._annotator, messages, self._rollout, self._next_key(), _write
+    if self._best.samples == 1:
+      answer, score = reply(*arguments), None
+    else:
+      answer, score = best_reply(*arguments, self._best)
     sys.stdout.write('\n')
+    if score is not None:
+      log(f'(score {score:+.3f})')
     self._messages = [*messages, {'role': 'assistant', 'content': answer}]
+
+  def _answer_again(self) -> None:
+    """Samples the last answer anew from its worst segment on, and keeps the best if it is better.
+
+    Raises:
+      UserError: there is no answer, or no reward model.
+    """
+    begin, worst, score = worst_segment(self._annotator, self._messages)
+    log(f'(the worst segment is {segment_table.escape_control(worst.text)!r}; from there on)')
+    messages = self._messages[:-1]
+    answer, new = best_reply(
+      self._annotator,
+      messages,
+      self._rollout,
+      self._next_key(),
+      _write,
+      BestOf(max(_AGAIN, self._best.samples)),
+      begin,
+    )
+    sys.stdout.write('\n')
+    if new <= score:
+      log(f'(score {new:+.3f}, not above {score:+.3f}: the answer stays as it was)')
+      return
+    log(f'(score {score:+.3f} -> {new:+.3f})')
+    self._messages = [*messages, {'role': 'assistant', 'content': answer}]
+
+  def _next_key(self) -> jax.Array:
     self.num_answers += 1
+    return jax.random.fold_in(self._key, self.num_answers - 1)
 
   def _truncate(self, messages: list[Message]) -> list[Message]:
     """Drops the oldest turns of a conversation that leaves no room for an answer.
@@ -155,61 +199,6 @@ class _Conversation:
     if len(recent) < len(messages):
       log(f'(dropped the {len(messages) - len(recent)} oldest messages: the context is full)')
     return recent
-
-
-def reply(
-  annotator: Annotator,
-  messages: list[Message],
-  settings: RolloutSettings,
-  key: jax.Array,
-  write: Callable[[str], None],
-) -> str:
-  """Samples the answer to a conversation; `write` receives its text as it is generated.
-
-  Ctrl-C ends the answer; what was written of it is returned.
-
-  Raises:
-    UserError: the conversation leaves no room for an answer, or the weights are corrupted.
-  """
-  tokenizer, mesh = annotator.tokenizer, annotator.mesh
-  ids = np.array([tokenizer.prompt_ids(messages)], np.int32)
-  stream = _Stream(tokenizer, write)
-  decoder = make_decoder(settings, annotator.reference, tokenizer.stop_ids, mesh, _CHUNK)
-  try:
-    output = generate(
-      annotator.params['reference'],
-      PromptBatch(ids, np.array([ids.shape[1]], np.int32)),
-      key,
-      decoder=decoder,
-      mesh=mesh,
-      on_chunk=stream.write_new,
-    )
-  except KeyboardInterrupt:
-    return stream.written
-  if output.non_finite.any():
-    raise UserError('the model’s logits are not finite; its weights are corrupted.')
-  return stream.write_new(output, is_last=True)
-
-
-@dataclasses.dataclass
-class _Stream:
-  """Writes the new part of a growing answer, holding back incomplete characters."""
-
-  tokenizer: ChatTokenizer
-  write: Callable[[str], None]
-  written: str = ''
-
-  def write_new(self, output: GenerationResult, is_last: bool = False) -> str:
-    """Writes what was added since the last call; returns the text so far."""
-    text = self.tokenizer.decode(output.response_ids[0][output.response_mask[0]])
-    # An incomplete character decodes to the replacement character at the end.
-    complete = text if is_last else text.rstrip('\ufffd')
-    # Bytes that turn out to be broken may change characters that are on the terminal already; the
-    # text continues behind them.
-    if len(complete) > len(self.written):
-      self.write(complete[len(self.written) :])
-      self.written = complete
-    return text
 
 
 def _print_segments(annotator: Annotator, messages: list[Message]) -> None:

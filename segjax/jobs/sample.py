@@ -37,6 +37,8 @@ from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import writing
+from segjax.train.best_of_n import Search, best_rollout, check_differ
+from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.rollout import response_tokens
 from segjax.train.segmenter import sequence_scores
 from segjax.types import Experience
@@ -77,6 +79,13 @@ def check_ranking(settings: Settings) -> None:
       'config.sample.rank_by=score needs a reward model, and reward_shaping.reward_model_weight is '
       '0; use rank_by=reward.'
     )
+  if s.search == 'segment' and (s.rank_by != 'score' or s.keep > 1):
+    raise UserError(
+      'config.sample.search=segment finds one response to a prompt by the score of its segments; '
+      'use sample.rank_by=score and sample.keep=1.'
+    )
+  if s.samples_per_prompt > 1:
+    check_differ(settings.rollout)
   if s.keep > s.samples_per_prompt:
     raise UserError(
       f'config.sample.keep={s.keep} is above sample.samples_per_prompt={s.samples_per_prompt}; '
@@ -91,6 +100,8 @@ def check_ranking(settings: Settings) -> None:
 
 def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
   """Samples `sample.samples_per_prompt` responses of the policy to each prompt of config.data.
+
+  With sample.search=segment there is one to each prompt, of the best segments (`best_of_n`).
 
   Writes a line for each of them to `responses.jsonl`: messages, score, reward, segments, whether it
   is kept. The `sample.keep` best to each prompt are rows of `best.jsonl` too, which sft reads. They
@@ -140,13 +151,18 @@ def _mean(value: np.ndarray, prompt: np.ndarray) -> dict[str, Any] | None:
 def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
   """Samples and scores the responses, batch by batch."""
   s, collector = stage.settings, loaded.collector
-  count = s.sample.samples_per_prompt
-  sampler = dataclasses.replace(collector.sampler, samples_per_prompt=count)
-  collector = dataclasses.replace(collector, sampler=sampler)
+  count, size = s.sample.samples_per_prompt, s.sample.batch_size // s.sample.samples_per_prompt
   params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
+  sampler = dataclasses.replace(collector.sampler, samples_per_prompt=count)
+  if s.sample.search == 'segment':
+    recipe, count = collector.recipe, 1
+    scorer = SegmentScorer(recipe.reward, recipe.reference, recipe.segmenter)
+    sample = best_rollout(params, Search(sampler, scorer, s.sample.segment_tokens))
+    collector = dataclasses.replace(collector, sample=sample)
+  else:
+    collector = dataclasses.replace(collector, sampler=sampler)
   segmentation = collector.recipe.segmenter.segmentation
   sequence_score = jax.jit(functools.partial(sequence_scores, segmentation=segmentation))
-  size = s.sample.batch_size // count
   for rows, real in inputs.tracked_batches(stage.name, len(collector.prompts), size):
     # Numbered by prompt: a prompt's responses do not depend on the batch that it is in.
     collected = collector.collect(params, rows, stage.key('samples'), jnp.float32(0), rows)

@@ -57,6 +57,7 @@ class Collector:
       then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
       dispatched.
+    sample: samples the responses, as `rollout` does.
   """
 
   prompts: Prompts
@@ -66,6 +67,7 @@ class Collector:
   custom_reward: CustomReward | None = None
   stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
+  sample: Callable[..., CollectedRollout] = rollout
 
   def collect(
     self,
@@ -89,7 +91,7 @@ class Collector:
     """
     # On the host, which assigns prompts to the slots of generation.
     batch = self.prompts.gather(rows, np.asarray)
-    collected = rollout(params['policy'], batch, key, self._stopping_sampler(), index)
+    collected = self.sample(params['policy'], batch, key, self._stopping_sampler(), index)
     repeated = np.repeat(rows, self.sampler.samples_per_prompt)
     return self._score(params, collected, repeated, kl_coef, step)
 

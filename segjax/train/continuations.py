@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from segjax.model.generate import GenerationOptions, generate
+from segjax.model.generate import GenerationOptions, GenerationResult, generate
 from segjax.train.rollout import RolloutSampler, decode_config
 from segjax.types import PromptBatch
 
@@ -85,17 +85,13 @@ def prefix_values(
   values = np.empty(len(prefixes))
   for number, (rows, real) in enumerate(batches):
     chosen = [prefixes[row] for row in rows]
-    result = generate(
+    result = continue_prefixes(
       params,
-      _join(prompts(np.array([prefix.prompt for prefix in chosen])), chosen, limit),
+      prompts(np.array([prefix.prompt for prefix in chosen])),
+      [prefix.ids for prefix in chosen],
       jax.random.fold_in(key, number),
-      decoder=decode_config(sampler),
-      mesh=sampler.mesh,
-      options=GenerationOptions(
-        sampler.settings.max_concurrent,
-        samples,
-        limits=np.repeat([limit - len(prefix.ids) for prefix in chosen], samples),
-      ),
+      sampler,
+      [limit - len(prefix.ids) for prefix in chosen],
     )
     repeated = [prefix for prefix in chosen[:real] for _ in range(samples)]
     continuations = zip(repeated, result.response_ids, result.response_mask, strict=False)
@@ -105,11 +101,53 @@ def prefix_values(
   return values
 
 
-def _join(prompts: PromptBatch, prefixes: Sequence[Prefix], room: int) -> PromptBatch:
-  """Returns the prompts with the prefixes behind them, padded to one width for any prefixes."""
+def continue_prefixes(
+  params: Any,
+  prompts: PromptBatch,
+  prefixes: Sequence[Sequence[int]],
+  key: jax.Array,
+  sampler: RolloutSampler,
+  limits: Sequence[int],
+  index: np.ndarray | None = None,
+) -> GenerationResult:
+  """Samples `sampler.samples_per_prompt` continuations of responses, which share their pages.
+
+  Args:
+    params: of the policy.
+    prompts: of the responses, on the host, [B].
+    prefixes: tokens of each response so far.
+    key: random key.
+    sampler: how to sample.
+    limits: maximum tokens of the continuations of each response.
+    index: number of each prompt, for its random numbers.
+
+  Returns:
+    The new tokens, the continuations of one response next to each other.
+  """
+  samples = sampler.samples_per_prompt
+  return generate(
+    params,
+    join_prefixes(prompts, prefixes, sampler.settings.max_new_tokens),
+    key,
+    decoder=decode_config(sampler),
+    mesh=sampler.mesh,
+    options=GenerationOptions(
+      sampler.settings.max_concurrent,
+      samples,
+      index,
+      limits=np.repeat(limits, samples),
+      stop=sampler.stop,
+    ),
+  )
+
+
+def join_prefixes(
+  prompts: PromptBatch, prefixes: Sequence[Sequence[int]], room: int
+) -> PromptBatch:
+  """Returns the prompts with the prefixes behind them, `room` wider: one width for any prefixes."""
   ids = np.pad(np.asarray(prompts.prompt_ids), ((0, 0), (0, room)))
   length = np.array(prompts.prompt_length)
   for row, prefix in enumerate(prefixes):
-    ids[row, length[row] : length[row] + len(prefix.ids)] = prefix.ids
-    length[row] += len(prefix.ids)
+    ids[row, length[row] : length[row] + len(prefix)] = prefix
+    length[row] += len(prefix)
   return PromptBatch(ids, length)

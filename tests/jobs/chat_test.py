@@ -2,16 +2,20 @@
 
 import builtins
 import io
+import re
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from fixtures import runs
 
+from segjax.config.settings import Segmentation
 from segjax.errors import UserError
-from segjax.jobs import chat
+from segjax.jobs import chat, chat_answers
 from segjax.run.scorers import load_annotator
+from segjax.types import Normalizer
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def test_bytes_of_another_encoding_are_read(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(talk, monkeypatch):
-  generate, calls = chat.generate, []
+  generate, calls = chat_answers.generate, []
 
   def interrupted(*arguments, on_chunk, **options):
     def stop(result):
@@ -105,7 +109,7 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(talk, monkeypatch):
     calls.append(0)
     return generate(*arguments, on_chunk=stop if len(calls) == 1 else on_chunk, **options)
 
-  monkeypatch.setattr(chat, 'generate', interrupted)
+  monkeypatch.setattr(chat_answers, 'generate', interrupted)
   out = talk('describe the badger', 'describe the otter', KeyboardInterrupt, 'describe the otter')
   assert len(calls) == 2
   assert 'chat        done in' in out
@@ -118,9 +122,9 @@ def test_closed_input(run, values, monkeypatch):
 
 
 def test_corrupted_weights_are_said(talk, monkeypatch):
-  generate = chat.generate
+  generate = chat_answers.generate
   broken = lambda *args, **kw: generate(*args, **kw)._replace(non_finite=np.array([True]))  # noqa: E731
-  monkeypatch.setattr(chat, 'generate', broken)
+  monkeypatch.setattr(chat_answers, 'generate', broken)
   assert 'logits are not finite' in talk('describe the badger')
 
 
@@ -139,7 +143,44 @@ def test_streamed_pieces_join_to_the_answer(values, one_device):
     for seed in (0, 0, 1):
       pieces.append([])
       key = jax.random.key(seed)
-      answers.append(chat.reply(annotator, messages, settings.rollout, key, pieces[-1].append))
+      answers.append(
+        chat_answers.reply(annotator, messages, settings.rollout, key, pieces[-1].append)
+      )
   assert [''.join(parts) for parts in pieces] == answers
   assert sum(map(bool, pieces[0])) > 1  # it was streamed in parts
   assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.fixture(scope='module')
+def reward_model(language, tmp_path_factory):
+  """A reward model of random weights that cuts at full stops."""
+  directory = tmp_path_factory.mktemp('reward') / 'model'
+  segmentation = Segmentation(boundary='fixed_length', segment_length=3)
+  return runs.reward_model(language / 'model', directory, Normalizer(), segmentation)
+
+
+@pytest.mark.campaign
+def test_the_best_of_several_scores_highest_and_again_never_lowers_the_score(talk, reward_model):
+  line = 'describe the badger'
+  searched = ['/best 4', line, '/best 4 segments', line, *['/again'] * 3, '/segments']
+  out = talk(*searched, **{'reward_model.path': str(reward_model), 'rollout.max_new_tokens': 8})
+  scores = [float(x) for x in re.findall(r'\(score ([-+.\d]+)\)', out)]
+  assert len(scores) == 2
+  tried = re.findall(r'\(score ([-+.\d]+)( -> |, not above )([-+.\d]+)', out)
+  assert len(tried) == 3 == out.count('(the worst segment is ')
+  best = scores[1]
+  for first, word, second in tried:
+    old, new = (first, second) if '>' in word else (second, first)
+    assert float(old) == pytest.approx(best, abs=2e-3)
+    assert (float(new) > float(old)) == ('>' in word)
+    best = max(float(old), float(new))
+  assert 'score' in out.rpartition('entropy')[2].splitlines()[0]
+
+
+def test_what_cannot_be_searched_is_said(talk, reward_model):
+  out = talk('/again', '/best 4', '/best', '/best x', '/best 4 words')
+  assert out.count('(this needs a reward model: start with --config.reward_model.path=') == 2
+  assert out.count('(write /best N, or /best N segments') == 3
+  path = {'reward_model.path': str(reward_model)}
+  out = talk('/again', '/best 4', **path, **{'rollout.temperature': 0.0})
+  assert '(there is no answer yet)' in out and '(config.rollout.temperature=0 samples equal' in out

@@ -53,6 +53,10 @@ def test_the_rows_that_are_kept_train_sft(small, run, language, tmp_path):
   other = (tmp_path / 'again' / 'sample' / 'responses.jsonl').read_text().splitlines()
   texts = [json.loads(line)['messages'] for line in other]
   assert texts == [record['messages'] for record in records]
+  # Segment by segment, one response to each prompt is found, with a higher score than most.
+  found = run(small('sample', **values | {'sample.search': 'segment'}), tmp_path / 'searched')
+  assert found['sample']['responses'] == results['prompts']
+  assert found['sample']['all']['mean'] > results['all']['mean']
   trained = run(
     small(
       'sft',
@@ -70,6 +74,8 @@ def test_the_rows_that_are_kept_train_sft(small, run, language, tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
+    ({'sample.search': 'segment', 'sample.keep': 2}, 'finds one response to a prompt'),
+    ({'rollout.temperature': 0.0}, 'temperature=0 samples equal responses'),
     ({'sample.keep': 9}, 'sample.keep=9 is above sample.samples_per_prompt=8; lower it'),
     ({'sample.batch_size': 12}, 'sample.batch_size=12 is not a multiple of'),
     (
