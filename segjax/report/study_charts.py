@@ -56,11 +56,8 @@ def read_bands(directory: Path) -> dict[str, dict[str, Band]]:
 
 def read_differences(directory: Path) -> dict[str, tuple[str, list[Interval]]]:
   """Returns (name of the axis, differences to the baseline) by language, at the main level."""
-  path = directory / SUMMARY_FILE
-  if not path.exists():
-    return {}
   found = {}
-  for language, part in json_files.read_object(path).items():
+  for language, part in _read_summary(directory).items():
     where, comparisons = next(iter(part['comparisons'].items()))
     rows = [_interval(c) for c in comparisons if c['difference']['low'] is not None]
     if rows:
@@ -71,11 +68,8 @@ def read_differences(directory: Path) -> dict[str, tuple[str, list[Interval]]]:
 
 def read_credit(directory: Path) -> dict[str, tuple[str, list[CreditPoint]]]:
   """Returns (name of the axis, credit and gold of each arm at the end) by language."""
-  path = directory / SUMMARY_FILE
-  if not path.exists():
-    return {}
   found = {}
-  for language, part in json_files.read_object(path).items():
+  for language, part in _read_summary(directory).items():
     points = [
       CreditPoint(arm, _ends(x['credit']), _ends(x['gold']['end']))
       for arm, x in part['arms'].items()
@@ -84,6 +78,12 @@ def read_credit(directory: Path) -> dict[str, tuple[str, list[CreditPoint]]]:
     if points:
       found[language] = 'gold reward at the end', points
   return found
+
+
+def _read_summary(directory: Path) -> dict[str, Any]:
+  """Returns what `write_summary` wrote; {} before."""
+  path = directory / SUMMARY_FILE
+  return json_files.read_object(path) if path.exists() else {}
 
 
 def _ends(estimate: Mapping[str, Any]) -> tuple[float, float, float]:
