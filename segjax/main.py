@@ -37,6 +37,12 @@ _LOCAL_COPY = flags.DEFINE_string(
   'Directory for the local copy of a --workdir on a bucket.',
 )
 _DRY_RUN = command_line.define_dry_run()
+_PUSH_TO = flags.DEFINE_string(
+  'push_to', '', 'OWNER/NAME on the Hugging Face hub: upload the last model at the end of the run.'
+)
+_PUSH_PUBLIC = flags.DEFINE_bool(
+  'push_public', False, 'Make the repository of --push_to public, if it is new.'
+)
 _CACHE = flags.DEFINE_string(
   'compilation_cache_dir',
   os.environ.get('JAX_COMPILATION_CACHE_DIR', str(Path.home() / '.cache' / 'segjax')),
@@ -74,6 +80,7 @@ def default_workdir(config_file: str, seed: int) -> str:
 def main(_: list[str]) -> None:
   """Reads the settings, sets up the devices, runs the stages."""
   from segjax import processes
+  from segjax.hf import upload
   from segjax.report.console import log
 
   if not flags.FLAGS['verbosity'].present:
@@ -81,6 +88,7 @@ def main(_: list[str]) -> None:
     # transformers would warn that torch is missing, which segjax does not need.
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
   settings, name = command_line.settings_from_flags()
+  repository = upload.from_flags(_PUSH_TO.value, _PUSH_PUBLIC.value)
   log(f'segjax {name}\nstages {", ".join(settings.stages)}')
 
   if is_cpu_run():
@@ -96,7 +104,7 @@ def main(_: list[str]) -> None:
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value, has_tpu()
   )
 
-  from segjax.jobs import dry_run, launch, pipeline
+  from segjax.jobs import dry_run, launch, pipeline, push
   from segjax.model.mesh import make_mesh
   from segjax.run import inputs, preemption
   from segjax.run.stage import Command
@@ -112,12 +120,20 @@ def main(_: list[str]) -> None:
     inputs.check_creatable('--workdir', workdir)
     stages = pipeline.prepare(settings, inputs.expand_path('--workdir', workdir), mesh)
     dry_run.run(settings, stages, is_full=_DRY_RUN.value == 'full')
+    if repository:
+      push.describe(repository, stages)
     return
   line = shlex.join(['python', '-m', 'segjax.main', *sys.argv[1:]])
   if has_files:
     preemption.interrupt_on_sigterm()
   launch.run(
-    settings, workdir, mesh, Command(name, line), started=_STARTED, local_copy=_LOCAL_COPY.value
+    settings,
+    workdir,
+    mesh,
+    Command(name, line),
+    started=_STARTED,
+    local_copy=_LOCAL_COPY.value,
+    repository=repository,
   )
 
 

@@ -197,6 +197,24 @@ a change elsewhere. Buckets have no real locks: this protects against mistakes o
 config.checkpoint.directory puts the training states alone on a bucket.
 """
 
+HUB = """\
+--push_to=OWNER/NAME uploads the model of the last stage that writes one to the Hugging Face hub,
+when the run has finished: the files of RUN/STAGE/model, its model card among them, and
+RUN/report.html and RUN/results.json, in one commit. Nothing is uploaded without the flag. A new
+repository is private; --push_public makes it public. The report holds prompts and responses, and
+the card the command and all settings with their paths.
+
+Before the run starts, the name, the token (`hf auth login` or HF_TOKEN) and its right to write are
+checked. --dry_run prints what would be uploaded. If the upload fails, the run has lost nothing: the
+same command uploads again, as all stages are reused, and so does the line that it ends with:
+
+  segjax convert push RUN/STAGE/model OWNER/NAME [--public] [--dry_run]
+
+Weights of another name in the repository, such as shards of an earlier model, are removed; other
+files of the repository stay. An adapter names its base by the path that it was trained with: give
+the base by its hub id, or others cannot load it.
+"""
+
 HOSTS = """\
 Start the same command on every host. All hosts must see the same --workdir (NFS, Filestore), and
 the first process writes. On a Cloud TPU slice and under SLURM the processes find each other:
@@ -262,6 +280,7 @@ TOPICS = {
   'packing': PACKING,
   'rollouts': ROLLOUTS,
   'buckets': BUCKETS,
+  'hub': HUB,
   'hosts': HOSTS,
   'published-runs': PUBLISHED_RUNS,
   'errors': ERRORS,

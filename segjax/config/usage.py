@@ -13,7 +13,7 @@ COMMANDS = {
   'help TOPIC': 'explains ' + ', '.join(list(topics.TOPICS)[:5]) + ', ...',
   'plan JOB[:PRESET]': 'memory and time of each phase, without the devices',
   'replay RUN STEP': 'a step of a run computed again: the same to the bit, or what differs',
-  'convert ...': 'checkpoints: import, export, verify, inspect',
+  'convert ...': 'checkpoints: import, export, merge, push, verify, inspect',
 }
 
 _USAGE = """\

@@ -86,9 +86,10 @@ def _numbers(value: Any, name: str = '') -> dict[str, float]:
 def _parser(prog: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog=prog,
-    description='Converts HF checkpoints to segjax checkpoints (Orbax) and back; merges adapters.',
+    description='Converts HF checkpoints to segjax checkpoints (Orbax) and back; merges adapters; '
+    'uploads models.',
   )
-  commands = parser.add_subparsers(required=True, metavar='import|export|merge|verify|inspect')
+  commands = parser.add_subparsers(required=True, metavar='import|export|merge|push|verify|inspect')
 
   add = _command(commands, 'import', _import, 'import an HF checkpoint as a segjax checkpoint')
   add('hf', metavar='HF', help='directory or hub id')
@@ -122,6 +123,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
   add('out', metavar='OUT', help='directory to write')
   add('--dtype', default='', help="dtype of the files (default the base's)")
   add('--overwrite', action='store_true', help='replace a checkpoint at OUT')
+
+  add = _command(commands, 'push', _push, 'upload a model, its card and report to the HF hub')
+  add('model', metavar='DIRECTORY', help='HF directory or adapter, such as RUN/ppo/model')
+  add('name', metavar='OWNER/NAME', help='repository; private if it is new')
+  add('--public', action='store_true', help='make the repository public, if it is new')
+  add('--dry_run', action='store_true', help='print the files and their sizes, and upload nothing')
 
   add = _command(commands, 'verify', _verify, "compare logits with transformers' (needs torch)")
   add('hf', metavar='HF', help='directory or hub id')
@@ -197,6 +204,21 @@ def _merge(flags: argparse.Namespace) -> int:
   start = time.perf_counter()
   out = merge.merge_adapter(flags.adapter, flags.out, dtype=flags.dtype, overwrite=flags.overwrite)
   _print_done('merged', out, start)
+  return 0
+
+
+def _push(flags: argparse.Namespace) -> int:
+  from segjax.hf import upload
+
+  repository, model = upload.Repository(flags.name, flags.public), Path(flags.model)
+  if flags.dry_run:
+    files = upload.find_files(model)
+    print(f'{model} would be uploaded to {repository}')
+    print('\n'.join([*upload.describe(files), *upload.find_warnings(files)]))
+    return 0
+  upload.find_files(model)  # what is wrong here is told before the hub is asked
+  repository.check_access()
+  upload.push(repository, model, print)
   return 0
 
 

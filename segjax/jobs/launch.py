@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from segjax import processes, storage
 from segjax.config.load import Config, load_settings
 from segjax.config.settings import Settings
-from segjax.jobs import pipeline
+from segjax.hf.upload import Repository
+from segjax.jobs import pipeline, push
 from segjax.jobs.job import Results
 from segjax.model.mesh import make_mesh
 from segjax.report.console import log
@@ -26,6 +27,7 @@ def train(
   overrides: Mapping[str, Any] | None = None,
   *,
   mesh: Mesh | None = None,
+  push_to: str = '',
 ) -> dict[str, Results]:
   """Runs the stages of a config, any job, and returns their results by name.
 
@@ -41,16 +43,20 @@ def train(
     overrides: settings by dotted key, as after --config. on the command line. A reward function of
       a notebook is named '__main__:function'.
     mesh: devices; None lays all of them out by config.mesh.
+    push_to: OWNER/NAME on the Hugging Face hub, to which the last model is uploaded at the end, as
+      a private repository if it is new; see `segjax help hub`.
 
   Raises:
     UserError: a setting or an input is wrong; the message names it.
   """
+  repository = Repository(push_to) if push_to else None
   settings, name = load_settings(config, overrides or {})
   mesh = mesh or make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
   log(f'segjax {name or ", ".join(settings.stages)} -> {workdir}')
   command = Command(name, f'segjax.train({name!r}, {str(workdir)!r})')
   with preemption.as_guest():
-    return run(settings, str(workdir), mesh, command, started=time.monotonic())
+    started = time.monotonic()
+    return run(settings, str(workdir), mesh, command, started=started, repository=repository)
 
 
 def run(
@@ -61,6 +67,7 @@ def run(
   *,
   started: float,
   local_copy: str = LOCAL_COPY,
+  repository: Repository | None = None,
 ) -> dict[str, Results]:
   """Runs the stages in a directory or bucket, whose lock it holds; returns results by stage.
 
@@ -69,14 +76,19 @@ def run(
   Args:
     started: time.monotonic() at the start.
     local_copy: directory for the local copy of a bucket.
+    repository: where the last model is uploaded at the end; None for nowhere.
   """
   if not pipeline.writes_files(settings):
     stages = pipeline.prepare(settings, Path(workdir), mesh, command=command)
     pipeline.check_complete(stages)
+    if repository:
+      push.check(repository, stages)
     return pipeline.run(stages, Path(workdir), started, command.config)
   directory, mirror = _open_workdir(workdir, settings, local_copy)
   stages = pipeline.prepare(settings, directory, mesh, mirror, command)
   pipeline.check_complete(stages)
+  if repository:
+    push.check(repository, stages)
   storage.make_directory(directory)
   if '://' not in workdir:
     processes.check_shared_filesystem(directory)
@@ -91,6 +103,8 @@ def run(
       raise
     mirror.push_and_wait()
     processes.barrier('end')
+    if repository:
+      push.run(repository, stages)
   return results
 
 

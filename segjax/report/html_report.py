@@ -191,7 +191,8 @@ def render(**content: Any) -> str:
   now = datetime.datetime.now().astimezone()
   defaults = {
     **{'config_name': '', 'stages': (), 'figures': (), 'warnings': (), 'charts': {}},
-    **{'opened': (), 'commands': (), 'style': template['page.css'], 'script': script},
+    **{'opened': (), 'commands': (), 'script': script},
+    'style': f'{template["page.css"]}\n{template["segments.css"]}',
     # The page's content security policy admits the script of this hash alone.
     'script_hash': base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     'written': now.strftime('%Y-%m-%d %H:%M'),
