@@ -8,7 +8,8 @@
 Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini;
 `,token` or `,bandit` after one sets the granularity, and the name of a topology
 (shared/topologies.py) the settings that fit it. `--config.reference_exact=True` reproduces the
-published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+published code, mistakes included. `--config.rewards='second path=... weight=0.5'` adds reward
+models and functions (`segjax help rewards`). Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
 from ml_collections import ConfigDict

@@ -195,6 +195,8 @@ class Experience:
   `value_mask` marks the states whose value the critic learns: the response, or the first token of
   each action where actions are segments. It, `value` and `return_` are None without a critic.
   `learn_mask` marks the tokens that the policy is trained on; None for the whole response.
+  `parts` are the rewards of each source before penalties and clip, by name; None without
+  config.rewards.
   """
 
   rollout: Rollout
@@ -208,6 +210,7 @@ class Experience:
   return_: Float[Array, 'B T'] | None = None
   value_mask: Bool[Array, 'B T'] | None = None
   learn_mask: Bool[Array, 'B T'] | None = None
+  parts: dict[str, Float[Array, 'B T']] | None = None
 
   @property
   def policy_mask(self) -> Bool[Array, 'B T']:

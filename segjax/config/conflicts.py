@@ -59,7 +59,7 @@ def _check_rewards(s: Settings) -> None:
   """Checks that there is a reward, and that a language model that rewards has an effect."""
   shaping, lm, key = s.reward_shaping, s.reward_shaping.lm_reward, 'config.reward_shaping.lm_reward'
   if lm.kind == 'off':
-    if not shaping.reward_model_weight and not shaping.reward_fn:
+    if not shaping.reward_model_weight and not shaping.reward_fn and not s.rewards:
       raise UserError(
         'config.reward_shaping.reward_model_weight=0 leaves no reward; name a '
         f'config.reward_shaping.reward_fn, or set {key}.kind.'

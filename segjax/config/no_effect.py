@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+from segjax.config.reward_lines import parse_rewards
 from segjax.config.settings import Optimizer, Settings
 from segjax.errors import UserError
 
@@ -64,11 +65,12 @@ def _check_ppo(s: Settings) -> None:
   if frozen != ['policy'] or not s.ppo.has_critic:  # it alone may be frozen, to train a critic
     per_step = s.ppo.num_ppo_epochs * (s.ppo.rollout_batch_size // s.ppo.minibatch_size)
     check_learning_rate(s.ppo.policy_optimizer, steps * per_step, 'ppo.policy_optimizer')
-  weights = s.reward_shaping.reward_model_weight, s.reward_shaping.reward_fn_weight
+  weights = [s.reward_shaping.reward_model_weight, s.reward_shaping.reward_fn_weight]
+  weights += [line.weight for line in parse_rewards(s.rewards)]
   if not any(weights) and s.reward_shaping.lm_reward.kind == 'off':
     raise UserError(
       'config.reward_shaping.reward_model_weight and reward_shaping.reward_fn_weight are both 0, '
-      'which leaves no reward; set one of them.'
+      'which leaves no reward; set one of them, or a weight in config.rewards.'
     )
 
 

@@ -62,6 +62,8 @@ class RewardShaping:
   length_penalty_value: float = -0.05  # reward of each token, or added past the threshold
   length_threshold: int = 800  # tokens
   reward_clip: float = 10.0  # largest size of a token's reward before the KL penalty; 0: none
+  mix: str = 'token'  # of several reward models; segment: all are read at the first one's segments
+  disagreement_coef: float = 0.0  # of the models' spread, taken off with mix=segment; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

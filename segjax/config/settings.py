@@ -265,6 +265,7 @@ class Settings:
   report: Report = Report()
   demo: Demo = Demo()
   study: Study = Study()
+  rewards: tuple[str, ...] = ()  # 'NAME path=DIR ...' or 'NAME fn=module:function ...', see help
 
 
 def replace(settings: Any, **values: Any) -> Any:

@@ -1,10 +1,10 @@
 """Reads what a study compares: its arms, seeds, languages, and the constants that it tunes.
 
 An arm is a line 'NAME KEY=VALUE KEY=VALUE ...' of the config. The values {gold} and {boundary} are
-those of config.evaluate.gold_reward_fn and evaluate.boundary_fn.
+those of config.evaluate.gold_reward_fn and evaluate.boundary_fn. rewards=NAME+NAME takes these
+lines of config.rewards alone, rewards=none takes none.
 """
 
-import ast
 import collections
 import dataclasses
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 from segjax.config import parse
 from segjax.config.choices import LANGUAGES
 from segjax.config.field_checks import check_choice
+from segjax.config.lines import parse_value, read_lines
 from segjax.config.load import load_settings
 from segjax.config.settings import Settings, Study
 from segjax.errors import UserError
@@ -57,20 +58,17 @@ def parse_arms(lines: Iterable[str]) -> list[Arm]:
   Raises:
     UserError: a name occurs twice, or a key does not exist.
   """
-  arms: dict[str, Arm] = {}
-  for line in lines:
-    name, *words = line.split()
-    overrides = dict(_parse_override(name, word) for word in words)
+  arms = []
+  for name, words in read_lines(lines, 'study.arms').items():
+    overrides = {key: _parse_override(name, key, text) for key, text in words.items()}
     stages = overrides.pop('stages', None)
     arm = Arm(name, overrides, tuple(str(stages).split('+')) if stages else Arm.stages)
     if arm.stages not in (Arm.stages, ('evaluate',)):
       raise UserError(
         f'config.study.arms: {name}: stages={stages} must be ppo+evaluate, or evaluate alone.'
       )
-    if name in arms:
-      raise UserError(f'config.study.arms has {name!r} twice; rename one of them.')
-    arms[name] = arm
-  return list(arms.values())
+    arms.append(arm)
+  return arms
 
 
 def select_arms(study: Study) -> list[Arm]:
@@ -104,20 +102,14 @@ def parse_override(key: str, text: str) -> Any:
     UserError: there is no such setting.
   """
   parse.check_key(key)
-  try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return text
+  return parse_value(text)
 
 
-def _parse_override(arm: str, word: str) -> tuple[str, Any]:
-  key, equals, text = word.partition('=')
-  if not equals:
-    raise UserError(f'config.study.arms: {arm}: {word!r} has no value; write KEY=VALUE.')
+def _parse_override(arm: str, key: str, text: str) -> Any:
   if key in _OWN_KEYS or key.startswith('study.'):
     raise UserError(f'config.study.arms: {arm}: {key} is set by the study itself; remove it.')
   try:
-    return key, parse_override(key, text)
+    return parse_override(key, text)
   except UserError as error:
     raise UserError(f'config.study.arms: {arm}: {error}') from error
 
@@ -217,10 +209,23 @@ def tuning_trials(study: Study) -> list[Overrides]:
 
 
 def resolve(overrides: Overrides, settings: Settings) -> Overrides:
-  """Returns the overrides with the functions of the settings in place of {gold} and {boundary}."""
+  """Returns the overrides with the functions of the settings in place of {gold} and {boundary}.
+
+  Names of `rewards` are replaced by their lines in config.rewards.
+
+  Raises:
+    UserError: config.rewards has no such line.
+  """
   evaluate = settings.evaluate
   functions = {'{gold}': evaluate.gold_reward_fn, '{boundary}': evaluate.boundary_fn}
-  return {k: functions.get(v, v) if isinstance(v, str) else v for k, v in overrides.items()}
+  overrides = {k: functions.get(v, v) if isinstance(v, str) else v for k, v in overrides.items()}
+  if isinstance(names := overrides.get('rewards'), str):
+    lines = {line.split()[0]: line for line in settings.rewards}
+    chosen = [] if names == 'none' else names.split('+')
+    for name in chosen:
+      check_choice('config.study.arms: rewards', name, (*lines, 'none'))
+    overrides['rewards'] = tuple(lines[name] for name in chosen)
+  return overrides
 
 
 def child_settings(settings: Settings, overrides: Overrides, what: str) -> Settings:

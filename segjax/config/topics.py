@@ -1,5 +1,7 @@
 """Reference texts of `segjax help TOPIC`."""
 
+from segjax.config.reward_topic import REWARDS
+
 ROWS = """\
 data.path names a .jsonl, .json (either may be .gz) or .parquet file, a directory saved by
 `datasets`, a directory with a file per split (train.jsonl, or shards train-00000-of-00002.jsonl),
@@ -57,6 +59,7 @@ word_limit, script and same_script.
                       reward, and reward/failed_calls counts it. A gold reward always ends the run.
 
 Of several hosts the first one calls, once for each response; the others wait for its results.
+Several such functions, and reward models beside them: `segjax help rewards`.
 """
 
 MEMORY = """\
@@ -275,6 +278,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
 TOPICS = {
   'rows': ROWS,
   'functions': FUNCTIONS,
+  'rewards': REWARDS,
   'memory': MEMORY,
   'adapters': ADAPTERS,
   'packing': PACKING,

@@ -7,7 +7,7 @@ fix.
 import datetime
 from operator import attrgetter
 
-from segjax.config import conflicts, lora, no_effect, renamed
+from segjax.config import conflicts, lora, no_effect, renamed, reward_lines
 from segjax.config.choices import ACTIVATIONS, CHOICES, MINIMUMS, OPTIMIZERS
 from segjax.config.field_checks import check_choice, check_minimum
 from segjax.config.settings import Settings, replace
@@ -35,13 +35,20 @@ def validate(settings: Settings) -> None:
   _check_packing(settings)
   renamed.check_metric(settings.checkpoint.best_metric, 'config.checkpoint.best_metric=')
   lora.check_lora(settings)
+  reward_lines.check_rewards(settings)
   conflicts.check_conflicts(settings)
   no_effect.check_no_effect(settings)
 
 
-def resolve_spread(settings: Settings, granularity: str) -> str:
-  """Returns the name in `rl.spreads.SPREADS` by which z is spread, for a granularity."""
-  name = settings.reward_shaping.spread
+def resolve_spread(settings: Settings, granularity: str, name: str = '') -> str:
+  """Returns the name in `rl.spreads.SPREADS` by which z is spread, for a granularity.
+
+  Args:
+    settings: of the run.
+    granularity: of the segments.
+    name: of a reward model's own spread; '' for that of the settings.
+  """
+  name = name or settings.reward_shaping.spread
   if name == 'auto':
     return 'bandit' if granularity == 'bandit' else 'even_split'
   return name

@@ -21,6 +21,8 @@ class Segment:
     score: raw score of the reward model at the last token; None without a reward model.
     reward: in training, the sum of its tokens' rewards, KL penalty included; None elsewhere.
     normalized_score: the score after the normaliser, z; None in training and without a normaliser.
+    parts: what each source of rewards adds to it, before KL and penalties, by name; None without
+      config.rewards.
   """
 
   text: str
@@ -29,6 +31,7 @@ class Segment:
   score: float | None
   reward: float | None = None
   normalized_score: float | None = None
+  parts: dict[str, float | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,14 @@ from segjax.jobs.chat_answers import (
   reply,
   worst_segment,
 )
-from segjax.jobs.job import POLICY, REWARD_MODEL, Job, never
+from segjax.jobs.job import LISTED_REWARDS, POLICY, REWARD_MODEL, Job, never
 from segjax.report import segment_table
 from segjax.report.console import log
 from segjax.run import inputs
+from segjax.run.answer_rewards import AnswerRewards, load_answer_rewards
 from segjax.run.scorers import load_annotator
 from segjax.run.stage import Stage
+from segjax.run.weights import Weights
 
 _SURROGATES = re.compile('[\ud800-\udfff]')  # undecodable bytes, see PEP 383
 HELP = (
@@ -55,9 +57,12 @@ def run(stage: Stage) -> dict[str, Any]:
   if s.reward_model.path:
     reward = inputs.resolve_checkpoint(s.reward_model.path, 'reward_model.path')
   # In chat the policy is the reference: its own entropies segment its answers.
-  annotator = load_annotator(policy, reward, s, stage.mesh, stage.log)
+  weights = Weights(s.runtime, stage.mesh)
+  annotator = load_annotator(policy, reward, s, stage.mesh, stage.log, weights)
+  rewards = load_answer_rewards(annotator, s, weights)
   log(f'{s.policy.path}: {HELP}')
-  conversation = _Conversation(annotator, _limit_answers(s.rollout, annotator), stage.key('chat'))
+  limited = _limit_answers(s.rollout, annotator)
+  conversation = _Conversation(annotator, limited, stage.key('chat'), rewards)
   for line in _lines():
     try:
       conversation.handle(line)
@@ -109,8 +114,15 @@ def _write(text: str) -> None:
 class _Conversation:
   """The messages so far, and the answers to lines that the user types."""
 
-  def __init__(self, annotator: Annotator, rollout: RolloutSettings, key: jax.Array):
+  def __init__(
+    self,
+    annotator: Annotator,
+    rollout: RolloutSettings,
+    key: jax.Array,
+    rewards: AnswerRewards | None = None,
+  ):
     self._annotator, self._rollout, self._key = annotator, rollout, key
+    self._rewards = rewards
     self._messages: list[Message] = []
     self._best = BestOf()
     self.num_answers = 0
@@ -124,7 +136,7 @@ class _Conversation:
     if line == '/new':
       self._messages = []
     elif line == '/segments':
-      _print_segments(self._annotator, self._messages)
+      _print_segments(self._annotator, self._messages, self._rewards)
     elif line == '/again':
       self._answer_again()
     elif line.startswith('/best'):
@@ -201,7 +213,9 @@ class _Conversation:
     return recent
 
 
-def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
+def _print_segments(
+  annotator: Annotator, messages: list[Message], rewards: AnswerRewards | None
+) -> None:
   """Prints the last answer in segments."""
   if not messages:
     log('there is no answer yet')
@@ -210,6 +224,9 @@ def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
     log('the last answer is empty')
     return
   text = (messages[:-1], messages[-1]['content'])
+  if rewards is not None:
+    segment_table.print_segments(rewards.annotate(*text))
+    return
   for response in annotate.annotate(annotator, [text], batch_size=annotator.mesh.size):
     segment_table.print_segments(response)
 
@@ -217,10 +234,11 @@ def _print_segments(annotator: Annotator, messages: list[Message]) -> None:
 JOB = Job(
   name='chat',
   run=run,
-  sections=('seed',),
+  sections=('seed', 'rewards'),
   inputs=(
     dataclasses.replace(POLICY, is_required=never),
     dataclasses.replace(REWARD_MODEL, is_required=never),
+    LISTED_REWARDS,
   ),
   has_files=False,
   num_networks=lambda s: 2,

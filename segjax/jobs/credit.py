@@ -87,6 +87,11 @@ class Method(NamedTuple):
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights, and checks that a true credit is given."""
   _check_functions(stage.settings.evaluate)
+  if stage.settings.rewards:
+    raise UserError(
+      'config.rewards has no effect in credit, which compares ways to read one reward model, that '
+      'of config.reward_model; leave it out.'
+    )
   return evaluate.load_collector(stage)
 
 
@@ -209,7 +214,7 @@ def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
   spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
   check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   check_segments(s, spec.segmentation.granularity)
-  recipe = models.make_recipe(s, configs, spec, loaded.tokenizer, paths)
+  recipe = models.make_recipe(s, configs, spec, loaded.tokenizer, paths, {})
   # Rewards alone are read: no critic is run.
   ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
   recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)

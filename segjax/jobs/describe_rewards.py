@@ -1,7 +1,7 @@
 """Describes the rewards of PPO in a line of the log."""
 
 from segjax.rl.cuts import CUTS
-from segjax.train.recipe import PPORecipe
+from segjax.train.recipe import PPORecipe, RewardSource
 
 
 def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
@@ -21,7 +21,16 @@ def describe_rewards(recipe: PPORecipe, normalizer_kind: str) -> str:
   how, lm = recipe.shaping.redistribute, recipe.shaping.lm_reward
   redistributed = '' if how == 'none' else f', redistributed by {how}'
   added = f', {lm.kind} rewards of a language model by {lm.level}' if recipe.reward_lm else ''
+  if recipe.rewards:
+    added += '; further reward models: ' + ', '.join(map(_describe, recipe.rewards))
+    added += ', read at the same segments' if recipe.shaping.mix == 'segment' else ''
   return (
     f'{segmentation.granularity} rewards{boundary}, {normalizer_kind} normaliser{redistributed}'
     f'{credit}, spread {recipe.spread}{added}'
   )
+
+
+def _describe(source: RewardSource) -> str:
+  """Returns name, weight and density of a reward model of config.rewards."""
+  granularity = source.segmenter.segmentation.granularity
+  return f'{source.name} ({source.weight:g} x {granularity}, spread {source.spread})'

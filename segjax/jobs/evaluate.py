@@ -26,19 +26,22 @@ from segjax.evaluation.policy_figures import (
 from segjax.jobs import demo, evaluate_functions, evaluate_summary
 from segjax.jobs.job import (
   COMMON,
+  LISTED_REWARDS,
   LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   REFERENCE,
+  REWARDED,
   TRAINED_POLICY,
   Job,
   data_input,
-  uses_lm_reward,
+  more_rewarding_models,
 )
 from segjax.model.llama import LlamaConfig
 from segjax.report.console import log
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import escape_control, print_response
 from segjax.run import inputs, models
+from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
@@ -95,7 +98,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   gold = evaluate_functions.load_gold(s, tokenizer.decode)
   is_boundary = evaluate_functions.load_boundary(s.evaluate)
   weights = Weights(s.runtime, stage.mesh)
-  params = models.load_models(resolved, tuple(models.HEADS), weights)
+  params = models.load_models(resolved, tuple(resolved.paths), weights)
 
   def sample(name: str) -> EvaluatedResponses:
     responses = sample_responses(
@@ -138,7 +141,9 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
   """Returns how responses to the held-out prompts are sampled and scored."""
   s, configs = stage.settings, resolved.configs
-  recipe = models.make_recipe(s, configs, resolved.reward_spec, tokenizer, resolved.paths)
+  recipe = models.make_recipe(
+    s, configs, resolved.reward_spec, tokenizer, resolved.paths, resolved.listed
+  )
   # Nothing reads advantages: no critic is run, and a batch may have any responses to a prompt. It
   # is scored at once, as large as config.evaluate.batch_size.
   ppo = dataclasses.replace(s.ppo, scoring_batch_size=0, estimator='reinforce_plus_plus')
@@ -153,6 +158,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
     recipe,
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     load_custom_reward(s.reward_shaping, tokenizer.decode),
+    load_listed(s, resolved.listed, tokenizer.decode),
   )
 
 
@@ -264,23 +270,14 @@ JOB = Job(
   name='evaluate',
   load=load,
   run=run,
-  sections=(
-    *COMMON,
-    'policy',
-    'reference',
-    'reward_model',
-    'rollout',
-    'reward_shaping',
-    'ppo',
-    'compat',
-    'evaluate',
-  ),
+  sections=(*COMMON, *REWARDED, 'evaluate'),
   inputs=(
     TRAINED_POLICY,
     # Without PPO or DPO in the same run, only the user knows what the policy is compared with.
     dataclasses.replace(REFERENCE, only_after=('ppo', 'dpo')),
     OPTIONAL_REWARD_MODEL,
     LM_REWARD,
+    LISTED_REWARDS,
     data_input('held_out'),
   ),
   functions=lambda s: (
@@ -295,5 +292,5 @@ JOB = Job(
   print_table=evaluate_summary.print_table,
   headline=evaluate_summary.headline,
   after_run=demo.update_results,
-  num_networks=lambda s: 3 + uses_lm_reward(s),
+  num_networks=lambda s: 3 + more_rewarding_models(s),
 )

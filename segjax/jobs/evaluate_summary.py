@@ -21,6 +21,9 @@ def print_table(figures: dict[str, Any]) -> None:
     values = [figures[name].get(key) for name in ('before', 'after')]
     if values != [None, None]:
       rows.append((label, *(cell(value, digits) for value in values)))
+  for name in figures['after'].get('parts', {}):  # of config.rewards
+    values = [figures[model]['parts'][name] for model in ('before', 'after')]
+    rows.append((f'reward by {name}', *(cell(value, 3) for value in values)))
   table('Held-out prompts, means [95 % intervals]', ('', 'before PPO', 'after PPO'), rows)
 
 

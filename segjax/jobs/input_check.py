@@ -61,7 +61,7 @@ def _check_stage(stage: Stage, earlier: dict[str, Stage]) -> list[str]:
         is_complete = False
         unchecked += [] if _writer(path, stage, earlier) else [path]
       elif not item.is_list:
-        values[item.key] = local
+        values[item.key] = item.with_path(values.get(item.key, value), path, local)
   if values.get('reward_model.path') == '' and stage.settings.critic.init == 'reward_model':
     values['critic.init'] = 'policy'
   settings = replace(stage.settings, **values)

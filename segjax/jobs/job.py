@@ -1,9 +1,11 @@
 """The description of a job, which the pipeline, the dry run and the planner read."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
+from segjax.config.reward_lines import reward_functions, reward_models, with_paths
 from segjax.config.settings import Settings
 from segjax.data.source_list import parse_sources
 from segjax.errors import UserError
@@ -63,6 +65,29 @@ class Input:
       return {self.key: paths[0]}
     return {f'{self.key}[{number}]': path for number, path in enumerate(paths)}
 
+  def with_path(self, value: str, path: str, other: str) -> str:
+    """Returns the value with `other` in place of a path, where it holds one."""
+    return other
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsInput(Input):
+  """The reward models of config.rewards."""
+
+  key: str = 'rewards'
+  is_required: Callable[[Settings], bool] = never
+
+  def paths(self, value: tuple[str, ...]) -> dict[str, str]:
+    """Returns the path of each line that names a reward model."""
+    return {line.key: line.path for line in reward_models(value)}
+
+  def with_path(self, value: tuple[str, ...], path: str, other: str) -> tuple[str, ...]:
+    """Returns the lines with `other` in place of a path."""
+    return with_paths(value, {path: other})
+
+
+LISTED_REWARDS = RewardsInput()
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -76,7 +101,8 @@ class Job:
     inputs: the checkpoints and rows that it reads.
     load: reads all of them but weights, and writes nothing. It runs before an earlier output of the
       stage is moved away, and on the first rows before the first stage and in a dry run.
-    functions: (settings) -> keys of the user's functions that it calls.
+    functions: (settings) -> keys of the user's functions that it calls, but those of
+      config.rewards, which all jobs call that have it among their sections.
     outputs: files and directories that it writes, relative to the stage's directory.
     rewrites: (key, file), if it writes a file into the directory of one of its inputs.
     has_files: whether it writes files, which a run with the same settings and inputs reuses.
@@ -116,7 +142,20 @@ class Job:
   plan: JobPlan | None = None
 
 
+def function_paths(job: Job, settings: Settings) -> dict[str, str]:
+  """Returns the user's functions that the job calls, as 'module:function' by config key."""
+  paths = {key: operator.attrgetter(key)(settings) for key in job.functions(settings)}
+  if LISTED_REWARDS.key in job.sections:
+    paths |= {line.key: line.fn for line in reward_functions(settings.rewards)}
+  return {key: path for key, path in paths.items() if path}
+
+
 COMMON = ('seed', 'runtime', 'data')  # sections of every job that runs a network on data
+# Of every job that samples responses and rewards them as PPO does.
+REWARDED = (
+  *('policy', 'reference', 'reward_model', 'rollout', 'reward_shaping', 'ppo', 'compat'),
+  'rewards',
+)
 
 POLICY = Input('policy.path', ('sft/model', 'config.policy.path', 'demo/model'))
 TRAINED_POLICY = Input('policy.path', ('ppo/model', 'dpo/model', *POLICY.sources))
@@ -136,6 +175,11 @@ OPTIONAL_REWARD_MODEL = dataclasses.replace(REWARD_MODEL, is_required=needs_rewa
 def uses_lm_reward(settings: Settings) -> bool:
   """Returns whether a language model rewards the tokens of PPO."""
   return settings.reward_shaping.lm_reward.kind != 'off'
+
+
+def more_rewarding_models(settings: Settings) -> int:
+  """Returns how many models reward the tokens of PPO beside that of config.reward_model."""
+  return uses_lm_reward(settings) + len(reward_models(settings.rewards))
 
 
 _LM_REWARD = 'reward_shaping.lm_reward.path'

@@ -17,7 +17,7 @@ from segjax.config.settings import Settings, replace
 from segjax.errors import UserError, first_line
 from segjax.jobs import input_check, run_end, stage_key
 from segjax.jobs.batch_sizes import check_batches, keys_to_lower
-from segjax.jobs.job import Input, Job, Results
+from segjax.jobs.job import Input, Job, Results, function_paths
 from segjax.jobs.registry import JOBS, check_stages
 from segjax.jobs.run_estimate import RunEstimate
 from segjax.report import profiling, stage_history, wandb_run
@@ -122,7 +122,7 @@ def prepare(
           inputs.check_path(f'{name}.{key}' if is_own else key, path, stage.directory)
     stages.append(stage)
   for name in settings.stages:
-    for key, path in stage_key.function_paths(JOBS[name], settings).items():
+    for key, path in function_paths(JOBS[name], settings).items():
       load_function(path, key)
   return stages
 

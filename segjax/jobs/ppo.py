@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from segjax.config.no_effect import frozen_networks
+from segjax.config.reward_lines import reward_models
 from segjax.config.settings import Settings
 from segjax.data.batches import Prompts, split_holdout
 from segjax.data.tokenize import tokenize_prompts
@@ -20,19 +21,22 @@ from segjax.jobs import evaluate_functions, run_end
 from segjax.jobs.describe_rewards import describe_rewards
 from segjax.jobs.job import (
   COMMON,
+  LISTED_REWARDS,
   LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   POLICY,
   REFERENCE,
+  REWARDED,
   Input,
   Job,
   data_input,
-  uses_lm_reward,
+  more_rewarding_models,
 )
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
+from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
 from segjax.run.weights import Trainable, Weights, log_memory, save_network
 from segjax.train.carry import Stream, nothing_carried
@@ -85,7 +89,9 @@ def load(stage: Stage) -> Loaded:
   trained = {name: models.load_trained_config(stage, name, path) for name, path in paths.items()}
   configs = resolved.configs | trained
   tokenizer = tokenizer.for_networks(configs)
-  recipe = models.make_recipe(s, configs, resolved.reward_spec, tokenizer, resolved.paths | paths)
+  recipe = models.make_recipe(
+    s, configs, resolved.reward_spec, tokenizer, resolved.paths | paths, resolved.listed
+  )
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
@@ -115,7 +121,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     stage.log(f'warning: the {name} is not trained, its learning rate is 0')
   stage.log(describe_rewards(recipe, resolved.reward_spec.normalizer_kind))
   on_host = s.runtime.frozen_params_memory == 'host'
-  names = ('reference', 'reward', 'reward_lm')
+  names = ('reference', 'reward', 'reward_lm', *(source.key for source in recipe.rewards))
   weights = Weights(s.runtime, stage.mesh)
   frozen = models.load_models(resolved, names, weights, on_host=on_host)
   networks = _load_trained(stage, paths, recipe, weights)
@@ -198,7 +204,7 @@ def _make_trainer(
   bases: dict[str, Any],
   normalizer: Normalizer,
 ) -> Trainer:
-  s, (_, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
+  s, (resolved, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
   train_set, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
   eval_collector = Collector(
     held_out,
@@ -206,6 +212,7 @@ def _make_trainer(
     recipe,
     normalizer,
     load_custom_reward(s.reward_shaping, tokenizer.decode),
+    load_listed(s, resolved.listed, tokenizer.decode),
     stop=preemption.stop_requested,
   )
   timer, stream = StepTimer(), None
@@ -236,27 +243,23 @@ def _functions(settings: Settings) -> tuple[str, ...]:
   return ('reward_shaping.reward_fn', 'reward_model.segmentation.boundary_fn', *gold)
 
 
+def _passes(s: Settings) -> float:
+  """Returns the passes of a token: sampling, scoring, updates of policy and critic."""
+  trained, scored = 1 + s.ppo.has_critic, 2 + s.ppo.has_critic + len(reward_models(s.rewards))
+  return 1.0 + scored + trained * 3 * s.ppo.num_ppo_epochs
+
+
 JOB = Job(
   name='ppo',
   load=load,
   run=run,
-  sections=(
-    *COMMON,
-    'policy',
-    'reference',
-    'reward_model',
-    'critic',
-    'lora',
-    'rollout',
-    'reward_shaping',
-    'ppo',
-    'compat',
-  ),
+  sections=(*COMMON, *REWARDED, 'critic', 'lora'),
   inputs=(
     POLICY,
     REFERENCE,
     OPTIONAL_REWARD_MODEL,
     LM_REWARD,
+    LISTED_REWARDS,
     Input('critic.init', keywords=CRITICS),
     data_input('prompts'),
   ),
@@ -264,13 +267,12 @@ JOB = Job(
   outputs=('model', 'critic'),
   batch_keys=PLAN.batch_keys,
   summary=('reward', 'kl'),
-  num_networks=lambda s: 3 + s.ppo.has_critic + uses_lm_reward(s),
+  num_networks=lambda s: 3 + s.ppo.has_critic + more_rewarding_models(s),
   tokens_per_step=lambda s: (
     s.ppo.rollout_batch_size * (s.data.max_prompt_length + s.rollout.max_new_tokens)
   ),
   num_steps=lambda s, rows: s.ppo.max_steps,
-  # Sampling and scoring by three networks; updates of policy and critic.
-  passes=lambda s: 3.0 + s.ppo.has_critic + (1 + s.ppo.has_critic) * 3 * s.ppo.num_ppo_epochs,
+  passes=_passes,
   headline=_headline,
   plan=PLAN,
 )

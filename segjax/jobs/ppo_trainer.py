@@ -137,6 +137,8 @@ class Trainer:
     per_step = updates_per_step(s.ppo)
     is_warmup = step < s.critic.warmup_rollouts
     networks, updates = {name: states[name] for name in self.bases}, []
+    # The parts of the rewards are shown alone: the programs are those of a run without them.
+    experience = dataclasses.replace(collected.experience, parts=None)
     for epoch in range(s.ppo.num_ppo_epochs):
       # The order depends on seed, step and epoch alone: a resumed run repeats it.
       order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
@@ -148,7 +150,7 @@ class Trainer:
         networks, metrics = ppo_step(
           networks,
           self.bases,
-          Minibatch(collected.experience, rows, packing, enabled),
+          Minibatch(experience, rows, packing, enabled),
           states['kl']['coef'],
           recipe=recipe,
           total_steps=s.ppo.max_steps * per_step,

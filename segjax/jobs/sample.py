@@ -19,17 +19,20 @@ from segjax.config.settings import Settings
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation.intervals import clustered_interval, format_interval
+from segjax.evaluation.segment_records import Segment
 from segjax.jobs import evaluate
 from segjax.jobs.job import (
   COMMON,
+  LISTED_REWARDS,
   LM_REWARD,
   OPTIONAL_REWARD_MODEL,
   REFERENCE,
+  REWARDED,
   TRAINED_POLICY,
   Job,
   data_input,
+  more_rewarding_models,
   needs_reward_model,
-  uses_lm_reward,
 )
 from segjax.report.console import table
 from segjax.report.response_log import segments_from_experience
@@ -152,7 +155,8 @@ def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
   """Samples and scores the responses, batch by batch."""
   s, collector = stage.settings, loaded.collector
   count, size = s.sample.samples_per_prompt, s.sample.batch_size // s.sample.samples_per_prompt
-  params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
+  weights = Weights(s.runtime, stage.mesh)
+  params = models.load_models(loaded.models, tuple(loaded.models.paths), weights)
   sampler = dataclasses.replace(collector.sampler, samples_per_prompt=count)
   if s.sample.search == 'segment':
     recipe, count = collector.recipe, 1
@@ -199,8 +203,13 @@ def _record(batch: Batch, index: int, s: Settings, loaded: evaluate.Loaded) -> d
     s.sample.rank_by: float(batch.value[index]),
     'kept': bool(batch.is_kept[index]),
     'finished': totals['finished'],
-    'segments': [{'text': x.text, 'score': x.score, 'reward': x.reward} for x in segments],
+    'segments': [_segment_record(segment) for segment in segments],
   }
+
+
+def _segment_record(segment: Segment) -> dict[str, Any]:
+  record = {'text': segment.text, 'score': segment.score, 'reward': segment.reward}
+  return record | ({'parts': segment.parts} if segment.parts else {})
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -218,22 +227,19 @@ JOB = Job(
   name='sample',
   load=load,
   run=run,
-  sections=(
-    *COMMON,
-    'policy',
-    'reference',
-    'reward_model',
-    'rollout',
-    'reward_shaping',
-    'ppo',
-    'compat',
-    'sample',
+  sections=(*COMMON, *REWARDED, 'sample'),
+  inputs=(
+    TRAINED_POLICY,
+    REFERENCE,
+    OPTIONAL_REWARD_MODEL,
+    LM_REWARD,
+    LISTED_REWARDS,
+    data_input('prompts'),
   ),
-  inputs=(TRAINED_POLICY, REFERENCE, OPTIONAL_REWARD_MODEL, LM_REWARD, data_input('prompts')),
   functions=lambda s: ('reward_model.segmentation.boundary_fn', 'reward_shaping.reward_fn'),
   outputs=(RESPONSES_FILE, BEST_FILE),
   batch_keys=('sample.batch_size',),
   summary=('responses', 'kept'),
   print_table=print_table,
-  num_networks=lambda s: 3 + uses_lm_reward(s),
+  num_networks=lambda s: 3 + more_rewarding_models(s),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from segjax.config.settings import Settings, replace
 from segjax.hf.adapter_config import base_directory, is_adapter, read_adapter
-from segjax.jobs.job import Input, Job
+from segjax.jobs.job import Input, Job, function_paths
 from segjax.jobs.registry import JOBS
 from segjax.run import remote_inputs, source_code, stage_record
 from segjax.run.stage import Stage
@@ -30,12 +30,6 @@ def make_key(stage: Stage, job: Job) -> stage_record.Key:
     },
     'versions': source_code.versions(),
   }
-
-
-def function_paths(job: Job, settings: Settings) -> dict[str, str]:
-  """Returns the user's functions that the job calls, as 'module:function' by config key."""
-  paths = {key: operator.attrgetter(key)(settings) for key in job.functions(settings)}
-  return {key: path for key, path in paths.items() if path}
 
 
 def hash_outputs(stage: Stage, job: Job) -> dict[str, str]:
@@ -63,6 +57,8 @@ def _settings(stage: Stage, job: Job) -> dict[str, Any]:
 def _relative_to(workdir: Path, value: Any) -> Any:
   if isinstance(value, dict):
     return {name: _relative_to(workdir, item) for name, item in value.items()}
+  if isinstance(value, tuple):  # of names, or of lines that may hold paths
+    return tuple(line.replace(f'path={workdir}/', 'path=') for line in value)
   return value.removeprefix(f'{workdir}/') if isinstance(value, str) else value
 
 

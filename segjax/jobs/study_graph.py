@@ -27,6 +27,7 @@ from segjax.config.study_arms import (
   resolve,
 )
 from segjax.jobs import demo, evaluate, normalizer, ppo, reward, sft
+from segjax.jobs.job import function_paths
 from segjax.run import source_code
 from segjax.storage import atomic_directory, make_directory, write_text_atomically
 from segjax.train.user_functions import load_function
@@ -201,8 +202,10 @@ class Graph:
 
 def _functions(settings: Settings) -> dict[str, str]:
   """Returns the user's functions that the run's jobs call, as 'module:function' by key."""
-  keys = [key for stage in settings.stages for key in JOBS[stage].functions(settings)]
-  return {key: path for key in keys if (path := attrgetter(key)(settings))}
+  paths: dict[str, str] = {}
+  for stage in settings.stages:
+    paths |= function_paths(JOBS[stage], settings)
+  return paths
 
 
 def _as_json(section: Any) -> Any:

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,25 @@ def experience(size: int, prompt: int, response: int, *, has_critic: bool) -> Ex
   )
 
 
-def model_outputs(size: int, response: int, *, has_critic: bool, has_lm: bool) -> ModelOutputs:
-  """Returns log-probs, entropies, scores and, with these networks, values and others' log-probs."""
+def model_outputs(
+  size: int, response: int, *, has_critic: bool, has_lm: bool, listed: Sequence[str] = ()
+) -> ModelOutputs:
+  """Returns log-probs, entropies, scores and, with these networks, values and others' log-probs.
+
+  Args:
+    size: number of responses.
+    response: tokens of a response.
+    has_critic: whether there are values.
+    has_lm: whether a language model rewards.
+    listed: names of the reward models of config.rewards.
+  """
   tokens = jnp.zeros((size, response), jnp.float32)
   return ModelOutputs(
     *[tokens] * 4,
     value=tokens if has_critic else None,
     prompt_score=tokens[:, 0],
     lm_logprob=tokens if has_lm else None,
+    scores=dict.fromkeys(listed, tokens) or None,
   )
 
 

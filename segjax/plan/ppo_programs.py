@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from segjax.config.lora import resolve_lora
+from segjax.config.reward_lines import reward_models
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
 from segjax.model import sharding
@@ -25,12 +25,13 @@ from segjax.plan.phases import (
   Phase,
   RowsAtOnce,
 )
+from segjax.plan.ppo_networks import listed_sources, names_on_one_base, networks
 from segjax.plan.update_calls import update_calls
-from segjax.run.models import apply_runtime
 from segjax.train import throughput
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
 from segjax.train.recipe import PPORecipe
+from segjax.train.reward_mixing import ListedRewards
 from segjax.train.reward_spec import override
 from segjax.train.scoring import chunk_rows, score_chunk
 from segjax.train.segmenter import Segmenter
@@ -40,7 +41,7 @@ Trees = dict[str, Any]
 
 _STATES = ('policy state', 'critic state')
 _FROZEN = ('reference', 'reward model', 'reward language model')
-_ADAPTERS_OF = {'reward_lm': 'dpo'}  # in config.lora, where that is not the network's name
+_LISTED = 'reward model '  # and its name in config.rewards
 
 
 def ppo_programs(
@@ -55,7 +56,7 @@ def ppo_programs(
     memory: bytes of a device.
     lengths: of the texts of a step, one of `lengths.KINDS`.
   """
-  configs = _networks(s, network, mesh)
+  configs = networks(s, network, mesh)
   recipe = PPORecipe(
     policy=configs['policy'],
     reference=configs['reference'],
@@ -68,16 +69,16 @@ def ppo_programs(
     compat=s.compat,
     recompute_logprob=resolve_recompute_logprob(s),
     reward_lm=configs.get('reward_lm'),
-    one_base=_on_one_base(configs),
+    one_base=names_on_one_base(configs),
     samples_per_prompt=s.rollout.samples_per_prompt,
+    rewards=listed_sources(s, configs),
   )
   trees = _trees(s, configs, mesh)
   # Training states stay on the devices all the time, and so do frozen networks unless they wait
   # in host memory, from which scoring alone fetches them.
   waits_on_host = s.runtime.frozen_params_memory == 'host'
-  states, frozen_names = (
-    tuple(name for name in names if name in trees) for names in (_STATES, _FROZEN)
-  )
+  states = tuple(name for name in _STATES if name in trees)
+  frozen_names = tuple(name for name in trees if name in _FROZEN or name.startswith(_LISTED))
   resident = (*states, *(() if waits_on_host else frozen_names))
   left = float(memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident))
   texts = draw_lengths(
@@ -100,30 +101,6 @@ def ppo_programs(
   return JobPrograms(trees, phases, configs, int(texts.total.sum()), at_once)
 
 
-def _networks(s: Settings, network: LlamaConfig, mesh: Mesh) -> dict[str, LlamaConfig]:
-  """Returns the networks; those that reward have the adapters of `config.lora.reward` and `dpo`."""
-  trained, _ = apply_runtime(network, s.runtime, mesh, trained=True)
-  frozen, _ = apply_runtime(network, s.runtime, mesh, trained=False)
-  configs = {'policy': trained, 'reference': frozen}
-  if s.ppo.has_critic:
-    configs['critic'] = trained
-  if s.reward_shaping.reward_model_weight:
-    configs['reward'] = frozen
-  if s.reward_shaping.lm_reward.kind != 'off':
-    configs['reward_lm'] = frozen
-  others = configs.keys() - {'reference'}
-  return configs | {
-    name: dataclasses.replace(configs[name], lora=resolve_lora(s, _ADAPTERS_OF.get(name, name)))
-    for name in others
-  }
-
-
-def _on_one_base(configs: dict[str, LlamaConfig]) -> tuple[str, ...]:
-  """Returns the networks that add adapters to the reference, and itself; () if none does."""
-  names = tuple(name for name, config in configs.items() if config.lora)
-  return ('reference', *names) if names else ()
-
-
 def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   """Returns the trees that live across phases, without those that only generation uses."""
   sizes = s.ppo.rollout_batch_size, s.data.max_prompt_length, s.rollout.max_new_tokens
@@ -143,6 +120,7 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   for name, tree, head in (
     ('reward', 'reward model', 'scalar'),
     ('reward_lm', 'reward language model', 'language'),
+    *((line.network, f'{_LISTED}{line.name}', 'scalar') for line in reward_models(s.rewards)),
   ):
     if name in configs:
       params, lora = abstract_arrays.params(configs[name], head, dtype, mesh), configs[name].lora
@@ -164,6 +142,7 @@ def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, m
     passed_in['reward'] = 'reward model'
   if recipe.reward_lm is not None:
     passed_in['reward_lm'] = 'reward language model'
+  passed_in |= {source.key: f'{_LISTED}{source.name}' for source in recipe.rewards}
   if recipe.recompute_logprob:
     passed_in['policy'] = 'policy parameters'
   params = {name: trees[tree] for name, tree in passed_in.items()}
@@ -196,15 +175,18 @@ def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
       s.rollout.max_new_tokens,
       has_critic=s.ppo.has_critic,
       has_lm=recipe.reward_lm is not None,
+      listed=[source.name for source in recipe.rewards],
     ),
     mesh,
   )
   coef = _replicated(mesh, dtype=jnp.float32)
   normalizer = jax.tree.map(lambda _: coef, Normalizer())
+  names = [source.name for source in recipe.rewards]
+  listed = ListedRewards(dict.fromkeys(names, normalizer), {}) if s.rewards else None
   return Phase(
     'rewards',
     make_experience,
-    (trees['rollout'], outputs, normalizer, coef, None),
+    (trees['rollout'], outputs, normalizer, coef, None, listed),
     {'recipe': recipe},
     live=('rollout',),
     passed_in=('rollout',),

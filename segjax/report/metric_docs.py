@@ -78,8 +78,23 @@ ENTRIES = (
     'larger: raise `reward_clip`, or lower `reward_fn_weight` or `reward_model_weight`',
   ),
   Entry(
+    ('reward/part/*',),
+    'with `rewards`: what a source adds to a response, before penalties and KL; names are those of '
+    'the lines, and reward_model, reward_fn, lm_reward, disagreement',
+    'all of one size; all rise',
+    'one falls while the others rise: raise its weight in `rewards`',
+  ),
+  Entry(
+    ('reward/disagreement',),
+    'with two or more reward models: standard deviation of their normalised scores z of a segment, '
+    'mean over segments',
+    'steady; below 1',
+    'grows: they are exploited; set `reward_shaping.disagreement_coef`, or raise `ppo.kl_coef`',
+  ),
+  Entry(
     ('reward/failed_calls',),
-    'responses whose last call of `reward_shaping.reward_fn` failed, with reward_fn_on_error=zero',
+    'calls of `reward_shaping.reward_fn` and of functions in `rewards` for a response whose last '
+    'attempt failed, with reward_fn_on_error=zero',
     '0',
     'above 0: raise `reward_fn_timeout` or `reward_fn_retries`; the console names the first',
   ),

@@ -95,6 +95,7 @@ def _compact(record: dict[str, Any]) -> dict[str, Any]:
         segment['score'],
         segment['reward'],
         segment.get('normalized_score'),
+        segment.get('parts'),
       ]
       for segment in record['segments']
     ],

@@ -37,7 +37,8 @@ class ResponseRecord:
   Attributes:
     step: the training step whose policy wrote the response.
     model: name of the model that wrote it.
-    totals: of the response: reward, kl (nats), length (tokens), finished, and gold if available.
+    totals: of the response: reward, kl (nats), length (tokens), finished, and, where there are
+      any, gold and the parts of the reward by name.
     threshold: nats above which a segment begins; None if boundaries are not by entropy.
     pair: a number shared by the responses to compare with each other; None without any.
   """
@@ -160,4 +161,14 @@ def segments_from_experience(
   rewards = [float(reward[segment_id == index].sum()) for index in range(count)]
   texts = tokenizer.token_texts(ids)
   scores = score if has_score else None
-  return make_segments(texts, segment_id, entropy, scores, reward=rewards), totals
+  segments = make_segments(texts, segment_id, entropy, scores, reward=rewards)
+  if experience.parts is None:
+    return segments, totals
+  parts = {name: np.asarray(x[row])[mask] for name, x in experience.parts.items()}
+  totals['parts'] = {name: to_number(x.sum()) for name, x in parts.items()}
+  return [
+    dataclasses.replace(
+      segment, parts={name: to_number(x[segment_id == k].sum()) for name, x in parts.items()}
+    )
+    for k, segment in enumerate(segments)
+  ], totals

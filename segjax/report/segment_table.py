@@ -103,10 +103,12 @@ def print_segments(annotated: AnnotatedResponse) -> None:
     for name in _NUMBERS
     if any(getattr(segment, name) is not None for segment in annotated.segments)
   ]
-  rows = [['tokens', 'entropy', *(_NUMBERS[name] for name in names)]]
+  parts = list(dict.fromkeys(part for x in annotated.segments for part in x.parts or ()))
+  rows = [['tokens', 'entropy', *(_NUMBERS[name] for name in names), *parts]]
   for segment in annotated.segments:
     entropy, *_ = segment.entropy
     numbers = [getattr(segment, name) for name in names]
+    numbers += [(segment.parts or {}).get(part) for part in parts]
     rows.append(
       [
         str(len(segment.tokens)),

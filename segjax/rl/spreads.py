@@ -98,7 +98,10 @@ CREDITS = ('sum', 'min')
 
 
 def min_credit(
-  z: Float[Array, 'T'], segments: Segments, temperature: ScalarLike
+  z: Float[Array, 'T'],
+  segments: Segments,
+  temperature: ScalarLike,
+  part: Float[Array, 'T'] | None = None,
 ) -> Float[Array, 'T']:
   """Weighs segments so that a response is worth its worst one: z_j ↦ w_j z_j.
 
@@ -114,14 +117,16 @@ def min_credit(
     z: normalised reward, read at the last token of each segment.
     segments: the segments of the response.
     temperature: T > 0, in the unit of z.
+    part: what is weighed in place of z, such as one of several parts that add up to it.
 
   Returns:
-    What replaces z, at the last token of each segment; 0 elsewhere.
+    What replaces z, or the part, at the last token of each segment; 0 elsewhere.
   """
   lowest = min_(z, segments, temperature)
   z = jnp.where(segments.end, at_least_float32(z), lowest)
   weight = jnp.where(segments.end, jnp.exp((lowest - z) / temperature), 0)
-  return z * weight / jnp.maximum(jnp.sum(weight), 1)
+  weighed = z if part is None else jnp.where(segments.end, at_least_float32(part), 0)
+  return weighed * weight / jnp.maximum(jnp.sum(weight), 1)
 
 
 def dense_reward(

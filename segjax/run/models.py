@@ -1,8 +1,6 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
 import dataclasses
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +11,17 @@ from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
 from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
-from segjax.data import demo_rows
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
-from segjax.data.languages import make_language
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
-from segjax.hf.adapter_config import is_local
 from segjax.model import host_memory
 from segjax.model.attention import select_implementation
-from segjax.model.llama import LlamaConfig, make_config
+from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
-from segjax.run import inputs
+from segjax.run import inputs, reward_sources
 from segjax.run.inputs import resolve_checkpoint
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights, check_adapter, names_on_one_base
@@ -53,11 +48,14 @@ class Models(NamedTuple):
       are any.
     reward_spec: how responses are segmented and scores are normalised.
     configs: their networks, by name.
+    listed: how to read the reward models of config.rewards, by name; their paths and networks are
+      named as `reward_lines.RewardLine.network` says.
   """
 
   paths: dict[str, Path]
   reward_spec: RewardSpec
   configs: dict[str, LlamaConfig]
+  listed: dict[str, RewardSpec]
 
 
 def load_network_config(
@@ -104,29 +102,6 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   if reason:
     stage.log(reason)
   return dataclasses.replace(config, lora=lora)
-
-
-def find_network_config(settings: Settings) -> LlamaConfig | None:
-  """Returns the network of the policy, or of the reward model where there is no policy.
-
-  Reads it from a local directory, otherwise from config.network; downloads nothing. None if the
-  sizes are unknown.
-  """
-  path = settings.policy.path or settings.reward_model.path
-  if path and is_local(Path(path).expanduser()):
-    return reader.load_config(Path(path).expanduser())
-  network = settings.network
-  if not network.vocab_size and 'demo' in settings.stages:
-    network = dataclasses.replace(network, vocab_size=_demo_vocab_size(settings.demo.language))
-  return make_config(network) if network.vocab_size else None
-
-
-def _demo_vocab_size(language: str) -> int:
-  words = make_language(language, 1, 1).words
-  with tempfile.TemporaryDirectory() as directory:
-    demo_rows.write_tokenizer(Path(directory), words)
-    tokenizer = json.loads((Path(directory) / 'tokenizer.json').read_text(encoding='utf-8'))
-  return len(tokenizer['model']['vocab'])
 
 
 def apply_runtime(
@@ -182,9 +157,12 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     reward_spec.check_tokenizer(paths['reward_lm'], paths['policy'])
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
+  reward_sources.check_mix(settings, spec.segmentation)
+  directories, listed = reward_sources.resolve(settings, paths['policy'])
+  paths |= directories
   configs = load_network_configs(paths, settings.runtime, mesh, log)
   warn_of_boundaries(spec.segmentation, configs['policy'], log)
-  return Models(paths, spec, configs)
+  return Models(paths, spec, configs, listed)
 
 
 def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: LogFn) -> None:
@@ -208,18 +186,24 @@ def load_network_configs(
   """Loads the network of each directory, for frozen models.
 
   Raises:
-    UserError: the reward model has no scalar head; scores of a random head are meaningless.
+    UserError: a reward model has no scalar head; scores of a random head are meaningless.
   """
   configs = {
-    name: load_network_config(path, runtime, mesh, log, head=HEADS[name])
+    name: load_network_config(path, runtime, mesh, log, head=head_of(name))
     for name, path in paths.items()
   }
-  if 'reward' in paths and not reader.has_scalar_head(paths['reward'], configs['reward']):
-    raise UserError(
-      f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '
-      'from it by the reward job.'
-    )
+  for name, path in paths.items():
+    if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
+      raise UserError(
+        f'{path} has no scalar head, so it is not a reward model; train a reward model from it by '
+        'the reward job.'
+      )
   return configs
+
+
+def head_of(name: str) -> str:
+  """Returns the head of a frozen network by its name, such as reward or reward.NAME."""
+  return HEADS[name.partition('.')[0]]
 
 
 def load_models(
@@ -235,7 +219,7 @@ def load_models(
   for name in names:
     if name not in models.paths:
       continue  # rewards have other sources
-    params = weights.frozen(models.paths[name], models.configs[name], HEADS[name])
+    params = weights.frozen(models.paths[name], models.configs[name], head_of(name))
     if on_host:
       # One model at a time moves to the host, so that the devices never hold all of them.
       params = host_memory.to_host(params)
@@ -250,6 +234,7 @@ def make_recipe(
   spec: RewardSpec,
   tokenizer: ChatTokenizer,
   paths: dict[str, Path],
+  listed: dict[str, RewardSpec],
 ) -> PPORecipe:
   """Returns the constants of a PPO run or an evaluation.
 
@@ -259,6 +244,7 @@ def make_recipe(
     spec: how responses are segmented and scores are normalised.
     tokenizer: of the policy.
     paths: directories of the networks that are scored.
+    listed: how to read the reward models of config.rewards, by name.
   """
   others = {name: network for name, network in configs.items() if name != 'policy'}
   check_sampled_ids(configs['policy'], others)
@@ -281,6 +267,7 @@ def make_recipe(
     recompute_logprob=resolve_recompute_logprob(settings),
     one_base=names_on_one_base(paths, configs),
     samples_per_prompt=settings.rollout.samples_per_prompt,
+    rewards=reward_sources.make_sources(settings, listed, configs, tokenizer),
   )
 
 

@@ -15,6 +15,7 @@ import jax
 
 import segjax
 from segjax import processes
+from segjax.config.reward_lines import reward_models
 from segjax.data.sources import is_hub_id
 from segjax.hf.model_card import Card
 from segjax.report import charts
@@ -51,6 +52,7 @@ def record(stage: Stage, recipe: str, metrics: dict[str, float], dataset: Any) -
   s = stage.settings
   paths = {name: getattr(s, name).path for name in ('policy', 'reference', 'reward_model')}
   paths['lm_reward'] = s.reward_shaping.lm_reward.path
+  paths |= {line.name: line.path for line in reward_models(s.rewards)}
   return {
     'stage': stage.name,
     'recipe': recipe,

@@ -58,7 +58,12 @@ def make_scorer(
 
 
 def load_annotator(
-  reference: Path, reward: Path | None, settings: Settings, mesh: Mesh, log: LogFn
+  reference: Path,
+  reward: Path | None,
+  settings: Settings,
+  mesh: Mesh,
+  log: LogFn,
+  weights: Weights | None = None,
 ) -> Annotator:
   """Loads a reference and, where `reward` is not None, a reward model to annotate texts with.
 
@@ -72,6 +77,7 @@ def load_annotator(
       are read.
     mesh: the devices.
     log: called with a line of text.
+    weights: loads them, to share what is loaded; None for weights of its own.
 
   Raises:
     UserError: the tokenizers differ, or the reward model has no scalar head.
@@ -90,7 +96,7 @@ def load_annotator(
   configs = models.load_network_configs(paths, settings.runtime, mesh, log)
   tokenizer = tokenizer.for_networks(configs)
   models.warn_of_boundaries(segmentation, configs['reference'], log)
-  weights = Weights(settings.runtime, mesh)
+  weights = weights or Weights(settings.runtime, mesh)
   params = {
     name: weights.frozen(path, configs[name], models.HEADS[name]) for name, path in paths.items()
   }

@@ -13,16 +13,18 @@ import numpy as np
 from jaxtyping import ScalarLike
 
 from segjax import processes
+from segjax.config.reward_lines import REWARD_FN
 from segjax.data.batches import Prompts
 from segjax.errors import StepAbortedError
 from segjax.model import sharding
 from segjax.train import carry
 from segjax.train.carry import Carried, Stream
 from segjax.train.compat import apply_rollout_compat
-from segjax.train.custom_reward import CustomReward, Gold, token_rewards
+from segjax.train.custom_reward import CustomReward, Gold, call_functions
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.response_functions import Responses
+from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout, RolloutSampler, response_tokens, rollout
 from segjax.train.scoring import policy_logprobs, score
 from segjax.types import Experience, Normalizer
@@ -44,6 +46,21 @@ class Collected(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class ListedSources:
+  """What config.rewards adds, by name of the line.
+
+  Attributes:
+    normalizers: of the reward models' scores.
+    functions: the user's.
+    weights: of these functions in the sum of all rewards.
+  """
+
+  normalizers: dict[str, Normalizer]
+  functions: dict[str, CustomReward]
+  weights: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Collector:
   """Samples responses to prompts and turns them into experience.
 
@@ -53,6 +70,7 @@ class Collector:
     recipe: how they are scored and rewarded.
     normalizer: normaliser of segment scores.
     custom_reward: the user's reward, if there is one.
+    listed: of config.rewards; None where it is empty.
     stop: asked while responses are sampled whether this process wants to stop; StepAbortedError
       then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
@@ -65,6 +83,7 @@ class Collector:
   recipe: PPORecipe
   normalizer: Normalizer
   custom_reward: CustomReward | None = None
+  listed: ListedSources | None = None
   stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
   sample: Callable[..., CollectedRollout] = rollout
@@ -140,9 +159,12 @@ class Collector:
     )
     outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
     # Dispatched before the user's function runs on the host, so that the two overlap.
-    custom_reward, calls = self._custom_reward(collected, rows, step)
+    rewards, calls = self._function_rewards(collected, rows, step)
+    custom_reward, listed = rewards.pop(REWARD_FN, None), None
+    if self.listed is not None:
+      listed = ListedRewards(self.listed.normalizers, rewards)
     experience, metrics = make_experience(
-      collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, recipe=self.recipe
+      collected.arrays, outputs, self.normalizer, kl_coef, custom_reward, listed, recipe=self.recipe
     )
     # The user's function may have taken long. Several processes would have to agree first.
     if processes.process_count() == 1 and self.stop():
@@ -172,22 +194,28 @@ class Collector:
       step=step,
     )
 
-  def _custom_reward(
+  def _function_rewards(
     self, collected: CollectedRollout, rows: np.ndarray, step: int | None
-  ) -> tuple[jax.Array | None, dict[str, Any]]:
-    """Returns the user's reward of each token, if there is one, and metrics of its calls."""
-    if self.custom_reward is None:
-      return None, {}
-    results = self.custom_reward(self.responses(rows, response_tokens(collected), step))
-    if results.failures:
-      self.sampler.log(
-        f'warning: {len(results.failures)} of {len(rows)} responses have no reward by '
-        f'reward_shaping.reward_fn; the first: {results.failures[0]}'
-      )
-    reward = token_rewards(results.values, collected.response_mask)
+  ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Returns the rewards of each token by each of the user's functions, and metrics of its calls.
+
+    Those of config.rewards are multiplied by their weights.
+    """
+    functions = {} if self.custom_reward is None else {REWARD_FN: self.custom_reward}
+    weights: dict[str, float] = {}
+    if self.listed is not None:
+      functions |= self.listed.functions
+      weights = self.listed.weights
+    if not functions:
+      return {}, {}
+    responses = self.responses(rows, response_tokens(collected), step)
+    values, failed = call_functions(functions, responses, collected.response_mask, self.sampler.log)
+    rewards = {
+      name: sharding.place_batch(x * np.float32(weights.get(name, 1.0)), self.sampler.mesh)
+      for name, x in values.items()
+    }
     is_counted = self.recipe.shaping.reward_fn_on_error == 'zero'
-    metrics = {'reward/failed_calls': len(results.failures)} if is_counted else {}
-    return sharding.place_batch(reward, self.sampler.mesh), metrics
+    return rewards, {'reward/failed_calls': failed} if is_counted else {}
 
 
 def held_out_metrics(

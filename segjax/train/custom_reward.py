@@ -7,12 +7,13 @@ import bisect
 import dataclasses
 import itertools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from segjax.config.reward_lines import REWARD_FN, RewardLine
 from segjax.config.settings import RewardShaping
 from segjax.errors import UserError, excerpt
 from segjax.train.response_functions import Response, ResponseFunction, Responses, Results
@@ -37,6 +38,15 @@ def load_custom_reward(shaping: RewardShaping, decode: Callable[[Any], str]) -> 
   """
   path, key = shaping.reward_fn, 'reward_shaping.reward_fn'
   return _load(path, key, parse_token_rewards, decode, shaping) if path else None
+
+
+def load_listed_functions(
+  lines: Iterable[RewardLine], shaping: RewardShaping, decode: Callable[[Any], str]
+) -> dict[str, CustomReward]:
+  """Loads the functions of config.rewards by name, see `load_custom_reward`."""
+  return {
+    line.name: _load(line.fn, line.key, parse_token_rewards, decode, shaping) for line in lines
+  }
 
 
 def load_gold(path: str, shaping: RewardShaping, decode: Callable[[Any], str]) -> Gold:
@@ -90,6 +100,34 @@ def _load(
 ) -> ResponseFunction:
   function = load_function(path, key)
   return ResponseFunction(function, parse, decode, shaping, is_batch=path.endswith('_batch'))
+
+
+def call_functions(
+  functions: dict[str, CustomReward],
+  responses: Responses,
+  response_mask: Bool[np.ndarray, 'B T'],
+  log: Callable[[str], None],
+) -> tuple[dict[str, Float32[np.ndarray, 'B T']], int]:
+  """Returns the rewards of each token by each function, and how many responses failed in all.
+
+  Args:
+    functions: by name of their part in the reward.
+    responses: the responses.
+    response_mask: see `token_rewards`.
+    log: receives a warning of each function that failed.
+  """
+  rewards, failed = {}, 0
+  for name, function in functions.items():
+    results = function(responses)
+    if results.failures:
+      key = 'reward_shaping.reward_fn' if name == REWARD_FN else f'{name} of config.rewards'
+      log(
+        f'warning: {len(results.failures)} of {len(results.values)} responses have no reward by '
+        f'{key}; the first: {results.failures[0]}'
+      )
+    failed += len(results.failures)
+    rewards[name] = token_rewards(results.values, response_mask)
+  return rewards, failed
 
 
 def token_rewards(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, ScalarLike
 
+from segjax.config.reward_lines import REWARD_MODEL
 from segjax.config.settings import PPO
 from segjax.rl import kl
 from segjax.rl.learned_tokens import high_entropy_tokens
@@ -14,10 +15,10 @@ from segjax.rl.masked import masked_mean, whiten
 from segjax.rl.rewards import shaped_reward
 from segjax.train.estimators import estimate_advantages
 from segjax.train.recipe import PPORecipe
-from segjax.train.reward_shaping import dense_rewards, lm_rewards, segment_z
-from segjax.train.rollout_metrics import rollout_metrics, z_by_position
+from segjax.train.reward_mixing import ListedRewards, Parts, reward_parts
+from segjax.train.reward_shaping import dense_rewards, segment_responses, segment_z
+from segjax.train.rollout_metrics import part_metrics, rollout_metrics, z_by_position
 from segjax.train.scoring import ModelOutputs
-from segjax.train.segmenter import segment_batch
 from segjax.types import Experience, Normalizer, Rollout, Segments
 
 
@@ -28,6 +29,7 @@ def make_experience(
   normalizer: Normalizer,
   kl_coef: ScalarLike,
   custom_reward: Float[Array, 'B T'] | None = None,
+  listed: ListedRewards | None = None,
   *,
   recipe: PPORecipe,
 ) -> tuple[Experience, dict[str, Array]]:
@@ -42,23 +44,19 @@ def make_experience(
     normalizer: normaliser of segment scores.
     kl_coef: coefficient of the KL penalty.
     custom_reward: the user's reward of each token, if there is one.
+    listed: of config.rewards; None where it is empty.
     recipe: how responses are segmented and rewarded.
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
-  segments = _segments(rollout, outputs, recipe)
+  segments = segment_responses(rollout, outputs, outputs.score, recipe.segmenter, recipe.compat)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
-  lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
-  dense = dense_rewards(
-    z, segments, rollout, outputs.ref_entropy, custom_reward, lm_reward, recipe=recipe
+  parts, disagreement = reward_parts(
+    z, segments, rollout, outputs, custom_reward, listed, recipe=recipe
   )
-  shape = functools.partial(
-    shaped_reward,
-    kl_coef=kl_coef if ppo.kl_placement == 'reward' else 0.0,  # or the loss would charge it again
-    clip=recipe.shaping.reward_clip or None,  # 0 in the settings: none
-  )
+  dense, parts = dense_rewards(parts, rollout, recipe=recipe), _present(parts, recipe)
   token_kl = kl.ESTIMATORS[ppo.kl_estimator](outputs.old_logprob, outputs.ref_logprob)
-  reward = jax.vmap(shape)(dense, token_kl, mask)
+  reward = _shape(dense, token_kl, mask, kl_coef, recipe)
   estimate = estimate_advantages(reward, outputs.value, segments, mask, recipe)
   experience = Experience(
     rollout=rollout,
@@ -72,6 +70,7 @@ def make_experience(
     return_=estimate.return_,
     value_mask=estimate.value_mask,
     learn_mask=_learn_mask(outputs.ref_entropy, segments, mask, ppo),
+    parts=None if listed is None else parts,
   )
   penalty = kl_coef * token_kl if ppo.kl_placement == 'reward' else jnp.zeros_like(token_kl)
   metrics = rollout_metrics(experience, dense, penalty, recipe)
@@ -79,23 +78,29 @@ def make_experience(
     metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
   if recipe.reward is not None:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
-  if lm_reward is not None:
-    metrics['objective/lm_reward'] = jnp.mean(jnp.sum(lm_reward, axis=1))
+  metrics |= part_metrics(parts, disagreement, segments, listed is not None)
   return experience, metrics
 
 
-def _segments(rollout: Rollout, outputs: ModelOutputs, recipe: PPORecipe) -> Segments:
-  """Returns the segments of each response."""
-  # By frozen networks: the cuts of a text stay the same while the policy changes.
-  signals = {'logprob': outputs.ref_logprob, 'score': outputs.score}
-  return segment_batch(
-    rollout.response_ids,
-    rollout.response_mask,
-    # Under force_eos the last token of every response is a stop token.
-    rollout.finished | recipe.compat.force_eos,
-    signals.get(recipe.segmenter.signal, outputs.ref_entropy),
-    recipe.segmenter,
+def _shape(
+  dense: Float[Array, 'B T'],
+  token_kl: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  kl_coef: ScalarLike,
+  recipe: PPORecipe,
+) -> Float[Array, 'B T']:
+  """Clips the rewards, and charges the KL unless the loss does."""
+  shape = functools.partial(
+    shaped_reward,
+    kl_coef=kl_coef if recipe.ppo.kl_placement == 'reward' else 0.0,
+    clip=recipe.shaping.reward_clip or None,  # 0 in the settings: none
   )
+  return jax.vmap(shape)(dense, token_kl, mask)
+
+
+def _present(parts: Parts, recipe: PPORecipe) -> Parts:
+  """Returns the parts without that of a reward model that there is not, which is 0."""
+  return {name: x for name, x in parts.items() if name != REWARD_MODEL or recipe.reward is not None}
 
 
 def _learn_mask(

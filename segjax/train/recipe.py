@@ -10,6 +10,27 @@ from segjax.train.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardSource:
+  """A reward model of config.rewards, beside that of `PPORecipe.reward`.
+
+  Attributes:
+    name: of its part in the reward.
+    key: of its network, among those of a recipe.
+    network: the network.
+    segmenter: where its scores are read.
+    spread: a name in `rl.spreads.SPREADS`.
+    weight: factor in the sum of all rewards.
+  """
+
+  name: str
+  key: str
+  network: LlamaConfig
+  segmenter: Segmenter
+  spread: str
+  weight: float
+
+
+@dataclasses.dataclass(frozen=True)
 class PPORecipe:
   """The networks, how responses are segmented, how scores become rewards, how PPO learns.
 
@@ -22,6 +43,7 @@ class PPORecipe:
     one_base: networks that add adapters to the reference's weights, and itself; they are scored in
       one pass over these weights. () where none does.
     samples_per_prompt: responses to one prompt, in adjacent rows of a rollout.
+    rewards: further reward models; there are none without `reward`.
   """
 
   policy: LlamaConfig
@@ -37,6 +59,11 @@ class PPORecipe:
   reward_lm: LlamaConfig | None = None
   one_base: tuple[str, ...] = ()
   samples_per_prompt: int = 1
+  rewards: tuple[RewardSource, ...] = ()
+
+  def network(self, name: str) -> LlamaConfig:
+    """Returns a network by its name: a field of the recipe, or the key of one of `rewards`."""
+    return {source.key: source.network for source in self.rewards}.get(name) or getattr(self, name)
 
   def groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Returns the networks of these names in groups of those that are run together."""

@@ -1,26 +1,55 @@
 """Computes one reward per token from the scores of a rollout, before the clip and the KL penalty.
 
 Applies functions of `rl` in this order: normalise or redistribute, credit, spread, mix with other
-rewards, penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
+rewards (`reward_mixing`), penalise. Clip and KL penalty follow in `rl.rewards.shaped_reward`.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from segjax.config.ppo_settings import resolve_std_floor_ratio
-from segjax.config.settings import RewardShaping
+from segjax.config.settings import Compat, RewardShaping
 from segjax.rl.lm_rewards import pool, token_reward
 from segjax.rl.normalizer import normalize
 from segjax.rl.redistribution import by_attention
 from segjax.rl.rewards import end_penalty, length_penalty, red
 from segjax.rl.spreads import dense_reward, min_credit
 from segjax.train.compat import padded_length_threshold
-from segjax.train.recipe import PPORecipe
+from segjax.train.recipe import PPORecipe, RewardSource
 from segjax.train.scoring import ModelOutputs
+from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Rollout, Segments
+
+
+def segment_responses(
+  rollout: Rollout,
+  outputs: ModelOutputs,
+  score: Float[Array, 'B T'],
+  segmenter: Segmenter,
+  compat: Compat,
+) -> Segments:
+  """Returns the segments of each response.
+
+  Args:
+    rollout: the responses.
+    outputs: of the networks.
+    score: raw scores of the reward model that is read at these segments.
+    segmenter: how to segment.
+    compat: with force_eos the last token of every response is a stop token.
+  """
+  # By frozen networks: the cuts of a text stay the same while the policy changes.
+  signals = {'logprob': outputs.ref_logprob, 'score': score}
+  return segment_batch(
+    rollout.response_ids,
+    rollout.response_mask,
+    rollout.finished | compat.force_eos,
+    signals.get(segmenter.signal, outputs.ref_entropy),
+    segmenter,
+  )
 
 
 def segment_z(
@@ -36,10 +65,7 @@ def segment_z(
   normalised score of its response.
   """
   if shaping.redistribute == 'none':
-    floor = resolve_std_floor_ratio(shaping)
-    return jax.vmap(functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor))(
-      outputs.score, segments
-    )
+    return normalized(outputs.score, segments, normalizer, shaping)
   # Mean and Std of p = 1 at every position: only then do the parts add up to the score.
   mean, std = normalizer.b_mean, jnp.maximum(normalizer.b_std, 1e-6)
   score, mask = (outputs.score - mean) / std, rollout.response_mask
@@ -54,39 +80,43 @@ def segment_z(
   return jax.vmap(pool)(part, segments)
 
 
-def dense_rewards(
+def normalized(
+  score: Float[Array, 'B T'], segments: Segments, normalizer: Normalizer, shaping: RewardShaping
+) -> Float[Array, 'B T']:
+  """Returns (score - Mean(p)) / Std(p), read at the last token of each segment."""
+  floor = resolve_std_floor_ratio(shaping)
+  function = functools.partial(normalize, normalizer=normalizer, std_floor_ratio=floor)
+  return jax.vmap(function)(score, segments)
+
+
+def credited(
   z: Float[Array, 'B T'],
   segments: Segments,
-  rollout: Rollout,
-  ref_entropy: Float[Array, 'B T'],
-  custom_reward: Float[Array, 'B T'] | None,
-  lm_reward: Float[Array, 'B T'] | None = None,
-  *,
-  recipe: PPORecipe,
+  shaping: RewardShaping,
+  part: Float[Array, 'B T'] | None = None,
+) -> Float[Array, 'B T']:
+  """Returns z, or a part of it, weighed as `shaping.credit` says."""
+  if shaping.credit != 'min':
+    return z if part is None else part
+  weigh = functools.partial(min_credit, temperature=shaping.credit_temperature)
+  if part is None:
+    return jax.vmap(weigh)(z, segments)
+  return jax.vmap(lambda z, segments, part: weigh(z, segments, part=part))(z, segments, part)
+
+
+def dense_rewards(
+  parts: dict[str, Float[Array, 'B T']], rollout: Rollout, *, recipe: PPORecipe
 ) -> Float[Array, 'B T']:
   """Returns the reward of each token, before the clip and the KL penalty.
 
-  dense = reward_model_weight · spread(credit(z)) + reward_fn_weight · custom_reward + lm_reward,
-  then the penalties for missing EOS and for length.
+  The sum of the parts, then the penalties for missing EOS and for length.
 
   Args:
-    z: `segment_z`.
-    segments: the segments.
+    parts: `reward_mixing.reward_parts`.
     rollout: the responses.
-    ref_entropy: entropy of the reference, nats.
-    custom_reward: the user's reward of each token, if there is one.
-    lm_reward: `lm_rewards`, if a language model rewards tokens.
-    recipe: weights, credit, spread and penalties.
+    recipe: the penalties.
   """
-  shaping = recipe.shaping
-  if shaping.credit == 'min':
-    weigh = functools.partial(min_credit, temperature=shaping.credit_temperature)
-    z = jax.vmap(weigh)(z, segments)
-  dense = shaping.reward_model_weight * _spread(z, segments, rollout, ref_entropy, recipe)
-  if custom_reward is not None:
-    dense = dense + shaping.reward_fn_weight * custom_reward
-  if lm_reward is not None:
-    dense = dense + lm_reward
+  dense = functools.reduce(operator.add, parts.values())
   if recipe.compat.bandit_skips_penalties and recipe.spread == 'bandit':
     return dense
   return _penalize(dense, rollout, recipe)
@@ -115,27 +145,28 @@ def lm_rewards(
   if settings.level == 'token':
     return reward
   pooled = jax.vmap(pool)(reward, segments)
-  spread = _spread(pooled, segments, rollout, outputs.ref_entropy, recipe)
+  spread = spread_rewards(pooled, segments, rollout, outputs.ref_entropy, recipe, recipe.shaping)
   return spread + jnp.where(segments.segment_id < 0, reward, 0)
 
 
-def _spread(
+def spread_rewards(
   z: Float[Array, 'B T'],
   segments: Segments,
   rollout: Rollout,
   ref_entropy: Float[Array, 'B T'],
-  recipe: PPORecipe,
+  source: PPORecipe | RewardSource,
+  shaping: RewardShaping,
 ) -> Float[Array, 'B T']:
-  """Spreads what each segment earns over its tokens."""
-  segmentation = recipe.segmenter.segmentation
+  """Spreads what each segment earns over its tokens, as a reward model's source says."""
+  segmentation = source.segmenter.segmentation
 
   def spread_out(z, segments, mask, entropy):
     return dense_reward(
       z,
       segments,
       mask,
-      spread=recipe.spread,
-      length_norm=recipe.shaping.length_norm,
+      spread=source.spread,
+      length_norm=shaping.length_norm,
       aggregation=segmentation.aggregation,
       temperature=segmentation.softmax_temperature,
       entropy=entropy,

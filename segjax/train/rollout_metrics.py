@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from segjax.config.reward_lines import LM_REWARD
 from segjax.config.settings import PPO
 from segjax.rl.masked import masked_mean, masked_sum
 from segjax.train.recipe import PPORecipe
@@ -76,6 +77,33 @@ def rollout_metrics(
     metrics['reward/clipped'] = masked_mean(
       (jnp.abs(dense) > clip).astype(dense.dtype), is_rewarded
     )
+  return metrics
+
+
+def part_metrics(
+  parts: dict[str, Float[Array, 'B T']],
+  disagreement: Float[Array, 'B T'] | None,
+  segments: Segments,
+  is_listed: bool,
+) -> dict[str, Array]:
+  """Returns reward/part/NAME of each source, and reward/disagreement of two or more reward models.
+
+  Without config.rewards, objective/lm_reward alone, where there is such a part. A part is the mean
+  over responses of its sum over tokens; the disagreement is the mean over segments of the standard
+  deviation of the models' normalised scores.
+
+  Args:
+    parts: rewards of tokens by source, before penalties and clip.
+    disagreement: of the models, read at the last token of each segment; None with one model.
+    segments: those of the first model.
+    is_listed: whether there is a config.rewards.
+  """
+  means = {name: jnp.mean(jnp.sum(x, axis=1)) for name, x in parts.items()}
+  metrics = {'objective/lm_reward': means[LM_REWARD]} if LM_REWARD in means else {}
+  if is_listed:
+    metrics |= {f'reward/part/{name}': mean for name, mean in means.items()}
+  if disagreement is not None:
+    metrics['reward/disagreement'] = masked_mean(disagreement, segments.end)
   return metrics
 
 

@@ -40,6 +40,7 @@ class ModelOutputs(NamedTuple):
     lm_logprob: log-prob under the language model that rewards; None without one.
     attribution: what each token contributes to the score of the response, where
       reward_shaping.redistribute needs it.
+    scores: raw scores of the reward models of config.rewards, by name; None without any.
   """
 
   old_logprob: Float[Array, 'B T']
@@ -50,6 +51,7 @@ class ModelOutputs(NamedTuple):
   prompt_score: Float[Array, 'B']
   lm_logprob: Float[Array, 'B T'] | None = None
   attribution: Float[Array, 'B T'] | None = None
+  scores: dict[str, Float[Array, 'B T']] | None = None
 
 
 def concat_prompt_response(rollout: Rollout) -> Int[Array, 'B S']:
@@ -107,8 +109,8 @@ def score_chunk(
   """Runs one forward pass of each network, or of each group of one base, over the rollout.
 
   Args:
-    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward', 'reward_lm'
-      and 'critic'. The policy is run only with `recipe.recompute_logprob`.
+    params: `recipe.own_params` of 'policy', 'reference' and, where present, 'reward', 'reward_lm',
+      'critic' and those of `recipe.rewards`. The policy is run only with `recompute_logprob`.
     ids: `concat_prompt_response` of the rollout.
     segment_ids: `attention_segment_ids` of the rollout.
     rollout: the rows to score.
@@ -116,7 +118,7 @@ def score_chunk(
   """
 
   layout = RowLayout(segment_ids=segment_ids)
-  configs = {name: getattr(recipe, name) for name in _run_networks(recipe)}
+  configs = {name: recipe.network(name) for name in _run_networks(recipe)}
   params, hidden = {name: recipe.with_base(name, params) for name in configs}, {}
   for names in recipe.groups(configs):
     networks = [(params[name], configs[name]) for name in names]
@@ -153,7 +155,18 @@ def score_chunk(
     prompt_score=gather_response(score, rollout.prompt_length - 1, 1)[:, 0],
     lm_logprob=window(logprobs('reward_lm')[0]) if 'reward_lm' in configs else None,
     attribution=attribution,
+    scores=jax.tree.map(window, _listed_scores(hidden, params, recipe)),
   )
+
+
+def _listed_scores(
+  hidden: dict[str, Array], params: dict[str, Any], recipe: PPORecipe
+) -> dict[str, Float[Array, 'B S']] | None:
+  """Returns the scores of `recipe.rewards` by name; None if there are none."""
+  scores = {
+    source.name: read_scores(hidden[source.key], params[source.key]) for source in recipe.rewards
+  }
+  return scores or None
 
 
 def _run_networks(recipe: PPORecipe) -> list[str]:
@@ -166,6 +179,7 @@ def _run_networks(recipe: PPORecipe) -> list[str]:
     'critic': recipe.critic is not None,
     'reward': recipe.reward is not None,
     'reward_lm': recipe.reward_lm is not None,
+    **{source.key: True for source in recipe.rewards},
   }
   return [name for name, value in is_run.items() if value]
 

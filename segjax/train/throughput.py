@@ -37,6 +37,7 @@ def ppo_step(
     passes.append(_Passes(recipe.reward, 'scalar', 1))
   if recipe.reward_lm is not None:
     passes.append(_Passes(recipe.reward_lm, 'language', 1))
+  passes += [_Passes(source.network, 'scalar', 1) for source in recipe.rewards]
   return _work(lengths, passes)
 
 

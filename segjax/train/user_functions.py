@@ -55,8 +55,10 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     raise UserError(
       f'config.{key}={path!r} is a {type(function).__name__} and cannot be called; name a function.'
     )
-  if key in PARAMETERS:
-    _check_parameters(function, PARAMETERS[key], f'config.{key}={path!r}')
+  # Those of config.rewards have keys with names in them.
+  parameters = PARAMETERS.get(key, _OF_RESPONSES if key.startswith('rewards:') else ())
+  if parameters:
+    _check_parameters(function, parameters, f'config.{key}={path!r}')
   return function
 
 

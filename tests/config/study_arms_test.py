@@ -93,3 +93,13 @@ def test_all_arms_try_the_same_points_of_the_grid():
     counts = collections.Counter(point[key] for point in some)
     assert len(counts) == size and max(counts.values()) - min(counts.values()) <= 1
   assert study_arms.tuning_trials(Study()) == []
+
+
+def test_an_arm_takes_some_of_the_rewards():
+  lines = ('a path=x weight=0.5', 'b fn=m:f', 'c fn=m:g')
+  settings = replace(Settings(), rewards=lines)
+  both, none = study_arms.parse_arms(('both rewards=c+a', 'none rewards=none'))
+  assert study_arms.resolve(both.overrides, settings) == {'rewards': (lines[2], lines[0])}
+  assert study_arms.resolve(none.overrides, settings) == {'rewards': ()}
+  with pytest.raises(UserError, match="rewards='d' is not one of a, b, c, none"):
+    study_arms.resolve({'rewards': 'd'}, settings)

@@ -30,7 +30,8 @@ def test_every_input_and_section_is_a_setting(small):
   for job in JOBS.values():
     assert all(hasattr(settings, section) for section in job.sections), job.name
     for item in job.inputs:
-      assert isinstance(pipeline.operator.attrgetter(item.key)(settings), str), item.key
+      value = pipeline.operator.attrgetter(item.key)(settings)
+      assert isinstance(value, str | tuple), item.key
       for source in item.sources:
         assert source.startswith('config.') or source.partition('/')[0] in JOBS, source
 

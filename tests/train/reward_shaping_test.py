@@ -9,7 +9,8 @@ from fixtures import models, training
 from numpy.testing import assert_allclose
 
 from segjax.config.settings import Compat, LMReward, RewardShaping, Segmentation
-from segjax.train.reward_shaping import dense_rewards, lm_rewards, segment_z
+from segjax.train.reward_mixing import reward_parts
+from segjax.train.reward_shaping import dense_rewards, segment_z
 from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.types import Normalizer, Rollout
@@ -53,13 +54,12 @@ def dense(
     rollout.response_ids, rollout.response_mask, rollout.finished, zeros, recipe.segmenter
   )
   scores = jnp.asarray(SCORE), zeros, jnp.asarray(PROMPT_SCORE)
-  outputs = ModelOutputs(*[zeros] * 3, *scores, lm_logprob=jnp.asarray(LM_LOGPROB))
+  entropy = jnp.tile(jnp.array([1.0, 3.0]), (2, 3))
+  outputs = ModelOutputs(*[zeros] * 2, entropy, *scores, lm_logprob=jnp.asarray(LM_LOGPROB))
   z = segment_z(outputs, segments, rollout, NORMALIZER, recipe.shaping)
   custom = None if custom is None else jnp.asarray(custom, jnp.float32)
-  lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
-  entropy = jnp.tile(jnp.array([1.0, 3.0]), (2, 3))
-  rewards = dense_rewards(z, segments, rollout, entropy, custom, lm_reward, recipe=recipe)
-  return np.asarray(rewards)
+  parts, _ = reward_parts(z, segments, rollout, outputs, custom, None, recipe=recipe)
+  return np.asarray(dense_rewards(parts, rollout, recipe=recipe))
 
 
 def test_plain():

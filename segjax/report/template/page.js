@@ -1,7 +1,7 @@
 'use strict';
 // The table of responses: decodes the data, filters it, and shows a few at a time. Text is only ever
 // put into text nodes, so that it cannot become markup. A segment is
-// [tokens, entropies, score, reward, normalised score].
+// [tokens, entropies, score, reward, normalised score, parts of the reward by name].
 
 const PAGE_SIZE = 5;
 const MAX_TOKENS = 800; // of a response that are shown before "Show all" is pressed
@@ -197,6 +197,7 @@ class Table {
     const t = row.totals;
     if (isKnown(t.gold)) add('gold', signed(t.gold));
     if (isKnown(t.reward)) add(row.reward, signed(t.reward));
+    for (const [name, part] of Object.entries(t.parts ?? {})) if (isKnown(part)) add(name, signed(part));
     if (isKnown(t.kl)) add('KL', unsigned(t.kl));
     add('tokens', t.length.toLocaleString('en'));
     if (row.segments.some((segment) => isKnown(segment[1][0]) || isKnown(shownNumber(segment)))) {

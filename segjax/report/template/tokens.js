@@ -44,6 +44,9 @@ function showTip(token) {
     add(`segment ${row.reward}`, signed(segment[3], 3));
     add(`${row.reward}, per token`, signed(segment[3] / segment[0].length, 3));
   }
+  for (const [name, part] of Object.entries(segment[5] ?? {})) {
+    if (isKnown(part)) add(`of it ${name}`, signed(part, 3));
+  }
   tip.replaceChildren(make('div', 'what', escapeHidden(JSON.stringify(segment[0][i]))), list);
   tip.hidden = false;
   const at = token.getClientRects()[0] ?? token.getBoundingClientRect();

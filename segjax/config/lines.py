@@ -1,0 +1,42 @@
+"""Reads lines 'NAME KEY=VALUE KEY=VALUE ...' of the config: arms of a study, rewards."""
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+from segjax.errors import UserError
+
+
+def read_lines(lines: Iterable[str], key: str) -> dict[str, dict[str, str]]:
+  """Returns the words KEY=VALUE of each line, by the name that it begins with.
+
+  Args:
+    lines: the lines.
+    key: of the config that holds them, for errors.
+
+  Raises:
+    UserError: a name occurs twice, or a key in one line; or a word has no value.
+  """
+  named: dict[str, dict[str, str]] = {}
+  for line in lines:
+    name, *words = line.split()
+    values: dict[str, str] = {}
+    for word in words:
+      word_key, equals, text = word.partition('=')
+      if not equals:
+        raise UserError(f'config.{key}: {name}: {word!r} has no value; write KEY=VALUE.')
+      if word_key in values:
+        raise UserError(f'config.{key}: {name}: {word_key} is given twice; remove one of them.')
+      values[word_key] = text
+    if name in named:
+      raise UserError(f'config.{key} has {name!r} twice; rename one of them.')
+    named[name] = values
+  return named
+
+
+def parse_value(text: str) -> Any:
+  """Returns the value of a setting from its text, as after --config.KEY= on the command line."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text

@@ -1,0 +1,93 @@
+"""Lines of config.rewards, and the one line of error for each wrong one."""
+
+import pytest
+
+from segjax.config import parse
+from segjax.config.load import load_settings
+from segjax.config.reward_lines import parse_rewards, reward_functions, reward_models, with_paths
+from segjax.errors import UserError
+
+LINES = (
+  'helpful path=org/rm weight=0.5 granularity=token normalizer=none spread=end_only',
+  'steps path=/rm entropy_threshold=1',
+  'brief fn=module:function weight=-2',
+)
+SEGMENT, PENALTY = {'reward_shaping.mix': 'segment'}, {'reward_shaping.disagreement_coef': 0.5}
+
+
+def test_a_line_is_a_reward_model_or_a_function():
+  helpful, steps, brief = parse_rewards(LINES)
+  assert (helpful.name, helpful.path, helpful.weight) == ('helpful', 'org/rm', 0.5)
+  assert (helpful.normalizer, helpful.spread, helpful.fn) == ('none', 'end_only', '')
+  assert helpful.segmentation.granularity == 'token' and helpful.network == 'reward.helpful'
+  assert steps.own_density() == {'entropy_threshold': 1.0} and steps.weight == 1.0
+  assert (brief.fn, brief.weight, brief.key) == ('module:function', -2.0, 'rewards: brief: fn')
+  assert [reward_models(LINES), reward_functions(LINES)] == [[helpful, steps], [brief]]
+  assert parse_rewards(()) == []
+
+
+def test_paths_are_replaced_in_their_lines_alone():
+  lines = with_paths(LINES, {'/rm': '/local', 'module:function': 'x'})
+  assert lines == (LINES[0], LINES[1].replace('/rm', '/local'), LINES[2])
+
+
+def test_settings_hold_the_lines():
+  settings, _ = load_settings({'rewards': ','.join(LINES)}, {})
+  assert settings.rewards == LINES
+  assert parse.changed_values(settings) == {'rewards': LINES}
+
+
+@pytest.mark.parametrize(
+  ('lines', 'changes', 'message'),
+  [
+    (('a fn=m:f', 'a path=x'), {}, "config.rewards has 'a' twice"),
+    (('a',), {}, 'a: it has neither path nor fn; write path=DIR'),
+    (('a path=x fn=m:f',), {}, 'a: it has both path and fn'),
+    (('a path=',), {}, 'a: path is empty'),
+    (('a path=x weight',), {}, "a: 'weight' has no value; write KEY=VALUE"),
+    (('a path=x weight=1 weight=2',), {}, 'a: weight is given twice'),
+    (('a path=x weight=high',), {}, "a: weight='high' must be of type float"),
+    (('a path=x nrmalizer=none',), {}, "'nrmalizer' is not one of .* did you mean 'normalizer'"),
+    (('a path=x normalizer=published:x',), {}, "normalizer='published:x' is not one of none, publ"),
+    (('a path=x spread=end',), {}, "a: spread='end' is not one of auto, even_split"),
+    (('a path=x segment_length=0',), {}, 'a: segment_length=0 must be at least 1'),
+    (('a path=x granularity=token boundary=delimiter',), {}, 'a: boundary=delimiter has no effect'),
+    (
+      ('a path=x granularity=bandit normalizer=published:llama3_8b_sft/token',),
+      {},
+      'a: normalizer=published:llama3_8b_sft/token: regression depends on the position',
+    ),
+    (('a path=x boundary=function',), {}, "a: boundary='function' is not one of entropy"),
+    (('a fn=m:f spread=end_only',), {}, "a: key='spread' is not one of fn, weight"),
+    (('path=x weight=1',), {}, "'path=x' is not a name; begin each line with one"),
+    (('reward_model path=x',), {}, "'reward_model' is the name of another part"),
+    (
+      ('a path=x',),
+      {'reward_shaping.reward_model_weight': 0.0},
+      'a: path=x is beside config.reward_model, and there is none; set config.reward_model.path',
+    ),
+    (('a path=x',), {'reward_shaping.redistribute': 'red'}, 'redistribute=red distributes the sco'),
+    ((), SEGMENT, 'mix=segment needs two or more reward models, and the run has 1'),
+    (('a fn=m:f',), SEGMENT | PENALTY, 'disagreement_coef=0.5 needs two or more reward models'),
+    (('a path=x',), PENALTY, 'disagreement_coef=0.5 compares .* set config.reward_shaping.mix=seg'),
+    (('a path=x weight=-1',), SEGMENT | PENALTY, 'needs weights of at least 0'),
+    (
+      ('a path=x spread=repeat',),
+      SEGMENT,
+      'a: spread=repeat has no effect with',
+    ),
+    (
+      ('a fn=m:f weight=0',),
+      {
+        'stages': ('ppo',),
+        'reward_shaping.reward_model_weight': 0.0,
+        'reward_shaping.reward_fn_weight': 0.0,
+      },
+      'which leaves no reward; set one of them, or a weight in config.rewards',
+    ),
+  ],
+)
+def test_wrong_lines_are_refused_in_one_line(lines, changes, message):
+  with pytest.raises(UserError, match=message) as error:
+    load_settings({'rewards': lines} | changes, {})
+  assert '\n' not in str(error.value)
