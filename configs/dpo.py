@@ -4,9 +4,10 @@
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/dpo.py:llama3_8b_sft
 
-Presets: demo (the demo up to SFT and this job), local, llama3_8b_sft, llama31_8b_instruct,
-llama3_70b, phi3_mini. The reference is the policy before training unless config.reference.path
-names another. Method: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
+Presets: demo (the demo up to SFT and this job), local, smollm2_135m, smollm2_360m, qwen25_05b,
+llama32_1b, llama32_3b, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini. The reference is
+the policy before training unless config.reference.path names another. Method: Rafailov et al. 2023,
+https://arxiv.org/abs/2305.18290.
 
 The trained policy may reward each token in PPO, beside a reward model with one score at the end
 (reinforced token optimization, Zhong et al. 2024, https://arxiv.org/abs/2404.18922):
@@ -41,6 +42,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
     config.data.max_length = min(2048, config.network.max_position_embeddings)
     config.data.max_prompt_length = 1728
+    config.dpo.optimizer.learning_rate *= model_sizes.LADDER.get(name, 1.0)
     config.dpo.packing_length = 2048
     config.dpo.micro_batch_tokens = 4096
     config.checkpoint.every_steps = 256

@@ -5,11 +5,22 @@
     --config.policy.path=... --config.reward_model.path=... --config.data.path=...
   python -m segjax.main --config=configs/ppo.py:llama3_8b_sft,v5p:2x2x2        the published run
 
-Presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini;
-`,token` or `,bandit` after one sets the granularity, and the name of a topology
-(shared/topologies.py) the settings that fit it. `--config.reference_exact=True` reproduces the
-published code, mistakes included. `--config.rewards='second path=... weight=0.5'` adds reward
-models and functions (`segjax help rewards`). Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+Presets: demo, demo_long, local, smollm2_135m, smollm2_360m, qwen25_05b, llama32_1b, llama32_3b,
+llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini; `,token` or `,bandit` after one sets the
+granularity, and the name of a topology (shared/topologies.py) the settings that fit it.
+`--config.reference_exact=True` reproduces the published code, mistakes included.
+`--config.rewards='second path=... weight=0.5'` adds reward models and functions (`segjax help
+rewards`). Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+
+Below 8B no segment reward models were published. One is trained and calibrated first:
+
+  segjax reward:smollm2_135m,v5e:2x4 --workdir=runs/small
+  segjax normalizer:local --workdir=runs/small --config.runtime.compute_dtype=bfloat16 \\
+    --config.reward_model.path=runs/small/reward/model \\
+    --config.reference.path=HuggingFaceTB/SmolLM2-135M-Instruct \\
+    --config.data.path=hendrydong/preference_700K --config.normalizer.max_pairs=4096
+  segjax ppo:smollm2_135m,v5e:2x4 --workdir=runs/small \\
+    --config.reward_model.path=runs/small/reward/model
 """
 
 from ml_collections import ConfigDict
@@ -47,13 +58,15 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.data.path = 'argilla/ultrafeedback-binarized-preferences-cleaned'
   config.data.max_prompt_length = 1024
 
-  if name in model_sizes.HUB:  # no 70B models were published; their paths must be set
-    config.policy.path = model_sizes.HUB[name]['policy']
-    config.reference.path = model_sizes.HUB[name]['policy']
-    config.reward_model.path = model_sizes.HUB[name]['reward_model'].format(granularity)
+  hub = model_sizes.HUB.get(name, {})  # no 70B models were published; their paths must be set
+  if 'policy' in hub:
+    config.policy.path = config.reference.path = hub['policy']
+  if 'reward_model' in hub:
+    config.reward_model.path = hub['reward_model'].format(granularity)
     config.reward_model.normalizer = f'published:{name}/{granularity}'
-  config.reward_model.segmentation.granularity = granularity
-  config.reward_model.segmentation.entropy_threshold = model_sizes.entropy_threshold(name)
+  if name not in model_sizes.LADDER:  # whose segment_reward.json says how it was trained
+    config.reward_model.segmentation.granularity = granularity
+    config.reward_model.segmentation.entropy_threshold = model_sizes.entropy_threshold(name)
 
   config.rollout.max_new_tokens = 1024
   config.ppo.max_steps = 59
@@ -65,8 +78,9 @@ def published(config: ConfigDict, name: str, granularity: str) -> None:
   config.ppo.gae_lambda = 0.95
   config.ppo.clip_eps = 0.2
   config.ppo.value_clip_eps = 0.2 if granularity == 'bandit' else 0.25
-  config.ppo.policy_optimizer.learning_rate = 5e-7
-  config.ppo.critic_optimizer.learning_rate = 9e-6
+  factor = model_sizes.LADDER.get(name, 1.0)
+  config.ppo.policy_optimizer.learning_rate = 5e-7 * factor
+  config.ppo.critic_optimizer.learning_rate = 9e-6 * factor
   config.checkpoint.every_steps = 5
 
   if name == 'phi3_mini':

@@ -4,9 +4,10 @@
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
   python -m segjax.main --config=configs/reward.py:llama3_8b_sft
 
-Presets: demo (the demo up to this job), local, llama3_8b_sft, llama31_8b_instruct, llama3_70b,
-phi3_mini; `,token` or `,bandit` after one sets the granularity, and the name of a topology
-(shared/topologies.py) the settings that fit it. `--config.reference_exact=True` reproduces the
+Presets: demo (the demo up to this job), local, smollm2_135m, smollm2_360m, qwen25_05b, llama32_1b,
+llama32_3b, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini; `,token` or `,bandit` after
+one sets the granularity, and the name of a topology (shared/topologies.py) the settings that fit
+it. `--config.reference_exact=True` reproduces the
 published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
 """
 
@@ -39,7 +40,7 @@ def get_config(preset: str = 'demo') -> ConfigDict:
     config.reward.segmentation.entropy_threshold = model_sizes.entropy_threshold(name)
     config.reward.batch_size = 128
     config.reward.num_epochs = 1
-    config.reward.optimizer.learning_rate = 1e-6
+    config.reward.optimizer.learning_rate = 1e-6 * model_sizes.LADDER.get(name, 1.0)
     config.checkpoint.every_steps = 256
     topologies.assign(config, 'reward', name, topology)
   config.reward.segmentation.granularity = granularity or 'segment'

@@ -1,4 +1,4 @@
-"""How 8B and 70B jobs are laid out, by TPU slice or GPU node.
+"""How jobs are laid out, by size of the model and TPU slice or GPU node.
 
 Batches are packed and cut into pieces by tokens, and activations are kept for the backward pass as
 far as the memory allows. This changes the results of a recipe by rounding only. `segjax plan` shows
@@ -56,6 +56,50 @@ TOPOLOGIES = {
     'v6e:4x4': _settings('reward', 12_288, _PROJECTIONS),
     'v5e:8x8': _settings('reward', 3072, _ALL),
     'cuda:8xH100-80GB': _settings('reward', 12_288, _ALL),
+  },
+  # The ladder below 8B, on one GPU and on a host of eight small TPUs. All weights are trained,
+  # except by PPO of 3B. Chosen by arithmetic alone: weights, moments, gradients and kept
+  # activations are at most 9.0 of 15.7 GiB (v5e) and 49 of 68.5 GiB, 58 for the reward model of 3B
+  # (H100). Other temporaries are not in it: `segjax plan` has them.
+  ('ppo', 'smollm2_135m'): {
+    'cuda:1xH100-80GB': _ppo(32_768, _ALL, scoring=128),
+    'v5e:2x4': _ppo(8192, _ALL, scoring=128),
+  },
+  ('ppo', 'smollm2_360m'): {
+    'cuda:1xH100-80GB': _ppo(32_768, _ALL, scoring=128),
+    'v5e:2x4': _ppo(8192, _ALL, scoring=128),
+  },
+  ('ppo', 'qwen25_05b'): {
+    'cuda:1xH100-80GB': _ppo(24_576, _ALL, scoring=64),
+    'v5e:2x4': _ppo(6144, _ALL, scoring=64),
+  },
+  ('ppo', 'llama32_1b'): {
+    'cuda:1xH100-80GB': _ppo(16_384, _ALL, scoring=32),
+    'v5e:2x4': _ppo(4096, _ALL, scoring=64),
+  },
+  ('ppo', 'llama32_3b'): {
+    'cuda:1xH100-80GB': _ppo(16_384, _ALL, scoring=32, **_LORA),
+    'v5e:2x4': _ppo(3072, _PROJECTIONS, scoring=32, **_LORA),
+  },
+  ('reward', 'smollm2_135m'): {
+    'cuda:1xH100-80GB': _settings('reward', 32_768, _ALL),
+    'v5e:2x4': _settings('reward', 16_384, _ALL),
+  },
+  ('reward', 'smollm2_360m'): {
+    'cuda:1xH100-80GB': _settings('reward', 32_768, _ALL),
+    'v5e:2x4': _settings('reward', 8192, _ALL),
+  },
+  ('reward', 'qwen25_05b'): {
+    'cuda:1xH100-80GB': _settings('reward', 24_576, _ALL),
+    'v5e:2x4': _settings('reward', 8192, _ALL),
+  },
+  ('reward', 'llama32_1b'): {
+    'cuda:1xH100-80GB': _settings('reward', 16_384, _ALL),
+    'v5e:2x4': _settings('reward', 6144, _ALL),
+  },
+  ('reward', 'llama32_3b'): {
+    'cuda:1xH100-80GB': _settings('reward', 6144, _PROJECTIONS),
+    'v5e:2x4': _settings('reward', 3072, _PROJECTIONS),
   },
   ('reward', '70b'): {'v5p:4x4x8': _settings('reward', 1536, _ALL, **{'mesh.tensor': 2})},
 }

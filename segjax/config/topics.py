@@ -242,6 +242,10 @@ These presets hold the published hyper-parameters, models and data by hub id (Yi
 https://arxiv.org/abs/2501.02790). They have not been run at 8B with segjax. The name of a topology
 after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets sizes of batches and mesh that fit it.
 
+Between the demo and 8B: smollm2_135m, smollm2_360m, qwen25_05b, llama32_1b and llama32_3b, each for
+cuda:1xH100-80GB and v5e:2x4, on the same data. No reward models were published for them: `segjax
+help ppo` shows how one is trained. Their learning rates follow a rule, and are not tuned.
+
 --config.reference_exact=True computes as the paper's code does, mistakes included: attention masked
 by the first row of a micro-batch, a forced stop token, no floor of Std(p), and more.
 `segjax settings compat` lists the switches; all are off by default.

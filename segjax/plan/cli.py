@@ -73,7 +73,7 @@ def print_table() -> None:
   )
   print(f'| {" | ".join(columns)} |\n{"|---" * len(columns)}|', flush=True)
   for (job, size), by_topology in batch_sizes.TOPOLOGIES.items():
-    name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}[size]
+    name = {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}.get(size, size)
     for topology in by_topology:
       preset = f'{job}.py:{name},{topology}'
       flags = (f'--config=configs/{preset}', f'--plans={_PLANS.value}', '--json')

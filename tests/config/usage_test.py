@@ -17,7 +17,7 @@ def test_overview_lists_jobs_presets_commands_and_examples():
   text = main.answer(['--help'])
   for config in config_files.shipped_configs():
     assert f'\n  {config.name:<18}' in text
-  assert 'presets: demo, demo_long, local, llama3_8b_sft, llama31_8b_instruct,' in text
+  assert 'presets: demo, demo_long, local, smollm2_135m, smollm2_360m, qwen25_05b,' in text
   assert text.count('\n  segjax ') == 3
   assert all(len(line) <= 105 for line in text.splitlines())
 
