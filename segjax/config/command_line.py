@@ -18,6 +18,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 
 
+_LINES = ('config.rewards', 'config.study.arms')  # tuples of lines of several words
+
+
 class _DryRunParser(flags.ArgumentParser):
   """Parses `--dry_run`, which absl reads as `--dry_run=true`, and `--dry_run=full`."""
 
@@ -59,7 +62,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
       renamed.check_flag(match[1])
       if match[1].startswith('config.'):
         parse.check_key(match[1].removeprefix('config.'))
-  arguments = _with_config_paths(arguments)
+  arguments = _with_quoted_lines(_with_config_paths(arguments))
   try:
     remaining = flags.FLAGS(arguments)
   except flags.Error as error:
@@ -79,6 +82,16 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     elif name in ('-config', '--config') and index + 1 < len(arguments):
       resolved[index + 1] = config_files.resolve(arguments[index + 1])
   return resolved
+
+
+def _with_quoted_lines(arguments: list[str]) -> list[str]:
+  """Quotes the values of `_LINES`, which ml_collections does not read with spaces in them."""
+  quoted = list(arguments)
+  for index, argument in enumerate(arguments):
+    name, _, value = argument.partition('=')
+    if name.lstrip('-') in _LINES and value and value[0] not in '(\'"':
+      quoted[index] = f'{name}={tuple(value.split(","))!r}'
+  return quoted
 
 
 def root_cause(error: BaseException) -> str:

@@ -265,7 +265,7 @@ class Settings:
   report: Report = Report()
   demo: Demo = Demo()
   study: Study = Study()
-  rewards: tuple[str, ...] = ()  # 'NAME path=DIR ...' or 'NAME fn=module:function ...', see help
+  rewards: tuple[str, ...] = ()  # 'NAME path=DIR ...' or 'NAME fn=...': see segjax help rewards
 
 
 def replace(settings: Any, **values: Any) -> Any:

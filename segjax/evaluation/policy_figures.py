@@ -39,7 +39,7 @@ def response_figures(responses: EvaluatedResponses) -> dict[str, Any]:
   """Returns the figures of one model, means over its responses.
 
   kl_nats is Σ_t (log π - log π_ref); length counts the stop token, the repetition metrics do not;
-  parts is what each source of config.rewards adds to the reward, where there are any.
+  part/NAME is what a source of config.rewards adds to the reward, where there are any.
   """
   e = responses.experience
   mask = e.rollout.response_mask
@@ -51,10 +51,8 @@ def response_figures(responses: EvaluatedResponses) -> dict[str, Any]:
     'eos_rate': float(e.rollout.finished.mean()),
     **repetition.repetition_metrics(_content(e)),
   }
-  if e.parts is not None:
-    figures['parts'] = {
-      name: clustered_interval(x.sum(1), responses.prompt) for name, x in e.parts.items()
-    }
+  for name, x in (e.parts or {}).items():
+    figures[f'part/{name}'] = clustered_interval(x.sum(1), responses.prompt)
   if responses.score is not None:
     figures['score'] = clustered_interval(responses.score, responses.prompt)
   if responses.gold is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from segjax.evaluation.intervals import format_interval
 from segjax.report.console import table
+from segjax.report.metric_names import PART, result_name
 from segjax.report.stage_tables import EVALUATION
 from segjax.run.stage import Stage
 
@@ -21,9 +22,9 @@ def print_table(figures: dict[str, Any]) -> None:
     values = [figures[name].get(key) for name in ('before', 'after')]
     if values != [None, None]:
       rows.append((label, *(cell(value, digits) for value in values)))
-  for name in figures['after'].get('parts', {}):  # of config.rewards
-    values = [figures[model]['parts'][name] for model in ('before', 'after')]
-    rows.append((f'reward by {name}', *(cell(value, 3) for value in values)))
+  for key in (key for key in figures['after'] if key.startswith(PART)):
+    values = [figures[name][key] for name in ('before', 'after')]
+    rows.append((result_name('evaluate', key), *(cell(value, 3) for value in values)))
   table('Held-out prompts, means [95 % intervals]', ('', 'before PPO', 'after PPO'), rows)
 
 

@@ -20,6 +20,8 @@ STAGES = {
   'study': 'Study',
 }
 
+PART = 'part/'  # of results: what a source of config.rewards adds to the reward
+
 # By the part of a metric's name before the first slash.
 GROUPS = {
   'critic': 'Critic',
@@ -196,6 +198,8 @@ def metric_name(key: str) -> str:
 
 def result_name(stage: str, key: str) -> str:
   """Returns the name of a result of a stage."""
+  if key.startswith(PART):
+    return f'Reward by {key.removeprefix(PART)}'
   names = _RESULTS | (_PPO_RESULTS if stage == 'ppo' else {})
   metric = f'eval/{key.removeprefix(_HELD_OUT)}'
   if key.startswith(_HELD_OUT) and key not in names and metric in METRICS:

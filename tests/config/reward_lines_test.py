@@ -1,8 +1,10 @@
 """Lines of config.rewards, and the one line of error for each wrong one."""
 
+import ast
+
 import pytest
 
-from segjax.config import parse
+from segjax.config import command_line, parse
 from segjax.config.load import load_settings
 from segjax.config.reward_lines import parse_rewards, reward_functions, reward_models, with_paths
 from segjax.errors import UserError
@@ -35,6 +37,14 @@ def test_settings_hold_the_lines():
   settings, _ = load_settings({'rewards': ','.join(LINES)}, {})
   assert settings.rewards == LINES
   assert parse.changed_values(settings) == {'rewards': LINES}
+
+
+def test_lines_on_the_command_line_need_no_quotes_of_their_own():
+  arguments = ['segjax', '--config.rewards=a path=x weight=1,b fn=m:f', '--config.seed=1']
+  quoted = command_line._with_quoted_lines(arguments)
+  assert ast.literal_eval(quoted[1].partition('=')[2]) == ('a path=x weight=1', 'b fn=m:f')
+  assert [quoted[0], quoted[2]] == [arguments[0], arguments[2]]
+  assert command_line._with_quoted_lines(quoted) == quoted
 
 
 @pytest.mark.parametrize(

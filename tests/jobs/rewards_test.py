@@ -10,6 +10,7 @@ from segjax.config.settings import Segmentation
 from segjax.errors import UserError
 from segjax.jobs import credit, ppo_trainer
 from segjax.report import metric_docs
+from segjax.report.stage_tables import stage_tables
 from segjax.types import Normalizer
 
 pytestmark = pytest.mark.campaign
@@ -87,8 +88,11 @@ def test_models_and_functions_together(values, run, tmp_path, capsys):
   for record in sampled:
     for segment in record['segments']:  # no KL, no penalty, no clip at this size
       assert sum(segment['parts'].values()) == pytest.approx(segment['reward'], abs=1e-3)
-  assert results['evaluate']['after']['parts'].keys() == NAMES
-  assert 'reward by vowels' in out
+  for name in NAMES:
+    assert results['evaluate']['after'][f'part/{name}']['mean']
+    assert f'Reward by {name} ' in out
+  (table,) = stage_tables('evaluate', results['evaluate'])
+  assert 'Reward by vowels' in [row.label for row in table.rows]
   key = json.loads((workdir / 'ppo' / 'stage.json').read_text())['key']
   assert key['functions'].keys() >= {'reward_shaping.reward_fn', 'rewards: vowels: fn'}
   assert 'rewards: second: path' in key['inputs']

@@ -333,6 +333,18 @@ def test_a_language_model_that_rewards_is_planned():
   assert more.arguments > fewer.arguments and not more.refused
 
 
+@pytest.mark.plan
+def test_listed_reward_models_are_planned():
+  lines = ('second path=x granularity=token', 'brief fn=m:f')
+  phases_ = ('scoring', 'rewards')
+  listed = make_plan(replace(SETTINGS, rewards=lines), phases_)
+  without = make_plan(names=phases_)
+  sizes = listed.programs.sizes()
+  assert sizes['reward model second'] == sizes['reward model'] and 'reward model brief' not in sizes
+  for more, fewer in zip(listed.phases, without.phases, strict=True):
+    assert more.arguments > fewer.arguments and not more.refused
+
+
 @functools.cache
 def compiled(name='policy update', **changes):
   """Returns the compiled program of a phase; keys of `changes` have __ for a dot."""

@@ -46,6 +46,8 @@ def report(tmp_path_factory):
   two_segments = response_record(91, 'one two three needle')
   two_segments['segments'].append(two_segments['segments'][0] | {'reward': 2.0})
   two_segments['segments'][0] |= {'entropy': [0.25, 2.5, 0.5, 1.0]}
+  two_segments['segments'][1]['parts'] = {'brief': -0.25, 'reward_model': 2.25}
+  two_segments['totals'] |= {'parts': {'brief': -0.75, 'reward_model': 3.5}}
   write_lines(workdir / 'ppo' / 'samples.jsonl', [*rows, long, two_segments])
   texts = {'before': 'was', 'after': 'is'}
   pair = [response_record(0, text, model, pair=3) for model, text in texts.items()]
@@ -139,6 +141,8 @@ def test_hover_and_keys_show_the_numbers(tab, report):
   assert '2.50 > 2' in tab.run(tip)
   tab.press('ArrowDown')
   assert '2 of 2' in tab.run(tip) and '+2.000' in tab.run(tip)
+  assert all(text in tab.run(tip) for text in ('of it brief', '−0.250', '+2.250'))
+  assert 'brief −0.75' in tab.run("document.querySelector('.meta').textContent")
   tab.press('Escape')
   assert tab.run(tip) == ''
 

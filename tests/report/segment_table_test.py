@@ -68,6 +68,19 @@ def test_table_shows_available_numbers_and_escapes_control_characters(capsys):
   ]
 
 
+def test_table_has_a_column_for_each_part_of_the_reward(capsys):
+  first = Segment('a', ['a'], [0.5], score=None, reward=0.5, parts={'brief': -0.25, 'rm': 0.75})
+  second = Segment(' b', [' b'], [0.25], score=None, reward=1.0, parts={'brief': 1.0, 'rm': None})
+  print_segments(AnnotatedResponse([], 'a b', [first, second]))
+  assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+    ['tokens', 'entropy', 'reward', 'brief', 'rm', 'segment'],
+    ['─' * 48],
+    ['1', '0.50', '+0.500', '-0.250', '+0.750', 'a'],
+    ['1', '0.25', '+1.000', '+1.000', '–', 'b'],
+    [],
+  ]
+
+
 @pytest.mark.parametrize('columns', [40, 80, 120])
 def test_a_long_segment_hides_no_number(capsys, monkeypatch, columns):
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)

@@ -14,7 +14,7 @@ from segjax.model import lora, sharding
 from segjax.train.experience import make_experience
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, ppo_step
-from segjax.train.recipe import PPORecipe
+from segjax.train.recipe import PPORecipe, RewardSource
 from segjax.train.scoring import score
 from segjax.types import Normalizer
 
@@ -114,9 +114,18 @@ def test_one_pass_scores_as_networks_by_themselves():
   base, trees = trained(adapters.adapter, models.mesh(1))
   own = adapters.adapter(models.params(models.CONFIG), adapters.SOME, 4)
   trees['reward_lm'] = models.place(own, models.mesh(1))
+  second = adapters.adapter(models.params(models.CONFIG), seed=5) | HEADS['critic']
+  trees['reward.second'] = models.place(second, models.mesh(1))
   config = adapters.config(adapters.SOME)
-  together = scored(base, trees, recipe(reward_lm=config, one_base=(*NAMES, 'reward_lm')))
-  alone = scored(base, trees, recipe(reward_lm=config, one_base=()))
+  source = RewardSource(
+    'second', 'reward.second', adapters.config(), training.segmenter(), 'even_split', 0.5
+  )
+  values = {'reward_lm': config, 'rewards': (source,)}
+  one_base = (*NAMES, 'reward_lm', 'reward.second')
+  assert len(recipe(**values, one_base=one_base).groups(one_base)) == 1
+  together = scored(base, trees, recipe(**values, one_base=one_base))
+  alone = scored(base, trees, recipe(**values, one_base=()))
+  assert together.scores.keys() == {'second'}
   mask = np.asarray(rollout().arrays.response_mask)
   for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
     at = mask if ours.ndim == 2 else slice(None)
