@@ -59,6 +59,7 @@ class RewardModelSettings:
   path: str = ''  # HF directory or hub id
   segmentation: SegmentationOverrides = SegmentationOverrides()
   normalizer: str = ''  # 'none', or 'published:NAME' such as published:llama3_8b_sft/segment
+  reads: str = 'auto'  # the policy's tokens, or text; auto: text if tokenizer or template differ
 
 
 @dataclasses.dataclass(frozen=True)

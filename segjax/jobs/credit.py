@@ -87,7 +87,13 @@ class Method(NamedTuple):
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights, and checks that a true credit is given."""
   _check_functions(stage.settings.evaluate)
-  return evaluate.load_collector(stage)
+  loaded = evaluate.load_collector(stage)
+  if loaded.models.text_model is not None:
+    raise UserError(
+      f'{loaded.models.text_model.path} reads text, and methods are compared by a reward model '
+      'that reads the policy’s tokens; name one in config.reward_model.path.'
+    )
+  return loaded
 
 
 def _check_functions(settings: Evaluate) -> None:

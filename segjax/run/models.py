@@ -1,8 +1,6 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
 import dataclasses
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,22 +11,20 @@ from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
 from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
-from segjax.data import demo_rows
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
-from segjax.data.languages import make_language
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
-from segjax.hf.adapter_config import is_local
 from segjax.model import host_memory
 from segjax.model.attention import select_implementation
-from segjax.model.llama import LlamaConfig, make_config
+from segjax.model.llama import LlamaConfig
 from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
 from segjax.run.stage import Stage
+from segjax.run.text_model import TextModel, load_text_model, reads_text
 from segjax.run.weights import Weights, check_adapter, names_on_one_base
 from segjax.train import reward_spec
 from segjax.train.recipe import PPORecipe
@@ -49,15 +45,25 @@ class Models(NamedTuple):
   """The models that a run names, before their weights are loaded.
 
   Attributes:
-    paths: their directories, by name: 'policy', 'reference', and 'reward' and 'reward_lm' if there
-      are any.
+    paths: directories of those that read the policy's tokens, by name: 'policy', 'reference', and
+      'reward' and 'reward_lm' if there are any.
     reward_spec: how responses are segmented and scores are normalised.
     configs: their networks, by name.
+    text_model: the reward model, if it reads text.
   """
 
   paths: dict[str, Path]
   reward_spec: RewardSpec
   configs: dict[str, LlamaConfig]
+  text_model: TextModel | None = None
+
+  @property
+  def frozen(self) -> dict[str, tuple[Path, LlamaConfig]]:
+    """Directory and network of each model."""
+    models = {name: (path, self.configs[name]) for name, path in self.paths.items()}
+    if self.text_model is not None:
+      models['reward'] = self.text_model.path, self.text_model.scorer.network
+    return models
 
 
 def load_network_config(
@@ -106,29 +112,6 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   return dataclasses.replace(config, lora=lora)
 
 
-def find_network_config(settings: Settings) -> LlamaConfig | None:
-  """Returns the network of the policy, or of the reward model where there is no policy.
-
-  Reads it from a local directory, otherwise from config.network; downloads nothing. None if the
-  sizes are unknown.
-  """
-  path = settings.policy.path or settings.reward_model.path
-  if path and is_local(Path(path).expanduser()):
-    return reader.load_config(Path(path).expanduser())
-  network = settings.network
-  if not network.vocab_size and 'demo' in settings.stages:
-    network = dataclasses.replace(network, vocab_size=_demo_vocab_size(settings.demo.language))
-  return make_config(network) if network.vocab_size else None
-
-
-def _demo_vocab_size(language: str) -> int:
-  words = make_language(language, 1, 1).words
-  with tempfile.TemporaryDirectory() as directory:
-    demo_rows.write_tokenizer(Path(directory), words)
-    tokenizer = json.loads((Path(directory) / 'tokenizer.json').read_text(encoding='utf-8'))
-  return len(tokenizer['model']['vocab'])
-
-
 def apply_runtime(
   config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
 ) -> tuple[LlamaConfig, str]:
@@ -165,16 +148,23 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     'policy': resolve_checkpoint(settings.policy.path, 'policy.path'),
     'reference': resolve_checkpoint(settings.reference.path, 'reference.path'),
   }
-  reward_model = settings.reward_model
+  reward_model, text_model, reward = settings.reward_model, None, None
+  is_text = False
   if reward_model.path:
-    paths['reward'] = resolve_checkpoint(reward_model.path, 'reward_model.path')
-    spec = reward_spec.resolve_spec(reward_model, paths['reward'], paths['policy'])
+    reward = resolve_checkpoint(reward_model.path, 'reward_model.path')
+    is_text = reads_text(settings, reward, paths['policy'])
+    spec = reward_spec.resolve_spec(reward_model, reward, None if is_text else paths['policy'])
   else:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
   # Before the weights are loaded, which takes minutes for a large model.
   check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  if is_text:
+    config = load_network_configs({'reward': reward}, settings.runtime, mesh, log)['reward']
+    text_model = load_text_model(settings, reward, config, spec, mesh, log)
+  elif reward is not None:
+    paths['reward'] = reward
   lm_reward = settings.reward_shaping.lm_reward
   if lm_reward.kind != 'off':
     key = 'reward_shaping.lm_reward.path'
@@ -184,7 +174,7 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
   configs = load_network_configs(paths, settings.runtime, mesh, log)
   warn_of_boundaries(spec.segmentation, configs['policy'], log)
-  return Models(paths, spec, configs)
+  return Models(paths, spec, configs, text_model)
 
 
 def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: LogFn) -> None:
@@ -233,9 +223,9 @@ def load_models(
   """
   trees = {}
   for name in names:
-    if name not in models.paths:
+    if name not in models.frozen:
       continue  # rewards have other sources
-    params = weights.frozen(models.paths[name], models.configs[name], HEADS[name])
+    params = weights.frozen(*models.frozen[name], HEADS[name])
     if on_host:
       # One model at a time moves to the host, so that the devices never hold all of them.
       params = host_memory.to_host(params)
@@ -293,6 +283,6 @@ def make_response_log(
     report,
     tokenizer,
     prompts.messages,
-    has_score=recipe.reward is not None,
+    has_score=recipe.has_scores,
     threshold=recipe.segmenter.threshold,
   )

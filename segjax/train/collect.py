@@ -25,6 +25,7 @@ from segjax.train.recipe import PPORecipe
 from segjax.train.response_functions import Responses
 from segjax.train.rollout import CollectedRollout, RolloutSampler, response_tokens, rollout
 from segjax.train.scoring import policy_logprobs, score
+from segjax.train.text_reward import TextReward
 from segjax.types import Experience, Normalizer
 
 
@@ -53,6 +54,7 @@ class Collector:
     recipe: how they are scored and rewarded.
     normalizer: normaliser of segment scores.
     custom_reward: the user's reward, if there is one.
+    text_reward: the reward model that reads text, if there is one.
     stop: asked while responses are sampled whether this process wants to stop; StepAbortedError
       then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
@@ -66,6 +68,7 @@ class Collector:
   custom_reward: CustomReward | None = None
   stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
+  text_reward: TextReward | None = None
 
   def collect(
     self,
@@ -137,6 +140,9 @@ class Collector:
       collected, self.sampler.stop_ids[0], self.recipe.compat, self.sampler.mesh
     )
     outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
+    if self.text_reward is not None:
+      prompts = [self.prompts.messages(row) for row in rows]
+      outputs = self.text_reward.add_scores(params, outputs, collected, prompts, self.recipe)
     # Dispatched before the user's function runs on the host, so that the two overlap.
     custom_reward, calls = self._custom_reward(collected, rows, step)
     experience, metrics = make_experience(

@@ -46,7 +46,7 @@ def make_experience(
   """
   ppo, mask = recipe.ppo, rollout.response_mask
   rollout = dataclasses.replace(rollout, old_logprob=outputs.old_logprob)
-  segments = _segments(rollout, outputs, recipe)
+  segments = segment_rollout(rollout, outputs, recipe=recipe)
   z = segment_z(outputs, segments, rollout, normalizer, recipe.shaping)
   lm_reward = lm_rewards(outputs, segments, rollout, recipe=recipe)
   dense = dense_rewards(
@@ -77,14 +77,14 @@ def make_experience(
   metrics = rollout_metrics(experience, dense, penalty, recipe)
   if experience.learn_mask is not None:
     metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
-  if recipe.reward is not None:  # without a reward model there are no scores to normalise
+  if recipe.has_scores:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   if lm_reward is not None:
     metrics['objective/lm_reward'] = jnp.mean(jnp.sum(lm_reward, axis=1))
   return experience, metrics
 
 
-def _segments(rollout: Rollout, outputs: ModelOutputs, recipe: PPORecipe) -> Segments:
+def segment_rollout(rollout: Rollout, outputs: ModelOutputs, *, recipe: PPORecipe) -> Segments:
   """Returns the segments of each response."""
   # By frozen networks: the cuts of a text stay the same while the policy changes.
   signals = {'logprob': outputs.ref_logprob, 'score': outputs.score}

@@ -14,7 +14,7 @@ class PPORecipe:
   """The networks, how responses are segmented, how scores become rewards, how PPO learns.
 
   Attributes:
-    reward: the reward model; None where rewards have other sources alone.
+    reward: the reward model that reads the policy's tokens; None without one.
     reward_lm: the language model that rewards tokens as `shaping.lm_reward` says; None without one.
     critic: the critic; None if `ppo.has_critic` is False.
     spread: a name in `rl.spreads.SPREADS`.
@@ -22,6 +22,8 @@ class PPORecipe:
     one_base: networks that add adapters to the reference's weights, and itself; they are scored in
       one pass over these weights. () where none does.
     samples_per_prompt: responses to one prompt, in adjacent rows of a rollout.
+    reads_text: scores come from a reward model that reads text, see `text_scoring`; `reward` is
+      None then.
   """
 
   policy: LlamaConfig
@@ -37,6 +39,12 @@ class PPORecipe:
   reward_lm: LlamaConfig | None = None
   one_base: tuple[str, ...] = ()
   samples_per_prompt: int = 1
+  reads_text: bool = False
+
+  @property
+  def has_scores(self) -> bool:
+    """Whether there is a reward model."""
+    return self.reward is not None or self.reads_text
 
   def groups(self, names: Iterable[str]) -> list[tuple[str, ...]]:
     """Returns the networks of these names in groups of those that are run together."""
