@@ -26,7 +26,7 @@ from segjax.plan.phases import (
   RowsAtOnce,
 )
 from segjax.plan.update_calls import update_calls
-from segjax.run.models import apply_runtime
+from segjax.run.network_runtime import apply_runtime
 from segjax.train import throughput
 from segjax.train.experience import make_experience
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step

@@ -9,20 +9,27 @@ from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
-from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
+from segjax.config.settings import (
+  Report,
+  RewardModelSettings,
+  Runtime,
+  Segmentation,
+  Settings,
+  replace,
+)
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
+from segjax.hf.score_head import find_score_head
 from segjax.model import host_memory
-from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs
 from segjax.run.inputs import resolve_checkpoint
+from segjax.run.network_runtime import apply_runtime
 from segjax.run.stage import Stage
 from segjax.run.text_model import TextModel, load_text_model, reads_text
 from segjax.run.weights import Weights, check_adapter, names_on_one_base
@@ -39,6 +46,7 @@ TRAINED_HEADS = {
 }
 
 LogFn = Callable[[str], None]
+_AS_IT_IS = RewardModelSettings()
 
 
 class Models(NamedTuple):
@@ -73,14 +81,22 @@ def load_network_config(
   log: LogFn,
   *,
   head: str = 'language',
+  how: RewardModelSettings = _AS_IT_IS,
 ) -> LlamaConfig:
   """Loads the network of `directory`, a frozen one, with the fields that config.runtime sets.
+
+  With a scalar head, `how` says what is read of a reward model; see `score_head`.
 
   Raises:
     UserError: its weights are not those of the network with this head, by the headers of their
       files; its heads cannot be divided over the mesh's tensor axis.
   """
   config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=False)
+  if head == 'scalar':
+    score, description = find_score_head(directory, how)
+    config = dataclasses.replace(config, score=score)
+    if description:
+      log(f'{directory}: {description}')
   reader.open_headers(directory, config, head)
   if reason:
     log(reason)
@@ -112,32 +128,6 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   return dataclasses.replace(config, lora=lora)
 
 
-def apply_runtime(
-  config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
-) -> tuple[LlamaConfig, str]:
-  """Returns (network with the runtime's fields, reason if another attention is used, or '').
-
-  Raises:
-    UserError: its heads cannot be divided over the mesh's tensor axis.
-  """
-  platform = mesh.devices.flat[0].platform
-  attention, reason = select_implementation(
-    runtime.attention, platform, runtime.compute_dtype, config.head_dim
-  )
-  config = dataclasses.replace(
-    config,
-    dtype=runtime.compute_dtype,
-    remat=runtime.remat if trained else 'none',  # nothing is saved without a backward pass
-    offload=runtime.offload_activations if trained else '',
-    scan_unroll=runtime.scan_unroll,
-    attention=attention,
-    vocab_chunk=runtime.vocab_chunk_size,
-    round_logits=runtime.round_logits,
-  )
-  check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading
-  return config, reason
-
-
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   """Returns the policy, reference and the models of the config that reward.
 
@@ -161,7 +151,8 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   if is_text:
-    config = load_network_configs({'reward': reward}, settings.runtime, mesh, log)['reward']
+    config = load_network_configs({'reward': reward}, settings.runtime, mesh, log, reward_model)
+    config = config['reward']
     text_model = load_text_model(settings, reward, config, spec, mesh, log)
   elif reward is not None:
     paths['reward'] = reward
@@ -172,7 +163,7 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     reward_spec.check_tokenizer(paths['reward_lm'], paths['policy'])
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
-  configs = load_network_configs(paths, settings.runtime, mesh, log)
+  configs = load_network_configs(paths, settings.runtime, mesh, log, reward_model)
   warn_of_boundaries(spec.segmentation, configs['policy'], log)
   return Models(paths, spec, configs, text_model)
 
@@ -193,21 +184,25 @@ def load_chat_tokenizer(settings: Settings, models: Models, log: LogFn) -> ChatT
 
 
 def load_network_configs(
-  paths: dict[str, Path], runtime: Runtime, mesh: Mesh, log: LogFn
+  paths: dict[str, Path],
+  runtime: Runtime,
+  mesh: Mesh,
+  log: LogFn,
+  how: RewardModelSettings = _AS_IT_IS,
 ) -> dict[str, LlamaConfig]:
-  """Loads the network of each directory, for frozen models.
+  """Loads the network of each directory, for frozen models; `how` is config.reward_model.
 
   Raises:
     UserError: the reward model has no scalar head; scores of a random head are meaningless.
   """
   configs = {
-    name: load_network_config(path, runtime, mesh, log, head=HEADS[name])
+    name: load_network_config(path, runtime, mesh, log, head=HEADS[name], how=how)
     for name, path in paths.items()
   }
   if 'reward' in paths and not reader.has_scalar_head(paths['reward'], configs['reward']):
     raise UserError(
       f'{paths["reward"]} has no scalar head, so it is not a reward model; train a reward model '
-      'from it by the reward job.'
+      'from it by the reward job, or set config.reward_model.head=tokens if it answers by tokens.'
     )
   return configs
 

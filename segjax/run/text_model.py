@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from segjax.config.settings import Data, Settings
+from segjax.config.settings import Data, RewardModelSettings, Settings
 from segjax.data.batches import Prompts
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError
 from segjax.errors import UserError
@@ -16,7 +16,7 @@ from segjax.run import inputs
 from segjax.train import reward_spec
 from segjax.train.reward_spec import RewardSpec
 from segjax.train.text_reward import TextReward
-from segjax.train.text_scoring import TextScorer
+from segjax.train.text_scoring import StepMarks, TextScorer
 
 
 class TextModel(NamedTuple):
@@ -47,8 +47,8 @@ def reads_text(settings: Settings, directory: Path, policy: Path) -> bool:
     policy: directory of the policy.
   """
   how = settings.reward_model.reads
-  if how != 'auto':
-    return how == 'text'
+  if how != 'auto' or settings.reward_model.step_tag:
+    return how != 'tokens'
   stored = reward_spec.read_spec(directory, with_normalizer=False)
   sha256 = stored.tokenizer_sha256 if stored else ''
   if not reward_spec.shares_tokenizer(directory, policy, sha256):
@@ -87,8 +87,30 @@ def load_text_model(
       'every token; use red or none.'
     )
   tokenizer = _load_own_tokenizer(directory, settings.data).for_networks({'reward model': config})
-  log(f'{directory} reads text, by its own tokenizer and chat template')
-  return TextModel(directory, TextScorer(config, tokenizer, mesh))
+  marks = StepMarks(settings.reward_model.step_tag, settings.reward_model.step_delimiter)
+  if marks.tag:
+    _check_tag(tokenizer, marks.tag, directory)
+  read = f'; the score of a step is read at {marks.tag!r} behind it' if marks.tag else ''
+  log(f'{directory} reads text, by its own tokenizer and chat template{read}')
+  return TextModel(directory, TextScorer(config, tokenizer, mesh, marks))
+
+
+def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path) -> None:
+  ids, unknown = tokenizer.encode([tag])[0], tokenizer.tokenizer.unk_token_id
+  if not len(ids) or unknown in list(ids):
+    raise UserError(
+      f'config.reward_model.step_tag={tag!r} is not in the vocabulary of {directory}; name the tag '
+      'that it was trained with.'
+    )
+
+
+def check_no_tags(settings: RewardModelSettings, job: str) -> None:
+  """Raises UserError if a job is to read tags that it does not put in."""
+  if settings.step_tag:
+    raise UserError(
+      f'config.reward_model.step_tag={settings.step_tag!r}: {job} reads scores at the reward '
+      'model’s own tokens, and puts no tags behind steps; ppo, evaluate and sample do.'
+    )
 
 
 def _load_own_tokenizer(directory: Path, data: Data) -> ChatTokenizer:

@@ -161,9 +161,11 @@ def mark_steps(
   text, place, gap = '', {}, ''
   for start, end in itertools.pairwise([0, *sorted({end for end in ends if end != NOT_READ})]):
     words = response[start:end].rstrip()
+    after = response[start + len(words) : end]
+    if marks.delimiter is not None:
+      words, after = words.lstrip() if text else words, marks.delimiter
     text += gap + words + marks.tag
-    place[end] = len(text)
-    gap = response[start + len(words) : end] if marks.delimiter is None else marks.delimiter
+    place[end], gap = len(text), after
   return text, [place.get(end, NOT_READ) for end in ends]
 
 

@@ -210,3 +210,45 @@ def test_a_prompt_that_the_reward_model_cannot_read(small, run, inputs, tmp_path
   values = inputs | {'data.path': str(tmp_path / 'p.jsonl')}
   with pytest.raises(UserError, match=r'p\.jsonl, row 2.*begins with'):
     run(small('ppo', **values))
+
+
+@pytest.mark.parametrize(
+  'job, values, message',
+  [
+    ('evaluate', {'step_tag': '日', 'reads': 'tokens'}, 'step_tag=.日. is put into text'),
+    ('evaluate', {'step_delimiter': '\n'}, 'has no effect without config.reward_model.step_tag'),
+    ('evaluate', {'positive': '+', 'head': 'scalar'}, 'has no effect with head=scalar'),
+    ('evaluate', {'head': 'tokens'}, r'which tokens of .* is not known; set'),
+    ('evaluate', {'positive': 'LABEL_1'}, 'has one label'),
+    ('normalizer', {'step_tag': '#', 'normalizer': ''}, 'normalizer reads scores at the reward'),
+    ('evaluate_reward', {'step_tag': '#'}, 'evaluate_reward reads scores at the reward model'),
+  ],
+)
+def test_what_a_process_model_reads_is_known(small, run, inputs, language, job, values, message):
+  if job != 'evaluate':
+    pairs = str(language / 'rows' / 'pairs.jsonl.gz')
+    inputs |= {'data.path': pairs, 'reference.path': inputs['reward_model.path']}
+  with pytest.raises(UserError, match=message) as error:
+    values = {f'reward_model.{name}': value for name, value in values.items()}
+    run(small(job, **inputs | values))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('head', ['scalar', 'tokens'])
+def test_a_process_model_by_its_settings(small, make_stage, inputs, head, tmp_path):
+  how = {'step_tag': ' hello', 'step_delimiter': '\n', 'head': head}
+  if head == 'tokens':
+    how |= {'positive': '+', 'negative': '-'}
+  values = {f'reward_model.{name}': value for name, value in how.items()}
+  lines = []
+  stage = dataclasses.replace(
+    make_stage('evaluate', small('evaluate', **inputs | values)),
+    write_log=lambda line, name: lines.append(line),
+  )
+  if head == 'tokens':
+    with pytest.raises(UserError, match=r'holds tensor score\.weight'):  # it is no language model
+      evaluate.load_collector(stage)
+    return
+  scorer = evaluate.load_collector(stage).models.text_model.scorer
+  assert (scorer.marks.tag, scorer.marks.delimiter) == (' hello', '\n')
+  assert any("the score of a step is read at ' hello' behind it" in line for line in lines)
