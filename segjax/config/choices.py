@@ -59,6 +59,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     'none',
     *(f'published:{name}' for name in normalizer.PUBLISHED),
   ),
+  'reward_model.reads': ('auto', 'tokens', 'text'),
+  'reward_model.head': ('auto', 'scalar', 'labels', 'tokens'),
   'normalizer.kind': ('auto', *normalizer.KINDS),
   'normalizer.weighting': normalizer.WEIGHTINGS,
   'rollout.weights_dtype': ROLLOUT_WEIGHTS,

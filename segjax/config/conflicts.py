@@ -53,6 +53,33 @@ def check_conflicts(s: Settings) -> None:
       'packs them; set one of them to False or 0.'
     )
   _check_rewards(s)
+  _check_reward_model(s)
+
+
+def _check_reward_model(s: Settings) -> None:
+  """Checks what a process reward model is said to read."""
+  model = s.reward_model
+  if model.step_tag and model.reads == 'tokens':
+    raise UserError(
+      f'config.reward_model.step_tag={model.step_tag!r} is put into text, and reads=tokens gives '
+      'the reward model the policy’s tokens; set config.reward_model.reads=text.'
+    )
+  if model.step_tag and s.reward_shaping.redistribute == 'red':
+    raise UserError(
+      f'config.reward_model.step_tag={model.step_tag!r} reads scores of steps, and '
+      'config.reward_shaping.redistribute=red differences of the score of a text; use none.'
+    )
+  if model.step_delimiter is not None and not model.step_tag:
+    raise UserError(
+      f'config.reward_model.step_delimiter={model.step_delimiter!r} has no effect without '
+      'config.reward_model.step_tag, which it stands behind; set both, or neither.'
+    )
+  for name in ('positive', 'negative'):
+    if getattr(model, name) and model.head == 'scalar':
+      raise UserError(
+        f'config.reward_model.{name}={getattr(model, name)!r} has no effect with head=scalar; set '
+        'config.reward_model.head=labels or tokens.'
+      )
 
 
 def _check_rewards(s: Settings) -> None:

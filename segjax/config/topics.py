@@ -121,6 +121,28 @@ lora.train_head=True.
                 critic_optimizer.learning_rate=3e-5, and rollout.max_new_tokens=64.
 """
 
+REWARD_MODELS = """\
+ppo, evaluate and sample use reward models of others. Without a segment_reward.json, set
+reward_model.normalizer and reward_model.segmentation.granularity, boundary, ...
+
+  text      A model of another tokenizer or chat template than the policy's reads text, by its own:
+            responses are cut on the policy's tokens, and an end is carried over in characters, to
+            the token that completes them. reward_model.reads sets it. A normaliser carries over, as
+            its position p counts segments; an entropy threshold is that of another reference.
+  head      auto reads ...ForSequenceClassification and ...ForTokenClassification of one label.
+            Of two labels, reward_model.positive=LABEL_1 names the good one: the score is its logit
+            less the other's. head=tokens with positive='+' and negative='-' reads two tokens of a
+            language model. The log says what is read; segjax/hf/score_head.py lists the forms.
+  steps     segmentation.boundary=delimiter and delimiters, or boundary=function, cut into steps.
+            step_tag is put behind each, and its score read there; step_delimiter replaces the white
+            space between steps. Math-Shepherd's form: step_tag=' ки', a line end as step_delimiter,
+            head=tokens. Qwen2.5-Math's form: step_tag='<extra_0>', step_delimiter='',
+            positive=LABEL_1. These are forms; no published model was run here.
+  limits    evaluate_reward, normalizer, credit, chat and the API read models that share the
+            reference's tokenizer, without tags. Not on text: score_jump, redistribute=gradient or
+            attention, critic.init=reward_model, adapters on the policy's base.
+"""
+
 PACKING = """\
 With packing_length of sft, reward, dpo or ppo set, several sequences share a row of about that many
 tokens. An update then costs its real tokens instead of the longest sequence times the batch size.
@@ -263,7 +285,7 @@ A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. Wh
   the tokenizer has no chat template
       --config.data.chat_template=chatml, or a file
   the tokenizers of A and B differ
-      Use models that were trained from one base model.
+      Use models that were trained from one base model; `segjax help reward-models`.
   DIRECTORY has no segment_reward.json
       Run `segjax normalizer:local` on the reward model.
   DIRECTORY is an adapter, and config.lora.policy trains all weights
@@ -285,6 +307,7 @@ TOPICS = {
   'rewards': REWARDS,
   'memory': MEMORY,
   'adapters': ADAPTERS,
+  'reward-models': REWARD_MODELS,
   'packing': PACKING,
   'rollouts': ROLLOUTS,
   'buckets': BUCKETS,

@@ -37,6 +37,7 @@ from segjax.hf.checkpoint import (
   without_wrapper,
 )
 from segjax.hf.config import config_from_hf, head_name
+from segjax.hf.score_head import load_score_head
 from segjax.hf.tensor_names import list_tensors
 from segjax.hf.tensor_slices import DTYPES, SliceReader, describe_not_finite
 from segjax.model.llama import LlamaConfig
@@ -104,7 +105,8 @@ def load_params(
   for entry in entries:
     if dtype_of(entry.path) not in ('', *DTYPES.values()):
       raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES.values())} or ''.")
-  fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD
+  own_score = config.score if head == 'scalar' else None
+  fresh = head == 'scalar' and entries[-1].path != _SCALAR_HEAD and not own_score
   if fresh and key is None:
     raise UserError(
       f'{checkpoint.directory} has no scalar head; provide a random key to draw one, or a reward '
@@ -114,6 +116,8 @@ def load_params(
     resolve_dtype(checkpoint, entry, dtype_of(entry.path)) for entry in entries
   ]  # before any is read
   params = placement.load_tensors(checkpoint, entries, dtypes, mesh, strict)
+  if own_score:
+    params['scalar_head'] = load_score_head(checkpoint, own_score, mesh)
   if fresh:
     own = dtype_of(_SCALAR_HEAD) or params['backbone']['embedding'].dtype
     params['scalar_head'] = {'kernel': init_scalar_head(key, config.hidden_size, own, mesh)}
@@ -161,9 +165,10 @@ def open_headers(
   checkpoint = without_wrapper(open_checkpoint(directory))
   score = head_name(read_json(checkpoint.directory / CONFIG))
   entries = tensor_names.tensor_mappings(config, head, score)
-  if head == 'scalar' and f'{score}.weight' not in checkpoint.tensors:
+  other = config.score.names if head == 'scalar' and config.score else ()
+  if head == 'scalar' and (other or f'{score}.weight' not in checkpoint.tensors):
     entries = entries[:-1]  # the scalar head is the last one of the table
-  _check(checkpoint, entries, head)
+  _check(checkpoint, entries, head, other)
   return checkpoint, entries
 
 
@@ -176,7 +181,7 @@ def has_scalar_head(path: str | Path, config: LlamaConfig) -> bool:
   directory = resolve_checkpoint(path)
   entries = open_headers(directory, config, 'scalar')[1]
   own = is_adapter(directory) and read_adapter(directory).has_score
-  return own or entries[-1].path == _SCALAR_HEAD
+  return own or config.score is not None or entries[-1].path == _SCALAR_HEAD
 
 
 def resolve_dtype(
@@ -229,9 +234,12 @@ def _open_adapter(directory: Path, head: str) -> Adapter:
 
 
 def _check(
-  checkpoint: Checkpoint, entries: tuple[tensor_names.TensorMapping, ...], head: str
+  checkpoint: Checkpoint,
+  entries: tuple[tensor_names.TensorMapping, ...],
+  head: str,
+  other: tuple[str, ...] = (),
 ) -> None:
-  """Raises ValueError unless the checkpoint holds exactly the tensors of the table."""
+  """Raises ValueError unless the checkpoint holds exactly the tensors of the table, and `other`."""
   tensors = checkpoint.tensors
   expected = {name: entry.hf_shape for entry in entries for name in entry.hf_names()}
   # Names before shapes: a config of another model shows best in what is missing.
@@ -245,11 +253,8 @@ def _check(
     )
   # A head may be left over: of a reward model its language head, of a tied model a copy of the
   # embedding.
-  extra = [
-    name
-    for name in tensors
-    if name not in expected and name != 'lm_head.weight' and not re.search(_IGNORED, name)
-  ]
+  known = {*expected, *other, 'lm_head.weight'}
+  extra = [name for name in tensors if name not in known and not re.search(_IGNORED, name)]
   if extra:
     raise UserError(
       f'{tensors[extra[0]].file} holds {list_tensors(extra)} that a {head} model with its '

@@ -72,6 +72,10 @@ class SliceReader:
         target[...] = piece
     return out
 
+  def rows(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    """Returns rows of one HF tensor, as float32."""
+    return np.asarray(self._piece(name, (rows,)), np.float32)
+
   def check(self, name: str) -> None:
     """Checks one HF tensor for NaN and infinity; adds it to `not_finite` if it has any."""
     self._piece(name, (slice(None),))

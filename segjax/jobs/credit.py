@@ -92,7 +92,13 @@ def load(stage: Stage) -> evaluate.Loaded:
       'config.rewards has no effect in credit, which compares ways to read one reward model, that '
       'of config.reward_model; leave it out.'
     )
-  return evaluate.load_collector(stage)
+  loaded = evaluate.load_collector(stage)
+  if loaded.models.text_model is not None:
+    raise UserError(
+      f'{loaded.models.text_model.path} reads text, and methods are compared by a reward model '
+      'that reads the policy’s tokens; name one in config.reward_model.path.'
+    )
+  return loaded
 
 
 def _check_functions(settings: Evaluate) -> None:
@@ -113,7 +119,9 @@ def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
   """
   s, collector = stage.settings, loaded.collector
   methods = _make_methods(stage, loaded)
-  params = models.load_models(loaded.models, tuple(models.HEADS), Weights(s.runtime, stage.mesh))
+  params = models.load_models(
+    loaded.models, tuple(loaded.models.paths), Weights(s.runtime, stage.mesh)
+  )
   rows = np.repeat(np.arange(len(collector.prompts)), s.evaluate.samples_per_prompt)
   rows = rows[: len(rows) // stage.mesh.size * stage.mesh.size]
   rollout = collector.collect(params, rows, stage.key('samples'), jnp.float32(0)).rollout

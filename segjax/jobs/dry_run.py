@@ -10,7 +10,7 @@ from segjax.jobs.registry import JOBS
 from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.report.console import log, table
 from segjax.run import inputs
-from segjax.run.planned_network import find_network_config
+from segjax.run.network_sizes import find_network_config
 from segjax.run.stage import Stage
 
 

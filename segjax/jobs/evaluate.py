@@ -43,6 +43,7 @@ from segjax.report.segment_table import escape_control, print_response
 from segjax.run import inputs, models
 from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
+from segjax.run.text_model import check_prompts
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train.collect import Collector
@@ -140,18 +141,19 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 
 def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
   """Returns how responses to the held-out prompts are sampled and scored."""
-  s, configs = stage.settings, resolved.configs
+  s, configs, model = stage.settings, resolved.configs, resolved.text_model
   recipe = models.make_recipe(
     s, configs, resolved.reward_spec, tokenizer, resolved.paths, resolved.listed
   )
   # Nothing reads advantages: no critic is run, and a batch may have any responses to a prompt. It
   # is scored at once, as large as config.evaluate.batch_size.
   ppo = dataclasses.replace(s.ppo, scoring_batch_size=0, estimator='reinforce_plus_plus')
-  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)
+  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1, reads_text=model is not None)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
+  check_prompts(model, prompts)
   return Collector(
     prompts,
     RolloutSampler(recipe.policy, rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
@@ -159,6 +161,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     load_custom_reward(s.reward_shaping, tokenizer.decode),
     load_listed(s, resolved.listed, tokenizer.decode),
+    text_reward=model and model.reward(tokenizer),
   )
 
 
@@ -224,7 +227,7 @@ def sample_responses(
   rollout = experience.rollout
   return EvaluatedResponses(
     experience=experience,
-    score=scores if recipe.reward is not None else None,
+    score=scores if recipe.has_scores else None,
     prompt=repeated,
     prompts=collector.prompt_texts(repeated),
     texts=[decode(ids) for ids in response_tokens(rollout)],

@@ -39,6 +39,7 @@ from segjax.report.console import table
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.run.text_model import check_no_tags
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
@@ -207,7 +208,9 @@ def load_reward_model(
   tokenizer = inputs.load_chat_tokenizer(path, settings.data, fallback=reference)
   if not make_segmenter(spec.segmentation, tokenizer).needs_reference:
     reference = None
-  config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log)['reward']
+  check_no_tags(settings.reward_model, 'evaluate_reward')
+  how, runtime = settings.reward_model, settings.runtime
+  config = models.load_network_configs({'reward': path}, runtime, mesh, log, how)['reward']
   scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
   tokenizer = tokenizer.for_networks(scorer.networks)
   return LoadedRewardModel(path, reference, spec, scorer, tokenizer)

@@ -25,6 +25,7 @@ from segjax.rl import normalizer
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
+from segjax.run.text_model import check_no_tags
 from segjax.run.weights import Weights
 from segjax.storage import make_directory, write_text_atomically
 from segjax.train import reward_spec
@@ -73,7 +74,10 @@ def load(stage: Stage) -> Loaded:
   without_normalizer = dataclasses.replace(s.reward_model, normalizer='none')
   spec = reward_spec.resolve_spec(without_normalizer, source, reference_path)
   kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
-  configs = models.load_network_configs({'reward': source}, s.runtime, stage.mesh, stage.log)
+  check_no_tags(s.reward_model, 'normalizer')
+  configs = models.load_network_configs(
+    {'reward': source}, s.runtime, stage.mesh, stage.log, s.reward_model
+  )
   tokenizer = inputs.load_chat_tokenizer(source, s.data, fallback=reference_path)
   scorer = make_scorer(
     configs['reward'],

@@ -38,6 +38,7 @@ from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, training_loop
 from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
+from segjax.run.text_model import check_prompts
 from segjax.run.weights import Trainable, Weights, log_memory, save_network
 from segjax.train.carry import Stream, nothing_carried
 from segjax.train.collect import Collector
@@ -84,7 +85,7 @@ def load(stage: Stage) -> Loaded:
   resolved = models.resolve_models(s, stage.mesh, stage.log)
   paths = {'policy': resolved.paths['policy']}
   if s.ppo.has_critic:
-    paths['critic'] = critic_directory(s.critic.init, resolved.paths)
+    paths['critic'] = critic_directory(s.critic.init, resolved)
   tokenizer = models.load_chat_tokenizer(s, resolved, stage.log)
   trained = {name: models.load_trained_config(stage, name, path) for name, path in paths.items()}
   configs = resolved.configs | trained
@@ -92,10 +93,12 @@ def load(stage: Stage) -> Loaded:
   recipe = models.make_recipe(
     s, configs, resolved.reward_spec, tokenizer, resolved.paths | paths, resolved.listed
   )
+  recipe = dataclasses.replace(recipe, reads_text=resolved.text_model is not None)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
+  check_prompts(resolved.text_model, prompts)
   sampler = RolloutSampler(
     recipe.policy,
     rollout,
@@ -150,17 +153,23 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   return {'steps': s.ppo.max_steps} | results
 
 
-def critic_directory(init: str, paths: dict[str, Path]) -> Path:
+def critic_directory(init: str, resolved: models.Models) -> Path:
   """Returns the checkpoint of the critic's first weights.
 
   Args:
     init: config.critic.init.
-    paths: of 'policy' and, if there is one, 'reward'.
+    resolved: the frozen models.
   """
+  paths = resolved.paths
   if init == 'policy':
     return paths['policy']
   if init != 'reward_model':
     return inputs.resolve_checkpoint(init, 'critic.init')
+  if resolved.text_model is not None:
+    raise UserError(
+      f'config.critic.init=reward_model, but {resolved.text_model.path} reads text, and a critic '
+      'the policy’s tokens; use policy.'
+    )
   if 'reward' not in paths:
     raise UserError('config.critic.init=reward_model, but there is no reward model; use policy.')
   return paths['reward']
@@ -205,6 +214,7 @@ def _make_trainer(
   normalizer: Normalizer,
 ) -> Trainer:
   s, (resolved, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
+  model = resolved.text_model
   train_set, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
   eval_collector = Collector(
     held_out,
@@ -214,6 +224,7 @@ def _make_trainer(
     load_custom_reward(s.reward_shaping, tokenizer.decode),
     load_listed(s, resolved.listed, tokenizer.decode),
     stop=preemption.stop_requested,
+    text_reward=model and model.reward(tokenizer),
   )
   timer, stream = StepTimer(), None
   if s.rollout.carry:

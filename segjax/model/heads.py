@@ -114,7 +114,12 @@ def read_scores(hidden: Float[Array, 'B S D'], params: Params) -> Float[Array, '
   """Returns `scores` of hidden states."""
   # In bfloat16 a score would be rounded by up to 0.4 % before scores are compared.
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-  return (hidden.astype(dtype) @ params['scalar_head']['kernel'].astype(dtype))[..., 0]
+  hidden, head = hidden.astype(dtype), params['scalar_head']
+  if 'hidden' in head:  # of others, see `score_head.ScoreHead`
+    layer = head['hidden']
+    hidden = jax.nn.relu(hidden @ layer['kernel'] + layer['bias'][None, None])
+  score = (hidden @ head['kernel'].astype(dtype))[..., 0]
+  return score + head['bias'][0] if 'bias' in head else score
 
 
 def values(

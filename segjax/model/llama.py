@@ -22,6 +22,7 @@ from segjax.model.embedding import embed
 from segjax.model.layers import Linear, RMSNorm
 from segjax.model.remat import checkpoint_policy
 from segjax.model.rope import RopeScaling, rope_frequencies, rotate
+from segjax.model.score_head import ScoreHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LlamaConfig:
     round_logits: whether logits are rounded to `dtype`, as in transformers.
     scan_unroll: layers that an iteration of the scan holds.
     lora: of the network's adapters; None for a network without.
+    score: of a reward model whose checkpoint has another head than a scalar; None for a scalar.
   """
 
   vocab_size: int
@@ -71,6 +73,7 @@ class LlamaConfig:
   round_logits: bool = False
   scan_unroll: int = 1
   lora: Lora | None = None
+  score: ScoreHead | None = None
 
   def __post_init__(self):
     check_fits(self.lora, self.family, self.tie_word_embeddings)

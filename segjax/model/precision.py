@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from segjax.model import quantized, sharding
 
-_ALWAYS = ('scale', 'bias', 'scalar_head/kernel')
+_ALWAYS = ('scale', 'bias', 'scalar_head/kernel', 'scalar_head/hidden/kernel')
 _TRAINED_HEAD = {False: 'lm_head/kernel', True: 'backbone/embedding'}  # by whether it is tied
 
 

@@ -39,7 +39,8 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
   (r'layers/(output|down)/a$', P(None, 'tensor', 'fsdp')),
   (r'layers/(output|down)/b$', P(None, None, 'fsdp')),
   (r'lm_head/kernel$', P('fsdp', 'tensor')),
-  (r'scalar_head/kernel$', P(None, None)),  # one column, too small to split
+  (r'scalar_head/(hidden/)?kernel$', P(None, None)),  # one column, too small to split
+  (r'scalar_head/(hidden/)?bias$', P(None)),
   (r'(^|/)(step|seed|count|notfinite_count)$', P()),
 )
 

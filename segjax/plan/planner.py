@@ -13,7 +13,7 @@ from segjax.plan.phase_plan import PhasePlan
 from segjax.plan.phases import JobPlan, JobPrograms
 from segjax.plan.topologies import Topology
 from segjax.report.console import log
-from segjax.run.planned_network import find_network_config
+from segjax.run.network_sizes import find_network_config
 from segjax.run.training_loop import check_micro_batch
 
 

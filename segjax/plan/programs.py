@@ -19,7 +19,7 @@ from segjax.plan import abstract_arrays
 from segjax.plan.lengths import draw_lengths
 from segjax.plan.phases import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.plan.update_calls import update_calls
-from segjax.run.models import apply_runtime
+from segjax.run.network_runtime import apply_runtime
 from segjax.train import throughput
 from segjax.train.implicit_scoring import ImplicitScorer
 from segjax.train.preference_step import FrozenParams, preference_step

@@ -90,7 +90,7 @@ class AnswerRewards:
       ListedRewards(self.listed.normalizers, rewards),
       recipe=self.recipe,
     )
-    has_score = self.recipe.reward is not None
+    has_score = self.recipe.has_scores
     segments, _ = segments_from_experience(
       processes.to_host(experience), 0, tokenizer, has_score=has_score
     )

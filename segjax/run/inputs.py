@@ -124,20 +124,31 @@ def log_other_template(
   tokenizer: ChatTokenizer, directory: Path, data: Data, log: Callable[[str], None]
 ) -> None:
   """Logs a warning if the model of `directory` was made with another chat template."""
+  if difference := find_other_template(tokenizer, directory, data):
+    ours, theirs = difference
+    log(
+      f'warning: {directory} was made with another chat template: it reads {ours!r} here, and '
+      f'{theirs!r} by its own; train both with one template, or set data.chat_template'
+    )
+
+
+def find_other_template(
+  tokenizer: ChatTokenizer, directory: Path, data: Data
+) -> tuple[str, str] | None:
+  """Returns a text by the template of `tokenizer` and by that of a model; None if they are equal.
+
+  Also None of a model without a template, which does not say how it was trained.
+  """
   try:
     other = load_tokenizer(str(tokenizer_directory(directory)), date=data.template_date)
   except UserError:
-    return  # it has no template, so that it says nothing about how it was trained
+    return None
   messages = [{'role': 'user', 'content': 'A question'}]
   ours, theirs = (
     t.prompt_text(messages) + t.response_texts(messages, t.prompt_text(messages), ['An answer'])[0]
     for t in (tokenizer, other)
   )
-  if ours != theirs:
-    log(
-      f'warning: {directory} was made with another chat template: it reads {ours!r} here, and '
-      f'{theirs!r} by its own; train both with one template, or set data.chat_template'
-    )
+  return (ours, theirs) if ours != theirs else None
 
 
 def with_stage_data(settings: Settings, stage: str) -> Settings:

@@ -9,21 +9,29 @@ from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
-from segjax.config.settings import Report, Runtime, Segmentation, Settings, replace
+from segjax.config.settings import (
+  Report,
+  RewardModelSettings,
+  Runtime,
+  Segmentation,
+  Settings,
+  replace,
+)
 from segjax.config.validate import resolve_recompute_logprob, resolve_spread
 from segjax.data.batches import Prompts
 from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
+from segjax.hf.score_head import find_score_head
 from segjax.model import host_memory
-from segjax.model.attention import select_implementation
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import check_heads
 from segjax.report.response_log import ResponseLog
 from segjax.run import inputs, reward_sources
 from segjax.run.inputs import resolve_checkpoint
+from segjax.run.network_runtime import apply_runtime
 from segjax.run.stage import Stage
+from segjax.run.text_model import TextModel, load_text_model, reads_text
 from segjax.run.weights import Weights, check_adapter, names_on_one_base
 from segjax.train import reward_spec
 from segjax.train.recipe import PPORecipe
@@ -38,24 +46,35 @@ TRAINED_HEADS = {
 }
 
 LogFn = Callable[[str], None]
+_AS_IT_IS = RewardModelSettings()
 
 
 class Models(NamedTuple):
   """The models that a run names, before their weights are loaded.
 
   Attributes:
-    paths: their directories, by name: 'policy', 'reference', and 'reward' and 'reward_lm' if there
-      are any.
+    paths: directories of those that read the policy's tokens, by name: 'policy', 'reference', and
+      'reward' and 'reward_lm' if there are any.
     reward_spec: how responses are segmented and scores are normalised.
     configs: their networks, by name.
     listed: how to read the reward models of config.rewards, by name; their paths and networks are
       named as `reward_lines.RewardLine.network` says.
+    text_model: the reward model, if it reads text.
   """
 
   paths: dict[str, Path]
   reward_spec: RewardSpec
   configs: dict[str, LlamaConfig]
   listed: dict[str, RewardSpec]
+  text_model: TextModel | None = None
+
+  @property
+  def frozen(self) -> dict[str, tuple[Path, LlamaConfig]]:
+    """Directory and network of each model."""
+    models = {name: (path, self.configs[name]) for name, path in self.paths.items()}
+    if self.text_model is not None:
+      models['reward'] = self.text_model.path, self.text_model.scorer.network
+    return models
 
 
 def load_network_config(
@@ -65,14 +84,22 @@ def load_network_config(
   log: LogFn,
   *,
   head: str = 'language',
+  how: RewardModelSettings = _AS_IT_IS,
 ) -> LlamaConfig:
   """Loads the network of `directory`, a frozen one, with the fields that config.runtime sets.
+
+  With a scalar head, `how` says what is read of a reward model; see `score_head`.
 
   Raises:
     UserError: its weights are not those of the network with this head, by the headers of their
       files; its heads cannot be divided over the mesh's tensor axis.
   """
   config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=False)
+  if head == 'scalar':
+    score, description = find_score_head(directory, how)
+    config = dataclasses.replace(config, score=score)
+    if description:
+      log(f'{directory}: {description}')
   reader.open_headers(directory, config, head)
   if reason:
     log(reason)
@@ -104,32 +131,6 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   return dataclasses.replace(config, lora=lora)
 
 
-def apply_runtime(
-  config: LlamaConfig, runtime: Runtime, mesh: Mesh, *, trained: bool
-) -> tuple[LlamaConfig, str]:
-  """Returns (network with the runtime's fields, reason if another attention is used, or '').
-
-  Raises:
-    UserError: its heads cannot be divided over the mesh's tensor axis.
-  """
-  platform = mesh.devices.flat[0].platform
-  attention, reason = select_implementation(
-    runtime.attention, platform, runtime.compute_dtype, config.head_dim
-  )
-  config = dataclasses.replace(
-    config,
-    dtype=runtime.compute_dtype,
-    remat=runtime.remat if trained else 'none',  # nothing is saved without a backward pass
-    offload=runtime.offload_activations if trained else '',
-    scan_unroll=runtime.scan_unroll,
-    attention=attention,
-    vocab_chunk=runtime.vocab_chunk_size,
-    round_logits=runtime.round_logits,
-  )
-  check_heads(config.num_attention_heads, config.num_key_value_heads, mesh)  # before loading
-  return config, reason
-
-
 def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   """Returns the policy, reference and the models of the config that reward.
 
@@ -140,16 +141,24 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     'policy': resolve_checkpoint(settings.policy.path, 'policy.path'),
     'reference': resolve_checkpoint(settings.reference.path, 'reference.path'),
   }
-  reward_model = settings.reward_model
+  reward_model, text_model, reward = settings.reward_model, None, None
+  is_text = False
   if reward_model.path:
-    paths['reward'] = resolve_checkpoint(reward_model.path, 'reward_model.path')
-    spec = reward_spec.resolve_spec(reward_model, paths['reward'], paths['policy'])
+    reward = resolve_checkpoint(reward_model.path, 'reward_model.path')
+    is_text = reads_text(settings, reward, paths['policy'])
+    spec = reward_spec.resolve_spec(reward_model, reward, None if is_text else paths['policy'])
   else:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
   # Before the weights are loaded, which takes minutes for a large model.
   check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
+  if is_text:
+    config = load_network_configs({'reward': reward}, settings.runtime, mesh, log, reward_model)
+    config = config['reward']
+    text_model = load_text_model(settings, reward, config, spec, mesh, log)
+  elif reward is not None:
+    paths['reward'] = reward
   lm_reward = settings.reward_shaping.lm_reward
   if lm_reward.kind != 'off':
     key = 'reward_shaping.lm_reward.path'
@@ -160,9 +169,9 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   reward_sources.check_mix(settings, spec.segmentation)
   directories, listed = reward_sources.resolve(settings, paths['policy'])
   paths |= directories
-  configs = load_network_configs(paths, settings.runtime, mesh, log)
+  configs = load_network_configs(paths, settings.runtime, mesh, log, reward_model)
   warn_of_boundaries(spec.segmentation, configs['policy'], log)
-  return Models(paths, spec, configs, listed)
+  return Models(paths, spec, configs, listed, text_model)
 
 
 def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: LogFn) -> None:
@@ -181,22 +190,28 @@ def load_chat_tokenizer(settings: Settings, models: Models, log: LogFn) -> ChatT
 
 
 def load_network_configs(
-  paths: dict[str, Path], runtime: Runtime, mesh: Mesh, log: LogFn
+  paths: dict[str, Path],
+  runtime: Runtime,
+  mesh: Mesh,
+  log: LogFn,
+  how: RewardModelSettings = _AS_IT_IS,
 ) -> dict[str, LlamaConfig]:
-  """Loads the network of each directory, for frozen models.
+  """Loads the network of each directory, for frozen models; `how` is config.reward_model.
 
   Raises:
     UserError: a reward model has no scalar head; scores of a random head are meaningless.
   """
   configs = {
-    name: load_network_config(path, runtime, mesh, log, head=head_of(name))
+    name: load_network_config(
+      path, runtime, mesh, log, head=head_of(name), how=how if name == 'reward' else _AS_IT_IS
+    )
     for name, path in paths.items()
   }
   for name, path in paths.items():
     if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
       raise UserError(
         f'{path} has no scalar head, so it is not a reward model; train a reward model from it by '
-        'the reward job.'
+        'the reward job, or set config.reward_model.head=tokens if it answers by tokens.'
       )
   return configs
 
@@ -217,9 +232,9 @@ def load_models(
   """
   trees = {}
   for name in names:
-    if name not in models.paths:
+    if name not in models.frozen:
       continue  # rewards have other sources
-    params = weights.frozen(models.paths[name], models.configs[name], head_of(name))
+    params = weights.frozen(*models.frozen[name], head_of(name))
     if on_host:
       # One model at a time moves to the host, so that the devices never hold all of them.
       params = host_memory.to_host(params)
@@ -280,6 +295,6 @@ def make_response_log(
     report,
     tokenizer,
     prompts.messages,
-    has_score=recipe.reward is not None,
+    has_score=recipe.has_scores,
     threshold=recipe.segmenter.threshold,
   )

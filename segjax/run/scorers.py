@@ -12,6 +12,7 @@ from segjax.errors import UserError
 from segjax.evaluation.annotate import Annotator
 from segjax.model.llama import LlamaConfig
 from segjax.run import inputs, models
+from segjax.run.text_model import check_no_tags
 from segjax.run.weights import Weights
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer
@@ -84,6 +85,7 @@ def load_annotator(
   """
   stored, paths = None, {'reference': reference}
   if reward is not None:
+    check_no_tags(settings.reward_model, 'this command')
     paths['reward'] = reward
     stored = reward_spec.read_spec(reward)
     reward_spec.check_tokenizer(reference, reward)
@@ -93,7 +95,7 @@ def load_annotator(
   tokenizer = inputs.load_chat_tokenizer(reference, settings.data)
   if reward is not None:
     inputs.log_other_template(tokenizer, reward, settings.data, log)
-  configs = models.load_network_configs(paths, settings.runtime, mesh, log)
+  configs = models.load_network_configs(paths, settings.runtime, mesh, log, settings.reward_model)
   tokenizer = tokenizer.for_networks(configs)
   models.warn_of_boundaries(segmentation, configs['reference'], log)
   weights = weights or Weights(settings.runtime, mesh)

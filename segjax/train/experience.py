@@ -76,7 +76,7 @@ def make_experience(
   metrics = rollout_metrics(experience, dense, penalty, recipe)
   if experience.learn_mask is not None:
     metrics['policy/learned_share'] = masked_mean(experience.learn_mask.astype(jnp.float32), mask)
-  if recipe.reward is not None:  # without a reward model there are no scores to normalise
+  if recipe.has_scores:  # without a reward model there are no scores to normalise
     metrics |= z_by_position(z, segments)
   metrics |= part_metrics(parts, disagreement, segments, listed is not None)
   return experience, metrics
@@ -100,7 +100,7 @@ def _shape(
 
 def _present(parts: Parts, recipe: PPORecipe) -> Parts:
   """Returns the parts without that of a reward model that there is not, which is 0."""
-  return {name: x for name, x in parts.items() if name != REWARD_MODEL or recipe.reward is not None}
+  return {name: x for name, x in parts.items() if name != REWARD_MODEL or recipe.has_scores}
 
 
 def _learn_mask(

@@ -35,7 +35,7 @@ class PPORecipe:
   """The networks, how responses are segmented, how scores become rewards, how PPO learns.
 
   Attributes:
-    reward: the reward model; None where rewards have other sources alone.
+    reward: the reward model that reads the policy's tokens; None without one.
     reward_lm: the language model that rewards tokens as `shaping.lm_reward` says; None without one.
     critic: the critic; None if `ppo.has_critic` is False.
     spread: a name in `rl.spreads.SPREADS`.
@@ -44,6 +44,8 @@ class PPORecipe:
       one pass over these weights. () where none does.
     samples_per_prompt: responses to one prompt, in adjacent rows of a rollout.
     rewards: further reward models; there are none without `reward`.
+    reads_text: scores come from a reward model that reads text, see `text_scoring`; `reward` is
+      None then.
   """
 
   policy: LlamaConfig
@@ -60,6 +62,12 @@ class PPORecipe:
   one_base: tuple[str, ...] = ()
   samples_per_prompt: int = 1
   rewards: tuple[RewardSource, ...] = ()
+  reads_text: bool = False
+
+  @property
+  def has_scores(self) -> bool:
+    """Whether there is a reward model."""
+    return self.reward is not None or self.reads_text
 
   def network(self, name: str) -> LlamaConfig:
     """Returns a network by its name: a field of the recipe, or the key of one of `rewards`."""

@@ -192,16 +192,22 @@ def describe_extreme_boundaries(segmentation: Segmentation, vocab_size: int) -> 
 
 
 def resolve_spec(
-  settings: RewardModelSettings, directory: Path, policy_directory: Path
+  settings: RewardModelSettings, directory: Path, policy_directory: Path | None
 ) -> RewardSpec:
   """Returns the stored spec, each field replaced where the config sets it.
+
+  Args:
+    settings: config.reward_model.
+    directory: of the reward model.
+    policy_directory: of the policy or reference whose tokens it reads; None if it reads text.
 
   Raises:
     UserError: a field is set by neither file nor config, or the tokenizers of reward model and
       policy differ.
   """
   stored = read_spec(directory, with_normalizer=not settings.normalizer)
-  check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
+  if policy_directory is not None:
+    check_tokenizer(directory, policy_directory, stored.tokenizer_sha256 if stored else '')
   segmentation = override(stored.segmentation if stored else None, settings.segmentation)
   kind, normalizer = '', None
   if settings.normalizer == 'none':
@@ -248,9 +254,15 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
     other: directory of the second model.
     sha256: hash of the first model's tokenizer, if known; '' reads its files.
   """
-  own, theirs = (tokenizer_directory(path) for path in (directory, other))
-  if (sha256 or tokenizer_fingerprint(str(own))) != tokenizer_fingerprint(str(theirs)):
+  if not shares_tokenizer(directory, other, sha256):
     raise UserError(
-      f'the tokenizers of {directory} and {other} differ; segments and scores are per token, so '
-      'all models of a run must share one tokenizer.'
+      f'the tokenizers of {directory} and {other} differ; segments and scores are per token here, '
+      'so use models of one tokenizer. Only the reward model of ppo, evaluate and sample may have '
+      "another (config.reward_model.reads='text')."
     )
+
+
+def shares_tokenizer(directory: Path, other: Path, sha256: str = '') -> bool:
+  """Returns whether two models have one tokenizer; arguments as in `check_tokenizer`."""
+  own, theirs = (tokenizer_directory(path) for path in (directory, other))
+  return (sha256 or tokenizer_fingerprint(str(own))) == tokenizer_fingerprint(str(theirs))

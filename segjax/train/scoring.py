@@ -198,7 +198,9 @@ def score(
     length: tokens of prompt and response together.
     recipe: the networks.
   """
-  params = host_memory.to_device(recipe.own_params(params))  # once for all chunks
+  params = recipe.own_params(params)
+  names = {'reference', *_run_networks(recipe)} & params.keys()
+  params = host_memory.to_device({name: params[name] for name in names})  # once for all chunks
   order, chunks = [], []
   for rows, chunk in _chunks(rollout, length, recipe):
     order.append(rows)

@@ -182,8 +182,10 @@ def test_tokenizers_that_differ(small, run, ppo_inputs, tmp_path, changed, has_f
   content = json.loads(tokenizer.read_text())
   content['model']['vocab']['zebra'] = content['model']['vocab'].pop('user')
   tokenizer.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=r'the tokenizers of .* and .* differ; segments'):
+  with pytest.raises(AssertionError, match='weights were loaded'):  # the reward model reads text
     run(small('ppo', **ppo_inputs))
+  with pytest.raises(ValueError, match=r'the tokenizers of .* and .* differ; segments'):
+    run(small('ppo', **ppo_inputs, **{'reward_model.reads': 'tokens'}))
 
 
 def test_reference_with_another_tokenizer(small, run, ppo_inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""Finds the sizes of the network that a run would have, before there are any weights."""
+"""The sizes of the network that a run is about, where they are known before anything is loaded."""
 
 import dataclasses
 import json

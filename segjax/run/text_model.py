@@ -1,0 +1,133 @@
+"""Loads a reward model that reads text: of another tokenizer or chat template than the policy."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from segjax.config.settings import Data, RewardModelSettings, Settings
+from segjax.data.batches import Prompts
+from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError
+from segjax.errors import UserError
+from segjax.model.llama import LlamaConfig
+from segjax.run import inputs
+from segjax.train import reward_spec
+from segjax.train.reward_spec import RewardSpec
+from segjax.train.text_reward import TextReward
+from segjax.train.text_scoring import StepMarks, TextScorer
+
+
+class TextModel(NamedTuple):
+  """A reward model that reads text, before its weights are loaded.
+
+  Attributes:
+    path: its directory.
+    scorer: its network and tokenizer.
+  """
+
+  path: Path
+  scorer: TextScorer
+
+  def reward(self, tokenizer: ChatTokenizer) -> TextReward:
+    """Returns the reward of responses in the tokens of `tokenizer`."""
+    return TextReward(self.scorer, tokenizer)
+
+
+def reads_text(settings: Settings, directory: Path, policy: Path) -> bool:
+  """Returns whether a reward model reads text, as config.reward_model.reads says.
+
+  With 'auto' it does if its tokenizer is not the policy's, or if its chat template writes a
+  conversation differently and config.data.chat_template does not replace both.
+
+  Args:
+    settings: `reward_model` and `data` are read.
+    directory: of the reward model.
+    policy: directory of the policy.
+  """
+  how = settings.reward_model.reads
+  if how != 'auto' or settings.reward_model.step_tag:
+    return how != 'tokens'
+  stored = reward_spec.read_spec(directory, with_normalizer=False)
+  sha256 = stored.tokenizer_sha256 if stored else ''
+  if not reward_spec.shares_tokenizer(directory, policy, sha256):
+    return True
+  if settings.data.chat_template:
+    return False
+  try:
+    tokenizer = inputs.load_chat_tokenizer(policy, settings.data)
+  except MissingChatTemplateError:
+    return False  # it is said where the tokenizer is loaded for the run
+  return inputs.find_other_template(tokenizer, directory, settings.data) is not None
+
+
+def load_text_model(
+  settings: Settings,
+  directory: Path,
+  config: LlamaConfig,
+  spec: RewardSpec,
+  mesh: Mesh,
+  log: Callable[[str], None],
+) -> TextModel:
+  """Returns a reward model that reads text; loads no weights.
+
+  Raises:
+    UserError: it has no chat template, or a setting needs its scores at every token of the policy.
+  """
+  shaping, key = settings.reward_shaping, f'{directory} reads text, not the policy’s tokens'
+  if spec.segmentation.boundary == 'score_jump' and spec.segmentation.granularity == 'segment':
+    raise UserError(
+      f'{key}, and boundary=score_jump cuts by its score at every token; use another '
+      'config.reward_model.segmentation.boundary.'
+    )
+  if shaping.redistribute in ('gradient', 'attention'):
+    raise UserError(
+      f'{key}, and config.reward_shaping.redistribute={shaping.redistribute} reads inside it at '
+      'every token; use red or none.'
+    )
+  tokenizer = _load_own_tokenizer(directory, settings.data).for_networks({'reward model': config})
+  marks = StepMarks(settings.reward_model.step_tag, settings.reward_model.step_delimiter)
+  if marks.tag:
+    _check_tag(tokenizer, marks.tag, directory)
+  read = f'; the score of a step is read at {marks.tag!r} behind it' if marks.tag else ''
+  log(f'{directory} reads text, by its own tokenizer and chat template{read}')
+  return TextModel(directory, TextScorer(config, tokenizer, mesh, marks))
+
+
+def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path) -> None:
+  ids, unknown = tokenizer.encode([tag])[0], tokenizer.tokenizer.unk_token_id
+  if not len(ids) or unknown in list(ids):
+    raise UserError(
+      f'config.reward_model.step_tag={tag!r} is not in the vocabulary of {directory}; name the tag '
+      'that it was trained with.'
+    )
+
+
+def check_no_tags(settings: RewardModelSettings, job: str) -> None:
+  """Raises UserError if a job is to read tags that it does not put in."""
+  if settings.step_tag:
+    raise UserError(
+      f'config.reward_model.step_tag={settings.step_tag!r}: {job} reads scores at the reward '
+      'model’s own tokens, and puts no tags behind steps; ppo, evaluate and sample do.'
+    )
+
+
+def _load_own_tokenizer(directory: Path, data: Data) -> ChatTokenizer:
+  """Loads a tokenizer with its own chat template, or that of config.data if it has none."""
+  try:
+    return inputs.load_chat_tokenizer(directory, dataclasses.replace(data, chat_template=''))
+  except MissingChatTemplateError:
+    return inputs.load_chat_tokenizer(directory, data)
+
+
+def check_prompts(model: TextModel | None, prompts: Prompts) -> None:
+  """Raises UserError if the reward model's chat template refuses a prompt; names its row."""
+  if model is None:
+    return
+  for index in range(len(prompts)):
+    try:
+      model.scorer.tokenizer.prompt_text(prompts.messages(index))
+    except UserError as error:
+      location = prompts.source.location(int(prompts.row[index]))
+      raise UserError(f'{location}, as {model.path} reads it: {error}') from error

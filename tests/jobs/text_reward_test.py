@@ -1,0 +1,254 @@
+"""PPO and evaluation with a reward model of another tokenizer or chat template."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import models, runs, tokenizers, training
+
+from segjax.config.settings import Segmentation
+from segjax.data.token_texts import token_texts
+from segjax.data.tokenizer import load_tokenizer
+from segjax.data.tokenizer_files import tokenizer_fingerprint
+from segjax.errors import UserError
+from segjax.hf.writer import save_checkpoint
+from segjax.jobs import evaluate
+from segjax.model.heads import init_params, scores
+from segjax.run.models import load_models
+from segjax.run.weights import Weights
+from segjax.train import reward_spec
+from segjax.train.experience import make_experience
+from segjax.train.reward_spec import RewardSpec
+from segjax.train.rollout import CollectedRollout
+from segjax.train.scoring import score
+from segjax.train.segmenter import Segmenter
+from segjax.train.text_reward import TextReward
+from segjax.train.text_scoring import TextScorer
+from segjax.types import Normalizer, Rollout
+
+NETWORK = dataclasses.replace(models.CONFIG, vocab_size=320, max_position_embeddings=128)
+WORDS = ['hello there, how are you?', 'the quick brown fox', 'é 日本', '']
+
+
+@pytest.fixture(scope='module')
+def other(tmp_path_factory):
+  """A reward model with a byte-level tokenizer and ChatML."""
+  directory = tmp_path_factory.mktemp('other')
+  params = jax.jit(functools.partial(init_params, config=NETWORK, head='scalar'))(jax.random.key(5))
+  save_checkpoint(directory / 'model', params, NETWORK, 'scalar')
+  tokenizers.write_tokenizer(directory / 'model', tokenizers.CHATML, eos='<|im_end|>')
+  sha256 = tokenizer_fingerprint(str(directory / 'model'))
+  segmentation = Segmentation(boundary='fixed_length', segment_length=3)
+  spec = RewardSpec(segmentation, Normalizer(b_mean=0.5, b_std=2.0), 'global', sha256)
+  reward_spec.write_spec(directory / 'model', spec)
+  return directory / 'model'
+
+
+@pytest.fixture
+def inputs(language, other):
+  return {
+    **dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model')),
+    'reward_model.path': str(other),
+    'data.path': str(language / 'rows' / 'prompts.jsonl.gz'),
+    'data.max_rows': 8,
+    'reward_model.segmentation.include_eos': True,
+  }
+
+
+def by_hand(tokenizer, prompts, texts):
+  """Returns a rollout of these texts, finished but for the last."""
+  rows = [tokenizer.response_ids(p, t) for p, t in zip(prompts, texts, strict=True)]
+  rows[-2] = rows[-2][:-1]
+  width, tokens = max(map(len, rows)) + 2, [tokenizer.prompt_ids(p) for p in prompts]
+  prompt_ids = np.zeros((len(rows), max(map(len, tokens))), np.int32)
+  ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+  for i, (prompt, row) in enumerate(zip(tokens, rows, strict=True)):
+    prompt_ids[i, : len(prompt)] = prompt
+    ids[i, : len(row)], mask[i, : len(row)] = row, True
+  finished = np.arange(len(rows)) != len(rows) - 2
+  lengths = np.array([len(prompt) for prompt in tokens], np.int32)
+  arrays = Rollout(
+    *map(jnp.asarray, (prompt_ids, lengths, ids, mask, finished, np.zeros(ids.shape, np.float32)))
+  )
+  return CollectedRollout(arrays, ids, mask, finished, lengths + mask.sum(1))
+
+
+@pytest.mark.parametrize('include_eos', [pytest.param(False, marks=pytest.mark.campaign), True])
+def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, include_eos):
+  tokenizer = load_tokenizer(tokenizers.write_tokenizer(tmp_path))
+  prompts = [[tokenizers.user(text)] for text in ('one', 'two 日本', 'three', 'hello')]
+  collected = by_hand(tokenizer, prompts, WORDS)
+  mesh = models.mesh(1)
+  params = {name: training.network(name, mesh, NETWORK) for name in ('policy', 'reference')}
+  params['reward'] = training.network('reward', mesh, NETWORK)
+  cut = Segmentation(boundary='fixed_length', segment_length=3, include_eos=include_eos)
+  ppo = dataclasses.replace(training.PPO_SETTINGS, estimator='reinforce_plus_plus')
+  by_tokens = dataclasses.replace(
+    training.recipe(ppo=ppo),
+    **dict.fromkeys(('policy', 'reference', 'reward'), NETWORK),
+    segmenter=Segmenter(cut),
+  )
+  by_text = dataclasses.replace(by_tokens, reward=None, reads_text=True)
+  normalizer = jax.tree.map(jnp.float32, Normalizer(b_mean=0.3, b_std=0.7))
+  expected = score(params, collected.arrays, collected.length, recipe=by_tokens)
+  outputs = score(params, collected.arrays, collected.length, recipe=by_text)
+  assert not np.asarray(outputs.score).any()
+  reward = TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)
+  outputs = reward.add_scores(params, outputs, collected, prompts, by_text)
+  experience, _ = make_experience(
+    collected.arrays, outputs, normalizer, jnp.float32(0.1), recipe=by_text
+  )
+  plain, _ = make_experience(
+    collected.arrays, expected, normalizer, jnp.float32(0.1), recipe=by_tokens
+  )
+  end = np.asarray(plain.segments.end)
+  assert end.any(axis=1).tolist() == [True, True, True, False]  # the stop token alone is no segment
+  np.testing.assert_allclose(experience.score[end], plain.score[end], atol=1e-5)
+  assert not np.asarray(experience.score)[~end].any()
+  np.testing.assert_allclose(outputs.prompt_score, expected.prompt_score, atol=1e-5)
+  np.testing.assert_allclose(experience.reward, plain.reward, atol=1e-5)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('redistribute', ['none', 'red'])
+def test_rollouts_are_scored_as_text(small, make_stage, one_device, inputs, redistribute):
+  settings = small('evaluate', **inputs, **{'reward_shaping.redistribute': redistribute})
+  stage = make_stage('evaluate', settings)
+  resolved, tokenizer, collector = evaluate.load_collector(stage)
+  assert set(resolved.paths) == {'policy', 'reference'}
+  weights = Weights(settings.runtime, one_device)
+  params = load_models(resolved, ('policy', 'reference', 'reward'), weights)
+  collected = collector.collect(params, np.arange(8), jax.random.key(0), jnp.float32(0.1))
+  own = load_tokenizer(str(resolved.text_model.path))
+  plain = jax.jit(functools.partial(scores, config=resolved.text_model.scorer.network))
+  e, read = collected.experience, 0
+
+  def slow(messages, text):
+    """The score after a text, whose last token completes it."""
+    ids = [*own.prompt_ids(messages), *own.encode([text])[0]]
+    tokens = np.zeros((1, 128), np.int32)
+    tokens[0, : len(ids)] = ids
+    return float(plain(params['reward'], jnp.asarray(tokens))[0, len(ids) - 1])
+
+  for row in range(8):
+    mask = np.asarray(e.rollout.response_mask[row])
+    ids = np.asarray(e.rollout.response_ids[row])[mask].tolist()
+    ends, texts = np.asarray(e.segments.end[row])[mask], token_texts(ids, tokenizer.decode)
+    messages = collector.prompts.messages(row)
+    for last in np.flatnonzero(ends):
+      text = ''.join(texts[: last + 1])
+      if last == len(ids) - 1 and e.rollout.finished[row]:
+        text += own.turn_close
+      # A prefix may be tokenized differently from the text that it is cut from.
+      whole = own.encode([''.join(texts)])[0]
+      if own.encode([text])[0] == whole[: len(own.encode([text])[0])] or text == ''.join(texts):
+        assert float(e.score[row][mask][last]) == pytest.approx(slow(messages, text), abs=1e-5)
+        read += 1
+  assert read >= 8
+  assert np.isfinite(np.asarray(e.reward)).all()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('carry', [False, True])
+def test_ppo_and_evaluation(small, run, inputs, tmp_path, carry):
+  values = {'rollout.carry': carry, 'rollout.max_concurrent': 8, 'ppo.scoring_batch_size': 4}
+  run(small('ppo', 'evaluate', **inputs, **values))
+  figures = json.loads((tmp_path / 'evaluate' / 'results.json').read_text())
+  assert 'score_gain' in figures['after'], figures['after']
+  lines = (tmp_path / 'ppo' / 'metrics.jsonl').read_text().splitlines()
+  assert all(np.isfinite(json.loads(line)['objective/reward']) for line in lines)
+
+
+def test_what_reads_text(small, make_stage, language, other, tmp_path, monkeypatch):
+  """Another tokenizer, or another template; one template for all is set by config.data."""
+  same = runs.reward_model(language / 'model', tmp_path / 'same', Normalizer(), Segmentation())
+  template = runs.with_template(same, tmp_path / 'template')
+  own = (language / 'model' / 'chat_template.jinja').read_text()
+  for path, values, expected in (
+    (same, {}, False),
+    (same, {'reward_model.reads': 'text'}, True),
+    (template, {}, True),
+    (template, {'data.chat_template': own}, False),
+    (template, {'reward_model.reads': 'tokens'}, False),
+    (other, {}, True),
+    (other, {'data.chat_template': own}, True),
+  ):
+    paths = dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model'))
+    paths |= {'reward_model.path': str(path)}
+    rows = {'data.path': str(language / 'rows' / 'prompts.jsonl.gz'), 'data.max_rows': 4}
+    loaded = evaluate.load_collector(
+      make_stage('evaluate', small('evaluate', **paths, **rows | values))
+    )
+    assert (loaded.models.text_model is not None) == expected, (path, values)
+    assert ('reward' in loaded.models.paths) != expected
+    assert loaded.collector.recipe.has_scores
+  assert loaded.models.text_model.scorer.tokenizer.turn_close == '<|im_end|>'
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'critic.init': 'reward_model'}, 'init=reward_model, but .* reads text'),
+    ({'reward_shaping.redistribute': 'gradient', 'reward_model.normalizer': 'none'},
+     'reads text, .*redistribute=gradient reads inside'),
+    ({'reward_model.segmentation.boundary': 'score_jump'}, 'reads text, .*score_jump cuts by'),
+    ({'reward_model.reads': 'tokens'}, 'the tokenizers of .* differ; segments'),
+  ],
+)  # fmt: skip
+def test_what_needs_the_policys_tokens_is_refused(small, run, inputs, values, message):
+  with pytest.raises(UserError, match=message):
+    run(small('ppo', **inputs | values))
+
+
+def test_a_prompt_that_the_reward_model_cannot_read(small, run, inputs, tmp_path):
+  rows = [{'prompt': 'which animal ?'}, {'prompt': '<|im_start|>user\nwhich animal ?'}]
+  (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  values = inputs | {'data.path': str(tmp_path / 'p.jsonl')}
+  with pytest.raises(UserError, match=r'p\.jsonl, row 2.*begins with'):
+    run(small('ppo', **values))
+
+
+@pytest.mark.parametrize(
+  'job, values, message',
+  [
+    ('evaluate', {'step_tag': '日', 'reads': 'tokens'}, 'step_tag=.日. is put into text'),
+    ('evaluate', {'step_delimiter': '\n'}, 'has no effect without config.reward_model.step_tag'),
+    ('evaluate', {'positive': '+', 'head': 'scalar'}, 'has no effect with head=scalar'),
+    ('evaluate', {'head': 'tokens'}, r'which tokens of .* is not known; set'),
+    ('evaluate', {'positive': 'LABEL_1'}, 'has one label'),
+    ('normalizer', {'step_tag': '#', 'normalizer': ''}, 'normalizer reads scores at the reward'),
+    ('evaluate_reward', {'step_tag': '#'}, 'evaluate_reward reads scores at the reward model'),
+  ],
+)
+def test_what_a_process_model_reads_is_known(small, run, inputs, language, job, values, message):
+  if job != 'evaluate':
+    pairs = str(language / 'rows' / 'pairs.jsonl.gz')
+    inputs |= {'data.path': pairs, 'reference.path': inputs['reward_model.path']}
+  with pytest.raises(UserError, match=message) as error:
+    values = {f'reward_model.{name}': value for name, value in values.items()}
+    run(small(job, **inputs | values))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('head', ['scalar', 'tokens'])
+def test_a_process_model_by_its_settings(small, make_stage, inputs, head, tmp_path):
+  how = {'step_tag': ' hello', 'step_delimiter': '\n', 'head': head}
+  if head == 'tokens':
+    how |= {'positive': '+', 'negative': '-'}
+  values = {f'reward_model.{name}': value for name, value in how.items()}
+  lines = []
+  stage = dataclasses.replace(
+    make_stage('evaluate', small('evaluate', **inputs | values)),
+    write_log=lambda line, name: lines.append(line),
+  )
+  if head == 'tokens':
+    with pytest.raises(UserError, match=r'holds tensor score\.weight'):  # it is no language model
+      evaluate.load_collector(stage)
+    return
+  scorer = evaluate.load_collector(stage).models.text_model.scorer
+  assert (scorer.marks.tag, scorer.marks.delimiter) == (' hello', '\n')
+  assert any("the score of a step is read at ' hello' behind it" in line for line in lines)
