@@ -1,6 +1,6 @@
 """Reference texts of `segjax help TOPIC`."""
 
-from segjax.config.reward_topic import REWARDS
+from segjax.config.reward_topics import FUNCTIONS, REWARD_MODELS, REWARDS
 
 ROWS = """\
 data.path names a .jsonl, .json (either may be .gz) or .parquet file, a directory saved by
@@ -30,36 +30,6 @@ Tokens of data of 16 MiB or more are kept in ~/.cache/segjax/tokens (--token_cac
 SEGJAX_TOKEN_CACHE_DIR; empty: nowhere): a later run with the same files, tokenizer, template and
 limits reads them, and not the rows. The directory may be removed at any time; what was not used for
 30 days is removed when other tokens are written.
-"""
-
-FUNCTIONS = """\
-reward_shaping.reward_fn and evaluate.gold_reward_fn name a function, 'module:function', which is
-called with (prompt, response): the prompt's last message and the response, as text. It also gets
-what it has a parameter for, by name:
-
-  row        the columns of the row of data, as in row['answer']; data.columns renames them
-  messages   the whole prompt: [{role, content}, ...]
-  tokens     the text that each token adds; they join to the response
-  step       number of the training step, from 0; None outside of training
-
-reward_fn returns a number, earned at the last token; one number per token; or [(end, value), ...],
-earned by the text up to character `end`. gold_reward_fn returns a number. Ready ones, which read
-row['answer'], row['pattern'], row['max_words'], row['script'] or the text alone, are
-segjax.verifiers:exact_answer, numeric_answer (as in GSM8K), regular_expression, valid_json,
-word_limit, script and same_script.
-
-  name_batch          is called once, with lists in place of prompt, response, row, messages and
-                      tokens, and returns a list
-  async def           runs on an event loop, reward_shaping.reward_fn_concurrency calls at once
-  any other           is called in turn, or in threads with reward_fn_concurrency above 1 or a time
-                      limit. A thread past its limit goes on: limit the client of a service, too.
-  a call that fails   or takes longer than reward_shaping.reward_fn_timeout seconds is repeated
-                      reward_fn_retries times, after 1, 2, 4, ... seconds. Then the run ends in one
-                      line with the prompt; with reward_fn_on_error=zero the response has no such
-                      reward, and reward/failed_calls counts it. A gold reward always ends the run.
-
-Of several hosts the first one calls, once for each response; the others wait for its results.
-Several such functions, and reward models beside them: `segjax help rewards`.
 """
 
 MEMORY = """\
@@ -119,28 +89,6 @@ lora.train_head=True.
                 kind=global, max_pairs=96. ppo: max_steps=10, rollout_batch_size=32,
                 minibatch_size=8, policy_optimizer.learning_rate=5e-5,
                 critic_optimizer.learning_rate=3e-5, and rollout.max_new_tokens=64.
-"""
-
-REWARD_MODELS = """\
-ppo, evaluate and sample use reward models of others. Without a segment_reward.json, set
-reward_model.normalizer and reward_model.segmentation.granularity, boundary, ...
-
-  text      A model of another tokenizer or chat template than the policy's reads text, by its own:
-            responses are cut on the policy's tokens, and an end is carried over in characters, to
-            the token that completes them. reward_model.reads sets it. A normaliser carries over, as
-            its position p counts segments; an entropy threshold is that of another reference.
-  head      auto reads ...ForSequenceClassification and ...ForTokenClassification of one label.
-            Of two labels, reward_model.positive=LABEL_1 names the good one: the score is its logit
-            less the other's. head=tokens with positive='+' and negative='-' reads two tokens of a
-            language model. The log says what is read; segjax/hf/score_head.py lists the forms.
-  steps     segmentation.boundary=delimiter and delimiters, or boundary=function, cut into steps.
-            step_tag is put behind each, and its score read there; step_delimiter replaces the white
-            space between steps. Math-Shepherd's form: step_tag=' ки', a line end as step_delimiter,
-            head=tokens. Qwen2.5-Math's form: step_tag='<extra_0>', step_delimiter='',
-            positive=LABEL_1. These are forms; no published model was run here.
-  limits    evaluate_reward, normalizer, credit, chat and the API read models that share the
-            reference's tokenizer, without tags. Not on text: score_jump, redistribute=gradient or
-            attention, critic.init=reward_model, adapters on the policy's base.
 """
 
 PACKING = """\

@@ -99,7 +99,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   gold = evaluate_functions.load_gold(s, tokenizer.decode)
   is_boundary = evaluate_functions.load_boundary(s.evaluate)
   weights = Weights(s.runtime, stage.mesh)
-  params = models.load_models(resolved, tuple(resolved.paths), weights)
+  params = models.load_models(resolved, tuple(resolved.frozen), weights)
 
   def sample(name: str) -> EvaluatedResponses:
     responses = sample_responses(

@@ -67,7 +67,13 @@ class Batch(NamedTuple):
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights."""
   check_ranking(stage.settings)
-  return evaluate.load_collector(stage)
+  loaded = evaluate.load_collector(stage)
+  if stage.settings.sample.search == 'segment' and loaded.models.text_model is not None:
+    raise UserError(
+      f'{loaded.models.text_model.path} reads text, and config.sample.search=segment scores the '
+      'policy’s tokens; use search=response.'
+    )
+  return loaded
 
 
 def check_ranking(settings: Settings) -> None:
@@ -156,7 +162,7 @@ def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
   s, collector = stage.settings, loaded.collector
   count, size = s.sample.samples_per_prompt, s.sample.batch_size // s.sample.samples_per_prompt
   weights = Weights(s.runtime, stage.mesh)
-  params = models.load_models(loaded.models, tuple(loaded.models.paths), weights)
+  params = models.load_models(loaded.models, tuple(loaded.models.frozen), weights)
   sampler = dataclasses.replace(collector.sampler, samples_per_prompt=count)
   if s.sample.search == 'segment':
     recipe, count = collector.recipe, 1

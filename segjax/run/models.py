@@ -201,12 +201,10 @@ def load_network_configs(
   Raises:
     UserError: a reward model has no scalar head; scores of a random head are meaningless.
   """
-  configs = {
-    name: load_network_config(
-      path, runtime, mesh, log, head=head_of(name), how=how if name == 'reward' else _AS_IT_IS
-    )
-    for name, path in paths.items()
-  }
+  configs = {}
+  for name, path in paths.items():
+    own = how if name == 'reward' else _AS_IT_IS
+    configs[name] = load_network_config(path, runtime, mesh, log, head=head_of(name), how=own)
   for name, path in paths.items():
     if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
       raise UserError(
