@@ -60,9 +60,7 @@ class RewardModelSettings:
   segmentation: SegmentationOverrides = SegmentationOverrides()
   normalizer: str = ''  # 'none', or 'published:NAME' such as published:llama3_8b_sft/segment
   reads: str = 'auto'  # the policy's tokens, or text; auto: text if tokenizer or template differ
-  head: str = (
-    'auto'  # scalar, labels of a classifier, tokens of a language model; auto: by its file
-  )
+  head: str = 'auto'  # scalar, labels of a classifier, or tokens of a language model
   positive: str = ''  # label, or token, of a good step; the score is its logit less negative's
   negative: str = ''  # the other one; empty: the other of two labels
   step_tag: str = ''  # text after each segment in what it reads, where the score is; such as ' ки'

@@ -24,7 +24,7 @@ from segjax.data.sources import Message, Rows, as_prompt
 from segjax.errors import UserError
 
 ToDevice = Callable[[np.ndarray], Any]
-Dataset = TypeVar('Dataset', 'Conversations', 'Pairs', 'Prompts')
+Dataset = TypeVar('Dataset', 'Conversations', 'Pairs', 'Prompts', 'Steps')
 
 
 class TokenBatch(NamedTuple):
@@ -105,6 +105,39 @@ class Pairs:
     return types.PreferenceBatch(
       chosen, rejected, to_device(self.rating_gap[indices]) if has_ratings else None
     )
+
+
+class StepBatch(NamedTuple):
+  """Responses with labelled steps, ids int32 [B, S] of prompt and response.
+
+  Attributes:
+    label: from 0 to 1 at the last token of each labelled step, float32 [B, S]; NaN elsewhere.
+  """
+
+  ids: jax.Array
+  label: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Tokenized responses whose steps have labels; `row` is the index of each in its source."""
+
+  tokens: Ragged
+  labels: Ragged
+  row: np.ndarray
+  group: np.ndarray
+  length: int
+  pad_id: int
+  counts: dict[str, int]
+
+  def __len__(self) -> int:
+    return len(self.group)
+
+  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> StepBatch:
+    """Returns the rows at `indices` [B], each array passed to `to_device`."""
+    ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
+    labels, _ = self.labels.pad(indices, self.length, np.nan)
+    return StepBatch(to_device(ids), to_device(labels))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Ragged:
     """Returns the rows at `indices`, in that order; the values are shared, not copied."""
     return Ragged(self.values, self.starts[indices], self.lengths[indices])
 
-  def pad(self, indices: np.ndarray, length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+  def pad(
+    self, indices: np.ndarray, length: int, fill: int | float
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows at `indices` padded by `pad_rows`, and their mask, [B, length] each."""
     return pad_rows([self[i] for i in indices], length, fill, self.values.dtype)

@@ -102,7 +102,7 @@ def tokenize_spans(
       counts['dropped_empty'] += 1
       continue
     try:
-      response, is_truncated = _tokenize(annotation, tokenizer, limits)
+      response, is_truncated = tokenize_annotation(annotation, tokenizer, limits)
     except ValueError as error:
       raise UserError(f'{location}: {error}') from error
     if is_truncated and limits.overlong_policy == 'error':
@@ -145,9 +145,10 @@ def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.
   return token_of_char
 
 
-def _tokenize(
+def tokenize_annotation(
   annotation: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
 ) -> tuple[TokenizedSpans, bool]:
+  """Returns a response as token ids, and whether it was truncated."""
   prompt_text = tokenizer.prompt_text(annotation.prompt)
   (text,) = tokenizer.response_texts(annotation.prompt, prompt_text, [annotation.response])
   begin = _find(annotation.response, text)

@@ -113,11 +113,11 @@ def _encode(
   ids = iter(groups)
   for index, location, row in rows:
     yield TokenizedRow(
-      index, location, _key(row.prompt), [next(ids) for _ in row.groups], row.flags
+      index, location, prompt_key(row.prompt), [next(ids) for _ in row.groups], row.flags
     )
 
 
-def _key(prompt: Sequence[Message]) -> int:
+def prompt_key(prompt: Sequence[Message]) -> int:
   """Returns 64 bits that are equal for equal prompts; `split_holdout` groups by them."""
   # The messages, not their rendering: a template may write another text on another day. Most
   # templates strip them.

@@ -226,6 +226,13 @@ def make_job(
 
 
 def _headline(stage: Stage, results: dict[str, Any]) -> str:
+  if not results.get('held_out_steps', 1):
+    return ''
+  if 'held_out_steps' in results:
+    return (
+      f'the score has the sign of the label in {results["held_out_accuracy"]:.1%} of '
+      f'{results["held_out_steps"]:,} held-out steps'
+    )
   share, total = results['held_out_accuracy'], results['held_out_pairs']
   low, high = wilson(share * total, total)
   score = 'scores higher' if stage.name == 'reward' else 'has the higher implicit reward'

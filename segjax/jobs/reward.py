@@ -1,4 +1,7 @@
-"""Trains the segment reward model: a scalar at the end of every segment, from preference pairs."""
+"""Trains the segment reward model: a scalar at the end of every segment.
+
+From preference pairs; or from labels of steps, where the rows have them.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -6,11 +9,12 @@ from typing import Any, NamedTuple
 
 from segjax import processes
 from segjax.config.settings import Segmentation
-from segjax.data.batches import Pairs
+from segjax.data.batches import Pairs, Steps
+from segjax.data.step_labels import has_step_labels
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.hf.adapter_config import tokenizer_directory
-from segjax.jobs import pair_training, reward_calibration, reward_entropy_cache
+from segjax.jobs import pair_training, reward_calibration, reward_entropy_cache, step_training
 from segjax.plan import programs
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
@@ -22,12 +26,12 @@ from segjax.train.reward_spec import RewardSpec
 
 
 class Loaded(NamedTuple):
-  """The network, the directory of the reference, how pairs are scored, the pairs."""
+  """The network, the directory of the reference, how pairs are scored, the pairs or steps."""
 
   network: pair_training.Network
   reference_path: Path
   scorer: SegmentScorer
-  pairs: Pairs
+  pairs: Pairs | Steps
 
 
 def load(stage: Stage) -> Loaded:
@@ -52,6 +56,9 @@ def load(stage: Stage) -> Loaded:
   inputs.log_other_template(tokenizer, reference_path, s.data, stage.log)
   tokenizer = tokenizer.for_networks(scorer.networks)
   network = pair_training.Network(source, config, 'scalar', tokenizer, 'reward_model')
+  rows = inputs.load_config_rows(s.data, stage.log)
+  if has_step_labels(rows):
+    return Loaded(network, reference_path, scorer, step_training.load_steps(stage, rows, network))
   return Loaded(network, reference_path, scorer, pair_training.load_pairs(stage, network))
 
 
@@ -60,15 +67,22 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 
   Responses are segmented by config.reward.segmentation, with the entropies or log-probs of
   config.reference.path if it reads any. Writes `model/` with segment_reward.json, which has no
-  normaliser yet, and `held_out.json`.
+  normaliser yet, and `held_out.json`. Rows with `steps` train the score at the ends of their
+  steps (`step_training`); config.reward.segmentation is stored all the same.
 
   Returns:
-    See `pair_training.run`.
+    See `pair_training.run` and `step_training.run`.
   """
   s = stage.settings
   network, reference_path, scorer, pairs = loaded
-  pair_training.check_ratings(stage, pairs)
   weights, reference = Weights(s.runtime, stage.mesh), None
+  if isinstance(pairs, Steps):
+    results = step_training.run(stage, network, pairs, weights)
+    if processes.is_first():
+      segmentation = scorer.segmenter.segmentation
+      _write_reward_spec(stage.model_directory, network.source, segmentation)
+    return results
+  pair_training.check_ratings(stage, pairs)
   if scorer.segmenter.needs_reference:
     reference = weights.frozen(reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, network.tokenizer)

@@ -144,6 +144,7 @@ _RESULTS = {
   'pairs': 'Preference pairs',
   'sft_rows': 'Rows for fine-tuning',
   'held_out_pairs': 'Held-out pairs',
+  'held_out_steps': 'Held-out labelled steps',
   'held_out_rows': 'Held-out rows',
   'kind': 'Kind',
   'segments': 'Segments',

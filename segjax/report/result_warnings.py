@@ -36,8 +36,8 @@ RULES = (
     'reward',
     ('held_out_accuracy',),
     lambda accuracy: accuracy < 0.55,
-    'accuracy on held-out pairs is {0:.0%}, near that of chance: PPO on this reward model learns'
-    ' noise. Check the pairs and the chat template, train longer, or raise'
+    'accuracy on held-out rows is {0:.0%}, near that of chance: PPO on this reward model learns'
+    ' noise. Check the rows and the chat template, train longer, or raise'
     ' reward.optimizer.learning_rate',
   ),
   ResultRule(

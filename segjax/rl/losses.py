@@ -86,6 +86,30 @@ def bradley_terry(
   return loss - label_smoothing * excess if label_smoothing else loss
 
 
+def step_label_loss(
+  score: Float[Array, 'B T'],
+  label: Float[Array, 'B T'],
+  mask: Bool[Array, 'B T'],
+  *,
+  count: Float[Array, ''] | None = None,
+) -> Float[Array, '']:
+  """Binary cross-entropy of labelled steps: −mean y ln σ(s) + (1 − y) ln σ(−s), nats per step.
+
+  The score of a step is the log-odds that it is good. Lightman et al. 2023,
+  https://arxiv.org/abs/2305.20050, and Math-Shepherd (Wang et al. 2023,
+  https://arxiv.org/abs/2312.08935), whose soft labels are shares of continuations that succeed.
+
+  Args:
+    score: s, read at each token.
+    label: y, from 0 to 1; anything outside the mask.
+    mask: True on the last token of each labelled step.
+    count: divisor of the mean, see `batch_mean`.
+  """
+  score = at_least_float32(score)
+  label = jnp.where(mask, label, 0)
+  return batch_mean(jax.nn.softplus(score) - label * score, mask, 'token', count=count)
+
+
 def policy_loss(
   logprob: Float[Array, 'B T'],
   old_logprob: Float[Array, 'B T'],

@@ -1,0 +1,81 @@
+"""The reward job on labels of steps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from segjax.errors import UserError
+from segjax.hf import reader
+from segjax.train import reward_spec
+
+
+def write_rows(path, count=24):
+  """Writes answers whose good steps end in '.', each step with a label."""
+  rng, rows = np.random.default_rng(0), []
+  for number in range(count):
+    text, steps = '', []
+    for _ in range(int(rng.integers(1, 4))):
+      good = bool(rng.random() < 0.5)
+      text += ('the bear sleeps ' if good else 'the the bear ') + ('. ' if good else '')
+      steps.append([len(text.rstrip()), int(good)])
+    rows.append({'prompt': f'question {number}', 'response': text.rstrip(), 'steps': steps})
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return rows
+
+
+@pytest.fixture
+def inputs(language, tmp_path):
+  write_rows(tmp_path / 'steps.jsonl')
+  return {
+    **dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model')),
+    'data.path': str(tmp_path / 'steps.jsonl'),
+    'reward.segmentation.boundary': 'fixed_length',
+  }
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+  'values', [{}, {'reward.packing_length': 96, 'reward.micro_batch_tokens': 512, 'lora.rank': 2}]
+)
+def test_a_reward_model_of_step_labels(small, run, inputs, values, tmp_path):
+  values = {'reward.max_steps': 20, 'reward.optimizer.learning_rate': 1e-2} | values
+  values |= {'reward.eval_every': 10}
+  run(small('reward', **inputs | values))
+  lines = [
+    json.loads(line) for line in (tmp_path / 'reward/metrics.jsonl').read_text().split('\n')[:-1]
+  ]
+  losses = [line['reward_model/loss'] for line in lines]
+  assert np.isfinite(losses).all()
+  if 'lora.rank' not in values:  # rank 2 learns little in 20 steps
+    assert losses[-1] < losses[0]
+  assert 0 <= lines[-1]['eval/accuracy'] <= 1
+  results = json.loads((tmp_path / 'reward/stage.json').read_text())['results']
+  held_out = json.loads((tmp_path / 'reward/held_out.json').read_text())
+  rows = write_rows(tmp_path / 'again.jsonl')
+  assert results['held_out_steps'] == sum(len(rows[i]['steps']) for i in held_out) > 0
+  assert results['held_out_rows'] == len(held_out) and 0 <= results['held_out_accuracy'] <= 1
+  model = tmp_path / 'reward/model'
+  assert reward_spec.read_spec(model).segmentation.boundary == 'fixed_length'
+  assert reader.has_scalar_head(model, reader.load_config(model))
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'reward.margin': 0.5}, r'config\.reward\.margin is for pairs, and .*steps\.jsonl has labels'),
+    ({'reward.entropy_cache_dir': 'run'}, 'entropy_cache_dir is for pairs'),
+    ({'reward.threshold_search.entropy_quantile': 0.9, 'reward.segmentation.boundary': 'entropy'},
+     'threshold_search is for pairs'),
+  ],
+)  # fmt: skip
+def test_settings_of_pairs_are_refused(small, run, inputs, values, message):
+  with pytest.raises(UserError, match=message):
+    run(small('reward', **inputs | values))
+
+
+def test_a_row_without_labels_among_others(small, run, inputs, tmp_path):
+  with (tmp_path / 'steps.jsonl').open('a') as file:
+    file.write(json.dumps({'prompt': 'x', 'response': 'the bear'}) + '\n')
+  with pytest.raises(UserError, match=r'steps\.jsonl, row 25: `steps` is None; write a list'):
+    run(small('reward', **inputs))
