@@ -68,6 +68,7 @@ def test_public_functions_of_the_method():
   assert not modules & set(rl.__all__)
 
 
+@pytest.mark.campaign
 def test_sampling_depends_on_the_seed_and_the_position_alone(policy):
   prompts = [QUESTION, 'its hearing']
   answers = policy.sample(prompts, samples=2, seed=3, max_new_tokens=8)

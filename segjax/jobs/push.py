@@ -10,7 +10,7 @@ from segjax.hf.upload import Repository
 from segjax.jobs.registry import JOBS
 from segjax.model.llama import num_parameters
 from segjax.report.console import log
-from segjax.run.models import find_network_config
+from segjax.run.network_sizes import find_network_config
 from segjax.run.stage import Stage
 
 _MODEL = 'model'  # output of the jobs that train

@@ -36,6 +36,7 @@ def texts(language):
   return list(annotate.read_texts(load_rows(str(language / 'rows' / 'pairs.jsonl.gz'), limit=5)))
 
 
+@pytest.mark.campaign
 def test_segments_equal_oracle(annotator, texts):
   tokenizer, texts = annotator.tokenizer, texts[:2]
   for (prompt, response), annotated in zip(

@@ -35,6 +35,7 @@ def test_every_tensor_matches_one_rule(config, head):
 def test_every_rule_matches_some_tensor():
   decoded = jax.eval_shape(quantize_layers, heads.param_shapes(models.CONFIG, 'language'))
   names = ['opt_state/0/notfinite_count', 'step', *names_of(decoded)]
+  names += ['scalar_head/bias', 'scalar_head/hidden/kernel']  # of a `score_head.ScoreHead`
   for config in (*models.CONFIGS.values(), adapters.config()):
     for head in heads.HEADS:
       params = heads.param_shapes(config, head)

@@ -55,6 +55,7 @@ def prompts():
   return [x[:n] for x, n in zip(*map(np.asarray, training.PROMPTS), strict=True)]
 
 
+@pytest.mark.campaign
 def test_the_best_whole_response_is_that_of_a_rollout():
   mesh, samples = models.mesh(1), 3
   (found,) = find(mesh, samples)

@@ -166,6 +166,7 @@ def assert_every_prompt_is_answered_once(steps):
     assert len(open_) <= training.ROLLOUT.max_concurrent
 
 
+@pytest.mark.campaign
 def test_every_prompt_of_the_stream_is_answered_once():
   assert_every_prompt_is_answered_once(four_steps())
   for step in four_steps():

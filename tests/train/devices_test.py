@@ -279,6 +279,7 @@ def test_same_rollout():
   assert_allclose(eight.old_logprob, one.old_logprob, rtol=0, atol=1e-5)  # float32
 
 
+@pytest.mark.devices
 def test_same_experience():
   one, eight = scored(1), scored(8)
   # float32

@@ -134,7 +134,7 @@ CASES = [
   pytest.param(policy_step, 'policy', 'sequence', 8, 'level', marks=pytest.mark.devices),
   pytest.param(policy_step, 'policy', 'token', 1, 'fixed', marks=pytest.mark.campaign),
   pytest.param(critic_step, 'critic', 'sequence', 1, 'level', marks=pytest.mark.campaign),
-  (sft_step, 'sft', 'token', 1, 'level'),
+  pytest.param(sft_step, 'sft', 'token', 1, 'level', marks=pytest.mark.campaign),
   pytest.param(preference_step, 'reward', 'sequence', 1, 'level', marks=pytest.mark.campaign),
   pytest.param(preference_step, 'dpo', 'sequence', 1, 'level', marks=pytest.mark.campaign),
   pytest.param(preference_step, 'reward', 'sequence', 8, 'fixed', marks=pytest.mark.devices),
