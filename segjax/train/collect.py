@@ -77,7 +77,7 @@ class Collector:
       then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
       dispatched.
-    sample: samples the responses, as `rollout` does.
+    sample: samples the responses in place of `rollout`.
   """
 
   prompts: Prompts
@@ -88,7 +88,7 @@ class Collector:
   listed: ListedSources | None = None
   stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
-  sample: Callable[..., CollectedRollout] = rollout
+  sample: Callable[..., CollectedRollout] | None = None
   text_reward: TextReward | None = None
 
   def collect(
@@ -113,7 +113,8 @@ class Collector:
     """
     # On the host, which assigns prompts to the slots of generation.
     batch = self.prompts.gather(rows, np.asarray)
-    collected = self.sample(params['policy'], batch, key, self._stopping_sampler(), index)
+    sample = self.sample or rollout
+    collected = sample(params['policy'], batch, key, self._stopping_sampler(), index)
     repeated = np.repeat(rows, self.sampler.samples_per_prompt)
     return self._score(params, collected, repeated, kl_coef, step)
 

@@ -204,7 +204,7 @@ def test_two_optimizer_steps_equal_pefts(peft, fields, weight_decay, llama3, tmp
     *(jax.tree.leaves(tree) for tree in (trained, state.params, expected)), strict=True
   ):
     # Adam's step is the gradient by its own size: what is 0 up to rounding has any sign.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
     moved = max(moved, np.abs(ours - before).max())
   assert moved > 1e-2
 
