@@ -223,6 +223,31 @@ by the first row of a micro-batch, a forced stop token, no floor of Std(p), and 
 `segjax settings compat` lists the switches; all are off by default.
 """
 
+PEERS = """\
+segjax                                   OpenRLHF                   TRL (PPOConfig)
+policy.path                              --pretrain                 sft_model_path
+reward_model.path                        --reward_pretrain          reward_model_path
+data.path                                --prompt_data
+ppo.rollout_batch_size                   --rollout_batch_size
+ppo.minibatch_size                       --train_batch_size         num_mini_batches (their number)
+ppo.micro_batch_size, micro_batch_tokens --micro_train_batch_size   per_device_train_batch_size
+ppo.scoring_batch_size                   --micro_rollout_batch_size local_rollout_forward_batch_size
+rollout.samples_per_prompt               --n_samples_per_prompt
+rollout.max_new_tokens                   --generate_max_len         response_length
+ppo.num_ppo_epochs                       --max_epochs               num_ppo_epochs
+ppo.kl_coef                              --init_kl_coef             kl_coef
+ppo.kl_target                            --kl_target
+ppo.clip_eps, ppo.value_clip_eps         --eps_clip, --value_clip   cliprange, cliprange_value
+ppo.gae_lambda, ppo.gamma                --lambd, --gamma           lam, gamma
+ppo.estimator                            --advantage_estimator
+reward_shaping.reward_fn, rewards        --remote_rm_url (a file)
+lora.rank, lora.alpha, lora.targets      --lora_rank, --lora_alpha, LoraConfig
+                                         --target_modules
+
+New here: reward.segmentation.* (how text is cut), reward_shaping.* (what a segment earns), the jobs
+normalizer, credit and study.
+"""
+
 ERRORS = """\
 A wrong input ends in one line; SEGJAX_TRACEBACK=1 shows where it was raised. What to do:
 
@@ -264,5 +289,6 @@ TOPICS = {
   'hub': HUB,
   'hosts': HOSTS,
   'published-runs': PUBLISHED_RUNS,
+  'openrlhf': PEERS,
   'errors': ERRORS,
 }
