@@ -244,8 +244,8 @@ reward_shaping.reward_fn, rewards        --remote_rm_url (a file)
 lora.rank, lora.alpha, lora.targets      --lora_rank, --lora_alpha, LoraConfig
                                          --target_modules
 
-New here: reward.segmentation.* (how text is cut), reward_shaping.* (what a segment earns), the jobs
-normalizer, credit and study.
+New here: how text is cut (segjax settings reward), what a segment earns (segjax settings
+reward_shaping), the jobs normalizer, credit and study.
 """
 
 ERRORS = """\
