@@ -32,6 +32,11 @@ def pad_rows(
   return padded, mask
 
 
+def round_up_width(length: int) -> int:
+  """Returns 64, or a power of 2 times it, from `length` tokens: few widths, few programs."""
+  return max(64, 1 << max(length - 1, 0).bit_length())
+
+
 @dataclasses.dataclass(frozen=True)
 class Ragged:
   """Rows of unequal length in one flat array; row i is values[starts[i]:starts[i] + lengths[i]].

@@ -101,15 +101,7 @@ def tokenize_spans(
     if not annotation.response.strip():
       counts['dropped_empty'] += 1
       continue
-    try:
-      response, is_truncated = tokenize_annotation(annotation, tokenizer, limits)
-    except ValueError as error:
-      raise UserError(f'{location}: {error}') from error
-    if is_truncated and limits.overlong_policy == 'error':
-      raise UserError(
-        f'{location}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
-        'set data.overlong_policy to truncate_left or drop.'
-      )
+    response, is_truncated = tokenize_annotation(annotation, tokenizer, limits, location)
     if is_truncated and limits.overlong_policy == 'drop':
       counts['dropped_overlong'] += 1
       continue
@@ -146,9 +138,28 @@ def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.
 
 
 def tokenize_annotation(
+  annotation: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits, location: str
+) -> tuple[TokenizedSpans, bool]:
+  """Returns a response as token ids, and whether it was truncated.
+
+  Raises:
+    UserError: it cannot be rendered, or is overlong under 'error'; the message names `location`.
+  """
+  try:
+    tokenized, is_truncated = _tokenize(annotation, tokenizer, limits)
+  except ValueError as error:
+    raise UserError(f'{location}: {error}') from error
+  if is_truncated and limits.overlong_policy == 'error':
+    raise UserError(
+      f'{location}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
+      'set data.overlong_policy to truncate_left or drop.'
+    )
+  return tokenized, is_truncated
+
+
+def _tokenize(
   annotation: SpanAnnotation, tokenizer: ChatTokenizer, limits: Limits
 ) -> tuple[TokenizedSpans, bool]:
-  """Returns a response as token ids, and whether it was truncated."""
   prompt_text = tokenizer.prompt_text(annotation.prompt)
   (text,) = tokenizer.response_texts(annotation.prompt, prompt_text, [annotation.response])
   begin = _find(annotation.response, text)

@@ -93,15 +93,7 @@ def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Step
   counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
   for index, location, labelled in rows.read(as_labelled_response, counts):
     annotation = SpanAnnotation(labelled.prompt, labelled.response, ())
-    try:
-      tokenized, is_truncated = tokenize_annotation(annotation, tokenizer, limits)
-    except ValueError as error:
-      raise UserError(f'{location}: {error}') from error
-    if is_truncated and limits.overlong_policy == 'error':
-      raise UserError(
-        f'{location}: prompt and response exceed data.max_length={limits.max_length}; raise it, or '
-        'set data.overlong_policy to truncate_left or drop.'
-      )
+    tokenized, is_truncated = tokenize_annotation(annotation, tokenizer, limits, location)
     if is_truncated and limits.overlong_policy == 'drop':
       counts['dropped_overlong'] += 1
       continue

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from segjax import processes
-from segjax.data.ragged import pad_rows
+from segjax.data.ragged import pad_rows, round_up_width
 from segjax.data.sources import Message, Rows, as_conversation
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -27,7 +27,6 @@ from segjax.types import Normalizer, Sequences
 # A tokenizer is loaded with a chat template; plain text passes through this one.
 PLAIN_TEMPLATE = '{% for message in messages %}{{ message.content }}{% endfor %}'
 _MAX_ROWS = 8  # texts per batch, unless there are more devices
-_MIN_WIDTH = 64  # tokens; rows are padded to this or to a power of 2 times it
 
 Text = tuple[list[Message], str]  # prompt, empty for plain text, and response
 
@@ -142,8 +141,7 @@ def text_batches(
           f'text {number} has {length} tokens, but the networks have {max_length} positions; '
           'shorten it.'
         )
-    # Few widths, so that few programs are compiled.
-    width = min(max_length, max(_MIN_WIDTH, 1 << (max(lengths) - 1).bit_length()))
+    width = min(max_length, round_up_width(max(lengths)))
     rows = [prompt + response for prompt, response in tokenized]
     rows += [[]] * (batch_size - len(rows))
     ids, mask = pad_rows(rows, width, tokenizer.pad_id)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax.config.settings import RolloutSettings
+from segjax.data.ragged import round_up_width
 from segjax.data.sources import Message
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -25,7 +26,6 @@ from segjax.types import PromptBatch, Segments
 
 _CHUNK = 4  # tokens generated between two pieces of streamed text
 _SEGMENT_TOKENS = 64  # in which the next segment is looked for
-_MIN_WIDTH = 64  # tokens; prompts are padded to this or to a power of 2 times it
 _NOT_FINITE = 'the model’s logits are not finite; its weights are corrupted.'
 _NO_REWARD = 'this needs a reward model: start with --config.reward_model.path=DIRECTORY'
 
@@ -125,8 +125,7 @@ def best_reply(
   tokenizer, mesh = annotator.tokenizer, annotator.mesh
   check_searchable(annotator, settings)
   ids, limit = tokenizer.prompt_ids(messages), settings.max_new_tokens
-  width = max(_MIN_WIDTH, 1 << (len(ids) - 1).bit_length())  # few programs
-  width = min(width, annotator.max_length - limit)
+  width = min(round_up_width(len(ids)), annotator.max_length - limit)
   prompts = PromptBatch(
     np.pad(np.array([ids], np.int32), ((0, 0), (0, width - len(ids)))),
     np.array([len(ids)], np.int32),

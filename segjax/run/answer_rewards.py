@@ -10,6 +10,7 @@ import numpy as np
 from segjax import processes
 from segjax.config.reward_lines import REWARD_FN
 from segjax.config.settings import Settings, replace
+from segjax.data.ragged import round_up_width
 from segjax.data.sources import Message
 from segjax.errors import UserError
 from segjax.evaluation.annotate import Annotator
@@ -28,8 +29,6 @@ from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.scoring import score
 from segjax.types import Normalizer, Rollout
-
-_MIN_WIDTH = 64  # tokens; prompts and answers are padded to this or to a power of 2 times it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _rollout_arrays(
   """Returns the arrays of a rollout whose rows are all the same answer, on the host."""
 
   def padded(tokens):
-    width = max(_MIN_WIDTH, 1 << (len(tokens) - 1).bit_length()) if tokens else _MIN_WIDTH
+    width = round_up_width(len(tokens))
     return np.tile(np.array(tokens + [0] * (width - len(tokens)), np.int32), (rows, 1))
 
   response = padded(ids)
