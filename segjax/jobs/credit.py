@@ -217,12 +217,12 @@ def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
 
 
 def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
-  paths, configs = loaded.models.paths, loaded.models.configs
+  paths = loaded.models.paths
   check_conflicts(s)
   spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
   check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   check_segments(s, spec.segmentation.granularity)
-  recipe = models.make_recipe(s, configs, spec, loaded.tokenizer, paths, {})
+  recipe = models.make_recipe(s, loaded.models._replace(reward_spec=spec), loaded.tokenizer)
   # Rewards alone are read: no critic is run.
   ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
   recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)

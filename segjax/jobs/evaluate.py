@@ -142,13 +142,11 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
   """Returns how responses to the held-out prompts are sampled and scored."""
   s, configs, model = stage.settings, resolved.configs, resolved.text_model
-  recipe = models.make_recipe(
-    s, configs, resolved.reward_spec, tokenizer, resolved.paths, resolved.listed
-  )
+  recipe = models.make_recipe(s, resolved, tokenizer)
   # Nothing reads advantages: no critic is run, and a batch may have any responses to a prompt. It
   # is scored at once, as large as config.evaluate.batch_size.
   ppo = dataclasses.replace(s.ppo, scoring_batch_size=0, estimator='reinforce_plus_plus')
-  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1, reads_text=model is not None)
+  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)

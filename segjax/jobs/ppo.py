@@ -90,10 +90,8 @@ def load(stage: Stage) -> Loaded:
   trained = {name: models.load_trained_config(stage, name, path) for name, path in paths.items()}
   configs = resolved.configs | trained
   tokenizer = tokenizer.for_networks(configs)
-  recipe = models.make_recipe(
-    s, configs, resolved.reward_spec, tokenizer, resolved.paths | paths, resolved.listed
-  )
-  recipe = dataclasses.replace(recipe, reads_text=resolved.text_model is not None)
+  scored = resolved._replace(configs=configs, paths=resolved.paths | paths)
+  recipe = models.make_recipe(s, scored, tokenizer)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)

@@ -119,9 +119,7 @@ def load_answer_rewards(
       'to the first.'
     )
   tokenizer = annotator.tokenizer
-  recipe = models.make_recipe(
-    s, resolved.configs, resolved.reward_spec, tokenizer, resolved.paths, resolved.listed
-  )
+  recipe = models.make_recipe(s, resolved, tokenizer)
   # Rewards alone are read: no critic is run, and one answer is compared with no other.
   ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
   recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1, recompute_logprob=False)

@@ -241,27 +241,19 @@ def load_models(
   return trees
 
 
-def make_recipe(
-  settings: Settings,
-  configs: dict[str, LlamaConfig],
-  spec: RewardSpec,
-  tokenizer: ChatTokenizer,
-  paths: dict[str, Path],
-  listed: dict[str, RewardSpec],
-) -> PPORecipe:
+def make_recipe(settings: Settings, models: Models, tokenizer: ChatTokenizer) -> PPORecipe:
   """Returns the constants of a PPO run or an evaluation.
 
   Args:
     settings: of the run.
-    configs: of the networks by name, with 'critic' if there is one.
-    spec: how responses are segmented and scores are normalised.
+    models: the networks that are scored, with 'critic' among their paths and configs if there is
+      one.
     tokenizer: of the policy.
-    paths: directories of the networks that are scored.
-    listed: how to read the reward models of config.rewards, by name.
   """
+  configs = models.configs
   others = {name: network for name, network in configs.items() if name != 'policy'}
   check_sampled_ids(configs['policy'], others)
-  segmentation = spec.segmentation
+  segmentation = models.reward_spec.segmentation
   if settings.reward_shaping.redistribute != 'none':
     # The score is read at the response's end, so the stop token has to lie in a segment.
     segmentation = dataclasses.replace(segmentation, include_eos=True)
@@ -278,9 +270,10 @@ def make_recipe(
     ppo=settings.ppo,
     compat=settings.compat,
     recompute_logprob=resolve_recompute_logprob(settings),
-    one_base=names_on_one_base(paths, configs),
+    one_base=names_on_one_base(models.paths, configs),
     samples_per_prompt=settings.rollout.samples_per_prompt,
-    rewards=reward_sources.make_sources(settings, listed, configs, tokenizer),
+    rewards=reward_sources.make_sources(settings, models.listed, configs, tokenizer),
+    reads_text=models.text_model is not None,
   )
 
 
