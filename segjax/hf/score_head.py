@@ -55,9 +55,7 @@ def find_score_head(directory: Path, how: RewardModelSettings) -> tuple[ScoreHea
   raw = read_json(checkpoint.directory / CONFIG)
   if how.head == 'tokens':
     return _of_tokens(directory, checkpoint, how)
-  module, hidden = head_name(raw), ''
-  if f'{module}.2.weight' in checkpoint.tensors:
-    module, hidden = f'{module}.2', f'{module}.0'
+  module, hidden = _layers(checkpoint, raw)
   if f'{module}.weight' not in checkpoint.tensors:
     if how.head == 'labels':
       raise UserError(
@@ -75,6 +73,42 @@ def find_score_head(directory: Path, how: RewardModelSettings) -> tuple[ScoreHea
   positive, negative = _choose(directory, labels, how)
   head = ScoreHead(module, rows, labels.index(positive), labels.index(negative), has_bias, hidden)
   return head, f'the score is the logit of label {positive!r} less that of {negative!r}'
+
+
+def _layers(checkpoint: Checkpoint, raw: dict[str, Any]) -> tuple[str, str]:
+  """Returns HF's names of the layer that has the logits, and of one in front of it, or ''."""
+  module = head_name(raw)
+  if f'{module}.2.weight' in checkpoint.tensors:
+    return f'{module}.2', f'{module}.0'
+  return module, ''
+
+
+def check_trainable_head(directory: Path, key: str) -> None:
+  """Checks by the headers that a network with a scalar head can be trained from a checkpoint.
+
+  It can from a scalar head without a bias, or no head, in whose place one is drawn.
+
+  Args:
+    directory: of the first weights.
+    key: the config key that names it.
+
+  Raises:
+    UserError: the checkpoint has another head.
+  """
+  if is_adapter(directory):
+    return
+  checkpoint = without_wrapper(open_checkpoint(directory))
+  module, hidden = _layers(checkpoint, read_json(checkpoint.directory / CONFIG))
+  header = checkpoint.tensors.get(f'{module}.weight')
+  has_bias = f'{module}.bias' in checkpoint.tensors
+  if header is None or (header.shape[0] == 1 and not has_bias and not hidden):
+    return
+  rows = '1 label' if header.shape[0] == 1 else f'{header.shape[0]} labels'
+  parts = [' and a bias'] * has_bias + [' behind another layer'] * bool(hidden)
+  raise UserError(
+    f'{key}: the head of {directory} has {rows}{"".join(parts)}, and one that is '
+    'trained has one label and no bias; name a language model, or a reward model of that form.'
+  )
 
 
 def _labels(raw: dict[str, Any], rows: int) -> list[str]:

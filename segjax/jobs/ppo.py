@@ -170,6 +170,11 @@ def critic_directory(init: str, resolved: models.Models) -> Path:
     )
   if 'reward' not in paths:
     raise UserError('config.critic.init=reward_model, but there is no reward model; use policy.')
+  if resolved.configs['reward'].score is not None:
+    raise UserError(
+      f'config.critic.init=reward_model, but the score of {paths["reward"]} is not that of one '
+      'label without a bias, which a critic has; use policy.'
+    )
   return paths['reward']
 
 

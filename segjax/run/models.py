@@ -23,7 +23,7 @@ from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
-from segjax.hf.score_head import find_score_head
+from segjax.hf.score_head import check_trainable_head, find_score_head
 from segjax.model import host_memory
 from segjax.model.llama import LlamaConfig
 from segjax.report.response_log import ResponseLog
@@ -124,6 +124,9 @@ def load_trained_config(stage: Stage, network: str, directory: Path) -> LlamaCon
   if kept and head == 'scalar':
     kept = dataclasses.replace(kept, train_head=False)  # it leaves the head to the vocabulary
   check_adapter(directory, kept, lora, network)
+  if head == 'scalar':
+    key = 'config.critic.init' if network == 'critic' else 'config.policy.path'
+    check_trainable_head(directory, key)
   reader.open_headers(directory, stored, head)
   config, reason = apply_runtime(stored, s.runtime, stage.mesh, trained=True)
   if reason:

@@ -17,7 +17,7 @@ from segjax.config.settings import RewardModelSettings, Runtime
 from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
-from segjax.hf.score_head import find_score_head
+from segjax.hf.score_head import check_trainable_head, find_score_head
 from segjax.model.heads import scores
 from segjax.run.models import load_network_configs
 from segjax.run.weights import Weights
@@ -189,3 +189,19 @@ def test_one_head_without_a_bias_is_as_it_was(tmp_path):
     hf_models.torch_scores(tmp_path, hf_models.IDS).reshape(found.shape[0], -1)[:, -1],
     atol=TOLERANCE,
   )
+
+
+@pytest.mark.parametrize('labels, has', [(1, '1 label and a bias'), (2, '2 labels and a bias')])
+def test_heads_that_are_not_trained_further(tmp_path, labels, has):
+  write(tmp_path, labels)
+  with pytest.raises(
+    UserError, match=rf'^config.critic.init: the head of .* has {has}, and'
+  ) as error:
+    check_trainable_head(tmp_path, 'config.critic.init')
+  assert '\n' not in str(error.value) and 'name a language model' in str(error.value)
+
+
+@pytest.mark.parametrize('head', ['scalar', 'language'])
+def test_heads_that_are_trained_further(tmp_path, head):
+  hf_models.write(tmp_path, head=head)
+  check_trainable_head(tmp_path, 'config.policy.path')
