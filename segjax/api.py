@@ -104,8 +104,11 @@ def load_reward_model(
   dtype: str = 'float32',
   chat_template: str = '',
   mesh: Mesh | None = None,
+  **options: Any,
 ) -> 'RewardModel':
   """Loads a reward model, and the SFT model whose entropies segment its texts.
+
+  A model of another tokenizer or chat template reads text, see `segjax help reward-models`.
 
   Args:
     path: HF directory or hub id; its segment_reward.json says how to segment and to normalise.
@@ -114,18 +117,15 @@ def load_reward_model(
     dtype: see `load_policy`.
     chat_template: see `load_policy`.
     mesh: see `load_policy`.
+    options: how a model of others is read, fields of `RewardModelSettings`: reads, head, positive,
+      negative, step_tag, step_delimiter.
 
   Raises:
-    UserError: a checkpoint does not exist or has no scalar head, or the tokenizers differ.
+    UserError: a checkpoint does not exist or has no score, or an option is wrong.
   """
-  with arguments.name_arguments():
-    settings = arguments.make_settings(
-      {
-        'reward_model.segmentation': dataclasses.asdict(segmentation or SegmentationOverrides()),
-        'runtime.compute_dtype': dtype,
-        'data.chat_template': chat_template,
-      }
-    )
+  settings = arguments.reward_model_settings(
+    options, segmentation=segmentation, dtype=dtype, chat_template=chat_template
+  )
   return RewardModel(*_load({'reference': reference, 'path': path}, settings, mesh))
 
 

@@ -128,12 +128,15 @@ class Sequences:
     finished: True where the response's last token is a stop token.
     ref_signal: what boundaries read of the reference at each token, entropy or log-prob, where it
       was computed beforehand; aligned like a log-prob, in nats.
+    score: raw scores of the reward model at the ends of segments, where it reads text instead of
+      these tokens; see `text_reward.TextSegments`.
   """
 
   ids: Int[Array, 'B S']
   response_mask: Bool[Array, 'B S']
   finished: Bool[Array, 'B']
   ref_signal: Float[Array, 'B S'] | None = None
+  score: Float[Array, 'B S'] | None = None
 
 
 @_pytree

@@ -66,13 +66,17 @@ have them, too. In a study, 'ARM rewards=NAME+NAME' takes these lines of config.
 """
 
 REWARD_MODELS = """\
-ppo, evaluate and sample use reward models of others. Without a segment_reward.json, set
-reward_model.normalizer and reward_model.segmentation.granularity, boundary, ...
+All jobs but credit read reward models of others, as the API does: load_reward_model(..., head=).
+Without a segment_reward.json, set reward_model.segmentation.granularity, boundary, ..., and
+reward_model.normalizer, or fit one by the normalizer job, which writes that file.
 
   text      A model of another tokenizer or chat template than the policy's reads text, by its own:
             responses are cut on the policy's tokens, and an end is carried over in characters, to
             the token that completes them. reward_model.reads sets it. A normaliser carries over, as
             its position p counts segments; an entropy threshold is that of another reference.
+  rows      normalizer and evaluate_reward cut responses of data on the tokens of reference.path, as
+            ppo does, and carry the ends over, too; its tokenizer should write any text. Without it,
+            evaluate_reward cuts on the reward model's own tokens. In chat the policy's are cut.
   head      auto reads ...ForSequenceClassification and ...ForTokenClassification of one label.
             Of two labels, reward_model.positive=LABEL_1 names the good one: the score is its logit
             less the other's. head=tokens with positive='+' and negative='-' reads two tokens of a
@@ -82,7 +86,9 @@ reward_model.normalizer and reward_model.segmentation.granularity, boundary, ...
             space between steps. Math-Shepherd's form: step_tag=' ки', a line end as step_delimiter,
             head=tokens. Qwen2.5-Math's form: step_tag='<extra_0>', step_delimiter='',
             positive=LABEL_1. These are forms; no published model was run here.
-  limits    evaluate_reward, normalizer, credit, chat and the API read models that share the
-            reference's tokenizer, without tags. Not on text: score_jump, redistribute=gradient or
-            attention, critic.init=reward_model, adapters on the policy's base.
+  limits    credit compares models of the policy's tokens, and config.rewards adds such models. Not
+            on text: score_jump, redistribute=gradient or attention, critic.init=reward_model,
+            adapters on the policy's base; with step_tag, the best of each segment. A text longer
+            than its positions loses the beginning of its prompt; a warning says so. Only one label
+            without a bias is trained further, by reward and as a critic.
 """

@@ -46,6 +46,7 @@ class TokenizedSpans:
     token_of_char: for each character of the response, the index of the response token that
       completes it; -1 if that token was truncated.
     spans: all marked spans, including truncated ones.
+    prompt: messages before the response.
   """
 
   ids: list[int]
@@ -53,6 +54,7 @@ class TokenizedSpans:
   finished: bool
   token_of_char: np.ndarray
   spans: tuple[Span, ...]
+  prompt: list[Message] = dataclasses.field(default_factory=list)
 
 
 def as_span_annotation(row: Row, location: str = 'row') -> SpanAnnotation:
@@ -177,6 +179,7 @@ def _tokenize(
     finished=length == len(response),
     token_of_char=np.where(token < length, token, -1),
     spans=annotation.spans,
+    prompt=annotation.prompt,
   )
   return tokenized, (prompt_length, length) != (len(prompt), len(response))
 

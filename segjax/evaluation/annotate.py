@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from segjax import processes
 from segjax.data.ragged import pad_rows, round_up_width
@@ -22,7 +22,8 @@ from segjax.model.heads import scores, token_logprobs
 from segjax.model.llama import LlamaConfig, num_parameters
 from segjax.rl.normalizer import normalize
 from segjax.train.segmenter import Segmenter, segment_batch
-from segjax.types import Normalizer, Sequences
+from segjax.train.text_reward import CutResponses, TextReward
+from segjax.types import Normalizer, Segments, Sequences
 
 # A tokenizer is loaded with a chat template; plain text passes through this one.
 PLAIN_TEMPLATE = '{% for message in messages %}{{ message.content }}{% endfor %}'
@@ -36,7 +37,7 @@ class Annotator:
   """The models that annotate texts, and how texts are segmented.
 
   Attributes:
-    tokenizer: shared by the models.
+    tokenizer: of the reference, and of the reward model unless that reads text.
     reference: the model whose entropies segment, or log-probs.
     reward: the reward model; None if segments have no scores.
     params: parameters of 'reference' and, where present, 'reward'.
@@ -44,6 +45,7 @@ class Annotator:
     normalizer: normaliser of the scores; None without one, and then normalised scores are None.
     std_floor_ratio: floor of Std(p), see `rl.normalizer.normalize`.
     mesh: the devices.
+    text: how the reward model reads texts; None if it reads the tokens of `tokenizer`.
   """
 
   tokenizer: ChatTokenizer
@@ -54,11 +56,14 @@ class Annotator:
   normalizer: Normalizer | None
   std_floor_ratio: float | None
   mesh: Mesh
+  text: TextReward | None = None
 
   @property
   def max_length(self) -> int:
-    """The longest text in tokens that all networks can read."""
-    networks = [network for network in (self.reference, self.reward) if network is not None]
+    """The longest text in tokens that all networks of these tokens can read."""
+    networks = [self.reference]
+    if self.reward is not None and self.text is None:
+      networks.append(self.reward)
     return min(network.max_position_embeddings for network in networks)
 
   def describe(self) -> str:
@@ -111,7 +116,7 @@ def annotate(
     UserError: a text is longer than the networks' positions.
   """
   for batch in text_batches(annotator, texts, batch_size):
-    arrays = _run_models(annotator, batch.sequences)
+    arrays = _run_models(annotator, batch)
     for row, (text, ids, span) in enumerate(
       zip(batch.texts, batch.responses, batch.spans, strict=True)
     ):
@@ -188,38 +193,59 @@ class TokenOutputs(NamedTuple):
   z: Any
 
 
-def _run_models(annotator: Annotator, sequences: Sequences) -> TokenOutputs:
-  outputs = _token_outputs(
+def _run_models(annotator: Annotator, batch: TextBatch) -> TokenOutputs:
+  entropy, score, segments = _token_outputs(
     annotator.params,
-    sequences,
-    annotator.normalizer or Normalizer(),
+    batch.sequences,
     reference=annotator.reference,
-    reward=annotator.reward,
+    reward=None if annotator.text else annotator.reward,
     segmenter=annotator.segmenter,
-    std_floor_ratio=annotator.std_floor_ratio,
   )
-  return TokenOutputs(*processes.to_host(tuple(outputs)))
+  if annotator.text is not None:
+    score = _read_text(annotator.text, annotator.params['reward'], batch, segments)
+  normalizer = annotator.normalizer or Normalizer()
+  z = _normalized(score, segments, normalizer, std_floor_ratio=annotator.std_floor_ratio)
+  return TokenOutputs(*processes.to_host((entropy, segments.segment_id, score, z)))
 
 
-@functools.partial(jax.jit, static_argnames=('reference', 'reward', 'segmenter', 'std_floor_ratio'))
+def _read_text(
+  text: TextReward, params: Any, batch: TextBatch, segments: Segments
+) -> Float[Array, 'B S']:
+  """Returns the scores of a reward model that reads text, at the ends of segments."""
+  rows = batch.sequences
+  arrays = processes.to_host((rows.ids, rows.response_mask, segments.end, rows.finished))
+  prompts = [prompt for prompt, _ in batch.texts]
+  prompts += prompts[:1] * (len(arrays[0]) - len(prompts))
+  return text.score(params, prompts, CutResponses(*arrays))[0]
+
+
+@functools.partial(jax.jit, static_argnames='std_floor_ratio')
+def _normalized(
+  score: Float[Array, 'B S'],
+  segments: Segments,
+  normalizer: Normalizer,
+  *,
+  std_floor_ratio: float | None,
+) -> Float[Array, 'B S']:
+  z = functools.partial(normalize, std_floor_ratio=std_floor_ratio)
+  return jax.vmap(z, (0, 0, None))(score, segments, normalizer)
+
+
+@functools.partial(jax.jit, static_argnames=('reference', 'reward', 'segmenter'))
 def _token_outputs(
   params: dict[str, Any],
   sequences: Sequences,
-  normalizer: Normalizer,
   *,
   reference: LlamaConfig,
   reward: LlamaConfig | None,
   segmenter: Segmenter,
-  std_floor_ratio: float | None,
-) -> tuple[Float[Array, 'B S'], Int[Array, 'B S'], Float[Array, 'B S'], Float[Array, 'B S']]:
+) -> tuple[Float[Array, 'B S'], Float[Array, 'B S'], Segments]:
+  """Returns (entropies, scores, segments); the scores are 0 without a reward model."""
   ids, mask = sequences.ids, sequences.response_mask
   logprob, entropy = token_logprobs(params['reference'], ids, reference)
-  # Without a reward model the zeros only complete the outputs; nothing reads them.
   score = entropy * 0 if reward is None else scores(params['reward'], ids, reward)
   signal = {'logprob': logprob, 'score': score}.get(segmenter.signal, entropy)
-  segments = segment_batch(ids, mask, sequences.finished, signal, segmenter)
-  z = jax.vmap(functools.partial(normalize, std_floor_ratio=std_floor_ratio), (0, 0, None))
-  return entropy, segments.segment_id, score, z(score, segments, normalizer)
+  return entropy, score, segment_batch(ids, mask, sequences.finished, signal, segmenter)
 
 
 def _annotated_response(

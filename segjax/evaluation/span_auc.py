@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from segjax import processes
 from segjax.data.ragged import pad_rows
+from segjax.data.row_forms import Message
 from segjax.data.span_annotations import Span, TokenizedSpans
 from segjax.evaluation.intervals import RankedTokens, auc_interval, auc_within
 from segjax.types import Segments, Sequences
@@ -24,6 +25,7 @@ def segment_rewards_by_token(
   max_width: int,
   batches: Iterable[tuple[np.ndarray, int]],
   to_device: Callable[[Any], Any],
+  prepare: Callable[[Sequences, list[list[Message]]], Sequences] | None = None,
 ) -> list[TokenRewards]:
   """Returns the normalised reward of each token's segment, for every response.
 
@@ -33,13 +35,18 @@ def segment_rewards_by_token(
     max_width: number of positions of the network.
     batches: `eval_batches` of the responses.
     to_device: places a batch of the host on the devices.
+    prepare: sequences, prompts -> the sequences as `score` reads them, such as
+      `TextSegments.add_scores`.
   """
   rewards = []
   longest = max(len(response.ids) for response in responses)
   width = min(-(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE, max_width)
   for rows, num_real in batches:
     batch = [responses[row] for row in rows]
-    z, segments = processes.to_host(score(Sequences(*map(to_device, _padded(batch, width)))))
+    sequences = Sequences(*map(to_device, _padded(batch, width)))
+    if prepare is not None:
+      sequences = prepare(sequences, [response.prompt for response in batch])
+    z, segments = processes.to_host(score(sequences))
     for i, response in enumerate(batch[:num_real]):
       span = slice(response.prompt_length, len(response.ids))
       rewards.append(_by_token(z[i, span], segments.end[i, span], segments.segment_id[i, span]))

@@ -22,6 +22,7 @@ from segjax.train.best_of_n import Search, check_differ, nothing_found, search
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.rollout import RolloutSampler, make_decoder
 from segjax.train.segmenter import sequence_scores
+from segjax.train.text_reward import TextSegments
 from segjax.types import PromptBatch, Segments
 
 _CHUNK = 4  # tokens generated between two pieces of streamed text
@@ -145,6 +146,9 @@ def best_reply(
   params = annotator.params | {'policy': annotator.params['reference']}
   stream = _Stream(tokenizer, write)
   how = Search(sampler, scorer, _SEGMENT_TOKENS if best.by_segment else 0)
+  if annotator.text is not None:
+    text = TextSegments(annotator.text, scorer, at_every_token=best.by_segment)
+    how = dataclasses.replace(how, prepare=text.prepare_options(lambda number: messages))
   for kept in search(params, prompts, key, how, found):
     if kept.responses.non_finite.any():
       raise UserError(_NOT_FINITE)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,6 @@ from segjax.data.source_list import parse_sources
 from segjax.data.sources import Rows, load_rows
 from segjax.data.span_annotations import TokenizedSpans, tokenize_spans
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation import span_auc
 from segjax.evaluation.intervals import format_interval
 from segjax.evaluation.pair_scores import pair_figures, score_pairs
@@ -34,56 +32,29 @@ from segjax.jobs.job import (
   data_input,
   never,
 )
-from segjax.model.llama import LlamaConfig
 from segjax.report.console import table
-from segjax.run import inputs, models
-from segjax.run.scorers import make_scorer
+from segjax.run import inputs
+from segjax.run.scorers import LoadedRewardModel, load_reward_model
 from segjax.run.stage import Stage
-from segjax.run.text_model import check_no_tags
+from segjax.run.text_model import pair_prompt
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
 from segjax.train import reward_spec
-from segjax.train.reward_scoring import SegmentScorer, segment_rewards
-from segjax.train.reward_spec import RewardSpec
-from segjax.train.segmenter import make_segmenter
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedRewardModel:
-  """A reward model and its reference, before their weights are loaded.
-
-  Attributes:
-    path: its directory.
-    reference: directory of the model whose entropies segment; None where none is needed.
-    spec: segmentation and normaliser.
-    scorer: networks and segmentation.
-    tokenizer: its tokenizer.
-  """
-
-  path: Path
-  reference: Path | None
-  spec: RewardSpec
-  scorer: SegmentScorer
-  tokenizer: ChatTokenizer
-
-  @property
-  def smallest(self) -> LlamaConfig:
-    """The network with the fewest positions."""
-    networks = self.scorer.reward, self.scorer.reference
-    return min(networks, key=lambda network: network.max_position_embeddings)
+from segjax.train.reward_scoring import segment_rewards
 
 
 class EvaluationData(NamedTuple):
-  """Pairs of each file with the subset of each pair, responses with spans, counts by file."""
+  """Pairs and rows of each file, subset of each pair, responses with spans, counts by file."""
 
-  pairs: list[tuple[Pairs, list[str]]]
+  pairs: list[tuple[Pairs, Rows]]
+  subsets: list[str]
   spans: list[TokenizedSpans]
   counts: dict[str, dict[str, int]]
 
 
 def load(stage: Stage) -> tuple[LoadedRewardModel, EvaluationData]:
   """Loads all but weights."""
-  model = load_reward_model(stage.settings, stage.mesh, stage.log)
+  model = load_model(stage.settings, stage.mesh, stage.log)
   return model, load_data(stage.settings, model, stage.log)
 
 
@@ -102,11 +73,7 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
   """
   s = stage.settings
   model, data = loaded
-  weights = Weights(s.runtime, stage.mesh)
-  params = weights.frozen(model.path, model.scorer.reward, 'scalar')
-  reference = None
-  if model.reference is not None:
-    reference = weights.frozen(model.reference, model.scorer.reference, 'language')
+  params, reference = model.load_params(Weights(s.runtime, stage.mesh))
   figures = {
     'pairs_read': sum(len(pairs) for pairs, _ in data.pairs),
     'responses_read': len(data.spans),
@@ -120,13 +87,13 @@ def run(stage: Stage, loaded: tuple[LoadedRewardModel, EvaluationData]) -> dict[
         pairs,
         model.scorer,
         inputs.tracked_batches(stage.name, len(pairs), s.evaluate_reward.batch_size, 'pairs'),
-        stage.gather,
+        model.gather(stage, rows, params, reference),
       )
-      for pairs, _ in data.pairs
+      for pairs, rows in data.pairs
     ]
     figures['pairs'] = pair_figures(
       np.concatenate(scored),
-      [name for _, names in data.pairs for name in names],
+      data.subsets,
       np.concatenate([pairs.truncated for pairs, _ in data.pairs]),
     )
   if data.spans:
@@ -158,9 +125,10 @@ def _span_figures(
   rewards = span_auc.segment_rewards_by_token(
     spans,
     score,
-    model.scorer.reward.max_position_embeddings,
+    model.smallest.max_position_embeddings,
     inputs.tracked_batches(stage.name, len(spans), size, 'responses with spans'),
     stage.to_device,
+    model.text and functools.partial(model.text.add_scores, params, reference),
   )
   is_normalized = model.spec.normalizer_kind != 'none'
   return span_auc.figures(spans, rewards, s.seed) | {'normalized': is_normalized}
@@ -173,26 +141,27 @@ def load_data(
 
   Weights of sources are ignored: each pair is judged once.
   """
-  s, pairs_by_file, spans, counts = settings, [], [], {}
+  s, pairs_by_file, subsets, spans, counts = settings, [], [], [], {}
   paths = [source.path for source in parse_sources(s.evaluate_reward.pairs or s.data.path)]
   for path in paths:
     rows = inputs.load_config_rows(dataclasses.replace(s.data, path=path), log)
     limits = inputs.length_limits(s.data, model.smallest, log)
     pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
     log(f'{path}: {describe_counts(pairs.counts)}, {len(pairs)} pairs judged')
-    pairs_by_file.append((pairs, [subset_name(rows, int(row)) for row in pairs.row]))
+    model.check_prompts(pair_prompt(rows, pairs, i) for i in range(len(pairs)))
+    pairs_by_file.append((pairs, rows))
+    subsets += [subset_name(rows, int(row)) for row in pairs.row]
     counts[path] = pairs.counts
   if path := s.evaluate_reward.spans:
     rows = load_rows(path, s.data.split, s.data.max_rows)
     limits = inputs.length_limits(s.data, model.smallest, log)
     spans, counts[path] = tokenize_spans(rows, model.tokenizer, limits)
     log(f'{path}: {describe_counts(counts[path])}, {len(spans)} responses judged')
-  return EvaluationData(pairs_by_file, spans, counts)
+    model.check_prompts((path, response.prompt) for response in spans)
+  return EvaluationData(pairs_by_file, subsets, spans, counts)
 
 
-def load_reward_model(
-  settings: Settings, mesh: Mesh, log: Callable[[str], None]
-) -> LoadedRewardModel:
+def load_model(settings: Settings, mesh: Mesh, log: Callable[[str], None]) -> LoadedRewardModel:
   """Resolves config.reward_model, and config.reference where it is needed; loads no weights."""
   overrides = settings.reward_model
   path = inputs.resolve_checkpoint(overrides.path, 'reward_model.path')
@@ -204,16 +173,7 @@ def load_reward_model(
   reference = None
   if settings.reference.path:
     reference = inputs.resolve_checkpoint(settings.reference.path, 'reference.path')
-  spec = reward_spec.resolve_spec(overrides, path, reference or path)
-  tokenizer = inputs.load_chat_tokenizer(path, settings.data, fallback=reference)
-  if not make_segmenter(spec.segmentation, tokenizer).needs_reference:
-    reference = None
-  check_no_tags(settings.reward_model, 'evaluate_reward')
-  how, runtime = settings.reward_model, settings.runtime
-  config = models.load_network_configs({'reward': path}, runtime, mesh, log, how)['reward']
-  scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
-  tokenizer = tokenizer.for_networks(scorer.networks)
-  return LoadedRewardModel(path, reference, spec, scorer, tokenizer)
+  return load_reward_model(settings, overrides, path, reference, mesh, log)
 
 
 def subset_name(rows: Rows, index: int) -> str:

@@ -16,22 +16,21 @@ from segjax import processes
 from segjax.config.conflicts import check_normalizer
 from segjax.config.settings import Settings
 from segjax.data.batches import Pairs, batch_indices, select
+from segjax.data.rows import Rows
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.jobs.job import COMMON, REFERENCE, REWARD_MODEL, Job, data_input
-from segjax.model.llama import LlamaConfig
 from segjax.rl import normalizer
-from segjax.run import inputs, models
-from segjax.run.scorers import make_scorer
+from segjax.run import inputs
+from segjax.run.scorers import LoadedRewardModel, load_reward_model
 from segjax.run.stage import Stage
-from segjax.run.text_model import check_no_tags
+from segjax.run.text_model import pair_prompt
 from segjax.run.weights import Weights
 from segjax.storage import make_directory, write_text_atomically
 from segjax.train import reward_spec
 from segjax.train.reward_scoring import SegmentScorer, segment_statistics
 from segjax.train.reward_spec import RewardSpec
-from segjax.types import Normalizer
+from segjax.types import Normalizer, PreferenceBatch
 
 BINS_FILE = 'normalizer.json'
 
@@ -51,13 +50,12 @@ class Statistics(NamedTuple):
 
 
 class Loaded(NamedTuple):
-  """Directories of reward model and reference, the spec to complete, scorer and pairs."""
+  """The reward model, the spec to complete, the pairs and the rows that they come from."""
 
-  source: Path
-  reference_path: Path
+  model: LoadedRewardModel
   spec: RewardSpec
-  scorer: SegmentScorer
   pairs: Pairs
+  rows: Rows
 
 
 def load(stage: Stage) -> Loaded:
@@ -72,28 +70,15 @@ def load(stage: Stage) -> Loaded:
   reference_path = inputs.resolve_checkpoint(s.reference.path, 'reference.path')
   stored = reward_spec.read_spec(source, with_normalizer=False)
   without_normalizer = dataclasses.replace(s.reward_model, normalizer='none')
-  spec = reward_spec.resolve_spec(without_normalizer, source, reference_path)
+  model = load_reward_model(s, without_normalizer, source, reference_path, stage.mesh, stage.log)
+  spec = model.spec
   kind = resolve_kind(s.normalizer.kind, spec.segmentation.granularity)
-  check_no_tags(s.reward_model, 'normalizer')
-  configs = models.load_network_configs(
-    {'reward': source}, s.runtime, stage.mesh, stage.log, s.reward_model
-  )
-  tokenizer = inputs.load_chat_tokenizer(source, s.data, fallback=reference_path)
-  scorer = make_scorer(
-    configs['reward'],
-    reference_path,
-    spec.segmentation,
-    tokenizer,
-    s.runtime,
-    stage.mesh,
-    stage.log,
-  )
-  tokenizer = tokenizer.for_networks(scorer.networks)
-  pairs = _load_pairs(stage, tokenizer, configs['reward'])
+  rows = inputs.load_config_rows(s.data, stage.log)
+  pairs = _load_pairs(stage, rows, model)
   new_spec = dataclasses.replace(
     stored or spec, segmentation=spec.segmentation, normalizer_kind=kind
   )
-  return Loaded(source, reference_path, new_spec, scorer, pairs)
+  return Loaded(model, new_spec, pairs, rows)
 
 
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
@@ -103,13 +88,10 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
     kind, segments, the coefficients, and for a regression `rl.normalizer.fit_quality`.
   """
   s = stage.settings
-  source, reference_path, spec, scorer, pairs = loaded
-  weights = Weights(s.runtime, stage.mesh)
-  params = weights.frozen(source, scorer.reward, 'scalar')
-  reference = None
-  if scorer.segmenter.needs_reference:
-    reference = weights.frozen(reference_path, scorer.reference, 'language')
-  statistics = collect_statistics(stage, params, reference, pairs, scorer)
+  model, spec, pairs, rows = loaded
+  params, reference = model.load_params(Weights(s.runtime, stage.mesh))
+  gather = model.gather(stage, rows, params, reference)
+  statistics = collect_statistics(stage, params, reference, pairs, model.scorer, gather)
   options = {
     'weighting': s.normalizer.weighting,
     'min_count': s.normalizer.min_bin_count,
@@ -120,7 +102,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   coefficients = {name: float(value) for name, value in vars(fitted).items()}
   processes.barrier('normalizer')  # every process has read the file that the first one replaces
   if processes.is_first():
-    reward_spec.write_spec(source, dataclasses.replace(spec, normalizer=fitted))
+    reward_spec.write_spec(model.path, dataclasses.replace(spec, normalizer=fitted))
     write_bins(stage.directory, statistics, coefficients)
   stage.log(
     f'{kind}: Mean(p) = {fitted.w_mean:.4f} ln p {fitted.b_mean:+.4f}, '
@@ -132,15 +114,15 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   return results
 
 
-def _load_pairs(stage: Stage, tokenizer: ChatTokenizer, config: LlamaConfig) -> Pairs:
+def _load_pairs(stage: Stage, rows: Rows, model: LoadedRewardModel) -> Pairs:
   """Loads the pairs of config.data, at most config.normalizer.max_pairs, drawn at random."""
   s = stage.settings
-  limits = inputs.length_limits(s.data, config, stage.log)
-  rows = inputs.load_config_rows(s.data, stage.log)
-  pairs = tokenize_pairs(rows, tokenizer, limits, inputs.pair_rules(s.compat))
+  limits = inputs.length_limits(s.data, model.smallest, stage.log)
+  pairs = tokenize_pairs(rows, model.tokenizer, limits, inputs.pair_rules(s.compat))
   if len(pairs) > s.normalizer.max_pairs:
     pairs = select(pairs, batch_indices(len(pairs), s.normalizer.max_pairs, s.seed, 0))
   inputs.log_dataset(pairs, stage.log)
+  model.check_prompts(pair_prompt(rows, pairs, i) for i in range(len(pairs)))
   return pairs
 
 
@@ -172,13 +154,18 @@ def resolve_kind(kind: str, granularity: str) -> str:
 
 
 def collect_statistics(
-  stage: Stage, params: Any, reference: Any, pairs: Pairs, scorer: SegmentScorer
+  stage: Stage,
+  params: Any,
+  reference: Any,
+  pairs: Pairs,
+  scorer: SegmentScorer,
+  gather: Callable[[Pairs, np.ndarray], PreferenceBatch],
 ) -> Statistics:
   """Scores both sides of the pairs; responses without a segment are left out."""
   parts = []
   size = stage.settings.normalizer.batch_size
   for rows, num_real in inputs.tracked_batches(stage.name, len(pairs), size):
-    batch = stage.gather(pairs, rows)
+    batch = gather(pairs, rows)
     arrays = processes.to_host(segment_statistics(params, reference, batch, scorer=scorer))
     # Two sequences per pair; the last batch repeats its last pair to be full.
     position, score, end, response_score = (x[: 2 * num_real] for x in arrays)

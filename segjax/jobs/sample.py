@@ -41,9 +41,11 @@ from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import writing
 from segjax.train.best_of_n import Search, best_rollout, check_differ
+from segjax.train.collect import Collector
 from segjax.train.reward_scoring import SegmentScorer
-from segjax.train.rollout import response_tokens
+from segjax.train.rollout import RolloutSampler, response_tokens
 from segjax.train.segmenter import sequence_scores
+from segjax.train.text_reward import TextSegments
 from segjax.types import Experience
 
 RESPONSES_FILE, BEST_FILE = 'responses.jsonl', 'best.jsonl'
@@ -68,11 +70,8 @@ def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights."""
   check_ranking(stage.settings)
   loaded = evaluate.load_collector(stage)
-  if stage.settings.sample.search == 'segment' and loaded.models.text_model is not None:
-    raise UserError(
-      f'{loaded.models.text_model.path} reads text, and config.sample.search=segment scores the '
-      'policy’s tokens; use search=response.'
-    )
+  if stage.settings.sample.search == 'segment':
+    _make_search(stage.settings, loaded.collector, loaded.collector.sampler)
   return loaded
 
 
@@ -165,9 +164,8 @@ def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
   params = models.load_models(loaded.models, tuple(loaded.models.frozen), weights)
   sampler = dataclasses.replace(collector.sampler, samples_per_prompt=count)
   if s.sample.search == 'segment':
-    recipe, count = collector.recipe, 1
-    scorer = SegmentScorer(recipe.reward, recipe.reference, recipe.segmenter)
-    sample = best_rollout(params, Search(sampler, scorer, s.sample.segment_tokens))
+    count = 1
+    sample = best_rollout(params, _make_search(s, collector, sampler))
     collector = dataclasses.replace(collector, sample=sample)
   else:
     collector = dataclasses.replace(collector, sampler=sampler)
@@ -185,6 +183,18 @@ def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
       value.reshape(real, -1), experience.rollout.finished.reshape(real, -1), s.sample.keep
     )
     yield Batch(experience, np.repeat(rows[:real], count), value, is_kept.ravel())
+
+
+def _make_search(s: Settings, collector: Collector, sampler: RolloutSampler) -> Search:
+  """Returns how the best response of each prompt is found segment by segment."""
+  recipe, text = collector.recipe, collector.text_reward
+  network = recipe.reward if text is None else text.scorer.network
+  scorer = SegmentScorer(network, recipe.reference, recipe.segmenter)
+  search = Search(sampler, scorer, s.sample.segment_tokens)
+  if text is None:
+    return search
+  segments = TextSegments(text, scorer, at_every_token=True)
+  return dataclasses.replace(search, prepare=segments.prepare_options(collector.prompts.messages))
 
 
 def best_of(value: np.ndarray, finished: np.ndarray, keep: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
 from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
+from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
 from segjax.types import Normalizer, Rollout
 
@@ -77,6 +78,12 @@ class AnswerRewards:
     rollout = Rollout(**arrays)
     length = np.full(mesh.size, len(prompt) + len(ids))
     outputs = score(self.params, rollout, length, recipe=self.recipe)
+    if self.annotator.text is not None:
+      host = processes.to_host((rollout.response_ids, rollout.response_mask, rollout.finished))
+      collected = CollectedRollout(rollout, *host, length)
+      outputs = self.annotator.text.add_scores(
+        self.params, outputs, collected, [messages] * len(length), self.recipe
+      )
     # The policy that has drawn the answer is the reference.
     drawn = jnp.where(rollout.response_mask, outputs.ref_logprob, 0.0)
     custom_reward = rewards.pop(REWARD_FN, None)
@@ -113,7 +120,7 @@ def load_answer_rewards(
     return None
   s = replace(settings, **{'reference.path': settings.policy.path})
   resolved = models.resolve_models(s, annotator.mesh, log)
-  if resolved.listed and 'reward' not in resolved.paths:
+  if resolved.listed and 'reward' not in resolved.frozen:
     raise UserError(
       'config.reward_model.path is empty, and config.rewards names further reward models; set it '
       'to the first.'

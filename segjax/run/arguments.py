@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from segjax.config.parse import from_config
-from segjax.config.settings import Settings
+from segjax.config.settings import Segmentation, SegmentationOverrides, Settings
 from segjax.data.tokenizer import MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.hf.reader import resolve_checkpoint
@@ -21,21 +21,54 @@ _ARGUMENTS = {
   'config.runtime.compute_dtype': 'dtype',
   'config.data.chat_template': 'chat_template',
   'config.reward_model.segmentation': 'segmentation',
+  'config.reward_model.': '',
   'config.reward.segmentation.': '',
   'config.rollout.': '',
 }
+# How a reward model of others is read.
+_READING = ('reads', 'head', 'positive', 'negative', 'step_tag', 'step_delimiter')
 
 
 def section_settings(section: str, kind: type, options: dict[str, Any]) -> Settings:
   """Returns the default settings with the options in one section."""
-  names = [field.name for field in dataclasses.fields(kind)]
+  check_options(options, [field.name for field in dataclasses.fields(kind)])
+  with name_arguments():
+    return make_settings({f'{section}.{name}': value for name, value in options.items()})
+
+
+def reward_model_settings(
+  options: dict[str, Any],
+  *,
+  segmentation: Segmentation | SegmentationOverrides | None,
+  dtype: str,
+  chat_template: str,
+) -> Settings:
+  """Returns the default settings with these of a reward model.
+
+  Args:
+    options: of `_READING`.
+    segmentation: its fields that are not None.
+    dtype: of weights and arithmetic.
+    chat_template: as config.data.chat_template.
+  """
+  check_options(options, _READING)
+  own = dataclasses.asdict(segmentation or SegmentationOverrides())
+  values = {'reward_model.segmentation': own} | {
+    f'reward_model.{name}': value for name, value in options.items()
+  }
+  with name_arguments():
+    return make_settings(
+      values | {'runtime.compute_dtype': dtype, 'data.chat_template': chat_template}
+    )
+
+
+def check_options(options: Iterable[str], names: Sequence[str]) -> None:
+  """Raises UserError if an option is not one of the names."""
   for name in options:
     if name not in names:
       near = difflib.get_close_matches(name, names, n=2)
       hint = f'did you mean {" or ".join(near)}?' if near else f'use {", ".join(names)}.'
       raise UserError(f'{name} is not an option; {hint}')
-  with name_arguments():
-    return make_settings({f'{section}.{name}': value for name, value in options.items()})
 
 
 def make_settings(overrides: dict[str, Any]) -> Settings:

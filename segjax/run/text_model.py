@@ -1,14 +1,16 @@
 """Loads a reward model that reads text: of another tokenizer or chat template than the policy."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from jax.sharding import Mesh
 
-from segjax.config.settings import Data, RewardModelSettings, Settings
-from segjax.data.batches import Prompts
+from segjax.config.settings import Data, Settings
+from segjax.data.batches import Pairs, Prompts
+from segjax.data.rows import Rows
+from segjax.data.sources import Message, as_pair
 from segjax.data.tokenizer import ChatTokenizer, MissingChatTemplateError
 from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
@@ -104,15 +106,6 @@ def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path) -> None:
     )
 
 
-def check_no_tags(settings: RewardModelSettings, job: str) -> None:
-  """Raises UserError if a job is to read tags that it does not put in."""
-  if settings.step_tag:
-    raise UserError(
-      f'config.reward_model.step_tag={settings.step_tag!r}: {job} reads scores at the reward '
-      'model’s own tokens, and puts no tags behind steps; ppo, evaluate and sample do.'
-    )
-
-
 def _load_own_tokenizer(directory: Path, data: Data) -> ChatTokenizer:
   """Loads a tokenizer with its own chat template, or that of config.data if it has none."""
   try:
@@ -125,9 +118,32 @@ def check_prompts(model: TextModel | None, prompts: Prompts) -> None:
   """Raises UserError if the reward model's chat template refuses a prompt; names its row."""
   if model is None:
     return
-  for index in range(len(prompts)):
+  located = (
+    (prompts.source.location(int(row)), prompts.messages(index))
+    for index, row in enumerate(prompts.row)
+  )
+  check_messages(model.scorer.tokenizer, model.path, located)
+
+
+def check_messages(
+  tokenizer: ChatTokenizer, directory: Path, prompts: Iterable[tuple[str, list[Message]]]
+) -> None:
+  """Raises UserError if the chat template of a reward model refuses a prompt; names its row.
+
+  Args:
+    tokenizer: of the reward model.
+    directory: of the reward model.
+    prompts: location and messages of each.
+  """
+  for location, messages in prompts:
     try:
-      model.scorer.tokenizer.prompt_text(prompts.messages(index))
+      tokenizer.prompt_text(messages)
     except UserError as error:
-      location = prompts.source.location(int(prompts.row[index]))
-      raise UserError(f'{location}, as {model.path} reads it: {error}') from error
+      raise UserError(f'{location}, as {directory} reads it: {error}') from error
+
+
+def pair_prompt(rows: Rows, pairs: Pairs, index: SupportsIndex) -> tuple[str, list[Message]]:
+  """Returns location and prompt of a pair, as written; `rows` are those that it comes from."""
+  row = int(pairs.row[index])
+  location = rows.location(row)
+  return location, as_pair(rows[row], location, ratings=False).prompt

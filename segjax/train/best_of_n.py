@@ -37,11 +37,15 @@ class Search:
     scorer: the reward model, and the segments that it scores.
     segment_tokens: length of the continuations in which the next segment is looked for, at least 2;
       of a longer segment the part so far is compared. 0: whole responses.
+    prepare: (params, options, number of the prompt of each) -> the options with the scores of a
+      reward model that reads text, such as `TextSegments.add_scores` gives; None if it reads these
+      tokens itself.
   """
 
   sampler: RolloutSampler
   scorer: SegmentScorer
   segment_tokens: int = 0
+  prepare: Callable[[dict[str, Any], Sequences, np.ndarray], Sequences] | None = None
 
   def __post_init__(self):
     if self.sampler.samples_per_prompt > 1:
@@ -158,10 +162,14 @@ def _options(
   repeat = functools.partial(np.repeat, repeats=sampler.samples_per_prompt, axis=0)
   options = _append(GenerationResult(*map(repeat, begun)), new)
   length = options.response_mask.sum(1)
+  sequences = _sequences(PromptBatch(*map(repeat, prompts)), options, settings)
+  if settings.prepare is not None:
+    number = np.arange(len(start)) if index is None else index
+    sequences = settings.prepare(params, sequences, repeat(number))
   end, score = _judge(
     params['reward'],
     params['reference'],
-    _sequences(PromptBatch(*map(repeat, prompts)), options, settings),
+    sequences,
     *sharding.place_batch(
       (
         repeat(np.asarray(prompts.prompt_length) + start).astype(np.int32),

@@ -98,9 +98,14 @@ def score_sequences(
   scorer: SegmentScorer,
   slots: PackingSlots | None = None,
 ) -> tuple[Float[Array, 'B S'], Segments]:
-  """Returns (the reward model's score at every token, the segments)."""
+  """Returns (the reward model's score at every token, the segments).
+
+  The score is `sequences.score` itself if it was computed beforehand.
+  """
   signal = reference_signal(reference, sequences, scorer, slots)
-  score = run_packed(scores, params, sequences.ids, scorer.reward, slots)
+  score = sequences.score
+  if score is None:
+    score = run_packed(scores, params, sequences.ids, scorer.reward, slots)
   segments = segment_batch(
     sequences.ids,
     sequences.response_mask,

@@ -1,32 +1,52 @@
-"""The scores of a rollout by a reward model that reads text.
+"""Responses in the tokens of a policy or reference, scored by a reward model that reads text.
 
 `text_scoring` runs the model; rewards and advantages are computed from the scores as ever.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from segjax import processes
 from segjax.data.row_forms import Message
 from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import ChatTokenizer
+from segjax.errors import UserError
 from segjax.model import host_memory
 from segjax.train.recipe import PPORecipe
+from segjax.train.reward_scoring import SegmentScorer, reference_signal
 from segjax.train.reward_shaping import segment_responses
-from segjax.train.rollout import CollectedRollout, response_tokens
+from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import ModelOutputs
+from segjax.train.segmenter import segment_batch
 from segjax.train.text_scoring import NOT_READ, TextScorer, character_ends
-from segjax.types import Rollout, Segments
+from segjax.types import PreferenceBatch, Rollout, Segments, Sequences
 
 
 @functools.partial(jax.jit, static_argnames='recipe')
 def _segments(rollout: Rollout, outputs: ModelOutputs, *, recipe: PPORecipe) -> Segments:
   return segment_responses(rollout, outputs, outputs.score, recipe.segmenter, recipe.compat)
+
+
+class CutResponses(NamedTuple):
+  """Responses in the policy's tokens, on the host, and where their segments end.
+
+  Attributes:
+    ids: token ids, those of a prompt may be among them.
+    mask: True on the tokens of the response.
+    end: True on the last token of each segment.
+    finished: whether the last token of a response is a stop token.
+  """
+
+  ids: Int[np.ndarray, 'B T']
+  mask: Bool[np.ndarray, 'B T']
+  end: Bool[np.ndarray, 'B T']
+  finished: Bool[np.ndarray, 'B']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +68,37 @@ class TextReward:
   def _split(self, ids: Sequence[int]) -> list[str]:
     return token_texts(ids, self.tokenizer.decode, self._known)
 
+  def score(
+    self,
+    params: Any,
+    prompts: Sequence[Sequence[Message]],
+    responses: CutResponses,
+    batch_size: int = 0,
+  ) -> tuple[Float[Array, 'B T'], Float[Array, 'B']]:
+    """Returns raw scores at the last tokens of segments, 0 elsewhere, and of the prompts.
+
+    The passes are dispatched; nothing waits for them. A model that reads tags has no score of a
+    prompt: it is 0.
+
+    Args:
+      params: of the reward model, on the devices or in host memory.
+      prompts: messages of each response's prompt; empty for plain text.
+      responses: the responses.
+      batch_size: texts at once; 0 for all.
+
+    Raises:
+      UserError: the reward model's chat template refuses a prompt.
+    """
+    ids = [row[mask] for row, mask in zip(responses.ids, responses.mask, strict=True)]
+    ends = character_ends(ids, responses.end, responses.mask, responses.finished, self._split)
+    # The score of the prompt, in front of all others; a process model has none.
+    first = NOT_READ if self.scorer.marks.tag else 0
+    ends = np.pad(ends, ((0, 0), (1, 0)), constant_values=first)
+    texts = [self.tokenizer.decode(row) for row in ids]
+    own = host_memory.to_device(params)
+    score = self.scorer.score(own, prompts, texts, ends, batch_size)
+    return score[:, 1:], score[:, 0]
+
   def add_scores(
     self,
     params: dict[str, Any],
@@ -56,10 +107,10 @@ class TextReward:
     prompts: Sequence[Sequence[Message]],
     recipe: PPORecipe,
   ) -> ModelOutputs:
-    """Returns the outputs with raw scores at the last tokens of segments, and of the prompts.
+    """Returns the outputs with the scores of a rollout, as `score` says.
 
     The segments are those of the policy's tokens, by the outputs of the reference, which this waits
-    for. The reward model's passes are dispatched.
+    for.
 
     Args:
       params: parameters by name, 'reward' among them.
@@ -69,19 +120,92 @@ class TextReward:
       recipe: how responses are segmented.
     """
     end = processes.to_host(_segments(collected.arrays, outputs, recipe=recipe).end)
-    ids = response_tokens(collected)
-    ends = character_ends(
-      ids,
-      end,
-      collected.response_mask,
-      collected.finished | recipe.compat.force_eos,
-      self._split,
-    )
-    # The score of the prompt, in front of all others; a process model has none.
-    first = NOT_READ if self.scorer.marks.tag else 0
-    ends = np.pad(ends, ((0, 0), (1, 0)), constant_values=first)
-    responses = [self.tokenizer.decode(row) for row in ids]
+    finished = collected.finished | recipe.compat.force_eos
+    responses = CutResponses(collected.response_ids, collected.response_mask, end, finished)
     size = recipe.ppo.scoring_batch_size
-    own = host_memory.to_device(params['reward'])
-    score = self.scorer.score(own, prompts, responses, ends, size)
-    return outputs._replace(score=score[:, 1:], prompt_score=score[:, 0])
+    score, of_prompt = self.score(params['reward'], prompts, responses, size)
+    return outputs._replace(score=score, prompt_score=of_prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSegments:
+  """Segments of rows of data in the tokens of a reference, scored by a model that reads text.
+
+  Attributes:
+    reward: the reward model, and the tokenizer of the reference.
+    scorer: the reference, and how responses are segmented; its reward model is not run.
+    at_every_token: whether responses may be cut elsewhere later: scores are read at every token.
+  """
+
+  reward: TextReward
+  scorer: SegmentScorer
+  at_every_token: bool = False
+
+  def add_scores(
+    self,
+    params: Any,
+    reference: Any,
+    sequences: Sequences,
+    prompts: Sequence[Sequence[Message]],
+  ) -> Sequences:
+    """Returns the sequences with what their boundaries read, and the scores of their segments.
+
+    `reward_scoring` computes from them what it does from a reward model of the same tokenizer.
+
+    Args:
+      params: of the reward model.
+      reference: parameters of the reference; None where it is not run.
+      sequences: prompts and responses.
+      prompts: messages of each prompt.
+
+    Raises:
+      UserError: the reward model's chat template refuses a prompt.
+    """
+    signal, end = _cut(reference, sequences, scorer=self.scorer)
+    end = sequences.response_mask if self.at_every_token else end
+    arrays = processes.to_host((sequences.ids, sequences.response_mask, end, sequences.finished))
+    score, _ = self.reward.score(params, prompts, CutResponses(*arrays))
+    return dataclasses.replace(sequences, ref_signal=signal, score=score)
+
+  def add_pair_scores(
+    self,
+    params: Any,
+    reference: Any,
+    pairs: PreferenceBatch,
+    prompts: Sequence[Sequence[Message]],
+  ) -> PreferenceBatch:
+    """Returns the pairs with those of both sides; arguments as in `add_scores`."""
+    chosen, rejected = (
+      self.add_scores(params, reference, side, prompts) for side in (pairs.chosen, pairs.rejected)
+    )
+    return dataclasses.replace(pairs, chosen=chosen, rejected=rejected)
+
+  def prepare_options(
+    self, messages: Callable[[int], Sequence[Message]]
+  ) -> Callable[[dict[str, Any], Sequences, np.ndarray], Sequences]:
+    """Returns `best_of_n.Search.prepare` for prompts that `messages` returns by their number.
+
+    Raises:
+      UserError: options are cut off inside segments, and the reward model reads tags behind them.
+    """
+    if self.at_every_token and (tag := self.reward.scorer.marks.tag):
+      raise UserError(
+        f'config.reward_model.step_tag={tag!r}: the best of each segment cuts responses where no '
+        'step ends, and the reward model has no score there; search whole responses.'
+      )
+
+    def prepare(params, sequences, numbers):
+      prompts = [messages(int(number)) for number in numbers]
+      return self.add_scores(params['reward'], params['reference'], sequences, prompts)
+
+    return prepare
+
+
+@functools.partial(jax.jit, static_argnames='scorer')
+def _cut(
+  reference: Any, sequences: Sequences, *, scorer: SegmentScorer
+) -> tuple[Float[Array, 'B S'], Bool[Array, 'B S']]:
+  """Returns (what boundaries read of the reference, where segments end)."""
+  signal = reference_signal(reference, sequences, scorer)
+  mask, finished = sequences.response_mask, sequences.finished
+  return signal, segment_batch(sequences.ids, mask, finished, signal, scorer.segmenter).end

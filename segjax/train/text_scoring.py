@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,10 +44,15 @@ class StepMarks:
 
 
 class TextRow(NamedTuple):
-  """A text as token ids, and the token at which each score is read; NOT_READ where none is."""
+  """A text as token ids, and the token at which each score is read; NOT_READ where none is.
+
+  Attributes:
+    is_cut: whether it was longer than the network's positions.
+  """
 
   ids: list[int]
   positions: Int[np.ndarray, 'K']
+  is_cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +95,14 @@ class TextScorer:
       UserError: the chat template refuses a prompt.
     """
     rows = [self.tokenize(*row) for row in zip(prompts, responses, ends, strict=True)]
+    if cut := sum(row.is_cut for row in rows):
+      logging.log_first_n(
+        logging.WARNING,
+        '%d of %d texts have more tokens by the reward model’s tokenizer than its %d positions: '
+        'they lose the beginning of their prompt (said once)',
+        1,
+        *(cut, len(rows), self.network.max_position_embeddings),
+      )
     count, size = len(rows), batch_size or len(rows)
     rows += [TextRow(rows[0].ids[:1], np.full(ends.shape[1], NOT_READ))] * (-count % size)
     length = np.array([len(row.ids) for row in rows])
@@ -119,29 +133,32 @@ class TextScorer:
       len(response) + 1    the stop token;
       NOT_READ             none.
 
+    A response without a prompt is plain text: it follows the BOS token, and no stop token follows.
     With a tag, the words of each step are followed by it, and an end is read at its last token. A
     text longer than the network's positions loses the beginning of its prompt. Only if the
     response alone is longer is it cut; ends behind the cut are read at its last token.
 
     Args:
-      messages: the prompt.
+      messages: the prompt; empty for plain text.
       response: the response, without special tokens.
       ends: in any order.
     """
     tokenizer, limit = self.tokenizer, self.network.max_position_embeddings
-    prompt = tokenizer.prompt_text(messages)
     text, end_in_text = mark_steps(response, ends, self.marks)
-    (before,) = tokenizer.encode([prompt])
-    after, offsets = tokenizer.encode_response(prompt, text + tokenizer.turn_close)
+    prompt, close, before = '', '', tokenizer.bos_ids
+    if messages:
+      prompt, close = tokenizer.prompt_text(messages), tokenizer.turn_close
+      (before,) = tokenizer.encode([prompt])
+    after, offsets = tokenizer.encode_response(prompt, text + close)
     excess = len(before) + len(after) - limit
     before = list(before[max(0, min(excess, len(before) - 1)) :])
-    token = character_tokens(offsets, len(text) + len(tokenizer.turn_close))
+    token = character_tokens(offsets, len(text) + len(close))
     last = {NOT_READ: NOT_READ, 0: len(before) - 1, len(text) + 1: len(before) + len(after) - 1}
     positions = [
       last[end] if end in last else len(before) + int(token[end - 1]) for end in end_in_text
     ]
     clipped = np.clip(positions, NOT_READ, limit - 1)
-    return TextRow([*before, *after][:limit], clipped)
+    return TextRow([*before, *after][:limit], clipped, excess > 0)
 
 
 def mark_steps(

@@ -8,21 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from fixtures import models, runs, tokenizers, training
 
 from segjax.config.settings import Segmentation
 from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import load_tokenizer
-from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.errors import UserError
-from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
-from segjax.model.heads import init_params, scores
+from segjax.model.heads import scores
 from segjax.run.models import load_models
 from segjax.run.weights import Weights
-from segjax.train import reward_spec
 from segjax.train.experience import make_experience
-from segjax.train.reward_spec import RewardSpec
 from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
 from segjax.train.segmenter import Segmenter
@@ -30,7 +27,7 @@ from segjax.train.text_reward import TextReward
 from segjax.train.text_scoring import TextScorer
 from segjax.types import Normalizer, Rollout
 
-NETWORK = dataclasses.replace(models.CONFIG, vocab_size=320, max_position_embeddings=128)
+NETWORK = runs.FOREIGN
 WORDS = ['hello there, how are you?', 'the quick brown fox', 'é 日本', '']
 
 
@@ -38,14 +35,7 @@ WORDS = ['hello there, how are you?', 'the quick brown fox', 'é 日本', '']
 def other(tmp_path_factory):
   """A reward model with a byte-level tokenizer and ChatML."""
   directory = tmp_path_factory.mktemp('other')
-  params = jax.jit(functools.partial(init_params, config=NETWORK, head='scalar'))(jax.random.key(5))
-  save_checkpoint(directory / 'model', params, NETWORK, 'scalar')
-  tokenizers.write_tokenizer(directory / 'model', tokenizers.CHATML, eos='<|im_end|>')
-  sha256 = tokenizer_fingerprint(str(directory / 'model'))
-  segmentation = Segmentation(boundary='fixed_length', segment_length=3)
-  spec = RewardSpec(segmentation, Normalizer(b_mean=0.5, b_std=2.0), 'global', sha256)
-  reward_spec.write_spec(directory / 'model', spec)
-  return directory / 'model'
+  return runs.foreign_reward_model(directory / 'model', Normalizer(b_mean=0.5, b_std=2.0))
 
 
 @pytest.fixture
@@ -204,6 +194,31 @@ def test_what_needs_the_policys_tokens_is_refused(small, run, inputs, values, me
     run(small('ppo', **inputs | values))
 
 
+@pytest.mark.parametrize('job', ['ppo', 'reward'])
+def test_a_head_of_another_form_is_not_trained_further(small, run, language, tmp_path, job):
+  """A bias is read of a frozen reward model, and what is trained has none."""
+  policy = str(language / 'model')
+  model = runs.reward_model(language / 'model', tmp_path / 'm', Normalizer(), Segmentation())
+  path = model / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file(tensors | {'score.bias': np.ones(1, np.float32)}, path)
+  paths = {'policy.path': policy, 'reference.path': policy}
+  if job == 'ppo':
+    rows = {'data.path': str(language / 'rows' / 'prompts.jsonl.gz'), 'data.max_rows': 8}
+    values = {'reward_model.path': str(model), **paths, **rows}
+    with pytest.raises(
+      UserError, match=r'^config.critic.init=reward_model, but the score of .*/m '
+    ):
+      run(small('ppo', **values, **{'critic.init': 'reward_model'}))
+    with pytest.raises(UserError, match=r'^config.critic.init: the head of .*/m has 1 label and a'):
+      run(small('ppo', **values, **{'critic.init': str(model)}))
+  else:
+    paths['policy.path'] = str(model)
+    rows = {'data.path': str(language / 'rows' / 'pairs.jsonl.gz')}
+    with pytest.raises(UserError, match=r'^config.policy.path: the head of .*/m has 1 label and a'):
+      run(small('reward', **paths, **rows))
+
+
 def test_a_prompt_that_the_reward_model_cannot_read(small, run, inputs, tmp_path):
   rows = [{'prompt': 'which animal ?'}, {'prompt': '<|im_start|>user\nwhich animal ?'}]
   (tmp_path / 'p.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -220,14 +235,14 @@ def test_a_prompt_that_the_reward_model_cannot_read(small, run, inputs, tmp_path
     ('evaluate', {'positive': '+', 'head': 'scalar'}, 'has no effect with head=scalar'),
     ('evaluate', {'head': 'tokens'}, r'which tokens of .* is not known; set'),
     ('evaluate', {'positive': 'LABEL_1'}, 'has one label'),
-    ('normalizer', {'step_tag': '#', 'normalizer': ''}, 'normalizer reads scores at the reward'),
-    ('evaluate_reward', {'step_tag': '#'}, 'evaluate_reward reads scores at the reward model'),
+    ('normalizer', {'step_tag': '日', 'reads': 'tokens'}, 'step_tag=.日. is put into text'),
+    ('evaluate_reward', {'reads': 'tokens'}, 'the tokenizers of .* differ'),
   ],
 )
 def test_what_a_process_model_reads_is_known(small, run, inputs, language, job, values, message):
   if job != 'evaluate':
     pairs = str(language / 'rows' / 'pairs.jsonl.gz')
-    inputs |= {'data.path': pairs, 'reference.path': inputs['reward_model.path']}
+    inputs |= {'data.path': pairs, 'reference.path': str(language / 'model')}
   with pytest.raises(UserError, match=message) as error:
     values = {f'reward_model.{name}': value for name, value in values.items()}
     run(small(job, **inputs | values))
