@@ -34,7 +34,8 @@ _SEGMENTATION = (
   'min_segment_length',
   'aggregation',
 )
-_OF_MODELS = ('path', 'weight', 'normalizer', 'spread', *_SEGMENTATION)
+_READING = ('reads', 'head', 'positive', 'negative')
+_OF_MODELS = ('path', 'weight', 'normalizer', 'spread', *_SEGMENTATION, *_READING)
 _OF_FUNCTIONS = ('fn', 'weight')
 
 
@@ -50,6 +51,7 @@ class RewardLine:
     normalizer: of the scores, as reward_model.normalizer.
     spread: of the rewards, as reward_shaping.spread.
     segmentation: where the scores are read.
+    reads: as reward_model.reads; so are head, positive and negative.
   """
 
   name: str
@@ -59,6 +61,10 @@ class RewardLine:
   normalizer: str = ''
   spread: str = ''
   segmentation: SegmentationOverrides = dataclasses.field(default_factory=SegmentationOverrides)
+  reads: str = 'auto'
+  head: str = 'auto'
+  positive: str = ''
+  negative: str = ''
 
   @property
   def key(self) -> str:
@@ -72,7 +78,8 @@ class RewardLine:
 
   def model_settings(self) -> RewardModelSettings:
     """Returns what the line sets of a reward model."""
-    return RewardModelSettings(self.path, self.segmentation, self.normalizer)
+    reading = {name: getattr(self, name) for name in _READING}
+    return RewardModelSettings(self.path, self.segmentation, self.normalizer, **reading)
 
   def own_density(self) -> dict[str, Any]:
     """Returns what it sets of where scores are read and how they are spread."""
@@ -141,7 +148,7 @@ def _value(label: str, key: str, text: str, kind: Any) -> Any:
   value = parse_value(text)
   is_text = kind is str or str in typing.get_args(kind)
   value = typed(label, text if is_text and not isinstance(value, str) else value, kind)
-  section = {'spread': 'reward_shaping', 'normalizer': 'reward_model'}
+  section = {'spread': 'reward_shaping'} | dict.fromkeys(('normalizer', *_READING), 'reward_model')
   own = f'{section.get(key, "reward_model.segmentation")}.{key}'
   if own in CHOICES:
     # A boundary by a function needs a key of its own, by which the function's source is hashed.

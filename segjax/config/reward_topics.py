@@ -36,12 +36,15 @@ one by a line 'NAME KEY=VALUE ...'; lines are joined by commas on the command li
 
   --config.rewards='second path=DIR weight=0.5 granularity=token,brief fn=mine:brief weight=0.1'
 
-  path          HF directory, adapter or hub id of a reward model with the policy's tokenizer.
-                Adapters on the base of the reference are scored in one pass with it.
+  path          HF directory, adapter or hub id of a reward model. One of another tokenizer or chat
+                template than the policy's reads text; adapters on the base of the reference are
+                scored in one pass with it.
   fn            'module:function', called as reward_fn is (`segjax help functions`), with its
                 settings of concurrency, time limit, retries and errors
   weight        factor in the sum, 1 by default; 0 of a model watches its disagreement alone. Those
                 of the first ones are reward_shaping.reward_model_weight and reward_fn_weight.
+  reads, head, positive, negative
+                how its score is read, as in reward_model: `segjax help reward-models`
   normalizer    none or published:NAME; granularity, boundary, entropy_threshold, segment_length,
                 min_segment_length, aggregation and spread, of a reward model: its own density. What
                 is left out is that of its segment_reward.json, where it has none of
@@ -75,8 +78,9 @@ reward_model.normalizer, or fit one by the normalizer job, which writes that fil
             the token that completes them. reward_model.reads sets it. A normaliser carries over, as
             its position p counts segments; an entropy threshold is that of another reference.
   rows      normalizer and evaluate_reward cut responses of data on the tokens of reference.path, as
-            ppo does, and carry the ends over, too; its tokenizer should write any text. Without it,
-            evaluate_reward cuts on the reward model's own tokens. In chat the policy's are cut.
+            ppo does, and carry the ends over, too; what these tokens cannot write is not read.
+            Without it, evaluate_reward cuts on the reward model's own tokens. In chat the policy's
+            tokens are cut.
   head      auto reads ...ForSequenceClassification and ...ForTokenClassification of one label.
             Of two labels, reward_model.positive=LABEL_1 names the good one: the score is its logit
             less the other's. head=tokens with positive='+' and negative='-' reads two tokens of a
@@ -86,9 +90,11 @@ reward_model.normalizer, or fit one by the normalizer job, which writes that fil
             space between steps. Math-Shepherd's form: step_tag=' ки', a line end as step_delimiter,
             head=tokens. Qwen2.5-Math's form: step_tag='<extra_0>', step_delimiter='',
             positive=LABEL_1. These are forms; no published model was run here.
-  limits    credit compares models of the policy's tokens, and config.rewards adds such models. Not
-            on text: score_jump, redistribute=gradient or attention, critic.init=reward_model,
-            adapters on the policy's base; with step_tag, the best of each segment. A text longer
-            than its positions loses the beginning of its prompt; a warning says so. Only one label
-            without a bias is trained further, by reward and as a critic.
+  several   Lines of config.rewards read text where tokenizer or chat template is another, too; they
+            have keys reads, head, positive and negative, but no tags.
+  limits    credit compares models of the policy's tokens. Not on text: score_jump,
+            redistribute=gradient or attention, critic.init=reward_model, adapters on the policy's
+            base; with step_tag, the best of each segment. A text longer than its positions loses
+            the beginning of its prompt; a warning says so. Only one label without a bias is trained
+            further, by reward and as a critic.
 """

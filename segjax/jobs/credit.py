@@ -31,7 +31,7 @@ from segjax.evaluation.intervals import format_interval
 from segjax.jobs import evaluate, evaluate_functions
 from segjax.jobs.job import COMMON, LM_REWARD, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.report.console import table
-from segjax.run import inputs, models
+from segjax.run import inputs, models, recipes
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
@@ -222,7 +222,7 @@ def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
   spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
   check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
   check_segments(s, spec.segmentation.granularity)
-  recipe = models.make_recipe(s, loaded.models._replace(reward_spec=spec), loaded.tokenizer)
+  recipe = recipes.make_recipe(s, loaded.models._replace(reward_spec=spec), loaded.tokenizer)
   # Rewards alone are read: no critic is run.
   ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
   recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)

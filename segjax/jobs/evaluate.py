@@ -40,7 +40,7 @@ from segjax.model.llama import LlamaConfig
 from segjax.report.console import log
 from segjax.report.response_log import ResponseLog
 from segjax.report.segment_table import escape_control, print_response
-from segjax.run import inputs, models
+from segjax.run import inputs, models, recipes
 from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
 from segjax.run.text_model import check_prompts
@@ -127,7 +127,7 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
       sampled['before'].experience, tokenizer, is_boundary
     )
   _print_responses(sampled, s.evaluate.num_printed, tokenizer)
-  response_log = models.make_response_log(
+  response_log = recipes.make_response_log(
     stage.directory, s.report, collector.recipe, tokenizer, collector.prompts
   )
   _log_responses(sampled, response_log, s.report.eval_responses)
@@ -141,8 +141,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
 
 def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokenizer) -> Collector:
   """Returns how responses to the held-out prompts are sampled and scored."""
-  s, configs, model = stage.settings, resolved.configs, resolved.text_model
-  recipe = models.make_recipe(s, resolved, tokenizer)
+  s, configs = stage.settings, resolved.configs
+  recipe = recipes.make_recipe(s, resolved, tokenizer)
   # Nothing reads advantages: no critic is run, and a batch may have any responses to a prompt. It
   # is scored at once, as large as config.evaluate.batch_size.
   ppo = dataclasses.replace(s.ppo, scoring_batch_size=0, estimator='reinforce_plus_plus')
@@ -151,7 +151,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
-  check_prompts(model, prompts)
+  check_prompts(resolved.texts.values(), prompts)
   return Collector(
     prompts,
     RolloutSampler(recipe.policy, rollout, tokenizer.stop_ids, stage.mesh, log=stage.log),
@@ -159,7 +159,7 @@ def _make_collector(stage: Stage, resolved: models.Models, tokenizer: ChatTokeni
     jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     load_custom_reward(s.reward_shaping, tokenizer.decode),
     load_listed(s, resolved.listed, tokenizer.decode),
-    text_reward=model and model.reward(tokenizer),
+    texts=resolved.text_rewards(tokenizer),
   )
 
 

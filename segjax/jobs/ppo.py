@@ -35,7 +35,7 @@ from segjax.jobs.job import (
 from segjax.jobs.ppo_trainer import Trainer, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
-from segjax.run import inputs, models, preemption, provenance, training_loop
+from segjax.run import inputs, models, preemption, provenance, recipes, training_loop
 from segjax.run.reward_sources import load_listed
 from segjax.run.stage import Stage
 from segjax.run.text_model import check_prompts
@@ -91,12 +91,12 @@ def load(stage: Stage) -> Loaded:
   configs = resolved.configs | trained
   tokenizer = tokenizer.for_networks(configs)
   scored = resolved._replace(configs=configs, paths=resolved.paths | paths)
-  recipe = models.make_recipe(s, scored, tokenizer)
+  recipe = recipes.make_recipe(s, scored, tokenizer)
   rollout = inputs.fit_rollout(s.rollout, configs, stage.log)
   limits = inputs.prompt_limits(s.data, configs, rollout.max_new_tokens, stage.log)
   prompts = tokenize_prompts(inputs.load_config_rows(s.data, stage.log), tokenizer, limits)
   inputs.log_dataset(prompts, stage.log)
-  check_prompts(resolved.text_model, prompts)
+  check_prompts(resolved.texts.values(), prompts)
   sampler = RolloutSampler(
     recipe.policy,
     rollout,
@@ -217,7 +217,6 @@ def _make_trainer(
   normalizer: Normalizer,
 ) -> Trainer:
   s, (resolved, _, recipe, tokenizer, prompts, sampler) = stage.settings, loaded
-  model = resolved.text_model
   train_set, held_out = split_holdout(prompts, s.ppo.holdout_fraction, s.seed)
   eval_collector = Collector(
     held_out,
@@ -227,7 +226,7 @@ def _make_trainer(
     load_custom_reward(s.reward_shaping, tokenizer.decode),
     load_listed(s, resolved.listed, tokenizer.decode),
     stop=preemption.stop_requested,
-    text_reward=model and model.reward(tokenizer),
+    texts=resolved.text_rewards(tokenizer),
   )
   timer, stream = StepTimer(), None
   if s.rollout.carry:
@@ -240,7 +239,7 @@ def _make_trainer(
     collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
     eval_collector=eval_collector,
     gold=evaluate_functions.load_gold(s, tokenizer.decode) if s.ppo.eval_every else None,
-    responses=models.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
+    responses=recipes.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),
     timer=timer,
     stream=stream,
   )

@@ -187,7 +187,7 @@ def _batches(stage: Stage, loaded: evaluate.Loaded) -> Iterator[Batch]:
 
 def _make_search(s: Settings, collector: Collector, sampler: RolloutSampler) -> Search:
   """Returns how the best response of each prompt is found segment by segment."""
-  recipe, text = collector.recipe, collector.text_reward
+  recipe, text = collector.recipe, collector.texts.get('reward')
   network = recipe.reward if text is None else text.scorer.network
   scorer = SegmentScorer(network, recipe.reference, recipe.segmenter)
   search = Search(sampler, scorer, s.sample.segment_tokens)

@@ -18,7 +18,7 @@ from segjax.evaluation.segment_records import AnnotatedResponse
 from segjax.model import sharding
 from segjax.report.console import log
 from segjax.report.response_log import segments_from_experience
-from segjax.run import models
+from segjax.run import models, recipes
 from segjax.run.reward_sources import load_listed
 from segjax.run.weights import Weights
 from segjax.train.collect import ListedSources
@@ -29,6 +29,7 @@ from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
+from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.types import Normalizer, Rollout
 
 
@@ -43,6 +44,7 @@ class AnswerRewards:
     normalizer: of the first reward model's scores.
     custom_reward: reward_shaping.reward_fn, if there is one.
     listed: of config.rewards.
+    texts: the reward models that read text, by the names of their networks.
   """
 
   annotator: Annotator
@@ -51,6 +53,7 @@ class AnswerRewards:
   normalizer: Normalizer
   custom_reward: CustomReward | None
   listed: ListedSources
+  texts: dict[str, TextReward]
 
   def annotate(self, messages: list[Message], answer: str) -> AnnotatedResponse:
     """Returns the segments of an answer with their rewards and the parts of these, without KL.
@@ -78,12 +81,11 @@ class AnswerRewards:
     rollout = Rollout(**arrays)
     length = np.full(mesh.size, len(prompt) + len(ids))
     outputs = score(self.params, rollout, length, recipe=self.recipe)
-    if self.annotator.text is not None:
+    if self.texts:
       host = processes.to_host((rollout.response_ids, rollout.response_mask, rollout.finished))
       collected = CollectedRollout(rollout, *host, length)
-      outputs = self.annotator.text.add_scores(
-        self.params, outputs, collected, [messages] * len(length), self.recipe
-      )
+      prompts = [messages] * len(length)
+      outputs = add_text_scores(self.texts, self.params, outputs, collected, prompts, self.recipe)
     # The policy that has drawn the answer is the reference.
     drawn = jnp.where(rollout.response_mask, outputs.ref_logprob, 0.0)
     custom_reward = rewards.pop(REWARD_FN, None)
@@ -126,11 +128,11 @@ def load_answer_rewards(
       'to the first.'
     )
   tokenizer = annotator.tokenizer
-  recipe = models.make_recipe(s, resolved, tokenizer)
+  recipe = recipes.make_recipe(s, resolved, tokenizer)
   # Rewards alone are read: no critic is run, and one answer is compared with no other.
   ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
   recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1, recompute_logprob=False)
-  others = [name for name in resolved.paths if name not in ('policy', *annotator.params)]
+  others = [name for name in resolved.frozen if name not in ('policy', *annotator.params)]
   return AnswerRewards(
     annotator=annotator,
     recipe=recipe,
@@ -138,6 +140,7 @@ def load_answer_rewards(
     normalizer=jax.tree.map(jnp.float32, resolved.reward_spec.normalizer),
     custom_reward=load_custom_reward(s.reward_shaping, tokenizer.decode),
     listed=load_listed(s, resolved.listed, tokenizer.decode),
+    texts=resolved.text_rewards(tokenizer),
   )
 
 

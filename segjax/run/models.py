@@ -1,7 +1,8 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,33 +11,26 @@ from jax.sharding import Mesh
 from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
 from segjax.config.settings import (
-  Report,
   RewardModelSettings,
   Runtime,
   Segmentation,
   Settings,
-  replace,
 )
-from segjax.config.validate import resolve_recompute_logprob, resolve_spread
-from segjax.data.batches import Prompts
-from segjax.data.embedding_rows import check_sampled_ids
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.hf.score_head import check_trainable_head, find_score_head
 from segjax.model import host_memory
 from segjax.model.llama import LlamaConfig
-from segjax.report.response_log import ResponseLog
 from segjax.run import inputs, reward_sources
 from segjax.run.inputs import resolve_checkpoint
 from segjax.run.network_runtime import apply_runtime
 from segjax.run.stage import Stage
 from segjax.run.text_model import TextModel, load_text_model, reads_text
-from segjax.run.weights import Weights, check_adapter, names_on_one_base
+from segjax.run.weights import Weights, check_adapter
 from segjax.train import reward_spec
-from segjax.train.recipe import PPORecipe
 from segjax.train.reward_spec import RewardSpec
-from segjax.train.segmenter import make_segmenter
+from segjax.train.text_reward import TextReward
 from segjax.types import Normalizer
 
 HEADS = {'policy': 'language', 'reference': 'language', 'reward': 'scalar', 'reward_lm': 'language'}
@@ -59,22 +53,30 @@ class Models(NamedTuple):
     configs: their networks, by name.
     listed: how to read the reward models of config.rewards, by name; their paths and networks are
       named as `reward_lines.RewardLine.network` says.
-    text_model: the reward model, if it reads text.
+    texts: the reward models that read text, by the names of their networks.
   """
 
   paths: dict[str, Path]
   reward_spec: RewardSpec
   configs: dict[str, LlamaConfig]
   listed: dict[str, RewardSpec]
-  text_model: TextModel | None = None
+  texts: dict[str, TextModel]
+
+  @property
+  def text_model(self) -> TextModel | None:
+    """The reward model of config.reward_model, if it reads text."""
+    return self.texts.get('reward')
+
+  def text_rewards(self, tokenizer: ChatTokenizer) -> dict[str, TextReward]:
+    """Returns the rewards of the models that read text, for responses in these tokens."""
+    return {name: model.reward(tokenizer) for name, model in self.texts.items()}
 
   @property
   def frozen(self) -> dict[str, tuple[Path, LlamaConfig]]:
     """Directory and network of each model."""
     models = {name: (path, self.configs[name]) for name, path in self.paths.items()}
-    if self.text_model is not None:
-      models['reward'] = self.text_model.path, self.text_model.scorer.network
-    return models
+    texts = {name: (model.path, model.scorer.network) for name, model in self.texts.items()}
+    return models | texts
 
 
 def load_network_config(
@@ -144,24 +146,18 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
     'policy': resolve_checkpoint(settings.policy.path, 'policy.path'),
     'reference': resolve_checkpoint(settings.reference.path, 'reference.path'),
   }
-  reward_model, text_model, reward = settings.reward_model, None, None
-  is_text = False
+  reward_model, text_paths = settings.reward_model, {}
   if reward_model.path:
     reward = resolve_checkpoint(reward_model.path, 'reward_model.path')
     is_text = reads_text(settings, reward, paths['policy'])
     spec = reward_spec.resolve_spec(reward_model, reward, None if is_text else paths['policy'])
+    (text_paths if is_text else paths)['reward'] = reward
   else:
     segmentation = reward_spec.override(Segmentation(), reward_model.segmentation)
     spec = RewardSpec(segmentation, Normalizer(), 'none')
   # Before the weights are loaded, which takes minutes for a large model.
   check_segments(settings, spec.segmentation.granularity)
   check_redistribution(settings, spec.segmentation.granularity, float(spec.normalizer.w_mean))
-  if is_text:
-    config = load_network_configs({'reward': reward}, settings.runtime, mesh, log, reward_model)
-    config = config['reward']
-    text_model = load_text_model(settings, reward, config, spec, mesh, log)
-  elif reward is not None:
-    paths['reward'] = reward
   lm_reward = settings.reward_shaping.lm_reward
   if lm_reward.kind != 'off':
     key = 'reward_shaping.lm_reward.path'
@@ -170,11 +166,31 @@ def resolve_models(settings: Settings, mesh: Mesh, log: LogFn) -> Models:
   # Log-probs of the two are compared token by token.
   reward_spec.check_tokenizer(paths['reference'], paths['policy'])
   reward_sources.check_mix(settings, spec.segmentation)
-  directories, listed = reward_sources.resolve(settings, paths['policy'])
-  paths |= directories
-  configs = load_network_configs(paths, settings.runtime, mesh, log, reward_model)
+  listed = reward_sources.resolve(settings, paths['policy'])
+  how = {'reward': reward_model} | listed.how
+  specs = {'reward': spec} | {f'reward.{name}': own for name, own in listed.specs.items()}
+  texts = _load_texts(settings, text_paths | listed.texts, specs, how, mesh, log)
+  paths |= listed.paths
+  configs = load_network_configs(paths, settings.runtime, mesh, log, how)
   warn_of_boundaries(spec.segmentation, configs['policy'], log)
-  return Models(paths, spec, configs, listed, text_model)
+  return Models(paths, spec, configs, listed.specs, texts)
+
+
+def _load_texts(
+  settings: Settings,
+  paths: dict[str, Path],
+  specs: dict[str, RewardSpec],
+  how: dict[str, RewardModelSettings],
+  mesh: Mesh,
+  log: LogFn,
+) -> dict[str, TextModel]:
+  """Loads the networks and tokenizers of reward models that read text, by network."""
+  configs = load_network_configs(paths, settings.runtime, mesh, log, how)
+  texts = {}
+  for name, path in paths.items():
+    own = dataclasses.replace(settings, reward_model=how[name])
+    texts[name] = load_text_model(own, path, configs[name], specs[name], mesh, log)
+  return texts
 
 
 def warn_of_boundaries(segmentation: Segmentation, network: LlamaConfig, log: LogFn) -> None:
@@ -197,24 +213,37 @@ def load_network_configs(
   runtime: Runtime,
   mesh: Mesh,
   log: LogFn,
-  how: RewardModelSettings = _AS_IT_IS,
+  how: Mapping[str, RewardModelSettings],
 ) -> dict[str, LlamaConfig]:
-  """Loads the network of each directory, for frozen models; `how` is config.reward_model.
+  """Loads the network of each directory, for frozen models; `how` is that of reward models by name.
 
   Raises:
     UserError: a reward model has no scalar head; scores of a random head are meaningless.
   """
   configs = {}
   for name, path in paths.items():
-    own = how if name == 'reward' else _AS_IT_IS
-    configs[name] = load_network_config(path, runtime, mesh, log, head=head_of(name), how=own)
-  for name, path in paths.items():
-    if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
-      raise UserError(
-        f'{path} has no scalar head, so it is not a reward model; train a reward model from it by '
-        'the reward job, or set config.reward_model.head=tokens if it answers by tokens.'
-      )
+    own = how.get(name, _AS_IT_IS)
+    with _named_line(name):
+      configs[name] = load_network_config(path, runtime, mesh, log, head=head_of(name), how=own)
+      if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
+        raise UserError(
+          f'{path} has no scalar head, so it is not a reward model; train one from it by '
+          'the reward job, or set config.reward_model.head=tokens if it answers by tokens.'
+        )
   return configs
+
+
+@contextlib.contextmanager
+def _named_line(name: str) -> Iterator[None]:
+  """Names the line of config.rewards that a network is of in the errors of the block."""
+  try:
+    yield
+  except UserError as error:
+    line = name.partition('.')[2]
+    if not line:
+      raise
+    message = str(error).replace('config.reward_model.', '')
+    raise UserError(f'config.rewards: {line}: {message}') from error
 
 
 def head_of(name: str) -> str:
@@ -242,53 +271,3 @@ def load_models(
       weights.forget()
     trees[name] = params
   return trees
-
-
-def make_recipe(settings: Settings, models: Models, tokenizer: ChatTokenizer) -> PPORecipe:
-  """Returns the constants of a PPO run or an evaluation.
-
-  Args:
-    settings: of the run.
-    models: the networks that are scored, with 'critic' among their paths and configs if there is
-      one.
-    tokenizer: of the policy.
-  """
-  configs = models.configs
-  others = {name: network for name, network in configs.items() if name != 'policy'}
-  check_sampled_ids(configs['policy'], others)
-  segmentation = models.reward_spec.segmentation
-  if settings.reward_shaping.redistribute != 'none':
-    # The score is read at the response's end, so the stop token has to lie in a segment.
-    segmentation = dataclasses.replace(segmentation, include_eos=True)
-  return PPORecipe(
-    policy=configs['policy'],
-    reference=configs['reference'],
-    reward=configs.get('reward'),
-    reward_lm=configs.get('reward_lm'),
-    critic=configs.get('critic'),
-    segmenter=make_segmenter(segmentation, tokenizer),
-    spread=resolve_spread(settings, segmentation.granularity),
-    # The same programs serve a model in another directory.
-    shaping=replace(settings.reward_shaping, **{'lm_reward.path': ''}),
-    ppo=settings.ppo,
-    compat=settings.compat,
-    recompute_logprob=resolve_recompute_logprob(settings),
-    one_base=names_on_one_base(models.paths, configs),
-    samples_per_prompt=settings.rollout.samples_per_prompt,
-    rewards=reward_sources.make_sources(settings, models.listed, configs, tokenizer),
-    reads_text=models.text_model is not None,
-  )
-
-
-def make_response_log(
-  directory: Path, report: Report, recipe: PPORecipe, tokenizer: ChatTokenizer, prompts: Prompts
-) -> ResponseLog:
-  """Returns the log that keeps responses to the prompts for report.html."""
-  return ResponseLog(
-    directory,
-    report,
-    tokenizer,
-    prompts.messages,
-    has_score=recipe.has_scores,
-    threshold=recipe.segmenter.threshold,
-  )

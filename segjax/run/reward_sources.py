@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.model.llama import LlamaConfig
 from segjax.run.inputs import resolve_checkpoint
+from segjax.run.text_model import reads_text
 from segjax.train import reward_spec
 from segjax.train.collect import ListedSources
 from segjax.train.custom_reward import load_listed_functions
@@ -25,26 +26,46 @@ from segjax.train.segmenter import make_segmenter
 _LINEAR = ('mean', 'sum')  # aggregations of which the parts of a sum add up
 
 
-def resolve(settings: Settings, policy: Path) -> tuple[dict[str, Path], dict[str, RewardSpec]]:
-  """Returns the directories of the reward models by network, and how to read them by name.
+class Listed(NamedTuple):
+  """The reward models of config.rewards.
+
+  Attributes:
+    paths: directories of those that read the policy's tokens, by the names of their networks.
+    texts: of those that read text.
+    specs: how to read them, by their own names.
+    how: what their lines say of that, by the names of their networks.
+  """
+
+  paths: dict[str, Path]
+  texts: dict[str, Path]
+  specs: dict[str, RewardSpec]
+  how: dict[str, RewardModelSettings]
+
+
+def resolve(settings: Settings, policy: Path) -> Listed:
+  """Returns where the reward models are, and how to read them.
 
   Args:
     settings: of the run.
-    policy: directory of the policy, whose tokenizer they share.
+    policy: directory of the policy.
 
   Raises:
     UserError: names the line, and what is missing or does not fit.
   """
-  paths, specs = {}, {}
+  listed = Listed({}, {}, {}, {})
   for line in reward_models(settings.rewards):
     directory = resolve_checkpoint(line.path, line.key)
     try:
       own = _with_defaults(line, settings.reward_model, directory)
-      specs[line.name] = reward_spec.resolve_spec(own, directory, policy)
+      is_text = reads_text(dataclasses.replace(settings, reward_model=own), directory, policy)
+      listed.specs[line.name] = reward_spec.resolve_spec(
+        own, directory, None if is_text else policy
+      )
     except UserError as error:
       raise UserError(f'config.rewards: {line.name}: {error}') from error
-    paths[line.network] = directory
-  return paths, specs
+    listed.how[line.network] = line.model_settings()
+    (listed.texts if is_text else listed.paths)[line.network] = directory
+  return listed
 
 
 def _with_defaults(
@@ -82,6 +103,7 @@ def make_sources(
   settings: Settings,
   specs: dict[str, RewardSpec],
   configs: dict[str, LlamaConfig],
+  texts: dict[str, LlamaConfig],
   tokenizer: ChatTokenizer,
 ) -> tuple[RewardSource, ...]:
   """Returns the reward models of config.rewards as constants of a recipe.
@@ -89,17 +111,19 @@ def make_sources(
   Args:
     settings: of the run.
     specs: how to read them, by name.
-    configs: networks by name.
+    configs: networks that read the policy's tokens, by name.
+    texts: networks that read text, by name.
     tokenizer: of the policy.
   """
   return tuple(
     RewardSource(
       name=line.name,
       key=line.network,
-      network=configs[line.network],
+      network=(configs | texts)[line.network],
       segmenter=make_segmenter(specs[line.name].segmentation, tokenizer),
       spread=resolve_spread(settings, specs[line.name].segmentation.granularity, line.spread),
       weight=line.weight,
+      reads_text=line.network in texts,
     )
     for line in reward_models(settings.rewards)
   )

@@ -132,7 +132,10 @@ def load_reward_model(
   tokenizer = inputs.load_chat_tokenizer(own, settings.data, fallback=reference)
   if not make_segmenter(spec.segmentation, tokenizer).needs_reference:
     reference = None
-  config = models.load_network_configs({'reward': path}, settings.runtime, mesh, log, how)['reward']
+  configs = models.load_network_configs(
+    {'reward': path}, settings.runtime, mesh, log, {'reward': how}
+  )
+  config = configs['reward']
   scorer = make_scorer(config, reference, spec.segmentation, tokenizer, settings.runtime, mesh, log)
   if not is_text:
     tokenizer = tokenizer.for_networks(scorer.networks)
@@ -213,13 +216,12 @@ def load_annotator(
     stored = reward_spec.read_spec(reward)
     if not is_text:
       reward_spec.check_tokenizer(reference, reward)
-  segmentation = reward_spec.override(
-    stored.segmentation if stored else Segmentation(), settings.reward_model.segmentation
-  )
+  how = settings.reward_model
+  segmentation = reward_spec.override(stored.segmentation if stored else None, how.segmentation)
   tokenizer = inputs.load_chat_tokenizer(reference, settings.data)
   if reward is not None and not is_text:
     inputs.log_other_template(tokenizer, reward, settings.data, log)
-  configs = models.load_network_configs(paths, settings.runtime, mesh, log, settings.reward_model)
+  configs = models.load_network_configs(paths, settings.runtime, mesh, log, {'reward': how})
   read = {name: configs[name] for name in configs if name == 'reference' or not is_text}
   tokenizer, text = tokenizer.for_networks(read), None
   if is_text:

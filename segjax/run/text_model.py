@@ -114,15 +114,14 @@ def _load_own_tokenizer(directory: Path, data: Data) -> ChatTokenizer:
     return inputs.load_chat_tokenizer(directory, data)
 
 
-def check_prompts(model: TextModel | None, prompts: Prompts) -> None:
-  """Raises UserError if the reward model's chat template refuses a prompt; names its row."""
-  if model is None:
-    return
-  located = (
-    (prompts.source.location(int(row)), prompts.messages(index))
-    for index, row in enumerate(prompts.row)
-  )
-  check_messages(model.scorer.tokenizer, model.path, located)
+def check_prompts(models: Iterable[TextModel], prompts: Prompts) -> None:
+  """Raises UserError if the chat template of a reward model refuses a prompt; names its row."""
+  for model in models:
+    located = (
+      (prompts.source.location(int(row)), prompts.messages(index))
+      for index, row in enumerate(prompts.row)
+    )
+    check_messages(model.scorer.tokenizer, model.path, located)
 
 
 def check_messages(

@@ -5,7 +5,7 @@ One path for the steps of PPO and for evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout, RolloutSampler, response_tokens, rollout
 from segjax.train.scoring import policy_logprobs, score
-from segjax.train.text_reward import TextReward
+from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.types import Experience, Normalizer
 
 
@@ -72,7 +72,7 @@ class Collector:
     normalizer: normaliser of segment scores.
     custom_reward: the user's reward, if there is one.
     listed: of config.rewards; None where it is empty.
-    text_reward: the reward model that reads text, if there is one.
+    texts: the reward models that read text, by the names of their networks.
     stop: asked while responses are sampled whether this process wants to stop; StepAbortedError
       then abandons the collection in all processes. It has changed nothing.
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
@@ -89,7 +89,7 @@ class Collector:
   stop: Callable[[], bool] = lambda: False
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
   sample: Callable[..., CollectedRollout] | None = None
-  text_reward: TextReward | None = None
+  texts: Mapping[str, TextReward] = dataclasses.field(default_factory=dict)
 
   def collect(
     self,
@@ -162,9 +162,9 @@ class Collector:
       collected, self.sampler.stop_ids[0], self.recipe.compat, self.sampler.mesh
     )
     outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
-    if self.text_reward is not None:
+    if self.texts:
       prompts = [self.prompts.messages(row) for row in rows]
-      outputs = self.text_reward.add_scores(params, outputs, collected, prompts, self.recipe)
+      outputs = add_text_scores(self.texts, params, outputs, collected, prompts, self.recipe)
     # Dispatched before the user's function runs on the host, so that the two overlap.
     rewards, calls = self._function_rewards(collected, rows, step)
     custom_reward, listed = rewards.pop(REWARD_FN, None), None

@@ -20,6 +20,7 @@ class RewardSource:
     segmenter: where its scores are read.
     spread: a name in `rl.spreads.SPREADS`.
     weight: factor in the sum of all rewards.
+    reads_text: it reads text, see `text_scoring`.
   """
 
   name: str
@@ -28,6 +29,7 @@ class RewardSource:
   segmenter: Segmenter
   spread: str
   weight: float
+  reads_text: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PPORecipe:
     one_base: networks that add adapters to the reference's weights, and itself; they are scored in
       one pass over these weights. () where none does.
     samples_per_prompt: responses to one prompt, in adjacent rows of a rollout.
-    rewards: further reward models; there are none without `reward`.
+    rewards: further reward models; there are none without a first one.
     reads_text: scores come from a reward model that reads text, see `text_scoring`; `reward` is
       None then.
   """

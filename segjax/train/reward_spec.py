@@ -257,8 +257,7 @@ def check_tokenizer(directory: Path, other: Path, sha256: str = '') -> None:
   if not shares_tokenizer(directory, other, sha256):
     raise UserError(
       f'the tokenizers of {directory} and {other} differ; segments and scores are per token here, '
-      'so use models of one tokenizer. Only that of config.reward_model may have another, which '
-      "config.reward_model.reads='text' reads."
+      'so use models of one tokenizer. Only reward models may have another, by reads=text or auto.'
     )
 
 

@@ -162,9 +162,11 @@ def score_chunk(
 def _listed_scores(
   hidden: dict[str, Array], params: dict[str, Any], recipe: PPORecipe
 ) -> dict[str, Float[Array, 'B S']] | None:
-  """Returns the scores of `recipe.rewards` by name; None if there are none."""
+  """Returns the scores of `recipe.rewards` that read tokens, by name; None if there are none."""
   scores = {
-    source.name: read_scores(hidden[source.key], params[source.key]) for source in recipe.rewards
+    source.name: read_scores(hidden[source.key], params[source.key])
+    for source in recipe.rewards
+    if not source.reads_text
   }
   return scores or None
 
@@ -179,7 +181,7 @@ def _run_networks(recipe: PPORecipe) -> list[str]:
     'critic': recipe.critic is not None,
     'reward': recipe.reward is not None,
     'reward_lm': recipe.reward_lm is not None,
-    **{source.key: True for source in recipe.rewards},
+    **{source.key: not source.reads_text for source in recipe.rewards},
   }
   return [name for name, value in is_run.items() if value]
 

@@ -5,7 +5,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,24 +13,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from segjax import processes
+from segjax.config.settings import Compat
 from segjax.data.row_forms import Message
 from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.model import host_memory
-from segjax.train.recipe import PPORecipe
+from segjax.train.recipe import PPORecipe, RewardSource
 from segjax.train.reward_scoring import SegmentScorer, reference_signal
 from segjax.train.reward_shaping import segment_responses
 from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import ModelOutputs
-from segjax.train.segmenter import segment_batch
+from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.train.text_scoring import NOT_READ, TextScorer, character_ends
 from segjax.types import PreferenceBatch, Rollout, Segments, Sequences
 
 
-@functools.partial(jax.jit, static_argnames='recipe')
-def _segments(rollout: Rollout, outputs: ModelOutputs, *, recipe: PPORecipe) -> Segments:
-  return segment_responses(rollout, outputs, outputs.score, recipe.segmenter, recipe.compat)
+@functools.partial(jax.jit, static_argnames=('segmenter', 'compat'))
+def _segments(
+  rollout: Rollout, outputs: ModelOutputs, *, segmenter: Segmenter, compat: Compat
+) -> Segments:
+  return segment_responses(rollout, outputs, outputs.score, segmenter, compat)
 
 
 class CutResponses(NamedTuple):
@@ -101,11 +104,12 @@ class TextReward:
 
   def add_scores(
     self,
-    params: dict[str, Any],
+    params: Any,
     outputs: ModelOutputs,
     collected: CollectedRollout,
     prompts: Sequence[Sequence[Message]],
     recipe: PPORecipe,
+    source: RewardSource | None = None,
   ) -> ModelOutputs:
     """Returns the outputs with the scores of a rollout, as `score` says.
 
@@ -113,18 +117,52 @@ class TextReward:
     for.
 
     Args:
-      params: parameters by name, 'reward' among them.
+      params: of the reward model.
       outputs: outputs of the other networks.
       collected: the responses.
       prompts: messages of each response's prompt.
       recipe: how responses are segmented.
+      source: which of `recipe.rewards` it is; None for the first reward model.
     """
-    end = processes.to_host(_segments(collected.arrays, outputs, recipe=recipe).end)
-    finished = collected.finished | recipe.compat.force_eos
-    responses = CutResponses(collected.response_ids, collected.response_mask, end, finished)
-    size = recipe.ppo.scoring_batch_size
-    score, of_prompt = self.score(params['reward'], prompts, responses, size)
+    compat, segmenter = recipe.compat, recipe.segmenter
+    if source is not None and recipe.shaping.mix == 'token':
+      segmenter = source.segmenter
+    segments = _segments(collected.arrays, outputs, segmenter=segmenter, compat=compat)
+    responses = CutResponses(
+      collected.response_ids,
+      collected.response_mask,
+      processes.to_host(segments.end),
+      collected.finished | compat.force_eos,
+    )
+    score, of_prompt = self.score(params, prompts, responses, recipe.ppo.scoring_batch_size)
+    if source is not None:
+      return outputs._replace(scores=(outputs.scores or {}) | {source.name: score})
     return outputs._replace(score=score, prompt_score=of_prompt)
+
+
+def add_text_scores(
+  texts: Mapping[str, TextReward],
+  params: dict[str, Any],
+  outputs: ModelOutputs,
+  collected: CollectedRollout,
+  prompts: Sequence[Sequence[Message]],
+  recipe: PPORecipe,
+) -> ModelOutputs:
+  """Returns the outputs with the scores of the reward models that read text.
+
+  Args:
+    texts: these models, by the names of their networks.
+    params: parameters by name.
+    outputs: outputs of the other networks.
+    collected: the responses.
+    prompts: messages of each response's prompt.
+    recipe: how responses are segmented.
+  """
+  sources = {source.key: source for source in recipe.rewards}
+  for name, text in texts.items():
+    own = sources.get(name)
+    outputs = text.add_scores(params[name], outputs, collected, prompts, recipe, own)
+  return outputs
 
 
 @dataclasses.dataclass(frozen=True)

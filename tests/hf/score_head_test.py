@@ -50,7 +50,9 @@ def our_scores(directory, ids, lines=None, **how):
   """Returns scores at every token, read as a run reads them."""
   settings, runtime = RewardModelSettings(**how), Runtime()
   log = (lines if lines is not None else []).append
-  config = load_network_configs({'reward': directory}, runtime, MESH, log, settings)['reward']
+  config = load_network_configs({'reward': directory}, runtime, MESH, log, {'reward': settings})[
+    'reward'
+  ]
   params = Weights(runtime, MESH).frozen(directory, config, 'scalar')
   own = jax.jit(functools.partial(scores, config=config))
   return np.asarray(own(params, jnp.asarray(ids)))
@@ -149,7 +151,9 @@ def test_two_tokens_of_a_language_model(language):
 def test_scores_of_steps_at_their_tags(language):
   """As a process model of Math-Shepherd's form: tags behind steps, two tokens' logits there."""
   how = RewardModelSettings(head='tokens', positive='+', negative='-')
-  config = load_network_configs({'reward': language}, Runtime(), MESH, print, how)['reward']
+  config = load_network_configs({'reward': language}, Runtime(), MESH, print, {'reward': how})[
+    'reward'
+  ]
   params = Weights(Runtime(), MESH).frozen(language, config, 'scalar')
   tokenizer = load_tokenizer(str(language))
   scorer = TextScorer(config, tokenizer, MESH, StepMarks(' ки', '\n'))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from segjax.model.heads import scores
 from segjax.run.models import load_models
 from segjax.run.weights import Weights
 from segjax.train.experience import make_experience
+from segjax.train.recipe import RewardSource
+from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
 from segjax.train.segmenter import Segmenter
-from segjax.train.text_reward import TextReward
+from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.train.text_scoring import TextScorer
 from segjax.types import Normalizer, Rollout
 
@@ -88,7 +91,7 @@ def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, incl
   outputs = score(params, collected.arrays, collected.length, recipe=by_text)
   assert not np.asarray(outputs.score).any()
   reward = TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)
-  outputs = reward.add_scores(params, outputs, collected, prompts, by_text)
+  outputs = reward.add_scores(params['reward'], outputs, collected, prompts, by_text)
   experience, _ = make_experience(
     collected.arrays, outputs, normalizer, jnp.float32(0.1), recipe=by_text
   )
@@ -101,6 +104,85 @@ def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, incl
   assert not np.asarray(experience.score)[~end].any()
   np.testing.assert_allclose(outputs.prompt_score, expected.prompt_score, atol=1e-5)
   np.testing.assert_allclose(experience.reward, plain.reward, atol=1e-5)
+
+
+@pytest.mark.parametrize('mix', [pytest.param('token', marks=pytest.mark.campaign), 'segment'])
+def test_a_listed_model_that_reads_text_gives_the_scores_of_its_tokens(tmp_path, mix):
+  tokenizer = load_tokenizer(tokenizers.write_tokenizer(tmp_path))
+  prompts = [[tokenizers.user(text)] for text in ('one', 'two 日本', 'three', 'hello')]
+  collected = by_hand(tokenizer, prompts, WORDS)
+  mesh = models.mesh(1)
+  params = {name: training.network(name, mesh, NETWORK) for name in ('policy', 'reference')}
+  params['reward'] = training.network('reward', mesh, NETWORK)
+  params['reward.second'] = training.network('critic', mesh, NETWORK)
+  cuts = [Segmentation(boundary='fixed_length', segment_length=n) for n in (3, 6)]
+  second = RewardSource('second', 'reward.second', NETWORK, Segmenter(cuts[1]), 'even_split', 0.5)
+  ppo = dataclasses.replace(training.PPO_SETTINGS, estimator='reinforce_plus_plus')
+  by_tokens = training.recipe(ppo=ppo)
+  by_tokens = dataclasses.replace(
+    by_tokens,
+    **dict.fromkeys(('policy', 'reference', 'reward'), NETWORK),
+    segmenter=Segmenter(cuts[0]),
+    shaping=dataclasses.replace(by_tokens.shaping, mix=mix),
+    rewards=(second,),
+  )
+  by_text = dataclasses.replace(by_tokens, rewards=(dataclasses.replace(second, reads_text=True),))
+  rewards = []
+  for recipe in (by_tokens, by_text):
+    outputs = score(params, collected.arrays, collected.length, recipe=recipe)
+    assert (outputs.scores is None) == (recipe is by_text)
+    if recipe is by_text:
+      text = {'reward.second': TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)}
+      outputs = add_text_scores(text, params, outputs, collected, prompts, recipe)
+    normalizer = jax.tree.map(jnp.float32, Normalizer(b_mean=0.3, b_std=0.7))
+    listed = ListedRewards({'second': normalizer}, {})
+    experience, _ = make_experience(
+      collected.arrays, outputs, normalizer, jnp.float32(0.1), None, listed, recipe=recipe
+    )
+    assert np.asarray(experience.parts['second']).any()
+    rewards.append(np.asarray(experience.reward))
+  np.testing.assert_allclose(*rewards, atol=1e-5)
+
+
+def test_listed_models_that_read_text_are_found(small, make_stage, inputs, other):
+  lines = (f'second path={other} weight=0.5',)
+  loaded = evaluate.load_collector(
+    make_stage('evaluate', small('evaluate', **inputs, rewards=lines))
+  )
+  assert set(loaded.models.texts) == set(loaded.collector.texts) == {'reward', 'reward.second'}
+  (source,) = loaded.collector.recipe.rewards
+  assert source.reads_text and source.network.vocab_size == NETWORK.vocab_size
+
+
+def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path):
+  model = shutil.copytree(other, tmp_path / 'two')
+  path = model / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  both = np.concatenate([tensors['score.weight'], -tensors['score.weight']])
+  safetensors.numpy.save_file(tensors | {'score.weight': both}, path)
+  line = f'second path={model} weight=0.5'
+
+  def load(line):
+    settings = small('evaluate', **inputs, rewards=(line,))
+    return evaluate.load_collector(make_stage('evaluate', settings)).collector
+
+  message = (
+    r'^config.rewards: second: .* is a classifier of 2 labels, .*; set positive to its label'
+  )
+  with pytest.raises(UserError, match=message):
+    load(line)
+  (source,) = load(f'{line} positive=LABEL_0').recipe.rewards
+  assert (source.network.score.positive, source.network.score.negative) == (0, 1)
+
+
+@pytest.mark.campaign
+def test_evaluation_with_a_listed_model_that_reads_text(small, run, inputs, other, tmp_path):
+  lines = (f'second path={other} weight=0.5',)
+  run(small('evaluate', **inputs, rewards=lines, **{'reward_shaping.mix': 'segment'}))
+  records = [json.loads(x) for x in (tmp_path / 'evaluate' / 'samples.jsonl').open()]
+  for record in records:  # the same model, with half the weight
+    parts = record['totals']['parts']
+    assert parts['second'] == pytest.approx(parts['reward_model'] / 2, abs=1e-3)
 
 
 @pytest.mark.campaign

@@ -208,8 +208,31 @@ def test_chat_with_a_model_that_reads_text(
   ((first, word, second),) = re.findall(r'\(score ([-+.\d]+)( -> |, not above )([-+.\d]+)', out)
   # What the search has found is what the whole answer has.
   assert float(first if '>' in word else second) == pytest.approx(float(best), abs=2e-3)
-  # Beside another source of rewards, segments have the part of each.
+  # Beside other sources of rewards, segments have the part of each.
   second = runs.reward_model(language / 'model', tmp_path / 'second', Normalizer(), EVERY_3)
-  listed = {'rewards': (f'second path={second} weight=0.5',)}
+  lines_of = (f'second path={second} weight=0.5', f'third path={foreign} weight=0.5')
+  listed = {'rewards': lines_of}
   out = talk(run, small('chat', **values | listed), tmp_path, monkeypatch, capsys, *lines[:2])
-  assert 'reward_model' in out and 'second' in out
+  assert all(name in out for name in ('reward_model', 'second', 'third'))
+
+
+@pytest.mark.campaign
+def test_the_best_segments_by_a_model_that_reads_text(small, run, foreign, language, tmp_path):
+  values = {
+    **dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model')),
+    'reward_model.path': str(foreign),
+    'data.path': str(language / 'rows' / 'prompts.jsonl.gz'),
+    'data.max_rows': 4,
+    'sample.search': 'segment',
+    'sample.samples_per_prompt': 4,
+    'sample.batch_size': 16,
+    'sample.segment_tokens': 4,
+  }
+  assert run(small('sample', **values))['sample']['responses'] == 4
+  for line in (tmp_path / 'sample' / 'responses.jsonl').open():
+    row = json.loads(line)
+    mean = np.mean([segment['score'] for segment in row['segments']])
+    assert row['score'] == pytest.approx(mean, abs=1e-3)
+  tagged = values | {'reward_model.step_tag': ' hello'}
+  with pytest.raises(UserError, match=r'step_tag=. hello.: the best of each segment'):
+    run(small('sample', **tagged), tmp_path / 'tagged')

@@ -116,6 +116,7 @@ def test_a_long_text_loses_the_beginning_of_its_prompt(scorer):
     network = dataclasses.replace(NETWORK, max_position_embeddings=positions)
     row = dataclasses.replace(scorer, network=network).tokenize(PROMPT, response, ends)
     assert len(row.ids) == positions
+    assert row.is_cut == (positions < len(whole.ids))
     tokens = [NOT_READ if at == NOT_READ else whole.ids[at] for at in whole.positions]
     cut = [NOT_READ if at == NOT_READ else row.ids[at] for at in row.positions]
     if positions > 8:  # the response fits
