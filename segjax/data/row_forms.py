@@ -86,7 +86,7 @@ def check_pair_or_steps(row: Row, location: str) -> None:
   """Raises UserError if a row is no pair and has no labels of steps."""
   if not (is_pair(row) or is_labelled(row)):
     raise UserError(
-      f'{location}: neither a pair in `chosen` and `rejected` nor labelled `steps` (or '
+      f'{location}: no `chosen` and `rejected` of a pair, and no labelled `steps` (or '
       f'`completions` with `labels`); {describe_keys(row)}.'
     )
 

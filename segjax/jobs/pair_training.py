@@ -43,23 +43,14 @@ _STEP_LABELS = {
 }
 
 
-def load_pairs(stage: Stage, network: Network, rows: Rows, *, skip_labelled: bool = False) -> Pairs:
-  """Tokenizes pairs.
-
-  Args:
-    stage: of the job `reward` or `dpo`.
-    network: the network.
-    rows: those of config.data.
-    skip_labelled: leave out rows with labels of steps, see `PairRules`.
-  """
+def load_pairs(stage: Stage, network: Network, rows: Rows) -> Pairs:
+  """Tokenizes the pairs among the rows of config.data."""
   s, settings = stage.settings, stage_settings(stage)
   pairs = tokenize_pairs(
     rows,
     network.tokenizer,
     inputs.length_limits(s.data, network.config, stage.log),
-    inputs.pair_rules(
-      s.compat, ratings=settings.rating_margin_coef > 0, skip_labelled=skip_labelled
-    ),
+    inputs.pair_rules(s.compat, ratings=settings.rating_margin_coef > 0),
   )
   inputs.log_dataset(pairs, stage.log)
   return pairs

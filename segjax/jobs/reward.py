@@ -67,12 +67,12 @@ def _load_data(stage: Stage, network: Network) -> PairsAndSteps:
   # The form of the first row is read first: at least this one row is of it.
   pairs = steps = None
   if not (starts_with_steps := has_step_labels(rows)):
-    pairs = pair_training.load_pairs(stage, network, rows, skip_labelled=True)
+    pairs = pair_training.load_pairs(stage, network, rows)
   if starts_with_steps or pairs.counts.get('with_steps'):
     steps = tokenize_steps(rows, network.tokenizer, limits)
     inputs.log_dataset(steps, stage.log)
   if starts_with_steps and steps.counts.get('pairs'):
-    pairs = pair_training.load_pairs(stage, network, rows, skip_labelled=True)
+    pairs = pair_training.load_pairs(stage, network, rows)
   data = PairsAndSteps(pairs, steps)
   step_training.check_settings(s.reward, data, rows.name)
   return data

@@ -257,14 +257,17 @@ def _fewest_positions(configs: dict[str, LlamaConfig]) -> tuple[str, int]:
   return min(positions.items(), key=lambda item: item[1])
 
 
-def pair_rules(compat: Compat, ratings: bool = False, *, skip_labelled: bool = False) -> PairRules:
-  """Returns how pairs are tokenised under config.compat; the rest is as in `PairRules`."""
+def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:
+  """Returns how pairs are tokenised under config.compat, and whether their ratings are read.
+
+  Rows with labels of steps may lie among them.
+  """
   return PairRules(
     ratings=ratings,
     force_stop=compat.keep_degenerate_pairs,
     keep_identical=compat.keep_degenerate_pairs,
     strip_system_preamble=compat.strip_system_preamble,
-    skip_labelled=skip_labelled,
+    skip_labelled=True,
   )
 
 

@@ -51,7 +51,8 @@ def mixed_step(
 
   The first is that of `preference_step`, a mean over the pairs of the batch; the second that of
   `step_label_step`, a mean over its labelled steps. So the weight does not depend on how many there
-  are of each. The two parts go through the network one after another.
+  are of each. The two parts go through the network one after another; the gradients of both
+  exist at once.
 
   Args:
     state: state of the reward model; donated.

@@ -67,7 +67,7 @@ def test_each_row_is_read_by_its_form(tokenizer):
 
 @pytest.mark.parametrize('row', [{'prompt': 'a', 'response': 'b'}, {'completions': ['b']}])
 def test_a_row_of_neither_form_is_named(tokenizer, row):
-  message = r'^rows\.jsonl, row 2: neither a pair in `chosen` and `rejected` nor labelled `steps`'
+  message = r'^rows\.jsonl, row 2: no `chosen` and `rejected` of a pair, and no labelled `steps`'
   with pytest.raises(UserError, match=message) as error:
     read([pair('a'), row, labelled('b')], tokenizer)
   assert '\n' not in str(error.value)

@@ -127,7 +127,9 @@ def test_a_weight_needs_both_forms(small, run, inputs, tmp_path, file, has):
 
 def test_rows_of_neither_form(small, run, inputs, tmp_path):
   (tmp_path / 'none.jsonl').write_text(json.dumps({'prompt': 'a', 'response': 'b'}) + '\n')
-  with pytest.raises(UserError, match=r'none\.jsonl, row 1: neither a pair in'):
+  with pytest.raises(
+    UserError, match=r'none\.jsonl, row 1: no `chosen` and `rejected` of a pair, and no'
+  ):
     run(small('reward', **inputs | {'data.path': str(tmp_path / 'none.jsonl')}))
 
 
