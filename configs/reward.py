@@ -1,4 +1,4 @@
-"""Training of the segment reward model on preference pairs.
+"""Training of the segment reward model on preference pairs, labels of steps, or both.
 
   python -m segjax.main --config=configs/reward.py:local \\
     --config.policy.path=SFT_MODEL --config.data.path=PAIRS
@@ -9,6 +9,11 @@ llama32_3b, llama3_8b_sft, llama31_8b_instruct, llama3_70b, phi3_mini; `,token` 
 one sets the granularity, and the name of a topology (shared/topologies.py) the settings that fit
 it. `--config.reference_exact=True` reproduces the
 published code, mistakes included. Recipe: Yin et al. 2025, https://arxiv.org/abs/2501.02790.
+
+Rows may be pairs, answers whose steps have labels (`segjax help rows`), or of either form:
+--config.data.path=PAIRS,STEPS. Every update then has batch_size pairs and labelled answers in
+proportion to the data, and minimises the loss of the pairs + reward.steps_weight times the binary
+cross-entropy of the score at the ends of the steps. STEPS*0.5 reads half of the labelled answers.
 """
 
 from ml_collections import ConfigDict

@@ -110,7 +110,7 @@ _AT_LEAST_0 = (
       'rating_margin_coef label_smoothing',
     )
   ),
-  *_keys('reward', 'threshold_search.target_segment_length'),
+  *_keys('reward', 'threshold_search.target_segment_length steps_weight'),
   *_keys('reward.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('reward_model.segmentation', 'jump_threshold shuffle_seed'),
   *_keys('critic', 'warmup_rollouts'),

@@ -21,7 +21,9 @@ A row has one of these forms; other keys are for reward functions (`segjax help 
                   or texts of whole dialogues, '\\n\\nHuman: ...\\n\\nAssistant: ...'; optional
                   chosen_rating and rejected_rating
   steps (reward)  an answer as for sft, and steps: [[end, label], ...] or [{end, label}, ...], ends
-                  in characters of the answer, labels from 0 (bad) to 1; in place of pairs
+                  in characters of the answer, labels from 0 (bad) to 1; or, as in TRL, a prompt,
+                  completions (the texts of the steps) and labels. Alone or among pairs; the other
+                  jobs on pairs leave them out
 
 Roles are system, user, assistant and tool; human, gpt, bot, model and the like are read as these.
 Columns of other names: --config.data.columns.prompt=input. data.split takes slices, as train[:90%]

@@ -196,11 +196,12 @@ class PairTraining:
 
 @dataclasses.dataclass(frozen=True)
 class RewardTraining(PairTraining):
-  """Training of the segment reward model on pairs."""
+  """Training of the segment reward model on pairs, on labels of steps, or on both."""
 
   segmentation: Segmentation = Segmentation()
   threshold_search: ThresholdSearch = ThresholdSearch()
   entropy_cache_dir: str = ''  # 'run' is the run's; the reference runs once, then is freed
+  steps_weight: float = 1.0  # of the loss of labelled steps beside that of pairs; 0: measured only
 
 
 @dataclasses.dataclass(frozen=True)

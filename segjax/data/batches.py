@@ -10,7 +10,7 @@ its own devices alone.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import jax
@@ -27,19 +27,17 @@ ToDevice = Callable[[np.ndarray], Any]
 Dataset = TypeVar('Dataset', 'Conversations', 'Pairs', 'Prompts', 'Steps')
 
 
-class TokenBatch(NamedTuple):
-  """Conversations: ids int32 [B, S]; mask bool [B, S], True on the tokens to imitate."""
-
-  ids: jax.Array
-  mask: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
-class Conversations:
-  """Tokenized conversations; `trained` marks the assistant's tokens."""
+class _Tokenized:
+  """Rows of tokens.
 
-  tokens: Ragged
-  trained: Ragged
+  Attributes:
+    group: 64 bits that are equal for equal prompts, uint64 [N].
+    length: tokens to which rows are padded.
+    pad_id: id of the padding.
+    counts: what became of the rows of the source, see `limits`.
+  """
+
   group: np.ndarray
   length: int
   pad_id: int
@@ -48,15 +46,32 @@ class Conversations:
   def __len__(self) -> int:
     return len(self.group)
 
-  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> TokenBatch:
-    """Returns the rows at `indices` [B], each array passed to `to_device`."""
-    ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
-    mask, _ = self.trained.pad(indices, self.length, False)
-    return TokenBatch(to_device(ids), to_device(mask))
+  def _pad(self, values: Ragged, indices: np.ndarray, fill: int | float) -> np.ndarray:
+    return values.pad(indices, self.length, fill)[0]
+
+
+class TokenBatch(NamedTuple):
+  """Conversations: ids int32 [B, S]; mask bool [B, S], True on the tokens to imitate."""
+
+  ids: jax.Array
+  mask: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class Conversations(_Tokenized):
+  """Tokenized conversations; `trained` marks the assistant's tokens."""
+
+  tokens: Ragged
+  trained: Ragged
+
+  def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> TokenBatch:
+    """Returns the rows at `indices` [B], each array passed to `to_device`."""
+    ids = self._pad(self.tokens, indices, self.pad_id)
+    return TokenBatch(to_device(ids), to_device(self._pad(self.trained, indices, False)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(_Tokenized):
   """Tokenized preferences, each side prompt and response together.
 
   Attributes:
@@ -75,16 +90,9 @@ class Pairs:
   prompt_length: np.ndarray
   rating_gap: np.ndarray
   row: np.ndarray
-  group: np.ndarray
-  length: int
-  pad_id: int
-  counts: dict[str, int]
   truncated: np.ndarray | None = None
   chosen_ref_signal: Ragged | None = None
   rejected_ref_signal: Ragged | None = None
-
-  def __len__(self) -> int:
-    return len(self.group)
 
   def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> types.PreferenceBatch:
     """Returns the pairs at `indices` [B], both sides [B, S], each array passed to `to_device`.
@@ -95,7 +103,7 @@ class Pairs:
     def side(tokens: Ragged, finished: np.ndarray, signal: Ragged | None) -> types.Sequences:
       ids, is_real = tokens.pad(indices, self.length, self.pad_id)
       is_response = np.arange(self.length) >= self.prompt_length[indices][:, None]
-      cached = None if signal is None else to_device(signal.pad(indices, self.length, 0)[0])
+      cached = None if signal is None else to_device(self._pad(signal, indices, 0))
       mask = is_real & is_response
       return types.Sequences(to_device(ids), to_device(mask), to_device(finished[indices]), cached)
 
@@ -119,47 +127,31 @@ class StepBatch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class Steps(_Tokenized):
   """Tokenized responses whose steps have labels; `row` is the index of each in its source."""
 
   tokens: Ragged
   labels: Ragged
   row: np.ndarray
-  group: np.ndarray
-  length: int
-  pad_id: int
-  counts: dict[str, int]
-
-  def __len__(self) -> int:
-    return len(self.group)
 
   def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> StepBatch:
     """Returns the rows at `indices` [B], each array passed to `to_device`."""
-    ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
-    labels, _ = self.labels.pad(indices, self.length, np.nan)
-    return StepBatch(to_device(ids), to_device(labels))
+    ids = self._pad(self.tokens, indices, self.pad_id)
+    return StepBatch(to_device(ids), to_device(self._pad(self.labels, indices, np.nan)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Prompts(_Tokenized):
   """Tokenized prompts; `row` is the index of each in `source`."""
 
   tokens: Ragged
   row: np.ndarray
   source: Rows
-  group: np.ndarray
-  length: int
-  pad_id: int
-  counts: dict[str, int]
-
-  def __len__(self) -> int:
-    return len(self.group)
 
   def gather(self, indices: np.ndarray, to_device: ToDevice = jnp.asarray) -> types.PromptBatch:
     """Returns the prompts at `indices` [B], each array passed to `to_device`."""
-    ids, _ = self.tokens.pad(indices, self.length, self.pad_id)
-    lengths = self.tokens.lengths[indices]
-    return types.PromptBatch(to_device(ids), to_device(lengths))
+    ids = self._pad(self.tokens, indices, self.pad_id)
+    return types.PromptBatch(to_device(ids), to_device(self.tokens.lengths[indices]))
 
   def columns(self, index: SupportsIndex) -> LocatedRow:
     """Returns the row of data that the prompt comes from."""
@@ -189,23 +181,37 @@ def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset
   Raises:
     ValueError: the fraction is not in [0, 1), or leaves no prompt to train on.
   """
+  return split_holdouts([dataset], fraction, seed)[0]
+
+
+def split_holdouts(datasets: Sequence[Any], fraction: float, seed: int) -> list[tuple[Any, Any]]:
+  """Splits several datasets as `split_holdout` one: a prompt is on the same side in all of them.
+
+  The share is held out of each, and a prompt that is held out of one dataset of all.
+  """
   if not 0 <= fraction < 1:
     raise UserError(f'holdout_fraction={fraction} must be at least 0 and below 1.')
-  prompts, prompt_of_row, num_rows = np.unique(
-    dataset.group, return_inverse=True, return_counts=True
-  )
+  prompts = [_held_out_prompts(dataset.group, fraction, seed) for dataset in datasets]
+  splits = []
+  for dataset in datasets:
+    is_held_out = np.isin(dataset.group, np.concatenate(prompts))
+    if is_held_out.all():
+      count = len(np.unique(dataset.group))
+      raise UserError(
+        f'holdout_fraction={fraction} of {count} distinct prompts leaves none to train on; '
+        'provide more data or lower it.'
+      )
+    sides = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    splits.append(tuple(select(dataset, side) for side in sides))
+  return splits
+
+
+def _held_out_prompts(group: np.ndarray, fraction: float, seed: int) -> np.ndarray:
   # np.unique sorts the prompts, so that the order of the rows has no influence.
+  prompts, num_rows = np.unique(group, return_counts=True)
   order = np.random.default_rng(seed).permutation(len(prompts))
   before = np.cumsum(num_rows[order]) - num_rows[order]
-  held_out = order[before < fraction * len(dataset)]
-  if len(held_out) == len(prompts):
-    raise UserError(
-      f'holdout_fraction={fraction} of {len(prompts)} distinct prompts leaves none to train on; '
-      'provide more data or lower it.'
-    )
-  is_held_out = np.isin(prompt_of_row, held_out)
-  train = select(dataset, np.flatnonzero(~is_held_out))
-  return train, select(dataset, np.flatnonzero(is_held_out))
+  return prompts[order[before < fraction * len(group)]]
 
 
 def select(dataset: Dataset, indices: np.ndarray) -> Dataset:

@@ -14,12 +14,15 @@ class PairRules:
     keep_identical: keep pairs whose sides are the same.
     strip_system_preamble: remove the first len(tokenizer.preamble) characters of the prompt's
       text, even if the prompt has its own system message, which then loses its beginning.
+    skip_labelled: leave out rows whose steps have labels, which `step_labels` reads, and count them
+      in `with_steps`.
   """
 
   ratings: bool = True
   force_stop: bool = False
   keep_identical: bool = False
   strip_system_preamble: bool = False
+  skip_labelled: bool = False
 
 
 DEFAULT_RULES = PairRules()

@@ -27,6 +27,8 @@ _QUESTIONS = ('question', 'query', 'instruction')
 ANSWERS = ('completion', 'response', 'output', 'answer')
 PROMPTS = (*CONVERSATIONS, 'prompt', *_QUESTIONS)  # keys that may hold a prompt
 _SIDES = ('chosen', 'rejected')
+STEPS = 'steps'
+STEPWISE = ('completions', 'labels')  # the same as TRL's stepwise supervision has it
 # Keys that compete with each other: where a setting names the column of one, the others are left
 # out of the row.
 _COMPETING = (
@@ -67,6 +69,30 @@ def with_columns(row: Row, columns: Mapping[str, str], location: str) -> Row:
   left_out = {key for group in _COMPETING if columns.keys() & set(group) for key in group}
   renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
   return {k: v for k, v in row.items() if k not in left_out - columns.keys()} | renamed
+
+
+def is_labelled(row: Row) -> bool:
+  """Returns whether the steps of an answer have labels, see `step_labels`."""
+  has_stepwise = all(row.get(key) is not None for key in STEPWISE)
+  return row.get(STEPS) is not None or (has_stepwise and not _has_side(row))
+
+
+def is_pair(row: Row) -> bool:
+  """Returns whether a row has a preferred or another answer, and no labels of steps."""
+  return _has_side(row) and not is_labelled(row)
+
+
+def check_pair_or_steps(row: Row, location: str) -> None:
+  """Raises UserError if a row is no pair and has no labels of steps."""
+  if not (is_pair(row) or is_labelled(row)):
+    raise UserError(
+      f'{location}: no `chosen` and `rejected` of a pair, and no labelled `steps` (or '
+      f'`completions` with `labels`); {describe_keys(row)}.'
+    )
+
+
+def _has_side(row: Row) -> bool:
+  return any(row.get(key) is not None for key in _SIDES)
 
 
 def read_messages(value: Any, key: str, location: str) -> list[Message]:

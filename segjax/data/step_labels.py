@@ -1,6 +1,7 @@
 """Reads responses whose steps have labels, and tokenizes them; `train.step_label_step` trains.
 
-A step is a span of text, from the end of the one before to its own.
+A step is a span of text, from the end of the one before to its own. Rows may lie among pairs:
+`row_forms.is_labelled` tells them apart.
 """
 
 import itertools
@@ -13,13 +14,14 @@ from segjax.data.batches import Steps
 from segjax.data.json_rows import Row
 from segjax.data.limits import Limits, NoRowsLeftError, describe_counts, fixed_length
 from segjax.data.ragged import Ragged
-from segjax.data.sources import Message, Rows, as_conversation
+from segjax.data.row_forms import STEPS, STEPWISE, is_labelled, is_pair, read_text
+from segjax.data.sources import Message, Rows, as_conversation, as_prompt
 from segjax.data.span_annotations import SpanAnnotation, tokenize_annotation
 from segjax.data.token_chunks import prompt_key
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError, excerpt
 
-COLUMN = 'steps'
+_SEPARATOR = '\n'  # of joined `completions`, TRL's default
 
 
 class LabelledResponse(NamedTuple):
@@ -31,19 +33,26 @@ class LabelledResponse(NamedTuple):
 
 
 def as_labelled_response(row: Row, location: str = 'row') -> LabelledResponse:
-  """Reads a conversation, as sft does, whose last answer has labels in `steps`.
+  """Reads an answer whose steps have labels, in either of two forms:
 
-  `steps` is a list of [end, label] or {end, label}, in order of `end`, the number of characters of
-  the answer up to the end of the step. A label is 1 of a good step, 0 of a bad one, true, false, or
-  between.
+    a conversation of any number of turns, as sft reads it, whose last answer has labels in `steps`:
+    a list of [end, label] or {end, label}, in order of `end`, the number of characters of that
+    answer up to the end of the step;
+    TRL's stepwise supervision, https://huggingface.co/docs/trl/dataset_formats, as PRM800K and
+    Math-Shepherd are published in it: a prompt, `completions`, the texts of the steps, and
+    `labels`, one of each; the answer is the texts joined by a newline.
+
+  A label is 1 of a good step, 0 of a bad one, true, false, or between.
 
   Raises:
     UserError: the row has another form; the message names `location`.
   """
+  if row.get(STEPS) is None and all(row.get(key) is not None for key in STEPWISE):
+    return _as_stepwise(row, location)
   messages = as_conversation(row, location)
   if len(messages) < 2 or messages[-1]['role'] != 'assistant':
     raise UserError(f'{location}: `steps` label an answer to a prompt, and there is none.')
-  response, listed = messages[-1]['content'], row.get(COLUMN)
+  response, listed = messages[-1]['content'], row.get(STEPS)
   if not isinstance(listed, list):
     raise UserError(
       f'{location}: `steps` is {excerpt(listed)}; write a list of [end, label], or leave the row '
@@ -56,12 +65,35 @@ def as_labelled_response(row: Row, location: str = 'row') -> LabelledResponse:
   return LabelledResponse(messages[:-1], response, steps)
 
 
+def _as_stepwise(row: Row, location: str) -> LabelledResponse:
+  texts, labels = (row[key] for key in STEPWISE)
+  if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
+    raise UserError(f'{location}: `completions` must be a list of texts, not {excerpt(texts)}.')
+  if not isinstance(labels, list) or len(labels) != len(texts):
+    number = len(labels) if isinstance(labels, list) else excerpt(labels)
+    raise UserError(
+      f'{location}: {len(texts)} `completions` but {number} `labels`; write a label for each.'
+    )
+  if wrong := [label for label in labels if not _is_label(label)]:
+    raise UserError(
+      f'{location}: {excerpt(wrong[0])} in `labels` must be 0, 1, true, false, or between.'
+    )
+  texts = [read_text(text, '`completions`', location) for text in texts]
+  ends = [len(_SEPARATOR.join(texts[:count])) for count in range(1, len(texts) + 1)]
+  steps = [(end, float(label)) for end, label in zip(ends, labels, strict=True)]
+  return LabelledResponse(as_prompt(row, location), _SEPARATOR.join(texts), steps)
+
+
+def _is_label(value: Any) -> bool:
+  return isinstance(value, int | float) and 0 <= value <= 1 and math.isfinite(value)
+
+
 def _step(item: Any, length: int, location: str) -> tuple[int, float]:
   pair = [item.get('end'), item.get('label')] if isinstance(item, dict) else item
   if isinstance(pair, list | tuple) and len(pair) == 2:
     end, label = pair
     is_end = isinstance(end, int) and not isinstance(end, bool) and 1 <= end <= length
-    if is_end and isinstance(label, int | float) and 0 <= label <= 1 and math.isfinite(label):
+    if is_end and _is_label(label):
       return end, float(label)
   raise UserError(
     f'{location}: the step {excerpt(item)} must be [end, label], with an end from 1 to {length}, '
@@ -73,14 +105,14 @@ def has_step_labels(rows: Rows) -> bool:
   """Returns whether the first row that can be read has labels of steps."""
   for index in range(len(rows)):
     try:
-      return rows[index].get(COLUMN) is not None
+      return is_labelled(rows[index])
     except UserError:
       continue
   return False
 
 
 def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Steps:
-  """Tokenizes responses with labelled steps, truncated as a pair's are.
+  """Tokenizes responses with labelled steps, truncated as a pair's are; counts `pairs` besides.
 
   A label lies at the token that completes the characters of its step, see
   `span_annotations.character_tokens`; of steps that end in the same token, the last counts. A
@@ -91,7 +123,10 @@ def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Step
   """
   ids, labels, indices, groups = [], [], [], []
   counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
-  for index, location, labelled in rows.read(as_labelled_response, counts):
+  for index, location, labelled in rows.read(_read, counts):
+    if labelled is _PAIR:
+      counts['pairs'] = counts.get('pairs', 0) + 1
+      continue
     annotation = SpanAnnotation(labelled.prompt, labelled.response, ())
     tokenized, is_truncated = tokenize_annotation(annotation, tokenizer, limits, location)
     if is_truncated and limits.overlong_policy == 'drop':
@@ -124,3 +159,10 @@ def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Step
     pad_id=tokenizer.pad_id,
     counts=counts,
   )
+
+
+_PAIR = LabelledResponse([], '', [])
+
+
+def _read(row: Row, location: str) -> LabelledResponse:
+  return _PAIR if is_pair(row) else as_labelled_response(row, location)

@@ -16,7 +16,7 @@ from segjax.data import template_checks
 from segjax.data.row_forms import Message
 from segjax.data.rows import Reading, read_row
 from segjax.data.sources import Row
-from segjax.data.token_forms import Form, TokenizedRow, Written
+from segjax.data.token_forms import SKIPPED, Form, TokenizedRow, Written
 from segjax.data.token_store import Columns
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -60,6 +60,8 @@ def tokenize_chunk(form: Form, chunk: Chunk, reading: Reading) -> TokenizedChunk
       written = _write(form, row, location, reading, result)
       if written is None:
         counts['dropped_bad'] = counts.get('dropped_bad', 0) + 1
+      elif written is SKIPPED:
+        counts['with_steps'] = counts.get('with_steps', 0) + 1
       else:
         rows.append((index, location, written))
     tokenized = _encode(form.tokenizer, rows)

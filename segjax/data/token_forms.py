@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from segjax.data import limits as limits_lib
+from segjax.data import row_forms
 from segjax.data.limits import Limits
 from segjax.data.pair_rules import PairRules
 from segjax.data.row_forms import Message
@@ -34,6 +35,9 @@ class Written(NamedTuple):
   groups: list[list[str]]
   flags: Any
   rendered: str = ''
+
+
+SKIPPED = Written((), [], None)  # of a row of another form, which is read elsewhere
 
 
 class TokenizedRow(NamedTuple):
@@ -106,12 +110,18 @@ class PairRows:
   }
   length_limit = property(lambda self: self.limits.max_length)
 
-  def read(self, row: Row, location: str) -> Pair:
-    """Returns the pair of a row."""
+  def read(self, row: Row, location: str) -> Pair | None:
+    """Returns the pair of a row; None of a row with labelled steps, by `PairRules`."""
+    if self.rules.skip_labelled:
+      if row_forms.is_labelled(row):
+        return None
+      row_forms.check_pair_or_steps(row, location)
     return as_pair(row, location, self.rules.ratings)
 
-  def write(self, pair: Pair) -> Written:
-    """Returns a pair as text."""
+  def write(self, pair: Pair | None) -> Written:
+    """Returns a pair as text, or nothing."""
+    if pair is None:
+      return SKIPPED
     tokenizer, start = self.tokenizer, 0
     if self.rules.strip_system_preamble:
       start = len(tokenizer.preamble)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segjax.data.batches import Pairs
+from segjax.data.pairs_and_steps import PairsAndSteps
 from segjax.jobs import pair_training
+from segjax.jobs.pair_trainer import Network
 from segjax.plan import programs
 from segjax.run import inputs, models
 from segjax.run.stage import Stage
@@ -21,7 +23,7 @@ from segjax.train.implicit_scoring import ImplicitScorer
 class Loaded(NamedTuple):
   """The policy, the directory of the reference, how pairs are scored, the pairs."""
 
-  network: pair_training.Network
+  network: Network
   reference_path: Path
   scorer: ImplicitScorer
   pairs: Pairs
@@ -39,8 +41,9 @@ def load(stage: Stage) -> Loaded:
   tokenizer = inputs.load_chat_tokenizer(source, s.data)
   inputs.log_other_template(tokenizer, reference_path, s.data, stage.log)
   tokenizer = tokenizer.for_networks(scorer.networks)
-  network = pair_training.Network(source, config, 'language', tokenizer, 'dpo')
-  return Loaded(network, reference_path, scorer, pair_training.load_pairs(stage, network))
+  network = Network(source, config, 'language', tokenizer, 'dpo')
+  rows = inputs.load_config_rows(s.data, stage.log)
+  return Loaded(network, reference_path, scorer, pair_training.load_pairs(stage, network, rows))
 
 
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
@@ -55,7 +58,8 @@ def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
   pair_training.check_ratings(stage, pairs)
   weights = Weights(stage.settings.runtime, stage.mesh)
   reference = weights.frozen(reference_path, scorer.reference, 'language')
-  return pair_training.run(stage, network, scorer, pairs, weights, reference)
+  data = PairsAndSteps(pairs)
+  return pair_training.run(stage, network, scorer, data, weights, reference)
 
 
 JOB = pair_training.make_job(programs.DPO, load, run)

@@ -1,38 +1,34 @@
-"""Training of a network on preference pairs, as the jobs reward and dpo do it."""
+"""Training of a network on pairs or labels of steps, as the jobs reward and dpo do it."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from segjax import processes
 from segjax.config.settings import PairTraining, Settings
-from segjax.data.batches import Pairs, batch_indices, eval_batches, select, split_holdout
+from segjax.data.batches import Pairs
+from segjax.data.pairs_and_steps import PairsAndSteps
+from segjax.data.rows import Rows
 from segjax.data.tokenize import tokenize_pairs
-from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.evaluation.intervals import wilson
-from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
 from segjax.jobs.job import COMMON, POLICY, REFERENCE, Job, data_input
-from segjax.model.llama import LlamaConfig
+from segjax.jobs.pair_trainer import Network, Trainer, held_out_figures, stage_settings
 from segjax.plan.phases import JobPlan
 from segjax.report.console import table
-from segjax.report.timing import time_evaluation
 from segjax.run import inputs, provenance, training_loop
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights, log_memory, save_network
 from segjax.storage import write_text_atomically
-from segjax.train import throughput
 from segjax.train.optimizer import init_state
-from segjax.train.preference_step import FrozenParams, preference_step
+from segjax.train.preference_step import FrozenParams
 from segjax.train.reward_scoring import PairScorer
 
 HELD_OUT_FILE = 'held_out.json'  # rows of the data that were never trained on, from 0
-_MAX_EVAL_PAIRS = 512  # held-out pairs of an evaluation during training
+_MAX_EVAL_ROWS = 512  # held-out pairs, and labelled responses, of an evaluation during training
 
 _LABELS = {
   'accuracy': 'the chosen response scores higher',
@@ -41,31 +37,17 @@ _LABELS = {
   'loss': 'Bradley-Terry loss, nats',
   'ece': 'expected calibration error',
 }
+_STEP_LABELS = {
+  'accuracy': 'the score has the sign of the label',
+  'loss': 'binary cross-entropy, nats',
+}
 
 
-class Network(NamedTuple):
-  """The network that is trained on pairs.
-
-  Attributes:
-    source: directory of its first weights.
-    config: the network.
-    head: 'language' or 'scalar'.
-    tokenizer: that it is trained with.
-    group: its metrics are named `group/...`.
-  """
-
-  source: Path
-  config: LlamaConfig
-  head: str
-  tokenizer: ChatTokenizer
-  group: str
-
-
-def load_pairs(stage: Stage, network: Network) -> Pairs:
-  """Loads and tokenizes the pairs of config.data."""
-  s, settings = stage.settings, _settings(stage)
+def load_pairs(stage: Stage, network: Network, rows: Rows) -> Pairs:
+  """Tokenizes the pairs among the rows of config.data."""
+  s, settings = stage.settings, stage_settings(stage)
   pairs = tokenize_pairs(
-    inputs.load_config_rows(s.data, stage.log),
+    rows,
     network.tokenizer,
     inputs.length_limits(s.data, network.config, stage.log),
     inputs.pair_rules(s.compat, ratings=settings.rating_margin_coef > 0),
@@ -76,126 +58,97 @@ def load_pairs(stage: Stage, network: Network) -> Pairs:
 
 def check_ratings(stage: Stage, pairs: Pairs) -> None:
   """Raises UserError if the margin depends on ratings and no pair has any."""
-  if _settings(stage).rating_margin_coef > 0 and np.isnan(pairs.rating_gap).all():
+  coef = stage_settings(stage).rating_margin_coef
+  if coef > 0 and np.isnan(pairs.rating_gap).all():
     raise UserError(
-      f'config.{stage.name}.rating_margin_coef={_settings(stage).rating_margin_coef}, but no pair '
-      'has ratings; set it to 0, or provide `chosen_rating` and `rejected_rating`.'
+      f'config.{stage.name}.rating_margin_coef={coef}, but no pair has ratings; set it to 0, or '
+      'provide `chosen_rating` and `rejected_rating`.'
     )
 
 
 def run(
-  stage: Stage, network: Network, scorer: PairScorer, pairs: Pairs, weights: Weights, reference: Any
+  stage: Stage,
+  network: Network,
+  scorer: PairScorer,
+  data: PairsAndSteps,
+  weights: Weights,
+  reference: Any,
 ) -> dict[str, Any]:
-  """Trains the network on all pairs but those held out by prompt; writes `model/`.
+  """Trains the network on all rows but those held out by prompt; writes `model/`.
 
   Args:
     stage: of the job `reward` or `dpo`, whose section of the settings is read.
     network: the network.
     scorer: how it scores a response.
-    pairs: the pairs.
+    data: the rows; `data.pairs_and_steps` says what an update has of them.
     weights: loads the network.
     reference: parameters of the reference; None where it is not run.
 
   Returns:
-    steps, loss, held_out_pairs, and held_out_NAME for each of `rl.preference_metrics`.
+    steps, loss, the numbers of what was held out, and held_out_NAME for each of `held_out_figures`.
   """
-  s, (source, config, head, tokenizer, group) = _settings(stage), network
-  train_set, held_out = split_holdout(pairs, s.holdout_fraction, stage.settings.seed)
-  stage.log(f'{len(held_out)} pairs held out by prompt')
-  num_steps = training_loop.count_steps(s, len(train_set), stage.name)
+  s, (source, config, head, tokenizer, group) = stage_settings(stage), network
+  train_set, held_out = data.split_holdout(s.holdout_fraction, stage.settings.seed)
+  stage.log(f'{held_out.describe()} held out by prompt')
+  num_steps = training_loop.count_steps(s, len(train_set.parts[0]), stage.name)
   key = stage.key('head' if head == 'scalar' else 'adapter')
   trainable = weights.trained(source, config, head, key)
   stage.log(f'training {trainable.describe()}')
   states = {stage.name: init_state(trainable.params, s.optimizer, num_steps, stage.key('rounding'))}
   trees = {'reference': reference, 'base': trainable.base}
   log_memory(states | trees, stage.mesh, stage.log)
-  eval_subset = select(held_out, np.arange(min(len(held_out), _MAX_EVAL_PAIRS)))
+  eval_subset = held_out.first(_MAX_EVAL_ROWS)
   frozen = FrozenParams(reference, trainable.base)
   trainer = Trainer(stage, network, scorer, frozen, train_set, eval_subset, num_steps)
-  third = 'segments' if group == 'reward_model' else 'chosen_reward'
-  show = f'{group}/loss', f'{group}/accuracy', f'{group}/{third}'  # the first two beside the bar
+  show = [f'{group}/{name}' for name in _shown(data, group)]  # the first two beside the bar
   states, last = training_loop.train(stage, states, trainer.step, num_steps, show)
   params = states[stage.name].params
   if processes.is_first():
     write_text_atomically(stage.directory / HELD_OUT_FILE, json.dumps(held_out.row.tolist()))
-  metrics = _evaluate_held_out(stage, trainable.base | params, reference, held_out, scorer)
+  metrics = _evaluate_held_out(trainer, trainable.base | params, held_out)
   results = {'loss': last.get(f'{group}/loss')} | metrics
-  card = provenance.card(stage, results, pairs, show)
+  card = provenance.card(stage, results, data, show)
   save_network(
     stage.model_directory, params, config, head, source=source, card=card, tokenizer=tokenizer
   )
-  return {'steps': num_steps, 'held_out_pairs': len(held_out)} | results
+  return {'steps': num_steps} | _held_out_sizes(held_out) | results
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-  """The steps of training on pairs.
-
-  Attributes:
-    frozen: parameters of the base, and of the reference where it is run.
-    eval_subset: held-out pairs for eval/*.
-    num_steps: of the learning rate's schedule.
-  """
-
-  stage: Stage
-  network: Network
-  scorer: PairScorer
-  frozen: FrozenParams
-  train_set: Pairs
-  eval_subset: Pairs
-  num_steps: int
-
-  def step(
-    self, states: training_loop.TrainStates, step: int
-  ) -> tuple[training_loop.TrainStates, dict[str, Any]]:
-    """Updates the network on a batch of pairs."""
-    stage, s, pairs = self.stage, _settings(self.stage), self.train_set
-    rows = batch_indices(len(pairs), s.batch_size, stage.settings.seed, step)
-    sides = [side.lengths[rows] for side in (pairs.chosen, pairs.rejected)]
-    lengths = np.stack(sides, axis=1).reshape(-1)
-    network, head = self.network.config, self.network.head
-    packing, efficiency = training_loop.plan_packing_for(s, lengths, stage.mesh, network, group=2)
-    state, metrics = preference_step(
-      states[stage.name],
-      self.frozen,
-      stage.gather(pairs, rows),
-      packing,
-      scorer=self.scorer,
-      settings=s,
-      total_steps=self.num_steps,
-    )
-    reference = self.scorer.reference if self.frozen.reference else None
-    metrics = training_loop.prefix_metrics(self.network.group, metrics) | efficiency
-    metrics |= throughput.update(lengths, network, head, reference)
-    if s.eval_every and (step + 1) % s.eval_every == 0:
-      params = self.frozen.base | state.params
-      metrics |= time_evaluation(lambda: self._evaluate(params), step=metrics)
-    return {stage.name: state}, metrics
-
-  def _evaluate(self, params: Any) -> dict[str, float]:
-    batches = eval_batches(len(self.eval_subset), _settings(self.stage).batch_size)
-    scored = score_pairs(
-      params, self.frozen.reference, self.eval_subset, self.scorer, batches, self.stage.gather
-    )
-    return training_loop.prefix_metrics('eval', scored_pair_metrics(scored))
+def _shown(data: PairsAndSteps, group: str) -> tuple[str, ...]:
+  """Returns the metrics of the console."""
+  if data.pairs is None:
+    return 'loss', 'accuracy'
+  if data.steps is not None:
+    return 'loss', 'accuracy', 'step_loss'
+  return 'loss', 'accuracy', 'segments' if group == 'reward_model' else 'chosen_reward'
 
 
-def _settings(stage: Stage) -> PairTraining:
-  """Returns the section of the settings that has the stage's name."""
-  return getattr(stage.settings, stage.name)
+def _held_out_sizes(held_out: PairsAndSteps) -> dict[str, int]:
+  sizes = {}
+  if held_out.pairs is not None:
+    sizes['held_out_pairs'] = len(held_out.pairs)
+  if held_out.steps is not None:
+    sizes['held_out_rows'] = len(held_out.steps)
+    sizes['held_out_steps'] = held_out.num_labels()
+  return sizes
 
 
-def _evaluate_held_out(
-  stage: Stage, params: Any, reference: Any, held_out: Pairs, scorer: PairScorer
-) -> dict[str, float]:
-  """Prints a table of the metrics of all held-out pairs; returns them as held_out_NAME."""
-  size = _settings(stage).batch_size
-  batches = inputs.tracked_batches(stage.name, len(held_out), size, 'held-out pairs')
-  scored = score_pairs(params, reference, held_out, scorer, batches, stage.gather)
-  metrics = scored_pair_metrics(scored)
-  rows = [(label, f'{metrics[name]:.3f}') for name, label in _LABELS.items()]
-  table(f'{len(held_out)} held-out pairs', ('', ''), rows)
-  return {f'held_out_{name}': value for name, value in metrics.items()}
+def _evaluate_held_out(trainer: Trainer, params: Any, held_out: PairsAndSteps) -> dict[str, float]:
+  """Prints tables of the metrics of all held-out rows; returns them as held_out_NAME."""
+  name, size = trainer.stage.name, stage_settings(trainer.stage).batch_size
+
+  def batches(num_rows: int) -> Iterable[tuple[np.ndarray, int]]:
+    return inputs.tracked_batches(name, num_rows, size, 'held-out rows')
+
+  metrics = held_out_figures(trainer, params, held_out, batches)
+  if held_out.pairs is not None:
+    rows = [(label, f'{metrics[key]:.3f}') for key, label in _LABELS.items()]
+    table(f'{len(held_out.pairs)} held-out pairs', ('', ''), rows)
+  if held_out.steps is not None:
+    prefix = '' if held_out.pairs is None else 'step_'
+    rows = [(label, f'{metrics[prefix + key]:.3f}') for key, label in _STEP_LABELS.items()]
+    table(f'{held_out.num_labels()} held-out steps', ('', ''), rows)
+  return {f'held_out_{key}': value for key, value in metrics.items()}
 
 
 def make_job(
@@ -226,20 +179,21 @@ def make_job(
 
 
 def _headline(stage: Stage, results: dict[str, Any]) -> str:
-  if not results.get('held_out_steps', 1):
-    return ''
-  if 'held_out_steps' in results:
-    return (
-      f'the score has the sign of the label in {results["held_out_accuracy"]:.1%} of '
-      f'{results["held_out_steps"]:,} held-out steps'
+  sentences = []
+  if total := results.get('held_out_pairs'):
+    share = results['held_out_accuracy']
+    low, high = wilson(share * total, total)
+    score = 'scores higher' if stage.name == 'reward' else 'has the higher implicit reward'
+    sentences.append(
+      f'the chosen response {score} in {share:.1%} of {total:,} held-out pairs, 95 % interval '
+      f'[{low:.1%}, {high:.1%}]'
     )
-  share, total = results['held_out_accuracy'], results['held_out_pairs']
-  low, high = wilson(share * total, total)
-  score = 'scores higher' if stage.name == 'reward' else 'has the higher implicit reward'
-  return (
-    f'the chosen response {score} in {share:.1%} of {total:,} held-out pairs, 95 % interval '
-    f'[{low:.1%}, {high:.1%}]'
-  )
+  if total := results.get('held_out_steps'):
+    share = results.get('held_out_step_accuracy', results['held_out_accuracy'])
+    sentences.append(
+      f'the score has the sign of the label in {share:.1%} of {total:,} held-out steps'
+    )
+  return '; '.join(sentences)
 
 
 def _count_steps(settings: PairTraining, rows: int, section: str) -> int:

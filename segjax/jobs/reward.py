@@ -1,6 +1,6 @@
 """Trains the segment reward model: a scalar at the end of every segment.
 
-From preference pairs; or from labels of steps, where the rows have them.
+From preference pairs, from labels of steps, or from rows of both forms in one run.
 """
 
 import dataclasses
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from segjax import processes
 from segjax.config.settings import Segmentation
-from segjax.data.batches import Pairs, Steps
-from segjax.data.step_labels import has_step_labels
+from segjax.data.pairs_and_steps import PairsAndSteps
+from segjax.data.step_labels import has_step_labels, tokenize_steps
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.hf.adapter_config import tokenizer_directory
 from segjax.jobs import pair_training, reward_calibration, reward_entropy_cache, step_training
+from segjax.jobs.pair_trainer import Network
 from segjax.plan import programs
 from segjax.run import inputs, models
 from segjax.run.scorers import make_scorer
@@ -26,12 +27,12 @@ from segjax.train.reward_spec import RewardSpec
 
 
 class Loaded(NamedTuple):
-  """The network, the directory of the reference, how pairs are scored, the pairs or steps."""
+  """The network, the directory of the reference, how pairs are scored, the rows."""
 
-  network: pair_training.Network
+  network: Network
   reference_path: Path
   scorer: SegmentScorer
-  pairs: Pairs | Steps
+  data: PairsAndSteps
 
 
 def load(stage: Stage) -> Loaded:
@@ -55,42 +56,56 @@ def load(stage: Stage) -> Loaded:
   )
   inputs.log_other_template(tokenizer, reference_path, s.data, stage.log)
   tokenizer = tokenizer.for_networks(scorer.networks)
-  network = pair_training.Network(source, config, 'scalar', tokenizer, 'reward_model')
-  rows = inputs.load_config_rows(s.data, stage.log)
-  if has_step_labels(rows):
-    return Loaded(network, reference_path, scorer, step_training.load_steps(stage, rows, network))
-  return Loaded(network, reference_path, scorer, pair_training.load_pairs(stage, network))
+  network = Network(source, config, 'scalar', tokenizer, 'reward_model')
+  return Loaded(network, reference_path, scorer, _load_data(stage, network))
+
+
+def _load_data(stage: Stage, network: Network) -> PairsAndSteps:
+  """Tokenizes the rows of config.data, each by its form."""
+  s, rows = stage.settings, inputs.load_config_rows(stage.settings.data, stage.log)
+  limits = inputs.length_limits(s.data, network.config, stage.log)
+  # The form of the first row is read first: at least this one row is of it.
+  pairs = steps = None
+  if not (starts_with_steps := has_step_labels(rows)):
+    pairs = pair_training.load_pairs(stage, network, rows)
+  if starts_with_steps or pairs.counts.get('with_steps'):
+    steps = tokenize_steps(rows, network.tokenizer, limits)
+    inputs.log_dataset(steps, stage.log)
+  if starts_with_steps and steps.counts.get('pairs'):
+    pairs = pair_training.load_pairs(stage, network, rows)
+  data = PairsAndSteps(pairs, steps)
+  step_training.check_settings(s.reward, data, rows.name)
+  return data
 
 
 def run(stage: Stage, loaded: Loaded) -> dict[str, Any]:
-  """Trains a reward model from config.policy.path's backbone on the pairs of config.data.path.
+  """Trains a reward model from config.policy.path's backbone on the rows of config.data.path.
 
-  Responses are segmented by config.reward.segmentation, with the entropies or log-probs of
-  config.reference.path if it reads any. Writes `model/` with segment_reward.json, which has no
-  normaliser yet, and `held_out.json`. Rows with `steps` train the score at the ends of their
-  steps (`step_training`); config.reward.segmentation is stored all the same.
+  Responses of pairs are segmented by config.reward.segmentation, with the entropies or log-probs of
+  config.reference.path if it reads any. Rows with labels of steps (`data.step_labels`) train the
+  score at the ends of their steps; beside pairs by steps_weight, see `train.mixed_step`. Without
+  pairs config.reward.segmentation is stored all the same. Writes `model/` with segment_reward.json,
+  which has no normaliser yet, and `held_out.json`.
 
   Returns:
-    See `pair_training.run` and `step_training.run`.
+    See `pair_training.run`.
   """
   s = stage.settings
-  network, reference_path, scorer, pairs = loaded
+  network, reference_path, scorer, data = loaded
   weights, reference = Weights(s.runtime, stage.mesh), None
-  if isinstance(pairs, Steps):
-    results = step_training.run(stage, network, pairs, weights)
-    if processes.is_first():
-      segmentation = scorer.segmenter.segmentation
-      _write_reward_spec(stage.model_directory, network.source, segmentation)
-    return results
-  pair_training.check_ratings(stage, pairs)
-  if scorer.segmenter.needs_reference:
+  if data.pairs is not None:
+    pair_training.check_ratings(stage, data.pairs)
+  if data.pairs is not None and scorer.segmenter.needs_reference:
     reference = weights.frozen(reference_path, scorer.reference, 'language')
     scorer = with_calibrated_threshold(stage, scorer, reference, network.tokenizer)
     if s.reward.entropy_cache_dir:
-      pairs = reward_entropy_cache.with_ref_signals(stage, pairs, reference, reference_path, scorer)
+      pairs = reward_entropy_cache.with_ref_signals(
+        stage, data.pairs, reference, reference_path, scorer
+      )
+      data = dataclasses.replace(data, pairs=pairs)
       reference = None
       weights.forget()  # frees its memory for training
-  results = pair_training.run(stage, network, scorer, pairs, weights, reference)
+  results = pair_training.run(stage, network, scorer, data, weights, reference)
   if processes.is_first():
     segmentation = scorer.segmenter.segmentation
     _write_reward_spec(stage.model_directory, network.source, segmentation)

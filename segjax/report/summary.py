@@ -97,9 +97,8 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
   for name, title in (('reward', label), ('dpo', 'Accuracy of the implicit reward')):
     trained = results.get(name, {})
     if (accuracy := trained.get('held_out_accuracy')) is not None:
-      scope = f'{trained.get("held_out_pairs", 0):,} held-out pairs'
-      if 'held_out_steps' in trained:
-        scope = f'{trained["held_out_steps"]:,} held-out steps'
+      what = 'steps' if 'held_out_pairs' not in trained else 'pairs'
+      scope = f'{trained.get(f"held_out_{what}", 0):,} held-out {what}'
       chance = trained.get('held_out_length_baseline_accuracy')
       note = '' if chance is None else f'{format_value(chance)} by preferring the longer response'
       figures.append(KeyFigure(title, scope, format_value(accuracy), note))

@@ -15,6 +15,12 @@ TRAINING_ENTRIES = (
     'falls while the accuracy in training rises: fewer epochs',
   ),
   Entry(
+    ('eval/step_loss', 'eval/step_accuracy'),
+    'reward model on held-out labelled steps beside pairs, every `reward.eval_every` steps',
+    'as in training',
+    'the loss rises while that in training falls: fewer epochs',
+  ),
+  Entry(
     ('eval/loss', 'eval/entropy'),
     'the same as in training on held-out rows, every `*.eval_every` steps: Bradley-Terry loss, or '
     'cross-entropy and entropy',
@@ -29,7 +35,7 @@ TRAINING_ENTRIES = (
   ),
   Entry(
     ('reward_model/loss',),
-    'reward model: Bradley-Terry loss, ln 2 at the start',
+    'reward model: Bradley-Terry loss, ln 2 at the start; without pairs that of labelled steps',
     'falls',
     'rises: lower the learning rate',
   ),
@@ -44,6 +50,14 @@ TRAINING_ENTRIES = (
     'of a response; those of them that are one token',
     'accuracy 0.65 to 0.8 on human pairs',
     '0.5: check the learning rate, the chat template, and the pairs',
+  ),
+  Entry(
+    ('reward_model/step_loss', 'reward_model/step_accuracy'),
+    'reward model, labelled steps beside pairs: binary cross-entropy of the score at their ends, '
+    'nats per step, ln 2 at the start; share of them whose score has the sign of the label. The '
+    'sum `reward_model/loss` + `reward.steps_weight` · `reward_model/step_loss` is minimised',
+    'the loss falls, the accuracy rises',
+    'flat: raise `reward.steps_weight`; `reward_model/loss` rises: lower it',
   ),
   Entry(
     ('dpo/loss', 'dpo/accuracy', 'dpo/margin'),

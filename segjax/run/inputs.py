@@ -258,12 +258,16 @@ def _fewest_positions(configs: dict[str, LlamaConfig]) -> tuple[str, int]:
 
 
 def pair_rules(compat: Compat, ratings: bool = False) -> PairRules:
-  """Returns how pairs are tokenised under config.compat, and whether their ratings are read."""
+  """Returns how pairs are tokenised under config.compat, and whether their ratings are read.
+
+  Rows with labels of steps may lie among them.
+  """
   return PairRules(
     ratings=ratings,
     force_stop=compat.keep_degenerate_pairs,
     keep_identical=compat.keep_degenerate_pairs,
     strip_system_preamble=compat.strip_system_preamble,
+    skip_labelled=True,
   )
 
 

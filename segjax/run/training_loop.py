@@ -33,6 +33,7 @@ from segjax.run.stage import Stage
 from segjax.run.trained import check_trained
 from segjax.train.checkpoint import Checkpointer, TrainStates
 from segjax.train.checksums import checksums, weight_hashes
+from segjax.train.throughput import EFFICIENCY
 from segjax.types import PackingPlan
 
 StepFn = Callable[[TrainStates, int], tuple[TrainStates, dict[str, Any]]]
@@ -194,7 +195,7 @@ def plan_packing_for(
     packing = plan_level_packing(lengths, piece_bound(settings, mesh, network), group)
   else:
     packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
-  return packing, {'perf/packing_efficiency': packing_efficiency(packing)}
+  return packing, {EFFICIENCY: packing_efficiency(packing)}
 
 
 def piece_bound(settings: SFT | PairTraining | PPO, mesh: Mesh, network: LlamaConfig) -> PieceBound:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from segjax.config.settings import PairTraining
 from segjax.rl.losses import bradley_terry
 from segjax.train import gradient_accumulation
+from segjax.train.gradient_accumulation import LossAndMetrics
 from segjax.train.metrics import Metrics
 from segjax.train.optimizer import TrainState, apply_update
 from segjax.train.reward_scoring import PairScorer
@@ -38,6 +39,40 @@ class FrozenParams(NamedTuple):
   base: Any = None
 
 
+def pair_gradient(
+  params: Any,
+  frozen: FrozenParams,
+  pairs: PreferenceBatch,
+  packing: PackingPlan | None,
+  *,
+  scorer: PairScorer,
+  settings: PairTraining,
+) -> tuple[LossAndMetrics, Any]:
+  """Returns ((loss, metrics), gradient) of `preference_step`, by the parameters of the network."""
+  count = len(pairs.chosen.finished)  # of the full batch, so that the means of pieces add up
+
+  def objective(params, pairs, *, slots):
+    score, figures = scorer.score_pairs(params, frozen.reference, pairs, slots)
+    margin = score[:, 0] - score[:, 1]
+    smoothing = settings.label_smoothing
+    loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings), smoothing)
+    # An empty slot holds a copy of row 0, which must not count again.
+    is_pair = jnp.ones(margin.shape, bool) if slots is None else slots.sequence[::2] >= 0
+
+    def mean(x):
+      return jnp.sum(jnp.where(is_pair, x, 0)) / count
+
+    metrics = {'loss': mean(loss), 'accuracy': mean(margin > 0), 'margin': mean(margin)}
+    metrics |= {name: mean(value) for name, value in figures.items()}
+    return mean(loss), Metrics(metrics)
+
+  tokens = 2 * pairs.chosen.ids.shape[1]
+  micro_batch = gradient_accumulation.rows_at_once(settings, count, tokens)
+  return gradient_accumulation.value_and_grad(
+    objective, params, pairs, micro_batch, packing, base=frozen.base
+  )
+
+
 # Donated: the state of a large model would not fit twice, before and after the update.
 @functools.partial(
   jax.jit, static_argnames=('scorer', 'settings', 'total_steps'), donate_argnames='state'
@@ -63,27 +98,8 @@ def preference_step(
     settings: loss and optimizer.
     total_steps: updates in the whole run.
   """
-  count = len(pairs.chosen.finished)  # of the full batch, so that the means of pieces add up
-
-  def objective(params, pairs, *, slots):
-    score, figures = scorer.score_pairs(params, frozen.reference, pairs, slots)
-    margin = score[:, 0] - score[:, 1]
-    smoothing = settings.label_smoothing
-    loss = bradley_terry(score[:, 0], score[:, 1], margins(pairs, settings), smoothing)
-    # An empty slot holds a copy of row 0, which must not count again.
-    is_pair = jnp.ones(margin.shape, bool) if slots is None else slots.sequence[::2] >= 0
-
-    def mean(x):
-      return jnp.sum(jnp.where(is_pair, x, 0)) / count
-
-    metrics = {'loss': mean(loss), 'accuracy': mean(margin > 0), 'margin': mean(margin)}
-    metrics |= {name: mean(value) for name, value in figures.items()}
-    return mean(loss), Metrics(metrics)
-
-  tokens = 2 * pairs.chosen.ids.shape[1]
-  micro_batch = gradient_accumulation.rows_at_once(settings, count, tokens)
-  (loss, metrics), grads = gradient_accumulation.value_and_grad(
-    objective, state.params, pairs, micro_batch, packing, base=frozen.base
+  (loss, metrics), grads = pair_gradient(
+    state.params, frozen, pairs, packing, scorer=scorer, settings=settings
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics.merge(update).flat()

@@ -60,6 +60,27 @@ def label_sums(
   return metrics.flat() | {'steps': num_terms(~jnp.isnan(batch.label), 'token')}
 
 
+def label_gradient(
+  params: Any,
+  batch: StepBatch,
+  packing: PackingPlan | None,
+  base: Any,
+  *,
+  config: LlamaConfig,
+  settings: PairTraining,
+) -> tuple[LossAndMetrics, Any]:
+  """Returns ((loss, metrics), gradient) of a batch by `params`; arguments as of `sft_step`."""
+  return gradient_accumulation.value_and_grad(
+    functools.partial(label_loss, config=config),
+    params,
+    batch,
+    gradient_accumulation.rows_at_once(settings, *batch.ids.shape),
+    packing,
+    num_terms(~jnp.isnan(batch.label), 'token'),
+    base=base,
+  )
+
+
 @functools.partial(
   jax.jit, static_argnames=('config', 'settings', 'total_steps'), donate_argnames='state'
 )
@@ -74,14 +95,8 @@ def step_label_step(
   total_steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """Updates a reward model on a batch of labelled responses; arguments as of `sft_step`."""
-  (loss, metrics), grads = gradient_accumulation.value_and_grad(
-    functools.partial(label_loss, config=config),
-    state.params,
-    batch,
-    gradient_accumulation.rows_at_once(settings, *batch.ids.shape),
-    packing,
-    num_terms(~jnp.isnan(batch.label), 'token'),
-    base=base,
+  (loss, metrics), grads = label_gradient(
+    state.params, batch, packing, base, config=config, settings=settings
   )
   state, update = apply_update(state, grads, loss, settings.optimizer, total_steps)
   return state, metrics.merge(update).flat()

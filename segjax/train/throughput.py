@@ -14,6 +14,7 @@ from segjax.train.recipe import PPORecipe
 
 # `report.metric_log` replaces these two metrics by rates.
 TOKENS, FLOPS = 'perf/tokens', 'perf/flops'
+EFFICIENCY = 'perf/packing_efficiency'
 
 
 def ppo_step(
@@ -49,6 +50,15 @@ def update(
   if frozen is not None:
     passes.append(_Passes(frozen, 'language', 1))
   return _work(lengths, passes)
+
+
+def add(*parts: dict[str, float]) -> dict[str, float]:
+  """Returns the work of several updates together; their packing efficiency if each has one."""
+  total = {name: sum(part[name] for part in parts) for name in (TOKENS, FLOPS)}
+  if all(EFFICIENCY in part for part in parts):
+    packed = sum(part[TOKENS] / part[EFFICIENCY] for part in parts)
+    total[EFFICIENCY] = total[TOKENS] / packed
+  return total
 
 
 class _Passes(NamedTuple):

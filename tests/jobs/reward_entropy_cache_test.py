@@ -36,8 +36,9 @@ def test_a_damaged_cache_is_named(tmp_path, values):
 
 def test_log_probs_are_not_taken_for_entropies(tmp_path):
   rows = Ragged.from_rows([[1, 2], [3]], np.int32)
-  none = np.zeros(2)
-  pairs = Pairs(rows, rows, none, none, none, none, none, none, 4, 0, {})
+  names = 'chosen_finished', 'rejected_finished', 'prompt_length', 'rating_gap', 'row', 'group'
+  unused = dict.fromkeys(names, np.zeros(2))
+  pairs = Pairs(chosen=rows, rejected=rows, length=4, pad_id=0, counts={}, **unused)
   scorers = [
     dataclasses.replace(training.SCORER, segmenter=Segmenter(Segmentation(boundary=boundary)))
     for boundary in ('entropy', 'low_probability', 'random')

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from segjax.errors import UserError
 from segjax.hf import reader
@@ -24,9 +25,24 @@ def write_rows(path, count=24):
   return rows
 
 
+def write_pairs(path, count=28):
+  """Writes pairs whose better answer ends in '.'."""
+  worse = [f'the the {"bear " * (number % 4)}' for number in range(count)]
+  rows = [
+    {'prompt': f'pair {number}', 'chosen': 'the bear sleeps .', 'rejected': text}
+    for number, text in enumerate(worse)
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def read_metrics(path):
+  return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
+
+
 @pytest.fixture
 def inputs(language, tmp_path):
   write_rows(tmp_path / 'steps.jsonl')
+  write_pairs(tmp_path / 'pairs.jsonl')
   return {
     **dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model')),
     'data.path': str(tmp_path / 'steps.jsonl'),
@@ -42,9 +58,7 @@ def test_a_reward_model_of_step_labels(small, run, inputs, values, tmp_path):
   values = {'reward.max_steps': 20, 'reward.optimizer.learning_rate': 1e-2} | values
   values |= {'reward.eval_every': 10}
   run(small('reward', **inputs | values))
-  lines = [
-    json.loads(line) for line in (tmp_path / 'reward/metrics.jsonl').read_text().split('\n')[:-1]
-  ]
+  lines = read_metrics(tmp_path / 'reward/metrics.jsonl')
   losses = [line['reward_model/loss'] for line in lines]
   assert np.isfinite(losses).all()
   if 'lora.rank' not in values:  # rank 2 learns little in 20 steps
@@ -58,6 +72,65 @@ def test_a_reward_model_of_step_labels(small, run, inputs, values, tmp_path):
   model = tmp_path / 'reward/model'
   assert reward_spec.read_spec(model).segmentation.boundary == 'fixed_length'
   assert reader.has_scalar_head(model, reader.load_config(model))
+
+
+def both(tmp_path):
+  return ','.join(str(tmp_path / name) for name in ('pairs.jsonl', 'steps.jsonl'))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+  'values', [{}, {'reward.packing_length': 96, 'reward.micro_batch_tokens': 512, 'lora.rank': 2}]
+)
+def test_a_reward_model_of_pairs_and_step_labels(small, run, inputs, values, tmp_path):
+  values = {'data.path': both(tmp_path), 'reward.max_steps': 20, 'reward.eval_every': 10} | values
+  values |= {'reward.optimizer.learning_rate': 1e-2}
+  run(small('reward', **inputs | values))
+  lines = read_metrics(tmp_path / 'reward/metrics.jsonl')
+  for name in ('loss', 'step_loss'):
+    losses = [line[f'reward_model/{name}'] for line in lines]
+    assert np.isfinite(losses).all()
+    if 'lora.rank' not in values:  # rank 2 learns little in 20 steps
+      assert losses[-1] < losses[0]
+  assert 0 <= lines[-1]['eval/step_accuracy'] <= 1 and 0 <= lines[-1]['eval/accuracy'] <= 1
+  assert ('perf/packing_efficiency' in lines[-1]) == ('lora.rank' in values)
+  results = json.loads((tmp_path / 'reward/stage.json').read_text())['results']
+  held_out = json.loads((tmp_path / 'reward/held_out.json').read_text())
+  assert held_out == sorted(held_out)
+  steps = [index - 28 for index in held_out if index >= 28]  # rows of the second file
+  assert results['held_out_pairs'] == len(held_out) - len(steps) > 0
+  rows = write_rows(tmp_path / 'again.jsonl')
+  assert results['held_out_steps'] == sum(len(rows[i]['steps']) for i in steps) > 0
+  for name in ('loss', 'accuracy', 'margin', 'step_loss', 'step_accuracy'):
+    assert np.isfinite(results[f'held_out_{name}'])
+
+
+@pytest.mark.campaign
+def test_without_weight_the_model_is_that_of_the_pairs(small, run, inputs, tmp_path):
+  networks = []
+  for name, values in (
+    ('pairs', {'data.path': str(tmp_path / 'pairs.jsonl')}),
+    ('both', {'data.path': both(tmp_path), 'reward.steps_weight': 0.0}),
+  ):
+    run(small('reward', **inputs | values), tmp_path / name)
+    networks.append(load_file(tmp_path / name / 'reward/model/model.safetensors'))
+  for name, expected in networks[0].items():
+    np.testing.assert_allclose(networks[1][name], expected, atol=1e-6, err_msg=name)  # float32
+
+
+@pytest.mark.parametrize('file, has', [('steps', 'labels of `steps`'), ('pairs', 'pairs')])
+def test_a_weight_needs_both_forms(small, run, inputs, tmp_path, file, has):
+  values = {'data.path': str(tmp_path / f'{file}.jsonl'), 'reward.steps_weight': 0.5}
+  with pytest.raises(UserError, match=rf'steps_weight=0\.5 .* and {file}\.jsonl has {has} alone'):
+    run(small('reward', **inputs | values))
+
+
+def test_rows_of_neither_form(small, run, inputs, tmp_path):
+  (tmp_path / 'none.jsonl').write_text(json.dumps({'prompt': 'a', 'response': 'b'}) + '\n')
+  with pytest.raises(
+    UserError, match=r'none\.jsonl, row 1: no `chosen` and `rejected` of a pair, and no'
+  ):
+    run(small('reward', **inputs | {'data.path': str(tmp_path / 'none.jsonl')}))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_text_for_a_terminal():
   text = metric_docs.plain_text()
   assert all(name in text for entry in metric_docs.ENTRIES for name in entry.names)
   assert '`' not in text and max(map(len, text.splitlines())) <= 100
-  assert metric_docs.plain_text('eval/*').count('unhealthy') == 3
+  assert metric_docs.plain_text('eval/*').count('unhealthy') == 4
   assert metric_docs.plain_text('reward/by_position/3').startswith('reward/by_position/*\n')
   with pytest.raises(UserError, match='nothing/like_it: there is no such metric'):
     metric_docs.plain_text('nothing/like_it')

@@ -17,13 +17,14 @@ from fixtures import models, training
 from model.sharding_test import assert_moments_follow
 from numpy.testing import assert_allclose
 
-from segjax.model import decode
+from segjax.model import decode, sharding
 from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.mesh import decode_mesh
 from segjax.rl.critic_free import ESTIMATORS
 from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics
+from segjax.train.mixed_step import MixedBatch, mixed_step
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
 from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.rollout import make_sampling
@@ -123,6 +124,19 @@ def reward(devices):
     return train(mesh, preference_step, states, *arguments, **static)
 
 
+@functools.cache
+def mixed(devices):
+  mesh = models.mesh(devices)
+  with jax.set_mesh(mesh):
+    states = {'reward': training.state('reward', mesh)}
+    steps = sharding.place_batch(training.labelled_steps(), mesh)
+    batch = MixedBatch(training.pairs(mesh), steps)
+    static = {'scorer': training.SCORER, 'settings': training.REWARD}
+    static |= {'total_steps': training.TOTAL}
+    frozen = FrozenParams(training.network('reference', mesh))
+    return train(mesh, mixed_step, states, frozen, batch, **static)
+
+
 def num_required(function):
   """Returns the number of positional arguments without a default."""
   parameters = inspect.signature(function).parameters.values()
@@ -212,14 +226,15 @@ TRAININGS = {
   'sft': functools.partial(sft, name='untied'),
   'sft_tied': functools.partial(sft, name='tied'),
   'reward': reward,
+  'mixed': mixed,
   'ppo': ppo,
 }
 
 
-# The default tier runs the quickest of four: PPO alone takes half a minute.
+# The default tier runs the quickest of five: PPO alone takes half a minute.
 CASES = [
   'sft_tied',
-  *(pytest.param(name, marks=pytest.mark.devices) for name in ('sft', 'reward', 'ppo')),
+  *(pytest.param(name, marks=pytest.mark.devices) for name in ('sft', 'reward', 'mixed', 'ppo')),
 ]
 
 

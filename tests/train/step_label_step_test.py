@@ -10,7 +10,7 @@ import pytest
 from fixtures import models, tokenizers, training
 
 from segjax.config.settings import PairTraining
-from segjax.data.batches import StepBatch, select, split_holdout
+from segjax.data.batches import select, split_holdout
 from segjax.data.limits import Limits
 from segjax.data.sources import Rows
 from segjax.data.step_labels import as_labelled_response, has_step_labels, tokenize_steps
@@ -28,6 +28,10 @@ STEPS = [[11, 1], {'end': 14, 'label': 0.25}, [18, False], [22, 0]]
 
 def row(steps=STEPS, text=TEXT, prompt='one'):
   return {'prompt': prompt, 'response': text, 'steps': steps}
+
+
+def stepwise(completions, labels):
+  return {'prompt': 'one', 'completions': completions, 'labels': labels}
 
 
 @pytest.fixture(scope='module')
@@ -56,6 +60,44 @@ def test_a_label_lies_at_the_token_that_completes_its_step(tokenizer):
   assert np.nansum(batch.label, axis=1).tolist() == [1.0, 1.25]
 
 
+def test_an_answer_of_several_turns(tokenizer):
+  """Ends count characters of the last answer, whatever comes before it."""
+  earlier = [tokenizers.user('two'), {'role': 'assistant', 'content': 'the fox'}]
+  prompt = [{'role': 'system', 'content': 'one'}, *earlier, tokenizers.user('one')]
+  answer = {'role': 'assistant', 'content': TEXT}
+  forms = (
+    {'messages': [*prompt, answer]},
+    {'prompt': prompt, 'completion': [answer]},
+    {'messages': prompt, 'response': TEXT},
+  )
+  rows = [form | {'steps': STEPS} for form in forms]
+  steps = tokenize_steps(Rows(rows, 'r'), tokenizer, Limits(200, 150))
+  plain = tokenize_steps(Rows([row()], 'r'), tokenizer, Limits(200, 150))
+  start = len(tokenizer.prompt_ids(prompt))
+  own = len(tokenizer.prompt_ids([tokenizers.user('one')]))
+  for ids, labels in ((steps.tokens[i], steps.labels[i]) for i in range(3)):
+    assert ids[:start].tolist() == list(tokenizer.prompt_ids(prompt))
+    assert np.isnan(labels[:start]).all()
+    np.testing.assert_array_equal(labels[start:], plain.labels[0][own:])
+  assert len(set(steps.group.tolist())) == 1
+
+
+def test_stepwise_supervision_is_labels_at_the_ends_of_its_texts(tokenizer):
+  texts = ['the fox é.', 'one two', '日本😀']
+  stepwise = {'prompt': 'one', 'completions': texts, 'labels': [True, 0, 0.5]}
+  found = as_labelled_response(stepwise)
+  assert found.response == 'the fox é.\none two\n日本😀'
+  assert [(found.response[:end].split('\n')[-1], label) for end, label in found.steps] == [
+    ('the fox é.', 1.0),
+    ('one two', 0.0),
+    ('日本😀', 0.5),
+  ]
+  ours = row([list(step) for step in found.steps], found.response)
+  both = tokenize_steps(Rows([stepwise, ours], 'r'), tokenizer, Limits(100, 50))
+  np.testing.assert_array_equal(both.tokens[0], both.tokens[1])
+  np.testing.assert_array_equal(both.labels[0], both.labels[1])
+
+
 def test_a_truncated_response_keeps_the_labels_of_its_beginning(tokenizer):
   rows = Rows([row()], 'r.jsonl')
   whole = tokenize_steps(rows, tokenizer, Limits(200, 100))
@@ -81,6 +123,13 @@ def test_a_truncated_response_keeps_the_labels_of_its_beginning(tokenizer):
     (row([[5, 1], [5, 0]]), 'do not increase'),
     (row('5'), r"`steps` is '5'; write a list of \[end, label\]"),
     ({'text': 'no prompt', 'steps': []}, 'there is none'),
+    (stepwise(['a', 'b'], [1]), '2 `completions` but 1 `labels`; write a label for each'),
+    (stepwise(['a'], 'yes'), "1 `completions` but 'yes' `labels`"),
+    (stepwise(['a', ' '], [1, 1]), r"`completions` must be a list of texts, not \['a', ' '\]"),
+    (stepwise('a', [1]), "must be a list of texts, not 'a'"),
+    (stepwise(['a', 'b'], [1, -1]), '-1 in `labels` must be 0, 1, true, false, or between'),
+    (stepwise(['a'], ['+']), r"'\+' in `labels` must be"),
+    ({'completions': ['a'], 'labels': [1]}, 'no prompt in'),
   ],
 )  # fmt: skip
 def test_bad_steps_are_one_line(values, message):
@@ -94,16 +143,9 @@ def test_rows_with_steps_are_told_by_the_first():
   assert not has_step_labels(Rows([{'prompt': 'x', 'chosen': 'a', 'rejected': 'b'}, row()], 'r'))
 
 
-def random_batch(seed=0):
-  rng = np.random.default_rng(seed)
-  label = rng.choice([0.0, 1.0, 0.3, np.nan], (models.BATCH, models.LENGTH), p=[0.1, 0.1, 0.1, 0.7])
-  label[0] = np.nan  # a row may have none in a piece of a batch
-  return StepBatch(models.ids(seed=seed + 1), label.astype(np.float32))
-
-
 @pytest.mark.parametrize('count', [None, 7.0])
 def test_the_loss_is_that_of_a_slow_loop(count):
-  label = random_batch().label
+  label = training.labelled_steps().label
   score = np.random.default_rng(4).normal(0, 3, label.shape).astype(np.float32)
   mask = ~np.isnan(label)
   listed = [[None if np.isnan(y) else float(y) for y in row] for row in label]
@@ -120,7 +162,7 @@ def test_the_loss_is_that_of_a_slow_loop(count):
 def test_sums_over_the_first_rows():
   mesh = models.mesh(1)
   params = training.network('reward', mesh)
-  batch = random_batch(3)
+  batch = training.labelled_steps(3)
   placed = sharding.place_batch(batch, mesh)
   score = np.asarray(jax.jit(functools.partial(scores, config=models.CONFIG))(params, placed.ids))
   mask = ~np.isnan(batch.label)
@@ -138,7 +180,7 @@ def test_training_learns_the_labels():
     models.mesh(1),
     PairTraining(optimizer=dataclasses.replace(training.OPTIMIZER, learning_rate=1e-2)),
   )
-  batch = sharding.place_batch(random_batch(5), mesh)
+  batch = sharding.place_batch(training.labelled_steps(5), mesh)
   state, losses = training.state('reward'), []
   options = {'config': models.CONFIG, 'settings': settings, 'total_steps': 30}
   for _ in range(30):
