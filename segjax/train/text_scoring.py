@@ -114,7 +114,7 @@ class TextScorer:
       parts.append(_read(params, *arrays, network=self.network))
       order.append(chosen)
     if len(parts) == 1:
-      return parts[0]
+      return parts[0][:count]
     back = np.argsort(np.concatenate(order))
     return take_rows(concatenate(parts), back)[:count]
 

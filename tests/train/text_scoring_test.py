@@ -90,7 +90,7 @@ def test_an_end_is_read_at_the_token_that_completes_its_characters(scorer, text)
     assert position == expected, (end, text)
 
 
-@pytest.mark.parametrize('batch_size', [0, 4])
+@pytest.mark.parametrize('batch_size', [0, 4, 64])
 def test_scores_are_those_of_each_text_by_itself(scorer, params, batch_size):
   ends = np.full((len(TEXTS), max(map(len, TEXTS)) + 3), NOT_READ)
   for row, text in zip(ends, TEXTS, strict=True):
