@@ -86,7 +86,8 @@ def both(tmp_path):
 def test_a_reward_model_of_pairs_and_step_labels(small, run, inputs, values, tmp_path):
   values = {'data.path': both(tmp_path), 'reward.max_steps': 20, 'reward.eval_every': 10} | values
   values |= {'reward.optimizer.learning_rate': 1e-2}
-  run(small('reward', **inputs | values))
+  fitted = run(small('reward', 'normalizer', **inputs | values))['normalizer']
+  assert fitted['segments'] > 0  # of the pairs in the same rows
   lines = read_metrics(tmp_path / 'reward/metrics.jsonl')
   for name in ('loss', 'step_loss'):
     losses = [line[f'reward_model/{name}'] for line in lines]
