@@ -68,7 +68,10 @@ def as_labelled_response(row: Row, location: str = 'row') -> LabelledResponse:
 def _as_stepwise(row: Row, location: str) -> LabelledResponse:
   texts, labels = (row[key] for key in STEPWISE)
   if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-    raise UserError(f'{location}: `completions` must be a list of texts, not {excerpt(texts)}.')
+    raise UserError(
+      f'{location}: `completions` must be a list of texts, none of them blank, not '
+      f'{excerpt(texts)}.'
+    )
   if not isinstance(labels, list) or len(labels) != len(texts):
     number = len(labels) if isinstance(labels, list) else excerpt(labels)
     raise UserError(

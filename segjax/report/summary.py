@@ -102,6 +102,10 @@ def figures(workdir: Path, names: Sequence[str]) -> list[KeyFigure]:
       chance = trained.get('held_out_length_baseline_accuracy')
       note = '' if chance is None else f'{format_value(chance)} by preferring the longer response'
       figures.append(KeyFigure(title, scope, format_value(accuracy), note))
+  beside_pairs = results.get('reward', {})
+  if (accuracy := beside_pairs.get('held_out_step_accuracy')) is not None:
+    scope = f'{beside_pairs["held_out_steps"]:,} held-out steps'
+    figures.append(KeyFigure('Accuracy on labelled steps', scope, format_value(accuracy), ''))
   if pairs := results.get('evaluate_reward', {}).get('pairs'):
     accuracy = pairs['all']['accuracy']
     subsets = list(pairs['subsets'])

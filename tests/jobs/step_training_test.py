@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from segjax.errors import UserError
 from segjax.hf import reader
+from segjax.jobs import input_check, pipeline
 from segjax.train import reward_spec
 
 
@@ -85,7 +86,8 @@ def both(tmp_path):
 def test_a_reward_model_of_pairs_and_step_labels(small, run, inputs, values, tmp_path):
   values = {'data.path': both(tmp_path), 'reward.max_steps': 20, 'reward.eval_every': 10} | values
   values |= {'reward.optimizer.learning_rate': 1e-2}
-  run(small('reward', **inputs | values))
+  fitted = run(small('reward', 'normalizer', **inputs | values))['normalizer']
+  assert fitted['segments'] > 0  # of the pairs in the same rows
   lines = read_metrics(tmp_path / 'reward/metrics.jsonl')
   for name in ('loss', 'step_loss'):
     losses = [line[f'reward_model/{name}'] for line in lines]
@@ -94,6 +96,8 @@ def test_a_reward_model_of_pairs_and_step_labels(small, run, inputs, values, tmp
       assert losses[-1] < losses[0]
   assert 0 <= lines[-1]['eval/step_accuracy'] <= 1 and 0 <= lines[-1]['eval/accuracy'] <= 1
   assert ('perf/packing_efficiency' in lines[-1]) == ('lora.rank' in values)
+  if 'reward.packing_length' not in values:  # where the shapes depend on the lengths
+    assert lines[1]['perf/num_compiles'] == lines[8]['perf/num_compiles']
   results = json.loads((tmp_path / 'reward/stage.json').read_text())['results']
   held_out = json.loads((tmp_path / 'reward/held_out.json').read_text())
   assert held_out == sorted(held_out)
@@ -123,6 +127,21 @@ def test_a_weight_needs_both_forms(small, run, inputs, tmp_path, file, has):
   values = {'data.path': str(tmp_path / f'{file}.jsonl'), 'reward.steps_weight': 0.5}
   with pytest.raises(UserError, match=rf'steps_weight=0\.5 .* and {file}\.jsonl has {has} alone'):
     run(small('reward', **inputs | values))
+
+
+def test_the_check_of_a_run_reads_on_for_rows_of_the_other_form(
+  small, inputs, tmp_path, one_device
+):
+  """It reads the first rows of each file, of which none may be a pair."""
+  path = tmp_path / 'late.jsonl'
+  write_rows(path, count=70)
+  values = inputs | {'data.path': str(path), 'reward.margin': 0.5, 'reward.steps_weight': 0.5}
+  stages = pipeline.prepare(small('reward', **values), tmp_path, one_device)
+  with pytest.raises(UserError, match=r'reward\.margin is for pairs'):
+    input_check.check(stages)
+  with path.open('a') as file:
+    file.write((tmp_path / 'pairs.jsonl').read_text())
+  assert input_check.check(stages) == []
 
 
 def test_rows_of_neither_form(small, run, inputs, tmp_path):
