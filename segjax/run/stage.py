@@ -60,7 +60,7 @@ class Stage:
     """Returns a random key for `purpose`, from the run's seed and the stage's name."""
     # crc32, not hash(): the key is the same in every process and on every machine.
     number = zlib.crc32(f'{self.name}/{purpose}'.encode()) & 0x7FFFFFFF
-    return _key(self.settings.seed, number)
+    return _key(self.settings.seed, number, self.mesh)
 
   def to_device(self, x: Any) -> jax.Array:
     """Places a batch of the host on the mesh."""
@@ -76,6 +76,6 @@ class Stage:
 
 
 @functools.lru_cache
-def _key(seed: int, number: int) -> jax.Array:
-  """Returns a random key, which is put on the devices once."""
+def _key(seed: int, number: int, mesh: Mesh) -> jax.Array:
+  """Returns a random key, which is put on the devices of a mesh once."""
   return jax.random.fold_in(jax.random.key(seed), number)

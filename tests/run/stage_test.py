@@ -1,5 +1,6 @@
 """The training loop: checkpoints, resuming, stop at skipped steps. Step counts, limits, keys."""
 
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import models
+from jax.sharding import NamedSharding, PartitionSpec
 
 from segjax.config.settings import SFT, replace
 from segjax.data.limits import Limits
@@ -148,3 +151,21 @@ def test_keys_differ_by_purpose_stage_and_seed(make_stage, small):
     make_stage('sft', small('sft', seed=1)).key('head'),
   ]
   assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4
+
+
+def test_a_key_is_the_same_on_every_mesh_of_a_process(make_stage, small):
+  """As of two runs of a notebook, one on all devices and one on the first alone."""
+  stage = make_stage('sft', small('sft'))
+  numbers = []
+  for devices in (8, 1):
+    mesh = models.mesh(devices)
+    with jax.set_mesh(mesh):
+      key = dataclasses.replace(stage, mesh=mesh).key('samples')
+      placed = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec()))
+      numbers.append(np.asarray(_noise(key, placed)))
+  np.testing.assert_array_equal(*numbers)
+
+
+@jax.jit
+def _noise(key, x):
+  return x + jax.random.uniform(key, x.shape)
