@@ -81,7 +81,12 @@ TOPOLOGIES = {
     'cuda:8xH100-80GB': _reward(12_288, _ALL),
   },
   ('reward', '70b'): {'v5p:4x4x8': _reward(1536, _ALL, **{'mesh.tensor': 2})},
-  # The ladder below 8B. All weights are trained, except by PPO of 3B.
+  # The ladder below 8B. All weights are trained, except by PPO of 3B. GiB of a device, read in the
+  # compiled programs and not measured: generation, which takes as many rows as have room, 39 to
+  # 63.5 of 68.5 (H100) and 8.4 to 14.5 of 15.7 (v5e); policy updates 16 to 56 (H100) and, of 1B,
+  # 9.0 (v5e); reward models 14 to 38, and of 3B 67.0 (H100). Not compiled yet for v5e: scoring,
+  # reward models and the other updates; weights, moments, gradients and kept activations are at
+  # most 9.1 there.
   ('ppo', 'smollm2_135m'): _one_host(_ppo, 32_768, 8192, scoring=128),
   ('ppo', 'smollm2_360m'): _one_host(_ppo, 32_768, 8192, scoring=128),
   ('ppo', 'qwen25_05b'): _one_host(_ppo, 24_576, 6144),
@@ -95,9 +100,12 @@ TOPOLOGIES = {
   ('reward', 'qwen25_05b'): _one_host(_reward, 24_576, 8192),
   ('reward', 'llama32_1b'): _one_host(_reward, 16_384, 6144),
   ('reward', 'llama32_3b'): {
+    # The fewest tokens that hold a pair; with _PROJECTIONS it would take 68.7 GiB, and not fit.
     'cuda:1xH100-80GB': _reward(4096, 'attention'),
     'v5e:2x4': _reward(3072, _PROJECTIONS),
   },
+  # Heads of 96 numbers, for which the GPU has no kernel: a dense view of the pages takes 36 GiB of
+  # the 62 that generation takes there.
   ('ppo', 'phi3_mini'): {
     'cuda:8xH100-80GB': _ppo(12_288, _PROJECTIONS),
     'v5e:2x4': _ppo(2048, _PROJECTIONS, scoring=32, **_LORA),
