@@ -6,8 +6,10 @@ from configs import dpo, ppo, reward
 from configs.shared import model_sizes, topologies
 from segjax.config import parse
 from segjax.config.settings import Network
+from segjax.config.validate import longest_sequence
 from segjax.data.sources import is_hub_id
 from segjax.model.llama import make_config, num_parameters
+from segjax.plan.topologies import parse as parse_topology
 
 
 @pytest.mark.parametrize(
@@ -29,12 +31,13 @@ def test_sizes(size, parameters):
   assert num_parameters(make_config(Network(**size()))) == parameters
 
 
-LADDER_PLANS = [
-  (job, name, topology)
-  for job, name in topologies.TOPOLOGIES
-  if name in model_sizes.LADDER
-  for topology in topologies.TOPOLOGIES[job, name]
+PLANS = [
+  (job, {'8b': 'llama3_8b_sft', '70b': 'llama3_70b'}.get(size, size), topology)
+  for job, size in topologies.TOPOLOGIES
+  for topology in topologies.TOPOLOGIES[job, size]
 ]
+LADDER_PLANS = [plan for plan in PLANS if plan[1] in model_sizes.LADDER]
+MODULES = {'ppo': ppo, 'reward': reward}
 
 
 def test_the_ladder_is_complete():
@@ -53,28 +56,35 @@ def test_the_ladder_is_complete():
 
 @pytest.mark.parametrize('job, name, topology', LADDER_PLANS)
 def test_a_preset_of_the_ladder(job, name, topology):
-  module = {'ppo': ppo, 'reward': reward}[job]
-  s = parse.from_config(module.get_config(f'{name},{topology}'))
+  s = parse.from_config(MODULES[job].get_config(f'{name},{topology}'))
   assert s.stages == (job,)
   assert s.policy.path == model_sizes.HUB[name]['policy']
   assert s.runtime.compute_dtype == 'bfloat16'
-  section = getattr(s, job)
-  # A piece holds the longest sequence, and rows hold no more than the network has positions for.
-  longest = (
-    s.data.max_prompt_length + s.rollout.max_new_tokens if job == 'ppo' else (s.data.max_length)
-  )
-  assert longest <= section.packing_length <= section.micro_batch_tokens * s.mesh.tensor
-  assert section.packing_length <= s.network.max_position_embeddings
-  assert s.network.num_key_value_heads % s.mesh.tensor == 0
   if job == 'ppo':
     assert s.data.path == 'argilla/ultrafeedback-binarized-preferences-cleaned'
-    assert s.ppo.rollout_batch_size % s.ppo.scoring_batch_size == 0
     # segment_reward.json of the reward model that the user trains says how it reads segments.
     assert (s.reward_model.path, s.reward_model.normalizer) == ('', '')
     assert s.reward_model.segmentation.granularity is None
   else:
     assert s.data.path == 'hendrydong/preference_700K'
     assert s.reward.segmentation.granularity == 'segment'
+
+
+@pytest.mark.parametrize('job, name, topology', PLANS)
+def test_settings_of_a_topology(job, name, topology):
+  s = parse.from_config(MODULES[job].get_config(f'{name},{topology}'))
+  section, (longest, _) = getattr(s, job), longest_sequence(s, job)
+  # A piece holds the longest sequence, for which the network has positions.
+  assert longest <= section.packing_length <= section.micro_batch_tokens * s.mesh.tensor
+  assert longest <= s.network.max_position_embeddings
+  # Batches divide over the devices, and rows of heads over those that share rows.
+  assert s.network.num_key_value_heads % s.mesh.tensor == 0
+  groups = parse_topology(topology).count // s.mesh.tensor
+  sizes = [s.reward.batch_size]
+  if job == 'ppo':
+    sizes = [s.ppo.rollout_batch_size, s.ppo.minibatch_size, s.ppo.scoring_batch_size]
+  assert not any(size % groups for size in sizes)
+  assert job != 'ppo' or s.ppo.rollout_batch_size % s.ppo.scoring_batch_size == 0
 
 
 def test_smaller_models_have_larger_rates():

@@ -10,6 +10,7 @@ pairs twice as many. Rows hold the longest sequence, and that takes several sequ
 of devices that share rows: where there are fewer, mesh.tensor makes the groups larger.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -32,13 +33,30 @@ def _ppo(tokens: int, remat: str, scoring: int = 64, **others: Any) -> dict[str,
   return _settings('ppo', tokens, remat, **others) | {'ppo.scoring_batch_size': scoring}
 
 
+def _reward(tokens: int, remat: str, **others: Any) -> dict[str, Any]:
+  return _settings('reward', tokens, remat, **others)
+
+
 # Adapters, whose base is the only network in full.
 _LORA = {'lora.rank': 64}
 
-# With 1,024 rows at once the compiler refuses decoding of SmolLM2-135M on v5e: 17.5 GiB of
-# temporaries for 5.6 GiB of pages of its 3 key heads, 64 wide. With 256 it has not been
-# compiled yet.
-_FEW_AT_ONCE = {'rollout.max_concurrent': 256}
+
+def _one_host(
+  settings: Callable[..., dict[str, Any]], gpu: int, tpu: int, **others: Any
+) -> dict[str, dict[str, Any]]:
+  """Returns the settings of a small model on one GPU and on a host of eight small TPUs.
+
+  Args:
+    settings: of the job, `_ppo` or `_reward`.
+    gpu: tokens of a piece on the GPU.
+    tpu: tokens of a piece on each TPU.
+    others: further arguments of `settings`.
+  """
+  return {
+    'cuda:1xH100-80GB': settings(gpu, _ALL, **others),
+    'v5e:2x4': settings(tpu, _ALL, **others),
+  }
+
 
 TOPOLOGIES = {
   ('ppo', '8b'): {
@@ -57,56 +75,45 @@ TOPOLOGIES = {
     'cuda:8x8xH100-80GB': _ppo(1536, _ALL, **{'mesh.tensor': 4, 'rollout.tensor': 8}),
   },
   ('reward', '8b'): {
-    'v5p:2x2x2': _settings('reward', 12_288, _ALL),
-    'v6e:4x4': _settings('reward', 12_288, _PROJECTIONS),
-    'v5e:8x8': _settings('reward', 3072, _ALL),
-    'cuda:8xH100-80GB': _settings('reward', 12_288, _ALL),
+    'v5p:2x2x2': _reward(12_288, _ALL),
+    'v6e:4x4': _reward(12_288, _PROJECTIONS),
+    'v5e:8x8': _reward(3072, _ALL),
+    'cuda:8xH100-80GB': _reward(12_288, _ALL),
   },
-  # The ladder below 8B, on one GPU and on a host of eight small TPUs. All weights are trained,
-  # except by PPO of 3B. Chosen by arithmetic alone: weights, moments, gradients and kept
-  # activations are at most 9.0 of 15.7 GiB (v5e) and 49 of 68.5 GiB, 58 for the reward model of 3B
-  # (H100). Other temporaries are not in it; no plan was compiled to its end yet.
-  ('ppo', 'smollm2_135m'): {
-    'cuda:1xH100-80GB': _ppo(32_768, _ALL, scoring=128),
-    'v5e:2x4': _ppo(8192, _ALL, scoring=128, **_FEW_AT_ONCE),
-  },
-  ('ppo', 'smollm2_360m'): {
-    'cuda:1xH100-80GB': _ppo(32_768, _ALL, scoring=128),
-    'v5e:2x4': _ppo(8192, _ALL, scoring=128, **_FEW_AT_ONCE),
-  },
-  ('ppo', 'qwen25_05b'): {
-    'cuda:1xH100-80GB': _ppo(24_576, _ALL, scoring=64),
-    'v5e:2x4': _ppo(6144, _ALL, scoring=64, **_FEW_AT_ONCE),
-  },
-  ('ppo', 'llama32_1b'): {
-    'cuda:1xH100-80GB': _ppo(16_384, _ALL, scoring=32),
-    'v5e:2x4': _ppo(4096, _ALL, scoring=64, **_FEW_AT_ONCE),
-  },
+  ('reward', '70b'): {'v5p:4x4x8': _reward(1536, _ALL, **{'mesh.tensor': 2})},
+  # The ladder below 8B. All weights are trained, except by PPO of 3B. GiB of a device, read in the
+  # compiled programs and not measured: generation, which takes as many rows as have room, 39 to
+  # 63.5 of 68.5 (H100) and 8.4 to 14.5 of 15.7 (v5e); policy updates 16 to 56 (H100) and, of 1B,
+  # 9.0 (v5e); reward models 14 to 38, and of 3B 67.0 (H100). Not compiled yet for v5e: scoring,
+  # reward models and the other updates; weights, moments, gradients and kept activations are at
+  # most 9.1 there.
+  ('ppo', 'smollm2_135m'): _one_host(_ppo, 32_768, 8192, scoring=128),
+  ('ppo', 'smollm2_360m'): _one_host(_ppo, 32_768, 8192, scoring=128),
+  ('ppo', 'qwen25_05b'): _one_host(_ppo, 24_576, 6144),
+  ('ppo', 'llama32_1b'): _one_host(_ppo, 16_384, 4096, scoring=32),
   ('ppo', 'llama32_3b'): {
     'cuda:1xH100-80GB': _ppo(16_384, _ALL, scoring=32, **_LORA),
-    'v5e:2x4': _ppo(3072, _PROJECTIONS, scoring=32, **_LORA, **_FEW_AT_ONCE),
+    'v5e:2x4': _ppo(3072, _PROJECTIONS, scoring=32, **_LORA),
   },
-  ('reward', 'smollm2_135m'): {
-    'cuda:1xH100-80GB': _settings('reward', 32_768, _ALL),
-    'v5e:2x4': _settings('reward', 16_384, _ALL),
-  },
-  ('reward', 'smollm2_360m'): {
-    'cuda:1xH100-80GB': _settings('reward', 32_768, _ALL),
-    'v5e:2x4': _settings('reward', 8192, _ALL),
-  },
-  ('reward', 'qwen25_05b'): {
-    'cuda:1xH100-80GB': _settings('reward', 24_576, _ALL),
-    'v5e:2x4': _settings('reward', 8192, _ALL),
-  },
-  ('reward', 'llama32_1b'): {
-    'cuda:1xH100-80GB': _settings('reward', 16_384, _ALL),
-    'v5e:2x4': _settings('reward', 6144, _ALL),
-  },
+  ('reward', 'smollm2_135m'): _one_host(_reward, 32_768, 16_384),
+  ('reward', 'smollm2_360m'): _one_host(_reward, 32_768, 8192),
+  ('reward', 'qwen25_05b'): _one_host(_reward, 24_576, 8192),
+  ('reward', 'llama32_1b'): _one_host(_reward, 16_384, 6144),
   ('reward', 'llama32_3b'): {
-    'cuda:1xH100-80GB': _settings('reward', 6144, _PROJECTIONS),
-    'v5e:2x4': _settings('reward', 3072, _PROJECTIONS),
+    # The fewest tokens that hold a pair; with _PROJECTIONS it would take 68.7 GiB, and not fit.
+    'cuda:1xH100-80GB': _reward(4096, 'attention'),
+    'v5e:2x4': _reward(3072, _PROJECTIONS),
   },
-  ('reward', '70b'): {'v5p:4x4x8': _settings('reward', 1536, _ALL, **{'mesh.tensor': 2})},
+  # Heads of 96 numbers, for which the GPU has no kernel: a dense view of the pages takes 36 GiB of
+  # the 62 that generation takes there.
+  ('ppo', 'phi3_mini'): {
+    'cuda:8xH100-80GB': _ppo(12_288, _PROJECTIONS),
+    'v5e:2x4': _ppo(2048, _PROJECTIONS, scoring=32, **_LORA),
+  },
+  ('reward', 'phi3_mini'): {
+    'cuda:8xH100-80GB': _reward(12_288, _PROJECTIONS),
+    'v5e:2x4': _reward(2048, _PROJECTIONS),
+  },
 }
 
 

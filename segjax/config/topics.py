@@ -218,7 +218,9 @@ after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets sizes of batches and m
 
 Between the demo and 8B: smollm2_135m, smollm2_360m, qwen25_05b, llama32_1b and llama32_3b, each for
 cuda:1xH100-80GB and v5e:2x4, on the same data. No reward models were published for them: `segjax
-help ppo` shows how one is trained. Their learning rates follow a rule, and are not tuned.
+help ppo` shows how one is trained. Their learning rates follow a rule, and are not tuned. PPO of
+llama32_3b trains adapters, and so does phi3_mini on v5e:2x4; on cuda:8xH100-80GB it trains all
+weights. `segjax plan PRESET` compiles a run for its topology and says what it needs of a device.
 
 --config.reference_exact=True computes as the paper's code does, mistakes included: attention masked
 by the first row of a micro-batch, a forced stop token, no floor of Std(p), and more.

@@ -126,8 +126,10 @@ _jit_in_place = functools.partial(
 @functools.partial(jax.jit, static_argnames=('groups', 'num_pages', 'decoder'))
 def empty_pages(groups: int, num_pages: int, *, decoder: DecodeConfig) -> Pages:
   """Returns `num_pages` pages of zeros for each layer and group of rows, page 0 included."""
+  mesh = sharding.active_mesh()
+  sizes = groups, num_pages, decoder.page_size
   empty = pages.empty_pages(
-    decoder.config, groups, num_pages, decoder.page_size, decoder.paged_attention
+    decoder.config, *sizes, decoder.paged_attention, mesh.shape['tensor'] if mesh else 1
   )
   return decode_cache.constrain_pages(empty, decoder.paged_attention)
 

@@ -152,7 +152,8 @@ def decode_layer(
     key, value = _zero_unless(active, key, value)
     cache = pages.write(cache, key, value, index, position % decoder.page_size)
     length = jnp.where(active, position + 1, 1)
-    attended = decode_attention(query, cache, table + offset, length, decoder.paged_attention)
+    inputs = query, cache, table + offset, length, decoder.paged_attention
+    attended = decode_attention(*inputs, kv_heads=key.shape[1])
     return attended[:, None], cache
 
   def attend(*heads):

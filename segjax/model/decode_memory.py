@@ -20,6 +20,7 @@ from segjax.model import decode_sizes, heads
 from segjax.model.decode import DecodeConfig
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
+from segjax.model.pages import kernel_heads
 from segjax.model.splash import LANES
 
 _SHARE = 0.9  # of the free memory: allocators leave gaps, and other arrays come and go
@@ -173,9 +174,11 @@ def _does_not_fit(
 def _bytes(decoder: DecodeConfig, mesh: Mesh, columns: int) -> _Bytes:
   c, tensor = decoder.config, mesh.shape['tensor']
   itemsize = jnp.dtype(c.dtype).itemsize
-  # Keys and values of a position, in all layers; the TPU's kernel has rows of LANES.
-  size = LANES if decoder.paged_attention == 'ragged' else c.head_dim
-  position = 2 * c.num_hidden_layers * c.num_key_value_heads // tensor * size * itemsize
+  # Keys and values of a position, in all layers; the TPU's kernel has whole tiles of heads.
+  kv_heads, size = c.num_key_value_heads // tensor, c.head_dim
+  if decoder.paged_attention == 'ragged':
+    kv_heads, size = kernel_heads(kv_heads), LANES
+  position = 2 * c.num_hidden_layers * kv_heads * size * itemsize
   weights = _weight_bytes(decoder, tensor)
   wide = max(itemsize, 4)
   # What a layer has at once for a token: its input, its heads, both halves of the MLP.

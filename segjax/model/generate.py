@@ -90,15 +90,15 @@ def make_decode_config(
         f'stop id {stop} is outside the vocabulary of {config.vocab_size}; use the tokenizer of '
         'the network.'
       )
+  _mesh(config, mesh, tensor)  # refuses a number that does not divide them
   platform = mesh.devices.flat[0].platform
-  kv_heads = config.num_key_value_heads // _mesh(config, mesh, tensor).shape['tensor']
   return DecodeConfig(
     config=dataclasses.replace(config, remat='none'),  # one program for any remat
     sampling=sampling,
     stop_ids=tuple(stop_ids),
     chunk=min(chunk, sampling.max_new_tokens),  # the rest of the buffer would stay empty
     unrolled=runs_unrolled(platform, config.num_hidden_layers),
-    paged_attention=select_paged_attention(platform, config.dtype, config.head_dim, kv_heads),
+    paged_attention=select_paged_attention(platform, config.dtype, config.head_dim),
     tensor=tensor,
   )
 

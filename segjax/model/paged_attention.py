@@ -42,14 +42,12 @@ class PrefillRows(NamedTuple):
   count: Int[Array, '']
 
 
-def select_paged_attention(platform: str, dtype: str, head_dim: int, kv_heads: int) -> str:
-  """Returns the implementation for a platform: its kernel in the sizes that it has, else 'xla'.
-
-  Args:
-    kv_heads: key heads of one device.
-  """
-  # By the compiler for v5p. Smaller heads are padded to 128 numbers.
-  if platform == 'tpu' and head_dim <= LANES and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
+def select_paged_attention(platform: str, dtype: str, head_dim: int) -> str:
+  """Returns the implementation for a platform: its kernel in the sizes that it has, else 'xla'."""
+  # Smaller heads are padded to 128 numbers, and their count to what the kernel takes. XLA for TPU
+  # would read and write all pages of the pool in each chunk of prompts or steps, with temporaries
+  # of 3 to 5 times their size.
+  if platform == 'tpu' and head_dim <= LANES:
     return 'ragged'
   # Blocks of Triton have powers of two for sizes, and its products are of 16 numbers or more.
   is_block = head_dim >= 16 and head_dim.bit_count() == 1
@@ -65,6 +63,7 @@ def decode_attention(
   length: Int[Array, 'B'],
   implementation: str,
   *,
+  kv_heads: int = 0,
   interpret: bool = False,
 ) -> Float[Array, 'B H h']:
   """Softmax(q kᵀ / √h) v of one token per row, over the first `length` positions of its pages.
@@ -72,10 +71,12 @@ def decode_attention(
   Args:
     length: at least 1.
     implementation: 'xla' anywhere, 'triton' on CUDA, 'ragged' on TPU.
+    kv_heads: K; 0 for all that the pages have, which may be more for 'ragged'.
     interpret: whether to interpret the kernel of 'triton', on any platform, for tests.
   """
   if implementation == 'ragged':
-    return paged_kernels.ragged_decode(query, pages, table, length)
+    padded = _kernel_query(query, pages, kv_heads)
+    return paged_kernels.ragged_decode(padded, pages, table, length)[:, : query.shape[1]]
   if implementation == 'triton':
     return paged_kernels.triton_decode(query, pages, table, length, interpret)
   view = gather_view(pages, table)
@@ -109,7 +110,8 @@ def prefill_attention(
     blocks: see `prefix_blocks`; 'ragged' reads by lengths and needs none.
   """
   if implementation == 'ragged':
-    output = paged_kernels.ragged_prefill(query, pages, *rows[1:])
+    padded = _kernel_query(query, pages, key.shape[1])
+    output = paged_kernels.ragged_prefill(padded, pages, *rows[1:])[:, : query.shape[1]]
     return jnp.where((rows.segment > 0)[:, None, None], output, 0)
   # Of a row that overflows, other rows in the chunk would see 0 times NaN. Its own next token reads
   # the pages, which keep what is not finite.
@@ -125,6 +127,14 @@ def prefill_attention(
   if blocks is None:
     return jax.lax.cond(prefix > 0, with_prefix, lambda: inside)
   return with_prefix() if blocks else inside
+
+
+def _kernel_query(query: Float[Array, 'T H h'], pages: Pages, kv_heads: int):
+  """Returns the queries with zeros for the heads that pages for 'ragged' have beyond `kv_heads`."""
+  in_pages = pages.key.shape[2] // 2
+  kv_heads = kv_heads or in_pages
+  extra = query.shape[1] // kv_heads * (in_pages - kv_heads)
+  return jnp.pad(query, ((0, 0), (0, extra), (0, 0)))
 
 
 def block_counts(columns: int, page_size: int, implementation: str) -> tuple[int | None, ...]:

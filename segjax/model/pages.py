@@ -24,8 +24,9 @@ class Pages(NamedTuple):
   """Pages of P positions, laid out for the implementation of `paged_attention` that reads them.
 
   Attributes:
-    key: [K, L N, P, h] for 'xla' and 'triton'. For 'ragged' [L N, P, 2 K, 128], keys and values
-      alternating: head k has its keys at 2 k and its values at 2 k + 1, followed by zeros.
+    key: [K, L N, P, h] for 'xla' and 'triton'. For 'ragged' [L N, P, 2 K', 128], keys and values
+      alternating: head k has its keys at 2 k and its values at 2 k + 1, followed by zeros. K' is
+      `kernel_heads`; heads from K on are zeros.
     value: as `key`; None for 'ragged'.
   """
 
@@ -33,18 +34,41 @@ class Pages(NamedTuple):
   value: Array | None
 
 
+def kernel_heads(kv_heads: int) -> int:
+  """Returns the key heads that pages for 'ragged' have on a device with `kv_heads` of them.
+
+  The kernel wants whole tiles of keys and values; 3 and 5 heads, which fill none, get zeros beside
+  them.
+  """
+  return next((count for count in (1, 2, 4) if count >= kv_heads), -(-kv_heads // 8) * 8)
+
+
 def empty_pages(
-  config: LlamaConfig, groups: int, num_pages: int, page_size: int, implementation: str
+  config: LlamaConfig,
+  groups: int,
+  num_pages: int,
+  page_size: int,
+  implementation: str,
+  tensor: int = 1,
 ) -> Pages:
   """Returns zeros in the compute dtype, for `groups` groups of rows with N = `num_pages` each.
 
   The axis of pages has the groups one after the other, so that splitting it over the devices gives
   each group the L N pages of its own.
+
+  Args:
+    config: the network.
+    groups: of rows.
+    num_pages: N.
+    page_size: P.
+    implementation: of `paged_attention`.
+    tensor: devices of a group, among which the heads are split.
   """
   pages = groups * config.num_hidden_layers * num_pages
   heads, size = config.num_key_value_heads, config.head_dim
   # Zeros, not `jnp.empty`: a masked value is multiplied by 0, and 0 times NaN is NaN.
   if implementation == 'ragged':
+    heads = tensor * kernel_heads(heads // tensor)
     return Pages(jnp.zeros((pages, page_size, 2 * heads, LANES), config.dtype), None)
   shape = (heads, pages, page_size, size)
   return Pages(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
@@ -76,7 +100,8 @@ def write(
   key, value = key.astype(pages.key.dtype), value.astype(pages.key.dtype)
   if pages.value is None:
     both = jnp.stack([key, value], axis=2).reshape(key.shape[0], -1, key.shape[2])
-    both = jnp.pad(both, ((0, 0), (0, 0), (0, LANES - key.shape[2])))
+    extra = pages.key.shape[2] - both.shape[1], LANES - key.shape[2]
+    both = jnp.pad(both, ((0, 0), (0, extra[0]), (0, extra[1])))
     return Pages(pages.key.at[index, offset].set(both), None)
   return Pages(
     pages.key.at[:, index, offset].set(key.swapaxes(0, 1)),

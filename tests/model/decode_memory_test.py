@@ -7,7 +7,7 @@ import pytest
 from fixtures import models
 
 from segjax import processes
-from segjax.model import decode_memory
+from segjax.model import decode, decode_memory
 from segjax.model.decode_memory import plan_pool, settle_pool
 from segjax.model.decode_sizes import PoolSize
 from segjax.model.decode_weights import decode_weights
@@ -55,6 +55,17 @@ def test_a_page_has_the_keys_and_values_of_all_layers():
   groups = decode_mesh(models.mesh(8), 4, 2)  # four groups of two devices, with a head each
   assert needed(two, groups) - needed(one, groups) == PAGE / 2
   assert needed(one) > WEIGHTS
+
+
+def test_pages_of_the_tpu_have_whole_tiles_of_heads():
+  """As many bytes as the arrays have, whose heads are 8 numbers wide and 3 or 5."""
+  for kv_heads, in_pages in ((1, 1), (3, 4), (5, 8)):
+    config = dataclasses.replace(CONFIG, num_key_value_heads=kv_heads, num_attention_heads=kv_heads)
+    sizes = {'implementation': 'ragged', 'config': config}
+    one, two = (needed(PoolSize(1, pages, 4), **sizes) for pages in (1, 2))
+    with jax.set_mesh(models.mesh(1)):
+      empty = decode.empty_pages(1, 1, decoder=decoder(**sizes))
+    assert two - one == empty.key.nbytes == 64 * 2 * 2 * in_pages * 128 * 4
 
 
 @pytest.mark.parametrize('implementation', ['triton', 'xla'])

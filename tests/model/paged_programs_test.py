@@ -13,7 +13,7 @@ from segjax.model.paged_attention import (
   prefill_attention,
   select_paged_attention,
 )
-from segjax.model.pages import append, copy_pages, empty_pages, gather_view, write
+from segjax.model.pages import append, copy_pages, empty_pages, gather_view, kernel_heads, write
 
 pytestmark = pytest.mark.compiled
 LAYERS, NUM_PAGES, POSITIONS, ROWS, COLUMNS, TOKENS = 2, 4000, 64, 64, 20, 1024
@@ -35,8 +35,7 @@ def config_of(heads=32, kv_heads=8, head_dim=128, dtype='bfloat16'):
 
 
 def implementation_of(platform, config):
-  sizes = config.head_dim, config.num_key_value_heads
-  return select_paged_attention(platform, config.dtype, *sizes)
+  return select_paged_attention(platform, config.dtype, config.head_dim)
 
 
 def shape(*axes, dtype=jnp.int32):
@@ -71,8 +70,13 @@ def check_pages_stay(platform, config, function, *args):
   return memory
 
 
-# Of Llama 3 8B, of 70B on 8 devices, and of 3.2 1B.
-SIZES = ({}, {'heads': 8, 'kv_heads': 1}, {'head_dim': 64})
+# Of Llama 3 8B, of 70B on 8 devices, of 3.2 1B, and of SmolLM2-135M.
+SIZES = (
+  {},
+  {'heads': 8, 'kv_heads': 1},
+  {'head_dim': 64},
+  {'heads': 9, 'kv_heads': 3, 'head_dim': 64},
+)
 # The kernel for TPU computes in float32 too; a head of queries per head of keys is its odd case.
 FLOAT32 = [
   ('tpu', {'dtype': 'float32'}),
@@ -93,7 +97,8 @@ def test_decode(platform, sizes):
 
     def layer(begin, x, pages):
       pages = write(pages, key + x[:, : key.shape[1]], value, begin + page, offset)
-      return decode_attention(x, pages, begin + table, position + 1, implementation), pages
+      inputs = x, pages, begin + table, position + 1, implementation
+      return decode_attention(*inputs, kv_heads=key.shape[1]), pages
 
     def step(i, carry):
       return through_layers(platform, layer, *carry)
@@ -149,7 +154,7 @@ def test_copy(platform, sizes):
     shape(ROWS),
   )
   # The pages of one layer that are copied: keys and values, in rows of 128 numbers.
-  position = 2 * config.num_key_value_heads * 128 * jnp.dtype(config.dtype).itemsize
+  position = 2 * kernel_heads(config.num_key_value_heads) * 128 * jnp.dtype(config.dtype).itemsize
   assert memory.temp_size_in_bytes < 1.1 * ROWS * POSITIONS * position
 
 

@@ -12,13 +12,13 @@ from segjax.model.attention import KeyValue
 from segjax.model.llama import LlamaConfig
 from segjax.model.pages import append, copy_pages, empty_pages, gather_view, page_size, write
 
-LAYERS, HEADS, SIZE, NUM_PAGES, POSITIONS = 3, 2, 4, 7, 5
+LAYERS, HEADS, SIZE, NUM_PAGES, POSITIONS = 3, 3, 4, 7, 5  # a kernel for TPU has 4 heads
 CONFIG = LlamaConfig(
   vocab_size=16,
   hidden_size=16,
   intermediate_size=16,
   num_hidden_layers=LAYERS,
-  num_attention_heads=4,
+  num_attention_heads=6,
   num_key_value_heads=HEADS,
   head_dim=SIZE,
 )
@@ -36,7 +36,8 @@ def by_index(pages):
   """Returns keys and values as [L N, P, K, h], whatever the layout."""
   if pages.value is None:
     assert not np.any(pages.key[..., SIZE:])
-    return np.array(pages.key[:, :, 0::2, :SIZE]), np.array(pages.key[:, :, 1::2, :SIZE])
+    both = np.array(pages.key[..., :SIZE])
+    return both[:, :, 0 : 2 * HEADS : 2], both[:, :, 1 : 2 * HEADS : 2]
   return tuple(np.array(x.transpose(1, 2, 0, 3)) for x in pages)
 
 

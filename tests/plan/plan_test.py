@@ -284,6 +284,22 @@ def test_a_slice_that_is_too_small_gets_a_plan_and_two_run_at_once():
     assert '--config.runtime.frozen_params_memory=host' in out
 
 
+@pytest.mark.plan
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+def test_a_small_model_decodes_a_whole_rollout_on_a_host_of_small_tpus(tmp_path):
+  """SmolLM2-135M, whose 3 key heads of 64 numbers fill no tile of a TPU."""
+  command = [
+    *(sys.executable, 'tools/plan.py', '--config=configs/ppo.py:smollm2_135m,v5e:2x4', '--json'),
+    *(f'--plans={tmp_path}', '--phases=prefill,page copies,decode chunk'),
+  ]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  record = json.loads(done.stdout.splitlines()[-1])
+  assert record['fits']
+  for phase in record['phases']:  # no second set of pages, of 13 GiB
+    assert phase['temporaries'] < 2**30 < phase['aliased'], phase
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
