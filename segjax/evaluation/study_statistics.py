@@ -50,6 +50,9 @@ def compare(
 ) -> Comparison:
   """Compares an arm with the baseline.
 
+  All arms of a seed hold out the same prompts in the same order. One that samples several responses
+  to a prompt reaches fewer of them during training: the first ones, by which the two are compared.
+
   Args:
     arm: name of the arm.
     baseline: name of the baseline.
@@ -57,12 +60,13 @@ def compare(
     others: of the baseline, by seed; seeds of one alone are left out.
   """
   seeds = sorted(set(values) & set(others))
-  differences = [values[seed] - others[seed] for seed in seeds]
-  pairs = [np.array([np.mean(side[seed]) for seed in seeds]) for side in (values, others)]
+  count = {seed: min(len(values[seed]), len(others[seed])) for seed in seeds}
+  own, other = ([side[seed][: count[seed]] for seed in seeds] for side in (values, others))
+  pairs = [np.array([np.mean(prompts) for prompts in side]) for side in (own, other)]
   return Comparison(
     arm,
     baseline,
-    hierarchical_interval(differences),
+    hierarchical_interval([x - y for x, y in zip(own, other, strict=True)]),
     probability_of_improvement(*pairs),
     sign_flip_p(pairs[0] - pairs[1]) if len(seeds) > 1 else None,
   )

@@ -24,6 +24,17 @@ def test_worked_example_of_a_comparison():
   assert 0.1 <= result.difference['low'] < 0.25 < result.difference['high'] <= 0.4
 
 
+def test_an_arm_of_fewer_prompts_is_compared_by_the_first_ones():
+  rng = np.random.default_rng(0)
+  baseline = {seed: rng.normal(size=6) for seed in range(4)}
+  arm = {seed: baseline[seed][:2] + 0.1 * (seed + 1) for seed in range(4)}
+  short = {seed: prompts[:2] for seed, prompts in baseline.items()}
+  result = statistics.compare('arm', 'base', arm, baseline)
+  assert result == statistics.compare('arm', 'base', arm, short)
+  assert result.difference['mean'] == pytest.approx(0.25) and result.improvement['mean'] > 0.5
+  assert statistics.compare('base', 'arm', baseline, arm).difference['mean'] == pytest.approx(-0.25)
+
+
 def test_no_interval_below_three_seeds():
   values = [np.array([0.1, 0.3]), np.array([0.5])]
   assert statistics.hierarchical_interval(values) == {
