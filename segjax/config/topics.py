@@ -1,6 +1,7 @@
 """Reference texts of `segjax help TOPIC`."""
 
 from segjax.config.reward_topics import FUNCTIONS, REWARD_MODELS, REWARDS
+from segjax.config.study_topics import STUDIES
 
 ROWS = """\
 data.path names a .jsonl, .json (either may be .gz) or .parquet file, a directory saved by
@@ -292,6 +293,7 @@ TOPICS = {
   'buckets': BUCKETS,
   'hub': HUB,
   'hosts': HOSTS,
+  'studies': STUDIES,
   'published-runs': PUBLISHED_RUNS,
   'openrlhf': PEERS,
   'errors': ERRORS,
