@@ -69,7 +69,7 @@ have them, too. In a study, 'ARM rewards=NAME+NAME' takes these lines of config.
 """
 
 REWARD_MODELS = """\
-All jobs but credit read reward models of others, as the API does: load_reward_model(..., head=).
+All jobs read reward models of others, as the API does: load_reward_model(..., head=).
 Without a segment_reward.json, set reward_model.segmentation.granularity, boundary, ..., and
 reward_model.normalizer, or fit one by the normalizer job, which writes that file.
 
@@ -92,9 +92,10 @@ reward_model.normalizer, or fit one by the normalizer job, which writes that fil
             positive=LABEL_1. These are forms; no published model was run here.
   several   Lines of config.rewards read text where tokenizer or chat template is another, too; they
             have keys reads, head, positive and negative, but no tags.
-  limits    credit compares models of the policy's tokens. Not on text: score_jump,
-            redistribute=gradient or attention, critic.init=reward_model, adapters on the policy's
-            base; with step_tag, the best of each segment. A text longer than its positions loses
+  limits    Not on text: score_jump, redistribute=gradient or attention, critic.init=reward_model,
+            adapters on the policy's base; with step_tag, redistribute=red and the best of each
+            segment. credit leaves out what its reward model cannot serve, and of one that reads
+            text the Shapley values, with a line for each. A text longer than its positions loses
             the beginning of its prompt; a warning says so. Only one label without a bias is trained
             further, by reward and as a critic.
 """

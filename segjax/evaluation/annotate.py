@@ -216,7 +216,7 @@ def _read_text(
   arrays = processes.to_host((rows.ids, rows.response_mask, segments.end, rows.finished))
   prompts = [prompt for prompt, _ in batch.texts]
   prompts += prompts[:1] * (len(arrays[0]) - len(prompts))
-  return text.score(params, prompts, CutResponses(*arrays))[0]
+  return text.score(params, prompts, text.carry_over(CutResponses(*arrays)))[0]
 
 
 @functools.partial(jax.jit, static_argnames='std_floor_ratio')

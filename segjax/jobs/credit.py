@@ -1,26 +1,22 @@
 """Ranks methods of dense reward by the credit that they give to the clauses of responses.
 
 The true credit is that of config.evaluate.credit_fn, or of continuations that the policy samples,
-so that no PPO run is needed. A method is a line of `METHODS`: settings of the rewards, which go the
-way of PPO itself.
+so that no PPO run is needed.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from segjax import processes
-from segjax.config.conflicts import check_conflicts, check_redistribution, check_segments
-from segjax.config.settings import Evaluate, Settings, replace
+from segjax.config.settings import Evaluate
 from segjax.data import study_languages
-from segjax.errors import UserError, excerpt, one_line
+from segjax.errors import UserError, excerpt
 from segjax.evaluation.clause_credit import (
   Clauses,
   clause_ends,
@@ -29,59 +25,28 @@ from segjax.evaluation.clause_credit import (
 )
 from segjax.evaluation.intervals import format_interval
 from segjax.jobs import evaluate, evaluate_functions
+from segjax.jobs.credit_methods import (
+  CONFIGURED,
+  SHAPLEY,
+  SHAPLEY_CUTS,
+  Method,
+  make_methods,
+  make_scorer,
+)
 from segjax.jobs.job import COMMON, LM_REWARD, POLICY, REFERENCE, REWARD_MODEL, Job, data_input
 from segjax.report.console import table
-from segjax.run import inputs, models, recipes
+from segjax.run import inputs, models
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
 from segjax.storage import write_text_atomically
-from segjax.train import reward_spec
 from segjax.train.continuations import Prefix, continuation_credit, prefix_values
 from segjax.train.experience import make_experience
 from segjax.train.recipe import PPORecipe
-from segjax.train.rollout import CollectedRollout, response_tokens
-from segjax.train.scoring import score
+from segjax.train.rollout import response_tokens
 from segjax.train.shapley import segment_worth, shapley_values
-from segjax.types import Experience, Normalizer
+from segjax.types import Experience
 
-_SHAPING, _CUT = 'reward_shaping', 'reward_model.segmentation'
-_SEGMENTS, _TOKENS = {f'{_CUT}.granularity': 'segment'}, {f'{_CUT}.granularity': 'token'}
-# Parts of one score: a normaliser by position would change it from segment to segment.
-_ONE_SCORE = {'reward_model.normalizer': 'none'}
-
-CONFIGURED = 'as configured'
-METHODS: dict[str, dict[str, Any]] = {
-  CONFIGURED: {},
-  'no normaliser': {'reward_model.normalizer': 'none'},
-  'spread: end_only': {f'{_SHAPING}.spread': 'end_only'},
-  'spread: repeat': {f'{_SHAPING}.spread': 'repeat'},
-  'spread: entropy_weighted': {f'{_SHAPING}.spread': 'entropy_weighted'},
-  'min credit': {f'{_SHAPING}.credit': 'min'},
-  'cut: segments': _SEGMENTS | {f'{_SHAPING}.spread': 'even_split'},
-  'cut: sentences': _SEGMENTS | {f'{_CUT}.boundary': 'delimiter'},
-  'cut: 4 tokens': _SEGMENTS | {f'{_CUT}.boundary': 'fixed_length', f'{_CUT}.segment_length': 4},
-  'cut: low probability': _SEGMENTS | {f'{_CUT}.boundary': 'low_probability'},
-  'cut: score jumps': _SEGMENTS | {f'{_CUT}.boundary': 'score_jump'},
-  'cut: shuffled': _SEGMENTS | {f'{_CUT}.boundary': 'shuffled_entropy'},
-  'cut: random': _SEGMENTS | {f'{_CUT}.boundary': 'random'},
-  'cut: tokens': _TOKENS | {f'{_SHAPING}.spread': 'even_split'},
-  'cut: none': {f'{_CUT}.granularity': 'bandit', f'{_SHAPING}.spread': 'bandit'} | _ONE_SCORE,
-  **{
-    f'{how}: {unit}': granularity | _ONE_SCORE | {f'{_SHAPING}.redistribute': how}
-    for how in ('red', 'gradient', 'attention')
-    for unit, granularity in (('segments', _SEGMENTS), ('tokens', _TOKENS))
-  },
-}
-
-_SHAPLEY_CUTS = 'red: segments'  # the method whose segments and reward model have Shapley values
 _SHAPLEY_ORDERS = 8
-
-
-class Method(NamedTuple):
-  """How rewards are computed."""
-
-  recipe: PPORecipe
-  normalizer: Normalizer
 
 
 def load(stage: Stage) -> evaluate.Loaded:
@@ -92,13 +57,7 @@ def load(stage: Stage) -> evaluate.Loaded:
       'config.rewards has no effect in credit, which compares ways to read one reward model, that '
       'of config.reward_model; leave it out.'
     )
-  loaded = evaluate.load_collector(stage)
-  if loaded.models.text_model is not None:
-    raise UserError(
-      f'{loaded.models.text_model.path} reads text, and methods are compared by a reward model '
-      'that reads the policy’s tokens; name one in config.reward_model.path.'
-    )
-  return loaded
+  return evaluate.load_collector(stage)
 
 
 def _check_functions(settings: Evaluate) -> None:
@@ -112,26 +71,29 @@ def _check_functions(settings: Evaluate) -> None:
 
 
 def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
-  """Samples responses of the policy and compares the credit of each of `METHODS` with the true one.
+  """Samples responses of the policy and compares the credit of each method with the true one.
 
   Returns:
     The figures of each method, also written to `credit.json`, and the number of clauses.
   """
   s, collector = stage.settings, loaded.collector
-  methods = _make_methods(stage, loaded)
+  methods = make_methods(stage, loaded)
   params = models.load_models(
-    loaded.models, tuple(loaded.models.paths), Weights(s.runtime, stage.mesh)
+    loaded.models, tuple(loaded.models.frozen), Weights(s.runtime, stage.mesh)
   )
   rows = np.repeat(np.arange(len(collector.prompts)), s.evaluate.samples_per_prompt)
   rows = rows[: len(rows) // stage.mesh.size * stage.mesh.size]
   rollout = collector.collect(params, rows, stage.key('samples'), jnp.float32(0)).rollout
-  outputs = _make_scorer(params, rollout, collector.recipe)
+  text, prompts = collector.texts.get('reward'), [collector.prompts.messages(row) for row in rows]
+  outputs = make_scorer(params, rollout, collector.recipe, text, prompts)
 
   def experience_of(method: Method) -> Experience:
-    scored = outputs(method.recipe.shaping.redistribute)
-    recipe = method.recipe
     return make_experience(
-      rollout.arrays, scored, method.normalizer, jnp.float32(0), recipe=recipe
+      rollout.arrays,
+      outputs(method.recipe),
+      method.normalizer,
+      jnp.float32(0),
+      recipe=method.recipe,
     )[0]
 
   clauses = _find_clauses(stage, loaded, params['policy'], experience_of(methods[CONFIGURED]), rows)
@@ -139,9 +101,9 @@ def run(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Any]:
   for name, method in methods.items():
     experience = experience_of(method)
     figures[name] = clause_figures(processes.to_host(experience.reward), clauses, s.seed)
-    if name == _SHAPLEY_CUTS:
+    if name == SHAPLEY_CUTS and text is None:
       reward = _shapley_rewards(params['reward'], experience, method.recipe, s.seed)
-      figures['shapley: segments'] = clause_figures(reward, clauses, s.seed)
+      figures[SHAPLEY] = clause_figures(reward, clauses, s.seed)
   if processes.is_first():
     record = json.dumps(figures, indent=2) + '\n'
     write_text_atomically(stage.directory / 'credit.json', record)
@@ -201,46 +163,6 @@ def _shapley_rewards(
   values = shapley_values(worth, segments.num_segments, _SHAPLEY_ORDERS, seed)
   index = np.maximum(segments.segment_id, 0)
   return np.where(segments.end, np.take_along_axis(values, index, axis=1), 0)
-
-
-def _make_methods(stage: Stage, loaded: evaluate.Loaded) -> dict[str, Method]:
-  """Returns the methods; those that the reward model cannot serve are left out with a line."""
-  methods = {}
-  for name, changes in METHODS.items():
-    try:
-      methods[name] = _make_method(replace(stage.settings, **changes), loaded)
-    except UserError as error:
-      if name == CONFIGURED:
-        raise
-      stage.log(f'{name} is left out: {one_line(error)}')
-  return methods
-
-
-def _make_method(s: Settings, loaded: evaluate.Loaded) -> Method:
-  paths = loaded.models.paths
-  check_conflicts(s)
-  spec = reward_spec.resolve_spec(s.reward_model, paths['reward'], paths['policy'])
-  check_redistribution(s, spec.segmentation.granularity, float(spec.normalizer.w_mean))
-  check_segments(s, spec.segmentation.granularity)
-  recipe = recipes.make_recipe(s, loaded.models._replace(reward_spec=spec), loaded.tokenizer)
-  # Rewards alone are read: no critic is run.
-  ppo = dataclasses.replace(s.ppo, estimator='reinforce_plus_plus', scoring_batch_size=0)
-  recipe = dataclasses.replace(recipe, ppo=ppo, samples_per_prompt=1)
-  return Method(recipe, jax.tree.map(jnp.float32, spec.normalizer))
-
-
-def _make_scorer(
-  params: dict[str, Any], rollout: CollectedRollout, recipe: PPORecipe
-) -> Callable[[str], Any]:
-  """Returns a function of reward_shaping.redistribute, the only choice that scoring reads."""
-
-  @functools.cache
-  def outputs(redistribute):
-    shaping = dataclasses.replace(recipe.shaping, redistribute=redistribute)
-    own = dataclasses.replace(recipe, shaping=shaping)
-    return score(params, rollout.arrays, rollout.length, recipe=own)
-
-  return lambda how: outputs(how if how in ('gradient', 'attention') else 'none')
 
 
 def print_table(results: dict[str, Any]) -> None:

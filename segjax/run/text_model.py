@@ -7,7 +7,7 @@ from typing import NamedTuple, SupportsIndex
 
 from jax.sharding import Mesh
 
-from segjax.config.settings import Data, Settings
+from segjax.config.settings import Data, Segmentation, Settings
 from segjax.data.batches import Pairs, Prompts
 from segjax.data.rows import Rows
 from segjax.data.sources import Message, as_pair
@@ -77,8 +77,26 @@ def load_text_model(
   Raises:
     UserError: it has no chat template, or a setting needs its scores at every token of the policy.
   """
+  check_text_settings(settings, spec.segmentation, directory)
+  tokenizer = _load_own_tokenizer(directory, settings.data).for_networks({'reward model': config})
+  marks = StepMarks(settings.reward_model.step_tag, settings.reward_model.step_delimiter)
+  if marks.tag:
+    _check_tag(tokenizer, marks.tag, directory)
+  read = f'; the score of a step is read at {marks.tag!r} behind it' if marks.tag else ''
+  log(f'{directory} reads text, by its own tokenizer and chat template{read}')
+  return TextModel(directory, TextScorer(config, tokenizer, mesh, marks))
+
+
+def check_text_settings(settings: Settings, segmentation: Segmentation, directory: Path) -> None:
+  """Raises UserError if a setting needs scores of a text at every token of the policy.
+
+  Args:
+    settings: `reward_shaping` is read.
+    segmentation: of the responses.
+    directory: of the reward model.
+  """
   shaping, key = settings.reward_shaping, f'{directory} reads text, not the policy’s tokens'
-  if spec.segmentation.boundary == 'score_jump' and spec.segmentation.granularity == 'segment':
+  if segmentation.boundary == 'score_jump' and segmentation.granularity == 'segment':
     raise UserError(
       f'{key}, and boundary=score_jump cuts by its score at every token; use another '
       'config.reward_model.segmentation.boundary.'
@@ -88,13 +106,6 @@ def load_text_model(
       f'{key}, and config.reward_shaping.redistribute={shaping.redistribute} reads inside it at '
       'every token; use red or none.'
     )
-  tokenizer = _load_own_tokenizer(directory, settings.data).for_networks({'reward model': config})
-  marks = StepMarks(settings.reward_model.step_tag, settings.reward_model.step_delimiter)
-  if marks.tag:
-    _check_tag(tokenizer, marks.tag, directory)
-  read = f'; the score of a step is read at {marks.tag!r} behind it' if marks.tag else ''
-  log(f'{directory} reads text, by its own tokenizer and chat template{read}')
-  return TextModel(directory, TextScorer(config, tokenizer, mesh, marks))
 
 
 def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path) -> None:

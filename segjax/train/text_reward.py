@@ -19,7 +19,7 @@ from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
 from segjax.model import host_memory
-from segjax.train.recipe import PPORecipe, RewardSource
+from segjax.train.recipe import PPORecipe
 from segjax.train.reward_scoring import SegmentScorer, reference_signal
 from segjax.train.reward_shaping import segment_responses
 from segjax.train.rollout import CollectedRollout
@@ -27,13 +27,6 @@ from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter, segment_batch
 from segjax.train.text_scoring import NOT_READ, TextScorer, character_ends
 from segjax.types import PreferenceBatch, Rollout, Segments, Sequences
-
-
-@functools.partial(jax.jit, static_argnames=('segmenter', 'compat'))
-def _segments(
-  rollout: Rollout, outputs: ModelOutputs, *, segmenter: Segmenter, compat: Compat
-) -> Segments:
-  return segment_responses(rollout, outputs, outputs.score, segmenter, compat)
 
 
 class CutResponses(NamedTuple):
@@ -50,6 +43,19 @@ class CutResponses(NamedTuple):
   mask: Bool[np.ndarray, 'B T']
   end: Bool[np.ndarray, 'B T']
   finished: Bool[np.ndarray, 'B']
+
+
+class TextResponses(NamedTuple):
+  """The same as text, without special tokens.
+
+  Attributes:
+    texts: the responses.
+    ends: the characters that each segment ends behind, at its last token, as in
+      `TextScorer.tokenize`; NOT_READ at other tokens.
+  """
+
+  texts: list[str]
+  ends: Int[np.ndarray, 'B T']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +77,17 @@ class TextReward:
   def _split(self, ids: Sequence[int]) -> list[str]:
     return token_texts(ids, self.tokenizer.decode, self._known)
 
+  def carry_over(self, responses: CutResponses) -> TextResponses:
+    """Returns the responses as text, the same for all models that read those of this policy."""
+    ids = [row[mask] for row, mask in zip(responses.ids, responses.mask, strict=True)]
+    ends = character_ends(ids, responses.end, responses.mask, responses.finished, self._split)
+    return TextResponses([self.tokenizer.decode(row) for row in ids], ends)
+
   def score(
     self,
     params: Any,
     prompts: Sequence[Sequence[Message]],
-    responses: CutResponses,
+    responses: TextResponses,
     batch_size: int = 0,
   ) -> tuple[Float[Array, 'B T'], Float[Array, 'B']]:
     """Returns raw scores at the last tokens of segments, 0 elsewhere, and of the prompts.
@@ -86,58 +98,46 @@ class TextReward:
     Args:
       params: of the reward model, on the devices or in host memory.
       prompts: messages of each response's prompt; empty for plain text.
-      responses: the responses.
+      responses: of `carry_over`.
       batch_size: texts at once; 0 for all.
 
     Raises:
       UserError: the reward model's chat template refuses a prompt.
     """
-    ids = [row[mask] for row, mask in zip(responses.ids, responses.mask, strict=True)]
-    ends = character_ends(ids, responses.end, responses.mask, responses.finished, self._split)
     # The score of the prompt, in front of all others; a process model has none.
     first = NOT_READ if self.scorer.marks.tag else 0
-    ends = np.pad(ends, ((0, 0), (1, 0)), constant_values=first)
-    texts = [self.tokenizer.decode(row) for row in ids]
+    ends = np.pad(responses.ends, ((0, 0), (1, 0)), constant_values=first)
     own = host_memory.to_device(params)
-    score = self.scorer.score(own, prompts, texts, ends, batch_size)
+    score = self.scorer.score(own, prompts, responses.texts, ends, batch_size)
     return score[:, 1:], score[:, 0]
 
-  def add_scores(
-    self,
-    params: Any,
-    outputs: ModelOutputs,
-    collected: CollectedRollout,
-    prompts: Sequence[Sequence[Message]],
-    recipe: PPORecipe,
-    source: RewardSource | None = None,
-  ) -> ModelOutputs:
-    """Returns the outputs with the scores of a rollout, as `score` says.
 
-    The segments are those of the policy's tokens, by the outputs of the reference, which this waits
-    for.
+def cut_responses(
+  collected: CollectedRollout,
+  outputs: ModelOutputs,
+  segmenter: Segmenter | None,
+  compat: Compat,
+) -> CutResponses:
+  """Returns the responses of a rollout, with segments as `reward_shaping` finds them.
 
-    Args:
-      params: of the reward model.
-      outputs: outputs of the other networks.
-      collected: the responses.
-      prompts: messages of each response's prompt.
-      recipe: how responses are segmented.
-      source: which of `recipe.rewards` it is; None for the first reward model.
-    """
-    compat, segmenter = recipe.compat, recipe.segmenter
-    if source is not None and recipe.shaping.mix == 'token':
-      segmenter = source.segmenter
+  Args:
+    collected: the responses.
+    outputs: of the networks that read the policy's tokens; this waits for them.
+    segmenter: how to segment; None to end a segment at every token, a stop token too.
+    compat: with force_eos the last token of every response is a stop token.
+  """
+  mask, end = collected.response_mask, collected.response_mask
+  if segmenter is not None:
     segments = _segments(collected.arrays, outputs, segmenter=segmenter, compat=compat)
-    responses = CutResponses(
-      collected.response_ids,
-      collected.response_mask,
-      processes.to_host(segments.end),
-      collected.finished | compat.force_eos,
-    )
-    score, of_prompt = self.score(params, prompts, responses, recipe.ppo.scoring_batch_size)
-    if source is not None:
-      return outputs._replace(scores=(outputs.scores or {}) | {source.name: score})
-    return outputs._replace(score=score, prompt_score=of_prompt)
+    end = processes.to_host(segments.end)
+  return CutResponses(collected.response_ids, mask, end, collected.finished | compat.force_eos)
+
+
+@functools.partial(jax.jit, static_argnames=('segmenter', 'compat'))
+def _segments(
+  rollout: Rollout, outputs: ModelOutputs, *, segmenter: Segmenter, compat: Compat
+) -> Segments:
+  return segment_responses(rollout, outputs, outputs.score, segmenter, compat)
 
 
 def add_text_scores(
@@ -150,18 +150,30 @@ def add_text_scores(
 ) -> ModelOutputs:
   """Returns the outputs with the scores of the reward models that read text.
 
+  Responses are cut once for all models that are read at the same segments.
+
   Args:
     texts: these models, by the names of their networks.
     params: parameters by name.
-    outputs: outputs of the other networks.
+    outputs: outputs of the other networks, which this waits for.
     collected: the responses.
     prompts: messages of each response's prompt.
     recipe: how responses are segmented.
   """
   sources = {source.key: source for source in recipe.rewards}
+  cuts: dict[Segmenter, TextResponses] = {}
   for name, text in texts.items():
-    own = sources.get(name)
-    outputs = text.add_scores(params[name], outputs, collected, prompts, recipe, own)
+    source, segmenter = sources.get(name), recipe.segmenter
+    if source is not None and recipe.shaping.mix == 'token':
+      segmenter = source.segmenter
+    if segmenter not in cuts:
+      cuts[segmenter] = text.carry_over(cut_responses(collected, outputs, segmenter, recipe.compat))
+    batch_size = recipe.ppo.scoring_batch_size
+    score, of_prompt = text.score(params[name], prompts, cuts[segmenter], batch_size)
+    if source is None:
+      outputs = outputs._replace(score=score, prompt_score=of_prompt)
+    else:
+      outputs = outputs._replace(scores=(outputs.scores or {}) | {source.name: score})
   return outputs
 
 
@@ -202,7 +214,7 @@ class TextSegments:
     signal, end = _cut(reference, sequences, scorer=self.scorer)
     end = sequences.response_mask if self.at_every_token else end
     arrays = processes.to_host((sequences.ids, sequences.response_mask, end, sequences.finished))
-    score, _ = self.reward.score(params, prompts, CutResponses(*arrays))
+    score, _ = self.reward.score(params, prompts, self.reward.carry_over(CutResponses(*arrays)))
     return dataclasses.replace(sequences, ref_signal=signal, score=score)
 
   def add_pair_scores(

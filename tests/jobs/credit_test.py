@@ -7,7 +7,7 @@ from fixtures import runs
 
 from segjax.config.settings import Segmentation
 from segjax.errors import UserError
-from segjax.jobs import credit
+from segjax.jobs import credit_methods
 from segjax.types import Normalizer
 
 REQUESTS = {'demo.language': 'requests'}
@@ -23,7 +23,7 @@ def test_methods_are_compared_without_a_run_of_ppo(small, run, tmp_path, capsys)
   changes = REQUESTS | FUNCTIONS | {'evaluate.samples_per_prompt': 2}
   changes['reward_model.path'] = reward_model
   results = run(small('demo', 'credit', **changes), tmp_path / 'run')['credit']
-  assert set(results['methods']) == {*credit.METHODS, 'shapley: segments'}
+  assert set(results['methods']) == {*credit_methods.METHODS, 'shapley: segments'}
   record = json.loads((tmp_path / 'run' / 'credit' / 'credit.json').read_text())
   assert record == results['methods']
   assert record['spread: end_only']['on_deciding_token']['mean'] > 0.3

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from fixtures import models, runs, tokenizers, training
+from fixtures import models, rollouts, runs, tokenizers, training
 
 from segjax.config.settings import Segmentation
 from segjax.data.token_texts import token_texts
@@ -20,15 +20,15 @@ from segjax.jobs import evaluate
 from segjax.model.heads import scores
 from segjax.run.models import load_models
 from segjax.run.weights import Weights
+from segjax.train import text_reward
 from segjax.train.experience import make_experience
 from segjax.train.recipe import RewardSource
 from segjax.train.reward_mixing import ListedRewards
-from segjax.train.rollout import CollectedRollout
 from segjax.train.scoring import score
 from segjax.train.segmenter import Segmenter
 from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.train.text_scoring import TextScorer
-from segjax.types import Normalizer, Rollout
+from segjax.types import Normalizer
 
 NETWORK = runs.FOREIGN
 WORDS = ['hello there, how are you?', 'the quick brown fox', 'é 日本', '']
@@ -52,29 +52,11 @@ def inputs(language, other):
   }
 
 
-def by_hand(tokenizer, prompts, texts):
-  """Returns a rollout of these texts, finished but for the last."""
-  rows = [tokenizer.response_ids(p, t) for p, t in zip(prompts, texts, strict=True)]
-  rows[-2] = rows[-2][:-1]
-  width, tokens = max(map(len, rows)) + 2, [tokenizer.prompt_ids(p) for p in prompts]
-  prompt_ids = np.zeros((len(rows), max(map(len, tokens))), np.int32)
-  ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-  for i, (prompt, row) in enumerate(zip(tokens, rows, strict=True)):
-    prompt_ids[i, : len(prompt)] = prompt
-    ids[i, : len(row)], mask[i, : len(row)] = row, True
-  finished = np.arange(len(rows)) != len(rows) - 2
-  lengths = np.array([len(prompt) for prompt in tokens], np.int32)
-  arrays = Rollout(
-    *map(jnp.asarray, (prompt_ids, lengths, ids, mask, finished, np.zeros(ids.shape, np.float32)))
-  )
-  return CollectedRollout(arrays, ids, mask, finished, lengths + mask.sum(1))
-
-
 @pytest.mark.parametrize('include_eos', [pytest.param(False, marks=pytest.mark.campaign), True])
 def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, include_eos):
   tokenizer = load_tokenizer(tokenizers.write_tokenizer(tmp_path))
   prompts = [[tokenizers.user(text)] for text in ('one', 'two 日本', 'three', 'hello')]
-  collected = by_hand(tokenizer, prompts, WORDS)
+  collected = rollouts.by_hand(tokenizer, prompts, WORDS)
   mesh = models.mesh(1)
   params = {name: training.network(name, mesh, NETWORK) for name in ('policy', 'reference')}
   params['reward'] = training.network('reward', mesh, NETWORK)
@@ -90,8 +72,8 @@ def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, incl
   expected = score(params, collected.arrays, collected.length, recipe=by_tokens)
   outputs = score(params, collected.arrays, collected.length, recipe=by_text)
   assert not np.asarray(outputs.score).any()
-  reward = TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)
-  outputs = reward.add_scores(params['reward'], outputs, collected, prompts, by_text)
+  text = {'reward': TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)}
+  outputs = add_text_scores(text, params, outputs, collected, prompts, by_text)
   experience, _ = make_experience(
     collected.arrays, outputs, normalizer, jnp.float32(0.1), recipe=by_text
   )
@@ -107,10 +89,10 @@ def test_the_policys_own_tokenizer_gives_the_scores_of_its_tokens(tmp_path, incl
 
 
 @pytest.mark.parametrize('mix', [pytest.param('token', marks=pytest.mark.campaign), 'segment'])
-def test_a_listed_model_that_reads_text_gives_the_scores_of_its_tokens(tmp_path, mix):
+def test_listed_models_that_read_text_give_the_scores_of_their_tokens(tmp_path, mix, monkeypatch):
   tokenizer = load_tokenizer(tokenizers.write_tokenizer(tmp_path))
   prompts = [[tokenizers.user(text)] for text in ('one', 'two 日本', 'three', 'hello')]
-  collected = by_hand(tokenizer, prompts, WORDS)
+  collected = rollouts.by_hand(tokenizer, prompts, WORDS)
   mesh = models.mesh(1)
   params = {name: training.network(name, mesh, NETWORK) for name in ('policy', 'reference')}
   params['reward'] = training.network('reward', mesh, NETWORK)
@@ -126,14 +108,25 @@ def test_a_listed_model_that_reads_text_gives_the_scores_of_its_tokens(tmp_path,
     shaping=dataclasses.replace(by_tokens.shaping, mix=mix),
     rewards=(second,),
   )
-  by_text = dataclasses.replace(by_tokens, rewards=(dataclasses.replace(second, reads_text=True),))
+  one = dataclasses.replace(by_tokens, rewards=(dataclasses.replace(second, reads_text=True),))
+  both = dataclasses.replace(one, reward=None, reads_text=True)
+  counted, shipped = [], text_reward.character_ends
+  monkeypatch.setattr(
+    text_reward, 'character_ends', lambda *arguments: counted.append(1) or shipped(*arguments)
+  )
   rewards = []
-  for recipe in (by_tokens, by_text):
+  for recipe, names in (
+    (by_tokens, ()),
+    (one, ('reward.second',)),
+    (both, ('reward', 'reward.second')),
+  ):
     outputs = score(params, collected.arrays, collected.length, recipe=recipe)
-    assert (outputs.scores is None) == (recipe is by_text)
-    if recipe is by_text:
-      text = {'reward.second': TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer)}
-      outputs = add_text_scores(text, params, outputs, collected, prompts, recipe)
+    assert (outputs.scores is None) == ('reward.second' in names)
+    texts = {name: TextReward(TextScorer(NETWORK, tokenizer, mesh), tokenizer) for name in names}
+    counted.clear()
+    outputs = add_text_scores(texts, params, outputs, collected, prompts, recipe)
+    # Responses are cut once for all models that are read at the same segments.
+    assert len(counted) == min(len(names), 1 if mix == 'segment' else 2)
     normalizer = jax.tree.map(jnp.float32, Normalizer(b_mean=0.3, b_std=0.7))
     listed = ListedRewards({'second': normalizer}, {})
     experience, _ = make_experience(
@@ -141,7 +134,8 @@ def test_a_listed_model_that_reads_text_gives_the_scores_of_its_tokens(tmp_path,
     )
     assert np.asarray(experience.parts['second']).any()
     rewards.append(np.asarray(experience.reward))
-  np.testing.assert_allclose(*rewards, atol=1e-5)
+  for reward in rewards[1:]:
+    np.testing.assert_allclose(reward, rewards[0], atol=1e-5)
 
 
 def test_listed_models_that_read_text_are_found(small, make_stage, inputs, other):
