@@ -93,6 +93,7 @@ def main(_: list[str]) -> None:
 
   if is_cpu_run():
     heap.keep_freed_memory()
+  heap.take_gpu_memory()
   import jax
 
   if _CACHE.value:

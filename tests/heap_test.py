@@ -1,9 +1,12 @@
 """Pages that a process faults in again after it has freed them."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from segjax import heap
 
 _PROGRAM = """
 import resource, sys, threading
@@ -35,3 +38,25 @@ def test_memory_of_threads_is_kept(kept, bounds):
   )
   low, high = bounds
   assert low <= int(process.stdout) <= high
+
+
+@pytest.mark.parametrize(
+  'chosen, expected',
+  [
+    ({}, {'XLA_CLIENT_MEM_FRACTION': '0.92'}),
+    ({'XLA_CLIENT_MEM_FRACTION': '.5'}, {'XLA_CLIENT_MEM_FRACTION': '.5'}),
+    ({'XLA_PYTHON_CLIENT_MEM_FRACTION': '.5'}, {'XLA_PYTHON_CLIENT_MEM_FRACTION': '.5'}),
+  ],
+)
+def test_runs_take_the_memory_that_plans_count_on(chosen, expected):
+  """jax refuses both names at once."""
+  names = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+  with pytest.MonkeyPatch.context() as patch:
+    for name in names:
+      patch.delenv(name, raising=False)
+    for name, value in chosen.items():
+      patch.setenv(name, value)
+    heap.take_gpu_memory()
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.pop('XLA_CLIENT_MEM_FRACTION', None)
+  assert found == expected

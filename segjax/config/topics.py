@@ -39,8 +39,8 @@ limits reads them, and not the rows. The directory may be removed at any time; w
 
 MEMORY = """\
 Memory of a device in training, and the settings that reduce it. `segjax plan JOB:PRESET`
-computes what a run needs, without the devices.
-
+computes what a run needs, without the devices. A run takes 92 % of a GPU's memory at its start;
+XLA_CLIENT_MEM_FRACTION=0.5 makes that half.
   lora.rank
       trains adapters of that rank beside a frozen base, which all networks of the same directory
       share; gradients and moments exist for the adapters alone.
@@ -214,7 +214,7 @@ PUBLISHED_RUNS = """\
   segjax ppo:llama3_8b_sft            or llama31_8b_instruct, phi3_mini
 
 These presets hold the published hyper-parameters, models and data by hub id (Yin et al. 2025,
-https://arxiv.org/abs/2501.02790). They have not been run at 8B with segjax. The name of a topology
+https://arxiv.org/abs/2501.02790). No whole run of 8B was made with segjax. The name of a topology
 after the preset, as in ppo:llama3_8b_sft,v5p:2x2x2, sets sizes of batches and mesh that fit it.
 
 Between the demo and 8B: smollm2_135m, smollm2_360m, qwen25_05b, llama32_1b and llama32_3b, each for

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from segjax.heap import GPU_SHARE
+
 GIB = 2**30
 
 
@@ -68,17 +70,16 @@ def _tpu(flops: float, link: float) -> Rates:
 
 
 # TPU: cloud.google.com/tpu/docs/v5p, v5e, v6e; memory as the compiler reports it.
-# GPU: the vendor's data sheets (SXM, dense); 92 % of the memory, a usual value of
-# XLA_PYTHON_CLIENT_MEM_FRACTION.
+# GPU: the vendor's data sheets (SXM, dense), and the share of the memory that runs take.
 CHIPS = {
   chip.name: chip
   for chip in (
     Chip('v5e', 15.75 * GIB, 197e12, 0.819e12, 0.2e12, _tpu(197e12, 45e9)),
     Chip('v5p', 95.74 * GIB, 459e12, 2.765e12, 0.6e12, _tpu(459e12, 90e9)),
     Chip('v6e', 31.25 * GIB, 918e12, 1.64e12, 0.448e12, _tpu(918e12, 90e9)),
-    Chip('A100-80GB', 0.92 * 80e9, 312e12, 2.039e12, 0.3e12, _AMPERE),
-    Chip('H100-80GB', 0.92 * 80e9, 989e12, 3.35e12, 0.45e12, _HOPPER),
-    Chip('H200-141GB', 0.92 * 141e9, 989e12, 4.8e12, 0.45e12, _HOPPER),
+    Chip('A100-80GB', GPU_SHARE * 80e9, 312e12, 2.039e12, 0.3e12, _AMPERE),
+    Chip('H100-80GB', GPU_SHARE * 80e9, 989e12, 3.35e12, 0.45e12, _HOPPER),
+    Chip('H200-141GB', GPU_SHARE * 141e9, 989e12, 4.8e12, 0.45e12, _HOPPER),
     Chip('cpu', math.inf, *[math.nan] * 3, Rates(*[math.nan] * 5)),
   )
 }
