@@ -110,6 +110,16 @@ def reward_functions(lines: Iterable[str]) -> list[RewardLine]:
   return [line for line in parse_rewards(lines) if line.fn]
 
 
+def key_prefix(network: str) -> str:
+  """Returns what errors write in front of the settings of a reward model.
+
+  Args:
+    network: the name of its network: `RewardLine.network`, or that of config.reward_model.
+  """
+  line = network.partition('.')[2]
+  return f'config.rewards: {line}: ' if line else 'config.reward_model.'
+
+
 def with_paths(lines: Iterable[str], paths: Mapping[str, str]) -> tuple[str, ...]:
   """Returns the lines with other paths of their reward models, by the present ones."""
 
@@ -179,7 +189,7 @@ def check_rewards(s: Settings) -> None:
   shaping, models = s.reward_shaping, reward_models(s.rewards)
   for line in models:
     conflicts.check_segmentation(line.segmentation, f'config.rewards: {line.name}')
-    conflicts.check_reading(line.model_settings(), f'config.rewards: {line.name}: ')
+    conflicts.check_reading(line.model_settings(), key_prefix(line.network))
     if line.normalizer.startswith('published:') and PUBLISHED[line.normalizer[10:]].w_mean:
       key = f'config.rewards: {line.name}: normalizer={line.normalizer}:'
       conflicts.check_normalizer('regression', line.segmentation.granularity or '', key)

@@ -189,7 +189,7 @@ def test_a_listed_model_that_reads_tags(tmp_path):
   assert np.abs(np.asarray(outputs.score) - found)[end].min() > 1e-3
 
 
-def test_the_tags_of_a_line(small, make_stage, inputs, other):
+def test_the_tags_of_a_line(small, make_stage, inputs, language, other, tmp_path):
   line = f"steps path={other} step_tag=' hello' step_delimiter='\\n' boundary=delimiter"
 
   def load(line):
@@ -201,6 +201,9 @@ def test_the_tags_of_a_line(small, make_stage, inputs, other):
   assert collector.texts['reward'].scorer.marks == StepMarks()
   (source,) = collector.recipe.rewards
   assert source.segmenter.segmentation.boundary == 'delimiter' and source.reads_text
+  words = runs.reward_model(language / 'model', tmp_path / 'words', Normalizer(), Segmentation())
+  with pytest.raises(UserError, match=r"^config.rewards: steps: step_tag='ки' is not in the voc"):
+    load(f'steps path={words} step_tag=ки')
 
 
 def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path):
@@ -215,9 +218,7 @@ def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path
     settings = small('evaluate', **inputs, rewards=(line,))
     return evaluate.load_collector(make_stage('evaluate', settings)).collector
 
-  message = (
-    r'^config.rewards: second: .* is a classifier of 2 labels, .*; set positive to its label'
-  )
+  message = '^config.rewards: second: positive is empty: .* is a classifier of 2 labels, .*; set it'
   with pytest.raises(UserError, match=message):
     load(line)
   (source,) = load(f'{line} positive=LABEL_0').recipe.rewards
