@@ -3,7 +3,13 @@
 Single values are checked by `validate`. Jobs check again once a stored reward model is read.
 """
 
-from segjax.config.settings import LMReward, Segmentation, SegmentationOverrides, Settings
+from segjax.config.settings import (
+  LMReward,
+  RewardModelSettings,
+  Segmentation,
+  SegmentationOverrides,
+  Settings,
+)
 from segjax.errors import UserError
 from segjax.rl import normalizer
 from segjax.rl.cuts import CUTS
@@ -53,32 +59,31 @@ def check_conflicts(s: Settings) -> None:
       'packs them; set one of them to False or 0.'
     )
   _check_rewards(s)
-  _check_reward_model(s)
+  check_reading(s.reward_model, 'config.reward_model.')
 
 
-def _check_reward_model(s: Settings) -> None:
-  """Checks what a process reward model is said to read."""
-  model = s.reward_model
+def check_reading(model: RewardModelSettings, key: str) -> None:
+  """Raises UserError if what is said of how a reward model is read contradicts itself.
+
+  Args:
+    model: of config.reward_model, or of a line of config.rewards.
+    key: what errors write in front of the name of a setting, such as 'config.reward_model.'.
+  """
   if model.step_tag and model.reads == 'tokens':
     raise UserError(
-      f'config.reward_model.step_tag={model.step_tag!r} is put into text, and reads=tokens gives '
-      'the reward model the policy’s tokens; set config.reward_model.reads=text.'
-    )
-  if model.step_tag and s.reward_shaping.redistribute == 'red':
-    raise UserError(
-      f'config.reward_model.step_tag={model.step_tag!r} reads scores of steps, and '
-      'config.reward_shaping.redistribute=red differences of the score of a text; use none.'
+      f'{key}step_tag={model.step_tag!r} is put into text, and reads=tokens gives the reward model '
+      'the policy’s tokens; set reads=text.'
     )
   if model.step_delimiter is not None and not model.step_tag:
     raise UserError(
-      f'config.reward_model.step_delimiter={model.step_delimiter!r} has no effect without '
-      'config.reward_model.step_tag, which it stands behind; set both, or neither.'
+      f'{key}step_delimiter={model.step_delimiter!r} has no effect without step_tag, which it '
+      'stands behind; set both, or neither.'
     )
   for name in ('positive', 'negative'):
     if getattr(model, name) and model.head == 'scalar':
       raise UserError(
-        f'config.reward_model.{name}={getattr(model, name)!r} has no effect with head=scalar; set '
-        'config.reward_model.head=labels or tokens.'
+        f'{key}{name}={getattr(model, name)!r} has no effect with head=scalar; set head=labels or '
+        'tokens.'
       )
 
 
@@ -260,6 +265,11 @@ def check_redistribution(s: Settings, granularity: str, w_mean: float = 0.0) -> 
   how = s.reward_shaping.redistribute
   if how == 'none':
     return
+  if how == 'red' and s.reward_model.step_tag:
+    raise UserError(
+      f'config.reward_shaping.redistribute=red takes differences of the score of a text, and '
+      f'config.reward_model.step_tag={s.reward_model.step_tag!r} reads scores of steps; use none.'
+    )
   if granularity == 'bandit' or s.reward_shaping.spread == 'bandit':
     raise UserError(
       f'config.reward_shaping.redistribute={how} distributes one score over segments, and bandit '

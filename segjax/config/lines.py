@@ -1,10 +1,21 @@
-"""Reads lines 'NAME KEY=VALUE KEY=VALUE ...' of the config: arms of a study, rewards."""
+"""Reads lines 'NAME KEY=VALUE KEY=VALUE ...' of the config: arms of a study, rewards.
+
+A value in quotes is written as in Python, and may hold spaces: KEY=' a' or KEY='\\n'.
+"""
 
 import ast
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from segjax.errors import UserError
+
+_WORD = re.compile(r"""[^\s=]+=(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")(?!\S)|\S+""")
+
+
+def split_words(line: str) -> list[str]:
+  """Returns the words of a line; white space in the quotes of a value is a part of its word."""
+  return _WORD.findall(line)
 
 
 def read_lines(lines: Iterable[str], key: str) -> dict[str, dict[str, str]]:
@@ -19,7 +30,7 @@ def read_lines(lines: Iterable[str], key: str) -> dict[str, dict[str, str]]:
   """
   named: dict[str, dict[str, str]] = {}
   for line in lines:
-    name, *words = line.split()
+    name, *words = split_words(line)
     values: dict[str, str] = {}
     for word in words:
       word_key, equals, text = word.partition('=')
@@ -37,6 +48,6 @@ def read_lines(lines: Iterable[str], key: str) -> dict[str, dict[str, str]]:
 def parse_value(text: str) -> Any:
   """Returns the value of a setting from its text, as after --config.KEY= on the command line."""
   try:
-    return ast.literal_eval(text)
+    return ast.literal_eval(text.replace('\n', '\\n'))  # a line end in quotes is that character
   except (ValueError, SyntaxError):
     return text

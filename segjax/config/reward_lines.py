@@ -14,7 +14,7 @@ from typing import Any
 from segjax.config import conflicts
 from segjax.config.choices import CHOICES, MINIMUMS
 from segjax.config.field_checks import check_choice, check_minimum, typed
-from segjax.config.lines import parse_value, read_lines
+from segjax.config.lines import parse_value, read_lines, split_words
 from segjax.config.settings import RewardModelSettings, SegmentationOverrides, Settings
 from segjax.errors import UserError
 from segjax.rl.normalizer import PUBLISHED
@@ -31,10 +31,11 @@ _SEGMENTATION = (
   'boundary',
   'entropy_threshold',
   'segment_length',
+  'delimiters',
   'min_segment_length',
   'aggregation',
 )
-_READING = ('reads', 'head', 'positive', 'negative')
+_READING = ('reads', 'head', 'positive', 'negative', 'step_tag', 'step_delimiter')
 _OF_MODELS = ('path', 'weight', 'normalizer', 'spread', *_SEGMENTATION, *_READING)
 _OF_FUNCTIONS = ('fn', 'weight')
 
@@ -51,7 +52,7 @@ class RewardLine:
     normalizer: of the scores, as reward_model.normalizer.
     spread: of the rewards, as reward_shaping.spread.
     segmentation: where the scores are read.
-    reads: as reward_model.reads; so are head, positive and negative.
+    reads: as reward_model.reads; so are head, positive, negative, step_tag and step_delimiter.
   """
 
   name: str
@@ -65,6 +66,8 @@ class RewardLine:
   head: str = 'auto'
   positive: str = ''
   negative: str = ''
+  step_tag: str = ''
+  step_delimiter: str | None = None
 
   @property
   def key(self) -> str:
@@ -107,14 +110,27 @@ def reward_functions(lines: Iterable[str]) -> list[RewardLine]:
   return [line for line in parse_rewards(lines) if line.fn]
 
 
+def key_prefix(network: str) -> str:
+  """Returns what errors write in front of the settings of a reward model.
+
+  Args:
+    network: the name of its network: `RewardLine.network`, or that of config.reward_model.
+  """
+  line = network.partition('.')[2]
+  return f'config.rewards: {line}: ' if line else 'config.reward_model.'
+
+
 def with_paths(lines: Iterable[str], paths: Mapping[str, str]) -> tuple[str, ...]:
   """Returns the lines with other paths of their reward models, by the present ones."""
 
   def word(text):
-    path = text.removeprefix('path=')
-    return f'path={paths[path]}' if path != text and path in paths else text
+    key, _, value = text.partition('=')
+    path = paths.get(str(parse_value(value))) if key == 'path' else None
+    if path is None:
+      return text
+    return f'path={path if split_words(path) == [path] else repr(path)}'
 
-  return tuple(' '.join(map(word, line.split())) for line in lines)
+  return tuple(' '.join(map(word, split_words(line))) for line in lines)
 
 
 def _parse(name: str, words: dict[str, str]) -> RewardLine:
@@ -145,9 +161,12 @@ def _parse(name: str, words: dict[str, str]) -> RewardLine:
 def _value(label: str, key: str, text: str, kind: Any) -> Any:
   if not text:
     raise UserError(f'{label} is empty; give a value, or leave it out.')
-  value = parse_value(text)
-  is_text = kind is str or str in typing.get_args(kind)
-  value = typed(label, text if is_text and not isinstance(value, str) else value, kind)
+  value, kinds = parse_value(text), (kind, *typing.get_args(kind))
+  if str in kinds and type(value) not in (str, *kinds):
+    value = text
+  value = typed(label, value, kind)
+  if value is None:
+    return None
   section = {'spread': 'reward_shaping'} | dict.fromkeys(('normalizer', *_READING), 'reward_model')
   own = f'{section.get(key, "reward_model.segmentation")}.{key}'
   if own in CHOICES:
@@ -170,6 +189,7 @@ def check_rewards(s: Settings) -> None:
   shaping, models = s.reward_shaping, reward_models(s.rewards)
   for line in models:
     conflicts.check_segmentation(line.segmentation, f'config.rewards: {line.name}')
+    conflicts.check_reading(line.model_settings(), key_prefix(line.network))
     if line.normalizer.startswith('published:') and PUBLISHED[line.normalizer[10:]].w_mean:
       key = f'config.rewards: {line.name}: normalizer={line.normalizer}:'
       conflicts.check_normalizer('regression', line.segmentation.granularity or '', key)

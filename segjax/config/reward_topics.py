@@ -43,12 +43,14 @@ one by a line 'NAME KEY=VALUE ...'; lines are joined by commas on the command li
                 settings of concurrency, time limit, retries and errors
   weight        factor in the sum, 1 by default; 0 of a model watches its disagreement alone. Those
                 of the first ones are reward_shaping.reward_model_weight and reward_fn_weight.
-  reads, head, positive, negative
+  reads, head, positive, negative, step_tag, step_delimiter
                 how its score is read, as in reward_model: `segjax help reward-models`
   normalizer    none or published:NAME; granularity, boundary, entropy_threshold, segment_length,
-                min_segment_length, aggregation and spread, of a reward model: its own density. What
-                is left out is that of its segment_reward.json, where it has none of
+                delimiters, min_segment_length, aggregation and spread, of a reward model: its own
+                density. What is left out is that of its segment_reward.json, where it has none of
                 config.reward_model, and of reward_shaping.spread.
+
+A value in quotes is read as in Python: step_tag=' ки' step_delimiter='\\n'; ',' is '\\x2c'.
 
   reward_shaping.mix=token     each model is read at its own segments, normalised, spread and
                                weighted; the rewards of a token add up
@@ -90,8 +92,9 @@ reward_model.normalizer, or fit one by the normalizer job, which writes that fil
             space between steps. Math-Shepherd's form: step_tag=' ки', a line end as step_delimiter,
             head=tokens. Qwen2.5-Math's form: step_tag='<extra_0>', step_delimiter='',
             positive=LABEL_1. These are forms; no published model was run here.
-  several   Lines of config.rewards read text where tokenizer or chat template is another, too; they
-            have keys reads, head, positive and negative, but no tags.
+  several   Lines of config.rewards read text where tokenizer or chat template is another, too, and
+            have the same keys. Tags stand at a line's own segments with reward_shaping.mix=token,
+            at those of the first reward model with mix=segment.
   limits    Not on text: score_jump, redistribute=gradient or attention, critic.init=reward_model,
             adapters on the policy's base; with step_tag, redistribute=red and the best of each
             segment. credit leaves out what its reward model cannot serve, and of one that reads

@@ -29,17 +29,18 @@ from segjax.hf.tensor_slices import SliceReader, describe_not_finite
 from segjax.model.lora import HEAD, place
 from segjax.model.score_head import ScoreHead
 
-_KEY = 'config.reward_model'
 
-
-def find_score_head(directory: Path, how: RewardModelSettings) -> tuple[ScoreHead | None, str]:
-  """Returns (the head that config.reward_model names, what the score is, or '').
+def find_score_head(
+  directory: Path, how: RewardModelSettings, key: str = 'config.reward_model.'
+) -> tuple[ScoreHead | None, str]:
+  """Returns (the head that the settings name, what the score is, or '').
 
   By the headers alone. None for a scalar head without a bias, or no head, which `reader` reads.
 
   Args:
     directory: of the reward model.
     how: `head`, `positive` and `negative` are read.
+    key: what errors write in front of the names of these settings.
 
   Raises:
     UserError: the checkpoint has no such head, or which logits make the score is not known.
@@ -47,30 +48,30 @@ def find_score_head(directory: Path, how: RewardModelSettings) -> tuple[ScoreHea
   if is_adapter(directory):
     if how.head in ('labels', 'tokens'):
       raise UserError(
-        f'{_KEY}.head={how.head}: {directory} is an adapter; merge it: segjax convert merge '
+        f'{key}head={how.head}: {directory} is an adapter; merge it: segjax convert merge '
         f'{directory} OUT.'
       )
     return None, ''
   checkpoint = without_wrapper(open_checkpoint(directory))
   raw = read_json(checkpoint.directory / CONFIG)
   if how.head == 'tokens':
-    return _of_tokens(directory, checkpoint, how)
+    return _of_tokens(directory, checkpoint, how, key)
   module, hidden = _layers(checkpoint, raw)
   if f'{module}.weight' not in checkpoint.tensors:
     if how.head == 'labels':
       raise UserError(
-        f'{_KEY}.head=labels: {directory} has no classifier, {module}.weight; use head=tokens '
+        f'{key}head=labels: {directory} has no classifier, {module}.weight; use head=tokens '
         'for a language model.'
       )
     return None, ''
   rows = checkpoint.tensors[f'{module}.weight'].shape[0]
   has_bias = f'{module}.bias' in checkpoint.tensors
   if rows == 1:
-    _check_unused(how, f'{directory} has one label')
+    _check_unused(how, f'{directory} has one label', key)
     is_plain = not has_bias and not hidden
     return None if is_plain else ScoreHead(module, 1, has_bias=has_bias, hidden=hidden), ''
   labels = _labels(raw, rows)
-  positive, negative = _choose(directory, labels, how)
+  positive, negative = _choose(directory, labels, how, key)
   head = ScoreHead(module, rows, labels.index(positive), labels.index(negative), has_bias, hidden)
   return head, f'the score is the logit of label {positive!r} less that of {negative!r}'
 
@@ -118,53 +119,55 @@ def _labels(raw: dict[str, Any], rows: int) -> list[str]:
   return [str(names.get(str(row), f'LABEL_{row}')) for row in range(rows)]
 
 
-def _choose(directory: Path, labels: list[str], how: RewardModelSettings) -> tuple[str, str]:
+def _choose(
+  directory: Path, labels: list[str], how: RewardModelSettings, key: str
+) -> tuple[str, str]:
   """Returns the two labels whose logits make the score."""
   described = f'{directory} is a classifier of {len(labels)} labels, {", ".join(labels)}'
   for name in ('positive', 'negative'):
     value = getattr(how, name)
     if value and value not in labels:
-      raise UserError(f'{described}; {_KEY}.{name}={value!r} is not one of them.')
+      raise UserError(f'{key}{name}={value!r} is not a label: {described}; name one of them.')
   others = [label for label in labels if label != how.positive]
   negative = how.negative or (others[0] if len(labels) == 2 else '')
   if not how.positive or not negative:
-    missing = 'positive' if not how.positive else 'negative'
+    missing, kind = ('negative', 'bad') if how.positive else ('positive', 'good')
     raise UserError(
-      f'{described}, and which of them is that of a {"good" if missing == "positive" else "bad"} '
-      f'step is not known; set {_KEY}.{missing} to its label: the score is the logit of positive '
-      'less that of negative.'
+      f'{key}{missing} is empty: {described}, and which of them is that of a {kind} step is not '
+      'known; set it to its label: the score is the logit of positive less that of negative.'
     )
   if negative == how.positive:
-    raise UserError(f'{_KEY}.positive and negative are both {negative!r}; name two labels.')
+    raise UserError(f'{key}positive and negative are both {negative!r}; name two labels.')
   return how.positive, negative
 
 
-def _check_unused(how: RewardModelSettings, reason: str) -> None:
+def _check_unused(how: RewardModelSettings, reason: str, key: str) -> None:
   for name in ('positive', 'negative'):
     if value := getattr(how, name):
       raise UserError(
-        f'{_KEY}.{name}={value!r} has no effect: {reason}; leave it out, or set {_KEY}.head=tokens '
-        'for a language model.'
+        f'{key}{name}={value!r} has no effect: {reason}; leave it out, or set head=tokens for a '
+        'language model.'
       )
 
 
 def _of_tokens(
-  directory: Path, checkpoint: Checkpoint, how: RewardModelSettings
+  directory: Path, checkpoint: Checkpoint, how: RewardModelSettings, key: str
 ) -> tuple[ScoreHead, str]:
   """Returns the head of a language model, of which two tokens are read."""
   if not how.positive or not how.negative:
     raise UserError(
-      f'{_KEY}.head=tokens: which tokens of {directory} say that a step is good or bad is not '
-      f"known; set {_KEY}.positive='+' and {_KEY}.negative='-', or whatever it was trained with: "
-      'the score is the logit of positive less that of negative.'
+      f'{key}head=tokens: which tokens of {directory} say that a step is good or bad is not '
+      "known; set positive='+' and negative='-', or whatever it was trained with: the score is the "
+      'logit of positive less that of negative.'
     )
   tokenizer = load_fast_tokenizer(str(directory))
   ids = [
-    _token_id(tokenizer, directory, name, getattr(how, name)) for name in ('positive', 'negative')
+    _token_id(tokenizer, directory, f'{key}{name}', getattr(how, name))
+    for name in ('positive', 'negative')
   ]
   if ids[0] == ids[1]:
     raise UserError(
-      f'{_KEY}.positive={how.positive!r} and negative={how.negative!r} are one token of '
+      f'{key}positive={how.positive!r} and negative={how.negative!r} are one token of '
       f'{directory}; name two.'
     )
   module = 'lm_head' if 'lm_head.weight' in checkpoint.tensors else 'model.embed_tokens'
@@ -179,7 +182,7 @@ def _of_tokens(
   return head, f'the score is the logit of token {words[0]} less that of {words[1]}'
 
 
-def _token_id(tokenizer: Any, directory: Path, name: str, text: str) -> int:
+def _token_id(tokenizer: Any, directory: Path, key: str, text: str) -> int:
   """Returns the token that a text is, or the entry of the vocabulary of that name."""
   ids = tokenizer(text, add_special_tokens=False)['input_ids']
   if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
@@ -187,7 +190,7 @@ def _token_id(tokenizer: Any, directory: Path, name: str, text: str) -> int:
   known = tokenizer.get_vocab().get(text)
   if known is None:
     raise UserError(
-      f'{_KEY}.{name}={text!r} is {len(ids)} tokens of {directory}, '
+      f'{key}={text!r} is {len(ids)} tokens of {directory}, '
       f'{tokenizer.convert_ids_to_tokens(ids)}; name one token.'
     )
   return known

@@ -1,8 +1,7 @@
 """Loads the networks of a run, and makes the recipe and response log of PPO and evaluation."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 
 from segjax.config.conflicts import check_redistribution, check_segments
 from segjax.config.lora import resolve_lora
+from segjax.config.reward_lines import key_prefix
 from segjax.config.settings import (
   RewardModelSettings,
   Runtime,
@@ -87,10 +87,12 @@ def load_network_config(
   *,
   head: str = 'language',
   how: RewardModelSettings = _AS_IT_IS,
+  key: str = 'config.reward_model.',
 ) -> LlamaConfig:
   """Loads the network of `directory`, a frozen one, with the fields that config.runtime sets.
 
-  With a scalar head, `how` says what is read of a reward model; see `score_head`.
+  With a scalar head, `how` says what is read of a reward model, and errors write `key` in front of
+  the names of its settings; see `score_head`.
 
   Raises:
     UserError: its weights are not those of the network with this head, by the headers of their
@@ -98,7 +100,7 @@ def load_network_config(
   """
   config, reason = apply_runtime(reader.load_config(directory), runtime, mesh, trained=False)
   if head == 'scalar':
-    score, description = find_score_head(directory, how)
+    score, description = find_score_head(directory, how, key)
     config = dataclasses.replace(config, score=score)
     if description:
       log(f'{directory}: {description}')
@@ -189,7 +191,8 @@ def _load_texts(
   texts = {}
   for name, path in paths.items():
     own = dataclasses.replace(settings, reward_model=how[name])
-    texts[name] = load_text_model(own, path, configs[name], specs[name], mesh, log)
+    key = key_prefix(name)
+    texts[name] = load_text_model(own, path, configs[name], specs[name], mesh, log, key)
   return texts
 
 
@@ -222,28 +225,14 @@ def load_network_configs(
   """
   configs = {}
   for name, path in paths.items():
-    own = how.get(name, _AS_IT_IS)
-    with _named_line(name):
-      configs[name] = load_network_config(path, runtime, mesh, log, head=head_of(name), how=own)
-      if head_of(name) == 'scalar' and not reader.has_scalar_head(path, configs[name]):
-        raise UserError(
-          f'{path} has no scalar head, so it is not a reward model; train one from it by '
-          'the reward job, or set config.reward_model.head=tokens if it answers by tokens.'
-        )
+    own, head, key = how.get(name, _AS_IT_IS), head_of(name), key_prefix(name)
+    configs[name] = load_network_config(path, runtime, mesh, log, head=head, how=own, key=key)
+    if head == 'scalar' and not reader.has_scalar_head(path, configs[name]):
+      raise UserError(
+        f'{key}path: {path} has no scalar head, so it is not a reward model; train one from it by '
+        'the reward job, or set head=tokens if it answers by tokens.'
+      )
   return configs
-
-
-@contextlib.contextmanager
-def _named_line(name: str) -> Iterator[None]:
-  """Names the line of config.rewards that a network is of in the errors of the block."""
-  try:
-    yield
-  except UserError as error:
-    line = name.partition('.')[2]
-    if not line:
-      raise
-    message = str(error).replace('config.reward_model.', '')
-    raise UserError(f'config.rewards: {line}: {message}') from error
 
 
 def head_of(name: str) -> str:

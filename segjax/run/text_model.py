@@ -71,8 +71,18 @@ def load_text_model(
   spec: RewardSpec,
   mesh: Mesh,
   log: Callable[[str], None],
+  key: str = 'config.reward_model.',
 ) -> TextModel:
   """Returns a reward model that reads text; loads no weights.
+
+  Args:
+    settings: `reward_model`, which says how it is read, `reward_shaping` and `data` are read.
+    directory: of the model.
+    config: its network.
+    spec: where its scores are read.
+    mesh: the devices.
+    log: called with a line of text.
+    key: what errors write in front of the names of settings of `reward_model`.
 
   Raises:
     UserError: it has no chat template, or a setting needs its scores at every token of the policy.
@@ -81,7 +91,7 @@ def load_text_model(
   tokenizer = _load_own_tokenizer(directory, settings.data).for_networks({'reward model': config})
   marks = StepMarks(settings.reward_model.step_tag, settings.reward_model.step_delimiter)
   if marks.tag:
-    _check_tag(tokenizer, marks.tag, directory)
+    _check_tag(tokenizer, marks.tag, directory, key)
   read = f'; the score of a step is read at {marks.tag!r} behind it' if marks.tag else ''
   log(f'{directory} reads text, by its own tokenizer and chat template{read}')
   return TextModel(directory, TextScorer(config, tokenizer, mesh, marks))
@@ -95,24 +105,24 @@ def check_text_settings(settings: Settings, segmentation: Segmentation, director
     segmentation: of the responses.
     directory: of the reward model.
   """
-  shaping, key = settings.reward_shaping, f'{directory} reads text, not the policy’s tokens'
+  shaping, how = settings.reward_shaping, f'{directory} reads text, not the policy’s tokens'
   if segmentation.boundary == 'score_jump' and segmentation.granularity == 'segment':
     raise UserError(
-      f'{key}, and boundary=score_jump cuts by its score at every token; use another '
-      'config.reward_model.segmentation.boundary.'
+      f'{how}, and boundary=score_jump cuts by its score at every token; use another boundary of '
+      'its segmentation.'
     )
   if shaping.redistribute in ('gradient', 'attention'):
     raise UserError(
-      f'{key}, and config.reward_shaping.redistribute={shaping.redistribute} reads inside it at '
+      f'{how}, and config.reward_shaping.redistribute={shaping.redistribute} reads inside it at '
       'every token; use red or none.'
     )
 
 
-def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path) -> None:
+def _check_tag(tokenizer: ChatTokenizer, tag: str, directory: Path, key: str) -> None:
   ids, unknown = tokenizer.encode([tag])[0], tokenizer.tokenizer.unk_token_id
   if not len(ids) or unknown in list(ids):
     raise UserError(
-      f'config.reward_model.step_tag={tag!r} is not in the vocabulary of {directory}; name the tag '
+      f'{key}step_tag={tag!r} is not in the vocabulary of {directory}; name the tag '
       'that it was trained with.'
     )
 

@@ -1,6 +1,7 @@
 """Lines of config.rewards, and the one line of error for each wrong one."""
 
 import ast
+import dataclasses
 
 import pytest
 
@@ -31,6 +32,24 @@ def test_a_line_is_a_reward_model_or_a_function():
 def test_paths_are_replaced_in_their_lines_alone():
   lines = with_paths(LINES, {'/rm': '/local', 'module:function': 'x'})
   assert lines == (LINES[0], LINES[1].replace('/rm', '/local'), LINES[2])
+
+
+def test_values_in_quotes_hold_spaces_and_line_ends():
+  line = r"""steps path='/a b' step_tag=' ки' step_delimiter="\n" delimiters='\n' weight=1"""
+  (steps,) = parse_rewards([line])
+  assert (steps.path, steps.step_tag, steps.step_delimiter) == ('/a b', ' ки', '\n')
+  assert steps.segmentation.delimiters == '\n'
+  assert steps.model_settings().step_tag == ' ки'
+  (empty,) = parse_rewards(["a path=/it's step_tag=<x> step_delimiter='' negative='\\x2c'"])
+  assert (empty.path, empty.step_delimiter, empty.negative) == ("/it's", '', ',')
+  (none,) = parse_rewards(['a path=x step_tag=1 step_delimiter=None'])
+  assert (none.step_tag, none.step_delimiter) == ('1', None)
+  (line_end,) = parse_rewards(["a path=x step_tag=t step_delimiter='\n'"])  # as in a config file
+  assert line_end.step_delimiter == '\n'
+  moved = with_paths([line], {'/a b': '/c  d'})
+  assert parse_rewards(moved) == [dataclasses.replace(steps, path='/c  d')]
+  settings, _ = load_settings({'rewards': (line,)}, {})
+  assert parse_rewards(settings.rewards) == [steps]
 
 
 def test_settings_hold_the_lines():
@@ -67,6 +86,10 @@ def test_lines_on_the_command_line_need_no_quotes_of_their_own():
       {},
       'a: normalizer=published:llama3_8b_sft/token: regression depends on the position',
     ),
+    (('a path=x step_tag=y reads=tokens',), {}, "a: step_tag='y' is put into text, and reads=tok"),
+    (("a path=x step_delimiter=''",), {}, "a: step_delimiter='' has no effect without step_tag"),
+    (('a path=x head=scalar positive=+',), {}, r"a: positive='\+' has no effect with head=scalar"),
+    (('a path=x granularity=None boundary=function',), {}, "a: boundary='function' is not one of"),
     (('a path=x boundary=function',), {}, "a: boundary='function' is not one of entropy"),
     (('a fn=m:f spread=end_only',), {}, "a: key='spread' is not one of fn, weight"),
     (('path=x weight=1',), {}, "'path=x' is not a name; begin each line with one"),

@@ -92,8 +92,11 @@ def test_labels_have_the_names_of_the_config(tmp_path):
   np.testing.assert_allclose(found, logits[..., 2] - logits[..., 1], atol=TOLERANCE)
   for how, message in (
     ({}, 'classifier of 3 labels, neutral, bad, good, and which of them is that of a good step is'),
-    ({'positive': 'good'}, r'that of a bad step is not known; set config.reward_model.negative'),
-    ({'positive': 'fine'}, r"positive='fine' is not one of them"),
+    (
+      {'positive': 'good'},
+      r'^config.reward_model.negative is empty: .* that of a bad step is not',
+    ),
+    ({'positive': 'fine'}, r"positive='fine' is not a label: .* neutral, bad, good; name one"),
     ({'positive': 'bad', 'negative': 'bad'}, 'both'),
   ):
     with pytest.raises(UserError, match=message) as error:
@@ -137,14 +140,18 @@ def test_two_tokens_of_a_language_model(language):
     f"{language}: the score is the logit of token '+' ({plus}) less that of '-' ({minus})"
   ]
   for values, message in (
-    ({'negative': ''}, r"which tokens of .* is not known; set config.reward_model.positive='\+'"),
+    ({'negative': ''}, r"^config.reward_model.head=tokens: which tokens of .*; set positive='\+'"),
     ({'positive': 'zebra'}, r"positive='zebra' is 4 tokens of"),
     ({'positive': '-'}, 'one token'),
     ({'head': 'labels'}, 'has no classifier, score.weight; use head=tokens'),
   ):
     with pytest.raises(UserError, match=message):
       find_score_head(language, RewardModelSettings(**how | values))
-  with pytest.raises(UserError, match=r'has no scalar head, .*reward_model.head=tokens'):
+    with pytest.raises(UserError) as error:
+      find_score_head(language, RewardModelSettings(**how | values), 'config.rewards: steps: ')
+    assert str(error.value).startswith('config.rewards: steps: ')
+    assert 'config.reward_model' not in str(error.value)
+  with pytest.raises(UserError, match=r'^config.reward_model.path: .* has no .*set head=tokens if'):
     our_scores(language, hf_models.IDS)
 
 

@@ -5,18 +5,17 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import rollouts, runs, tokenizers
+from fixtures.rollouts import step_scores
 
 from segjax.config.settings import Segmentation
-from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import load_tokenizer
 from segjax.hf.writer import save_checkpoint
 from segjax.jobs import credit
 from segjax.jobs.credit_methods import METHODS, SHAPLEY, make_methods, make_scorer
-from segjax.model.heads import init_params, scores
+from segjax.model.heads import init_params
 from segjax.run.models import load_models
 from segjax.run.weights import Weights
 from segjax.train.reward_shaping import segment_responses
@@ -121,21 +120,9 @@ def test_tags_stand_where_a_method_cuts(load):
   params = load_models(
     loaded.models, tuple(loaded.models.frozen), Weights(stage.settings.runtime, stage.mesh)
   )
-  plain = jax.jit(functools.partial(scores, config=network))
   prompts = [[tokenizers.user(text)] for text in PROMPTS]
   answers, own = collector.sample(), loaded.tokenizer
   outputs = make_scorer(params, answers, collector.recipe, collector.texts['reward'], prompts)
-
-  def slow(prompt, steps):
-    """The score at the last of the tags, one behind each of these steps."""
-    text = ''
-    for step in steps:
-      words = step.rstrip()
-      text += words + TAG + step[len(words) :]
-    ids = [*own.prompt_ids(prompt), *own.encode([text.rstrip()])[0]]
-    tokens = np.zeros((1, network.max_position_embeddings), np.int32)
-    tokens[0, : len(ids)] = ids
-    return float(plain(params['reward'], jnp.asarray(tokens))[0, len(ids) - 1])
 
   methods, cuts = make_methods(stage, loaded), []
   for name in ('as configured', 'cut: 4 tokens', 'cut: sentences', 'cut: none'):
@@ -147,10 +134,7 @@ def test_tags_stand_where_a_method_cuts(load):
     cuts.append(np.asarray(segments.end))
     for row, prompt in enumerate(prompts):
       mask = answers.response_mask[row]
-      texts = token_texts(answers.response_ids[row][mask].tolist(), own.decode)
-      begin, steps = 0, []
-      for last in np.flatnonzero(cuts[-1][row]):
-        steps.append(''.join(texts[begin : last + 1]))
-        begin = last + 1
-        np.testing.assert_allclose(scored.score[row, last], slow(prompt, steps), atol=1e-5)
+      ids, ends = answers.response_ids[row][mask].tolist(), np.flatnonzero(cuts[-1][row])
+      expected = step_scores(params['reward'], network, (own, own), prompt, ids, ends, TAG)
+      np.testing.assert_allclose(scored.score[row, ends], expected, atol=1e-5)
   assert len({end.tobytes() for end in cuts}) == 4

@@ -24,10 +24,11 @@ from segjax.train import text_reward
 from segjax.train.experience import make_experience
 from segjax.train.recipe import RewardSource
 from segjax.train.reward_mixing import ListedRewards
+from segjax.train.reward_shaping import segment_responses
 from segjax.train.scoring import score
 from segjax.train.segmenter import Segmenter
 from segjax.train.text_reward import TextReward, add_text_scores
-from segjax.train.text_scoring import TextScorer
+from segjax.train.text_scoring import StepMarks, TextScorer
 from segjax.types import Normalizer
 
 NETWORK = runs.FOREIGN
@@ -148,6 +149,63 @@ def test_listed_models_that_read_text_are_found(small, make_stage, inputs, other
   assert source.reads_text and source.network.vocab_size == NETWORK.vocab_size
 
 
+def test_a_listed_model_that_reads_tags(tmp_path):
+  """Beside one that reads no tags, at the same segments."""
+  tokenizer, tag = load_tokenizer(tokenizers.write_tokenizer(tmp_path)), '<|eom_id|>'
+  prompts = [[tokenizers.user(text)] for text in ('one', 'two', 'three', 'hello')]
+  answers = ['hello there, how are you?', 'the quick brown fox', 'one two  three', '']
+  collected = rollouts.by_hand(tokenizer, prompts, answers)
+  mesh = models.mesh(1)
+  params = {name: training.network(name, mesh, NETWORK) for name in ('policy', 'reference')}
+  params |= {name: training.network('reward', mesh, NETWORK) for name in ('reward', 'reward.steps')}
+  segmenter = Segmenter(Segmentation(boundary='fixed_length', segment_length=4))
+  ppo = dataclasses.replace(training.PPO_SETTINGS, estimator='reinforce_plus_plus')
+  recipe = training.recipe(ppo=ppo)
+  source = RewardSource('steps', 'reward.steps', NETWORK, segmenter, 'even_split', 1.0, True)
+  recipe = dataclasses.replace(
+    recipe,
+    **dict.fromkeys(('policy', 'reference'), NETWORK),
+    reward=None,
+    reads_text=True,
+    segmenter=segmenter,
+    shaping=dataclasses.replace(recipe.shaping, mix='segment'),
+    rewards=(source,),
+  )
+  texts = {
+    name: TextReward(TextScorer(NETWORK, tokenizer, mesh, StepMarks(own)), tokenizer)
+    for name, own in (('reward', ''), ('reward.steps', tag))
+  }
+  outputs = score(params, collected.arrays, collected.length, recipe=recipe)
+  outputs = add_text_scores(texts, params, outputs, collected, prompts, recipe)
+  segments = segment_responses(collected.arrays, outputs, outputs.score, segmenter, recipe.compat)
+  end, found = np.asarray(segments.end), np.asarray(outputs.scores['steps'])
+  assert end.sum() > 4 and not found[~end].any()
+  for row, prompt in enumerate(prompts):
+    ids, ends = collected.response_ids[row][collected.response_mask[row]], np.flatnonzero(end[row])
+    expected = rollouts.step_scores(
+      params['reward'], NETWORK, (tokenizer, tokenizer), prompt, ids.tolist(), ends, tag
+    )
+    np.testing.assert_allclose(found[row, ends], expected, atol=1e-5)
+  assert np.abs(np.asarray(outputs.score) - found)[end].min() > 1e-3
+
+
+def test_the_tags_of_a_line(small, make_stage, inputs, language, other, tmp_path):
+  line = f"steps path={other} step_tag=' hello' step_delimiter='\\n' boundary=delimiter"
+
+  def load(line):
+    settings = small('evaluate', **inputs, rewards=(line,))
+    return evaluate.load_collector(make_stage('evaluate', settings)).collector
+
+  collector = load(line)
+  assert collector.texts['reward.steps'].scorer.marks == StepMarks(' hello', '\n')
+  assert collector.texts['reward'].scorer.marks == StepMarks()
+  (source,) = collector.recipe.rewards
+  assert source.segmenter.segmentation.boundary == 'delimiter' and source.reads_text
+  words = runs.reward_model(language / 'model', tmp_path / 'words', Normalizer(), Segmentation())
+  with pytest.raises(UserError, match=r"^config.rewards: steps: step_tag='ки' is not in the voc"):
+    load(f'steps path={words} step_tag=ки')
+
+
 def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path):
   model = shutil.copytree(other, tmp_path / 'two')
   path = model / 'model.safetensors'
@@ -160,9 +218,7 @@ def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path
     settings = small('evaluate', **inputs, rewards=(line,))
     return evaluate.load_collector(make_stage('evaluate', settings)).collector
 
-  message = (
-    r'^config.rewards: second: .* is a classifier of 2 labels, .*; set positive to its label'
-  )
+  message = '^config.rewards: second: positive is empty: .* is a classifier of 2 labels, .*; set it'
   with pytest.raises(UserError, match=message):
     load(line)
   (source,) = load(f'{line} positive=LABEL_0').recipe.rewards
@@ -307,7 +363,7 @@ def test_a_prompt_that_the_reward_model_cannot_read(small, run, inputs, tmp_path
   'job, values, message',
   [
     ('evaluate', {'step_tag': '日', 'reads': 'tokens'}, 'step_tag=.日. is put into text'),
-    ('evaluate', {'step_delimiter': '\n'}, 'has no effect without config.reward_model.step_tag'),
+    ('evaluate', {'step_delimiter': '\n'}, 'has no effect without step_tag'),
     ('evaluate', {'positive': '+', 'head': 'scalar'}, 'has no effect with head=scalar'),
     ('evaluate', {'head': 'tokens'}, r'which tokens of .* is not known; set'),
     ('evaluate', {'positive': 'LABEL_1'}, 'has one label'),
