@@ -84,8 +84,8 @@ TOPOLOGIES = {
   # The ladder below 8B. All weights are trained, except by PPO of 3B. GiB of a device, read in the
   # compiled programs and not measured: generation, which takes as many rows as have room, 39 to
   # 63.5 of 68.5 (H100) and 8.4 to 14.5 of 15.7 (v5e); policy updates 16 to 56 (H100) and, of 1B,
-  # 9.0 (v5e); reward models 14 to 38, and of 3B 67.0 (H100). Peaks measured on an H100: PPO of 135M
-  # 38.1, its reward model 9.1, that of 1B 32.7. Not compiled yet for v5e: scoring,
+  # 9.0 (v5e); reward models 14 to 38, and of 3B 67.0 (H100). Measured on an H100: PPO of 135M 38.1,
+  # of 3B 63.4; reward models of 135M 9.1, 1B 32.7, 3B 67.1. Not compiled yet for v5e: scoring,
   # reward models and the other updates; weights, moments, gradients and kept activations are at
   # most 9.1 there.
   ('ppo', 'smollm2_135m'): _one_host(_ppo, 32_768, 8192, scoring=128),
