@@ -95,10 +95,12 @@ reward_model.normalizer, or fit one by the normalizer job, which writes that fil
   several   Lines of config.rewards read text where tokenizer or chat template is another, too, and
             have the same keys. Tags stand at a line's own segments with reward_shaping.mix=token,
             at those of the first reward model with mix=segment.
+  search    The best of each segment (sample.search=segment, /best N segments) is found at the ends
+            of segments; of a longer one the part so far is read, with a tag behind it, too.
   limits    Not on text: score_jump, redistribute=gradient or attention, critic.init=reward_model,
-            adapters on the policy's base; with step_tag, redistribute=red and the best of each
-            segment. credit leaves out what its reward model cannot serve, and of one that reads
-            text the Shapley values, with a line for each. A text longer than its positions loses
-            the beginning of its prompt; a warning says so. Only one label without a bias is trained
-            further, by reward and as a critic.
+            adapters on the policy's base; with step_tag, redistribute=red. credit leaves out what
+            its reward model cannot serve, and of one that reads text the Shapley values, with a
+            line for each. A text longer than its positions loses the beginning of its prompt; a
+            warning says so. Only one label without a bias is trained further, by reward and as a
+            critic.
 """

@@ -147,8 +147,8 @@ def best_reply(
   stream = _Stream(tokenizer, write)
   how = Search(sampler, scorer, _SEGMENT_TOKENS if best.by_segment else 0)
   if annotator.text is not None:
-    text = TextSegments(annotator.text, scorer, at_every_token=best.by_segment)
-    how = dataclasses.replace(how, prepare=text.prepare_options(lambda number: messages))
+    text = TextSegments(annotator.text, scorer)
+    how = dataclasses.replace(how, read_text=text.option_reader(lambda number: messages))
   for kept in search(params, prompts, key, how, found):
     if kept.responses.non_finite.any():
       raise UserError(_NOT_FINITE)

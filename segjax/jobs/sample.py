@@ -69,10 +69,7 @@ class Batch(NamedTuple):
 def load(stage: Stage) -> evaluate.Loaded:
   """Loads all but weights."""
   check_ranking(stage.settings)
-  loaded = evaluate.load_collector(stage)
-  if stage.settings.sample.search == 'segment':
-    _make_search(stage.settings, loaded.collector, loaded.collector.sampler)
-  return loaded
+  return evaluate.load_collector(stage)
 
 
 def check_ranking(settings: Settings) -> None:
@@ -193,8 +190,8 @@ def _make_search(s: Settings, collector: Collector, sampler: RolloutSampler) -> 
   search = Search(sampler, scorer, s.sample.segment_tokens)
   if text is None:
     return search
-  segments = TextSegments(text, scorer, at_every_token=True)
-  return dataclasses.replace(search, prepare=segments.prepare_options(collector.prompts.messages))
+  segments = TextSegments(text, scorer)
+  return dataclasses.replace(search, read_text=segments.option_reader(collector.prompts.messages))
 
 
 def best_of(value: np.ndarray, finished: np.ndarray, keep: int) -> np.ndarray:

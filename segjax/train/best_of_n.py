@@ -22,10 +22,10 @@ from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.model.requests import GenerationResult
 from segjax.train.continuations import continue_prefixes, join_prefixes
-from segjax.train.reward_scoring import SegmentScorer, score_sequences
+from segjax.train.reward_scoring import SegmentScorer, reference_signal, score_sequences
 from segjax.train.rollout import CollectedRollout, RolloutSampler, place_rollout
-from segjax.train.segmenter import sequence_scores
-from segjax.types import PromptBatch, Sequences
+from segjax.train.segmenter import segment_batch, sequence_scores
+from segjax.types import PromptBatch, Segments, Sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Search:
     scorer: the reward model, and the segments that it scores.
     segment_tokens: length of the continuations in which the next segment is looked for, at least 2;
       of a longer segment the part so far is compared. 0: whole responses.
-    prepare: (params, options, number of the prompt of each) -> the options with the scores of a
-      reward model that reads text, such as `TextSegments.add_scores` gives; None if it reads these
-      tokens itself.
+    read_text: (params, options, number of the prompt of each, where segments end that may be kept)
+      -> the options with the scores there of a reward model that reads text, as
+      `TextSegments.option_reader` makes it; None if it reads these tokens itself.
   """
 
   sampler: RolloutSampler
   scorer: SegmentScorer
   segment_tokens: int = 0
-  prepare: Callable[[dict[str, Any], Sequences, np.ndarray], Sequences] | None = None
+  read_text: Callable[[dict[str, Any], Sequences, np.ndarray, Array], Sequences] | None = None
 
   def __post_init__(self):
     if self.sampler.samples_per_prompt > 1:
@@ -163,23 +163,15 @@ def _options(
   options = _append(GenerationResult(*map(repeat, begun)), new)
   length = options.response_mask.sum(1)
   sequences = _sequences(PromptBatch(*map(repeat, prompts)), options, settings)
-  if settings.prepare is not None:
+  begun_at = repeat(np.asarray(prompts.prompt_length) + start).astype(np.int32)
+  cut = sharding.place_batch((begun_at, ~options.finished & (length < limit)), sampler.mesh)
+  how = {'scorer': settings.scorer, 'by_segment': bool(settings.segment_tokens)}
+  if settings.read_text is not None:
     number = np.arange(len(start)) if index is None else index
-    sequences = settings.prepare(params, sequences, repeat(number))
-  end, score = _judge(
-    params['reward'],
-    params['reference'],
-    sequences,
-    *sharding.place_batch(
-      (
-        repeat(np.asarray(prompts.prompt_length) + start).astype(np.int32),
-        ~options.finished & (length < limit),
-      ),
-      sampler.mesh,
-    ),
-    scorer=settings.scorer,
-    by_segment=bool(settings.segment_tokens),
-  )
+    signal, ends = _ends(params['reference'], sequences, *cut, **how)
+    sequences = dataclasses.replace(sequences, ref_signal=signal)
+    sequences = settings.read_text(params, sequences, repeat(number), ends)
+  end, score = _judge(params['reward'], params['reference'], sequences, *cut, **how)
   end, score = processes.to_host((end, score))
   kept = end + 1 - repeat(np.asarray(prompts.prompt_length))
   mask = np.arange(limit) < kept[:, None]
@@ -236,6 +228,39 @@ def _judge(
     by_segment: keeps the segment of the first new token, instead of all.
   """
   score, segments = score_sequences(reward, reference, sequences, scorer)
+  end, segments = _kept(segments, sequences, first, is_cut_off, by_segment)
+  return end, sequence_scores(score, segments, scorer.segmenter.segmentation)
+
+
+@functools.partial(jax.jit, static_argnames=('scorer', 'by_segment'))
+def _ends(
+  reference: Any,
+  sequences: Sequences,
+  first: Int[Array, 'N'],
+  is_cut_off: Bool[Array, 'N'],
+  *,
+  scorer: SegmentScorer,
+  by_segment: bool,
+) -> tuple[Float[Array, 'N S'], Bool[Array, 'N S']]:
+  """Returns (what boundaries read of the reference, the ends at which `_judge` reads scores)."""
+  signal = reference_signal(reference, sequences, scorer)
+  segments = segment_batch(
+    sequences.ids, sequences.response_mask, sequences.finished, signal, scorer.segmenter
+  )
+  return signal, _kept(segments, sequences, first, is_cut_off, by_segment)[1].end
+
+
+def _kept(
+  segments: Segments,
+  sequences: Sequences,
+  first: Int[Array, 'N'],
+  is_cut_off: Bool[Array, 'N'],
+  by_segment: bool,
+) -> tuple[Int[Array, 'N'], Segments]:
+  """Returns (position of the last token to keep, the segments up to there).
+
+  Of a segment that goes on, the part so far is the last one.
+  """
   position, mask = jnp.arange(sequences.ids.shape[1])[None], sequences.response_mask
 
   def last_of(is_member):
@@ -251,14 +276,13 @@ def _judge(
     end = jnp.where(sequences.finished & (end == last - 1), last, end)
     end = jnp.where(is_cut_off & (end == last), last - 1, end)
   kept = position <= end[:, None]
-  segments = dataclasses.replace(
+  return end, dataclasses.replace(
     segments,
     start=segments.start & kept,
     end=(segments.end & kept) | ((position == end[:, None]) & (segments.segment_id >= 0)),
     segment_id=jnp.where(kept, segments.segment_id, -1),
     num_segments=jnp.sum(segments.start & kept, axis=1).astype(segments.num_segments.dtype),
   )
-  return end, sequence_scores(score, segments, scorer.segmenter.segmentation)
 
 
 def _where_rows(condition: Bool[np.ndarray, 'B'], x: np.ndarray, y: np.ndarray) -> np.ndarray:

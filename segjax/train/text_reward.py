@@ -17,7 +17,6 @@ from segjax.config.settings import Compat
 from segjax.data.row_forms import Message
 from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import ChatTokenizer
-from segjax.errors import UserError
 from segjax.model import host_memory
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_scoring import SegmentScorer, reference_signal
@@ -184,12 +183,10 @@ class TextSegments:
   Attributes:
     reward: the reward model, and the tokenizer of the reference.
     scorer: the reference, and how responses are segmented; its reward model is not run.
-    at_every_token: whether responses may be cut elsewhere later: scores are read at every token.
   """
 
   reward: TextReward
   scorer: SegmentScorer
-  at_every_token: bool = False
 
   def add_scores(
     self,
@@ -212,10 +209,18 @@ class TextSegments:
       UserError: the reward model's chat template refuses a prompt.
     """
     signal, end = _cut(reference, sequences, scorer=self.scorer)
-    end = sequences.response_mask if self.at_every_token else end
+    return self._read(params, dataclasses.replace(sequences, ref_signal=signal), prompts, end)
+
+  def _read(
+    self,
+    params: Any,
+    sequences: Sequences,
+    prompts: Sequence[Sequence[Message]],
+    end: Bool[Array, 'B S'],
+  ) -> Sequences:
     arrays = processes.to_host((sequences.ids, sequences.response_mask, end, sequences.finished))
     score, _ = self.reward.score(params, prompts, self.reward.carry_over(CutResponses(*arrays)))
-    return dataclasses.replace(sequences, ref_signal=signal, score=score)
+    return dataclasses.replace(sequences, score=score)
 
   def add_pair_scores(
     self,
@@ -230,25 +235,19 @@ class TextSegments:
     )
     return dataclasses.replace(pairs, chosen=chosen, rejected=rejected)
 
-  def prepare_options(
+  def option_reader(
     self, messages: Callable[[int], Sequence[Message]]
-  ) -> Callable[[dict[str, Any], Sequences, np.ndarray], Sequences]:
-    """Returns `best_of_n.Search.prepare` for prompts that `messages` returns by their number.
+  ) -> Callable[[dict[str, Any], Sequences, np.ndarray, Array], Sequences]:
+    """Returns `best_of_n.Search.read_text` for prompts that `messages` returns by their number.
 
-    Raises:
-      UserError: options are cut off inside segments, and the reward model reads tags behind them.
+    A tag stands behind each segment of an option, and behind the part so far of one that goes on.
     """
-    if self.at_every_token and (tag := self.reward.scorer.marks.tag):
-      raise UserError(
-        f'config.reward_model.step_tag={tag!r}: the best of each segment cuts responses where no '
-        'step ends, and the reward model has no score there; search whole responses.'
-      )
 
-    def prepare(params, sequences, numbers):
+    def read(params, options, numbers, end):
       prompts = [messages(int(number)) for number in numbers]
-      return self.add_scores(params['reward'], params['reference'], sequences, prompts)
+      return self._read(params['reward'], options, prompts, end)
 
-    return prepare
+    return read
 
 
 @functools.partial(jax.jit, static_argnames='scorer')

@@ -16,8 +16,9 @@ from segjax.config.settings import Segmentation
 from segjax.data.token_texts import token_texts
 from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
+from segjax.hf.writer import save_checkpoint
 from segjax.jobs import evaluate
-from segjax.model.heads import scores
+from segjax.model.heads import init_params, scores
 from segjax.run.models import load_models
 from segjax.run.weights import Weights
 from segjax.train import text_reward
@@ -204,6 +205,41 @@ def test_the_tags_of_a_line(small, make_stage, inputs, language, other, tmp_path
   words = runs.reward_model(language / 'model', tmp_path / 'words', Normalizer(), Segmentation())
   with pytest.raises(UserError, match=r"^config.rewards: steps: step_tag='ки' is not in the voc"):
     load(f'steps path={words} step_tag=ки')
+
+
+@pytest.mark.campaign
+def test_a_line_of_a_model_that_answers_by_two_tokens_at_tags(
+  small, make_stage, one_device, inputs, tmp_path
+):
+  """The form of Math-Shepherd's: '+' against '-' behind each step."""
+  tag, model = '<|eom_id|>', tmp_path / 'steps'
+  init = jax.jit(functools.partial(init_params, config=NETWORK, head='language'))
+  save_checkpoint(model, init(jax.random.key(3)), NETWORK, 'language')
+  tokenizers.write_tokenizer(model)
+  line = (
+    f'steps path={model} head=tokens positive=+ negative=- step_tag={tag} boundary=fixed_length '
+    'segment_length=2 granularity=segment normalizer=none spread=end_only weight=0.5'
+  )
+  stage = make_stage('evaluate', small('evaluate', **inputs, rewards=(line,)))
+  resolved, tokenizer, collector = evaluate.load_collector(stage)
+  params = load_models(
+    resolved, tuple(resolved.frozen), Weights(stage.settings.runtime, one_device)
+  )
+  e = collector.collect(params, np.arange(8), jax.random.key(0), jnp.float32(0.1)).experience
+  scorer, read = resolved.texts['reward.steps'].scorer, 0
+  for row in range(8):
+    ids = np.asarray(e.rollout.response_ids[row])[np.asarray(e.rollout.response_mask[row])].tolist()
+    content = len(ids) - int(e.rollout.finished[row])
+    ends = sorted({*range(1, content, 2), content - 1} - {-1})
+    expected = rollouts.step_scores(
+      *(params['reward.steps'], scorer.network, (tokenizer, scorer.tokenizer)),
+      *(collector.prompts.messages(row), ids, ends, tag),
+    )
+    part = np.asarray(e.parts['steps'][row])
+    np.testing.assert_allclose(part[ends], expected / 2, atol=1e-5)
+    assert np.count_nonzero(part) == len(ends)
+    read += len(ends)
+  assert read > 16
 
 
 def test_a_listed_model_of_two_labels(small, make_stage, inputs, other, tmp_path):

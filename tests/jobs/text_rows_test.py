@@ -4,6 +4,7 @@ The reference has the tokenizer of the built-in language, the reward model a byt
 """
 
 import builtins
+import dataclasses
 import functools
 import json
 import re
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import runs, tokenizers
+from fixtures.rollouts import step_scores
 
 import segjax
 from segjax.config.settings import Segmentation
@@ -23,9 +25,12 @@ from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.hf import reader
 from segjax.hf.writer import save_checkpoint
-from segjax.jobs import evaluate
+from segjax.jobs import evaluate, sample
 from segjax.model.heads import init_params, scores
+from segjax.run.models import load_models
+from segjax.run.weights import Weights
 from segjax.train import reward_spec
+from segjax.train.best_of_n import nothing_found, search
 from segjax.types import Normalizer
 
 ROWS = 6
@@ -233,6 +238,41 @@ def test_the_best_segments_by_a_model_that_reads_text(small, run, foreign, langu
     row = json.loads(line)
     mean = np.mean([segment['score'] for segment in row['segments']])
     assert row['score'] == pytest.approx(mean, abs=1e-3)
-  tagged = values | {'reward_model.step_tag': ' hello'}
-  with pytest.raises(UserError, match=r'step_tag=. hello.: the best of each segment'):
-    run(small('sample', **tagged), tmp_path / 'tagged')
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize('segment_tokens', [2, 4])
+def test_tags_stand_behind_what_a_search_keeps(
+  small, make_stage, one_device, foreign, language, segment_tokens
+):
+  """Behind each segment of three tokens, and behind the part so far of the last one."""
+  tag = '<|eom_id|>'
+  values = {
+    **dict.fromkeys(('policy.path', 'reference.path'), str(language / 'model')),
+    **{'reward_model.path': str(foreign), 'reward_model.step_tag': tag},
+    **{'data.path': str(language / 'rows' / 'prompts.jsonl.gz'), 'data.max_rows': 2},
+    **{'sample.search': 'segment', 'sample.segment_tokens': segment_tokens},
+  }
+  stage = make_stage('sample', small('sample', **values))
+  resolved, tokenizer, collector = sample.load(stage)
+  params = load_models(
+    resolved, tuple(resolved.frozen), Weights(stage.settings.runtime, one_device)
+  )
+  sampler = dataclasses.replace(collector.sampler, samples_per_prompt=3)
+  how = sample._make_search(stage.settings, collector, sampler)
+  batch = collector.prompts.gather(np.arange(2), np.asarray)
+  found = nothing_found(2, 8, tokenizer.stop_ids[0])
+  rounds = list(search(params, batch, jax.random.key(3), how, found))
+  scorer, partial = resolved.text_model.scorer, 0
+  for kept in rounds:
+    for row, mask in enumerate(kept.responses.response_mask):
+      ids = kept.responses.response_ids[row][mask].tolist()
+      content = len(ids) - kept.responses.finished[row]
+      ends = [*range(2, content - 1, 3), content - 1]
+      partial += content % 3 > 0
+      expected = step_scores(
+        *(params['reward'], scorer.network, (tokenizer, scorer.tokenizer)),
+        *(collector.prompts.messages(row), ids, ends, tag),
+      )
+      assert kept.score[row] == pytest.approx(expected.mean(), abs=1e-4)
+  assert len(rounds) > 2 and partial

@@ -10,7 +10,6 @@ from fixtures import models, runs, tokenizers, training
 
 from segjax.config.settings import Segmentation
 from segjax.data.tokenizer import load_tokenizer
-from segjax.errors import UserError
 from segjax.model import sharding
 from segjax.train.reward_scoring import (
   SegmentScorer,
@@ -21,7 +20,7 @@ from segjax.train.reward_scoring import (
 )
 from segjax.train.segmenter import Segmenter
 from segjax.train.text_reward import TextReward, TextSegments
-from segjax.train.text_scoring import StepMarks, TextScorer
+from segjax.train.text_scoring import TextScorer
 from segjax.types import Normalizer, PreferenceBatch, Sequences
 
 NETWORK = runs.FOREIGN
@@ -54,10 +53,10 @@ def rows_of(tokenizer, texts):
   return Sequences(*map(jnp.asarray, (ids, mask, np.array([True, False, True]))))
 
 
-def make(tokenizer, segmentation, **values):
+def make(tokenizer, segmentation):
   scorer = SegmentScorer(NETWORK, NETWORK, Segmenter(segmentation))
   text = TextScorer(NETWORK, tokenizer, models.mesh(1))
-  return scorer, TextSegments(TextReward(text, tokenizer), scorer, **values)
+  return scorer, TextSegments(TextReward(text, tokenizer), scorer)
 
 
 @pytest.mark.parametrize(
@@ -93,16 +92,17 @@ def test_the_references_own_tokenizer_gives_the_scores_of_its_tokens(
   np.testing.assert_allclose(own[segments.end], z[segments.end], atol=1e-5)
 
 
-def test_scores_at_every_token(tokenizer, params):
-  scorer, text = make(tokenizer, Segmentation(entropy_threshold=5.5), at_every_token=True)
+def test_options_are_read_at_the_ends_that_are_kept(tokenizer, params):
+  scorer, text = make(tokenizer, Segmentation(entropy_threshold=5.5))
   sequences = rows_of(tokenizer, ['hello there', 'the quick brown fox', 'one two three'])
   expected, _ = jax.jit(functools.partial(score_sequences, scorer=scorer))(*params, sequences)
-  prepare = text.prepare_options(lambda number: PROMPTS[number])
-  both = dict(zip(('reward', 'reference'), params, strict=True))
-  found = np.asarray(prepare(both, sequences, np.arange(3)).score)
+  read = text.option_reader(lambda number: PROMPTS[number])
   mask = np.asarray(sequences.response_mask)
-  np.testing.assert_allclose(found[mask], np.asarray(expected)[mask], atol=1e-5)
-  assert not found[~mask].any()
+  ends = mask & (np.arange(mask.shape[1]) % 3 == 0)
+  both = dict(zip(('reward', 'reference'), params, strict=True))
+  found = np.asarray(read(both, sequences, np.arange(3), jnp.asarray(ends)).score)
+  np.testing.assert_allclose(found[ends], np.asarray(expected)[ends], atol=1e-5)
+  assert not found[~ends].any()
 
 
 @pytest.mark.devices
@@ -121,11 +121,3 @@ def test_eight_devices_agree_with_one(tokenizer):
       assert filled.score.sharding.device_set == set(mesh.devices.flat)
   assert found[0].any(axis=1).all()
   np.testing.assert_allclose(*found, atol=1e-5)
-
-
-def test_tags_stand_at_the_ends_of_segments_alone(tokenizer):
-  scorer, text = make(tokenizer, Segmentation(), at_every_token=True)
-  tagged = TextScorer(NETWORK, tokenizer, models.mesh(1), StepMarks(' good'))
-  text = TextSegments(TextReward(tagged, tokenizer), scorer, at_every_token=True)
-  with pytest.raises(UserError, match=r"step_tag=' good': the best of each segment"):
-    text.prepare_options(lambda number: PROMPTS[0])
