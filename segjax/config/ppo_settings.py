@@ -79,7 +79,7 @@ class PPO:
   num_ppo_epochs: int = 1  # passes over each rollout
   eval_every: int = 0  # steps between two samplings of held-out prompts; 0: none
   holdout_fraction: float = 0.0  # share of the prompts never trained on, for eval_every
-  scoring_batch_size: int = 0  # sequences scored at once; 0: the whole rollout
+  scoring_batch_size: int = 0  # sequences scored at once where they are not packed; 0: all
   kl_coef: float = 0.01  # factor of the KL penalty to the reference
   kl_estimator: str = 'k1'  # of KL from the log-probs of sampled tokens
   kl_placement: str = 'reward'  # a penalty in the reward, or a term of the loss

@@ -48,7 +48,7 @@ XLA_CLIENT_MEM_FRACTION=0.5 makes that half.
       split a batch into parts of at most that many tokens per device, whose accumulated gradients
       equal those of the whole batch; micro_batch_size counts their rows instead.
   ppo.scoring_batch_size
-      limits the sequences that are scored at once.
+      limits the sequences that are scored at once; with ppo.packing_length the pieces above do.
   runtime.remat
       full recomputes each layer in the backward pass from its input, none keeps all activations,
       and names (hidden, query, key, value, attention, residual, gate, up) keep those.
@@ -129,8 +129,8 @@ of the sample alone; the number of slots or devices does not change the response
 old_logprob, which the ratio and the KL penalty use, is unfiltered and at temperature 1. Its
 distance from the log-prob that the token was sampled with is rollout/logprob_mismatch.
 It is that of the decode loop in float32. In bfloat16 the two programs round differently, as far
-apart as an update moves the policy, and it comes from a full forward pass;
-rollout.recompute_logprob sets one of them.
+apart as an update moves the policy, and it comes from a forward pass over the packed rows of the
+update, whose first ratios then are 1; rollout.recompute_logprob sets one of them.
 
 ppo.importance_clip=2 multiplies a token's policy loss by min(π_old / π drawn from, 2): truncated
 importance sampling (TIS, in other frameworks a rollout correction), which makes up for a mismatch.

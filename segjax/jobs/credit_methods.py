@@ -20,7 +20,8 @@ from segjax.run.text_model import check_text_settings
 from segjax.train import reward_spec
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import CollectedRollout
-from segjax.train.scoring import ModelOutputs, score
+from segjax.train.rollout_scoring import score
+from segjax.train.scoring import ModelOutputs
 from segjax.train.segmenter import Segmenter
 from segjax.train.text_reward import TextReward, cut_responses
 from segjax.types import Normalizer

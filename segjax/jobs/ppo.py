@@ -4,6 +4,7 @@ The steps themselves are in `ppo_trainer`.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from segjax.jobs.job import (
   data_input,
   more_rewarding_models,
 )
-from segjax.jobs.ppo_trainer import Trainer, updates_per_step
+from segjax.jobs.ppo_trainer import Trainer, plan_minibatches, updates_per_step
 from segjax.plan.ppo_programs import PPO as PLAN
 from segjax.report.timing import StepTimer
 from segjax.run import inputs, models, preemption, provenance, recipes, training_loop
@@ -228,7 +229,9 @@ def _make_trainer(
     stop=preemption.stop_requested,
     texts=resolved.text_rewards(tokenizer),
   )
-  timer, stream = StepTimer(), None
+  timer, stream, minibatches = StepTimer(), None, None
+  if s.ppo.packing_length:
+    minibatches = functools.partial(plan_minibatches, s=s, mesh=stage.mesh, network=recipe.policy)
   if s.rollout.carry:
     size, max_tokens = s.ppo.rollout_batch_size, sampler.settings.max_new_tokens
     stream = Stream(train_set, s.seed, stage.key('rollout'), size, max_tokens)
@@ -236,7 +239,9 @@ def _make_trainer(
     stage=stage,
     frozen=frozen,
     bases=bases,
-    collector=dataclasses.replace(eval_collector, prompts=train_set, on_part=timer.end),
+    collector=dataclasses.replace(
+      eval_collector, prompts=train_set, on_part=timer.end, minibatches=minibatches
+    ),
     eval_collector=eval_collector,
     gold=evaluate_functions.load_gold(s, tokenizer.decode) if s.ppo.eval_every else None,
     responses=recipes.make_response_log(stage.directory, s.report, recipe, tokenizer, train_set),

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
 
-from segjax.config.settings import PPO
+from segjax.config.settings import PPO, Settings
 from segjax.data.batches import endless_batch_indices
 from segjax.errors import StepAbortedError, UserError
+from segjax.model.llama import LlamaConfig
 from segjax.report.held_out_log import HeldOutLog
 from segjax.report.response_log import ResponseLog
 from segjax.report.timing import StepTimer
@@ -25,6 +28,7 @@ from segjax.train.custom_reward import Gold
 from segjax.train.metrics import Metrics, combine_updates
 from segjax.train.ppo_step import Minibatch, ppo_step
 from segjax.train.rollout_metrics import within_bounds
+from segjax.types import PackingPlan
 
 
 def updates_per_step(ppo: PPO) -> int:
@@ -43,6 +47,31 @@ def check_first_rollout(kl: float, ppo: PPO) -> None:
       f'KL of the first rollout, {kl:.3g} nats, so that the policy would never be updated; make it '
       'larger.'
     )
+
+
+def plan_minibatches(
+  step: int,
+  length: Int[np.ndarray, 'B'],
+  epoch: int = 0,
+  *,
+  s: Settings,
+  mesh: Mesh,
+  network: LlamaConfig,
+) -> list[tuple[np.ndarray, PackingPlan | None]]:
+  """Returns the minibatches of an epoch: rows of the rollout, and how they are packed, if they are.
+
+  Args:
+    step: of PPO.
+    length: tokens of each prompt with its response.
+    epoch: over the rollout.
+    s: the settings.
+    mesh: the devices.
+    network: of the policy.
+  """
+  # The order depends on seed, step and epoch alone: a resumed run repeats it.
+  order = np.random.default_rng([s.seed, step, epoch]).permutation(len(length))
+  plan = functools.partial(training_loop.plan_packing_for, s.ppo, mesh=mesh, network=network)
+  return [(rows, plan(length[rows])[0]) for rows in order.reshape(-1, s.ppo.minibatch_size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +169,10 @@ class Trainer:
     # The parts of the rewards are shown alone: the programs are those of a run without them.
     experience = dataclasses.replace(collected.experience, parts=None)
     for epoch in range(s.ppo.num_ppo_epochs):
-      # The order depends on seed, step and epoch alone: a resumed run repeats it.
-      order = np.random.default_rng([s.seed, step, epoch]).permutation(s.ppo.rollout_batch_size)
-      for rows in order.reshape(-1, s.ppo.minibatch_size):
-        lengths = collected.rollout.length[rows]
-        packing, efficiency = training_loop.plan_packing_for(
-          s.ppo, lengths, self.stage.mesh, recipe.policy
-        )
+      minibatches = plan_minibatches(
+        step, collected.rollout.length, epoch, s=s, mesh=self.stage.mesh, network=recipe.policy
+      )
+      for rows, packing in minibatches:
         networks, metrics = ppo_step(
           networks,
           self.bases,
@@ -156,7 +182,7 @@ class Trainer:
           total_steps=s.ppo.max_steps * per_step,
           policy_from=None if is_warmup else s.critic.warmup_rollouts * per_step,
         )
-        updates.append(metrics.merge(Metrics(mean=efficiency)))
+        updates.append(metrics.merge(Metrics(mean=training_loop.packing_metrics(packing))))
     metrics = combine_updates(updates)
     if 'policy/ratio_max_deviation' in updates[0].max:
       first = updates[0].max

@@ -21,7 +21,7 @@ from segjax.run.stage import Stage
 from segjax.storage import make_directory, write_text_atomically
 from segjax.train.reward_scoring import SegmentScorer
 from segjax.train.rollout import RolloutSampler, rollout
-from segjax.train.scoring import concat_prompt_response, gather_response
+from segjax.train.rollout_rows import concat_prompt_response, gather_response
 from segjax.types import Rollout
 
 CALIBRATION_FILE = 'calibration.json'

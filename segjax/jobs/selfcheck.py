@@ -39,7 +39,8 @@ from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, ppo_step
 from segjax.train.recipe import PPORecipe
 from segjax.train.rollout import RolloutSampler, rollout
-from segjax.train.scoring import concat_prompt_response, gather_response, score
+from segjax.train.rollout_rows import concat_prompt_response, gather_response
+from segjax.train.rollout_scoring import score
 from segjax.train.segmenter import Segmenter
 from segjax.types import Experience, PromptBatch, Rollout
 

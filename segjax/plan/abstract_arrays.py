@@ -74,6 +74,11 @@ def batch(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(len(shape), mesh))
 
 
+def replicated(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+  """Returns the shape of an array of which every device has a copy."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+
+
 def on_all_devices(tree: Any, mesh: Mesh) -> Any:
   """Returns the shapes of arrays of which every device has a copy."""
   layout = sharding.replicated(mesh)

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from segjax.config.reward_lines import reward_models
 from segjax.config.settings import Segmentation, Settings
 from segjax.config.validate import resolve_recompute_logprob
-from segjax.model import sharding
 from segjax.model.llama import LlamaConfig
 from segjax.model.lora import trained_params
 from segjax.plan import abstract_arrays
@@ -19,13 +18,13 @@ from segjax.plan.generation_phases import generation_phases
 from segjax.plan.lengths import TextLengths, draw_lengths
 from segjax.plan.phases import (
   TOTAL_STEPS,
-  Calls,
   JobPlan,
   JobPrograms,
   Phase,
   RowsAtOnce,
 )
 from segjax.plan.ppo_networks import listed_sources, names_on_one_base, networks
+from segjax.plan.scoring_phase import LISTED, scoring_phase
 from segjax.plan.update_calls import update_calls
 from segjax.train import throughput
 from segjax.train.experience import make_experience
@@ -33,7 +32,6 @@ from segjax.train.ppo_step import Minibatch, critic_step, policy_step
 from segjax.train.recipe import PPORecipe
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.reward_spec import override
-from segjax.train.scoring import chunk_rows, score_chunk
 from segjax.train.segmenter import Segmenter
 from segjax.types import Normalizer
 
@@ -41,7 +39,6 @@ Trees = dict[str, Any]
 
 _STATES = ('policy state', 'critic state')
 _FROZEN = ('reference', 'reward model', 'reward language model')
-_LISTED = 'reward model '  # and its name in config.rewards
 
 
 def ppo_programs(
@@ -78,7 +75,7 @@ def ppo_programs(
   # in host memory, from which scoring alone fetches them.
   waits_on_host = s.runtime.frozen_params_memory == 'host'
   states = tuple(name for name in _STATES if name in trees)
-  frozen_names = tuple(name for name in trees if name in _FROZEN or name.startswith(_LISTED))
+  frozen_names = tuple(name for name in trees if name in _FROZEN or name.startswith(LISTED))
   resident = (*states, *(() if waits_on_host else frozen_names))
   left = float(memory - sum(abstract_arrays.bytes_per_device(trees[name]) for name in resident))
   texts = draw_lengths(
@@ -91,7 +88,7 @@ def ppo_programs(
   generation, at_once = generation_phases(s, configs['policy'], trees, texts, mesh, left)
   phases = [
     *generation,
-    _scoring(s, recipe, trees, texts, mesh),
+    scoring_phase(s, recipe, trees, texts, mesh),
     _rewards(s, recipe, trees, mesh),
     *_updates(s, recipe, trees, texts, mesh),
   ]
@@ -120,7 +117,7 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   for name, tree, head in (
     ('reward', 'reward model', 'scalar'),
     ('reward_lm', 'reward language model', 'language'),
-    *((line.network, f'{_LISTED}{line.name}', 'scalar') for line in reward_models(s.rewards)),
+    *((line.network, f'{LISTED}{line.name}', 'scalar') for line in reward_models(s.rewards)),
   ):
     if name in configs:
       params, lora = abstract_arrays.params(configs[name], head, dtype, mesh), configs[name].lora
@@ -130,42 +127,6 @@ def _trees(s: Settings, configs: dict[str, LlamaConfig], mesh: Mesh) -> Trees:
   base = trees['reference'] if configs['policy'].lora else {}
   trees['sampled parameters'] = base | policy.params
   return trees
-
-
-def _scoring(s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, mesh: Mesh) -> Phase:
-  size = s.ppo.scoring_batch_size or s.ppo.rollout_batch_size
-  prompt, response = s.data.max_prompt_length, s.rollout.max_new_tokens
-  passed_in = {'reference': 'reference'}
-  if recipe.critic is not None:
-    passed_in['critic'] = 'critic parameters'
-  if recipe.reward is not None:
-    passed_in['reward'] = 'reward model'
-  if recipe.reward_lm is not None:
-    passed_in['reward_lm'] = 'reward language model'
-  passed_in |= {source.key: f'{_LISTED}{source.name}' for source in recipe.rewards}
-  if recipe.recompute_logprob:
-    passed_in['policy'] = 'policy parameters'
-  params = {name: trees[tree] for name, tree in passed_in.items()}
-  rollout = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.rollout(size, prompt, response), mesh
-  )
-
-  def arguments(width):
-    return params, abstract_arrays.batch(mesh, jnp.int32, size, width), None, rollout
-
-  longest = prompt + response
-  # The work of a chunk grows with its width: of all widths the mean stands for the others.
-  widths = [width for _, width in chunk_rows(texts.total, size, longest)]
-  mean = min(widths, key=lambda width: abs(width - np.mean(widths)))
-  return Phase(
-    'scoring',
-    score_chunk,
-    arguments(longest),
-    {'recipe': recipe},
-    live=('rollout', 'experience'),
-    passed_in=tuple(passed_in.values()),
-    calls=lambda: Calls(sum(widths) / mean, arguments=None if mean == longest else arguments(mean)),
-  )
 
 
 def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
@@ -179,7 +140,7 @@ def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
     ),
     mesh,
   )
-  coef = _replicated(mesh, dtype=jnp.float32)
+  coef = abstract_arrays.replicated(mesh, dtype=jnp.float32)
   normalizer = jax.tree.map(lambda _: coef, Normalizer())
   names = [source.name for source in recipe.rewards]
   listed = ListedRewards(dict.fromkeys(names, normalizer), {}) if s.rewards else None
@@ -196,9 +157,9 @@ def _rewards(s: Settings, recipe: PPORecipe, trees: Trees, mesh: Mesh) -> Phase:
 def _updates(
   s: Settings, recipe: PPORecipe, trees: Trees, texts: TextLengths, mesh: Mesh
 ) -> list[Phase]:
-  rows = _replicated(mesh, s.ppo.minibatch_size)
-  coef = _replicated(mesh, dtype=jnp.float32)
-  enabled = _replicated(mesh, dtype=jnp.bool)
+  rows = abstract_arrays.replicated(mesh, s.ppo.minibatch_size)
+  coef = abstract_arrays.replicated(mesh, dtype=jnp.float32)
+  enabled = abstract_arrays.replicated(mesh, dtype=jnp.bool)
   longest = s.data.max_prompt_length + s.rollout.max_new_tokens
   epochs = s.ppo.num_ppo_epochs
   # In the order of the draw, which is random as that of a run.
@@ -229,10 +190,6 @@ def _updates(
   if recipe.critic is not None:
     phases.append(phase('critic', critic_step, 'scalar', recipe.critic))
   return phases
-
-
-def _replicated(mesh: Mesh, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
 
 
 PPO = JobPlan(

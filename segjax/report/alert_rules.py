@@ -196,8 +196,9 @@ RULES = (
   Rule(
     ('policy/initial_ratio_deviation',),
     lambda deviation: deviation.recent > 0.5,
-    'before any update the ratio of a token deviates from 1 by {0:.2f}: sampling and training'
-    ' disagree. Run configs/selfcheck.py, or set rollout.recompute_logprob',
+    'before any update the ratio of a token deviates from 1 by {0:.2f}: log-probs of sampling and'
+    ' training disagree. Leave rollout.recompute_logprob at None, and in bfloat16 set'
+    ' ppo.packing_length, whose rows round alike; configs/selfcheck.py checks the rest',
     after=3,
   ),
   Rule(

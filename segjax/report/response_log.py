@@ -24,7 +24,7 @@ from segjax.storage import (
   write_text_atomically,
   writing,
 )
-from segjax.train.scoring import take_rows
+from segjax.train.rollout_rows import take_rows
 from segjax.types import Experience
 
 RESPONSES_FILE = 'samples.jsonl'

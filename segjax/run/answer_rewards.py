@@ -28,7 +28,7 @@ from segjax.train.recipe import PPORecipe
 from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout
-from segjax.train.scoring import score
+from segjax.train.rollout_scoring import score
 from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.types import Normalizer, Rollout
 

@@ -195,7 +195,12 @@ def plan_packing_for(
     packing = plan_level_packing(lengths, piece_bound(settings, mesh, network), group)
   else:
     packing = plan_packing(lengths, settings.micro_batch_size, settings.packing_length, group)
-  return packing, {EFFICIENCY: packing_efficiency(packing)}
+  return packing, packing_metrics(packing)
+
+
+def packing_metrics(packing: PackingPlan | None) -> dict[str, float]:
+  """Returns the packing efficiency as a metric; {} for None."""
+  return {} if packing is None else {EFFICIENCY: packing_efficiency(packing)}
 
 
 def piece_bound(settings: SFT | PairTraining | PPO, mesh: Mesh, network: LlamaConfig) -> PieceBound:

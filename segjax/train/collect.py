@@ -26,7 +26,7 @@ from segjax.train.recipe import PPORecipe
 from segjax.train.response_functions import Responses
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.rollout import CollectedRollout, RolloutSampler, response_tokens, rollout
-from segjax.train.scoring import policy_logprobs, score
+from segjax.train.rollout_scoring import Minibatches, policy_logprobs, score
 from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.types import Experience, Normalizer
 
@@ -78,6 +78,7 @@ class Collector:
     on_part: called with the name of a part ('generate', 'score') and its arrays once the part is
       dispatched.
     sample: samples the responses in place of `rollout`.
+    minibatches: of a training step, if it packs its responses, by their lengths.
   """
 
   prompts: Prompts
@@ -90,6 +91,7 @@ class Collector:
   on_part: Callable[[str, Any], None] = lambda name, arrays: None
   sample: Callable[..., CollectedRollout] | None = None
   texts: Mapping[str, TextReward] = dataclasses.field(default_factory=dict)
+  minibatches: Callable[[int, np.ndarray], Minibatches] | None = None
 
   def collect(
     self,
@@ -161,7 +163,12 @@ class Collector:
     collected = apply_rollout_compat(
       collected, self.sampler.stop_ids[0], self.recipe.compat, self.sampler.mesh
     )
-    outputs = score(params, collected.arrays, collected.length, recipe=self.recipe)
+    minibatches = None
+    if self.minibatches is not None and step is not None:
+      minibatches = self.minibatches(step, collected.length)
+    outputs = score(
+      params, collected.arrays, collected.length, recipe=self.recipe, minibatches=minibatches
+    )
     if self.texts:
       prompts = [self.prompts.messages(row) for row in rows]
       outputs = add_text_scores(self.texts, params, outputs, collected, prompts, self.recipe)

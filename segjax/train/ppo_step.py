@@ -25,7 +25,7 @@ from segjax.train.gradient_accumulation import LossAndMetrics
 from segjax.train.metrics import Metrics
 from segjax.train.optimizer import TrainState, apply_update
 from segjax.train.recipe import PPORecipe
-from segjax.train.scoring import (
+from segjax.train.rollout_rows import (
   attention_segment_ids,
   carried_mask,
   concat_prompt_response,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from segjax.model.heads import scores
 from segjax.model.llama import LlamaConfig
-from segjax.train.scoring import concat_prompt_response
+from segjax.train.rollout_rows import concat_prompt_response
 from segjax.types import Rollout
 
 Worth = Callable[[Bool[np.ndarray, 'B J']], Float[np.ndarray, 'B']]

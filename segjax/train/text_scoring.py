@@ -24,7 +24,8 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.model import sharding
 from segjax.model.heads import scores
 from segjax.model.llama import LlamaConfig
-from segjax.train.scoring import chunk_rows, concatenate, take_rows
+from segjax.train.rollout_rows import concatenate, take_rows
+from segjax.train.rollout_scoring import chunk_rows
 
 NOT_READ = -1  # in place of an end
 

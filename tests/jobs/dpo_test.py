@@ -19,7 +19,7 @@ from segjax.model import heads
 from segjax.report import metric_docs
 from segjax.rl import oracle_lm_rewards
 from segjax.run import models, weights
-from segjax.train.scoring import concat_prompt_response
+from segjax.train.rollout_rows import concat_prompt_response
 
 STAGES = ('dpo', 'ppo', 'evaluate')
 COEF, CLIP = 0.05, 0.005

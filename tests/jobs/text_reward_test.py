@@ -26,7 +26,7 @@ from segjax.train.experience import make_experience
 from segjax.train.recipe import RewardSource
 from segjax.train.reward_mixing import ListedRewards
 from segjax.train.reward_shaping import segment_responses
-from segjax.train.scoring import score
+from segjax.train.rollout_scoring import score
 from segjax.train.segmenter import Segmenter
 from segjax.train.text_reward import TextReward, add_text_scores
 from segjax.train.text_scoring import StepMarks, TextScorer

@@ -16,7 +16,7 @@ from segjax.model.decode_weights import decode_weights
 from segjax.model.generate import make_decode_config
 from segjax.model.mesh import decode_mesh, make_mesh
 from segjax.model.sampling import Sampling
-from segjax.train.scoring import concat_prompt_response, gather_response
+from segjax.train.rollout_rows import concat_prompt_response, gather_response
 
 
 def kernel_of_columns():

@@ -18,7 +18,8 @@ from segjax.train import carry
 from segjax.train import rollout as rollouts
 from segjax.train.checkpoint import Checkpointer
 from segjax.train.rollout import make_decoder
-from segjax.train.scoring import concat_prompt_response, policy_logprobs
+from segjax.train.rollout_rows import concat_prompt_response
+from segjax.train.rollout_scoring import policy_logprobs
 
 BATCH, CHUNK = 8, 4  # responses of a rollout; tokens after which one may end
 ROWS, SEED, KEY = 64, 3, jax.random.key(5)

@@ -28,7 +28,8 @@ from segjax.train.mixed_step import MixedBatch, mixed_step
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step, ppo_step
 from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.rollout import make_sampling
-from segjax.train.scoring import score, score_chunk
+from segjax.train.rollout_scoring import score
+from segjax.train.scoring import score_chunk
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
 

@@ -15,16 +15,12 @@ from numpy.testing import assert_allclose
 from segjax.config.settings import PPO, RewardShaping
 from segjax.model import host_memory
 from segjax.rl import oracle, oracle_advantages
-from segjax.train import scoring
+from segjax.train import rollout_scoring
 from segjax.train.experience import make_experience
 from segjax.train.rollout_metrics import within_bounds, z_by_position
-from segjax.train.scoring import (
-  ModelOutputs,
-  concat_prompt_response,
-  gather_response,
-  score,
-  take_rows,
-)
+from segjax.train.rollout_rows import concat_prompt_response, gather_response, take_rows
+from segjax.train.rollout_scoring import score
+from segjax.train.scoring import ModelOutputs
 from segjax.types import Normalizer, Rollout, Segments
 
 RECIPE = training.recipe(reward_lm=models.CONFIG)
@@ -283,14 +279,14 @@ def test_groups_are_adjacent_rows(plain_outputs):
 
 def test_chunks_of_short_rows_are_narrower(params, rollout, length, monkeypatch):
   """Rows return in their original order, whatever width they were scored at."""
-  monkeypatch.setattr(scoring, '_SMALLEST_STEP', 4)
-  widths, real = [], scoring.score_chunk
+  monkeypatch.setattr(rollout_scoring, '_SMALLEST_STEP', 4)
+  widths, real = [], rollout_scoring.score_chunk
 
   def recording(params, ids, *rest, **static):
     widths.append(ids.shape[1])
     return real(params, ids, *rest, **static)
 
-  monkeypatch.setattr(scoring, 'score_chunk', recording)
+  monkeypatch.setattr(rollout_scoring, 'score_chunk', recording)
   narrow = score(params, rollout, length, recipe=RECIPE)
   monkeypatch.undo()
   assert widths[0] < widths[1] <= training.PROMPT + training.RESPONSE

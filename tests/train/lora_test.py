@@ -15,7 +15,7 @@ from segjax.train.experience import make_experience
 from segjax.train.optimizer import init_state
 from segjax.train.ppo_step import Minibatch, ppo_step
 from segjax.train.recipe import PPORecipe, RewardSource
-from segjax.train.scoring import score
+from segjax.train.rollout_scoring import score
 from segjax.types import Normalizer
 
 NAMES = ('policy', 'reference', 'reward', 'critic')

@@ -18,7 +18,7 @@ from segjax.train.experience import make_experience
 from segjax.train.implicit_scoring import ImplicitScorer
 from segjax.train.ppo_step import Minibatch, critic_step, policy_step
 from segjax.train.preference_step import FrozenParams, preference_step
-from segjax.train.scoring import score
+from segjax.train.rollout_scoring import score
 from segjax.train.sft_step import sft_step
 from segjax.types import Normalizer
 

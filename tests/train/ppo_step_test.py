@@ -17,7 +17,8 @@ from segjax.train.experience import make_experience
 from segjax.train.metrics import Metrics, combine_updates
 from segjax.train.ppo_step import Minibatch, policy_objective, ppo_step
 from segjax.train.rollout import CollectedRollout
-from segjax.train.scoring import score, take_rows
+from segjax.train.rollout_rows import take_rows
+from segjax.train.rollout_scoring import score
 from segjax.types import Normalizer
 
 ROWS = np.array([[6, 0, 5, 3], [7, 1, 2, 4], [0, 1, 2, 3]])

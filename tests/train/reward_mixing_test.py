@@ -15,7 +15,8 @@ from segjax.rl import oracle
 from segjax.train.experience import make_experience
 from segjax.train.recipe import RewardSource
 from segjax.train.reward_mixing import ListedRewards
-from segjax.train.scoring import ModelOutputs, score
+from segjax.train.rollout_scoring import score
+from segjax.train.scoring import ModelOutputs
 from segjax.types import Normalizer, Rollout
 
 BATCH = make_batch(seed=3, begin_anywhere=False)
