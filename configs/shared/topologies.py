@@ -83,11 +83,9 @@ TOPOLOGIES = {
   ('reward', '70b'): {'v5p:4x4x8': _reward(1536, _ALL, **{'mesh.tensor': 2})},
   # The ladder below 8B. All weights are trained, except by PPO of 3B. GiB of a device, read in the
   # compiled programs and not measured: generation, which takes as many rows as have room, 39 to
-  # 63.5 of 68.5 (H100) and 8.4 to 14.5 of 15.7 (v5e); policy updates 16 to 56 (H100) and, of 1B,
-  # 9.0 (v5e); reward models 14 to 38, and of 3B 67.0 (H100). Measured on an H100: PPO of 135M 38.1,
-  # of 3B 63.4; reward models of 135M 9.1, 1B 32.7, 3B 67.1. Not compiled yet for v5e: scoring,
-  # reward models and the other updates; weights, moments, gradients and kept activations are at
-  # most 9.1 there.
+  # 63.5 of 68.5 (H100) and 8.4 to 14.5 of 15.7 (v5e); scoring 5 to 34 and 0.8 to 4.9; updates of
+  # PPO 16 to 56 and 3.4 to 9.1; reward models 14 to 38, and of 3B 67.0 (H100), 6 to 11.6 (v5e).
+  # Measured on an H100: PPO of 135M 38.1, of 3B 63.4; reward models of 135M 9.1, 1B 32.7, 3B 67.1.
   ('ppo', 'smollm2_135m'): _one_host(_ppo, 32_768, 8192, scoring=128),
   ('ppo', 'smollm2_360m'): _one_host(_ppo, 32_768, 8192, scoring=128),
   ('ppo', 'qwen25_05b'): _one_host(_ppo, 24_576, 6144),
