@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from segjax import processes
 from segjax.config.settings import Segmentation
 from segjax.data.pairs_and_steps import PairsAndSteps
-from segjax.data.step_labels import has_step_labels, tokenize_steps
+from segjax.data.step_labels import has_step_labels
+from segjax.data.tokenize import tokenize_steps
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.hf.adapter_config import tokenizer_directory
