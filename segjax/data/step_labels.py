@@ -97,10 +97,15 @@ def _step(item: Any, length: int, location: str) -> tuple[int, float]:
 
 
 def has_step_labels(rows: Rows) -> bool:
-  """Returns whether the first row that can be read has labels of steps."""
+  """Returns whether the first row that can be read has labels of steps.
+
+  Raises:
+    UserError: a row before it cannot be read, and `rows.reading` drops none.
+  """
   for index in range(len(rows)):
     try:
       return is_labelled(rows[index])
     except UserError:
-      continue
+      if not rows.reading.drop_bad:
+        raise
   return False

@@ -75,6 +75,7 @@ def _load_data(stage: Stage, network: Network) -> PairsAndSteps:
   if starts_with_steps and steps.counts.get('pairs'):
     pairs = pair_training.load_pairs(stage, network, rows)
   data = PairsAndSteps(pairs, steps)
+  step_training.check_columns(s.data.columns, data, rows)
   step_training.check_settings(s.reward, data, rows.name)
   return data
 

@@ -144,6 +144,33 @@ def test_the_check_of_a_run_reads_on_for_rows_of_the_other_form(
   assert input_check.check(stages) == []
 
 
+def test_columns_of_labelled_steps(small, inputs, tmp_path, one_device):
+  """Each row needs the columns of its form; a name that no row has is refused."""
+  rows = write_rows(tmp_path / 'steps.jsonl')
+  renamed = [{**row, 'process': row['steps'], 'steps': 'in words'} for row in rows]
+  pairs = (tmp_path / 'pairs.jsonl').read_text()
+  path = tmp_path / 'mixed.jsonl'
+  path.write_text(pairs + ''.join(json.dumps(row) + '\n' for row in renamed))
+
+  def check(path, name):
+    values = inputs | {'data.path': str(path), 'data.columns.steps': name}
+    return input_check.check(pipeline.prepare(small('reward', **values), tmp_path, one_device))
+
+  assert check(path, 'process') == []
+  message = r"data\.columns\.steps='proces'.* keys are prompt, response, steps, process"
+  path.write_text(''.join(json.dumps(row) + '\n' for row in renamed))
+  with pytest.raises(UserError, match=r'`steps` is .in words.'):  # the column of that name
+    check(path, 'proces')
+  renamed = [{key: row[key] for key in row if key != 'steps'} for row in renamed]
+  for text in (pairs, ''):
+    path.write_text(text + ''.join(json.dumps(row) + '\n' for row in renamed))
+    with pytest.raises(UserError, match=message.replace('steps, process', 'process')) as error:
+      check(path, 'proces')
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match=r"columns\.steps='process' is for .* are prompt, chosen"):
+    check(tmp_path / 'pairs.jsonl', 'process')
+
+
 def test_rows_of_neither_form(small, run, inputs, tmp_path):
   (tmp_path / 'none.jsonl').write_text(json.dumps({'prompt': 'a', 'response': 'b'}) + '\n')
   with pytest.raises(
