@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from segjax.config.settings import Data
+from segjax.config.settings import Data, PairTraining
 from segjax.data import files, row_forms
 from segjax.data.pairs_and_steps import count_beside_pairs
 from segjax.data.source_list import parse_sources
 from segjax.errors import UserError
+from segjax.model.mesh import batch_devices
 from segjax.run import inputs
 
 _MAX_ROWS = 1024  # that are read; of more, as many at equal distances
@@ -61,6 +63,14 @@ class RowForms(NamedTuple):
       f'{self.labelled:,} of {self.read:,} rows{of_all} have labelled steps: an update has '
       f'{pairs}{about}{count} responses with labelled steps'
     )
+
+
+def labelled_at_once(settings: PairTraining, mesh: Mesh) -> int:
+  """Returns the rows of a piece, of which the labelled responses beside pairs are a multiple."""
+  is_split = settings.micro_batch_size and not (
+    settings.packing_length or settings.micro_batch_tokens
+  )
+  return settings.micro_batch_size if is_split else batch_devices(mesh)
 
 
 def count_forms(data: Data) -> RowForms | None:
