@@ -86,11 +86,12 @@ def reward_programs(
     labelled = _row_lengths(s, lengths, count)
     programs = label_programs.labels_alone(s, trained, state, base, labelled, mesh)
     return dataclasses.replace(programs, note=forms.describe(size))
-  if scorer.segmenter.needs_reference and not s.reward.entropy_cache_dir:
+  has_signal = scorer.segmenter.needs_reference and bool(s.reward.entropy_cache_dir)
+  if scorer.segmenter.needs_reference and not has_signal:
     trees['reference'] = weights
   elif base:
     trees['base'] = base
-  job = _PairJob('reward', 'reward model', 'scalar', trained, base)
+  job = _PairJob('reward', 'reward model', 'scalar', trained, base, has_signal)
   programs = _pair_programs(s, job, scorer, trees, mesh, lengths)
   if not count:
     return dataclasses.replace(programs, note='' if forms and forms.pairs else _PAIRS_ALONE)
@@ -113,13 +114,17 @@ def dpo_programs(
 
 
 class _PairJob(NamedTuple):
-  """Section, and the name, head, network and frozen base of what is trained on pairs."""
+  """Section, and the name, head, network and frozen base of what is trained on pairs.
+
+  `has_signal`: whether pairs hold what boundaries read of the reference, which is not run then.
+  """
 
   section: str
   name: str
   head: str
   network: LlamaConfig
   base: Any
+  has_signal: bool = False
 
 
 def _pair_programs(
@@ -142,7 +147,7 @@ def _pair_programs(
   """
   settings = getattr(s, job.section)
   trees['pairs'] = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.pairs(settings.batch_size, s.data.max_length), mesh
+    lambda: abstract_arrays.pairs(settings.batch_size, s.data.max_length, job.has_signal), mesh
   )
   live = tuple(trees)
   state, reference, pairs = trees[live[0]], trees.get('reference'), trees['pairs']
