@@ -139,8 +139,9 @@ def test_report(bench):
 
 
 @pytest.mark.benchmarks
-def test_data(bench, tmp_path):
-  record = bench('data', '--rows=4000', f'--directory={tmp_path}')
-  assert record['rows'] == 4000 and record['same_batches']
+@pytest.mark.parametrize('form, rows', [('pairs', 4000), ('steps', 6000)])
+def test_data(bench, tmp_path, form, rows):
+  record = bench('data', f'--rows={rows}', f'--form={form}', f'--directory={tmp_path}')
+  assert record['rows'] == rows and record['same_batches']
   assert 0 < record['second_start']['seconds'] < record['first_start']['seconds']
   assert record['first_start']['peak_gb'] > 0

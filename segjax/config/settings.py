@@ -114,6 +114,9 @@ class Columns:
   rejected_rating: str = ''  # a number
   system: str = ''  # the system message
   text: str = ''  # plain text, for sft
+  steps: str = ''  # ends and labels of steps, for reward: [[end, label], ...]
+  completions: str = ''  # the texts of the steps, where `labels` has a label of each
+  labels: str = ''  # of `completions`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,9 @@ A row has one of these forms; other keys are for reward functions (`segjax help 
                   jobs on pairs leave them out
 
 Roles are system, user, assistant and tool; human, gpt, bot, model and the like are read as these.
-Columns of other names: --config.data.columns.prompt=input. data.split takes slices, as train[:90%]
-and train[100:200]; data.max_rows limits what is read. A row that cannot be read ends the run; with
-data.bad_rows=drop such rows are left out and counted.
+Columns of other names: --config.data.columns.prompt=input; each row needs those of its own form.
+data.split takes slices, as train[:90%] and train[100:200]; data.max_rows limits what is read. A row
+that cannot be read ends the run; with data.bad_rows=drop such rows are left out and counted.
 
 Tokens of data of 16 MiB or more are kept in ~/.cache/segjax/tokens (--token_cache_dir, or
 SEGJAX_TOKEN_CACHE_DIR; empty: nowhere): a later run with the same files, tokenizer, template and

@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +48,16 @@ class Stamp(NamedTuple):
 
 def stamps(path: epath.Path) -> list[Stamp]:
   """Returns the stamp of a file, or of each file in a directory."""
-  entries = sorted(path.rglob('*')) if path.is_dir() else [path]
-  return [_stamp(entry) for entry in entries if not entry.is_dir()]
+  return [_stamp(entry) for entry in _files(path)] if path.is_dir() else [_stamp(path)]
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+  """Yields the files below a directory, in order; epath knows no recursive patterns."""
+  for entry in sorted(directory.iterdir()):
+    if not entry.is_dir():
+      yield entry
+    elif '://' in str(entry) or not os.path.islink(entry):  # which may lead back
+      yield from _files(entry)
 
 
 def _stamp(path: epath.Path) -> Stamp:

@@ -88,9 +88,14 @@ class PairsAndSteps:
       return None, leading
     if self.steps is None:
       return leading, None
-    share = batch_size * len(self.steps) / len(self.pairs)
-    count = max(round(share / piece), 1) * piece
+    count = count_beside_pairs(batch_size, len(self.pairs), len(self.steps), piece)
     return leading, endless_batch_indices(len(self.steps), count, seed, step)
+
+
+def count_beside_pairs(batch_size: int, num_pairs: int, num_labelled: int, piece: int) -> int:
+  """Returns the labelled responses of an update that has `batch_size` pairs of `num_pairs`."""
+  share = batch_size * num_labelled / num_pairs
+  return max(round(share / piece), 1) * piece
 
 
 def _first(part: Any, count: int) -> Any:

@@ -5,6 +5,7 @@ one of the keys in `_QUESTIONS`; its answer is one of the keys in `ANSWERS`. Tex
 hold a whole conversation. `segjax.data.sources` decides which of them a job reads.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -29,12 +30,16 @@ PROMPTS = (*CONVERSATIONS, 'prompt', *_QUESTIONS)  # keys that may hold a prompt
 _SIDES = ('chosen', 'rejected')
 STEPS = 'steps'
 STEPWISE = ('completions', 'labels')  # the same as TRL's stepwise supervision has it
-# Keys that compete with each other: where a setting names the column of one, the others are left
-# out of the row.
+# Keys that compete with each other, those that go together in one tuple: where a setting names the
+# column of one, the others are left out of the row.
 _COMPETING = (
-  (*PROMPTS, PLAIN_TEXT),
-  ANSWERS,
+  tuple((key,) for key in (*PROMPTS, PLAIN_TEXT)),
+  tuple((key,) for key in ANSWERS),
+  ((STEPS,), STEPWISE),
 )
+# Columns that rows of another form lack in data of both forms.
+_OF_PAIRS = (*_SIDES, 'chosen_rating', 'rejected_rating')
+_OF_LABELLED = (STEPS, *STEPWISE, 'response')
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
 _HH_ROLES = {'Human': 'user', 'Assistant': 'assistant'}
 
@@ -53,22 +58,41 @@ def notes(row: Row) -> Iterator[str]:
 def with_columns(row: Row, columns: Mapping[str, str], location: str) -> Row:
   """Returns the row with its columns under our names: {ours: theirs}.
 
-  Keys of the row that compete with a renamed column are left out.
+  Keys of the row that compete with a renamed column are left out. A pair may lack columns of
+  labelled steps, and a row with labelled steps those of pairs and of the other way to write labels:
+  data may hold rows of all these forms.
 
   Raises:
     UserError: the row has neither of the two names.
   """
   if not columns:
     return row
-  for ours, theirs in columns.items():
-    if theirs not in row and ours not in row:
-      raise UserError(
-        f'{location}: data.columns.{ours}={theirs!r}, but there is no such column; '
-        f'{describe_keys(row)}.'
-      )
-  left_out = {key for group in _COMPETING if columns.keys() & set(group) for key in group}
+  claimed = columns.keys() & {*columns.values()}  # `steps` may be the name of their `completions`
+  left_out = _competitors(frozenset(columns)) | claimed
   renamed = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-  return {k: v for k, v in row.items() if k not in left_out - columns.keys()} | renamed
+  result = {key: value for key, value in row.items() if key not in left_out} | renamed
+  missing = [key for key in columns if key not in result]
+  if missing and (wrong := [key for key in missing if key not in _columns_of_others(result)]):
+    raise UserError(
+      f'{location}: data.columns.{wrong[0]}={columns[wrong[0]]!r}, but there is no such column; '
+      f'{describe_keys(row)}.'
+    )
+  return result
+
+
+@functools.cache
+def _competitors(columns: frozenset[str]) -> set[str]:
+  """Returns the keys that compete with those of some columns."""
+  groups = [group for group in _COMPETING if any(columns & {*keys} for keys in group)]
+  return {key for group in groups for keys in group if not columns & {*keys} for key in keys}
+
+
+def _columns_of_others(row: Row) -> set[str]:
+  """Returns the columns that a row need not have, because it has those of its own form."""
+  if is_labelled(row):
+    own = (STEPS, 'response') if row.get(STEPS) is not None else STEPWISE
+    return {*_OF_PAIRS, *_OF_LABELLED} - {*own}
+  return {*_OF_LABELLED} if _has_side(row) else set()
 
 
 def is_labelled(row: Row) -> bool:
@@ -87,7 +111,7 @@ def check_pair_or_steps(row: Row, location: str) -> None:
   if not (is_pair(row) or is_labelled(row)):
     raise UserError(
       f'{location}: no `chosen` and `rejected` of a pair, and no labelled `steps` (or '
-      f'`completions` with `labels`); {describe_keys(row)}.'
+      f'`completions` with `labels`); {describe_keys(row)}. Name its columns by data.columns.'
     )
 
 

@@ -131,12 +131,10 @@ def character_tokens(offsets: Sequence[tuple[int, int]], length: int) -> Int[np.
   token_of_char = np.full(length, -1)
   for token, (start, end) in enumerate(offsets):
     token_of_char[start:end] = token
-  following = len(offsets) - 1
-  for position in range(length - 1, -1, -1):
-    if token_of_char[position] < 0:
-      token_of_char[position] = following
-    following = token_of_char[position]
-  return token_of_char
+  # Of each character the next one, itself included, that a token holds; `length` if there is none.
+  held = np.where(token_of_char < 0, length, np.arange(length))
+  following = np.minimum.accumulate(held[::-1])[::-1]
+  return np.append(token_of_char, len(offsets) - 1)[following]
 
 
 def tokenize_annotation(
@@ -164,7 +162,7 @@ def _tokenize(
 ) -> tuple[TokenizedSpans, bool]:
   prompt_text = tokenizer.prompt_text(annotation.prompt)
   (text,) = tokenizer.response_texts(annotation.prompt, prompt_text, [annotation.response])
-  begin = _find(annotation.response, text)
+  begin = find_response(annotation.response, text)
   (prompt,) = tokenizer.encode([prompt_text])
   response, offsets = tokenizer.encode_response(prompt_text, text)
   prompt_length, length, _ = pair_lengths(len(prompt), len(response), 0, limits)
@@ -184,8 +182,14 @@ def _tokenize(
   return tokenized, (prompt_length, length) != (len(prompt), len(response))
 
 
-def _find(response: str, text: str) -> int:
-  """Returns the position of the response in the rendered text; the template may strip it."""
+def find_response(response: str, text: str) -> int:
+  """Returns the position of a response in its rendered text; the template may strip it.
+
+  It is negative where the text lacks white space that the response begins with.
+
+  Raises:
+    UserError: the template changes the words of the response.
+  """
   position = text.find(response)
   if position >= 0:
     return position

@@ -1,4 +1,4 @@
-"""Reads responses whose steps have labels, and tokenizes them; `train.step_label_step` trains.
+"""Reads responses whose steps have labels; `data.step_rows` tokenizes them.
 
 A step is a span of text, from the end of the one before to its own. Rows may lie among pairs:
 `row_forms.is_labelled` tells them apart.
@@ -8,17 +8,9 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from segjax.data.batches import Steps
 from segjax.data.json_rows import Row
-from segjax.data.limits import Limits, NoRowsLeftError, describe_counts, fixed_length
-from segjax.data.ragged import Ragged
-from segjax.data.row_forms import STEPS, STEPWISE, is_labelled, is_pair, read_text
+from segjax.data.row_forms import STEPS, STEPWISE, is_labelled, read_text
 from segjax.data.sources import Message, Rows, as_conversation, as_prompt
-from segjax.data.span_annotations import SpanAnnotation, tokenize_annotation
-from segjax.data.token_chunks import prompt_key
-from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError, excerpt
 
 _SEPARATOR = '\n'  # of joined `completions`, TRL's default
@@ -105,67 +97,15 @@ def _step(item: Any, length: int, location: str) -> tuple[int, float]:
 
 
 def has_step_labels(rows: Rows) -> bool:
-  """Returns whether the first row that can be read has labels of steps."""
+  """Returns whether the first row that can be read has labels of steps.
+
+  Raises:
+    UserError: a row before it cannot be read, and `rows.reading` drops none.
+  """
   for index in range(len(rows)):
     try:
       return is_labelled(rows[index])
     except UserError:
-      continue
+      if not rows.reading.drop_bad:
+        raise
   return False
-
-
-def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Steps:
-  """Tokenizes responses with labelled steps, truncated as a pair's are; counts `pairs` besides.
-
-  A label lies at the token that completes the characters of its step, see
-  `span_annotations.character_tokens`; of steps that end in the same token, the last counts. A
-  response whose labels were all truncated is dropped (`dropped_empty`).
-
-  Raises:
-    UserError: a row cannot be read, is overlong under 'error', or no row is left.
-  """
-  ids, labels, indices, groups = [], [], [], []
-  counts = {'rows': len(rows), 'truncated': 0, 'dropped_overlong': 0, 'dropped_empty': 0}
-  for index, location, labelled in rows.read(_read, counts):
-    if labelled is _PAIR:
-      counts['pairs'] = counts.get('pairs', 0) + 1
-      continue
-    annotation = SpanAnnotation(labelled.prompt, labelled.response, ())
-    tokenized, is_truncated = tokenize_annotation(annotation, tokenizer, limits, location)
-    if is_truncated and limits.overlong_policy == 'drop':
-      counts['dropped_overlong'] += 1
-      continue
-    row = np.full(len(tokenized.ids), np.nan, np.float32)
-    for end, label in labelled.steps:
-      token = tokenized.token_of_char[end - 1]
-      if token >= 0:
-        row[tokenized.prompt_length + token] = label
-    if np.isnan(row).all():
-      counts['dropped_empty'] += 1
-      continue
-    counts['truncated'] += is_truncated
-    ids.append(np.array(tokenized.ids, np.int32))
-    labels.append(row)
-    indices.append(index)
-    groups.append(prompt_key(labelled.prompt))
-  if not ids:
-    raise NoRowsLeftError(
-      f'{rows.name}: none of its {len(rows)} rows is left ({describe_counts(counts)}); raise '
-      'data.max_length or check the rows.'
-    )
-  return Steps(
-    tokens=Ragged.from_rows(ids, np.int32),
-    labels=Ragged.from_rows(labels, np.float32),
-    row=np.array(indices),
-    group=np.array(groups, np.uint64),
-    length=fixed_length(max(map(len, ids)), limits.max_length, rows, counts),
-    pad_id=tokenizer.pad_id,
-    counts=counts,
-  )
-
-
-_PAIR = LabelledResponse([], '', [])
-
-
-def _read(row: Row, location: str) -> LabelledResponse:
-  return _PAIR if is_pair(row) else as_labelled_response(row, location)

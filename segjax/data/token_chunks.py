@@ -16,7 +16,8 @@ from segjax.data import template_checks
 from segjax.data.row_forms import Message
 from segjax.data.rows import Reading, read_row
 from segjax.data.sources import Row
-from segjax.data.token_forms import SKIPPED, Form, TokenizedRow, Written
+from segjax.data.token_forms import Form
+from segjax.data.token_rows import SKIPPED, TokenizedRow, Written
 from segjax.data.token_store import Columns
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.errors import UserError
@@ -61,7 +62,7 @@ def tokenize_chunk(form: Form, chunk: Chunk, reading: Reading) -> TokenizedChunk
       if written is None:
         counts['dropped_bad'] = counts.get('dropped_bad', 0) + 1
       elif written is SKIPPED:
-        counts['with_steps'] = counts.get('with_steps', 0) + 1
+        counts[form.skipped] = counts.get(form.skipped, 0) + 1
       else:
         rows.append((index, location, written))
     tokenized = _encode(form.tokenizer, rows)
@@ -114,9 +115,8 @@ def _encode(
     return
   ids = iter(groups)
   for index, location, row in rows:
-    yield TokenizedRow(
-      index, location, prompt_key(row.prompt), [next(ids) for _ in row.groups], row.flags
-    )
+    pieces = [next(ids) for _ in row.groups]
+    yield TokenizedRow(index, location, prompt_key(row.prompt), pieces, row.flags, row.rendered)
 
 
 def prompt_key(prompt: Sequence[Message]) -> int:

@@ -7,8 +7,8 @@ tokenized by `segjax.data.token_chunks`.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,36 +18,9 @@ from segjax.data.limits import Limits
 from segjax.data.pair_rules import PairRules
 from segjax.data.row_forms import Message
 from segjax.data.sources import Pair, Row, as_conversation, as_pair, as_prompt
+from segjax.data.step_rows import StepRows
+from segjax.data.token_rows import SKIPPED, TokenizedRow, Written
 from segjax.data.tokenizer import ChatTokenizer
-
-
-class Written(NamedTuple):
-  """A row as text.
-
-  Attributes:
-    prompt: the messages before the answers.
-    groups: texts in pieces that no token spans, see `ChatTokenizer.encode_pieces`.
-    flags: what is read of the row besides.
-    rendered: the prompt as text, where earlier answers in it are read but not trained.
-  """
-
-  prompt: Sequence[Message]
-  groups: list[list[str]]
-  flags: Any
-  rendered: str = ''
-
-
-SKIPPED = Written((), [], None)  # of a row of another form, which is read elsewhere
-
-
-class TokenizedRow(NamedTuple):
-  """A row as tokens: index in its source, location, key of its prompt, ids of each piece."""
-
-  index: int
-  location: str
-  key: int
-  groups: list[list[np.ndarray]]
-  flags: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +81,7 @@ class PairRows:
     'group': np.uint64,
     'truncated': bool,
   }
+  skipped: ClassVar = 'with_steps'  # what rows of another form are counted as
   length_limit = property(lambda self: self.limits.max_length)
 
   def read(self, row: Row, location: str) -> Pair | None:
@@ -207,4 +181,4 @@ class PromptRows:
     return {'tokens': ids[-limit:], 'row': row.index, 'group': row.key}
 
 
-Form = ConversationRows | PairRows | PromptRows
+Form = ConversationRows | PairRows | PromptRows | StepRows

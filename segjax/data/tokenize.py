@@ -12,11 +12,12 @@ from absl import logging
 
 from segjax.data import limits as limits_lib
 from segjax.data import token_cache, token_workers
-from segjax.data.batches import Conversations, Pairs, Prompts
+from segjax.data.batches import Conversations, Pairs, Prompts, Steps
 from segjax.data.limits import Limits
 from segjax.data.pair_rules import DEFAULT_RULES, PairRules
 from segjax.data.ragged import Ragged
 from segjax.data.rows import Remarks, Rows
+from segjax.data.step_rows import StepRows
 from segjax.data.token_chunks import TokenizedChunk, tokenize_chunk
 from segjax.data.token_forms import ConversationRows, Form, PairRows, PromptRows
 from segjax.data.token_store import Sink
@@ -75,6 +76,22 @@ def tokenize_prompts(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Pr
     ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
   """
   return Prompts(source=rows, **_tokenize(rows, PromptRows(tokenizer, limits)))
+
+
+def tokenize_steps(rows: Rows, tokenizer: ChatTokenizer, limits: Limits) -> Steps:
+  """Tokenizes responses with labelled steps, truncated as a pair's are; pairs are left out.
+
+  A label lies at the token that completes the characters of its step, see
+  `span_annotations.character_tokens`; of steps that end in the same token, the last counts. A
+  response whose labels were all truncated is dropped (`dropped_empty`).
+
+  Returns:
+    A dataset with `counts` as in `tokenize_conversations`, and `pairs` if there are any.
+
+  Raises:
+    ValueError: a row cannot be read, a row is overlong under 'error', or no row is left.
+  """
+  return Steps(**_tokenize(rows, StepRows(tokenizer, limits)))
 
 
 def _tokenize(rows: Rows, form: Form) -> dict[str, Any]:

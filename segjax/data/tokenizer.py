@@ -173,7 +173,7 @@ class ChatTokenizer:
     context = prompt if self.sentinel else ''
     ids, offsets = joined_ids.encode_after(self.tokenizer, context, text, self.sentinel)
     self._checked([ids])
-    return ids, [(int(start), int(end)) for start, end in offsets]
+    return ids, [(start, end) for start, end in offsets.tolist()]
 
   def text_ids(self, text: str) -> tuple[list[int], list[int]]:
     """Returns (the BOS token or nothing, token ids) of text that no template renders.

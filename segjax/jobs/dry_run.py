@@ -39,6 +39,9 @@ def run(settings: Settings, stages: list[Stage], is_full: bool = False) -> None:
   table('What each stage does, at most', columns, [_row(stage, notes) for stage in stages])
   for note in notes:
     log(note)
+  for stage in stages:
+    if text := JOBS[stage.name].describe_rows(stage.settings):
+      log(text, stage.name)
   for text, name in lines:
     if text.startswith('warning'):  # the other lines count the first rows alone
       log(text, name)

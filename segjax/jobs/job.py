@@ -115,6 +115,7 @@ class Job:
     tokens_per_step: (settings) -> maximum number of tokens in a step, prompts and responses; None
       for a job without steps.
     num_steps: (settings, number of rows) -> number of steps; 0 means unknown in both.
+    describe_rows: (settings) -> a sentence on the rows for a dry run; '' for nothing.
     passes: (settings) -> passes of a token through a network; an update counts as three.
     headline: (stage, results) -> what the run has reached, in one sentence; '' for nothing.
     plan: the programs that `tools/plan.py` compiles for it.
@@ -137,6 +138,7 @@ class Job:
   num_networks: Callable[[Settings], int] = lambda settings: 1
   tokens_per_step: Callable[[Settings], int] | None = None
   num_steps: Callable[[Settings, int], int] | None = None
+  describe_rows: Callable[[Settings], str] = lambda settings: ''
   passes: Callable[[Settings], float] = lambda settings: 1.0
   headline: Callable[[Stage, Results], str] | None = None
   plan: JobPlan | None = None

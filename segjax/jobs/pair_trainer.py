@@ -14,9 +14,9 @@ from segjax.data.tokenizer import ChatTokenizer
 from segjax.evaluation.pair_scores import score_pairs, scored_pair_metrics
 from segjax.jobs import step_training
 from segjax.model.llama import LlamaConfig
-from segjax.model.mesh import batch_devices
 from segjax.report.timing import time_evaluation
 from segjax.run import training_loop
+from segjax.run.labelled_rows import labelled_at_once
 from segjax.run.stage import Stage
 from segjax.train import throughput
 from segjax.train.mixed_step import MixedBatch, MixedPacking, mixed_step
@@ -80,7 +80,8 @@ class Trainer:
   ) -> tuple[training_loop.TrainStates, dict[str, Any]]:
     """Updates the network on a batch."""
     stage, s = self.stage, stage_settings(self.stage)
-    rows = self.train_set.batch_rows(s.batch_size, self._piece, stage.settings.seed, step)
+    piece = labelled_at_once(s, stage.mesh)
+    rows = self.train_set.batch_rows(s.batch_size, piece, stage.settings.seed, step)
     pairs = self._batch(self.train_set.pairs, rows[0])
     steps = self._batch(self.train_set.steps, rows[1])
     state, metrics = self._update(states[stage.name], pairs, steps)
@@ -90,13 +91,6 @@ class Trainer:
       params = self.frozen.base | state.params
       metrics |= time_evaluation(lambda: self._evaluate(params), step=metrics)
     return {stage.name: state}, metrics
-
-  @property
-  def _piece(self) -> int:
-    """Labelled responses that go through the network at once."""
-    s = stage_settings(self.stage)
-    is_split = s.micro_batch_size and not (s.packing_length or s.micro_batch_tokens)
-    return s.micro_batch_size if is_split else batch_devices(self.stage.mesh)
 
   def _batch(self, dataset: Pairs | Steps | None, rows: np.ndarray | None) -> _Batch | None:
     if dataset is None:

@@ -171,7 +171,7 @@ def make_job(
     summary=('held_out_accuracy',),
     num_networks=lambda s: 2,
     tokens_per_step=lambda s: 2 * getattr(s, name).batch_size * s.data.max_length,
-    num_steps=lambda s, rows: _count_steps(getattr(s, name), rows, name),
+    num_steps=lambda s, rows: count_steps(getattr(s, name), rows, name),
     passes=lambda s: 4.0,  # an update, and the reference
     headline=_headline,
     plan=plan,
@@ -196,6 +196,7 @@ def _headline(stage: Stage, results: dict[str, Any]) -> str:
   return '; '.join(sentences)
 
 
-def _count_steps(settings: PairTraining, rows: int, section: str) -> int:
+def count_steps(settings: PairTraining, rows: int, section: str) -> int:
+  """Returns the number of updates for a dry run, see `training_loop.count_known_steps`."""
   held_out = math.ceil(settings.holdout_fraction * rows)  # at least: prompts stay whole
   return training_loop.count_known_steps(settings, rows - held_out, section)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segjax import processes
-from segjax.config.settings import Segmentation
+from segjax.config.settings import Segmentation, Settings
 from segjax.data.pairs_and_steps import PairsAndSteps
-from segjax.data.step_labels import has_step_labels, tokenize_steps
+from segjax.data.step_labels import has_step_labels
+from segjax.data.tokenize import tokenize_steps
 from segjax.data.tokenizer import ChatTokenizer
 from segjax.data.tokenizer_files import tokenizer_fingerprint
 from segjax.hf.adapter_config import tokenizer_directory
@@ -18,6 +19,7 @@ from segjax.jobs import pair_training, reward_calibration, reward_entropy_cache,
 from segjax.jobs.pair_trainer import Network
 from segjax.plan import programs
 from segjax.run import inputs, models
+from segjax.run.labelled_rows import count_forms
 from segjax.run.scorers import make_scorer
 from segjax.run.stage import Stage
 from segjax.run.weights import Weights
@@ -74,6 +76,7 @@ def _load_data(stage: Stage, network: Network) -> PairsAndSteps:
   if starts_with_steps and steps.counts.get('pairs'):
     pairs = pair_training.load_pairs(stage, network, rows)
   data = PairsAndSteps(pairs, steps)
+  step_training.check_columns(s.data.columns, data, rows)
   step_training.check_settings(s.reward, data, rows.name)
   return data
 
@@ -131,6 +134,29 @@ def _write_reward_spec(directory: Path, source: Path, segmentation: Segmentation
   reward_spec.write_spec(directory, spec)
 
 
-JOB = pair_training.make_job(
-  programs.REWARD, load, run, functions=lambda s: ('reward.segmentation.boundary_fn',)
+def _tokens_per_step(s: Settings) -> int:
+  forms, size = count_forms(s.data), s.reward.batch_size
+  pairs = size if forms is None or forms.pairs or not forms.labelled else 0
+  labelled = forms.labelled_in_update(size) if forms else 0
+  return (2 * pairs + labelled) * s.data.max_length
+
+
+def _num_steps(s: Settings, rows: int) -> int:
+  if rows and (forms := count_forms(s.data)) and forms.labelled:
+    rows = forms.leading_rows(s.reward.batch_size)
+  return pair_training.count_steps(s.reward, rows, 'reward')
+
+
+def _describe_rows(s: Settings) -> str:
+  forms = count_forms(s.data)
+  return forms.describe(s.reward.batch_size) if forms else ''
+
+
+JOB = dataclasses.replace(
+  pair_training.make_job(
+    programs.REWARD, load, run, functions=lambda s: ('reward.segmentation.boundary_fn',)
+  ),
+  tokens_per_step=_tokens_per_step,
+  num_steps=_num_steps,
+  describe_rows=_describe_rows,
 )

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from segjax import processes
-from segjax.config.settings import RewardTraining
+from segjax.config.settings import Columns, RewardTraining
 from segjax.data.batches import Steps
 from segjax.data.pairs_and_steps import PairsAndSteps
-from segjax.data.rows import NoRowsLeftError
+from segjax.data.row_forms import STEPS, STEPWISE, describe_keys
+from segjax.data.rows import NoRowsLeftError, Rows
 from segjax.model.llama import LlamaConfig
 from segjax.run.stage import Stage
 from segjax.train.step_label_step import label_sums
@@ -48,6 +49,19 @@ def check_settings(settings: RewardTraining, data: PairsAndSteps, name: str) -> 
       f'config.reward.steps_weight={settings.steps_weight} weighs labels of `steps` beside pairs, '
       f'and {name} has {has} alone; leave it out, or add rows of the other form.'
     )
+
+
+def check_columns(columns: Columns, data: PairsAndSteps, rows: Rows) -> None:
+  """Raises MissingFormError if columns of labelled steps are named, and no row has them."""
+  if data.steps is not None:
+    return
+  row = rows[int(data.pairs.row[0])]
+  for key in (STEPS, *STEPWISE):
+    if name := getattr(columns, key):
+      raise MissingFormError(
+        f'config.data.columns.{key}={name!r} is for labelled steps, and {rows.name} has pairs '
+        f'alone; correct it, or leave it out. Of the first pair {describe_keys(row)}.'
+      )
 
 
 def evaluate(

@@ -160,10 +160,17 @@ def model_outputs(
   )
 
 
-def pairs(size: int, length: int) -> PreferenceBatch:
-  """Returns a batch of preference pairs, each side padded to `length`."""
+def pairs(size: int, length: int, has_signal: bool = False) -> PreferenceBatch:
+  """Returns a batch of preference pairs, each side padded to `length`.
+
+  Args:
+    size: pairs.
+    length: tokens of a side.
+    has_signal: they hold what boundaries read of the reference.
+  """
   ids = jnp.zeros((size, length), jnp.int32)
-  side = Sequences(ids=ids, response_mask=ids > 0, finished=ids[:, 0] > 0)
+  signal = ids.astype(jnp.float32) if has_signal else None
+  side = Sequences(ids=ids, response_mask=ids > 0, finished=ids[:, 0] > 0, ref_signal=signal)
   return PreferenceBatch(side, side)
 
 

@@ -5,8 +5,9 @@
   segjax plan sft:local --lengths=maximum     the time of texts of the maximum length
   segjax plan --table                         every preset on every topology that has batch sizes
 
-Compiles every phase of the job for the topology, from shapes alone. The exit code is 1 if the run
-does not fit. `python tools/plan.py --config=configs/ppo.py...` is the same.
+Compiles every phase of the job for the topology, from shapes alone; of local rows for reward it
+reads how many have labelled steps. The exit code is 1 if the run does not fit.
+`python tools/plan.py --config=configs/ppo.py...` is the same.
 """
 
 import json

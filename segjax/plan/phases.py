@@ -55,6 +55,7 @@ class Phase:
     calls: returns its calls in a step, once they are needed; None for what is outside of steps.
     model_flops: of the updates of a step, on real tokens and all devices; 0 for other phases.
     refused: why it cannot fit, where that is known before its program is compiled.
+    gradients: that an update has at once.
   """
 
   name: str
@@ -67,6 +68,7 @@ class Phase:
   calls: Callable[[], Calls] | None = one_call
   model_flops: float | int = 0
   refused: str = ''
+  gradients: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class JobPrograms:
     configs: the networks by name, as they are run.
     tokens: of the texts of a step.
     responses_at_once: that all devices together decode; 0 for a job without rollouts.
+    note: what the plan assumes of the rows, as a sentence; '' for nothing.
   """
 
   trees: dict[str, Any]
@@ -86,6 +89,7 @@ class JobPrograms:
   configs: dict[str, LlamaConfig]
   tokens: int
   responses_at_once: int = 0
+  note: str = ''
 
   def sizes(self) -> dict[str, int]:
     """Returns the bytes per device of each tree; trees that are parts of others are left out."""

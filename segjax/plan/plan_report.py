@@ -22,6 +22,8 @@ def print_plan(plan: Plan) -> None:
   table('Lives across phases', ('', 'GiB per device'), trees)
   if at_once := plan.programs.responses_at_once:
     log(f'{at_once:,} responses are decoded at once')
+  if plan.programs.note:
+    log(plan.programs.note)
   if any(phase.cost for phase in plan.phases):
     _print_time(plan)
   for phase in plan.phases:
@@ -105,6 +107,7 @@ def to_json(plan: Plan) -> str:
     'phases': [_record(phase, plan) for phase in plan.phases],
     'trees': plan.programs.sizes(),
     'responses_at_once': plan.programs.responses_at_once,
+    'note': plan.programs.note,
     'suggestions': plan.suggestions,
     'seconds_per_step': plan.step_seconds,
     'tokens_per_second': plan.tokens_per_second,

@@ -15,10 +15,12 @@ from segjax.config.lora import resolve_lora
 from segjax.config.settings import Settings
 from segjax.data.batches import TokenBatch
 from segjax.model.llama import LlamaConfig
-from segjax.plan import abstract_arrays
+from segjax.plan import abstract_arrays, label_programs
 from segjax.plan.lengths import draw_lengths
 from segjax.plan.phases import TOTAL_STEPS, JobPlan, JobPrograms, Phase, RowsAtOnce
 from segjax.plan.update_calls import update_calls
+from segjax.run.inputs import with_stage_data
+from segjax.run.labelled_rows import count_forms, labelled_at_once
 from segjax.run.network_runtime import apply_runtime
 from segjax.train import throughput
 from segjax.train.implicit_scoring import ImplicitScorer
@@ -26,6 +28,11 @@ from segjax.train.preference_step import FrozenParams, preference_step
 from segjax.train.reward_scoring import PairScorer, SegmentScorer, evaluate_pairs
 from segjax.train.segmenter import Segmenter
 from segjax.train.sft_step import sft_step
+
+_PAIRS_ALONE = (
+  'planned for pairs alone, as config.data.path has no rows on this machine; with labelled steps '
+  'beside them an update takes a second gradient and the memory of these rows'
+)
 
 
 def sft_programs(
@@ -72,12 +79,25 @@ def reward_programs(
   trees = {'reward model state': state}
   weights = abstract_arrays.params(frozen, 'language', s.runtime.compute_dtype, mesh)
   base = {'backbone': weights['backbone']} if trained.lora else {}
-  if scorer.segmenter.needs_reference and not s.reward.entropy_cache_dir:
+  forms = count_forms(with_stage_data(s, 'reward').data)
+  size, piece = s.reward.batch_size, labelled_at_once(s.reward, mesh)
+  count = forms.labelled_in_update(size, piece) if forms else 0
+  if count and not forms.pairs:
+    labelled = _row_lengths(s, lengths, count)
+    programs = label_programs.labels_alone(s, trained, state, base, labelled, mesh)
+    return dataclasses.replace(programs, note=forms.describe(size))
+  has_signal = scorer.segmenter.needs_reference and bool(s.reward.entropy_cache_dir)
+  if scorer.segmenter.needs_reference and not has_signal:
     trees['reference'] = weights
   elif base:
     trees['base'] = base
-  job = _PairJob('reward', 'reward model', 'scalar', trained, base)
-  return _pair_programs(s, job, scorer, trees, mesh, lengths)
+  job = _PairJob('reward', 'reward model', 'scalar', trained, base, has_signal)
+  programs = _pair_programs(s, job, scorer, trees, mesh, lengths)
+  if not count:
+    return dataclasses.replace(programs, note='' if forms and forms.pairs else _PAIRS_ALONE)
+  labelled = _row_lengths(s, lengths, count)
+  programs = label_programs.with_labels(programs, s, trained, labelled, mesh)
+  return dataclasses.replace(programs, note=forms.describe(size, piece))
 
 
 def dpo_programs(
@@ -94,13 +114,17 @@ def dpo_programs(
 
 
 class _PairJob(NamedTuple):
-  """Section, and the name, head, network and frozen base of what is trained on pairs."""
+  """Section, and the name, head, network and frozen base of what is trained on pairs.
+
+  `has_signal`: whether pairs hold what boundaries read of the reference, which is not run then.
+  """
 
   section: str
   name: str
   head: str
   network: LlamaConfig
   base: Any
+  has_signal: bool = False
 
 
 def _pair_programs(
@@ -123,7 +147,7 @@ def _pair_programs(
   """
   settings = getattr(s, job.section)
   trees['pairs'] = abstract_arrays.batch_shape_structs(
-    lambda: abstract_arrays.pairs(settings.batch_size, s.data.max_length), mesh
+    lambda: abstract_arrays.pairs(settings.batch_size, s.data.max_length, job.has_signal), mesh
   )
   live = tuple(trees)
   state, reference, pairs = trees[live[0]], trees.get('reference'), trees['pairs']

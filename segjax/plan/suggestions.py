@@ -91,7 +91,8 @@ def peak_with(changes: list[SettingChange], measured: Measured) -> float | int:
     extra, fixed = before.temporaries + before.outputs - before.aliased, 0
     share = min((change.rows.get(phase.name, 1.0) for change in changes), default=1.0)
     if phase.name.endswith('update'):  # the gradient has the parameters' size, whatever the rows
-      fixed = min(abstract_arrays.bytes_per_device(phase.arguments[0].params), extra)
+      size = abstract_arrays.bytes_per_device(phase.arguments[0].params)
+      fixed = min(phase.gradients * size, extra)
     peaks.append(live_bytes(phase, programs) + fixed + int((extra - fixed) * share))
   return max(peaks)
 

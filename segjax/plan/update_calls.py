@@ -30,6 +30,7 @@ def update_calls(
   longest: int,
   mesh: Mesh,
   network: LlamaConfig,
+  group: int = 0,
 ) -> tuple[tuple[Any, ...], Calls]:
   """Returns (arguments of the largest update, calls of the updates of a step).
 
@@ -44,8 +45,9 @@ def update_calls(
     longest: tokens of the longest sequence that there may be.
     mesh: the devices.
     network: that is trained.
+    group: sequences of a row; 0 for 2 of a pair and 1 of other rows, by the settings.
   """
-  group = 2 if isinstance(settings, PairTraining) else 1  # responses of a pair
+  group = group or (2 if isinstance(settings, PairTraining) else 1)
   plan = functools.partial(plan_packing_for, settings, mesh=mesh, network=network, group=group)
   if settings.packing_length and settings.micro_batch_tokens:
     # Not that of the longest sequences, of which few fit into a piece exactly.

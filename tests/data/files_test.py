@@ -7,9 +7,11 @@ import re
 import time
 
 import pytest
+from etils import epath
 from fixtures.tokenizers import user
 
 from segjax.data import arrow_store, files, json_rows
+from segjax.data.lazy_rows import open_rows
 from segjax.data.rows import Reading
 from segjax.data.source_list import Source, parse_sources
 from segjax.data.sources import load_rows
@@ -172,6 +174,19 @@ def test_pipes_and_devices_are_not_read(tmp_path):
   for name in ('a.jsonl', 'b.jsonl', 'data'):
     with pytest.raises(ValueError, match='a pipe or device, which cannot be read twice'):
       load_rows(str(tmp_path / name))
+
+
+def test_a_directory_is_known_by_its_files(tmp_path):
+  folder = tmp_path / 'folder'
+  write(folder / 'train.jsonl')
+  write(folder / 'more' / 'test.jsonl')
+  (folder / 'more' / 'loop').symlink_to(folder)
+  assert len(open_rows(str(folder), 'train', 0, Reading())) == len(ROWS)
+  before = files.stamps(epath.Path(folder))
+  assert [os.path.basename(stamp.path) for stamp in before] == ['test.jsonl', 'train.jsonl']
+  assert files.stamps(epath.Path(folder)) == before
+  write(folder / 'more' / 'test.jsonl', ROWS[1:])
+  assert files.stamps(epath.Path(folder)) != before
 
 
 def test_source_lists(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from fixtures.tokenizers import assistant, user
 
 from segjax.data.limits import Limits
 from segjax.data.sources import Rows
-from segjax.data.tokenize import tokenize_conversations, tokenize_pairs
+from segjax.data.tokenize import tokenize_conversations, tokenize_pairs, tokenize_steps
 from segjax.data.tokenizer import load_tokenizer
 
 # Llama-2's, in which an answer follows a bracket; and one in which it follows a line.
@@ -19,6 +19,7 @@ ROLE = (
   "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{{ eos_token }}"
   '{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}'
 )
+WORDS = ('there', 'there was a dog')  # up to the ends of two steps
 KINDS = ('prepend', 'metaspace first', 'metaspace always', 'byte-level with a space')
 
 
@@ -96,6 +97,14 @@ def test_datasets_hold_the_ids_of_the_whole(tmp_path, kind):
     text = chat.tokenizer.apply_chat_template(answered, tokenize=False)
     assert getattr(pairs, side)[0].tolist() == chat.encode([text])[0]
   assert pairs.chosen[0][: pairs.prompt_length[0]].tolist() == chat.prompt_ids(turns[:3])
+  labelled = {'messages': turns, 'steps': [[5, 1], [15, 0]]}
+  steps = tokenize_steps(Rows([labelled], 'rows.jsonl'), chat, Limits(256, 128))
+  assert steps.tokens[0].tolist() == data.tokens[0].tolist()
+  prompt_length = len(chat.prompt_ids(turns[:3]))
+  ids, labels = steps.tokens[0][prompt_length:], steps.labels[0][prompt_length:]
+  for position, words in zip(np.flatnonzero(~np.isnan(labels)), WORDS, strict=True):
+    assert chat.decode(ids[: position + 1]).strip().startswith(words)
+    assert not chat.decode(ids[:position]).strip().startswith(words)
 
 
 def test_a_token_that_would_span_prompt_and_answer_is_split(tmp_path):

@@ -10,8 +10,7 @@ from segjax.data.pair_rules import PairRules
 from segjax.data.pairs_and_steps import PairsAndSteps
 from segjax.data.rows import Reading
 from segjax.data.sources import Rows
-from segjax.data.step_labels import tokenize_steps
-from segjax.data.tokenize import tokenize_pairs
+from segjax.data.tokenize import tokenize_pairs, tokenize_steps
 from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 

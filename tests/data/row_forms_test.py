@@ -5,7 +5,9 @@ from segjax.data import row_forms
 from segjax.data.limits import Limits
 from segjax.data.rows import Reading, Rows
 from segjax.data.sources import Pair, as_conversation, as_pair, as_prompt, load_rows
+from segjax.data.step_labels import as_labelled_response
 from segjax.data.tokenize import tokenize_conversations
+from segjax.errors import UserError
 
 TURNS = [user('2 + 2?'), assistant('4.')]
 SHAREGPT = [{'from': 'human', 'value': '2 + 2?'}, {'from': 'gpt', 'value': '4.'}]
@@ -174,6 +176,61 @@ def test_a_column_that_does_not_exist():
     ValueError, match=r"f, row 2: data\.columns\.prompt='input', but .* keys are x"
   ):
     rows[1]
+
+
+PAIR_ROW = {'question': 'a', 'good': 'b', 'bad': 'c'}
+LABELLED_ROW = {'question': 'a', 'text_of_answer': 'b', 'process': [[1, 1]]}
+STEPWISE_ROW = {'question': 'a', 'steps': ['b', 'c'], 'ratings': [1, 0]}
+SIDES = {'chosen': 'good', 'rejected': 'bad'}
+
+
+@pytest.mark.parametrize('null', [False, True])
+def test_each_row_needs_the_columns_of_its_form(null):
+  rows = [PAIR_ROW, LABELLED_ROW, STEPWISE_ROW]
+  steps = {'response': 'text_of_answer', 'steps': 'process'}
+  stepwise = {'completions': 'steps', 'labels': 'ratings'}
+  columns = {'prompt': 'question'} | SIDES | steps | stepwise
+  if null:  # as in a table, which has all columns in each row
+    keys = {key for row in rows for key in row}
+    rows = [dict.fromkeys(sorted(keys)) | row for row in rows]
+  pair, labelled, written = Rows(rows, 'f', reading=Reading(columns))
+  assert as_pair(pair) == Pair([user('a')], 'b', 'c') and row_forms.is_pair(pair)
+  assert as_labelled_response(labelled) == ([user('a')], 'b', [(1, 1.0)])
+  assert as_labelled_response(written) == ([user('a')], 'b\nc', [(1, 1.0), (3, 0.0)])
+  row = row_forms.with_columns(STEPWISE_ROW, stepwise | SIDES, 'f')
+  assert row.keys() == {'question', 'ratings', *row_forms.STEPWISE}
+
+
+@pytest.mark.parametrize(
+  'row, columns, wrong',
+  [
+    (PAIR_ROW, SIDES | {'chosen': 'god', 'steps': 'process'}, 'chosen'),
+    (PAIR_ROW, SIDES | {'rejected': 'worse', 'steps': 'process'}, 'rejected'),
+    (PAIR_ROW, SIDES | {'chosen_rating': 'stars', 'steps': 'process'}, 'chosen_rating'),
+    (PAIR_ROW, SIDES | {'prompt': 'q', 'steps': 'process'}, 'prompt'),
+    (LABELLED_ROW, SIDES | {'steps': 'proces'}, 'chosen'),
+    (LABELLED_ROW, {'steps': 'proces'}, 'steps'),
+    (LABELLED_ROW, {'steps': 'process', 'response': 'answer'}, 'response'),
+    (STEPWISE_ROW, {'completions': 'steps', 'labels': 'rating'}, 'labels'),
+    (STEPWISE_ROW, {'completions': 'step', 'labels': 'ratings'}, 'completions'),
+  ],
+)
+def test_a_column_that_a_row_of_its_form_does_not_have(row, columns, wrong):
+  message = rf'^f: data\.columns\.{wrong}={columns[wrong]!r}, but .* keys are {", ".join(row)}\.$'
+  with pytest.raises(UserError, match=message):
+    row_forms.with_columns(row, columns, 'f')
+
+
+def test_the_column_of_one_label_leaves_its_texts():
+  row = {'prompt': 'a', 'steps': 'x', 'completions': ['b'], 'ratings': [1]}
+  assert row_forms.with_columns(row, {'labels': 'ratings'}, 'f') == {
+    'prompt': 'a',
+    'completions': ['b'],
+    'ratings': [1],
+    'labels': [1],
+  }
+  row = {'steps': 'x', 'process': [[1, 1]], 'completions': ['b'], 'labels': [1]}
+  assert row_forms.with_columns(row, {'steps': 'process'}, 'f').keys() == {'process', 'steps'}
 
 
 def test_other_names_of_roles_are_said_once():

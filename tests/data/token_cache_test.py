@@ -16,15 +16,21 @@ from segjax.data.lazy_rows import LazyRows
 from segjax.data.limits import Limits
 from segjax.data.pair_rules import DEFAULT_RULES, PairRules
 from segjax.data.rows import Reading
-from segjax.data.tokenize import tokenize_conversations, tokenize_pairs, tokenize_prompts
+from segjax.data.tokenize import (
+  tokenize_conversations,
+  tokenize_pairs,
+  tokenize_prompts,
+  tokenize_steps,
+)
 
 LIMITS = Limits(max_length=64, max_prompt_length=32)
-KINDS = [tokenize_conversations, tokenize_pairs, tokenize_prompts]
+KINDS = [tokenize_conversations, tokenize_pairs, tokenize_steps, tokenize_prompts]
 ROWS = [
   {
     'conversations': [{'from': 'human', 'value': f'hello {i % 7}'}],
     'chosen': 'one ' * i,
     'rejected': f'two {i}',
+    'steps': [[3, 1], [4 * i - 1, 0.25]] if i > 1 else [],
   }
   for i in range(30)
 ]

@@ -1,14 +1,17 @@
 """The reward job on labels of steps."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from segjax.config.settings import Data
 from segjax.errors import UserError
 from segjax.hf import reader
-from segjax.jobs import input_check, pipeline
+from segjax.jobs import dry_run, input_check, pipeline
+from segjax.run.labelled_rows import count_forms
 from segjax.train import reward_spec
 
 
@@ -142,6 +145,69 @@ def test_the_check_of_a_run_reads_on_for_rows_of_the_other_form(
   with path.open('a') as file:
     file.write((tmp_path / 'pairs.jsonl').read_text())
   assert input_check.check(stages) == []
+
+
+def test_columns_of_labelled_steps(small, inputs, tmp_path, one_device):
+  """Each row needs the columns of its form; a name that no row has is refused."""
+  rows = write_rows(tmp_path / 'steps.jsonl')
+  renamed = [{**row, 'process': row['steps'], 'steps': 'in words'} for row in rows]
+  pairs = (tmp_path / 'pairs.jsonl').read_text()
+  path = tmp_path / 'mixed.jsonl'
+  path.write_text(pairs + ''.join(json.dumps(row) + '\n' for row in renamed))
+
+  def check(path, name):
+    values = inputs | {'data.path': str(path), 'data.columns.steps': name}
+    return input_check.check(pipeline.prepare(small('reward', **values), tmp_path, one_device))
+
+  assert check(path, 'process') == []
+  message = r"data\.columns\.steps='proces'.* keys are prompt, response, steps, process"
+  path.write_text(''.join(json.dumps(row) + '\n' for row in renamed))
+  with pytest.raises(UserError, match=r'`steps` is .in words.'):  # the column of that name
+    check(path, 'proces')
+  renamed = [{key: row[key] for key in row if key != 'steps'} for row in renamed]
+  for text in (pairs, ''):
+    path.write_text(text + ''.join(json.dumps(row) + '\n' for row in renamed))
+    with pytest.raises(UserError, match=message.replace('steps, process', 'process')) as error:
+      check(path, 'proces')
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match=r"columns\.steps='process' is for .* are prompt, chosen"):
+    check(tmp_path / 'pairs.jsonl', 'process')
+
+
+@pytest.mark.parametrize(
+  'files, update, row',
+  [
+    # 28 pairs, of which 7 at least are held out: 2 updates of 8 pairs and 7 labelled responses.
+    ('pairs.jsonl,steps.jsonl', '24 of 52 rows .* 8 pairs and 7 responses', '2 +2.94 k +5.89 k'),
+    ('steps.jsonl', '24 of 24 rows .* an update has 8 responses', '2 +1.02 k +2.05 k'),
+    ('pairs.jsonl', '', '2 +2.05 k +4.1 k'),
+  ],
+)
+def test_a_dry_run_counts_labelled_rows(
+  small, inputs, tmp_path, one_device, capsys, files, update, row
+):
+  path = ','.join(str(tmp_path / name) for name in files.split(','))
+  values = {'data.path': path, 'data.max_length': 128, 'reward.max_steps': 0}
+  settings = small('reward', **inputs | values)
+  dry_run.run(settings, pipeline.prepare(settings, tmp_path / 'run', one_device))
+  out = capsys.readouterr().out
+  assert re.search(rf'^reward .* {row}', out, re.MULTILINE), out
+  assert re.search(rf'^reward +{update}.* with labelled steps$', out, re.MULTILINE) or not update
+  assert ('labelled steps' in out) == bool(update)
+
+
+def test_rows_of_large_data_are_counted_at_equal_distances(inputs, tmp_path, monkeypatch):
+  path, monkey = tmp_path / 'both.jsonl', monkeypatch.setattr
+  monkey('segjax.run.labelled_rows._MAX_ROWS', 13)
+  texts = [(tmp_path / f'{name}.jsonl').read_text() for name in ('pairs', 'steps')]
+  path.write_text('{}\n'.join(texts))
+  forms = count_forms(Data(path=str(path)))
+  assert (forms.read, forms.rows) == (13, 53) and 5 <= forms.labelled <= 7
+  assert 6 <= forms.pairs <= 8 and 24 <= forms.leading_rows(8) <= 33
+  assert '13 rows, at equal distances in 53, have' in forms.describe(8)
+  path.write_text(texts[0])  # another content of the same file
+  assert count_forms(Data(path=str(path))) == (13, 0, 13, 28)
+  assert count_forms(Data(path='owner/name')) is count_forms(Data(path=str(tmp_path))) is None
 
 
 def test_rows_of_neither_form(small, run, inputs, tmp_path):

@@ -316,6 +316,9 @@ def test_settings_that_cannot_be_planned(changes, message):
     planner.make_plan(PPO, SETTINGS, TOPOLOGY, ('polcy',))
 
 
+CACHED = {'reward.entropy_cache_dir': 'run', 'reward.segmentation.boundary': 'entropy'}
+
+
 @pytest.mark.plan
 @pytest.mark.parametrize(
   ('job', 'name', 'changes'),
@@ -327,6 +330,7 @@ def test_settings_that_cannot_be_planned(changes, message):
       {'ppo.packing_length': 80, 'ppo.micro_batch_size': 0, 'ppo.micro_batch_tokens': 160},
     ),
     (REWARD, 'held-out pairs', {}),
+    (REWARD, 'reward model update', CACHED),
     (DPO, 'policy update', {}),
   ],
 )
@@ -334,8 +338,62 @@ def test_other_phases_compile(job, name, changes):
   settings = replace(SETTINGS, **{'reward.batch_size': 8, 'dpo.batch_size': 8, **changes})
   (measured,) = planner.make_plan(job, settings, TOPOLOGY, (name,)).phases
   assert measured.arguments > 0 and not measured.refused
-  if changes:  # the packing plan is one more argument
+  if name == 'critic update':  # the packing plan is one more argument
     assert measured.arguments > make_plan(names=(name,)).phases[0].arguments
+
+
+def write_forms(path, pairs, labelled):
+  rows = [{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}] * pairs
+  rows += [{'prompt': 'a', 'response': 'b', 'steps': [[1, 1]]}] * labelled
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return {'data.path': str(path), 'reward.batch_size': 16}
+
+
+PACKED = {'reward.packing_length': 64, 'reward.micro_batch_tokens': 128}
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize(
+  'values', [{'reward.micro_batch_size': 8}, PACKED, {'lora.rank': 2}], ids=str
+)
+def test_an_update_on_pairs_and_labelled_steps_is_planned(tmp_path, values):
+  """More labelled rows than pairs: activations of a part, and a second gradient."""
+  plans = [
+    planner.make_plan(
+      REWARD,
+      replace(SETTINGS, **write_forms(tmp_path / f'{labelled}.jsonl', 10, labelled) | values),
+      with_memory(1),
+      ('reward model update',),
+      lengths='maximum',
+    )
+    for labelled in (0, 25)
+  ]
+  pairs, mixed = plans
+  assert pairs.programs.note == '' and '16 pairs and 40 responses with' in mixed.programs.note
+  ids, labels = mixed.programs.trees['labelled rows']
+  assert ids.shape == labels.shape == (40, 48)
+  assert not mixed.phases[0].refused and not mixed.fits
+  rows = abstract_arrays.bytes_per_device((ids, labels))
+  assert mixed.phases[0].arguments >= pairs.phases[0].arguments + rows
+  gradient = abstract_arrays.bytes_per_device(mixed.programs.trees['reward model state'].params)
+  assert mixed.peak >= pairs.peak + rows + gradient // 2
+  both, alone = (plan.programs for plan in (mixed, pairs))
+  assert both.tokens > alone.tokens and both.phases[0].model_flops > alone.phases[0].model_flops
+  assert mixed.suggestions and 'not enough' in mixed.suggestions[-1]
+
+
+@pytest.mark.plan
+def test_labelled_steps_alone_are_planned(tmp_path):
+  settings = replace(SETTINGS, **write_forms(tmp_path / 'rows.jsonl', 0, 5))
+  plan = planner.make_plan(REWARD, settings, TOPOLOGY)
+  assert [phase.name for phase in plan.phases] == ['reward model update', 'held-out steps']
+  assert plan.programs.note == (
+    '5 of 5 rows have labelled steps: an update has 16 responses with labelled steps'
+  )
+  pairs = planner.make_plan(REWARD, replace(settings, **{'data.path': 'owner/name'}), TOPOLOGY)
+  assert plan.peak < pairs.peak and 'pairs alone' in pairs.programs.note
+  assert json.loads(plan_report.to_json(pairs))['note'] == pairs.programs.note
+  assert 'reference' not in plan.programs.trees
 
 
 @pytest.mark.plan

@@ -13,7 +13,8 @@ from segjax.config.settings import PairTraining
 from segjax.data.batches import select, split_holdout
 from segjax.data.limits import Limits
 from segjax.data.sources import Rows
-from segjax.data.step_labels import as_labelled_response, has_step_labels, tokenize_steps
+from segjax.data.step_labels import as_labelled_response, has_step_labels
+from segjax.data.tokenize import tokenize_steps
 from segjax.data.tokenizer import load_tokenizer
 from segjax.errors import UserError
 from segjax.model import sharding

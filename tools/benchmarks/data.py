@@ -1,8 +1,8 @@
 """Times the data of a reward run from its start to its first batch, and measures its memory.
 
 Everything runs in processes of its own, as a job does it, but without the model: the tokenizer and
-the rows are loaded, the pairs tokenized, held out by prompt and gathered to a batch on the host.
-The second start finds the tokens of the first one.
+the rows are loaded, tokenized, held out by prompt and gathered to a batch on the host. The second
+start finds the tokens of the first one.
 """
 
 import argparse
@@ -31,6 +31,13 @@ try:
   from segjax.data.tokenize import tokenize_pairs
 except ImportError:  # of an earlier commit
   from segjax.data.encoding import Limits, encode_pairs as tokenize_pairs
+has_steps = sys.argv[4] == 'steps'
+if has_steps:
+  from segjax.data.step_labels import has_step_labels
+  try:
+    from segjax.data.tokenize import tokenize_steps
+  except ImportError:
+    from segjax.data.step_labels import tokenize_steps
 try:
   from segjax.data.rows import Reading
   from segjax.data.lazy_rows import open_rows
@@ -38,15 +45,18 @@ try:
 except ImportError:
   from segjax.data.sources import load_rows
   rows = load_rows(sys.argv[2])
-pairs = tokenize_pairs(rows, load_tokenizer(sys.argv[3]), Limits(2048, 1728))
+if has_steps:
+  assert has_step_labels(rows)  # as the job asks before it reads the rest
+tokenize = tokenize_steps if has_steps else tokenize_pairs
+data = tokenize(rows, load_tokenizer(sys.argv[3]), Limits(2048, 1728))
 del rows
-train_set, held_out = batches.split_holdout(pairs, 0.05, 0)
+train_set, held_out = batches.split_holdout(data, 0.05, 0)
 train_set.gather(batches.batch_indices(len(train_set), 64, 0, 0))
-seconds, digest = time.perf_counter() - start, hashlib.sha256(str(len(pairs)).encode())
-for step in range(20):  # of all pairs: other commits hold out others
-  batch = pairs.gather(batches.batch_indices(len(pairs), 64, 0, step))
-  for side in (batch.chosen, batch.rejected):
-    for x in (side.ids, side.response_mask, side.finished):
+seconds, digest = time.perf_counter() - start, hashlib.sha256(str(len(data)).encode())
+for step in range(20):  # of all rows: other commits hold out others
+  batch = data.gather(batches.batch_indices(len(data), 64, 0, step))
+  for side in [batch] if has_steps else (batch.chosen, batch.rejected):
+    for x in side if has_steps else (side.ids, side.response_mask, side.finished):
       digest.update(np.asarray(x).tobytes())
 times = os.times()
 print(json.dumps({'seconds': seconds, 'cpu_seconds': sum(times[:4]), 'sha256': digest.hexdigest()}))
@@ -55,28 +65,30 @@ print(json.dumps({'seconds': seconds, 'cpu_seconds': sum(times[:4]), 'sha256': d
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of `run`."""
-  parser.add_argument('--rows', type=int, default=20_000, help='pairs of UltraFeedback lengths')
+  parser.add_argument('--rows', type=int, default=20_000, help='rows of UltraFeedback lengths')
+  parser.add_argument('--form', choices=('pairs', 'steps'), default='pairs', help='of the rows')
   parser.add_argument('--other', default='', help='another checkout, whose first start is timed')
   parser.add_argument('--directory', default='', help='for rows and tokens; kept if it is named')
 
 
-def run(rows: int, other: str, directory: str) -> dict:
-  """Writes the pairs, starts a run twice, and another checkout's once."""
+def run(rows: int, form: str, other: str, directory: str) -> dict:
+  """Writes the rows, starts a run twice, and another checkout's once."""
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(directory or temporary)
-    path, tokenizer = folder / f'pairs{rows}.jsonl', folder / 'tokenizer'
+    path, tokenizer = folder / f'{form}{rows}.jsonl', folder / 'tokenizer'
     if not path.exists():
-      data_rows.write_pairs(path, rows)
+      data_rows.write_rows(path, rows, form)
     if not tokenizer.exists():
       data_rows.write_tokenizer(tokenizer, path)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
       starts = {
-        name: _start(_ROOT, path, tokenizer, cache) for name in ('first_start', 'second_start')
+        name: _start(_ROOT, path, tokenizer, form, cache)
+        for name in ('first_start', 'second_start')
       }
     if other:
-      starts['other'] = _start(Path(other).resolve(), path, tokenizer, '')
+      starts['other'] = _start(Path(other).resolve(), path, tokenizer, form, '')
   table(
-    f'{rows:,} pairs until the first batch, on {len(os.sched_getaffinity(0))} cores',
+    f'{rows:,} rows of {form} until the first batch, on {len(os.sched_getaffinity(0))} cores',
     ('', 'seconds', 'of CPU', 'peak memory'),
     [
       (
@@ -89,6 +101,7 @@ def run(rows: int, other: str, directory: str) -> dict:
   )
   result = {
     'rows': rows,
+    'form': form,
     **starts,
     'same_batches': len({s['sha256'] for s in starts.values()}) == 1,
   }
@@ -98,10 +111,10 @@ def run(rows: int, other: str, directory: str) -> dict:
   return result
 
 
-def _start(checkout: Path, path: Path, tokenizer: Path, cache: str) -> dict:
+def _start(checkout: Path, path: Path, tokenizer: Path, form: str, cache: str) -> dict:
   """Runs the job in a process; returns its record with the peak of its anonymous memory."""
   environment = os.environ | {'SEGJAX_TOKEN_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu'}
-  arguments = map(str, (checkout, path, tokenizer))
+  arguments = map(str, (checkout, path, tokenizer, form))
   process = subprocess.Popen(
     [sys.executable, '-c', _JOB, *arguments], stdout=subprocess.PIPE, text=True, env=environment
   )

@@ -1,6 +1,10 @@
-"""Writes synthetic preference pairs of UltraFeedback's lengths, and a tokenizer like Llama-3's."""
+"""Writes synthetic rows of UltraFeedback's lengths, and a tokenizer like Llama-3's.
+
+They are preference pairs, or responses whose steps have labels.
+"""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +47,24 @@ def write_pairs(path: Path, count: int, seed: int = 0) -> None:
       file.write(json.dumps({'prompt': question['content'], **sides}) + '\n')
 
 
+def write_rows(path: Path, count: int, form: str) -> None:
+  """Writes `count` rows of a form, 'pairs' or 'steps'; the responses of steps are those of pairs.
+
+  Sentences are the steps; every other one is labelled as good.
+  """
+  write_pairs(path, count)
+  if form == 'pairs':
+    return
+  with path.open(encoding='utf-8') as file:
+    rows = [json.loads(line) for line in file]
+  with path.open('w', encoding='utf-8') as file:
+    for row in rows:
+      text = row['chosen'][-1]['content']
+      ends = [match.end() for match in re.finditer(r'\.|[^.]$', text)]
+      steps = [[end, number % 2] for number, end in enumerate(ends)]
+      file.write(json.dumps({'messages': row['chosen'], 'steps': steps}) + '\n')
+
+
 class _Text:
   """Draws text of a number of tokens, in sentences and paragraphs."""
 
@@ -61,8 +83,8 @@ class _Text:
     return ' '.join(drawn).replace('\n ', '\n')
 
 
-def write_tokenizer(directory: Path, pairs: Path, vocabulary: int = 32_000) -> None:
-  """Trains a byte-level BPE on the first pairs; its special tokens and template are Llama-3's."""
+def write_tokenizer(directory: Path, rows: Path, vocabulary: int = 32_000) -> None:
+  """Trains a byte-level BPE on the first rows; its special tokens and template are Llama-3's."""
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
   from transformers import PreTrainedTokenizerFast
 
@@ -83,9 +105,10 @@ def write_tokenizer(directory: Path, pairs: Path, vocabulary: int = 32_000) -> N
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  with pairs.open(encoding='utf-8') as file:
-    rows = [json.loads(line) for line, _ in zip(file, range(2000), strict=False)]
-  texts = [row[side][-1]['content'] for row in rows for side in ('chosen', 'rejected')]
+  with rows.open(encoding='utf-8') as file:
+    first = [json.loads(line) for line, _ in zip(file, range(2000), strict=False)]
+  sides = ('chosen', 'rejected', 'messages')
+  texts = [row[side][-1]['content'] for row in first for side in sides if side in row]
   core.train_from_iterator(texts, trainer)
   core.add_special_tokens(special)
   tokenizer = PreTrainedTokenizerFast(
