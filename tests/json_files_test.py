@@ -1,7 +1,6 @@
-"""JSON files in every wrong form are one line, quickly, without filling the memory."""
+"""JSON files in every wrong form are one line, without filling the memory."""
 
 import os
-import time
 
 import pytest
 
@@ -28,10 +27,8 @@ def test_wrong_content_is_one_line(kind, tmp_path):
   content, part = WRONG[kind]
   file = tmp_path / 'config.json'
   file.write_bytes(content)
-  start = time.perf_counter()
   with pytest.raises(UserError) as error:
     json_files.read_object(file, fix='fetch it again')
-  assert time.perf_counter() - start < 1
   message = str(error.value)
   assert message.startswith(str(file))
   assert part in message
@@ -40,15 +37,21 @@ def test_wrong_content_is_one_line(kind, tmp_path):
   assert len(message) < 300 + len(str(file))
 
 
-def test_one_of_many_names_twice_is_quick(tmp_path):
+def test_one_of_many_names_twice_is_found_in_one_pass():
   """The names were counted once per name: 900 million comparisons."""
-  names = [f'"name{i}": 0' for i in range(30_000)]
-  file = tmp_path / 'config.json'
-  file.write_text('{' + ', '.join([*names, names[-1]]) + '}')
-  start = time.perf_counter()
-  with pytest.raises(UserError, match="'name29999' occurs twice"):
-    json_files.read_object(file)
-  assert time.perf_counter() - start < 1
+
+  class Name(str):
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+      Name.compared += 1
+      return str.__eq__(self, other)
+
+  names = [Name(f'name{i}') for i in range(3000)]
+  with pytest.raises(UserError, match="'name2999' occurs twice"):
+    json_files._without_repeats([(name, 0) for name in [*names, Name(names[-1])]])
+  assert Name.compared < len(names)
 
 
 def test_not_a_file(tmp_path):

@@ -92,6 +92,7 @@ def test_one_greedy_continuation_a_segment_is_the_greedy_response(segment_tokens
   )
 
 
+@pytest.mark.campaign
 def test_each_round_keeps_one_more_segment_of_what_stays():
   mesh = models.mesh(1)
   rounds = find(mesh, 4, segment_tokens=LIMIT)  # no segment is longer

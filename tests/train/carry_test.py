@@ -175,6 +175,7 @@ def test_every_prompt_of_the_stream_is_answered_once():
     assert (step.rollout.finished | at_limit).all()
 
 
+@pytest.mark.campaign
 def test_responses_that_break_off_are_not_carried():
   """Token 5 has a corrupted embedding: prompts with it have empty responses."""
   broken = jax.tree.map(jnp.copy, policies()[0])

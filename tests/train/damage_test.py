@@ -133,6 +133,7 @@ def full_disk():
   fill(False)
 
 
+@pytest.mark.campaign
 def test_full_disk_keeps_the_saved_steps(tmp_path, full_disk):
   logged = []
   checkpoints = Checkpointer(tmp_path, keep=2, max_failures=1, log_fn=logged.append)
