@@ -40,7 +40,11 @@ class StepRows:
     prompt = self.tokenizer.prompt_text(labelled.prompt)
     (text,) = self.tokenizer.response_texts(labelled.prompt, prompt, [labelled.response])
     begin = find_response(labelled.response, text)
-    ends = [(begin + end, label) for end, label in labelled.steps]
+    # The template may strip white space around the response. What follows its words in the text is
+    # then not the rest of the last step, which ends with them.
+    is_whole = labelled.response in text
+    last = len(labelled.response if is_whole else labelled.response.rstrip())
+    ends = [(begin + min(end, last), label) for end, label in labelled.steps]
     return Written(labelled.prompt, [[prompt]], (text, ends), prompt)
 
   def limit(self, row: TokenizedRow, counts: dict[str, int]) -> Mapping[str, Any] | None:
@@ -60,8 +64,8 @@ class StepRows:
     token_of_char = character_tokens(offsets, len(text))
     labels = np.full(prompt_length + length, np.nan, np.float32)
     for end, label in ends:
-      # The template may strip white space around the response, whose characters have no token.
-      token = token_of_char[end - 1] if 1 <= end <= len(text) else length
+      # Nothing of a step is left that ends in white space before the words.
+      token = token_of_char[end - 1] if end >= 1 else length
       if token < length:
         labels[prompt_length + token] = label
     if np.isnan(labels).all():

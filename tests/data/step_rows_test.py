@@ -55,8 +55,14 @@ def slow_steps(rows, tokenizer, limits):
     labelled = as_labelled_response(row)
     annotation = SpanAnnotation(labelled.prompt, labelled.response, ())
     tokenized, is_truncated = tokenize_annotation(annotation, tokenizer, limits, 'row')
+    (text,) = tokenizer.response_texts(
+      labelled.prompt, tokenizer.prompt_text(labelled.prompt), [labelled.response]
+    )
+    words = labelled.response.rstrip()
     label_of = {}
     for end, label in labelled.steps:
+      if labelled.response not in text and end > len(words):
+        end = len(words)
       token = tokenized.token_of_char[end - 1]
       if token >= 0:
         label_of[tokenized.prompt_length + token] = label
@@ -128,3 +134,15 @@ def test_what_cannot_be_rendered_is_a_bad_row(llama3):
 def test_no_rows_left_is_one_line(llama3, row, counts):
   with pytest.raises(NoRowsLeftError, match=rf'^r: none of its 2 rows is left \({counts}\)'):
     tokenize_steps(Rows([row, row], 'r'), llama3, LIMITS[0])
+
+
+@pytest.mark.parametrize('white_space', ['', '\n', '\n\n', ' \n'])
+def test_a_label_behind_stripped_white_space_is_that_of_the_last_word(llama3, white_space):
+  """Llama-3's template strips it; the label is not that of the token behind the response."""
+  steps = [[len('Two.'), 0.0], [len('Two.\n\nFour.') + len(white_space), 1.0]]
+  messages = [user('2 + 2?'), assistant('Two.\n\nFour.' + white_space)]
+  rows = Rows([{'messages': messages, 'steps': steps}], 'rows')
+  tokenized = tokenize_steps(rows, llama3, Limits(200, 100))
+  ids, labels = tokenized.tokens[0], tokenized.labels[0]
+  (last,) = np.flatnonzero(labels == 1)
+  assert llama3.tokenizer.decode(ids[: last + 1]).endswith('Four.')
