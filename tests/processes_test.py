@@ -112,6 +112,9 @@ _ROLLOUTS = {
   'ppo.max_steps': 4,
   'ppo.rollout_batch_size': 8,
   'ppo.minibatch_size': 4,
+  'ppo.micro_batch_size': 2,
+  'ppo.packing_length': 64,
+  'rollout.recompute_logprob': True,
   'ppo.eval_every': 10,
   'reward_shaping.reward_fn': 'segjax.data.demo_language:gold',
   'reward_shaping.reward_model_weight': 0.0,
@@ -141,6 +144,8 @@ def test_a_signal_to_one_process_ends_the_rollout_of_both(tmp_path):
   assert len(_ppo_metrics(stopped)) == step
   assert _wait(_start(stopped, 2, *flags, stages='demo,ppo')) == [0, 0]
   assert _ppo_metrics(stopped) == _ppo_metrics(uninterrupted)
+  # Rows are scored as they are trained, whichever process has them.
+  assert all(m['policy/initial_ratio_deviation'] < 1e-6 for m in _ppo_metrics(stopped))
 
 
 @pytest.mark.processes
