@@ -1,4 +1,4 @@
-"""Checks of the main invariants on the available devices, in a minute or two.
+"""Checks of the main invariants on the available devices, in two or three minutes.
 
   python -m segjax.main --config=configs/selfcheck.py
 

@@ -25,7 +25,7 @@ from segjax.config.settings import (
   Segmentation,
 )
 from segjax.errors import UserError
-from segjax.jobs import selfcheck_rewards
+from segjax.jobs import selfcheck_packing, selfcheck_rewards
 from segjax.jobs.job import Job
 from segjax.model import sharding
 from segjax.model.heads import init_params, scores, token_logprobs
@@ -114,6 +114,12 @@ def checks(mesh: Mesh, fixture: Fixture) -> Iterator[tuple[str, Callable[[], Che
   yield 'cached decoding equals a full forward, log-prob', lambda: decoding(fixture)
   yield 'KL is 0 before the first update', lambda: initial_kl(fixture)
   yield 'ratio is 1 at the first minibatch', lambda: initial_ratio(fixture)
+  yield (
+    'ratio is 1 in packed rows of bfloat16',
+    lambda: CheckResult(
+      selfcheck_packing.first_ratio_deviation(mesh, fixture.experience, fixture.recipe), 0.1
+    ),
+  )
   yield 'padding does not change a sequence', lambda: padding(fixture)
   yield 'other rows do not change a sequence', lambda: batch_independence(fixture)
   yield 'accumulated gradients equal the whole batch', lambda: accumulation(fixture)

@@ -1,12 +1,13 @@
 """The self-check passes, and fails if an invariant is violated."""
 
+import functools
 import math
 
 import jax
 import pytest
 
 from segjax.config import parse, presets
-from segjax.jobs import pipeline, selfcheck, selfcheck_rewards
+from segjax.jobs import pipeline, selfcheck, selfcheck_packing, selfcheck_rewards
 from segjax.jobs.selfcheck import CheckResult
 from segjax.model.mesh import make_mesh
 
@@ -56,3 +57,21 @@ def test_oracle_detects_a_wrong_reward(monkeypatch):
 
   monkeypatch.setattr(selfcheck_rewards, 'make_experience', wrong)
   assert selfcheck_rewards.max_abs_error_vs_oracle('segment') > 5e-3
+
+
+@pytest.mark.campaign
+def test_rows_that_are_scored_elsewhere_are_detected(monkeypatch):
+  """The check of packed rows reads what `score` returned for them."""
+  mesh = make_mesh(devices=jax.devices()[:1])
+  fixture, real = selfcheck.make_fixture(mesh), selfcheck_packing.score
+
+  def shifted(*args, **kwargs):
+    outputs = real(*args, **kwargs)
+    return outputs._replace(old_logprob=outputs.old_logprob + 0.2)
+
+  deviation = functools.partial(
+    selfcheck_packing.first_ratio_deviation, mesh, fixture.experience, fixture.recipe
+  )
+  assert deviation() < 1e-6
+  monkeypatch.setattr(selfcheck_packing, 'score', shifted)
+  assert deviation() > 0.1
