@@ -150,6 +150,7 @@ def test_listed_models_that_read_text_are_found(small, make_stage, inputs, other
   assert source.reads_text and source.network.vocab_size == NETWORK.vocab_size
 
 
+@pytest.mark.campaign
 def test_a_listed_model_that_reads_tags(tmp_path):
   """Beside one that reads no tags, at the same segments."""
   tokenizer, tag = load_tokenizer(tokenizers.write_tokenizer(tmp_path)), '<|eom_id|>'

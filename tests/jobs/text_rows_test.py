@@ -87,6 +87,7 @@ def slow_scores(foreign):
   return score
 
 
+@pytest.mark.campaign
 def test_the_normaliser_of_a_model_that_reads_text(
   small, run, make_stage, foreign, rows, language, slow_scores, tmp_path
 ):

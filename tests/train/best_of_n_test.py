@@ -75,6 +75,7 @@ def test_the_best_whole_response_is_that_of_a_rollout():
     np.testing.assert_allclose(found.score[row], max(scores), atol=1e-4)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize('segment_tokens', [2, 5])
 def test_one_greedy_continuation_a_segment_is_the_greedy_response(segment_tokens):
   mesh = models.mesh(1)
