@@ -125,7 +125,7 @@ class JobPlan:
     items_per_step: (settings) -> prompts or rows that a step takes.
     items: 'prompts' or 'rows'.
     batch_keys: keys of batch sizes that are divided over the devices.
-    rows_at_once: settings that trade memory for time, the cheapest first.
+    rows_at_once: (settings) -> those that trade memory for time, the cheapest first.
     optimizers: (settings) -> keys of optimizers, whose moments may be stored in fewer bits.
     has_frozen: whether it has frozen networks, which may be kept in host memory.
   """
@@ -135,7 +135,7 @@ class JobPlan:
   items_per_step: Callable[[Settings], int]
   items: str
   batch_keys: tuple[str, ...]
-  rows_at_once: tuple[RowsAtOnce, ...]
+  rows_at_once: Callable[[Settings], tuple[RowsAtOnce, ...]]
   optimizers: Callable[[Settings], tuple[str, ...]]
   has_frozen: bool = False
 

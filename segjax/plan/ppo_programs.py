@@ -24,7 +24,7 @@ from segjax.plan.phases import (
   RowsAtOnce,
 )
 from segjax.plan.ppo_networks import listed_sources, names_on_one_base, networks
-from segjax.plan.scoring_phase import LISTED, scoring_phase
+from segjax.plan.scoring_phase import LISTED, scores_packed, scoring_phase
 from segjax.plan.update_calls import update_calls
 from segjax.train import throughput
 from segjax.train.experience import make_experience
@@ -192,6 +192,18 @@ def _updates(
   return phases
 
 
+def _rows_at_once(s: Settings) -> tuple[RowsAtOnce, ...]:
+  decoding, updates = ('prefill', 'decode chunk'), ('policy update', 'critic update')
+  scoring = ('scoring',)
+  if scores_packed(s):
+    updates, scoring = (*updates, *scoring), ()
+  return (
+    RowsAtOnce('rollout.max_concurrent', 'ppo.rollout_batch_size', decoding),
+    RowsAtOnce('ppo.micro_batch_size', 'ppo.minibatch_size', updates, 'ppo.micro_batch_tokens'),
+    *(RowsAtOnce('ppo.scoring_batch_size', 'ppo.rollout_batch_size', (each,)) for each in scoring),
+  )
+
+
 PPO = JobPlan(
   name='ppo',
   programs=ppo_programs,
@@ -203,20 +215,7 @@ PPO = JobPlan(
     'ppo.micro_batch_size',
     'ppo.scoring_batch_size',
   ),
-  rows_at_once=(
-    RowsAtOnce(
-      'rollout.max_concurrent',
-      'ppo.rollout_batch_size',
-      ('prefill', 'decode chunk'),
-    ),
-    RowsAtOnce(
-      'ppo.micro_batch_size',
-      'ppo.minibatch_size',
-      ('policy update', 'critic update'),
-      'ppo.micro_batch_tokens',
-    ),
-    RowsAtOnce('ppo.scoring_batch_size', 'ppo.rollout_batch_size', ('scoring',)),
-  ),
+  rows_at_once=_rows_at_once,
   optimizers=lambda s: ('ppo.policy_optimizer', *['ppo.critic_optimizer'] * s.ppo.has_critic),
   has_frozen=True,
 )

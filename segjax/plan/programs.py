@@ -206,7 +206,7 @@ SFT = JobPlan(
   items_per_step=lambda s: s.sft.batch_size,
   items='rows',
   batch_keys=('sft.batch_size', 'sft.micro_batch_size'),
-  rows_at_once=(
+  rows_at_once=lambda s: (
     RowsAtOnce(
       'sft.micro_batch_size', 'sft.batch_size', ('policy update',), 'sft.micro_batch_tokens'
     ),
@@ -224,7 +224,7 @@ def _plan_pairs(section: str, programs: Callable[..., JobPrograms], update: str)
     items_per_step=lambda s: getattr(s, section).batch_size,
     items='rows',
     batch_keys=(total, rows),
-    rows_at_once=(RowsAtOnce(rows, total, (update,), f'{section}.micro_batch_tokens'),),
+    rows_at_once=lambda s: (RowsAtOnce(rows, total, (update,), f'{section}.micro_batch_tokens'),),
     optimizers=lambda s: (f'{section}.optimizer',),
   )
 

@@ -53,9 +53,14 @@ def scoring_phase(
     live=('rollout', 'experience'),
     passed_in=tuple(passed_in.values()),
   )
-  if s.ppo.packing_length and is_packed(recipe):
+  if scores_packed(s):
     return _in_pieces(phase, s, recipe, (params, trees['rollout']), texts, mesh)
   return _in_rows(phase, s, params, texts, mesh)
+
+
+def scores_packed(s: Settings) -> bool:
+  """Returns whether rollouts are scored in the packed pieces of their updates."""
+  return bool(s.ppo.packing_length) and is_packed(s.reward_shaping)
 
 
 def _in_pieces(

@@ -101,7 +101,7 @@ def _changes(measured: Measured) -> Iterator[SettingChange]:
   """Yields changes in order: those that cost time alone, then those that change numbers."""
   job, settings = measured.job, measured.settings
   devices = batch_devices(measured.mesh)
-  for at_once in job.rows_at_once:
+  for at_once in job.rows_at_once(settings):
     key, parts = at_once.key, devices
     rows = _get(settings, key) or _get(settings, at_once.total_key)
     if at_once.tokens_key and (tokens := _get(settings, at_once.tokens_key)):

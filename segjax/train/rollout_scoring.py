@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from segjax import processes
+from segjax.config.settings import RewardShaping
 from segjax.model import host_memory, sharding
 from segjax.model.attribution import ATTRIBUTIONS
 from segjax.model.heads import token_logprobs
@@ -58,7 +59,7 @@ def score(
   params = recipe.own_params(params)
   names = {'reference', *run_networks(recipe)} & params.keys()
   params = host_memory.to_device({name: params[name] for name in names})  # once for all chunks
-  if minibatches is not None and is_packed(recipe):
+  if minibatches is not None and is_packed(recipe.shaping):
     return _score_packed(params, rollout, minibatches, recipe)
   order, chunks = [], []
   for rows, chunk in _chunks(rollout, length, recipe):
@@ -70,9 +71,9 @@ def score(
   return take_rows(concatenate(chunks), np.argsort(np.concatenate(order)))
 
 
-def is_packed(recipe: PPORecipe) -> bool:
+def is_packed(shaping: RewardShaping) -> bool:
   """Returns whether packed minibatches are scored as they are packed."""
-  return recipe.shaping.redistribute not in ATTRIBUTIONS
+  return shaping.redistribute not in ATTRIBUTIONS
 
 
 def _score_packed(

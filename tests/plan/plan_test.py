@@ -175,6 +175,17 @@ def test_tokens_are_lowered_where_they_are_counted():
   assert not any('micro_batch_size' in flag or 'tokens=40' in flag for flag in flags)
 
 
+def test_packed_scoring_has_fewer_tokens_with_its_updates():
+  packed = {'ppo.packing_length': 80, 'ppo.micro_batch_size': 4}
+  for changes, key in (
+    ({}, 'ppo.scoring_batch_size'),
+    (packed, 'ppo.micro_batch_size'),
+    (packed | {'reward_shaping.redistribute': 'gradient'}, 'ppo.scoring_batch_size'),
+  ):
+    at_once = PPO.rows_at_once(replace(SETTINGS, **changes))
+    assert [each.key for each in at_once if 'scoring' in each.phases] == [key]
+
+
 @pytest.mark.plan
 def test_time_of_a_step(tmp_path):
   """Arithmetic of packed updates: three forward passes and that of remat, padding included."""
