@@ -82,6 +82,7 @@ def test_sampling_depends_on_the_seed_and_the_position_alone(policy):
     assert all(x < 0 for x in answer.logprob)
 
 
+@pytest.mark.campaign
 def test_responses_end_with_the_positions_by_default(policy):
   (answer,) = policy.sample([QUESTION], seed=3)  # 128 new tokens would leave none for the prompt
   prompt = policy.annotator.tokenizer.prompt_ids(QUESTION)

@@ -149,9 +149,9 @@ def _shapes(lengths: np.ndarray, bound: PieceBound, group: int) -> Iterator[tupl
     level = total / count / bound.devices  # tokens of a piece per device
     for rows in bound.row_counts(level, group):
       width = _round_up(max(level / rows, longest), bound.step)
-      for wider in (width, width + bound.step):  # level rows may not fit into the first
-        if rows * wider <= bound.tokens and wider <= bound.widest:
-          yield count, rows * bound.devices, wider
+      # Of many sequences, level rows fit into the first or the second.
+      for wider in range(width, min(bound.tokens // rows, bound.widest) + 1, bound.step):
+        yield count, rows * bound.devices, wider
 
 
 def _first_fit(

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from segjax.data.packing_plan import (
@@ -45,6 +45,7 @@ def test_every_sequence_has_a_slot_of_its_own(lengths, rows, group):
 
 
 @given(LENGTHS, st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2]), st.booleans())
+@example([15, 18, 19, 19, 20], 1, 2, 1, True)  # two pieces, of rows that are not quite level
 def test_level_pieces_keep_the_bound(lengths, devices, rows, group, widens):
   lengths = np.array(lengths[: len(lengths) // group * group])
   bound = PieceBound(devices, max(rows, group) * WIDTH + 5, WIDTH, widens)

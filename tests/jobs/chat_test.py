@@ -62,6 +62,7 @@ def test_the_oldest_turns_are_dropped(talk):
   assert '(dropped the 2 oldest messages' in out
 
 
+@pytest.mark.campaign
 def test_answers_are_limited_to_half_of_the_positions(talk):
   out = talk('describe the badger', '/segments', **{'rollout.max_new_tokens': 512})
   assert (

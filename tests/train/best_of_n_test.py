@@ -114,6 +114,7 @@ def test_each_round_keeps_one_more_segment_of_what_stays():
     assert set(ends.tolist()) | {len(response)} == kept | {int(ends[-1])}
 
 
+@pytest.mark.campaign
 def test_more_samples_find_higher_scores():
   one, many = (find(models.mesh(1), n, segment_tokens=LIMIT)[-1].score for n in (1, 4))
   assert many.mean() > one.mean()

@@ -72,6 +72,7 @@ def with_array_count(options):
   return {k: jnp.array(v) if k == 'count' else v for k, v in options.items()}
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize('options', cases(POLICY, 'asymmetric and dual clip'))
 def test_policy(options):
   with jax.enable_x64(True):

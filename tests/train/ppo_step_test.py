@@ -42,7 +42,10 @@ def scored(recompute_logprob):
   return recipe, experience, jax.device_get(metrics)
 
 
-@pytest.fixture(params=[False, True], ids=['decode_logprob', 'recomputed'])
+@pytest.fixture(
+  params=[pytest.param(False, marks=pytest.mark.campaign), True],
+  ids=['decode_logprob', 'recomputed'],
+)
 def scored_rollout(request):
   return scored(request.param)
 

@@ -62,7 +62,7 @@ def make(tokenizer, segmentation):
 @pytest.mark.parametrize(
   'segmentation',
   [
-    Segmentation(entropy_threshold=5.5),
+    pytest.param(Segmentation(entropy_threshold=5.5), marks=pytest.mark.campaign),
     pytest.param(Segmentation(granularity='bandit', include_eos=True), marks=pytest.mark.campaign),
   ],
 )
